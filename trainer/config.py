@@ -1,0 +1,299 @@
+"""The job file: one TOML file, parsed into typed, frozen objects before any process is started.
+
+``load_config`` is the only way in. It names the file, the key and the value of a mistake, and what would be accepted.
+``python -m trainer.config`` prints the reference that stands in the README.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+from zoneinfo import ZoneInfo
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from trainer.data.feature_config import FeatureConfig
+from trainer.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the job file. Unknown keys are rejected, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """Where a run is written and what it is called."""
+
+    name: str = Field("run", description="Name of the run, part of its directory's default name.", min_length=1)
+    directory: str = Field("", description="Directory of the run. Empty: `runs/<name>-<date>-<time>`.")
+    seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
+
+
+class DataConfig(Section):
+    """Which rows are trained on and which are held out. Times are ISO dates or times, in the dataset's time zone."""
+
+    path: str = Field(..., description="Dataset directory, or any fsspec URL of one.", min_length=1)
+    behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
+    train_from: str = Field("", description="First moment of training. Empty: the dataset's first.")
+    train_until: str = Field(
+        "", description="End of training: only rows whose labels were complete before it. Empty: `eval_from`."
+    )
+    eval_from: str = Field("", description="First request of the held-out range. Empty: no evaluation.")
+    eval_until: str = Field("", description="End of the held-out range. Empty: the dataset's end.")
+    frozen: bool = Field(
+        False,
+        description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",
+    )
+    shuffle_minutes: Rate = Field(60.0, description="Rows are shuffled inside windows of this length, never across.")
+    workers: int = Field(1, description="Loader processes per rank; 0 reads in the training process.", ge=0)
+    prefetch: Positive = Field(4, description="Batches that each loader process prepares ahead.")
+    on_corrupt: Literal["error", "skip"] = Field(
+        "error", description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`)."
+    )
+
+
+class TableOptimizerConfig(Section):
+    """The optimizer fused into the embedding tables' backward pass."""
+
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = Field(
+        "rowwise_adagrad", description="`rowwise_adagrad` keeps one accumulator a row; column-wise tables need another."
+    )
+    learning_rate: Rate = Field(0.02, description="Peak learning rate of the tables.")
+    eps: Rate = Field(1e-8, description="Added to the root of Adagrad's accumulator.")
+
+
+class ModelConfig(Section):
+    """The dense network over the embeddings."""
+
+    kind: Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"] = Field(
+        "ple", description="Multi-task network; `logistic` is a logistic regression on the same inputs."
+    )
+    task_experts: Positive = Field(2, description="Experts of each behaviour (PLE, CGC).")
+    shared_experts: Positive = Field(2, description="Experts that all behaviours share.")
+    expert_layers: tuple[tuple[Positive, ...], ...] = Field(
+        ((256, 128), (128, 64)),
+        description="Widths of the experts, one list an extraction layer. PLE uses all, the others the first.",
+        min_length=1,
+    )
+    tower: tuple[Positive, ...] = Field((64,), description="Hidden widths of each behaviour's tower.")
+    attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of target attention.")
+    dropout: Share = Field(0.0, description="Dropout in experts and towers.")
+
+
+class OptimizerConfig(Section):
+    """AdamW on the dense network, and the schedule that both optimizers follow."""
+
+    learning_rate: Rate = Field(1e-3, description="Peak learning rate of the dense network.")
+    weight_decay: float = Field(0.0, description="Decoupled weight decay of the dense network.", ge=0)
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's moment decays.")
+    warmup: Share = Field(0.0, description="Share of all steps over which learning rates rise from 0.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How learning rates go on after warm-up; linear and cosine end at 0."
+    )
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    batch_size: Positive = Field(2048, description="Rows of all ranks together in one optimizer step.")
+    epochs: Positive = Field(1, description="Passes over the training range.")
+    deepspeed: str = Field(
+        "configs/deepspeed/zero1.json", description="DeepSpeed's own settings: ZeRO stage, precision, clipping."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
+    overlap: bool = Field(True, description="Exchange the next batch's ids while the dense network works.")
+    weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
+    log_every: Positive = Field(20, description="Steps between two progress lines and scalars.")
+
+
+class ScoreConfig(Section):
+    """The ranking score."""
+
+    exponents: dict[str, float] = Field(
+        {}, description="Exponent of (1 + p) per behaviour, Moment&Cross equation 4; the others have 1."
+    )
+
+
+class JobConfig(Section):
+    """One training job."""
+
+    run: RunConfig = Field(default_factory=RunConfig)  # type: ignore[arg-type]
+    data: DataConfig
+    features: FeatureConfig = Field(default_factory=FeatureConfig)  # type: ignore[arg-type]
+    tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)  # type: ignore[arg-type]
+    model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
+    score: ScoreConfig = Field(default_factory=ScoreConfig)  # type: ignore[arg-type]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and apply ``section.key=value`` overrides, whose values are TOML (bare words are strings).
+
+    Raises:
+        UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
+    """
+    file = Path(path)
+    try:
+        raw = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such job file") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"{file}: not a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
+    """Validate a nested mapping; ``origin`` is named in errors."""
+    try:
+        return JobConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error, raw)}") from None
+
+
+def load_deepspeed(path: str) -> dict[str, Any]:
+    """DeepSpeed's JSON settings as given; batch sizes are filled in by the engine.
+
+    Raises:
+        UserError: missing file or not a JSON object.
+    """
+    try:
+        settings = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"train.deepspeed = {path!r}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: DeepSpeed settings are a JSON object, this is a {type(settings).__name__}")
+    return settings
+
+
+def parse_time(text: str, timezone: str, key: str) -> int:
+    """Milliseconds UTC of an ISO date or time; one without an offset is taken in ``timezone``.
+
+    Raises:
+        UserError: not an ISO time.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{key} = {text!r}: not a time; write 2022-05-04 or 2022-05-04T12:00+08:00") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=ZoneInfo(timezone))
+    return round(moment.timestamp() * 1000)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    node = raw
+    for depth, section in enumerate(sections, 1):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {'.'.join(sections[:depth])} is a value, not a section")
+    node[last] = value
+
+
+def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first mistake in one line; an unknown key is told with the nearest known one."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _ in _fields(JobConfig)] + list(JobConfig.model_fields)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        return f"unknown key {key}; did you mean {nearest}?"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    value: Any = raw
+    for part in first["loc"]:
+        value = value[part] if isinstance(value, dict | list | tuple) and _has(value, part) else None
+    return f"{key} = {value!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _has(container: Any, part: str | int) -> bool:
+    return part in container if isinstance(container, dict) else isinstance(part, int) and part < len(container)
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted name and field of every key of a section, depth first."""
+    for name, info in model.model_fields.items():
+        if _is_section(info.annotation):
+            yield from _fields(info.annotation, f"{prefix}{name}.")
+        elif get_origin(info.annotation) is dict and _is_section(get_args(info.annotation)[1]):
+            yield from _fields(get_args(info.annotation)[1], f"{prefix}{name}.NAME.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as the reference shows it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " \\| ".join(json.dumps(choice) for choice in arguments)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is tuple:
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return f"list of {_type_name(inner[0])}"
+    if origin is dict:
+        return f"table of {_type_name(arguments[1])}"
+    if arguments:
+        return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
+    names = {str: "string", int: "integer", float: "number", bool: "true \\| false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True)
+    return "unset" if value is None else f"`{json.dumps(value)}`"
+
+
+def reference() -> str:
+    """Every key with type, default and meaning, as Markdown tables: the README's config reference."""
+    lines: list[str] = []
+    for section, info in JobConfig.model_fields.items():
+        model = info.annotation
+        assert _is_section(model)
+        summary = (model.__doc__ or "").strip().split("\n")[0]
+        lines += [f"**`[{section}]`** {summary}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        same: dict[int, tuple[list[str], FieldInfo]] = {}
+        for name, field in _fields(model):
+            same.setdefault(id(field), ([], field))[0].append(f"`{name}`")
+        lines += [
+            f"| {', '.join(names)} | {_type_name(field.annotation)} | {_default(field)} | {field.description} |"
+            for names, field in same.values()
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(reference())

@@ -1,0 +1,73 @@
+"""Progress of long work: a bar with an ETA on a terminal, one line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 5.0
+"""Pause between two plain lines."""
+
+
+class Progress:
+    """Shows ``done`` of ``total``; use as a context manager.
+
+    Args:
+        label: what is going on, such as ``train``.
+        total: amount of work in ``unit``.
+        unit: what is counted, such as ``rows``.
+        quiet: show nothing (every rank but the first).
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, quiet: bool = False) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self.started = time.monotonic()
+        self._quiet = quiet
+        self._said = self.started
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._quiet and error is None:
+            self._line("", time.monotonic())
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Count ``amount`` more; ``note`` is shown beside the figures."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+            self._bar.set_postfix_str(note, refresh=False)
+            return
+        now = time.monotonic()
+        if not self._quiet and now - self._said >= LINE_EVERY_SECONDS:
+            self._said = now
+            self._line(note, now)
+
+    def _line(self, note: str, now: float) -> None:
+        seconds = max(now - self.started, 1e-9)
+        rate = self.done / seconds
+        left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
+        share = 100 * self.done / self.total if self.total else 100.0
+        print(
+            f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {rate:,.0f} {self.unit}/s, "
+            f"{_duration(seconds)} so far, ETA {_duration(left)}" + (f", {note}" if note else ""),
+            flush=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
