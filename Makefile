@@ -1,0 +1,51 @@
+# A newcomer's two commands: `make train` and `make test`. Each first brings .venv up to date, which takes a moment and
+# prints nothing when there is nothing to install.
+#
+#   PYTHON=python3.12   which Python makes .venv (3.11 or newer; the first suitable one by default)
+#   DEVICE=cpu|cuda     which build to install (by default, what the machine has)
+#   EXTRAS=llm,dev      optional dependencies of pyproject.toml
+#   LIMELIGHT_TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                       a further index for torch: this one has the small CPU wheel, PyPI's brings CUDA along
+
+DEVICE = auto
+EXTRAS = llm,dev
+WORLD = data/simulated
+
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do \
+	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
+endif
+
+.PHONY: setup train test test-all lint format doctor clean
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -m launch.setup --device $(DEVICE) --extras $(EXTRAS)
+
+train: setup
+	@test -e $(WORLD)/dataset.json || .venv/bin/limelight data simulate $(WORLD) --users 4000 --days 6 --partitions 8 --seed 1
+	@.venv/bin/limelight train configs/simulated.toml --ranks 2
+
+test: setup
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope
+
+test-all: setup
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --slow
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+doctor: setup
+	@.venv/bin/limelight doctor
+
+# Everything that the commands above made, but data/ and runs/.
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
