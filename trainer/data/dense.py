@@ -1,0 +1,71 @@
+"""The dense inputs before standardisation: float columns of the rows and rates of the time-ordered statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from trainer.data.schema import DatasetSpec, Rows
+from trainer.data.statistics import smoothed_rates
+from trainer.errors import UserError
+
+
+def statistic_name(key: tuple[str, ...]) -> str:
+    """Name of a key of the statistics, such as ``stat:user*author``."""
+    return "stat:" + "*".join(key)
+
+
+class DenseInputs:
+    """Which dense inputs a model has, and their raw values.
+
+    Args:
+        spec: of the dataset.
+        exclude: names of dense features and of statistics to leave out (``FeatureConfig.exclude``).
+        smoothing: see ``FeatureConfig.smoothing``.
+
+    Attributes:
+        names: of the columns: the dense features, then ``stat:KEY:BEHAVIOUR`` (a logit) by key and behaviour, then
+            ``stat:KEY:rows`` (a logarithm) by key.
+    """
+
+    def __init__(self, spec: DatasetSpec, exclude: Collection[str], smoothing: float) -> None:
+        self._features = [k for k, feature in enumerate(spec.dense) if feature.name not in exclude]
+        self._keys = [
+            k for k, key in enumerate(spec.statistics) if statistic_name(key) not in exclude and "stat:*" not in exclude
+        ]
+        self._spec, self._smoothing = spec, smoothing
+        keys = [statistic_name(spec.statistics[k]) for k in self._keys]
+        self.names: tuple[str, ...] = (
+            *(spec.dense[k].name for k in self._features),
+            *(f"{key}:{behaviour}" for key in keys for behaviour in spec.behaviours),
+            *(f"{key}:rows" for key in keys),
+        )
+
+    def raw(self, rows: Rows, prior: np.ndarray) -> np.ndarray:
+        """Values of the inputs, ``[n, len(names)]`` float32.
+
+        Args:
+            rows: need ``dense``, ``stat`` and, for messages, ``visit_id``.
+            prior: ``[behaviours]``, overall rate of each behaviour.
+
+        Raises:
+            UserError: a value is NaN or infinite.
+        """
+        n = len(rows["visit_id"])
+        out = np.empty((n, len(self.names)), np.float32)
+        features = len(self._features)
+        out[:, :features] = rows["dense"][:, self._features]
+        if self._keys:
+            counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
+            out[:, features:] = smoothed_rates(counts[:, self._keys].reshape(n, -1), prior, self._smoothing)
+        if not np.isfinite(out).all():
+            self._refuse(out, rows)
+        return out
+
+    def _refuse(self, values: np.ndarray, rows: Rows) -> None:
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise UserError(
+            f"dense feature {self.names[column]!r} is {values[row, column]} in visit {rows['visit_id'][row]} "
+            f"(request_ms {rows['request_ms'][row]}); features must be finite, write 0 where a value is missing"
+        )

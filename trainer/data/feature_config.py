@@ -1,0 +1,104 @@
+"""Which features the model sees and how ids become table rows: the ``[features]`` section of a job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IdMapping = Literal["direct", "hash", "lookup"]
+
+MAX_TABLE_ROWS = 1 << 31
+"""Hashing spreads 32 bits of a hash over the rows, which is even enough up to here."""
+
+
+class TableConfig(BaseModel):
+    """One embedding table of ids."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ids: IdMapping = Field(
+        "direct",
+        description="How an id becomes a row; row 0 is the unknown id. `direct`: id + 1. `hash`: a 64-bit mix of the "
+        "id spread over the rows. `lookup`: the ids of the training range get rows of their own, all others row 0.",
+    )
+    rows: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_TABLE_ROWS,
+        description="Rows of the table, row 0 included. `hash` needs it; `direct` takes the dataset's largest id + 2 "
+        "when it is left out; `lookup` counts its ids and does not take it.",
+    )
+    min_count: int = Field(
+        1,
+        ge=1,
+        description="`lookup` only: ids of fewer training rows than this share row 0, which is thereby trained for "
+        "the ids that come later.",
+    )
+    dim: int = Field(16, ge=1, description="Width of an embedding. Every distinct width costs its own exchange.")
+    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
+    init_scale: float | None = Field(None, gt=0, description="Half-width or deviation of `init`; 0.1 / sqrt(dim).")
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
+        "auto", description="How the table is spread over the ranks; `auto` leaves it to the planner."
+    )
+
+    @model_validator(mode="after")
+    def _rows_fit_mapping(self) -> TableConfig:
+        if self.ids == "hash" and self.rows is None:
+            raise ValueError("ids = 'hash' needs `rows`")
+        if self.ids == "lookup" and self.rows is not None:
+            raise ValueError("ids = 'lookup' counts its own rows: leave `rows` out")
+        if self.ids != "lookup" and self.min_count != 1:
+            raise ValueError(f"`min_count` is for ids = 'lookup', not {self.ids!r}")
+        return self
+
+
+class SideTableConfig(BaseModel):
+    """The one table of all categorical side features and of the histories' contexts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = Field(16, ge=1, description="Width of an embedding. Every distinct width costs its own exchange.")
+    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
+    init_scale: float | None = Field(None, gt=0, description="Half-width or deviation of `init`; 0.1 / sqrt(dim).")
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
+        "auto", description="How the table is spread over the ranks; `auto` leaves it to the planner."
+    )
+
+
+class HistoryConfig(BaseModel):
+    """One sequence of a user's past visits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    domain: Literal["video", "live"] = Field(description="Visits of this domain.")
+    length: int = Field(50, ge=1, le=10_000, description="The latest so many, known when the request came.")
+    require: tuple[str, ...] = Field(
+        (), description="Keep visits with at least one of these behaviours; empty keeps all that were watched."
+    )
+
+
+class FeatureConfig(BaseModel):
+    """Inputs of the ranker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    user: TableConfig = Field(TableConfig(), description="Table of user ids.")
+    author: TableConfig = Field(TableConfig(), description="Table of author ids, of candidates and of histories.")
+    item: TableConfig = Field(TableConfig(), description="Table of videos and rooms, of candidates and of histories.")
+    side: SideTableConfig = Field(SideTableConfig(), description="Packed table of side features.")
+    history: dict[str, HistoryConfig] = Field(
+        {"short": HistoryConfig(domain="video"), "live": HistoryConfig(domain="live")},
+        description="Histories by name; each becomes one sequence for target attention.",
+    )
+    smoothing: float = Field(
+        20.0, gt=0, description="A rate of n earlier rows is drawn towards the overall rate as by this many more rows."
+    )
+    clip: float = Field(
+        6.0, gt=0, description="Dense inputs are standardised on the training range and cut at so many deviations."
+    )
+    exclude: tuple[str, ...] = Field(
+        (),
+        description="Features of the dataset that the model must not see: names of side or dense features, `user_id`, "
+        "or a statistic as `stat:user`, `stat:user*author`; `stat:*` means all of them.",
+    )

@@ -1,0 +1,297 @@
+"""From canonical rows and histories to model inputs: which tables there are, who reads them, and the ids of a batch.
+
+Every feature is as of a time that the caller gives, by default the request; histories have no other kind of read, and
+the statistics of a row were counted when it was made (statistics.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from modules.embeddings import Lookup, Table, group_lookups
+from trainer.data.batch import Batch, BatchLayout, PackedBatch
+from trainer.data.dense import DenseInputs, statistic_name
+from trainer.data.feature_config import FeatureConfig, HistoryConfig
+from trainer.data.fit import ID_TABLES, FittedFeatures, feature_layout
+from trainer.data.history import Histories, HistorySlice
+from trainer.data.schema import DOMAINS, DatasetSpec, Rows, SideFeature
+from trainer.data.vocabulary import IdMap
+from trainer.errors import UserError
+
+ACTION_BITS = 12
+"""A visit of a history tells which of the dataset's first so many behaviours happened in it."""
+
+GAP_BUCKETS = 64
+
+CONTEXT_IDS = 2
+"""Ids of a history entry's context: its behaviours, and how long ago it was."""
+
+
+class HistorySequence(NamedTuple):
+    """The lookups of one history.
+
+    Attributes:
+        name: of the history.
+        keys: lookups with one id an entry, then the context with :data:`CONTEXT_IDS` ids an entry.
+        query: lookups of the candidate with the meaning of the keys, context left out.
+        max_length: most entries.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    query: tuple[str, ...]
+    max_length: int
+
+
+class FeatureMap:
+    """Declares the tables and lookups of a model once, and makes its batches.
+
+    The table ``side`` is packed: each side feature, the domain (where candidates have more than one) and the two
+    contexts of a history's entries own a range of its rows; row 0 belongs to none.
+
+    Args:
+        spec: of the dataset to read.
+        config: of the features.
+        fitted: what was learned from the training range.
+        behaviours: to predict, in this order; empty means all of the dataset.
+
+    Attributes:
+        spec: of the dataset.
+        tables: ``user``, ``author``, ``item`` and ``side``, less those that nothing reads.
+        lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_context``.
+        sequences: the histories.
+        behaviours: columns of ``label`` and ``mask``.
+        dense_names: columns of ``dense``.
+        n_dense: how many they are.
+        layout: of its batches.
+
+    Raises:
+        UserError: an unknown feature or behaviour, or the dataset differs from the one that was fitted on.
+    """
+
+    def __init__(
+        self, spec: DatasetSpec, config: FeatureConfig, fitted: FittedFeatures, behaviours: Sequence[str] = ()
+    ) -> None:
+        _check_names(spec, config, behaviours)
+        _check_layout(spec, fitted)
+        self.spec = spec
+        self.behaviours: tuple[str, ...] = tuple(behaviours) or spec.behaviours
+        self._labels = [spec.behaviours.index(behaviour) for behaviour in self.behaviours]
+        self._fitted, self._clip = fitted, config.clip
+        self._inputs = DenseInputs(spec, config.exclude, config.smoothing)
+        self.dense_names, self.n_dense = self._inputs.names, len(self._inputs.names)
+
+        self._side = _PackedSide(spec, config)
+        self._ids = {
+            name: IdMap(name, getattr(config, name).ids, fitted.table_rows[name], fitted.vocabularies.get(name))
+            for name in ID_TABLES
+            if not (name == "user" and "user_id" in config.exclude)
+        }
+        self._histories = {
+            name: _HistoryRead(DOMAINS.index(history.domain), history.length, _require_bits(spec, history))
+            for name, history in config.history.items()
+        }
+        lookups = [Lookup(name, name, 1) for name in self._ids]
+        if self._side.width:
+            lookups.append(Lookup("side", "side", self._side.width))
+        for name in self._histories:
+            lookups += [Lookup(f"{name}_{key}", key, None) for key in ("item", "author")]
+            lookups.append(Lookup(f"{name}_context", "side", None))
+        self.lookups: tuple[Lookup, ...] = tuple(lookups)
+        rows = {**fitted.table_rows, "side": self._side.rows}
+        self.tables: tuple[Table, ...] = tuple(
+            Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding)
+            for name in (*ID_TABLES, "side")
+            if any(lookup.table == name for lookup in lookups)
+            for own in (getattr(config, name),)
+        )
+        self.sequences: tuple[HistorySequence, ...] = tuple(
+            HistorySequence(
+                name, (f"{name}_item", f"{name}_author", f"{name}_context"), ("item", "author"), history.length
+            )
+            for name, history in config.history.items()
+        )
+        groups = group_lookups(self.tables, self.lookups)
+        self.layout = BatchLayout(
+            tuple(tuple(lookup.name for lookup in members) for _, members in groups), self.n_dense, len(self._labels)
+        )
+
+    def batch(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> Batch:
+        """Model inputs of some rows; see :meth:`pack`."""
+        return self.pack(rows, histories, as_of_ms).unpack(self.layout, {})
+
+    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> PackedBatch:
+        """Model inputs of some rows, as two flat tensors.
+
+        Args:
+            rows: n canonical rows.
+            histories: of the dataset.
+            as_of_ms: ``[n]`` int64; histories hold what was known before, and the age of their entries counts from it.
+
+        Raises:
+            UserError: an id beyond a directly mapped table, a side value beyond its feature, or a dense value that is
+                NaN or infinite.
+        """
+        n = len(rows["visit_id"])
+        slices = {
+            name: histories.latest(
+                rows["user_id"], as_of_ms, domain=read.domain, length=read.length, require=read.require
+            )
+            for name, read in self._histories.items()
+        }
+        lengths = self._lengths(n, slices)
+        ids_per_key = {key: int(each.sum()) for key, each in lengths.items()}
+        integers = torch.empty(sum(self.layout.integer_sizes(n, ids_per_key)), dtype=torch.int64)
+        places = _split(integers.numpy(), self.layout.integer_sizes(n, ids_per_key))
+        ids = {}
+        for keys in self.layout.keys:
+            ids.update({key: next(places) for key in keys})
+            np.concatenate([lengths[key] for key in keys], out=next(places))
+        for column in ("user_id", "visit_id", "request_ms"):
+            next(places)[:] = rows[column]
+
+        for name, table in self._ids.items():
+            table(rows[f"{name}_id"], ids[name])
+        if self._side.width:
+            self._side.fill(rows, ids["side"].reshape(n, -1))
+        for name, visits in slices.items():
+            self._ids["item"](visits.item_id, ids[f"{name}_item"])
+            self._ids["author"](visits.author_id, ids[f"{name}_author"])
+            age_ms = np.repeat(as_of_ms, visits.lengths) - visits.request_ms
+            self._side.fill_context(visits.bits, age_ms, ids[f"{name}_context"].reshape(-1, CONTEXT_IDS))
+
+        floats = torch.empty(sum(self.layout.float_sizes(n)))
+        dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
+        standardised = dense.reshape(n, self.n_dense)
+        np.subtract(self._inputs.raw(rows, self._fitted.prior), self._fitted.mean, out=standardised)
+        standardised /= self._fitted.deviation
+        np.clip(standardised, -self._clip, self._clip, out=standardised)
+        label.reshape(n, -1)[:] = (rows["label"] & rows["mask"])[:, self._labels]
+        mask.reshape(n, -1)[:] = rows["mask"][:, self._labels]
+        return PackedBatch(integers, floats, n, ids_per_key)
+
+    def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:
+        """Lookup -> ids of each row, ``[rows]`` int64."""
+        lengths = {}
+        for lookup in self.lookups:
+            if lookup.length is not None:
+                lengths[lookup.name] = np.full(rows, lookup.length)
+            else:
+                history, _, key = lookup.name.rpartition("_")
+                entries = slices[history].lengths
+                lengths[lookup.name] = entries * CONTEXT_IDS if key == "context" else entries
+        return lengths
+
+
+class _HistoryRead(NamedTuple):
+    """How ``Histories.latest`` is asked for a history: code of the domain, entries, bits of the behaviours."""
+
+    domain: int
+    length: int
+    require: int
+
+
+class _PackedSide:
+    """The ranges of the table ``side``.
+
+    Attributes:
+        rows: of the table.
+        width: ids of a row of the batch.
+    """
+
+    def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
+        self._columns = [k for k, side in enumerate(spec.side) if side.name not in config.exclude]
+        self._features: list[SideFeature] = [spec.side[k] for k in self._columns]
+        self._has_domain = len(spec.candidates) > 1 and "domain" not in config.exclude
+        sizes = [feature.rows for feature in self._features]
+        if self._has_domain:
+            sizes.append(len(DOMAINS))
+        self.width = len(sizes)
+        if config.history:
+            sizes += [1 << min(len(spec.behaviours), ACTION_BITS), GAP_BUCKETS]
+        self._offsets = np.cumsum([1, *sizes])
+        self.rows = int(self._offsets[-1])
+        self._limits = np.array([feature.rows for feature in self._features])
+
+    def fill(self, rows: Rows, out: np.ndarray) -> None:
+        """Write the ids of each row into ``[n, width]`` int64."""
+        features = len(self._features)
+        values = rows["side"] if features == rows["side"].shape[1] else rows["side"][:, self._columns]
+        if len(values) and features and (values.min() < 0 or (values.max(axis=0) >= self._limits).any()):
+            row, column = np.argwhere((values < 0) | (values >= self._limits))[0]
+            feature = self._features[column]
+            raise UserError(
+                f"side feature {feature.name!r} is {values[row, column]} in visit {rows['visit_id'][row]}; the dataset "
+                f"declares values 0 to {feature.rows - 1}"
+            )
+        np.add(values, self._offsets[:features], out=out[:, :features])
+        if self._has_domain:
+            np.add(rows["domain"], self._offsets[features], out=out[:, features])
+
+    def fill_context(self, bits: np.ndarray, age_ms: np.ndarray, out: np.ndarray) -> None:
+        """Write the context ids of each history entry into ``[n, CONTEXT_IDS]`` int64."""
+        np.bitwise_and(bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
+        out[:, 0] += self._offsets[self.width]
+        np.add(gap_bucket(age_ms), self._offsets[self.width + 1], out=out[:, 1])
+
+
+def gap_bucket(age_ms: np.ndarray) -> np.ndarray:
+    """Bucket of an age, in half octaves of seconds: edges at 0, 0.5, 1, 2, 3, 5, 7, 11, ... seconds.
+
+    Args:
+        age_ms: ``[n]`` int64, milliseconds; below 0 counts as 0.
+
+    Returns:
+        ``[n]`` int32 in ``[0, GAP_BUCKETS)``.
+    """
+    seconds = (np.maximum(age_ms, 0) * np.float32(0.001)).astype(np.float32) + np.float32(1)
+    # Exponent and first bit of the mantissa: the same on every machine, which a logarithm at an edge need not be.
+    return np.minimum((seconds.view(np.int32) >> 22) - (127 << 1), GAP_BUCKETS - 1)
+
+
+def _split(flat: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
+    edges = np.cumsum([0, *sizes]).tolist()
+    return (flat[start:stop] for start, stop in itertools.pairwise(edges))
+
+
+def _require_bits(spec: DatasetSpec, history: HistoryConfig) -> int:
+    return sum(1 << spec.behaviours.index(behaviour) for behaviour in history.require)
+
+
+def _check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[str]) -> None:
+    required = {name: history.require for name, history in config.history.items()}
+    for key, names in (
+        ("data.behaviours", behaviours),
+        *((f"features.history.{name}.require", names) for name, names in required.items()),
+    ):
+        for name in names:
+            if name not in spec.behaviours:
+                raise UserError(f"{key}: the dataset has no behaviour {name!r}; it has {', '.join(spec.behaviours)}")
+    known = [
+        "user_id",
+        "domain",
+        "stat:*",
+        *(side.name for side in spec.side),
+        *(dense.name for dense in spec.dense),
+        *map(statistic_name, spec.statistics),
+    ]
+    for name in config.exclude:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"features.exclude: the dataset has no feature {name!r}; did you mean {nearest!r}?")
+
+
+def _check_layout(spec: DatasetSpec, fitted: FittedFeatures) -> None:
+    ours = feature_layout(spec)
+    for part, theirs in fitted.layout.items():
+        if ours.get(part) != theirs:
+            raise UserError(
+                f"dataset {spec.name!r} does not fit the model's features: its {part} are {ours.get(part)}, the model "
+                f"was trained with {theirs}"
+            )

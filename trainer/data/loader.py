@@ -1,0 +1,168 @@
+"""Batches of one rank: planned here, made by worker processes, handed out in order with their position.
+
+The plan (plan.py) is the only state and never leaves this process. A worker is told which pieces of which blocks to
+gather, so any number of workers gives the same batches, and what they have prefetched when a run ends is simply
+planned again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.data.batch import Batch, PackedBatch, Position
+from trainer.data.features import FeatureMap
+from trainer.data.history import Histories
+from trainer.data.plan import Piece, ReadPlan, partitions_of_rank
+from trainer.data.reader import BlockReader
+from trainer.data.selection import Selection
+from trainer.data.shards import RowStore
+from trainer.data.statistics import FrozenStatistics
+from trainer.errors import UserError
+
+
+class Loader:
+    """The batches of one rank, from a position on.
+
+    A rank whose partitions have fewer rows ends earlier than others; ``FeatureMap.layout.empty()`` is what it can go on
+    with.
+
+    Args:
+        store: rows of the dataset.
+        histories: of the dataset.
+        feature_map: makes the batches.
+        rank: of this process.
+        world: number of ranks; partition p belongs to rank ``p % world``.
+        batch_size: rows of a batch; the last one may have fewer.
+        seed: of the shuffling.
+        selection: rows to read; all by default.
+        epochs: passes over them.
+        shuffle_ms: rows are shuffled inside windows of so many milliseconds of emission; None keeps the stored order.
+        as_of_limit_ms: histories show nothing known at this time or later; None means up to the request of each row.
+        frozen_statistics: take the statistics from here and not from the rows.
+        workers: processes; 0 makes the batches in this one.
+        prefetch: batches that each worker makes ahead.
+        pin_memory: hand out batches in page-locked memory.
+        state: position to go on from, over the partitions of all ranks; None starts at the beginning.
+
+    Raises:
+        UserError: more ranks than partitions, a position that does not fit, or an unreadable index.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        histories: Histories,
+        feature_map: FeatureMap,
+        *,
+        rank: int,
+        world: int,
+        batch_size: int,
+        seed: int,
+        selection: Selection | None = None,
+        epochs: int = 1,
+        shuffle_ms: int | None = None,
+        as_of_limit_ms: int | None = None,
+        frozen_statistics: FrozenStatistics | None = None,
+        workers: int = 0,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+        state: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        selection = selection or Selection()
+        self._plan = ReadPlan(
+            store,
+            partitions_of_rank(store.partitions, rank, world),
+            selection,
+            batch_size=batch_size,
+            seed=seed,
+            epochs=epochs,
+            shuffle_ms=shuffle_ms,
+            state=state,
+        )
+        self._layout = feature_map.layout
+        reader = BlockReader(store, feature_map.spec, selection, None if shuffle_ms is None else seed)
+        self._maker = _BatchMaker(reader, histories, feature_map, as_of_limit_ms, frozen_statistics)
+        self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
+
+    @property
+    def rows_total(self) -> int:
+        """Rows of this rank over all epochs, from the very beginning; corrupt records that are skipped count."""
+        return self._plan.rows_total
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of :attr:`rows_total` that lie before the first batch."""
+        return self._plan.rows_done
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches, from ``state`` on each time.
+
+        Raises:
+            UserError: a corrupt record, a value that is not finite, or an id beyond its table; named.
+        """
+        positions: deque[Position] = deque()
+
+        def plan() -> Iterator[list[Piece]]:
+            for planned in self._plan.batches():
+                positions.append(planned.position)
+                yield planned.pieces
+
+        made = DataLoader(
+            self._maker,
+            batch_size=None,
+            sampler=plan(),
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            pin_memory=self._pin_memory,
+            collate_fn=_unchanged,
+            # Forked workers share what the parent has mapped and looked up, and start without importing anything.
+            multiprocessing_context="fork" if self._workers else None,
+            # DataLoader draws from its generator when it starts; the global one belongs to the model.
+            generator=torch.Generator(),
+        )
+        for packed in made:
+            if isinstance(packed, UserError):
+                raise packed
+            yield packed.unpack(self._layout, positions.popleft())
+
+
+class _BatchMaker(Dataset):
+    """Makes one planned batch; lives in each worker and keeps the decoded blocks that it is in the middle of."""
+
+    def __init__(
+        self,
+        reader: BlockReader,
+        histories: Histories,
+        feature_map: FeatureMap,
+        as_of_limit_ms: int | None,
+        frozen_statistics: FrozenStatistics | None,
+    ) -> None:
+        self._reader, self._histories, self._feature_map = reader, histories, feature_map
+        self._as_of_limit_ms, self._frozen = as_of_limit_ms, frozen_statistics
+
+    def __getitem__(self, pieces: list[Piece]) -> PackedBatch | UserError:
+        try:
+            return self._make(pieces)
+        except UserError as error:
+            # Handed over as a value: DataLoader would put a worker's traceback into the message of an exception.
+            return error
+
+    def _make(self, pieces: list[Piece]) -> PackedBatch:
+        rows, skipped = self._reader.gather(pieces)
+        as_of = rows["request_ms"]
+        if self._as_of_limit_ms is not None:
+            as_of = np.minimum(as_of, self._as_of_limit_ms)
+        if self._frozen is not None:
+            rows["stat"] = self._frozen.lookup(rows)
+        return replace(self._feature_map.pack(rows, self._histories, as_of), skipped_rows=skipped)
+
+
+def _unchanged(made: Any) -> Any:
+    return made
