@@ -8,7 +8,7 @@ memory-mapped columns, and ``dataset.json`` (written last) says what is in it::
     events/part-00003.parquet        EVENT_COLUMNS, in time order
     rows/part-00003-000000.tar       training rows in emission order, one column batch a member (shards.py)
     rows/part-00003.index.json       where each member lies and which times it covers
-    history/part-00003/*.npy         flat columns plus offsets (history.py)
+    history/*.npy                    flat columns plus offsets, partition after partition (history.py)
     truth/part-00003.parquet         simulation only: true probabilities, read by nothing that trains
 
 Times are integer milliseconds UTC. Ids are int64. Partition ``p = hash(user_id) mod P`` holds everything of a user.
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from trainer.data import storage
 from trainer.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -137,16 +138,16 @@ class DatasetSpec:
 
     @staticmethod
     def load(path: str | Path) -> DatasetSpec:
-        """Read ``path/dataset.json``.
+        """Read ``path/dataset.json``; ``path`` is a local path or an fsspec URL.
 
         Raises:
             UserError: no dataset there, not JSON, or another schema version.
         """
-        file = Path(path) / "dataset.json"
+        file = storage.join(path, "dataset.json")
         try:
-            raw = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no dataset here ({file.name} is missing); make one with `limelight data`") from None
+            raw = json.loads(storage.read_bytes(file))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{path}: no dataset here (dataset.json is missing); `limelight data` makes one") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{file}: not valid JSON ({error})") from None
         version = raw.pop("schema_version", None)

@@ -1,0 +1,277 @@
+"""User histories: everything a user has visited, read as of a moment.
+
+``history/*.npy`` are flat columns, one entry a visit that was watched or acted upon, memory-mapped. Entries lie
+partition after partition and in it sorted by (user, domain, ``known_ms``), so the latest visits of a user in a domain are one run
+of entries. ``user_id.npy`` (sorted) and ``offsets.npy`` ``[users, domains + 1]`` say where the runs are.
+
+A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and sees only entries with
+``known_ms < as_of_ms``; no call returns anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trainer.data import storage
+from trainer.data.order import stable_order
+from trainer.data.schema import DOMAINS, DatasetSpec
+from trainer.errors import UserError
+
+FOLDER = "history"
+
+HISTORY_LIMIT = 10_000
+"""Visits of a user, of all domains, that a read looks back on."""
+
+MAX_BEHAVIOURS = 31
+"""Behaviours that fit an entry's ``bits``."""
+
+_ENTRY_COLUMNS: dict[str, np.dtype] = {
+    "item_id": np.dtype(np.int64),
+    "author_id": np.dtype(np.int64),
+    "request_ms": np.dtype(np.int64),
+    "play_ms": np.dtype(np.int64),
+    "bits": np.dtype(np.int32),
+    "known_ms": np.dtype(np.int64),
+    # Position among the user's entries of all domains, for HISTORY_LIMIT.
+    "ordinal": np.dtype(np.int32),
+}
+_USER_COLUMNS = ("user_id", "offsets")
+
+
+@dataclass(frozen=True)
+class HistorySlice:
+    """Part of the histories of n users: ``lengths`` entries of each, one user after the other, oldest first.
+
+    Attributes:
+        lengths: ``[n] int64``.
+        item_id: ``[lengths.sum()] int64``, as all that follow.
+        author_id: int64.
+        request_ms: int64, when the visit began.
+        play_ms: int64, time watched.
+        bits: int32, bit k set where ``spec.behaviours[k]`` happened during the visit.
+        domain: uint8, code of the domain.
+    """
+
+    lengths: np.ndarray
+    item_id: np.ndarray
+    author_id: np.ndarray
+    request_ms: np.ndarray
+    play_ms: np.ndarray
+    bits: np.ndarray
+    domain: np.ndarray
+
+
+class Histories:
+    """The histories of a dataset, memory-mapped; picklable, and safe in forked processes.
+
+    Histories on a URL are first copied to a cache directory of this machine (``LIMELIGHT_CACHE``, by default
+    ``~/.cache/limelight``), once for each version of the dataset.
+
+    Args:
+        path: the dataset, a local path or an fsspec URL.
+        spec: its description.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, path: str | Path, spec: DatasetSpec) -> None:
+        folder = _cached(str(path), spec) if storage.is_remote(path) else Path(path) / FOLDER
+        self._open(folder)
+
+    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
+        return _reopen, (self._folder,)
+
+    def latest(
+        self, user_id: np.ndarray, as_of_ms: np.ndarray, *, domain: int, length: int, require: int = 0
+    ) -> HistorySlice:
+        """The latest visits of each user in one domain, as known before a time.
+
+        Of the user's last ``HISTORY_LIMIT`` visits (all domains) that ended before ``as_of_ms``, strictly, the latest
+        ``length`` of the domain are given.
+
+        Args:
+            user_id: ``[n] int64``; unknown users have an empty history.
+            as_of_ms: ``[n] int64``, milliseconds UTC.
+            domain: code of the domain.
+            length: most visits per user.
+            require: only visits with at least one of these behaviour bits; 0 takes all.
+        """
+        entries = self._entries
+        place = np.searchsorted(self._user_id, user_id)
+        place[place == len(self._user_id)] = 0
+        if len(self._user_id):
+            runs = self._offsets[place]
+            runs[self._user_id[place] != user_id] = 0
+        else:
+            runs = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
+        first, stop = runs[:, domain], self._known_until(runs, domain, as_of_ms)
+
+        # Only users with more than the limit pay for knowing how many visits of the other domains came before.
+        long = np.flatnonzero(runs[:, -1] - runs[:, 0] > HISTORY_LIMIT)
+        if len(long):
+            known = sum(self._known_until(runs[long], d, as_of_ms[long]) - runs[long, d] for d in range(len(DOMAINS)))
+            oldest = _bisect(entries["ordinal"], first[long], stop[long], known - HISTORY_LIMIT)
+            first = first.copy()
+            first[long] = oldest
+
+        if require:
+            matching = self._matching(require)
+            first, stop = np.searchsorted(matching, first), np.searchsorted(matching, stop)
+        first = np.maximum(first, stop - length)
+        lengths = stop - first
+        ends = np.cumsum(lengths)
+        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)
+        if require:
+            at = matching[at]
+        return HistorySlice(
+            lengths=lengths,
+            **{name: entries[name][at] for name in ("item_id", "author_id", "request_ms", "play_ms", "bits")},
+            domain=np.full(len(at), domain, np.uint8),
+        )
+
+    def _known_until(self, runs: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
+        return _bisect(self._entries["known_ms"], runs[:, domain], runs[:, domain + 1], as_of_ms)
+
+    def _matching(self, require: int) -> np.ndarray:
+        if require not in self._matches:
+            self._matches[require] = np.flatnonzero(self._entries["bits"] & require)
+        return self._matches[require]
+
+    def _open(self, folder: Path) -> None:
+        self._folder = folder
+        self._matches: dict[int, np.ndarray] = {}
+        try:
+            # Plain arrays over the mapped memory: indexing np.memmap itself costs a subclass instance each time.
+            columns = {
+                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+                for name in (*_ENTRY_COLUMNS, *_USER_COLUMNS)
+            }
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: histories cannot be read ({error})") from None
+        self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
+        self._entries = columns
+
+
+class HistoryWriter:
+    """Writes ``history/*.npy``, one partition after the other.
+
+    Args:
+        folder: the ``history`` directory, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = {name: _GrowingColumn(folder / f"{name}.npy", dtype) for name, dtype in _ENTRY_COLUMNS.items()}
+        self._users: list[np.ndarray] = []
+        self._offsets: list[np.ndarray] = []
+        self._entries = 0
+
+    def append(self, visits: dict[str, np.ndarray]) -> None:
+        """Add the visits of a partition, in any order: ``user_id``, ``domain`` and the columns of an entry."""
+        user_id, number = np.unique(visits["user_id"], return_inverse=True)
+        run = number * len(DOMAINS) + visits["domain"]
+        by_time = stable_order(visits["known_ms"])
+        by_user = by_time[stable_order(number[by_time])]
+        counts = np.bincount(number, minlength=len(user_id))
+        ordinal = np.empty(len(run), np.int64)
+        ordinal[by_user] = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = by_time[stable_order(run[by_time])]
+        for name, file in self._files.items():
+            file.append((ordinal if name == "ordinal" else visits[name])[order])
+        per_run = np.bincount(run, minlength=len(user_id) * len(DOMAINS)).reshape(-1, len(DOMAINS))
+        offsets = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
+        ends = self._entries + np.cumsum(per_run.reshape(-1)).reshape(per_run.shape)
+        offsets[:, 1:] = ends
+        offsets[:, 0] = ends[:, 0] - per_run[:, 0]
+        self._users.append(user_id)
+        self._offsets.append(offsets)
+        self._entries += len(run)
+
+    def close(self) -> None:
+        """Write the users' offsets and complete the files."""
+        for file in self._files.values():
+            file.close()
+        user_id = np.concatenate([np.empty(0, np.int64), *self._users])
+        offsets = np.concatenate([np.empty((0, len(DOMAINS) + 1), np.int64), *self._offsets])
+        order = stable_order(user_id)
+        np.save(self._folder / "user_id.npy", user_id[order])
+        np.save(self._folder / "offsets.npy", offsets[order])
+
+
+class _GrowingColumn:
+    """A one-dimensional .npy file whose length is known only at the end."""
+
+    def __init__(self, file: Path, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._rows = 0
+        self._file: BinaryIO = open(file, "wb")  # noqa: SIM115 (closed by close)
+        self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, self._dtype).data)
+        self._rows += len(values)
+
+    def close(self) -> None:
+        # numpy leaves room in the header for the length to grow, so it can be written over.
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows,)}
+        np.lib.format.write_array_header_1_0(self._file, description)
+
+
+def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """In each run ``[first, stop)`` of a column sorted within runs, where the values below ``value`` end. ``[n]``."""
+    low, high = first.copy(), stop.copy()
+    for _ in range(int((stop - first).max(initial=0)).bit_length()):
+        middle = (low + high) >> 1
+        # Where the run is exhausted low == high, which may lie past the column's end.
+        open_ = low < high
+        below = open_ & (column[np.where(open_, middle, 0)] < value)
+        low = np.where(below, middle + 1, low)
+        high = np.where(below, high, middle)
+    return low
+
+
+def _reopen(folder: Path) -> Histories:
+    histories = Histories.__new__(Histories)
+    histories._open(folder)
+    return histories
+
+
+def _cached(url: str, spec: DatasetSpec) -> Path:
+    """Local copy of a remote dataset's histories, made if there is none."""
+    root = Path(os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight"))
+    copy = root / hashlib.sha256(f"{url}\n{spec.to_json()}".encode()).hexdigest()[:32] / FOLDER
+    if copy.exists():
+        return copy
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=copy.parent))
+    try:
+        filesystem, inside = storage.open_url(storage.join(url, FOLDER))
+        try:
+            for name in (*_ENTRY_COLUMNS, *_USER_COLUMNS):
+                filesystem.get_file(f"{inside}/{name}.npy", str(aside / f"{name}.npy"))
+        except FileNotFoundError as error:
+            raise UserError(f"{url}: the dataset has no histories ({error})") from None
+        try:
+            aside.rename(copy)
+        except OSError:
+            # Another process was faster; its copy is as good.
+            if not copy.exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return copy
