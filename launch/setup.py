@@ -116,10 +116,6 @@ class Environment:
         Raises:
             SetupError: no network, no disk space, no matching wheel, no venv module, or pip's own reason.
         """
-        free = shutil.disk_usage(self.root).free / 1e9
-        if free < GIGABYTES_NEEDED[device]:
-            need = GIGABYTES_NEEDED[device]
-            raise SetupError(f"{self.root} has {free:.1f} GB free, the {device} install needs {need}: free some space")
         self._prepare(device)
         steps = self.steps(device)
         started = time.monotonic()
@@ -150,6 +146,9 @@ class Environment:
             _say(f"starting {self.directory} afresh: {reason}")
             shutil.rmtree(self.directory)
         fresh = not self.directory.exists()
+        free, need = shutil.disk_usage(self.root).free / 1e9, GIGABYTES_NEEDED[device]
+        if fresh and free < need:
+            raise SetupError(f"{self.root} has {free:.1f} GB free, the {device} install needs {need}: free some space")
         self.directory.mkdir(exist_ok=True)
         self.unfinished.touch()
         self.stamp.unlink(missing_ok=True)
@@ -216,7 +215,8 @@ def _explain(output: str, directory: Path) -> str:
         return f"no package index can be reached{what}: check the network, or name a mirror with PIP_INDEX_URL=..."
     if missing:
         version, machine = f"{sys.version_info[0]}.{sys.version_info[1]}", os.uname().machine
-        return f"the index has no {missing[1]} for Python {version} on {machine}: try PYTHON=python3.11 on x86_64 Linux"
+        wheels = "wheels are for Python 3.11 to 3.14 on x86_64 Linux; PIP_INDEX_URL=... names another index"
+        return f"the index has no {missing[1]} for Python {version} on {machine} ({wheels})"
     errors = [line.strip() for line in output.splitlines() if line.lstrip().lower().startswith("error")]
     last = errors[-1] if errors else (output.strip().splitlines() or ["no output"])[-1]
     return f"{last} (the log is {directory / 'setup.log'})"

@@ -1,0 +1,132 @@
+"""The ``limelight`` command. Imports of a verb's work wait until that verb is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from trainer.command import (
+    USER_ERROR_STATUS,
+    add_evaluate_arguments,
+    add_score_arguments,
+    add_train_arguments,
+    exit_status,
+)
+from trainer.data.cli import add_data_parser
+
+BROKEN_PIPE_STATUS = 141
+"""128 + SIGPIPE: whoever read our output has gone."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake in one line, and takes option names only in full."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit."""
+        print(f"limelight: error: {message} ({self.prog} --help shows what is accepted)", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of all verbs; ``arguments.run(arguments)`` does the verb and may return an exit status."""
+    parser = Parser(prog="limelight", description="Trains live-streaming recommenders.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    add_data_parser(verbs)
+
+    train = verbs.add_parser("train", help="train the model of a job file", description="Train on this machine.")
+    add_train_arguments(train)
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser("evaluate", help="metrics of a trained run on a range of time")
+    add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    for verb in (train, evaluate):
+        verb.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes to start (default: 1)")
+
+    score = verbs.add_parser("score", help="probabilities and ranking score of candidates")
+    add_score_arguments(score)
+    score.set_defaults(run=_score)
+
+    doctor = verbs.add_parser("doctor", help="what on this machine is wrong, and what to type")
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    try:
+        try:
+            return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if _stdout_is_open():
+            raise
+        return BROKEN_PIPE_STATUS
+
+
+def _run(arguments: list[str]) -> int | None:
+    # --ranks may stand among the overrides, where argparse would not look for it.
+    ranks = Parser(prog="limelight", add_help=False)
+    ranks.add_argument("--ranks")
+    found, rest = ranks.parse_known_args(arguments)
+    given = [] if found.ranks is None else [f"--ranks={found.ranks}"]
+    options = build_parser().parse_args([*rest[:1], *given, *rest[1:]])
+    options.forwarded = rest[1:]
+    status: int | None = options.run(options)
+    return status
+
+
+def _train(options: argparse.Namespace) -> int:
+    from launch.local import start_ranks
+    from trainer.config import load_config
+
+    load_config(options.config, options.overrides)
+    return start_ranks("trainer.rank", options.forwarded, options.ranks)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from launch.local import start_ranks
+
+    return start_ranks("trainer.evaluate", options.forwarded, options.ranks)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from launch.local import start_ranks
+
+    return start_ranks("trainer.score", options.forwarded, 1)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from launch.doctor.report import examine
+
+    return examine(as_json=options.json)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
+    return int(text)
+
+
+def _stdout_is_open() -> bool:
+    """Whether stdout still has a reader; if not, it is pointed elsewhere so that Python can close it in peace."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Checks of the machine: collectives, compiler, ports, shared memory, disk, open files, threads."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+from launch.doctor.check import Check
+from launch.doctor.probe import ProbeError, run_probes
+from launch.machine import available_cores, free_port, port_in_use
+
+SHARED_MEMORY_FAIL, SHARED_MEMORY_WARN = 128e6, 1e9
+"""Free bytes of /dev/shm: loader processes hand batches over in it, and containers get 64 MB unless told otherwise."""
+
+DISK_FAIL, DISK_WARN = 1e9, 10e9
+"""Free bytes for runs and data, and for temporary files."""
+
+OPEN_FILES_WARN = 1024
+"""Soft limit of open files: a loader process holds a few for each batch that it has made ahead."""
+
+
+def check_collectives(backend: str, ranks: int) -> Check:
+    """A real all-reduce between processes on the loopback interface."""
+    try:
+        results = run_probes("all_reduce", backend, ranks=ranks)
+    except ProbeError as error:
+        fix = "export GLOO_SOCKET_IFNAME=lo" if backend == "gloo" else "export NCCL_DEBUG=INFO, and see what it says"
+        return Check(backend, "fail", f"an all-reduce of {ranks} processes failed: {error}", fix)
+    wrong = [result["sum"] for result in results if result["sum"] != ranks * (ranks + 1) / 2]
+    if wrong:
+        return Check(backend, "fail", f"an all-reduce of {ranks} processes gave {wrong[0]}", "make clean setup")
+    return Check(backend, "ok", f"an all-reduce of {ranks} processes went through")
+
+
+def check_compiler() -> Check:
+    """What DeepSpeed compiles at run time, which the jobs here do not use."""
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    needed_for = "only DeepSpeed's own CPU or fused optimizers are compiled at run time, and no job here uses them"
+    if missing:
+        return Check("compiler", "ok", f"no {' and no '.join(missing)}, not needed: {needed_for}")
+    return Check("compiler", "ok", f"g++ and ninja are there, not needed: {needed_for}")
+
+
+def check_port() -> Check:
+    """Where the ranks meet."""
+    given = os.environ.get("MASTER_PORT")
+    if given is None:
+        return Check("port", "ok", f"a free one can be had, such as {free_port()}")
+    if not given.isdecimal() or not 0 < int(given) < 65536:
+        return Check("port", "fail", f"MASTER_PORT={given} is no port", "unset MASTER_PORT")
+    if port_in_use(int(given)):
+        return Check("port", "fail", f"MASTER_PORT={given} is in use by another process", "unset MASTER_PORT")
+    return Check("port", "ok", f"MASTER_PORT={given} is free")
+
+
+def check_shared_memory(path: str = "/dev/shm") -> Check:
+    """Room for the batches that loader processes hand over."""
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError:
+        return Check("shared memory", "warn", f"{path} is not there", "data.workers=0 reads without it")
+    message = f"{_size(free)} free in {path}"
+    fix = "docker run --shm-size=8g ..., or data.workers=0"
+    if free < SHARED_MEMORY_FAIL:
+        return Check("shared memory", "fail", f"{message}: loader processes will die of SIGBUS", fix)
+    if free < SHARED_MEMORY_WARN:
+        return Check("shared memory", "warn", f"{message}: little for large batches", fix)
+    return Check("shared memory", "ok", message)
+
+
+def check_disk(path: Path) -> Check:
+    """Room for runs and data below ``path``, and for temporary files."""
+    free, place = min((shutil.disk_usage(place).free, place) for place in (path, Path(tempfile.gettempdir())))
+    message = f"{_size(free)} free at {place}"
+    fix = f"df -h {place}: free some space" + (", or point TMPDIR elsewhere" if place != path else "")
+    if free < DISK_FAIL:
+        return Check("disk", "fail", message, fix)
+    return Check("disk", "warn", message, fix) if free < DISK_WARN else Check("disk", "ok", message)
+
+
+def check_open_files() -> Check:
+    """The limit of open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < OPEN_FILES_WARN:
+        return Check(
+            "open files", "warn", f"at most {soft}: loader processes may run out", f"ulimit -n {max(hard, soft)}"
+        )
+    return Check("open files", "ok", f"at most {soft}")
+
+
+def check_threads() -> Check:
+    """Threads per rank beside the cores."""
+    cores, given = available_cores(), os.environ.get("OMP_NUM_THREADS")
+    if given is None:
+        return Check("threads", "ok", f"{cores} cores; each rank gets its share of them")
+    if not given.isdecimal() or int(given) > cores:
+        message = f"OMP_NUM_THREADS={given} on {cores} cores: the threads of each rank are in each other's way"
+        return Check("threads", "warn", message, "unset OMP_NUM_THREADS")
+    return Check("threads", "ok", f"OMP_NUM_THREADS={given} for each rank, on {cores} cores")
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

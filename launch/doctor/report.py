@@ -1,0 +1,72 @@
+"""Runs all checks and tells what they found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from launch.doctor.check import Check
+from launch.doctor.host import (
+    check_collectives,
+    check_compiler,
+    check_disk,
+    check_open_files,
+    check_port,
+    check_shared_memory,
+    check_threads,
+)
+from launch.doctor.packages import (
+    check_accelerator,
+    check_lookup,
+    check_pins,
+    check_python,
+    check_triple,
+    installed_versions,
+    pinned_versions,
+)
+from launch.machine import has_nvidia_driver
+
+FAILED_STATUS = 1
+"""Exit status when a check failed; warnings leave it at 0."""
+
+
+def all_checks() -> Iterator[Check]:
+    """Every check in order, each as soon as it is done. The slow ones are the lookup and the collectives."""
+    installed = installed_versions()
+    yield check_python()
+    yield check_pins(installed, pinned_versions())
+    yield check_triple(installed)
+    lookup, seen = check_lookup()
+    yield lookup
+    if seen:
+        gpus = seen["devices"]
+        yield check_accelerator(seen["cuda_build"], gpus, "fbgemm-gpu" in installed, has_nvidia_driver())
+        yield check_collectives("gloo", 2)
+        if gpus:
+            yield check_collectives("nccl", min(len(gpus), 2))
+    yield check_compiler()
+    yield check_port()
+    yield check_shared_memory()
+    yield check_disk(Path.cwd())
+    yield check_open_files()
+    yield check_threads()
+
+
+def examine(*, as_json: bool) -> int:
+    """Print all checks, as lines when each is done or as one JSON object at the end. The exit status."""
+    checks = []
+    for check in all_checks():
+        checks.append(check)
+        if not as_json:
+            print(f"{check.status:<5} {check.name:<24} {check.message}", flush=True)
+            if check.fix:
+                print(f"{'':<30} -> {check.fix}", flush=True)
+    failures = sum(check.status == "fail" for check in checks)
+    warnings = sum(check.status == "warn" for check in checks)
+    if as_json:
+        print(json.dumps({"ok": failures == 0, "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        print(f"{len(checks)} checks: {failures} failed, {warnings} warned")
+    return FAILED_STATUS if failures else 0

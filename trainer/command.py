@@ -1,0 +1,53 @@
+"""Command lines of the jobs, defined once for ``limelight <verb>`` and ``torchrun -m trainer.<job>``.
+
+Light to import: the ``limelight`` command reads it before it knows which job is meant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from trainer.errors import UserError
+
+USER_ERROR_STATUS = 2
+"""Exit status after a mistake of the user's, told in one line."""
+
+INTERRUPTED_STATUS = 130
+"""Exit status after ctrl-C: 128 + SIGINT, as shells have it."""
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """``CONFIG [section.key=value ...]``."""
+    parser.add_argument("config", metavar="CONFIG", help="job file, such as configs/simulated.toml")
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="keys to set otherwise, such as train.epochs=2"
+    )
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """``RUN --data PATH --from T --until T [--json]``."""
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--data", metavar="PATH", help="dataset to evaluate on (default: the run's own)")
+    parser.add_argument("--from", dest="time_from", metavar="T", help="first request, such as 2022-05-06")
+    parser.add_argument("--until", dest="time_until", metavar="T", help="end of the range, itself not part of it")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """``RUN CANDIDATES.parquet OUT.parquet``."""
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("candidates", metavar="CANDIDATES.parquet", help="requests and candidates to score")
+    parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a candidate in the same order")
+
+
+def exit_status(job: Callable[[], int | None]) -> int:
+    """Run a command and give its exit status; a UserError is told in one line, ctrl-C in none."""
+    try:
+        return job() or 0
+    except UserError as error:
+        print(f"limelight: error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        return INTERRUPTED_STATUS
