@@ -1,8 +1,8 @@
 """From visits to a dataset: the one place where a dataset directory is made.
 
 ``DatasetBuilder`` takes tables and visits in any order, sets the visits aside by partition, and ``finish`` writes
-events, histories, truth and training rows. Everything happens in a directory beside the final one, which gets its name at the
-end: a dataset exists whole or not at all.
+events, histories, truth and training rows. Everything happens in a directory beside the final one, which gets its name
+at the end: a dataset exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.data.assemble import assemble
 from trainer.data.checks import Columns
 from trainer.data.id_index import IdIndex
 from trainer.data.join import TABLE_OF, FeatureJoin
-from trainer.data.order import time_order
+from trainer.data.order import first_of_each, time_order
 from trainer.data.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
 from trainer.data.spill import Spill
 from trainer.data.visits import behaviour_bits, derive_events, event_names, event_table
@@ -50,13 +50,21 @@ class DatasetBuilder:
         spec: its description; ``ids``, ``span_ms``, ``rows``, ``exposures`` and ``events`` are filled in by ``finish``.
         rows_per_record: most rows of a record of the training shards.
         records_per_shard: most records of a shard.
+        deduplicate: columns, ``user_id`` among them, that name a visit: of several visits with the same values the one
+            that came first stays. How many were dropped is written to ``spec.extra["duplicates_dropped"]``.
 
     Raises:
         UserError: ``out`` exists or cannot be made, or the description is inconsistent.
     """
 
     def __init__(
-        self, out: str | Path, spec: DatasetSpec, *, rows_per_record: int = 1024, records_per_shard: int = 256
+        self,
+        out: str | Path,
+        spec: DatasetSpec,
+        *,
+        rows_per_record: int = 1024,
+        records_per_shard: int = 256,
+        deduplicate: tuple[str, ...] = (),
     ) -> None:
         checks.check_spec(spec, histories.MAX_BEHAVIOURS)
         if storage.is_remote(out):
@@ -68,6 +76,7 @@ class DatasetBuilder:
         self._work = self._aside / "work"
         self._spec = spec
         self._record_limits = {"rows_per_record": rows_per_record, "records_per_shard": records_per_shard}
+        self._deduplicate = deduplicate
         self._join = FeatureJoin(spec)
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._spills: dict[str, Spill] = {}
@@ -207,12 +216,15 @@ class DatasetBuilder:
         for shard_writer in writers:
             shard_writer.close()
 
+        if self._deduplicate:
+            dropped = int(self._spills["visits"].rows.sum()) - totals.exposures
+            extra = {**extra, "duplicates_dropped": dropped}
         spec = replace(
             spec,
             ids={name: IdSpace(len(index), int(index.ids.max(initial=-1))) for name, index in self._ids.items()},
             span_ms=(totals.first_ms, totals.last_ms),
             rows=sum(len(part["visit_id"]) for part in exposures),
-            exposures=int(self._spills["visits"].rows.sum()),
+            exposures=totals.exposures,
             events=totals.events,
             extra={**spec.extra, **extra},
         )
@@ -224,6 +236,10 @@ class DatasetBuilder:
     def _sort_partition(self, partition: int, history: histories.HistoryWriter, totals: _Totals) -> Columns:
         """Write events, history and truth of a partition; returns its exposures that become rows, memory-mapped."""
         visits = self._spills["visits"].pop(partition)
+        if self._deduplicate:
+            first = first_of_each([visits[name] for name in self._deduplicate])
+            visits = {name: column[first] for name, column in visits.items()}
+        totals.exposures += len(visits["visit_id"])
         order = time_order(visits["request_ms"], visits["visit_id"])
         visits = {name: column[order] for name, column in visits.items()}
         for name, index in self._ids.items():
@@ -293,6 +309,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.events = 0
+        self.exposures = 0
         self.first_ms = 0
         self.last_ms = 0
         self._any = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -36,3 +38,13 @@ def time_order(time_ms: np.ndarray, tie: np.ndarray) -> np.ndarray:
         tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
         order[tied] = order[tied][np.lexsort((tie[order[tied]], ordered[tied]))]
     return order
+
+
+def first_of_each(keys: Sequence[np.ndarray]) -> np.ndarray:
+    """Positions, increasing, of the first occurrence of each combination of ``keys``. ``k x [n] -> [m] int64``."""
+    order = np.lexsort(keys)
+    new = np.zeros(len(order), bool)
+    new[:1] = True
+    for key in keys:
+        new[1:] |= key[order[1:]] != key[order[:-1]]
+    return np.sort(order[new])

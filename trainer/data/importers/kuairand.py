@@ -1,0 +1,353 @@
+"""KuaiRand-Pure, -1K and -27K (Gao et al., CIKM 2022), as their authors publish them, to a canonical dataset.
+
+Read are ``log_standard_*``, ``user_features_*`` and ``video_features_basic_*``; ``log_random_*`` on request. What the
+files do not say plainly, and how it is taken:
+
+* ``time_ms`` is the only clock; ``date`` and ``hourmin`` disagree with it and are not read. Days are those of
+  Asia/Shanghai.
+* The log repeats some (user, video, time): the first line stays.
+* The author of a video stands in the video file only. The log's duration is that of the video file; 0 is missing.
+* Behaviours have no times of their own. A click is put at the request and every other behaviour at the end of the
+  watch, ``time_ms + play_time_ms``, which is also when the visit ends and its labels are known.
+* ``play_time_ms`` becomes the visit's ``play_ms``; like the stay times it is an outcome and no feature.
+* ``video_features_statistic_*`` averages over the whole month, future included, and is not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.data.build import DatasetBuilder, Progress
+from trainer.data.importers.categories import distinct, encode, vocabulary
+from trainer.data.importers.tables import read_batches
+from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
+from trainer.errors import UserError
+
+SOURCE = (
+    "{name}: C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang, X. He. KuaiRand: An Unbiased Sequential "
+    "Recommendation Dataset with Randomly Exposed Videos. CIKM 2022. https://kuairand.com"
+)
+LICENCE = "CC BY-SA 4.0"
+
+BEHAVIOURS = {
+    "click": "is_click",
+    "long_view": "long_view",
+    "like": "is_like",
+    "profile_enter": "is_profile_enter",
+    "comment": "is_comment",
+    "follow": "is_follow",
+    "forward": "is_forward",
+    "hate": "is_hate",
+}
+"""Behaviour -> column of the log."""
+
+STATISTICS = (
+    ("user",),
+    ("item",),
+    ("author",),
+    ("tab",),
+    ("tag_0",),
+    ("user", "tab"),
+    ("item", "tab"),
+    ("user", "tag_0"),
+    ("hour",),
+    ("duration_bucket",),
+    ("user", "duration_bucket"),
+)
+
+DURATION_EDGES_S = (3, 5, 7, 10, 14, 18, 25, 35, 50, 75, 100, 150, 200, 300, 600)
+"""Bounds of the duration buckets; 7 and 18 s are those of the log's own rules for click and long_view."""
+
+ASPECT_EDGES = (0.5, 0.6, 0.8, 1.2, 1.5, 2.0)
+"""Bounds of the buckets of width over height."""
+
+_USER_CATEGORIES = {
+    "user_active_degree": pa.string(),
+    "is_lowactive_period": pa.float64(),
+    "is_live_streamer": pa.float64(),
+    "is_video_author": pa.float64(),
+    "follow_user_num_range": pa.string(),
+    "fans_user_num_range": pa.string(),
+    "friend_user_num_range": pa.string(),
+    "register_days_range": pa.string(),
+    # The encrypted features are written as 1 or 1.0, by column.
+    **{f"onehot_feat{number}": pa.float64() for number in range(18)},
+}
+_USER_COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
+_VIDEO_CATEGORIES = {
+    "video_type": pa.string(),
+    "upload_type": pa.string(),
+    "visible_status": pa.float64(),
+    "music_type": pa.float64(),
+}
+_VIDEO_MEASURES = ("video_duration", "server_width", "server_height")
+_MISSING = ("", "UNKNOWN", "-124")
+_TABS = 15
+_HOUR_MS = 3_600_000
+# Asia/Shanghai has been eight hours ahead of UTC, without summer time, since 1991.
+_SHANGHAI_MS = 8 * _HOUR_MS
+_ITEMS_AT_ONCE = 4_000_000
+
+
+def import_kuairand(
+    src: str | Path, out: str | Path, partitions: int = 16, *, random: bool = False, progress: Progress | None = None
+) -> DatasetSpec:
+    """Build a dataset from a folder of KuaiRand.
+
+    Args:
+        src: the unpacked folder, or the ``data`` folder in it; which of the three versions it is, the names tell.
+        out: the dataset to make; must not exist.
+        partitions: number of partitions; memory is that of the largest.
+        random: read ``log_random_*`` too, and give the rows a context feature ``is_rand`` to tell them apart.
+        progress: told about the work as it goes.
+
+    Returns:
+        The description of the dataset.
+
+    The logs pass through in blocks. In memory are 16 bytes a video here and about 120 in the builder (32 million
+    videos in 27K: some 4.5 GB), beside what the builder needs for a partition.
+
+    Raises:
+        UserError: a file or column is missing, a value is not what it should be, or a video has no author.
+    """
+    files = find_files(Path(src), random)
+    report = progress or (lambda what, done, total: None)
+    report("reading videos", 0, 1)
+    vocabularies = _user_vocabularies(files.users) | _video_vocabularies(files.videos)
+    spec = _spec(files, vocabularies, partitions)
+    with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
+        builder.table("users", _users(files.users, vocabularies))
+        videos = []
+        for items in _items(files.videos, vocabularies):
+            builder.table("items", items)
+            videos.append((items.column("item_id").to_numpy(), items.column("author_id").to_numpy()))
+        authors = _Authors(files.videos, *(np.concatenate(column) for column in zip(*videos, strict=True)))
+        rows, read, total = 0, 0, sum(log.stat().st_size for log in files.logs)
+        for log in files.logs:
+            report("reading logs", read, total)
+            for visits in _visits(log, rows, authors, random):
+                rows += visits.num_rows
+                builder.visits(visits)
+            read += log.stat().st_size
+        report("reading logs", total, total)
+        return builder.finish(progress, {"log_rows": rows})
+
+
+@dataclass(frozen=True)
+class KuaiRandFiles:
+    """The files of one version, ``logs`` in reading order."""
+
+    version: str
+    users: Path
+    videos: Path
+    logs: tuple[Path, ...]
+
+
+def find_files(src: Path, random: bool = False) -> KuaiRandFiles:
+    """The files of ``src`` or ``src/data``.
+
+    Raises:
+        UserError: no folder, no log, more than one version, or another file is missing.
+    """
+    if not src.is_dir():
+        raise UserError(f"{src}: no such folder; unpack KuaiRand-{{Pure,1K,27K}}.tar.gz and give its folder")
+    folder = next((place for place in (src, src / "data") if any(place.glob("log_standard_*.csv"))), None)
+    if folder is None:
+        raise UserError(f"{src}: no log_standard_*.csv here or in data/; give the folder of KuaiRand-Pure, -1K or -27K")
+    logs = sorted(folder.glob("log_standard_*.csv"))
+    versions = {match[1] for log in logs if (match := re.search(r"_(pure|1k|27k)(_part\d+)?\.csv$", log.name))}
+    if len(versions) != 1:
+        raise UserError(f"{folder}: expected the logs of one version (_pure, _1k or _27k), found {sorted(versions)}")
+    version = versions.pop()
+    if random:
+        found = sorted(folder.glob(f"log_random_*_{version}.csv"))
+        if not found:
+            raise UserError(f"{folder}: log_random_*_{version}.csv is missing")
+        logs += found
+    files = KuaiRandFiles(
+        version,
+        users=folder / f"user_features_{version}.csv",
+        videos=folder / f"video_features_basic_{version}.csv",
+        logs=tuple(logs),
+    )
+    for file in (files.users, files.videos):
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; it is one of the files that KuaiRand consists of")
+    return files
+
+
+def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partitions: int) -> DatasetSpec:
+    name = f"KuaiRand-{'Pure' if files.version == 'pure' else files.version.upper()}"
+    context = [SideFeature("tab", "context", _TABS + 1), SideFeature("hour", "context", 25)]
+    context.append(SideFeature("weekday", "context", 8))
+    random = any(log.name.startswith("log_random") for log in files.logs)
+    if random:
+        context.append(SideFeature("is_rand", "context", 3))
+    known = {feature: len(values) + 1 for feature, values in vocabularies.items()}
+    return DatasetSpec(
+        name=name,
+        source=SOURCE.format(name=name),
+        licence=LICENCE,
+        partitions=partitions,
+        timezone="Asia/Shanghai",
+        behaviours=tuple(BEHAVIOURS),
+        applies={behaviour: ("video",) for behaviour in BEHAVIOURS},
+        candidates=("video",),
+        side=(
+            *(SideFeature(feature, "user", known[feature]) for feature in _USER_CATEGORIES),
+            *(SideFeature(feature, "item", known[feature]) for feature in _VIDEO_CATEGORIES),
+            SideFeature("tag_0", "item", known["tag"]),
+            SideFeature("tag_1", "item", known["tag"]),
+            SideFeature("duration_bucket", "item", len(DURATION_EDGES_S) + 2),
+            SideFeature("aspect_bucket", "item", len(ASPECT_EDGES) + 2),
+            *context,
+        ),
+        dense=(
+            DenseFeature("log_duration", "item"),
+            *(DenseFeature(f"log_{count}", "user") for count in _USER_COUNTS),
+        ),
+        statistics=STATISTICS,
+        extra={
+            "files": [file.name for file in (files.users, files.videos, *files.logs)],
+            "vocabularies": {feature: list(values) for feature, values in vocabularies.items()},
+            "codes": "0 is unknown; 1 + position in `vocabularies` (tag_0 and tag_1: those of `tag`); tab, hour and "
+            "is_rand + 1; weekday 1 (Monday) to 7; buckets 1 + number of edges that are not above the value",
+            "duration_edges_s": list(DURATION_EDGES_S),
+            "aspect_edges": list(ASPECT_EDGES),
+        },
+    )
+
+
+def _user_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
+    batches = list(read_batches(file, _USER_CATEGORIES))
+    return {
+        feature: vocabulary(distinct((batch.column(feature) for batch in batches), _MISSING))
+        for feature in _USER_CATEGORIES
+    }
+
+
+def _users(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> pa.Table:
+    types = {"user_id": pa.int64(), **_USER_CATEGORIES, **dict.fromkeys(_USER_COUNTS, pa.float64())}
+    parts = []
+    for batch in read_batches(file, types):
+        columns = {"user_id": batch.column("user_id")}
+        columns |= {feature: encode(batch.column(feature), vocabularies[feature]) for feature in _USER_CATEGORIES}
+        columns |= {f"log_{count}": _log_count(_numbers(batch.column(count))) for count in _USER_COUNTS}
+        parts.append(pa.table(columns))
+    return pa.concat_tables(parts)
+
+
+def _video_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
+    values: dict[str, set[str]] = {feature: set() for feature in (*_VIDEO_CATEGORIES, "tag")}
+    for batch in read_batches(file, {**_VIDEO_CATEGORIES, "tag": pa.string()}):
+        for feature in _VIDEO_CATEGORIES:
+            values[feature] |= distinct([batch.column(feature)], _MISSING)
+        values["tag"] |= distinct(_two_tags(batch.column("tag")), _MISSING)
+    return {feature: vocabulary(found) for feature, found in values.items()}
+
+
+def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
+    """The ``items`` table, some millions of videos at a time."""
+    types = {"video_id": pa.int64(), "author_id": pa.int64(), **_VIDEO_CATEGORIES, "tag": pa.string()}
+    types |= dict.fromkeys(_VIDEO_MEASURES, pa.float64())
+    parts: list[pa.Table] = []
+    for batch in read_batches(file, types):
+        duration, width, height = (_numbers(batch.column(measure)) for measure in _VIDEO_MEASURES)
+        columns = {"item_id": batch.column("video_id"), "author_id": batch.column("author_id")}
+        columns["domain"] = np.full(batch.num_rows, DOMAINS.index("video"), np.int8)
+        columns |= {feature: encode(batch.column(feature), vocabularies[feature]) for feature in _VIDEO_CATEGORIES}
+        for place, tag in enumerate(_two_tags(batch.column("tag"))):
+            columns[f"tag_{place}"] = encode(tag, vocabularies["tag"])
+        columns["duration_bucket"] = _bucket(duration / 1000, DURATION_EDGES_S)
+        columns["aspect_bucket"] = _bucket(
+            np.divide(width, height, out=np.zeros_like(width), where=height > 0), ASPECT_EDGES
+        )
+        columns["log_duration"] = _log_count(duration / 1000)
+        parts.append(pa.table(columns))
+        if sum(part.num_rows for part in parts) >= _ITEMS_AT_ONCE:
+            yield pa.concat_tables(parts)
+            parts = []
+    if parts:
+        yield pa.concat_tables(parts)
+
+
+def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Iterator[pa.Table]:
+    """Visits of a log, block by block; ``visit_id`` is the number of the line among those of all logs."""
+    names = ("user_id", "video_id", "time_ms", "play_time_ms", "tab", *BEHAVIOURS.values(), *(["is_rand"] * random))
+    row = 0
+    for batch in read_batches(log, dict.fromkeys(names, pa.int64())):
+        for name in names:
+            if batch.column(name).null_count:
+                empty = row + 1 + int(np.argmax(batch.column(name).is_null().to_numpy(zero_copy_only=False)))
+                raise UserError(f"{log}: row {empty}: column {name!r} has no value")
+        column = {name: batch.column(name).to_numpy() for name in names}
+        time_ms, play_ms = column["time_ms"], np.maximum(column["play_time_ms"], 0)
+        local = time_ms + _SHANGHAI_MS
+        tab = column["tab"]
+        visits = {
+            "visit_id": np.arange(first_row + row, first_row + row + batch.num_rows),
+            "user_id": column["user_id"],
+            "author_id": authors.of(column["video_id"], log, row + 1),
+            "item_id": column["video_id"],
+            "domain": np.full(batch.num_rows, DOMAINS.index("video"), np.int8),
+            "request_ms": time_ms,
+            "exit_ms": time_ms + play_ms,
+            "play_ms": play_ms,
+        }
+        end = np.minimum(play_ms, np.iinfo(np.int32).max)
+        for behaviour, name in BEHAVIOURS.items():
+            happens = 0 if behaviour == "click" else end
+            visits[f"delay_{behaviour}"] = np.where(column[name] > 0, happens, -1).astype(np.int32)
+        visits["tab"] = np.where((tab >= 0) & (tab < _TABS), tab + 1, 0).astype(np.int32)
+        visits["hour"] = (local // _HOUR_MS % 24 + 1).astype(np.int32)
+        # The epoch was a Thursday.
+        visits["weekday"] = ((local // (24 * _HOUR_MS) + 3) % 7 + 1).astype(np.int32)
+        if random:
+            visits["is_rand"] = (column["is_rand"] > 0).astype(np.int32) + 1
+        yield pa.table(visits)
+        row += batch.num_rows
+
+
+class _Authors:
+    """Author of each video, by search among sorted ids: 16 bytes a video."""
+
+    def __init__(self, file: Path, video_id: np.ndarray, author_id: np.ndarray) -> None:
+        order = np.argsort(video_id)
+        self._file = file
+        self._video_id, self._author_id = video_id[order], author_id[order]
+
+    def of(self, video_id: np.ndarray, log: Path, first_row: int) -> np.ndarray:
+        place = np.searchsorted(self._video_id, video_id)
+        place[place == len(self._video_id)] = 0
+        unknown = self._video_id[place] != video_id
+        if unknown.any():
+            row = int(np.argmax(unknown))
+            raise UserError(f"{log}: row {first_row + row}: video_id {video_id[row]} is not in {self._file.name}")
+        return self._author_id[place]
+
+
+def _two_tags(tags: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """The first and the second of comma-separated tags, null where there are fewer."""
+    lists = pc.split_pattern(pc.fill_null(tags, ""), ",")
+    both = pc.list_slice(lists, 0, 2, return_fixed_size_list=True).flatten()
+    return both[0::2], both[1::2]
+
+
+def _numbers(values: pa.Array) -> np.ndarray:
+    return pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
+
+
+def _log_count(values: np.ndarray) -> np.ndarray:
+    return np.log1p(np.maximum(values, 0)).astype(np.float32)
+
+
+def _bucket(values: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
+    """1 + the number of edges not above the value; 0 where the value is 0, which means missing."""
+    return np.where(values > 0, np.searchsorted(edges, values, side="right") + 1, 0).astype(np.int32)
