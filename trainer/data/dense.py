@@ -56,7 +56,7 @@ class DenseInputs:
         out = np.empty((n, len(self.names)), np.float32)
         features = len(self._features)
         out[:, :features] = rows["dense"][:, self._features]
-        if self._keys:
+        if self._keys and n:
             counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
             out[:, features:] = smoothed_rates(counts[:, self._keys].reshape(n, -1), prior, self._smoothing)
         if not np.isfinite(out).all():

@@ -159,7 +159,7 @@ class FeatureMap:
         for name, table in self._ids.items():
             table(rows[f"{name}_id"], ids[name])
         if self._side.width:
-            self._side.fill(rows, ids["side"].reshape(n, -1))
+            self._side.fill(rows, ids["side"].reshape(n, self._side.width))
         for name, visits in slices.items():
             self._ids["item"](visits.item_id, ids[f"{name}_item"])
             self._ids["author"](visits.author_id, ids[f"{name}_author"])
@@ -172,8 +172,8 @@ class FeatureMap:
         np.subtract(self._inputs.raw(rows, self._fitted.prior), self._fitted.mean, out=standardised)
         standardised /= self._fitted.deviation
         np.clip(standardised, -self._clip, self._clip, out=standardised)
-        label.reshape(n, -1)[:] = (rows["label"] & rows["mask"])[:, self._labels]
-        mask.reshape(n, -1)[:] = rows["mask"][:, self._labels]
+        label.reshape(n, len(self._labels))[:] = (rows["label"] & rows["mask"])[:, self._labels]
+        mask.reshape(n, len(self._labels))[:] = rows["mask"][:, self._labels]
         return PackedBatch(integers, floats, n, ids_per_key)
 
     def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:

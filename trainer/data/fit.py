@@ -29,7 +29,9 @@ ID_TABLES: tuple[str, ...] = ("user", "author", "item")
 SAMPLE_ROWS = 2_000_000
 """Base rates and scales are fitted on about so many rows: whole records, evenly spaced over the range."""
 
-_MIN_DEVIATION = 1e-6
+_SAME = 1e-9
+"""Inputs are float32: what deviates from its mean by less, relatively, only does so by rounding."""
+
 _USERS_AT_ONCE = 256
 
 _JSON_FILE, _ARRAY_FILE = "features.json", "vocabularies.npz"
@@ -43,8 +45,8 @@ class FittedFeatures:
         layout: names and sizes of the dataset that it was fitted on; another dataset must have the same.
         table_rows: rows of the tables ``user``, ``author`` and ``item``.
         prior: ``[behaviours]`` float64, base rate of each behaviour, strictly between 0 and 1.
-        mean: ``[n_dense]`` float32, of the dense inputs.
-        deviation: ``[n_dense]`` float32, above 0; 1 for an input that does not vary.
+        mean: ``[n_dense]`` float64, of the dense inputs.
+        deviation: ``[n_dense]`` float64, above 0; 1 for an input that does not vary.
         vocabularies: table -> known ids ascending, int64; tables that are looked up.
     """
 
@@ -82,8 +84,8 @@ class FittedFeatures:
             layout=text["layout"],
             table_rows=text["table_rows"],
             prior=np.array(text["prior"]),
-            mean=np.array(text["mean"], np.float32),
-            deviation=np.array(text["deviation"], np.float32),
+            mean=np.array(text["mean"]),
+            deviation=np.array(text["deviation"]),
             vocabularies=vocabularies,
         )
 
@@ -148,7 +150,8 @@ def _prior(spec: DatasetSpec, store: RowStore, selection: Selection) -> np.ndarr
         shown += columns["mask"].sum(axis=0)
         rows += len(columns["mask"])
     if not rows:
-        raise UserError(f"no training rows with {selection}; the dataset's requests span {spec.span_ms} ms")
+        span = Selection(request_from=spec.span_ms[0], request_until=spec.span_ms[1])
+        raise UserError(f"no training rows {selection}; those of dataset {spec.name!r} were {span}")
     # Half a row of each kind keeps the rate of a behaviour that always or never happened away from 0 and 1.
     return (positives + 0.5) / (shown + 1)
 
@@ -168,8 +171,8 @@ def _moments(
             mean += shift * (n / (count + n))
             count += n
     deviation = np.sqrt(squares / count)
-    deviation[deviation < _MIN_DEVIATION * np.maximum(np.abs(mean), 1)] = 1.0
-    return mean.astype(np.float32), deviation.astype(np.float32)
+    deviation[deviation <= _SAME * np.abs(mean)] = 1.0
+    return mean, deviation
 
 
 def _vocabularies(

@@ -197,8 +197,10 @@ class ReadPlan:
         chosen = np.arange(part.starts[i], part.starts[i + 1])
         if self._shuffled:
             chosen = np.random.default_rng([self._seed, epoch, partition, window]).permutation(chosen)
-        blocks = np.array_split(chosen, -(-int(part.window_rows[i]) // self._block_rows))
-        return [(part.records[block], part.rows[block]) for block in blocks if len(block)]
+        rows, total = part.rows[chosen], int(part.window_rows[i])
+        number = (np.cumsum(rows) - rows) * -(-total // self._block_rows) // total
+        cuts = np.flatnonzero(np.diff(number)) + 1
+        return list(zip(np.split(part.records[chosen], cuts), np.split(rows, cuts), strict=True))
 
     def _window_rows(self, partition: int, window: int) -> int:
         part = self._partitions[partition]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -51,3 +52,25 @@ class Selection:
             & (request >= self.request_from)
             & (request < self.request_until)
         )
+
+    def __str__(self) -> str:
+        """The bounded sides, as UTC times."""
+        sides = [
+            f"{verb} {word} {_utc(time)}"
+            for verb, word, time, open_end in (
+                ("emitted", "from", self.emit_from, _ALWAYS.min),
+                ("emitted", "before", self.emit_until, _ALWAYS.max),
+                ("requested", "from", self.request_from, _ALWAYS.min),
+                ("requested", "before", self.request_until, _ALWAYS.max),
+            )
+            if time != open_end
+        ]
+        return " and ".join(sides) or "at any time"
+
+
+def _utc(time_ms: int) -> str:
+    """ISO time, or the number where it lies outside the calendar."""
+    try:
+        return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        return f"{time_ms} ms"

@@ -1,0 +1,97 @@
+"""Ids to rows, against Python integers and dictionaries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.data.feature_config import TableConfig
+from trainer.data.schema import DatasetSpec, IdSpace
+from trainer.data.vocabulary import IdMap, table_rows
+from trainer.errors import UserError
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def rows_of(table: IdMap, ids: list[int]) -> list[int]:
+    out = np.full(len(ids), -7, np.int64)
+    table(np.array(ids, np.int64), out)
+    return out.tolist()
+
+
+@given(st.sets(INT64, max_size=50), st.lists(INT64, max_size=50))
+def test_lookup_gives_known_ids_a_row_each_and_others_row_0(known, others):
+    vocabulary = sorted(known)
+    table = IdMap("item", "lookup", len(vocabulary) + 1, np.array(vocabulary, np.int64))
+    expected = {value: row for row, value in enumerate(vocabulary, 1)}
+    asked = [*vocabulary, *others]
+    assert rows_of(table, asked) == [expected.get(value, 0) for value in asked]
+
+
+@given(st.lists(INT64, max_size=50), st.integers(2, 2**31))
+def test_hash_is_the_scaled_upper_half_of_a_mix(ids, rows):
+    word = (1 << 64) - 1
+    table = IdMap("item", "hash", rows)
+    salt = int(table._salt)
+    expected = []
+    for value in ids:
+        mixed = (value & word) ^ salt
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & word
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & word
+        expected.append(1 + ((mixed >> 32) * (rows - 1) >> 32))
+    assert rows_of(table, ids) == expected
+    assert all(1 <= row < rows for row in expected)
+
+
+def test_hash_spreads_neighbouring_ids_evenly_and_differently_per_table():
+    ids = np.arange(200_000)
+    rows = {}
+    for name in ("user", "item"):
+        rows[name] = np.empty_like(ids)
+        IdMap(name, "hash", 101)(ids, rows[name])
+        counts = np.bincount(rows[name], minlength=101)
+        assert counts[0] == 0
+        # 100 cells of 2,000 expected: chi-squared has 99 degrees of freedom, and exceeds 160 once in ten thousand.
+        assert ((counts[1:] - 2000) ** 2 / 2000).sum() < 160
+    assert (rows["user"] == rows["item"]).mean() < 0.02
+
+
+def test_direct_is_the_next_row():
+    assert rows_of(IdMap("user", "direct", 12), [0, 10, 3, 3]) == [1, 11, 4, 4]
+    assert rows_of(IdMap("user", "direct", 12), []) == []
+
+
+@pytest.mark.parametrize("wrong", [11, 2**62, -1])
+def test_direct_names_the_table_and_the_id_that_has_no_row(wrong):
+    with pytest.raises(
+        UserError, match=rf"author id {wrong} is outside table 'author', whose 12 rows take ids 0 to 10"
+    ):
+        rows_of(IdMap("author", "direct", 12), [3, wrong, 5])
+
+
+def test_rows_of_a_table():
+    spec = DatasetSpec(
+        "x", "", "", 1, "UTC", (), {}, (), ids={name: IdSpace(5, 40) for name in ("user", "author", "item")}
+    )
+    assert table_rows("item", TableConfig(), spec, 0) == 42
+    assert table_rows("item", TableConfig(rows=100), spec, 0) == 100
+    assert table_rows("item", TableConfig(ids="hash", rows=10), spec, 0) == 10
+    assert table_rows("item", TableConfig(ids="lookup"), spec, 17) == 18
+    with pytest.raises(UserError, match=r"features.item.rows = 41: .* reach 40, so direct ids need 42 rows"):
+        table_rows("item", TableConfig(rows=41), spec, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ids": "hash"}, "needs `rows`"),
+        ({"ids": "lookup", "rows": 10}, "leave `rows` out"),
+        ({"ids": "direct", "min_count": 2}, "`min_count` is for"),
+        ({"ids": "crc"}, "'direct', 'hash' or 'lookup'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TableConfig(**settings)
