@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -69,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if _stdout_is_open():
+        if not _reader_has_gone():
             raise
+        # Python flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE_STATUS
 
 
@@ -118,14 +121,11 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _stdout_is_open() -> bool:
-    """Whether stdout still has a reader; if not, it is pointed elsewhere so that Python can close it in peace."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; another broken pipe is an error like any."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -28,16 +28,17 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN --data PATH --from T --until T [--json]``."""
-    parser.add_argument("run", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("directory", metavar="RUN", help="directory of a finished run")
     parser.add_argument("--data", metavar="PATH", help="dataset to evaluate on (default: the run's own)")
     parser.add_argument("--from", dest="time_from", metavar="T", help="first request, such as 2022-05-06")
     parser.add_argument("--until", dest="time_until", metavar="T", help="end of the range, itself not part of it")
+    parser.add_argument("--predictions", metavar="OUT.parquet", help="write each row's probabilities and labels as well")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN CANDIDATES.parquet OUT.parquet``."""
-    parser.add_argument("run", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("directory", metavar="RUN", help="directory of a finished run")
     parser.add_argument("candidates", metavar="CANDIDATES.parquet", help="requests and candidates to score")
     parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a candidate in the same order")
 

@@ -1,0 +1,236 @@
+"""The local launcher: what ranks are told, whose failure is reported, how signals travel."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import local
+from launch.local import rank_environment, rendezvous_port
+from trainer.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PATIENCE = 60.0
+
+LAUNCHER = """
+import sys
+from launch import local
+local.TERMINATE_SECONDS = 0.5
+sys.exit(local.start_ranks("job", sys.argv[2:], int(sys.argv[1])))
+"""
+
+JOB = """
+import json, os, pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+rank = int(os.environ["RANK"])
+def ready():
+    (here / f"pid{rank}.part").write_text(str(os.getpid()))
+    (here / f"pid{rank}.part").rename(here / f"pid{rank}")
+def wait():
+    ready()
+    time.sleep(600)
+"""
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """``launch(body, ranks)`` starts the launcher in a process of its own, on ranks that run ``body``."""
+
+    def start(body: str, ranks: int = 2, **environment: str) -> subprocess.Popen[str]:
+        (tmp_path / "job.py").write_text(JOB + body)
+        settings = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MASTER_PORT")}
+        return subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(ranks), str(tmp_path)],
+            env={**settings, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for ``condition``; a machine under load may take its time."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def ready_pids(directory: Path, ranks: int) -> list[int]:
+    until(lambda: all((directory / f"pid{rank}").exists() for rank in range(ranks)))
+    return [int((directory / f"pid{rank}").read_text()) for rank in range(ranks)]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_ranks_are_told_who_and_where_they_are(launch: Launch, tmp_path: Path) -> None:
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+    body = (
+        f"(here / f'told{{rank}}').write_text(json.dumps([os.environ[name] for name in {names}]))\nprint(sys.argv[2:])"
+    )
+    process = launch(body, 3)
+    stdout, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert stdout == "[]\n", "rank 0 alone writes to the terminal"
+    told = [json.loads((tmp_path / f"told{rank}").read_text()) for rank in range(3)]
+    assert [entry[:4] for entry in told] == [[str(rank), str(rank), "3", "3"] for rank in range(3)]
+    assert {entry[4] for entry in told} == {"127.0.0.1"} and len({entry[5] for entry in told}) == 1
+
+
+def test_cores_are_shared_unless_threads_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "available_cores", lambda: 9)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [rank_environment(0, ranks, 1)["OMP_NUM_THREADS"] for ranks in (1, 2, 4, 20)] == ["9", "4", "2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_failing_rank_ends_the_others_and_has_the_last_word(launch: Launch, tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    print("on stdout"); print("the reason", file=sys.stderr); sys.exit(7)
+wait()
+"""
+    process = launch(body, 3)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 7
+    lines = stderr.splitlines()
+    assert lines[-3:] == ["limelight: rank 1 exited with status 7; its last lines:", "on stdout", "the reason"]
+    assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid?"))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_user_error_is_told_rather_than_its_consequences(first: int, launch: Launch) -> None:
+    """Both orders: a peer may notice the loss before the rank with the mistake has ended."""
+    body = f"""
+if rank == {first}:
+    print("Connection closed by peer", file=sys.stderr); sys.exit(1)
+time.sleep(0.3)
+print("a warning", file=sys.stderr)
+print("limelight: error: id 12 is beyond table item", file=sys.stderr); sys.exit(2)
+"""
+    process = launch(body)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1] == "limelight: error: id 12 is beyond table item"
+
+
+def test_the_same_user_error_on_all_ranks_is_told_once(launch: Launch) -> None:
+    process = launch('print("limelight: error: no dataset", file=sys.stderr); sys.exit(2)', 3)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, stderr) == (2, "limelight: error: no dataset\n")
+
+
+def test_a_killed_rank_is_named_with_its_signal(launch: Launch) -> None:
+    body = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.2)\nsys.exit(1)"
+    process = launch(body)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert stderr.splitlines()[-1] == "limelight: rank 1 was ended by SIGKILL (out of memory?)"
+
+
+def test_only_the_last_lines_are_shown(launch: Launch) -> None:
+    body = "if rank == 1:\n    print(*range(1000), sep='\\n')\n    sys.exit(3)\nwait()"
+    _, stderr = launch(body).communicate(timeout=PATIENCE)
+    assert stderr.splitlines()[-local.LAST_LINES :] == [str(number) for number in range(1000 - local.LAST_LINES, 1000)]
+    assert "969" not in stderr.splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_every_rank_once(number: signal.Signals, launch: Launch, tmp_path: Path) -> None:
+    body = f"""
+def note(number, frame):
+    with open(here / f"noted{{rank}}", "a") as file: file.write(f"{{number}}\\n")
+    sys.exit(5)
+signal.signal({int(number)}, note)
+wait()
+"""
+    process = launch(body)
+    ready_pids(tmp_path, 2)
+    process.send_signal(number)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + number
+    assert [(tmp_path / f"noted{rank}").read_text() for rank in range(2)] == [f"{int(number)}\n"] * 2
+
+
+def test_ranks_that_stop_in_good_order_on_a_signal_are_a_success(launch: Launch, tmp_path: Path) -> None:
+    process = launch("signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))\nwait()")
+    ready_pids(tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+
+
+def test_a_second_signal_ends_ranks_that_do_not_listen(launch: Launch, tmp_path: Path) -> None:
+    body = """
+signal.signal(signal.SIGINT, lambda number, frame: (here / f"heard{rank}").touch())
+ready()
+while True: time.sleep(1)
+"""
+    process = launch(body)
+    pids = ready_pids(tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(2)))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    until(lambda: all(gone(pid) for pid in pids))
+
+
+def test_ranks_that_ignore_the_end_are_ended(launch: Launch, tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    while not (here / "pid0").exists(): time.sleep(0.01)
+    sys.exit(4)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+wait()
+"""
+    process = launch(body)
+    (pid,) = ready_pids(tmp_path, 1)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 4
+    until(lambda: gone(pid))
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(launch: Launch, tmp_path: Path) -> None:
+    process = launch("wait()")
+    pids = ready_pids(tmp_path, 2)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    until(lambda: all(gone(pid) for pid in pids))
+
+
+def test_a_given_port_is_used_and_one_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: in use by another process; unset it"):
+            rendezvous_port()
+    assert rendezvous_port() == port
+
+
+@pytest.mark.parametrize("given", ["0", "65536", "ssh", "-1", ""])
+def test_a_port_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", given)
+    with pytest.raises(UserError, match="not a port; use 1 to 65535"):
+        rendezvous_port()

@@ -1,0 +1,77 @@
+"""Import rules that import-linter has no contract for: what each package may take from outside."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = {"modules", "trainer", "launch", "benchmarks", "tests"}
+MAY_IMPORT = {
+    "modules": {"modules"},
+    "trainer": {"trainer", "modules"},
+    "launch": {"launch", "trainer"},
+    "benchmarks": OWN - {"tests"},
+    "tests": OWN,
+}
+
+
+def imports(package: str) -> Iterator[tuple[str, str]]:
+    """File and top-level name of every absolute import, those inside functions too."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        place = str(path.relative_to(ROOT))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((place, alias.name.split(".")[0]) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{place}: relative import"
+                yield place, (node.module or "").split(".")[0]
+
+
+def declared(*extras: str) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + [
+        item for extra in extras for item in project["optional-dependencies"][extra]
+    ]
+    return {normal(requirement.split("==")[0]) for requirement in requirements}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("package", sorted(OWN))
+def test_only_packages_below_are_imported(package: str) -> None:
+    wrong = [(place, name) for place, name in imports(package) if name in OWN - MAY_IMPORT[package]]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", sorted(OWN))
+def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
+    providers = packages_distributions()
+    extras = ["cpu", "llm", "kafka", "s3"] + (["dev"] if package in ("benchmarks", "tests") else [])
+    allowed = declared(*extras) | {"fbgemm-gpu"}
+    outside = [(place, name) for place, name in imports(package) if name not in OWN | set(sys.stdlib_module_names)]
+    wrong = [
+        (place, name)
+        for place, name in outside
+        if not allowed & {normal(distribution) for distribution in providers.get(name, [name])}
+    ]
+    assert not wrong
+
+
+def test_modules_know_torch_and_torchrec_only() -> None:
+    outside = {name for _, name in imports("modules") if name not in {"modules"} | set(sys.stdlib_module_names)}
+    assert outside <= {"torch", "torchrec"}
+
+
+def test_the_rules_see_imports_inside_functions() -> None:
+    assert ("launch/cli.py", "trainer") in set(imports("launch"))
+    assert any(place == "launch/doctor/probe.py" and name == "torch" for place, name in imports("launch"))
