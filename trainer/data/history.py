@@ -1,8 +1,8 @@
 """User histories: everything a user has visited, read as of a moment.
 
 ``history/*.npy`` are flat columns, one entry a visit that was watched or acted upon, memory-mapped. Entries lie
-partition after partition and in it sorted by (user, domain, ``known_ms``), so the latest visits of a user in a domain are one run
-of entries. ``user_id.npy`` (sorted) and ``offsets.npy`` ``[users, domains + 1]`` say where the runs are.
+partition after partition and in it sorted by (user, domain, ``known_ms``), so the latest visits of a user in a domain
+are one run of entries. ``user_id.npy`` (sorted) and ``offsets.npy`` ``[users, domains + 1]`` say where the runs are.
 
 A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and sees only entries with
 ``known_ms < as_of_ms``; no call returns anything else.
@@ -138,6 +138,10 @@ class Histories:
             **{name: entries[name][at] for name in ("item_id", "author_id", "request_ms", "play_ms", "bits")},
             domain=np.full(len(at), domain, np.uint8),
         )
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Users with a history ``[users] int64`` and their entries by domain ``[users, domains] int64``, of all time."""
+        return self._user_id, np.diff(self._offsets, axis=1)
 
     def _known_until(self, runs: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
         return _bisect(self._entries["known_ms"], runs[:, domain], runs[:, domain + 1], as_of_ms)
