@@ -23,7 +23,7 @@ setup:
 	@$(PYTHON) -m launch.setup --device $(DEVICE) --extras $(EXTRAS)
 
 train: setup
-	@test -e $(WORLD)/dataset.json || .venv/bin/limelight data simulate $(WORLD) --users 4000 --days 6 --partitions 8 --seed 1
+	@test -e $(WORLD)/dataset.json || .venv/bin/limelight data simulate $(WORLD) --users 3000 --days 10 --partitions 8 --seed 1
 	@.venv/bin/limelight train configs/simulated.toml --ranks 2
 
 test: setup
