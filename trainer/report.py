@@ -69,7 +69,7 @@ def write_report(
         trace: one entry every ``train.log_every`` steps: ``step``, ``loss``, ``rows_per_second``, ``auc`` (behaviour ->
             progressive AUC or None) and the seconds of each of ``PHASES``.
         plan: how the tables were laid out.
-        calibration: behaviour -> (mean predicted, mean observed, rows) of ten equally filled bins.
+        calibration: behaviour -> (mean predicted, mean observed, rows) of the rows between two predicted probabilities.
     """
     pictures = [
         ("Loss while training", _picture(lambda axes: _loss(axes, trace))),

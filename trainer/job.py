@@ -1,0 +1,243 @@
+"""What the jobs share: the split in time, the data, the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modules.ranker import Ranker
+from trainer.config import JobConfig, load_deepspeed, parse_time
+from trainer.data.features import FeatureMap
+from trainer.data.fit import FittedFeatures, fit_features
+from trainer.data.history import Histories
+from trainer.data.loader import Loader
+from trainer.data.schema import DatasetSpec
+from trainer.data.selection import Selection
+from trainer.data.shards import RowStore
+from trainer.data.statistics import FrozenStatistics
+from trainer.distributed import World
+from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.errors import UserError
+
+_MINUTE_MS = 60_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training and the held-out range, in milliseconds UTC; both half-open.
+
+    Attributes:
+        train_from: first emission of a training row.
+        train_until: every label of the training rows was complete before this.
+        eval_from: first request of the held-out range; None without evaluation.
+        eval_until: end of the held-out range.
+    """
+
+    train_from: int
+    train_until: int
+    eval_from: int | None
+    eval_until: int
+
+    @property
+    def training(self) -> Selection:
+        """Rows to train on."""
+        return Selection(emit_from=self.train_from, emit_until=self.train_until)
+
+    @property
+    def held_out(self) -> Selection:
+        """Rows to evaluate on.
+
+        Raises:
+            ValueError: there is no held-out range.
+        """
+        if self.eval_from is None:
+            raise ValueError("this split has no held-out range")
+        return Selection(request_from=self.eval_from, request_until=self.eval_until)
+
+
+def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
+    """The split that a job asks for.
+
+    Raises:
+        UserError: a time that is none, or ranges that are empty or overlap.
+    """
+    data = config.data
+
+    def moment(key: str, otherwise: int) -> int:
+        text = getattr(data, key)
+        return parse_time(text, spec.timezone, f"data.{key}") if text else otherwise
+
+    # Labels of the last requests are complete a visit later; an open end takes them too.
+    end = 1 << 62
+    eval_from = moment("eval_from", end)
+    split = Split(
+        train_from=moment("train_from", 0),
+        train_until=moment("train_until", eval_from),
+        eval_from=eval_from if data.eval_from else None,
+        eval_until=moment("eval_until", end),
+    )
+    if split.train_from >= split.train_until:
+        raise UserError(f"data.train_from = {data.train_from!r} is not before the end of training")
+    if split.eval_from is not None:
+        if split.eval_from < split.train_until:
+            raise UserError(f"data.eval_from = {data.eval_from!r} is before data.train_until = {data.train_until!r}")
+        if split.eval_from >= split.eval_until:
+            raise UserError(f"data.eval_until = {data.eval_until!r} is not after data.eval_from = {data.eval_from!r}")
+        if split.eval_from > spec.span_ms[1]:
+            raise UserError(f"data.eval_from = {data.eval_from!r} is after the dataset's last request")
+    return split
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened dataset."""
+
+    spec: DatasetSpec
+    store: RowStore
+    histories: Histories
+
+    @staticmethod
+    def open(path: str, on_corrupt: Any = "error") -> Data:
+        """Open the dataset at ``path``.
+
+        Raises:
+            UserError: none there, another schema version, or an unreadable index.
+        """
+        spec = DatasetSpec.load(path)
+        return Data(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
+
+
+def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world: World) -> FittedFeatures:
+    """Fit the features on the training range; the first rank does, the others read what it wrote."""
+    if world.rank == 0:
+        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.training)
+        directory.mkdir(parents=True, exist_ok=True)
+        fitted.save(directory)
+    world.barrier()
+    return FittedFeatures.load(directory)
+
+
+def training_loader(config: JobConfig, data: Data, split: Split, features: FeatureMap, world: World) -> Loader:
+    """This rank's training batches, shuffled inside time windows."""
+    return Loader(
+        data.store,
+        data.histories,
+        features,
+        rank=world.rank,
+        world=world.size,
+        batch_size=rows_per_rank(config, world),
+        seed=config.run.seed,
+        selection=split.training,
+        epochs=config.train.epochs,
+        shuffle_ms=round(config.data.shuffle_minutes * _MINUTE_MS),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def held_out_loader(
+    config: JobConfig,
+    data: Data,
+    split: Split,
+    features: FeatureMap,
+    world: World,
+    frozen: FrozenStatistics | None,
+) -> Loader:
+    """This rank's held-out batches in stored order; with ``frozen`` nothing after the end of training is looked at."""
+    return Loader(
+        data.store,
+        data.histories,
+        features,
+        rank=world.rank,
+        world=world.size,
+        batch_size=rows_per_rank(config, world),
+        seed=config.run.seed,
+        selection=split.held_out,
+        as_of_limit_ms=None if frozen is None else split.train_until,
+        frozen_statistics=frozen,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def freeze_at_end_of_training(config: JobConfig, data: Data, split: Split) -> FrozenStatistics | None:
+    """The statistics at the end of training, if the job evaluates with frozen ones."""
+    if not config.data.frozen:
+        return None
+    return freeze_statistics(data, split.train_until)
+
+
+def freeze_statistics(data: Data, until_ms: int) -> FrozenStatistics:
+    """Statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
+    known = Selection(emit_until=until_ms)
+    frozen = FrozenStatistics(data.spec)
+    for partition in range(data.store.partitions):
+        for record in np.flatnonzero(known.touches(data.store.records(partition))).tolist():
+            rows = data.store.read(partition, record)
+            if rows is not None:
+                kept = known.mask(rows)
+                frozen.remember({name: column[kept] for name, column in rows.items()})
+    return frozen
+
+
+def rows_per_rank(config: JobConfig, world: World) -> int:
+    """Rows of one rank in an optimizer step.
+
+    Raises:
+        UserError: the batch cannot be divided by the ranks.
+    """
+    rows, rest = divmod(config.train.batch_size, world.size)
+    if rest:
+        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {world.size} ranks")
+    return rows
+
+
+def build_engine(config: JobConfig, features: FeatureMap, kind: str, world: World) -> HybridEngine:
+    """The model of a job: sharded tables and the dense network, with their optimizers.
+
+    Raises:
+        UserError: settings that the engine refuses, with the reason.
+    """
+    unknown = [name for name in (*config.train.weights, *config.score.exponents) if name not in features.behaviours]
+    if unknown:
+        raise UserError(
+            f"train.weights and score.exponents: no behaviour {unknown[0]!r}; "
+            f"the model predicts {', '.join(features.behaviours)}"
+        )
+    torch.manual_seed(config.run.seed)
+    model = config.model
+    ranker = Ranker(
+        behaviours=len(features.behaviours),
+        lookups=features.lookups,
+        dims={table.name: table.dim for table in features.tables},
+        n_dense=features.n_dense,
+        sequences=features.sequences,
+        kind=kind,
+        task_experts=model.task_experts,
+        shared_experts=model.shared_experts,
+        expert_layers=model.expert_layers,
+        tower=model.tower,
+        attention=model.attention,
+        dropout=model.dropout,
+    )
+    return HybridEngine(
+        features.tables,
+        features.lookups,
+        ranker,
+        table_optimizer=TableOptimizer(config.tables.optimizer, config.tables.learning_rate, config.tables.eps),
+        dense_optimizer=DenseOptimizer(
+            config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.betas
+        ),
+        deepspeed=load_deepspeed(config.train.deepspeed),
+        behaviour_weights=torch.tensor([config.train.weights.get(name, 1.0) for name in features.behaviours]),
+        batch_size=rows_per_rank(config, world),
+        device=world.device,
+        seed=config.run.seed,
+        overlap=config.train.overlap,
+    )
