@@ -115,7 +115,7 @@ class _FeatureTable:
 
 def _fill(
     out: np.ndarray,
-    features: Sequence[SideFeature] | Sequence[DenseFeature],
+    features: Sequence[SideFeature | DenseFeature],
     joined: dict[str, np.ndarray],
     columns: checks.Columns,
 ) -> None:

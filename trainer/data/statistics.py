@@ -1,8 +1,8 @@
 """Time-ordered statistics: how often a key was shown before, and how often each behaviour followed.
 
 A key is one or more of ``user``, ``author``, ``item`` and side features (``DatasetSpec.statistics``). Crosses are
-exact: two different combinations never share a count. A row counts for others from its emission on: the statistics of a row
-are over the rows with ``emit_ms < request_ms``, strictly, so nothing later than the request can be in them.
+exact: two different combinations never share a count. A row counts for others from its emission on: the statistics of
+a row are over the rows with ``emit_ms < request_ms``, strictly, so nothing later than the request can be in them.
 
 ``Statistics`` walks through time in slices, ``statistics_as_of`` gives the same numbers of a whole array at once.
 """
@@ -19,9 +19,10 @@ from trainer.data.schema import DatasetSpec, Rows
 
 _ID_COLUMNS = {"user": "user_id", "author": "author_id", "item": "item_id"}
 
-# Counts of a chunk are added up in 16-bit lanes, four to a uint64, so a chunk has fewer than 2^16 events.
+# Counts of a chunk are added up in 16-bit lanes, four to a uint64: a chunk has fewer than 2^16 events. Half of that
+# leaves the rows it writes in the cache.
 _LANES = 4
-_CHUNK = (1 << 16) - 1
+_CHUNK = (1 << 15) - 1
 
 
 class Statistics:
@@ -66,8 +67,8 @@ class Statistics:
         known = _Outcomes.join(self._pending, new)
         due = known.emit_ms < self._now
         self._pending = known.take(np.flatnonzero(~due))
-        past = known.take(np.flatnonzero(due))
-        past = past.take(stable_order(past.emit_ms))
+        past = np.flatnonzero(due)
+        past = known.take(past[stable_order(known.emit_ms[past])])
 
         # Outcomes and requests as one sequence in time, an outcome before a request only if it is strictly earlier.
         outcome_at = np.arange(len(past.emit_ms)) + np.searchsorted(request, past.emit_ms, side="right")
@@ -108,30 +109,36 @@ class Statistics:
         weight[:, past_at] = past.weight
         row_at = np.full(size, -1, np.int64)
         row_at[asked_at] = np.arange(len(asked_at))
-        at = np.concatenate([past_at, asked_at]).astype(np.uint64)
+        at = np.concatenate([past_at, asked_at])
+        result = _items(out)
         for key, counts in enumerate(self._counts):
-            code = np.concatenate([past.codes[key], codes[key]]).astype(np.uint64)
-            sequence = (code << np.uint64(16)) | at
+            # Sorted by code and then by place in time, in one sort of plain integers.
+            sequence = np.concatenate([past.codes[key], codes[key]])
+            sequence <<= 16
+            sequence |= at
             sequence.sort()
-            place = (sequence & np.uint64(0xFFFF)).astype(np.int64)
-            code = (sequence >> np.uint64(16)).astype(np.int64)
+            place = sequence & 0xFFFF
+            code = sequence >> 16
             head = np.flatnonzero(np.append(True, code[1:] != code[:-1]))
-            length = np.diff(np.append(head, size))
+            last = np.append(head[1:], size) - 1
+            row = np.take(row_at, place)
+            asked = np.flatnonzero(row >= 0)
             total = np.empty((len(head), len(weight)), np.uint64)
-            asked = np.flatnonzero(row_at[place] >= 0)
             earlier = np.empty((len(asked), len(weight)), np.uint64)
             for lane in range(len(weight)):
-                carried = weight[lane, place]
+                carried = np.take(weight[lane], place)
                 summed = np.cumsum(carried)
                 # Sums wrap around and spill between lanes, but their differences are exact: each lane's is below 2^16.
                 before = summed[head] - carried[head]
-                total[:, lane] = summed[head + length - 1] - before
-                summed -= np.repeat(before, length)
-                earlier[:, lane] = summed[asked]
+                total[:, lane] = summed[last] - before
+                summed -= np.repeat(before, last - head + 1)
+                earlier[:, lane] = np.take(summed, asked)
             counts.reserve(int(code[-1]) + 1)
-            out[row_at[place[asked]], key] = counts.values[code[asked]] + _lanes(earlier, self._width)
+            seen = np.take(counts.values, np.take(code, asked), axis=0)
+            seen += _lanes(earlier, self._width)
+            result[np.take(row, asked), key] = _items(seen.astype(np.float32))
             touched = np.flatnonzero(total[:, 0])
-            counts.values[code[head[touched]]] += _lanes(total[touched], self._width)
+            counts.add(code[head[touched]], _lanes(total[touched], self._width))
 
 
 class FrozenStatistics:
@@ -170,7 +177,7 @@ class FrozenStatistics:
                 for lane, weight in enumerate(part.weight):
                     np.add.at(total[:, lane], which, weight)
                 counts.reserve(int(code[-1]) + 1)
-                counts.values[code] += _lanes(total, self._width)
+                counts.add(code, _lanes(total, self._width))
 
 
 def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.ndarray:
@@ -285,10 +292,17 @@ class _Counts:
         self.values = np.zeros((0, width), np.uint32)
 
     def reserve(self, codes: int) -> None:
+        """Make room for so many codes."""
         if codes > len(self.values):
             grown = np.zeros((max(codes, 2 * len(self.values)), self.values.shape[1]), np.uint32)
             grown[: len(self.values)] = self.values
             self.values = grown
+
+    def add(self, codes: np.ndarray, more: np.ndarray) -> None:
+        """Add ``more [n, 1 + behaviours]`` to the counts of n distinct codes."""
+        grown = np.take(self.values, codes, axis=0)
+        grown += more
+        _items(self.values)[codes] = _items(grown)
 
     def copy(self) -> _Counts:
         other = _Counts(self.values.shape[1])
@@ -330,7 +344,9 @@ class _Outcomes:
         )
 
     def take(self, order: np.ndarray) -> _Outcomes:
-        return _Outcomes(self.emit_ms[order], self.codes[:, order], self.weight[:, order])
+        return _Outcomes(
+            np.take(self.emit_ms, order), np.take(self.codes, order, axis=1), np.take(self.weight, order, axis=1)
+        )
 
     def slice(self, first: int, last: int) -> _Outcomes:
         return _Outcomes(self.emit_ms[first:last], self.codes[:, first:last], self.weight[:, first:last])
@@ -339,3 +355,9 @@ class _Outcomes:
 def _lanes(words: np.ndarray, width: int) -> np.ndarray:
     """``[n, words] uint64 -> [n, width] uint16``, the lanes in order."""
     return np.ascontiguousarray(words).astype("<u8", copy=False).view("<u2")[:, :width]
+
+
+def _items(values: np.ndarray) -> np.ndarray:
+    """The last axis as one opaque item, so that numpy moves it as a block: four times faster to scatter."""
+    block = np.dtype((np.void, values.shape[-1] * values.itemsize))
+    return values.view(block)[..., 0]
