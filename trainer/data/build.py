@@ -28,8 +28,8 @@ from trainer.data.id_index import IdIndex
 from trainer.data.join import TABLE_OF, FeatureJoin
 from trainer.data.order import first_of_each, time_order
 from trainer.data.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
-from trainer.data.spill import Spill
-from trainer.data.visits import behaviour_bits, derive_events, event_names, event_table
+from trainer.data.spill import BatchFile, Spill
+from trainer.data.visits import behaviour_bits, derive_events, event_codes, event_names, event_table
 from trainer.errors import UserError
 
 Progress = Callable[[str, int, int], None]
@@ -151,17 +151,19 @@ class DatasetBuilder:
         Raises:
             UserError: a column is missing, or an event has an unknown name or a negative id or time.
         """
-        stored = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.field("event", pa.int8()))
-        names = event_names(self._spec)
+        at = EVENT_COLUMNS.get_field_index("event")
+        stored = EVENT_COLUMNS.set(at, pa.field("event", pa.int8()))
         with self._writing():
-            text = checks.columns_of(table, EVENT_COLUMNS.set(5, pa.field("event", pa.string())), "events")["event"]
-            code = np.full(len(text), -1, np.int8)
-            for position, name in enumerate(names):
-                code[text == name] = position
-            checks.refuse(code < 0, {"event": text}, "event", "events", f"one of {', '.join(names)}")
-            columns = checks.columns_of(
-                table.set_column(table.column_names.index("event"), "event", [code]), stored, "events"
-            )
+            if "event" in table.column_names:
+                code = event_codes(self._spec, table.column("event"))
+                if (code < 0).any():
+                    row = int(np.argmax(code < 0))
+                    accepted = ", ".join(event_names(self._spec))
+                    raise UserError(
+                        f"events: column 'event' is {table['event'][row]} in row {row}; known are {accepted}"
+                    )
+                table = table.set_column(table.column_names.index("event"), "event", [pa.array(code)])
+            columns = checks.columns_of(table, stored, "events")
             checks.check_ids(columns, ("user_id", "author_id", "item_id", "visit_id", "time_ms"), "events")
             self._spill("events", stored).add(columns)
 
@@ -215,11 +217,12 @@ class DatasetBuilder:
         spec = self._spec
         totals = _Totals()
         history = histories.HistoryWriter(self._aside / histories.FOLDER)
-        exposures = []
-        for partition in range(spec.partitions):
-            report("sorting visits", partition, spec.partitions)
-            exposures.append(self._sort_partition(partition, history, totals))
-        report("sorting visits", spec.partitions, spec.partitions)
+        with BatchFile(self._work / "exposures.arrow") as sorted_exposures:
+            for partition in range(spec.partitions):
+                report("sorting visits", partition, spec.partitions)
+                sorted_exposures.append(self._sort_partition(partition, history, totals))
+            report("sorting visits", spec.partitions, spec.partitions)
+        exposures = sorted_exposures.read()
         history.close()
 
         writers = [
@@ -248,7 +251,7 @@ class DatasetBuilder:
         return spec
 
     def _sort_partition(self, partition: int, history: histories.HistoryWriter, totals: _Totals) -> Columns:
-        """Write events, history and truth of a partition; returns its exposures that become rows, memory-mapped."""
+        """Write events, history and truth of a partition; returns its exposures that become rows."""
         visits = self._spills["visits"].pop(partition)
         if self._deduplicate:
             first = first_of_each([visits[name] for name in self._deduplicate])
@@ -275,7 +278,7 @@ class DatasetBuilder:
         rows["emit_ms"] = visits["exit_ms"][shown]
         rows["bits"] = bits[shown]
         rows.update({name: visits[name][shown] for name in checks.context_features(self._spec)})
-        return _set_aside(self._work / f"exposures-{partition:05d}.arrow", rows)
+        return rows
 
     def _write_events(self, partition: int, visits: Columns) -> int:
         if "events" in self._spills:
@@ -332,12 +335,3 @@ class _Totals:
             self.first_ms = min(self.first_ms, first) if self._any else first
             self.last_ms = max(self.last_ms, last)
             self._any = True
-
-
-def _set_aside(file: Path, columns: Columns) -> Columns:
-    """Write columns to a file and return them memory-mapped."""
-    batch = pa.record_batch({name: pa.array(column) for name, column in columns.items()})
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    mapped = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
-    return {name: mapped.column(name).to_numpy() for name in mapped.schema.names}

@@ -140,7 +140,10 @@ class Histories:
         )
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Users with a history ``[users] int64`` and their entries by domain ``[users, domains] int64``, of all time."""
+        """Users ``[users] int64`` and how many entries each has by domain ``[users, domains] int64``.
+
+        Of all time, for descriptions of the dataset: not a feature of anything.
+        """
         return self._user_id, np.diff(self._offsets, axis=1)
 
     def _known_until(self, runs: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
@@ -241,9 +244,8 @@ def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.n
     low, high = first.copy(), stop.copy()
     for _ in range(int((stop - first).max(initial=0)).bit_length()):
         middle = (low + high) >> 1
-        # Where the run is exhausted low == high, which may lie past the column's end.
-        open_ = low < high
-        below = open_ & (column[np.where(open_, middle, 0)] < value)
+        # Where a run is exhausted, low == high and the column is read behind it, or behind its end.
+        below = (np.take(column, middle, mode="clip") < value) & (low < high)
         low = np.where(below, middle + 1, low)
         high = np.where(below, high, middle)
     return low

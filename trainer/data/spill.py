@@ -1,8 +1,9 @@
-"""Columns set aside on disk by partition, until a partition is read back whole."""
+"""Columns set aside on disk by partition, until a partition is read back."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -83,3 +84,37 @@ class Spill:
 
     def _file(self, partition: int) -> Path:
         return self._folder / f"part-{partition:05d}.arrows"
+
+
+class BatchFile:
+    """Batches of the same columns in one file, memory-mapped when it is complete: any number, one open file.
+
+    Args:
+        file: written here.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+
+    def __enter__(self) -> BatchFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        """Write one batch; empty ones count too."""
+        batch = pa.record_batch({name: pa.array(column) for name, column in columns.items()})
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(str(self._file), batch.schema)
+        self._writer.write_batch(batch)
+
+    def read(self) -> list[dict[str, np.ndarray]]:
+        """The batches in the order in which they were written, memory-mapped."""
+        reader = pa.ipc.open_file(pa.memory_map(str(self._file)))
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        return [{name: batch.column(name).to_numpy() for name in batch.schema.names} for batch in batches]

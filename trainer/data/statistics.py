@@ -67,8 +67,8 @@ class Statistics:
         known = _Outcomes.join(self._pending, new)
         due = known.emit_ms < self._now
         self._pending = known.take(np.flatnonzero(~due))
-        past = np.flatnonzero(due)
-        past = known.take(past[stable_order(known.emit_ms[past])])
+        passed = np.flatnonzero(due)
+        past = known.take(passed[stable_order(known.emit_ms[passed])])
 
         # Outcomes and requests as one sequence in time, an outcome before a request only if it is strictly earlier.
         outcome_at = np.arange(len(past.emit_ms)) + np.searchsorted(request, past.emit_ms, side="right")
@@ -172,10 +172,11 @@ class FrozenStatistics:
         for first in range(0, len(past.emit_ms), _CHUNK):
             part = past.slice(first, first + _CHUNK)
             for key, counts in enumerate(self._counts):
-                code, which = np.unique(part.codes[key], return_inverse=True)
-                total = np.zeros((len(code), len(part.weight)), np.uint64)
-                for lane, weight in enumerate(part.weight):
-                    np.add.at(total[:, lane], which, weight)
+                order = stable_order(part.codes[key])
+                code = part.codes[key][order]
+                head = np.flatnonzero(np.append(True, code[1:] != code[:-1]))
+                code = code[head]
+                total = np.stack([np.add.reduceat(weight[order], head) for weight in part.weight], axis=1)
                 counts.reserve(int(code[-1]) + 1)
                 counts.add(code, _lanes(total, self._width))
 

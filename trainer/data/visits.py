@@ -70,6 +70,19 @@ def derive_events(spec: DatasetSpec, visits: Columns) -> Columns:
     return events
 
 
+def event_codes(spec: DatasetSpec, column: pa.ChunkedArray) -> np.ndarray:
+    """Codes of a column of event names, ``[n] int8``; -1 for names that are not the dataset's, and for nulls."""
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    names = event_names(spec)
+    codes = [np.empty(0, np.int8)]
+    for chunk in column.chunks:
+        known = [names.index(name) if name in names else -1 for name in chunk.dictionary.to_pylist()]
+        # Nulls take the code behind the last name's.
+        codes.append(np.array([*known, -1], np.int8)[chunk.indices.fill_null(len(known)).to_numpy()])
+    return np.concatenate(codes)
+
+
 def event_table(spec: DatasetSpec, events: Columns) -> pa.Table:
     """Events as an Arrow table with the schema ``EVENT_COLUMNS``."""
     arrays = [
