@@ -1,0 +1,66 @@
+"""A world with known truth: ``limelight data simulate``.
+
+Users watch short videos and live rooms for some days; every behaviour has a true probability, a logistic function of
+the world at request time, which is kept in ``truth/`` beside the log and read by nothing that trains. The world is
+described part by part in ``trainer.data.world``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.data.build import DatasetBuilder, Progress
+from trainer.data.schema import DatasetSpec
+from trainer.data.world.config import WorldConfig
+from trainer.data.world.description import describe_world, tables
+from trainer.data.world.life import BLOCK, visits_of
+from trainer.data.world.log import event_table, gift_prices, truth_table, visit_table
+from trainer.data.world.world import make_world
+from trainer.errors import UserError
+
+
+def simulate(
+    out: str | Path,
+    users: int,
+    days: int,
+    partitions: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> DatasetSpec:
+    """Simulate a world and write its log as a dataset.
+
+    The world and all that happens in it depend on ``users``, ``days`` and ``seed`` alone; ``partitions`` decides only
+    which file holds what. Memory is bounded by a day of ``life.BLOCK`` users and by what ``DatasetBuilder`` needs.
+
+    Args:
+        out: directory to make.
+        users: number of users, each with about 36 exposures a day, a tenth of them live.
+        days: simulated days.
+        partitions: of the dataset.
+        seed: of every random number.
+        progress: told what is being done, how much of it is done, and how much there is.
+
+    Raises:
+        UserError: a size below 1, a negative seed, or ``out`` cannot be built (``DatasetBuilder``).
+    """
+    for name, value in (("users", users), ("days", days), ("partitions", partitions), ("seed", seed)):
+        least = 0 if name == "seed" else 1
+        if value < least:
+            raise UserError(f"simulate: {name} is {value}; it must be {least} or more")
+    config = WorldConfig(users, days, seed)
+    spec = describe_world(config, partitions)
+    total = days * -(-users // BLOCK)
+    with DatasetBuilder(out, spec) as builder:
+        world = make_world(config)
+        for name, table in tables(world).items():
+            builder.table(name, table)
+        report = progress or (lambda what, done, total: None)
+        report("simulating", 0, total)
+        for day, visits in enumerate(visits_of(world)):
+            rng = config.generator("log", day)
+            price = gift_prices(world, visits, rng)
+            builder.visits(visit_table(world, spec, visits, price, rng))
+            builder.events(event_table(world, visits, price, rng))
+            builder.truth(truth_table(visits))
+            report("simulating", 1 + day, total)
+        return builder.finish(progress)
