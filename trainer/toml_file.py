@@ -85,7 +85,9 @@ def _explain(error: ValidationError, raw: dict[str, Any], model: type[BaseModel]
     value: Any = raw
     for part in first["loc"]:
         value = _item(value, part)
-    return said if first["type"] == "value_error" and isinstance(value, dict) else f"{key} = {value!r}: {said}"
+    if isinstance(value, dict) and first["type"] == "value_error":
+        return f"[{key}]: {said}" if key else said
+    return f"{key} = {value!r}: {said}"
 
 
 def _item(container: Any, key: str | int) -> Any:

@@ -233,7 +233,7 @@ def _import_single_events(
         if len(made.orphans) and rules.orphans == "error":
             first = int(made.orphans[np.argmin(events["row"][made.orphans])])
             accepted = f'after the {names[begin]} of its visit; or set orphans = "drop" in the mapping'
-            log.refuse(int(events["row"][first]), str(rules.columns.event), names[events["code"][first]], accepted)
+            log.refuse(int(events["row"][first]), str(rules.columns.event), str(names[events["code"][first]]), accepted)
         orphans += len(made.orphans)
         builder.visits(pa.table(made.visits))
         builder.events(_event_table(made.events, names))

@@ -37,9 +37,14 @@ class IdHash:
     """
 
     def __init__(self) -> None:
-        self.collisions = 0
+        self._met: set[int] = set()
         self._known = IdIndex()
         self._checks = np.zeros(1024, np.uint64)
+
+    @property
+    def collisions(self) -> int:
+        """Number of texts whose id another text had before."""
+        return len(self._met)
 
     def ids(self, values: pa.Array) -> pa.Array:
         """Ids of a part of a column; null raises."""
@@ -51,17 +56,14 @@ class IdHash:
         return pa.array(ids[coded.indices.to_numpy()])
 
     def _compare(self, ids: np.ndarray, checks: np.ndarray) -> None:
-        # The texts of a part are distinct, so equal ids among them are a collision.
-        first = np.unique(ids, return_index=True)[1]
-        self.collisions += len(ids) - len(first)
-        ids, checks = ids[first], checks[first]
         before = len(self._known)
         number = self._known.add(ids)
-        new = number >= before
         if len(self._known) > len(self._checks):
             self._checks = np.resize(self._checks, 2 * len(self._known))
+        new = np.flatnonzero(number >= before)[::-1]
+        # Backwards, so that of two new texts with one id the first keeps it.
         self._checks[number[new]] = checks[new]
-        self.collisions += int((self._checks[number] != checks).sum())
+        self._met.update(checks[self._checks[number] != checks].tolist())
 
 
 def times_ms(values: pa.Array, unit: str, timezone: str) -> pa.Array:
@@ -82,10 +84,12 @@ def times_ms(values: pa.Array, unit: str, timezone: str) -> pa.Array:
         if values.type.tz is None:
             values = pc.assume_timezone(values, timezone, ambiguous="earliest", nonexistent="latest")
         milliseconds = values.cast(pa.timestamp("ms", "UTC"), safe=False).cast(pa.int64())
-    elif unit == "ms" and pa.types.is_integer(values.type):
-        milliseconds = values.cast(pa.int64())
+    elif pa.types.is_integer(values.type):
+        whole = values.cast(pa.int64())
+        milliseconds = pc.multiply_checked(whole, 1000) if unit == "s" else pc.divide(whole, _PER_MS[unit])
     else:
-        milliseconds = pc.floor(pc.divide(numbers(values), _PER_MS[unit])).cast(pa.int64())
+        # A float of seconds is exact to 0.0003 ms: without the margin .436 would be cut to 435 ms.
+        milliseconds = pc.floor(pc.add(pc.divide(numbers(values), _PER_MS[unit]), 0.001)).cast(pa.int64())
     if len(milliseconds):
         least, most = pc.min_max(milliseconds).as_py().values()
         if least < EARLIEST_MS or most >= LATEST_MS:
