@@ -6,20 +6,20 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from trainer.data.feature_config import FeatureConfig
 from trainer.errors import UserError
+from trainer.toml_file import fields, is_section, read_toml, validate
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -59,7 +59,8 @@ class DataConfig(Section):
     workers: int = Field(1, description="Loader processes per rank; 0 reads in the training process.", ge=0)
     prefetch: Positive = Field(4, description="Batches that each loader process prepares ahead.")
     on_corrupt: Literal["error", "skip"] = Field(
-        "error", description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`)."
+        "error",
+        description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`).",
     )
 
 
@@ -113,6 +114,9 @@ class TrainConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
     overlap: bool = Field(True, description="Exchange the next batch's ids while the dense network works.")
+    baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
+        (), description="Networks to train after `model.kind` on the same data, for the same table of metrics."
+    )
     weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
     log_every: Positive = Field(20, description="Steps between two progress lines and scalars.")
 
@@ -144,26 +148,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
     """
-    file = Path(path)
-    try:
-        raw = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such job file") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise UserError(f"{file}: not a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not valid TOML: {error}") from None
+    raw = read_toml(path, "job file")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(raw, str(file))
+    return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
     """Validate a nested mapping; ``origin`` is named in errors."""
-    try:
-        return JobConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error, raw)}") from None
+    return validate(JobConfig, raw, origin)
 
 
 def load_deepspeed(path: str) -> dict[str, Any]:
@@ -215,42 +208,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _explain(error: ValidationError, raw: dict[str, Any]) -> str:
-    """The first mistake in one line; an unknown key is told with the nearest known one."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        known = [name for name, _ in _fields(JobConfig)] + list(JobConfig.model_fields)
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        return f"unknown key {key}; did you mean {nearest}?"
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    value: Any = raw
-    for part in first["loc"]:
-        value = value[part] if isinstance(value, dict | list | tuple) and _has(value, part) else None
-    return f"{key} = {value!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _has(container: Any, part: str | int) -> bool:
-    return part in container if isinstance(container, dict) else isinstance(part, int) and part < len(container)
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted name and field of every key of a section, depth first."""
-    for name, info in model.model_fields.items():
-        if _is_section(info.annotation):
-            yield from _fields(info.annotation, f"{prefix}{name}.")
-        elif get_origin(info.annotation) is dict and _is_section(get_args(info.annotation)[1]):
-            yield from _fields(get_args(info.annotation)[1], f"{prefix}{name}.NAME.")
-        else:
-            yield f"{prefix}{name}", info
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def _type_name(annotation: Any) -> str:
     """A type as the reference shows it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -281,11 +238,11 @@ def reference() -> str:
     lines: list[str] = []
     for section, info in JobConfig.model_fields.items():
         model = info.annotation
-        assert _is_section(model)
+        assert is_section(model)
         summary = (model.__doc__ or "").strip().split("\n")[0]
         lines += [f"**`[{section}]`** {summary}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         same: dict[int, tuple[list[str], FieldInfo]] = {}
-        for name, field in _fields(model):
+        for name, field in fields(model):
             same.setdefault(id(field), ([], field))[0].append(f"`{name}`")
         lines += [
             f"| {', '.join(names)} | {_type_name(field.annotation)} | {_default(field)} | {field.description} |"

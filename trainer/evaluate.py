@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         with World.join("auto") as world:
-            run = open_run(given.run, world, given.data)
+            run = open_run(given.directory, world, given.data)
             config = with_range(run.config, given.data, given.time_from, given.time_until)
             split = split_in_time(config, run.data.spec)
             frozen = freeze_at_end_of_training(config, run.data, split)

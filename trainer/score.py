@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         with World.join("auto") as world:
-            run = open_run(given.run, world)
+            run = open_run(given.directory, world)
             candidates = read_candidates(Path(given.candidates), run.data.spec)
             if not len(candidates["user_id"]):
                 raise UserError(f"{given.candidates}: no candidates in it")
