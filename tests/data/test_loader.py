@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainer.data.fit import fit_features
 from trainer.data.history import Histories
 from trainer.data.loader import Loader
 from trainer.data.selection import Selection
-from trainer.data.shards import RowStore
+from trainer.data.shards import RowStore, index_name
 from trainer.data.statistics import Statistics
 from trainer.errors import UserError
 
@@ -181,9 +182,9 @@ def test_statistics_and_histories_can_be_frozen(write_dataset):
     assert changed == 9
 
 
-def corrupt(path: Path, partition: int, record: int, store: RowStore) -> None:
+def corrupt(path: Path, partition: int, record: int) -> None:
     """Flip one byte in the middle of a record."""
-    entry = store._index(partition)[record]
+    entry = json.loads((path / "rows" / index_name(partition)).read_text())[record]
     shard = path / "rows" / entry["shard"]
     data = bytearray(shard.read_bytes())
     data[entry["offset"] + entry["size"] // 2] ^= 1
@@ -197,7 +198,7 @@ def test_a_corrupt_record_is_named_or_skipped_and_counted(write_dataset, workers
     damaged = [(1, 2), (1, 3), (3, 0)]
     lost = [dataset.store().read(*where)["visit_id"].tolist() for where in damaged]
     for partition, record in damaged:
-        corrupt(dataset.path, partition, record, dataset.store())
+        corrupt(dataset.path, partition, record)
     ranks = Ranks(dataset)
     with pytest.raises(UserError, match=r"part-0000[13]-000000.tar: record \d+ at byte \d+") as caught:
         list(ranks.loader(workers=workers))

@@ -45,6 +45,7 @@ _ENTRY_COLUMNS: dict[str, np.dtype] = {
     "ordinal": np.dtype(np.int32),
 }
 _USER_COLUMNS = ("user_id", "offsets")
+_RESULT_COLUMNS = ("item_id", "author_id", "request_ms", "play_ms", "bits")
 
 
 @dataclass(frozen=True)
@@ -107,26 +108,19 @@ class Histories:
             require: only visits with at least one of these behaviour bits; 0 takes all.
         """
         entries = self._entries
-        place = np.searchsorted(self._user_id, user_id)
-        place[place == len(self._user_id)] = 0
-        if len(self._user_id):
-            runs = self._offsets[place]
-            runs[self._user_id[place] != user_id] = 0
-        else:
-            runs = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
+        runs = self._runs(user_id)
         first, stop = runs[:, domain], self._known_until(runs, domain, as_of_ms)
 
         # Only users with more than the limit pay for knowing how many visits of the other domains came before.
         long = np.flatnonzero(runs[:, -1] - runs[:, 0] > HISTORY_LIMIT)
         if len(long):
             known = sum(self._known_until(runs[long], d, as_of_ms[long]) - runs[long, d] for d in range(len(DOMAINS)))
-            oldest = _bisect(entries["ordinal"], first[long], stop[long], known - HISTORY_LIMIT)
-            first = first.copy()
-            first[long] = oldest
+            first[long] = _bisect(entries["ordinal"], first[long], stop[long], known - HISTORY_LIMIT)
 
         if require:
             matching = self._matching(require)
-            first, stop = np.searchsorted(matching, first), np.searchsorted(matching, stop)
+            stop = _search(matching, stop)
+            first = _bisect(matching, np.maximum(stop - length, 0), stop, first)
         first = np.maximum(first, stop - length)
         lengths = stop - first
         ends = np.cumsum(lengths)
@@ -135,7 +129,7 @@ class Histories:
             at = matching[at]
         return HistorySlice(
             lengths=lengths,
-            **{name: entries[name][at] for name in ("item_id", "author_id", "request_ms", "play_ms", "bits")},
+            **{name: np.take(entries[name], at, mode="clip") for name in _RESULT_COLUMNS},
             domain=np.full(len(at), domain, np.uint8),
         )
 
@@ -145,6 +139,15 @@ class Histories:
         Of all time, for descriptions of the dataset: not a feature of anything.
         """
         return self._user_id, np.diff(self._offsets, axis=1)
+
+    def _runs(self, user_id: np.ndarray) -> np.ndarray:
+        """``[n, domains + 1]``: domain d of a user is ``[runs[d], runs[d + 1])``; nothing for unknown users."""
+        runs = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
+        if len(self._user_id):
+            place = np.minimum(_search(self._user_id, user_id), len(self._user_id) - 1)
+            known = self._user_id[place] == user_id
+            runs[known] = self._offsets[place[known]]
+        return runs
 
     def _known_until(self, runs: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
         return _bisect(self._entries["known_ms"], runs[:, domain], runs[:, domain + 1], as_of_ms)
@@ -249,6 +252,14 @@ def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.n
         low = np.where(below, middle + 1, low)
         high = np.where(below, high, middle)
     return low
+
+
+def _search(column: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``np.searchsorted(column, values)``, looked up in order: twice as fast in a long column. ``[n] int64``."""
+    order = np.argsort(values)
+    places = np.empty(len(values), np.int64)
+    places[order] = np.searchsorted(column, values[order])
+    return places
 
 
 def _reopen(folder: Path) -> Histories:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,8 +61,7 @@ class RowStore:
         self.partitions = spec.partitions
         self.on_corrupt = on_corrupt
         self.skipped_rows = 0
-        self._columns = row_columns(spec)
-        self._entries: dict[int, list[dict]] = {}
+        self._index: dict[int, _Index] = {}
 
     def records(self, partition: int) -> RecordIndex:
         """Size and times of the partition's records, in emission order.
@@ -70,12 +69,7 @@ class RowStore:
         Raises:
             UserError: the index is missing or damaged.
         """
-        entries = self._index(partition)
-        columns = [
-            [entry["rows"] for entry in entries],
-            *([entry[name][end] for entry in entries] for name in ("request_ms", "emit_ms") for end in (0, 1)),
-        ]
-        return RecordIndex(*(np.array(column, np.int64) for column in columns))
+        return self._open(partition).records
 
     def read(self, partition: int, record: int, columns: Sequence[str] | None = None) -> Rows | None:
         """Rows of one record, as read-only views of the bytes read.
@@ -91,37 +85,65 @@ class RowStore:
         Raises:
             UserError: the record is corrupt, cut short or missing and ``on_corrupt`` is ``error``; names the shard.
         """
-        entry = self._index(partition)[record]
-        file = storage.join(self.path, f"{FOLDER}/{entry['shard']}")
+        index = self._open(partition)
+        file = storage.join(self.path, f"{FOLDER}/{index.shard[record]}")
+        offset, size, rows = int(index.offset[record]), int(index.size[record]), int(index.records.rows[record])
         try:
-            data = storage.read_bytes(file, entry["offset"], entry["size"])
+            data = storage.read_bytes(file, offset, size)
         except FileNotFoundError:
-            return self._corrupt(file, record, entry, "the shard is missing")
-        if len(data) < entry["size"]:
-            return self._corrupt(file, record, entry, "the shard is cut short")
-        if zlib.crc32(data) != entry["crc32"]:
-            return self._corrupt(file, record, entry, "its checksum does not match")
-        return records.decode(data, columns)
-
-    def _corrupt(self, file: str, record: int, entry: dict, what: str) -> Rows | None:
+            wrong = "the shard is missing"
+        except OSError as error:
+            wrong = error.strerror or str(error)
+        else:
+            if len(data) == size and zlib.crc32(data) == index.crc32[record]:
+                return records.decode(data, columns)
+            wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
         if self.on_corrupt == "error":
             raise UserError(
-                f"{file}: record {record} at byte {entry['offset']} cannot be read, {what}; restore the file, or leave "
-                f'such records out with data.on_corrupt = "skip"'
+                f"{file}: record {record} ({rows} rows at byte {offset}) cannot be read, {wrong}; restore the file, or "
+                f'leave such records out with data.on_corrupt = "skip"'
             )
-        self.skipped_rows += entry["rows"]
+        self.skipped_rows += rows
         return None
 
-    def _index(self, partition: int) -> list[dict]:
-        if partition not in self._entries:
+    def _open(self, partition: int) -> _Index:
+        if partition not in self._index:
             file = storage.join(self.path, f"{FOLDER}/{index_name(partition)}")
             try:
-                self._entries[partition] = json.loads(storage.read_bytes(file))
+                self._index[partition] = _Index.parse(storage.read_bytes(file))
             except FileNotFoundError:
                 raise UserError(f"{file}: the index of partition {partition} is missing") from None
-            except ValueError as error:
-                raise UserError(f"{file}: not a valid shard index ({error})") from None
-        return self._entries[partition]
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise UserError(f"{file}: not a valid shard index ({error!r})") from None
+        return self._index[partition]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A partition's index: ``records`` and where each lies, arrays of one entry a record."""
+
+    records: RecordIndex
+    shard: list[str]
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+
+    @staticmethod
+    def parse(text: bytes) -> _Index:
+        entries = json.loads(text)
+
+        def column(values: Iterable[int]) -> np.ndarray:
+            return np.fromiter(values, np.int64, len(entries))
+
+        ends = ((name, end) for name in ("request_ms", "emit_ms") for end in (0, 1))
+        return _Index(
+            RecordIndex(
+                column(entry["rows"] for entry in entries),
+                *(column(entry[name][end] for entry in entries) for name, end in ends),
+            ),
+            [entry["shard"] for entry in entries],
+            *(column(entry[name] for entry in entries) for name in ("offset", "size", "crc32")),
+        )
 
 
 class ShardWriter:
