@@ -22,6 +22,7 @@ def test_a_run_reads_back_once_it_has_a_model(tmp_path: Path) -> None:
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2
     with pytest.raises(UserError, match="has no model"):
         load_run(run)
+    create_run(run, CONFIG, world=1)
     (run / "model").mkdir()
     assert load_run(run) == CONFIG
     with pytest.raises(UserError, match="a run is already here"):

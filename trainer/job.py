@@ -11,10 +11,11 @@ import torch
 
 from modules.ranker import Ranker
 from trainer.config import JobConfig, load_deepspeed, parse_time
-from trainer.data.features import FeatureMap
+from trainer.data.features import FeatureMap, check_names
 from trainer.data.fit import FittedFeatures, fit_features
 from trainer.data.history import Histories
 from trainer.data.loader import Loader
+from trainer.data.plan import partitions_of_rank
 from trainer.data.schema import DatasetSpec
 from trainer.data.selection import Selection
 from trainer.data.shards import RowStore
@@ -198,18 +199,30 @@ def rows_per_rank(config: JobConfig, world: World) -> int:
     return rows
 
 
+def check_settings(config: JobConfig, spec: DatasetSpec, world: World) -> None:
+    """Find what would only be noticed after the features are fitted, before anything is written.
+
+    Raises:
+        UserError: a batch that the ranks cannot share, more ranks than partitions, a behaviour that is not predicted,
+            a feature that is not there, or no DeepSpeed settings.
+    """
+    rows_per_rank(config, world)
+    partitions_of_rank(spec.partitions, world.rank, world.size)
+    check_names(spec, config.features, config.data.behaviours)
+    predicted = config.data.behaviours or spec.behaviours
+    for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):
+        for name in names:
+            if name not in predicted:
+                raise UserError(f"{key}: no behaviour {name!r}; the model predicts {', '.join(predicted)}")
+    load_deepspeed(config.train.deepspeed)
+
+
 def build_engine(config: JobConfig, features: FeatureMap, kind: str, world: World) -> HybridEngine:
     """The model of a job: sharded tables and the dense network, with their optimizers.
 
     Raises:
         UserError: settings that the engine refuses, with the reason.
     """
-    unknown = [name for name in (*config.train.weights, *config.score.exponents) if name not in features.behaviours]
-    if unknown:
-        raise UserError(
-            f"train.weights and score.exponents: no behaviour {unknown[0]!r}; "
-            f"the model predicts {', '.join(features.behaviours)}"
-        )
     torch.manual_seed(config.run.seed)
     model = config.model
     ranker = Ranker(

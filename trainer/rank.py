@@ -29,6 +29,7 @@ from trainer.job import (
     Data,
     Split,
     build_engine,
+    check_settings,
     fit_once,
     freeze_at_end_of_training,
     held_out_loader,
@@ -65,6 +66,7 @@ def run_job(config: JobConfig, world: World) -> dict[str, Report]:
     directory = Path(world.agree(str(choose_directory(config))))
     data = Data.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
+    check_settings(config, data.spec, world)
     if world.rank == 0:
         create_run(directory, config, world.size)
     fitted = fit_once(config, data, split, directory / "features", world)

@@ -44,9 +44,9 @@ def create_run(directory: Path, config: JobConfig, world: int) -> None:
     """Make the directory and write down the job and its environment. One rank calls it.
 
     Raises:
-        UserError: the directory already holds a run, or cannot be written.
+        UserError: the directory already holds a trained run, or cannot be written.
     """
-    if (directory / "config.json").exists():
+    if (directory / "model").exists():
         raise UserError(f"{directory}: a run is already here; choose another run.directory or remove it")
     try:
         directory.mkdir(parents=True, exist_ok=True)

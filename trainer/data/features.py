@@ -78,7 +78,7 @@ class FeatureMap:
     def __init__(
         self, spec: DatasetSpec, config: FeatureConfig, fitted: FittedFeatures, behaviours: Sequence[str] = ()
     ) -> None:
-        _check_names(spec, config, behaviours)
+        check_names(spec, config, behaviours)
         _check_layout(spec, fitted)
         self.spec = spec
         self.behaviours: tuple[str, ...] = tuple(behaviours) or spec.behaviours
@@ -264,7 +264,12 @@ def _require_bits(spec: DatasetSpec, history: HistoryConfig) -> int:
     return sum(1 << spec.behaviours.index(behaviour) for behaviour in history.require)
 
 
-def _check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[str]) -> None:
+def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[str]) -> None:
+    """Every feature and behaviour that a job names is one of the dataset's.
+
+    Raises:
+        UserError: one is not; the nearest that is.
+    """
     required = {name: history.require for name, history in config.history.items()}
     for key, names in (
         ("data.behaviours", behaviours),

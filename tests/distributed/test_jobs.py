@@ -1,0 +1,185 @@
+"""The commands a user types, one after the other, on a small world: simulate, train, evaluate, score."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trainer.data.schema import DatasetSpec
+from trainer.data.shards import read_rows
+from trainer.score import ranking_score
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "configs/simulated.toml",
+    "data.eval_from=2024-03-06",
+    "model.expert_layers=[[16], [8]]",
+    "model.tower=[8]",
+    "features.history.short.length=5",
+    "features.history.live.length=5",
+    "train.batch_size=128",
+    "train.epochs=1",
+    "train.log_every=5",
+)
+
+
+def limelight(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run ``limelight ARGUMENTS`` and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == expect, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("jobs") / "world"
+    limelight("data", "simulate", path, "--users", 200, "--days", 3, "--partitions", 4, "--seed", 5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Path:
+    """A run on two ranks, with a baseline."""
+    directory = world.parent / "run"
+    printed = limelight(
+        "train", *SETTINGS, f"data.path={world}", f"run.directory={directory}", 'train.baselines=["logistic"]', "--ranks", 2
+    ).stdout
+    table = [line.split() for line in printed.splitlines() if line.startswith(("click", "gift"))]
+    assert [line[:2] for line in table] == [["click", "ple"], ["click", "logistic"], ["gift", "ple"], ["gift", "logistic"]]
+    assert printed.rstrip().endswith(f"run: {directory}")
+    return directory
+
+
+def test_a_run_leaves_what_the_readme_says(run: Path, world: Path) -> None:
+    for name in ("config.json", "environment.json", "plan.json", "report.html", "features", "model", "tensorboard"):
+        assert (run / name).exists(), name
+    document = json.loads((run / "metrics.json").read_text())
+    spec = DatasetSpec.load(world)
+    assert tuple(document["behaviours"]) == spec.behaviours
+    click = document["behaviours"]["click"]
+    held_out = read_rows(world, spec, request_from=spec.span_ms[0] + 2 * 86_400_000 - 60_000)
+    assert click["rows"] == pytest.approx(len(held_out["visit_id"]), rel=0.02)
+    # Half a percent of room for the sampling error of the truth's own AUC.
+    assert 0.5 < click["auc"] < click["best_auc"] + 0.005
+    assert document["training"]["rows"] > 1000
+    assert sum(document["training"]["share_of_time"].values()) == pytest.approx(1)
+    assert {entry["table"] for entry in json.loads((run / "plan.json").read_text())} == {"user", "author", "item", "side"}
+    assert json.loads((run / "baselines" / "logistic" / "metrics.json").read_text())["model"] == "logistic"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluating_again_gives_the_same_metrics(run: Path, ranks: int) -> None:
+    again = json.loads(limelight("evaluate", run, "--json", "--ranks", ranks).stdout)["behaviours"]
+    first = json.loads((run / "metrics.json").read_text())["behaviours"]
+    assert again.keys() == first.keys()
+    for behaviour, metrics in first.items():
+        for name, value in metrics.items():
+            assert again[behaviour][name] == pytest.approx(value, rel=1e-4), f"{behaviour} {name}"
+
+
+def test_a_range_with_offsets_narrows_the_rows(run: Path) -> None:
+    whole = json.loads(limelight("evaluate", run, "--json").stdout)["behaviours"]["click"]["rows"]
+    part = limelight("evaluate", run, "--json", "--from", "2024-03-06T12:00+08:00", "--until", "2024-03-06T20:00").stdout
+    assert 0 < json.loads(part)["behaviours"]["click"]["rows"] < whole
+
+
+def test_scoring_a_request_gives_what_evaluation_predicted(run: Path, world: Path, tmp_path: Path) -> None:
+    predicted = tmp_path / "predictions.parquet"
+    limelight("evaluate", run, "--predictions", predicted)
+    lines = {line["visit_id"]: line for line in pq.read_table(predicted).to_pylist()}
+    spec = DatasetSpec.load(world)
+    rows = read_rows(world, spec)
+    visit = sorted(lines)[len(lines) // 2]
+    at = int(np.flatnonzero(rows["visit_id"] == visit)[0])
+    columns = {name: [int(rows[name][at])] for name in ("user_id", "item_id", "author_id", "request_ms")}
+    for k, side in enumerate(spec.side):
+        if side.of == "context":
+            columns[side.name] = [int(rows["side"][at, k])]
+    dense = {feature.name: [float(rows["dense"][at, k])] for k, feature in enumerate(spec.dense) if feature.of == "context"}
+    candidates, scored = tmp_path / "candidates.parquet", tmp_path / "scored.parquet"
+    pq.write_table(pa.table({**columns, **dense}), candidates)
+    limelight("score", run, candidates, scored)
+    (score,) = pq.read_table(scored).to_pylist()
+    probabilities = [score[f"p_{behaviour}"] for behaviour in spec.behaviours]
+    assert probabilities == pytest.approx([lines[visit][f"p_{behaviour}"] for behaviour in spec.behaviours], rel=1e-5)
+    exponents = [{"gift": 4, "follow": 2, "comment": 2}.get(behaviour, 1) for behaviour in spec.behaviours]
+    assert score["score"] == pytest.approx(np.prod([(1 + p) ** e for p, e in zip(probabilities, exponents, strict=True)]))
+
+
+def test_the_ranking_score_is_equation_4() -> None:
+    probability = np.random.default_rng(0).random((7, 3))
+    expected = (1 + probability[:, 0]) ** 0.5 * (1 + probability[:, 1]) ** 2 * (1 + probability[:, 2]) ** 0
+    np.testing.assert_allclose(ranking_score(probability, (0.5, 2.0, 0.0)), expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "expected"),
+    [
+        (["data.path=/nowhere"], 1, "/nowhere: no dataset here"),
+        (["train.epoch=1"], 1, "unknown key train.epoch; did you mean train.epochs?"),
+        (["data.behaviours=[\"clik\"]"], 1, "no behaviour 'clik'"),
+        (["train.weights.smile=2"], 1, "no behaviour 'smile'"),
+        (["features.exclude=[\"stat:usr\"]"], 1, "did you mean 'stat:user'?"),
+        (["train.batch_size=127"], 2, "train.batch_size = 127 is not a multiple of the 2 ranks"),
+        (["train.device=cuda"], 1, "train.device = \"cuda\""),
+        (["train.deepspeed=none.json"], 1, "train.deepspeed = 'none.json': no such file"),
+        (["data.eval_from=2024-04-01"], 1, "is after the dataset's last request"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_run(
+    world: Path, tmp_path: Path, overrides: list[str], ranks: int, expected: str
+) -> None:
+    given = ["train", *SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", *overrides, "--ranks", ranks]
+    done = limelight(*given, expect=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
+    assert len(errors) == 1 and expected in errors[0], done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    limelight("data", "simulate", small, "--users", 60, "--days", 3, "--partitions", 1, "--seed", 1)
+    done = limelight("train", *SETTINGS, f"data.path={small}", f"run.directory={tmp_path / 'run'}", "--ranks", 2, expect=2)
+    assert "partition" in done.stderr
+
+
+def test_an_existing_run_is_kept(run: Path, world: Path) -> None:
+    before = (run / "metrics.json").read_bytes()
+    done = limelight("train", *SETTINGS, f"data.path={world}", f"run.directory={run}", expect=2)
+    assert "a run is already here" in done.stderr
+    assert (run / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"user_id": [1]}, "column 'item_id' is missing"),
+        ({"user_id": [1], "item_id": [-5], "author_id": [1], "request_ms": [1709700000000]}, "'item_id' is -5 in row 0"),
+        ({"user_id": [], "item_id": [], "author_id": [], "request_ms": []}, "no candidates"),
+        ({"user_id": [10**9], "item_id": [1], "author_id": [1], "request_ms": [1709700000000]}, "user id 1000000000"),
+    ],
+)
+def test_candidates_that_cannot_be_scored_leave_no_file(
+    run: Path, tmp_path: Path, table: dict[str, list[int]], expected: str
+) -> None:
+    candidates = tmp_path / "candidates.parquet"
+    pq.write_table(pa.table({name: pa.array(values, pa.int64()) for name, values in table.items()}), candidates)
+    done = limelight("score", run, candidates, tmp_path / "out.parquet", expect=2)
+    assert expected in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["candidates.parquet"]
