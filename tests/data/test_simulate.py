@@ -53,13 +53,12 @@ def items(path: Path) -> Log:
 
 @pytest.fixture(scope="module")
 def visits(events: Log, truth: Log) -> Log:
-    """Columns in the order of ``truth``: ids, ``domain``, ``request``, ``exit``, and ``first_B`` delays, -1 for never."""
+    """In the order of ``truth``: ids, ``domain``, ``request`` and the delays ``exit`` and ``first_B``, -1 for never."""
     at = np.searchsorted(truth["visit_id"], events["visit_id"])
     out: Log = {name: np.empty(len(truth["visit_id"]), np.int64) for name in ("item_id", "author_id", "domain")}
     out |= {"user_id": truth["user_id"], "request": truth["request_ms"]}
     for name in ("item_id", "author_id", "domain"):
         out[name][at] = events[name]
-    out["exit"] = np.full(len(at), -1)
     for name, column in (("exit", "exit"), *((name, f"first_{name}") for name in BEHAVIOURS)):
         mine = np.flatnonzero(events["event"] == name)
         first = np.full(len(truth["visit_id"]), np.iinfo(np.int64).max)
@@ -100,7 +99,30 @@ def test_base_rates(path: Path, visits: Log) -> None:
     np.testing.assert_allclose(rows["label"].mean(axis=0), [rate[behaviour] for behaviour in BEHAVIOURS], rtol=1e-6)
 
 
-def test_interactions_follow_a_click_and_exit_is_last(visits: Log, events: Log) -> None:
+def test_table_1_of_the_whole_log(visits: Log, truth: Log, events: Log) -> None:
+    """Less sharp than tests/data/world/test_visit.py, but with everything between a draw and the file."""
+    live = visits["domain"] == DOMAINS.index("live")
+    for behaviour, share in {"click": 0.96, "long_view": 1.0, "like": 0.79, "comment": 0.78, "gift": 0.68}.items():
+        first = visits[f"first_{behaviour}"][live]
+        first = first[(first >= 0) & (first <= 3_600_000)]
+        error = np.sqrt(share * (1 - share) / len(first))
+        assert abs((first <= 300_000).mean() - share) <= SIGMAS * error, behaviour
+
+    gift = np.flatnonzero(events["event"] == "gift")
+    visit = np.searchsorted(truth["visit_id"], events["visit_id"][gift])
+    delay, price = events["time_ms"][gift] - truth["request_ms"][visit], events["value"][gift].astype(np.float64)
+    kept = delay <= 3_600_000
+    early, money = (
+        np.bincount(visit[kept], price[kept] * (delay[kept] <= 300_000)),
+        np.bincount(visit[kept], price[kept]),
+    )
+    share = early.sum() / money.sum()
+    # delta method, over visits
+    error = np.sqrt(((early - share * money) ** 2).sum()) / money.sum()
+    assert abs(share - 0.34) <= SIGMAS * error and error < 0.05
+
+
+def test_interactions_follow_a_click_and_exit_is_last(visits: Log, events: Log, truth: Log) -> None:
     for behaviour in ("like", "comment", "gift", "follow"):
         acted = visits[f"first_{behaviour}"] >= 0
         assert acted.any()

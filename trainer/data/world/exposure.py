@@ -16,7 +16,7 @@ FAMILIAR = (1, 3)
 
 POPULARITY_WEIGHT = (0.6, 0.8)
 TASTE_WEIGHT, MOOD_WEIGHT, FAMILIAR_WEIGHT = 0.6, 0.4, 0.5
-"""The policy's score; standard Gumbel noise on top makes the choice a softmax, which explores."""
+"""The policy's score; it shows one of the candidates by the softmax of their scores, which explores."""
 FOLLOWING_TAB_WEIGHT = 4.0
 """Added to familiar authors in the ``following`` scene."""
 
@@ -28,6 +28,8 @@ FEED, FOLLOWING_TAB, PLAZA = (SCENES.index(name) for name in ("feed", "following
 SLOT_MS = 5 * MINUTE_MS
 LAST_CALL_MS = 2 * MINUTE_MS
 """A room is not recommended any more when it is about to close."""
+DRAWS_PER_VIDEO = 8
+"""Resolution of the popularity of videos: mean number of lots that a video has in the draw."""
 LATEST_VIDEOS = 3
 """A familiar author's candidate is one of the latest so many videos, or the room that is open."""
 
@@ -38,8 +40,8 @@ class Catalogue:
 
     Attributes:
         items: what there is.
-        video_weight: ``[videos + 1]`` cumulative popularity in order of publication.
-        shelf: ``[2, slots]`` first and last position in ``video_weight`` of what is on the shelf in each five minutes.
+        video_draw: videos in order of publication, each as often as its popularity weighs.
+        shelf: ``[2, slots]`` where in ``video_draw`` begins and ends what is on the shelf in each five minutes.
         taste: ``[items, d] float32``, the subspace of the items' vectors that the policy ranks by.
         slot_room: ids of the rooms that are open at the start of each five-minute slot, slot after slot.
         slot_weight: ``[len(slot_room) + 1]`` their cumulative popularity.
@@ -49,7 +51,7 @@ class Catalogue:
     """
 
     items: Items
-    video_weight: np.ndarray
+    video_draw: np.ndarray
     shelf: np.ndarray
     taste: np.ndarray
     slot_room: np.ndarray
@@ -60,9 +62,8 @@ class Catalogue:
 
     def popular_videos(self, time_ms: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """Videos of the last ``SHELF_DAYS`` by popularity. ``time_ms [n]``, ``uniform [c, n]`` -> ids ``[c, n]``."""
-        low, high = self.video_weight[self.shelf[:, (time_ms - START_MS) // SLOT_MS]]
-        drawn = np.searchsorted(self.video_weight, low + (high - low) * uniform, side="right") - 1
-        return np.minimum(drawn, self.items.videos - 1)
+        low, high = self.shelf[:, (time_ms - START_MS) // SLOT_MS]
+        return self.video_draw.take(low + ((high - low) * uniform).astype(np.int64))
 
     def popular_rooms(self, time_ms: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rooms by popularity, ids ``[c, n]``, and whether each is still open."""
@@ -95,13 +96,17 @@ def make_catalogue(config: WorldConfig, items: Items) -> Catalogue:
     order = np.argsort(slot, kind="stable")
     slot_room = videos + np.repeat(np.arange(n - videos), length)[order]
     split = [np.arange(videos), np.arange(videos, n)]
+    share = _cumulative(weight[VIDEO][:videos]) / weight[VIDEO][:videos].sum()
+    draws = DRAWS_PER_VIDEO * videos
+    video_draw = np.searchsorted(share[1:-1], (np.arange(draws) + 0.5) / draws, side="right")
     opening = START_MS + SLOT_MS * np.arange(slots)
-    shelf = [np.searchsorted(items.start_ms[:videos], opening - age) for age in (SHELF_DAYS * DAY_MS, 0)]
+    drawn_start = items.start_ms[video_draw]
+    shelf = [np.searchsorted(drawn_start, opening - age) for age in (SHELF_DAYS * DAY_MS, 0)]
     keys = [_author_key(items.author[ids], items.start_ms[ids]) for ids in split]
     sort = [np.argsort(key, kind="stable") for key in keys]
     return Catalogue(
         items=items,
-        video_weight=_cumulative(weight[VIDEO][:videos]),
+        video_draw=video_draw,
         shelf=np.stack(shelf),
         taste=np.ascontiguousarray(items.vector[:, TASTE]),
         slot_room=slot_room,
@@ -151,15 +156,17 @@ def choose(
         known, known_open = catalogue.of_author(domain, familiar, time_ms, back)
     candidate = np.concatenate([drawn, known])
     eligible = np.concatenate([drawn_open, known_open])
-    taste = np.einsum("nd,cnd->cn", users.vector[domain, user][:, TASTE], catalogue.taste[candidate])
+    interest = users.vector[domain].take(user, axis=0)[:, TASTE]
+    taste = np.einsum("nd,cnd->cn", interest, catalogue.taste.take(candidate, axis=0))
     score = np.float32(TASTE_WEIGHT / np.sqrt(catalogue.taste.shape[1])) * taste
-    score += np.float32(MOOD_WEIGHT) * (items.genre[candidate] == mood)
+    score += np.float32(MOOD_WEIGHT) * (items.genre.take(candidate) == mood)
     score[popular:] += (FAMILIAR_WEIGHT + FOLLOWING_TAB_WEIGHT * (scene == FOLLOWING_TAB)).astype(np.float32)
-    score -= np.log(rng.standard_exponential(score.shape, np.float32))
-    score[~eligible] = -np.inf
-    best = score.argmax(axis=0)
+    # of clocks with rates exp(score), the first to ring is drawn from the softmax of the scores
+    ring = rng.standard_exponential(score.shape, np.float32) * np.exp(-score)
+    ring[~eligible] = np.inf
+    first = ring.argmin(axis=0)
     here = np.arange(len(user))
-    return np.where(eligible[best, here], candidate[best, here], -1)
+    return np.where(eligible[first, here], candidate[first, here], -1)
 
 
 def _cumulative(weight: np.ndarray) -> np.ndarray:

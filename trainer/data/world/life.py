@@ -146,7 +146,7 @@ def _factors(world: World, memory: Memory, shown: Exposures, following: np.ndarr
     """``FACTORS`` of each exposure, ``[factors, n] float32``, and the context whose weights apply, ``[n]``."""
     users, items = world.users, world.items
     user, item = shown.user, shown.item
-    interest, vector = users.vector[shown.domain, user], items.vector[item]
+    interest, vector = users.interest(shown.domain, user), items.vector.take(item, axis=0)
     genre = items.genre[item]
     category = genre // GENRES_PER_CATEGORY
     context = np.where(shown.domain == LIVE, 1 + category, 0)
