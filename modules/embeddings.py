@@ -62,12 +62,14 @@ class Lookup:
         length: ids per row of the batch, or ``None`` where rows differ (a sequence).
         pooling: how the dense part joins the embeddings of a row: ``sum``, ``mean``, or ``none`` (concatenated where
             the length is fixed, read as a sequence where it varies).
+        ids_per_entry: of a sequence, how many ids together describe one entry.
     """
 
     name: str
     table: str
     length: int | None
     pooling: Pooling = "none"
+    ids_per_entry: int = 1
 
 
 def group_lookups(tables: Sequence[Table], lookups: Sequence[Lookup]) -> tuple[tuple[int, tuple[Lookup, ...]], ...]:

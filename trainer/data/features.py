@@ -102,7 +102,7 @@ class FeatureMap:
             lookups.append(Lookup("side", "side", self._side.width))
         for name in self._histories:
             lookups += [Lookup(f"{name}_{key}", key, None) for key in ("item", "author")]
-            lookups.append(Lookup(f"{name}_context", "side", None))
+            lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=CONTEXT_IDS))
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
         rows = {**fitted.table_rows, "side": self._side.rows}
         self.tables: tuple[Table, ...] = tuple(

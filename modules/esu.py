@@ -1,0 +1,217 @@
+"""Exact search unit (ESU): target attention of a candidate over the entries that a search has kept.
+
+The attention is that of the Deep Interest Network (Zhou et al., 2018), a small network on ``[q, k, q - k, q * k]``,
+with softmax weights; in Moment&Cross (equation 7) one such unit reads each retrieved sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Values that a block works on, on a CPU: 2 MiB of float32. Smaller blocks lose more to calls than they gain in cache.
+_BLOCK_VALUES = 1 << 19
+
+
+class TargetAttention(nn.Module):
+    """Weighted sum of a row's entries, with weights ``softmax over entries (w . mlp([q, k, q - k, q * k]))``.
+
+    The score has no bias, since softmax would not see it. The first layer is never applied to the four parts: with
+    its weight cut in ``W = [A, B, C, D]``, it equals ``q (A + C) + k (B - C + diag(q) D)``, a matrix of each row's own.
+
+    Args:
+        query_dim: width of the queries.
+        key_dim: width of the entries; queries of another width go through a learnt projection.
+        hidden: widths of the ReLU layers, at least one.
+    """
+
+    def __init__(self, query_dim: int, key_dim: int, hidden: Sequence[int] = (64, 16)) -> None:
+        super().__init__()
+        self.project = nn.Identity() if query_dim == key_dim else nn.Linear(query_dim, key_dim, bias=False)
+        self.first = nn.Linear(4 * key_dim, hidden[0])
+        self.rest = nn.ModuleList(nn.Linear(*shape) for shape in pairwise(hidden))
+        self.score = nn.Parameter(torch.empty(hidden[-1]).uniform_(-1, 1).div_(math.sqrt(hidden[-1])))
+
+    def forward(self, query: Tensor, keys: Tensor, lengths: Tensor, max_length: int) -> Tensor:
+        """Attend to each row's entries.
+
+        Args:
+            query: ``[batch, query_dim]``.
+            keys: entries of all rows, one row after another, ``[sum of lengths, key_dim]``.
+            lengths: entries of each row, ``[batch]`` int64, each at most ``max_length``.
+            max_length: the longest that a row can be.
+
+        Returns:
+            ``[batch, key_dim]``; zeros where a row has no entries.
+        """
+        query = self.project(query)
+        of_query, of_key, of_difference, of_product = self.first.weight.t().chunk(4)
+        bias = torch.addmm(self.first.bias, query, of_query + of_difference)
+        layers = [tensor for layer in self.rest for tensor in (layer.weight, layer.bias)]
+        return _Attention.apply(
+            query, keys, bias, of_key - of_difference, of_product, self.score, lengths, max_length, *layers
+        )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows that are worked through together, each with ``length`` places for entries.
+
+    ``rows`` and ``entries`` select them from the batch and from all entries: slices where the rows are neighbours and
+    full, otherwise indices (``[rows]``, ``[rows * length]``) and ``padding [rows, length]``, true at places beyond a
+    row's own entries.
+    """
+
+    rows: slice | Tensor
+    entries: slice | Tensor
+    length: int
+    padding: Tensor | None = None
+
+
+def _blocks(lengths: Tensor, entries: int, max_length: int, row_values: int, entry_values: int) -> Iterator[_Block]:
+    """Cut a batch in blocks of about ``_BLOCK_VALUES`` values, longest rows first, so that little is padding.
+
+    Rows without entries are in no block. On other devices than a CPU the whole batch is one block, since reading the
+    lengths would make the host wait.
+    """
+    batch, on_cpu = len(lengths), lengths.device.type == "cpu"
+
+    def rows_of(length: int) -> int:
+        return max(1, _BLOCK_VALUES // (row_values + length * entry_values)) if on_cpu else batch
+
+    if entries == batch * max_length:
+        step = rows_of(max_length)
+        for start in range(0, batch, step):
+            stop = min(start + step, batch)
+            yield _Block(slice(start, stop), slice(start * max_length, stop * max_length), max_length)
+        return
+    if entries == 0:
+        return
+    firsts = lengths.cumsum(0) - lengths
+    ordered, order = lengths.sort(descending=True)
+    longest = ordered.tolist() if on_cpu else [max_length] * batch
+    start = 0
+    while start < batch and longest[start]:
+        length = longest[start]
+        part = slice(start, start + rows_of(length))
+        place = torch.arange(length, device=lengths.device)
+        padding = place >= ordered[part, None]
+        index = (firsts[order[part], None] + place).masked_fill_(padding, 0)
+        yield _Block(order[part], index.flatten(), length, padding)
+        start = part.stop
+
+
+def _take(values: Tensor, which: slice | Tensor) -> Tensor:
+    return values[which] if isinstance(which, slice) else values.index_select(0, which)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention block by block; backward computes the activations of a block again instead of keeping them.
+
+    On a CPU this takes half the time of the same operations on whole batches, whose activations leave the caches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        bias: Tensor,
+        of_key: Tensor,
+        of_product: Tensor,
+        score: Tensor,
+        lengths: Tensor,
+        max_length: int,
+        *layers: Tensor,
+    ) -> Tensor:
+        """``bias [batch, hidden]`` is the part of the first layer that does not depend on the keys."""
+        width = of_key.shape[1]
+        blocks = list(_blocks(lengths, len(keys), max_length, 2 * of_key.numel(), 2 * width + 2 * len(of_key)))
+        out = keys.new_zeros(len(query), keys.shape[1])
+        shares = []
+        for block in blocks:
+            q, k = _take(query, block.rows), _take(keys, block.entries).view(-1, block.length, keys.shape[1])
+            own = torch.addcmul(of_key, q[:, :, None], of_product)
+            hidden = _hidden(k, own, _take(bias, block.rows), layers)[-1]
+            logits = torch.mv(hidden, score).view(-1, block.length)
+            if block.padding is not None:
+                logits.masked_fill_(block.padding, torch.finfo(logits.dtype).min)
+            share = logits.softmax(1)
+            if block.padding is not None:
+                # Only rows without entries, on other devices than a CPU, have a share left to be taken away.
+                share.masked_fill_(block.padding, 0)
+            shares.append(share)
+            out[block.rows] = torch.bmm(share[:, None], k)[:, 0]
+        ctx.save_for_backward(query, keys, bias, of_key, of_product, score, *layers)
+        ctx.blocks, ctx.shares = blocks, shares
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors that were given to ``forward``."""
+        query, keys, bias, of_key, of_product, score, *layers = ctx.saved_tensors
+        dim = keys.shape[1]
+        grad_query, grad_bias = torch.zeros_like(query), torch.zeros_like(bias)
+        grad_keys = torch.zeros_like(keys) if any(b.padding is not None for b in ctx.blocks) else torch.empty_like(keys)
+        grad_of_key, grad_of_product, grad_score, *grad_layers = (
+            torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
+            for t in (of_key, of_product, score, *layers)
+        )
+        both = torch.cat([of_key, of_product]).t().contiguous()
+        for block, share in zip(ctx.blocks, ctx.shares, strict=True):
+            q, k = _take(query, block.rows), _take(keys, block.entries).view(-1, block.length, dim)
+            grad = _take(grad_out, block.rows)
+            own = torch.addcmul(of_key, q[:, :, None], of_product)
+            hidden = _hidden(k, own, _take(bias, block.rows), layers)
+
+            grad_share = torch.bmm(k, grad[:, :, None])[..., 0]
+            grad_logits = torch.ops.aten._softmax_backward_data(grad_share, share, 1, share.dtype).view(-1)
+            grad_score += torch.mv(hidden[-1].t(), grad_logits)
+            grad_hidden = torch.outer(grad_logits, score)
+            for layer in range(len(layers) // 2, 0, -1):
+                grad_hidden = _relu_backward(grad_hidden, hidden[layer])
+                grad_layers[2 * layer - 2] += grad_hidden.t() @ hidden[layer - 1]
+                grad_layers[2 * layer - 1] += grad_hidden.sum(0)
+                grad_hidden = grad_hidden @ layers[2 * layer - 2]
+            grad_hidden = _relu_backward(grad_hidden, hidden[0])
+            by_row = grad_hidden.view(-1, block.length, of_key.shape[1])
+            grad_bias[block.rows] = by_row.sum(1)
+            grad_own = torch.bmm(k.transpose(1, 2), by_row)
+            grad_of_key += grad_own.sum(0)
+            grad_of_product += (q[:, :, None] * grad_own).sum(0)
+            grad_query[block.rows] = (grad_own * of_product).sum(2)
+
+            through_key, through_product = (grad_hidden @ both).view(-1, block.length, 2, dim).unbind(2)
+            grad_k = torch.addcmul(through_key, through_product, q[:, None]).addcmul_(share[..., None], grad[:, None])
+            if block.padding is None:
+                grad_keys[block.entries] = grad_k.view(-1, dim)
+            else:
+                real = ~block.padding.flatten()
+                grad_keys[block.entries[real]] = grad_k.view(-1, dim)[real]
+        gradients = (grad_of_key, grad_of_product, grad_score), grad_layers
+        own_gradients, layer_gradients = ([g.to(query.dtype) for g in group] for group in gradients)
+        return grad_query, grad_keys, grad_bias, *own_gradients, None, None, *layer_gradients
+
+
+def _hidden(keys: Tensor, own: Tensor, bias: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Activations of every layer, each ``[entries, width]``, of ``keys [rows, length, dim]``.
+
+    ``own [rows, dim, width]`` and ``bias [rows, width]`` are the first layer of each row.
+    """
+    hidden = [torch.bmm(keys, own).add_(bias[:, None]).relu_().view(-1, own.shape[2])]
+    for weight, offset in zip(layers[::2], layers[1::2], strict=True):
+        hidden.append(torch.addmm(offset, hidden[-1], weight.t()).relu_())
+    return hidden
+
+
+def _relu_backward(grad: Tensor, activation: Tensor) -> Tensor:
+    """Gradient of a ReLU, from its output, in place."""
+    return torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=grad)

@@ -1,0 +1,254 @@
+"""Multi-task networks: shared-bottom, MMoE, CGC and PLE behind one interface, and the towers that end them.
+
+Every network takes ``[batch, features]`` and returns one representation a behaviour, ``[batch, behaviours, width]``,
+with the width in its attribute ``out_features``. The experts of a layer are one batched matrix product, and the gates
+mix them in another.
+
+Sources: shared-bottom, Caruana (1997); MMoE, Ma et al. (KDD 2018); CGC and PLE, Tang et al. (RecSys 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+NetworkKind = Literal["ple", "cgc", "mmoe", "shared_bottom"]
+
+
+class BatchedMLP(nn.Module):
+    """``networks`` MLPs of one shape, none of whose weights are shared, with a ReLU after every layer.
+
+    Each starts as if it were made of ``nn.Linear`` layers: uniform in ``+-1 / sqrt(fan in)``.
+
+    Args:
+        networks: number of MLPs, E.
+        in_features: width of the input.
+        widths: width of each layer; none means that the input is returned.
+        dropout: probability of a value to be dropped after each layer.
+    """
+
+    def __init__(self, networks: int, in_features: int, widths: Sequence[int], dropout: float = 0.0) -> None:
+        super().__init__()
+        shapes = list(pairwise((in_features, *widths)))
+        self.weights = nn.ParameterList(_linear_weight(networks, fan_in, out) for fan_in, out in shapes)
+        self.biases = nn.ParameterList(_uniform((networks, 1, out), fan_in) for fan_in, out in shapes)
+        self.dropout = dropout
+        self.out_features = widths[-1] if widths else in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[networks, batch, in_features]`` -> ``[networks, batch, out_features]``."""
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            x = functional.dropout(torch.baddbmm(bias, x, weight).relu_(), self.dropout, self.training)
+        return x
+
+
+class GatedExperts(nn.Module):
+    """One layer of experts and the gates that mix them: a CGC, or an MMoE if no behaviour has experts of its own.
+
+    The gate of a behaviour is a softmax over its own experts and the shared ones; the shared gate, which hands the
+    shared experts of the next layer their input, is one over all experts. Gates have no bias.
+
+    Args:
+        in_features: width of the input.
+        behaviours: K.
+        task_experts: experts of each behaviour, 0 or more.
+        shared_experts: experts that all behaviours see, 0 or more.
+        widths: layers of an expert.
+        inputs: 1 if everything reads the same input, K + 1 if each behaviour, and last what is shared, has its own.
+        shared_gate: whether there is a shared gate.
+        dropout: in the experts.
+    """
+
+    allowed: Tensor
+    expert_input: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        behaviours: int,
+        task_experts: int,
+        shared_experts: int,
+        widths: Sequence[int],
+        *,
+        inputs: int = 1,
+        shared_gate: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        experts = behaviours * task_experts + shared_experts
+        self.behaviours, self.task_experts, self.inputs = behaviours, task_experts, inputs
+        self.experts = BatchedMLP(experts, in_features, widths, dropout)
+        self.out_features = self.experts.out_features
+        self.task_gates = _linear_weight(behaviours, in_features, task_experts + shared_experts)
+        self.shared_gate = _linear_weight(1, in_features, experts) if shared_gate else None
+        own = torch.eye(behaviours).repeat_interleave(task_experts, dim=1)
+        seen = torch.cat([own, torch.ones(behaviours, shared_experts)], dim=1)
+        if shared_gate:
+            seen = torch.cat([seen, torch.ones(1, experts)])
+        # log 0 = -inf: what a gate does not see gets exactly no weight.
+        self.register_buffer("allowed", seen.log()[:, None], persistent=False)
+        owners = torch.arange(behaviours).repeat_interleave(task_experts)
+        expert_input = torch.cat([owners, torch.full((shared_experts,), behaviours)])
+        self.register_buffer("expert_input", expert_input, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the experts once for each gate.
+
+        Args:
+            x: ``[inputs, batch, in_features]``.
+
+        Returns:
+            ``[gates, batch, out_features]``: the behaviours' gates, then the shared one if there is one.
+        """
+        gates = self._gate_weights()
+        if self.inputs == 1:
+            # Stride 0 instead of one wide product: each expert's activations lie together, as the next product wants.
+            expert_input, gate_input = x.expand(len(self.expert_input), -1, -1), x.expand(len(gates), -1, -1)
+        else:
+            expert_input, gate_input = x.index_select(0, self.expert_input), x[: len(gates)]
+        hidden = self.experts(expert_input)  # [experts, batch, width]
+        weights = torch.baddbmm(self.allowed, gate_input, gates).softmax(-1)  # [gates, batch, experts]
+        return torch.bmm(weights.transpose(0, 1), hidden.transpose(0, 1)).transpose(0, 1)
+
+    def _gate_weights(self) -> Tensor:
+        """``[gates, in_features, experts]``, zero for the experts that a gate does not see."""
+        own, shared = self.task_gates.split([self.task_experts, self.task_gates.shape[2] - self.task_experts], dim=2)
+        diagonal = torch.eye(self.behaviours, dtype=own.dtype, device=own.device)
+        placed = (own[:, :, None] * diagonal[:, None, :, None]).flatten(2)
+        gates = torch.cat([placed, shared], dim=2)
+        return gates if self.shared_gate is None else torch.cat([gates, self.shared_gate])
+
+
+class SharedBottom(nn.Module):
+    """One MLP whose output is every behaviour's representation."""
+
+    def __init__(self, in_features: int, behaviours: int, widths: Sequence[int], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.behaviours = behaviours
+        self.bottom = BatchedMLP(1, in_features, widths, dropout)
+        self.out_features = self.bottom.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, in_features]`` -> ``[batch, behaviours, out_features]``."""
+        return self.bottom(x[None]).expand(self.behaviours, -1, -1).transpose(0, 1)
+
+
+class PLE(nn.Module):
+    """Progressive layered extraction: gated experts in layers, each layer's gates the inputs of the next.
+
+    Layers before the last have a shared gate over all experts; the last has those of the behaviours only. One layer
+    is a CGC, and one layer without experts of the behaviours an MMoE.
+
+    Args:
+        in_features: width of the input.
+        behaviours: K.
+        task_experts: experts of each behaviour in a layer.
+        shared_experts: shared experts in a layer.
+        layers: for each layer, the widths of its experts.
+        dropout: in the experts.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        behaviours: int,
+        task_experts: int,
+        shared_experts: int,
+        layers: Sequence[Sequence[int]],
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        self.out_features = in_features
+        for depth, widths in enumerate(layers):
+            layer = GatedExperts(
+                self.out_features,
+                behaviours,
+                task_experts,
+                shared_experts,
+                widths,
+                inputs=behaviours + 1 if depth else 1,
+                shared_gate=depth + 1 < len(layers),
+                dropout=dropout,
+            )
+            self.layers.append(layer)
+            self.out_features = layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, in_features]`` -> ``[batch, behaviours, out_features]``."""
+        x = x[None]
+        for layer in self.layers:
+            x = layer(x)
+        return x.transpose(0, 1)
+
+
+def build_network(
+    kind: NetworkKind,
+    in_features: int,
+    behaviours: int,
+    *,
+    task_experts: int,
+    shared_experts: int,
+    layers: Sequence[Sequence[int]],
+    dropout: float = 0.0,
+) -> SharedBottom | PLE:
+    """A multi-task network by its name.
+
+    Args:
+        kind: PLE has all ``layers``, the others the first of them; MMoE has as many experts as a CGC of these settings.
+        in_features: width of the input.
+        behaviours: K.
+        task_experts: experts of each behaviour in a layer.
+        shared_experts: shared experts in a layer.
+        layers: for each layer, the widths of its experts.
+        dropout: in the experts.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    match kind:
+        case "ple":
+            return PLE(in_features, behaviours, task_experts, shared_experts, layers, dropout)
+        case "cgc":
+            return PLE(in_features, behaviours, task_experts, shared_experts, layers[:1], dropout)
+        case "mmoe":
+            return PLE(in_features, behaviours, 0, behaviours * task_experts + shared_experts, layers[:1], dropout)
+        case "shared_bottom":
+            return SharedBottom(in_features, behaviours, layers[0], dropout)
+    raise ValueError(f"no multi-task network is called {kind!r}")
+
+
+class Towers(nn.Module):
+    """An MLP and a logit for each behaviour.
+
+    Args:
+        in_features: width of a representation.
+        behaviours: K.
+        widths: hidden layers, none or more.
+        dropout: in the hidden layers.
+    """
+
+    def __init__(self, in_features: int, behaviours: int, widths: Sequence[int], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = BatchedMLP(behaviours, in_features, widths, dropout)
+        self.weight = _linear_weight(behaviours, self.hidden.out_features, 1)
+        self.bias = nn.Parameter(torch.zeros(behaviours, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, behaviours, in_features]`` -> logits ``[batch, behaviours]``."""
+        return torch.baddbmm(self.bias, self.hidden(x.transpose(0, 1)), self.weight)[..., 0].t()
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def _linear_weight(networks: int, in_features: int, out_features: int) -> nn.Parameter:
+    return _uniform((networks, in_features, out_features), in_features)
