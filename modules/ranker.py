@@ -91,18 +91,14 @@ class Ranker(nn.Module):
         }
         key_dims = {history.name: sum(self.key_widths[name] for name in history.keys) for history in self.sequences}
         in_features = sum(row_widths.values()) + sum(key_dims.values()) + n_dense
-        self.attention: nn.ModuleDict | None = None
+        self.attention: nn.ModuleList | None = None
         self.network: nn.Module
         if kind == "logistic":
             self.network = nn.Linear(in_features, behaviours)
             return
-        self.attention = nn.ModuleDict(
-            {
-                history.name: TargetAttention(
-                    sum(row_widths[name] for name in history.query), key_dims[history.name], attention
-                )
-                for history in self.sequences
-            }
+        self.attention = nn.ModuleList(
+            TargetAttention(sum(row_widths[name] for name in history.query), key_dims[history.name], attention)
+            for history in self.sequences
         )
         network = build_network(
             kind,
@@ -133,7 +129,7 @@ class Ranker(nn.Module):
             for lookup in self.candidate
         }
         parts = list(rows.values())
-        for history in self.sequences:
+        for index, history in enumerate(self.sequences):
             count = lengths[history.keys[0]]
             entries = len(embedded[history.keys[0]])
             keys = _join([embedded[name].to(dtype).view(entries, self.key_widths[name]) for name in history.keys])
@@ -141,7 +137,7 @@ class Ranker(nn.Module):
                 parts.append(_mean_by_row(keys, count))
             else:
                 query = _join([rows[name] for name in history.query])
-                parts.append(self.attention[history.name](query, keys, count, history.max_length))
+                parts.append(self.attention[index](query, keys, count, history.max_length))
         return self.network(_join([*parts, dense.to(dtype)])).float()
 
 
