@@ -216,7 +216,7 @@ def test_a_corrupt_record_at_an_edge_counts_whole(write_dataset):
     dataset = write_dataset(rows=800)
     edge = dataset.store().read(0, 3)
     selection = Selection(emit_from=int(edge["emit_ms"][len(edge["emit_ms"]) // 2]))
-    corrupt(dataset.path, 0, 3, dataset.store())
+    corrupt(dataset.path, 0, 3)
     batches = list(Ranks(dataset, "skip").loader(selection=selection))
     expected = inside(dataset, selection) - Counter(edge["visit_id"].tolist())
     assert Counter(visits(batches)) == expected

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -310,12 +310,17 @@ class DatasetBuilder:
             yield
         except OSError as error:
             self._remove()
-            raise UserError(f"{self._out}: cannot be written ({error.strerror or error})") from error
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UserError(f"{self._out}: cannot be written ({reason})") from error
         except BaseException:
             self._remove()
             raise
 
     def _remove(self) -> None:
+        for writer in self._tables.values():
+            # Where the disk is full, closing fails again; what is in the file no longer matters.
+            with suppress(OSError):
+                writer.close()
         shutil.rmtree(self._aside, ignore_errors=True)
 
 

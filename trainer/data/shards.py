@@ -100,7 +100,7 @@ class RowStore:
             wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
         if self.on_corrupt == "error":
             raise UserError(
-                f"{file}: record {record} ({rows} rows at byte {offset}) cannot be read, {wrong}; restore the file, or "
+                f"{file}: record {record} at byte {offset} ({rows} rows) cannot be read, {wrong}; restore the file, or "
                 f'leave such records out with data.on_corrupt = "skip"'
             )
         self.skipped_rows += rows

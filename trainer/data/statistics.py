@@ -58,7 +58,7 @@ class Statistics:
         n = len(request)
         out = np.zeros((n, len(self._counts), self._width), np.float32)
         if n == 0:
-            return out.reshape(0, -1)
+            return _flat(out)
         if (self._now is not None and request[0] < self._now) or np.any(request[1:] < request[:-1]):
             raise ValueError("statistics need rows in order of request_ms, none before those already seen")
         self._now = int(request[-1])
@@ -83,7 +83,7 @@ class Statistics:
                 request_at[r0:r1] - first,
                 out[r0:r1],
             )
-        return out.reshape(n, -1)
+        return _flat(out)
 
     def freeze(self, until_ms: int) -> FrozenStatistics:
         """The counts of the rows with ``emit_ms < until_ms``, as a copy that later rows do not change.
@@ -166,7 +166,7 @@ class FrozenStatistics:
         for key, counts in enumerate(self._counts):
             known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
             out[known, key] = counts.values[codes[key][known]]
-        return out.reshape(n, -1)
+        return _flat(out)
 
     def _remember(self, past: _Outcomes) -> None:
         for first in range(0, len(past.emit_ms), _CHUNK):
@@ -210,7 +210,7 @@ def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.
         start = np.searchsorted(sequence, code * (n + 1))
         stop = np.searchsorted(sequence, code * (n + 1) + earlier)
         out[:, key] = total[stop] - total[start]
-    return out.reshape(n, -1)
+    return _flat(out)
 
 
 def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
@@ -232,13 +232,13 @@ def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float) -> np
     if strength <= 0 or np.any(prior <= 0) or np.any(prior >= 1):
         raise ValueError("smoothed rates need a strength above 0 and priors strictly between 0 and 1")
     n = len(counts)
-    by_key = counts.reshape(n, -1, 1 + len(prior)).astype(np.float32, copy=False)
+    keys = counts.shape[1] // (1 + len(prior))
+    by_key = counts.reshape(n, keys, 1 + len(prior)).astype(np.float32, copy=False)
     shown, positives = by_key[:, :, :1], by_key[:, :, 1:]
-    keys = by_key.shape[1]
     out = np.empty((n, keys * len(prior) + keys), np.float32)
     # The logit of a ratio of counts is a difference of logarithms: no rounding where the rate is close to 0 or 1.
     logit = np.log(positives + strength * prior) - np.log(shown - positives + strength * (1 - prior))
-    out[:, : keys * len(prior)] = logit.reshape(n, -1)
+    out[:, : keys * len(prior)] = _flat(logit)
     out[:, keys * len(prior) :] = np.log1p(shown[:, :, 0])
     return out
 
@@ -356,6 +356,11 @@ class _Outcomes:
 def _lanes(words: np.ndarray, width: int) -> np.ndarray:
     """``[n, words] uint64 -> [n, width] uint16``, the lanes in order."""
     return np.ascontiguousarray(words).astype("<u8", copy=False).view("<u2")[:, :width]
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """``[n, a, b] -> [n, a * b]``, also where there is nothing."""
+    return values.reshape(len(values), values.shape[1] * values.shape[2])
 
 
 def _items(values: np.ndarray) -> np.ndarray:
