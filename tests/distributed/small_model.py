@@ -1,0 +1,208 @@
+"""A small model, its data and its plain single-process training, against which the engine is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from modules.embeddings import Lookup, Sharding, Table, TableSet
+from trainer.data.batch import Batch
+
+SEED = 5
+BEHAVIOURS = 3
+N_DENSE = 4
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
+MAX_LENGTH = 5
+LOOKUPS = (
+    Lookup("user", "user", 1),
+    Lookup("item", "item", 1),
+    Lookup("side", "side", 2),
+    Lookup("seen", "item", None),
+    Lookup("room", "room", None),
+)
+
+
+def tables(sharding: Sharding) -> list[Table]:
+    """Two widths, tables with few rows, one that a sequence shares and one with fewer rows than two ranks would like."""
+    return [
+        Table("user", 61, 8, sharding=sharding, init_scale=0.3),
+        Table("item", 40, 8, sharding=sharding, init_scale=0.3),
+        Table("side", 3, 8, sharding=sharding, init_scale=0.3, init="normal"),
+        Table("room", 17, 16, sharding=sharding, init_scale=0.3),
+    ]
+
+
+class SmallRanker(nn.Module):
+    """The interface of modules.ranker.Ranker with as little inside as uses every input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8 + 8 + 16 + 8 + 16 + N_DENSE, 12)
+        self.second = nn.Linear(12, BEHAVIOURS)
+
+    def forward(self, embedded: dict[str, Tensor], lengths: dict[str, Tensor], dense: Tensor) -> Tensor:
+        rows, dtype = len(dense), self.first.weight.dtype
+        embedded = {name: values.to(dtype) for name, values in embedded.items()}
+        pooled = []
+        for name, of_row in lengths.items():
+            owner = torch.repeat_interleave(torch.arange(rows), of_row)
+            total = torch.zeros(rows, embedded[name].shape[1], dtype=dtype)
+            pooled.append(total.index_add(0, owner, embedded[name]))
+        fixed = [
+            embedded[name].view(rows, embedded[name].shape[1] * n)
+            for name, n in (("user", 1), ("item", 1), ("side", 2))
+        ]
+        return self.second(torch.tanh(self.first(torch.cat([*fixed, *pooled, dense.to(dtype)], 1)))).float()
+
+
+def ranker() -> SmallRanker:
+    torch.manual_seed(SEED)
+    return SmallRanker()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a step, before they are dealt out to ranks."""
+
+    ids: dict[str, list[Tensor]]
+    dense: Tensor
+    label: Tensor
+    mask: Tensor
+
+    def batch(self, start: int, stop: int) -> Batch:
+        keyed = []
+        for names in (("user", "item", "side", "seen"), ("room",)):
+            chosen = {name: self.ids[name][start:stop] for name in names}
+            flat = [ids for name in names for ids in chosen[name]]
+            keyed.append(
+                KeyedJaggedTensor(
+                    keys=list(names),
+                    values=torch.cat([*flat, torch.empty(0, dtype=torch.int64)]),
+                    lengths=torch.tensor([len(ids) for ids in flat], dtype=torch.int64),
+                    stride=stop - start,
+                    length_per_key=[sum(len(ids) for ids in chosen[name]) for name in names],
+                )
+            )
+        index = torch.arange(start, stop)
+        return Batch(
+            keyed,
+            self.dense[start:stop],
+            self.label[start:stop],
+            self.mask[start:stop],
+            index,
+            index,
+            index,
+            stop - start,
+        )
+
+    def __len__(self) -> int:
+        return len(self.dense)
+
+
+def make_rows(step: int, rows: int) -> Rows:
+    random = torch.Generator().manual_seed(1000 + step)
+
+    def draw(high: int, lengths: list[int]) -> list[Tensor]:
+        # Squared: some ids come often, also within a step and on both ranks.
+        return [(torch.rand(n, generator=random) ** 2 * high).long() for n in lengths]
+
+    lengths = torch.randint(0, MAX_LENGTH + 1, (2, rows), generator=random).tolist()
+    return Rows(
+        {
+            "user": draw(61, [1] * rows),
+            "item": draw(40, [1] * rows),
+            "side": draw(3, [2] * rows),
+            "seen": draw(40, lengths[0]),
+            "room": draw(17, lengths[1]),
+        },
+        torch.randn(rows, N_DENSE, generator=random),
+        (torch.rand(rows, BEHAVIOURS, generator=random) < 0.4).float(),
+        (torch.rand(rows, BEHAVIOURS, generator=random) < 0.8).float(),
+    )
+
+
+STEPS = 20
+ROWS = 12
+"""Most rows of a rank in a step."""
+
+
+def share_of_first_rank(step: int, rows: int) -> int:
+    """Rows that go to the first of two ranks: equal shares, unequal ones, none, all; at the end none any more."""
+    if step >= STEPS - 3:
+        return 0
+    return [rows // 2, 3, 0, rows, 1][step % 5]
+
+
+def steps() -> list[Rows]:
+    """The rows of all ranks; never more for a rank than it may have."""
+    return [make_rows(step, ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1) for step in range(STEPS)]
+
+
+def batches_of(rank: int, world: int) -> Iterator[Batch]:
+    """What a rank of one or two gets. The first of two runs out of batches before the other."""
+    for step, rows in enumerate(steps()):
+        cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))
+        if rank == 0 and world == 2 and step >= STEPS - 3:
+            return
+        yield rows.batch(0, cut) if rank == 0 else rows.batch(cut, len(rows))
+
+
+class PlainTraining:
+    """One process, whole tables, plain PyTorch optimizers.
+
+    Args:
+        optimizer: of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
+        clipping: largest norm of the dense gradient; the tables' is scaled by the same factor. 0 is none.
+    """
+
+    LEARNING_RATE, EPS = 0.1, 1e-3
+    DENSE = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.02}
+
+    def __init__(self, optimizer: str, clipping: float) -> None:
+        self.tables = TableSet(tables("auto"), LOOKUPS, device="cpu")
+        self.tables.initialise(SEED)
+        self.ranker = ranker()
+        self.adam = torch.optim.AdamW(self.ranker.parameters(), **self.DENSE)
+        self.kind, self.clipping = optimizer, clipping
+        self.accumulated = {
+            name: torch.zeros_like(p[:, :1] if optimizer == "rowwise_adagrad" else p)
+            for name, p in self.tables.named_parameters()
+        }
+        self.clipped = 0
+
+    def step(self, rows: Rows) -> float:
+        batch = rows.batch(0, len(rows))
+        found = self.tables(batch.ids)
+        embedded = {name: jagged.values() for name, jagged in found.items()}
+        lengths = {name: found[name].lengths() for name in ("seen", "room")}
+        logits = self.ranker(embedded, lengths, batch.dense)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, batch.label, reduction="none")
+        loss = (losses * batch.mask * WEIGHTS).sum() / len(rows)
+        self.adam.zero_grad()
+        self.tables.zero_grad()
+        loss.backward()
+        factor = 1.0
+        if self.clipping:
+            norm = float(nn.utils.clip_grad_norm_(self.ranker.parameters(), self.clipping))
+            factor = min(1.0, self.clipping / (norm + 1e-6))
+            self.clipped += factor < 1
+        self.adam.step()
+        with torch.no_grad():
+            for name, parameter in self.tables.named_parameters():
+                gradient = parameter.grad * factor
+                squared = gradient**2
+                if self.kind == "rowwise_adagrad":
+                    squared = squared.mean(1, keepdim=True)
+                self.accumulated[name] += squared
+                if self.kind != "sgd":
+                    gradient = gradient / (self.accumulated[name].sqrt() + self.EPS)
+                parameter -= self.LEARNING_RATE * gradient
+        return float(loss.detach())
+
+    def parameters(self) -> dict[str, Tensor]:
+        named = {name.split(".")[-2]: p.detach() for name, p in self.tables.named_parameters()}
+        return named | {name: p.detach() for name, p in self.ranker.named_parameters()}

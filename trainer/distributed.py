@@ -1,0 +1,155 @@
+"""Who this process is among the ranks of a job. The one place that decides device, backend and timeouts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import UserError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
+
+TIMEOUT_SECONDS = 1800
+"""A collective that waits longer than this for another rank fails: long enough for a rank that fits features alone."""
+
+
+@dataclass
+class World:
+    """The ranks of a job, as one of them sees it. A context manager that leaves the process group at its end.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of ranks.
+        device: that this rank computes on.
+        control: a gloo group of all ranks, for small messages between hosts that must not wait for a GPU.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup = field(repr=False)
+
+    @staticmethod
+    def join(device: DeviceChoice = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> World:
+        """Join the ranks that torchrun, deepspeed or ``limelight train`` started; alone where none did.
+
+        Raises:
+            UserError: CUDA is asked for but not there, more ranks than GPUs, or the ranks cannot meet.
+        """
+        rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+        local_rank = _from_environment("LOCAL_RANK", rank)
+        chosen = choose_device(device, local_rank)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        # DeepSpeed reads the first once, when it is imported, and would else take any GPU; it insists on the second.
+        os.environ["DS_ACCELERATOR"] = chosen.type
+        os.environ["LOCAL_RANK"] = str(local_rank)
+        if size == local_size() and Path("/sys/class/net/lo").exists():
+            # Ranks of one machine need no name service, which gloo would ask for this host's address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        try:
+            if "MASTER_PORT" in os.environ and "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                # No launcher, one rank: a store in memory needs no port.
+                dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=timeout)
+            control = control_group()
+        except (RuntimeError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '-')}"
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"rank {rank} of {size} could not meet the others at MASTER_ADDR:MASTER_PORT = {place} ({reason}); "
+                "the address must be the first machine's and the port free there"
+            ) from None
+        return World(rank, size, chosen, control)
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            # A rank that leaves early tears down connections that slower ranks are still reading from.
+            self.barrier()
+        dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+    def agree(self, value: T) -> T:
+        """The first rank's value, on every rank. It must be picklable."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: T) -> list[T] | None:
+        """Every rank's value in order of rank, on the first rank; None on the others. It must be picklable."""
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def sum(self, value: int) -> int:
+        """Sum over the ranks."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: int) -> int:
+        """Maximum over the ranks."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def _reduce(self, value: int, operation: dist.ReduceOp.RedOpType) -> int:
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, operation, group=self.control)
+        return int(tensor)
+
+
+def local_size() -> int:
+    """Ranks on this machine; a launcher that does not say so has them all here."""
+    return _from_environment("LOCAL_WORLD_SIZE", _from_environment("LOCAL_SIZE", _from_environment("WORLD_SIZE", 1)))
+
+
+def control_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks: the default one, or one beside it. Collective."""
+    group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    assert group is not None
+    return group
+
+
+def choose_device(device: DeviceChoice, local_rank: int) -> torch.device:
+    """The device of the ``local_rank``-th rank of this machine.
+
+    Raises:
+        UserError: CUDA is asked for but not there, or there are fewer GPUs than ranks.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "this torch is built for the CPU only" if torch.version.cuda is None else "no usable GPU is here"
+        raise UserError(f'train.device = "cuda": {built}; use train.device=cpu, or auto')
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "start fewer ranks, or use train.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name}={text!r} in the environment: a launcher sets it to a whole number") from None

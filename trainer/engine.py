@@ -1,0 +1,258 @@
+"""Sparse and dense as one model: TorchRec's sharded tables and DeepSpeed's dense network, trained together.
+
+Between the two runs a cut. The rows of all ids of a step are looked up once; the dense network trains on leaves that
+hold them, in as many parts as gradients are accumulated over; the leaves' gradients then go back into the tables in one
+exchange. Losses and parameters are those of one process with plain PyTorch, up to rounding:
+
+* the loss of a step is the sum over the rows of all ranks divided by their number, whatever each rank had of them;
+* where DeepSpeed clips the dense gradient, the gradient of the tables is scaled by the same factor (the norm is the
+  dense one: that of all rows touched would need a collective, and differs by what the tables add to it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from modules.embeddings import Lookup, Table
+from modules.losses import masked_bce
+from trainer.clock import PhaseClock, PhaseSeconds
+from trainer.data.batch import Batch
+from trainer.deepspeed_settings import complete_settings
+from trainer.dense import DenseNetwork, DenseOptimizer
+from trainer.distributed import control_group, local_size
+from trainer.errors import UserError
+from trainer.microbatch import cut_batch
+from trainer.pipeline import Arriving, BatchPipeline
+from trainer.sharding import TableOptimizer
+from trainer.tables import ShardedTables
+
+__all__ = ["DenseOptimizer", "HybridEngine", "StepResult", "TableOptimizer"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        batch: this rank's rows; none where it had run out while others had not.
+        logits: ``[rows, behaviours]`` float32, predicted before the step learnt from them.
+        loss: scalar, weighted binary cross-entropy summed over behaviours, mean over the rows of all ranks.
+        rows_global: rows of all ranks.
+    """
+
+    batch: Batch
+    logits: Tensor
+    loss: Tensor
+    rows_global: int
+    laps: PhaseSeconds
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of this rank in each of ``trainer.clock.PHASES``; on a GPU this waits for the step to end."""
+        return self.laps.total()
+
+
+class HybridEngine:
+    """A model on the ranks of the default process group (``trainer.distributed.World.join`` first).
+
+    Args:
+        tables: embedding tables.
+        lookups: that read them; the keys of the batches' ids.
+        ranker: the dense network, ``(rows of lookups, lengths, dense) -> logits``; the first rank's initial values
+            count. See ``modules.ranker.Ranker``.
+        table_optimizer: of the tables.
+        dense_optimizer: of the ranker.
+        deepspeed: DeepSpeed's settings as given in its JSON.
+        behaviour_weights: ``[behaviours]``, weights of the losses.
+        batch_size: rows of one rank in an optimizer step.
+        device: of this rank.
+        seed: of the tables' initial values, which do not depend on ranks or sharding.
+        overlap: exchange the ids of the next batch while the dense network works on this one.
+
+    Attributes:
+        plan: where each table lies, see :func:`trainer.sharding.describe_plan`.
+        steps_done: optimizer steps so far.
+
+    Raises:
+        UserError: settings that cannot be combined, with the reason; tables that do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        lookups: Sequence[Lookup],
+        ranker: nn.Module,
+        *,
+        table_optimizer: TableOptimizer,
+        dense_optimizer: DenseOptimizer,
+        deepspeed: Mapping[str, Any],
+        behaviour_weights: Tensor,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        overlap: bool = True,
+    ) -> None:
+        self._world = dist.get_world_size()
+        settings = complete_settings(deepspeed, batch_size, self._world)
+        self._control = control_group()
+        self._clock = PhaseClock(device)
+        self._weights = behaviour_weights.to(device)
+        self._fixed_lengths = {lookup.name: lookup.length for lookup in lookups}
+        self._overlap = overlap
+        self._tables = ShardedTables(
+            tables,
+            lookups,
+            table_optimizer,
+            device=device,
+            local_size=local_size(),
+            batch_size=batch_size,
+            seed=seed,
+            clock=self._clock,
+            control=self._control,
+        )
+        self._dense = DenseNetwork(ranker, dense_optimizer, settings, device=device, clock=self._clock)
+        self.plan = self._tables.plan
+        self.steps_done = 0
+
+    def set_learning_rate(self, tables: float, dense: float) -> None:
+        """Learning rates from the next step on."""
+        self._tables.set_learning_rate(tables)
+        self._dense.set_learning_rate(dense)
+
+    def steps(self, batches: Iterator[Batch]) -> Iterator[StepResult]:
+        """Train a step on each batch until all ranks are out of batches. Collective.
+
+        Args:
+            batches: of this rank, each the rows of one optimizer step.
+
+        Raises:
+            UserError: an id outside its table.
+        """
+        self._dense.module.train()
+        pipeline = self._pipeline(batches)
+        arriving = pipeline.fetch()
+        arriving.send()
+        while arriving.count().ranks:
+            embedded = arriving.rows()
+            following = pipeline.fetch() if self._overlap else None
+            result = self._train(arriving, embedded, following)
+            try:
+                yield result
+            except GeneratorExit:
+                if following is not None:
+                    following.drain()
+                raise
+            if following is None:
+                following = pipeline.fetch()
+                following.send()
+            arriving = following
+        arriving.drain()
+
+    def predict(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches of this rank with their logits ``[rows, behaviours]`` float32; nothing is trained. Collective.
+
+        A rank that runs out goes on with empty batches until all are out.
+
+        Raises:
+            UserError: an id outside its table.
+        """
+        self._dense.module.eval()
+        pipeline = self._pipeline(batches)
+        arriving = pipeline.fetch()
+        arriving.send()
+        while arriving.count().ranks:
+            with torch.no_grad():
+                embedded = arriving.rows()
+                following = pipeline.fetch()
+                following.send()
+                (part,) = cut_batch(arriving.batch, embedded, self._fixed_lengths, 1)
+                logits = self._dense(part.embedded, part.lengths, part.dense).float()
+            try:
+                yield arriving.batch, logits
+            except GeneratorExit:
+                following.drain()
+                raise
+            arriving = following
+        arriving.drain()
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole model and its optimizers to a directory, each rank its shards. Collective.
+
+        It holds no learning rates, which are a function of the step.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            dcp.save(self._state(), checkpoint_id=str(path), process_group=self._control)
+        except (CheckpointException, OSError) as error:
+            raise UserError(f"{path}: cannot write the model: {_reason(error)}") from None
+
+    def load(self, path: str | Path) -> None:
+        """Continue from :meth:`save`, also of another number of ranks, another plan or ZeRO stage. Collective.
+
+        Raises:
+            UserError: there is no model, or another one.
+        """
+        state = self._state()
+        try:
+            dcp.load(state, checkpoint_id=str(path), process_group=self._control)
+        except (CheckpointException, OSError) as error:
+            raise UserError(f"{path}: not a checkpoint of this model: {_reason(error)}") from None
+        self.steps_done = int(state["steps"])
+        self._dense.load_state(state, self.steps_done)
+
+    def close(self) -> None:
+        """Let go of what libraries keep of the model, so that its memory can be freed."""
+        self._dense.close()
+
+    def _pipeline(self, batches: Iterator[Batch]) -> BatchPipeline:
+        return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self._control)
+
+    def _state(self) -> dict[str, Any]:
+        return {**self._tables.state(), **self._dense.state(), "steps": torch.tensor(self.steps_done)}
+
+    def _train(self, arriving: Arriving, embedded: Mapping[str, Tensor], following: Arriving | None) -> StepResult:
+        batch, rows = arriving.batch, arriving.count().rows
+        parts = cut_batch(batch, embedded, self._fixed_lengths, self._dense.parts)
+        # DeepSpeed divides by ranks and parts what is to be divided by the rows of all ranks.
+        scale = self._world * len(parts) / max(rows, 1)
+        logits, losses = [], torch.zeros((), device=batch.dense.device)
+        with self._clock.phase("dense"):
+            for part in parts:
+                for leaf in part.embedded.values():
+                    leaf.requires_grad_()
+                logits.append(self._dense(part.embedded, part.lengths, part.dense))
+                loss, _ = masked_bce(logits[-1], part.label, part.mask, self._weights)
+                losses += loss.detach()
+                last = part is parts[-1]
+                if last:
+                    summed = dist.all_reduce(losses, async_op=True)
+                    if following is not None:
+                        following.send()
+                self._dense.backward(loss * scale, last=last)
+            factor = self._dense.step()
+        arriving.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
+        with self._clock.phase("communication"):
+            summed.wait()
+        self.steps_done += 1
+        return StepResult(
+            batch, torch.cat([part.detach() for part in logits]).float(), losses / max(rows, 1), rows, self._clock.lap()
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The first failure of a rank in one line."""
+    failures = list(getattr(error, "failures", {}).values())
+    cause = failures[0][0] if failures else error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"

@@ -1,0 +1,146 @@
+"""The batches of all ranks in step: fetched, announced to the other ranks, and their ids on the way before they count.
+
+The exchange of ids needs no table, so that of the next batch can go on while the dense network works on this one. Rows
+are looked up only after the tables have learnt from this batch: overlapping changes no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.clock import PhaseClock
+from trainer.data.batch import Batch, BatchLayout
+from trainer.exchange import Gradients
+from trainer.tables import ShardedTables
+
+
+class Count(NamedTuple):
+    """Rows of a step on all ranks, and the number of ranks that still had a batch."""
+
+    rows: int
+    ranks: int
+
+
+class Arriving:
+    """A batch whose ids are on their way to the ranks that hold their rows.
+
+    Args:
+        batch: on its device, or on its way there.
+        tables: that its ids are rows of.
+        stream: on which it travels; None without a GPU.
+        clock: of the steps.
+        control: a gloo group of all ranks.
+        out: this rank has no more batches; this one is empty.
+
+    Attributes:
+        batch: as given.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        tables: ShardedTables,
+        stream: torch.cuda.Stream | None,
+        clock: PhaseClock,
+        control: dist.ProcessGroup,
+        *,
+        out: bool,
+    ) -> None:
+        self.batch = batch
+        self._stream, self._clock = stream, clock
+        self._count = torch.tensor([batch.rows, not out], dtype=torch.int64)
+        self._work: dist.Work | None = None
+        if dist.get_world_size(control) > 1:
+            self._work = dist.all_reduce(self._count, group=control, async_op=True)
+        with _on(stream):
+            self._exchanges = tables.start(batch.ids)
+
+    def send(self) -> None:
+        """Send the ids off, once it is known how many come from where."""
+        with self._clock.phase("tables"), _on(self._stream):
+            for exchange in self._exchanges:
+                exchange.send()
+
+    def count(self) -> Count:
+        """What all ranks have of this step."""
+        if self._work is not None:
+            with self._clock.phase("communication"):
+                self._work.wait()
+            self._work = None
+        return Count(*self._count.tolist())
+
+    def rows(self) -> dict[str, Tensor]:
+        """Lookup name -> ``[ids, dim]`` float32, as the tables are now; outside of autograd."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self.batch.record_stream(torch.cuda.current_stream())
+        with self._clock.phase("tables"):
+            return {name: rows for exchange in self._exchanges for name, rows in exchange.rows().items()}
+
+    def update(self, gradients: Gradients, scale: float | Tensor) -> None:
+        """Train the tables; see :meth:`trainer.exchange.Exchange.update`."""
+        with self._clock.phase("tables"):
+            for exchange in self._exchanges:
+                exchange.update(gradients, scale)
+
+    def drain(self) -> None:
+        """Let what is on its way arrive, and forget it."""
+        self.count()
+        for exchange in self._exchanges:
+            exchange.drain()
+
+
+class BatchPipeline:
+    """Fetches batches and starts their exchange; all ranks fetch equally often, with empty batches when out of others.
+
+    Args:
+        batches: of this rank.
+        tables: that their ids are rows of.
+        behaviours: columns of the labels.
+        clock: of the steps.
+        control: a gloo group of all ranks.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        tables: ShardedTables,
+        behaviours: int,
+        clock: PhaseClock,
+        control: dist.ProcessGroup,
+    ) -> None:
+        self._batches, self._tables, self._clock, self._control = batches, tables, clock, control
+        self._stream = torch.cuda.Stream(clock.device) if clock.device.type == "cuda" else None
+        with clock.phase("data"):
+            self._first = next(batches, None)
+        # A rank without any batch learns from the others how wide the dense features are.
+        n_dense = torch.tensor(0 if self._first is None else self._first.dense.shape[1])
+        dist.all_reduce(n_dense, dist.ReduceOp.MAX, group=control)
+        keys = tuple(tuple(names) for names in tables.keys)
+        self._empty = BatchLayout(keys, int(n_dense), behaviours).empty()
+
+    def fetch(self) -> Arriving:
+        """The next batch of this rank, on its way."""
+        with self._clock.phase("data"):
+            batch = self._first if self._first is not None else next(self._batches, None)
+        self._first = None
+        out = batch is None
+        batch = self._empty if batch is None else batch
+        # Where this rank stands does not change any more when it has run out.
+        self._empty = replace(self._empty, position=batch.position)
+        with self._clock.phase("tables"):
+            if self._stream is not None:
+                with _on(self._stream):
+                    batch = batch.to(self._clock.device, non_blocking=True)
+            return Arriving(batch, self._tables, self._stream, self._clock, self._control, out=out)
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)

@@ -1,0 +1,149 @@
+"""The TorchRec side of the engine: all embedding tables of a model, sharded over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from modules.embeddings import Lookup, Table, TableSet, initial_rows
+from trainer.clock import PhaseClock
+from trainer.exchange import Exchange, TorchRecExchange
+from trainer.flat_exchange import FlatExchange, FlatRouting
+from trainer.sharding import TableOptimizer, describe_plan, make_plan, make_sharder
+
+_INITIALISE_ELEMENTS = 1 << 24
+"""Initial values are made in parts of so many elements, 64 MB: a shard is never held twice."""
+
+
+class ShardedTables:
+    """The tables of a model, each in shards on the ranks of the default process group, with fused optimizers.
+
+    Args:
+        tables: their declarations.
+        lookups: their declarations.
+        optimizer: fused into the backward pass of every table.
+        device: of this rank.
+        local_size: ranks on one machine.
+        batch_size: rows of one rank in a step, for the planner.
+        seed: of the initial values, which do not depend on the sharding.
+        clock: counts waiting for other ranks.
+        control: a gloo group of all ranks.
+
+    Attributes:
+        plan: see :func:`trainer.sharding.describe_plan`.
+
+    Raises:
+        UserError: a sharding is refused, or the tables do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        lookups: Sequence[Lookup],
+        optimizer: TableOptimizer,
+        *,
+        device: torch.device,
+        local_size: int,
+        batch_size: int,
+        seed: int,
+        clock: PhaseClock,
+        control: dist.ProcessGroup,
+    ) -> None:
+        self._declared = {table.name: table for table in tables}
+        self._clock = clock
+        table_set = TableSet(tables, lookups, device="meta")
+        self.keys = [[lookup.name for lookup in members] for _, members in table_set.groups]
+        sharder = make_sharder(optimizer)
+        plan = make_plan(
+            table_set,
+            sharder,
+            optimizer,
+            device=device,
+            local_size=local_size,
+            batch_size=batch_size,
+            control=control,
+        )
+        self.plan = describe_plan(plan, tables)
+        group = dist.group.WORLD
+        assert group is not None
+        self._sharded = DistributedModelParallel(
+            table_set,
+            # Sharded tensors as DTensors: torch.distributed.checkpoint can then also save them while training goes on.
+            env=ShardingEnv(dist.get_world_size(), dist.get_rank(), group, output_dtensor=True),
+            device=device,
+            plan=plan,
+            sharders=[sharder],
+            init_data_parallel=False,
+        )
+        self._collections: list[ShardedEmbeddingCollection] = list(self._sharded.module.collections)
+        self._routings = [_routings(c, keys, group) for c, keys in zip(self._collections, self.keys, strict=True)]
+        self._initialise(seed)
+
+    def start(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
+        """Begin the exchange of a batch's ids, one ``KeyedJaggedTensor`` a collection; what does it depends on where.
+
+        Raises:
+            UserError: an id outside its table (on a CPU; on a GPU fbgemm reports it).
+        """
+        started: list[Exchange] = []
+        for collection, routings, keyed in zip(self._collections, self._routings, ids, strict=True):
+            if routings:
+                started += [FlatExchange(routing, keyed, self._clock) for routing in routings]
+            else:
+                started.append(TorchRecExchange(collection, keyed, self._clock))
+        return started
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Learning rate of all tables from now on."""
+        optimizer = self._sharded.fused_optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Gradients were applied in the backward pass; this only hands the learning rate to the kernels.
+        optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """Shards and optimizer state as DTensors over the live memory, for ``torch.distributed.checkpoint``."""
+        optimizer = self._sharded.fused_optimizer.state_dict()["state"]
+        return {"tables": self._sharded.state_dict(), "table_optimizer": optimizer}
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        for name, shard, row, column in self.shards():
+            table, (rows, columns) = self._declared[name], shard.shape
+            step = max(1, _INITIALISE_ELEMENTS // max(1, columns))
+            for start in range(0, rows, step):
+                part = shard[start : start + step]
+                part.copy_(initial_rows(table, seed, row + start, len(part), column, columns))
+
+    def shards(self) -> Iterator[tuple[str, Tensor, int, int]]:
+        """This rank's shards: table, ``[rows, columns]`` live memory, and the shard's first row and column."""
+        for path, tensor in self._sharded.state_dict().items():
+            assert isinstance(tensor, DTensor), path
+            held: Any = tensor.to_local()
+            # Of a table that this rank has no shard of there is still an offset.
+            for shard, offset in zip(held.local_shards(), held.local_offsets(), strict=False):
+                yield path.split(".")[-2], shard, *offset
+
+
+def _routings(
+    collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup
+) -> list[FlatRouting]:
+    """How a collection's ids travel flat; none where they have to take TorchRec's own path."""
+    shardings = {parameter.sharding_type for parameter in collection.module_sharding_plan.values()}
+    if not flat_exchange_serves(collection._device, shardings):
+        return []
+    return [FlatRouting(collection, sharding, keys, group) for sharding in sorted(shardings)]
+
+
+def flat_exchange_serves(device: torch.device, shardings: set[str]) -> bool:
+    """Whether :class:`FlatExchange` can serve a collection: on a CPU, every table whole or cut by rows."""
+    return device.type == "cpu" and shardings <= {"table_wise", "row_wise"}
