@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.bootstrap import Resampled, draw_users, interval, resample_auc, resample_gauc
-from trainer.config import load_config
+from trainer.config import JobConfig, load_config
 from trainer.data.dense import DenseInputs
 from trainer.data.schema import DatasetSpec, Rows
 from trainer.data.shards import read_rows
@@ -71,10 +71,10 @@ def tree_inputs(spec: DatasetSpec, data: Data, split: Split, path: Path) -> tupl
     return training, held_out
 
 
-def fit_trees(name: str, spec: DatasetSpec, training: Rows, held_out: Rows) -> Scores:
+def fit_trees(name: str, config: JobConfig, spec: DatasetSpec, training: Rows, held_out: Rows) -> Scores:
     """Scores of one LightGBM setting."""
-    inputs = DenseInputs(spec, (), 20.0)
-    prior = np.clip(training["label"].mean(axis=0), 1e-4, 1 - 1e-4)
+    inputs = DenseInputs(spec, config.features)
+    prior = np.clip(training["label"].mean(axis=0), 1e-6, 1 - 1e-6)
     dense = [inputs.raw(rows, prior) for rows in (training, held_out)]
     scores = {}
     for behaviour in BEHAVIOURS:
@@ -170,7 +170,7 @@ def main() -> None:
         training, held_out = tree_inputs(data.spec, data, split, path)
         models: dict[str, list[Scores]] = {
             "ple": [train_ranker(path, home, seed, options) for seed in range(1, options.seeds + 1)],
-            **{name: [fit_trees(name, data.spec, training, held_out)] for name in TREES},
+            **{name: [fit_trees(name, config, data.spec, training, held_out)] for name in TREES},
         }
         result = compare(models, held_out, data.spec)
     print(table(result))

@@ -111,6 +111,15 @@ class Ranker(nn.Module):
         )
         self.network = nn.Sequential(network, Towers(network.out_features, behaviours, tower, dropout))
 
+    @torch.no_grad()
+    def start_at(self, base_rates: Tensor) -> None:
+        """Let the first predictions be about these rates ``[behaviours]``, in (0, 1): the last bias is their logit.
+
+        Otherwise rare behaviours spend their first hundred steps on learning how rare they are.
+        """
+        last = self.network[-1] if isinstance(self.network, nn.Sequential) else self.network
+        last.bias.copy_(torch.logit(base_rates).view_as(last.bias))
+
     def forward(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> Tensor:
         """Score a batch; a batch of no rows is scored too, and gives every parameter a gradient of zeros.
 

@@ -28,6 +28,12 @@ def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) ->
     assert config.model.tower == (8, 4)
 
 
+def test_dates_need_no_quotes(tmp_path: Path) -> None:
+    file = write(tmp_path, "[data]\npath = 'd'\neval_from = 2022-05-04\n")
+    config = load_config(file, ["data.eval_until=2022-05-06T12:00:00+08:00"])
+    assert (config.data.eval_from, config.data.eval_until) == ("2022-05-04", "2022-05-06T12:00:00+08:00")
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [

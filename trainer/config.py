@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from zoneinfo import ZoneInfo
@@ -151,7 +151,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     raw = read_toml(path, "job file")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(raw, str(path))
+    return parse_config(_times_as_text(raw), str(path))
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
@@ -189,6 +189,13 @@ def parse_time(text: str, timezone: str, key: str) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=ZoneInfo(timezone))
     return round(moment.timestamp() * 1000)
+
+
+def _times_as_text(value: Any) -> Any:
+    """TOML's own dates and times as the ISO strings that the config has: 2022-05-04 needs no quotes."""
+    if isinstance(value, dict):
+        return {key: _times_as_text(inner) for key, inner in value.items()}
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

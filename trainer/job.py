@@ -239,6 +239,7 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: str, world: Worl
         attention=model.attention,
         dropout=model.dropout,
     )
+    ranker.start_at(torch.from_numpy(features.base_rates).float())
     return HybridEngine(
         features.tables,
         features.lookups,

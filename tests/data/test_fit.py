@@ -39,7 +39,7 @@ def test_base_rates_and_scales_are_those_of_the_range(write_dataset, seed):
     rows = {name: column[inside] for name, column in dataset.rows.items()}
     shown, positive = rows["mask"].sum(axis=0), (rows["label"] & rows["mask"]).sum(axis=0)
     np.testing.assert_allclose(fitted.prior, (positive + 0.5) / (shown + 1))
-    values = DenseInputs(dataset.spec, (), config.smoothing).raw(rows, fitted.prior).astype(np.float64)
+    values = DenseInputs(dataset.spec, config).raw(rows, fitted.prior).astype(np.float64)
     np.testing.assert_allclose(fitted.mean, values.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(fitted.deviation, values.std(axis=0), rtol=1e-5)
 

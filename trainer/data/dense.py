@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
+from trainer.data.feature_config import FeatureConfig
 from trainer.data.schema import DatasetSpec, Rows
 from trainer.data.statistics import smoothed_rates
 from trainer.errors import UserError
@@ -21,24 +20,26 @@ class DenseInputs:
 
     Args:
         spec: of the dataset.
-        exclude: names of dense features and of statistics to leave out (``FeatureConfig.exclude``).
-        smoothing: see ``FeatureConfig.smoothing``.
+        config: which of them, and how rates are smoothed.
 
     Attributes:
         names: of the columns: the dense features, then ``stat:KEY:BEHAVIOUR`` (a logit) by key and behaviour, then
             ``stat:KEY:rows`` (a logarithm) by key.
     """
 
-    def __init__(self, spec: DatasetSpec, exclude: Collection[str], smoothing: float) -> None:
+    def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
+        exclude = config.exclude
         self._features = [k for k, feature in enumerate(spec.dense) if feature.name not in exclude]
         self._keys = [
             k for k, key in enumerate(spec.statistics) if statistic_name(key) not in exclude and "stat:*" not in exclude
         ]
-        self._spec, self._smoothing = spec, smoothing
+        rates = config.rates or spec.behaviours
+        self._rates = [spec.behaviours.index(behaviour) for behaviour in rates]
+        self._spec, self._smoothing = spec, config.smoothing
         keys = [statistic_name(spec.statistics[k]) for k in self._keys]
         self.names: tuple[str, ...] = (
             *(spec.dense[k].name for k in self._features),
-            *(f"{key}:{behaviour}" for key in keys for behaviour in spec.behaviours),
+            *(f"{key}:{behaviour}" for key in keys for behaviour in rates),
             *(f"{key}:rows" for key in keys),
         )
 
@@ -58,7 +59,8 @@ class DenseInputs:
         out[:, :features] = rows["dense"][:, self._features]
         if self._keys and n:
             counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
-            out[:, features:] = smoothed_rates(counts[:, self._keys].reshape(n, -1), prior, self._smoothing)
+            chosen = counts[:, self._keys][:, :, [0, *(1 + k for k in self._rates)]]
+            out[:, features:] = smoothed_rates(chosen.reshape(n, -1), prior[self._rates], self._smoothing)
         if not np.isfinite(out).all():
             self._refuse(out, rows)
         return out

@@ -91,6 +91,7 @@ class FeatureConfig(BaseModel):
         {"short": HistoryConfig(domain="video"), "live": HistoryConfig(domain="live")},
         description="Histories by name; each becomes one sequence for target attention.",
     )
+    rates: tuple[str, ...] = Field((), description="Behaviours whose rates are inputs. Empty: all of the dataset.")
     smoothing: float = Field(
         20.0, gt=0, description="A rate of n earlier rows is drawn towards the overall rate as by this many more rows."
     )

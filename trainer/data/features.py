@@ -67,6 +67,7 @@ class FeatureMap:
         lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_context``.
         sequences: the histories.
         behaviours: columns of ``label`` and ``mask``.
+        base_rates: ``[behaviours]`` float64, in the training range.
         dense_names: columns of ``dense``.
         n_dense: how many they are.
         layout: of its batches.
@@ -83,8 +84,9 @@ class FeatureMap:
         self.spec = spec
         self.behaviours: tuple[str, ...] = tuple(behaviours) or spec.behaviours
         self._labels = [spec.behaviours.index(behaviour) for behaviour in self.behaviours]
+        self.base_rates = fitted.prior[self._labels]
         self._fitted, self._clip = fitted, config.clip
-        self._inputs = DenseInputs(spec, config.exclude, config.smoothing)
+        self._inputs = DenseInputs(spec, config)
         self.dense_names, self.n_dense = self._inputs.names, len(self._inputs.names)
 
         self._side = _PackedSide(spec, config)
@@ -273,6 +275,7 @@ def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[s
     required = {name: history.require for name, history in config.history.items()}
     for key, names in (
         ("data.behaviours", behaviours),
+        ("features.rates", config.rates),
         *((f"features.history.{name}.require", names) for name, names in required.items()),
     ):
         for name in names:

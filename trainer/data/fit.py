@@ -118,7 +118,7 @@ def fit_features(
     """
     vocabularies = _vocabularies(spec, store, histories, config, selection)
     sizes = {name: table_rows(name, getattr(config, name), spec, len(vocabularies.get(name, ()))) for name in ID_TABLES}
-    inputs = DenseInputs(spec, config.exclude, config.smoothing)
+    inputs = DenseInputs(spec, config)
     prior = _prior(spec, store, selection)
     mean, deviation = _moments(inputs, store, selection, prior)
     return FittedFeatures(feature_layout(spec), sizes, prior, mean, deviation, vocabularies)

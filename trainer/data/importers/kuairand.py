@@ -60,6 +60,7 @@ STATISTICS = (
     ("hour",),
     ("duration_bucket",),
     ("user", "duration_bucket"),
+    ("tab", "duration_bucket"),
 )
 
 DURATION_EDGES_S = (3, 5, 7, 10, 14, 18, 25, 35, 50, 75, 100, 150, 200, 300, 600)
