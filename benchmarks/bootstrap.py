@@ -33,7 +33,7 @@ def draw_users(user_id: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarr
     """How often each user stands in each resample.
 
     Returns:
-        index of each row's user ``[rows] int64``, and counts ``[resamples + 1, users] int32`` whose first line is all 1.
+        index of each row's user ``[rows] int64``; counts ``[resamples + 1, users] int32``, all 1 in the first line.
     """
     users, index = np.unique(user_id, return_inverse=True)
     random = np.random.default_rng(seed)

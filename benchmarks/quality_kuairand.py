@@ -111,7 +111,8 @@ def compare(models: dict[str, list[Scores]], held_out: Rows, spec: DatasetSpec) 
             }
             first, *others = found.items()
             result[behaviour][metric] = {
-                name: {"mean": value.value, "standard_error": float(np.nanstd(value.draws))} for name, value in found.items()
+                name: {"mean": value.value, "standard_error": float(np.nanstd(value.draws))}
+                for name, value in found.items()
             }
             result[behaviour][f"{metric}_difference"] = {
                 name: {

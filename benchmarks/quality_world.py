@@ -90,7 +90,9 @@ def main() -> None:
         if not options.world:
             size = ["--users", "3000", "--days", "10", "--partitions", "8", "--seed", "1"]
             subprocess.run([sys.executable, "-m", "launch.cli", "data", "simulate", str(world), *size], check=True)
-        seeds = [run_seed(world, Path(temporary) / f"run-{seed}", seed, options) for seed in range(1, options.seeds + 1)]
+        seeds = [
+            run_seed(world, Path(temporary) / f"run-{seed}", seed, options) for seed in range(1, options.seeds + 1)
+        ]
     result = summarise(seeds)
     print(table(result))
     if options.out:

@@ -69,13 +69,17 @@ def write_dataset(path: Path) -> None:
         candidates=("video",),
         side=tuple(SideFeature(name, "context", rows) for name, rows in SIDE),
         dense=tuple(DenseFeature(f"dense_{k}", "context") for k in range(DENSE)),
-        ids={"user": IdSpace(USERS, USERS - 1), "author": IdSpace(AUTHORS, AUTHORS - 1), "item": IdSpace(ITEMS, ITEMS - 1)},
+        ids={
+            "user": IdSpace(USERS, USERS - 1),
+            "author": IdSpace(AUTHORS, AUTHORS - 1),
+            "item": IdSpace(ITEMS, ITEMS - 1),
+        },
         span_ms=(START_MS, START_MS + HOUR_MS),
         rows=ROWS,
     )
     user = rng.integers(0, USERS, ROWS)
     request = np.sort(START_MS + rng.integers(0, HOUR_MS, ROWS))
-    columns = {
+    columns: Rows = {
         "visit_id": np.arange(ROWS),
         "user_id": user,
         "author_id": rng.integers(0, AUTHORS, ROWS),
@@ -184,7 +188,9 @@ def train_rank(path: Path, precision: str, out: Path) -> None:
             ranker,
             table_optimizer=TableOptimizer("adagrad", 0.01, 1e-8),
             dense_optimizer=DenseOptimizer(1e-3, 0.0, (0.9, 0.999)),
-            deepspeed=json.loads(Path(f"configs/deepspeed/zero1{'_bf16' if precision == 'bf16' else ''}.json").read_text())
+            deepspeed=json.loads(
+                Path(f"configs/deepspeed/zero1{'_bf16' if precision == 'bf16' else ''}.json").read_text()
+            )
             | {"gradient_clipping": 0.0},
             behaviour_weights=torch.ones(len(BEHAVIOURS)),
             batch_size=BATCH // world.size,
@@ -250,7 +256,13 @@ def measure(path: Path, setup: str, precision: str) -> dict[str, Any]:
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         result = json.loads(Path(out.name).read_text())
     floor = rates["product_gflops"] * 1e9 / FLOP_PER_ROW
-    return {"setup": setup, "precision": precision, **result, **rates, "share_of_product_rate": result["rows_per_second"] / floor}
+    return {
+        "setup": setup,
+        "precision": precision,
+        **result,
+        **rates,
+        "share_of_product_rate": result["rows_per_second"] / floor,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -280,7 +292,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         key = (run["setup"], run["precision"])
         if key not in best or run["rows_per_second"] > best[key]["rows_per_second"]:
             best[key] = run
-    print("\n| ranks x threads | precision | rows/s | peer | product GFLOP/s | copy GB/s | of product rate | " + " | ".join(PHASES) + " |")
+    print(
+        "\n| ranks x threads | precision | rows/s | peer | product GFLOP/s | copy GB/s | of product rate | "
+        + " | ".join(PHASES)
+        + " |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|" + "---:|" * len(PHASES))
     for (setup, precision), run in best.items():
         peer = PEER_ROWS_PER_SECOND.get(setup, 0)

@@ -118,6 +118,7 @@ class Ranker(nn.Module):
         Otherwise rare behaviours spend their first hundred steps on learning how rare they are.
         """
         last = self.network[-1] if isinstance(self.network, nn.Sequential) else self.network
+        assert isinstance(last, nn.Linear | Towers)
         last.bias.copy_(torch.logit(base_rates).view_as(last.bias))
 
     def forward(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> Tensor:

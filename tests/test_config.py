@@ -21,7 +21,8 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) -> None:
     file = write(tmp_path, '[data]\npath = "d"\n')
     config = load_config(
-        file, ["train.epochs=3", "model.kind=mmoe", "data.frozen=true", "tables.learning_rate=1e-2", "model.tower=[8, 4]"]
+        file,
+        ["train.epochs=3", "model.kind=mmoe", "data.frozen=true", "tables.learning_rate=1e-2", "model.tower=[8, 4]"],
     )
     assert (config.train.epochs, config.model.kind, config.data.frozen) == (3, "mmoe", True)
     assert config.tables.learning_rate == 0.01
@@ -76,7 +77,9 @@ def test_the_config_is_frozen(tmp_path: Path) -> None:
 
 
 def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "[data]\npath = 'd'\n"), ["model.expert_layers=[[8,4]]", "score.exponents.gift=2"])
+    config = load_config(
+        write(tmp_path, "[data]\npath = 'd'\n"), ["model.expert_layers=[[8,4]]", "score.exponents.gift=2"]
+    )
     assert JobConfig.model_validate(config.model_dump(mode="json")) == config
 
 
@@ -89,7 +92,7 @@ def test_every_shipped_job_is_valid(file: Path) -> None:
 def test_times_are_taken_in_the_datasets_time_zone() -> None:
     assert parse_time("2022-05-04", "Asia/Shanghai", "data.eval_from") == 1_651_593_600_000
     assert parse_time("2022-05-04T00:00+00:00", "Asia/Shanghai", "data.eval_from") == 1_651_622_400_000
-    with pytest.raises(UserError, match="data.eval_from = 'noon': not a time"):
+    with pytest.raises(UserError, match=r"data\.eval_from = 'noon': not a time"):
         parse_time("noon", "UTC", "data.eval_from")
 
 

@@ -84,7 +84,12 @@ def test_undefined_is_a_dash_and_models_share_a_table() -> None:
     assert alone[0].split() == ["behaviour", "auc", "gauc", "uauc", "logloss", "ne", "calibration", "positives", "rows"]
     assert alone[1].split() == ["click", "0.7123", "-", "0.6000", "0.5000", "0.9000", "1.0100", "1,234", "99"]
     both = metrics_table({"ple": report, "mmoe": {"click": {**METRICS, "best_auc": 0.8}, "like": METRICS}}).splitlines()
-    assert [line.split()[:2] for line in both[1:]] == [["click", "ple"], ["click", "mmoe"], ["like", "ple"], ["like", "mmoe"]]
+    assert [line.split()[:2] for line in both[1:]] == [
+        ["click", "ple"],
+        ["click", "mmoe"],
+        ["like", "ple"],
+        ["like", "mmoe"],
+    ]
     assert both[0].split()[-1] == "best_auc"
     assert len({len(line) for line in both}) == 1
 
@@ -108,7 +113,5 @@ def test_the_report_is_one_file_with_its_pictures(tmp_path: Path) -> None:
 
 
 def test_a_report_without_rows_or_metrics_is_still_one(tmp_path: Path) -> None:
-    write_report(
-        tmp_path / "report.html", title="empty", config={}, models={}, trace=[], plan=[], calibration={}
-    )
+    write_report(tmp_path / "report.html", title="empty", config={}, models={}, trace=[], plan=[], calibration={})
     assert "no held-out range" in (tmp_path / "report.html").read_text()

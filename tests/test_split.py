@@ -55,7 +55,10 @@ def test_without_a_held_out_range_all_is_trained_on() -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({"train_until": "2022-05-05", "eval_from": "2022-05-04"}, "eval_from = '2022-05-04' is before data.train_until"),
+        (
+            {"train_until": "2022-05-05", "eval_from": "2022-05-04"},
+            "eval_from = '2022-05-04' is before data.train_until",
+        ),
         ({"train_from": "2022-05-04", "eval_from": "2022-05-04"}, "train_from = '2022-05-04' is not before the end"),
         ({"eval_from": "2022-05-04", "eval_until": "2022-05-04"}, "eval_until = '2022-05-04' is not after"),
         ({"eval_from": "2022-06-04"}, "is after the dataset's last request"),

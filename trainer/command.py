@@ -32,7 +32,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="dataset to evaluate on (default: the run's own)")
     parser.add_argument("--from", dest="time_from", metavar="T", help="first request, such as 2022-05-06")
     parser.add_argument("--until", dest="time_until", metavar="T", help="end of the range, itself not part of it")
-    parser.add_argument("--predictions", metavar="OUT.parquet", help="write each row's probabilities and labels as well")
+    parser.add_argument(
+        "--predictions", metavar="OUT.parquet", help="write each row's probabilities and labels as well"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
 
 

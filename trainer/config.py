@@ -132,14 +132,14 @@ class ScoreConfig(Section):
 class JobConfig(Section):
     """One training job."""
 
-    run: RunConfig = Field(default_factory=RunConfig)  # type: ignore[arg-type]
+    run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig
-    features: FeatureConfig = Field(default_factory=FeatureConfig)  # type: ignore[arg-type]
-    tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)  # type: ignore[arg-type]
-    model: ModelConfig = Field(default_factory=ModelConfig)  # type: ignore[arg-type]
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
-    train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
-    score: ScoreConfig = Field(default_factory=ScoreConfig)  # type: ignore[arg-type]
+    features: FeatureConfig = Field(default_factory=FeatureConfig)
+    tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

@@ -124,9 +124,7 @@ def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -
     return torch.from_numpy(truth)
 
 
-def calibration_curve(
-    predictions: Predictions, behaviours: Sequence[str]
-) -> dict[str, list[tuple[float, float, int]]]:
+def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> dict[str, list[tuple[float, float, int]]]:
     """Mean predicted probability, share observed and rows between :data:`CALIBRATION_EDGES`, over all ranks."""
     bins = len(CALIBRATION_EDGES) + 1
     sums = torch.zeros(len(behaviours), 3, bins, dtype=torch.float64)
@@ -145,7 +143,7 @@ def calibration_curve(
 
 
 def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence[str], world: World) -> None:
-    """Write the rows of all ranks to one Parquet file: ids, time, and ``p_B``, ``label_B`` and ``mask_B`` per behaviour."""
+    """Write the rows of all ranks to one Parquet file: ids, time, and ``p_B``, ``label_B``, ``mask_B`` per behaviour."""
     columns = {name: getattr(predictions, name).numpy() for name in ("user_id", "visit_id", "request_ms")}
     for k, behaviour in enumerate(behaviours):
         columns[f"p_{behaviour}"] = predictions.probability[:, k].numpy()
@@ -205,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             frozen = freeze_at_end_of_training(config, run.data, split)
             loader = held_out_loader(config, run.data, split, run.features, world, frozen)
             if not world.sum(loader.rows_total):
-                raise UserError(f"{config.data.path}: no rows in the range {config.data.eval_from} to {config.data.eval_until}")
+                raise UserError(
+                    f"{config.data.path}: no rows in the range {config.data.eval_from} to {config.data.eval_until}"
+                )
             held_out = predict(run.engine, loader, quiet=given.json or world.rank > 0)
             behaviours = run.features.behaviours
             report = evaluate(held_out, behaviours, read_truth(config.data.path, held_out, behaviours))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modules.ranker import Ranker
+from modules.ranker import Ranker, RankerKind
 from trainer.config import JobConfig, load_deepspeed, parse_time
 from trainer.data.features import FeatureMap, check_names
 from trainer.data.fit import FittedFeatures, fit_features
@@ -217,7 +217,7 @@ def check_settings(config: JobConfig, spec: DatasetSpec, world: World) -> None:
     load_deepspeed(config.train.deepspeed)
 
 
-def build_engine(config: JobConfig, features: FeatureMap, kind: str, world: World) -> HybridEngine:
+def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, world: World) -> HybridEngine:
     """The model of a job: sharded tables and the dense network, with their optimizers.
 
     Raises:

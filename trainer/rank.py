@@ -1,7 +1,7 @@
 """Train a multi-task ranker and evaluate it on later days. One process of it runs on every rank.
 
-    limelight train configs/simulated.toml --ranks 2
-    torchrun --nproc-per-node 2 -m trainer.rank configs/simulated.toml train.epochs=2
+limelight train configs/simulated.toml --ranks 2
+torchrun --nproc-per-node 2 -m trainer.rank configs/simulated.toml train.epochs=2
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from modules.ranker import RankerKind
 from trainer.command import add_train_arguments, exit_status
 from trainer.config import JobConfig, load_config
 from trainer.data.features import FeatureMap
@@ -97,13 +98,16 @@ class Job:
     world: World
 
 
-def train_and_evaluate(job: Job, kind: str, home: Path) -> Report | None:
+def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> Report | None:
     """One model from its first step to its files in ``home``; None without a held-out range."""
     config, data, split, features, world = job.config, job.data, job.split, job.features, job.world
     engine = build_engine(config, features, kind, world)
     if world.rank == 0:
         home.mkdir(parents=True, exist_ok=True)
-        print(f"{kind}: tables " + ", ".join(f"{t['table']} {t['rows']:,}x{t['dim']} {t['sharding']}" for t in engine.plan))
+        print(
+            f"{kind}: tables "
+            + ", ".join(f"{t['table']} {t['rows']:,}x{t['dim']} {t['sharding']}" for t in engine.plan)
+        )
     trace = train(engine, training_loader(config, data, split, features, world), job, home)
     engine.save(home / "model")
 

@@ -37,10 +37,14 @@ def metrics_table(models: Mapping[str, Metrics]) -> str:
             lines.append([*label, *(_cell(values.get(column)) for column in columns)])
     texts = 2 if len(models) > 1 else 1
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i < texts else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+    aligned = [
+        [
+            cell.ljust(width) if i < texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         for line in lines
-    )
+    ]
+    return "\n".join("  ".join(line) for line in aligned)
 
 
 def _cell(value: float | int | None) -> str:
@@ -73,11 +77,11 @@ def write_report(
     """
     pictures = [
         ("Loss while training", _picture(lambda axes: _loss(axes, trace))),
-        ("Progressive AUC: each batch predicted before it was trained on", _picture(lambda axes: _progressive(axes, trace))),
+        ("Progressive AUC: each batch predicted before it is learnt", _picture(lambda axes: _progressive(axes, trace))),
         ("Where the time goes", _picture(lambda axes: _phases(axes, trace))),
         ("Calibration on the held-out range", _picture(lambda axes: _calibration(axes, calibration))),
     ]
-    figures = "".join(f"<figure><figcaption>{html.escape(name)}</figcaption>{image}</figure>" for name, image in pictures)
+    figures = "".join(f"<figure><figcaption>{name}</figcaption>{image}</figure>" for name, image in pictures)
     plan_rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in entry.values()) + "</tr>" for entry in plan
     )
@@ -90,7 +94,8 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem au
 pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: 13px; }}
 section.pictures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; }} figure svg {{ width: 100%; height: auto; }} figcaption {{ font-weight: 600; }}
-table {{ border-collapse: collapse; font-size: 13px; }} td, th {{ border: 1px solid #ddd; padding: .2rem .5rem; text-align: left; }}
+table {{ border-collapse: collapse; font-size: 13px; }}
+td, th {{ border: 1px solid #ddd; padding: .2rem .5rem; text-align: left; }}
 </style>
 <h1>{html.escape(title)}</h1>
 <h2>Held-out metrics</h2>

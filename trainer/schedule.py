@@ -6,9 +6,7 @@ import math
 from typing import Literal
 
 
-def learning_rate_factor(
-    step: int, total: int, warmup: float, decay: Literal["constant", "linear", "cosine"]
-) -> float:
+def learning_rate_factor(step: int, total: int, warmup: float, decay: Literal["constant", "linear", "cosine"]) -> float:
     """Factor on the peak learning rates at optimizer step ``step`` (0-based) of ``total``.
 
     It rises linearly over the first ``warmup * total`` steps, then stays at 1, or falls to 0 at ``total``.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ def ranking_score(probability: np.ndarray, exponents: Sequence[float]) -> np.nda
     return np.exp(np.log1p(probability.astype(np.float64)) @ np.asarray(exponents, np.float64))
 
 
-def read_candidates(file: Path, spec: DatasetSpec) -> dict[str, np.ndarray]:
+def read_candidates(file: Path, spec: DatasetSpec) -> checks.Columns:
     """Columns of a candidates file; features of the request that it lacks are unknown, or 0 where dense.
 
     Raises:
@@ -80,7 +80,7 @@ def read_candidates(file: Path, spec: DatasetSpec) -> dict[str, np.ndarray]:
     return columns
 
 
-def rows_of_candidates(run: TrainedModel, path: str, candidates: Mapping[str, np.ndarray]) -> Rows:
+def rows_of_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -> Rows:
     """Training rows without labels: what the model may know of each candidate at its request.
 
     Statistics are those of the earliest request of the file, so that nothing later than any request is in them.
@@ -112,7 +112,7 @@ def rows_of_candidates(run: TrainedModel, path: str, candidates: Mapping[str, np
     return rows
 
 
-def score_candidates(run: TrainedModel, path: str, candidates: Mapping[str, np.ndarray]) -> pa.Table:
+def score_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -> pa.Table:
     """Scores in the order of the candidates: ``user_id, item_id, author_id, request_ms, p_B ..., score``."""
     rows = rows_of_candidates(run, path, candidates)
     n = len(candidates["user_id"])

@@ -26,7 +26,9 @@ def test_resamples_equal_copied_rows(seed: int) -> None:
         rows = np.repeat(np.arange(600), copies[index])
         assert auc.draws[draw] == pytest.approx(roc_auc_score(labels[rows], scores[rows]), abs=1e-12)
         # A user drawn twice counts as two users with the same AUC.
-        twin = np.concatenate([np.full((index == u).sum(), u * 1000 + c) for u in np.unique(index) for c in range(copies[u])])
+        twin = np.concatenate(
+            [np.full((index == u).sum(), u * 1000 + c) for u in np.unique(index) for c in range(copies[u])]
+        )
         twin_rows = np.concatenate([np.flatnonzero(index == u) for u in np.unique(index) for _ in range(copies[u])])
         assert gauc.draws[draw] == pytest.approx(grouped_auc(twin, scores[twin_rows], labels[twin_rows]), abs=1e-12)
 

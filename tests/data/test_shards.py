@@ -92,7 +92,7 @@ def test_all_rows_come_back_in_emission_order(tmp_path_factory, seed, n, rows_pe
         assert len(shards) == -(-len(index.rows) // records_per_shard)
 
 
-@pytest.mark.parametrize("emitted", [None, 2 * HOUR_MS, 0])
+@pytest.mark.parametrize("emitted", [None, 5 * HOUR_MS // 2, 0])
 @pytest.mark.parametrize("requested", [(None, None), (HOUR_MS, 3 * HOUR_MS), (None, HOUR_MS // 2), (9 * HOUR_MS, None)])
 def test_reading_a_range(stored, emitted, requested):
     path, rows = stored

@@ -57,10 +57,21 @@ def run(world: Path) -> Path:
     """A run on two ranks, with a baseline."""
     directory = world.parent / "run"
     printed = limelight(
-        "train", *SETTINGS, f"data.path={world}", f"run.directory={directory}", 'train.baselines=["logistic"]', "--ranks", 2
+        "train",
+        *SETTINGS,
+        f"data.path={world}",
+        f"run.directory={directory}",
+        'train.baselines=["logistic"]',
+        "--ranks",
+        2,
     ).stdout
     table = [line.split() for line in printed.splitlines() if line.startswith(("click", "gift"))]
-    assert [line[:2] for line in table] == [["click", "ple"], ["click", "logistic"], ["gift", "ple"], ["gift", "logistic"]]
+    assert [line[:2] for line in table] == [
+        ["click", "ple"],
+        ["click", "logistic"],
+        ["gift", "ple"],
+        ["gift", "logistic"],
+    ]
     assert printed.rstrip().endswith(f"run: {directory}")
     return directory
 
@@ -78,7 +89,12 @@ def test_a_run_leaves_what_the_readme_says(run: Path, world: Path) -> None:
     assert 0.5 < click["auc"] < click["best_auc"] + 0.005
     assert document["training"]["rows"] > 1000
     assert sum(document["training"]["share_of_time"].values()) == pytest.approx(1)
-    assert {entry["table"] for entry in json.loads((run / "plan.json").read_text())} == {"user", "author", "item", "side"}
+    assert {entry["table"] for entry in json.loads((run / "plan.json").read_text())} == {
+        "user",
+        "author",
+        "item",
+        "side",
+    }
     assert json.loads((run / "baselines" / "logistic" / "metrics.json").read_text())["model"] == "logistic"
 
 
@@ -94,7 +110,9 @@ def test_evaluating_again_gives_the_same_metrics(run: Path, ranks: int) -> None:
 
 def test_a_range_with_offsets_narrows_the_rows(run: Path) -> None:
     whole = json.loads(limelight("evaluate", run, "--json").stdout)["behaviours"]["click"]["rows"]
-    part = limelight("evaluate", run, "--json", "--from", "2024-03-06T12:00+08:00", "--until", "2024-03-06T20:00").stdout
+    part = limelight(
+        "evaluate", run, "--json", "--from", "2024-03-06T12:00+08:00", "--until", "2024-03-06T20:00"
+    ).stdout
     assert 0 < json.loads(part)["behaviours"]["click"]["rows"] < whole
 
 
@@ -110,7 +128,9 @@ def test_scoring_a_request_gives_what_evaluation_predicted(run: Path, world: Pat
     for k, side in enumerate(spec.side):
         if side.of == "context":
             columns[side.name] = [int(rows["side"][at, k])]
-    dense = {feature.name: [float(rows["dense"][at, k])] for k, feature in enumerate(spec.dense) if feature.of == "context"}
+    dense = {
+        feature.name: [float(rows["dense"][at, k])] for k, feature in enumerate(spec.dense) if feature.of == "context"
+    }
     candidates, scored = tmp_path / "candidates.parquet", tmp_path / "scored.parquet"
     pq.write_table(pa.table({**columns, **dense}), candidates)
     limelight("score", run, candidates, scored)
@@ -118,7 +138,9 @@ def test_scoring_a_request_gives_what_evaluation_predicted(run: Path, world: Pat
     probabilities = [score[f"p_{behaviour}"] for behaviour in spec.behaviours]
     assert probabilities == pytest.approx([lines[visit][f"p_{behaviour}"] for behaviour in spec.behaviours], rel=1e-5)
     exponents = [{"gift": 4, "follow": 2, "comment": 2}.get(behaviour, 1) for behaviour in spec.behaviours]
-    assert score["score"] == pytest.approx(np.prod([(1 + p) ** e for p, e in zip(probabilities, exponents, strict=True)]))
+    assert score["score"] == pytest.approx(
+        np.prod([(1 + p) ** e for p, e in zip(probabilities, exponents, strict=True)])
+    )
 
 
 def test_the_ranking_score_is_equation_4() -> None:
@@ -132,11 +154,11 @@ def test_the_ranking_score_is_equation_4() -> None:
     [
         (["data.path=/nowhere"], 1, "/nowhere: no dataset here"),
         (["train.epoch=1"], 1, "unknown key train.epoch; did you mean train.epochs?"),
-        (["data.behaviours=[\"clik\"]"], 1, "no behaviour 'clik'"),
+        (['data.behaviours=["clik"]'], 1, "no behaviour 'clik'"),
         (["train.weights.smile=2"], 1, "no behaviour 'smile'"),
-        (["features.exclude=[\"stat:usr\"]"], 1, "did you mean 'stat:user'?"),
+        (['features.exclude=["stat:usr"]'], 1, "did you mean 'stat:user'?"),
         (["train.batch_size=127"], 2, "train.batch_size = 127 is not a multiple of the 2 ranks"),
-        (["train.device=cuda"], 1, "train.device = \"cuda\""),
+        (["train.device=cuda"], 1, 'train.device = "cuda"'),
         (["train.deepspeed=none.json"], 1, "train.deepspeed = 'none.json': no such file"),
         (["data.eval_from=2024-04-01"], 1, "is after the dataset's last request"),
     ],
@@ -144,7 +166,15 @@ def test_the_ranking_score_is_equation_4() -> None:
 def test_a_mistake_is_one_line_and_leaves_no_run(
     world: Path, tmp_path: Path, overrides: list[str], ranks: int, expected: str
 ) -> None:
-    given = ["train", *SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", *overrides, "--ranks", ranks]
+    given = [
+        "train",
+        *SETTINGS,
+        f"data.path={world}",
+        f"run.directory={tmp_path / 'run'}",
+        *overrides,
+        "--ranks",
+        ranks,
+    ]
     done = limelight(*given, expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
     assert len(errors) == 1 and expected in errors[0], done.stderr[-3000:]
@@ -155,7 +185,9 @@ def test_a_mistake_is_one_line_and_leaves_no_run(
 def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     limelight("data", "simulate", small, "--users", 60, "--days", 3, "--partitions", 1, "--seed", 1)
-    done = limelight("train", *SETTINGS, f"data.path={small}", f"run.directory={tmp_path / 'run'}", "--ranks", 2, expect=2)
+    done = limelight(
+        "train", *SETTINGS, f"data.path={small}", f"run.directory={tmp_path / 'run'}", "--ranks", 2, expect=2
+    )
     assert "partition" in done.stderr
 
 
@@ -170,7 +202,10 @@ def test_an_existing_run_is_kept(run: Path, world: Path) -> None:
     ("table", "expected"),
     [
         ({"user_id": [1]}, "column 'item_id' is missing"),
-        ({"user_id": [1], "item_id": [-5], "author_id": [1], "request_ms": [1709700000000]}, "'item_id' is -5 in row 0"),
+        (
+            {"user_id": [1], "item_id": [-5], "author_id": [1], "request_ms": [1709700000000]},
+            "'item_id' is -5 in row 0",
+        ),
         ({"user_id": [], "item_id": [], "author_id": [], "request_ms": []}, "no candidates"),
         ({"user_id": [10**9], "item_id": [1], "author_id": [1], "request_ms": [1709700000000]}, "user id 1000000000"),
     ],
