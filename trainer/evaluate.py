@@ -143,7 +143,7 @@ def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> di
 
 
 def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence[str], world: World) -> None:
-    """Write the rows of all ranks to one Parquet file: ids, time, and ``p_B``, ``label_B``, ``mask_B`` per behaviour."""
+    """Write all ranks' rows to one Parquet file: ids, time, and per behaviour ``p_B``, ``label_B``, ``mask_B``."""
     columns = {name: getattr(predictions, name).numpy() for name in ("user_id", "visit_id", "request_ms")}
     for k, behaviour in enumerate(behaviours):
         columns[f"p_{behaviour}"] = predictions.probability[:, k].numpy()
