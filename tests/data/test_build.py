@@ -265,6 +265,56 @@ def test_events_of_the_callers_own(tmp_path, encoded):
         assert table["time_ms"].to_pylist() == sorted(table["time_ms"].to_pylist())
 
 
+def test_repeats_come_beside_what_follows_from_visits(tmp_path):
+    visits = make_visits(5)
+    rng = np.random.default_rng(6)
+    of = rng.integers(0, 300, 50)
+    names = rng.choice(np.array(BEHAVIOURS), 50)
+    repeats = pa.table(
+        {
+            **{name: visits[name][of] for name in ("user_id", "author_id", "item_id", "visit_id", "domain")},
+            "event": names,
+            "time_ms": visits["exit_ms"][of],
+            "value": rng.random(50).astype(np.float32),
+        }
+    )
+    built = []
+    for name in ("with", "without"):
+        with DatasetBuilder(tmp_path / name, SPEC) as builder:
+            for table_name, table in make_tables().items():
+                builder.table(table_name, table)
+            builder.visits(pa.table(visits))
+            if name == "with":
+                builder.repeats(repeats.slice(0, 20))
+                builder.repeats(repeats.slice(20))
+            built.append(builder.finish())
+    lines = []
+    for name in ("with", "without"):
+        tables = [pq.read_table(file) for file in sorted((tmp_path / name / "events").iterdir())]
+        for table in tables:
+            times = table["time_ms"].to_numpy()
+            assert (times[1:] >= times[:-1]).all()
+            # The exit of a visit is its last event, also where a repeat comes in its millisecond.
+            last = {line["visit_id"]: line["event"] for line in table.to_pylist()}
+            assert set(last.values()) <= {"exit"}
+        lines.append(sorted(map(str, pa.concat_tables(tables).to_pylist())))
+    assert built[0].events == built[1].events + 50
+    added = list(map(str, repeats.select(EVENT_COLUMNS.names).to_pylist()))
+    assert lines[0] == sorted(lines[1] + added)
+
+
+def test_all_events_or_only_repeats(tmp_path):
+    nothing = EVENT_COLUMNS.empty_table()
+    with (
+        pytest.raises(UserError, match="either all events or the repeats"),
+        DatasetBuilder(tmp_path / "o", SPEC) as builder,
+    ):
+        builder.visits(pa.table(make_visits(0)))
+        builder.events(nothing)
+        builder.repeats(nothing)
+        builder.finish()
+
+
 def test_histories_hold_what_was_watched_or_acted_upon(tmp_path):
     visits = make_visits(6)
     built = build_dataset(tmp_path / "out", visits, spec=replace(SPEC, candidates=("live",)))

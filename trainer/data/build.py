@@ -26,7 +26,7 @@ from trainer.data.assemble import assemble
 from trainer.data.checks import Columns
 from trainer.data.id_index import IdIndex
 from trainer.data.join import TABLE_OF, FeatureJoin
-from trainer.data.order import first_of_each, time_order
+from trainer.data.order import first_of_each, stable_order, time_order
 from trainer.data.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
 from trainer.data.spill import BatchFile, Spill
 from trainer.data.visits import behaviour_bits, derive_events, event_codes, event_names, event_table
@@ -144,28 +144,22 @@ class DatasetBuilder:
             self._spill("visits", schema).add(columns)
 
     def events(self, table: pa.Table) -> None:
-        """Add events (``schema.EVENT_COLUMNS``) of any users in any order.
+        """Add events (``schema.EVENT_COLUMNS``) of any users; those of one millisecond stay in the order they came in.
 
         If this is never called, the events are derived from the visits; otherwise all of them must come this way.
 
         Raises:
             UserError: a column is missing, or an event has an unknown name or a negative id or time.
         """
-        at = EVENT_COLUMNS.get_field_index("event")
-        stored = EVENT_COLUMNS.set(at, pa.field("event", pa.int8()))
-        with self._writing():
-            if "event" in table.column_names:
-                code = event_codes(self._spec, table.column("event"))
-                if (code < 0).any():
-                    row = int(np.argmax(code < 0))
-                    accepted = ", ".join(event_names(self._spec))
-                    raise UserError(
-                        f"events: column 'event' is {table['event'][row]} in row {row}; known are {accepted}"
-                    )
-                table = table.set_column(table.column_names.index("event"), "event", [pa.array(code)])
-            columns = checks.columns_of(table, stored, "events")
-            checks.check_ids(columns, ("user_id", "author_id", "item_id", "visit_id", "time_ms"), "events")
-            self._spill("events", stored).add(columns)
+        self._add_events("events", table)
+
+    def repeats(self, table: pa.Table) -> None:
+        """Add events beside those that are derived from the visits: behaviours after the first of their kind.
+
+        Raises:
+            UserError: as ``events``.
+        """
+        self._add_events("repeats", table)
 
     def truth(self, table: pa.Table) -> None:
         """Add true probabilities: ``visit_id``, ``user_id``, ``request_ms`` and ``p_B`` for each behaviour B.
@@ -205,13 +199,14 @@ class DatasetBuilder:
     def _finish(self, report: Progress, extra: Mapping[str, Any]) -> DatasetSpec:
         if "visits" not in self._spills:
             raise UserError(f"{self._out}: there are no visits to build a dataset from")
+        if {"events", "repeats"} <= self._spills.keys():
+            raise UserError(f"{self._out}: give either all events or the repeats beside those of the visits")
         self._join.check()
         for writer in self._tables.values():
             writer.close()
-        for name, spill in self._spills.items():
+        for spill in self._spills.values():
             spill.flush()
-            (self._aside / ("events" if name == "visits" else name)).mkdir(exist_ok=True)
-        for folder in (histories.FOLDER, shards.FOLDER):
+        for folder in ("events", *(["truth"] if "truth" in self._spills else []), histories.FOLDER, shards.FOLDER):
             (self._aside / folder).mkdir()
 
         spec = self._spec
@@ -280,13 +275,30 @@ class DatasetBuilder:
         rows.update({name: visits[name][shown] for name in checks.context_features(self._spec)})
         return rows
 
+    def _add_events(self, name: str, table: pa.Table) -> None:
+        at = EVENT_COLUMNS.get_field_index("event")
+        stored = EVENT_COLUMNS.set(at, pa.field("event", pa.int8()))
+        with self._writing():
+            if "event" in table.column_names:
+                code = event_codes(self._spec, table.column("event"))
+                if (code < 0).any():
+                    row = int(np.argmax(code < 0))
+                    accepted = ", ".join(event_names(self._spec))
+                    raise UserError(
+                        f"{name}: column 'event' is {table['event'][row]} in row {row}; known are {accepted}"
+                    )
+                table = table.set_column(table.column_names.index("event"), "event", [pa.array(code)])
+            columns = checks.columns_of(table, stored, name)
+            checks.check_ids(columns, ("user_id", "author_id", "item_id", "visit_id", "time_ms"), name)
+            self._spill(name, stored).add(columns)
+
     def _write_events(self, partition: int, visits: Columns) -> int:
-        if "events" in self._spills:
-            events = self._spills["events"].pop(partition)
-            order = time_order(events["time_ms"], events["visit_id"])
-            events = {name: column[order] for name, column in events.items()}
+        given = {name: self._spills[name].pop(partition) for name in ("events", "repeats") if name in self._spills}
+        if "events" in given:
+            order = stable_order(given["events"]["time_ms"])
+            events = {name: column[order] for name, column in given["events"].items()}
         else:
-            events = derive_events(self._spec, visits)
+            events = derive_events(self._spec, visits, given.get("repeats"))
         table = event_table(self._spec, events)
         pq.write_table(table, self._aside / "events" / f"part-{partition:05d}.parquet", **_EVENTS_PARQUET)
         return table.num_rows

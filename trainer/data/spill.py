@@ -17,8 +17,8 @@ _ROWS_PER_PARTITION = 1024
 class Spill:
     """Takes rows of any users and gives them back by partition, in the order in which they came.
 
-    Each partition is one file of Arrow IPC streams behind one another, open only while it is written. At most about
-    2^18 rows, or 1,024 a partition, are in memory.
+    Each partition is one file of Arrow IPC streams behind one another, open only while it is written, and
+    memory-mapped when it is read. At most about 2^18 rows, or 1,024 a partition, are in memory.
 
     Args:
         folder: where the files go; made here.
@@ -50,23 +50,22 @@ class Spill:
         """Write what is in memory."""
         if not self._waiting:
             return
-        columns = {name: np.concatenate([part[name] for part in self._waiting]) for name in self.schema.names}
-        self._waiting, self._waiting_rows = [], 0
+        parts, self._waiting, self._waiting_rows = self._waiting, [], 0
+        columns = parts[0]
+        if len(parts) > 1:
+            columns = {name: np.concatenate([part[name] for part in parts]) for name in self.schema.names}
         # numpy sorts 16-bit keys by counting.
         owner = partition_of(columns["user_id"], self._partitions).astype(np.uint16)
         order = np.argsort(owner, kind="stable")
         ends = np.cumsum(np.bincount(owner, minlength=self._partitions))
-        batch = pa.record_batch([pa.array(columns[name][order]) for name in self.schema.names], schema=self.schema)
+        arrays = [pa.array(np.take(columns[name], order)) for name in self.schema.names]
+        batch = pa.record_batch(arrays, schema=self.schema)
         first = 0
         for partition in np.flatnonzero(np.diff(ends, prepend=0)):
             part = batch.slice(first, int(ends[partition]) - first)
             first = int(ends[partition])
             self.rows[partition] += part.num_rows
-            options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
-            with (
-                open(self._file(int(partition)), "ab") as file,
-                pa.ipc.new_stream(file, self.schema, options=options) as stream,
-            ):
+            with open(self._file(int(partition)), "ab") as file, pa.ipc.new_stream(file, self.schema) as stream:
                 stream.write_batch(part)
 
     def pop(self, partition: int) -> dict[str, np.ndarray]:
@@ -74,10 +73,9 @@ class Spill:
         file = self._file(partition)
         batches = []
         if file.exists():
-            with pa.OSFile(str(file)) as source:
-                while source.tell() < source.size():
-                    options = pa.ipc.IpcReadOptions(use_threads=False)
-                    batches += list(pa.ipc.open_stream(source, options=options))
+            source = pa.memory_map(str(file))
+            while source.tell() < source.size():
+                batches += list(pa.ipc.open_stream(source))
             file.unlink()
         table = pa.Table.from_batches(batches, self.schema)
         return {name: table.column(name).to_numpy() for name in self.schema.names}

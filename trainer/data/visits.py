@@ -36,37 +36,52 @@ def masks(spec: DatasetSpec, domain: np.ndarray) -> np.ndarray:
     return applies[domain]
 
 
-def derive_events(spec: DatasetSpec, visits: Columns) -> Columns:
+def derive_events(spec: DatasetSpec, visits: Columns, repeats: Columns | None = None) -> Columns:
     """The events of visits, in time order: columns of ``EVENT_COLUMNS`` with ``event`` as a code.
 
     Each visit gives an ``exposure`` at its request, ``enter`` at the same time if anything was watched, every behaviour
-    at its first time, and ``exit``. Events of one millisecond are in the order of ``event_names``, ``exit`` last.
+    at its first time, and ``exit``. Events of one millisecond are in the order of ``event_names``, then the repeats,
+    ``exit`` last.
+
+    Args:
+        spec: of the dataset.
+        visits: as ``schema.visit_schema`` has them.
+        repeats: more events of these visits, in the form of the result, in any order.
     """
     n = len(visits["visit_id"])
     request, every = visits["request_ms"], np.arange(n)
     entered = np.flatnonzero(visits["play_ms"] > 0)
-    visit, time, code = [every, entered], [request, request[entered]], [0, 1]
-    value = [np.zeros(n, np.float32), np.zeros(len(entered), np.float32)]
+    line, time = [every, entered], [request, request[entered]]
+    code, value = [0, 1], [np.zeros(n, np.float32), np.zeros(len(entered), np.float32)]
     for k, behaviour in enumerate(spec.behaviours):
         delay = visits[f"delay_{behaviour}"]
         happened = np.flatnonzero(delay >= 0)
-        visit.append(happened)
+        line.append(happened)
         time.append(request[happened] + delay[happened])
         code.append(len(VISIT_EVENTS) + k)
         values = visits.get(f"value_{behaviour}")
         value.append(np.zeros(len(happened), np.float32) if values is None else values[happened])
-    visit.append(every)
+    event = np.repeat(np.array(code, np.int8), [len(part) for part in line])
+    # Lines of the repeats come behind those of the visits.
+    more = {name: column[:0] for name, column in visits.items()} if repeats is None else repeats
+    if repeats is not None:
+        line.append(np.arange(n, n + len(repeats["time_ms"])))
+        time.append(repeats["time_ms"])
+        value.append(repeats["value"])
+        event = np.concatenate([event, repeats["event"]])
+    line.append(every)
     time.append(visits["exit_ms"])
-    code.append(VISIT_EVENTS.index("exit"))
     value.append(visits["play_ms"].astype(np.float32))
+    event = np.concatenate([event, np.full(n, VISIT_EVENTS.index("exit"), np.int8)])
 
     time_ms = np.concatenate(time)
     order = stable_order(time_ms)
-    of_visit = np.concatenate(visit)[order]
-    events = {name: visits[name][of_visit] for name in ("user_id", "author_id", "item_id", "domain", "visit_id")}
-    events["event"] = np.repeat(np.array(code, np.int8), [len(part) for part in visit])[order]
-    events["time_ms"] = time_ms[order]
-    events["value"] = np.concatenate(value)[order]
+    at = np.concatenate(line)[order]
+    names = ("user_id", "author_id", "item_id", "domain", "visit_id")
+    events = {name: np.take(np.concatenate([visits[name], more[name]]), at) for name in names}
+    events["event"] = np.take(event, order)
+    events["time_ms"] = np.take(time_ms, order)
+    events["value"] = np.take(np.concatenate(value), order)
     return events
 
 
