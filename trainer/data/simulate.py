@@ -14,7 +14,7 @@ from trainer.data.schema import DatasetSpec
 from trainer.data.world.config import WorldConfig
 from trainer.data.world.description import describe_world, tables
 from trainer.data.world.life import BLOCK, visits_of
-from trainer.data.world.log import event_table, gift_prices, truth_table, visit_table
+from trainer.data.world.log import gift_prices, repeat_table, truth_table, visit_table
 from trainer.data.world.world import make_world
 from trainer.errors import UserError
 
@@ -60,7 +60,7 @@ def simulate(
             rng = config.generator("log", day)
             price = gift_prices(world, visits, rng)
             builder.visits(visit_table(world, spec, visits, price, rng))
-            builder.events(event_table(world, visits, price, rng))
+            builder.repeats(repeat_table(world, visits, rng))
             builder.truth(truth_table(visits))
             report("simulating", 1 + day, total)
         return builder.finish(progress)

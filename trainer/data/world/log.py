@@ -1,4 +1,4 @@
-"""What happened, in the canonical form: visits, events, gift prices and true probabilities."""
+"""What happened, in the canonical form: visits, repeated behaviours, gift prices and true probabilities."""
 
 from __future__ import annotations
 
@@ -55,30 +55,24 @@ def gift_prices(world: World, visits: Visits, rng: np.random.Generator) -> np.nd
     return np.where(visits["delay"][GIFT] >= 0, _price(world, visits["user_id"], visits["delay"][GIFT], rng), 0)
 
 
-def event_table(world: World, visits: Visits, price: np.ndarray, rng: np.random.Generator) -> pa.Table:
-    """All events of visits, repeated behaviours too, as ``EVENT_COLUMNS``; not in time order.
+def repeat_table(world: World, visits: Visits, rng: np.random.Generator) -> pa.Table:
+    """Behaviours of visits after the first of their kind, as ``EVENT_COLUMNS``; not in time order.
 
     Repeats follow the first one within the visit, and before its fifth minute if the first one came before it: what
-    Table 1 says of first behaviours is true of all. ``price [n]`` as in ``visit_table``.
+    Table 1 says of first behaviours is true of all.
     """
-    everyone = np.arange(len(visits["visit_id"]))
-    nothing = np.zeros(len(everyone), np.float32)
-    zero = np.zeros(len(everyone), np.int64)
     # event code, position of the visit, delay, value
-    parts = [(code, everyone, zero, nothing) for code in (EVENTS.index("exposure"), EVENTS.index("enter"))]
-    for k, name in enumerate(BEHAVIOURS):
-        code, who = EVENTS.index(name), np.flatnonzero(visits["delay"][k] >= 0)
-        first = visits["delay"][k][who]
-        parts.append((code, who, first, (price if k == GIFT else nothing)[who]))
-        if name in REPEATS:
-            more = np.minimum(rng.geometric(1 - REPEATS[name], len(who)) - 1, MOST_REPEATS)
-            again, first = np.repeat(who, more), np.repeat(first, more)
-            last = visits["play_ms"][again]
-            last = np.where(first <= FAST_MS, np.minimum(last, FAST_MS), last)
-            delay = first + ((last - first) * rng.random(len(again))).astype(np.int64)
-            value = _price(world, visits["user_id"][again], first, rng) if k == GIFT else nothing[again]
-            parts.append((code, again, delay, value))
-    parts.append((EVENTS.index("exit"), everyone, visits["play_ms"], visits["play_ms"].astype(np.float32)))
+    parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
+    for name, chance in REPEATS.items():
+        k = BEHAVIOURS.index(name)
+        who = np.flatnonzero(visits["delay"][k] >= 0)
+        more = np.minimum(rng.geometric(1 - chance, len(who)) - 1, MOST_REPEATS)
+        again, first = np.repeat(who, more), np.repeat(visits["delay"][k][who], more)
+        last = visits["play_ms"][again]
+        last = np.where(first <= FAST_MS, np.minimum(last, FAST_MS), last)
+        delay = first + ((last - first) * rng.random(len(again))).astype(np.int64)
+        price = _price(world, visits["user_id"][again], first, rng) if k == GIFT else np.zeros(len(again), np.float32)
+        parts.append((EVENTS.index(name), again, delay, price))
 
     of_visit = np.concatenate([who for _, who, _, _ in parts])
     codes = np.repeat(np.array([code for code, *_ in parts], np.int8), [len(who) for _, who, _, _ in parts])
