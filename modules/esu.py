@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Values that a block works on, on a CPU: 2 MiB of float32. Smaller blocks lose more to calls than they gain in cache.
-_BLOCK_VALUES = 1 << 19
+# Values that a block works on, on a CPU: 4 MiB of float32. Smaller blocks lose more to calls than they gain in cache.
+_BLOCK_VALUES = 1 << 20
 
 
 class TargetAttention(nn.Module):
@@ -86,13 +86,13 @@ def _blocks(lengths: Tensor, entries: int, max_length: int, row_values: int, ent
     def rows_of(length: int) -> int:
         return max(1, _BLOCK_VALUES // (row_values + length * entry_values)) if on_cpu else batch
 
+    if entries == 0:
+        return
     if entries == batch * max_length:
         step = rows_of(max_length)
         for start in range(0, batch, step):
             stop = min(start + step, batch)
             yield _Block(slice(start, stop), slice(start * max_length, stop * max_length), max_length)
-        return
-    if entries == 0:
         return
     firsts = lengths.cumsum(0) - lengths
     ordered, order = lengths.sort(descending=True)
@@ -190,15 +190,15 @@ class _Attention(torch.autograd.Function):
             grad_query[block.rows] = (grad_own * of_product).sum(2)
 
             through_key, through_product = (grad_hidden @ both).view(-1, block.length, 2, dim).unbind(2)
-            grad_k = torch.addcmul(through_key, through_product, q[:, None]).addcmul_(share[..., None], grad[:, None])
-            if block.padding is None:
-                grad_keys[block.entries] = grad_k.view(-1, dim)
-            else:
-                real = ~block.padding.flatten()
-                grad_keys[block.entries[real]] = grad_k.view(-1, dim)[real]
-        gradients = (grad_of_key, grad_of_product, grad_score), grad_layers
-        own_gradients, layer_gradients = ([g.to(query.dtype) for g in group] for group in gradients)
-        return grad_query, grad_keys, grad_bias, *own_gradients, None, None, *layer_gradients
+            full = block.padding is None
+            grad_k = grad_keys[block.entries].view_as(k) if full else torch.empty_like(k)
+            torch.addcmul(through_key, through_product, q[:, None], out=grad_k)
+            grad_k.addcmul_(share[..., None], grad[:, None])
+            if not full:
+                # Places beyond a row's own entries have no share, so they add zeros, to the first entry of all.
+                grad_keys.index_add_(0, cast(Tensor, block.entries), grad_k.view(-1, dim))
+        summed = [gradient.to(query.dtype) for gradient in (grad_of_key, grad_of_product, grad_score, *grad_layers)]
+        return grad_query, grad_keys, grad_bias, *summed[:3], None, None, *summed[3:]
 
 
 def _hidden(keys: Tensor, own: Tensor, bias: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,195 @@
+"""The ranker against inputs put together row by row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from modules.embeddings import Lookup
+from modules.esu import TargetAttention
+from modules.ranker import Ranker, RankerKind
+
+
+class History(NamedTuple):
+    name: str
+    keys: tuple[str, ...]
+    query: tuple[str, ...]
+    max_length: int
+
+
+DIMS = {"user": 4, "item": 6, "side": 3}
+LOOKUPS = (
+    Lookup("user", "user", 1),
+    Lookup("past_item", "item", None),
+    Lookup("item", "item", 1),
+    Lookup("past_context", "side", None, ids_per_entry=2),
+    Lookup("side", "side", 3),
+    Lookup("tags", "side", None, pooling="mean"),
+    Lookup("words", "side", None, pooling="sum"),
+    Lookup("badges", "side", 2, pooling="mean"),
+    Lookup("live_item", "item", None),
+)
+# A history may have any name, also one that modules use themselves.
+HISTORIES = (
+    History("items", ("past_item", "past_context"), ("item", "user"), 5),
+    History("live", ("live_item",), ("item",), 3),
+)
+DENSE = 2
+KINDS = ("ple", "cgc", "mmoe", "shared_bottom", "logistic")
+
+
+def make_ranker(kind: RankerKind, **settings: float) -> Ranker:
+    return Ranker(
+        3,
+        LOOKUPS,
+        DIMS,
+        DENSE,
+        HISTORIES,
+        kind,
+        expert_layers=((8, 6), (6, 4)),
+        tower=(5,),
+        attention=(7, 4),
+        **settings,
+    )
+
+
+def make_inputs(batch: int, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    entries = {"past": torch.randint(0, 6, (batch,)), "live": torch.randint(0, 4, (batch,))}
+    lengths = {
+        "past_item": entries["past"],
+        "past_context": 2 * entries["past"],
+        "live_item": entries["live"],
+        "tags": torch.randint(0, 4, (batch,)),
+        "words": torch.randint(0, 4, (batch,)),
+    }
+    embedded = {}
+    for lookup in LOOKUPS:
+        ids = batch * lookup.length if lookup.length else int(lengths[lookup.name].sum())
+        embedded[lookup.name] = torch.randn(ids, DIMS[lookup.table], dtype=dtype, requires_grad=True)
+    return embedded, lengths, torch.randn(batch, DENSE, dtype=dtype)
+
+
+def row_of(values: Tensor, lengths: Tensor, row: int) -> Tensor:
+    first = int(lengths[:row].sum())
+    return values[first : first + int(lengths[row])]
+
+
+def mean_or_zeros(values: Tensor) -> Tensor:
+    return values.mean(0) if len(values) else values.new_zeros(values.shape[1])
+
+
+def looped(ranker: Ranker, embedded: dict[str, Tensor], lengths: dict[str, Tensor], dense: Tensor) -> Tensor:
+    """The inputs of the network, row by row, and then the network."""
+    inputs = []
+    for row in range(len(dense)):
+        user, item = embedded["user"][row], embedded["item"][row]
+        parts = [
+            user,
+            item,
+            embedded["side"].view(-1, 9)[row],
+            mean_or_zeros(row_of(embedded["tags"], lengths["tags"], row)),
+            row_of(embedded["words"], lengths["words"], row).sum(0),
+            embedded["badges"].view(-1, 2, 3)[row].mean(0),
+        ]
+        context = row_of(embedded["past_context"], lengths["past_context"], row).view(-1, 6)
+        past = torch.cat([row_of(embedded["past_item"], lengths["past_item"], row), context], dim=1)
+        live = row_of(embedded["live_item"], lengths["live_item"], row)
+        for index, (keys, query) in enumerate([(past, torch.cat([item, user])), (live, item)]):
+            if ranker.attention is None:
+                parts.append(mean_or_zeros(keys))
+            else:
+                attention = ranker.attention[index]
+                assert isinstance(attention, TargetAttention)
+                parts.append(attention(query[None], keys, torch.tensor([len(keys)]), len(keys))[0])
+        inputs.append(torch.cat([*parts, dense[row]]))
+    return ranker.network(torch.stack(inputs))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_equal_those_of_rows_put_together_one_by_one(kind: RankerKind, seed: int) -> None:
+    torch.manual_seed(seed)
+    ranker = make_ranker(kind).double()
+    embedded, lengths, dense = make_inputs(11, torch.float64)
+    results = []
+    for function in (ranker, lambda *inputs: looped(ranker, *inputs)):
+        leaves = [*embedded.values(), *ranker.parameters()]
+        logits = function(embedded, lengths, dense)
+        # The embeddings of no lookup and the parameters of no layer are left out.
+        gradients = torch.autograd.grad((logits.double() * torch.linspace(-1, 1, 3).double()).sum(), leaves)
+        results.append((logits.detach().float(), gradients))
+    (mine, my_gradients), (reference, reference_gradients) = results
+    torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6)
+    for gradient, expected in zip(my_gradients, reference_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros(kind: RankerKind) -> None:
+    ranker = make_ranker(kind)
+    embedded, lengths, dense = make_inputs(0)
+    logits = ranker(embedded, lengths, dense)
+    assert logits.shape == (0, 3) and logits.dtype == torch.float32
+    logits.sum().backward()
+    for name, parameter in ranker.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    for name, values in embedded.items():
+        assert values.grad is not None and values.grad.shape == values.shape, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns(kind: RankerKind) -> None:
+    torch.manual_seed(0)
+    ranker = make_ranker(kind)
+    ranker(*make_inputs(200)).square().sum().backward()
+    for name, parameter in ranker.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_follow_the_type_of_the_parameters_and_logits_are_float32(kind: RankerKind) -> None:
+    torch.manual_seed(0)
+    ranker = make_ranker(kind)
+    embedded, lengths, dense = make_inputs(40)
+    expected = ranker(embedded, lengths, dense)
+    logits = ranker.bfloat16()(embedded, lengths, dense)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+    logits.sum().backward()
+    assert all(values.grad is not None and values.grad.dtype == torch.float32 for values in embedded.values())
+
+
+def test_dropout_is_random_in_training_only() -> None:
+    ranker = make_ranker("ple", dropout=0.5)
+    inputs = make_inputs(40)
+    assert not torch.equal(ranker(*inputs), ranker(*inputs))
+    ranker.eval()
+    assert torch.equal(ranker(*inputs), ranker(*inputs))
+
+
+def test_a_model_of_dense_features_only() -> None:
+    ranker = Ranker(2, (), {}, 4, (), "shared_bottom")
+    assert ranker({}, {}, torch.randn(3, 4)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("lookups", "histories", "message"),
+    [
+        (LOOKUPS, (History("short", ("past_items",), ("item",), 5),), "'short' reads 'past_items'"),
+        (LOOKUPS, (History("short", ("past_item",), ("items",), 5),), "'short' reads 'items'"),
+        (LOOKUPS, (History("short", ("side",), ("item",), 5),), "'side', which is not a sequence"),
+        (LOOKUPS, (History("short", ("tags",), ("item",), 5),), "'tags', which is not a sequence"),
+        (LOOKUPS, (History("short", ("past_context",), ("item",), 5),), "'past_context' must have one id an entry"),
+        (LOOKUPS, (HISTORIES[0], History("live", ("live_item",), ("past_item",), 5)), "'past_item' is itself an entry"),
+        (LOOKUPS, HISTORIES[:1], "'live_item' varies in length"),
+        ((Lookup("user", "users", 1),), (), "'user' reads table 'users'"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    lookups: tuple[Lookup, ...], histories: tuple[History, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Ranker(3, lookups, DIMS, DENSE, histories)
