@@ -113,7 +113,7 @@ class GatedExperts(nn.Module):
         else:
             expert_input, gate_input = x.index_select(0, self.expert_input), x[: len(gates)]
         hidden = self.experts(expert_input)  # [experts, batch, width]
-        weights = torch.baddbmm(self.allowed, gate_input, gates).softmax(-1)  # [gates, batch, experts]
+        weights = torch.baddbmm(self.allowed.to(gates.dtype), gate_input, gates).softmax(-1)  # [gates, batch, experts]
         return torch.bmm(weights.transpose(0, 1), hidden.transpose(0, 1)).transpose(0, 1)
 
     def _gate_weights(self) -> Tensor:
