@@ -78,8 +78,8 @@ class _Block:
 def _blocks(lengths: Tensor, entries: int, max_length: int, row_values: int, entry_values: int) -> Iterator[_Block]:
     """Cut a batch in blocks of about ``_BLOCK_VALUES`` values, longest rows first, so that little is padding.
 
-    Rows without entries are in no block. On other devices than a CPU the whole batch is one block, since reading the
-    lengths would make the host wait.
+    Blocks end where only rows without entries are left. On other devices than a CPU the whole batch is one block,
+    since reading the lengths would make the host wait.
     """
     batch, on_cpu = len(lengths), lengths.device.type == "cpu"
 
@@ -113,7 +113,7 @@ def _take(values: Tensor, which: slice | Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention block by block; backward computes the activations of a block again instead of keeping them.
+    """Attention block by block; backward computes a block's widest activations again instead of keeping them.
 
     On a CPU this takes half the time of the same operations on whole batches, whose activations leave the caches.
     """
@@ -135,22 +135,23 @@ class _Attention(torch.autograd.Function):
         width = of_key.shape[1]
         blocks = list(_blocks(lengths, len(keys), max_length, 2 * of_key.numel(), 2 * width + 2 * len(of_key)))
         out = keys.new_zeros(len(query), keys.shape[1])
-        shares = []
+        kept = []
         for block in blocks:
             q, k = _take(query, block.rows), _take(keys, block.entries).view(-1, block.length, keys.shape[1])
-            own = torch.addcmul(of_key, q[:, :, None], of_product)
-            hidden = _hidden(k, own, _take(bias, block.rows), layers)[-1]
-            logits = torch.mv(hidden, score).view(-1, block.length)
+            hidden = [_first_layer(k, q, _take(bias, block.rows), of_key, of_product)]
+            for weight, offset in zip(layers[::2], layers[1::2], strict=True):
+                hidden.append(torch.addmm(offset, hidden[-1], weight.t()).relu_())
+            logits = torch.mv(hidden[-1], score).view(-1, block.length)
             if block.padding is not None:
                 logits.masked_fill_(block.padding, torch.finfo(logits.dtype).min)
             share = logits.softmax(1)
             if block.padding is not None:
-                # Only rows without entries, on other devices than a CPU, have a share left to be taken away.
+                # A row without entries shares out among its padding.
                 share.masked_fill_(block.padding, 0)
-            shares.append(share)
+            kept.append((share, hidden[1:]))
             out[block.rows] = torch.bmm(share[:, None], k)[:, 0]
         ctx.save_for_backward(query, keys, bias, of_key, of_product, score, *layers)
-        ctx.blocks, ctx.shares = blocks, shares
+        ctx.blocks, ctx.kept = blocks, kept
         return out
 
     @staticmethod
@@ -166,11 +167,10 @@ class _Attention(torch.autograd.Function):
             for t in (of_key, of_product, score, *layers)
         )
         both = torch.cat([of_key, of_product]).t().contiguous()
-        for block, share in zip(ctx.blocks, ctx.shares, strict=True):
+        for block, (share, narrow) in zip(ctx.blocks, ctx.kept, strict=True):
             q, k = _take(query, block.rows), _take(keys, block.entries).view(-1, block.length, dim)
             grad = _take(grad_out, block.rows)
-            own = torch.addcmul(of_key, q[:, :, None], of_product)
-            hidden = _hidden(k, own, _take(bias, block.rows), layers)
+            hidden = [_first_layer(k, q, _take(bias, block.rows), of_key, of_product), *narrow]
 
             grad_share = torch.bmm(k, grad[:, :, None])[..., 0]
             grad_logits = torch.ops.aten._softmax_backward_data(grad_share, share, 1, share.dtype).view(-1)
@@ -201,15 +201,10 @@ class _Attention(torch.autograd.Function):
         return grad_query, grad_keys, grad_bias, *summed[:3], None, None, *summed[3:]
 
 
-def _hidden(keys: Tensor, own: Tensor, bias: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-    """Activations of every layer, each ``[entries, width]``, of ``keys [rows, length, dim]``.
-
-    ``own [rows, dim, width]`` and ``bias [rows, width]`` are the first layer of each row.
-    """
-    hidden = [torch.bmm(keys, own).add_(bias[:, None]).relu_().view(-1, own.shape[2])]
-    for weight, offset in zip(layers[::2], layers[1::2], strict=True):
-        hidden.append(torch.addmm(offset, hidden[-1], weight.t()).relu_())
-    return hidden
+def _first_layer(keys: Tensor, query: Tensor, bias: Tensor, of_key: Tensor, of_product: Tensor) -> Tensor:
+    """Activations ``[rows * length, hidden]`` of ``keys [rows, length, dim]``, with each row's own weight and bias."""
+    own = torch.addcmul(of_key, query[:, :, None], of_product)
+    return torch.bmm(keys, own).add_(bias[:, None]).relu_().view(-1, own.shape[2])
 
 
 def _relu_backward(grad: Tensor, activation: Tensor) -> Tensor:
