@@ -23,6 +23,8 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # Phases are those of the stream that computes, also while something is queued on another.
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._phase: str | None = None
         self._marks: list[_Mark] = []
 
@@ -44,11 +46,11 @@ class PhaseClock:
 
     def _switch(self, name: str | None) -> None:
         now: float | torch.cuda.Event
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
+        if self._stream is None:
             now = time.perf_counter()
+        else:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(self._stream)
         self._phase = name
         self._marks.append((name, now))
 

@@ -27,52 +27,67 @@ _ACCEPTED = (
 _REFUSED = {
     "optimizer": "the dense optimizer is AdamW, set in [optimizer] of the job file",
     "scheduler": "the learning rate schedule is set in [optimizer] of the job file",
-    "fp16": "float16 would need its loss scale in the tables' gradients as well; use bf16",
+    "fp16": "float16 would need its loss scale in the gradients of the tables as well; use bf16",
     "amp": "use bf16",
 }
+_NEVER = 1 << 62
 
 
 def complete_settings(given: Mapping[str, Any], batch_size: int, world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON settings as a user gives them, checked, with the batch sizes filled in.
+    """DeepSpeed's settings as a user gives them, checked, with the batch sizes filled in.
 
     Args:
-        given: the settings.
+        given: the JSON.
         batch_size: rows of one rank in an optimizer step; they are cut into ``gradient_accumulation_steps`` parts.
         world: number of ranks.
 
     Raises:
         UserError: a key that is unknown or that the engine does not support, or a batch size that contradicts.
     """
-    for key in given:
-        if key in _REFUSED and _enabled(given[key]):
+    for key, value in given.items():
+        if key in _REFUSED and _asks(value):
             raise UserError(f"deepspeed settings: {key!r} is not supported: {_REFUSED[key]}")
         if key not in _ACCEPTED and key not in _REFUSED:
             nearest = difflib.get_close_matches(key, _ACCEPTED, n=1, cutoff=0.0)[0]
             raise UserError(f"deepspeed settings: {key!r} is not supported; did you mean {nearest!r}?")
-    zero = given.get("zero_optimization", {})
+    _check_zero(given.get("zero_optimization", {}), bf16=_asks(given.get("bf16")))
+    clipping = given.get("gradient_clipping", 0.0)
+    if not isinstance(clipping, int | float) or clipping < 0:
+        raise UserError(f"deepspeed settings: gradient_clipping = {clipping!r}: use a number above 0, or 0 for none")
+    return {
+        # DeepSpeed would report its own progress beside ours.
+        "steps_per_print": _NEVER,
+        **{key: value for key, value in given.items() if key in _ACCEPTED},
+        **_batch_sizes(given, batch_size, world),
+    }
+
+
+def _check_zero(zero: Any, *, bf16: bool) -> None:
+    if not isinstance(zero, Mapping):
+        raise UserError(f'deepspeed settings: zero_optimization = {zero!r}: use an object such as {{"stage": 1}}')
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2):
         raise UserError(
-            f"deepspeed settings: zero_optimization.stage = {stage!r}: use 0, 1 or 2; "
-            "stage 3 cuts the parameters themselves, and the dense network is small beside the tables"
+            f"deepspeed settings: zero_optimization.stage = {stage!r}: use 0, 1 or 2 "
+            "(3 cuts the parameters themselves, and the dense network is small beside the tables)"
         )
     for key in ("offload_optimizer", "offload_param", "cpu_offload"):
-        if _enabled(zero.get(key)):
+        if _asks(zero.get(key)):
             raise UserError(f"deepspeed settings: zero_optimization.{key} is not supported; remove it")
-    if stage == 0 and _enabled(given.get("bf16")):
+    if stage == 0 and bf16:
         raise UserError(
-            "deepspeed settings: bf16 with zero_optimization.stage = 0 keeps optimizer state that cannot be saved; "
+            "deepspeed settings: bf16 with zero_optimization.stage = 0 has an optimizer whose state cannot be saved; "
             "use stage 1 or 2"
         )
+
+
+def _batch_sizes(given: Mapping[str, Any], batch_size: int, world: int) -> dict[str, int]:
     parts = given.get("gradient_accumulation_steps", 1)
     if not isinstance(parts, int) or parts < 1 or batch_size % parts:
         raise UserError(
             f"deepspeed settings: gradient_accumulation_steps = {parts!r} does not divide "
-            f"the {batch_size} rows that a rank trains on in a step"
+            f"the {batch_size} rows of a rank in a step"
         )
-    clipping = given.get("gradient_clipping", 0.0)
-    if not isinstance(clipping, int | float) or clipping < 0:
-        raise UserError(f"deepspeed settings: gradient_clipping = {clipping!r}: a number, 0 for none")
     sizes = {"train_batch_size": batch_size * world, "train_micro_batch_size_per_gpu": batch_size // parts}
     for key, size in sizes.items():
         if given.get(key, "auto") not in ("auto", size):
@@ -80,16 +95,11 @@ def complete_settings(given: Mapping[str, Any], batch_size: int, world: int) -> 
                 f"deepspeed settings: {key} = {given[key]!r} contradicts the job, whose batch makes it {size}; "
                 "remove it (train.batch_size sets it)"
             )
-    return {
-        "steps_per_print": 1 << 62,
-        **{key: value for key, value in given.items() if key in _ACCEPTED},
-        **sizes,
-        "gradient_accumulation_steps": parts,
-    }
+    return {**sizes, "gradient_accumulation_steps": parts}
 
 
-def _enabled(section: Any) -> bool:
-    """Whether a setting asks for something: ``{"enabled": false}`` and ``{"device": "none"}`` do not."""
-    if isinstance(section, Mapping):
-        return bool(section.get("enabled", section.get("device", True) != "none"))
-    return bool(section)
+def _asks(setting: Any) -> bool:
+    """Whether a setting asks for something; ``{"enabled": false}`` and ``{"device": "none"}`` do not."""
+    if isinstance(setting, Mapping):
+        return bool(setting.get("enabled", setting.get("device") != "none"))
+    return bool(setting)

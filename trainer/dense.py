@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from trainer.clock import PhaseClock
@@ -65,10 +69,19 @@ class DenseNetwork:
             fused=True,
         )
         try:
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=dict(settings))
-        except (ValueError, deepspeed.DeepSpeedConfigError) as error:
+            # One of DeepSpeed's optimizers prints its memory usage, whatever the level of its log.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=dict(settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"deepspeed settings: {key} = {first['input']!r}: {first['msg']}") from None
+        except (ValueError, NotImplementedError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"deepspeed settings: {' '.join(str(error).split())}") from None
         self.module: nn.Module = self._engine.module
+        if dist.get_world_size() == 1 and not self._zero:
+            # There is nothing to reduce, and DeepSpeed would copy all gradients to do so.
+            self._engine.enable_backward_allreduce = False
         reduce = self._engine.allreduce_gradients
 
         def timed_reduce(*arguments: Any, **options: Any) -> None:

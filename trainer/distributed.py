@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +49,7 @@ class World:
         rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
         local_rank = _from_environment("LOCAL_RANK", rank)
         chosen = choose_device(device, local_rank)
+        _quiet_libraries()
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         # DeepSpeed reads the first once, when it is imported, and would else take any GPU; it insists on the second.
@@ -143,6 +146,15 @@ def choose_device(device: DeviceChoice, local_rank: int) -> torch.device:
             "start fewer ranks, or use train.device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def _quiet_libraries() -> None:
+    """Keep notices of libraries about each other, which a user can do nothing about, out of what a job says."""
+    for name in ("torchrec", "DeepSpeed", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("torch", "torchrec", "fbgemm_gpu", "deepspeed"):
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{module}\b")
 
 
 def _from_environment(name: str, default: int) -> int:

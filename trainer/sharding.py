@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +117,6 @@ def make_plan(
     }
     answer: list[Any] = [None]
     if dist.get_rank(control) == 0:
-        logging.getLogger("torchrec").setLevel(logging.ERROR)
         planner = EmbeddingShardingPlanner(
             topology=Topology(
                 world_size=world,

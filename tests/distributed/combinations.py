@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Combination:
-    optimizer: str
+    """``sharding`` is that of all tables, or ``mixed``; ``parts`` are those over which gradients are accumulated."""
+
+    optimizer: Any
     sharding: str
     stage: int
     parts: int = 1
@@ -16,32 +19,48 @@ class Combination:
     overlap: bool = True
     torchrec_path: bool = False
     bf16: bool = False
+    accumulate_in: str = ""
 
     def __str__(self) -> str:
         words = [self.optimizer, self.sharding, f"ZeRO {self.stage}", f"{self.parts} parts"]
         words += [f"clipping {self.clipping}"] if self.clipping else []
         words += [word for word in ("torchrec_path", "bf16") if getattr(self, word)]
+        words += [f"accumulated in {self.accumulate_in}"] if self.accumulate_in else []
         return ", ".join(words if self.overlap else [*words, "no overlap"])
 
 
 SHARDED = [
-    ("sgd", "table_wise"),
-    ("sgd", "row_wise"),
-    ("rowwise_adagrad", "table_wise"),
-    ("rowwise_adagrad", "row_wise"),
+    Combination(optimizer, sharding, 1, parts=3, clipping=0.5)
+    for optimizer, sharding in product(("sgd", "rowwise_adagrad"), ("table_wise", "row_wise"))
 ]
-STEP = [(1, 0.0), (1, 0.5), (3, 0.0), (3, 0.5)]
-COMBINATIONS = [
-    *(
-        Combination(optimizer, sharding, stage, parts, clipping)
-        for (optimizer, sharding), stage, (parts, clipping) in product(SHARDED, (0, 1, 2), STEP)
-    ),
-    *(
-        Combination("sgd", "column_wise", stage, parts, clipping)
-        for stage, (parts, clipping) in product((0, 2), STEP[::3])
-    ),
-    *(Combination("adagrad", sharding, 1, 3, 0.5) for sharding in ("table_wise", "row_wise", "column_wise")),
-    *(Combination("rowwise_adagrad", "auto", stage, 1, 0.5) for stage in (0, 1)),
-    *(Combination(optimizer, sharding, 1, 3, 0.5, torchrec_path=True) for optimizer, sharding in SHARDED),
-    *(Combination(optimizer, sharding, 1, 3, 0.5, overlap=False) for optimizer, sharding in SHARDED),
+STAGES = (0, 1, 2)
+STEP = [{"parts": parts, "clipping": clipping} for parts, clipping in product((1, 3), (0.0, 0.5))]
+
+FLOAT32 = [
+    *(replace(given, stage=stage, **step) for given, stage, step in product(SHARDED, STAGES, STEP)),
+    *(Combination("sgd", "column_wise", stage, **step) for stage, step in product(STAGES, STEP[::3])),
+    *(Combination("adagrad", sharding, 1, **STEP[3]) for sharding in ("table_wise", "row_wise", "column_wise")),
+    *(Combination("rowwise_adagrad", sharding, 1, **STEP[3]) for sharding in ("auto", "mixed")),
+    # TorchRec's own path, which a CPU takes for column-wise tables only.
+    *(replace(given, torchrec_path=True) for given in SHARDED),
 ]
+NO_OVERLAP = [replace(given, overlap=False) for given in (*SHARDED, Combination("sgd", "column_wise", 0, **STEP[3]))]
+BFLOAT16 = [
+    Combination("rowwise_adagrad", "row_wise", 1, **STEP[3], bf16=True),
+    Combination("rowwise_adagrad", "row_wise", 1, **STEP[3], bf16=True, accumulate_in="fp32"),
+    Combination("sgd", "table_wise", 2, **STEP[3], bf16=True),
+]
+CHECKPOINTED = [
+    Combination("rowwise_adagrad", "table_wise", 0, **STEP[3]),
+    Combination("rowwise_adagrad", "row_wise", 1, **STEP[3]),
+    Combination("adagrad", "column_wise", 2, **STEP[3]),
+    Combination("sgd", "row_wise", 2, **STEP[3]),
+    *BFLOAT16[1:],
+]
+
+
+def resharded(saved: Combination) -> Combination:
+    """Another layout and, in float32, another ZeRO stage, to load a checkpoint into."""
+    sharding = {"table_wise": "row_wise", "row_wise": "table_wise", "column_wise": "row_wise"}[saved.sharding]
+    stage = saved.stage % 2 + 1 if saved.bf16 else (saved.stage + 1) % 3
+    return replace(saved, sharding=sharding, stage=stage, accumulate_in="")

@@ -1,95 +1,203 @@
-"""Trains the small model with the engine in many combinations; run by test_engine.py under torchrun.
+"""What test_engine.py has ranks do, all in one start of them.
 
-    torchrun ... tests/distributed/engine_ranks.py OUT
+    torchrun --nproc-per-node N -m tests.distributed.engine_ranks OUT
 
-writes the losses, the parameters and the plan of every combination to OUT/<ranks>.pt.
+trains the small model in every combination and leaves what came out in OUT/<ranks>.pt. Two ranks also leave
+checkpoints, which a single rank started later reads.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from combinations import COMBINATIONS, Combination
-from small_model import LOOKUPS, ROWS, SEED, WEIGHTS, PlainTraining, batches_of, ranker, tables
-
+from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, FLOAT32, NO_OVERLAP, SHARDED, Combination, resharded
+from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, batches_of, ranker, tables
 from trainer import tables as engine_tables
 from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine import DenseOptimizer, HybridEngine, StepResult, TableOptimizer
 
 
 def make_engine(combination: Combination, world: World) -> HybridEngine:
     plain = PlainTraining
-    return HybridEngine(
-        tables(combination.sharding),
-        LOOKUPS,
-        ranker(),
-        table_optimizer=TableOptimizer(combination.optimizer, plain.LEARNING_RATE, plain.EPS),
-        dense_optimizer=DenseOptimizer(plain.DENSE["lr"], plain.DENSE["weight_decay"], plain.DENSE["betas"]),
-        deepspeed={
-            "zero_optimization": {"stage": combination.stage},
-            "gradient_clipping": combination.clipping,
-            "gradient_accumulation_steps": combination.parts,
-            "bf16": {"enabled": combination.bf16},
-        },
-        behaviour_weights=WEIGHTS,
-        batch_size=2 * ROWS,
-        device=world.device,
-        seed=SEED,
-        overlap=combination.overlap,
-    )
-
-
-def whole_tables(engine: HybridEngine, world: World) -> dict[str, torch.Tensor]:
-    """Tables put together from the shards of all ranks."""
-    shards = [(name, row, column, shard.clone()) for name, shard, row, column in engine._tables.shards()]
-    sizes = {table["table"]: (table["rows"], table["dim"]) for table in engine.plan}
-    whole = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
-    for rank in range(world.size):
-        for name, row, column, shard in broadcast(shards, rank):
-            whole[name][row : row + shard.shape[0], column : column + shard.shape[1]] = shard
-    return whole
-
-
-def broadcast(value: Any, source: int) -> Any:
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=source)
-    return box[0]
-
-
-def parameters(engine: HybridEngine, world: World) -> dict[str, torch.Tensor]:
-    dense = engine._dense.state()["dense"]
-    return whole_tables(engine, world) | {name: saved["parameter"].clone() for name, saved in dense.items()}
-
-
-def run(combination: Combination, world: World) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "zero_optimization": {"stage": combination.stage},
+        "gradient_clipping": combination.clipping,
+        "gradient_accumulation_steps": combination.parts,
+        "bf16": {"enabled": combination.bf16},
+    }
+    if combination.accumulate_in:
+        settings["data_types"] = {"grad_accum_dtype": combination.accumulate_in}
     serves = engine_tables.flat_exchange_serves
     if combination.torchrec_path:
         engine_tables.flat_exchange_serves = lambda device, shardings: False
+    try:
+        return HybridEngine(
+            tables(combination.sharding),
+            LOOKUPS,
+            ranker(),
+            table_optimizer=TableOptimizer(combination.optimizer, plain.LEARNING_RATE, plain.EPS),
+            dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
+            deepspeed=settings,
+            behaviour_weights=WEIGHTS,
+            batch_size=2 * ROWS,
+            device=world.device,
+            seed=SEED,
+            overlap=combination.overlap,
+        )
+    finally:
+        engine_tables.flat_exchange_serves = serves
+
+
+def whole(sharded: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Tensors put together from the shards of all ranks; an element that no rank has is NaN."""
+    mine = [
+        (name, tuple(tensor.shape), offset, shard.clone())
+        for name, tensor in sharded.items()
+        if isinstance(tensor, DTensor)
+        for shard, offset in zip(tensor.to_local().local_shards(), tensor.to_local().local_offsets(), strict=False)
+    ]
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, mine)
+    tensors: dict[str, Tensor] = {}
+    for name, shape, offset, shard in (part for parts in found for part in parts):
+        into = tensors.setdefault(name.split(".")[-2], torch.full(shape, torch.nan))
+        into[tuple(slice(at, at + size) for at, size in zip(offset, shard.shape, strict=True))] = shard
+    return tensors
+
+
+def parameters(engine: HybridEngine, world: World) -> dict[str, Tensor]:
+    """Whole tables by name, and dense parameters."""
+    dense = engine._dense.state()["dense"]
+    tables = whole(engine._tables.state()["tables"], world)
+    return tables | {name: saved["parameter"].clone() for name, saved in dense.items()}
+
+
+def everything(engine: HybridEngine, world: World) -> dict[str, Tensor]:
+    """Parameters and the states of both optimizers."""
+    state = engine._state()
+    accumulators = {key: moment for of_table in state["table_optimizer"].values() for key, moment in of_table.items()}
+    moments = {
+        f"{name}/{key}": tensor.clone() for name, saved in state["dense"].items() for key, tensor in saved.items()
+    }
+    # "item.momentum1" -> "item": distinct from the table itself.
+    accumulated = {f"{name}/accumulated": tensor for name, tensor in whole(accumulators, world).items()}
+    return parameters(engine, world) | moments | accumulated | {"dense_step": state["dense_step"]}
+
+
+def losses_of(results: Iterator[StepResult]) -> list[float]:
+    return [float(result.loss) for result in results]
+
+
+def train(combination: Combination, world: World) -> dict[str, Any]:
     engine = make_engine(combination, world)
-    engine_tables.flat_exchange_serves = serves
     results = list(engine.steps(batches_of(world.rank, world.size)))
     outcome = {
-        "losses": [float(result.loss) for result in results],
+        "losses": losses_of(iter(results)),
         "rows": [result.rows_global for result in results],
+        "own_rows": [result.batch.rows for result in results],
         "parameters": parameters(engine, world),
         "plan": engine.plan,
+        "seconds": [result.seconds for result in results],
     }
     engine.close()
     return outcome
 
 
-def main(out: str) -> None:
+def save_halfway(combination: Combination, world: World, path: Path) -> dict[str, Any]:
+    """Losses of a run that goes through, and of one that is saved halfway and taken up by a new engine."""
+    half = STEPS // 2
+    engine = make_engine(combination, world)
+    through = losses_of(engine.steps(batches_of(world.rank, world.size)))
+    end = everything(engine, world)
+    engine.close()
+
+    engine = make_engine(combination, world)
+    resumed = losses_of(engine.steps(islice(batches_of(world.rank, world.size), half)))
+    engine.save(path)
+    saved = everything(engine, world)
+    engine.close()
+
+    engine = make_engine(combination, world)
+    engine.load(path)
+    loaded, steps_done = everything(engine, world), engine.steps_done
+    resumed += losses_of(engine.steps(islice(batches_of(world.rank, world.size), half, None)))
+    outcome = {
+        "through": through,
+        "resumed": resumed,
+        "end": end,
+        "end_resumed": everything(engine, world),
+        "saved": saved,
+        "loaded": loaded,
+        "steps_done": steps_done,
+    }
+    engine.close()
+    return outcome
+
+
+def load_elsewhere(combination: Combination, world: World, path: Path) -> dict[str, Any]:
+    """A checkpoint of other ranks in another layout and ZeRO stage, and the losses that follow."""
+    engine = make_engine(resharded(combination), world)
+    engine.load(path)
+    outcome: dict[str, Any] = {"loaded": everything(engine, world)}
+    outcome["losses"] = losses_of(engine.steps(islice(batches_of(world.rank, world.size), STEPS // 2, None)))
+    engine.close()
+    return outcome
+
+
+def predict(world: World) -> dict[str, Any]:
+    """Predictions of trained engines, after a training that was stopped early as well."""
+    engine = make_engine(SHARDED[-1], world)
+    stopped = losses_of(islice(engine.steps(batches_of(world.rank, world.size)), STEPS // 2))
+    before = everything(engine, world)
+    logits = [predicted for _, predicted in engine.predict(batches_of(world.rank, world.size))]
+    after = everything(engine, world)
+    went_on = losses_of(engine.steps(islice(batches_of(world.rank, world.size), STEPS // 2, None)))
+    engine.close()
+    return {
+        "losses": stopped + went_on,
+        "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+        "steps": len(logits),
+        "logits": world.gather(logits),
+    }
+
+
+def learning_rates(world: World) -> dict[str, Any]:
+    """Parameters after steps at learning rates of zero, and initial ones."""
+    engine = make_engine(SHARDED[-1], world)
+    initial = parameters(engine, world)
+    engine.set_learning_rate(tables=0.0, dense=0.0)
+    frozen_losses = losses_of(engine.steps(islice(batches_of(world.rank, world.size), 3)))
+    outcome = {"initial": initial, "frozen": parameters(engine, world), "losses": frozen_losses}
+    engine.close()
+    return outcome
+
+
+def main(out: Path) -> None:
     with World.join("cpu") as world:
-        outcomes = {str(combination): run(combination, world) for combination in COMBINATIONS}
+        outcome: dict[str, Any] = {
+            "trained": {str(given): train(given, world) for given in (*FLOAT32, *NO_OVERLAP, *BFLOAT16)},
+            "predicted": predict(world),
+            "learning_rates": learning_rates(world),
+        }
+        for number, given in enumerate(CHECKPOINTED):
+            checkpoint = out / f"checkpoint-{number}"
+            if world.size == 2:
+                outcome.setdefault("saved", {})[str(given)] = save_halfway(given, world, checkpoint)
+            else:
+                outcome.setdefault("loaded", {})[str(given)] = load_elsewhere(given, world, checkpoint)
+        own_rows = world.gather([result["own_rows"] for result in outcome["trained"].values()])
         if world.rank == 0:
-            torch.save(outcomes, Path(out) / f"{world.size}.pt")
+            torch.save(outcome | {"own_rows": own_rows}, out / f"{world.size}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from modules.embeddings import Lookup, Sharding, Table, TableSet
+from modules.embeddings import Lookup, Table, TableSet
 from trainer.data.batch import Batch
 
 SEED = 5
@@ -26,13 +26,15 @@ LOOKUPS = (
 )
 
 
-def tables(sharding: Sharding) -> list[Table]:
-    """Two widths, tables with few rows, one that a sequence shares and one with fewer rows than two ranks would like."""
+def tables(sharding: str) -> list[Table]:
+    """Two widths; a table that a sequence shares, and one of few rows. ``mixed``: some cut by rows, some whole."""
+    of_table = dict.fromkeys(("user", "item", "side", "room"), sharding)
+    if sharding == "mixed":
+        of_table = {"user": "row_wise", "item": "table_wise", "side": "row_wise", "room": "table_wise"}
+    sizes = {"user": (61, 8), "item": (40, 8), "side": (3, 8), "room": (17, 16)}
     return [
-        Table("user", 61, 8, sharding=sharding, init_scale=0.3),
-        Table("item", 40, 8, sharding=sharding, init_scale=0.3),
-        Table("side", 3, 8, sharding=sharding, init_scale=0.3, init="normal"),
-        Table("room", 17, 16, sharding=sharding, init_scale=0.3),
+        Table(name, rows, dim, init="normal" if name == "side" else "uniform", init_scale=0.3, sharding=of_table[name])  # type: ignore[arg-type]
+        for name, (rows, dim) in sizes.items()
     ]
 
 
@@ -52,10 +54,7 @@ class SmallRanker(nn.Module):
             owner = torch.repeat_interleave(torch.arange(rows), of_row)
             total = torch.zeros(rows, embedded[name].shape[1], dtype=dtype)
             pooled.append(total.index_add(0, owner, embedded[name]))
-        fixed = [
-            embedded[name].view(rows, embedded[name].shape[1] * n)
-            for name, n in (("user", 1), ("item", 1), ("side", 2))
-        ]
+        fixed = [embedded[name].view(rows, 8 * ids) for name, ids in (("user", 1), ("item", 1), ("side", 2))]
         return self.second(torch.tanh(self.first(torch.cat([*fixed, *pooled, dense.to(dtype)], 1)))).float()
 
 
@@ -88,16 +87,8 @@ class Rows:
                 )
             )
         index = torch.arange(start, stop)
-        return Batch(
-            keyed,
-            self.dense[start:stop],
-            self.label[start:stop],
-            self.mask[start:stop],
-            index,
-            index,
-            index,
-            stop - start,
-        )
+        inputs = self.dense[start:stop], self.label[start:stop], self.mask[start:stop]
+        return Batch(keyed, *inputs, index, index, index, stop - start, {0: [0, 0, stop]})
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -160,13 +151,15 @@ class PlainTraining:
     """
 
     LEARNING_RATE, EPS = 0.1, 1e-3
-    DENSE = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.02}
+    DENSE_RATE, WEIGHT_DECAY, BETAS = 0.01, 0.02, (0.9, 0.99)
 
     def __init__(self, optimizer: str, clipping: float) -> None:
         self.tables = TableSet(tables("auto"), LOOKUPS, device="cpu")
         self.tables.initialise(SEED)
         self.ranker = ranker()
-        self.adam = torch.optim.AdamW(self.ranker.parameters(), **self.DENSE)
+        self.adam = torch.optim.AdamW(
+            self.ranker.parameters(), self.DENSE_RATE, self.BETAS, weight_decay=self.WEIGHT_DECAY
+        )
         self.kind, self.clipping = optimizer, clipping
         self.accumulated = {
             name: torch.zeros_like(p[:, :1] if optimizer == "rowwise_adagrad" else p)
@@ -174,14 +167,16 @@ class PlainTraining:
         }
         self.clipped = 0
 
-    def step(self, rows: Rows) -> float:
+    def predict(self, rows: Rows) -> Tensor:
         batch = rows.batch(0, len(rows))
         found = self.tables(batch.ids)
         embedded = {name: jagged.values() for name, jagged in found.items()}
         lengths = {name: found[name].lengths() for name in ("seen", "room")}
-        logits = self.ranker(embedded, lengths, batch.dense)
-        losses = nn.functional.binary_cross_entropy_with_logits(logits, batch.label, reduction="none")
-        loss = (losses * batch.mask * WEIGHTS).sum() / len(rows)
+        return self.ranker(embedded, lengths, batch.dense)
+
+    def step(self, rows: Rows) -> float:
+        losses = nn.functional.binary_cross_entropy_with_logits(self.predict(rows), rows.label, reduction="none")
+        loss = (losses * rows.mask * WEIGHTS).sum() / len(rows)
         self.adam.zero_grad()
         self.tables.zero_grad()
         loss.backward()

@@ -2,55 +2,171 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from combinations import COMBINATIONS
-from small_model import PlainTraining, steps
+from modules.embeddings import initial_rows
+from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, FLOAT32, NO_OVERLAP, SHARDED, Combination
+from tests.distributed.small_model import SEED, STEPS, PlainTraining, share_of_first_rank, steps, tables
 
 TOLERANCE = 1e-5
 
+_outcomes: dict[int, dict[str, Any]] = {}
+
+
+@pytest.fixture
+def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """Number of ranks -> what engine_ranks.py left; the ranks are started once for all tests."""
+    if not _outcomes:
+        out = tmp_path_factory.mktemp("engine")
+        # Two ranks first: the single one reads their checkpoints.
+        for world in (2, 1):
+            run_ranks("tests.distributed.engine_ranks", out, ranks=world, timeout=400)
+            _outcomes[world] = torch.load(out / f"{world}.pt")
+    return _outcomes
+
 
 @cache
-def plain(optimizer: str, clipping: float) -> tuple[list[float], dict[str, torch.Tensor], int]:
+def plain(optimizer: str, clipping: float) -> tuple[list[float], dict[str, Tensor], int]:
+    """Losses, parameters and number of clipped steps of one process with plain PyTorch."""
     training = PlainTraining(optimizer, clipping)
     losses = [training.step(rows) for rows in steps()]
     return losses, training.parameters(), training.clipped
 
 
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest difference in units of the largest value: values near zero are differences of larger ones."""
-    return float((got - expected).abs().max() / expected.abs().max())
+    return float((got.double() - expected.double()).abs().max() / expected.abs().max())
+
+
+def errors(outcome: dict[str, Any], given: Combination) -> dict[str, float]:
+    losses, parameters, _ = plain(given.optimizer, given.clipping)
+    assert outcome["parameters"].keys() == parameters.keys()
+    found = {name: relative_error(outcome["parameters"][name], parameters[name]) for name in parameters}
+    return found | {"losses": relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses))}
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_engine_agrees_with_plain_training(world: int, run_ranks: Any, tmp_path: Path) -> None:
-    run_ranks(HERE / "engine_ranks.py", tmp_path, ranks=world, timeout=300)
-    outcomes = torch.load(tmp_path / f"{world}.pt")
-    assert len(outcomes) == len(COMBINATIONS)
-    report = {}
-    for combination in COMBINATIONS:
-        outcome = outcomes[str(combination)]
-        losses, parameters, clipped = plain(combination.optimizer, combination.clipping)
+def test_float32_agrees_with_plain_training(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    wrong = {}
+    for given in (*FLOAT32, *NO_OVERLAP):
+        outcome = outcomes[world]["trained"][str(given)]
         assert outcome["rows"] == [len(rows) for rows in steps()]
-        if combination.clipping:
-            assert 0 < clipped < len(losses), "some steps must be clipped and some not"
-        assert outcome["parameters"].keys() == parameters.keys()
-        errors = {name: relative_error(outcome["parameters"][name], parameters[name]) for name in parameters}
-        errors["losses"] = relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses))
-        report[str(combination)] = errors
-        if combination.sharding != "auto":
-            assert {table["sharding"] for table in outcome["plan"]} == {combination.sharding}
-    wrong = {
-        combination: {name: error for name, error in errors.items() if not error <= TOLERANCE}
-        for combination, errors in report.items()
-    }
-    assert not any(wrong.values()), {combination: names for combination, names in wrong.items() if names}
+        for name, error in errors(outcome, given).items():
+            if not error <= TOLERANCE:
+                wrong[f"{given}: {name}"] = error
+    assert not wrong
+
+
+def test_some_steps_were_clipped_and_some_were_not() -> None:
+    for given in FLOAT32:
+        if given.clipping:
+            assert 0 < plain(given.optimizer, given.clipping)[2] < STEPS
+
+
+def test_ranks_had_unequal_shares(outcomes: dict[int, dict[str, Any]]) -> None:
+    first, second = outcomes[2]["own_rows"]
+    for own_first, own_second in zip(first, second, strict=True):
+        assert own_first == [share_of_first_rank(step, len(rows)) for step, rows in enumerate(steps())]
+        assert [a + b for a, b in zip(own_first, own_second, strict=True)] == [len(rows) for rows in steps()]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_overlap_changes_no_number(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    for given in NO_OVERLAP:
+        trained = outcomes[world]["trained"]
+        without, overlapped = trained[str(given)], trained[str(replace(given, overlap=True))]
+        assert without["losses"] == overlapped["losses"]
+        for name, parameter in without["parameters"].items():
+            assert torch.equal(parameter, overlapped["parameters"][name]), f"{given}: {name}"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_table_has_a_fused_kernel_and_learns(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    read = {name: set[int]() for name in ("user", "item", "side", "room")}
+    for rows in steps():
+        for lookup, table in (("user", "user"), ("item", "item"), ("seen", "item"), ("side", "side"), ("room", "room")):
+            read[table].update(torch.cat(rows.ids[lookup]).tolist())
+    for given in FLOAT32:
+        outcome = outcomes[world]["trained"][str(given)]
+        for table in tables(given.sharding):
+            before, after = initial_rows(table, SEED, 0, table.rows), outcome["parameters"][table.name]
+            changed = (before != after).any(1).nonzero().flatten().tolist()
+            assert set(changed) == read[table.name], f"{given}: {table.name}"
+        for planned in outcome["plan"]:
+            assert planned["kernel"] == "fused"
+            assert sum(rows * columns for rows, columns in planned["shards"]) == planned["rows"] * planned["dim"]
+            if given.sharding.endswith("_wise"):
+                assert planned["sharding"] == given.sharding
+                assert len(planned["ranks"]) == (1 if given.sharding == "table_wise" else world)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bfloat16_stays_near_float32(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    for given in BFLOAT16:
+        found = errors(outcomes[world]["trained"][str(given)], given)
+        assert found["losses"] < 5e-3, f"{given}: {found}"
+        assert max(found.values()) < 0.1, f"{given}: {found}"
+        assert max(found.values()) > TOLERANCE, "this cannot have been bfloat16"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_seconds_of_a_step(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    for seconds in outcomes[world]["trained"][str(SHARDED[0])]["seconds"]:
+        assert seconds.keys() == {"data", "tables", "dense", "communication"}
+        assert all(value >= 0 for value in seconds.values())
+        assert seconds["tables"] > 0 and seconds["dense"] > 0
+        assert world == 1 or seconds["communication"] > 0
+
+
+def test_resuming_on_the_same_ranks_is_bitwise(outcomes: dict[int, dict[str, Any]]) -> None:
+    for given in CHECKPOINTED:
+        outcome = outcomes[2]["saved"][str(given)]
+        assert outcome["steps_done"] == STEPS // 2
+        assert outcome["resumed"] == outcome["through"], str(given)
+        for before, after in (("saved", "loaded"), ("end", "end_resumed")):
+            assert_equal(outcome[before], outcome[after], f"{given}: {after}")
+        assert not torch.equal(outcome["saved"]["item"], outcome["end"]["item"])
+
+
+def test_loading_on_other_ranks_layouts_and_stages(outcomes: dict[int, dict[str, Any]]) -> None:
+    for given in CHECKPOINTED:
+        saved, loaded = outcomes[2]["saved"][str(given)], outcomes[1]["loaded"][str(given)]
+        assert_equal(saved["saved"], loaded["loaded"], str(given))
+        if not given.bf16:
+            expected = torch.tensor(saved["through"][STEPS // 2 :])
+            assert relative_error(torch.tensor(loaded["losses"]), expected) <= TOLERANCE, str(given)
+
+
+def assert_equal(expected: dict[str, Tensor], got: dict[str, Tensor], what: str) -> None:
+    assert got.keys() == expected.keys(), what
+    for name, tensor in expected.items():
+        assert not tensor.isnan().any(), f"{what}: {name}: no rank has a part of it"
+        assert torch.equal(tensor, got[name]), f"{what}: {name}"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_predictions_are_those_of_the_plain_model(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    outcome, given = outcomes[world]["predicted"], SHARDED[-1]
+    training = PlainTraining(given.optimizer, given.clipping)
+    losses = [training.step(rows) for rows in steps()[: STEPS // 2]]
+    expected = [training.predict(rows).detach() for rows in steps()]
+    losses += [training.step(rows) for rows in steps()[STEPS // 2 :]]
+    assert outcome["unchanged"], "predicting must not train"
+    assert outcome["steps"] == STEPS, "all ranks go on until all are out"
+    for step, logits in enumerate(expected):
+        parts = [of_rank[step] for of_rank in outcome["logits"]]
+        assert relative_error(torch.cat(parts), logits) <= TOLERANCE
+    # Training was stopped early before, and goes on after.
+    assert relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_learning_rates_reach_both_optimizers(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+    outcome = outcomes[world]["learning_rates"]
+    assert_equal(outcome["initial"], outcome["frozen"], "at a learning rate of zero nothing moves")
