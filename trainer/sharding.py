@@ -132,7 +132,8 @@ def make_plan(
         try:
             answer[0] = planner.plan(tables, [sharder])
         except PlannerError as error:
-            answer[0] = UserError(f"no sharding plan for the tables on {world} ranks: {_first_line(error)}")
+            size = sum(table.rows * table.dim for table in tables.tables) * 4 / 1e9
+            answer[0] = UserError(f"no sharding of {size:,.1f} GB of tables on {world} ranks: {_first_line(error)}")
     # The planner's own collective leaves the other ranks waiting for ever when the first one fails.
     dist.broadcast_object_list(answer, src=0, group=control)
     if isinstance(answer[0], UserError):
