@@ -42,6 +42,7 @@ def test_what_the_user_sets_stays() -> None:
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload"),
         ({"zero_optimization": 1}, "zero_optimization = 1"),
         ({"bf16": {"enabled": True}}, "use stage 1 or 2"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = 'bf16' without bf16"),
         ({"fp16": {"enabled": True}}, "'fp16' is not supported"),
         ({"optimizer": {"type": "Adam"}}, "'optimizer' is not supported"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is not supported"),

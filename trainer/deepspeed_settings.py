@@ -50,6 +50,9 @@ def complete_settings(given: Mapping[str, Any], batch_size: int, world: int) -> 
         if key not in _ACCEPTED and key not in _REFUSED:
             nearest = difflib.get_close_matches(key, _ACCEPTED, n=1, cutoff=0.0)[0]
             raise UserError(f"deepspeed settings: {key!r} is not supported; did you mean {nearest!r}?")
+    accumulated = given.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated not in (None, "fp32") and not _asks(given.get("bf16")):
+        raise UserError(f'deepspeed settings: data_types.grad_accum_dtype = {accumulated!r} without bf16: use "fp32"')
     _check_zero(given.get("zero_optimization", {}), bf16=_asks(given.get("bf16")))
     clipping = given.get("gradient_clipping", 0.0)
     if not isinstance(clipping, int | float) or clipping < 0:

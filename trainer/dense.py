@@ -56,7 +56,12 @@ class DenseNetwork:
         device: torch.device,
         clock: PhaseClock,
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = _start_deepspeed()
+        settings = dict(settings)
+        if "zero_optimization" in settings:
+            # DeepSpeed makes a buffer of this size in every step, by default of 500 million elements.
+            elements = sum(parameter.numel() for parameter in module.parameters())
+            settings["zero_optimization"] = {"reduce_bucket_size": elements, **settings["zero_optimization"]}
         self.parts: int = settings["gradient_accumulation_steps"]
         self._clipping = float(settings.get("gradient_clipping", 0.0))
         self._zero = settings.get("zero_optimization", {}).get("stage", 0) > 0
@@ -68,16 +73,10 @@ class DenseNetwork:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        try:
-            # One of DeepSpeed's optimizers prints its memory usage, whatever the level of its log.
-            with contextlib.redirect_stdout(io.StringIO()):
-                self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=dict(settings))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise UserError(f"deepspeed settings: {key} = {first['input']!r}: {first['msg']}") from None
-        except (ValueError, NotImplementedError, deepspeed.DeepSpeedConfigError) as error:
-            raise UserError(f"deepspeed settings: {' '.join(str(error).split())}") from None
+        _check_settings(deepspeed, settings)
+        # One of DeepSpeed's optimizers prints its memory usage, whatever the level of its log.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=settings)
         self.module: nn.Module = self._engine.module
         if dist.get_world_size() == 1 and not self._zero:
             # There is nothing to reduce, and DeepSpeed would copy all gradients to do so.
@@ -177,12 +176,25 @@ class DenseNetwork:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, imported late: it looks for its accelerator on import, which ``World.join`` decides."""
+def _check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
+    """DeepSpeed's own check of its settings, told in a line."""
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"deepspeed settings: {key} = {first['input']!r}: {first['msg']}") from None
+    except (ValueError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed settings: {' '.join(str(error).split())}") from None
+
+
+def _start_deepspeed() -> Any:
+    """DeepSpeed on the default process group; imported late, since ``World.join`` decides which device it finds."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Nothing is compiled: among the ops is an all-reduce for inference on CPUs, which would be built when the process
     # group is taken over, and only looking which ops could be built starts compilers.
     deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -92,7 +93,12 @@ class World:
         if error is None:
             # A rank that leaves early tears down connections that slower ranks are still reading from.
             self.barrier()
-        dist.destroy_process_group()
+        deepspeed = sys.modules.get("deepspeed")
+        if deepspeed is not None and deepspeed.comm.is_initialized():
+            # It keeps groups of its own, which a later process group would find.
+            deepspeed.comm.destroy_process_group()
+        else:
+            dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Wait for all ranks."""

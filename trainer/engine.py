@@ -204,6 +204,8 @@ class HybridEngine:
         Raises:
             UserError: there is no model, or another one.
         """
+        if not (Path(path) / ".metadata").is_file():
+            raise UserError(f"{path}: no model here (.metadata is missing)")
         state = self._state()
         try:
             dcp.load(state, checkpoint_id=str(path), process_group=self._control)

@@ -8,6 +8,7 @@ them. :class:`TorchRecExchange` is TorchRec's own path and the definition of wha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -60,10 +61,10 @@ class TorchRecExchange:
 
     def rows(self) -> dict[str, Tensor]:
         """See :class:`Exchange`."""
-        with self._clock.phase("communication"):
+        with self._clock.phase("communication"), on_stream(self._stream):
             received = self._arriving.wait()
         if self._stream is not None:
-            # The ids came in on another stream, whose memory must outlive what this stream does with them.
+            # What came in on another stream must outlive what this one does with it.
             current = torch.cuda.current_stream()
             current.wait_stream(self._stream)
             received.record_stream(current)
@@ -82,7 +83,13 @@ class TorchRecExchange:
 
     def drain(self) -> None:
         """See :class:`Exchange`."""
-        self._arriving.wait()
+        with on_stream(self._stream):
+            self._arriving.wait()
+
+
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Queue what is inside on a stream; None, without a GPU, changes nothing."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _at_least_one_row(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -7,7 +7,6 @@ are looked up only after the tables have learnt from this batch: overlapping cha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from trainer.clock import PhaseClock
 from trainer.data.batch import Batch, BatchLayout
-from trainer.exchange import Gradients
+from trainer.exchange import Gradients, on_stream
 from trainer.tables import ShardedTables
 
 
@@ -59,12 +58,12 @@ class Arriving:
         self._work: dist.Work | None = None
         if dist.get_world_size(control) > 1:
             self._work = dist.all_reduce(self._count, group=control, async_op=True)
-        with _on(stream):
+        with on_stream(stream):
             self._exchanges = tables.start(batch.ids)
 
     def send(self) -> None:
         """Send the ids off, once it is known how many come from where."""
-        with self._clock.phase("tables"), _on(self._stream):
+        with self._clock.phase("tables"), on_stream(self._stream):
             for exchange in self._exchanges:
                 exchange.send()
 
@@ -137,10 +136,6 @@ class BatchPipeline:
         self._empty = replace(self._empty, position=batch.position)
         with self._clock.phase("tables"):
             if self._stream is not None:
-                with _on(self._stream):
+                with on_stream(self._stream):
                     batch = batch.to(self._clock.device, non_blocking=True)
             return Arriving(batch, self._tables, self._stream, self._clock, self._control, out=out)
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
