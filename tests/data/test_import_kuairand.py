@@ -1,6 +1,7 @@
 """KuaiRand: small files in the published layout with its traps, and the real slice where there is one."""
 
 import csv
+import math
 import os
 from datetime import datetime
 from pathlib import Path
@@ -136,6 +137,9 @@ def test_features(tmp_path: Path) -> None:
     np.testing.assert_allclose(dense["log_duration"], np.log1p([8, 0, 0, 20]), rtol=1e-6)
     np.testing.assert_allclose(dense["log_fans_user_num"], np.log1p([0, 0, 1500, 1500]), rtol=1e-6)
     np.testing.assert_allclose(dense["log_register_days"], np.log1p([100, 100, 14, 14]), rtol=1e-6)
+    # 1:00, 0:00 and, a second before midnight, close to 0:00 again.
+    np.testing.assert_allclose(dense["day_sin"], [math.sin(math.pi / 12), 0, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(dense["day_cos"], [math.cos(math.pi / 12), 1, 1, 1], atol=1e-4)
     # What is only known afterwards is no feature.
     names = {feature.name for feature in (*spec.side, *spec.dense)}
     assert not any("play" in name or "stay" in name or name in BEHAVIOURS for name in names)

@@ -92,6 +92,7 @@ _VIDEO_MEASURES = ("video_duration", "server_width", "server_height")
 _MISSING = ("", "UNKNOWN", "-124")
 _TABS = 15
 _HOUR_MS = 3_600_000
+_DAY_MS = 24 * _HOUR_MS
 # Asia/Shanghai has been eight hours ahead of UTC, without summer time, since 1991.
 _SHANGHAI_MS = 8 * _HOUR_MS
 _ITEMS_AT_ONCE = 1_000_000
@@ -213,6 +214,8 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
         dense=(
             DenseFeature("log_duration", "item"),
             *(DenseFeature(f"log_{count}", "user") for count in _USER_COUNTS),
+            DenseFeature("day_sin", "context"),
+            DenseFeature("day_cos", "context"),
         ),
         statistics=STATISTICS,
         extra={
@@ -309,7 +312,11 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
         visits["tab"] = np.where((tab >= 0) & (tab < _TABS), tab + 1, 0).astype(np.int32)
         visits["hour"] = (local // _HOUR_MS % 24 + 1).astype(np.int32)
         # The epoch was a Thursday.
-        visits["weekday"] = ((local // (24 * _HOUR_MS) + 3) % 7 + 1).astype(np.int32)
+        visits["weekday"] = ((local // _DAY_MS + 3) % 7 + 1).astype(np.int32)
+        # Midnight has no edge here, unlike in the hours.
+        angle = 2 * np.pi * (local % _DAY_MS / _DAY_MS)
+        visits["day_sin"] = np.sin(angle).astype(np.float32)
+        visits["day_cos"] = np.cos(angle).astype(np.float32)
         if random:
             visits["is_rand"] = (column["is_rand"] > 0).astype(np.int32) + 1
         yield pa.table(visits)
