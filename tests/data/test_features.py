@@ -105,7 +105,8 @@ def reference_row(dataset, config: FeatureConfig, fitted: FittedFeatures, place:
     dense = [*rows["dense"][place].tolist()]
     for shown, *positives in counts:
         for positive, prior in zip(positives, fitted.prior, strict=True):
-            rate = (positive + config.smoothing * prior) / (shown + config.smoothing)
+            strength = config.smoothing / (2 * math.sqrt(prior * (1 - prior)))
+            rate = (positive + strength * prior) / (shown + strength)
             dense.append(math.log(rate / (1 - rate)))
     dense += [math.log(1 + shown) for shown, *_ in counts]
     scaled = (np.array(dense) - fitted.mean) / fitted.deviation

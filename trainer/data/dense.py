@@ -15,6 +15,19 @@ def statistic_name(key: tuple[str, ...]) -> str:
     return "stat:" + "*".join(key)
 
 
+def smoothing_strength(prior: np.ndarray, smoothing: float) -> np.ndarray:
+    """Rows that the overall rate of each behaviour is worth: ``smoothing / (2 sqrt(p0 (1 - p0)))``, ``[behaviours]``.
+
+    A row says little about a rare behaviour, so its rates are drawn more strongly towards the overall rate; where half
+    of the rows have the behaviour, it is by ``smoothing`` rows.
+
+    Args:
+        prior: ``[behaviours]``, overall rates p0, strictly between 0 and 1.
+        smoothing: above 0.
+    """
+    return smoothing / (2 * np.sqrt(prior * (1 - prior)))
+
+
 class DenseInputs:
     """Which dense inputs a model has, and their raw values.
 
@@ -60,7 +73,9 @@ class DenseInputs:
         if self._keys and n:
             counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
             chosen = counts[:, self._keys][:, :, [0, *(1 + k for k in self._rates)]]
-            out[:, features:] = smoothed_rates(chosen.reshape(n, -1), prior[self._rates], self._smoothing)
+            rates = prior[self._rates]
+            strength = smoothing_strength(rates, self._smoothing)
+            out[:, features:] = smoothed_rates(chosen.reshape(n, -1), rates, strength)
         if not np.isfinite(out).all():
             self._refuse(out, rows)
         return out

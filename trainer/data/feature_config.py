@@ -93,7 +93,10 @@ class FeatureConfig(BaseModel):
     )
     rates: tuple[str, ...] = Field((), description="Behaviours whose rates are inputs. Empty: all of the dataset.")
     smoothing: float = Field(
-        20.0, gt=0, description="A rate of n earlier rows is drawn towards the overall rate as by this many more rows."
+        10.0,
+        gt=0,
+        description="A rate is drawn towards the overall rate p as by `smoothing / (2 sqrt(p (1 - p)))` more rows: the "
+        "rarer a behaviour, the less a row says about it.",
     )
     clip: float = Field(
         6.0, gt=0, description="Dense inputs are standardised on the training range and cut at so many deviations."

@@ -213,13 +213,13 @@ def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.
     return _flat(out)
 
 
-def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
+def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.ndarray) -> np.ndarray:
     """Features from counts: smoothed behaviour rates as logits, and how much they rest on.
 
     Args:
         counts: ``[n, keys * (1 + behaviours)]`` as ``Statistics`` gives them.
         prior: ``[behaviours]``, base rate of each behaviour, strictly between 0 and 1.
-        strength: number of rows a that the prior p0 is worth, above 0.
+        strength: number of rows a that the prior p0 is worth, above 0; one, or ``[behaviours]``.
 
     Returns:
         ``[n, keys * behaviours + keys] float32``: ``logit((positives + a p0) / (rows + a))`` per key and behaviour,
@@ -228,8 +228,8 @@ def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float) -> np
     Raises:
         ValueError: ``prior`` or ``strength`` out of range.
     """
-    prior = np.asarray(prior, np.float32)
-    if strength <= 0 or np.any(prior <= 0) or np.any(prior >= 1):
+    prior, strength = np.asarray(prior, np.float32), np.asarray(strength, np.float32)
+    if np.any(strength <= 0) or np.any(prior <= 0) or np.any(prior >= 1):
         raise ValueError("smoothed rates need a strength above 0 and priors strictly between 0 and 1")
     n = len(counts)
     keys = counts.shape[1] // (1 + len(prior))
