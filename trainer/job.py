@@ -128,43 +128,39 @@ def training_loader(config: JobConfig, data: Data, split: Split, features: Featu
         data.store,
         data.histories,
         features,
-        rank=world.rank,
-        world=world.size,
-        batch_size=rows_per_rank(config, world),
-        seed=config.run.seed,
         selection=split.training,
         epochs=config.train.epochs,
         shuffle_ms=round(config.data.shuffle_minutes * _MINUTE_MS),
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=world.device.type == "cuda",
+        **_reading(config, world),
     )
 
 
 def held_out_loader(
-    config: JobConfig,
-    data: Data,
-    split: Split,
-    features: FeatureMap,
-    world: World,
-    frozen: FrozenStatistics | None,
+    config: JobConfig, data: Data, split: Split, features: FeatureMap, world: World, frozen: FrozenStatistics | None
 ) -> Loader:
     """This rank's held-out batches in stored order; with ``frozen`` nothing after the end of training is looked at."""
     return Loader(
         data.store,
         data.histories,
         features,
-        rank=world.rank,
-        world=world.size,
-        batch_size=rows_per_rank(config, world),
-        seed=config.run.seed,
         selection=split.held_out,
         as_of_limit_ms=None if frozen is None else split.train_until,
         frozen_statistics=frozen,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=world.device.type == "cuda",
+        **_reading(config, world),
     )
+
+
+def _reading(config: JobConfig, world: World) -> dict[str, Any]:
+    """How any loader of a job reads."""
+    return {
+        "rank": world.rank,
+        "world": world.size,
+        "batch_size": rows_per_rank(config, world),
+        "seed": config.run.seed,
+        "workers": config.data.workers,
+        "prefetch": config.data.prefetch,
+        "pin_memory": world.device.type == "cuda",
+    }
 
 
 def freeze_at_end_of_training(config: JobConfig, data: Data, split: Split) -> FrozenStatistics | None:
