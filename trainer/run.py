@@ -51,7 +51,8 @@ def create_run(directory: Path, config: JobConfig, world: int) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", config.model_dump(mode="json"))
-        write_json(directory / "environment.json", environment(world))
+        started = {"command": sys.argv, "host": platform.node(), **environment(world)}
+        write_json(directory / "environment.json", started)
     except OSError as error:
         raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
 
@@ -75,7 +76,7 @@ def load_run(directory: str | Path) -> JobConfig:
 
 
 def environment(world: int) -> dict[str, Any]:
-    """Versions, machine and command line, for the record."""
+    """Versions and machine, for the record of a run or of a benchmark."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -83,11 +84,9 @@ def environment(world: int) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "packages": versions,
-        "host": platform.node(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "ranks": world,
