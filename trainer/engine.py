@@ -177,6 +177,7 @@ class HybridEngine:
                 following.send()
                 (part,) = cut_batch(arriving.batch, embedded, self._fixed_lengths, 1)
                 logits = self._dense(part.embedded, part.lengths, part.dense).float()
+            self._clock.lap()
             try:
                 yield arriving.batch, logits
             except GeneratorExit:
@@ -219,6 +220,7 @@ class HybridEngine:
         self._dense.close()
 
     def _pipeline(self, batches: Iterator[Batch]) -> BatchPipeline:
+        self._clock.lap()
         return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self._control)
 
     def _state(self) -> dict[str, Any]:

@@ -34,8 +34,7 @@ class FlatRouting:
     def __init__(
         self, collection: ShardedEmbeddingCollection, sharding: str, keys: Sequence[str], group: dist.ProcessGroup
     ) -> None:
-        self.group = group
-        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.group, self.world = group, dist.get_world_size(group)
         tables = {key: table for table in collection._embedding_configs for key in table.feature_names}
         plans = {key: collection.module_sharding_plan[tables[key].name] for key in keys}
         self.positions = [i for i, key in enumerate(keys) if plans[key].sharding_type == sharding]
