@@ -53,6 +53,8 @@ PEER_ROWS_PER_SECOND = {"1x1": 5132, "1x2": 6540, "2x1": 7448}
 FLOP_PER_ROW = 8.4e6
 """Forward and backward of the work as written down above, without shortcuts."""
 WARM_UP_STEPS = 8
+DEEPSPEED = {"fp32": "configs/deepspeed/zero0.json", "bf16": "configs/deepspeed/zero1_bf16.json"}
+"""The peer replicates its dense network, as ZeRO 0 does; bf16 needs ZeRO's fp32 master copy."""
 
 
 def write_dataset(path: Path) -> None:
@@ -188,10 +190,7 @@ def train_rank(path: Path, precision: str, out: Path) -> None:
             ranker,
             table_optimizer=TableOptimizer("adagrad", 0.01, 1e-8),
             dense_optimizer=DenseOptimizer(1e-3, 0.0, (0.9, 0.999)),
-            deepspeed=json.loads(
-                Path(f"configs/deepspeed/zero1{'_bf16' if precision == 'bf16' else ''}.json").read_text()
-            )
-            | {"gradient_clipping": 0.0},
+            deepspeed=json.loads(Path(DEEPSPEED[precision]).read_text()) | {"gradient_clipping": 0.0},
             behaviour_weights=torch.ones(len(BEHAVIOURS)),
             batch_size=BATCH // world.size,
             device=world.device,

@@ -43,6 +43,7 @@ from trainer.progress import Progress
 from trainer.report import PHASES, metrics_table, write_report
 from trainer.run import choose_directory, create_run, write_json
 from trainer.schedule import learning_rate_factor
+from trainer.sharding import format_plan
 
 Trace = list[dict[str, Any]]
 """What was seen while training, an entry every ``train.log_every`` steps; see ``trainer.report.write_report``."""
@@ -104,10 +105,7 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> Report | None:
     engine = build_engine(config, features, kind, world)
     if world.rank == 0:
         home.mkdir(parents=True, exist_ok=True)
-        print(
-            f"{kind}: tables "
-            + ", ".join(f"{t['table']} {t['rows']:,}x{t['dim']} {t['sharding']}" for t in engine.plan)
-        )
+        print(f"{kind}: tables as TorchRec lays them out\n{format_plan(engine.plan)}", flush=True)
     trace = train(engine, training_loader(config, data, split, features, world), job, home)
     engine.save(home / "model")
 
