@@ -206,7 +206,7 @@ def train_rank(path: Path, precision: str, out: Path) -> None:
             batch_size=BATCH // world.size,
             seed=1,
             shuffle_ms=HOUR_MS // 8,
-            workers=1,
+            workers=0,
         )
         metrics = ProgressiveMetrics(BEHAVIOURS)
         seconds = dict.fromkeys(PHASES, 0.0)
