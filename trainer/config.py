@@ -80,7 +80,7 @@ class ModelConfig(Section):
     kind: Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"] = Field(
         "ple", description="Multi-task network; `logistic` is a logistic regression on the same inputs."
     )
-    task_experts: Positive = Field(2, description="Experts of each behaviour (PLE, CGC).")
+    task_experts: Positive = Field(2, description="Experts of each behaviour (PLE, CGC); MMoE shares as many in all.")
     shared_experts: Positive = Field(2, description="Experts that all behaviours share.")
     expert_layers: tuple[tuple[Positive, ...], ...] = Field(
         ((256, 128), (128, 64)),
