@@ -75,6 +75,17 @@ def test_progress_elsewhere_than_on_a_terminal_is_plain_lines(
     assert capsys.readouterr().out == ""
 
 
+def test_progress_goes_on_where_an_earlier_process_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainer.progress.time.monotonic", lambda: now[0])
+    with Progress("train", 1000, "rows", done=400) as progress:
+        now[0] += 10
+        progress.advance(100)
+    assert capsys.readouterr().out.startswith("train: 500/1,000 rows (50 %), 10 rows/s, 0:10 so far, ETA 0:50\n")
+
+
 METRICS = {"auc": 0.71234, "gauc": None, "uauc": 0.6, "logloss": 0.5, "ne": 0.9, "calibration": 1.01, "positives": 1234}
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with an ETA on a terminal, one line every few seconds elsewhere."""
+"""Progress of long work: a bar with an ETA on a terminal, one line every few seconds elsewhere and in the log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 
 from tqdm import tqdm
+
+from trainer.log import note, say
 
 LINE_EVERY_SECONDS = 5.0
 """Pause between two plain lines."""
@@ -19,18 +21,19 @@ class Progress:
         label: what is going on, such as ``train``.
         total: amount of work in ``unit``.
         unit: what is counted, such as ``rows``.
-        quiet: show nothing (every rank but the first).
+        done: what an earlier process has done of it.
+        quiet: show nothing (every rank but the first); the lines are in the rank's log all the same.
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, quiet: bool = False) -> None:
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, quiet: bool = False) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = self._done_before = done
         self.started = time.monotonic()
         self._quiet = quiet
         self._said = self.started
         self._bar = None
         if not quiet and sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -40,31 +43,33 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif not self._quiet and error is None:
+        if error is None:
             self._line("", time.monotonic())
 
-    def advance(self, amount: int, note: str = "") -> None:
-        """Count ``amount`` more; ``note`` is shown beside the figures."""
+    def advance(self, amount: int, remark: str = "") -> None:
+        """Count ``amount`` more; ``remark`` is shown beside the figures."""
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
-            self._bar.set_postfix_str(note, refresh=False)
-            return
+            self._bar.set_postfix_str(remark, refresh=False)
         now = time.monotonic()
-        if not self._quiet and now - self._said >= LINE_EVERY_SECONDS:
+        if now - self._said >= LINE_EVERY_SECONDS:
             self._said = now
-            self._line(note, now)
+            self._line(remark, now)
 
-    def _line(self, note: str, now: float) -> None:
+    def _line(self, remark: str, now: float) -> None:
         seconds = max(now - self.started, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self._done_before) / seconds
         left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
         share = 100 * self.done / self.total if self.total else 100.0
-        print(
+        line = (
             f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {rate:,.0f} {self.unit}/s, "
-            f"{_duration(seconds)} so far, ETA {_duration(left)}" + (f", {note}" if note else ""),
-            flush=True,
+            f"{_duration(seconds)} so far, ETA {_duration(left)}" + (f", {remark}" if remark else "")
         )
+        if self._quiet or self._bar is not None:
+            note(line)
+        else:
+            say(line)
 
 
 def _duration(seconds: float) -> str:
