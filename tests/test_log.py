@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -182,3 +184,26 @@ def test_a_directory_that_cannot_be_written_is_the_users_error(tmp_path: Path) -
 def test_the_path_is_noted_where_the_launcher_asks(tmp_path: Path) -> None:
     talk("os.environ['LIMELIGHT_LOG_NOTE'] = str(logs / 'note'); open_log(logs, rank)", tmp_path, rank=2)
     assert (tmp_path / "note").read_text() == str(tmp_path / "rank-00002.log")
+
+
+def test_a_progress_bar_lets_lines_pass_and_is_lines_in_the_file(tmp_path: Path) -> None:
+    body = (
+        HEAD
+        + """
+from trainer.progress import Progress
+open_log(logs, rank)
+with Progress("train", 10, "rows") as progress:
+    progress.advance(5); say("in between"); progress.advance(5)
+"""
+    )
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen([sys.executable, "-c", body, str(tmp_path)], env=environment, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert job.wait(timeout=60) == 0
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert re.search(r"[\r\n]in between\r\n", shown) and "100%" in shown
+    lines = texts(tmp_path)
+    assert lines[0] == "in between" and lines[1].startswith("train: 10/10 rows (100 %)")
