@@ -30,10 +30,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.bootstrap import Resampled, draw_users, interval, resample_auc, resample_gauc
 from trainer.config import JobConfig, load_config
+from trainer.data.dataset import Data, freeze_statistics
 from trainer.data.dense import DenseInputs
 from trainer.data.schema import DatasetSpec, Rows
 from trainer.data.shards import read_rows
-from trainer.job import Data, Split, freeze_statistics, split_in_time
+from trainer.job import Split, split_in_time
 from trainer.run import environment, write_json
 
 JOB = "configs/kuairand.toml"

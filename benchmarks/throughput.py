@@ -32,10 +32,10 @@ import torch
 from benchmarks.loader import HOUR_MS, START_MS
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
-from trainer.data.batch import BatchLayout, PackedBatch
 from trainer.data.features import HistorySequence
 from trainer.data.history import FOLDER, Histories, HistoryWriter
 from trainer.data.loader import Loader
+from trainer.data.packed import BatchLayout, PackedBatch
 from trainer.data.schema import DatasetSpec, DenseFeature, IdSpace, Rows, SideFeature, partition_of
 from trainer.data.shards import RowStore, write_rows
 from trainer.distributed import World

@@ -1,9 +1,8 @@
 """Embedding tables, declared once, and the lookups that read them.
 
 A :class:`Table` owns rows; a :class:`Lookup` names ids that read one table, so that a table which pooled features and
-sequences share is still one table. :class:`TableSet` turns both into TorchRec ``EmbeddingCollection`` modules on the
-meta device: no memory is taken until a sharding plan says which rank holds which shard, and :func:`initial_rows` then
-gives each shard the values that it would have had in the whole table.
+sequences share is still one table. :func:`initial_rows` gives each shard of a table the values that it would have had
+in the whole table. ``modules/table_set.py`` turns both into TorchRec modules.
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torch import Tensor
 
 Init = Literal["uniform", "normal", "zeros"]
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
@@ -98,69 +94,6 @@ def group_lookups(tables: Sequence[Table], lookups: Sequence[Lookup]) -> tuple[t
             raise ValueError(f"lookup {lookup.name!r} has length {lookup.length}: it must be 1 or more, or None")
         groups.setdefault(by_name[lookup.table].dim, []).append(lookup)
     return tuple((dim, tuple(members)) for dim, members in groups.items())
-
-
-class TableSet(nn.Module):
-    """All tables of a model: one ``EmbeddingCollection`` per embedding dimension.
-
-    Collections are few because each of them costs its own exchange of ids and of rows between ranks.
-
-    Args:
-        tables: their declarations.
-        lookups: their declarations.
-        device: ``meta`` to be sharded later; a real device holds every table whole, at zero until
-            :meth:`initialise`.
-
-    Attributes:
-        groups: ``((dim, lookups), ...)``, see :func:`group_lookups`.
-
-    Raises:
-        ValueError: see :func:`group_lookups`.
-    """
-
-    def __init__(self, tables: Sequence[Table], lookups: Sequence[Lookup], device: torch.device | str = "meta") -> None:
-        super().__init__()
-        self.tables = tuple(tables)
-        self.groups = group_lookups(tables, lookups)
-        self.collections = nn.ModuleList(
-            EmbeddingCollection(
-                tables=[
-                    EmbeddingConfig(
-                        name=table.name,
-                        num_embeddings=table.rows,
-                        embedding_dim=table.dim,
-                        feature_names=[lookup.name for lookup in members if lookup.table == table.name],
-                        init_fn=nn.init.zeros_,
-                    )
-                    for table in tables
-                    if table.dim == dim
-                ],
-                device=torch.device(device),
-            )
-            for dim, members in self.groups
-        )
-
-    def forward(self, ids: Sequence[KeyedJaggedTensor]) -> dict[str, JaggedTensor]:
-        """Look all ids up.
-
-        Args:
-            ids: for each group, the int64 rows of its lookups.
-
-        Returns:
-            lookup name -> values ``[ids of the batch, dim]`` float32 in the order of the ids, lengths ``[batch]``.
-        """
-        # Every collection starts its exchange before the first result is waited for.
-        found = [collection(keyed) for collection, keyed in zip(self.collections, ids, strict=True)]
-        return {name: jagged for embedded in found for name, jagged in embedded.items()}
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Fill tables that are held whole (not sharded, not on meta) with :func:`initial_rows`."""
-        declared = {table.name: table for table in self.tables}
-        for collection in self.collections:
-            assert isinstance(collection, EmbeddingCollection)
-            for name, module in collection.embeddings.items():
-                module.weight.copy_(initial_rows(declared[name], seed, 0, declared[name].rows))
 
 
 def initial_rows(

@@ -24,6 +24,7 @@ from torch import Tensor
 from trainer.command import add_evaluate_arguments, exit_status
 from trainer.config import JobConfig
 from trainer.data import storage
+from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
 from trainer.data.fit import FittedFeatures
 from trainer.data.loader import Loader
@@ -31,7 +32,7 @@ from trainer.data.schema import DatasetSpec, partition_of
 from trainer.distributed import World
 from trainer.engine import HybridEngine
 from trainer.errors import UserError
-from trainer.job import Data, build_engine, freeze_at_end_of_training, held_out_loader, split_in_time
+from trainer.job import build_engine, freeze_at_end_of_training, held_out_loader, split_in_time
 from trainer.metrics import BehaviourMetrics, Report
 from trainer.progress import Progress
 from trainer.report import metrics_table

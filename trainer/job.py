@@ -1,4 +1,4 @@
-"""What the jobs share: the split in time, the data, the model."""
+"""What the jobs share: the split in time, the loaders, the model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from modules.ranker import Ranker, RankerKind
+from modules.ranker import RankerKind
 from trainer.config import JobConfig, load_deepspeed, parse_time
+from trainer.data.dataset import Data, freeze_statistics
 from trainer.data.features import FeatureMap, check_names
 from trainer.data.fit import FittedFeatures, fit_features
-from trainer.data.history import Histories
 from trainer.data.loader import Loader
 from trainer.data.plan import partitions_of_rank
 from trainer.data.schema import DatasetSpec
 from trainer.data.selection import Selection
-from trainer.data.shards import RowStore
 from trainer.data.statistics import FrozenStatistics
 from trainer.distributed import World
 from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.errors import UserError
+from trainer.network import build_ranker
 
 _MINUTE_MS = 60_000
 
@@ -93,25 +92,6 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
     return split
 
 
-@dataclass(frozen=True)
-class Data:
-    """An opened dataset."""
-
-    spec: DatasetSpec
-    store: RowStore
-    histories: Histories
-
-    @staticmethod
-    def open(path: str, on_corrupt: Any = "error") -> Data:
-        """Open the dataset at ``path``.
-
-        Raises:
-            UserError: none there, another schema version, or an unreadable index.
-        """
-        spec = DatasetSpec.load(path)
-        return Data(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
-
-
 def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world: World) -> FittedFeatures:
     """Fit the features on the training range; the first rank does, the others read what it wrote."""
     if world.rank == 0:
@@ -170,19 +150,6 @@ def freeze_at_end_of_training(config: JobConfig, data: Data, split: Split) -> Fr
     return freeze_statistics(data, split.train_until)
 
 
-def freeze_statistics(data: Data, until_ms: int) -> FrozenStatistics:
-    """Statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
-    known = Selection(emit_until=until_ms)
-    frozen = FrozenStatistics(data.spec)
-    for partition in range(data.store.partitions):
-        for record in np.flatnonzero(known.touches(data.store.records(partition))).tolist():
-            rows = data.store.read(partition, record)
-            if rows is not None:
-                kept = known.mask(rows)
-                frozen.remember({name: column[kept] for name, column in rows.items()})
-    return frozen
-
-
 def rows_per_rank(config: JobConfig, world: World) -> int:
     """Rows of one rank in an optimizer step.
 
@@ -219,23 +186,7 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
     Raises:
         UserError: settings that the engine refuses, with the reason.
     """
-    torch.manual_seed(config.run.seed)
-    model = config.model
-    ranker = Ranker(
-        behaviours=len(features.behaviours),
-        lookups=features.lookups,
-        dims={table.name: table.dim for table in features.tables},
-        n_dense=features.n_dense,
-        sequences=features.sequences,
-        kind=kind,
-        task_experts=model.task_experts,
-        shared_experts=model.shared_experts,
-        expert_layers=model.expert_layers,
-        tower=model.tower,
-        attention=model.attention,
-        dropout=model.dropout,
-    )
-    ranker.start_at(torch.from_numpy(features.base_rates).float())
+    ranker = build_ranker(config, features, kind)
     return HybridEngine(
         features.tables,
         features.lookups,

@@ -15,16 +15,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.clock import PhaseClock
-from trainer.data.batch import Batch, BatchLayout
+from trainer.data.batch import Batch, empty_batch
+from trainer.data.packed import BatchLayout
 from trainer.exchange import Gradients, on_stream
 from trainer.tables import ShardedTables
 
 
+class Ask(NamedTuple):
+    """What a rank would have all ranks do together after a step."""
+
+    save: bool = False
+    stop: bool = False
+
+
+NOTHING = Ask()
+
+
 class Count(NamedTuple):
-    """Rows of a step on all ranks, and the number of ranks that still had a batch."""
+    """Rows of a step on all ranks, and the number of ranks that still had a batch, or that asked for something."""
 
     rows: int
     ranks: int
+    save: int
+    stop: int
 
 
 class Arriving:
@@ -37,6 +50,7 @@ class Arriving:
         clock: of the steps.
         control: a gloo group of all ranks.
         out: this rank has no more batches; this one is empty.
+        ask: what this rank would have done after the step; it travels with the count of rows.
 
     Attributes:
         batch: as given.
@@ -51,10 +65,11 @@ class Arriving:
         control: dist.ProcessGroup,
         *,
         out: bool,
+        ask: Ask,
     ) -> None:
         self.batch = batch
         self._stream, self._clock = stream, clock
-        self._count = torch.tensor([batch.rows, not out], dtype=torch.int64)
+        self._count = torch.tensor([batch.rows, not out, *ask], dtype=torch.int64)
         self._work: dist.Work | None = None
         if dist.get_world_size(control) > 1:
             self._work = dist.all_reduce(self._count, group=control, async_op=True)
@@ -123,10 +138,10 @@ class BatchPipeline:
         n_dense = torch.tensor(0 if self._first is None else self._first.dense.shape[1])
         dist.all_reduce(n_dense, dist.ReduceOp.MAX, group=control)
         keys = tuple(tuple(names) for names in tables.keys)
-        self._empty = BatchLayout(keys, int(n_dense), behaviours).empty()
+        self._empty = empty_batch(BatchLayout(keys, int(n_dense), behaviours))
 
-    def fetch(self) -> Arriving:
-        """The next batch of this rank, on its way."""
+    def fetch(self, ask: Ask = NOTHING) -> Arriving:
+        """The next batch of this rank, on its way; ``ask`` is for after its step."""
         with self._clock.phase("data"):
             batch = self._first if self._first is not None else next(self._batches, None)
         self._first = None
@@ -138,4 +153,4 @@ class BatchPipeline:
             if self._stream is not None:
                 with on_stream(self._stream):
                     batch = batch.to(self._clock.device, non_blocking=True)
-            return Arriving(batch, self._tables, self._stream, self._clock, self._control, out=out)
+            return Arriving(batch, self._tables, self._stream, self._clock, self._control, out=out, ask=ask)

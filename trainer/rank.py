@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from modules.ranker import RankerKind
 from trainer.command import add_train_arguments, exit_status
 from trainer.config import JobConfig, load_config
+from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
 from trainer.data.loader import Loader
 from trainer.distributed import World
@@ -27,7 +28,6 @@ from trainer.engine import HybridEngine, StepResult
 from trainer.errors import UserError
 from trainer.evaluate import calibration_curve, evaluate, predict, read_truth
 from trainer.job import (
-    Data,
     Split,
     build_engine,
     check_settings,

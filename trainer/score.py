@@ -20,13 +20,13 @@ import torch
 
 from trainer.command import add_score_arguments, exit_status
 from trainer.data import checks, storage
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, unpack
+from trainer.data.dataset import freeze_statistics
 from trainer.data.join import TABLE_OF, FeatureJoin
 from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluate import TrainedModel, open_run
-from trainer.job import freeze_statistics
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 
@@ -120,7 +120,8 @@ def score_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -
     def batches() -> Iterator[Batch]:
         for first in range(0, n, BATCH_ROWS):
             part = {name: column[first : first + BATCH_ROWS] for name, column in rows.items()}
-            yield run.features.batch(part, run.data.histories, part["request_ms"])
+            packed = run.features.pack(part, run.data.histories, part["request_ms"])
+            yield unpack(packed, run.features.layout, {})
 
     logits = torch.cat([found.float().cpu() for _, found in run.engine.predict(batches())])
     probability = torch.sigmoid(logits).numpy()

@@ -16,7 +16,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingPlan
 
-from modules.embeddings import Table, TableSet
+from modules.embeddings import Table
+from modules.table_set import TableSet
 from trainer.errors import UserError
 
 OPTIMIZERS = {

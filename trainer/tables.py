@@ -14,7 +14,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from modules.embeddings import Lookup, Table, TableSet, initial_rows
+from modules.embeddings import Lookup, Table, initial_rows
+from modules.table_set import TableSet
 from trainer.clock import PhaseClock
 from trainer.exchange import Exchange, TorchRecExchange
 from trainer.flat_exchange import FlatExchange, FlatRouting

@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, empty_batch, unpack
 from trainer.data.feature_config import FeatureConfig, HistoryConfig, TableConfig
 from trainer.data.features import GAP_BUCKETS, FeatureMap, gap_bucket
 from trainer.data.fit import FittedFeatures, feature_layout
+from trainer.data.history import Histories
 from trainer.data.schema import DOMAINS, Rows
 from trainer.data.vocabulary import IdMap
 from trainer.errors import UserError
@@ -46,6 +47,10 @@ def fitted_by_hand(dataset, config: FeatureConfig, inputs: int) -> FittedFeature
         deviation=np.linspace(0.5, 3, inputs).astype(np.float32),
         vocabularies=known,
     )
+
+
+def batch_of(features: FeatureMap, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> Batch:
+    return unpack(features.pack(rows, histories, as_of_ms), features.layout, {})
 
 
 def table_row(config: FeatureConfig, fitted: FittedFeatures, name: str, value: int) -> int:
@@ -138,7 +143,7 @@ def test_a_batch_equals_the_row_by_row_reference(write_dataset, mapping, seed):
     chosen = rng.permutation(400)[:60]
     rows = take(dataset.rows, chosen)
     as_of = rows["request_ms"] - rng.integers(0, 2, 60) * 3_600_000
-    batch = features.batch(rows, dataset.histories(), as_of)
+    batch = batch_of(features, rows, dataset.histories(), as_of)
 
     expected = [
         reference_row(dataset, config, fitted, int(place), int(time)) for place, time in zip(chosen, as_of, strict=True)
@@ -178,7 +183,7 @@ def test_nothing_known_later_than_as_of_changes_a_batch(write_dataset):
         return shuffle
 
     before, after, earlier = (
-        features.batch(dataset.rows, changed.histories(), np.full(300, now))
+        batch_of(features, dataset.rows, changed.histories(), np.full(300, now))
         for changed in (
             dataset,
             write_dataset(rows=300, name="later", edit_visits=shuffle_from(now)),
@@ -234,7 +239,7 @@ def test_excluded_features_are_not_in_a_batch(write_dataset):
     assert less.dense_names == tuple(whole.dense_names[k] for k in kept)
     assert "user" not in [table.name for table in less.tables]
     as_of = dataset.rows["request_ms"]
-    first, second = (features.batch(dataset.rows, dataset.histories(), as_of) for features in (whole, less))
+    first, second = (batch_of(features, dataset.rows, dataset.histories(), as_of) for features in (whole, less))
     np.testing.assert_array_equal(first.dense[:, kept], second.dense)
     first_ids, second_ids = unpack_ids(first), unpack_ids(second)
     assert "user" not in second_ids
@@ -250,7 +255,7 @@ def test_no_rows_make_an_empty_batch(write_dataset):
     config = FeatureConfig(history=HISTORY)
     features = FeatureMap(dataset.spec, config, fitted_by_hand(dataset, config, 14))
     none = take(dataset.rows, np.arange(0))
-    for batch in (features.batch(none, dataset.histories(), none["request_ms"]), features.layout.empty()):
+    for batch in (batch_of(features, none, dataset.histories(), none["request_ms"]), empty_batch(features.layout)):
         assert batch.rows == 0
         assert batch.dense.shape == (0, 14)
         assert batch.label.shape == batch.mask.shape == (0, 3)
@@ -282,7 +287,7 @@ def test_bad_values_are_named(write_dataset, edit, message):
     rows["visit_id"] = np.arange(50) + 1000
     edit(rows)
     with pytest.raises(UserError, match=message):
-        features.batch(rows, dataset.histories(), rows["request_ms"])
+        batch_of(features, rows, dataset.histories(), rows["request_ms"])
 
 
 @pytest.mark.parametrize(

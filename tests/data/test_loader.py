@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.batch import Batch, Position
+from trainer.data.batch import Batch, Position, unpack
 from trainer.data.feature_config import FeatureConfig, HistoryConfig
 from trainer.data.features import FeatureMap
 from trainer.data.fit import fit_features
 from trainer.data.history import Histories
 from trainer.data.loader import Loader
+from trainer.data.schema import Rows
 from trainer.data.selection import Selection
 from trainer.data.shards import RowStore, index_name
 from trainer.data.statistics import Statistics
@@ -44,6 +45,9 @@ class Ranks:
     def loader(self, **options) -> Loader:
         defaults = {"rank": 0, "world": 1, "batch_size": 100, "seed": 5, "shuffle_ms": 6 * HOUR_MS, "prefetch": 2}
         return Loader(self.store, self.histories, self.features, **{**defaults, **options})
+
+    def batch(self, rows: Rows, as_of_ms: np.ndarray) -> Batch:
+        return unpack(self.features.pack(rows, self.histories, as_of_ms), self.features.layout, {})
 
 
 def content(batch: Batch) -> tuple:
@@ -77,7 +81,7 @@ def test_batches_hold_the_features_of_their_rows(write_dataset):
     place = np.argsort(rows["visit_id"])
     for batch in ranks.loader(workers=1):
         own = {name: column[place[batch.visit_id.numpy()]] for name, column in rows.items()}
-        expected = ranks.features.batch(own, ranks.histories, own["request_ms"])
+        expected = ranks.batch(own, own["request_ms"])
         assert content(batch)[0] == content(expected)[0]
 
 
@@ -175,9 +179,9 @@ def test_statistics_and_histories_can_be_frozen(write_dataset):
     changed = 0
     for batch in ranks.loader(as_of_limit_ms=limit, frozen_statistics=frozen, workers=1):
         own = {name: column[place[batch.visit_id.numpy()]] for name, column in rows.items()}
-        changed += content(batch)[0] != content(ranks.features.batch(own, ranks.histories, own["request_ms"]))[0]
+        changed += content(batch)[0] != content(ranks.batch(own, own["request_ms"]))[0]
         own["stat"] = frozen.lookup(own)
-        expected = ranks.features.batch(own, ranks.histories, np.minimum(own["request_ms"], limit))
+        expected = ranks.batch(own, np.minimum(own["request_ms"], limit))
         assert content(batch)[0] == content(expected)[0]
     assert changed == 9
 

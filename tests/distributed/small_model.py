@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from modules.embeddings import Lookup, Table, TableSet
+from modules.embeddings import Lookup, Table
+from modules.table_set import TableSet
 from trainer.data.batch import Batch
 
 SEED = 5

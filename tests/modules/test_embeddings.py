@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from modules.embeddings import Lookup, Table, TableSet, group_lookups, initial_rows
+from modules.embeddings import Lookup, Table, group_lookups, initial_rows
+from modules.table_set import TableSet
 
 TABLES = (Table("user", 7, 4), Table("item", 5, 4), Table("side", 9, 8))
 LOOKUPS = (

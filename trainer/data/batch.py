@@ -1,14 +1,15 @@
-"""A batch of model inputs, and the two flat buffers in which it travels between processes."""
+"""A batch of model inputs, as TorchRec takes them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from trainer.data.packed import BatchLayout, PackedBatch
 
 Position = dict[int, list[int]]
 """Partition -> ``[epoch, window, offset]``: rows consumed so far. The keys are the partitions of one rank; the union
@@ -67,91 +68,30 @@ class Batch:
             tensor.record_stream(stream)
 
 
-@dataclass(frozen=True)
-class BatchLayout:
-    """What a batch is made of, known to its sender and to its receiver.
-
-    Attributes:
-        keys: names of the lookups of each embedding dimension.
-        n_dense: columns of ``dense``.
-        behaviours: columns of ``label`` and ``mask``.
-    """
-
-    keys: tuple[tuple[str, ...], ...]
-    n_dense: int
-    behaviours: int
-
-    def integer_sizes(self, rows: int, ids_per_key: dict[str, int]) -> list[int]:
-        """Lengths of the parts of :attr:`PackedBatch.integers`, in order."""
-        sizes: list[int] = []
-        for keys in self.keys:
-            sizes += [ids_per_key[key] for key in keys]
-            sizes.append(len(keys) * rows)
-        return [*sizes, rows, rows, rows]
-
-    def float_sizes(self, rows: int) -> list[int]:
-        """Lengths of the parts of :attr:`PackedBatch.floats`, in order."""
-        return [rows * self.n_dense, rows * self.behaviours, rows * self.behaviours]
-
-    def empty(self) -> Batch:
-        """A batch of no rows, for a rank that has run out while others go on."""
-        packed = PackedBatch(torch.empty(0, dtype=torch.int64), torch.empty(0), 0, {k: 0 for g in self.keys for k in g})
-        return packed.unpack(self, {})
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """A batch as two flat tensors: what crosses from a worker process costs two handles, whatever is in it.
-
-    Attributes:
-        integers: int64; for each embedding dimension the ids key by key and then the lengths key by key; then
-            ``user_id``, ``visit_id`` and ``request_ms``.
-        floats: float32; ``dense``, ``label`` and ``mask``, each row by row.
-        rows: number of rows.
-        ids_per_key: lookup name -> number of ids.
-        skipped_rows: see :class:`Batch`.
-    """
-
-    integers: Tensor
-    floats: Tensor
-    rows: int
-    ids_per_key: dict[str, int]
-    skipped_rows: int = 0
-
-    def pin_memory(self) -> PackedBatch:
-        """The buffers in page-locked memory; ``DataLoader`` calls this."""
-        return replace(self, integers=self.integers.pin_memory(), floats=self.floats.pin_memory())
-
-    def unpack(self, layout: BatchLayout, position: Position) -> Batch:
-        """The batch as views of the two buffers."""
-        bounds = np.cumsum([0, *layout.integer_sizes(self.rows, self.ids_per_key)]).tolist()
-        ids, at = [], 0
-        for keys in layout.keys:
-            offsets = [bound - bounds[at] for bound in bounds[at : at + len(keys) + 1]]
-            values, lengths = bounds[at + len(keys)], bounds[at + len(keys) + 1]
-            ids.append(
-                # The sizes of the keys are known here; without them TorchRec would sum lengths on the device and wait.
-                KeyedJaggedTensor(
-                    keys=list(keys),
-                    values=self.integers[bounds[at] : values],
-                    lengths=self.integers[values:lengths],
-                    stride=self.rows,
-                    length_per_key=[self.ids_per_key[key] for key in keys],
-                    offset_per_key=offsets,
-                )
-            )
-            at += len(keys) + 1
-        user_id, visit_id, request_ms = self.integers[bounds[at] :].view(3, self.rows)
-        dense, label, mask = self.floats.split(layout.float_sizes(self.rows))
-        return Batch(
-            ids=ids,
-            dense=dense.view(self.rows, layout.n_dense),
-            label=label.view(self.rows, layout.behaviours),
-            mask=mask.view(self.rows, layout.behaviours),
-            user_id=user_id,
-            visit_id=visit_id,
-            request_ms=request_ms,
-            rows=self.rows,
-            position=position,
-            skipped_rows=self.skipped_rows,
+def unpack(packed: PackedBatch, layout: BatchLayout, position: Position) -> Batch:
+    """The batch as views of the two buffers."""
+    ids = [
+        # The sizes of the keys are known here; without them TorchRec would sum lengths on the device and wait.
+        KeyedJaggedTensor(
+            keys=list(group.keys),
+            values=group.values,
+            lengths=group.lengths,
+            stride=packed.rows,
+            length_per_key=[packed.ids_per_key[key] for key in group.keys],
+            offset_per_key=group.offsets,
         )
+        for group in packed.ids(layout)
+    ]
+    return Batch(
+        ids=ids,
+        **packed.columns(layout),
+        rows=packed.rows,
+        position=position,
+        skipped_rows=packed.skipped_rows,
+    )
+
+
+def empty_batch(layout: BatchLayout) -> Batch:
+    """A batch of no rows, for a rank that has run out while others go on."""
+    no_ids = {key: 0 for keys in layout.keys for key in keys}
+    return unpack(PackedBatch(torch.empty(0, dtype=torch.int64), torch.empty(0), 0, no_ids), layout, {})

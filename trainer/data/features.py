@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from modules.embeddings import Lookup, Table, group_lookups
-from trainer.data.batch import Batch, BatchLayout, PackedBatch
 from trainer.data.dense import DenseInputs, statistic_name
 from trainer.data.feature_config import FeatureConfig, HistoryConfig
 from trainer.data.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.history import Histories, HistorySlice
+from trainer.data.packed import BatchLayout, PackedBatch
 from trainer.data.schema import DOMAINS, DatasetSpec, Rows, SideFeature
 from trainer.data.vocabulary import IdMap
 from trainer.errors import UserError
@@ -123,10 +123,6 @@ class FeatureMap:
         self.layout = BatchLayout(
             tuple(tuple(lookup.name for lookup in members) for _, members in groups), self.n_dense, len(self._labels)
         )
-
-    def batch(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> Batch:
-        """Model inputs of some rows; see :meth:`pack`."""
-        return self.pack(rows, histories, as_of_ms).unpack(self.layout, {})
 
     def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> PackedBatch:
         """Model inputs of some rows, as two flat tensors.

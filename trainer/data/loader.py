@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.batch import Batch, PackedBatch, Position
+from trainer.data.batch import Batch, Position, unpack
 from trainer.data.features import FeatureMap
 from trainer.data.history import Histories
+from trainer.data.packed import PackedBatch
 from trainer.data.plan import Piece, ReadPlan, partitions_of_rank
 from trainer.data.reader import BlockReader
 from trainer.data.selection import Selection
@@ -30,8 +31,7 @@ from trainer.errors import UserError
 class Loader:
     """The batches of one rank, from a position on.
 
-    A rank whose partitions have fewer rows ends earlier than others; ``FeatureMap.layout.empty()`` is what it can go on
-    with.
+    A rank whose partitions have fewer rows ends earlier than others, and can go on with ``empty_batch`` of the layout.
 
     Args:
         store: rows of the dataset.
@@ -130,7 +130,7 @@ class Loader:
         for packed in made:
             if isinstance(packed, UserError):
                 raise packed
-            yield packed.unpack(self._layout, positions.popleft())
+            yield unpack(packed, self._layout, positions.popleft())
 
 
 class _BatchMaker(Dataset):
