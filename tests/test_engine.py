@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from modules.embeddings import Lookup
 from tests.distributed.small_model import BEHAVIOURS, LOOKUPS, WEIGHTS, SmallRanker, batches_of, tables
 from trainer.distributed import World
 from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
@@ -51,17 +52,22 @@ def test_loading_what_does_not_fit(world: World, tmp_path: Path) -> None:
             make(world).load(path)
     *same, room = tables("auto")
     others: list[tuple[dict[str, Any], str]] = [
-        ({"tables": [*same, replace(room, rows=18)]}, "room"),
-        ({"ranker": WiderRanker()}, "third.weight"),
-        ({"table_optimizer": TableOptimizer("adagrad", 0.1)}, "momentum1"),
+        ({"tables": [*same, replace(room, rows=18)]}, "room.weight 17 x 16 there, 18 x 16 here"),
+        (
+            {"tables": [*same, replace(room, name="lobby")], "lookups": [*LOOKUPS[:-1], Lookup("room", "lobby", None)]},
+            "room.weight 17 x 16 only there",
+        ),
+        ({"ranker": WiderRanker()}, "third.weight.parameter 3 x 3 only here"),
+        ({"table_optimizer": TableOptimizer("adagrad", 0.1)}, "item.momentum1 40 there, 40 x 8 here"),
+        ({"table_optimizer": TableOptimizer("sgd", 0.1)}, "item.momentum1 40 only there"),
     ]
     for changes, named in others:
-        with pytest.raises(UserError, match="not a checkpoint of this model") as told:
+        with pytest.raises(UserError, match="a checkpoint of another model") as told:
             make(world, **changes).load(model)
         assert named in str(told.value) and "\n" not in str(told.value)
     (shards,) = model.glob("*.distcp")
     shards.write_bytes(shards.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a checkpoint of this model"):
+    with pytest.raises(UserError, match="cannot read the model"):
         make(world).load(model)
 
 

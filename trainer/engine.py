@@ -11,7 +11,7 @@ exchange. Losses and parameters are those of one process with plain PyTorch, up 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from modules.embeddings import Lookup, Table
 from modules.losses import masked_bce
@@ -30,10 +28,10 @@ from trainer.data.batch import Batch
 from trainer.deepspeed_settings import complete_settings
 from trainer.dense import DenseNetwork, DenseOptimizer
 from trainer.distributed import control_group, local_size
-from trainer.errors import UserError
 from trainer.microbatch import cut_batch
-from trainer.pipeline import Arriving, BatchPipeline
+from trainer.pipeline import NOTHING, Arriving, Ask, BatchPipeline
 from trainer.sharding import TableOptimizer
+from trainer.state import State, in_blocks, read_state, write_state
 from trainer.tables import ShardedTables
 
 __all__ = ["DenseOptimizer", "HybridEngine", "StepResult", "TableOptimizer"]
@@ -48,18 +46,37 @@ class StepResult:
         logits: ``[rows, behaviours]`` float32, predicted before the step learnt from them.
         loss: scalar, weighted binary cross-entropy summed over behaviours, mean over the rows of all ranks.
         rows_global: rows of all ranks.
+        save: a rank asked for a checkpoint after this step; the same on all ranks.
+        stop: a rank asked to end after this step; the same on all ranks.
     """
 
     batch: Batch
     logits: Tensor
     loss: Tensor
     rows_global: int
+    save: bool
+    stop: bool
     laps: PhaseSeconds
 
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of this rank in each of ``trainer.clock.PHASES``; on a GPU this waits for the step to end."""
         return self.laps.total()
+
+
+class NotFiniteLoss(Exception):
+    """The loss of a step is NaN or infinite; neither tables nor dense network have learnt from it.
+
+    Attributes:
+        step: its number.
+        loss: of all ranks.
+        batch: of this rank.
+        logits: ``[rows, behaviours]`` float32, of this rank.
+    """
+
+    def __init__(self, step: int, loss: float, batch: Batch, logits: Tensor) -> None:
+        super().__init__(f"the loss of step {step} is {loss}")
+        self.step, self.loss, self.batch, self.logits = step, loss, batch, logits
 
 
 class HybridEngine:
@@ -129,22 +146,24 @@ class HybridEngine:
         self._tables.set_learning_rate(tables)
         self._dense.set_learning_rate(dense)
 
-    def steps(self, batches: Iterator[Batch]) -> Iterator[StepResult]:
+    def steps(self, batches: Iterator[Batch], ask: Callable[[int], Ask] = lambda step: NOTHING) -> Iterator[StepResult]:
         """Train a step on each batch until all ranks are out of batches. Collective.
 
         Args:
             batches: of this rank, each the rows of one optimizer step.
+            ask: what this rank would have all ranks do after a step, given its number; asked ahead of the step.
 
         Raises:
             UserError: an id outside its table.
+            NotFiniteLoss: on all ranks, before anything has learnt from the step.
         """
         self._dense.module.train()
         pipeline = self._pipeline(batches)
-        arriving = pipeline.fetch()
+        arriving = pipeline.fetch(ask(self.steps_done + 1))
         arriving.send()
         while arriving.count().ranks:
             embedded = arriving.rows()
-            following = pipeline.fetch() if self._overlap else None
+            following = pipeline.fetch(ask(self.steps_done + 2)) if self._overlap else None
             result = self._train(arriving, embedded, following)
             try:
                 yield result
@@ -153,7 +172,7 @@ class HybridEngine:
                     following.drain()
                 raise
             if following is None:
-                following = pipeline.fetch()
+                following = pipeline.fetch(ask(self.steps_done + 1))
                 following.send()
             arriving = following
         arriving.drain()
@@ -189,29 +208,26 @@ class HybridEngine:
     def save(self, path: str | Path) -> None:
         """Write the whole model and its optimizers to a directory, each rank its shards. Collective.
 
-        It holds no learning rates, which are a function of the step.
-
         Raises:
             UserError: it cannot be written.
         """
-        try:
-            dcp.save(self._state(), checkpoint_id=str(path), process_group=self._control)
-        except (CheckpointException, OSError) as error:
-            raise UserError(f"{path}: cannot write the model: {_reason(error)}") from None
+        write_state(in_blocks(self._state(), copy=False), path, self._control)
+
+    def snapshot(self) -> State:
+        """A copy in host memory of what :meth:`save` writes, for ``trainer.state.write_state``. Collective.
+
+        It holds no learning rates, which are a function of how much has been trained on.
+        """
+        return in_blocks(self._state(), copy=True)
 
     def load(self, path: str | Path) -> None:
         """Continue from :meth:`save`, also of another number of ranks, another plan or ZeRO stage. Collective.
 
         Raises:
-            UserError: there is no model, or another one.
+            UserError: there is no model, or another one: what differs is listed.
         """
-        if not (Path(path) / ".metadata").is_file():
-            raise UserError(f"{path}: no model here (.metadata is missing)")
         state = self._state()
-        try:
-            dcp.load(state, checkpoint_id=str(path), process_group=self._control)
-        except (CheckpointException, OSError) as error:
-            raise UserError(f"{path}: not a checkpoint of this model: {_reason(error)}") from None
+        read_state(state, path, self._control)
         self.steps_done = int(state["steps"])
         self._dense.load_state(state, self.steps_done)
 
@@ -227,7 +243,8 @@ class HybridEngine:
         return {**self._tables.state(), **self._dense.state(), "steps": torch.tensor(self.steps_done)}
 
     def _train(self, arriving: Arriving, embedded: Mapping[str, Tensor], following: Arriving | None) -> StepResult:
-        batch, rows = arriving.batch, arriving.count().rows
+        batch, count = arriving.batch, arriving.count()
+        rows = count.rows
         parts = cut_batch(batch, embedded, self._fixed_lengths, self._dense.parts)
         # DeepSpeed divides by ranks and parts what is to be divided by the rows of all ranks.
         scale = self._world * len(parts) / max(rows, 1)
@@ -245,18 +262,13 @@ class HybridEngine:
                     if following is not None:
                         following.send()
                 self._dense.backward(loss * scale, last=last)
-            factor = self._dense.step()
-        arriving.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
         with self._clock.phase("communication"):
             summed.wait()
+        loss, predicted = losses / max(rows, 1), torch.cat([part.detach() for part in logits]).float()
+        if not torch.isfinite(loss):
+            raise NotFiniteLoss(self.steps_done + 1, float(loss), batch, predicted)
+        with self._clock.phase("dense"):
+            factor = self._dense.step()
+        arriving.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
         self.steps_done += 1
-        return StepResult(
-            batch, torch.cat([part.detach() for part in logits]).float(), losses / max(rows, 1), rows, self._clock.lap()
-        )
-
-
-def _reason(error: BaseException) -> str:
-    """The first failure of a rank in one line."""
-    failures = list(getattr(error, "failures", {}).values())
-    cause = failures[0][0] if failures else error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        return StepResult(batch, predicted, loss, rows, count.save > 0, count.stop > 0, self._clock.lap())
