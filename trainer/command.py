@@ -17,6 +17,12 @@ USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 """Exit status after ctrl-C: 128 + SIGINT, as shells have it."""
 
+PREEMPTED_STATUS = 75
+"""Exit status after SIGTERM once the state is saved: the same command goes on from there. EX_TEMPFAIL of sysexits.h."""
+
+HUNG_STATUS = 70
+"""Exit status of a job that its watchdog ended, because some rank made no progress: trainer/watchdog.py."""
+
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """``CONFIG [section.key=value ...]``."""

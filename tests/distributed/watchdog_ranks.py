@@ -1,0 +1,62 @@
+"""A rank of test_watchdog.py: steps that are an all-reduce each, with something going wrong on rank 1 after a few."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.distributed import World
+from trainer.watchdog import Watchdog
+
+STEPS = 6
+BROKEN = 3
+
+
+def sleep_for_ever() -> None:
+    time.sleep(1000)
+
+
+def main(scenario: str, seconds: float) -> None:
+    with World.join("cpu") as world, Watchdog(world, seconds) as watchdog:
+        time.sleep(2 * seconds if scenario == "slow start" else 0)
+        culprit = world.rank == world.size - 1
+        for step in range(1, STEPS + 1):
+            if step == BROKEN and culprit:
+                if scenario == "sleep":
+                    sleep_for_ever()
+                if scenario == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if scenario == "busy":
+                    with watchdog.busy("writing a checkpoint"):
+                        time.sleep(3 * seconds)
+                if scenario == "mistake":
+                    raise ValueError("rank 1 fails by itself")
+                if scenario == "strangers":
+                    for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "0", "rank": 1}\n'):
+                        with socket.create_connection(watchdog._addresses[0]) as connection:
+                            connection.sendall(sent)
+            if culprit and scenario == "slow steps":
+                time.sleep(0.4 * seconds)
+            if step == STEPS and culprit and scenario == "last":
+                # Rank 0 has no step left to wait in.
+                world.sum(1)
+                sleep_for_ever()
+            if world.size == 2 and step == BROKEN and scenario == "different":
+                world.barrier() if culprit else world.agree(step)
+                world.barrier()
+            world.sum(1)
+            watchdog.beat(step)
+    print("through", flush=True)
+
+
+def start(environment: Mapping[str, str], output: Path, scenario: str, seconds: float) -> None:
+    """Be a rank, from a process that has just been forked; all that it says goes to a file."""
+    os.environ.update(environment)
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    main(scenario, seconds)
