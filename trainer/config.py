@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from trainer.data.feature_config import FeatureConfig
@@ -129,12 +129,29 @@ class ScoreConfig(Section):
     )
 
 
+class InitFromConfig(Section):
+    """An old run whose tables a new model starts from."""
+
+    run: str = Field("", description="A run, or one of its checkpoints. Empty: start anew.")
+    tables: tuple[str, ...] = Field(
+        (), description="Tables to take: `user`, `author`, `item`, `side`. Empty: all that both models have."
+    )
+    dense: bool = Field(False, description="Take the dense network too, which must have the same inputs and outputs.")
+
+    @model_validator(mode="after")
+    def _of_a_run(self) -> InitFromConfig:
+        if (self.tables or self.dense) and not self.run:
+            raise ValueError("`tables` and `dense` need a `run` to take them from")
+        return self
+
+
 class JobConfig(Section):
     """One training job."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig
     features: FeatureConfig = Field(default_factory=FeatureConfig)
+    init_from: InitFromConfig = Field(default_factory=InitFromConfig)
     tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
