@@ -6,6 +6,7 @@ Imports next to nothing, so that the ranks start at once.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import queue
 import signal
@@ -16,21 +17,29 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from launch.machine import available_cores, free_port, port_in_use
-from trainer.command import USER_ERROR_STATUS
-from trainer.errors import UserError
+from trainer.command import PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.errors import UserError, is_lost_peer
+from trainer.log import LOG_NOTE_VARIABLE
 
 SETTLE_SECONDS = 1.0
 """After the first failure the other ranks may fail by themselves for so long: then it is seen who failed for cause."""
 
-TERMINATE_SECONDS = 10.0
-"""Between asking the remaining ranks to end and ending them."""
+TERMINATE_SECONDS = 30.0
+"""Between asking the remaining ranks to end and ending them, as long as torchrun's: one may be writing a checkpoint."""
 
 LAST_LINES = 30
-"""Lines of a failed rank that are shown."""
+"""Lines of a failed rank that are shown, and more where a traceback began earlier."""
+
+TRACEBACK_LINES = 200
+"""Lines of a failed rank among which the beginning of its traceback is looked for."""
+
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable of a rank: the file into which torch's ``record`` puts the exception that ended the job."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -44,16 +53,35 @@ class Rank:
     number: int
     process: subprocess.Popen[bytes]
     output: IO[bytes] | None
+    notes: Path
+
+    @property
+    def error(self) -> str | None:
+        """The exception that ended the job on this rank, as ``type: message``; None if it had none."""
+        try:
+            text: str = json.loads((self.notes / ERROR_FILE_VARIABLE).read_text())["message"]["message"]
+        except (OSError, ValueError):
+            return None
+        return text
+
+    @property
+    def log(self) -> str | None:
+        """Path of this rank's log, None if it did not get that far."""
+        try:
+            return (self.notes / LOG_NOTE_VARIABLE).read_text()
+        except OSError:
+            return None
 
 
 def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
     """Run ``python -m module arguments`` as ``ranks`` processes and wait for all of them.
 
     SIGINT and SIGTERM are passed on to the ranks; a second one ends them at once. When a rank fails the others are
-    ended, and the last lines of the failed one are the last that is printed.
+    ended, and the last lines of the failed one, with its traceback, are the last that is printed.
 
     Returns:
-        0, the exit status of the rank that failed, or 128 + the signal that ended it or was passed on.
+        0; PREEMPTED_STATUS when the ranks saved their state on SIGTERM; the exit status of the rank that failed; or
+        128 + the signal that ended a rank or was passed on.
 
     Raises:
         UserError: MASTER_PORT is given but in use.
@@ -73,14 +101,18 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in range(ranks):
-            started.append(_start(module, arguments, number, ranks, port))
-        for rank in started:
-            threading.Thread(target=await_end, args=(rank,), daemon=True).start()
-        failed = _wait(started, ended)
-        if signals:
-            return 0 if failed is None else 128 + signals[0]
-        return 0 if failed is None else _report(failed)
+        with tempfile.TemporaryDirectory(prefix="limelight-ranks-") as notes:
+            for number in range(ranks):
+                started.append(_start(module, arguments, number, ranks, port, Path(notes) / str(number)))
+            for rank in started:
+                threading.Thread(target=await_end, args=(rank,), daemon=True).start()
+            failed = _wait(started, ended)
+            statuses = {rank.process.returncode for rank in started}
+            if failed is None:
+                return PREEMPTED_STATUS if PREEMPTED_STATUS in statuses else 0
+            if signals and (signal.SIGINT in signals or len(signals) > 1 or -signals[0] in statuses):
+                return 128 + signals[0]
+            return _report(failed)
     finally:
         _signal(started, signal.SIGKILL)
         for number, handler in previous.items():
@@ -120,18 +152,23 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: int) -> Rank:
+def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: int, notes: Path) -> Rank:
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        # Nobody is there to pass signals on any more, nor to end a rank that hangs.
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
+    notes.mkdir()
     output = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - lives as long as the rank
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env=rank_environment(rank, ranks, port),
+        env={
+            **rank_environment(rank, ranks, port),
+            **{variable: str(notes / variable) for variable in (LOG_NOTE_VARIABLE, ERROR_FILE_VARIABLE)},
+        },
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT if rank else None,
@@ -139,7 +176,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: i
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
-    return Rank(rank, process, output)
+    return Rank(rank, process, output, notes)
 
 
 def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None:
@@ -147,12 +184,14 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
     running = len(started)
     failed: list[Rank] = []
     terminate_at = kill_at = float("inf")
+    asked = False
     while running:
         pause = min(terminate_at, kill_at) - time.monotonic()
         try:
             rank = started[ended.get(timeout=None if pause == float("inf") else max(0.0, pause))]
         except queue.Empty:
             now = time.monotonic()
+            asked = True
             if now >= kill_at:
                 _signal(started, signal.SIGKILL)
                 kill_at = float("inf")
@@ -161,42 +200,59 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
                 terminate_at, kill_at = float("inf"), now + TERMINATE_SECONDS
             continue
         running -= 1
-        if rank.process.returncode:
-            if not failed:
-                terminate_at = time.monotonic() + SETTLE_SECONDS
-            if not failed or terminate_at < float("inf"):
-                failed.append(rank)
+        status = rank.process.returncode
+        if status == PREEMPTED_STATUS and not failed:
+            # The state is saved on all ranks before the first of them ends.
+            kill_at = min(kill_at, time.monotonic() + TERMINATE_SECONDS)
+        elif status and status != PREEMPTED_STATUS and (not asked or rank.error is not None):
+            # What ends once it was asked to may yet be the cause: a rank can take its time over the end.
+            if not failed and not asked:
+                terminate_at, kill_at = time.monotonic() + SETTLE_SECONDS, float("inf")
+            failed.append(rank)
     return min(failed, key=_consequence) if failed else None
 
 
 def _consequence(rank: Rank) -> int:
     """How likely a failure is only the consequence of another rank's; equal ones stay in order of time.
 
-    A peer that has gone makes an exception, so a mistake of the user's or a signal comes first; rank 0's mistake stands
-    on the terminal already.
+    A peer that has gone makes an exception, or an abort in a thread of gloo's or NCCL's, so a mistake of the user's, a
+    signal or another exception comes first; rank 0's mistake stands on the terminal already.
     """
-    if rank.process.returncode == USER_ERROR_STATUS:
+    status = rank.process.returncode
+    if status == USER_ERROR_STATUS:
         return 0 if rank.number == 0 else 1
-    return 2 if rank.process.returncode < 0 else 3
+    if status == -signal.SIGABRT:
+        return 4
+    if status < 0:
+        return 2
+    return 5 if is_lost_peer(rank.error or "") else 3
 
 
 def _report(rank: Rank) -> int:
-    """Say how a rank failed, its last lines last. Its exit status."""
+    """Say how a rank failed and where its log is, its last lines last. Its exit status."""
     status: int = rank.process.returncode
-    lines = []
-    if rank.output is not None:
-        rank.output.seek(0)
-        lines = rank.output.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+    lines = _last_lines(rank)
     if status == USER_ERROR_STATUS:
         lines = [line for line in lines if line.startswith("limelight: error:")] or lines
     else:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         if status == -signal.SIGKILL:
             how += " (out of memory?)"
-        lines.insert(0, f"limelight: rank {rank.number} {how}" + ("; its last lines:" if lines else ""))
+        where = "" if rank.log is None else f"; its log is {rank.log}"
+        lines.insert(0, f"limelight: rank {rank.number} {how}{where}" + ("; its last lines:" if lines else ""))
     if lines:
         print("\n".join(lines), file=sys.stderr, flush=True)
     return status if status >= 0 else 128 - status
+
+
+def _last_lines(rank: Rank) -> list[str]:
+    """What a rank printed last, from the beginning of its traceback; nothing for rank 0, which printed it for all."""
+    if rank.output is None:
+        return []
+    rank.output.seek(0)
+    lines = rank.output.read().decode(errors="replace").splitlines()[-TRACEBACK_LINES:]
+    tracebacks = [number for number, line in enumerate(lines) if "Traceback (most recent call last):" in line]
+    return lines[min([len(lines) - LAST_LINES, *tracebacks]) if len(lines) > LAST_LINES else 0 :]
 
 
 def _signal(started: Sequence[Rank], number: int) -> None:

@@ -6,7 +6,9 @@ import ctypes
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from trainer.errors import UserError
+from trainer.command import exit_status
+from trainer.errors import UserError, is_lost_peer
+from trainer.log import note
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
@@ -24,6 +29,9 @@ T = TypeVar("T")
 TIMEOUT_SECONDS = 1800
 """A collective that waits longer than this for another rank fails: long enough for a rank that fits features alone."""
 
+LOST_PEER_SECONDS = 1.5
+"""A rank that failed since another has gone waits so long before it ends: launchers take the first that ends for the
+cause, and torchrun tells moments apart by whole seconds."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """Options of glibc's ``mallopt``, from its malloc.h."""
@@ -99,6 +107,8 @@ class World:
             deepspeed.comm.destroy_process_group()
         else:
             dist.destroy_process_group()
+        if error is not None and self.size > 1 and is_lost_peer(f"{type(error).__name__}: {error}"):
+            time.sleep(LOST_PEER_SECONDS)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -128,6 +138,23 @@ class World:
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, operation, group=self.control)
         return int(tensor)
+
+
+def run_rank(job: Callable[[], int | None]) -> int:
+    """Run one rank's part of a job: its exit status.
+
+    An exception is left where the launcher looks for it (torchrun and ``limelight`` both name a file in the
+    environment), so that of all ranks' tracebacks the first is shown last; a mistake of the user's is in the log too.
+    """
+
+    def told() -> int | None:
+        try:
+            return job()
+        except UserError as error:
+            note(f"limelight: error: {error}")
+            raise
+
+    return exit_status(record(told))
 
 
 def local_size() -> int:

@@ -78,8 +78,7 @@ def open_log(directory: Path, rank: int) -> None:
     note(f"process {os.getpid()} on {platform.node()}: {shlex.join(sys.argv)}")
     if first:
         _listen()
-    if not faulthandler.is_enabled():
-        faulthandler.enable(file=descriptor)
+    faulthandler.enable(file=descriptor)
     if LOG_NOTE_VARIABLE in os.environ:
         Path(os.environ[LOG_NOTE_VARIABLE]).write_text(str(path))
 

@@ -38,6 +38,12 @@ def ready():
 def wait():
     ready()
     time.sleep(600)
+def recorded(error):
+    # An exception as torch leaves it where the launcher looks for it.
+    pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": {"message": error}}))
+    print("Traceback (most recent call last):"); print(*["  deep"] * 50, sep="\\n"); print(error)
+    sys.exit(1)
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 """
 
 Launch = Callable[..., subprocess.Popen[str]]
@@ -117,6 +123,36 @@ wait()
     assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid?"))
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["ends soon", "ends when asked to"])
+def test_the_loss_of_a_peer_is_not_taken_for_the_cause(late: bool, launch: Launch) -> None:
+    """Rank 1 has the mistake and takes its time to end; the others meet a closed connection, or abort."""
+    body = f"""
+if rank == 0: time.sleep(0.2); recorded(LOST)
+if rank == 2: os.kill(os.getpid(), signal.SIGABRT)
+signal.signal(signal.SIGTERM, lambda number, frame: recorded("KeyError: 12"))
+time.sleep({600 if late else 0.5})
+recorded("KeyError: 12")
+"""
+    process = launch(body, 3)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    last = ["limelight: rank 1 exited with status 1; its last lines:", "Traceback (most recent call last):"]
+    assert stderr.splitlines()[-53:] == [*last, *["  deep"] * 50, "KeyError: 12"], "all of the traceback is shown"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_log_of_a_failed_rank_is_named(rank: int, launch: Launch, tmp_path: Path) -> None:
+    body = f"""
+if rank == {rank}:
+    pathlib.Path(os.environ["LIMELIGHT_LOG_NOTE"]).write_text("runs/a/logs/rank-00000.log")
+    os.kill(os.getpid(), signal.SIGSEGV)
+wait()
+"""
+    _, stderr = launch(body).communicate(timeout=PATIENCE)
+    named = f"limelight: rank {rank} was ended by SIGSEGV; its log is runs/a/logs/rank-00000.log"
+    assert stderr.splitlines()[-1] == named
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_user_error_is_told_rather_than_its_consequences(first: int, launch: Launch) -> None:
     """Both orders: a peer may notice the loss before the rank with the mistake has ended."""
@@ -166,8 +202,11 @@ wait()
     process = launch(body)
     ready_pids(tmp_path, 2)
     process.send_signal(number)
-    process.communicate(timeout=PATIENCE)
-    assert process.returncode == 128 + number
+    _, stderr = process.communicate(timeout=PATIENCE)
+    if number == signal.SIGINT:
+        assert (process.returncode, stderr) == (130, ""), "ctrl-C needs no explanation"
+    else:
+        assert process.returncode == 5 and "exited with status 5" in stderr, "saving the state has failed, say"
     assert [(tmp_path / f"noted{rank}").read_text() for rank in range(2)] == [f"{int(number)}\n"] * 2
 
 
@@ -177,6 +216,47 @@ def test_ranks_that_stop_in_good_order_on_a_signal_are_a_success(launch: Launch,
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
+
+
+def test_ranks_that_a_signal_ends_are_not_explained(launch: Launch, tmp_path: Path) -> None:
+    process = launch("wait()")
+    ready_pids(tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, stderr) == (128 + signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_a_saved_state_has_a_status_of_its_own(hung: bool, launch: Launch, tmp_path: Path) -> None:
+    """Also if a rank hangs after all have saved: it is ended."""
+    body = f"""
+def save(number, frame):
+    if {hung} and rank == 1: os.kill(os.getpid(), signal.SIGSTOP)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+wait()
+"""
+    process = launch(body)
+    pids = ready_pids(tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, stderr) == (75, "")
+    until(lambda: all(gone(pid) for pid in pids))
+
+
+def test_a_rank_that_fails_while_others_save_is_told(launch: Launch, tmp_path: Path) -> None:
+    body = """
+def save(number, frame):
+    if rank == 1: print("No space left on device"); sys.exit(1)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+wait()
+"""
+    process = launch(body)
+    ready_pids(tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and stderr.endswith("No space left on device\n")
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(launch: Launch, tmp_path: Path) -> None:
@@ -195,13 +275,14 @@ while True: time.sleep(1)
     until(lambda: all(gone(pid) for pid in pids))
 
 
-def test_ranks_that_ignore_the_end_are_ended(launch: Launch, tmp_path: Path) -> None:
-    body = """
+@pytest.mark.parametrize("deaf", ["signal.signal(signal.SIGTERM, signal.SIG_IGN); wait()", "ready(); stop()"])
+def test_ranks_that_ignore_the_end_are_ended(deaf: str, launch: Launch, tmp_path: Path) -> None:
+    body = f"""
+def stop(): os.kill(os.getpid(), signal.SIGSTOP)
 if rank == 1:
     while not (here / "pid0").exists(): time.sleep(0.01)
     sys.exit(4)
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-wait()
+{deaf}
 """
     process = launch(body)
     (pid,) = ready_pids(tmp_path, 1)
