@@ -24,6 +24,14 @@ HUNG_STATUS = 70
 """Exit status of a job that its watchdog ended, because some rank made no progress: trainer/watchdog.py."""
 
 
+def rank_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """Parser of ``python -m module``, as a launcher starts it on every rank."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, allow_abbrev=False)
+    # deepspeed's launcher gives this, beside LOCAL_RANK in the environment.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return parser
+
+
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """``CONFIG [section.key=value ...]``."""
     parser.add_argument("config", metavar="CONFIG", help="job file, such as configs/simulated.toml")

@@ -7,7 +7,6 @@ The job behind ``limelight evaluate``; ``trainer/rank.py`` ends with the same fu
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.command import add_evaluate_arguments, exit_status
+from trainer.command import add_evaluate_arguments, rank_parser
 from trainer.config import JobConfig
 from trainer.data import storage
 from trainer.data.dataset import Data
@@ -29,7 +28,7 @@ from trainer.data.features import FeatureMap
 from trainer.data.fit import FittedFeatures
 from trainer.data.loader import Loader
 from trainer.data.schema import DatasetSpec, partition_of
-from trainer.distributed import World
+from trainer.distributed import World, run_rank
 from trainer.engine import HybridEngine
 from trainer.errors import UserError
 from trainer.job import build_engine, freeze_at_end_of_training, held_out_loader, split_in_time
@@ -192,7 +191,7 @@ def with_range(config: JobConfig, data: str | None, since: str | None, until: st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight evaluate`` and ``python -m trainer.evaluate``."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Evaluate a finished run.")
+    parser = rank_parser("trainer.evaluate", "Evaluate a finished run.")
     add_evaluate_arguments(parser)
     given = parser.parse_args(arguments)
 
@@ -216,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 document = {"behaviours": report, "model": config.model.kind}
                 print(json.dumps(document, indent=1) if given.json else metrics_table({config.model.kind: report}))
 
-    return exit_status(job)
+    return run_rank(job)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m trainer.rank configs/simulated.toml train.epochs=
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from modules.ranker import RankerKind
-from trainer.command import add_train_arguments, exit_status
+from trainer.command import add_train_arguments, rank_parser
 from trainer.config import JobConfig, load_config
 from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
 from trainer.data.loader import Loader
-from trainer.distributed import World
+from trainer.distributed import World, run_rank
 from trainer.engine import HybridEngine, StepResult
 from trainer.errors import UserError
 from trainer.evaluate import calibration_curve, evaluate, predict, read_truth
@@ -51,7 +50,7 @@ Trace = list[dict[str, Any]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m trainer.rank``."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.rank", description="Train a ranker; one process per rank.")
+    parser = rank_parser("trainer.rank", "Train a ranker; one process per rank.")
     add_train_arguments(parser)
     given = parser.parse_args(arguments)
 
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with World.join(config.train.device) as world:
             run_job(config, world)
 
-    return exit_status(job)
+    return run_rank(job)
 
 
 def run_job(config: JobConfig, world: World) -> dict[str, Report]:

@@ -7,7 +7,6 @@ histories and statistics come from the run's dataset, as of each request.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from trainer.command import add_score_arguments, exit_status
+from trainer.command import add_score_arguments, rank_parser
 from trainer.data import checks, storage
 from trainer.data.batch import Batch, unpack
 from trainer.data.dataset import freeze_statistics
 from trainer.data.join import TABLE_OF, FeatureJoin
 from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
-from trainer.distributed import World
+from trainer.distributed import World, run_rank
 from trainer.errors import UserError
 from trainer.evaluate import TrainedModel, open_run
 
@@ -138,7 +137,7 @@ def score_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight score`` and ``python -m trainer.score``."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.score", description="Score candidates with a run.")
+    parser = rank_parser("trainer.score", "Score candidates with a run.")
     add_score_arguments(parser)
     given = parser.parse_args(arguments)
 
@@ -158,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"{given.out}: cannot be written ({error.strerror})") from None
             print(f"{scores.num_rows:,} candidates scored: {given.out}")
 
-    return exit_status(job)
+    return run_rank(job)
 
 
 if __name__ == "__main__":
