@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from trainer.command import exit_status
 from trainer.errors import UserError, is_lost_peer
+from trainer.interfaces import interface_towards, loopback_interface
 from trainer.log import note
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -71,9 +71,12 @@ class World:
         # DeepSpeed reads the first once, when it is imported, and would else take any GPU; it insists on the second.
         os.environ["DS_ACCELERATOR"] = chosen.type
         os.environ["LOCAL_RANK"] = str(local_rank)
-        if size == local_size() and Path("/sys/class/net/lo").exists():
-            # Ranks of one machine need no name service, which gloo would ask for this host's address.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        several_machines = size != local_size()
+        # By itself gloo takes the address of this host's name: a name service, or for other machines the loopback.
+        master = os.environ.get("MASTER_ADDR", "localhost")
+        interface = interface_towards(master) if several_machines else loopback_interface()
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         try:
@@ -84,11 +87,15 @@ class World:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=timeout)
             control = control_group()
         except (RuntimeError, ValueError) as error:
-            place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '-')}"
+            place = f"{master}:{os.environ.get('MASTER_PORT', '-')}"
             reason = str(error).strip().splitlines()[0]
+            advice = "the address must be the first machine's and the port free there"
+            if several_machines:
+                network = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+                advice += f", and GLOO_SOCKET_IFNAME (here {network}) name the network between the machines"
             raise UserError(
                 f"rank {rank} of {size} could not meet the others at MASTER_ADDR:MASTER_PORT = {place} ({reason}); "
-                "the address must be the first machine's and the port free there"
+                + advice
             ) from None
         return World(rank, size, chosen, control)
 
