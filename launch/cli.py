@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from trainer.checkpoint_cli import add_checkpoint_parser
 from trainer.command import (
     USER_ERROR_STATUS,
     add_evaluate_arguments,
@@ -55,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     score = verbs.add_parser("score", help="probabilities and ranking score of candidates")
     add_score_arguments(score)
     score.set_defaults(run=_score)
+
+    add_checkpoint_parser(verbs)
 
     doctor = verbs.add_parser("doctor", help="what on this machine is wrong, and what to type")
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")

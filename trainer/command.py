@@ -32,6 +32,20 @@ def rank_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, description: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command to a verb; its help ends with an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """``CONFIG [section.key=value ...]``."""
     parser.add_argument("config", metavar="CONFIG", help="job file, such as configs/simulated.toml")
@@ -54,7 +68,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN CANDIDATES.parquet OUT.parquet``."""
-    parser.add_argument("directory", metavar="RUN", help="directory of a finished run")
+    parser.add_argument("directory", metavar="RUN", help="directory of a finished run, or of an exported model")
     parser.add_argument("candidates", metavar="CANDIDATES.parquet", help="requests and candidates to score")
     parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a candidate in the same order")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from trainer.command import add_evaluate_arguments, rank_parser
 from trainer.config import JobConfig
 from trainer.data import storage
+from trainer.data.batch import unpack
 from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
 from trainer.data.fit import FittedFeatures
 from trainer.data.loader import Loader
+from trainer.data.packed import PackedBatch
 from trainer.data.schema import DatasetSpec, partition_of
 from trainer.distributed import World, run_rank
 from trainer.engine import HybridEngine
@@ -162,6 +164,11 @@ class TrainedModel:
     data: Data
     features: FeatureMap
     engine: HybridEngine
+
+    def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
+        """``[rows, behaviours]`` float32 of each batch, on the CPU. Collective."""
+        unpacked = (unpack(packed, self.features.layout, {}) for packed in batches)
+        return (found.float().cpu() for _, found in self.engine.predict(unpacked))
 
 
 def open_run(directory: str, world: World, data_path: str | None = None) -> TrainedModel:

@@ -13,6 +13,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from trainer.text_table import text_table
+
 COLUMNS = ("auc", "gauc", "uauc", "logloss", "ne", "calibration", "positives", "rows")
 """Metrics of the table, in order; ``best auc`` follows where the truth is known."""
 
@@ -29,22 +31,14 @@ def metrics_table(models: Mapping[str, Metrics]) -> str:
     columns = [*COLUMNS]
     if any("best_auc" in metrics[behaviour] for metrics in models.values() for behaviour in metrics):
         columns += ["best_auc"]
-    lines = [["behaviour", *(["model"] if len(models) > 1 else []), *columns]]
+    header = ["behaviour", *(["model"] if len(models) > 1 else []), *columns]
+    lines = []
     for behaviour in behaviours:
         for name, metrics in models.items():
             values = metrics[behaviour]
             label = [behaviour, name] if len(models) > 1 else [behaviour]
             lines.append([*label, *(_cell(values.get(column)) for column in columns)])
-    texts = 2 if len(models) > 1 else 1
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [
-        [
-            cell.ljust(width) if i < texts else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line) for line in aligned)
+    return text_table(header, lines, texts=2 if len(models) > 1 else 1)
 
 
 def _cell(value: float | int | None) -> str:

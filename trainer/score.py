@@ -1,35 +1,61 @@
-"""Score candidates with a trained run: probabilities per behaviour and the ranking score.
+"""Score candidates with a trained run, or an exported model: probabilities per behaviour and the ranking score.
 
 The candidates file has ``user_id``, ``item_id``, ``author_id`` and ``request_ms``, and, where the model uses them, a
 column for each feature of the request itself; one that is left out is unknown. Features of users, authors and items,
 histories and statistics come from the run's dataset, as of each request.
+
+An exported model is scored without TorchRec and DeepSpeed: what a run needs is imported when it is a run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from trainer.command import add_score_arguments, rank_parser
+from trainer.config import JobConfig
 from trainer.data import checks, storage
-from trainer.data.batch import Batch, unpack
-from trainer.data.dataset import freeze_statistics
+from trainer.data.dataset import Data, freeze_statistics
+from trainer.data.features import FeatureMap
 from trainer.data.join import TABLE_OF, FeatureJoin
+from trainer.data.packed import PackedBatch
 from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
 from trainer.distributed import World, run_rank
 from trainer.errors import UserError
-from trainer.evaluate import TrainedModel, open_run
+from trainer.exported import is_export, open_export
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 
 BATCH_ROWS = 4096
+
+
+class Scorer(Protocol):
+    """A model that scores: of a run, or exported.
+
+    Attributes:
+        config: of the job that trained it.
+        data: the dataset that features, histories and statistics come from.
+        features: of the model.
+    """
+
+    @property
+    def config(self) -> JobConfig: ...
+    @property
+    def data(self) -> Data: ...
+    @property
+    def features(self) -> FeatureMap: ...
+
+    def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
+        """``[rows, behaviours]`` float32 of each batch, on the CPU."""
 
 
 def ranking_score(probability: np.ndarray, exponents: Sequence[float]) -> np.ndarray:
@@ -79,12 +105,12 @@ def read_candidates(file: Path, spec: DatasetSpec) -> checks.Columns:
     return columns
 
 
-def rows_of_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -> Rows:
+def rows_of_candidates(model: Scorer, path: str, candidates: checks.Columns) -> Rows:
     """Training rows without labels: what the model may know of each candidate at its request.
 
     Statistics are those of the earliest request of the file, so that nothing later than any request is in them.
     """
-    spec = run.data.spec
+    spec = model.data.spec
     join = FeatureJoin(spec)
     for owner, name in TABLE_OF.items():
         try:
@@ -107,25 +133,23 @@ def rows_of_candidates(run: TrainedModel, path: str, candidates: checks.Columns)
         "label": nothing,
         "mask": nothing,
     }
-    rows["stat"] = freeze_statistics(run.data, int(candidates["request_ms"].min())).lookup(rows)
+    rows["stat"] = freeze_statistics(model.data, int(candidates["request_ms"].min())).lookup(rows)
     return rows
 
 
-def score_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -> pa.Table:
+def score_candidates(model: Scorer, path: str, candidates: checks.Columns) -> pa.Table:
     """Scores in the order of the candidates: ``user_id, item_id, author_id, request_ms, p_B ..., score``."""
-    rows = rows_of_candidates(run, path, candidates)
+    rows = rows_of_candidates(model, path, candidates)
     n = len(candidates["user_id"])
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[PackedBatch]:
         for first in range(0, n, BATCH_ROWS):
             part = {name: column[first : first + BATCH_ROWS] for name, column in rows.items()}
-            packed = run.features.pack(part, run.data.histories, part["request_ms"])
-            yield unpack(packed, run.features.layout, {})
+            yield model.features.pack(part, model.data.histories, part["request_ms"])
 
-    logits = torch.cat([found.float().cpu() for _, found in run.engine.predict(batches())])
-    probability = torch.sigmoid(logits).numpy()
-    behaviours = run.features.behaviours
-    exponents = [run.config.score.exponents.get(behaviour, 1.0) for behaviour in behaviours]
+    probability = torch.sigmoid(torch.cat(list(model.logits(batches())))).numpy()
+    behaviours = model.features.behaviours
+    exponents = [model.config.score.exponents.get(behaviour, 1.0) for behaviour in behaviours]
     return pa.table(
         {
             **{name: candidates[name] for name in REQUIRED},
@@ -135,6 +159,26 @@ def score_candidates(run: TrainedModel, path: str, candidates: checks.Columns) -
     )
 
 
+def score_file(model: Scorer, candidates_file: Path, out: Path) -> None:
+    """Score the candidates of a file into a file, which appears when it is complete.
+
+    Raises:
+        UserError: candidates that cannot be scored, or a file that cannot be written.
+    """
+    candidates = read_candidates(candidates_file, model.data.spec)
+    if not len(candidates["user_id"]):
+        raise UserError(f"{candidates_file}: no candidates in it")
+    scores = score_candidates(model, model.config.data.path, candidates)
+    aside = Path(f"{out}.{os.getpid()}")
+    try:
+        pq.write_table(scores, aside)
+        aside.replace(out)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    print(f"{scores.num_rows:,} candidates scored: {out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight score`` and ``python -m trainer.score``."""
     parser = rank_parser("trainer.score", "Score candidates with a run.")
@@ -142,20 +186,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def job() -> None:
+        if is_export(given.directory):
+            score_file(open_export(given.directory), Path(given.candidates), Path(given.out))
+            return
+        from trainer.evaluate import open_run
+
         with World.join("auto") as world:
-            run = open_run(given.directory, world)
-            candidates = read_candidates(Path(given.candidates), run.data.spec)
-            if not len(candidates["user_id"]):
-                raise UserError(f"{given.candidates}: no candidates in it")
-            scores = score_candidates(run, run.config.data.path, candidates)
-            aside = Path(f"{given.out}.{os.getpid()}")
-            try:
-                pq.write_table(scores, aside)
-                aside.replace(given.out)
-            except OSError as error:
-                aside.unlink(missing_ok=True)
-                raise UserError(f"{given.out}: cannot be written ({error.strerror})") from None
-            print(f"{scores.num_rows:,} candidates scored: {given.out}")
+            score_file(open_run(given.directory, world), Path(given.candidates), Path(given.out))
 
     return run_rank(job)
 

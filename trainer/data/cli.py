@@ -7,6 +7,7 @@ import json
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from trainer.command import add_command
 from trainer.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     commands = data.add_subparsers(metavar="COMMAND", required=True)
 
-    simulate = _command(
+    simulate = add_command(
         commands,
         "simulate",
         "a simulated world with known truth",
@@ -59,7 +60,7 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
 
     importing = commands.add_parser("import", help="a published or your own log", description="Import a log.")
     sources = importing.add_subparsers(metavar="SOURCE", required=True)
-    kuairand = _command(
+    kuairand = add_command(
         sources,
         "kuairand",
         "KuaiRand-Pure, -1K or -27K",
@@ -72,7 +73,7 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     kuairand.add_argument("--random", action="store_true", help="with the randomly exposed videos of log_random_*")
     kuairand.set_defaults(run=_import_kuairand)
 
-    events = _command(
+    events = add_command(
         sources,
         "events",
         "your own Parquet or CSV",
@@ -85,7 +86,7 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_partitions(events)
     events.set_defaults(run=_import_events)
 
-    describe = _command(
+    describe = add_command(
         commands,
         "describe",
         "what a dataset holds",
@@ -95,19 +96,6 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     describe.add_argument("path", metavar="PATH", help="dataset, a directory or an fsspec URL")
     describe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     describe.set_defaults(run=_describe)
-
-
-def _command(
-    commands: argparse._SubParsersAction, name: str, summary: str, description: str, example: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
 
 
 def _add_partitions(parser: argparse.ArgumentParser) -> None:

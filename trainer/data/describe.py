@@ -12,6 +12,7 @@ import numpy as np
 from trainer.data.history import Histories
 from trainer.data.schema import DOMAINS, SCHEMA_VERSION, DatasetSpec
 from trainer.data.shards import RowStore
+from trainer.text_table import text_table
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -99,7 +100,7 @@ def format_description(description: dict[str, Any]) -> str:
     ]
     blocks = ["\n".join(f"{name:<17}{value}" for name, value in facts)]
     blocks.append(
-        _table(
+        text_table(
             ["behaviour", "positives", "of rows", "rate"],
             [
                 [
@@ -113,7 +114,7 @@ def format_description(description: dict[str, Any]) -> str:
         )
     )
     blocks.append(
-        _table(
+        text_table(
             ["history length", *(f"{quantile:.0%}" for quantile in QUANTILES), "mean"],
             [
                 [domain, *(f"{value:,.0f}" for value in lengths["quantiles"].values()), f"{lengths['mean']:,.1f}"]
@@ -163,11 +164,3 @@ def _partitions(partitions: dict[str, Any]) -> str:
     rows, balance = partitions["rows"], partitions["balance"]
     largest = "" if balance is None else f", the largest {balance:.2f} times the mean"
     return f"{partitions['count']} of {min(rows):,} to {max(rows):,} rows{largest}"
-
-
-def _table(header: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (zip(line, widths, strict=True) for line in (header, *lines))
-    )

@@ -1,0 +1,183 @@
+"""What is in a checkpoint, and whether its files are what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint_reader import Checkpoint
+from trainer.errors import UserError
+from trainer.manifest import MANIFEST, Manifest, check_files, list_checkpoints, read_manifest, step_of
+from trainer.text_table import text_table
+
+LISTED = 5
+"""Problems that the one line about a broken checkpoint names."""
+
+
+def describe_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What is in a checkpoint, as JSON-ready values: its manifest, the sizes of tables and network, and of all files.
+
+    Raises:
+        UserError: there is none, or it is not whole.
+    """
+    checkpoint = Checkpoint.open(path)
+    manifest, model = checkpoint.manifest, checkpoint.model
+    tables = []
+    for entry in manifest.tables:
+        if entry.table not in model.tables:
+            raise UserError(f"{checkpoint.directory}: the manifest has a table {entry.table!r}, the model has none")
+        stored = model.tables[entry.table]
+        states = {name: {"shape": list(state.shape), "bytes": state.bytes} for name, state in stored.states.items()}
+        tables.append({**entry.model_dump(mode="json"), "bytes": stored.weight.bytes, "states": states})
+    dense = {name: list(slots["parameter"].shape) for name, slots in model.dense.items()}
+    return {
+        "path": str(checkpoint.directory),
+        **manifest.model_dump(mode="json", exclude={"tables", "dense", "files"}),
+        "tables": tables,
+        "dense": dense,
+        "dense_values": sum(slots["parameter"].elements for slots in model.dense.values()),
+        "dense_bytes": sum(tensor.bytes for slots in model.dense.values() for tensor in slots.values()),
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+        "bytes": manifest.bytes,
+    }
+
+
+def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str:
+    """:func:`describe_checkpoint` as text for a person.
+
+    Args:
+        found: the description.
+        everything: list every dense parameter, position and file.
+    """
+    state = "finished" if found["finished"] else "training goes on"
+    facts = [
+        ("checkpoint", found["path"]),
+        ("step", f"{found['step']:,} ({state}); save {found['number']} of its run, {found['created']}"),
+        ("rows", f"{found['rows_done']:,} of {found['rows_total']:,} ({_share(found)})"),
+        ("written by", f"{_count(found['ranks'], 'rank')}, ZeRO stage {found['zero_stage']}"),
+        ("network", f"{found['kind']} for {', '.join(found['behaviours'])}"),
+        ("", f"{_count(len(found['dense']), 'parameter')} of {found['dense_values']:,} values"),
+        ("", f"{_size(found['dense_bytes'])} with the moments of AdamW"),
+        ("tables' optimizer", found["table_optimizer"]),
+        ("dataset", f"{found['dataset']['path']} (fingerprint {found['dataset']['fingerprint']})"),
+        ("positions", _positions(found["positions"])),
+        ("files", f"{len(found['files'])} of {_size(found['bytes'])}"),
+    ]
+    blocks = ["\n".join(f"{name:<19}{value}" for name, value in facts), _tables(found["tables"])]
+    if everything:
+        shapes = [[name, _shape(shape)] for name, shape in found["dense"].items()]
+        shapes += [[name, _shape(shape)] for name, shape in found["buffers"].items()]
+        blocks.append(text_table(["dense parameter", "shape"], shapes))
+        positions = [[str(key), *(f"{value:,}" for value in place)] for key, place in found["positions"].items()]
+        blocks.append(text_table(["partition", "epoch", "window", "rows of it"], positions))
+        blocks.append(text_table(["file", "bytes"], [[name, f"{size:,}"] for name, size in found["files"].items()]))
+    return "\n\n".join(blocks)
+
+
+def verify_checkpoints(path: str | Path) -> list[dict[str, Any]]:
+    """The state of every file of a checkpoint, or of all checkpoints of a run: reads them all.
+
+    Returns:
+        For each checkpoint ``path``, ``files`` (``name``, ``bytes``, ``problem``) and ``problems``, which has what is
+        wrong with the manifest too; empty where nothing is.
+
+    Raises:
+        UserError: neither a checkpoint nor a run with checkpoints.
+    """
+    given = Path(path)
+    if (given / MANIFEST).exists() or step_of(given) is not None:
+        directories = [given]
+    else:
+        directories = list_checkpoints(given if given.name == "checkpoints" else given / "checkpoints")
+    if not directories or not directories[0].is_dir():
+        raise UserError(f"{given}: no checkpoint and no run with checkpoints here")
+    return [_verify(directory) for directory in directories]
+
+
+def format_verification(found: list[dict[str, Any]]) -> str:
+    """:func:`verify_checkpoints` as a table, a line a file."""
+    lines = []
+    for checkpoint in found:
+        name = Path(checkpoint["path"]).name
+        lines += [[name, file["name"], f"{file['bytes']:,}", file["problem"] or "ok"] for file in checkpoint["files"]]
+        if not checkpoint["files"]:
+            lines.append([name, MANIFEST, "-", checkpoint["problems"][0]])
+    return text_table(["checkpoint", "file", "bytes", "state"], lines, texts=2)
+
+
+def broken_line(found: list[dict[str, Any]]) -> str | None:
+    """What is broken in one line; None if nothing is."""
+    broken = [
+        f"{Path(checkpoint['path']).name}: {problem}" for checkpoint in found for problem in checkpoint["problems"]
+    ]
+    if not broken:
+        return None
+    more = f"; and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
+    checkpoints = sum(bool(checkpoint["problems"]) for checkpoint in found)
+    return f"{checkpoints} of {_count(len(found), 'checkpoint')} broken: {'; '.join(broken[:LISTED])}{more}"
+
+
+def _verify(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = read_manifest(directory)
+    except UserError as error:
+        return {"path": str(directory), "files": [], "problems": [str(error)]}
+    files = []
+    for name, entry in manifest.files.items():
+        problems = check_files(directory, manifest, [name])
+        files.append({"name": name, "bytes": entry.bytes, "problem": problems[0] if problems else None})
+    return {
+        "path": str(directory),
+        "files": files,
+        "problems": [file["problem"] for file in files if file["problem"]],
+    }
+
+
+def _tables(tables: list[dict[str, Any]]) -> str:
+    lines = []
+    for table in tables:
+        shards = {f"{rows:,} x {columns}" for rows, columns in table["shards"]}
+        cut = f"{len(table['shards'])} of {' or '.join(sorted(shards))}"
+        states = ", ".join(f"{name} {_shape(state['shape'])}" for name, state in table["states"].items())
+        size = table["bytes"] + sum(state["bytes"] for state in table["states"].values())
+        lines.append(
+            [
+                table["table"],
+                table["sharding"],
+                cut,
+                states or "none",
+                f"{table['rows']:,}",
+                str(table["dim"]),
+                _size(size),
+            ]
+        )
+    return text_table(["table", "sharding", "shards", "optimizer state", "rows", "dim", "size"], lines, texts=4)
+
+
+def _positions(positions: dict[str, list[int]]) -> str:
+    if not positions:
+        return "none"
+    epochs = sorted({place[0] for place in positions.values()})
+    text = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+    return f"{_count(len(positions), 'partition')} in {text} (from 0)"
+
+
+def _share(manifest: Manifest | dict[str, Any]) -> str:
+    found = manifest if isinstance(manifest, dict) else manifest.model_dump()
+    return f"{100 * found['rows_done'] / found['rows_total']:.1f} %" if found["rows_total"] else "100 %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(f"{size:,}" for size in shape) if shape else "a number"
+
+
+def _size(bytes_: int) -> str:
+    """A size in the largest unit of which it has one."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if bytes_ >= size:
+            return f"{bytes_ / size:,.1f} {unit}"
+    return f"{bytes_} B"

@@ -1,0 +1,127 @@
+"""An exported model, opened to score in one process; needs neither TorchRec nor DeepSpeed.
+
+::
+
+    model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network
+    config.json         the job, readable by trainer.config.parse_config
+    features/           vocabularies and standardisation (trainer/data/fit.py)
+    export.json         what it came from
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from modules.ranker import Ranker
+from trainer.config import JobConfig, parse_config
+from trainer.data.dataset import Data
+from trainer.data.features import FeatureMap
+from trainer.data.fit import FittedFeatures
+from trainer.data.packed import PackedBatch
+from trainer.errors import UserError
+from trainer.network import build_ranker
+from trainer.state import list_differences
+
+SCHEMA = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FEATURES = "features"
+ORIGIN = "export.json"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model with whole tables, on the CPU.
+
+    Attributes:
+        config: of the job that trained it.
+        data: the dataset that features, histories and statistics come from.
+        features: of the model.
+        tables: name -> ``[rows, dim]`` float32, mapped from the file.
+        ranker: the dense network, in the type that it was trained in.
+    """
+
+    config: JobConfig
+    data: Data
+    features: FeatureMap
+    tables: dict[str, Tensor]
+    ranker: Ranker
+
+    @torch.no_grad()
+    def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
+        """``[rows, behaviours]`` float32 of each batch."""
+        lookups = {lookup.name: lookup for lookup in self.features.lookups}
+        layout = self.features.layout
+        for packed in batches:
+            embedded, lengths = {}, {}
+            for group in packed.ids(layout):
+                of_rows = group.lengths.view(len(group.keys), packed.rows)
+                for place, key in enumerate(group.keys):
+                    ids = group.values[group.offsets[place] : group.offsets[place + 1]]
+                    embedded[key] = self.tables[lookups[key].table][ids]
+                    if lookups[key].length is None:
+                        lengths[key] = of_rows[place]
+            yield self.ranker(embedded, lengths, packed.columns(layout)["dense"])
+
+
+def is_export(directory: str | Path) -> bool:
+    """Whether a directory is an exported model rather than a run."""
+    return (Path(directory) / ORIGIN).is_file()
+
+
+def open_export(directory: str | Path) -> ExportedModel:
+    """Open what ``limelight checkpoint export`` wrote, over the dataset that the model was trained on.
+
+    Raises:
+        UserError: a file is missing, damaged or of a newer version, or the dataset does not fit.
+    """
+    home = Path(directory)
+    origin = _read_json(home / ORIGIN)
+    if origin["schema_version"] > SCHEMA:
+        raise UserError(f"{home / ORIGIN}: written by a newer version (schema {origin['schema_version']})")
+    config = parse_config(_read_json(home / CONFIG), str(home / CONFIG))
+    data = Data.open(config.data.path, config.data.on_corrupt)
+    features = FeatureMap(data.spec, config.features, FittedFeatures.load(home / FEATURES), config.data.behaviours)
+    ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, origin["precision"])).eval()
+    found = _read_weights(home / WEIGHTS)
+    tensors: dict[str, Tensor] = {f"dense.{name}": parameter for name, parameter in ranker.named_parameters()}
+    tensors |= {f"buffers.{name}": buffer for name, buffer in ranker.named_buffers()}
+    expected: dict[str, tuple[int, ...]] = {
+        f"tables.{table.name}": (table.rows, table.dim) for table in features.tables
+    }
+    expected |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differences = list_differences({name: tuple(tensor.shape) for name, tensor in found.items()}, expected)
+    if differences:
+        raise UserError(f"{home / WEIGHTS}: not the model that {CONFIG} describes: {differences}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])
+    tables = {table.name: found[f"tables.{table.name}"] for table in features.tables}
+    return ExportedModel(config, data, features, tables, ranker)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged ({' '.join(str(error).split())})") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, ValueError):
+        raise UserError(f"{file}: damaged (not JSON)") from None
