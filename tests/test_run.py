@@ -3,30 +3,86 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from trainer.config import parse_config
+from trainer.config import JobConfig, ResumeConfig, load_deepspeed, parse_config
 from trainer.errors import UserError
+from trainer.lock import locked
+from trainer.manifest import DatasetEntry
 from trainer.progress import Progress
 from trainer.report import PHASES, metrics_table, write_report
-from trainer.run import choose_directory, create_run, load_run, write_json
+from trainer.run import begin_run, choose_directory, load_run, make_directory, write_json
 
 CONFIG = parse_config({"data": {"path": "d"}, "run": {"name": "n"}}, "test")
 
 
-def test_a_run_reads_back_once_it_has_a_model(tmp_path: Path) -> None:
+DATA = DatasetEntry(path="d", fingerprint="abc")
+
+
+def changed(**sections: dict[str, Any]) -> JobConfig:
+    """``CONFIG`` with other keys."""
+    raw = CONFIG.model_dump(mode="json")
+    for name, keys in sections.items():
+        raw[name] |= keys
+    return parse_config(raw, "test")
+
+
+def test_a_run_reads_back_and_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
-    create_run(run, CONFIG, world=2)
-    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
-    with pytest.raises(UserError, match="has no model"):
-        load_run(run)
-    create_run(run, CONFIG, world=1)
-    (run / "model").mkdir()
-    assert load_run(run) == CONFIG
-    with pytest.raises(UserError, match="a run is already here"):
-        create_run(run, CONFIG, world=2)
+    make_directory(run)
+    begin_run(run, CONFIG, world=2, dataset=DATA)
+    begin_run(run, CONFIG, world=1, dataset=DATA)
+    assert [start["ranks"] for start in json.loads((run / "environment.json").read_text())["starts"]] == [2, 1]
+    loaded = load_run(run)
+    assert loaded == changed(train={"deepspeed": str(run / "deepspeed.json")})
+    assert load_deepspeed(loaded.train.deepspeed) == load_deepspeed(CONFIG.train.deepspeed)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"train": {"batch_size": 64}}, "train.batch_size = 2048 then, 64 now"),
+        ({"run": {"seed": 7}}, "run.seed = 1 then, 7 now"),
+        ({"model": {"dropout": 0.5}, "train": {"epochs": 3}}, "model.dropout = 0.0 then, 0.5 now; train.epochs"),
+        ({"train": {"weights": {"like": 2.0}}}, "train.weights.like = unset then, 2.0 now"),
+        ({"resume": {"enabled": False}}, "a run is already here"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path, sections: dict[str, Any], told: str) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    with pytest.raises(UserError) as refused:
+        begin_run(tmp_path, changed(**sections), world=1, dataset=DATA)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert load_run(tmp_path).train.batch_size == CONFIG.train.batch_size
+
+
+def test_a_run_goes_on_with_what_changes_no_result(tmp_path: Path) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    zero2 = tmp_path / "zero2.json"
+    settings = load_deepspeed(CONFIG.train.deepspeed) | {"zero_optimization": {"stage": 2}}
+    zero2.write_text(json.dumps(settings))
+    raw = CONFIG.model_dump(mode="json")
+    raw["features"]["item"]["sharding"] = "row_wise"
+    raw["train"] |= {"deepspeed": str(zero2), "log_every": 7, "device": "cpu"}
+    raw["checkpoint"] |= {"every_steps": 3}
+    begin_run(tmp_path, parse_config(raw, "test"), world=2, dataset=DATA)
+    assert load_run(tmp_path).train.log_every == 7
+    zero2.write_text(json.dumps(settings | {"gradient_clipping": 0.5}))
+    with pytest.raises(UserError, match=r"deepspeed gradient_clipping = 1\.0 then, 0\.5 now"):
+        begin_run(tmp_path, parse_config(raw, "test"), world=2, dataset=DATA)
+
+
+def test_another_dataset_must_be_allowed(tmp_path: Path) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    other = DatasetEntry(path="e", fingerprint="abd")
+    with pytest.raises(UserError, match="began with another dataset"):
+        begin_run(tmp_path, CONFIG, world=1, dataset=other)
+    begin_run(tmp_path, changed(resume={"allow_new_data": True}), world=1, dataset=other)
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
@@ -37,13 +93,59 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         load_run(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        create_run(tmp_path / "file" / "run", CONFIG, world=1)
+        make_directory(tmp_path / "file" / "run")
 
 
-def test_directories_are_named_after_the_run() -> None:
-    assert choose_directory(CONFIG).name.startswith("n-")
-    given = CONFIG.model_copy(update={"run": CONFIG.run.model_copy(update={"directory": "a/b"})})
+def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deepspeed = {"deepspeed": str(Path(CONFIG.train.deepspeed).resolve())}
+    config = changed(train=deepspeed)
+    monkeypatch.chdir(tmp_path)
+    fresh = choose_directory(config)
+    assert fresh.parent == Path("runs") and fresh.name.startswith("n-2")
+    for name, job in (
+        ("n-1", config),
+        ("n-2", config),
+        ("n-3", config),
+        ("n-4", changed(run={"seed": 9}, train=deepspeed)),
+    ):
+        make_directory(Path("runs") / name)
+        begin_run(Path("runs") / name, job, world=1, dataset=DATA)
+    (Path("runs") / "n-5").mkdir()
+    assert choose_directory(config) == Path("runs/n-3")
+    write_json(Path("runs/n-3/metrics.json"), {})
+    assert choose_directory(config) == Path("runs/n-2")
+    with_baseline = config.model_copy(update={"train": config.train.model_copy(update={"baselines": ("logistic",)})})
+    assert choose_directory(with_baseline) == Path("runs/n-3"), "its baseline is not finished"
+    started = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, "runs/n-2"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None and started.stdout.readline() == "locked\n"
+        assert choose_directory(config) == Path("runs/n-1"), "another process runs in the one before"
+        told = pytest.raises(UserError, match=f"another job is running here .process {started.pid} on ")
+        with told, locked(Path("runs/n-2")):
+            pass
+    finally:
+        started.kill()
+        started.wait()
+    assert choose_directory(config) == Path("runs/n-2"), "a lock does not outlive its owner"
+    assert choose_directory(config.model_copy(update={"resume": ResumeConfig(enabled=False)})).name.startswith("n-2")
+    given = config.model_copy(update={"run": config.run.model_copy(update={"directory": "a/b"})})
     assert choose_directory(given) == Path("a/b")
+
+
+HOLD_LOCK = """
+import os, sys, time
+from pathlib import Path
+from trainer.lock import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        time.sleep(2)  # A forked loader process: it outlives its parent for a while, and must not keep the lock.
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

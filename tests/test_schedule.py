@@ -21,3 +21,10 @@ def test_warm_up_then_each_decay() -> None:
 def test_a_single_step_has_a_rate() -> None:
     assert learning_rate_factor(0, 1, 0.5, "cosine") == 1.0
     assert learning_rate_factor(0, 1, 0.0, "linear") == 1.0
+
+
+def test_steps_need_not_be_whole() -> None:
+    factors = [learning_rate_factor(done / 7, 100 / 7, 0.3, "cosine") for done in range(101)]
+    top = factors.index(1.0)
+    assert factors[:top] == sorted(factors[:top]) and factors[top:] == sorted(factors[top:], reverse=True)
+    assert factors[-1] == pytest.approx(0.0, abs=1e-12)

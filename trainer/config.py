@@ -36,7 +36,11 @@ class RunConfig(Section):
     """Where a run is written and what it is called."""
 
     name: str = Field("run", description="Name of the run, part of its directory's default name.", min_length=1)
-    directory: str = Field("", description="Directory of the run. Empty: `runs/<name>-<date>-<time>`.")
+    directory: str = Field(
+        "",
+        description="Directory of the run. Empty: that of the newest unfinished run of the same job, else "
+        "`runs/<name>-<date>-<time>`.",
+    )
     seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
 
 
@@ -119,6 +123,31 @@ class TrainConfig(Section):
     )
     weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
     log_every: Positive = Field(20, description="Steps between two progress lines and scalars.")
+    watchdog_seconds: float = Field(
+        600.0, description="End the job when a rank makes no step for so long; 0 waits for ever.", ge=0
+    )
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved to `RUN/checkpoints`. It is always saved at the end, and on SIGTERM."""
+
+    every_minutes: float = Field(10.0, description="Minutes between two saves; 0 goes by steps alone.", ge=0)
+    every_steps: int = Field(0, description="Steps between two saves; 0 goes by time alone.", ge=0)
+    keep: Positive = Field(3, description="Newest checkpoints to keep.")
+    keep_every: int = Field(0, description="Keep every Nth save for good as well; 0 keeps none so.", ge=0)
+    background: bool = Field(
+        True,
+        description="Write while training goes on, from a copy in host memory; false stops for it and needs no copy.",
+    )
+
+
+class ResumeConfig(Section):
+    """How the same command, given again, goes on with a run that has not finished."""
+
+    enabled: bool = Field(True, description="Go on with it; false starts a new run, in a directory of its own.")
+    allow_new_data: bool = Field(
+        False, description="Accept that the dataset has changed, such as by later days; positions must still fit it."
+    )
 
 
 class ScoreConfig(Section):
@@ -156,6 +185,8 @@ class JobConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
 
 

@@ -42,6 +42,7 @@ class DenseNetwork:
     Attributes:
         parts: into how many parts the rows of a step are cut (``gradient_accumulation_steps``).
         module: as DeepSpeed trains it.
+        zero_stage: over how much of the optimizer the ranks share the memory.
 
     Raises:
         UserError: a setting that DeepSpeed refuses.
@@ -64,7 +65,8 @@ class DenseNetwork:
             settings["zero_optimization"] = {"reduce_bucket_size": elements, **settings["zero_optimization"]}
         self.parts: int = settings["gradient_accumulation_steps"]
         self._clipping = float(settings.get("gradient_clipping", 0.0))
-        self._zero = settings.get("zero_optimization", {}).get("stage", 0) > 0
+        self.zero_stage: int = settings.get("zero_optimization", {}).get("stage", 0)
+        self._zero = self.zero_stage > 0
         # torch's own: DeepSpeed's would compile a kernel first, minutes of work that need a compiler.
         self._adam = torch.optim.AdamW(
             module.to(device).parameters(),

@@ -98,6 +98,8 @@ class HybridEngine:
 
     Attributes:
         plan: where each table lies, see :func:`trainer.sharding.describe_plan`.
+        table_optimizer: as given.
+        zero_stage: of DeepSpeed.
         steps_done: optimizer steps so far.
 
     Raises:
@@ -139,6 +141,8 @@ class HybridEngine:
         )
         self._dense = DenseNetwork(ranker, dense_optimizer, settings, device=device, clock=self._clock)
         self.plan = self._tables.plan
+        self.table_optimizer = table_optimizer
+        self.zero_stage = self._dense.zero_stage
         self.steps_done = 0
 
     def set_learning_rate(self, tables: float, dense: float) -> None:
@@ -211,14 +215,17 @@ class HybridEngine:
         Raises:
             UserError: it cannot be written.
         """
-        write_state(in_blocks(self._state(), copy=False), path, self._control)
+        write_state(self.state(copy=False), path, self._control)
 
-    def snapshot(self) -> State:
-        """A copy in host memory of what :meth:`save` writes, for ``trainer.state.write_state``. Collective.
+    def state(self, *, copy: bool) -> State:
+        """What :meth:`save` writes, for ``trainer.state.write_state``. Collective.
 
         It holds no learning rates, which are a function of how much has been trained on.
+
+        Args:
+            copy: into host memory, so that training can go on while it is written.
         """
-        return in_blocks(self._state(), copy=True)
+        return in_blocks(self._state(), copy=copy)
 
     def load(self, path: str | Path) -> None:
         """Continue from :meth:`save`, also of another number of ranks, another plan or ZeRO stage. Collective.
@@ -230,6 +237,15 @@ class HybridEngine:
         read_state(state, path, self._control)
         self.steps_done = int(state["steps"])
         self._dense.load_state(state, self.steps_done)
+
+    @property
+    def dense_shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+        """Shapes of the dense network's parameters, and of its buffers, by name."""
+        module = self._dense.module
+        return (
+            {name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
+            {name: tuple(buffer.shape) for name, buffer in module.named_buffers()},
+        )
 
     def close(self) -> None:
         """Let go of what libraries keep of the model, so that its memory can be freed."""

@@ -34,6 +34,7 @@ from trainer.distributed import World, run_rank
 from trainer.engine import HybridEngine
 from trainer.errors import UserError
 from trainer.job import build_engine, freeze_at_end_of_training, held_out_loader, split_in_time
+from trainer.manifest import MODEL, find_checkpoint, read_manifest
 from trainer.metrics import BehaviourMetrics, Report
 from trainer.progress import Progress
 from trainer.report import metrics_table
@@ -183,7 +184,11 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
         data.spec, config.features, FittedFeatures.load(Path(directory) / "features"), config.data.behaviours
     )
     engine = build_engine(config, features, config.model.kind, world)
-    engine.load(Path(directory) / "model")
+    checkpoint = find_checkpoint(directory)
+    manifest = read_manifest(checkpoint)
+    if not manifest.finished and world.rank == 0:
+        print(f"limelight: training has not finished; taking {checkpoint}", file=sys.stderr, flush=True)
+    engine.load(checkpoint / MODEL)
     return TrainedModel(config, data, features, engine)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,17 +95,27 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
 
 
 def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world: World) -> FittedFeatures:
-    """Fit the features on the training range; the first rank does, the others read what it wrote."""
-    if world.rank == 0:
+    """Fit the features on the training range, once in a run: the first rank does, the others read what it wrote."""
+    if world.rank == 0 and not directory.exists():
         fitted = fit_features(data.spec, data.store, data.histories, config.features, split.training)
-        directory.mkdir(parents=True, exist_ok=True)
-        fitted.save(directory)
+        aside = directory.with_name(f".{directory.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        fitted.save(aside)
+        aside.rename(directory)
     world.barrier()
     return FittedFeatures.load(directory)
 
 
-def training_loader(config: JobConfig, data: Data, split: Split, features: FeatureMap, world: World) -> Loader:
-    """This rank's training batches, shuffled inside time windows."""
+def training_loader(
+    config: JobConfig,
+    data: Data,
+    split: Split,
+    features: FeatureMap,
+    world: World,
+    position: Mapping[int, Sequence[int]] | None = None,
+) -> Loader:
+    """This rank's training batches, shuffled inside time windows; from a position of all partitions on."""
     return Loader(
         data.store,
         data.histories,
@@ -111,6 +123,7 @@ def training_loader(config: JobConfig, data: Data, split: Split, features: Featu
         selection=split.training,
         epochs=config.train.epochs,
         shuffle_ms=round(config.data.shuffle_minutes * _MINUTE_MS),
+        state=position,
         **_reading(config, world),
     )
 

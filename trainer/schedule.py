@@ -1,4 +1,5 @@
-"""Learning rates as a function of the step alone, so that a resumed run needs nothing but its step."""
+"""Learning rates as a function of how much has been trained on: a resumed run needs nothing else, and goes on with the
+same rates on another number of ranks."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ import math
 from typing import Literal
 
 
-def learning_rate_factor(step: int, total: int, warmup: float, decay: Literal["constant", "linear", "cosine"]) -> float:
-    """Factor on the peak learning rates at optimizer step ``step`` (0-based) of ``total``.
+def learning_rate_factor(
+    done: float, total: float, warmup: float, decay: Literal["constant", "linear", "cosine"]
+) -> float:
+    """Factor on the peak learning rates of the step that begins after ``done`` of ``total`` steps.
 
-    It rises linearly over the first ``warmup * total`` steps, then stays at 1, or falls to 0 at ``total``.
+    It rises linearly over the first ``warmup * total`` steps, then stays at 1, or falls to 0 at ``total``. Steps are
+    rows over the rows of a full step; so they need not be whole.
     """
-    rise = math.ceil(warmup * total)
-    if step < rise:
-        return (step + 1) / rise
+    rise = warmup * total
+    if done + 1 < rise:
+        return (done + 1) / rise
     if decay == "constant":
         return 1.0
-    done = min(1.0, (step - rise) / max(1, total - rise))
-    return 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    fallen = min(1.0, max(0.0, done - rise) / max(1.0, total - rise))
+    return 1 - fallen if decay == "linear" else (1 + math.cos(math.pi * fallen)) / 2

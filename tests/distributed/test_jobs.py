@@ -77,7 +77,7 @@ def run(world: Path) -> Path:
 
 
 def test_a_run_leaves_what_the_readme_says(run: Path, world: Path) -> None:
-    for name in ("config.json", "environment.json", "plan.json", "report.html", "features", "model", "tensorboard"):
+    for name in ("config.json", "environment.json", "plan.json", "report.html", "features", "checkpoints", "logs"):
         assert (run / name).exists(), name
     document = json.loads((run / "metrics.json").read_text())
     spec = DatasetSpec.load(world)
@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run(
     errors = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
     assert len(errors) == 1 and expected in errors[0], done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> None:
@@ -191,11 +191,23 @@ def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> 
     assert "partition" in done.stderr
 
 
-def test_an_existing_run_is_kept(run: Path, world: Path) -> None:
-    before = (run / "metrics.json").read_bytes()
-    done = limelight("train", *SETTINGS, f"data.path={world}", f"run.directory={run}", expect=2)
-    assert "a run is already here" in done.stderr
-    assert (run / "metrics.json").read_bytes() == before
+def test_a_finished_run_is_kept(run: Path, world: Path) -> None:
+    def files() -> dict[str, bytes]:
+        return {name: (run / name).read_bytes() for name in ("metrics.json", "report.html", "plan.json")}
+
+    before = files()
+    given = ("train", *SETTINGS, f"data.path={world}", f"run.directory={run}")
+    again = limelight(*given, 'train.baselines=["logistic"]')
+    assert "ple: finished already" in again.stdout and "logistic: finished already" in again.stdout
+    assert [line.split()[:2] for line in again.stdout.splitlines() if line.startswith("click")] == [
+        ["click", "ple"],
+        ["click", "logistic"],
+    ]
+    refused = limelight(*given, "resume.enabled=false", expect=2)
+    assert "a run is already here" in refused.stderr
+    refused = limelight(*given, "train.batch_size=64", "optimizer.warmup=0.5", expect=2)
+    assert "optimizer.warmup = 0.05 then, 0.5 now; train.batch_size = 128 then, 64 now" in refused.stderr
+    assert files() == before
 
 
 @pytest.mark.parametrize(

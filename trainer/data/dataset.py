@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from trainer.data import storage
 from trainer.data.history import Histories
 from trainer.data.schema import DatasetSpec
 from trainer.data.selection import Selection
-from trainer.data.shards import RowStore
+from trainer.data.shards import FOLDER, RowStore, index_name
 from trainer.data.statistics import FrozenStatistics
 
 
@@ -31,6 +33,14 @@ class Data:
         """
         spec = DatasetSpec.load(path)
         return Data(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
+
+
+def fingerprint(path: str, spec: DatasetSpec) -> str:
+    """Of the schema of a dataset and the index of its rows, which has a checksum of every record."""
+    digest = hashlib.blake2b(spec.to_json().encode(), digest_size=16)
+    for partition in range(spec.partitions):
+        digest.update(storage.read_bytes(storage.join(path, f"{FOLDER}/{index_name(partition)}")))
+    return digest.hexdigest()
 
 
 def freeze_statistics(data: Data, until_ms: int) -> FrozenStatistics:

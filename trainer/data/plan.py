@@ -141,6 +141,11 @@ class ReadPlan:
         return self._epochs * sum(int(part.window_rows.sum()) for part in self._partitions.values())
 
     @property
+    def position(self) -> Position:
+        """Where this plan starts."""
+        return {partition: list(at) for partition, at in self._start.items()}
+
+    @property
     def rows_done(self) -> int:
         """Rows of :attr:`rows_total` that lie before the position that this plan started from."""
         done = 0
@@ -152,7 +157,7 @@ class ReadPlan:
 
     def batches(self) -> Iterator[PlannedBatch]:
         """The batches in order, planned as they are asked for."""
-        position = {partition: list(at) for partition, at in self._start.items()}
+        position = self.position
         pieces: list[Piece] = []
         wanted = self._batch_size
         for epoch, window, owners, partitions in self._walk():

@@ -1,0 +1,45 @@
+"""SIGTERM: the machine is wanted back. Training saves its state first, anything else ends at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Preempted(Exception):
+    """This process was asked to end, and has nothing left to save."""
+
+
+class Preemption:
+    """Listens for SIGTERM from its construction on.
+
+    Attributes:
+        asked: SIGTERM has come.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deferred = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, SIGTERM only sets :attr:`asked`; it is up to the caller to look.
+
+        Raises:
+            Preempted: on leaving without another exception, when it was asked for meanwhile.
+        """
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.asked:
+            raise Preempted
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if not self._deferred:
+            raise Preempted

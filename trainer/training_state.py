@@ -1,0 +1,99 @@
+"""What training knows beside the model: how far it is, and what it has seen so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.data.batch import Position
+from trainer.engine import StepResult
+from trainer.metrics import ProgressiveMetrics, Report
+from trainer.report import PHASES
+
+Trace = list[dict[str, Any]]
+"""What was seen while training, an entry every ``train.log_every`` steps; see ``trainer.report.write_report``."""
+
+
+class Window:
+    """Sums over the steps since the last entry of the trace."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._loss, self._rows, self._skipped = 0.0, 0, 0
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    def add(self, result: StepResult) -> None:
+        """Count a step."""
+        self._loss += float(result.loss) * result.rows_global
+        self._rows += result.rows_global
+        self._skipped += result.batch.skipped_rows
+        for phase in PHASES:
+            self._seconds[phase] += result.seconds[phase]
+
+    def entry(self, step: int, metrics: Report) -> dict[str, Any]:
+        """An entry of the trace."""
+        return {
+            "step": step,
+            "loss": self._loss / max(self._rows, 1),
+            "rows": self._rows,
+            "skipped_rows": self._skipped,
+            "rows_per_second": self._rows / (time.perf_counter() - self._started),
+            "auc": {name: values["auc"] for name, values in metrics.items()},
+            "gauc": {name: values["gauc"] for name, values in metrics.items()},
+            **self._seconds,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and the seconds that they took."""
+        return {
+            "loss": self._loss,
+            "rows": self._rows,
+            "skipped": self._skipped,
+            "seconds": dict(self._seconds),
+            "elapsed": time.perf_counter() - self._started,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._loss, self._rows, self._skipped = state["loss"], state["rows"], state["skipped"]
+        self._seconds = dict(state["seconds"])
+        self._started = time.perf_counter() - state["elapsed"]
+
+
+@dataclass
+class TrainingState:
+    """How far the training of a model is.
+
+    Attributes:
+        progressive: metrics of this rank's rows, each predicted before it was learnt.
+        rows_total: rows of all ranks over all epochs.
+        step: optimizer steps done.
+        rows_done: rows of all ranks trained on.
+        position: where this rank's reading stands.
+        trace: entries so far; the same on all ranks but for the seconds.
+        window: towards the next entry.
+        finished: all rows are trained on.
+    """
+
+    progressive: ProgressiveMetrics
+    rows_total: int = 0
+    step: int = 0
+    rows_done: int = 0
+    position: Position = field(default_factory=dict)
+    trace: Trace = field(default_factory=list)
+    window: Window = field(default_factory=Window)
+    finished: bool = False
+
+    @staticmethod
+    def at_start(behaviours: Sequence[str]) -> TrainingState:
+        """Of a model that has not been trained."""
+        return TrainingState(ProgressiveMetrics(behaviours))
+
+    def advance(self, result: StepResult) -> None:
+        """Count a step."""
+        self.step += 1
+        self.rows_done += result.rows_global
+        self.position = result.batch.position or self.position
+        self.window.add(result)
