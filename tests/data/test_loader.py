@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -225,6 +229,57 @@ def test_a_corrupt_record_at_an_edge_counts_whole(write_dataset):
     expected = inside(dataset, selection) - Counter(edge["visit_id"].tolist())
     assert Counter(visits(batches)) == expected
     assert sum(batch.skipped_rows for batch in batches) == len(edge["visit_id"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGKILL, r"was ended by SIGKILL \(out of memory\?\)"),
+        (signal.SIGBUS, r"was ended by SIGBUS \(is /dev/shm full"),
+    ],
+)
+def test_a_worker_that_is_killed_is_named_in_one_line(write_dataset, workers, number, expected):
+    ranks = Ranks(write_dataset(rows=1500))
+    handler = signal.getsignal(signal.SIGCHLD)
+    found = iter(ranks.loader(rank=1, world=2, workers=workers, batch_size=10))
+    next(found)
+    victim = max(multiprocessing.active_children(), key=lambda child: child.pid)
+    os.kill(victim.pid, number)
+    victim.join()
+    # Nothing is raised but by the loader.
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    with pytest.raises(UserError, match=rf"^rank 1: loader worker, process {victim.pid}, {expected}[^\n]*$"):
+        list(found)
+
+
+def test_workers_outlive_a_signal_to_the_whole_job(write_dataset):
+    ranks = Ranks(write_dataset(rows=1500))
+    alone = [content(batch) for batch in ranks.loader()]
+    found = iter(ranks.loader(workers=2))
+    first = content(next(found))
+    for child in multiprocessing.active_children():
+        subprocess.run(["kill", str(child.pid)], check=True)
+    assert [first, *map(content, found)] == alone
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (lambda shard: shard.unlink(), "the shard is missing"),
+        (lambda shard: os.truncate(shard, 1000), "the shard is cut short"),
+        (lambda shard: (shard.unlink(), shard.mkdir()), "Is a directory"),
+        (lambda shard: shard.write_bytes(bytes(shard.stat().st_size)), "its checksum does not match"),
+    ],
+)
+def test_a_shard_that_breaks_while_it_is_read_is_named_in_one_line(write_dataset, workers, harm, expected):
+    dataset = write_dataset(rows=1500)
+    found = iter(Ranks(dataset).loader(workers=workers, batch_size=10))
+    next(found)
+    harm(dataset.path / "rows" / "part-00002-000000.tar")
+    with pytest.raises(UserError, match=rf"part-00002-000000.tar: record \d+ [^\n]*{expected}[^\n]*$"):
+        list(found)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,8 +7,13 @@ planned again.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -89,12 +94,18 @@ class Loader:
         self._layout = feature_map.layout
         reader = BlockReader(store, feature_map.spec, selection, None if shuffle_ms is None else seed)
         self._maker = _BatchMaker(reader, histories, feature_map, as_of_limit_ms, frozen_statistics)
+        self._rank = rank
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 
     @property
     def rows_total(self) -> int:
         """Rows of this rank over all epochs, from the very beginning; corrupt records that are skipped count."""
         return self._plan.rows_total
+
+    @property
+    def position(self) -> Position:
+        """Where reading starts."""
+        return self._plan.position
 
     @property
     def rows_done(self) -> int:
@@ -105,7 +116,8 @@ class Loader:
         """The batches, from ``state`` on each time.
 
         Raises:
-            UserError: a corrupt record, a value that is not finite, or an id beyond its table; named.
+            UserError: a corrupt record, a value that is not finite, or an id beyond its table; named. A worker process
+                that was killed; with its number and the signal.
         """
         positions: deque[Position] = deque()
 
@@ -124,13 +136,32 @@ class Loader:
             collate_fn=_unchanged,
             # Forked workers share what the parent has mapped and looked up, and start without importing anything.
             multiprocessing_context="fork" if self._workers else None,
+            worker_init_fn=_leave_ending_to_the_rank,
             # DataLoader draws from its generator when it starts; the global one belongs to the model.
             generator=torch.Generator(),
         )
-        for packed in made:
+        for packed in self._from_workers(made) if self._workers else made:
             if isinstance(packed, UserError):
                 raise packed
             yield unpack(packed, self._layout, positions.popleft())
+
+    def _from_workers(self, made: DataLoader) -> Iterator[PackedBatch | UserError]:
+        """What the worker processes make; that one of them has died is an error of a line."""
+        before = multiprocessing.active_children()
+        with _signal_left_alone(signal.SIGCHLD):
+            packed = iter(made)
+        workers = [child for child in multiprocessing.active_children() if child not in before]
+        while True:
+            try:
+                yield next(packed)
+            except StopIteration:
+                return
+            except RuntimeError:
+                # DataLoader looks after its workers whenever it waits for them.
+                for worker in workers:
+                    if worker.exitcode is not None:
+                        raise UserError(_death(self._rank, worker.pid, worker.exitcode)) from None
+                raise
 
 
 class _BatchMaker(Dataset):
@@ -166,3 +197,42 @@ class _BatchMaker(Dataset):
 
 def _unchanged(made: Any) -> Any:
     return made
+
+
+def _leave_ending_to_the_rank(worker: int) -> None:
+    """In a worker: only the rank's own SIGTERM ends it.
+
+    Pre-emption may send one to all processes of a job, and the rank needs batches until it has saved its state.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
+
+
+@contextmanager
+def _signal_left_alone(number: int) -> Iterator[None]:
+    """Undo what is done inside to the handler of a signal.
+
+    DataLoader's handler of SIGCHLD raises an exception in whatever the main thread is at when a worker dies, a
+    collective or a backward pass; it is told soon enough when the next batch is due.
+    """
+    previous = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if signal.getsignal(number) is not previous:
+            signal.signal(number, previous)
+
+
+def _death(rank: int, pid: int | None, status: int) -> str:
+    ended = f"exited with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+    why = {
+        -signal.SIGKILL: " (out of memory?); fewer data.workers or a smaller data.prefetch need less",
+        -signal.SIGBUS: " (is /dev/shm full, or was a file of the dataset's histories cut short?)",
+    }.get(status, "")
+    return f"rank {rank}: loader worker, process {pid}, {ended}{why}"

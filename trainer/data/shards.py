@@ -113,6 +113,9 @@ class RowStore:
                 self._index[partition] = _Index.parse(storage.read_bytes(file))
             except FileNotFoundError:
                 raise UserError(f"{file}: the index of partition {partition} is missing") from None
+            except OSError as error:
+                wrong = error.strerror or str(error)
+                raise UserError(f"{file}: the index of partition {partition} cannot be read ({wrong})") from None
             except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise UserError(f"{file}: not a valid shard index ({error!r})") from None
         return self._index[partition]
