@@ -1,0 +1,74 @@
+"""Two hosts on one machine: network namespaces with a cable between them, or two loopback addresses."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+PATIENCE = 60.0
+ADDRESSES = ("10.71.0.1", "10.71.0.2")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a command runs.
+
+    Attributes:
+        prefix: what stands before the command.
+        address: by which the other host reaches this one.
+    """
+
+    prefix: tuple[str, ...]
+    address: str
+
+    def run(self, command: str) -> str:
+        """Run a command to its end: its output."""
+        done = subprocess.run(
+            [*self.prefix, *shlex.split(command)], capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        return done.stdout
+
+
+@contextmanager
+def namespaces() -> Iterator[list[Host]]:
+    """Two namespaces that see each other only through a pair of virtual network cards.
+
+    Raises:
+        OSError, subprocess.SubprocessError: this machine does not let a user make them, or has no ``ip``.
+    """
+    with ExitStack() as stack:
+        first = stack.enter_context(_namespace(["unshare", "--user", "--map-root-user", "--net"]))
+        inside = ("nsenter", "--preserve-credentials", "--user", "--net", "--target")
+        hosts = [Host((*inside, str(first)), ADDRESSES[0])]
+        second = stack.enter_context(_namespace([*hosts[0].prefix, "unshare", "--net"]))
+        hosts.append(Host((*inside, str(second)), ADDRESSES[1]))
+        hosts[0].run(f"ip link add cable0 type veth peer name cable1 netns {second}")
+        for number, host in enumerate(hosts):
+            host.run(f"ip address add {host.address}/24 dev cable{number}")
+            host.run(f"ip link set cable{number} up")
+            host.run("ip link set lo up")
+        yield hosts
+
+
+@contextmanager
+def _namespace(command: Sequence[str]) -> Iterator[int]:
+    """A process that keeps a namespace open, which ``command`` makes: its process id."""
+    keep = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    process = subprocess.Popen([*command, *keep], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise subprocess.SubprocessError(f"{shlex.join(command)}: not possible here")
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def loopbacks() -> list[Host]:
+    """Two hosts that share this machine's network."""
+    return [Host((), "127.0.0.1"), Host((), "127.0.0.2")]

@@ -1,0 +1,85 @@
+"""Launches of a small training job, by each launcher as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "configs/simulated.toml",
+    "data.eval_from=2024-03-06",
+    "model.expert_layers=[[16], [8]]",
+    "model.tower=[8]",
+    "features.history.short.length=5",
+    "features.history.live.length=5",
+    "train.batch_size=128",
+    "train.epochs=1",
+    "train.log_every=5",
+    "train.device=cpu",
+)
+ENVIRONMENT = {
+    **{
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    },
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+LIMELIGHT = (sys.executable, "-m", "launch.cli")
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+PATIENCE = 180.0
+
+
+def simulate(path: Path) -> Path:
+    """A world of 200 users, small enough for a run of a few seconds."""
+    world = ("data", "simulate", str(path), "--users", "200", "--days", "3", "--partitions", "4", "--seed", "5")
+    end([start(*LIMELIGHT, *world)])
+    return path
+
+
+def job(world: Path, directory: Path, *overrides: str) -> list[str]:
+    """Arguments of ``trainer.rank``."""
+    return [*SETTINGS, f"data.path={world}", f"run.directory={directory}", *overrides]
+
+
+def start(*command: str, prefix: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
+    """Start a command in the repository's root, in a session of its own."""
+    return subprocess.Popen(
+        [*prefix, *command],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[str]:
+    """Wait for all; what each of them printed. Another exit status than ``expect`` fails the test."""
+    printed = []
+    try:
+        for process in processes:
+            printed.append(process.communicate(timeout=PATIENCE)[0])
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.communicate()
+    told = "\n".join(text[-8000:] for text in printed)
+    assert [process.returncode for process in processes] == [expect] * len(processes), told
+    return printed
+
+
+def metrics(directory: Path) -> dict[str, Any]:
+    """The metrics of a run, by behaviour."""
+    document: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
+    return dict(document["behaviours"])

@@ -1,0 +1,123 @@
+"""The same job by every launcher, on one machine and on two: the same model comes out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from subprocess import SubprocessError
+from typing import Any
+
+import pytest
+
+from launch.machine import free_port
+from tests.distributed.hosts import Host, loopbacks, namespaces
+from tests.distributed.launches import DEEPSPEED, LIMELIGHT, TORCHRUN, end, job, metrics, simulate, start
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(tmp_path_factory.mktemp("launchers") / "world")
+
+
+@pytest.fixture(scope="module")
+def expected(world: Path) -> dict[str, Any]:
+    """Metrics of two ranks that ``limelight train`` started."""
+    directory = world.parent / "limelight"
+    end([start(*LIMELIGHT, "train", *job(world, directory), "--ranks", "2")])
+    found = metrics(directory)
+    assert found["click"]["auc"] is not None
+    return found
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts with a cable between them; where the machine forbids that, two addresses of its own."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(namespaces())
+        except (OSError, SubprocessError):
+            found = loopbacks()
+        yield found
+
+
+def test_torchrun_on_two_hosts(world: Path, expected: dict[str, Any], hosts: list[Host], tmp_path: Path) -> None:
+    agents = [
+        start(
+            *(*TORCHRUN, "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"),
+            *(f"--master-addr={hosts[0].address}", f"--master-port={port}"),
+            *("-m", "trainer.rank", *job(world, tmp_path / "run")),
+            prefix=host.prefix,
+        )
+        for port in [free_port()]
+        for number, host in enumerate(hosts)
+    ]
+    printed = end(agents)
+    assert "train: " in printed[0] and "train: " not in printed[1], "the first rank alone speaks"
+    assert metrics(tmp_path / "run") == expected
+
+
+def test_deepspeed_with_a_hostfile_on_two_hosts(
+    world: Path, expected: dict[str, Any], hosts: list[Host], tmp_path: Path
+) -> None:
+    (tmp_path / "hostfile").write_text("".join(f"{host.address} slots=1\n" for host in hosts))
+    launchers = [
+        start(
+            *(*DEEPSPEED, "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", f"--node_rank={number}"),
+            *(f"--master_addr={hosts[0].address}", f"--master_port={port}"),
+            *("--module", "trainer.rank", *job(world, tmp_path / "run")),
+            prefix=host.prefix,
+        )
+        for port in [free_port()]
+        for number, host in enumerate(hosts)
+    ]
+    end(launchers)
+    assert metrics(tmp_path / "run") == expected
+
+
+def test_deepspeed_on_one_machine_tells_a_mistake(tmp_path: Path) -> None:
+    command = (*DEEPSPEED, "--num_accelerators=2", f"--master_port={free_port()}", "--module", "trainer.rank")
+    (printed,) = end([start(*command, str(tmp_path / "job.toml"), DS_ACCELERATOR="cpu")], expect=2)
+    assert f"limelight: error: {tmp_path / 'job.toml'}: no such job file" in printed.splitlines()
+    assert "Traceback" not in printed
+
+
+LOCAL = (
+    sys.executable,
+    "-c",
+    "import sys; from launch.local import start_ranks; sys.exit(start_ranks(sys.argv[1], sys.argv[2:], 2))",
+)
+FAILING = "tests.distributed.failing_ranks"
+
+
+def test_the_first_failing_ranks_traceback_is_the_last_word(tmp_path: Path) -> None:
+    """Rank 0 fails as well, of the lost connection; it is not what the user needs to see."""
+    (printed,) = end([start(*LOCAL, FAILING, "error", str(tmp_path))], expect=1)
+    report = printed[printed.index("limelight: rank 1") :]
+    log = tmp_path / "rank-00001.log"
+    assert report.startswith(f"limelight: rank 1 exited with status 1; its log is {log}; its last lines:\n")
+    assert "in lookup" in report and report.rstrip().endswith("KeyError: 'the reason'")
+    assert "rank 1 step 7 | KeyError: 'the reason'" in log.read_text()
+
+
+def test_torchrun_names_the_first_failing_rank_as_the_cause(tmp_path: Path) -> None:
+    command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", FAILING)
+    (printed,) = end([start(*command, "error", str(tmp_path))], expect=1)
+    cause = printed[printed.rindex("Root Cause") :]
+    assert "(local_rank: 1)" in cause and "KeyError: 'the reason'" in cause
+
+
+def test_a_mistake_is_one_line_under_torchrun_too_and_stands_in_the_log(tmp_path: Path) -> None:
+    command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", FAILING)
+    (printed,) = end([start(*command, "mistake", str(tmp_path))], expect=1)
+    assert "limelight: error: id 12 is beyond table item" in printed.splitlines()
+    assert "exitcode  : 2" in printed[printed.rindex("Root Cause") :]
+    last = (tmp_path / "rank-00001.log").read_text().splitlines()[-1]
+    assert last.endswith("rank 1 step 7 | limelight: error: id 12 is beyond table item")
+
+
+def test_a_killed_rank_is_named_and_so_is_its_log(tmp_path: Path) -> None:
+    (printed,) = end([start(*LOCAL, FAILING, "signal", str(tmp_path))], expect=137)
+    killed = f"limelight: rank 1 was ended by SIGKILL (out of memory?); its log is {tmp_path / 'rank-00001.log'}"
+    assert printed.splitlines()[-1] == killed
