@@ -144,15 +144,11 @@ class DenseNetwork:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any], steps: int) -> None:
         """Take over a :meth:`state` of this or another number of ranks or ZeRO stage, ``steps`` steps into training."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
-        self._materialise_moments()
+        self.set_parameters({name: saved["parameter"] for name, saved in state["dense"].items()})
         for name, parameter in self.module.named_parameters():
             saved = state["dense"][name]
-            # DeepSpeed's setter leaves the copy that the network computes with as it was.
-            parameter.copy_(saved["parameter"])
-            if self._zero:
-                safe_set_full_fp32_param(parameter, saved["parameter"])
             for key in _MOMENTS:
                 if self._zero:
                     safe_set_full_optimizer_state(parameter, saved[key], key)
@@ -165,6 +161,18 @@ class DenseNetwork:
         self._engine.global_steps = steps
         self._engine.micro_steps = steps * self.parts
         self._engine.global_samples = steps * self._engine.train_batch_size()
+
+    @torch.no_grad()
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Give every parameter a whole float32 value; the optimizer's moments stay. Collective."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        self._materialise_moments()
+        for name, parameter in self.module.named_parameters():
+            # DeepSpeed's setter leaves the copy that the network computes with as it was.
+            parameter.copy_(values[name])
+            if self._zero:
+                safe_set_full_fp32_param(parameter, values[name])
 
     def _materialise_moments(self) -> None:
         """Adam has no moments before its first step; make them, so that there is something to save or to load into."""

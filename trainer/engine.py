@@ -32,7 +32,7 @@ from trainer.microbatch import cut_batch
 from trainer.pipeline import NOTHING, Arriving, Ask, BatchPipeline
 from trainer.sharding import TableOptimizer
 from trainer.state import State, in_blocks, read_state, write_state
-from trainer.tables import ShardedTables
+from trainer.tables import Shard, ShardedTables
 
 __all__ = ["DenseOptimizer", "HybridEngine", "StepResult", "TableOptimizer"]
 
@@ -246,6 +246,18 @@ class HybridEngine:
             {name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
             {name: tuple(buffer.shape) for name, buffer in module.named_buffers()},
         )
+
+    def table_shards(self) -> Iterator[Shard]:
+        """This rank's shards of the tables, live."""
+        return self._tables.shards()
+
+    def table_optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
+        """This rank's shards of the states of the tables' optimizer, live; see :class:`ShardedTables`."""
+        return self._tables.optimizer_shards()
+
+    def set_dense_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Give every parameter of the dense network a value, float32; its optimizer stays as it is. Collective."""
+        self._dense.set_parameters(values)
 
     def close(self) -> None:
         """Let go of what libraries keep of the model, so that its memory can be freed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,21 @@ from trainer.sharding import TableOptimizer, describe_plan, make_plan, make_shar
 
 _INITIALISE_ELEMENTS = 1 << 24
 """Initial values are made in parts of so many elements, 64 MB: a shard is never held twice."""
+
+
+class Shard(NamedTuple):
+    """What this rank holds of a table, or of a state of its optimizer.
+
+    Attributes:
+        table: its name.
+        values: live memory, ``[rows, columns]``; ``[rows]`` of a state that has one number a row.
+        row, column: the first ones.
+    """
+
+    table: str
+    values: Tensor
+    row: int
+    column: int
 
 
 class ShardedTables:
@@ -125,14 +140,25 @@ class ShardedTables:
                 part = shard[start : start + step]
                 part.copy_(initial_rows(table, seed, row + start, len(part), column, columns))
 
-    def shards(self) -> Iterator[tuple[str, Tensor, int, int]]:
-        """This rank's shards: table, ``[rows, columns]`` live memory, and the shard's first row and column."""
+    def shards(self) -> Iterator[Shard]:
+        """This rank's shards of the tables."""
         for path, tensor in self._sharded.state_dict().items():
-            assert isinstance(tensor, DTensor), path
-            held: Any = tensor.to_local()
-            # Of a table that this rank has no shard of there is still an offset.
-            for shard, offset in zip(held.local_shards(), held.local_offsets(), strict=False):
-                yield path.split(".")[-2], shard, *offset
+            yield from _local_shards(path.split(".")[-2], tensor)
+
+    def optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
+        """Name of the state, such as ``momentum1``, and this rank's shards of it."""
+        for states in self.state()["table_optimizer"].values():
+            for name, tensor in states.items():
+                table, state = name.split(".")
+                yield from ((state, shard) for shard in _local_shards(table, tensor))
+
+
+def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
+    assert isinstance(tensor, DTensor), table
+    held: Any = tensor.to_local()
+    # Of a table that this rank has no shard of there is still an offset.
+    for shard, offset in zip(held.local_shards(), held.local_offsets(), strict=False):
+        yield Shard(table, shard, offset[0], offset[1] if len(offset) > 1 else 0)
 
 
 def _routings(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ ACTION_BITS = 12
 """A visit of a history tells which of the dataset's first so many behaviours happened in it."""
 
 GAP_BUCKETS = 64
+
+DOMAIN_RANGE, ACTIONS_RANGE, AGE_RANGE = "domain", "behaviours of a past visit", "age of a past visit"
+"""Ranges of the table ``side`` that belong to no side feature."""
 
 CONTEXT_IDS = 2
 """Ids of a history entry's context: its behaviours, and how long ago it was."""
@@ -206,15 +209,11 @@ class _PackedSide:
     def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
         self._columns = [k for k, side in enumerate(spec.side) if side.name not in config.exclude]
         self._features: list[SideFeature] = [spec.side[k] for k in self._columns]
-        self._has_domain = len(spec.candidates) > 1 and "domain" not in config.exclude
-        sizes = [feature.rows for feature in self._features]
-        if self._has_domain:
-            sizes.append(len(DOMAINS))
-        self.width = len(sizes)
-        if config.history:
-            sizes += [1 << min(len(spec.behaviours), ACTION_BITS), GAP_BUCKETS]
-        self._offsets = np.cumsum([1, *sizes])
-        self.rows = int(self._offsets[-1])
+        ranges = side_ranges(feature_layout(spec), config)
+        self._has_domain = DOMAIN_RANGE in ranges
+        self.width = len(self._features) + self._has_domain
+        self._offsets = np.array([rows.start for rows in ranges.values()], np.int64)
+        self.rows = max((rows.stop for rows in ranges.values()), default=1)
         self._limits = np.array([feature.rows for feature in self._features])
 
     def fill(self, rows: Rows, out: np.ndarray) -> None:
@@ -237,6 +236,26 @@ class _PackedSide:
         np.bitwise_and(bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
         out[:, 0] += self._offsets[self.width]
         np.add(gap_bucket(age_ms), self._offsets[self.width + 1], out=out[:, 1])
+
+
+def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, range]:
+    """Which rows of the table ``side`` belong to what, in order; row 0 to none.
+
+    Args:
+        layout: of the dataset, see :func:`trainer.data.fit.feature_layout`.
+        config: of the features.
+
+    Returns:
+        ``feature NAME`` for each side feature, :data:`DOMAIN_RANGE`, :data:`ACTIONS_RANGE` and :data:`AGE_RANGE`, those
+        that the model has.
+    """
+    sizes = {f"feature {name}": rows for name, rows in layout["side"] if name not in config.exclude}
+    if len(layout["candidates"]) > 1 and "domain" not in config.exclude:
+        sizes[DOMAIN_RANGE] = len(DOMAINS)
+    if config.history:
+        sizes |= {ACTIONS_RANGE: 1 << min(len(layout["behaviours"]), ACTION_BITS), AGE_RANGE: GAP_BUCKETS}
+    ends = itertools.accumulate(sizes.values(), initial=1)
+    return {name: range(end, end + size) for (name, size), end in zip(sizes.items(), ends, strict=False)}
 
 
 def gap_bucket(age_ms: np.ndarray) -> np.ndarray:
