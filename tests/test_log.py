@@ -92,10 +92,11 @@ def test_a_restart_continues_the_file_and_says_who_goes_on(tmp_path: Path) -> No
 def test_warnings_and_records_of_any_logger_are_kept_and_the_terminal_stays_as_it_was(tmp_path: Path) -> None:
     speak = """
 own = logging.getLogger("own"); own.propagate = False; own.addHandler(logging.StreamHandler())
+events = logging.getLogger("events"); events.setLevel(logging.DEBUG); events.addHandler(logging.NullHandler())
 {opening}
 warnings.warn("old call")
 logging.getLogger("library.part").warning("slow path %d", 3)
-logging.getLogger("library.part").info("detail")
+logging.getLogger("library.part").info("detail"); events.debug("detail")
 own.error("it says")
 """
     silent = talk(speak.format(opening=""), tmp_path, rank=1)

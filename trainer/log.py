@@ -137,7 +137,8 @@ class _Handler(logging.Handler):
 
 def _listen() -> None:
     """Note what libraries and Python itself report, once per process."""
-    handler = _Handler()
+    # Some libraries send events of their own machinery through loggers that let everything pass.
+    handler = _Handler(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     for logger in (logging.root, *(logger for logger in known if not logger.propagate)):
