@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint_reader import BLOCK_BYTES, Checkpoint, StoredTensor
+from trainer.run import flat_settings
 from trainer.text_table import text_table
 
 _RECORD = ("step", "rows_done", "finished", "ranks", "zero_stage", "kind", "behaviours", "table_optimizer", "dataset")
@@ -53,8 +54,7 @@ def format_diff(found: dict[str, Any], *, everything: bool = False) -> str:
     if found["settings"]:
         lines = [[key, str(one), str(other)] for key, (one, other) in found["settings"].items()]
         blocks.append(text_table(["setting", "A", "B"], lines, texts=3))
-    lines = [[name, "only in A"] for name in found["only_first"]]
-    lines += [[name, "only in B"] for name in found["only_second"]]
+    lines = [line for which, of in (("only_first", "A"), ("only_second", "B")) for line in _only(found[which], of)]
     lines += [[name, f"{_shape(one)} in A, {_shape(other)} in B"] for name, (one, other) in found["shapes"].items()]
     if lines:
         blocks.append(text_table(["tensor", "is"], lines, texts=2))
@@ -74,6 +74,17 @@ def format_diff(found: dict[str, Any], *, everything: bool = False) -> str:
     verdict = "equal" if found["equal"] else "different"
     blocks.append(f"{verdict}: {equal} of {len(found['tensors'])} tensors that both have are equal in all elements")
     return "\n\n".join(blocks)
+
+
+def _only(names: list[str], where: str) -> Iterator[list[str]]:
+    """A line for each tensor; what belongs to a tensor that is missing too is counted there."""
+    for name in names:
+        owner = name.partition(": ")[0]
+        if owner == name:
+            states = sum(other.startswith(f"{name}: ") for other in names)
+            yield [name, f"only in {where}" + (f", with {states} states of its optimizer" if states else "")]
+        elif owner not in names:
+            yield [name, f"only in {where}"]
 
 
 def _compare(ours: StoredTensor, theirs: StoredTensor, block_bytes: int) -> dict[str, Any]:
@@ -100,15 +111,7 @@ def _settings(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, list[Any]]]:
 
 def _flat(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest.model_dump(mode="json")
-    return {key: manifest[key] for key in _RECORD} | dict(_leaves(checkpoint.config.model_dump(mode="json")))
-
-
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return {key: manifest[key] for key in _RECORD} | flat_settings(checkpoint.config.model_dump(mode="json"))
 
 
 def _shape(shape: list[int]) -> str:

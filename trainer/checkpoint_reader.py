@@ -257,17 +257,17 @@ class Checkpoint:
         return parse_config(raw, str(file))
 
     @cached_property
-    def features(self) -> Path:
-        """Directory of the fitted features, which is the run's.
+    def run(self) -> Path:
+        """The run that it is of: there are the fitted features, and DeepSpeed's settings.
 
         Raises:
-            UserError: the checkpoint was taken out of its run.
+            UserError: it was taken out of its run.
         """
         home = self.directory.resolve().parent.parent
-        # The networks of a run, baselines included, have their features in common.
+        # A baseline's home lies in that of its run.
         for run in (home, home.parent.parent):
             if (run / "features").is_dir():
-                return run / "features"
+                return run
         raise UserError(f"{self.directory}: the features/ of its run are not beside its checkpoints/")
 
     @cached_property
@@ -275,9 +275,9 @@ class Checkpoint:
         """What the features learned from the training range.
 
         Raises:
-            UserError: see :attr:`features`.
+            UserError: see :attr:`run`.
         """
-        return FittedFeatures.load(self.features)
+        return FittedFeatures.load(self.run / "features")
 
 
 class _IndexUnpickler(pickle.Unpickler):

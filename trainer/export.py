@@ -21,6 +21,7 @@ from trainer.config import load_deepspeed
 from trainer.errors import UserError
 from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, WEIGHTS
 from trainer.manifest import check_files, sync_directory
+from trainer.run import write_json
 
 _TYPES = {
     torch.float64: "F64",
@@ -58,9 +59,9 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
     try:
         aside.mkdir(parents=True)
         _write_weights(aside / WEIGHTS, checkpoint.model)
-        _write_json(aside / CONFIG, checkpoint.config.model_dump(mode="json"))
-        shutil.copytree(checkpoint.features, aside / FEATURES)
-        _write_json(aside / ORIGIN, origin)
+        write_json(aside / CONFIG, checkpoint.config.model_dump(mode="json"))
+        shutil.copytree(checkpoint.run / "features", aside / FEATURES)
+        write_json(aside / ORIGIN, origin)
         sync_directory(aside)
         aside.rename(target)
         sync_directory(target.parent)
@@ -74,7 +75,7 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
     # The network computes in this type, from the float32 parameters that the checkpoint has.
-    bf16 = load_deepspeed(checkpoint.config.train.deepspeed).get("bf16", {}).get("enabled", False)
+    bf16 = load_deepspeed(str(checkpoint.run / "deepspeed.json")).get("bf16", {}).get("enabled", False)
     return {
         "schema_version": SCHEMA,
         "checkpoint": str(checkpoint.directory.resolve()),
@@ -84,7 +85,6 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
         "dataset": manifest.dataset.model_dump(mode="json"),
         "precision": "bfloat16" if bf16 else "float32",
         "tables": {name: list(table.weight.shape) for name, table in checkpoint.model.tables.items()},
-        "parameters": {name: list(slots["parameter"].shape) for name, slots in checkpoint.model.dense.items()},
     }
 
 
@@ -129,11 +129,3 @@ def _copy(tensor: StoredTensor, file: Path, start: int) -> None:
         whole = mapped.view(f"V{tensor.dtype.itemsize}").reshape(tensor.shape)
         whole[piece.place] = plain.view(f"V{tensor.dtype.itemsize}").reshape(piece.sizes)
         mapped.flush()
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -166,8 +166,10 @@ def _check_same(directory: Path, config: JobConfig, dataset: DatasetEntry) -> No
 def _changes(directory: Path, config: JobConfig) -> list[str]:
     """Settings that differ from those of the run in ``directory`` and may not."""
     then, now = load_run(directory), config
-    changes = _differences(_settings(then.model_dump(mode="json")), _settings(now.model_dump(mode="json")), CHANGEABLE)
-    deepspeed_then, deepspeed_now = (_settings(load_deepspeed(job.train.deepspeed)) for job in (then, now))
+    changes = _differences(
+        flat_settings(then.model_dump(mode="json")), flat_settings(now.model_dump(mode="json")), CHANGEABLE
+    )
+    deepspeed_then, deepspeed_now = (flat_settings(load_deepspeed(job.train.deepspeed)) for job in (then, now))
     deepspeed = _differences(deepspeed_then, deepspeed_now, CHANGEABLE_DEEPSPEED)
     return changes + [f"deepspeed {line}" for line in deepspeed]
 
@@ -184,9 +186,9 @@ def _shown(settings: dict[str, Any], key: str) -> str:
     return json.dumps(settings[key]) if key in settings else "unset"
 
 
-def _settings(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """``section.key`` -> value, over all depths."""
-    return dict(_walk(section, prefix))
+    return dict(_walk(section, ""))
 
 
 def _walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -66,6 +66,7 @@ class FeatureMap:
 
     Attributes:
         spec: of the dataset.
+        fitted: as given.
         tables: ``user``, ``author``, ``item`` and ``side``, less those that nothing reads.
         lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_context``.
         sequences: the histories.
@@ -88,7 +89,7 @@ class FeatureMap:
         self.behaviours: tuple[str, ...] = tuple(behaviours) or spec.behaviours
         self._labels = [spec.behaviours.index(behaviour) for behaviour in self.behaviours]
         self.base_rates = fitted.prior[self._labels]
-        self._fitted, self._clip = fitted, config.clip
+        self.fitted, self._clip = fitted, config.clip
         self._inputs = DenseInputs(spec, config)
         self.dense_names, self.n_dense = self._inputs.names, len(self._inputs.names)
 
@@ -170,8 +171,8 @@ class FeatureMap:
         floats = torch.empty(sum(self.layout.float_sizes(n)))
         dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
         standardised = dense.reshape(n, self.n_dense)
-        np.subtract(self._inputs.raw(rows, self._fitted.prior), self._fitted.mean, out=standardised)
-        standardised /= self._fitted.deviation
+        np.subtract(self._inputs.raw(rows, self.fitted.prior), self.fitted.mean, out=standardised)
+        standardised /= self.fitted.deviation
         np.clip(standardised, -self._clip, self._clip, out=standardised)
         label.reshape(n, len(self._labels))[:] = (rows["label"] & rows["mask"])[:, self._labels]
         mask.reshape(n, len(self._labels))[:] = rows["mask"][:, self._labels]
