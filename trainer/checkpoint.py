@@ -32,6 +32,7 @@ from trainer.manifest import (
     DatasetEntry,
     FileEntry,
     Manifest,
+    NewerSchema,
     TableEntry,
     check_files,
     directory_name,
@@ -405,13 +406,16 @@ def _agreed(world: World, look: Callable[[], T]) -> T:
 
 def _retire(directory: Path, settings: CheckpointConfig) -> None:
     """Remove what is neither among the newest nor kept for good."""
-    whole: list[tuple[Path, Manifest | None]] = [
-        (entry, _try_manifest(entry)[1]) for entry in list_checkpoints(directory)
-    ]
-    newest = [entry for entry, manifest in whole if manifest is not None][-settings.keep :]
-    for entry, manifest in whole:
-        for_good = manifest is not None and settings.keep_every and manifest.number % settings.keep_every == 0
-        if entry not in newest and not for_good:
+    numbers: dict[Path, int] = {}
+    for entry in list_checkpoints(directory):
+        try:
+            numbers[entry] = read_manifest(entry).number
+        except NewerSchema:
+            continue
+        except UserError:
+            _remove(entry)
+    for entry, number in list(numbers.items())[: -settings.keep]:
+        if not settings.keep_every or number % settings.keep_every:
             _remove(entry)
 
 
@@ -445,8 +449,14 @@ def _read_json(path: Path) -> Any:
 
 
 def _try_manifest(directory: Path) -> tuple[str | None, Manifest | None]:
-    """The manifest of a checkpoint, or why there is none."""
+    """The manifest of a checkpoint, or why it is no whole one.
+
+    Raises:
+        NewerSchema: a later version has written it: going back behind it would undo what that one has trained.
+    """
     try:
         return None, read_manifest(directory)
+    except NewerSchema:
+        raise
     except UserError as error:
         return str(error), None

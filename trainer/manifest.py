@@ -35,6 +35,10 @@ _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 16 << 20
 
 
+class NewerSchema(UserError):
+    """A checkpoint that a later version has written: whole, but not for this one to judge."""
+
+
 class FileEntry(BaseModel):
     """One file of a checkpoint."""
 
@@ -179,7 +183,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: it is missing, damaged, cannot be read, or of a newer version.
+        UserError: it is missing, damaged, cannot be read, or of a newer version (:class:`NewerSchema`).
     """
     path = directory / MANIFEST
     try:
@@ -192,7 +196,7 @@ def read_manifest(directory: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: damaged (not a manifest)") from None
     if schema > SCHEMA:
-        raise UserError(f"{path}: written by a newer version (schema {schema}; this one reads up to {SCHEMA})")
+        raise NewerSchema(f"{path}: written by a newer version (schema {schema}; this one reads up to {SCHEMA})")
     if crc != _crc_of(content):
         raise UserError(f"{path}: damaged (its checksum does not match)")
     try:

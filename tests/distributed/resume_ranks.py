@@ -1,0 +1,179 @@
+"""What test_resume.py has ranks do, all that one start of them can.
+
+    torchrun --nproc-per-node N -m tests.distributed.resume_ranks OUT DATASET SAVED ...
+
+saves small models of every layout, loads those that the starts named by SAVED have saved into every layout, and does
+the same with whole jobs: one that is stopped halfway, and those that earlier starts have stopped. What came out is left
+in OUT/<start>.pt; a start is named by its ranks and a letter, such as ``2a``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.distributed.combinations import Combination
+from tests.distributed.engine_ranks import everything, losses_of, make_engine
+from tests.distributed.small_model import batches_of
+from trainer import state as trainer_state
+from trainer.checkpoint import Checkpoints
+from trainer.config import JobConfig, load_config
+from trainer.distributed import World
+from trainer.engine import HybridEngine, StepResult
+from trainer.preemption import Preempted, Preemption
+from trainer.rank import run_job
+from trainer.training_state import TrainingState
+
+LAYOUTS = {
+    "sgd": ("table_wise", "row_wise", "column_wise"),
+    "adagrad": ("table_wise", "row_wise", "column_wise"),
+    "rowwise_adagrad": ("table_wise", "row_wise"),
+}
+STAGES = (0, 1, 2)
+
+JOB = (
+    "data.eval_from=2024-03-06",
+    "model.expert_layers=[[16], [8]]",
+    "model.tower=[8]",
+    "model.dropout=0.2",
+    "features.history.short.length=5",
+    "features.history.live.length=5",
+    "train.batch_size=96",
+    "train.epochs=2",
+    "train.log_every=5",
+    "checkpoint.every_steps=4",
+    "checkpoint.keep=2",
+    "train.device=cpu",
+)
+ELSEWHERE = ("features.item.sharding=table_wise", "features.user.sharding=row_wise")
+STOP_AFTER = 11
+"""Step after which SIGTERM comes: between two entries of the trace, and two checkpoints."""
+
+
+def save_all(world: World, out: Path) -> dict[str, Any]:
+    """Models of every layout after a few steps, saved to ``out``; what was in them."""
+    saved = {}
+    for number, (optimizer, layouts) in enumerate(LAYOUTS.items()):
+        for layout in layouts:
+            engine = make_engine(Combination(optimizer, layout, STAGES[number]), world)
+            losses_of(engine.steps(islice(batches_of(world.rank, world.size), 3)))
+            engine.save(out / f"{optimizer}-{layout}")
+            saved[f"{optimizer}-{layout}"] = everything(engine, world)
+            engine.close()
+    return saved
+
+
+def load_all(world: World, out: Path, saved: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Differences after loading each of :func:`save_all` into each layout, under each ZeRO stage."""
+    wrong = []
+    for optimizer, layouts in LAYOUTS.items():
+        for number, (there, here) in enumerate(product(layouts, layouts)):
+            stage = STAGES[number % 3]
+            engine = make_engine(Combination(optimizer, here, stage), world)
+            engine.load(out / f"{optimizer}-{there}")
+            loaded, expected = everything(engine, world), saved[f"{optimizer}-{there}"]
+            engine.close()
+            if loaded.keys() != expected.keys():
+                wrong.append(f"{optimizer} {there} to {here}: {sorted(loaded.keys() ^ expected.keys())}")
+            wrong += [
+                f"{optimizer} {there} to {here}, ZeRO {stage}: {name}"
+                for name in loaded.keys() & expected.keys()
+                if not torch.equal(loaded[name], expected[name])
+            ]
+    return wrong
+
+
+@contextmanager
+def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
+    """Records what training does and saves; after step ``stop_after`` the last rank, and only that, gets SIGTERM."""
+    found: dict[str, Any] = {"losses": [], "visits": []}
+    advance, save, restore = TrainingState.advance, Checkpoints.save, Checkpoints.restore
+
+    def recording_advance(self: TrainingState, result: StepResult) -> None:
+        advance(self, result)
+        found["losses"].append(float(result.loss))
+        found["visits"] += result.batch.visit_id.tolist()
+        if self.step == stop_after and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def recording_save(self: Checkpoints, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
+        if wait:
+            found["saved"] = everything(engine, world)
+            found["trace"] = [{key: entry[key] for key in ("step", "loss", "rows", "auc")} for entry in state.trace]
+            found["step"], found["random"] = state.step, torch.get_rng_state()
+        save(self, engine, state, wait=wait)
+
+    def recording_restore(self: Checkpoints, engine: HybridEngine, state: TrainingState) -> Any:
+        position = restore(self, engine, state)
+        found["loaded"] = everything(engine, world)
+        return position
+
+    TrainingState.advance, Checkpoints.save, Checkpoints.restore = (  # type: ignore[method-assign]
+        recording_advance,
+        recording_save,
+        recording_restore,
+    )
+    try:
+        yield found
+    finally:
+        TrainingState.advance, Checkpoints.save, Checkpoints.restore = advance, save, restore  # type: ignore[method-assign]
+
+
+def run(world: World, config: JobConfig, stop_after: int | None = None) -> dict[str, Any]:
+    """One start of a job: what it did, with the visits and random states of all ranks."""
+    with recorded(world, stop_after) as found:
+        try:
+            report = run_job(config, world, Preemption())
+            found["report"] = report
+        except Preempted:
+            found["report"] = None
+    for key in ("visits", "random"):
+        found[key] = world.agree(world.gather(found[key]))
+    return found
+
+
+def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
+    return load_config(
+        "configs/simulated.toml", [*JOB, f"data.path={dataset}", f"run.directory={directory}", *overrides]
+    )
+
+
+def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
+    # So small that every shard is cut.
+    trainer_state.BLOCK_BYTES = 256
+    with World.join("cpu") as world:
+        outcome: dict[str, Any] = {"saved": save_all(world, out / start / "models"), "wrong": {}, "resumed": {}}
+        if not earlier:
+            outcome["through"] = run(world, job(dataset, out / start / "through"))
+        stopped = out / start / "stopped"
+        outcome["stopped"] = run(world, job(dataset, stopped), STOP_AFTER)
+        if world.rank == 0:
+            shutil.copytree(stopped, out / start / "kept")
+        world.barrier()
+        if not earlier:
+            outcome["resumed"][start] = run(world, job(dataset, stopped))
+        for number, name in enumerate(earlier):
+            saved = torch.load(out / f"{name}.pt")["saved"]
+            outcome["wrong"][name] = load_all(world, out / name / "models", saved)
+            directory = out / start / f"from-{name}"
+            if world.rank == 0:
+                shutil.copytree(out / name / "kept", directory)
+            world.barrier()
+            stage = f"train.deepspeed=configs/deepspeed/zero{(0, 2)[number % 2]}.json"
+            outcome["resumed"][name] = run(world, job(dataset, directory, *ELSEWHERE, stage))
+        if world.rank == 0:
+            torch.save(outcome, out / f"{start}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
