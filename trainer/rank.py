@@ -24,6 +24,7 @@ from trainer.data.dataset import Data, fingerprint
 from trainer.data.features import FeatureMap
 from trainer.distributed import World, run_rank
 from trainer.evaluate import calibration_curve, evaluate, predict, read_truth
+from trainer.init_from import format_taken, take_from
 from trainer.job import (
     Split,
     build_engine,
@@ -126,6 +127,8 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     checkpoints = Checkpoints(home / "checkpoints", Identity(config, kind, features.behaviours, job.dataset), world)
     state = TrainingState.at_start(features.behaviours)
     position = checkpoints.restore(engine, state)
+    if position is None and config.init_from.run:
+        say(format_taken(take_from(engine, config, kind, features, world)))
     set_step(state.step)
     if not state.finished:
         loader = training_loader(config, data, split, features, world, position)

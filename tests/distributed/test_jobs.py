@@ -210,6 +210,27 @@ def test_a_finished_run_is_kept(run: Path, world: Path) -> None:
     assert files() == before
 
 
+def test_a_new_model_starts_from_an_old_one(run: Path, world: Path, tmp_path: Path) -> None:
+    given = ("train", *SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}")
+    started = limelight(*given, f"init_from.run={run}", "init_from.dense=true", "tables.learning_rate=1e-6").stdout
+    (author,) = [line.split() for line in started.splitlines() if line.startswith("author ") and "taken" in line]
+    assert author[1] == "taken" and author[2] == author[3] and author[4:] == ["0", "0"]
+    clicks = [
+        json.loads((each / "metrics.json").read_text())["behaviours"]["click"] for each in (run, tmp_path / "run")
+    ]
+    assert clicks[0]["rows"] == clicks[1]["rows"]
+    fresh = limelight(*given[:-1], f"run.directory={tmp_path / 'fresh'}", "tables.learning_rate=1e-6").stdout
+    assert "taken" not in fresh
+    assert first_loss(tmp_path / "run") < first_loss(tmp_path / "fresh"), "it begins as a trained model"
+
+
+def first_loss(run: Path) -> float:
+    """Of the first steps of a finished run."""
+    *_, last = sorted(run.glob("checkpoints/*/job.json"))
+    loss: float = json.loads(last.read_text())["trace"][0]["loss"]
+    return loss
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
