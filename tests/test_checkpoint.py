@@ -15,7 +15,7 @@ import torch
 
 from modules.embeddings import Lookup, Table
 from tests.distributed.small_model import BEHAVIOURS, LOOKUPS, WEIGHTS, SmallRanker, batches_of, ranker, tables
-from trainer import checkpoint
+from trainer import checkpoint_writer
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import parse_config
 from trainer.distributed import World
@@ -230,7 +230,7 @@ def test_a_failure_in_the_background_ends_training_with_its_reason(
 
     for name in ("write_state", "write_manifest", "write_json", "file_entry"):
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, name, full)
+            patched.setattr(checkpoint_writer, name, full)
             failing = Checkpoints(tmp_path, identity(), world)
             state.step = 2
             failing.save(engine, state)
@@ -245,14 +245,14 @@ def test_a_failure_in_the_background_ends_training_with_its_reason(
 def test_a_save_waits_for_the_one_before(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, state = make_engine(world), TrainingState.at_start(NAMES)
     checkpoints = Checkpoints(tmp_path, identity(keep=5), world)
-    write, hold, running = checkpoint.write_state, threading.Event(), []
+    write, hold, running = checkpoint_writer.write_state, threading.Event(), []
 
     def slow(*arguments: Any) -> None:
         running.append(threading.active_count())
         hold.wait(20)
         write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "write_state", slow)
+    monkeypatch.setattr(checkpoint_writer, "write_state", slow)
     state.step = 1
     checkpoints.save(engine, state)
     assert saved_steps(tmp_path) == [], "it is still being written"
@@ -262,6 +262,32 @@ def test_a_save_waits_for_the_one_before(world: World, tmp_path: Path, monkeypat
     assert saved_steps(tmp_path)[:1] == [1], "the second has waited for the first"
     checkpoints.wait()
     assert saved_steps(tmp_path) == [1, 2] and len(checkpoints.stalls) == 2
+
+
+def test_a_checkpoint_is_never_gone_while_another_takes_its_place(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, state = make_engine(world), TrainingState.at_start(NAMES)
+    saving = Checkpoints(tmp_path, identity(keep=1), world)
+    state.rows_done = 1
+    saving.save(engine, state, wait=True)
+    rename = Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    state.rows_done = 2
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dying)
+        patched.setattr(checkpoint_writer.shutil, "rmtree", lambda *arguments, **options: None)
+        with pytest.raises(KeyboardInterrupt):
+            saving.save(engine, state, wait=True)
+    assert list_checkpoints(tmp_path) == [], "its place is empty at this moment"
+    again = TrainingState.at_start(NAMES)
+    Checkpoints(tmp_path, identity(keep=1), world).restore(engine, again)
+    assert again.rows_done == 1
 
 
 def test_what_a_killed_run_left_is_cleared_away(world: World, tmp_path: Path) -> None:

@@ -1,15 +1,12 @@
 """Checkpoints of a run: saved while training goes on, whole or not there, loaded by any number of ranks.
 
-A save takes a copy of the model, and a thread writes it: each rank its shards and what only it has, under a name that
-no reader looks at. When all files of all ranks are on disk the first rank writes the manifest (``trainer.manifest``)
-and renames the directory. The threads of the ranks agree over a process group of their own.
+A save takes a copy of the model, and a thread writes it (``trainer.checkpoint_writer``). The threads of the ranks agree
+over a process group of their own, so that training and its collectives go on meanwhile.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer.checkpoint_writer import Save, clear, one_line, rank_file
 from trainer.config import CheckpointConfig, JobConfig
 from trainer.distributed import World
 from trainer.engine import HybridEngine
@@ -30,22 +28,16 @@ from trainer.manifest import (
     JOB,
     MODEL,
     DatasetEntry,
-    FileEntry,
     Manifest,
     NewerSchema,
     TableEntry,
     check_files,
-    directory_name,
-    file_entry,
     list_checkpoints,
     read_manifest,
-    sync_directory,
-    write_manifest,
 )
 from trainer.pipeline import Ask
 from trainer.random_states import random_states, restore_random_states, start_random_states
-from trainer.run import write_json
-from trainer.state import State, list_differences, write_state
+from trainer.state import list_differences
 from trainer.training_state import TrainingState
 
 T = TypeVar("T")
@@ -91,7 +83,7 @@ class Checkpoints:
         self._number = 0
         self._asked = time.monotonic()
         self.stalls: list[float] = []
-        _agreed(world, lambda: _clear(directory))
+        _agreed(world, lambda: clear(directory))
 
     def ask(self, step: int) -> bool:
         """Whether this rank would have a checkpoint saved after a step; the first rank decides for all."""
@@ -118,7 +110,7 @@ class Checkpoints:
         self.wait()
         self._number += 1
         background = self._settings.background and not wait
-        save = _Save(
+        save = Save(
             directory=self._directory,
             model=engine.state(copy=background),
             own=own_state(state),
@@ -269,100 +261,15 @@ class Checkpoints:
             "buffers": buffers,
         }
 
-    def _write(self, save: _Save, started: float, remark: str) -> None:
+    def _write(self, save: Save, started: float, remark: str) -> None:
         try:
             directory, size = save.write()
         except UserError as error:
             self._failure = error
         except Exception as error:
-            self._failure = UserError(f"{self._directory}: a checkpoint could not be written: {_one_line(error)}")
+            self._failure = UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")
         else:
             say(f"saved {directory}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s{remark}")
-
-
-@dataclass(frozen=True)
-class _Save:
-    """One save, as a rank writes it."""
-
-    directory: Path
-    model: State
-    own: dict[str, Any]
-    job: dict[str, Any]
-    manifest: Manifest
-    position: dict[int, tuple[int, ...]]
-    settings: CheckpointConfig
-    rank: int
-    group: dist.ProcessGroup
-
-    def write(self) -> tuple[Path, int]:
-        """Write, and have all of it on disk under its name. Collective. The directory and its size in bytes.
-
-        Raises:
-            UserError: on every rank, when one of them cannot write; nothing is left behind.
-        """
-        token = self._together(lambda: os.urandom(4).hex())[0]
-        aside = self.directory / f".{directory_name(self.manifest.step)}.partial-{token}"
-        try:
-            self._together(lambda: aside.mkdir() if self.rank == 0 else None)
-            write_state(self.model, aside / MODEL, self.group)
-            written = self._together(lambda: self._write_own(aside))
-            final = self._together(lambda: self._commit(aside, written) if self.rank == 0 else None)[0]
-        except BaseException:
-            if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-        assert final is not None
-        return final
-
-    def _write_own(self, aside: Path) -> tuple[dict[str, FileEntry], dict[int, tuple[int, ...]]]:
-        """This rank's files with their checksums, and its position."""
-        path = aside / rank_file(self.rank)
-        with path.open("wb") as file:
-            torch.save(self.own, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mine = [path, *(aside / MODEL).glob(f"__{self.rank}_*.distcp")]
-        if self.rank == 0:
-            write_json(aside / JOB, self.job)
-            mine += [aside / JOB, aside / MODEL / ".metadata"]
-        return {str(file.relative_to(aside)): file_entry(file) for file in mine}, self.position
-
-    def _commit(
-        self, aside: Path, written: list[tuple[dict[str, FileEntry], dict[int, tuple[int, ...]]]]
-    ) -> tuple[Path, int]:
-        files = {name: entry for entries, _ in written for name, entry in sorted(entries.items())}
-        positions = {partition: at for _, part in written for partition, at in part.items()}
-        manifest = self.manifest.model_copy(update={"files": files, "positions": dict(sorted(positions.items()))})
-        if problems := check_files(aside, manifest, checksums=False):
-            raise UserError(
-                f"{aside}: {problems[0]}, as the first rank sees it; run.directory must be on a file system that all "
-                "machines share"
-            )
-        sync_directory(aside / MODEL)
-        write_manifest(aside, manifest)
-        final = self.directory / directory_name(manifest.step)
-        if final.exists():
-            # What a run left that went back to an earlier checkpoint, because this one was damaged.
-            _remove(final)
-        aside.rename(final)
-        sync_directory(self.directory)
-        _retire(self.directory, self.settings)
-        return final, manifest.bytes
-
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """What the ranks' work gave, in order of rank; if it failed on one, it fails on all."""
-        mine: tuple[T | None, str | None] = None, None
-        try:
-            mine = work(), None
-        except Exception as error:
-            # Whatever it was: the other ranks must hear of it, or they would wait for this one for ever.
-            mine = None, _one_line(error)
-        results: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(results, mine, group=self.group)
-        for _, failure in results:
-            if failure is not None:
-                raise UserError(f"checkpoint after step {self.manifest.step}: {failure}")
-        return [result for result, _ in results]
 
 
 def ask_of(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], Ask]:
@@ -377,11 +284,6 @@ def own_state(state: TrainingState) -> dict[str, Any]:
         "progressive": state.progressive.state_dict(),
         "window": state.window.state_dict(),
     }
-
-
-def rank_file(rank: int) -> str:
-    """File of :func:`own_state` of a rank."""
-    return f"rank-{rank:05d}.pt"
 
 
 def _shapes(
@@ -402,46 +304,6 @@ def _agreed(world: World, look: Callable[[], T]) -> T:
     if isinstance(result, UserError):
         raise result
     return result  # type: ignore[return-value]
-
-
-def _retire(directory: Path, settings: CheckpointConfig) -> None:
-    """Remove what is neither among the newest nor kept for good."""
-    numbers: dict[Path, int] = {}
-    for entry in list_checkpoints(directory):
-        try:
-            numbers[entry] = read_manifest(entry).number
-        except NewerSchema:
-            continue
-        except UserError:
-            _remove(entry)
-    for entry, number in list(numbers.items())[: -settings.keep]:
-        if not settings.keep_every or number % settings.keep_every:
-            _remove(entry)
-
-
-def _remove(directory: Path) -> None:
-    """Remove a checkpoint so that at no moment half of it stands under its name."""
-    aside = directory.with_name(f".{directory.name}.old-{os.urandom(4).hex()}")
-    directory.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _clear(directory: Path) -> None:
-    """Make the directory, and remove what a killed run left in it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for left in (*directory.glob(".step-*.partial-*"), *directory.glob(".step-*.old-*")):
-            shutil.rmtree(left)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _read_json(path: Path) -> Any:

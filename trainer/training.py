@@ -81,7 +81,8 @@ def train(
                 progress.advance(result.rows_global, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
                 _set_learning_rate(engine, config, state)
                 checkpoints.check()
-                if result.save or result.stop:
+                # After the last step comes a save of its own.
+                if result.stop or (result.save and state.step < steps_total):
                     if scalars is not None:
                         scalars.flush()
                     with watchdog.busy("saving a checkpoint"):
