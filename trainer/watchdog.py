@@ -27,6 +27,7 @@ import torch
 
 from trainer.command import HUNG_STATUS
 from trainer.distributed import World, local_size
+from trainer.log import note
 
 TICK_SECONDS = 1.0
 """Longest pause between two looks at the main thread."""
@@ -104,8 +105,10 @@ class Watchdog:
                 self._world.barrier()
         finally:
             # What the end of a rank at fault does to the main threads of the others is not told: they end in here.
-            os.close(self._stop)
+            # Closing would not do: forked loader workers hold this end as well.
+            os.write(self._stop, b".")
             self._thread.join()
+            os.close(self._stop)
             os.close(self._stopped)
             self._listener.close()
 
@@ -304,4 +307,5 @@ def _listen(ranks: int) -> tuple[socket.socket, tuple[str, int]]:
 
 
 def _say(text: str) -> None:
+    note(text)
     print(text, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ planned again.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,9 @@ from trainer.data.selection import Selection
 from trainer.data.shards import RowStore
 from trainer.data.statistics import FrozenStatistics
 from trainer.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+"""Linux's request for a signal at the parent's death, from its sys/prctl.h."""
 
 
 class Loader:
@@ -136,7 +140,7 @@ class Loader:
             collate_fn=_unchanged,
             # Forked workers share what the parent has mapped and looked up, and start without importing anything.
             multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=_leave_ending_to_the_rank,
+            worker_init_fn=_end_with_the_rank,
             # DataLoader draws from its generator when it starts; the global one belongs to the model.
             generator=torch.Generator(),
         )
@@ -199,11 +203,13 @@ def _unchanged(made: Any) -> Any:
     return made
 
 
-def _leave_ending_to_the_rank(worker: int) -> None:
-    """In a worker: only the rank's own SIGTERM ends it.
+def _end_with_the_rank(worker: int) -> None:
+    """In a worker: it ends when its rank does, and not before.
 
-    Pre-emption may send one to all processes of a job, and the rank needs batches until it has saved its state.
+    Pre-emption may send SIGTERM to all processes of a job, and the rank needs batches until it has saved its state. A
+    worker that outlives its rank keeps copies of the rank's connections open, and the other ranks notice nothing.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey() -> None:
