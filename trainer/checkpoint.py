@@ -38,6 +38,7 @@ from trainer.manifest import (
 from trainer.pipeline import Ask
 from trainer.random_states import random_states, restore_random_states, start_random_states
 from trainer.state import list_differences
+from trainer.text_table import size_text
 from trainer.training_state import TrainingState
 
 T = TypeVar("T")
@@ -194,8 +195,10 @@ class Checkpoints:
         state.step, state.rows_done, state.finished = manifest.step, manifest.rows_done, manifest.finished
         state.trace[:] = job["trace"]
         self._restore_own(directory, manifest, state)
-        ranks = "" if manifest.ranks == self._world.size else f" of {manifest.ranks} ranks"
-        say(f"going on from {directory}{ranks}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on")
+        ranks = (
+            "" if manifest.ranks == self._world.size else f", saved by {manifest.ranks} ranks, now {self._world.size}"
+        )
+        say(f"going on from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
         return manifest.positions
 
     def _restore_own(self, directory: Path, manifest: Manifest, state: TrainingState) -> None:
@@ -269,7 +272,7 @@ class Checkpoints:
         except Exception as error:
             self._failure = UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")
         else:
-            say(f"saved {directory}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s{remark}")
+            say(f"saved {directory}: {size_text(size)} in {time.monotonic() - started:.1f} s{remark}")
 
 
 def ask_of(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], Ask]:

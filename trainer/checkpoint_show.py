@@ -8,7 +8,7 @@ from typing import Any
 from trainer.checkpoint_reader import Checkpoint
 from trainer.errors import UserError
 from trainer.manifest import MANIFEST, Manifest, check_files, list_checkpoints, read_manifest, step_of
-from trainer.text_table import text_table
+from trainer.text_table import size_text, text_table
 
 LISTED = 5
 """Problems that the one line about a broken checkpoint names."""
@@ -57,11 +57,11 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         ("written by", f"{_count(found['ranks'], 'rank')}, ZeRO stage {found['zero_stage']}"),
         ("network", f"{found['kind']} for {', '.join(found['behaviours'])}"),
         ("", f"{_count(len(found['dense']), 'parameter')} of {found['dense_values']:,} values"),
-        ("", f"{_size(found['dense_bytes'])} with the moments of AdamW"),
+        ("", f"{size_text(found['dense_bytes'])} with the moments of AdamW"),
         ("tables' optimizer", found["table_optimizer"]),
         ("dataset", f"{found['dataset']['path']} (fingerprint {found['dataset']['fingerprint']})"),
         ("positions", _positions(found["positions"])),
-        ("files", f"{len(found['files'])} of {_size(found['bytes'])}"),
+        ("files", f"{len(found['files'])} of {size_text(found['bytes'])}"),
     ]
     blocks = ["\n".join(f"{name:<19}{value}" for name, value in facts), _tables(found["tables"])]
     if everything:
@@ -148,7 +148,7 @@ def _tables(tables: list[dict[str, Any]]) -> str:
                 states or "none",
                 f"{table['rows']:,}",
                 str(table["dim"]),
-                _size(size),
+                size_text(size),
             ]
         )
     return text_table(["table", "sharding", "shards", "optimizer state", "rows", "dim", "size"], lines, texts=4)
@@ -173,11 +173,3 @@ def _count(number: int, what: str) -> str:
 
 def _shape(shape: list[int]) -> str:
     return " x ".join(f"{size:,}" for size in shape) if shape else "a number"
-
-
-def _size(bytes_: int) -> str:
-    """A size in the largest unit of which it has one."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if bytes_ >= size:
-            return f"{bytes_ / size:,.1f} {unit}"
-    return f"{bytes_} B"

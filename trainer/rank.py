@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(given.config, given.overrides)
             with World.join(config.train.device) as world:
                 run_job(config, world, preemption)
-        except Preempted:
+        except Preempted as preempted:
+            if preempted.__context__ is not None:
+                # A launcher ends the ranks that are left when one has failed; what it did to this one is told.
+                raise preempted.__context__ from None
             say("asked to end by SIGTERM; the same command goes on from here")
             return PREEMPTED_STATUS
         return 0
@@ -82,6 +85,8 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
             begin_run(directory, config, world.size, dataset)
         world.barrier()
         open_log(directory / "logs", world.rank)
+        if world.rank == 0 and not config.run.directory and (directory / "features").exists():
+            say(f"going on with the unfinished run {directory}; resume.enabled=false starts a new one")
         fitted = fit_once(config, data, split, directory / "features", world)
         features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
         job = Job(config, data, split, features, dataset, world, preemption)

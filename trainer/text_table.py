@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables and sizes as plain text."""
 
 from __future__ import annotations
 
@@ -15,3 +15,11 @@ def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int
         ).rstrip()
         for line in (header, *lines)
     )
+
+
+def size_text(bytes_: int) -> str:
+    """A size in the largest unit of which it has one, such as ``1.2 GB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if bytes_ >= size:
+            return f"{bytes_ / size:,.1f} {unit}"
+    return f"{bytes_} B"
