@@ -1,0 +1,139 @@
+"""What test_init_from.py has ranks do, all in one start of them.
+
+    torchrun --nproc-per-node N -m tests.distributed.init_ranks OUT DATASET
+
+starts new models in every layout from the runs OUT/SEED-OPTIMIZER, and leaves what was in them then in OUT/<ranks>.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.engine_ranks import everything
+from tests.distributed.old_run import DIMS, config_of, features_of, vocabularies
+from trainer.checkpoint_reader import Piece
+from trainer.data.schema import DatasetSpec
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.init_from import format_taken, take_from
+from trainer.job import build_engine
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a new model; ``layout`` is the sharding of all tables, or ``mixed``."""
+
+    seed: int
+    then: str
+    now: str
+    layout: str
+    stage: int = 0
+    dense: bool = False
+    tables: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.seed} {self.then} {self.now} {self.layout} {self.stage} {self.dense} {','.join(self.tables)}"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        layouts = dict.fromkeys(DIMS, self.layout)
+        if self.layout == "mixed":
+            layouts = {"user": "row_wise", "author": "table_wise", "item": "table_wise", "side": "row_wise"}
+        return {
+            **{f"features.{name}.sharding": layout for name, layout in layouts.items()},
+            "tables.optimizer": self.now,
+            "init_from.run": f"{self.seed}-{self.then}",
+            "init_from.tables": self.tables,
+            "init_from.dense": self.dense,
+            "features.exclude": self.exclude,
+            "run.seed": 100 + self.seed,
+        }
+
+
+ROWWISE, ADAGRAD = "rowwise_adagrad", "adagrad"
+STARTS = (
+    Start(0, ROWWISE, ROWWISE, "table_wise", dense=True),
+    Start(0, ROWWISE, ROWWISE, "row_wise", 1, dense=True),
+    Start(1, ROWWISE, ROWWISE, "mixed", exclude=("device",)),
+    Start(1, ROWWISE, ADAGRAD, "row_wise", tables=("user",)),
+    Start(2, ADAGRAD, ADAGRAD, "column_wise", tables=("side", "author")),
+    Start(2, ADAGRAD, "sgd", "table_wise", 2, dense=True),
+)
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "another dimension": ({"features.item.dim": 8}, "table 'item' had dim = 16 and has 8 now"),
+    "another size": ({"features.item.rows": 91}, "hashed ids have other rows in a table of another size"),
+    "another mapping": ({"features.author": {"ids": "hash", "rows": 57, "dim": 8}}, "were mapped by 'direct'"),
+    "no such table": ({"init_from.tables": ["rooms"]}, "has no table 'rooms'; it has author, item, side, user"),
+    "no such run": ({"init_from.run": "nowhere"}, "nowhere: no checkpoint and no run"),
+    "another kind": ({"model.kind": "mmoe", "init_from.dense": True}, "model.kind shared_bottom, this one mmoe"),
+    "another width": ({"model.tower": [5], "init_from.dense": True}, "the old network is another one: "),
+    "other inputs": ({"features.exclude": ["stat:*"], "init_from.dense": True}, "features.exclude [], this one"),
+    "other outputs": ({"data.behaviours": ["gift", "click"], "init_from.dense": True}, "behaviours ['click',"),
+    "a smaller table": ({"features.author.rows": 39}, "table 'author': it had 40 rows and has 39 now"),
+    "damaged": ({"init_from.run": "damaged"}, "is damaged (model/__1_0.distcp has another content"),
+}
+"""Changes to the first start -> part of the one line that tells of them."""
+
+
+def begin(start: Start, changes: dict[str, Any], world: World, out: Path, spec: DatasetSpec) -> tuple[Any, ...]:
+    """The new engine, and the report."""
+    given = {**start.changes, "train.deepspeed": str(out / f"zero{start.stage}.json"), **changes}
+    given["init_from.run"] = str(out / given["init_from.run"])
+    config = config_of(given)
+    features = features_of(spec, config, vocabularies(start.seed)[1])
+    engine = build_engine(config, features, config.model.kind, world)
+    try:
+        return engine, take_from(engine, config, config.model.kind, features, world)
+    except UserError:
+        engine.close()
+        raise
+
+
+def main(out: Path, dataset: str) -> None:
+    spec = DatasetSpec.load(dataset)
+    read: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    plain_read = Piece.read
+
+    def counted_read(piece: Piece) -> Any:
+        values = plain_read(piece)
+        read.append((str(piece.file), piece.offsets, piece.sizes))
+        return values
+
+    Piece.read = counted_read  # type: ignore[method-assign]
+    for stage in (0, 1, 2):
+        (out / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    with World.join("cpu") as world:
+        outcome: dict[str, Any] = {"taken": {}, "mistakes": {}}
+        for start in STARTS:
+            read.clear()
+            engine, report = begin(start, {}, world, out, spec)
+            outcome["taken"][str(start)] = {
+                "tensors": everything(engine, world),
+                "working": {name: p.detach().clone() for name, p in engine._dense.module.named_parameters()},
+                "report": report,
+                "text": format_taken(report),
+                "pieces": world.agree(world.gather(list(read))),
+                "plan": engine.plan,
+            }
+            engine.close()
+        for name, (changes, _) in MISTAKES.items() if world.size > 1 else ():
+            told = ""
+            try:
+                begin(STARTS[0], changes, world, out, spec)
+            except UserError as error:
+                told = str(error)
+            outcome["mistakes"][name] = world.agree(world.gather(told))
+        if world.rank == 0:
+            torch.save(outcome, out / f"{world.size}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
