@@ -28,9 +28,7 @@ LAYOUT = {
 def side(config: FeatureConfig | None = None, **layout: Any) -> Side:
     """What a model knows about its features."""
     nothing = np.empty(0)
-    fitted = FittedFeatures(
-        {**LAYOUT, **layout}, {}, nothing, nothing, nothing, {"item": np.array(vocabulary, np.int64)}
-    )
+    fitted = FittedFeatures({**LAYOUT, **layout}, {}, nothing, nothing, nothing)
     return Side(config or FeatureConfig(), fitted)
 
 
