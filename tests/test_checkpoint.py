@@ -14,12 +14,19 @@ import pytest
 import torch
 
 from modules.embeddings import Lookup, Table
-from tests.distributed.small_model import BEHAVIOURS, LOOKUPS, WEIGHTS, SmallRanker, batches_of, ranker, tables
+from tests.distributed.small_model import (
+    BEHAVIOURS,
+    LOOKUPS,
+    SmallRanker,
+    batches_of,
+    single_engine,
+    tables,
+)
 from trainer import checkpoint_writer
 from trainer.checkpoint import Checkpoints, Identity
 from trainer.config import parse_config
 from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine import HybridEngine, TableOptimizer
 from trainer.errors import UserError
 from trainer.manifest import MANIFEST, DatasetEntry, list_checkpoints, read_manifest
 from trainer.training_state import TrainingState
@@ -31,22 +38,6 @@ NAMES = ("click", "like", "follow")
 def world() -> Iterator[World]:
     with World.join("cpu") as alone:
         yield alone
-
-
-def make_engine(world: World, declared: list[Table] | None = None, **changes: Any) -> HybridEngine:
-    arguments: dict[str, Any] = {
-        "tables": declared or tables("auto"),
-        "lookups": LOOKUPS,
-        "ranker": ranker(),
-        "table_optimizer": TableOptimizer("rowwise_adagrad", 0.1),
-        "dense_optimizer": DenseOptimizer(0.01),
-        "deepspeed": {},
-        "behaviour_weights": WEIGHTS,
-        "batch_size": 24,
-        "device": world.device,
-        "seed": 1,
-    }
-    return HybridEngine(**{**arguments, **changes})
 
 
 def identity(fingerprint: str = "f", kind: str = "ple", resume: bool = False, **settings: Any) -> Identity:
@@ -70,7 +61,7 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def test_what_is_saved_is_restored(world: World, tmp_path: Path) -> None:
-    engine = make_engine(world)
+    engine = single_engine(world)
     state = trained(engine, 5)
     state.trace.append({"step": 5, "loss": 0.5})
     torch.manual_seed(77)
@@ -84,14 +75,14 @@ def test_what_is_saved_is_restored(world: World, tmp_path: Path) -> None:
     trained(engine, 3)
     saving.close()
 
-    other, loaded = make_engine(world), TrainingState.at_start(NAMES)
+    other, loaded = single_engine(world), TrainingState.at_start(NAMES)
     restoring = Checkpoints(tmp_path / "checkpoints", identity(), world)
     assert restoring.restore(other, loaded) == {0: tuple(state.position[0])}
     assert torch.equal(torch.rand(4), expected)
     assert (loaded.step, loaded.rows_done, loaded.trace, loaded.finished) == (5, state.rows_done, state.trace, False)
     assert loaded.progressive.compute() == state.progressive.compute()
     assert loaded.window.entry(5, {})["loss"] == state.window.entry(5, {})["loss"]
-    again = make_engine(world)
+    again = single_engine(world)
     trained(again, 5)
     left, right = (dict(checkpoint_tensors(each)) for each in (other, again))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
@@ -104,7 +95,7 @@ def checkpoint_tensors(engine: HybridEngine) -> Iterator[tuple[str, torch.Tensor
 
 
 def test_the_newest_and_every_nth_are_kept(world: World, tmp_path: Path) -> None:
-    engine = make_engine(world)
+    engine = single_engine(world)
     checkpoints = Checkpoints(tmp_path, identity(keep=2, keep_every=3), world)
     state = TrainingState.at_start(NAMES)
     for step in range(1, 9):
@@ -151,7 +142,7 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_file_takes_training_back_to_the_checkpoint_before(
     world: World, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = make_engine(world)
+    engine = single_engine(world)
     state = TrainingState.at_start(NAMES)
     saving = Checkpoints(tmp_path, identity(keep=9), world)
     for step in (1, 2):
@@ -184,7 +175,7 @@ def test_a_damaged_file_takes_training_back_to_the_checkpoint_before(
 
 
 def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path) -> None:
-    engine, state = make_engine(world), TrainingState.at_start(NAMES)
+    engine, state = single_engine(world), TrainingState.at_start(NAMES)
     Checkpoints(tmp_path, identity(), world).save(engine, state, wait=True)
     larger = [Table(t.name, t.rows + (t.name == "room"), t.dim) for t in tables("auto")]
     renamed = [Table("lobby" if t.name == "room" else t.name, t.rows, t.dim) for t in tables("auto")]
@@ -192,25 +183,25 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
     wider = SmallRanker()
     wider.extra = torch.nn.Linear(BEHAVIOURS, 2)  # type: ignore[assignment]
     for other, given, told in (
-        (make_engine(world, larger), identity(), "another model: table room 17 x 16 there, 18 x 16 here"),
+        (single_engine(world, tables=larger), identity(), "another model: table room 17 x 16 there, 18 x 16 here"),
         (
-            make_engine(world, renamed, lookups=lookups),
+            single_engine(world, tables=renamed, lookups=lookups),
             identity(),
             "room 17 x 16 only there; table lobby 17 x 16 only here",
         ),
-        (make_engine(world, ranker=wider), identity(), "extra.bias 2 only here; extra.weight 2 x 3 only here"),
+        (single_engine(world, ranker=wider), identity(), "extra.bias 2 only here; extra.weight 2 x 3 only here"),
         (
-            make_engine(world, table_optimizer=TableOptimizer("sgd", 0.1)),
+            single_engine(world, table_optimizer=TableOptimizer("sgd", 0.1)),
             identity(),
             "table_optimizer rowwise_adagrad there",
         ),
-        (make_engine(world), identity(kind="cgc"), "kind ple there, cgc here"),
-        (make_engine(world), identity(fingerprint="g"), "resume.allow_new_data=true goes on with this one"),
+        (single_engine(world), identity(kind="cgc"), "kind ple there, cgc here"),
+        (single_engine(world), identity(fingerprint="g"), "resume.allow_new_data=true goes on with this one"),
     ):
         with pytest.raises(UserError) as refused:
             Checkpoints(tmp_path, given, world).restore(other, state)
         assert told in str(refused.value) and "\n" not in str(refused.value)
-    assert Checkpoints(tmp_path, identity("g", resume=True), world).restore(make_engine(world), state) == {}
+    assert Checkpoints(tmp_path, identity("g", resume=True), world).restore(single_engine(world), state) == {}
     manifest = tmp_path / "step-00000000" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
     with pytest.raises(UserError, match="written by a newer version"):
@@ -220,7 +211,7 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
 def test_a_failure_in_the_background_ends_training_with_its_reason(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, state = make_engine(world), TrainingState.at_start(NAMES)
+    engine, state = single_engine(world), TrainingState.at_start(NAMES)
     checkpoints = Checkpoints(tmp_path, identity(), world)
     state.step = 1
     checkpoints.save(engine, state, wait=True)
@@ -243,7 +234,7 @@ def test_a_failure_in_the_background_ends_training_with_its_reason(
 
 
 def test_a_save_waits_for_the_one_before(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, state = make_engine(world), TrainingState.at_start(NAMES)
+    engine, state = single_engine(world), TrainingState.at_start(NAMES)
     checkpoints = Checkpoints(tmp_path, identity(keep=5), world)
     write, hold, running = checkpoint_writer.write_state, threading.Event(), []
 
@@ -267,7 +258,7 @@ def test_a_save_waits_for_the_one_before(world: World, tmp_path: Path, monkeypat
 def test_a_checkpoint_is_never_gone_while_another_takes_its_place(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, state = make_engine(world), TrainingState.at_start(NAMES)
+    engine, state = single_engine(world), TrainingState.at_start(NAMES)
     saving = Checkpoints(tmp_path, identity(keep=1), world)
     state.rows_done = 1
     saving.save(engine, state, wait=True)

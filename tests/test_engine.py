@@ -10,9 +10,17 @@ import torch
 from torch import nn
 
 from modules.embeddings import Lookup
-from tests.distributed.small_model import BEHAVIOURS, LOOKUPS, WEIGHTS, SmallRanker, batches_of, tables
+from tests.distributed.small_model import (
+    BEHAVIOURS,
+    LOOKUPS,
+    WEIGHTS,
+    SmallRanker,
+    batches_of,
+    single_engine,
+    tables,
+)
 from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine import TableOptimizer
 from trainer.errors import UserError
 
 
@@ -20,22 +28,6 @@ from trainer.errors import UserError
 def world() -> Iterator[World]:
     with World.join("cpu") as alone:
         yield alone
-
-
-def make(world: World, **changes: Any) -> HybridEngine:
-    arguments: dict[str, Any] = {
-        "tables": tables("auto"),
-        "lookups": LOOKUPS,
-        "ranker": SmallRanker(),
-        "table_optimizer": TableOptimizer("rowwise_adagrad", 0.1),
-        "dense_optimizer": DenseOptimizer(0.01),
-        "deepspeed": {},
-        "behaviour_weights": WEIGHTS,
-        "batch_size": 24,
-        "device": world.device,
-        "seed": 1,
-    }
-    return HybridEngine(**{**arguments, **changes})
 
 
 class WiderRanker(SmallRanker):
@@ -46,10 +38,10 @@ class WiderRanker(SmallRanker):
 
 def test_loading_what_does_not_fit(world: World, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    make(world).save(model)
+    single_engine(world).save(model)
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UserError, match="no model here"):
-            make(world).load(path)
+            single_engine(world).load(path)
     *same, room = tables("auto")
     others: list[tuple[dict[str, Any], str]] = [
         ({"tables": [*same, replace(room, rows=18)]}, "room.weight 17 x 16 there, 18 x 16 here"),
@@ -63,18 +55,18 @@ def test_loading_what_does_not_fit(world: World, tmp_path: Path) -> None:
     ]
     for changes, named in others:
         with pytest.raises(UserError, match="a checkpoint of another model") as told:
-            make(world, **changes).load(model)
+            single_engine(world, **changes).load(model)
         assert named in str(told.value) and "\n" not in str(told.value)
     (shards,) = model.glob("*.distcp")
     shards.write_bytes(shards.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot read the model"):
-        make(world).load(model)
+        single_engine(world).load(model)
 
 
 def test_saving_where_nothing_can_be_written(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write the model"):
-        make(world).save(tmp_path / "file" / "model")
+        single_engine(world).save(tmp_path / "file" / "model")
 
 
 @pytest.mark.parametrize(
@@ -87,19 +79,19 @@ def test_saving_where_nothing_can_be_written(world: World, tmp_path: Path) -> No
 )
 def test_settings_that_deepspeed_or_the_engine_refuses(world: World, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError) as error:
-        make(world, deepspeed=settings)
+        single_engine(world, deepspeed=settings)
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_batches_are_no_steps(world: World) -> None:
-    engine = make(world)
+    engine = single_engine(world)
     assert list(engine.steps(iter([]))) == []
     assert list(engine.predict(iter([]))) == []
     assert engine.steps_done == 0
 
 
 def test_what_a_step_tells(world: World) -> None:
-    engine = make(world)
+    engine = single_engine(world)
     batches = list(batches_of(0, 1))
     before = [predicted.clone() for _, predicted in engine.predict(iter(batches[:1]))]
     results = list(engine.steps(iter(batches)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.embeddings import Lookup, Table
 from modules.table_set import TableSet
 from trainer.data.batch import Batch
+from trainer.distributed import World
+from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
 
 SEED = 5
 BEHAVIOURS = 3
 N_DENSE = 4
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
 MAX_LENGTH = 5
+STEPS = 20
+ROWS = 12
+"""Most rows of a rank in a step."""
 LOOKUPS = (
     Lookup("user", "user", 1),
     Lookup("item", "item", 1),
@@ -62,6 +68,23 @@ class SmallRanker(nn.Module):
 def ranker() -> SmallRanker:
     torch.manual_seed(SEED)
     return SmallRanker()
+
+
+def single_engine(world: World, **changes: Any) -> HybridEngine:
+    """The small model on a single rank; ``changes`` are arguments of the engine."""
+    arguments: dict[str, Any] = {
+        "tables": tables("auto"),
+        "lookups": LOOKUPS,
+        "ranker": ranker(),
+        "table_optimizer": TableOptimizer("rowwise_adagrad", 0.1),
+        "dense_optimizer": DenseOptimizer(0.01),
+        "deepspeed": {},
+        "behaviour_weights": WEIGHTS,
+        "batch_size": 2 * ROWS,
+        "device": world.device,
+        "seed": 1,
+    }
+    return HybridEngine(**{**arguments, **changes})
 
 
 @dataclass(frozen=True)
@@ -115,11 +138,6 @@ def make_rows(step: int, rows: int) -> Rows:
         (torch.rand(rows, BEHAVIOURS, generator=random) < 0.4).float(),
         (torch.rand(rows, BEHAVIOURS, generator=random) < 0.8).float(),
     )
-
-
-STEPS = 20
-ROWS = 12
-"""Most rows of a rank in a step."""
 
 
 def share_of_first_rank(step: int, rows: int) -> int:
