@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint_writer import Save, clear, one_line, rank_file
+from trainer.checkpoint_writer import Save, clear, rank_file
 from trainer.config import CheckpointConfig, JobConfig
 from trainer.distributed import World
 from trainer.engine import HybridEngine
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.log import say
 from trainer.manifest import (
     JOB,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import CheckpointConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 from trainer.manifest import (
     JOB,
     MODEL,
@@ -29,7 +29,7 @@ from trainer.manifest import (
     file_entry,
     list_checkpoints,
     read_manifest,
-    sync_directory,
+    sync,
     write_manifest,
 )
 from trainer.run import write_json
@@ -97,6 +97,8 @@ class Save:
         mine = [path, *(aside / MODEL).glob(f"__{self.rank}_*.distcp")]
         if self.rank == 0:
             write_json(aside / JOB, self.job)
+            # torch syncs it while it is still in a buffer of Python's.
+            sync(aside / MODEL / ".metadata")
             mine += [aside / JOB, aside / MODEL / ".metadata"]
         return {str(file.relative_to(aside)): file_entry(file) for file in mine}, self.position
 
@@ -111,7 +113,7 @@ class Save:
                 f"{aside}: {problems[0]}, as the first rank sees it; run.directory must be on a file system that all "
                 "machines share"
             )
-        sync_directory(aside / MODEL)
+        sync(aside / MODEL)
         write_manifest(aside, manifest)
         final = self.directory / directory_name(manifest.step)
         replaced = final.with_name(f".{final.name}{_REPLACED}")
@@ -119,7 +121,7 @@ class Save:
             # Damaged, so that the run went back behind it; or of a run that was stopped at its very end.
             final.rename(replaced)
         aside.rename(final)
-        sync_directory(self.directory)
+        sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         _retire(self.directory, self.settings)
         return final, manifest.bytes
@@ -159,15 +161,6 @@ def clear(directory: Path) -> None:
             shutil.rmtree(left)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong, for a person."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _retire(directory: Path, settings: CheckpointConfig) -> None:

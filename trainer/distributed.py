@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from trainer.command import exit_status
 from trainer.errors import UserError, is_lost_peer
 from trainer.interfaces import interface_towards, loopback_interface
 from trainer.log import note
+from trainer.rendezvous import fresh_part, shared_store
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
@@ -80,11 +82,13 @@ class World:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         try:
-            if "MASTER_PORT" in os.environ and "RANK" in os.environ:
+            store = shared_store(timeout)
+            if store is None and "MASTER_PORT" in os.environ and "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
                 # No launcher, one rank: a store in memory needs no port.
-                dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=timeout)
+                part = dist.HashStore() if store is None else fresh_part(store, rank, size, timeout)
+                dist.init_process_group(backend, store=part, rank=rank, world_size=size, timeout=timeout)
             control = control_group()
         except (RuntimeError, ValueError) as error:
             place = f"{master}:{os.environ.get('MASTER_PORT', '-')}"
@@ -152,6 +156,7 @@ def run_rank(job: Callable[[], int | None]) -> int:
 
     An exception is left where the launcher looks for it (torchrun and ``limelight`` both name a file in the
     environment), so that of all ranks' tracebacks the first is shown last; a mistake of the user's is in the log too.
+    That another rank has gone is told in a line: that rank knows why, and the log has the traceback.
     """
 
     def told() -> int | None:
@@ -161,7 +166,17 @@ def run_rank(job: Callable[[], int | None]) -> int:
             note(f"limelight: error: {error}")
             raise
 
-    return exit_status(record(told))
+    try:
+        return exit_status(record(told))
+    except Exception as error:
+        if not is_lost_peer(f"{type(error).__name__}: {error}"):
+            raise
+        note(traceback.format_exc())
+        # gloo begins with a line of its own source, and ends with advice.
+        reason = " ".join(str(error).split()).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(error)
+        rank = _from_environment("RANK", 0)
+        print(f"limelight: rank {rank} has lost another rank: {reason}", file=sys.stderr, flush=True)
+        return 1
 
 
 def local_size() -> int:

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can make, and how the loss of another rank is known."""
+"""The one exception for mistakes a user can make, how others are told, and how the loss of another rank is known."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ class UserError(Exception):
 
     Commands print it as ``limelight: error: <message>`` and exit with status 2; nothing else is printed.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a person."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    if "inline_container" in text and "unexpected pos" in text:
+        # What torch makes of a write that failed; the reason is lost where the error comes from another rank.
+        return "a file could not be written whole; is the disk full, or a quota used up?"
+    return f"{type(error).__name__}: {text}"
 
 
 _LOST_PEER = re.compile(r"\bgloo/|\bNCCL\b|\bDist(Backend|Network|Store)Error\b")

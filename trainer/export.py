@@ -20,7 +20,7 @@ from trainer.checkpoint_reader import Checkpoint, StoredModel, StoredTensor
 from trainer.config import load_deepspeed
 from trainer.errors import UserError
 from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, WEIGHTS
-from trainer.manifest import check_files, sync_directory
+from trainer.manifest import check_files, sync
 from trainer.run import write_json
 
 _TYPES = {
@@ -62,9 +62,9 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
         write_json(aside / CONFIG, checkpoint.config.model_dump(mode="json"))
         shutil.copytree(checkpoint.run / "features", aside / FEATURES)
         write_json(aside / ORIGIN, origin)
-        sync_directory(aside)
+        sync(aside)
         aside.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
     finally:

@@ -176,7 +176,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    sync_directory(directory)
+    sync(directory)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -243,8 +243,8 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(bytes=size, crc32=crc)
 
 
-def sync_directory(path: Path) -> None:
-    """Have the names in a directory on disk."""
+def sync(path: Path) -> None:
+    """Have what a file holds, or the names in a directory, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

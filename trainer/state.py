@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 State = Mapping[str, Any]
 """Nested mappings of tensors: DTensors where ranks hold shards, plain ones where all ranks hold the same."""
@@ -139,5 +139,4 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _reason(error: BaseException) -> str:
     """The first failure of a rank in one line."""
     failures = list(getattr(error, "failures", {}).values())
-    cause = failures[0][0] if failures else error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    return one_line(failures[0][0] if failures else error)
