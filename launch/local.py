@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO
 
 from launch.machine import available_cores, free_port, port_in_use
-from trainer.command import PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.command import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.errors import UserError, is_lost_peer
 from trainer.log import LOG_NOTE_VARIABLE
 
@@ -201,7 +201,12 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
             continue
         running -= 1
         status = rank.process.returncode
-        if status == PREEMPTED_STATUS and not failed:
+        if status == HUNG_STATUS:
+            # The watchdogs have waited long enough; a rank that does not answer them does not hear SIGTERM either.
+            terminate_at, kill_at = float("inf"), min(kill_at, time.monotonic() + SETTLE_SECONDS)
+            asked = True
+            failed.append(rank)
+        elif status == PREEMPTED_STATUS and not failed:
             # The state is saved on all ranks before the first of them ends.
             kill_at = min(kill_at, time.monotonic() + TERMINATE_SECONDS)
         elif status and status != PREEMPTED_STATUS and (not asked or rank.error is not None):

@@ -53,11 +53,11 @@ Launch = Callable[..., subprocess.Popen[str]]
 def launch(tmp_path: Path) -> Launch:
     """``launch(body, ranks)`` starts the launcher in a process of its own, on ranks that run ``body``."""
 
-    def start(body: str, ranks: int = 2, **environment: str) -> subprocess.Popen[str]:
+    def start(body: str, ranks: int = 2, launcher: str = LAUNCHER, **environment: str) -> subprocess.Popen[str]:
         (tmp_path / "job.py").write_text(JOB + body)
         settings = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MASTER_PORT")}
         return subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(ranks), str(tmp_path)],
+            [sys.executable, "-c", launcher, str(ranks), str(tmp_path)],
             env={**settings, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -120,6 +120,20 @@ wait()
     assert process.returncode == 7
     lines = stderr.splitlines()
     assert lines[-3:] == ["limelight: rank 1 exited with status 7; its last lines:", "on stdout", "the reason"]
+    assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid?"))
+
+
+def test_a_rank_that_its_watchdog_found_stopped_is_not_waited_for(launch: Launch, tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    ready(); os.kill(os.getpid(), signal.SIGSTOP)
+while not (here / "pid1").exists(): time.sleep(0.01)
+print("rank 1 does not answer"); sys.exit(70)
+"""
+    process = launch(body, 3, launcher=LAUNCHER.replace("0.5", "600"))
+    _, stderr = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 70
+    assert "exited with status 70" in stderr and "SIGKILL" not in stderr
     assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid?"))
 
 
