@@ -97,12 +97,13 @@ def write_checkpoint(
     step: int = 7,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
+    cuts: Cuts | None = None,
     **manifest: Any,
 ) -> Path:
-    """A whole checkpoint of a run, its tensors in random pieces; further arguments go into its manifest."""
+    """A whole checkpoint of a run, its tensors in ``cuts`` or random pieces; further arguments go into its manifest."""
     directory = run / "checkpoints" / f"step-{step:08d}"
     tensors = model_tensors(tables, states, dense)
-    write_model(directory / "model", tensors, random_cuts(tensors, seed))
+    write_model(directory / "model", tensors, cuts or random_cuts(tensors, seed))
     job = parse_config({"data": {"path": "nowhere"}, **(config or {})}, "test")
     (directory / "job.json").write_text(json.dumps({"config": job.model_dump(mode="json"), "trace": []}))
     files = {

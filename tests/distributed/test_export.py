@@ -1,0 +1,195 @@
+"""Exported models score as the runs that they are from, in one process that cannot import TorchRec or DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from launch.cli import main
+from tests.distributed.export_ranks import RUNS
+from trainer.checkpoint_reader import Checkpoint
+from trainer.data.schema import DatasetSpec
+from trainer.data.shards import read_rows
+from trainer.data.simulate import simulate
+from trainer.errors import UserError
+from trainer.exported import open_export
+from trainer.score import read_candidates, score_candidates
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = [(precision, kind) for precision, kinds in RUNS.items() for kind in kinds]
+
+_made: list[Path] = []
+
+
+@pytest.fixture
+def out(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What export_ranks.py left, and the export of each model as PRECISION-KIND; made once for all tests."""
+    if not _made:
+        home = tmp_path_factory.mktemp("export")
+        simulate(home / "world", 50, 2, 2, 3)
+        write_candidates(home / "world", home / "candidates.parquet")
+        run_ranks("tests.distributed.export_ranks", home, home / "world", home / "candidates.parquet")
+        for precision, kind in MODELS:
+            run = home / precision if kind == "ple" else home / precision / "baselines" / kind
+            assert main(["checkpoint", "export", str(run), str(home / f"{precision}-{kind}")]) == 0
+        _made.append(home)
+    return _made[0]
+
+
+def write_candidates(world: Path, file: Path) -> None:
+    """The last exposures of a dataset as candidates, with the features of their requests."""
+    spec = DatasetSpec.load(world)
+    rows = read_rows(world, spec)
+    last = np.argsort(rows["request_ms"])[-80:]
+    columns: dict[str, Any] = {name: rows[name][last] for name in ("user_id", "item_id", "author_id", "request_ms")}
+    for k, side in enumerate(spec.side):
+        if side.of == "context":
+            columns[side.name] = rows["side"][last, k].astype(np.int32)
+    for k, dense in enumerate(spec.dense):
+        if dense.of == "context":
+            columns[dense.name] = rows["dense"][last, k]
+    pq.write_table(pa.table(columns), file)
+
+
+def largest_difference(one: pa.Table, other: pa.Table) -> float:
+    """Of the probabilities of all behaviours."""
+    assert one.column_names == other.column_names and one.num_rows == other.num_rows == 80
+    names = [name for name in one.column_names if name.startswith("p_")]
+    return max(float(np.abs(one[name].to_numpy() - other[name].to_numpy()).max()) for name in names)
+
+
+@pytest.mark.parametrize(("precision", "kind"), MODELS)
+def test_probabilities_are_those_of_the_run(out: Path, precision: str, kind: str) -> None:
+    model = open_export(out / f"{precision}-{kind}")
+    candidates = read_candidates(out / "candidates.parquet", model.data.spec)
+    scores = score_candidates(model, str(out / "world"), candidates)
+    expected = pq.read_table(out / f"{precision}-{kind}.parquet")
+    assert largest_difference(scores, expected) <= 1e-6
+    # bfloat16 has few logits to choose from.
+    assert len(np.unique(scores["p_click"].to_numpy())) > {"float32": 60, "bfloat16": 10}[precision]
+
+
+def test_a_model_is_scored_in_the_precision_of_its_run(out: Path) -> None:
+    model = open_export(out / "bfloat16-ple")
+    candidates = read_candidates(out / "candidates.parquet", model.data.spec)
+    wider = replace(model, ranker=model.ranker.float())
+    expected = pq.read_table(out / "bfloat16-ple.parquet")
+    assert largest_difference(score_candidates(wider, str(out / "world"), candidates), expected) > 1e-5
+
+
+def test_the_models_differ(out: Path) -> None:
+    scores = [pq.read_table(out / f"{precision}-{kind}.parquet") for precision, kind in MODELS]
+    for k, one in enumerate(scores):
+        assert all(largest_difference(one, other) > 1e-4 for other in scores[:k])
+
+
+def test_the_command_scores_without_torchrec_and_deepspeed(out: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torchrec', 'fbgemm_gpu', 'deepspeed'):\n"
+        "    sys.modules[name] = None\n"
+        "from trainer.score import main\n"
+        "sys.exit(main())\n"
+    )
+
+    def score(*command: str, model: Path) -> pa.Table:
+        done = subprocess.run(
+            [*command, str(model), str(out / "candidates.parquet"), str(tmp_path / "scores.parquet")],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "80 candidates scored" in done.stdout
+        return pq.read_table(tmp_path / "scores.parquet")
+
+    plain = score(sys.executable, "-c", program, model=out / "float32-ple")
+    of_run = score(sys.executable, "-m", "launch.cli", "score", model=out / "float32")
+    assert largest_difference(plain, of_run) <= 1e-6
+    np.testing.assert_allclose(plain["score"].to_numpy(), of_run["score"].to_numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "kind"), MODELS)
+def test_an_export_has_whole_tables_and_float32_parameters(out: Path, precision: str, kind: str) -> None:
+    home = out / f"{precision}-{kind}"
+    origin = json.loads((home / "export.json").read_text())
+    checkpoint = Checkpoint.open(origin["checkpoint"])
+    assert (origin["precision"], origin["kind"], origin["step"]) == (precision, kind, checkpoint.manifest.step)
+    weights, model = load_file(home / "model.safetensors"), checkpoint.model
+    expected = {f"tables.{name}": table.weight for name, table in model.tables.items()}
+    expected |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
+    expected |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert tensor.equal(expected[name].read()), name
+        assert name.startswith("buffers.") or str(tensor.dtype) == "torch.float32"
+    assert json.loads((home / "config.json").read_text())["model"]["kind"] == kind
+
+
+def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, target = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(out / "float32", run)
+    (file,) = (run / "checkpoints").rglob("__1_0.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "file").write_text("")
+    for source, place, told in (
+        (out / "float32", out / "float32-ple", "is there already; choose another directory or remove it"),
+        (run, target, "damaged (model/__1_0.distcp has another content than was written)"),
+        (tmp_path, target, "no checkpoint and no run with checkpoints here"),
+        (out / "float32", tmp_path / "file" / "model", "cannot be written (Not a directory)"),
+    ):
+        assert main(["checkpoint", "export", str(source), str(place)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert told in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("model.safetensors", lambda content: content[:-5], "model.safetensors: damaged"),
+        ("model.safetensors", lambda content: b"", "model.safetensors: damaged"),
+        ("model.safetensors", None, "model.safetensors: no such file"),
+        ("config.json", lambda content: content[:9], "config.json: damaged (not JSON)"),
+        (
+            "config.json",
+            lambda content: content.replace(b'"ple"', b'"cgc"'),
+            "not the model that config.json describes",
+        ),
+        ("features/features.json", None, "features.json is missing"),
+        ("export.json", lambda content: content.replace(b'version": 1', b'version": 2'), "by a newer version"),
+    ],
+)
+def test_a_damaged_export_is_told_in_a_line(
+    out: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes] | None, told: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(out / "float32-ple", model)
+    if change is None:
+        (model / name).unlink()
+    else:
+        before = (model / name).read_bytes()
+        (model / name).write_bytes(change(before))
+        assert (model / name).read_bytes() != before
+    with pytest.raises(UserError) as error:
+        open_export(model)
+    assert told in str(error.value) and "\n" not in str(error.value)
