@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer.manifest import Manifest, list_checkpoints, read_manifest
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "configs/simulated.toml",
@@ -17,10 +19,11 @@ SETTINGS = (
     "model.tower=[8]",
     "features.history.short.length=5",
     "features.history.live.length=5",
-    "train.batch_size=128",
+    "train.batch_size=32",
     "train.epochs=1",
     "train.log_every=5",
     "train.device=cpu",
+    "checkpoint.every_steps=5",
 )
 ENVIRONMENT = {
     **{
@@ -83,3 +86,8 @@ def metrics(directory: Path) -> dict[str, Any]:
     """The metrics of a run, by behaviour."""
     document: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
     return dict(document["behaviours"])
+
+
+def last_checkpoint(directory: Path) -> Manifest:
+    """What the newest checkpoint of a run holds."""
+    return read_manifest(list_checkpoints(directory / "checkpoints")[-1])
