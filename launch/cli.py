@@ -18,6 +18,7 @@ from trainer.command import (
     exit_status,
 )
 from trainer.data.cli import add_data_parser
+from trainer.stream.cli import add_stream_parser
 
 BROKEN_PIPE_STATUS = 141
 """128 + SIGPIPE: whoever read our output has gone."""
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     add_data_parser(verbs)
+    add_stream_parser(verbs)
 
     train = verbs.add_parser("train", help="train the model of a job file", description="Train on this machine.")
     add_train_arguments(train)

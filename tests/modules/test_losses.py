@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from modules.losses import masked_bce
+from modules.losses import masked_bce, report_loss, retraction
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,3 +63,49 @@ def test_a_batch_of_no_rows_loses_nothing() -> None:
     total, sums = masked_bce(logits, torch.zeros(0, 3), torch.zeros(0, 3), torch.ones(3))
     assert float(total.detach()) == 0 and sums.tolist() == [0, 0, 0]
     total.backward()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_denied_positive_and_its_retraction_pull_like_a_positive(seed: int) -> None:
+    """Equations 2 and 3: the gradients of fast and slow row add to that of one row which said 1 at once."""
+    torch.manual_seed(seed)
+    logits = (5 * torch.randn(40, 3)).requires_grad_()
+    denied, weight = torch.randint(0, 2, (40, 3)).float(), torch.rand(3)
+    everything = torch.ones(40, 3)
+
+    fast, _ = masked_bce(logits, torch.zeros(40, 3), everything, weight)
+    slow, _ = retraction(logits, denied, weight)
+    at_once, _ = masked_bce(logits, denied, everything, weight)
+    slope = torch.autograd.grad(fast + slow, logits, retain_graph=True)[0]
+    torch.testing.assert_close(slope, torch.autograd.grad(at_once, logits)[0])
+
+
+@pytest.mark.parametrize("probability", [0.001, 0.3, 0.5, 0.97])
+def test_the_retraction_is_the_papers_formula(probability: float) -> None:
+    logit = torch.tensor([[math.log(probability / (1 - probability))]])
+    total, sums = retraction(logit, torch.ones(1, 1), torch.tensor([3.0]))
+    printed = -(math.log(probability) - math.log(1 - probability))
+    assert float(sums[0]) == pytest.approx(printed, rel=1e-5) and float(total) == pytest.approx(3 * printed, rel=1e-5)
+
+
+@pytest.mark.parametrize("extreme", [200.0, -200.0, 1e30, -1e30, math.inf, -math.inf])
+def test_slopes_of_fast_and_slow_rows_stay_finite(extreme: float) -> None:
+    logits = torch.full((2, 2), extreme, requires_grad=True)
+    label, mask = torch.tensor([[0.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    total, _ = report_loss(logits, label, mask, torch.tensor([False, True]), torch.ones(2))
+    slope = torch.autograd.grad(total, logits)[0]
+    assert slope.tolist() == [[float(extreme > 0), 0], [-1, 0]]
+
+
+def test_each_kind_of_row_has_its_own_loss() -> None:
+    torch.manual_seed(0)
+    logits, weight = torch.randn(12, 4, requires_grad=True), torch.rand(4)
+    label, mask = torch.randint(0, 2, (2, 12, 4)).float()
+    slow = torch.arange(12) % 3 == 0
+
+    total, sums = report_loss(logits, label, mask, slow, weight)
+    late, late_sums = retraction(logits[slow], mask[slow], weight)
+    plain, plain_sums = masked_bce(logits[~slow], label[~slow], mask[~slow], weight)
+    torch.testing.assert_close(total, late + plain)
+    torch.testing.assert_close(sums, late_sums + plain_sums)
+    assert not sums.requires_grad

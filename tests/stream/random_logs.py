@@ -1,0 +1,118 @@
+"""Random small logs for the assemblers, and their way to columns and back."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tests.stream.reference import Aside, Event, Row
+from trainer.data.checks import Columns
+from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
+from trainer.data.visits import event_names
+from trainer.stream.policy import FastSlow, Full, Patience, Realtime, RealtimeNaive
+from trainer.stream.rows import EVENT_TYPES, REASONS
+
+BEHAVIOURS = ("click", "like", "gift")
+SPEC = DatasetSpec(
+    name="random",
+    source="random numbers",
+    licence="none",
+    partitions=4,
+    timezone="UTC",
+    behaviours=BEHAVIOURS,
+    applies={"click": ("video", "live"), "like": ("video", "live"), "gift": ("live",)},
+    candidates=("video", "live"),
+)
+LIVE_ONLY = ("live",)
+
+POLICIES = (Full(), FastSlow(fast_ms=50, slow_ms=120), Realtime(tick_ms=30), RealtimeNaive(tick_ms=30))
+PATIENCE = Patience(idle_ms=100, disorder_ms=20)
+
+_NAMES = ("exposure", "enter", "exit", *BEHAVIOURS)
+# Edges of all windows, and a millisecond to either side.
+_EDGES = (0, 30, 50, 60, 90, 100, 120, 150)
+_OFFSET = st.builds(lambda edge, beside: max(edge + beside, 0), st.sampled_from(_EDGES), st.integers(-1, 1))
+_EVENT = st.tuples(_OFFSET, st.sampled_from(_NAMES))
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[Event]:
+    """Events in order of arrival.
+
+    Visits begin, have behaviours at and beside the windows' edges (again and again, and after the exit), and exit or do
+    not. Users have several at once, ids come again, events come twice, without a beginning, out of order, or late.
+    """
+    sent: list[Event] = []
+    for _ in range(draw(st.integers(1, 6))):
+        user, visit = draw(st.integers(0, 2)), draw(st.integers(0, 3))
+        start = draw(st.integers(0, 30)) * 10
+        begin = draw(st.sampled_from([("exposure", "enter"), ("exposure",), ("enter",), ()]))
+        happened = [(0, name) for name in begin] + draw(st.lists(_EVENT, max_size=7))
+        # All of a visit is in one domain; other ids may change on the way, the first one counts.
+        domain = DOMAINS[visit % 2]
+        for offset, name in happened:
+            author = draw(st.integers(0, 1))
+            sent.append(Event(user, visit, author, 10 + author, domain, name, start + offset))
+    sent += [sent[draw(st.integers(0, len(sent) - 1))] for _ in range(draw(st.integers(0, 3))) if sent]
+    delay = [draw(st.integers(0, 35)) if draw(st.booleans()) else 0 for _ in sent]
+    arrival = sorted(range(len(sent)), key=lambda place: sent[place].time_ms + delay[place])
+    return [sent[place] for place in arrival]
+
+
+def columns_of(events: list[Event]) -> Columns:
+    """Events as an assembler takes them."""
+    codes = {name: code for code, name in enumerate(event_names(SPEC))}
+    values = {
+        name: [getattr(event, name) for event in events] for name in ("user_id", "visit_id", "author_id", "item_id")
+    }
+    values |= {"time_ms": [event.time_ms for event in events], "value": [0.0] * len(events)}
+    values["domain"] = [DOMAINS.index(event.domain) for event in events]
+    values["event"] = [codes[event.event] for event in events]
+    return {name: np.array(values[name], dtype) for name, dtype in EVENT_TYPES.items()}
+
+
+def portions(columns: Columns, cuts: list[int]) -> list[Columns]:
+    """The same events cut at the given places."""
+    edges = [0, *sorted(cuts), len(columns["time_ms"])]
+    return [{name: column[first:stop] for name, column in columns.items()} for first, stop in pairwise(edges)]
+
+
+def rows_as_tuples(rows: Rows) -> list[Row]:
+    """Rows of an assembler in the reference's form."""
+    return [
+        Row(
+            int(rows["emit_ms"][place]),
+            int(rows["user_id"][place]),
+            int(rows["visit_id"][place]),
+            int(rows["request_ms"][place]),
+            KINDS[rows["kind"][place]],
+            int(rows["author_id"][place]),
+            int(rows["item_id"][place]),
+            DOMAINS[rows["domain"][place]],
+            tuple(rows["label"][place].tolist()),
+            tuple(rows["mask"][place].tolist()),
+        )
+        for place in range(len(rows["kind"]))
+    ]
+
+
+def aside_as_tuples(aside: Columns) -> list[Aside]:
+    """What an assembler set aside in the reference's form."""
+    names = event_names(SPEC)
+    return [
+        Aside(
+            REASONS[aside["reason"][place]],
+            Event(
+                int(aside["user_id"][place]),
+                int(aside["visit_id"][place]),
+                int(aside["author_id"][place]),
+                int(aside["item_id"][place]),
+                DOMAINS[aside["domain"][place]],
+                names[aside["event"][place]],
+                int(aside["time_ms"][place]),
+            ),
+        )
+        for place in range(len(aside["time_ms"]))
+    ]

@@ -1,0 +1,168 @@
+"""The report policies, one visit and one behaviour at a time: slow, and written from the paper's definition alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from trainer.stream.policy import FastSlow, Full, Patience, Policy, Realtime
+
+
+class Event(NamedTuple):
+    """An event; ``event`` is its name."""
+
+    user_id: int
+    visit_id: int
+    author_id: int
+    item_id: int
+    domain: str
+    event: str
+    time_ms: int
+
+
+class Row(NamedTuple):
+    """A training row; ``label`` and ``mask`` have one figure a behaviour."""
+
+    emit_ms: int
+    user_id: int
+    visit_id: int
+    request_ms: int
+    kind: str
+    author_id: int
+    item_id: int
+    domain: str
+    label: tuple[int, ...]
+    mask: tuple[int, ...]
+
+
+class Aside(NamedTuple):
+    """An event that belongs to no visit."""
+
+    reason: str
+    event: Event
+
+
+@dataclass
+class Visit:
+    """A visit; times from its request on. ``times[B]`` are all times at which behaviour B happened, ascending."""
+
+    first: Event
+    end: int
+    times: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+
+def split_late(events: Sequence[Event], disorder_ms: int) -> tuple[list[Event], list[Event]]:
+    """Events that came in time, and those that were behind the watermark."""
+    in_time: list[Event] = []
+    late: list[Event] = []
+    latest = -(10**18)
+    for event in events:
+        latest = max(latest, event.time_ms)
+        (late if event.time_ms < latest - disorder_ms else in_time).append(event)
+    return in_time, late
+
+
+def visits_of(events: Sequence[Event], idle_ms: int) -> tuple[list[Visit], list[Event]]:
+    """Visits, and events that belong to none, of events that came in time."""
+    groups: dict[tuple[int, int], list[Event]] = defaultdict(list)
+    for event in events:
+        groups[event.user_id, event.visit_id].append(event)
+    visits: list[Visit] = []
+    orphans: list[Event] = []
+    for group in groups.values():
+        rank = {"exposure": 0, "enter": 1, "exit": 3}
+        group.sort(key=lambda event: (event.time_ms, rank.get(event.event, 2)))
+        visit: Visit | None = None
+        exited, last = False, 0
+        for event in group:
+            over = visit is not None and (event.time_ms > last + idle_ms or (exited and event.time_ms > last))
+            if over:
+                visit = None
+            if visit is None:
+                if event.event not in ("exposure", "enter"):
+                    orphans.append(event)
+                    continue
+                visit, exited = Visit(event, 0), False
+                visits.append(visit)
+            last = event.time_ms
+            exited |= event.event == "exit"
+            visit.end = last - visit.first.time_ms + (0 if exited else idle_ms)
+            if event.event not in rank:
+                visit.times[event.event].append(last - visit.first.time_ms)
+    return visits, orphans
+
+
+def rows_of(visit: Visit, policy: Policy, behaviours: Sequence[str], applies: dict[str, tuple[str, ...]]) -> list[Row]:
+    """The rows of a visit, those without anything unmasked left out."""
+    known = [visit.first.domain in applies[behaviour] for behaviour in behaviours]
+    never = 10**18
+    # Where a behaviour does not apply it is as if it had not happened, and masked.
+    times = [visit.times[name] if can_happen else [] for name, can_happen in zip(behaviours, known, strict=True)]
+    first = [min(of_one, default=never) for of_one in times]
+    made: list[tuple[str, int, list[bool], list[bool]]] = []
+
+    if isinstance(policy, Full):
+        made.append(("full", visit.end, [t < never for t in first], known))
+    elif isinstance(policy, FastSlow):
+        made.append(("fast", policy.fast_ms, [t <= policy.fast_ms for t in first], known))
+        late = [policy.fast_ms < t <= policy.slow_ms for t in first]
+        made.append(("slow", policy.slow_ms, late, late))
+    else:
+        # for tick m = 1.. ceil(T / tick); the last tick coincides with the exit
+        reported = [not can_happen for can_happen in known]
+        tick = policy.tick_ms
+        m = 0
+        while True:
+            m += 1
+            left, right = (m - 1) * tick, min(m * tick, visit.end)
+            # the first tick has its left edge as well
+            in_tick = [[t for t in of_one if (left < t or t == left == 0) and t <= right] for of_one in times]
+            at_end = m * tick >= visit.end
+            if isinstance(policy, Realtime):
+                new = [bool(at) and not told for at, told in zip(in_tick, reported, strict=True)]
+                if at_end:
+                    made.append(("exit", visit.end, new, [not told for told in reported]))
+                else:
+                    made.append(("report", right, new, new))
+                reported = [told or fresh for told, fresh in zip(reported, new, strict=True)]
+            else:
+                made.append(("exit" if at_end else "report", right, [bool(at) for at in in_tick], known))
+            if at_end:
+                break
+
+    one = visit.first
+    return [
+        Row(
+            one.time_ms + emit,
+            one.user_id,
+            one.visit_id,
+            one.time_ms,
+            kind,
+            one.author_id,
+            one.item_id,
+            one.domain,
+            tuple(map(int, label)),
+            tuple(map(int, mask)),
+        )
+        for kind, emit, label, mask in made
+        if any(mask)
+    ]
+
+
+def assemble(
+    events: Sequence[Event],
+    policy: Policy,
+    patience: Patience,
+    behaviours: Sequence[str],
+    applies: dict[str, tuple[str, ...]],
+    domains: Sequence[str],
+) -> tuple[list[Row], list[Aside]]:
+    """Rows in their order, and what was set aside in any order, of events in order of arrival."""
+    in_time, late = split_late(events, patience.disorder_ms)
+    visits, orphans = visits_of([event for event in in_time if event.domain in domains], patience.idle_ms)
+    rows = [row for visit in visits for row in rows_of(visit, policy, behaviours, applies)]
+    aside = [Aside("late", event) for event in late if event.domain in domains]
+    aside += [Aside("no_open_visit", event) for event in orphans]
+    return sorted(rows, key=lambda row: row[:4]), aside

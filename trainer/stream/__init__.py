@@ -1,0 +1,1 @@
+"""From a live event log to training rows."""
