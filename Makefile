@@ -16,7 +16,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do 
 	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
 endif
 
-.PHONY: setup train test test-all lint format doctor clean
+.PHONY: setup train test test-all chaos lint format doctor clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
@@ -31,6 +31,10 @@ test: setup
 
 test-all: setup
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --slow
+
+# About ten minutes on two cores; SEED=2 draws other faults, FAULTS=20 fewer.
+chaos: setup
+	@.venv/bin/python -m tests.faults.chaos --faults $(or $(FAULTS),100) --seed $(or $(SEED),1)
 
 lint: setup
 	.venv/bin/ruff check .

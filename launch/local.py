@@ -108,7 +108,7 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
                 threading.Thread(target=await_end, args=(rank,), daemon=True).start()
             failed = _wait(started, ended)
             statuses = {rank.process.returncode for rank in started}
-            if failed is None:
+            if failed is None or (PREEMPTED_STATUS in statuses and is_lost_peer(failed.error or "")):
                 return PREEMPTED_STATUS if PREEMPTED_STATUS in statuses else 0
             if signals and (signal.SIGINT in signals or len(signals) > 1 or -signals[0] in statuses):
                 return 128 + signals[0]

@@ -22,7 +22,7 @@ from trainer.checkpoint_writer import Save, clear, rank_file
 from trainer.config import CheckpointConfig, JobConfig
 from trainer.distributed import World
 from trainer.engine import HybridEngine
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, is_lost_peer, one_line
 from trainer.log import say
 from trainer.manifest import (
     JOB,
@@ -80,7 +80,7 @@ class Checkpoints:
         assert group is not None
         self._group: dist.ProcessGroup = group
         self._writer: threading.Thread | None = None
-        self._failure: UserError | None = None
+        self._failure: Exception | None = None
         self._number = 0
         self._asked = time.monotonic()
         self.stalls: list[float] = []
@@ -270,7 +270,11 @@ class Checkpoints:
         except UserError as error:
             self._failure = error
         except Exception as error:
-            self._failure = UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")
+            # That another rank has gone is for that rank to explain.
+            lost = is_lost_peer(f"{type(error).__name__}: {error}")
+            self._failure = (
+                error if lost else UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")
+            )
         else:
             say(f"saved {directory}: {size_text(size)} in {time.monotonic() - started:.1f} s{remark}")
 

@@ -123,6 +123,12 @@ wait()
     assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid?"))
 
 
+def test_a_rank_that_lost_one_which_was_preempted_is_no_failure(launch: Launch) -> None:
+    process = launch("if rank == 1: sys.exit(75)\ntime.sleep(0.2); recorded(LOST)")
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75
+
+
 def test_a_rank_that_its_watchdog_found_stopped_is_not_waited_for(launch: Launch, tmp_path: Path) -> None:
     body = """
 if rank == 1:

@@ -1,0 +1,58 @@
+"""``limelight train`` itself, as a person types it: nothing is forked, and no fault is built in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.harness import LIMIT_SECONDS, Job
+from tests.faults.nursery import ROOT
+
+
+class Command:
+    """``limelight train`` of a job, typed again and again."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, step: int, act: Callable[[int, list[int]], None]) -> tuple[int, str]:
+        """Type it; when a checkpoint of ``step`` or later is there, act on the launcher and its ranks. Exit status and
+        all that is printed."""
+        process = self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", "train", *self.job.arguments, "--ranks", "2"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not any(int(path.name.removeprefix("step-")) >= step for path in self.job.checkpoints()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.005)
+        act(process.pid, _children(process.pid))
+        printed, _ = process.communicate(timeout=LIMIT_SECONDS)
+        return process.returncode, printed
+
+    def kill(self) -> None:
+        """End what may still run."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def _children(process: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(") ")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == process:
+            found.append(int(stat.parent.name))
+    return sorted(found)

@@ -1,0 +1,283 @@
+"""``trainer.rank``, with one fault in it at a given moment, and a record of the rows that every step trained on.
+
+Started in place of ``trainer.rank``. The environment says where the record goes and which fault is wanted; steps are
+counted from the start of the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trainer.engine
+import trainer.rank
+from trainer.training_state import TrainingState
+
+DIRECTORY_VARIABLE = "LIMELIGHT_FAULT_DIRECTORY"
+"""Environment variable: where the record goes."""
+
+FAULT_VARIABLE = "LIMELIGHT_FAULT"
+"""Environment variable: the fault as JSON, ``{"kind": ..., "rank": ..., ...}``; see ``FAULTS``."""
+
+Fault = dict[str, Any]
+StepHook = Callable[[int], None]
+
+_hooks: list[StepHook] = []
+_steps = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be a rank of a job."""
+    rank, directory = int(os.environ["RANK"]), Path(os.environ[DIRECTORY_VARIABLE])
+    (directory / f"process-{rank}").write_text(str(os.getpid()))
+    _record_rows(directory / f"rows-{rank}")
+    fault = json.loads(os.environ.get(FAULT_VARIABLE) or "null")
+    if fault is not None:
+        FAULTS[fault["kind"]](fault, fault.get("rank", 0) == rank)
+    # Pictures take longer than all the rest of this little job.
+    trainer.rank.write_report = lambda *arguments, **options: None
+    return trainer.rank.main(arguments)
+
+
+def strike(what: str) -> None:
+    """Note that a fault happens now."""
+    with (Path(os.environ[DIRECTORY_VARIABLE]) / "struck").open("a") as file:
+        file.write(f"{what}\n")
+
+
+def _record_rows(file: Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    advance = TrainingState.advance
+
+    def recorded(self: TrainingState, result: Any) -> None:
+        global _steps
+        advance(self, result)
+        _steps += 1
+        os.write(descriptor, json.dumps([self.step, result.batch.visit_id.tolist()]).encode() + b"\n")
+        for hook in _hooks:
+            hook(_steps)
+
+    TrainingState.advance = recorded  # type: ignore[method-assign]
+
+
+def _at_step(step: int, act: Callable[[], None], delay: float = 0.0) -> None:
+    """Do something after a step, some seconds later."""
+
+    def hook(done: int) -> None:
+        if done == step:
+            _later(delay, act) if delay else act()
+
+    _hooks.append(hook)
+
+
+def _later(delay: float, act: Callable[[], None]) -> None:
+    timer = threading.Timer(delay, act)
+    timer.daemon = True
+    timer.start()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _ranks() -> list[int]:
+    directory = Path(os.environ[DIRECTORY_VARIABLE])
+    return [int((directory / f"process-{rank}").read_text()) for rank in range(int(os.environ["WORLD_SIZE"]))]
+
+
+def _send(fault: Fault) -> Callable[[], None]:
+    """Send a signal to the launcher, to this rank, or to all processes of the job."""
+
+    def act() -> None:
+        number, to = signal.Signals(fault["signal"]), fault["to"]
+        strike(f"{number.name} to {to}")
+        processes = {"rank": [os.getpid()], "launcher": [os.getppid()]}.get(to)
+        # Every rank leads a process group, with its loader workers in it.
+        processes = processes or [os.getppid(), *(-rank for rank in _ranks())]
+        # By another process: a worker obeys its rank.
+        subprocess.Popen(["kill", "-s", number.name[3:], "--", *map(str, processes)], start_new_session=True)
+
+    return act
+
+
+def arm_signal(fault: Fault, mine: bool) -> None:
+    """``to``: launcher, rank, all; ``signal``; after ``step`` steps, or in ``phase`` start or evaluation; ``delay``."""
+    if not mine:
+        return
+    if fault.get("phase") == "start":
+        _later(fault["delay"], _send(fault))
+    elif fault.get("phase") == "evaluation":
+        predict = trainer.rank.predict
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            _later(fault["delay"], _send(fault))
+            return predict(*arguments, **options)
+
+        trainer.rank.predict = interrupted  # type: ignore[assignment]
+    else:
+        _at_step(fault["step"], _send(fault), fault["delay"])
+
+
+def arm_stop_in_save(fault: Fault, mine: bool) -> None:
+    """``file``: a part of a file's name; in save number ``save``, half of it is written and the process ends. A name
+    ``rename-before`` or ``rename-after`` ends it around the rename that makes a checkpoint valid."""
+    if not mine:
+        return
+    file, count = fault["file"], {"seen": 0}
+    if file.startswith("rename"):
+        rename = os.rename
+
+        def renamed(source: Any, target: Any, **options: Any) -> None:
+            final = ".partial-" in Path(source).name
+            count["seen"] += final
+            last = final and count["seen"] == fault["save"]
+            if last and file == "rename-before":
+                strike("before the rename")
+                _die()
+            rename(source, target, **options)
+            if last:
+                strike("after the rename")
+                _die()
+
+        os.rename = renamed
+        return
+
+    def torn(descriptor: int, path: Path) -> None:
+        strike(f"in {path.name}")
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2)
+        _die()
+
+    _at_sync(fault, torn)
+
+
+def arm_write_error(fault: Fault, mine: bool) -> None:
+    """``file``, ``save``: as above; the write fails with ``errno`` and the process lives on."""
+    if not mine:
+        return
+
+    def fail(descriptor: int, path: Path) -> None:
+        strike(f"{errno.errorcode[fault['errno']]} in {path.name}")
+        raise OSError(fault["errno"], os.strerror(fault["errno"]), str(path))
+
+    _at_sync(fault, fail)
+
+
+def _at_sync(fault: Fault, act: Callable[[int, Path], None]) -> None:
+    """Act where the ``save``-th checkpoint syncs a file: what it holds by then is not on disk yet."""
+    sync, directories = os.fsync, []
+
+    def synced(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        aside = next((part for part in path.parts if part.startswith(".step-")), None)
+        if aside is not None and fault["file"] in path.name:
+            if aside not in directories:
+                directories.append(aside)
+            if len(directories) == fault["save"]:
+                act(descriptor, path)
+        sync(descriptor)
+
+    os.fsync = synced
+
+
+def arm_file_limit(fault: Fault, mine: bool) -> None:
+    """After ``step`` steps no file may grow beyond ``bytes``."""
+    if mine:
+
+        def limit() -> None:
+            strike(f"no file beyond {fault['bytes']} bytes")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
+
+        _at_step(fault["step"], limit)
+
+
+def arm_worker(fault: Fault, mine: bool) -> None:
+    """After ``step`` steps and ``delay`` seconds a loader worker of the rank gets ``signal``."""
+    if mine:
+
+        def kill() -> None:
+            (worker, *_) = multiprocessing.active_children()
+            strike(f"loader worker {worker.pid}")
+            assert worker.pid is not None
+            os.kill(worker.pid, fault["signal"])
+
+        _at_step(fault["step"], kill, fault["delay"])
+
+
+def arm_hang(fault: Fault, mine: bool) -> None:
+    """After ``step`` steps the rank sleeps for ever, or is stopped."""
+    if mine:
+
+        def hang() -> None:
+            strike("stops" if fault["stopped"] else "sleeps")
+            if fault["stopped"]:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(3600)
+
+        _at_step(fault["step"], hang)
+
+
+def arm_not_a_number(fault: Fault, mine: bool) -> None:
+    """The loss of the step after ``step`` steps is not a number."""
+    if mine:
+        masked_bce = trainer.engine.masked_bce
+
+        def poisoned(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, counted = masked_bce(*arguments)
+            if _steps == fault["step"]:
+                strike("a loss that is not a number")
+                loss = loss * float("nan")
+            return loss, counted
+
+        trainer.engine.masked_bce = poisoned
+
+
+def arm_shard(fault: Fault, mine: bool) -> None:
+    """After ``step`` steps the file ``shard`` is missing, truncated, zeroed, or a directory (``harm``)."""
+    if mine:
+
+        def harm() -> None:
+            strike(f"{Path(fault['shard']).name} {fault['harm']}")
+            damage(Path(fault["shard"]), fault["harm"])
+
+        _at_step(fault["step"], harm)
+
+
+def damage(file: Path, harm: str) -> None:
+    """Make a file ``missing``, ``truncated``, ``zeroed``, a ``directory``, or turn one ``byte``; not its hard links."""
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "directory":
+        file.mkdir()
+    elif harm == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif harm == "zeroed":
+        file.write_bytes(bytes(len(content)))
+    elif harm == "byte":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+
+
+FAULTS: dict[str, Callable[[Fault, bool], None]] = {
+    "signal": arm_signal,
+    "stop in save": arm_stop_in_save,
+    "write error": arm_write_error,
+    "file limit": arm_file_limit,
+    "worker": arm_worker,
+    "hang": arm_hang,
+    "not a number": arm_not_a_number,
+    "shard": arm_shard,
+}

@@ -1,0 +1,267 @@
+"""Real jobs of two ranks that something happens to, and the proof that they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+import trainer.data.simulate
+from tests.faults.faulty_rank import DIRECTORY_VARIABLE, FAULT_VARIABLE, Fault
+from tests.faults.nursery import Nursery
+from trainer.manifest import JOB, MODEL, Manifest, check_files, list_checkpoints, read_manifest
+
+RANKS = 2
+LIMIT_SECONDS = 150.0
+"""No start of a job takes so long, not even on a crowded machine."""
+
+WATCHDOG_SECONDS = 3
+TIMES = {"rows_per_second", "data", "tables", "dense", "communication"}
+"""Entries of the trace that differ from run to run."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of a job ended.
+
+    Attributes:
+        status: of the launcher, negative for a signal.
+        said: what launcher and ranks printed.
+        struck: what was done to it.
+        seconds: that it took.
+    """
+
+    status: int
+    said: str
+    struck: list[str]
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines in which the job says what is wrong, the last one for what it ended."""
+        return [line for line in self.said.splitlines() if line.startswith("limelight: ")]
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint that this start went on from."""
+        lines = [line for line in self.said.splitlines() if line.startswith("going on from ")]
+        return lines[0].split(":")[0].rpartition("/")[2].split(" ")[0] if lines else None
+
+
+class Job:
+    """One job, started again and again until it has ended.
+
+    Args:
+        nursery: that it is started in.
+        directory: for all of its files.
+        world: the dataset; the job gets one of its own, in which files can be broken.
+    """
+
+    def __init__(self, nursery: Nursery, directory: Path, world: Path) -> None:
+        self.nursery, self.directory, self._world = nursery, directory, world
+        self.run, self.data = directory / "run", directory / "world"
+        directory.mkdir(parents=True)
+        shutil.copytree(world, self.data, copy_function=os.link)
+        self.starts = 0
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of ``limelight train``."""
+        return [
+            "tests/faults/job.toml",
+            f"data.path={self.data}",
+            f"run.directory={self.run}",
+            f"train.watchdog_seconds={WATCHDOG_SECONDS}",
+        ]
+
+    def start(self, fault: Fault | None = None) -> Ending:
+        """Give the same command again, with a fault in it; wait for the end."""
+        self.starts += 1
+        began = time.monotonic()
+        for rank in range(RANKS):
+            (self.directory / f"process-{rank}").unlink(missing_ok=True)
+        (self.directory / "struck").unlink(missing_ok=True)
+        out = self.directory / f"out-{self.starts}"
+        environment = {DIRECTORY_VARIABLE: str(self.directory), FAULT_VARIABLE: json.dumps(fault)}
+        process = self.nursery.start("tests.faults.faulty_rank", self.arguments, RANKS, environment, out)
+        status = self._wait(process, began)
+        self._wait_for_ranks()
+        struck = (self.directory / "struck").read_text().splitlines() if (self.directory / "struck").exists() else []
+        return Ending(status, out.read_text(), struck, time.monotonic() - began)
+
+    def _wait(self, process: int, began: float) -> int:
+        while (status := self.nursery.wait(process, 0.2)) is None:
+            if time.monotonic() - began > LIMIT_SECONDS:
+                os.killpg(process, signal.SIGKILL)
+                self._kill_ranks()
+                self.nursery.wait(process, 10)
+                out = (self.directory / f"out-{self.starts}").read_text()
+                raise AssertionError(f"the job has not ended within {LIMIT_SECONDS:.0f} s\n{out[-6000:]}")
+        return status
+
+    def _struck(self) -> list[str]:
+        file = self.directory / "struck"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def _ranks(self) -> list[int]:
+        files = [self.directory / f"process-{rank}" for rank in range(RANKS)]
+        return [int(text) for file in files if file.exists() and (text := file.read_text())]
+
+    def _kill_ranks(self) -> None:
+        for rank in self._ranks():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank, signal.SIGKILL)
+
+    def _wait_for_ranks(self) -> None:
+        """When the launcher is killed, the kernel ends the ranks; that may take a moment."""
+        until = time.monotonic() + 20
+        while alive := [rank for rank in self._ranks() if _lives(rank)]:
+            assert time.monotonic() < until, f"ranks {alive} outlive their launcher"
+            time.sleep(0.02)
+
+    def checkpoints(self) -> list[Path]:
+        """Directories of this job's checkpoints, as this process sees them."""
+        return list_checkpoints(self.nursery.path(self.run / "checkpoints"))
+
+    def limit_disk(self, size: int) -> None:
+        """Give the checkpoints a disk of so many bytes, or change its size."""
+        (self.run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.nursery.mount(self.run / "checkpoints", size)
+
+    def restore_data(self) -> None:
+        """Put the files of the dataset back as they were."""
+        shutil.rmtree(self.data)
+        shutil.copytree(self._world, self.data, copy_function=os.link)
+
+    def shards(self) -> list[Path]:
+        """Files of training rows."""
+        return sorted((self.data / "rows").glob("*.tar"))
+
+
+def small_world(path: Path) -> Path:
+    """A simulated world of a few hundred training rows, in records so small that training reads them one by one."""
+    builder = partial(trainer.data.simulate.DatasetBuilder, rows_per_record=16)
+    with mock.patch.object(trainer.data.simulate, "DatasetBuilder", builder):
+        trainer.data.simulate.simulate(path, users=120, days=3, partitions=4, seed=5)
+    return path
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def differences(found: Job, expected: Job) -> list[str]:
+    """What of a finished job is not bit by bit what it is in another: model, optimizers, metrics, rows trained on."""
+    different = state_differences(found, expected)
+    rows = [trained_rows(found, rank) for rank in range(RANKS)]
+    different += [
+        f"rows of the steps of rank {rank}" for rank in range(RANKS) if rows[rank] != trained_rows(expected, rank)
+    ]
+    visits = [visit for of_rank in rows for of_step in of_rank.values() for visit in of_step]
+    if len(visits) != len(set(visits)) or len(visits) != read_manifest(found.checkpoints()[-1]).rows_total:
+        different.append("not every row was trained on exactly once")
+    return different
+
+
+def state_differences(found: Job, expected: Job) -> list[str]:
+    """The same without the rows, which only ``faulty_rank`` notes."""
+    (newest, manifest), (reference, reference_manifest) = _newest(found), _newest(expected)
+    different = [
+        f"manifest: {name}"
+        for name in ("step", "finished", "rows_done", "rows_total", "positions", "tables", "dense", "ranks")
+        if getattr(manifest, name) != getattr(reference_manifest, name)
+    ]
+    different += _unequal("model", dict(_model(newest)), dict(_model(reference)))
+    for rank in range(RANKS):
+        name = f"rank-{rank:05d}.pt"
+        different += _unequal(name, *(dict(_flat(_own(directory / name))) for directory in (newest, reference)))
+    different += _unequal("trace", *(dict(enumerate(_trace(directory))) for directory in (newest, reference)))
+    different += _unequal("metrics", _metrics(found), _metrics(expected))
+    return different
+
+
+def _newest(job: Job) -> tuple[Path, Manifest]:
+    directory = job.checkpoints()[-1]
+    manifest = read_manifest(directory)
+    problems = check_files(directory, manifest)
+    assert not problems, problems
+    return directory, manifest
+
+
+def _model(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every table, its optimizer's state, and the dense network's with its own, read in this process alone."""
+    reader = dcp.FileSystemReader(directory / MODEL)
+    stored = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    assert len(state) == len(stored)
+    with warnings.catch_warnings():
+        # That it is for a single process is meant.
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    yield from state.items()
+
+
+def _own(file: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    del state["window"]["seconds"], state["window"]["elapsed"]
+    return state
+
+
+def _trace(directory: Path) -> list[dict[str, Any]]:
+    trace = json.loads((directory / JOB).read_text())["trace"]
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in trace]
+
+
+def _metrics(job: Job) -> dict[str, Any]:
+    document = json.loads((job.run / "metrics.json").read_text())
+    kept = {name: document["training"][name] for name in ("rows", "skipped_rows")}
+    return {**document["behaviours"], **kept, "model": document["model"]}
+
+
+def trained_rows(job: Job, rank: int) -> dict[int, list[int]]:
+    """Step -> visits that this rank trained on in it, the last time that the step was done."""
+    lines = (job.directory / f"rows-{rank}").read_text().splitlines()
+    return dict(json.loads(line) for line in lines)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _flat(inner, f"{name}[{place}]")
+    else:
+        yield name, value
+
+
+def _unequal(what: str, found: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
+    different = [f"{what}: {key} only once" for key in found.keys() ^ expected.keys()]
+    for key in found.keys() & expected.keys():
+        one, other = found[key], expected[key]
+        same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        if not same:
+            different.append(f"{what}: {key}")
+    return different

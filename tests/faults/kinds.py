@@ -1,0 +1,254 @@
+"""The kinds of faults: how one is drawn, what the job must answer, and what a person does about it before going on."""
+
+from __future__ import annotations
+
+import errno
+import random
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.faulty_rank import Fault, damage
+from tests.faults.harness import RANKS, Ending, Job
+from trainer.command import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.manifest import read_manifest
+
+KILLED = 128 + signal.SIGKILL
+SAVE_FILES = {
+    rank: (
+        f"__{rank}_0.distcp",
+        f"rank-{rank:05d}.pt",
+        *([".metadata", "job.json", "manifest.json"] if not rank else ()),
+    )
+    for rank in range(RANKS)
+}
+"""Rank -> the files that it writes in a save."""
+
+ROOM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One fault, drawn.
+
+    Attributes:
+        name: of its kind.
+        fault: for ``faulty_rank``.
+        statuses: of the launcher, one of which must be the answer.
+        says: pattern of a line that must be said.
+        prepare: to be done before the start.
+        repair: to be done before the next one.
+    """
+
+    name: str
+    fault: Fault | None
+    statuses: tuple[int, ...]
+    says: str = ""
+    prepare: Callable[[Job], None] = field(default=lambda job: None)
+    repair: Callable[[Job], None] = field(default=lambda job: None)
+
+    def problems(self, ending: Ending) -> list[str]:
+        """What is wrong with the answer; a user should have one clear line."""
+        found = []
+        if ending.status not in self.statuses:
+            found.append(f"exit status {ending.status} instead of {self.statuses}")
+        if not re.search(self.says, ending.said, re.MULTILINE):
+            found.append(f"nothing like {self.says!r} is said")
+        if "Traceback" in ending.said:
+            found.append("a traceback is shown")
+        told = {line for line in ending.errors if line.startswith("limelight: error:")}
+        if len(told) > bool({USER_ERROR_STATUS, HUNG_STATUS} & {*self.statuses}):
+            found.append("more than one error is told")
+        return found
+
+
+Draw = Callable[[random.Random, Job], Attack]
+
+
+def kill_rank(rng: random.Random, job: Job) -> Attack:
+    """``kill -9`` of one rank."""
+    fault = _signal(rng, signal.SIGKILL, "rank")
+    return Attack("kill -9 of a rank", fault, (KILLED,), _ended(fault))
+
+
+def kill_launcher(rng: random.Random, job: Job) -> Attack:
+    """``kill -9`` of the launcher."""
+    return Attack("kill -9 of the launcher", _signal(rng, signal.SIGKILL, "launcher"), (-signal.SIGKILL,))
+
+
+def kill_all(rng: random.Random, job: Job) -> Attack:
+    """``kill -9`` of everything."""
+    return Attack("kill -9 of all", _signal(rng, signal.SIGKILL, "all"), (-signal.SIGKILL,))
+
+
+def kill_in_start(rng: random.Random, job: Job) -> Attack:
+    """``kill -9`` of a rank while the job starts."""
+    fault = {**_signal(rng, signal.SIGKILL, "rank"), "phase": "start", "delay": rng.uniform(0.05, 0.9)}
+    return Attack("kill -9 of a rank at the start", fault, (KILLED,), _ended(fault))
+
+
+def kill_in_evaluation(rng: random.Random, job: Job) -> Attack:
+    """``kill -9`` of a rank while the held-out rows are predicted."""
+    fault = {**_signal(rng, signal.SIGKILL, "rank"), "phase": "evaluation", "delay": rng.uniform(0, 0.15)}
+    return Attack("kill -9 of a rank in evaluation", fault, (KILLED,), _ended(fault))
+
+
+def terminate(rng: random.Random, job: Job) -> Attack:
+    """SIGTERM to the launcher, to one rank, or to every process down to the loader workers."""
+    to = rng.choice(["launcher", "rank", "all"])
+    fault = _signal(rng, signal.SIGTERM, to)
+    return Attack(
+        f"SIGTERM to {'a rank' if to == 'rank' else to}", fault, (PREEMPTED_STATUS,), "^asked to end by SIGTERM"
+    )
+
+
+def terminate_in_start(rng: random.Random, job: Job) -> Attack:
+    """SIGTERM while the job starts."""
+    fault = {**_signal(rng, signal.SIGTERM, "launcher"), "phase": "start", "delay": rng.uniform(0.05, 0.9)}
+    return Attack("SIGTERM at the start", fault, (PREEMPTED_STATUS, 128 + signal.SIGTERM))
+
+
+def stop_in_save(rng: random.Random, job: Job, file: str | None = None) -> Attack:
+    """The process ends when half of a file is on disk, or beside the rename that makes a checkpoint valid."""
+    if file is None:
+        file = rng.choice([*SAVE_FILES[0], *SAVE_FILES[1], "rename-before", "rename-after"])
+    rank = next((rank for rank, files in SAVE_FILES.items() if file in files), 0)
+    fault = {"kind": "stop in save", "rank": rank, "file": file, "save": rng.randint(1, 2)}
+    return Attack(f"stop in a save, {file}", fault, (KILLED,), _ended(fault))
+
+
+def write_error(rng: random.Random, job: Job) -> Attack:
+    """A file of a save cannot be written."""
+    rank, code = rng.randrange(RANKS), rng.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT])
+    fault = {
+        "kind": "write error",
+        "rank": rank,
+        "file": rng.choice(SAVE_FILES[rank]),
+        "save": rng.randint(1, 2),
+        "errno": code,
+    }
+    reasons = {errno.EIO: "Input/output error", errno.ENOSPC: "No space left on device", errno.EDQUOT: "quota exceeded"}
+    return Attack(
+        f"{errno.errorcode[code]} in a save", fault, (USER_ERROR_STATUS,), f"^limelight: error: .*{reasons[code]}"
+    )
+
+
+def full_disk(rng: random.Random, job: Job) -> Attack:
+    """The checkpoints' file system has no room for the next save; where none can be made, files have a largest size."""
+    says = "^limelight: error: .*(No space left on device|is the disk full|File too large)"
+    if not job.nursery.can_mount:
+        fault = {"kind": "file limit", "rank": rng.randrange(RANKS), "step": rng.randint(1, 6), "bytes": 200_000}
+        return Attack("full disk, as a largest size", fault, (USER_ERROR_STATUS,), says)
+    size = _size_of(job) + rng.randrange(200_000, 1_800_000)
+    return Attack(
+        "full disk",
+        None,
+        (USER_ERROR_STATUS,),
+        says,
+        prepare=lambda job: job.limit_disk(size),
+        repair=lambda job: job.limit_disk(ROOM_BYTES),
+    )
+
+
+def kill_worker(rng: random.Random, job: Job) -> Attack:
+    """A loader worker is killed, as when memory runs out."""
+    rank, number = rng.randrange(RANKS), rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGBUS])
+    fault = {
+        "kind": "worker",
+        "rank": rank,
+        "step": rng.randint(1, 8),
+        "delay": rng.uniform(0, 0.05),
+        "signal": int(number),
+    }
+    says = rf"^limelight: error: rank {rank}: loader worker, process \d+, was ended by {number.name}"
+    return Attack(f"loader worker gets {number.name}", fault, (USER_ERROR_STATUS,), says)
+
+
+def break_shard(rng: random.Random, job: Job) -> Attack:
+    """A file of training rows becomes unreadable."""
+    harm = rng.choice(["missing", "truncated", "zeroed", "directory"])
+    fault = {
+        "kind": "shard",
+        "rank": rng.randrange(RANKS),
+        "step": rng.randint(1, 4),
+        "shard": str(rng.choice(job.shards())),
+        "harm": harm,
+    }
+    says = r"^limelight: error: .*\.tar: record \d+ .* cannot be read"
+    return Attack(f"shard {harm}", fault, (USER_ERROR_STATUS,), says, repair=Job.restore_data)
+
+
+def hang(rng: random.Random, job: Job, stopped: bool | None = None) -> Attack:
+    """A rank sleeps for ever, or is stopped; the watchdog ends the job."""
+    rank = rng.randrange(RANKS)
+    stopped = rng.random() < 0.5 if stopped is None else stopped
+    fault = {"kind": "hang", "rank": rank, "step": rng.randint(1, 8), "stopped": stopped}
+    what = "does not answer at all" if stopped else "is not in a collective: at trainer/training.py"
+    says = rf"limelight: error: no step for \d+ s after step \d+: rank {rank} {what}.*rank {1 - rank} waits in "
+    return Attack("stopped rank" if stopped else "rank that hangs", fault, (HUNG_STATUS,), says)
+
+
+def not_a_number(rng: random.Random, job: Job) -> Attack:
+    """A loss that is not a number."""
+    fault = {"kind": "not a number", "rank": rng.randrange(RANKS), "step": rng.randint(1, 8)}
+    return Attack(
+        "loss that is not a number", fault, (USER_ERROR_STATUS,), r"^limelight: error: the loss of step \d+ is nan"
+    )
+
+
+def damage_newest(rng: random.Random, job: Job, file: str | None = None, harm: str | None = None) -> Attack:
+    """A file of the newest checkpoint is damaged between two starts. Done at once; there must be two checkpoints."""
+    newest = job.checkpoints()[-1]
+    names = ["manifest.json", *read_manifest(newest).files]
+    name = file or rng.choice(names)
+    harm = harm or rng.choice(["missing", "truncated", "zeroed", "byte"])
+    damage(newest / name, harm)
+    return Attack(
+        f"{harm} {Path(name).name} in the newest checkpoint", None, (0,), "damaged, going back to the one before"
+    )
+
+
+KINDS: dict[str, Draw] = {
+    draw.__name__: draw
+    for draw in (
+        kill_rank,
+        kill_launcher,
+        kill_all,
+        kill_in_start,
+        kill_in_evaluation,
+        terminate,
+        terminate_in_start,
+        stop_in_save,
+        write_error,
+        full_disk,
+        kill_worker,
+        break_shard,
+        hang,
+        not_a_number,
+        damage_newest,
+    )
+}
+
+
+def _signal(rng: random.Random, number: signal.Signals, to: str) -> Fault:
+    return {
+        "kind": "signal",
+        "signal": int(number),
+        "to": to,
+        "rank": rng.randrange(RANKS),
+        "step": rng.randint(1, 9),
+        "delay": rng.uniform(0, 0.08),
+    }
+
+
+def _ended(fault: Fault) -> str:
+    return rf"^limelight: rank {fault['rank']} was ended by SIGKILL \(out of memory\?\)"
+
+
+def _size_of(job: Job) -> int:
+    """Bytes of the checkpoints that are there."""
+    return sum(
+        file.stat().st_size for directory in job.checkpoints() for file in directory.rglob("*") if file.is_file()
+    )

@@ -1,0 +1,231 @@
+"""Starts jobs without the seconds that Python takes to import torch: all is imported once, and every process forked.
+
+A nursery is a process of its own. It is told by lines of JSON on its standard input what to start and what to wait for,
+and answers each with one line. Launcher and ranks are the real ones, each a process; only ``exec`` is left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PRELOADED = (
+    "tests.faults.faulty_rank",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pyarrow.dataset",
+    "torch.utils.tensorboard.summary",
+)
+"""All that takes a rank long to import, early or late."""
+
+
+class Nursery:
+    """A running nursery, as a test sees it; a context manager."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        # In a mount namespace of its own, where it is allowed, file systems of any size can be made.
+        self.can_mount = subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
+        self._process = subprocess.Popen(
+            [*(["unshare", "-Urm"] if self.can_mount else []), sys.executable, "-m", "tests.faults.nursery"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._answer()
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def path(self, path: Path) -> Path:
+        """A path of the nursery's own mount namespace, as this process sees it."""
+        return Path(f"/proc/{self._process.pid}/root{path}") if self.can_mount else path
+
+    def start(
+        self, module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: Path
+    ) -> int:
+        """Start a launcher of ``module`` on some ranks; what it and its ranks print goes to ``out``. Its process id."""
+        return int(self._ask(["start", module, list(arguments), ranks, dict(environment), str(out)]))
+
+    def wait(self, process: int, timeout: float) -> int | None:
+        """Exit status of a launcher, negative for a signal; None when it has not ended in time."""
+        status = self._ask(["wait", process, timeout])
+        return None if status is None else int(status)
+
+    def mount(self, path: Path, size: int) -> None:
+        """Put what is in ``path`` on a file system of so many bytes, or change the size of the one that is there."""
+        self._ask(["mount", str(path), size])
+
+    def _ask(self, order: list[Any]) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the nursery has ended")
+        return json.loads(line)
+
+
+class ForkedProcess:
+    """Takes the place of ``subprocess.Popen`` in ``launch.local``: ``python -m module`` in a fork of this process."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdin: int,
+        stdout: Any,
+        stderr: int | None,
+        start_new_session: bool,
+        preexec_fn: Callable[[], None],
+    ) -> None:
+        module, *arguments = command[2:]
+        self.returncode: int | None = None
+        self._waiting = threading.Lock()
+
+        def run() -> int:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+            preexec_fn()
+            output = None if stdout is None else stdout.fileno()
+            return _run_module(module, arguments, env, output)
+
+        self.pid = _fork(run)
+
+    def wait(self) -> int:
+        with self._waiting:
+            if self.returncode is None:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self.returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+
+def _fork(run: Callable[[], int]) -> int:
+    """Run a function in a child with a session of its own; the child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.setsid()
+        status = run()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        # Exit handlers are the nursery's; of a rank's own, the launcher ends its loader workers.
+        os._exit(status)
+
+
+def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str, str], output: int | None) -> int:
+    os.environ.clear()
+    os.environ.update(environment)
+    if output is not None:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+    sys.argv = [module, *arguments]
+    from trainer import log
+
+    log._state.rank = int(environment["RANK"])
+    status: int = importlib.import_module(module).main(arguments)
+    return status
+
+
+def _launch(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: str) -> int:
+    from launch import local
+    from trainer.command import exit_status
+
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # Line by line, as on a terminal, for what launcher and ranks say to be in order.
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", 0), write_through=True))
+    os.environ.update(environment)
+    local.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=ForkedProcess, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+    )
+    return exit_status(lambda: local.start_ranks(module, arguments, ranks))
+
+
+def _wait(process: int, timeout: float) -> int | None:
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return None
+
+
+def _mount(path: str, size: int) -> str:
+    known = os.path.ismount(path)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}" + (",remount" if known else ""), "tmpfs", path]
+    with tempfile.TemporaryDirectory() as aside:
+        if not known:
+            shutil.copytree(path, aside, dirs_exist_ok=True)
+        subprocess.run(command, check=True)
+        if not known:
+            shutil.copytree(aside, path, dirs_exist_ok=True)
+    return "mounted"
+
+
+def main() -> None:
+    """Serve until the standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for module in PRELOADED:
+        importlib.import_module(module)
+    answer: Any = "ready"
+    while True:
+        print(json.dumps(answer), file=answers, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        order, *arguments = json.loads(line)
+        if order == "start":
+            answer = _fork(lambda arguments=arguments: _launch(*arguments))
+        elif order == "wait":
+            answer = _wait(*arguments)
+        else:
+            answer = _mount(*arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Twenty-odd faults, each in a real job of two ranks: it says what is wrong, and the same command goes on as if nothing
+had happened. ``make chaos`` does it a hundred times, at random."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults import kinds
+from tests.faults.command import Command
+from tests.faults.harness import RANKS, Job, differences, small_world, state_differences, trained_rows
+from tests.faults.nursery import Nursery
+from trainer.command import PREEMPTED_STATUS
+
+FILES = [*kinds.SAVE_FILES[0], *kinds.SAVE_FILES[1], "rename-before", "rename-after"]
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_world(tmp_path_factory.mktemp("faults") / "world")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nursery: Nursery, world: Path) -> Job:
+    job = Job(nursery, world.parent / "undisturbed", world)
+    ending = job.start()
+    assert ending.status == 0, ending.said[-6000:]
+    assert len(job.checkpoints()) == 3, "more are not kept"
+    return job
+
+
+@pytest.fixture
+def job(nursery: Nursery, world: Path, tmp_path: Path) -> Job:
+    return Job(nursery, tmp_path / "job", world)
+
+
+def endure(job: Job, attack: kinds.Attack, undisturbed: Job) -> None:
+    """The fault happens, is told, and leaves no trace once the same command has come to its end."""
+    attack.prepare(job)
+    ending = job.start(attack.fault)
+    assert not attack.problems(ending), f"{attack.problems(ending)}\n{ending.said[-6000:]}"
+    assert ending.struck or attack.fault is None, ending.said[-6000:]
+    attack.repair(job)
+    go_on(job, undisturbed)
+
+
+def go_on(job: Job, undisturbed: Job, says: str = "") -> None:
+    there = job.checkpoints()
+    ending = job.start()
+    assert ending.status == 0 and not ending.errors and says in ending.said, ending.said[-6000:]
+    if there and not says:
+        assert ending.resumed_from == there[-1].name, "the newest checkpoint is not used"
+    assert differences(job, undisturbed) == []
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        kinds.kill_rank,
+        kinds.kill_launcher,
+        kinds.kill_all,
+        kinds.kill_in_start,
+        kinds.kill_in_evaluation,
+        kinds.terminate,
+        kinds.write_error,
+        kinds.full_disk,
+        kinds.kill_worker,
+        kinds.break_shard,
+    ],
+)
+def test_the_same_command_goes_on_after(draw: kinds.Draw, job: Job, undisturbed: Job) -> None:
+    endure(job, draw(random.Random(draw.__name__), job), undisturbed)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_stop_in_a_save_leaves_the_checkpoint_before_it(file: str, job: Job, undisturbed: Job) -> None:
+    endure(job, partial(kinds.stop_in_save, file=file)(random.Random(file), job), undisturbed)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_watchdog_ends_a_job_that_hangs(stopped: bool, job: Job, undisturbed: Job) -> None:
+    endure(job, kinds.hang(random.Random(2), job, stopped), undisturbed)
+
+
+def test_a_loss_that_is_not_a_number_is_not_learnt_from_and_its_rows_are_kept(job: Job, undisturbed: Job) -> None:
+    endure(job, kinds.not_a_number(random.Random(1), job), undisturbed)
+    (directory,) = (job.run / "not-finite").iterdir()
+    step = int(directory.name.removeprefix("step-"))
+    for rank in range(RANKS):
+        kept = torch.load(directory / f"rank-{rank:05d}.pt", weights_only=True)
+        assert kept["visit_id"].tolist() == trained_rows(undisturbed, rank)[step]
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"), [("manifest.json", "missing"), ("model/.metadata", "zeroed"), ("model/__1_0.distcp", "truncated")]
+)
+def test_a_damaged_checkpoint_is_passed_over(file: str, harm: str, job: Job, undisturbed: Job) -> None:
+    rng = random.Random(file)
+    fault = kinds.kill_all(rng, job).fault
+    assert fault is not None
+    job.start({**fault, "step": 14})
+    assert len(job.checkpoints()) >= 2
+    attack = kinds.damage_newest(rng, job, file, harm)
+    go_on(job, undisturbed, attack.says)
+
+
+def test_the_command_itself_is_killed_and_preempted_and_goes_on(job: Job, undisturbed: Job) -> None:
+    command = Command(job)
+    try:
+        status, said = command.run(4, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
+        assert status == 128 + signal.SIGKILL, said
+        assert "limelight: rank 1 was ended by SIGKILL (out of memory?)" in said and "Traceback" not in said
+
+        status, said = command.run(16, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
+        assert status == PREEMPTED_STATUS, said
+        assert "going on from " in said and "asked to end by SIGTERM" in said
+
+        status, said = command.run(16, lambda launcher, ranks: None)
+        assert status == 0 and "limelight: " not in said, said
+    finally:
+        command.kill()
+    assert (job.run / "report.html").exists()
+    assert state_differences(job, undisturbed) == []
