@@ -121,7 +121,7 @@ def _assemble(options: argparse.Namespace) -> int:
 def _consistency(options: argparse.Namespace) -> int:
     from trainer.stream.consistency import consistency, format_consistency
 
-    with _EventsBar("reading") as progress:
+    with _EventsBar("reading", quiet=options.json) as progress:
         figures = consistency(options.dataset, Patience(idle_ms=options.idle_seconds), progress.reached)
     print(json.dumps(figures, indent=1) if options.json else format_consistency(figures))
     return 0
@@ -130,8 +130,8 @@ def _consistency(options: argparse.Namespace) -> int:
 class _EventsBar:
     """Shows how many events are done; the bar begins when their number is known."""
 
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self._label, self._quiet = label, quiet
         self._bar: Progress | None = None
 
     def __enter__(self) -> _EventsBar:
@@ -140,7 +140,7 @@ class _EventsBar:
     def reached(self, done: int, total: int) -> None:
         """``done`` events of ``total`` are done."""
         if self._bar is None:
-            self._bar = Progress(self._label, total, "events")
+            self._bar = Progress(self._label, total, "events", quiet=self._quiet)
         self._bar.advance(done - self._bar.done)
 
     def __exit__(

@@ -186,6 +186,11 @@ class StreamAssembler:
             events = {name: column[order] for name, column in events.items()}
             aside.append(take_aside(events, self._take(events), NO_OPEN_VISIT))
         self._look_before(self.watermark_ms)
+        if len(self._queue) > 3 * self._live + 64:
+            # Marks that have lost their meaning would keep visits that are over.
+            newest = {id(mark[-1]): mark for mark in self._queue if mark[-1].due_ms == mark[0]}
+            self._queue = list(newest.values())
+            heapq.heapify(self._queue)
         set_aside = concatenate(aside)
         self.counts["late"] += int((set_aside["reason"] == LATE).sum())
         self.counts["no_open_visit"] += int((set_aside["reason"] == NO_OPEN_VISIT).sum())
@@ -236,11 +241,6 @@ class StreamAssembler:
         self._serial += 1
         mark = (due_ms, visit.user_id, visit.visit_id, visit.request_ms, self._serial, visit)
         heapq.heappush(self._queue, mark)
-        if len(self._queue) > 3 * self._live + 64:
-            # Marks that have lost their meaning would keep visits that are over.
-            newest = {id(mark[-1]): mark for mark in self._queue if mark[-1].due_ms == mark[0]}
-            self._queue[:] = newest.values()
-            heapq.heapify(self._queue)
 
     def _look_before(self, until_ms: int) -> None:
         """Look at all visits whose time is earlier than ``until_ms``, in the order of the rows."""

@@ -127,19 +127,19 @@ def _parquet_file(file: Path) -> Iterator[Callable[[pa.Table], None]]:
 
     def write(table: pa.Table) -> None:
         nonlocal writer
-        if writer is None:
-            writer = pq.ParquetWriter(aside, table.schema)
-        writer.write_table(table)
+        with _telling(file):
+            if writer is None:
+                writer = pq.ParquetWriter(aside, table.schema)
+            writer.write_table(table)
 
     try:
         yield write
-        if writer is None:
-            file.unlink(missing_ok=True)
-        else:
-            writer.close()
-            aside.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from error
+        with _telling(file):
+            if writer is None:
+                file.unlink(missing_ok=True)
+            else:
+                writer.close()
+                aside.replace(file)
     finally:
         if writer is not None:
             # Where the disk is full, closing fails again; what is in the file no longer matters.
@@ -147,3 +147,13 @@ def _parquet_file(file: Path) -> Iterator[Callable[[pa.Table], None]]:
                 writer.close()
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _telling(file: Path) -> Iterator[None]:
+    """Errors of the file system are the user's, and those of this file."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UserError(f"{file}: cannot be written ({reason})") from error
