@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import sys
@@ -23,6 +22,7 @@ from trainer.command import exit_status
 from trainer.errors import UserError, is_lost_peer
 from trainer.interfaces import interface_towards, loopback_interface
 from trainer.log import note
+from trainer.memory import keep_freed_memory
 from trainer.rendezvous import fresh_part, shared_store
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -34,9 +34,6 @@ TIMEOUT_SECONDS = 1800
 LOST_PEER_SECONDS = 1.5
 """A rank that failed since another has gone waits so long before it ends: launchers take the first that ends for the
 cause, and torchrun tells moments apart by whole seconds."""
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-"""Options of glibc's ``mallopt``, from its malloc.h."""
 
 
 @dataclass
@@ -189,20 +186,6 @@ def control_group() -> dist.ProcessGroup:
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     assert group is not None
     return group
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the kernel.
-
-    A step on a CPU frees and takes the same hundreds of megabytes again; by default each of them is mapped anew, page
-    by page: 8,180 page faults a step of the workload of ``benchmarks/throughput.py``, 624 with these settings.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # Another C library, which has its own ways.
-    for option, bytes_ in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 256 << 20)):
-        mallopt(option, bytes_)
 
 
 def choose_device(device: DeviceChoice, local_rank: int) -> torch.device:

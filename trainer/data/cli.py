@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from trainer.command import add_command
+from trainer.memory import keep_freed_memory
 from trainer.progress import Progress
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def _add_partitions(parser: argparse.ArgumentParser) -> None:
 def _simulate(options: argparse.Namespace) -> int:
     from trainer.data.simulate import simulate
 
+    keep_freed_memory()
     with _Phases() as progress:
         spec = simulate(options.out, options.users, options.days, options.partitions, options.seed, progress)
     return _made(options.out, spec)
@@ -119,6 +121,7 @@ def _simulate(options: argparse.Namespace) -> int:
 def _import_kuairand(options: argparse.Namespace) -> int:
     from trainer.data.importers.kuairand import import_kuairand
 
+    keep_freed_memory()
     with _Phases() as progress:
         spec = import_kuairand(options.src, options.out, options.partitions, random=options.random, progress=progress)
     return _made(options.out, spec)
@@ -127,6 +130,7 @@ def _import_kuairand(options: argparse.Namespace) -> int:
 def _import_events(options: argparse.Namespace) -> int:
     from trainer.data.importers.events import import_events
 
+    keep_freed_memory()
     with _Phases() as progress:
         spec = import_events(options.src, options.out, options.mapping, options.partitions, progress)
     return _made(options.out, spec)
