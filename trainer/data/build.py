@@ -229,7 +229,7 @@ class DatasetBuilder:
             shard_writer.close()
 
         if self._deduplicate:
-            dropped = int(self._spills["visits"].rows.sum()) - totals.exposures
+            dropped = self._spills["visits"].rows - totals.exposures
             extra = {**extra, "duplicates_dropped": dropped}
         spec = replace(
             spec,

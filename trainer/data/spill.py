@@ -17,8 +17,8 @@ _ROWS_PER_PARTITION = 1024
 class Spill:
     """Takes rows of any users and gives them back by partition, in the order in which they came.
 
-    Each partition is one file of Arrow IPC streams behind one another, open only while it is written, and
-    memory-mapped when it is read. At most about 2^18 rows, or 1,024 a partition, are in memory.
+    Each partition is one file, open only while it is written or read: blocks of rows, column after column in each. At
+    most about 2^18 rows, or 1,024 a partition, are in memory.
 
     Args:
         folder: where the files go; made here.
@@ -28,60 +28,63 @@ class Spill:
 
     def __init__(self, folder: Path, schema: pa.Schema, partitions: int) -> None:
         folder.mkdir(parents=True)
-        self.schema = schema
-        self.rows = np.zeros(partitions, np.int64)
+        self._dtypes = {field.name: np.dtype(field.type.to_pandas_dtype()) for field in schema}
         self._folder = folder
         self._partitions = partitions
-        self._waiting: list[dict[str, np.ndarray]] = []
+        self._blocks: list[list[int]] = [[] for _ in range(partitions)]
+        self._waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         self._waiting_rows = 0
         self._limit = max(_ROWS_IN_MEMORY, _ROWS_PER_PARTITION * partitions)
 
+    @property
+    def rows(self) -> int:
+        """Rows that were written so far, of all partitions."""
+        return sum(sum(blocks) for blocks in self._blocks)
+
     def add(self, columns: dict[str, np.ndarray]) -> None:
-        """Add rows; the arrays must not change afterwards."""
+        """Add rows."""
         rows = len(columns["user_id"])
         for first in range(0, rows, self._limit):
-            part = {name: column[first : first + self._limit] for name, column in columns.items()}
-            self._waiting.append(part)
-            self._waiting_rows += len(part["user_id"])
+            part = {name: columns[name][first : first + self._limit] for name in self._dtypes}
+            # numpy sorts 16-bit keys by counting.
+            owner = partition_of(part["user_id"], self._partitions).astype(np.uint16)
+            order = np.argsort(owner, kind="stable")
+            edges = np.append(0, np.cumsum(np.bincount(owner, minlength=self._partitions)))
+            self._waiting.append(({name: np.take(column, order) for name, column in part.items()}, edges))
+            self._waiting_rows += len(order)
             if self._waiting_rows >= self._limit:
                 self.flush()
 
     def flush(self) -> None:
         """Write what is in memory."""
-        if not self._waiting:
-            return
-        parts, self._waiting, self._waiting_rows = self._waiting, [], 0
-        columns = parts[0]
-        if len(parts) > 1:
-            columns = {name: np.concatenate([part[name] for part in parts]) for name in self.schema.names}
-        # numpy sorts 16-bit keys by counting.
-        owner = partition_of(columns["user_id"], self._partitions).astype(np.uint16)
-        order = np.argsort(owner, kind="stable")
-        ends = np.cumsum(np.bincount(owner, minlength=self._partitions))
-        arrays = [pa.array(np.take(columns[name], order)) for name in self.schema.names]
-        batch = pa.record_batch(arrays, schema=self.schema)
-        first = 0
-        for partition in np.flatnonzero(np.diff(ends, prepend=0)):
-            part = batch.slice(first, int(ends[partition]) - first)
-            first = int(ends[partition])
-            self.rows[partition] += part.num_rows
-            with open(self._file(int(partition)), "ab") as file, pa.ipc.new_stream(file, self.schema) as stream:
-                stream.write_batch(part)
+        for partition, blocks in enumerate(self._blocks):
+            spans = [(columns, slice(*edges[partition : partition + 2])) for columns, edges in self._waiting]
+            spans = [(columns, span) for columns, span in spans if span.start < span.stop]
+            if not spans:
+                continue
+            with open(self._file(partition), "ab") as file:
+                for columns, span in spans:
+                    blocks.append(int(span.stop - span.start))
+                    for name, dtype in self._dtypes.items():
+                        file.write(np.ascontiguousarray(columns[name][span], dtype).data)
+        self._waiting, self._waiting_rows = [], 0
 
     def pop(self, partition: int) -> dict[str, np.ndarray]:
         """All rows of a partition; its file is deleted. ``flush`` first."""
-        file = self._file(partition)
-        batches = []
-        if file.exists():
-            source = pa.memory_map(str(file))
-            while source.tell() < source.size():
-                batches += list(pa.ipc.open_stream(source))
-            file.unlink()
-        table = pa.Table.from_batches(batches, self.schema)
-        return {name: table.column(name).to_numpy() for name in self.schema.names}
+        blocks = self._blocks[partition]
+        columns = {name: np.empty(sum(blocks), dtype) for name, dtype in self._dtypes.items()}
+        if blocks:
+            with open(self._file(partition), "rb") as file:
+                first = 0
+                for rows in blocks:
+                    for column in columns.values():
+                        file.readinto(column[first : first + rows].data)
+                    first += rows
+            self._file(partition).unlink()
+        return columns
 
     def _file(self, partition: int) -> Path:
-        return self._folder / f"part-{partition:05d}.arrows"
+        return self._folder / f"part-{partition:05d}.columns"
 
 
 class BatchFile:
