@@ -253,7 +253,7 @@ class DatasetBuilder:
             visits = {name: column[first] for name, column in visits.items()}
         totals.exposures += len(visits["visit_id"])
         order = time_order(visits["request_ms"], visits["visit_id"])
-        visits = {name: column[order] for name, column in visits.items()}
+        visits = {name: np.take(column, order) for name, column in visits.items()}
         for name, index in self._ids.items():
             index.add(visits[f"{name}_id"])
         totals.span(visits["request_ms"])
@@ -296,18 +296,22 @@ class DatasetBuilder:
         given = {name: self._spills[name].pop(partition) for name in ("events", "repeats") if name in self._spills}
         if "events" in given:
             order = stable_order(given["events"]["time_ms"])
-            events = {name: column[order] for name, column in given["events"].items()}
+            parts = iter([{name: np.take(column, order) for name, column in given["events"].items()}])
         else:
-            events = derive_events(self._spec, visits, given.get("repeats"))
-        table = event_table(self._spec, events)
-        pq.write_table(table, self._aside / "events" / f"part-{partition:05d}.parquet", **_EVENTS_PARQUET)
-        return table.num_rows
+            parts = derive_events(self._spec, visits, given.get("repeats"))
+        count = 0
+        file = self._aside / "events" / f"part-{partition:05d}.parquet"
+        with pq.ParquetWriter(file, EVENT_COLUMNS, **_EVENTS_PARQUET) as writer:
+            for events in parts:
+                writer.write_table(event_table(self._spec, events))
+                count += len(events["event"])
+        return count
 
     def _write_truth(self, partition: int) -> None:
         if "truth" in self._spills:
             truth = self._spills["truth"].pop(partition)
             order = time_order(truth["request_ms"], truth["visit_id"])
-            table = pa.table({name: column[order] for name, column in truth.items()})
+            table = pa.table({name: np.take(column, order) for name, column in truth.items()})
             pq.write_table(table, self._aside / "truth" / f"part-{partition:05d}.parquet", **_TRUTH_PARQUET)
 
     def _spill(self, name: str, schema: pa.Schema) -> Spill:

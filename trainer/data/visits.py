@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 
 from trainer.data.checks import Columns
 from trainer.data.order import stable_order
 from trainer.data.schema import DOMAINS, EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec
+
+_VISITS_PER_PART = 1 << 15
+
+# Among events of one millisecond repeats come behind the behaviours, of which there are at most 31, and exits last.
+_RANK_BITS = 6
+_REPEAT_RANK, _EXIT_RANK = (1 << _RANK_BITS) - 2, (1 << _RANK_BITS) - 1
 
 
 def event_names(spec: DatasetSpec) -> tuple[str, ...]:
@@ -36,7 +45,7 @@ def masks(spec: DatasetSpec, domain: np.ndarray) -> np.ndarray:
     return applies[domain]
 
 
-def derive_events(spec: DatasetSpec, visits: Columns, repeats: Columns | None = None) -> Columns:
+def derive_events(spec: DatasetSpec, visits: Columns, repeats: Columns | None = None) -> Iterator[Columns]:
     """The events of visits, in time order: columns of ``EVENT_COLUMNS`` with ``event`` as a code.
 
     Each visit gives an ``exposure`` at its request, ``enter`` at the same time if anything was watched, every behaviour
@@ -45,44 +54,84 @@ def derive_events(spec: DatasetSpec, visits: Columns, repeats: Columns | None = 
 
     Args:
         spec: of the dataset.
-        visits: as ``schema.visit_schema`` has them.
+        visits: as ``schema.visit_schema`` has them, in order of ``request_ms``.
         repeats: more events of these visits, in the form of the result, in any order.
+
+    Yields:
+        The events part by part, so that a part and what waits for the next ones stay in the processor's cache.
     """
-    n = len(visits["visit_id"])
-    request, every = visits["request_ms"], np.arange(n)
-    entered = np.flatnonzero(visits["play_ms"] > 0)
+    request = visits["request_ms"]
+    n = len(request)
+    # Lines of the repeats come behind those of the visits.
+    ids = {name: visits[name] for name in ("user_id", "author_id", "item_id", "domain", "visit_id")}
+    more = waiting = _Happened(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.int8, np.int8, np.float32)))
+    if repeats is not None:
+        ids = {name: np.concatenate([column, repeats[name]]) for name, column in ids.items()}
+        line, time, event = np.arange(n, len(ids["visit_id"])), repeats["time_ms"], repeats["event"]
+        more = _Happened(line, time, event, np.full(len(line), _REPEAT_RANK, np.int8), repeats["value"])
+        more = more.take(stable_order(time))
+    start = request[0] if n else 0
+    for first in range(0, max(n, 1), _VISITS_PER_PART):
+        stop = first + _VISITS_PER_PART
+        until = request[stop] if stop < n else np.iinfo(np.int64).max
+        due = int(np.searchsorted(more.time_ms, until))
+        known = _Happened.join(waiting, _happened(spec, visits, first, stop), more.take(slice(0, due)))
+        more = more.take(slice(due, None))
+        ready = known.time_ms < until
+        waiting = known.take(np.flatnonzero(~ready))
+        known = known.take(np.flatnonzero(ready))
+        known = known.take(stable_order((known.time_ms - start) << _RANK_BITS | known.rank))
+        yield {
+            **{name: np.take(column, known.line) for name, column in ids.items()},
+            "event": known.event,
+            "time_ms": known.time_ms,
+            "value": known.value,
+        }
+
+
+@dataclass(frozen=True)
+class _Happened:
+    """Events as columns: the line of the visit, when, which (a code), the order within a millisecond, the value."""
+
+    line: np.ndarray
+    time_ms: np.ndarray
+    event: np.ndarray
+    rank: np.ndarray
+    value: np.ndarray
+
+    def take(self, which: np.ndarray | slice) -> _Happened:
+        return _Happened(*(column[which] for column in vars(self).values()))
+
+    @staticmethod
+    def join(*parts: _Happened) -> _Happened:
+        return _Happened(
+            *(np.concatenate(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True))
+        )
+
+
+def _happened(spec: DatasetSpec, visits: Columns, first: int, stop: int) -> _Happened:
+    """The events of the visits ``[first, stop)``, by kind and then by visit."""
+    part = {name: column[first:stop] for name, column in visits.items()}
+    request = part["request_ms"]
+    every, entered = np.arange(len(request)), np.flatnonzero(part["play_ms"] > 0)
     line, time = [every, entered], [request, request[entered]]
-    code, value = [0, 1], [np.zeros(n, np.float32), np.zeros(len(entered), np.float32)]
+    event, value = [0, 1], [np.zeros(len(every), np.float32), np.zeros(len(entered), np.float32)]
     for k, behaviour in enumerate(spec.behaviours):
-        delay = visits[f"delay_{behaviour}"]
+        delay = part[f"delay_{behaviour}"]
         happened = np.flatnonzero(delay >= 0)
         line.append(happened)
         time.append(request[happened] + delay[happened])
-        code.append(len(VISIT_EVENTS) + k)
-        values = visits.get(f"value_{behaviour}")
+        event.append(len(VISIT_EVENTS) + k)
+        values = part.get(f"value_{behaviour}")
         value.append(np.zeros(len(happened), np.float32) if values is None else values[happened])
-    event = np.repeat(np.array(code, np.int8), [len(part) for part in line])
-    # Lines of the repeats come behind those of the visits.
-    more = {name: column[:0] for name, column in visits.items()} if repeats is None else repeats
-    if repeats is not None:
-        line.append(np.arange(n, n + len(repeats["time_ms"])))
-        time.append(repeats["time_ms"])
-        value.append(repeats["value"])
-        event = np.concatenate([event, repeats["event"]])
     line.append(every)
-    time.append(visits["exit_ms"])
-    value.append(visits["play_ms"].astype(np.float32))
-    event = np.concatenate([event, np.full(n, VISIT_EVENTS.index("exit"), np.int8)])
-
-    time_ms = np.concatenate(time)
-    order = stable_order(time_ms)
-    at = np.concatenate(line)[order]
-    names = ("user_id", "author_id", "item_id", "domain", "visit_id")
-    events = {name: np.take(np.concatenate([visits[name], more[name]]), at) for name in names}
-    events["event"] = np.take(event, order)
-    events["time_ms"] = np.take(time_ms, order)
-    events["value"] = np.take(np.concatenate(value), order)
-    return events
+    time.append(part["exit_ms"])
+    event.append(VISIT_EVENTS.index("exit"))
+    value.append(part["play_ms"].astype(np.float32))
+    rank = [*event[:-1], _EXIT_RANK]
+    lengths = [len(lines) for lines in line]
+    codes, ranks = (np.repeat(np.array(column, np.int8), lengths) for column in (event, rank))
+    return _Happened(first + np.concatenate(line), np.concatenate(time), codes, ranks, np.concatenate(value))
 
 
 def event_codes(spec: DatasetSpec, column: pa.ChunkedArray) -> np.ndarray:
