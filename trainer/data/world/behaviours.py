@@ -104,6 +104,10 @@ UNCLICKED_OFFSET = np.array([[-3.2, 0.0], [-2.0, 0.0]], np.float32)
 DEPTH_OFFSET = np.array([[-1.4, -2.0, -2.6, -1.2], [-0.3, -0.4, -0.8, -0.2], [0.4, 0.5, 0.6, 0.3]], np.float32)
 """Added to the log-odds of the interactions by how far the watching went: neither view, effective only, long."""
 
+# All branches of a visit in one array: click, effective and long view (twice each), and the interactions by depth.
+BRANCH_OF = np.array([CLICK, *2 * [EFFECTIVE_VIEW], *2 * [LONG_VIEW], *3 * [*range(len(BEHAVIOURS))[INTERACTIONS]]])
+BRANCH_OFFSET = np.concatenate([[0], *UNCLICKED_OFFSET, *DEPTH_OFFSET], dtype=np.float32)[:, None]
+
 
 def _context_weights() -> np.ndarray:
     """``[contexts, behaviours, factors] float32``."""
@@ -154,7 +158,13 @@ def log_odds(factors: np.ndarray, context: np.ndarray, scene: np.ndarray, trait:
     """
     # not a BLAS product, whose last bit depends on the processor
     of_all = np.einsum("ckf,fn->ckn", WEIGHTS, factors)
-    return np.take_along_axis(of_all, context[None, None, :], axis=0)[0] + SCENE_OFFSET[:, scene] + trait
+    # nine of ten are videos, so only the rooms' are picked one by one
+    logits = of_all[CONTEXTS.index("video")]
+    live = np.flatnonzero(context)
+    logits[:, live] = of_all[context[live], :, live].T
+    logits += SCENE_OFFSET.take(scene, axis=1)
+    logits += trait
+    return logits
 
 
 def chances(logits: np.ndarray, allowed: np.ndarray) -> Chances:
@@ -164,21 +174,30 @@ def chances(logits: np.ndarray, allowed: np.ndarray) -> Chances:
         logits: ``[behaviours, n]`` of ``log_odds``.
         allowed: ``[4, n] float32``, 0 for an interaction that cannot happen (a gift for a video, following again).
     """
-    click = _sigmoid(logits[CLICK])
-    effective = _sigmoid(logits[EFFECTIVE_VIEW] + UNCLICKED_OFFSET[0, :, None])
-    long = _sigmoid(logits[LONG_VIEW] + UNCLICKED_OFFSET[1, :, None])
-    interaction = _sigmoid(logits[INTERACTIONS] + DEPTH_OFFSET[:, :, None]) * allowed
-    depth = click * np.stack([1 - effective[1], effective[1] * (1 - long[1]), effective[1] * long[1]])
+    n = logits.shape[1]
+    branch = logits.take(BRANCH_OF, axis=0)
+    branch += BRANCH_OFFSET
+    # the logistic function, in place
+    np.exp(np.negative(branch, out=branch), out=branch)
+    branch += 1
+    np.divide(1, branch, out=branch)
+    click, effective, long = branch[0], branch[1:3], branch[3:5]
+    interaction = branch[5:].reshape(3, 4, n)
+    interaction *= allowed
+
+    depth = np.empty((3, n), np.float32)
+    np.subtract(1, effective[1], out=depth[0])
+    np.multiply(effective[1], 1 - long[1], out=depth[1])
+    np.multiply(effective[1], long[1], out=depth[2])
+    depth *= click
+    unclicked_effective = (1 - click) * effective[0]
+    acted = depth[:, None] * interaction
     marginal = np.empty_like(logits)
     marginal[CLICK] = click
-    marginal[EFFECTIVE_VIEW] = click * effective[1] + (1 - click) * effective[0]
-    marginal[LONG_VIEW] = depth[2] + (1 - click) * effective[0] * long[0]
-    marginal[INTERACTIONS] = (depth[:, None] * interaction).sum(axis=0)
+    marginal[EFFECTIVE_VIEW] = click * effective[1] + unclicked_effective
+    marginal[LONG_VIEW] = depth[2] + unclicked_effective * long[0]
+    marginal[INTERACTIONS] = acted.sum(axis=0)
     marginal_long = np.zeros_like(logits)
     marginal_long[CLICK] = depth[2]
-    marginal_long[INTERACTIONS] = depth[2] * interaction[2]
+    marginal_long[INTERACTIONS] = acted[2]
     return Chances(click, effective, long, interaction, marginal, marginal_long)
-
-
-def _sigmoid(logit: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logit))

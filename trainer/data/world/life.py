@@ -15,7 +15,7 @@ import numpy as np
 from trainer.data.world.behaviours import FACTORS, FOLLOW, GIFT, INTERACTIONS, chances, log_odds
 from trainer.data.world.config import DAY_MS, HOUR_MS, START_MS, hours_of_day, local_hour
 from trainer.data.world.content import LIVE, VIDEO
-from trainer.data.world.exposure import FAMILIAR, FEED, PLAZA, SCENE_SHARE, choose
+from trainer.data.world.exposure import FAMILIAR, FEED, PLAZA, SCENE_EDGES, choose
 from trainer.data.world.memory import ACQUAINTANCES, Memory, first_memory
 from trainer.data.world.population import GENRES_PER_CATEGORY, HOLD, SOCIAL, TASTE
 from trainer.data.world.visit import LateShare, clock, draw_outcome
@@ -34,6 +34,12 @@ PAUSE_MS = (300, 1_800)
 """Shortest and longest time between a visit and the next exposure of a session."""
 LONG_MEMORY = 20
 """Views of an author beyond this count add nothing."""
+REPEAT_OF_VIEWS = np.log1p(np.minimum(np.arange(256), LONG_MEMORY), dtype=np.float32)
+SUBSPACES = [
+    (name, part, np.float32(1 / np.sqrt(part.stop - part.start)))
+    for name, part in (("taste", TASTE), ("hold", HOLD), ("social", SOCIAL))
+]
+ROW = {name: row for row, name in enumerate(FACTORS)}
 POSITIONS = 12
 """Position in a session as a feature: 1 to 12, the last one for all that follow."""
 
@@ -78,10 +84,11 @@ def _day(world: World, memory: Memory, late_share: LateShare, day: int, rng: np.
     memory.session[:] = -1
     # the users with the longest day come first, so those still awake are always a prefix
     order = np.argsort(-count, kind="stable")
+    count, sessions = count[order], sessions[order]
     steps = []
-    for step in range(max(1, int(count.max()))):
-        awake = order[: np.searchsorted(-count[order], -step)]
-        session = step * sessions[awake] // count[awake]
+    for step in range(max(1, int(count[0]))):
+        awake = order[: np.searchsorted(-count, -step)]
+        session = step * sessions[: len(awake)] // count[: len(awake)]
         memory.enter_session(users, awake, session, starts[awake, session], rng)
         awake = awake[memory.now_ms[awake] < config.end_ms]
         steps.append(_watch(world, memory, late_share, awake, rng))
@@ -97,7 +104,8 @@ def _watch(world: World, memory: Memory, late_share: LateShare, who: np.ndarray,
     allowed[GIFT - INTERACTIONS.start] = on_air
     allowed[FOLLOW - INTERACTIONS.start] = ~following
     factors, context = _factors(world, memory, shown, following)
-    chance = chances(log_odds(factors, context, shown.scene, world.users.trait[shown.domain, shown.user].T), allowed)
+    inclination = world.users.inclination(shown.domain, shown.user)
+    chance = chances(log_odds(factors, context, shown.scene, inclination.T), allowed)
     items = world.items
     left = items.end_ms[shown.item] - np.where(on_air, shown.time_ms, items.start_ms[shown.item])
     outcome = draw_outcome(rng, chance, clock(on_air, left), on_air, late_share)
@@ -125,7 +133,8 @@ def _expose(world: World, memory: Memory, who: np.ndarray, rng: np.random.Genera
     user, now = memory.user[who], memory.now_ms[who]
     uniform = rng.random((2, len(who)))
     live_slot = uniform[0] < LIVE_SHARE
-    scene = (uniform[1] >= np.cumsum(SCENE_SHARE, axis=1).T[:, np.where(live_slot, LIVE, VIDEO)]).sum(axis=0)
+    of_video, of_live = (edges.searchsorted(uniform[1], side="right") for edges in SCENE_EDGES)
+    scene = np.where(live_slot, of_live, of_video)
     item = np.full(len(who), -1)
 
     def fill(domain: int, at: np.ndarray) -> None:
@@ -151,15 +160,14 @@ def _factors(world: World, memory: Memory, shown: Exposures, following: np.ndarr
     category = genre // GENRES_PER_CATEGORY
     context = np.where(shown.domain == LIVE, 1 + category, 0)
     views = memory.views[shown.who, shown.author]
-    factors = dict.fromkeys(FACTORS, np.zeros(len(user), np.float32))
-    for name, part in (("taste", TASTE), ("hold", HOLD), ("social", SOCIAL)):
-        scale = np.float32(1 / np.sqrt(part.stop - part.start))
-        factors[name] = scale * np.einsum("nd,nd->n", interest[:, part], vector[:, part])
+    factors = {
+        name: scale * np.einsum("nd,nd->n", interest[:, part], vector[:, part]) for name, part, scale in SUBSPACES
+    }
     factors |= {
-        "constant": np.ones(len(user), np.float32),
+        "constant": np.float32(1),
         "mood": genre == memory.mood[shown.who],
         "following": following,
-        "repeat": np.log1p(np.minimum(views, LONG_MEMORY), dtype=np.float32),
+        "repeat": REPEAT_OF_VIEWS.take(views),
         "novelty": users.novelty[user] * (views == 0),
         "quality": items.quality[item],
         "bait": items.bait[item],
@@ -168,13 +176,15 @@ def _factors(world: World, memory: Memory, shown: Exposures, following: np.ndarr
         "category": users.category_interest[user, category],
         "hour": world.category_hour[context, local_hour(shown.time_ms)],
         "fatigue": np.log1p(memory.position[shown.who], dtype=np.float32),
-        "generosity": users.trait[LIVE, user, GIFT] * following,
+        "generosity": users.trait[LIVE, :, GIFT][user] * following,
     }
-    matrix = np.stack([factors[name] for name in FACTORS], dtype=np.float32, casting="unsafe")
+    matrix = np.zeros((len(FACTORS), len(user)), np.float32)
+    for name, values in factors.items():
+        matrix[ROW[name]] = values
     on_air = np.flatnonzero(context)
     segment = items.segment(item[on_air], shown.time_ms[on_air])
     intensity = items.intensity[segment]
-    matrix[FACTORS.index("intensity"), on_air] = intensity
-    matrix[FACTORS.index("topic"), on_air] = intensity * users.topic_taste[user[on_air], items.topic[segment]]
-    matrix[FACTORS.index("quiet"), on_air] = 1 - intensity
+    matrix[ROW["intensity"], on_air] = intensity
+    matrix[ROW["topic"], on_air] = intensity * users.topic_taste[user[on_air], items.topic[segment]]
+    matrix[ROW["quiet"], on_air] = 1 - intensity
     return matrix, context

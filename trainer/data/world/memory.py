@@ -68,12 +68,13 @@ class Memory:
         Effective views and follows make an author known; a follow lasts.
         """
         followed, watched = delay[FOLLOW] >= 0, delay[EFFECTIVE_VIEW] >= 0
+        known = np.flatnonzero(followed | watched)
         self.following[who[followed], author[followed]] = True
-        views = self.views[who[watched], author[watched]]
-        self.views[who[watched], author[watched]] = np.minimum(views, 254) + 1
-        known = followed | watched
-        self.familiar[self.oldest[who[known]], who[known]] = author[known]
-        self.oldest[who[known]] = (self.oldest[who[known]] + 1) % ACQUAINTANCES
+        at = who[watched], author[watched]
+        self.views[at] = np.minimum(self.views[at], 254) + 1
+        user, oldest = who[known], self.oldest[who[known]]
+        self.familiar[oldest, user] = author[known]
+        self.oldest[user] = (oldest + 1) % ACQUAINTANCES
         self.exposures[who] += 1
 
 

@@ -55,7 +55,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``delay [behaviours, n] int64``: from request to the first behaviour, -1 if none; ``play_ms [n] int64``."""
+    """``delay [behaviours, n] int32``: from request to the first behaviour, -1 if none; ``play_ms [n] int64``."""
 
     delay: np.ndarray
     play_ms: np.ndarray
@@ -75,15 +75,15 @@ class LateShare:
 
         Args:
             chances: of the visits.
-            live: ``[n] bool``; videos have no part in the table.
-            roomy: ``[n] bool``; live visits that can bear a late behaviour.
+            live: positions of the live visits; videos have no part in the table.
+            roomy: positions of those that can bear a late behaviour.
 
         Returns:
             ``[5] float64`` for click, like, comment, gift and follow; never less than for click, because a late
             click makes all that follows it late.
         """
-        self.owed += LATE_DEMAND * chances.marginal[LATE_BEHAVIOURS][:, live].sum(axis=1, dtype=np.float64)
-        capacity = chances.marginal_long[LATE_BEHAVIOURS][:, roomy].sum(axis=1, dtype=np.float64)
+        self.owed += LATE_DEMAND * chances.marginal[:, live].sum(axis=1, dtype=np.float64)[LATE_BEHAVIOURS]
+        capacity = chances.marginal_long[:, roomy].sum(axis=1, dtype=np.float64)[LATE_BEHAVIOURS]
         late = np.minimum(self.owed / np.maximum(capacity, 1e-9), LATE_CEILING)
         late = np.maximum(late, late[0])
         self.owed -= late * capacity
@@ -117,34 +117,35 @@ def draw_outcome(
     clicked = uniform[0] < chances.click
     effective = uniform[1] < np.where(clicked, chances.effective[1], chances.effective[0])
     long = effective & (uniform[2] < np.where(clicked, chances.long[1], chances.long[0]))
-    depth = effective.astype(np.int64) + long
-    interaction = np.take_along_axis(chances.interaction, depth[None, None, :], axis=0)[0]
-    acted = clicked & (uniform[3:7] < interaction)
+    shallow, halfway, deep = chances.interaction
+    acted = clicked & (uniform[3:7] < np.where(long, deep, np.where(effective, halfway, shallow)))
 
     low, high = np.where(effective, clock.effective, 0), np.where(effective, clock.long, clock.effective)
     median_beyond = np.where(live, LIVE_BEYOND_MS, VIDEO_BEYOND * clock.long)
     beyond = median_beyond * np.exp(1.2 * rng.standard_normal(n, np.float32))
     play = np.minimum(np.where(long, clock.long + beyond, low + uniform[7] * (high - low)), clock.limit)
 
-    roomy = live & (clock.limit >= ROOM_FOR_LATE_MS)
-    late_click, late_rest = np.split(late_share.draw(chances, live, roomy), [1])
-    may_be_late = clicked & long & roomy
-    click_late = may_be_late & (uniform[8] < late_click)
-    rest_late = may_be_late & (click_late | (uniform[9:13] < ((late_rest - late_click) / (1 - late_click))[:, None]))
+    on_air = np.flatnonzero(live)
+    roomy = on_air[clock.limit[on_air] >= ROOM_FOR_LATE_MS]
+    late = late_share.draw(chances, on_air, roomy)
+    may_be_late = roomy[clicked[roomy] & long[roomy]]
+    click_late = uniform[8, may_be_late] < late[0]
+    rest_late = click_late | (uniform[9:13, may_be_late] < ((late[1:] - late[0]) / (1 - late[0]))[:, None])
 
     fast_end = np.minimum(play, FAST_MS)
     slow_end = np.minimum(clock.limit, SLOW_MS)
     click_at = fast_end * uniform[13] ** 4
-    at = np.flatnonzero(click_late)
+    at = may_be_late[click_late]
     click_at[at] = _between(FAST_MS + 1, slow_end[at], uniform[13, at])
     rest_at = click_at + (fast_end - click_at) * uniform[14:18]
-    which, at = np.nonzero(rest_late)
+    which, place = np.nonzero(rest_late)
+    at = may_be_late[place]
     rest_at[which, at] = _between(np.maximum(click_at[at], FAST_MS + 1), slow_end[at], uniform[14 + which, at])
 
-    delay = np.full((len(BEHAVIOURS), n), -1, np.int64)
-    delay[CLICK, clicked] = click_at[clicked]
-    delay[EFFECTIVE_VIEW, effective] = clock.effective[effective]
-    delay[LONG_VIEW, long] = clock.long[long]
+    delay = np.empty((len(BEHAVIOURS), n), np.int32)
+    delay[CLICK] = np.where(clicked, click_at, -1)
+    delay[EFFECTIVE_VIEW] = np.where(effective, clock.effective, -1)
+    delay[LONG_VIEW] = np.where(long, clock.long, -1)
     delay[INTERACTIONS] = np.where(acted, rest_at, -1)
     # who has acted stays a little, but not into another kind of view and not beyond the end
     last = delay.max(axis=0)
