@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 from trainer.checkpoint_cli import add_checkpoint_parser
 from trainer.command import (
+    HUNG_STATUS,
+    PREEMPTED_STATUS,
     USER_ERROR_STATUS,
+    add_command,
     add_evaluate_arguments,
     add_score_arguments,
     add_train_arguments,
@@ -44,24 +47,50 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_parser(verbs)
     add_stream_parser(verbs)
 
-    train = verbs.add_parser("train", help="train the model of a job file", description="Train on this machine.")
+    train = add_command(
+        verbs,
+        "train",
+        "train the model of a job file",
+        "Train on this machine, and evaluate. The same command again goes on with a run that has not finished.\n"
+        f"Exit status {PREEMPTED_STATUS}: SIGTERM has come and the state is saved. {HUNG_STATUS}: a rank made no "
+        "progress.",
+        "limelight train configs/kuairand.toml --ranks 2 train.epochs=1",
+    )
     add_train_arguments(train)
     train.set_defaults(run=_train)
 
-    evaluate = verbs.add_parser("evaluate", help="metrics of a trained run on a range of time")
+    evaluate = add_command(
+        verbs,
+        "evaluate",
+        "metrics of a trained run on a range of time",
+        "Predict a range of time with a run's model, and print AUC, GAUC and more of each behaviour.",
+        "limelight evaluate runs/kuairand --from 2022-05-05 --until 2022-05-06 --json",
+    )
     add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     for verb in (train, evaluate):
         verb.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes to start (default: 1)")
 
-    score = verbs.add_parser("score", help="probabilities and ranking score of candidates")
+    score = add_command(
+        verbs,
+        "score",
+        "probabilities and ranking score of candidates",
+        "Predict each behaviour of each candidate, with its ranking score (Moment&Cross equation 4).",
+        "limelight score runs/kuairand candidates.parquet scores.parquet",
+    )
     add_score_arguments(score)
     score.set_defaults(run=_score)
 
     add_checkpoint_parser(verbs)
 
-    doctor = verbs.add_parser("doctor", help="what on this machine is wrong, and what to type")
+    doctor = add_command(
+        verbs,
+        "doctor",
+        "what on this machine is wrong, and what to type",
+        "Check packages, accelerator, process groups, ports, shared memory and disk.",
+        "limelight doctor --json",
+    )
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
     doctor.set_defaults(run=_doctor)
     return parser
