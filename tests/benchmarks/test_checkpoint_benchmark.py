@@ -1,0 +1,50 @@
+"""The benchmark of checkpoints runs, and its figures are of what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import checkpoint
+
+
+def start_here(ranks: int, scratch: Path, gigabytes: float) -> dict[str, Any]:
+    """A single rank needs no process of its own."""
+    assert ranks == 1
+    out = scratch.with_suffix(".json")
+    checkpoint.measure_rank(scratch, gigabytes, out)
+    return json.loads(out.read_text())
+
+
+def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(checkpoint, "LAYOUTS", {1: {"table_wise": (), "row_wise": ("1 x table_wise",)}})
+    monkeypatch.setattr(checkpoint, "start", start_here)
+    out, scratch = tmp_path / "results" / "checkpoint.json", tmp_path / "scratch"
+    scratch.mkdir()
+    checkpoint.main(["--gigabytes=0.02", f"--directory={scratch}", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert [save["by"] for save in found["saves"]] == ["1 x table_wise", "1 x row_wise"]
+    for save in found["saves"]:
+        # 17 numbers a row, 16 of the table and one of its optimizer, and what the network and the format add.
+        assert 20e6 < save["bytes"] < 20.5e6
+        assert 0 < save["background"]["stall_seconds"] < save["background"]["seconds"]
+        assert save["step_seconds"] > 0 and save["background"]["step_seconds"] > 0
+        # In the background a copy of the model is written.
+        assert save["background"]["peak_bytes"] > 15e6
+    layouts = [(load["saved_by"], load["by"]) for load in found["loads"]]
+    assert layouts == [
+        ("1 x table_wise", "1 x table_wise"),
+        ("1 x table_wise", "1 x row_wise"),
+        ("1 x row_wise", "1 x row_wise"),
+    ]
+    for load in found["loads"]:
+        assert 20e6 < load["bytes"] < 20.5e6
+        assert load["load"]["seconds"] > 0 and load["restore"]["seconds"] > 0
+        assert load["largest_table_bytes"] == pytest.approx(0.6 * 20e6 * 16 / 17, rel=1e-3)
+    assert not [path for path in scratch.iterdir() if path.is_dir()], "checkpoints are removed"
+    printed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert any(line[:2] == ["1 x table_wise", "background"] for line in printed)
+    assert any(line[:2] == ["1 x table_wise", "1 x row_wise"] for line in printed)
