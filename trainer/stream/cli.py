@@ -11,6 +11,7 @@ from types import TracebackType
 from trainer.command import add_command
 from trainer.progress import Progress
 from trainer.stream.policy import POLICIES, Patience, make_policy
+from trainer.stream.publish import add_publish_parser
 
 _ASSEMBLE_DESCRIPTION = """\
 Write the training rows that a report policy makes of a dataset's event log, partition after partition, each in order
@@ -78,6 +79,8 @@ def add_stream_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_idle(consistency)
     consistency.add_argument("--json", action="store_true", help="print JSON instead of tables")
     consistency.set_defaults(run=_consistency)
+
+    add_publish_parser(commands)
 
 
 def _add_idle(parser: argparse.ArgumentParser) -> None:
