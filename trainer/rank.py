@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> int:
         try:
-            preemption = Preemption()
             config = load_config(given.config, given.overrides)
             with World.join(config.train.device) as world:
-                run_job(config, world, preemption)
+                # From here on: a rank that still looks for the others does not hear what Python has handlers for.
+                run_job(config, world, Preemption())
         except Preempted as preempted:
             if preempted.__context__ is not None:
                 # A launcher ends the ranks that are left when one has failed; what it did to this one is told.

@@ -54,7 +54,7 @@ class State:
         step: last step that it ended.
         collective: what it waits for the other ranks in, such as ``all_reduce``; empty where it does not.
         place: innermost lines of the project's own code, such as ``trainer/engine.py:120 in steps``.
-        busy: long work that it announced, see :meth:`Watchdog.busy`.
+        busy: long work that it announced, see :meth:`Watchdog.busy`; empty while that waits for other ranks itself.
     """
 
     rank: int
@@ -139,7 +139,7 @@ class Watchdog:
                 self._beaten = now
             looked = now
             called = self._listener.fileno() in ready and self._hear()
-            overdue = self._beaten is not None and not self._busy and now - self._beaten > self._seconds
+            overdue = self._beaten is not None and now - self._beaten > self._seconds
             if called or overdue:
                 self._compare(self._seconds if self._beaten is None else now - self._beaten)
                 looked = time.monotonic()
@@ -155,7 +155,7 @@ class Watchdog:
         heard, self._heard = self._heard, {}
         working = [state for state in heard.values() if state.busy]
         if working:
-            if mine in working or self._world.rank == 0:
+            if self._world.rank in (0, working[0].rank):
                 first = working[0]
                 _say(f"limelight: rank {first.rank} is still {first.busy}; the other ranks wait for it")
             if self._beaten is not None:
@@ -208,17 +208,31 @@ class Watchdog:
 
 
 def main_thread_state(rank: int, step: int, busy: str, thread: int) -> State:
-    """What a thread, known by its identity, is doing at the moment."""
-    frame: FrameType | None = sys._current_frames().get(thread)
+    """What a thread, known by its identity, is doing at the moment; work that it announced may be done by others."""
+    stacks = {identity: _frames(innermost) for identity, innermost in sys._current_frames().items()}
+    doing = [_doing(stacks.get(thread, []))]
+    if busy:
+        doing += [_doing(frames) for identity, frames in stacks.items() if identity != thread]
+    waiting = [(collective, place) for collective, place in doing if collective]
+    collective, place = waiting[0] if waiting else doing[0]
+    return State(rank, step, collective, place, "" if waiting else busy)
+
+
+def _frames(innermost: FrameType | None) -> list[FrameType]:
     frames = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
+    while innermost is not None:
+        frames.append(innermost)
+        innermost = innermost.f_back
+    return frames
+
+
+def _doing(frames: list[FrameType]) -> tuple[str, str]:
+    """The collective that a thread waits in, if it does, and its place in the project's own code."""
     own = [place for place, inner in enumerate(frames) if inner.f_code.co_filename.startswith(_OWN)]
     # The calls between the project's code and where the thread is: all of them if the project's code is not on it.
     inside = frames[: own[0] + 1] if own else frames
     shown = [frames[place] for place in own[:3]] or frames[:1]
-    return State(rank, step, _collective(inside), ", called at ".join(map(_place, shown)), busy)
+    return _collective(inside), ", called at ".join(map(_place, shown))
 
 
 def _collective(frames: list[FrameType]) -> str:

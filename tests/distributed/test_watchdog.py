@@ -115,6 +115,23 @@ def test_announced_work_ends_nothing_and_is_told(tmp_path: Path) -> None:
         ranks.kill()
 
 
+@pytest.mark.parametrize(
+    ("scenario", "said"),
+    [
+        ("stop while others are busy", "rank 1 does not answer at all"),
+        ("sleep while others are busy", "rank 1 is not in a collective"),
+    ],
+)
+def test_announced_work_that_waits_for_another_rank_is_no_excuse(tmp_path: Path, scenario: str, said: str) -> None:
+    ranks = Ranks(tmp_path, scenario, 1.0)
+    try:
+        status, printed = ranks.ended(0)
+        assert status == HUNG_STATUS
+        assert said in printed and "rank 0 waits in barrier at trainer/distributed.py" in printed
+    finally:
+        ranks.kill()
+
+
 def test_a_rank_that_hangs_in_its_last_step_is_found(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "last", 1.0)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,10 @@ def main(scenario: str, seconds: float) -> None:
                 if scenario == "busy":
                     with watchdog.busy("writing a checkpoint"):
                         time.sleep(3 * seconds)
+                if scenario == "stop while others are busy":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if scenario == "sleep while others are busy":
+                    sleep_for_ever()
                 if scenario == "mistake":
                     raise ValueError("rank 1 fails by itself")
                 if scenario == "strangers":
@@ -45,6 +50,14 @@ def main(scenario: str, seconds: float) -> None:
                 # Rank 0 has no step left to wait in.
                 world.sum(1)
                 sleep_for_ever()
+            if step == BROKEN and scenario == "stop while others are busy":
+                with watchdog.busy("saving a checkpoint"):
+                    world.barrier()
+            if step == BROKEN and scenario == "sleep while others are busy":
+                writer = threading.Thread(target=world.barrier)
+                writer.start()
+                with watchdog.busy("saving a checkpoint"):
+                    writer.join()
             if world.size == 2 and step == BROKEN and scenario == "different":
                 world.barrier() if culprit else world.agree(step)
                 world.barrier()
