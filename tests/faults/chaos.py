@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import kinds
-from tests.faults.harness import Ending, Job, differences, small_world
+from tests.faults.harness import LIMIT_SECONDS, Ending, Job, differences, small_world
 from tests.faults.nursery import ROOT, Nursery
 from trainer.progress import Progress
 from trainer.run import environment
@@ -75,7 +75,7 @@ class Deck:
         damageable = len(job.checkpoints()) > 1
         while True:
             for card in self._cards:
-                if card is not kinds.damage_newest or damageable:
+                if card not in kinds.NEED_TWO or damageable:
                     self._cards.remove(card)
                     return card
             more = [draw for draw in kinds.KINDS.values() for _ in range(WEIGHTS.get(draw.__name__, 1))]
@@ -93,7 +93,11 @@ def disturb(job: Job, number: int, rng: random.Random, deck: Deck, faults: int) 
         card = deck.draw(job) if len(entries) < faults else None
         attack = kinds.Attack("nothing", None, (0,)) if card is None else card(rng, job)
         attack.prepare(job)
-        ending = job.start(attack.fault)
+        try:
+            ending = job.start(attack.fault)
+        except AssertionError as error:
+            entries.append(Entry(number, attack.name, "", -1, "", LIMIT_SECONDS, problems=[str(error)]))
+            return entries
         attack.repair(job)
         begun = ending.resumed_from or "the beginning"
         if entries and not entries[-1].resumed_from:
@@ -172,7 +176,8 @@ def main() -> int:
                 job = Job(nursery, directory / f"job-{number}", world)
                 most = min(rng.randint(1, MOST_FAULTS), options.faults - len(entries))
                 found = disturb(job, number, rng, deck, most)
-                different = differences(job, undisturbed)
+                ended = bool(job.checkpoints()) and (job.run / "metrics.json").exists()
+                different = differences(job, undisturbed) if ended else ["the job has not come to its end"]
                 for entry in found:
                     entry.equal = not different
                     entry.problems += different[:10]

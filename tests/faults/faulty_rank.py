@@ -7,6 +7,7 @@ counted from the start of the process.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -132,27 +133,14 @@ def arm_signal(fault: Fault, mine: bool) -> None:
 
 
 def arm_stop_in_save(fault: Fault, mine: bool) -> None:
-    """``file``: a part of a file's name; in save number ``save``, half of it is written and the process ends. A name
-    ``rename-before`` or ``rename-after`` ends it around the rename that makes a checkpoint valid."""
+    """``file``: a part of a file's name; in save number ``save``, half of it is written and the process ends.
+
+    Or one of ``RENAMES``: the process ends around the ``save``-th rename of that kind.
+    """
     if not mine:
         return
-    file, count = fault["file"], {"seen": 0}
-    if file.startswith("rename"):
-        rename = os.rename
-
-        def renamed(source: Any, target: Any, **options: Any) -> None:
-            final = ".partial-" in Path(source).name
-            count["seen"] += final
-            last = final and count["seen"] == fault["save"]
-            if last and file == "rename-before":
-                strike("before the rename")
-                _die()
-            rename(source, target, **options)
-            if last:
-                strike("after the rename")
-                _die()
-
-        os.rename = renamed
+    if fault["file"] in RENAMES:
+        _at_rename(fault)
         return
 
     def torn(descriptor: int, path: Path) -> None:
@@ -162,6 +150,29 @@ def arm_stop_in_save(fault: Fault, mine: bool) -> None:
         _die()
 
     _at_sync(fault, torn)
+
+
+RENAMES = {
+    "rename-before": lambda source, target: ".partial-" in source,
+    "rename-after": lambda source, target: ".partial-" in source,
+    "removal": lambda source, target: ".old-" in target,
+    "replacement": lambda source, target: target.endswith(".replaced"),
+}
+"""What makes a checkpoint valid, takes an old one away, or puts a damaged one aside for another of the same step."""
+
+
+def _at_rename(fault: Fault) -> None:
+    rename, file, seen = os.rename, fault["file"], itertools.count(1)
+
+    def renamed(source: Any, target: Any, **options: Any) -> None:
+        last = RENAMES[file](Path(source).name, Path(target).name) and next(seen) == fault["save"]
+        if not last or file != "rename-before":
+            rename(source, target, **options)
+        if last:
+            strike(f"{file}, {Path(target).name.partition('.old-')[0]}")
+            _die()
+
+    os.rename = renamed
 
 
 def arm_write_error(fault: Fault, mine: bool) -> None:

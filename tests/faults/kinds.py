@@ -119,6 +119,20 @@ def stop_in_save(rng: random.Random, job: Job, file: str | None = None) -> Attac
     return Attack(f"stop in a save, {file}", fault, (KILLED,), _ended(fault))
 
 
+def stop_in_removal(rng: random.Random, job: Job) -> Attack:
+    """The process ends when the oldest checkpoint has lost its name, and is not removed yet."""
+    fault = {"kind": "stop in save", "rank": 0, "file": "removal", "save": 1}
+    return Attack("stop while an old checkpoint is removed", fault, (KILLED,), _ended(fault))
+
+
+def stop_in_replacement(rng: random.Random, job: Job) -> Attack:
+    """The newest checkpoint is damaged; the process ends when it is to be replaced by another one of the same step.
+    There must be two checkpoints."""
+    attack = damage_newest(rng, job)
+    fault = {"kind": "stop in save", "rank": 0, "file": "replacement", "save": 1}
+    return Attack("stop while a damaged one is replaced", fault, (KILLED,), attack.says)
+
+
 def write_error(rng: random.Random, job: Job) -> Attack:
     """A file of a save cannot be written."""
     rank, code = rng.randrange(RANKS), rng.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT])
@@ -210,6 +224,9 @@ def damage_newest(rng: random.Random, job: Job, file: str | None = None, harm: s
     )
 
 
+NEED_TWO = (damage_newest, stop_in_replacement)
+"""Kinds that need two checkpoints."""
+
 KINDS: dict[str, Draw] = {
     draw.__name__: draw
     for draw in (
@@ -221,6 +238,8 @@ KINDS: dict[str, Draw] = {
         terminate,
         terminate_in_start,
         stop_in_save,
+        stop_in_removal,
+        stop_in_replacement,
         write_error,
         full_disk,
         kill_worker,

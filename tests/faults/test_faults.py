@@ -75,6 +75,7 @@ def go_on(job: Job, undisturbed: Job, says: str = "") -> None:
         kinds.kill_in_start,
         kinds.kill_in_evaluation,
         kinds.terminate,
+        kinds.stop_in_removal,
         kinds.write_error,
         kinds.full_disk,
         kinds.kill_worker,
@@ -108,13 +109,22 @@ def test_a_loss_that_is_not_a_number_is_not_learnt_from_and_its_rows_are_kept(jo
     ("file", "harm"), [("manifest.json", "missing"), ("model/.metadata", "zeroed"), ("model/__1_0.distcp", "truncated")]
 )
 def test_a_damaged_checkpoint_is_passed_over(file: str, harm: str, job: Job, undisturbed: Job) -> None:
-    rng = random.Random(file)
-    fault = kinds.kill_all(rng, job).fault
+    stop_late(job)
+    attack = kinds.damage_newest(random.Random(file), job, file, harm)
+    go_on(job, undisturbed, attack.says)
+
+
+def test_a_stop_while_a_damaged_checkpoint_is_replaced_leaves_one_of_the_two(job: Job, undisturbed: Job) -> None:
+    stop_late(job)
+    endure(job, kinds.stop_in_replacement(random.Random(1), job), undisturbed)
+
+
+def stop_late(job: Job) -> None:
+    """Have two checkpoints or more, and a job that is not at its end."""
+    fault = kinds.kill_all(random.Random(1), job).fault
     assert fault is not None
     job.start({**fault, "step": 14})
     assert len(job.checkpoints()) >= 2
-    attack = kinds.damage_newest(rng, job, file, harm)
-    go_on(job, undisturbed, attack.says)
 
 
 def test_the_command_itself_is_killed_and_preempted_and_goes_on(job: Job, undisturbed: Job) -> None:
