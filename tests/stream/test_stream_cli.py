@@ -89,7 +89,7 @@ def test_rows_in_the_file_are_those_of_the_reference(tmp_path: Path, capsys: pyt
     log, out = write_log(tmp_path / "log", events), tmp_path / "rows.parquet"
     windows = ("--fast-seconds", 5, "--slow-seconds", 8.5)
     assert stream("assemble", log, out, "--policy", "fast_slow", *windows, "--idle-seconds", 20) == 0
-    policy, patience = FastSlow(5_000, 8_500), Patience(20_000, MINUTE)
+    policy, patience = FastSlow(5_000, 8_500), Patience(20_000, 10_000)
     expected, aside = assemble(events, policy, patience, BEHAVIOURS, SPEC.applies, SPEC.candidates)
     table = pq.read_table(out)
     assert table.column_names == [
@@ -120,6 +120,8 @@ def test_consistency_counts_what_is_known_at_five_minutes(tmp_path: Path, capsys
     events.append(events[-2])
     values.append(values[-2])
     order = np.argsort([event.time_ms for event in events], kind="stable")
+    # Of a stored log nothing is late, in whatever order it is.
+    order = [*order[3:], *order[:3]]
     log = write_log(tmp_path / "log", [events[k] for k in order], values=[values[k] for k in order])
     assert stream("consistency", log, "--json") == 0
     figures = json.loads(capsys.readouterr().out)

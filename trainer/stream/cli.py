@@ -125,7 +125,7 @@ def _consistency(options: argparse.Namespace) -> int:
     from trainer.stream.consistency import consistency, format_consistency
 
     with _EventsBar("reading", quiet=options.json) as progress:
-        figures = consistency(options.dataset, Patience(idle_ms=options.idle_seconds), progress.reached)
+        figures = consistency(options.dataset, options.idle_seconds, progress.reached)
     print(json.dumps(figures, indent=1) if options.json else format_consistency(figures))
     return 0
 

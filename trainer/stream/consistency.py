@@ -12,6 +12,7 @@ from trainer.stream.batch import visit_rows
 from trainer.stream.grouping import Visits, group_visits
 from trainer.stream.log import EventLog
 from trainer.stream.policy import HOUR_MS, MINUTE_MS, POLICIES, Patience
+from trainer.stream.rows import END_OF_TIME
 from trainer.text_table import text_table
 
 PAPER: dict[str, float] = {
@@ -27,9 +28,7 @@ PAPER: dict[str, float] = {
 FAST_MS, SLOW_MS = 5 * MINUTE_MS, HOUR_MS
 
 
-def consistency(
-    path: str | Path, patience: Patience, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def consistency(path: str | Path, idle_ms: int, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """What a log says of the policies, as JSON-ready values.
 
     Keys: ``path``, ``name``, ``visits``, ``active_visits`` (in which a behaviour happened); ``behaviours``: for each,
@@ -40,13 +39,15 @@ def consistency(
 
     Args:
         path: dataset, a directory or an fsspec URL.
-        patience: when a visit without an exit has ended.
+        idle_ms: a visit without an exit has ended so long after its last event.
         progress: told the events done, and how many there are.
 
     Raises:
         UserError: no dataset there, or an event that cannot be.
     """
     log = EventLog(path)
+    # The whole log is here: no event of it is late.
+    patience = Patience(idle_ms, disorder_ms=END_OF_TIME)
     names = [*log.spec.behaviours, *(["gift price"] if "gift" in log.spec.behaviours else [])]
     early, within = np.zeros((2, len(names)))
     rows = {name: {"all": 0, "active": 0} for name in POLICIES}

@@ -12,25 +12,22 @@ does not apply in the visit's domain is no label, only a sign of life. The same 
 **Rows.** With ``t = 0`` at the request and windows that hold their right edge, as the paper has them (and the first
 window its left edge, where a behaviour may lie as well):
 
-=================  ========  ==========================================  ========================  =====================
-policy             kind      ``emit_ms``                                 label 1                   unmasked
-=================  ========  ==========================================  ========================  =====================
-``full``           full      the end                                     happened                  all
-``fast_slow``      fast      request + ``fast_ms``, ended or not         happened in [0, fast]     all
-                   slow      request + ``slow_ms``                       all that is unmasked      happened in (fast,
-                                                                                                   slow]
-``realtime``       report    request + m ``tick_ms``, before the end     all that is unmasked      happened first in
-                                                                                                   tick m
-                   exit      the end                                     happened since the        not yet reported
-                                                                         last tick
-``realtime_naive`` report    request + m ``tick_ms`` for every m,        happened in tick m, for   all
-                             before the end                              the first time or not
-                   exit      the end                                     happened since the        all
-                                                                         last tick
-=================  ========  ==========================================  ========================  =====================
+==================  ======  =============================  =========================  =====================
+policy              kind    ``emit_ms``                    label 1                    unmasked
+==================  ======  =============================  =========================  =====================
+``full``            full    the end                        happened                   all
+``fast_slow``       fast    request + ``fast_ms``          happened in [0, fast]      all
+                    slow    request + ``slow_ms``          all that is unmasked       first in (fast, slow]
+``realtime``        report  request + m ``tick_ms`` < end  all that is unmasked       first in tick m
+                    exit    the end                        first since the last tick  not yet reported
+``realtime_naive``  report  request + m ``tick_ms`` < end  happened in tick m         all
+                    exit    the end                        since the last tick        all
+==================  ======  =============================  =========================  =====================
 
 Tick m is ``((m - 1) tick_ms, m tick_ms]``; the first one also holds 0. "All" are the behaviours that apply in the
-domain. A row in which nothing is unmasked is not made: there is no slow row where the fast row missed nothing.
+domain. Fast and slow rows come at their time whether the visit has ended or not. ``realtime`` reports a tick only where
+something happened first in it, ``realtime_naive`` every one. A row in which nothing is unmasked is not made: there is
+no slow row where the fast row missed nothing.
 
 **Order.** Rows of a partition are in order of ``(emit_ms, user_id, visit_id, request_ms)``, which no two rows share.
 
@@ -110,11 +107,11 @@ class Patience:
 
     Attributes:
         idle_ms: for another event of a visit, before it is taken to have ended.
-        disorder_ms: for events that come after later ones of the same partition.
+        disorder_ms: for events that come after later ones of the same partition; rows are handed out as much later.
     """
 
     idle_ms: int = 2 * HOUR_MS
-    disorder_ms: int = MINUTE_MS
+    disorder_ms: int = 10 * SECOND_MS
 
     def __post_init__(self) -> None:
         """Raises: UserError: ``idle_ms`` is not above 0, or ``disorder_ms`` is negative."""
