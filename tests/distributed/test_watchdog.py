@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,20 @@ PROCESSES.set_forkserver_preload([watchdog_ranks.__name__])
 class Ranks:
     """Ranks that run ``watchdog_ranks.main``, each a process that writes what it says to a file."""
 
-    def __init__(self, directory: Path, scenario: str, seconds: float, ranks: int = 2) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        scenario: str,
+        seconds: float,
+        ranks: int = 2,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         port = free_port()
         self.files = [directory / f"rank-{rank}" for rank in range(ranks)]
         self.processes = [
             PROCESSES.Process(
-                target=watchdog_ranks.start, args=(rank_environment(rank, ranks, port), file, scenario, seconds)
+                target=watchdog_ranks.start,
+                args=({**rank_environment(rank, ranks, port), **(environment or {})}, file, scenario, seconds),
             )
             for rank, file in enumerate(self.files)
         ]
@@ -65,6 +74,16 @@ def test_a_rank_that_sleeps_is_named_with_its_line_and_the_collective_of_the_oth
             assert ("limelight: stacks of rank 1" in said) == (rank == 1)
             assert ("sleep_for_ever()\n" in said) == (rank == 1)
             assert "Traceback" not in said
+    finally:
+        ranks.kill()
+
+
+def test_ranks_of_several_machines_find_each_other(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "sleep", 1.0, environment={"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"})
+    try:
+        status, said = ranks.ended(0)
+        assert status == HUNG_STATUS
+        assert "rank 1 is not in a collective" in said and "rank 0 waits in all_reduce" in said
     finally:
         ranks.kill()
 
