@@ -153,6 +153,7 @@ CONTAINER = {
     "workingDir": str,
     "command": [str],
     "args": [str],
+    "env": [{"name": str, "value": str}],
     "resources": {"limits": dict},
     "volumeMounts": [{"name": str, "mountPath": str, "readOnly?": bool}],
 }
