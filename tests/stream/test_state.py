@@ -72,6 +72,19 @@ def test_a_state_is_a_copy_of_plain_arrays() -> None:
     assert again.counts == stream.counts
 
 
+def test_simultaneous_events_stay_in_order_of_arrival() -> None:
+    """Two exposures of a visit at one millisecond: the first to arrive gives the ids, also after a restore."""
+    first = Event(1, 7, 11, 12, "live", "exposure", 50)
+    second = [Event(1, 8, 0, 0, "live", "exposure", 40), first._replace(author_id=99)]
+    stream = StreamAssembler(SPEC, Full(), PATIENCE)
+    stream.push(columns_of([first]))
+    stream.push(columns_of(second))
+    restored = StreamAssembler(SPEC, Full(), PATIENCE)
+    restored.load_state_dict(stream.state_dict())
+    for assembler in (stream, restored):
+        assert [row.author_id for row in rows_as_tuples(assembler.advance().rows)] == [0, 11]
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_memory_is_that_of_the_open_visits(policy: Policy) -> None:
     """Of ten thousand visits, a few hundred of which are open at a time, not many more are ever remembered."""

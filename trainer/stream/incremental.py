@@ -260,10 +260,9 @@ class StreamAssembler:
             self._emit(visit, now_ms, self._reporter.end(visit))
         if visit.report_ms == now_ms:
             self._emit(visit, now_ms, self._reporter.due(visit))
-        if visit.ended:
-            next_ms = visit.report_ms
-        else:
-            next_ms = min(visit.report_ms, visit.exit_ms, visit.last_ms + self._patience.idle_ms)
+        next_ms = visit.report_ms
+        if not visit.ended:
+            next_ms = min(next_ms, visit.last_ms + self._patience.idle_ms)
         if next_ms == END_OF_TIME:
             visit.due_ms = END_OF_TIME
             self._live -= 1
