@@ -231,7 +231,7 @@ def _doing(frames: list[FrameType]) -> tuple[str, str]:
     own = [place for place, inner in enumerate(frames) if inner.f_code.co_filename.startswith(_OWN)]
     # The calls between the project's code and where the thread is: all of them if the project's code is not on it.
     inside = frames[: own[0] + 1] if own else frames
-    shown = [frames[place] for place in own[:3]] or frames[:1]
+    shown = [frames[place] for place in own if not frames[place].f_code.co_name.startswith("<")][:3] or frames[:1]
     return _collective(inside), ", called at ".join(map(_place, shown))
 
 

@@ -239,7 +239,7 @@ def test_a_corrupt_record_at_an_edge_counts_whole(write_dataset):
         (signal.SIGBUS, r"was ended by SIGBUS \(is /dev/shm full"),
     ],
 )
-def test_a_worker_that_is_killed_is_named_in_one_line(write_dataset, workers, number, expected):
+def test_a_worker_that_is_killed_is_named_in_one_line(write_dataset, capfd, workers, number, expected):
     ranks = Ranks(write_dataset(rows=1500))
     handler = signal.getsignal(signal.SIGCHLD)
     found = iter(ranks.loader(rank=1, world=2, workers=workers, batch_size=10))
@@ -251,6 +251,7 @@ def test_a_worker_that_is_killed_is_named_in_one_line(write_dataset, workers, nu
     assert signal.getsignal(signal.SIGCHLD) is handler
     with pytest.raises(UserError, match=rf"^rank 1: loader worker, process {victim.pid}, {expected}[^\n]*$"):
         list(found)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_workers_outlive_a_signal_to_the_whole_job(write_dataset):

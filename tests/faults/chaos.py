@@ -124,7 +124,8 @@ def disturb(job: Job, number: int, rng: random.Random, deck: Deck, faults: int) 
 
 def _last_word(ending: Ending, attack: kinds.Attack) -> str:
     """The line that says what happened."""
-    lines = [line for line in ending.said.splitlines() if attack.says and re.search(attack.says, line)]
+    says = attack.says or "^asked to end by SIGTERM"
+    lines = [line for line in ending.said.splitlines() if re.search(says, line)]
     return [*lines[-1:], *ending.errors[-1:], ""][0]
 
 
@@ -213,7 +214,8 @@ def report(entries: list[Entry], seed: int, jobs: int, seconds: float) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "chaos.json").write_text(json.dumps(document, indent=1) + "\n")
     (RESULTS / "chaos.log").write_text(
-        f"{len(entries)} faults in {jobs} jobs of two ranks, seed {seed}, {seconds:.0f} s; written by `make chaos`\n\n"
+        f"{len(entries)} faults in {jobs} jobs of two ranks, seed {seed}, {seconds:.0f} s; written by `make chaos`.\n"
+        "JOB is the directory of a job; a launcher that is killed says nothing.\n\n"
         f"{text}\n"
     )
 

@@ -210,6 +210,9 @@ def _end_with_the_rank(worker: int) -> None:
     worker that outlives its rank keeps copies of the rank's connections open, and the other ranks notice nothing.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        # The rank tells which it was; torch's handlers tell it too, in half a line.
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey() -> None:
