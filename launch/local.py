@@ -65,6 +65,12 @@ class Rank:
         return text
 
     @property
+    def status(self) -> int:
+        """How it ended, as of a process; 1 if by an exception, though it may have been ended on its way out."""
+        status: int = self.process.returncode
+        return 1 if status < 0 and self.error is not None else status
+
+    @property
     def log(self) -> str | None:
         """Path of this rank's log, None if it did not get that far."""
         try:
@@ -200,7 +206,7 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
                 terminate_at, kill_at = float("inf"), now + TERMINATE_SECONDS
             continue
         running -= 1
-        status = rank.process.returncode
+        status = rank.status
         if status == HUNG_STATUS:
             # The watchdogs have waited long enough; a rank that does not answer them does not hear SIGTERM either.
             terminate_at, kill_at = float("inf"), min(kill_at, time.monotonic() + SETTLE_SECONDS)
@@ -223,7 +229,7 @@ def _consequence(rank: Rank) -> int:
     A peer that has gone makes an exception, or an abort in a thread of gloo's or NCCL's, so a mistake of the user's, a
     signal or another exception comes first; rank 0's mistake stands on the terminal already.
     """
-    status = rank.process.returncode
+    status = rank.status
     if status == USER_ERROR_STATUS:
         return 0 if rank.number == 0 else 1
     if status == -signal.SIGABRT:
@@ -235,7 +241,7 @@ def _consequence(rank: Rank) -> int:
 
 def _report(rank: Rank) -> int:
     """Say how a rank failed and where its log is, its last lines last. Its exit status."""
-    status: int = rank.process.returncode
+    status = rank.status
     lines = _last_lines(rank)
     if status == USER_ERROR_STATUS:
         lines = [line for line in lines if line.startswith("limelight: error:")] or lines

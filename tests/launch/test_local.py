@@ -160,6 +160,21 @@ recorded("KeyError: 12")
     assert stderr.splitlines()[-53:] == [*last, *["  deep"] * 50, "KeyError: 12"], "all of the traceback is shown"
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_ranks_that_are_ended_on_their_way_out_are_told_by_their_exceptions(lost: int, launch: Launch) -> None:
+    """All have left their exception and are still taking leave when the launcher ends them."""
+    body = f"""
+sys.exit = lambda status: wait()
+if rank == 2: os.kill(os.getpid(), signal.SIGABRT)
+recorded(LOST if rank == {lost} else "KeyError: 12")
+"""
+    _, stderr = launch(body, 3).communicate(timeout=PATIENCE)
+    cause = 1 - lost
+    assert [line for line in stderr.splitlines() if line.startswith("limelight")] == [
+        f"limelight: rank {cause} exited with status 1" + ("; its last lines:" if cause else "")
+    ]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_log_of_a_failed_rank_is_named(rank: int, launch: Launch, tmp_path: Path) -> None:
     body = f"""
