@@ -7,6 +7,7 @@ same batches come at any load and after any restart; the clock decides only when
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ import pyarrow.parquet as pq
 
 from trainer.data import storage
 from trainer.data.checks import Columns
-from trainer.data.dataset import fingerprint
 from trainer.data.schema import EVENT_COLUMNS, DatasetSpec
 from trainer.data.visits import event_codes
 from trainer.errors import UserError
@@ -62,8 +62,11 @@ class FilesSource:
 
     @property
     def identity(self) -> Identity:
-        """The dataset by its content: it may lie elsewhere."""
-        return {"source": "files", "dataset": fingerprint(str(self._path), self.spec)}
+        """The dataset by its description and its files' own: it may lie elsewhere."""
+        digest = hashlib.blake2b(self.spec.to_json().encode(), digest_size=16)
+        for partition in range(self.partitions):
+            digest.update(PartitionLog(self._path, self.spec, partition).digest)
+        return {"source": "files", "events": digest.hexdigest()}
 
     def open(self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None) -> Reader:
         """Read some partitions; see :class:`trainer.stream.source.Source`."""
@@ -96,6 +99,7 @@ class PartitionLog:
     Attributes:
         rows: events in it.
         last_ms: time of the last one, 0 where the file does not tell.
+        digest: what the file says of its columns: sizes, places and ranges.
 
     Raises:
         UserError: the file cannot be read.
@@ -114,6 +118,7 @@ class PartitionLog:
         except (pa.ArrowException, OSError) as error:
             raise self._unreadable(error) from None
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        self.digest = repr([group.to_dict() for group in groups]).encode()
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         self.rows = int(self._starts[-1])
         last = [group.column(EVENT_COLUMNS.get_field_index("time_ms")).statistics for group in groups[-1:]]

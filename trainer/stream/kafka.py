@@ -155,8 +155,10 @@ class _Feed:
         self._end = {p: high for p, (_, high) in held.items()}
         self._high = dict(self._end)
         self._newest_ms = 0
-        self._per_partition = max(1, config.buffer_events // max(1, len(position)))
-        self._per_message = 1.0
+        # A partition may have this much when it is held back, and get as much once more by then.
+        self._per_partition = max(1, config.buffer_events // (2 * max(1, len(position))))
+        # Until the first message has come, messages are taken to be large.
+        self._per_message = float(self._per_partition)
         self._paused: set[int] = set()
         self._at_end: set[int] = set()
         now = time.monotonic()
@@ -166,6 +168,7 @@ class _Feed:
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
         """See :class:`trainer.stream.source.Feed`."""
         try:
+            self._trouble.serve = None
             self._assign(self._next)
             while not stop.is_set():
                 self._poll()
@@ -198,8 +201,8 @@ class _Feed:
 
     def _poll(self) -> None:
         """Take what has come and decode it."""
-        room = max(1, int((self._config.buffer_events - self._merge.events) / self._per_message))
-        messages = self._consumer.consume(min(room, _MOST_MESSAGES), _POLL_SECONDS)
+        wanted = min(max(1, int(self._per_partition / self._per_message)), _MOST_MESSAGES)
+        messages = self._consumer.consume(wanted, _POLL_SECONDS)
         if messages:
             self._trouble.since = None
         # The end of a partition is told behind its messages.
@@ -227,7 +230,7 @@ class _Feed:
             [message.value() or b"" for message in chosen], round(time.time() * 1000), checked, self._partitions
         )
         arrived = np.array([message.timestamp()[1] for message in chosen])
-        self._per_message = max(1.0, float(decoded.sizes.mean()))
+        self._per_message = float(decoded.sizes.max())
         edges = np.flatnonzero(np.diff(partition)) + 1
         starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(partition)]
         letters: list[DeadLetter] = []

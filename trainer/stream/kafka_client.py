@@ -76,10 +76,17 @@ def client_properties(config: StreamConfig) -> dict[str, Any]:
 
 @dataclass
 class Trouble:
-    """The last error that a client has told, and since when it has reached no broker."""
+    """The last error that a client has told, and since when it has reached no broker.
+
+    Attributes:
+        said: the error.
+        since: monotonic seconds.
+        serve: has the client tell what it has to, which is to be set to None once that would take a message from it.
+    """
 
     said: str = ""
     since: float | None = None
+    serve: Callable[[float], Any] | None = None
 
     def __call__(self, error: Any) -> None:
         """Given to clients as ``error_cb``."""
@@ -89,7 +96,7 @@ class Trouble:
             self.said = error.str()
 
 
-def make_client(kind: Callable[..., T], properties: dict[str, Any], trouble: Trouble, origin: str) -> T:
+def make_client(kind: Callable[..., Any], properties: dict[str, Any], trouble: Trouble, origin: str) -> Any:
     """A consumer, producer or admin client.
 
     Raises:
@@ -97,9 +104,11 @@ def make_client(kind: Callable[..., T], properties: dict[str, Any], trouble: Tro
     """
     kafka = library()
     try:
-        return kind({**properties, "error_cb": trouble})
+        client = kind({**properties, "error_cb": trouble})
     except (kafka.KafkaException, ValueError, TypeError) as error:
         raise UserError(f"{origin or 'stream.brokers'}: {_text(error)}") from None
+    trouble.serve = client.poll
+    return client
 
 
 def make_consumer(config: StreamConfig, trouble: Trouble) -> Any:
@@ -147,10 +156,12 @@ def patiently(ask: Callable[[float], T], config: StreamConfig, trouble: Trouble)
     while True:
         left = config.retry_seconds - (time.monotonic() - began)
         try:
-            return ask(min(_ASK_SECONDS, max(left, 0.1)))
+            return ask(min(_ASK_SECONDS, max(left / 2, 0.1)))
         except NotThere as error:
             reason = str(error)
         except kafka.KafkaException as error:
+            if trouble.serve is not None:
+                trouble.serve(0)
             reason = f"no Kafka broker answers at {config.brokers} ({trouble.said or _text(error)})"
         now = time.monotonic()
         left = config.retry_seconds - (now - began)

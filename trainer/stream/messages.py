@@ -23,6 +23,7 @@ Other fields are passed over. Events of one message belong to one partition and 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -290,6 +291,9 @@ def _parse_one(line: bytes) -> dict[str, int | float | str | None] | str:
         fits, kind = _KINDS[name]
         if value is not None and not fits(value):
             return f"{name} is {value!a:.80}, not {kind}"
+        if name == "value" and type(value) is int:
+            # As Arrow reads it: what no float can hold is infinite.
+            value = float(value) if abs(value) <= _LARGEST_FLOAT32 else math.inf
         row[name] = value
     return row
 
@@ -299,7 +303,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST_FLOAT32)
+    return type(value) in (int, float)
 
 
 def _is_string(value: object) -> bool:

@@ -102,7 +102,8 @@ class Topic:
         from confluent_kafka.admin import AdminClient, NewTopic
 
         admin = make_client(AdminClient, client_properties(self._config), self._trouble, self._config.properties)
-        made = admin.create_topics([NewTopic(self._config.topic, num_partitions=partitions)], request_timeout=10)
+        new = NewTopic(self._config.topic, num_partitions=partitions)
+        made = admin.create_topics([new], request_timeout=self._config.retry_seconds)
         try:
             made[self._config.topic].result()
         except library().KafkaException as error:

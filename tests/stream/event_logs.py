@@ -1,0 +1,82 @@
+"""Random event logs for sources: stored ones, and what a source must give of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tests.stream.random_logs import SPEC
+from trainer.data.checks import Columns
+from trainer.data.schema import partition_of
+from trainer.data.visits import event_names, event_table
+from trainer.stream.rows import EVENT_TYPES
+from trainer.stream.source import EventBatch, Position
+
+START_MS = 1_700_000_000_000
+Event = tuple[float, ...]
+"""Values in the order of ``EVENT_TYPES``."""
+
+
+def random_events(seed: int, events: int, users: int = 40, span_ms: int = 60_000) -> Columns:
+    """Events in time order, many at the same millisecond; the visit tells them apart."""
+    rng = np.random.default_rng(seed)
+    columns = {
+        "user_id": rng.integers(0, users, events),
+        "author_id": rng.integers(0, 1 << 40, events),
+        "item_id": rng.integers(0, 90, events),
+        "domain": rng.integers(0, 2, events),
+        "visit_id": rng.permutation(events),
+        "event": rng.integers(0, len(event_names(SPEC)), events),
+        "time_ms": START_MS + np.sort(rng.integers(0, span_ms // 10, events)) * 10,
+        "value": rng.random(events).astype(np.float32),
+    }
+    return {name: columns[name].astype(dtype) for name, dtype in EVENT_TYPES.items()}
+
+
+def by_partition(events: Columns, partitions: int = SPEC.partitions) -> dict[int, Columns]:
+    """The events of each partition, in their order."""
+    owner = partition_of(events["user_id"], partitions)
+    return {p: {name: column[owner == p] for name, column in events.items()} for p in range(partitions)}
+
+
+def store(path: Path, events: Columns, row_group_size: int = 300) -> Path:
+    """A dataset of events alone."""
+    (path / "events").mkdir(parents=True)
+    for p, columns in by_partition(events).items():
+        file = path / "events" / f"part-{p:05d}.parquet"
+        pq.write_table(event_table(SPEC, columns), file, row_group_size=row_group_size)
+    span = (int(events["time_ms"][0]), int(events["time_ms"][-1]))
+    (path / "dataset.json").write_text(replace(SPEC, events=len(events["time_ms"]), span_ms=span).to_json())
+    return path
+
+
+def as_tuples(events: Columns) -> list[Event]:
+    """Events, comparable."""
+    return list(zip(*(events[name].tolist() for name in EVENT_TYPES), strict=True))
+
+
+def merged(events: Columns, partitions: Iterable[int]) -> list[Event]:
+    """What a rank with these partitions gets: by the latest time of its partition so far, ties by partition."""
+    keyed = []
+    for p in partitions:
+        latest = 0
+        for place, event in enumerate(as_tuples(by_partition(events)[p])):
+            latest = max(latest, int(event[list(EVENT_TYPES).index("time_ms")]))
+            keyed.append((latest, p, place, event))
+    return [event for *_, event in sorted(keyed)]
+
+
+def given(batches: Iterable[EventBatch]) -> list[Event]:
+    """The events of batches, in order."""
+    return [event for batch in batches for event in as_tuples(batch.events)]
+
+
+def content(batch: EventBatch) -> tuple[list[Event], list[int], Position]:
+    """All of a batch that does not depend on the clock."""
+    assert len(batch) == len(batch.arrived_ms) == len(batch.events["time_ms"])
+    assert all(batch.events[name].dtype == dtype for name, dtype in EVENT_TYPES.items())
+    return as_tuples(batch.events), batch.partition.tolist(), batch.position
