@@ -18,6 +18,7 @@ from modules.ranker import RankerKind
 from trainer.checkpoint_reader import Checkpoint, Piece, StoredTensor
 from trainer.config import InitFromConfig, JobConfig
 from trainer.data.features import FeatureMap, side_ranges
+from trainer.data.fit import ID_TABLES
 from trainer.distributed import World
 from trainer.engine import HybridEngine
 from trainer.errors import UserError
@@ -72,6 +73,17 @@ class Taken:
     optimizers: tuple[str, str]
 
 
+def check_source(config: JobConfig) -> None:
+    """Find what :func:`take_from` would refuse, as far as it is known before the features are fitted.
+
+    Raises:
+        UserError: no checkpoint there; a table that one of the models does not have, or that has another dimension.
+    """
+    tables = [name for name in (*ID_TABLES, "side") if not (name == "user" and "user_id" in config.features.exclude)]
+    dims = {name: getattr(config.features, name).dim for name in tables}
+    _choose(config.init_from, Checkpoint.open(config.init_from.run), dims)
+
+
 def take_from(engine: HybridEngine, config: JobConfig, kind: RankerKind, features: FeatureMap, world: World) -> Taken:
     """Fill a new model from ``init_from``. Collective.
 
@@ -94,15 +106,8 @@ def take_from(engine: HybridEngine, config: JobConfig, kind: RankerKind, feature
     there = {entry.table: entry for entry in old.manifest.tables}
     here = {table.name: table for table in features.tables}
     sides = Side(old.config.features, old.fitted), Side(config.features, features.fitted)
-    names = _choose(wanted, set(there), set(here), old.directory)
-    maps: dict[str, RowMap] = {}
-    for name in names:
-        if there[name].dim != here[name].dim:
-            raise UserError(
-                f"init_from: table {name!r} had dim = {there[name].dim} and has {here[name].dim} now; set "
-                f"features.{name}.dim = {there[name].dim}, or leave it out of init_from.tables"
-            )
-        maps[name] = map_rows(name, *sides, there[name].rows, here[name].rows)
+    names = _choose(wanted, old, {table.name: table.dim for table in features.tables})
+    maps = {name: map_rows(name, *sides, there[name].rows, here[name].rows) for name in names}
     dense = wanted.dense and kind == config.model.kind
     if dense:
         _check_dense(old, engine, config, features)
@@ -166,14 +171,22 @@ def _verify(old: Checkpoint, world: World) -> None:
         raise UserError(f"init_from.run: {old.directory} is damaged ({'; '.join(problems)})")
 
 
-def _choose(wanted: InitFromConfig, there: set[str], here: set[str], directory: Path) -> list[str]:
+def _choose(wanted: InitFromConfig, old: Checkpoint, dims: Mapping[str, int]) -> list[str]:
+    """The tables to take; ``dims`` are those of the new model."""
+    there = {entry.table: entry.dim for entry in old.manifest.tables}
     for name in wanted.tables:
-        for has, who in ((there, f"{directory}"), (here, "this model")):
+        for has, who in ((there, f"{old.directory}"), (dims, "this model")):
             if name not in has:
                 raise UserError(f"init_from.tables: {who} has no table {name!r}; it has {', '.join(sorted(has))}")
-    names = list(dict.fromkeys(wanted.tables)) or sorted(there & here)
+    names = list(dict.fromkeys(wanted.tables)) or sorted(there.keys() & dims.keys())
     if not names:
-        raise UserError(f"init_from: {directory} has no table in common with this model")
+        raise UserError(f"init_from: {old.directory} has no table in common with this model")
+    for name in names:
+        if there[name] != dims[name]:
+            raise UserError(
+                f"init_from: table {name!r} had dim = {there[name]} and has {dims[name]} now; set "
+                f"features.{name}.dim = {there[name]}, or leave it out of init_from.tables"
+            )
     return names
 
 

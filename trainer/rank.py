@@ -24,7 +24,7 @@ from trainer.data.dataset import Data, fingerprint
 from trainer.data.features import FeatureMap
 from trainer.distributed import World, run_rank
 from trainer.evaluate import calibration_curve, evaluate, predict, read_truth
-from trainer.init_from import format_taken, take_from
+from trainer.init_from import check_source, format_taken, take_from
 from trainer.job import (
     Split,
     build_engine,
@@ -37,7 +37,7 @@ from trainer.job import (
 )
 from trainer.lock import locked
 from trainer.log import open_log, say, set_step
-from trainer.manifest import DatasetEntry
+from trainer.manifest import DatasetEntry, list_checkpoints
 from trainer.metrics import Report
 from trainer.preemption import Preempted, Preemption
 from trainer.report import PHASES, metrics_table, write_report
@@ -76,6 +76,9 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
     data = Data.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     check_settings(config, data.spec, world)
+    begun = any(list_checkpoints(home / "checkpoints") for home in homes(directory, config).values())
+    if config.init_from.run and not begun:
+        check_source(config)
     if world.rank == 0:
         make_directory(directory)
     world.barrier()
