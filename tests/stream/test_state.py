@@ -103,6 +103,17 @@ def test_memory_is_that_of_the_open_visits(policy: Policy) -> None:
     assert 0 < most < 300 and rows > 9_000
 
 
+@pytest.mark.parametrize("exit_ms", [20, 50, 60])
+def test_a_visit_that_ended_with_nothing_to_correct_does_not_wait_for_its_slow_row(exit_ms: int) -> None:
+    stream = StreamAssembler(SPEC, FastSlow(50, 120), PATIENCE)
+    visit = [
+        Event(1, 7, 2, 3, "live", name, time_ms) for name, time_ms in (("enter", 0), ("like", 9), ("exit", exit_ms))
+    ]
+    stream.push(columns_of(visit))
+    assert [row.kind for row in rows_as_tuples(stream.advance(61).rows)] == ["fast"]
+    assert stream.open_visits == 0
+
+
 @pytest.mark.parametrize(
     ("policy", "patience"),
     [
