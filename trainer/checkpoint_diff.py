@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.checkpoint_reader import BLOCK_BYTES, Checkpoint, StoredTensor
 from trainer.run import flat_settings
-from trainer.text_table import text_table
+from trainer.text_table import shape_text, text_table
 
 _RECORD = ("step", "rows_done", "finished", "ranks", "zero_stage", "kind", "behaviours", "table_optimizer", "dataset")
 """Entries of the manifest that are compared beside the settings."""
@@ -55,7 +55,9 @@ def format_diff(found: dict[str, Any], *, everything: bool = False) -> str:
         lines = [[key, str(one), str(other)] for key, (one, other) in found["settings"].items()]
         blocks.append(text_table(["setting", "A", "B"], lines, texts=3))
     lines = [line for which, of in (("only_first", "A"), ("only_second", "B")) for line in _only(found[which], of)]
-    lines += [[name, f"{_shape(one)} in A, {_shape(other)} in B"] for name, (one, other) in found["shapes"].items()]
+    lines += [
+        [name, f"{shape_text(one)} in A, {shape_text(other)} in B"] for name, (one, other) in found["shapes"].items()
+    ]
     if lines:
         blocks.append(text_table(["tensor", "is"], lines, texts=2))
     shown = {name: entry for name, entry in found["tensors"].items() if everything or entry["differing"]}
@@ -112,7 +114,3 @@ def _settings(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, list[Any]]]:
 def _flat(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest.model_dump(mode="json")
     return {key: manifest[key] for key in _RECORD} | flat_settings(checkpoint.config.model_dump(mode="json"))
-
-
-def _shape(shape: list[int]) -> str:
-    return " x ".join(f"{size:,}" for size in shape) if shape else "a number"

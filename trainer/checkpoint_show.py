@@ -7,8 +7,8 @@ from typing import Any
 
 from trainer.checkpoint_reader import Checkpoint
 from trainer.errors import UserError
-from trainer.manifest import MANIFEST, Manifest, check_files, list_checkpoints, read_manifest, step_of
-from trainer.text_table import size_text, text_table
+from trainer.manifest import MANIFEST, check_files, checkpoints_at, read_manifest
+from trainer.text_table import shape_text, size_text, text_table
 
 LISTED = 5
 """Problems that the one line about a broken checkpoint names."""
@@ -65,8 +65,8 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
     ]
     blocks = ["\n".join(f"{name:<19}{value}" for name, value in facts), _tables(found["tables"])]
     if everything:
-        shapes = [[name, _shape(shape)] for name, shape in found["dense"].items()]
-        shapes += [[name, _shape(shape)] for name, shape in found["buffers"].items()]
+        shapes = [[name, shape_text(shape)] for name, shape in found["dense"].items()]
+        shapes += [[name, shape_text(shape)] for name, shape in found["buffers"].items()]
         blocks.append(text_table(["dense parameter", "shape"], shapes))
         positions = [[str(key), *(f"{value:,}" for value in place)] for key, place in found["positions"].items()]
         blocks.append(text_table(["partition", "epoch", "window", "rows of it"], positions))
@@ -84,13 +84,9 @@ def verify_checkpoints(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: neither a checkpoint nor a run with checkpoints.
     """
-    given = Path(path)
-    if (given / MANIFEST).exists() or step_of(given) is not None:
-        directories = [given]
-    else:
-        directories = list_checkpoints(given if given.name == "checkpoints" else given / "checkpoints")
-    if not directories or not directories[0].is_dir():
-        raise UserError(f"{given}: no checkpoint and no run with checkpoints here")
+    directories = checkpoints_at(path)
+    if not directories:
+        raise UserError(f"{path}: no checkpoint and no run with checkpoints here")
     return [_verify(directory) for directory in directories]
 
 
@@ -138,7 +134,7 @@ def _tables(tables: list[dict[str, Any]]) -> str:
     for table in tables:
         shards = {f"{rows:,} x {columns}" for rows, columns in table["shards"]}
         cut = f"{len(table['shards'])} of {' or '.join(sorted(shards))}"
-        states = ", ".join(f"{name} {_shape(state['shape'])}" for name, state in table["states"].items())
+        states = ", ".join(f"{name} {shape_text(state['shape'])}" for name, state in table["states"].items())
         size = table["bytes"] + sum(state["bytes"] for state in table["states"].values())
         lines.append(
             [
@@ -162,14 +158,9 @@ def _positions(positions: dict[str, list[int]]) -> str:
     return f"{_count(len(positions), 'partition')} in {text} (from 0)"
 
 
-def _share(manifest: Manifest | dict[str, Any]) -> str:
-    found = manifest if isinstance(manifest, dict) else manifest.model_dump()
-    return f"{100 * found['rows_done'] / found['rows_total']:.1f} %" if found["rows_total"] else "100 %"
+def _share(found: dict[str, Any]) -> str:
+    return f"{100 * found['rows_done'] / max(1, found['rows_total']):.1f} %"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def _shape(shape: list[int]) -> str:
-    return " x ".join(f"{size:,}" for size in shape) if shape else "a number"

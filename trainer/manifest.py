@@ -141,6 +141,14 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return [entry for _, entry in sorted((step, entry) for step, entry in found if step is not None)]
 
 
+def checkpoints_at(path: str | Path) -> list[Path]:
+    """The checkpoints, whole or not, that a user's path has: itself, or those of a run or of its ``checkpoints/``."""
+    given = Path(path)
+    if (given / MANIFEST).exists() or (step_of(given) is not None and given.is_dir()):
+        return [given]
+    return list_checkpoints(given if given.name == "checkpoints" else given / "checkpoints")
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that a user means by a path: a checkpoint itself, or a run, whose newest whole one it is.
 
@@ -149,12 +157,11 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         UserError: neither, or none is whole; each with its reason.
     """
-    given = Path(path)
-    if (given / MANIFEST).exists() or step_of(given) is not None:
-        return given
-    checkpoints = given if given.name == "checkpoints" else given / "checkpoints"
+    found = checkpoints_at(path)
+    if found == [Path(path)]:
+        return found[0]
     reasons = []
-    for directory in reversed(list_checkpoints(checkpoints)):
+    for directory in reversed(found):
         try:
             problems = check_files(directory, read_manifest(directory), checksums=False)
         except UserError as error:
@@ -163,8 +170,8 @@ def find_checkpoint(path: str | Path) -> Path:
             return directory
         reasons.append(f"{directory.name}: {problems[0]}")
     if reasons:
-        raise UserError(f"{checkpoints}: no whole checkpoint ({'; '.join(reasons)})")
-    raise UserError(f"{given}: no checkpoint and no run with checkpoints here")
+        raise UserError(f"{found[0].parent}: no whole checkpoint ({'; '.join(reasons)})")
+    raise UserError(f"{path}: no checkpoint and no run with checkpoints here")
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from trainer.errors import UserError, one_line
+from trainer.text_table import shape_text
 
 State = Mapping[str, Any]
 """Nested mappings of tensors: DTensors where ranks hold shards, plain ones where all ranks hold the same."""
@@ -78,10 +79,10 @@ def read_state(state: State, path: str | Path, group: dist.ProcessGroup) -> None
 
 def list_differences(there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> str:
     """Names and shapes that differ between a checkpoint (``there``) and a model (``here``); empty if none do."""
-    lines = [f"{name} {_shape(there[name])} only there" for name in sorted(there.keys() - here.keys())]
-    lines += [f"{name} {_shape(here[name])} only here" for name in sorted(here.keys() - there.keys())]
+    lines = [f"{name} {shape_text(there[name])} only there" for name in sorted(there.keys() - here.keys())]
+    lines += [f"{name} {shape_text(here[name])} only here" for name in sorted(here.keys() - there.keys())]
     lines += [
-        f"{name} {_shape(there[name])} there, {_shape(here[name])} here"
+        f"{name} {shape_text(there[name])} there, {shape_text(here[name])} here"
         for name in sorted(there.keys() & here.keys())
         if there[name] != here[name]
     ]
@@ -130,10 +131,6 @@ def _shapes_of_all_ranks(state: State, group: dist.ProcessGroup) -> dict[str, tu
     shapes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(shapes, {name: tuple(tensor.shape) for name, tensor in flat(state)}, group=group)
     return {name: shape for of_rank in shapes for name, shape in of_rank.items()}
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(f"{size:,}" for size in shape) if shape else "(a number)"
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Tables and sizes as plain text."""
+"""Tables, sizes and shapes as plain text."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def size_text(bytes_: int) -> str:
         if bytes_ >= size:
             return f"{bytes_ / size:,.1f} {unit}"
     return f"{bytes_} B"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape, such as ``1,000 x 16``."""
+    return " x ".join(f"{size:,}" for size in shape) if shape else "(a number)"
