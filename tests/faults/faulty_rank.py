@@ -268,7 +268,7 @@ def arm_shard(fault: Fault, mine: bool) -> None:
 
 
 def damage(file: Path, harm: str) -> None:
-    """Make a file ``missing``, ``truncated``, ``zeroed``, a ``directory``, or turn one ``byte``; not its hard links."""
+    """Make a file ``missing``, ``truncated``, ``zeroed``, a ``directory``, or have one byte ``altered``; not its hard links."""
     content = file.read_bytes()
     file.unlink()
     if harm == "directory":
@@ -277,7 +277,7 @@ def damage(file: Path, harm: str) -> None:
         file.write_bytes(content[: len(content) // 2])
     elif harm == "zeroed":
         file.write_bytes(bytes(len(content)))
-    elif harm == "byte":
+    elif harm == "altered":
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
 

@@ -71,23 +71,25 @@ class Job:
         nursery: that it is started in.
         directory: for all of its files.
         world: the dataset; the job gets one of its own, in which files can be broken.
+        overrides: of the job file.
+
+    Attributes:
+        arguments: of ``limelight train``.
+        starts: of it, so far.
     """
 
-    def __init__(self, nursery: Nursery, directory: Path, world: Path) -> None:
+    def __init__(self, nursery: Nursery, directory: Path, world: Path, *overrides: str) -> None:
         self.nursery, self.directory, self._world = nursery, directory, world
         self.run, self.data = directory / "run", directory / "world"
         directory.mkdir(parents=True)
         shutil.copytree(world, self.data, copy_function=os.link)
         self.starts = 0
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of ``limelight train``."""
-        return [
+        self.arguments = [
             "tests/faults/job.toml",
             f"data.path={self.data}",
             f"run.directory={self.run}",
             f"train.watchdog_seconds={WATCHDOG_SECONDS}",
+            *overrides,
         ]
 
     def start(self, fault: Fault | None = None) -> Ending:

@@ -217,7 +217,7 @@ def damage_newest(rng: random.Random, job: Job, file: str | None = None, harm: s
     newest = job.checkpoints()[-1]
     names = ["manifest.json", *read_manifest(newest).files]
     name = file or rng.choice(names)
-    harm = harm or rng.choice(["missing", "truncated", "zeroed", "byte"])
+    harm = harm or rng.choice(["missing", "truncated", "zeroed", "altered"])
     damage(newest / name, harm)
     return Attack(
         f"{harm} {Path(name).name} in the newest checkpoint", None, (0,), "damaged, going back to the one before"

@@ -39,7 +39,10 @@ class Nursery:
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         # In a mount namespace of its own, where it is allowed, file systems of any size can be made.
-        self.can_mount = subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode == 0
+        probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
+        self.can_mount = (
+            shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True).returncode
+        )
         self._process = subprocess.Popen(
             [*(["unshare", "-Urm"] if self.can_mount else []), sys.executable, "-m", "tests.faults.nursery"],
             cwd=ROOT,

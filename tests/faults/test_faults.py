@@ -66,6 +66,16 @@ def go_on(job: Job, undisturbed: Job, says: str = "") -> None:
     assert differences(job, undisturbed) == []
 
 
+def test_a_job_that_learnt_otherwise_is_found_different(
+    nursery: Nursery, world: Path, tmp_path: Path, undisturbed: Job
+) -> None:
+    other = Job(nursery, tmp_path / "other", world, "run.seed=2")
+    assert other.start().status == 0
+    found = " ".join(differences(other, undisturbed))
+    for part in ("table_optimizer", "exp_avg", "rank-00001.pt", "trace", "metrics", "rows of the steps of rank 0"):
+        assert part in found
+
+
 @pytest.mark.parametrize(
     "draw",
     [
