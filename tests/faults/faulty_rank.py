@@ -268,7 +268,10 @@ def arm_shard(fault: Fault, mine: bool) -> None:
 
 
 def damage(file: Path, harm: str) -> None:
-    """Make a file ``missing``, ``truncated``, ``zeroed``, a ``directory``, or have one byte ``altered``; not its hard links."""
+    """Make a file ``missing``, ``truncated``, ``zeroed``, a ``directory``, or one byte of it ``altered``.
+
+    Its hard links are left as they are.
+    """
     content = file.read_bytes()
     file.unlink()
     if harm == "directory":
