@@ -3,12 +3,12 @@
 #
 #   PYTHON=python3.12   which Python makes .venv (3.11 or newer; the first suitable one by default)
 #   DEVICE=cpu|cuda     which build to install (by default, what the machine has)
-#   EXTRAS=llm,dev      optional dependencies of pyproject.toml
+#   EXTRAS=llm,dev      optional dependencies of pyproject.toml (default: llm,dev,kafka)
 #   LIMELIGHT_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                       a further index for torch: this one has the small CPU wheel, PyPI's brings CUDA along
 
 DEVICE = auto
-EXTRAS = llm,dev
+EXTRAS = llm,dev,kafka
 WORLD = data/simulated
 
 ifndef PYTHON
@@ -16,7 +16,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do 
 	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
 endif
 
-.PHONY: setup train test test-all chaos lint format doctor clean
+.PHONY: setup train test test-all test-kafka chaos lint format doctor clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
@@ -31,6 +31,11 @@ test: setup
 
 test-all: setup
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --slow
+
+# The tests of Kafka sources on real brokers; without these they run on a cluster that librdkafka brings along.
+test-kafka: setup
+	@test -n "$(BROKERS)" || { echo "limelight: error: name the brokers: make test-kafka BROKERS=host:9092" >&2; exit 2; }
+	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest tests/stream/test_kafka_source.py
 
 # About ten minutes on two cores; SEED=2 draws other faults, FAULTS=20 fewer.
 chaos: setup

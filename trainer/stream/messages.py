@@ -204,16 +204,17 @@ _Read = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[Rejected]]
 
 def _from_json(values: Sequence[bytes]) -> _Read:
     """Lines of messages as columns of ``_JSON_SCHEMA``."""
-    rejected = [
-        Rejected(place, 0, "not text in UTF-8", value) for place, value in enumerate(values) if not _is_text(value)
-    ]
-    text = np.ones(len(values), bool)
-    text[[bad.message for bad in rejected]] = False
-    split = [values[place].removesuffix(b"\n").split(b"\n") for place in np.flatnonzero(text).tolist()]
-    sizes = np.ones(len(values), np.int64)
-    sizes[text] = [len(lines) for lines in split]
+    values = [value.removesuffix(b"\n") for value in values]
+    sizes = np.array([value.count(b"\n") + 1 for value in values], np.int64)
+    table = _parse_together(values, int(sizes.sum()))
+    if table is not None:
+        return table, *_places(sizes, np.ones(len(values), bool)), sizes, []
+    # Something in it is not plain: line by line, as far as that is needed.
+    text = np.array([_is_text(value) for value in values], bool)
+    sizes[~text] = 1
+    rejected = [Rejected(place, 0, "not text in UTF-8", values[place]) for place in np.flatnonzero(~text).tolist()]
+    lines = list(chain.from_iterable(values[place].split(b"\n") for place in np.flatnonzero(text).tolist()))
     message, inside = _places(sizes, text)
-    lines = list(chain.from_iterable(split))
     tables: list[pa.Table] = [_JSON_SCHEMA.empty_table()]
     bad: dict[int, str] = {}
     _parse(lines, 0, tables, bad)
@@ -241,7 +242,7 @@ def _places(sizes: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _parse(lines: list[bytes], first: int, tables: list[pa.Table], bad: dict[int, str]) -> None:
     """Parse lines, whose first one has the number ``first``, in order; halves of what Arrow does not take."""
-    table = _parse_together(lines)
+    table = _parse_together(lines, len(lines))
     if table is not None:
         tables.append(table)
     elif len(lines) > _FEW:
@@ -259,14 +260,16 @@ def _parse(lines: list[bytes], first: int, tables: list[pa.Table], bad: dict[int
         tables.append(pa.Table.from_pylist(rows, schema=_JSON_SCHEMA))
 
 
-def _parse_together(lines: list[bytes]) -> pa.Table | None:
-    """Lines by Arrow's parser, which reads many at once; None if any of them is not plainly one flat object.
+def _parse_together(parts: list[bytes], lines: int) -> pa.Table | None:
+    """Parts of so many lines by Arrow's parser; None if any line is not plainly one flat object.
 
     What it takes, ``_parse_one`` takes with the same values.
     """
-    joined = b"\n".join(lines)
+    joined = b"\n".join(parts)
     objects = joined.count(b"{")
-    if not objects or objects != len(lines) or not joined.startswith(b"{") or joined.count(b"\n{") != objects - 1:
+    if not objects or objects != lines or not joined.startswith(b"{") or joined.count(b"\n{") != lines - 1:
+        return None
+    if not _is_text(joined):
         return None
     try:
         # One block, since a line may not be longer than one.
@@ -274,7 +277,7 @@ def _parse_together(lines: list[bytes]) -> pa.Table | None:
         table = paj.read_json(pa.py_buffer(joined), read_options=read, parse_options=_PARSE)
     except pa.ArrowException:
         return None
-    return table.select(_JSON_SCHEMA.names) if table.num_rows == len(lines) else None
+    return table.select(_JSON_SCHEMA.names).combine_chunks() if table.num_rows == lines else None
 
 
 def _parse_one(line: bytes) -> dict[str, int | float | str | None] | str:
