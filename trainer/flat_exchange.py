@@ -94,12 +94,12 @@ class FlatExchange:
         """See :class:`trainer.exchange.Exchange`."""
         self._wait()
         kernel = self._routing.kernel
-        held = torch.empty(0, self._routing.dim)
         if len(self._ids):
             assert kernel is not None
             self._held = kernel(kernel.number_rows(self._ids, self._counts, self._routing.keys))
-            held = self._held.values
-        rows, self._work = self._exchange(held, self._received, self._sent)
+        else:
+            self._held = torch.empty(0, self._routing.dim)
+        rows, self._work = self._exchange(self._held.detach(), self._received, self._sent)
         self._wait()
         if self._routing.cut:
             rows = rows.index_select(0, self._sent_to)
@@ -113,7 +113,7 @@ class FlatExchange:
         given, self._work = self._exchange(given, self._sent, self._received)
         self._wait()
         if len(self._ids):
-            self._held.train(given.mul_(scale / self._routing.world))
+            self._held.backward(given.mul_(scale / self._routing.world))
 
     def drain(self) -> None:
         """See :class:`trainer.exchange.Exchange`."""
