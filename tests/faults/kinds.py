@@ -27,6 +27,7 @@ SAVE_FILES = {
 """Rank -> the files that it writes in a save."""
 
 ROOM_BYTES = 64 << 20
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,6 @@ def _ended(fault: Fault) -> str:
 
 
 def _size_of(job: Job) -> int:
-    """Bytes of the checkpoints that are there."""
-    return sum(
-        file.stat().st_size for directory in job.checkpoints() for file in directory.rglob("*") if file.is_file()
-    )
+    """Bytes, in pages, of the checkpoints that are there, and of what killed saves have left."""
+    entries = job.nursery.path(job.run / "checkpoints").rglob("*")
+    return sum(-(-entry.stat().st_size // PAGE_BYTES) * PAGE_BYTES for entry in entries)

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +57,15 @@ def endure(job: Job, attack: kinds.Attack, undisturbed: Job) -> None:
     go_on(job, undisturbed)
 
 
+def late(attack: kinds.Attack) -> kinds.Attack:
+    """The same when there is a checkpoint to go on from."""
+    assert attack.fault is not None
+    later = {
+        name: least + attack.fault.get(name, 0) for name, least in (("step", 5), ("save", 1)) if name in attack.fault
+    }
+    return replace(attack, fault={**attack.fault, **later})
+
+
 def go_on(job: Job, undisturbed: Job, says: str = "") -> None:
     there = job.checkpoints()
     ending = job.start()
@@ -78,36 +87,33 @@ def test_a_job_that_learnt_otherwise_is_found_different(
 
 @pytest.mark.parametrize(
     "draw",
-    [
-        kinds.kill_rank,
-        kinds.kill_launcher,
-        kinds.kill_all,
-        kinds.kill_in_start,
-        kinds.kill_in_evaluation,
-        kinds.terminate,
-        kinds.stop_in_removal,
-        kinds.write_error,
-        kinds.full_disk,
-        kinds.kill_worker,
-        kinds.break_shard,
-    ],
+    [kinds.kill_rank, kinds.kill_launcher, kinds.kill_all, kinds.terminate, kinds.kill_worker, kinds.write_error],
 )
 def test_the_same_command_goes_on_after(draw: kinds.Draw, job: Job, undisturbed: Job) -> None:
+    endure(job, late(draw(random.Random(draw.__name__), job)), undisturbed)
+    assert "going on from" in (job.directory / "out-2").read_text()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [kinds.kill_in_start, kinds.kill_in_evaluation, kinds.stop_in_removal, kinds.full_disk, kinds.break_shard],
+)
+def test_the_same_command_goes_on_at_any_time_after(draw: kinds.Draw, job: Job, undisturbed: Job) -> None:
     endure(job, draw(random.Random(draw.__name__), job), undisturbed)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_a_stop_in_a_save_leaves_the_checkpoint_before_it(file: str, job: Job, undisturbed: Job) -> None:
-    endure(job, partial(kinds.stop_in_save, file=file)(random.Random(file), job), undisturbed)
+    endure(job, late(kinds.stop_in_save(random.Random(file), job, file)), undisturbed)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_watchdog_ends_a_job_that_hangs(stopped: bool, job: Job, undisturbed: Job) -> None:
-    endure(job, kinds.hang(random.Random(2), job, stopped), undisturbed)
+    endure(job, late(kinds.hang(random.Random(2), job, stopped)), undisturbed)
 
 
 def test_a_loss_that_is_not_a_number_is_not_learnt_from_and_its_rows_are_kept(job: Job, undisturbed: Job) -> None:
-    endure(job, kinds.not_a_number(random.Random(1), job), undisturbed)
+    endure(job, late(kinds.not_a_number(random.Random(1), job)), undisturbed)
     (directory,) = (job.run / "not-finite").iterdir()
     step = int(directory.name.removeprefix("step-"))
     for rank in range(RANKS):
