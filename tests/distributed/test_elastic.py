@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from launch.machine import free_port
 from tests.distributed.launches import PATIENCE, TORCHRUN, end, job, last_checkpoint, metrics, start
@@ -26,6 +27,22 @@ def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[
         if time.monotonic() > deadline or any(agent.poll() is not None for agent in agents):
             end(agents, expect=-1)
         time.sleep(0.02)
+
+
+def start_machine(endpoint: str, arguments: list[str], *, first: bool) -> subprocess.Popen[str]:
+    """An agent of a job on one or two machines, each with a worker; the first one keeps the rendezvous."""
+    return start(
+        *(*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
+        *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint={endpoint}", "--rdzv-conf"),
+        f"is_host={int(first)},last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=4",
+        *("-m", "trainer.rank", *arguments),
+        # Without it no machine can join later.
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )
+
+
+def ranks_of_starts(run: Path) -> list[int]:
+    return [begun["ranks"] for begun in json.loads((run / "environment.json").read_text())["starts"]]
 
 
 def worker(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
@@ -59,17 +76,7 @@ def test_a_lost_machine_leaves_a_job_on_those_that_remain(
     """Two agents, each with a worker; one of them is gone with its worker, the other one finishes alone."""
     run = tmp_path / "run"
     endpoint = f"127.0.0.1:{free_port()}"
-    agents = [
-        start(
-            *(*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
-            *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint={endpoint}", "--rdzv-conf"),
-            f"is_host={int(first)},last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=4",
-            *("-m", "trainer.rank", *job(small_world, run)),
-            # As for a job that a machine may join later.
-            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-        )
-        for first in (True, False)
-    ]
+    agents = [start_machine(endpoint, job(small_world, run), first=first) for first in (True, False)]
     await_checkpoint(run, 2, agents)
     # A machine that loses its power: all of its processes at one moment, the agent first, which would start others.
     for process in (agents[1].pid, *(child.pid for child in psutil.Process(agents[1].pid).children())):
@@ -77,11 +84,26 @@ def test_a_lost_machine_leaves_a_job_on_those_that_remain(
     agents[1].communicate()
     (printed,) = end(agents[:1])
     assert "going on from" in printed
-    starts = json.loads((run / "environment.json").read_text())["starts"]
-    assert (starts[-2]["ranks"], starts[-1]["ranks"]) == (2, 1)
+    assert ranks_of_starts(run)[-2:] == [2, 1]
     ended, expected = last_checkpoint(run), last_checkpoint(undisturbed_run)
     assert ended.finished and ended.ranks == 1
     assert ended.rows_done == ended.rows_total == expected.rows_total
     assert ended.positions == expected.positions
     rows = [behaviour["rows"] for behaviour in metrics(undisturbed_run).values()]
     assert [behaviour["rows"] for behaviour in metrics(run).values()] == rows
+
+
+@pytest.mark.slow
+def test_a_machine_that_comes_later_takes_part(small_world: Path, tmp_path: Path) -> None:
+    """The first one saves its state when the second one asks to join, and both go on from there."""
+    run = tmp_path / "run"
+    endpoint = f"127.0.0.1:{free_port()}"
+    arguments = job(small_world, run, "train.batch_size=8", "train.epochs=12", "checkpoint.every_steps=50")
+    first = start_machine(endpoint, arguments, first=True)
+    await_checkpoint(run, 1, [first])
+    second = start_machine(endpoint, arguments, first=False)
+    printed, _ = end([first, second])
+    assert "asked to end by SIGTERM" in printed and "going on from" in printed
+    assert ranks_of_starts(run) == [1, 2]
+    ended = last_checkpoint(run)
+    assert ended.finished and ended.ranks == 2 and ended.rows_done == ended.rows_total
