@@ -38,7 +38,7 @@ ENVIRONMENT = {
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LIMELIGHT = (sys.executable, "-m", "launch.cli")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
-PATIENCE = 180.0
+PATIENCE = 280.0
 
 
 def simulate(path: Path) -> Path:
