@@ -17,6 +17,7 @@ from tests.stream.random_logs import SPEC
 from trainer.data.plan import partitions_of_rank
 from trainer.data.visits import event_table
 from trainer.errors import UserError
+from trainer.stream import files
 from trainer.stream.config import StreamConfig
 from trainer.stream.connect import connect
 from trainer.stream.files import FilesSource
@@ -107,6 +108,19 @@ def test_a_replay_comes_when_it_is_due_in_the_same_batches(path):
     assert len({int(batch.events["time_ms"][0] // 2000) for batch in batches}) == len(batches)
     played = batches[-1].arrived_ms[-1] - batches[0].arrived_ms[0]
     assert abs(played - (EVENTS["time_ms"][-1] - EVENTS["time_ms"][0]) / 200) <= 2
+
+
+def test_memory_is_bounded(path, monkeypatch):
+    held = []
+
+    class Watched(files.TimeMerge):
+        def append(self, partition, columns) -> None:
+            super().append(partition, columns)
+            held.append(self.events)
+
+    monkeypatch.setattr(files, "TimeMerge", Watched)
+    assert given(read(FilesSource(path, StreamConfig(batch_events=50, buffer_events=400)), ALL)) == merged(EVENTS, ALL)
+    assert 300 < max(held) <= 400 + 50
 
 
 def test_lag_counts_what_was_not_taken(path):

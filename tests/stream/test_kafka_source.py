@@ -34,6 +34,7 @@ from trainer.errors import UserError
 from trainer.stream import kafka
 from trainer.stream.connect import connect
 from trainer.stream.kafka import KafkaSource, without_gaps
+from trainer.stream.kafka_client import Trouble
 from trainer.stream.messages import Codec
 from trainer.stream.source import EventBatch, Position, check_identity, merge_positions
 from trainer.stream.topic import Topic
@@ -120,18 +121,23 @@ def test_nothing_is_stored_at_the_broker(cluster, topic):
 
 
 def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
-    config = cluster.published(EVENTS, 5, batch_events=400)
+    config = cluster.config(cluster.topic(), batch_events=400)
+    cluster.send(config.topic, 0, [b"early"])
+    topic = Topic(config, SPEC, PARTITIONS, append=True)
+    topic.publish(EVENTS, 5)
+    topic.flush()
     good = Codec("json", BEHAVIOURS, 0).encode(part(by_partition(EVENTS)[1], 0, 1))[0]
     cluster.send(config.topic, 1, [b"nonsense", None, good + b"\n" + good.replace(b'"time_ms": 1', b'"time_ms": -1')])
     cluster.send(config.topic, 2, [good])
     batches = read(config)
     assert sum(map(len, batches)) == 3001
     end = batches[-1].position
-    assert [end[p][3] for p in ALL] == [0, 3, 1, 0]
+    assert [end[p][3] for p in ALL] == [1, 3, 1, 0]
     letters = cluster.messages(f"{config.topic}-dead-letters")
     told = {tuple(value.decode() for _, value in letter.headers()): letter.value() or b"" for letter in letters}
     at = end[1][0]
     assert told == {
+        ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "0", "0", "0"): b"early",
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 3), "0"): b"nonsense",
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 2), "0"): b"",
         ("time_ms is negative", config.topic, "1", str(at - 1), "1"): good.replace(b'"time_ms": 1', b'"time_ms": -1'),
@@ -140,9 +146,38 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     assert {key for letter in letters for key, _ in letter.headers()} == {
         f"limelight.{name}" for name in ("reason", "topic", "partition", "offset", "inside")
     }
-    # From whichever batch it goes on, the counts at the end are the same.
-    for batch in batches[3:4]:
-        assert read(config, ALL, batch.position)[-1].position == end
+    # Going on in the middle, the counts at the end are the same.
+    batch = batches[3]
+    assert batch.position[0][3] == 1
+    assert read(config, ALL, batch.position)[-1].position == end
+
+
+def test_positions_count_what_was_rejected_before_them(cluster):
+    rng = np.random.default_rng(8)
+    config = cluster.config(cluster.topic(), batch_events=37)
+    bad: dict[int, list[tuple[int, int]]] = {p: [] for p in ALL}
+    for p, events in by_partition(part(EVENTS, 0, 450)).items():
+        lines = Codec("json", BEHAVIOURS, 0).encode(events)
+        sent: list[bytes] = []
+        while lines:
+            message = []
+            for inside in range(rng.integers(1, 6)):
+                if rng.random() < 0.2 or not lines:
+                    bad[p].append((len(sent), inside))
+                    message.append(b"bad")
+                else:
+                    message.append(lines.pop(0))
+            sent.append(b"\n".join(message))
+        cluster.send(config.topic, p, sent)
+    batches = read(config)
+    assert given(batches) == merged(part(EVENTS, 0, 450), ALL)
+    for batch in batches:
+        for p, (place, inside, _, rejected) in batch.position.items():
+            assert rejected == sum(at < (place, inside) for at in bad[p])
+    assert {p: at[3] for p, at in batches[-1].position.items()} == {p: len(at) for p, at in bad.items()}
+    for cut in range(1, len(batches), 5):
+        again = read(config, ALL, batches[cut - 1].position)
+        assert list(map(content, again)) == list(map(content, batches[cut:]))
 
 
 def test_a_partitioner_of_the_producers_is_trusted_when_asked_to(cluster):
@@ -259,6 +294,53 @@ def test_gaps_without_brokers():
     for either in (config, accepting):
         with pytest.raises(UserError, match="saved position is offset 20, the topic ends at 19: it is not the topic"):
             without_gaps(position, {**held, 1: (0, 19)}, either)
+
+
+class Delivered:
+    """A message as the library hands it over."""
+
+    def __init__(self, offset: int) -> None:
+        self._offset = offset
+
+    def error(self) -> None:
+        return None
+
+    def partition(self) -> int:
+        return 0
+
+    def offset(self) -> int:
+        return self._offset
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, START_MS
+
+    def value(self) -> bytes:
+        return Codec("json", BEHAVIOURS, 0).encode(part(EVENTS, self._offset, self._offset + 1))[0]
+
+
+class Repeating:
+    """A consumer whose library delivers messages again, and some behind the end."""
+
+    def __init__(self) -> None:
+        self._portions = [[0, 1, 2], [1, 2, 3], [3], [4, 5, 6, 7]]
+
+    def consume(self, messages: int, timeout: float) -> list[Delivered]:
+        return [Delivered(offset) for offset in self._portions.pop(0)]
+
+    def incremental_assign(self, partitions: list) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_is_delivered_again_is_not_given_again():
+    pytest.importorskip("confluent_kafka", reason="needs confluent-kafka: make setup EXTRAS=llm,dev,kafka")
+    config = kafka.StreamConfig(
+        source="kafka", brokers="b", topic="t", until_end=True, partitioner="producer", batch_events=100
+    )
+    feed = kafka._Feed(Repeating(), Trouble(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, BEHAVIOURS)
+    assert given(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
 
 
 def test_a_missing_topic_is_waited_for_and_then_an_error(cluster, capsys):

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.stream.event_logs import as_tuples, random_events
@@ -149,6 +149,10 @@ LINES = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(LINES, max_size=60))
+# As many objects as lines, but not one a line.
+@example([line() + line(), b""])
+# Rounded to 32 bits at once it is another number than by way of 64.
+@example([line().replace(b"0.5", b"1.000000059604644775390626")])
 def test_the_fast_parser_takes_what_the_plain_one_takes(values):
     fast = content(codec("json").decode(values, NOW_MS))
     with pytest.MonkeyPatch.context() as patch:

@@ -124,8 +124,12 @@ class PartitionLog:
         last = [group.column(EVENT_COLUMNS.get_field_index("time_ms")).statistics for group in groups[-1:]]
         self.last_ms = int(last[0].max) if last and last[0] is not None and last[0].has_min_max else 0
 
-    def chunks(self, place: int) -> Iterator[Columns]:
+    def chunks(self, place: int, most: int = _MOST_ROWS) -> Iterator[Columns]:
         """Events from a row on, in portions that stream from the file: columns of ``EVENT_TYPES`` and ``place``.
+
+        Args:
+            place: row to begin with.
+            most: rows of a portion.
 
         Raises:
             UserError: the file cannot be read.
@@ -137,7 +141,7 @@ class PartitionLog:
         try:
             with self._open() as file:
                 groups = list(range(first, file.num_row_groups))
-                for batch in file.iter_batches(_MOST_ROWS, groups, list(EVENT_TYPES), use_threads=False):
+                for batch in file.iter_batches(most, groups, list(EVENT_TYPES), use_threads=False):
                     skipped = min(max(place - at, 0), batch.num_rows)
                     at += batch.num_rows
                     if skipped < batch.num_rows:
@@ -200,7 +204,8 @@ class _Replay:
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
         """See :class:`trainer.stream.source.Feed`."""
         merge = TimeMerge(self.position)
-        chunks = {partition: self._logs[partition].chunks(at[0]) for partition, at in self.position.items()}
+        most = min(_MOST_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
+        chunks = {partition: self._logs[partition].chunks(at[0], most) for partition, at in self.position.items()}
         tick_ms = max(1, round(self._config.linger_seconds * 1000 * self._config.speed)) if self._config.speed else 0
         while not stop.is_set():
             for partition in [partition for partition in chunks if not merge.held(partition)]:
