@@ -25,6 +25,7 @@ class Cluster:
 
     def __init__(self, kafka: Any, brokers: str) -> None:
         self.kafka, self.real, self._mock = kafka, bool(brokers), None
+        self._made: list[str] = []
         if not brokers:
             self._mock = kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 2})
             known = self._mock.list_topics(timeout=20).brokers.values()
@@ -38,8 +39,11 @@ class Cluster:
         if self.real:
             from confluent_kafka.admin import AdminClient, NewTopic
 
+            names = [name, f"{name}-dead-letters"]
             admin = AdminClient({"bootstrap.servers": self.brokers})
-            admin.create_topics([NewTopic(name, num_partitions=PARTITIONS)])[name].result(30)
+            for made in admin.create_topics([NewTopic(each, num_partitions=PARTITIONS) for each in names]).values():
+                made.result(30)
+            self._made += names
         else:
             assert len(self.producer.list_topics(name, timeout=20).topics[name].partitions) == PARTITIONS
         return name
@@ -86,7 +90,12 @@ class Cluster:
         return found
 
     def close(self) -> None:
-        """Brokers of our own are gone afterwards."""
+        """Brokers of our own are gone afterwards, and on others what was made here."""
+        if self._made:
+            from confluent_kafka.admin import AdminClient
+
+            for gone in AdminClient({"bootstrap.servers": self.brokers}).delete_topics(self._made).values():
+                gone.result(30)
         self.producer = self._mock = None
 
 
