@@ -35,6 +35,9 @@ TICK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
 """A rank whose watchdog says nothing for so long, once asked, is taken for stopped."""
 
+FIRST_STEP_SECONDS = 120.0
+"""The first step may take so long where less is configured: loaders start in it, and libraries compile."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 _OWN = tuple(f"{_ROOT / package}{os.sep}" for package in ("trainer", "modules", "launch"))
 _LIBRARIES = tuple(
@@ -67,8 +70,8 @@ class State:
 class Watchdog:
     """Watches the training loop of all ranks; a context manager whose entry and regular exit are collective.
 
-    It is armed by the first :meth:`beat`, so whatever comes before the end of the first step may take its time, and so
-    may what is announced by :meth:`busy` on any rank. Time in which this process itself was stopped does not count.
+    What is announced by :meth:`busy` on any rank may take its time, and the first step some of it. Time in which this
+    process itself was stopped does not count.
 
     Args:
         world: the ranks.
@@ -80,7 +83,7 @@ class Watchdog:
         self._tick = min(TICK_SECONDS, seconds / 10)
         self._main = threading.get_ident()
         self._step, self._busy = 0, ""
-        self._beaten: float | None = None
+        self._allowed, self._beaten = max(seconds, FIRST_STEP_SECONDS), time.monotonic()
         self._heard: dict[int, State] = {}
 
     def __enter__(self) -> Watchdog:
@@ -90,6 +93,7 @@ class Watchdog:
         self._addresses = self._world.agree(self._world.gather(address) or [])
         self._token = self._world.agree(secrets.token_hex(8))
         self._stopped, self._stop = os.pipe()
+        self._beaten = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -114,7 +118,7 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """The main thread has ended a step."""
-        self._step, self._beaten = step, time.monotonic()
+        self._step, self._beaten, self._allowed = step, time.monotonic(), self._seconds
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
@@ -123,9 +127,7 @@ class Watchdog:
         try:
             yield
         finally:
-            self._busy = ""
-            if self._beaten is not None:
-                self._beaten = time.monotonic()
+            self._busy, self._beaten = "", time.monotonic()
 
     def _watch(self) -> None:
         looked = time.monotonic()
@@ -134,14 +136,13 @@ class Watchdog:
             if self._stopped in ready:
                 return
             now = time.monotonic()
-            if now - looked > 2 * self._tick + 1 and self._beaten is not None:
+            if now - looked > 2 * self._tick + 1:
                 # This process was stopped, or starved: so was its main thread.
                 self._beaten = now
             looked = now
             called = self._listener.fileno() in ready and self._hear()
-            overdue = self._beaten is not None and now - self._beaten > self._seconds
-            if called or overdue:
-                self._compare(self._seconds if self._beaten is None else now - self._beaten)
+            if called or now - self._beaten > self._allowed:
+                self._compare(now - self._beaten)
                 looked = time.monotonic()
 
     def _compare(self, seconds: float) -> None:
@@ -158,8 +159,7 @@ class Watchdog:
             if self._world.rank in (0, working[0].rank):
                 first = working[0]
                 _say(f"limelight: rank {first.rank} is still {first.busy}; the other ranks wait for it")
-            if self._beaten is not None:
-                self._beaten = time.monotonic()
+            self._beaten = time.monotonic()
             # Answers that come late are not taken for another call.
             while self._listener in select.select([self._listener], [], [], self._tick)[0]:
                 self._hear()

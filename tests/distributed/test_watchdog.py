@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -74,6 +75,16 @@ def test_a_rank_that_sleeps_is_named_with_its_line_and_the_collective_of_the_oth
             assert ("limelight: stacks of rank 1" in said) == (rank == 1)
             assert ("sleep_for_ever()\n" in said) == (rank == 1)
             assert "Traceback" not in said
+    finally:
+        ranks.kill()
+
+
+def test_a_rank_that_hangs_in_its_first_step_is_found_later(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "sleep at first", 1.0)
+    try:
+        status, said = ranks.ended(0)
+        assert status == HUNG_STATUS
+        assert re.search(r"no step for \d+ s after step 0: rank 1 is not in a collective", said)
     finally:
         ranks.kill()
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import trainer.watchdog
 from trainer.distributed import World
 from trainer.watchdog import Watchdog
 
@@ -22,6 +23,8 @@ def sleep_for_ever() -> None:
 
 
 def main(scenario: str, seconds: float) -> None:
+    if scenario == "sleep at first":
+        trainer.watchdog.FIRST_STEP_SECONDS = 2 * seconds
     with World.join("cpu") as world, Watchdog(world, seconds) as watchdog:
         time.sleep(2 * seconds if scenario == "slow start" else 0)
         culprit = world.rank == world.size - 1
@@ -44,6 +47,8 @@ def main(scenario: str, seconds: float) -> None:
                     for sent in (b"", b"GET / HTTP/1.1\r\n\r\n", b'{"token": "0", "rank": 1}\n'):
                         with socket.create_connection(watchdog._addresses[0]) as connection:
                             connection.sendall(sent)
+            if step == 1 and culprit and scenario == "sleep at first":
+                sleep_for_ever()
             if culprit and scenario == "slow steps":
                 time.sleep(0.4 * seconds)
             if step == STEPS and culprit and scenario == "last":

@@ -199,7 +199,8 @@ def hang(rng: random.Random, job: Job, stopped: bool | None = None) -> Attack:
     """A rank sleeps for ever, or is stopped; the watchdog ends the job."""
     rank = rng.randrange(RANKS)
     stopped = rng.random() < 0.5 if stopped is None else stopped
-    fault = {"kind": "hang", "rank": rank, "step": rng.randint(1, 8), "stopped": stopped}
+    # The first step is given two minutes.
+    fault = {"kind": "hang", "rank": rank, "step": rng.randint(2, 8), "stopped": stopped}
     what = "does not answer at all" if stopped else "is not in a collective: at trainer/training.py"
     says = rf"limelight: error: no step for \d+ s after step \d+: rank {rank} {what}.*rank {1 - rank} waits in "
     return Attack("stopped rank" if stopped else "rank that hangs", fault, (HUNG_STATUS,), says)
