@@ -254,6 +254,22 @@ def test_a_worker_that_is_killed_is_named_in_one_line(write_dataset, capfd, work
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_named_too(write_dataset, monkeypatch, killed):
+    found = iter(Ranks(write_dataset(rows=1500)).loader(workers=1, batch_size=10))
+    next(found)
+
+    def reset(waiting, *arguments, **options):
+        if killed:
+            os.kill(waiting._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", reset)
+    expected = (UserError, "loader worker, process .* ended by SIGKILL") if killed else (ConnectionResetError, "reset")
+    with pytest.raises(expected[0], match=expected[1]):
+        list(found)
+
+
 def test_workers_outlive_a_signal_to_the_whole_job(write_dataset):
     ranks = Ranks(write_dataset(rows=1500))
     alone = [content(batch) for batch in ranks.loader()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -35,6 +36,10 @@ from trainer.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 """Linux's request for a signal at the parent's death, from its sys/prctl.h."""
+
+
+DEATH_SECONDS = 1.0
+"""Within so long of the loss of a worker's connection its end is known, if it has ended."""
 
 
 class Loader:
@@ -160,8 +165,10 @@ class Loader:
                 yield next(packed)
             except StopIteration:
                 return
-            except RuntimeError:
-                # DataLoader looks after its workers whenever it waits for them.
+            except (RuntimeError, OSError, EOFError):
+                # DataLoader looks after its workers whenever it waits for them. One that dies while it hands a batch
+                # over is first known by its connection, a moment before its end is.
+                multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_SECONDS)
                 for worker in workers:
                     if worker.exitcode is not None:
                         raise UserError(_death(self._rank, worker.pid, worker.exitcode)) from None
