@@ -168,10 +168,11 @@ class Loader:
             except (RuntimeError, OSError, EOFError):
                 # DataLoader looks after its workers whenever it waits for them. One that dies while it hands a batch
                 # over is first known by its connection, a moment before its end is.
-                multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_SECONDS)
+                ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_SECONDS)
                 for worker in workers:
-                    if worker.exitcode is not None:
-                        raise UserError(_death(self._rank, worker.pid, worker.exitcode)) from None
+                    if worker.sentinel in ended:
+                        worker.join()
+                        raise UserError(_death(self._rank, worker.pid, worker.exitcode or 0)) from None
                 raise
 
 
