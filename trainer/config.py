@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.data.feature_config import FeatureConfig
 from trainer.errors import UserError
-from trainer.toml_file import fields, is_section, read_toml, validate
+from trainer.toml_file import Model, fields, is_section, read_toml, validate
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -191,7 +191,17 @@ class JobConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read the job file of a ranker, as :func:`load_job` does."""
+    return load_job(JobConfig, path, overrides)
+
+
+def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """Read a job file and apply ``section.key=value`` overrides, whose values are TOML (bare words are strings).
+
+    Args:
+        model: the job's config object.
+        path: the file.
+        overrides: as typed.
 
     Raises:
         UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
@@ -199,7 +209,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     raw = read_toml(path, "job file")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(_times_as_text(raw), str(path))
+    return validate(model, _times_as_text(raw), str(path))
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
@@ -288,10 +298,10 @@ def _default(info: FieldInfo) -> str:
     return "unset" if value is None else f"`{json.dumps(value)}`"
 
 
-def reference() -> str:
-    """Every key with type, default and meaning, as Markdown tables: the README's config reference."""
+def reference(job: type[BaseModel] = JobConfig) -> str:
+    """Every key of a job with type, default and meaning, as Markdown tables: the README's config reference."""
     lines: list[str] = []
-    for section, info in JobConfig.model_fields.items():
+    for section, info in job.model_fields.items():
         model = info.annotation
         assert is_section(model)
         summary = (model.__doc__ or "").strip().split("\n")[0]
