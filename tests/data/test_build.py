@@ -208,8 +208,10 @@ def test_repeats_come_beside_what_follows_from_visits(tmp_path):
 
 def test_histories_hold_what_was_watched_or_acted_upon(tmp_path):
     visits = make_visits(6)
-    built = build_dataset(tmp_path / "out", visits, spec=replace(SPEC, candidates=("live",)))
+    built = build_dataset(tmp_path / "out", visits, spec=replace(SPEC, candidates=("live",), tag="topic"))
     histories = Histories(tmp_path / "out", built)
+    items = make_tables()["items"]
+    topic = dict(zip(items["item_id"].to_pylist(), items["topic"].to_pylist(), strict=True))
     happened = np.stack([visits[f"delay_{name}"] >= 0 for name in BEHAVIOURS])
     bits = (happened * np.array([[1], [2], [4]])).sum(axis=0)
     for user in np.unique(visits["user_id"]):
@@ -224,6 +226,7 @@ def test_histories_hold_what_was_watched_or_acted_upon(tmp_path):
             assert found.item_id.tolist() == visits["item_id"][lines].tolist()
             assert found.request_ms.tolist() == visits["request_ms"][lines].tolist()
             assert found.bits.tolist() == bits[lines].tolist()
+            assert found.tag.tolist() == [topic.get(item, 0) for item in visits["item_id"][lines].tolist()]
 
 
 def test_truth_is_kept_apart_by_partition(tmp_path):

@@ -135,6 +135,7 @@ BAD_SPECS = {
     "'gift' has no entry in applies": {"applies": {"click": (), "like": ()}},
     "'radio' is no domain": {"candidates": ("radio",)},
     r"statistics key \('tab', 'mood'\)": {"statistics": (("tab", "mood"),)},
+    "tag 'age' is no side feature of items; those are topic": {"tag": "age"},
 }
 
 

@@ -17,7 +17,7 @@ from trainer.data.history import FOLDER, Histories, HistoryWriter
 from trainer.data.schema import DOMAINS, DatasetSpec, partition_of
 from trainer.errors import UserError
 
-RESULT = ("item_id", "author_id", "request_ms", "play_ms", "bits")
+RESULT = ("item_id", "author_id", "request_ms", "play_ms", "bits", "tag")
 
 
 def make_visits(rng: np.random.Generator, n: int, users: np.ndarray, span: int = 50) -> dict[str, np.ndarray]:
@@ -31,6 +31,7 @@ def make_visits(rng: np.random.Generator, n: int, users: np.ndarray, span: int =
         "request_ms": request,
         "play_ms": rng.integers(0, 10**6, n),
         "bits": rng.integers(0, 8, n).astype(np.int32),
+        "tag": rng.integers(0, 5, n).astype(np.int32),
         "known_ms": request + rng.integers(0, 20, n),
     }
 
@@ -71,7 +72,7 @@ def check(visits, histories, users, as_of, domain, length, require, limit=module
     rows = np.concatenate([np.empty(0, np.int64), *expected]).astype(np.int64)
     for name in RESULT:
         column = getattr(found, name)
-        assert column.dtype == (np.int32 if name == "bits" else np.int64)
+        assert column.dtype == (np.int32 if name in ("bits", "tag") else np.int64)
         np.testing.assert_array_equal(column, visits[name][rows], err_msg=name)
     np.testing.assert_array_equal(found.domain, np.full(len(rows), domain, np.uint8))
 
@@ -96,6 +97,50 @@ def test_latest_is_the_definition(tmp_path_factory, seed, n, users, domain, leng
         asked = np.concatenate([ids, rng.integers(0, 2**62, 2), rng.choice(ids, 10)])
         as_of = rng.integers(-5, 75, len(asked))
         check(visits, histories, asked, as_of, domain, length, require, limit)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), n=st.integers(0, 80), users=st.integers(1, 6), limit=st.sampled_from([1, 5, 10_000]))
+def test_runs_are_the_definition(tmp_path_factory, seed, n, users, limit):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 2**62, users)
+    visits = make_visits(rng, n, ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "HISTORY_LIMIT", limit)
+        histories = write(tmp_path_factory.mktemp("history"), visits)
+        asked = np.concatenate([ids, rng.integers(0, 2**62, 2), rng.choice(ids, 10)])
+        as_of = rng.integers(-5, 75, len(asked))
+        first, stop = histories.runs(asked, as_of)
+    assert first.shape == stop.shape == (len(asked), len(DOMAINS))
+    for row, (user, moment) in enumerate(zip(asked, as_of, strict=True)):
+        for domain in range(len(DOMAINS)):
+            expected = by_definition(visits, user, moment, domain, n + 1, 0, limit)
+            run = slice(first[row, domain], stop[row, domain])
+            for name in RESULT:
+                np.testing.assert_array_equal(histories.column(name)[run], visits[name][expected], err_msg=name)
+
+
+def test_ordinal_is_the_place_among_the_visits_of_all_domains(tmp_path):
+    visits = make_visits(np.random.default_rng(8), 300, np.array([5, 6]))
+    histories = write(tmp_path, visits)
+    first, stop = histories.runs(np.array([5, 6]), np.array([99, 99]))
+    for user in range(2):
+        runs = [np.arange(first[user, domain], stop[user, domain]) for domain in range(len(DOMAINS))]
+        merged = np.concatenate(runs)[np.argsort(np.concatenate([histories.column("ordinal")[run] for run in runs]))]
+        expected = sorted(np.flatnonzero(visits["user_id"] == user + 5), key=lambda row: visits["known_ms"][row])
+        assert histories.column("item_id")[merged].tolist() == expected
+
+
+def test_datasets_without_tags_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMELIGHT_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "old", make_visits(np.random.default_rng(7), 50, np.arange(4)))
+    (tmp_path / "old" / FOLDER / "tag.npy").unlink()
+    memory, url = fsspec.filesystem("memory"), f"memory://{tmp_path.name}-old"
+    memory.put(str(tmp_path / "old"), url, recursive=True)
+    for histories in (Histories(tmp_path / "old", spec()), Histories(url, spec())):
+        found = histories.latest(np.arange(4), np.full(4, 99), domain=0, length=9)
+        assert len(found.tag) == len(found.item_id) > 0
+        assert found.tag.dtype == np.int32 and not found.tag.any()
 
 
 @pytest.mark.parametrize("require", [0, 2])

@@ -264,7 +264,7 @@ class DatasetBuilder:
         kept = np.flatnonzero((visits["play_ms"] > 0) | (bits != 0))
         entry = {**visits, "bits": bits, "known_ms": visits["exit_ms"]}
         names = ("user_id", "domain", "item_id", "author_id", "request_ms", "play_ms", "bits", "known_ms")
-        history.append({name: entry[name][kept] for name in names})
+        history.append({name: entry[name][kept] for name in names} | {"tag": self._join.tags(visits["item_id"][kept])})
 
         candidates = [DOMAINS.index(name) for name in self._spec.candidates]
         shown = np.flatnonzero(np.isin(visits["domain"], candidates))

@@ -138,3 +138,6 @@ def check_spec(spec: DatasetSpec, most_behaviours: int) -> None:
     for key in spec.statistics:
         if not key or not set(key) <= parts:
             raise UserError(f"statistics key {key!r} must be made of user, author, item and side features")
+    of_items = [side.name for side in spec.side if side.of == "item"]
+    if spec.tag and spec.tag not in of_items:
+        raise UserError(f"tag {spec.tag!r} is no side feature of items; those are {', '.join(of_items) or 'none'}")

@@ -3,6 +3,7 @@
 ``history/*.npy`` are flat columns, one entry a visit that was watched or acted upon, memory-mapped. Entries lie
 partition after partition and in it sorted by (user, domain, ``known_ms``), so the latest visits of a user in a domain
 are one run of entries. ``user_id.npy`` (sorted) and ``offsets.npy`` ``[users, domains + 1]`` say where the runs are.
+Datasets of before there were tags have no ``tag.npy``.
 
 A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and sees only entries with
 ``known_ms < as_of_ms``; no call returns anything else.
@@ -14,7 +15,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,9 +44,12 @@ _ENTRY_COLUMNS: dict[str, np.dtype] = {
     "known_ms": np.dtype(np.int64),
     # Position among the user's entries of all domains, for HISTORY_LIMIT.
     "ordinal": np.dtype(np.int32),
+    "tag": np.dtype(np.int32),
 }
 _USER_COLUMNS = ("user_id", "offsets")
-_RESULT_COLUMNS = ("item_id", "author_id", "request_ms", "play_ms", "bits")
+_LATER_COLUMNS = frozenset({"tag"})
+"""Columns that older datasets lack; all of their entries are 0."""
+_RESULT_COLUMNS = ("item_id", "author_id", "request_ms", "play_ms", "bits", "tag")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class HistorySlice:
         request_ms: int64, when the visit began.
         play_ms: int64, time watched.
         bits: int32, bit k set where ``spec.behaviours[k]`` happened during the visit.
+        tag: int32, value of the item's feature ``spec.tag``; 0 where there is none.
         domain: uint8, code of the domain.
     """
 
@@ -68,6 +73,7 @@ class HistorySlice:
     request_ms: np.ndarray
     play_ms: np.ndarray
     bits: np.ndarray
+    tag: np.ndarray
     domain: np.ndarray
 
 
@@ -107,16 +113,7 @@ class Histories:
             length: most visits per user.
             require: only visits with at least one of these behaviour bits; 0 takes all.
         """
-        entries = self._entries
-        runs = self._runs(user_id)
-        first, stop = runs[:, domain], self._known_until(runs, domain, as_of_ms)
-
-        # Only users with more than the limit pay for knowing how many visits of the other domains came before.
-        long = np.flatnonzero(runs[:, -1] - runs[:, 0] > HISTORY_LIMIT)
-        if len(long):
-            known = sum(self._known_until(runs[long], d, as_of_ms[long]) - runs[long, d] for d in range(len(DOMAINS)))
-            first[long] = _bisect(entries["ordinal"], first[long], stop[long], known - HISTORY_LIMIT)
-
+        first, stop = (ends[:, 0] for ends in self._known(user_id, as_of_ms, (domain,)))
         if require:
             matching = self._matching(require)
             stop = _search(matching, stop)
@@ -127,10 +124,38 @@ class Histories:
         at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)
         if require:
             at = matching[at]
+        return self.take(at, lengths, np.full(len(at), domain, np.uint8))
+
+    def runs(self, user_id: np.ndarray, as_of_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the histories of users lie in the columns, as known before a time.
+
+        Entries ``[first, stop)`` of :meth:`column` are a user's visits of one domain, in order of their end, that ended
+        before ``as_of_ms``, strictly, and are among the user's last ``HISTORY_LIMIT`` of all domains.
+
+        Args:
+            user_id: ``[n] int64``; unknown users have empty runs.
+            as_of_ms: ``[n] int64``, milliseconds UTC.
+
+        Returns:
+            ``first`` and ``stop``, each ``[n, domains] int64``.
+        """
+        return self._known(user_id, as_of_ms, range(len(DOMAINS)))
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of all entries, ``[entries]``, read-only: ``item_id``, ``author_id``, ``request_ms``, ``play_ms``,
+        ``bits``, ``tag`` as in :class:`HistorySlice`, or ``ordinal`` (int32), the place of an entry among the visits of
+        its user in all domains.
+
+        Only what lies in :meth:`runs` was known at a time.
+        """
+        return self._entries[name]
+
+    def take(self, at: np.ndarray, lengths: np.ndarray, domain: np.ndarray) -> HistorySlice:
+        """Entries by their place in the columns: ``at [lengths.sum()]`` int64, ``domain`` their codes, uint8."""
         return HistorySlice(
             lengths=lengths,
-            **{name: np.take(entries[name], at, mode="clip") for name in _RESULT_COLUMNS},
-            domain=np.full(len(at), domain, np.uint8),
+            **{name: np.take(self._entries[name], at, mode="clip") for name in _RESULT_COLUMNS},
+            domain=domain,
         )
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +164,22 @@ class Histories:
         Of all time, for descriptions of the dataset: not a feature of anything.
         """
         return self._user_id, np.diff(self._offsets, axis=1)
+
+    def _known(
+        self, user_id: np.ndarray, as_of_ms: np.ndarray, domains: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``first`` and ``stop``, each ``[n, len(domains)]``, see :meth:`runs`."""
+        runs = self._runs(user_id)
+        first = runs[:, list(domains)]
+        stop = np.stack([self._known_until(runs, domain, as_of_ms) for domain in domains], axis=1)
+        # Only users with more than the limit pay for knowing how many visits of the other domains came before.
+        long = np.flatnonzero(runs[:, -1] - runs[:, 0] > HISTORY_LIMIT)
+        if len(long):
+            known = sum(self._known_until(runs[long], d, as_of_ms[long]) - runs[long, d] for d in range(len(DOMAINS)))
+            ordinal = self._entries["ordinal"]
+            for place in range(len(domains)):
+                first[long, place] = _bisect(ordinal, first[long, place], stop[long, place], known - HISTORY_LIMIT)
+        return first, stop
 
     def _runs(self, user_id: np.ndarray) -> np.ndarray:
         """``[n, domains + 1]``: domain d of a user is ``[runs[d], runs[d + 1])``; nothing for unknown users."""
@@ -165,10 +206,13 @@ class Histories:
             columns = {
                 name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
                 for name in (*_ENTRY_COLUMNS, *_USER_COLUMNS)
+                if name not in _LATER_COLUMNS or (folder / f"{name}.npy").exists()
             }
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: histories cannot be read ({error})") from None
         self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
+        for name in _LATER_COLUMNS - columns.keys():
+            columns[name] = np.broadcast_to(np.zeros(1, _ENTRY_COLUMNS[name]), columns["item_id"].shape)
         self._entries = columns
 
 
@@ -187,7 +231,11 @@ class HistoryWriter:
         self._entries = 0
 
     def append(self, visits: dict[str, np.ndarray]) -> None:
-        """Add the visits of a partition, in any order: ``user_id``, ``domain`` and the columns of an entry."""
+        """Add the visits of a partition, in any order: ``user_id``, ``domain`` and the columns of an entry.
+
+        ``tag`` may be left out: 0, unknown.
+        """
+        visits = {"tag": np.zeros(len(visits["user_id"]), np.int32), **visits}
         user_id, number = np.unique(visits["user_id"], return_inverse=True)
         run = number * len(DOMAINS) + visits["domain"]
         by_time = stable_order(visits["known_ms"])
@@ -280,7 +328,8 @@ def _cached(url: str, spec: DatasetSpec) -> Path:
         filesystem, inside = storage.open_url(storage.join(url, FOLDER))
         try:
             for name in (*_ENTRY_COLUMNS, *_USER_COLUMNS):
-                filesystem.get_file(f"{inside}/{name}.npy", str(aside / f"{name}.npy"))
+                if name not in _LATER_COLUMNS or filesystem.exists(f"{inside}/{name}.npy"):
+                    filesystem.get_file(f"{inside}/{name}.npy", str(aside / f"{name}.npy"))
         except FileNotFoundError as error:
             raise UserError(f"{url}: the dataset has no histories ({error})") from None
         try:

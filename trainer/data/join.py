@@ -63,6 +63,13 @@ class FeatureJoin:
         _fill(dense, self._spec.dense, {owner: table.dense[line[owner]] for owner, table in tables.items()}, columns)
         return side, dense
 
+    def tags(self, item_id: np.ndarray) -> np.ndarray:
+        """Value of the feature ``spec.tag`` of each item, ``[n] int32``; 0 (unknown) where there is none."""
+        if not self._spec.tag:
+            return np.zeros(len(item_id), np.int32)
+        items = self._tables["item"]
+        return items.side[items.index.find(item_id) + 1, items.names.index(self._spec.tag)]
+
 
 class _FeatureTable:
     """Features of one kind of id, by line; line 0 stands for every id that is not there."""

@@ -106,6 +106,7 @@ class DatasetSpec:
         dense: float features, in column order of ``rows.dense``.
         statistics: keys of the time-ordered statistics, each one or more of ``user``, ``author``, ``item`` or a
             side feature's name, in order of ``rows.stat`` (statistics.py).
+        tag: the side feature of items that histories keep with every visit; empty: they keep none.
         ids: ``user``, ``author`` and ``item`` id spaces. Filled when the dataset is built.
         span_ms: first and last request time. Filled when the dataset is built.
         rows: number of training rows. Filled when the dataset is built.
@@ -125,6 +126,7 @@ class DatasetSpec:
     side: tuple[SideFeature, ...] = ()
     dense: tuple[DenseFeature, ...] = ()
     statistics: tuple[tuple[str, ...], ...] = ()
+    tag: str = ""
     ids: dict[str, IdSpace] = field(default_factory=dict)
     span_ms: tuple[int, int] = (0, 0)
     rows: int = 0
@@ -134,7 +136,11 @@ class DatasetSpec:
 
     def to_json(self) -> str:
         """``dataset.json`` as text."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1)
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if not self.tag:
+            # As datasets without tags have always been described: runs know a dataset by this text.
+            del content["tag"]
+        return json.dumps(content, indent=1)
 
     @staticmethod
     def load(path: str | Path) -> DatasetSpec:

@@ -14,6 +14,7 @@ from them (``assemble_visits.py``). All keys, with their defaults where they hav
     hash_ids = []                    # of user_id, author_id, item_id, visit_id: those that are text, see below
     candidates = ["video", "live"]   # domains whose exposures become training rows
     statistics = [["user"], ["item"], ["author"], ["user", "author"]]
+    tag = ""                         # side feature of items that histories keep with every visit; empty: none
 
     [columns]                        # canonical name = your column
     user_id = "uid"                  # required, as are author_id, item_id and time
@@ -160,6 +161,7 @@ def _spec(
         side=tuple(side),
         dense=tuple(dense),
         statistics=rules.statistics,
+        tag=rules.tag,
         extra={"files": [file.name for file in files], "vocabularies": vocabularies},
     )
 

@@ -218,6 +218,7 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
             DenseFeature("day_cos", "context"),
         ),
         statistics=STATISTICS,
+        tag="tag_0",
         extra={
             "files": [file.name for file in (files.users, files.videos, *files.logs)],
             "vocabularies": {feature: list(values) for feature, values in vocabularies.items()},

@@ -111,6 +111,7 @@ class EventMapping(_Section):
     hash_ids: tuple[IdColumn, ...] = ()
     candidates: tuple[DomainName, ...] = ("video", "live")
     statistics: tuple[tuple[str, ...], ...] = (("user",), ("item",), ("author",), ("user", "author"))
+    tag: str = ""
     columns: ColumnNames
     domain: DomainRule
     behaviours: dict[str, Behaviour]

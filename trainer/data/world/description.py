@@ -55,6 +55,7 @@ def describe_world(config: WorldConfig, partitions: int) -> DatasetSpec:
             ("author", "hour"),
             ("scene", "author_category"),
         ),
+        tag="item_genre",
         extra={
             "users": config.users,
             "days": config.days,
