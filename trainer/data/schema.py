@@ -9,6 +9,7 @@ memory-mapped columns, and ``dataset.json`` (written last) says what is in it::
     rows/part-00003-000000.tar       training rows in emission order, one column batch a member (shards.py)
     rows/part-00003.index.json       where each member lies and which times it covers
     history/*.npy                    flat columns plus offsets, partition after partition (history.py)
+    texts/*.parquet                  what items and comments say, and staytimes (text_schema.py)
     truth/part-00003.parquet         simulation only: true probabilities, read by nothing that trains
 
 Times are integer milliseconds UTC. Ids are int64. Partition ``p = hash(user_id) mod P`` holds everything of a user.
