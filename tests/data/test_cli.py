@@ -22,7 +22,16 @@ like = {column = "l"}
 
 
 @pytest.mark.parametrize(
-    "command", [["simulate"], ["import", "kuairand"], ["import", "events"], ["describe"]], ids=" ".join
+    "command",
+    [
+        ["simulate"],
+        ["import", "kuairand"],
+        ["import", "kuailive"],
+        ["import", "kuailive-m3"],
+        ["import", "events"],
+        ["describe"],
+    ],
+    ids=" ".join,
 )
 def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from launch.cli import build_parser

@@ -29,7 +29,8 @@ from trainer.data.join import TABLE_OF, FeatureJoin
 from trainer.data.order import first_of_each, stable_order, time_order
 from trainer.data.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
 from trainer.data.spill import BatchFile, Spill
-from trainer.data.text_writer import TextWriter
+from trainer.data.text_schema import FOLDER as TEXTS
+from trainer.data.text_schema import TextWriter
 from trainer.data.visits import behaviour_bits, derive_events, event_codes, event_names, event_table
 from trainer.errors import UserError
 
@@ -95,7 +96,7 @@ class DatasetBuilder:
         self._join = FeatureJoin(spec)
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._spills: dict[str, Spill] = {}
-        self._texts = TextWriter(self._aside)
+        self._texts: TextWriter | None = None
         self._ids = {name: IdIndex() for name in ("user", "author", "item")}
         with self._writing():
             self._work.mkdir(parents=True)
@@ -131,6 +132,13 @@ class DatasetBuilder:
             elif table.schema != self._tables[name].schema:
                 raise UserError(f"{name}: the parts of a table must have the same columns")
             self._tables[name].write_table(table)
+
+    def folder(self, name: str) -> Path:
+        """A folder of the dataset for what its source has beside the log, such as ``embeddings/items``; made here."""
+        folder = self._aside / name
+        with self._writing():
+            folder.mkdir(parents=True)
+        return folder
 
     def visits(self, table: pa.Table) -> None:
         """Add visits (``schema.visit_schema``), of any users in any order.
@@ -185,12 +193,9 @@ class DatasetBuilder:
             UserError: an unknown table, or a column is missing or has a bad value.
         """
         with self._writing():
+            if self._texts is None:
+                self._texts = TextWriter(self._aside / TEXTS)
             self._texts.add(name, table)
-
-    def text_truth(self, name: str, table: pa.Table) -> None:
-        """Add lines to a table of what the texts were drawn from (``text_schema.TRUTHS``)."""
-        with self._writing():
-            self._texts.add_truth(name, table)
 
     def finish(self, progress: Progress | None = None, extra: Mapping[str, Any] | None = None) -> DatasetSpec:
         """Write the dataset and give it its name.
@@ -220,11 +225,12 @@ class DatasetBuilder:
         self._join.check()
         for writer in self._tables.values():
             writer.close()
-        self._texts.finish()
+        if self._texts is not None:
+            self._texts.finish()
         for spill in self._spills.values():
             spill.flush()
         for folder in ("events", *(["truth"] if "truth" in self._spills else []), histories.FOLDER, shards.FOLDER):
-            (self._aside / folder).mkdir(exist_ok=True)
+            (self._aside / folder).mkdir()
 
         spec = self._spec
         totals = _Totals()
@@ -350,7 +356,7 @@ class DatasetBuilder:
             raise
 
     def _remove(self) -> None:
-        for writer in (*self._tables.values(), self._texts):
+        for writer in (*self._tables.values(), *([] if self._texts is None else [self._texts])):
             # Where the disk is full, closing fails again; what is in the file no longer matters.
             with suppress(OSError):
                 writer.close()

@@ -14,7 +14,7 @@ from trainer.progress import Progress
 if TYPE_CHECKING:
     from trainer.data.schema import DatasetSpec
 
-_UNITS = {"simulating": "blocks", "writing rows": "rows"}
+_UNITS = {"simulating": "blocks", "writing rows": "rows", "reading files": "bytes"}
 
 _EVENTS_DESCRIPTION = """\
 Turn a log of your own (Parquet or CSV) into a dataset. A TOML file says what its columns mean:
@@ -57,9 +57,6 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     simulate.add_argument("--days", type=int, default=7, metavar="D", help="days (default: %(default)s)")
     _add_partitions(simulate)
     simulate.add_argument("--seed", type=int, default=1, metavar="S", help="of the world (default: %(default)s)")
-    simulate.add_argument(
-        "--texts", action="store_true", help="with texts of videos, rooms and comments, and time spent in comments"
-    )
     simulate.set_defaults(run=_simulate)
 
     importing = commands.add_parser("import", help="a published or your own log", description="Import a log.")
@@ -76,6 +73,32 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_partitions(kuairand)
     kuairand.add_argument("--random", action="store_true", help="with the randomly exposed videos of log_random_*")
     kuairand.set_defaults(run=_import_kuairand)
+
+    kuailive = add_command(
+        sources,
+        "kuailive",
+        "KuaiLive: live rooms with exposures",
+        "Import KuaiLive as its authors publish it (https://zenodo.org/records/16565801; not for commercial use).\n"
+        "What is left out, so that no feature knows the future: trainer/data/importers/kuailive.py.",
+        "limelight data import kuailive downloads/KuaiLive data/kuailive",
+    )
+    kuailive.add_argument("src", metavar="SRC", help="the unpacked folder")
+    kuailive.add_argument("out", metavar="OUT", help="dataset to make; must not exist")
+    _add_partitions(kuailive)
+    kuailive.set_defaults(run=_import_kuailive)
+
+    both = add_command(
+        sources,
+        "kuailive-m3",
+        "KuaiLive-M3: live rooms and short videos, with vectors and texts",
+        "Import KuaiLive-M3 as its authors publish it (https://huggingface.co/datasets/imgkkk2004/KuaiLive-M3). What\n"
+        "is left out, so that no feature knows the future: trainer/data/importers/kuailive_m3.py.",
+        "limelight data import kuailive-m3 downloads/KuaiLive-M3 data/kuailive-m3",
+    )
+    both.add_argument("src", metavar="SRC", help="the downloaded folder")
+    both.add_argument("out", metavar="OUT", help="dataset to make; must not exist")
+    _add_partitions(both)
+    both.set_defaults(run=_import_kuailive_m3)
 
     events = add_command(
         sources,
@@ -117,8 +140,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
     keep_freed_memory()
     with _Phases() as progress:
-        sizes = options.users, options.days, options.partitions, options.seed
-        spec = simulate(options.out, *sizes, progress, texts=options.texts)
+        spec = simulate(options.out, options.users, options.days, options.partitions, options.seed, progress)
     return _made(options.out, spec)
 
 
@@ -128,6 +150,24 @@ def _import_kuairand(options: argparse.Namespace) -> int:
     keep_freed_memory()
     with _Phases() as progress:
         spec = import_kuairand(options.src, options.out, options.partitions, random=options.random, progress=progress)
+    return _made(options.out, spec)
+
+
+def _import_kuailive(options: argparse.Namespace) -> int:
+    from trainer.data.importers.kuailive import import_kuailive
+
+    keep_freed_memory()
+    with _Phases() as progress:
+        spec = import_kuailive(options.src, options.out, options.partitions, progress)
+    return _made(options.out, spec)
+
+
+def _import_kuailive_m3(options: argparse.Namespace) -> int:
+    from trainer.data.importers.kuailive_m3 import import_kuailive_m3
+
+    keep_freed_memory()
+    with _Phases() as progress:
+        spec = import_kuailive_m3(options.src, options.out, options.partitions, progress)
     return _made(options.out, spec)
 
 

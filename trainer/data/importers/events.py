@@ -54,9 +54,7 @@ is n^2 / 2^64 for n ids). Codes of side features are 1 + the position in ``extra
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +67,10 @@ from trainer.data.importers.assemble_visits import EventCodes, assemble_visits
 from trainer.data.importers.categories import encode
 from trainer.data.importers.log import Ids, Log, source_files, vocabularies_of
 from trainer.data.importers.mapping import EventMapping, TableFeatures, load_mapping
+from trainer.data.importers.scratch import scratch_folder
 from trainer.data.importers.tables import convert, read_batches
 from trainer.data.schema import EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec, DenseFeature, SideFeature, SideOwner
 from trainer.data.spill import Spill
-from trainer.errors import UserError
 
 Vocabularies = dict[str, tuple[str, ...]]
 
@@ -109,27 +107,18 @@ def import_events(
     ids = Ids(rules)
     log = Log(files, rules, ids, context)
     spec = _spec(rules, files, partitions, context, by_owner)
-    with _disk_errors(out), DatasetBuilder(out, spec) as builder:
+    with DatasetBuilder(out, spec) as builder, scratch_folder(out) as folder:
         for owner, table in rules.features.tables().items():
             for part in _feature_table(tables[owner], owner, table, by_owner[owner], ids):
                 builder.table(f"{owner}s", part)
         orphans = 0
         if rules.layout == "events":
-            with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=f"{Path(out).name}.events-") as folder:
-                orphans = _import_single_events(log, rules, builder, spec, Path(folder), report)
+            orphans = _import_single_events(log, rules, builder, spec, folder, report)
         else:
             for lines in log.parts(lambda done, total: report("reading logs", done, total)):
                 builder.visits(pa.table(_visits(lines, rules)))
         found = {"log_rows": log.rows, "orphans_dropped": orphans, "hash_collisions": ids.collisions}
         return builder.finish(progress, found)
-
-
-@contextmanager
-def _disk_errors(out: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror or error})") from error
 
 
 def _spec(

@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.data.build import DatasetBuilder, Progress
+from trainer.data.importers import shanghai
 from trainer.data.importers.categories import distinct, encode, vocabulary
+from trainer.data.importers.id_values import IdValues
 from trainer.data.importers.tables import read_batches
 from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.errors import UserError
@@ -91,10 +93,6 @@ _VIDEO_CATEGORIES = {
 _VIDEO_MEASURES = ("video_duration", "server_width", "server_height")
 _MISSING = ("", "UNKNOWN", "-124")
 _TABS = 15
-_HOUR_MS = 3_600_000
-_DAY_MS = 24 * _HOUR_MS
-# Asia/Shanghai has been eight hours ahead of UTC, without summer time, since 1991.
-_SHANGHAI_MS = 8 * _HOUR_MS
 _ITEMS_AT_ONCE = 1_000_000
 
 
@@ -126,15 +124,14 @@ def import_kuairand(
     spec = _spec(files, vocabularies, partitions)
     with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
         builder.table("users", _users(files.users, vocabularies))
-        videos = []
+        authors = IdValues(missing=-1)
         for items in _items(files.videos, vocabularies):
             builder.table("items", items)
-            videos.append((items.column("item_id").to_numpy(), items.column("author_id").to_numpy()))
-        authors = _Authors(files.videos, *(np.concatenate(column) for column in zip(*videos, strict=True)))
+            authors.add(items.column("item_id").to_numpy(), items.column("author_id").to_numpy())
         rows, read, total = 0, 0, sum(log.stat().st_size for log in files.logs)
         for log in files.logs:
             report("reading logs", read, total)
-            for visits in _visits(log, rows, authors, random):
+            for visits in _visits(log, rows, _Authors(files.videos, authors), random):
                 rows += visits.num_rows
                 builder.visits(visits)
             read += log.stat().st_size
@@ -198,7 +195,7 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
         source=SOURCE.format(name=name),
         licence=LICENCE,
         partitions=partitions,
-        timezone="Asia/Shanghai",
+        timezone=shanghai.TIMEZONE,
         behaviours=tuple(BEHAVIOURS),
         applies={behaviour: ("video",) for behaviour in BEHAVIOURS},
         candidates=("video",),
@@ -294,7 +291,6 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
                 raise UserError(f"{log}: row {empty}: column {name!r} has no value")
         column = {name: batch.column(name).to_numpy() for name in names}
         time_ms, play_ms = column["time_ms"], np.maximum(column["play_time_ms"], 0)
-        local = time_ms + _SHANGHAI_MS
         tab = column["tab"]
         visits = {
             "visit_id": np.arange(first_row + row, first_row + row + batch.num_rows),
@@ -311,11 +307,10 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
             happens = 0 if behaviour == "click" else end
             visits[f"delay_{behaviour}"] = np.where(column[name] > 0, happens, -1).astype(np.int32)
         visits["tab"] = np.where((tab >= 0) & (tab < _TABS), tab + 1, 0).astype(np.int32)
-        visits["hour"] = (local // _HOUR_MS % 24 + 1).astype(np.int32)
-        # The epoch was a Thursday.
-        visits["weekday"] = ((local // _DAY_MS + 3) % 7 + 1).astype(np.int32)
+        visits["hour"] = shanghai.hour_code(time_ms)
+        visits["weekday"] = shanghai.weekday_code(time_ms)
         # Midnight has no edge here, unlike in the hours.
-        angle = 2 * np.pi * (local % _DAY_MS / _DAY_MS)
+        angle = 2 * np.pi * (shanghai.local_ms(time_ms) % shanghai.DAY_MS / shanghai.DAY_MS)
         visits["day_sin"] = np.sin(angle).astype(np.float32)
         visits["day_cos"] = np.cos(angle).astype(np.float32)
         if random:
@@ -325,21 +320,19 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
 
 
 class _Authors:
-    """Author of each video, by search among sorted ids: 16 bytes a video."""
+    """Author of each video."""
 
-    def __init__(self, file: Path, video_id: np.ndarray, author_id: np.ndarray) -> None:
-        order = np.argsort(video_id)
+    def __init__(self, file: Path, authors: IdValues) -> None:
         self._file = file
-        self._video_id, self._author_id = video_id[order], author_id[order]
+        self._authors = authors
 
     def of(self, video_id: np.ndarray, log: Path, first_row: int) -> np.ndarray:
-        place = np.searchsorted(self._video_id, video_id)
-        place[place == len(self._video_id)] = 0
-        unknown = self._video_id[place] != video_id
+        author_id = self._authors.of(video_id)
+        unknown = author_id < 0
         if unknown.any():
             row = int(np.argmax(unknown))
             raise UserError(f"{log}: row {first_row + row}: video_id {video_id[row]} is not in {self._file.name}")
-        return self._author_id[place]
+        return author_id
 
 
 def _two_tags(tags: pa.Array) -> tuple[pa.Array, pa.Array]:

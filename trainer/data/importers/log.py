@@ -13,6 +13,7 @@ from trainer.data.checks import Columns
 from trainer.data.importers import fields
 from trainer.data.importers.categories import distinct, encode, vocabulary
 from trainer.data.importers.mapping import EventMapping
+from trainer.data.importers.part import Part, read_parts
 from trainer.data.importers.tables import convert, is_table, read_batches, refuse
 from trainer.data.schema import DOMAINS
 from trainer.errors import UserError
@@ -121,12 +122,11 @@ class Log:
         for number, file in enumerate(self._files):
             report(sum(sizes[:number]), sum(sizes))
             self._first_rows.append(self.rows)
-            latest, row = fields.EARLIEST_MS, 1
-            for batch in read_batches(file, self._types):
-                columns = self._columns(_Part(batch, file, row), latest)
+            latest = fields.EARLIEST_MS
+            for part in read_parts(file, self._types):
+                columns = self._columns(part, latest)
                 latest = int(columns["time_ms"][-1])
-                row += batch.num_rows
-                self.rows += batch.num_rows
+                self.rows += part.rows
                 if "code" in columns:
                     kept = columns["code"] != self._ignored
                     columns = {name: column[kept] for name, column in columns.items()}
@@ -138,7 +138,7 @@ class Log:
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         refuse(self._files[number], row - self._first_rows[number] + 1, column, value, accepted)
 
-    def _columns(self, part: _Part, latest_ms: int) -> Columns:
+    def _columns(self, part: Part, latest_ms: int) -> Columns:
         mapping, names = self._mapping, self._mapping.columns
         columns: Columns = {"row": np.arange(self.rows, self.rows + part.rows)}
         own = {"user_id": names.user_id, "author_id": names.author_id, "item_id": names.item_id}
@@ -169,7 +169,7 @@ class Log:
                 columns[f"delay_{name}"] = part.milliseconds(behaviour.delay)
         return columns
 
-    def _times(self, part: _Part, latest_ms: int) -> np.ndarray:
+    def _times(self, part: Part, latest_ms: int) -> np.ndarray:
         mapping = self._mapping
         accepted = (
             f"a time between 2000 and 2100: {mapping.time_unit} since 1970 (time_unit in the mapping says which), "
@@ -184,7 +184,7 @@ class Log:
                 part.refuse(mapping.columns.time, int(earlier[0]), accepted)
         return times
 
-    def _domain(self, part: _Part) -> np.ndarray:
+    def _domain(self, part: Part) -> np.ndarray:
         rule = self._mapping.domain
         if rule.column is None:
             return np.full(part.rows, DOMAINS.index(rule.constant or ""), np.int8)
@@ -193,33 +193,3 @@ class Log:
         accepted = f"one of {', '.join(names)} (domain.video and domain.live in the mapping)"
         known = part.convert(rule.column, partial(fields.codes, names=names), accepted)
         return np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(own[domain]) for domain in DOMAINS])[known]
-
-
-class _Part:
-    """Some lines of a file, read column by column."""
-
-    def __init__(self, batch: pa.RecordBatch, file: Path, first_row: int) -> None:
-        self.file = file
-        self.first_row = first_row
-        self.rows = batch.num_rows
-        self._batch = batch
-
-    def column(self, name: str) -> pa.Array:
-        return self._batch.column(name)
-
-    def convert(self, name: str, function: Callable[[pa.Array], pa.Array], accepted: str) -> np.ndarray:
-        converted = convert(self.column(name), function, self.file, name, self.first_row, accepted)
-        return converted.to_numpy(zero_copy_only=False)
-
-    def numbers(self, name: str) -> np.ndarray:
-        return self.convert(name, fields.numbers, "a finite number, true or false")
-
-    def milliseconds(self, name: str) -> np.ndarray:
-        values = self.numbers(name)
-        bad = np.flatnonzero((values < 0) | (values > np.iinfo(np.int32).max))
-        if len(bad):
-            self.refuse(name, int(bad[0]), "milliseconds, 0 to 2^31 - 1")
-        return values.astype(np.int64)
-
-    def refuse(self, name: str, place: int, accepted: str) -> None:
-        refuse(self.file, self.first_row + place, name, self.column(name)[place].as_py(), accepted)

@@ -22,6 +22,7 @@ from trainer.errors import UserError
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 17
 _NULLS = ["", "NULL", "null", "NaN", "nan"]
+_OTHER_DELIMITERS = (";", "\t", "|")
 
 
 def is_table(file: Path) -> bool:
@@ -50,7 +51,7 @@ def column_names(file: Path) -> list[str]:
 
 
 def read_batches(
-    file: Path, types: Mapping[str, pa.DataType | None], *, block_bytes: int = _BLOCK_BYTES
+    file: Path, types: Mapping[str, pa.DataType | None], *, block_bytes: int = _BLOCK_BYTES, multiline: bool = False
 ) -> Iterator[pa.RecordBatch]:
     """The columns named in ``types``, in that order, in bounded memory: a few blocks of 16 MB at a time.
 
@@ -58,6 +59,7 @@ def read_batches(
         file: ``.csv``, ``.csv.gz`` (comma, a header line, UTF-8) or ``.parquet``.
         types: column -> type it is converted to; None leaves Parquet columns as they are and CSV columns as text.
         block_bytes: size of a block of a CSV file.
+        multiline: quoted text of a CSV file may contain line breaks, which costs time.
 
     Raises:
         UserError: a column is missing, a line has too few or too many fields, or a value does not fit its type.
@@ -65,16 +67,18 @@ def read_batches(
     names = column_names(file)
     for name in types:
         if name not in names:
-            raise UserError(f"{file}: column {name!r} is missing; there are {', '.join(names)}")
+            delimiter = next((mark for mark in _OTHER_DELIMITERS if len(names) == 1 and mark in names[0]), None)
+            hint = "" if delimiter is None else f" (separated by {delimiter!r}? it must be a comma)"
+            raise UserError(f"{file}: column {name!r} is missing; there are {', '.join(names)}{hint}")
     if file.name.endswith(".parquet"):
         yield from _parquet_batches(file, types)
         return
     typed = {name: kind if kind is not None else pa.string() for name, kind in types.items()}
     try:
-        yield from _csv_batches(file, typed, block_bytes, threads=True)
+        yield from _csv_batches(file, typed, block_bytes, multiline, threads=True)
     except pa.ArrowInvalid:
         # The threaded reader knows no row numbers; the second, slow pass raises with one.
-        _blame(file, typed, block_bytes)
+        _blame(file, typed, block_bytes, multiline)
         raise
 
 
@@ -131,11 +135,12 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
 
 
 def _csv_batches(
-    file: Path, types: Mapping[str, pa.DataType], block_bytes: int, *, threads: bool
+    file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool, *, threads: bool
 ) -> Iterator[pa.RecordBatch]:
     reader = pa.csv.open_csv(
         file,
         read_options=pa.csv.ReadOptions(block_size=block_bytes, use_threads=threads),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=multiline),
         convert_options=pa.csv.ConvertOptions(
             column_types=types, include_columns=list(types), null_values=_NULLS, strings_can_be_null=True
         ),
@@ -144,10 +149,10 @@ def _csv_batches(
         yield from reader
 
 
-def _blame(file: Path, types: Mapping[str, pa.DataType], block_bytes: int) -> None:
+def _blame(file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool) -> None:
     row = 1
     try:
-        for batch in _csv_batches(file, dict.fromkeys(types, pa.string()), block_bytes, threads=False):
+        for batch in _csv_batches(file, dict.fromkeys(types, pa.string()), block_bytes, multiline, threads=False):
             for name, kind in types.items():
                 convert(batch.column(name), partial(pc.cast, target_type=kind), file, name, row, str(kind))
             row += batch.num_rows

@@ -1,0 +1,309 @@
+"""KuaiLive, as its authors publish it, to a canonical dataset: live rooms, with the exposures that nobody clicked.
+
+Read are ``user.csv``, ``streamer.csv``, ``room.csv``, ``click.csv``, ``negative.csv``, ``like.csv``, ``comment.csv``,
+``gift.csv`` and the title vectors. What the files do not say plainly, and how it is taken:
+
+* An exposure is a line of ``click.csv`` or ``negative.csv``. A click's request is its own time: the log has no other.
+  Of several lines with one (user, room, time) the first stays, clicks before exposures without one.
+* Likes, comments and gifts name no click: each belongs to its user's latest click of the room before it
+  (``sessions.py``). Those without one are dropped and counted in ``extra.orphans_dropped``.
+* Views are derived from ``watch_live_time`` by thresholds of ours (``views.py``).
+* ``room.csv`` repeats rooms that last beyond midnight: the first line stays.
+* The vector of its title is a room's embedding (``embeddings/items``): the title is there when the room opens.
+
+No feature knows what was not known at its request. Left out are, or taken with care:
+
+====================================  =================================================================================
+column                                why
+====================================  =================================================================================
+room ``end_timestamp``, ``p_date``    the future: a line for each day tells that the room reached it. There is therefore
+                                      no position in the room relative to its length, only ``log_room_age_s``
+click ``watch_live_time``             the outcome
+``accu_*``, ``fans_*``, ``follow_*``  counts as of an unknown day: after the log they would hold its clicks and gifts.
+                                      The dataset's statistics count earlier rows instead
+dates of registration, first show     a date that is still to come would tell what will happen: it counts as unknown,
+and first watch                       and from the next day on as the number of days since
+====================================  =================================================================================
+
+Profiles (age, device, country, operational category, ``onehot_feat*``) have no date either; they change slowly and are
+taken as constant. A room's type and category are taken as known when it opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.data.build import DatasetBuilder, Progress
+from trainer.data.checks import Columns
+from trainer.data.id_index import IdIndex
+from trainer.data.importers import shanghai, views
+from trainer.data.importers.categories import distinct, encode, vocabulary
+from trainer.data.importers.id_values import IdValues, first_met
+from trainer.data.importers.part import Reading, read_parts
+from trainer.data.importers.scratch import scratch_folder
+from trainer.data.importers.sessions import EventJoin, add_joined, no_behaviours
+from trainer.data.importers.tables import column_names
+from trainer.data.importers.vectors import ITEM_VECTORS, title_file, write_titles
+from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature, SideOwner
+from trainer.errors import UserError
+
+SOURCE = "KuaiLive, 5 to 25 May 2025: https://imgkkk574.github.io/KuaiLive, https://zenodo.org/records/16565801"
+LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
+
+BEHAVIOURS = ("click", "effective_view", "long_view", "like", "comment", "gift")
+STATISTICS = (
+    ("user",),
+    ("author",),
+    ("item",),
+    ("user", "author"),
+    ("user", "content_category"),
+    ("author", "hour"),
+    ("content_category", "hour"),
+)
+
+_FILES = ("user", "streamer", "room", "click", "negative", "like", "comment", "gift")
+_ONEHOT = tuple(f"onehot_feat{number}" for number in range(7))
+_PROFILE = ("age", "gender", "country", "device_brand", "device_price", *_ONEHOT)
+_USER_CATEGORIES = (*_PROFILE, "is_live_streamer", "is_photo_author")
+_STREAMER_CATEGORIES = (*_PROFILE, "live_operation_tag")
+_ROOM_CATEGORIES = {"live_type": "live_type", "live_content_category": "content_category"}
+"""Column of ``room.csv`` -> feature."""
+_OTHER_NAMES = {
+    "streamer_id": "author_id",
+    "is_live_streamer": "is_live_author",
+    "is_photo_author": "is_video_author",
+}
+"""What other versions of the files call a column."""
+_AGES = {
+    "user_days": ("user", "reg_timestamp"),
+    "user_live_days": ("user", "first_watch_live_timestamp"),
+    "author_days": ("streamer", "reg_timestamp"),
+    "author_live_days": ("streamer", "first_live_timestamp"),
+}
+"""Days since a date: name -> file and column."""
+_LIVE = DOMAINS.index("live")
+_UNKNOWN_DAY = -1
+
+
+def import_kuailive(
+    src: str | Path, out: str | Path, partitions: int = 16, progress: Progress | None = None
+) -> DatasetSpec:
+    """Build a dataset from a folder of KuaiLive.
+
+    The logs pass through in blocks and wait on disk. In memory are the clicks and events of one partition, 32 bytes a
+    room (370 MB for all of KuaiLive), the vectors of the titles, and what the builder needs.
+
+    Args:
+        src: the unpacked folder.
+        out: the dataset to make; must not exist.
+        partitions: number of partitions; memory is that of the largest.
+        progress: told about the work as it goes.
+
+    Returns:
+        The description of the dataset.
+
+    Raises:
+        UserError: a file or column is missing, or a value is not what it should be; names file, row and column.
+    """
+    source = _Source(Path(src), progress)
+    vocabularies = source.vocabularies()
+    spec = _spec(source, vocabularies, partitions)
+    with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
+        for table in source.profiles("user", "user_id", "user", _USER_CATEGORIES, vocabularies):
+            builder.table("users", table)
+        for table in source.profiles("streamer", "streamer_id", "author", _STREAMER_CATEGORIES, vocabularies):
+            builder.table("authors", table)
+        for table in source.rooms(vocabularies):
+            builder.table("items", table)
+        with scratch_folder(out) as folder:
+            join = EventJoin(folder / "join", spec)
+            for columns in source.exposures("click"):
+                join.visits(columns)
+            for behaviour in ("like", "comment", "gift"):
+                for columns in source.events(behaviour):
+                    join.events(behaviour, columns)
+            orphans = add_joined(join, builder, partitions, progress)
+        for columns in source.exposures("negative"):
+            builder.visits(pa.table(columns))
+        without = write_titles(builder.folder(ITEM_VECTORS), source.titles, *source.title_of_shown())
+        facts = {"log_rows": source.exposed, "orphans_dropped": orphans, "items_without_embedding": without}
+        return builder.finish(progress, facts)
+
+
+class _Source:
+    """The files, and what has to be remembered from one to the next."""
+
+    def __init__(self, folder: Path, progress: Progress | None) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; unpack KuaiLive.zip and give its folder")
+        self.files = {name: folder / f"{name}.csv" for name in _FILES}
+        for file in self.files.values():
+            if not file.is_file():
+                raise UserError(f"{file}: is missing; it is one of the files that KuaiLive consists of")
+        self.titles = title_file(folder)
+        self._reading = Reading(self.files.values(), progress)
+        self.exposed = 0
+        self._days = {name: IdValues(_UNKNOWN_DAY) for name in _AGES}
+        self._room_start = IdValues(missing=-1)
+        self._room_title = IdValues(missing=-1)
+        self._shown = IdIndex()
+
+    def vocabularies(self) -> dict[str, tuple[str, ...]]:
+        """Values of the categories, by feature."""
+        values: dict[str, set[str]] = {}
+        for name, features in _category_columns():
+            columns = [self._own_name(name, column) for column in features]
+            for part in read_parts(self.files[name], dict.fromkeys(columns)):
+                for column, feature in zip(columns, features.values(), strict=True):
+                    values.setdefault(feature, set()).update(distinct([part.column(column)]))
+        return {feature: vocabulary(found) for feature, found in values.items()}
+
+    def profiles(
+        self, name: str, key: str, owner: str, categories: tuple[str, ...], vocabularies: dict[str, tuple[str, ...]]
+    ) -> Iterator[pa.Table]:
+        """The table of users or authors; their dates are remembered."""
+        own = {column: self._own_name(name, column) for column in (key, *categories)}
+        dates = {age: column for age, (file, column) in _AGES.items() if file == name}
+        types = {column: pa.int64() if column == own[key] else None for column in (*own.values(), *dates.values())}
+        known = IdIndex()
+        for part in self._reading.parts(self.files[name], types):
+            ids = part.ids(own[key])
+            part.require(first_met(known, ids), own[key], "an id that did not come before")
+            for age, column in dates.items():
+                self._days[age].add(ids, part.days(column))
+            features = {_feature(owner, column): part.column(own[column]) for column in categories}
+            codes = {feature: encode(values, vocabularies[feature]) for feature, values in features.items()}
+            yield pa.table({f"{owner}_id": ids, **codes})
+
+    def rooms(self, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
+        """The table of items: each room once."""
+        author = self._own_name("room", "streamer_id")
+        numbers = ("live_id", author, "start_timestamp", "live_name_id")
+        known = IdIndex()
+        types = {**dict.fromkeys(numbers, pa.int64()), **dict.fromkeys(_ROOM_CATEGORIES)}
+        for part in self._reading.parts(self.files["room"], types):
+            ids, start_ms = part.ids("live_id"), part.times("start_timestamp", shanghai.TIMEZONE)
+            first = first_met(known, ids)
+            title = part.convert("live_name_id", lambda values: values.fill_null(-1), "a whole number")
+            self._room_start.add(ids[first], start_ms[first])
+            self._room_title.add(ids[first], title[first])
+            columns = {"item_id": ids, "author_id": part.ids(author), "start_ms": start_ms}
+            columns["domain"] = np.full(part.rows, _LIVE, np.int8)
+            for column, feature in _ROOM_CATEGORIES.items():
+                columns[feature] = encode(part.column(column), vocabularies[feature])
+            yield pa.table({name: values[first] for name, values in columns.items()})
+
+    def exposures(self, name: str) -> Iterator[Columns]:
+        """Visits of ``click`` or ``negative`` as far as the file tells, part by part."""
+        author = self._own_name(name, "streamer_id")
+        types = dict.fromkeys(("user_id", "live_id", author, "timestamp"), pa.int64())
+        clicked = name == "click"
+        if clicked:
+            types["watch_live_time"] = pa.float64()
+        for part in self._reading.parts(self.files[name], types):
+            request_ms = part.times("timestamp", shanghai.TIMEZONE)
+            play_ms = part.milliseconds("watch_live_time") if clicked else np.zeros(part.rows, np.int64)
+            user_id, author_id, item_id = part.ids("user_id"), part.ids(author), part.ids("live_id")
+            self._shown.add(item_id)
+            columns = {
+                "visit_id": np.arange(self.exposed, self.exposed + part.rows),
+                "user_id": user_id,
+                "author_id": author_id,
+                "item_id": item_id,
+                "domain": np.full(part.rows, _LIVE, np.int8),
+                "request_ms": request_ms,
+                "exit_ms": request_ms + play_ms,
+                "play_ms": play_ms,
+                **no_behaviours(BEHAVIOURS, part.rows),
+                "hour": shanghai.hour_code(request_ms),
+                "weekday": shanghai.weekday_code(request_ms),
+                "log_room_age_s": shanghai.log_seconds_since(self._room_start.of(item_id), request_ms),
+                **self._ages(user_id, author_id, request_ms),
+            }
+            if clicked:
+                columns["delay_click"] = np.zeros(part.rows, np.int32)
+                columns |= views.live_view_delays(play_ms)
+            self.exposed += part.rows
+            yield columns
+
+    def events(self, behaviour: str) -> Iterator[Columns]:
+        """Likes, comments or gifts, part by part."""
+        types = dict.fromkeys(("user_id", "live_id", "timestamp"), pa.int64())
+        if behaviour == "gift":
+            types["gift_price"] = pa.float64()
+        for part in self._reading.parts(self.files[behaviour], types):
+            columns = {"user_id": part.ids("user_id"), "item_id": part.ids("live_id")}
+            columns["time_ms"] = part.times("timestamp", shanghai.TIMEZONE)
+            if behaviour == "gift":
+                columns["value"] = part.numbers("gift_price").astype(np.float32)
+            yield columns
+
+    def title_of_shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rooms that somebody was shown, sorted, and the number of the title of each, -1 for none."""
+        ids = np.sort(self._shown.ids)
+        return ids, self._room_title.of(ids)
+
+    def _own_name(self, name: str, column: str) -> str:
+        """What a file calls a column; the published name where it has neither, which reading it then says."""
+        other = _OTHER_NAMES.get(column, column)
+        names = column_names(self.files[name])
+        return other if other in names and column not in names else column
+
+    def _ages(self, user_id: np.ndarray, author_id: np.ndarray, request_ms: np.ndarray) -> Columns:
+        today = shanghai.local_day(request_ms)
+        ages = {}
+        for age, (name, _) in _AGES.items():
+            day = self._days[age].of(user_id if name == "user" else author_id)
+            past = (day != _UNKNOWN_DAY) & (day < today)
+            ages[f"log_{age}"] = np.log1p(np.where(past, today - day, 0)).astype(np.float32)
+        return ages
+
+
+def _spec(source: _Source, vocabularies: dict[str, tuple[str, ...]], partitions: int) -> DatasetSpec:
+    def side(owner: SideOwner, name: str) -> tuple[SideFeature, ...]:
+        features = next(features for file, features in _category_columns() if file == name)
+        return tuple(SideFeature(feature, owner, len(vocabularies[feature]) + 1) for feature in features.values())
+
+    return DatasetSpec(
+        name="KuaiLive",
+        source=SOURCE,
+        licence=LICENCE,
+        partitions=partitions,
+        timezone=shanghai.TIMEZONE,
+        behaviours=BEHAVIOURS,
+        applies={behaviour: ("live",) for behaviour in BEHAVIOURS},
+        candidates=("live",),
+        side=(
+            *side("user", "user"),
+            *side("author", "streamer"),
+            *side("item", "room"),
+            SideFeature("hour", "context", 25),
+            SideFeature("weekday", "context", 8),
+        ),
+        dense=tuple(DenseFeature(name, "context") for name in ("log_room_age_s", *(f"log_{age}" for age in _AGES))),
+        statistics=STATISTICS,
+        tag="content_category",
+        extra={
+            "files": [*(file.name for file in source.files.values()), source.titles.name],
+            "vocabularies": {feature: list(values) for feature, values in vocabularies.items()},
+            "codes": "0 is unknown; 1 + position in `vocabularies`; hour + 1; weekday 1 (Monday) to 7",
+            "views": views.FACTS,
+        },
+    )
+
+
+def _category_columns() -> list[tuple[str, dict[str, str]]]:
+    """Files with categories: their columns, and the features that they become."""
+    return [
+        ("user", {column: _feature("user", column) for column in _USER_CATEGORIES}),
+        ("streamer", {column: _feature("author", column) for column in _STREAMER_CATEGORIES}),
+        ("room", _ROOM_CATEGORIES),
+    ]
+
+
+def _feature(owner: str, column: str) -> str:
+    return f"{owner}_{column}" if column in _PROFILE else column
