@@ -1,0 +1,187 @@
+"""General search units (GSU): which entries of a long history a candidate is compared with (Moment&Cross, section 3.2).
+
+The five searches of the paper, over the histories of a batch's users:
+
+===========  ==================================================================================================
+short        the latest short videos: :func:`latest`
+long         the short videos with the largest dot product with the candidate: :func:`top`
+author       the latest short videos of the candidate's author: :func:`same_author`
+live_long    the live rooms with the largest dot product with the candidate: :func:`top`
+mixed        the latest visits of both domains with a positive long view: :func:`latest_of_all`
+===========  ==================================================================================================
+
+A history is one run ``[first, stop)`` of flat columns, in order of time. A search gives places in these columns, oldest
+first, at most ``length`` a row; fewer or none where there are no more. Of entries with the same score the later is
+taken. ``modules/gsu_reference.py`` defines the results in plain PyTorch; they are the same here, entry by entry:
+
+* int8: a score is the dot product in integers, which is exact.
+* float16: the products are exact in float32; lane l of 16 sums those at ``l, l + 16, ...`` in order, in float32; lanes
+  l and l + 8 are added, then l and l + 4, l + 2, l + 1.
+
+Rows are worked on by as many threads as ``torch.get_num_threads()`` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from modules import gsu_kernels
+from modules.gsu_intrinsics import LANES
+
+
+class Found(NamedTuple):
+    """What a search has found for n rows.
+
+    Attributes:
+        at: places in the columns of the history, row after row, in each ascending; ``[lengths.sum()]`` int64.
+        lengths: entries of each row, ``[n]`` int64.
+    """
+
+    at: np.ndarray
+    lengths: np.ndarray
+
+
+class SearchVectors(NamedTuple):
+    """A vector for each item; the space of the dot products.
+
+    Attributes:
+        values: ``[rows, width]`` float16, all finite, or int8; ``width`` is a multiple of 16 (:func:`padded_width`).
+            Row 0 is zeros and stands for items without a vector: they score 0, and a candidate without one finds the
+            latest entries.
+        shift: the row of an item is the number that the history has for it plus this.
+    """
+
+    values: np.ndarray
+    shift: int = 0
+
+    def rows(self, items: np.ndarray) -> np.ndarray:
+        """The rows of some items; 0 for those beyond the table."""
+        rows = items + self.shift
+        return np.where((rows > 0) & (rows < len(self.values)), rows, 0)
+
+
+def padded_width(dim: int) -> int:
+    """Width of a search vector of so many dimensions: the next multiple of 16. Zeros behind them change no score."""
+    return -(-dim // LANES) * LANES
+
+
+def latest(first: np.ndarray, stop: np.ndarray, length: int) -> Found:
+    """The latest entries of each run.
+
+    Args:
+        first: ``[n]`` int64, where the runs begin.
+        stop: ``[n]`` int64, where they end.
+        length: most entries of a row.
+    """
+    lengths = np.minimum(stop - first, length)
+    ends = np.cumsum(lengths)
+    at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(stop - ends, lengths)
+    return Found(at, lengths)
+
+
+def same_author(
+    first: np.ndarray, stop: np.ndarray, length: int, author_id: np.ndarray, candidate_author: np.ndarray
+) -> Found:
+    """The latest entries of each run whose author is the candidate's.
+
+    Args:
+        first: as in :func:`latest`.
+        stop: likewise.
+        length: likewise.
+        author_id: column of the history, int64.
+        candidate_author: ``[n]`` int64.
+    """
+    return _search(gsu_kernels.same_author, length, first, stop, author_id, candidate_author)
+
+
+def latest_of_all(
+    first: np.ndarray, stop: np.ndarray, length: int, ordinal: np.ndarray, bits: np.ndarray, require: int = 0
+) -> Found:
+    """The latest entries of several runs of each user together, in order of time.
+
+    Args:
+        first: ``[n, runs]`` int64.
+        stop: likewise.
+        length: most entries of a row.
+        ordinal: column of the history, int32: order in time of a user's entries, over all runs.
+        bits: column of the history, int32: what happened in a visit.
+        require: only entries with one of these bits; 0 takes all.
+
+    Returns:
+        ``Found.at`` is in order of time in each row, not ascending.
+    """
+    return _search(gsu_kernels.latest_of_all, length, first, stop, ordinal, bits, require)
+
+
+def top(
+    first: np.ndarray,
+    stop: np.ndarray,
+    length: int,
+    items: np.ndarray,
+    vectors: SearchVectors,
+    candidate: np.ndarray,
+) -> Found:
+    """The entries of each run whose vectors have the largest dot product with the candidate's.
+
+    Args:
+        first: as in :func:`latest`.
+        stop: likewise.
+        length: likewise.
+        items: column of the history, int64 or int32.
+        vectors: of the items.
+        candidate: ``[n]`` int64, the items to compare with.
+
+    Raises:
+        ValueError: vectors of another type or width.
+    """
+    query = queries(vectors, candidate)
+    values, kernel = vectors.values, gsu_kernels.top_byte
+    if values.dtype == np.float16:
+        # numba knows no half precision; the kernel reads the bits itself.
+        values, kernel = values.view(np.uint16), gsu_kernels.top_half
+    return _search(kernel, length, first, stop, items, vectors.shift, values, query)
+
+
+def queries(vectors: SearchVectors, candidate: np.ndarray) -> np.ndarray:
+    """Vectors of the candidates as the kernels take them: ``[n, width]`` float32 for float16 ones, otherwise int8.
+
+    Raises:
+        ValueError: vectors of another type or width.
+    """
+    values = vectors.values
+    if values.dtype not in (np.float16, np.int8) or values.shape[1] % LANES or not values.flags.c_contiguous:
+        raise ValueError(
+            f"search vectors must be rows of float16 or int8, a multiple of {LANES} wide, not {values.dtype} of width "
+            f"{values.shape[1]}"
+        )
+    chosen = values[vectors.rows(candidate)]
+    return chosen.astype(np.float32) if values.dtype == np.float16 else chosen
+
+
+def _search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> Found:
+    """Run a kernel over all rows, in as many threads as PyTorch has."""
+    out = np.empty((len(first), length), np.int64)
+    lengths = np.zeros(len(first), np.int64)
+
+    def part(begin: int, end: int) -> None:
+        kernel(begin, end, first, stop, *arguments, out, lengths)
+
+    each_part(part, len(first))
+    return Found(out[np.arange(length) >= length - lengths[:, None]], lengths)
+
+
+def each_part(work: Callable[[int, int], None], rows: int) -> None:
+    """Call ``work(begin, end)`` for parts of ``[0, rows)``, side by side; it must not hold the interpreter's lock."""
+    threads = min(torch.get_num_threads(), rows)
+    if threads <= 1:
+        work(0, rows)
+        return
+    # Histories differ in length: several parts for each thread.
+    edges = np.linspace(0, rows, min(rows, 8 * threads) + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, edges[:-1], edges[1:]))

@@ -1,0 +1,240 @@
+"""Loops of the searches over rows of a batch, compiled by numba: what is read is read once, and no score is kept.
+
+Entries are looked at from the latest to the oldest. Those that may still be among the best go, as one 64-bit key of
+score and place, into a short list, which is cut to the best whenever it is full. Keys are all different and larger
+where the score is larger or, for the same score, the entry later.
+
+A row's result is written to the end of its line of ``out``, oldest entry first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+from modules.gsu_intrinsics import CACHE_LINE, LANES, dot_byte, dot_half, prefetch
+
+AHEAD = 16
+"""Entries whose vectors are on their way from memory at a time; more than a core can wait for at once gains nothing."""
+
+_TOP_BIT = np.uint32(1 << 31)
+_PLACE_BITS = np.uint64(32)
+
+
+@numba.njit(nogil=True)
+def key_of_float(score: np.float32, place: int) -> np.uint64:
+    """Float bits, as an integer that grows with the float, then the place; scores are never NaN or -0."""
+    bits = np.float32(score).view(np.uint32)
+    ordered = ~bits if bits & _TOP_BIT else bits | _TOP_BIT
+    return (np.uint64(ordered) << _PLACE_BITS) | np.uint64(place)
+
+
+@numba.njit(nogil=True)
+def float_of_key(key: np.uint64) -> np.float32:
+    """The score in a key of :func:`key_of_float`."""
+    ordered = np.uint32(key >> _PLACE_BITS)
+    return np.uint32(ordered ^ _TOP_BIT if ordered & _TOP_BIT else ~ordered).view(np.float32)
+
+
+@numba.njit(nogil=True)
+def key_of_int(score: np.int32, place: int) -> np.uint64:
+    """The key of an integer score."""
+    return (np.uint64(np.uint32(score) ^ _TOP_BIT) << _PLACE_BITS) | np.uint64(place)
+
+
+@numba.njit(nogil=True)
+def int_of_key(key: np.uint64) -> np.int32:
+    """The score in a key of :func:`key_of_int`."""
+    return np.int32(np.uint32(key >> _PLACE_BITS) ^ _TOP_BIT)
+
+
+@numba.njit(nogil=True)
+def place_of(key: np.uint64) -> np.int64:
+    """The place in a key."""
+    return np.int64(key & np.uint64(0xFFFFFFFF))
+
+
+@numba.njit(nogil=True)
+def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
+    """The n-th largest, from 0, of the first ``count`` different keys; reorders them (Hoare's selection)."""
+    low, high = 0, count - 1
+    while low < high:
+        pivot = keys[(low + high) >> 1]
+        i, j = low, high
+        while i <= j:
+            while keys[i] > pivot:
+                i += 1
+            while keys[j] < pivot:
+                j -= 1
+            if i <= j:
+                keys[i], keys[j] = keys[j], keys[i]
+                i += 1
+                j -= 1
+        if n <= j:
+            high = j
+        elif n >= i:
+            low = i
+        else:
+            break
+    return keys[n]
+
+
+@numba.njit(nogil=True)
+def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.uint64:
+    """Cut a list to its ``keep`` largest, their order unchanged; returns the smallest of them."""
+    spare[:count] = keys[:count]
+    least = nth_largest(spare, count, keep - 1)
+    kept = 0
+    for i in range(count):
+        if keys[i] >= least:
+            keys[kept] = keys[i]
+            kept += 1
+    return least
+
+
+@numba.njit(nogil=True)
+def write_all(first: int, stop: int, out: np.ndarray) -> None:
+    """All entries of a run are the result."""
+    end = len(out) - (stop - first)
+    for i in range(stop - first):
+        out[end + i] = first + i
+
+
+@numba.njit(nogil=True)
+def row_of(entries: np.ndarray, at: int, shift: int, rows: int) -> int:
+    """The vector of an entry; 0 for one that has none."""
+    row = entries[at] + shift
+    return row if 0 < row < rows else 0
+
+
+@numba.njit(nogil=True)
+def fetch(base: int, row: int, row_bytes: int) -> None:
+    """Have a vector brought."""
+    for line in range(0, row_bytes, CACHE_LINE):
+        prefetch(np.uintp(base + row * row_bytes + line))
+
+
+def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.float32 | np.int32) -> Callable:
+    """The search for the largest dot products, for one type of vectors.
+
+    Args:
+        dot: ``(address of a vector, address of the query, blocks) -> score``.
+        key_of: ``(score, place) -> key``.
+        score_of: the score in a key.
+        lowest: below every score.
+
+    Returns:
+        ``top(begin, end, first, stop, entries, shift, vectors, query, out, lengths)``, compiled.
+    """
+
+    @numba.njit(nogil=True)
+    def top(
+        begin: int,
+        end: int,
+        first: np.ndarray,
+        stop: np.ndarray,
+        entries: np.ndarray,
+        shift: int,
+        vectors: np.ndarray,
+        query: np.ndarray,
+        out: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        rows, width = vectors.shape
+        base, row_bytes, blocks = vectors.ctypes.data, width * vectors.itemsize, width // LANES
+        length = out.shape[1]
+        keys = np.empty(4 * length + 64, np.uint64)
+        spare = np.empty_like(keys)
+        for row in range(begin, end):
+            low, high = first[row], stop[row]
+            lengths[row] = min(high - low, length)
+            if high - low <= length:
+                write_all(low, high, out[row])
+                continue
+            address = query[row].ctypes.data
+            count, floor = 0, lowest
+            for at in range(high - 1, max(high - 1 - AHEAD, low - 1), -1):
+                fetch(base, row_of(entries, at, shift, rows), row_bytes)
+            for at in range(high - 1, low - 1, -1):
+                if at - AHEAD >= low:
+                    fetch(base, row_of(entries, at - AHEAD, shift, rows), row_bytes)
+                vector = np.uintp(base + row_of(entries, at, shift, rows) * row_bytes)
+                score = dot(vector, address, blocks)
+                # Not where it equals the worst of those that stay: they are all later.
+                if score > floor:
+                    keys[count] = key_of(score, at - low)
+                    count += 1
+                    if count == len(keys):
+                        floor = score_of(keep_best(keys, spare, count, length))
+                        count = length
+            if count > length:
+                keep_best(keys, spare, count, length)
+            for i in range(length):
+                out[row, length - 1 - i] = low + place_of(keys[i])
+
+    return top
+
+
+top_half = make_top(dot_half, key_of_float, float_of_key, np.float32(-np.inf))
+"""Of float16 vectors as uint16, for queries in float32."""
+
+top_byte = make_top(dot_byte, key_of_int, int_of_key, np.int32(-(1 << 31)))
+"""Of int8 vectors and queries."""
+
+
+@numba.njit(nogil=True)
+def same_author(
+    begin: int,
+    end: int,
+    first: np.ndarray,
+    stop: np.ndarray,
+    author_id: np.ndarray,
+    candidate_author: np.ndarray,
+    out: np.ndarray,
+    lengths: np.ndarray,
+) -> None:
+    """The latest entries of the candidate's author."""
+    length = out.shape[1]
+    for row in range(begin, end):
+        free = length
+        for at in range(stop[row] - 1, first[row] - 1, -1):
+            if author_id[at] == candidate_author[row]:
+                free -= 1
+                out[row, free] = at
+                if free == 0:
+                    break
+        lengths[row] = length - free
+
+
+@numba.njit(nogil=True)
+def latest_of_all(
+    begin: int,
+    end: int,
+    first: np.ndarray,
+    stop: np.ndarray,
+    ordinal: np.ndarray,
+    bits: np.ndarray,
+    require: int,
+    out: np.ndarray,
+    lengths: np.ndarray,
+) -> None:
+    """The latest entries, by ``ordinal``, of several runs of each user that have one of the bits; all with 0."""
+    length = out.shape[1]
+    ends = np.empty(first.shape[1], np.int64)
+    for row in range(begin, end):
+        ends[:] = stop[row]
+        free = length
+        while free:
+            latest, place = -1, -1
+            for run in range(len(ends)):
+                if ends[run] > first[row, run] and ordinal[ends[run] - 1] > place:
+                    latest, place = run, ordinal[ends[run] - 1]
+            if latest < 0:
+                break
+            ends[latest] -= 1
+            if require == 0 or bits[ends[latest]] & require:
+                free -= 1
+                out[row, free] = ends[latest]
+        lengths[row] = length - free
