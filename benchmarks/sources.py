@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = StreamConfig(source="kafka", brokers=brokers, topic=name, format=format, until_end=True)
         topic = Topic(config, SPEC, PARTITIONS)
         written = measure(partial(publish, topic, few, per_message))
-        kafka = KafkaSource(config, SPEC.behaviours)
+        kafka = KafkaSource(config, SPEC)
         runs = [measure(partial(drain, kafka)) for _ in range(options.repeats)]
         results[f"kafka, {format}, {per_message:,} a message"] = {"read": best(runs), "publish": written}
 

@@ -19,11 +19,25 @@ from torch import Tensor
 Init = Literal["uniform", "normal", "zeros"]
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
 Pooling = Literal["none", "sum", "mean"]
+Evict = Literal["recency", "frequency", "both"]
 
 # Values of a chunk and its scratch stay in a core's cache: four times faster than whole tables at once.
 _CHUNK = 1 << 15
 # Odd constants of splitmix64 (Steele, Lea and Flood, 2014) as signed 64-bit integers.
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """How the ids of a table come and go; see ``trainer.dynamic_ids``.
+
+    Attributes:
+        admit_after: training steps that an id must be seen in to get a row.
+        evict: by what the id is chosen that makes room.
+    """
+
+    admit_after: int
+    evict: Evict
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Table:
         init_scale: ``None`` means ``0.1 / sqrt(dim)``, small beside the first steps of an Adagrad optimizer, so that
             rows seen once or never add little noise.
         sharding: what the planner may choose for the table; ``auto`` leaves it free.
+        dynamic: its lookups have ids of any value, which get rows while training; ``None`` where they have rows.
     """
 
     name: str
@@ -46,6 +61,7 @@ class Table:
     init: Init = "uniform"
     init_scale: float | None = None
     sharding: Sharding = "auto"
+    dynamic: Dynamic | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +142,16 @@ def initial_rows(
             f"table {table.name!r} is [{table.rows}, {table.dim}]; asked for rows up to {row_offset + rows} "
             f"and columns up to {column_offset + columns}"
         )
-    out = torch.zeros(rows, columns, dtype=torch.float32)
+    return initial_values(table, seed, torch.arange(row_offset, row_offset + rows), column_offset, columns)
+
+
+def initial_values(table: Table, seed: int, rows: Tensor, column_offset: int, columns: int) -> Tensor:
+    """As :func:`initial_rows`, of any rows ``[n]`` int64 of the table. ``[n, columns]`` float32."""
+    out = torch.zeros(len(rows), columns, dtype=torch.float32)
     if table.init == "zeros" or columns == 0:
         return out
     scale = 0.1 / math.sqrt(table.dim) if table.init_scale is None else table.init_scale
-    for start, bits in _random_bits(table.name, seed, row_offset, rows, column_offset, columns):
+    for start, bits in _random_bits(table.name, seed, rows, column_offset, columns):
         part = out[start : start + len(bits)]
         if table.init == "uniform":
             # 24 random bits are exact in float32, and one multiplication rounds alike wherever a value lies in memory.
@@ -140,16 +161,14 @@ def initial_rows(
     return out
 
 
-def _random_bits(
-    name: str, seed: int, row_offset: int, rows: int, column_offset: int, columns: int
-) -> Iterator[tuple[int, Tensor]]:
+def _random_bits(name: str, seed: int, rows: Tensor, column_offset: int, columns: int) -> Iterator[tuple[int, Tensor]]:
     """Yield ``(start, bits)`` with bits ``[chunk, columns]`` int64, one hash for each row and column."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
     column_keys = torch.arange(column_offset, column_offset + columns) * _MIX_1
     step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        row_keys = torch.arange(row_offset + start, row_offset + min(start + step, rows)) * _GOLDEN
+    for start in range(0, len(rows), step):
+        row_keys = rows[start : start + step] * _GOLDEN
         row_keys = _mix(row_keys.add_(key))
         yield start, _mix(row_keys[:, None] + column_keys)
 

@@ -1,211 +1,205 @@
-"""Exact search unit (ESU): target attention of a candidate over the entries that a search has kept.
+"""Exact search unit (ESU): multi-head target attention of a candidate over the entries that searches have kept.
 
-The attention is that of the Deep Interest Network (Zhou et al., 2018), a small network on ``[q, k, q - k, q * k]``,
-with softmax weights; in Moment&Cross (equation 7) one such unit reads each retrieved sequence.
+One unit reads each retrieved sequence (Moment&Cross, equation 7): ``softmax(q W_q (k W_k)^T / sqrt(d)) k W_v``, with
+heads as in TWIN (Chang et al., KDD 2023). All sequences are one call.
+
+No entry is ever projected. Since ``q W_q (k W_k)^T = (q W_q W_k^T) k^T``, the candidate is brought into the space of
+the entries once a row, and what ``W_v`` is applied to is the weighted sum of the entries: an entry of width D costs
+``2 D`` multiplications a head, whatever the width of the heads, instead of ``2 D d``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Values that a block works on, on a CPU: 4 MiB of float32. Smaller blocks lose more to calls than they gain in cache.
-_BLOCK_VALUES = 1 << 20
+from modules.blocks import Block, cut_rows, take
+
+Parts = Sequence[Tensor]
+"""What describes the entries of a sequence, side by side: ``[entries, dim]`` each, all rows one after another."""
 
 
-class TargetAttention(nn.Module):
-    """Weighted sum of a row's entries, with weights ``softmax over entries (w . mlp([q, k, q - k, q * k]))``.
+class SequenceAttention(nn.Module):
+    """Multi-head target attention over several sequences of one layout, each with weights of its own.
 
-    The score has no bias, since softmax would not see it. The first layer is never applied to the four parts: with
-    its weight cut in ``W = [A, B, C, D]``, it equals ``q (A + C) + k (B - C + diag(q) D)``, a matrix of each row's own.
+    A score has two parts beside the product of candidate and entry: a learnt number for the entry's place, counted
+    from the end of its row, where the newest stand; and, as an option, TWIN's for cross features, which are of the pair
+    of user and entry (its age, what the user did). Those then add ``k_c w_c`` to the score, whatever the candidate, and
+    take no part in the product; ``w_c`` is the paper's projection to a scalar times its weight, which are only learnt
+    as one product. Without the option an entry's age is a part of its key.
+
+    There is no matrix after the heads are joined: the layer that reads them is linear.
 
     Args:
-        query_dim: width of the queries.
-        key_dim: width of the entries; queries of another width go through a learnt projection.
-        hidden: widths of the ReLU layers, at least one.
+        query_dim: width of the candidate's features.
+        part_dims: widths of the parts of an entry.
+        max_lengths: longest row of each sequence.
+        heads: H.
+        head_dim: d, width of a head.
+        cross_parts: how many of the parts, the last ones, are cross features; 0 is no split.
+
+    Attributes:
+        out_features: width of what is returned for each sequence, ``H * d``.
+
+    Raises:
+        ValueError: no part is left for the product.
     """
 
-    def __init__(self, query_dim: int, key_dim: int, hidden: Sequence[int] = (64, 16)) -> None:
+    def __init__(
+        self,
+        query_dim: int,
+        part_dims: Sequence[int],
+        max_lengths: Sequence[int],
+        heads: int = 4,
+        head_dim: int = 16,
+        cross_parts: int = 0,
+    ) -> None:
         super().__init__()
-        self.project = nn.Identity() if query_dim == key_dim else nn.Linear(query_dim, key_dim, bias=False)
-        self.first = nn.Linear(4 * key_dim, hidden[0])
-        self.rest = nn.ModuleList(nn.Linear(*shape) for shape in pairwise(hidden))
-        self.score = nn.Parameter(torch.empty(hidden[-1]).uniform_(-1, 1).div_(math.sqrt(hidden[-1])))
+        if not 0 <= cross_parts < len(part_dims):
+            raise ValueError(f"{cross_parts} of {len(part_dims)} parts of an entry cannot be cross features")
+        sequences, key_dim = len(max_lengths), sum(part_dims)
+        item_dim = sum(part_dims[: len(part_dims) - cross_parts])
+        self.max_lengths, self.heads, self.out_features = tuple(max_lengths), heads, heads * head_dim
+        self.query = _weights(sequences, query_dim, heads * head_dim, fan_in=query_dim)
+        self.key = _weights(sequences, heads, head_dim, item_dim, fan_in=item_dim)
+        self.value = _weights(sequences, heads, key_dim, head_dim, fan_in=key_dim)
+        self.cross = nn.Parameter(torch.zeros(sequences, heads, key_dim - item_dim)) if cross_parts else None
+        self.place = nn.Parameter(torch.zeros(sequences, heads, max(max_lengths)))
 
-    def forward(self, query: Tensor, keys: Tensor, lengths: Tensor, max_length: int) -> Tensor:
-        """Attend to each row's entries.
+    def forward(self, query: Tensor, sequences: Sequence[Parts], lengths: Sequence[Tensor]) -> Tensor:
+        """Attend to each row's entries of each sequence.
 
         Args:
-            query: ``[batch, query_dim]``.
-            keys: entries of all rows, one row after another, ``[sum of lengths, key_dim]``.
-            lengths: entries of each row, ``[batch]`` int64, each at most ``max_length``.
-            max_length: the longest that a row can be.
+            query: ``[batch, query_dim]``, of the parameters' type.
+            sequences: parts of each, of any floating type.
+            lengths: for each sequence the entries of each row, ``[batch]`` int64, each at most its ``max_length``.
 
         Returns:
-            ``[batch, key_dim]``; zeros where a row has no entries.
+            ``[batch, sequences * out_features]``, sequence by sequence; zeros where a row has no entries.
         """
-        query = self.project(query)
-        of_query, of_key, of_difference, of_product = self.first.weight.t().chunk(4)
-        bias = torch.addmm(self.first.bias, query, of_query + of_difference)
-        # Weights as [in, out] and row by row, not views: blocks read them again and again.
-        layers = []
-        for layer in self.rest:
-            layers += [layer.get_parameter("weight").t().contiguous(), layer.get_parameter("bias")]
-        of_key, of_product = (of_key - of_difference).contiguous(), of_product.contiguous()
-        return _Attention.apply(query, keys, bias, of_key, of_product, self.score, lengths, max_length, *layers)
+        parts = [part for sequence in sequences for part in sequence]
+        pooled = _Attend.apply(self._looking_for(query), self.place, self.max_lengths, tuple(lengths), *parts)
+        found = torch.matmul(pooled.transpose(1, 2), self.value)  # [sequences, heads, batch, head_dim]
+        return found.permute(2, 0, 1, 3).flatten(1)
+
+    def shares(self, query: Tensor, sequences: Sequence[Parts], lengths: Sequence[Tensor]) -> list[Tensor]:
+        """How much attention each entry gets, for each sequence ``[entries, heads]``: 1 in all for a row and head.
+
+        For looking at few rows; arguments as of :meth:`forward`.
+        """
+        looking_for, found = self._looking_for(query), []
+        for index, (sequence, of_row) in enumerate(zip(sequences, lengths, strict=True)):
+            keys = torch.cat(list(sequence), 1).to(query.dtype)
+            shares, first = [keys.new_zeros(0, self.heads)], 0
+            for row, length in enumerate(of_row.tolist()):
+                scores = keys[first : first + length] @ looking_for[index, row].t()
+                places = self.place[index, :, self.place.shape[2] - length :].t()
+                shares.append((scores + places).softmax(0))
+                first += length
+            found.append(torch.cat(shares))
+        return found
+
+    def _looking_for(self, query: Tensor) -> Tensor:
+        """The candidate in the space of the entries, ``[sequences, batch, heads, key_dim]``."""
+        sequences, heads, head_dim, _ = self.key.shape
+        projected = torch.matmul(query / math.sqrt(head_dim), self.query).view(sequences, -1, heads, head_dim)
+        looking_for = torch.matmul(projected.transpose(1, 2), self.key).transpose(1, 2)
+        if self.cross is None:
+            return looking_for
+        return torch.cat([looking_for, self.cross[:, None].expand(-1, len(query), -1, -1)], 3)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Rows that are worked through together, each with ``length`` places for entries.
+class _Attend(torch.autograd.Function):
+    """Weighted sums of entries, block by block, its backward pass written out.
 
-    ``rows`` and ``entries`` select them from the batch and from all entries: slices where the rows are neighbours and
-    full, otherwise indices (``[rows]``, ``[rows * length]``) and ``padding [rows, length]``, true at places beyond a
-    row's own entries.
-    """
-
-    rows: slice | Tensor
-    entries: slice | Tensor
-    length: int
-    padding: Tensor | None = None
-
-
-def _blocks(lengths: Tensor, entries: int, max_length: int, row_values: int, entry_values: int) -> Iterator[_Block]:
-    """Cut a batch in blocks of about ``_BLOCK_VALUES`` values, longest rows first, so that little is padding.
-
-    Blocks end where only rows without entries are left. On other devices than a CPU the whole batch is one block,
-    since reading the lengths would make the host wait.
-    """
-    batch, on_cpu = len(lengths), lengths.device.type == "cpu"
-
-    def rows_of(length: int) -> int:
-        return max(1, _BLOCK_VALUES // (row_values + length * entry_values)) if on_cpu else batch
-
-    if entries == 0:
-        return
-    if entries == batch * max_length:
-        step = rows_of(max_length)
-        for start in range(0, batch, step):
-            stop = min(start + step, batch)
-            yield _Block(slice(start, stop), slice(start * max_length, stop * max_length), max_length)
-        return
-    firsts = lengths.cumsum(0) - lengths
-    ordered, order = lengths.sort(descending=True)
-    longest = ordered.tolist() if on_cpu else [max_length] * batch
-    start = 0
-    while start < batch and longest[start]:
-        length = longest[start]
-        part = slice(start, start + rows_of(length))
-        place = torch.arange(length, device=lengths.device)
-        padding = place >= ordered[part, None]
-        index = (firsts[order[part], None] + place).masked_fill_(padding, 0)
-        yield _Block(order[part], index.flatten(), length, padding)
-        start = part.stop
-
-
-def _take(values: Tensor, which: slice | Tensor) -> Tensor:
-    return values[which] if isinstance(which, slice) else values.index_select(0, which)
-
-
-class _Attention(torch.autograd.Function):
-    """Attention block by block, its backward pass written out.
-
-    On a CPU this takes half the time of the same operations on whole batches, whose activations leave the caches
-    between one operation and the next. The activations are kept, 4 ``sum(hidden)`` bytes an entry in float32: computing
-    the first layer again in the backward pass takes 3 to 10 % longer.
+    The entries stay where they are: a block puts its own side by side when it needs them, in both passes, so that no
+    joined or padded copy of all of them is ever made. Kept are the weights, ``4 * heads`` bytes an entry in float32.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        query: Tensor,
-        keys: Tensor,
-        bias: Tensor,
-        of_key: Tensor,
-        of_product: Tensor,
-        score: Tensor,
-        lengths: Tensor,
-        max_length: int,
-        *layers: Tensor,
+        looking_for: Tensor,
+        place: Tensor,
+        max_lengths: tuple[int, ...],
+        lengths: tuple[Tensor, ...],
+        *parts: Tensor,
     ) -> Tensor:
-        """``bias [batch, hidden]`` is the part of the first layer that does not depend on the keys."""
-        width = of_key.shape[1]
-        blocks = list(_blocks(lengths, len(keys), max_length, 2 * of_key.numel(), 2 * width + 2 * len(of_key)))
-        out = keys.new_zeros(len(query), keys.shape[1])
-        kept = []
-        for block in blocks:
-            q, k = _take(query, block.rows), _take(keys, block.entries).view(-1, block.length, keys.shape[1])
-            own = torch.addcmul(of_key, q[:, :, None], of_product)
-            first = torch.bmm(k, own).add_(_take(bias, block.rows)[:, None]).relu_()
-            hidden = [first.view(-1, width)]
-            for weight, offset in zip(layers[::2], layers[1::2], strict=True):
-                hidden.append(torch.addmm(offset, hidden[-1], weight).relu_())
-            logits = torch.mv(hidden[-1], score).view(-1, block.length)
-            if block.padding is not None:
-                logits.masked_fill_(block.padding, torch.finfo(logits.dtype).min)
-            share = logits.softmax(1)
-            if block.padding is not None:
-                # A row without entries shares out among its padding.
-                share.masked_fill_(block.padding, 0)
-            kept.append((share, hidden))
-            out[block.rows] = torch.bmm(share[:, None], k)[:, 0]
-        ctx.save_for_backward(query, keys, of_key, of_product, score, *layers)
-        ctx.blocks, ctx.kept = blocks, kept
+        """``looking_for [sequences, batch, heads, dim]``, ``place [sequences, heads, places]`` -> as the first."""
+        sequences, _, heads, dim = looking_for.shape
+        each = len(parts) // sequences
+        out, kept = torch.zeros_like(looking_for), []
+        for index in range(sequences):
+            own = parts[index * each : (index + 1) * each]
+            for block in cut_rows(
+                lengths[index], len(own[0]), max_lengths[index], 2 * heads * dim, 2 * dim + 2 * heads
+            ):
+                keys = _join(own, block, looking_for.dtype)
+                scores = torch.bmm(take(looking_for[index], block.rows), keys.transpose(1, 2))
+                scores += place[index, :, place.shape[2] - block.length :]
+                if block.padding is not None:
+                    scores.masked_fill_(block.padding[:, None], torch.finfo(scores.dtype).min)
+                share = scores.softmax(2)
+                if block.padding is not None:
+                    # A row without entries shares out among its padding.
+                    share.masked_fill_(block.padding[:, None], 0)
+                out[index, block.rows] = torch.bmm(share, keys)
+                kept.append((index, block, share))
+        ctx.save_for_backward(looking_for, place, *parts)
+        ctx.kept = kept
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors that were given to ``forward``."""
-        query, keys, of_key, of_product, score, *layers = ctx.saved_tensors
-        dim, width = of_key.shape
-        grad_query, grad_bias = torch.zeros_like(query), query.new_zeros(len(query), width)
-        grad_keys = torch.zeros_like(keys) if any(b.padding is not None for b in ctx.blocks) else torch.empty_like(keys)
-        grad_of_key, grad_of_product, grad_score, *grad_layers = (
-            torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
-            for t in (of_key, of_product, score, *layers)
+        looking_for, place, *parts = ctx.saved_tensors
+        each = len(parts) // len(looking_for)
+        grad_looking_for = torch.zeros_like(looking_for)
+        grad_place = torch.zeros(
+            place.shape, dtype=torch.promote_types(place.dtype, torch.float32), device=place.device
         )
-        both = torch.cat([of_key, of_product]).t().contiguous()
-        for block, (share, hidden) in zip(ctx.blocks, ctx.kept, strict=True):
-            q, k = _take(query, block.rows), _take(keys, block.entries).view(-1, block.length, dim)
-            grad = _take(grad_out, block.rows)
-
-            grad_share = torch.bmm(k, grad[:, :, None])[..., 0]
-            grad_logits = torch.ops.aten._softmax_backward_data(grad_share, share, 1, share.dtype).view(-1)
-            grad_score += torch.mv(hidden[-1].t(), grad_logits)
-            grad_hidden = torch.outer(grad_logits, score)
-            for layer in range(len(layers) // 2, 0, -1):
-                grad_hidden = _relu_backward(grad_hidden, hidden[layer])
-                grad_layers[2 * layer - 2] += (grad_hidden.t() @ hidden[layer - 1]).t()
-                grad_layers[2 * layer - 1] += grad_hidden.sum(0)
-                grad_hidden = grad_hidden @ layers[2 * layer - 2].t()
-            grad_hidden = _relu_backward(grad_hidden, hidden[0])
-            by_row = grad_hidden.view(-1, block.length, width)
-            grad_bias[block.rows] = by_row.sum(1)
-            grad_own = torch.bmm(k.transpose(1, 2), by_row)
-            grad_of_key += grad_own.sum(0)
-            grad_of_product += (q[:, :, None] * grad_own).sum(0)
-            grad_query[block.rows] = (grad_own * of_product).sum(2)
-
-            through_key, through_product = (grad_hidden @ both).view(-1, block.length, 2, dim).unbind(2)
-            full = block.padding is None
-            grad_k = grad_keys[block.entries].view_as(k) if full else torch.empty_like(k)
-            torch.addcmul(through_key, through_product, q[:, None], out=grad_k)
-            grad_k.addcmul_(share[..., None], grad[:, None])
-            if not full:
-                # Places beyond a row's own entries have no share, so they add zeros, to the first entry of all.
-                grad_keys.index_add_(0, cast(Tensor, block.entries), grad_k.view(-1, dim))
-        summed = [gradient.to(query.dtype) for gradient in (grad_of_key, grad_of_product, grad_score, *grad_layers)]
-        return grad_query, grad_keys, grad_bias, *summed[:3], None, None, *summed[3:]
+        # One entry more: places that are padding write there.
+        grad_parts = [part.new_zeros(len(part) + 1, part.shape[1]) for part in parts]
+        for index, block, share in ctx.kept:
+            own = slice(index * each, (index + 1) * each)
+            keys, asked = _join(parts[own], block, looking_for.dtype), take(looking_for[index], block.rows)
+            grad = take(grad_out[index], block.rows)
+            grad_share = torch.bmm(grad, keys.transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_share, share, 2, share.dtype)
+            grad_place[index, :, place.shape[2] - block.length :] += grad_scores.sum(0)
+            grad_looking_for[index, block.rows] = torch.bmm(grad_scores, keys)
+            grad_keys = torch.bmm(torch.cat([grad_scores, share], 1).transpose(1, 2), torch.cat([asked, grad], 1))
+            _give(grad_parts[own], block, grad_keys)
+        given = [gradient[:-1] for gradient in grad_parts]
+        return grad_looking_for, grad_place.to(place.dtype), None, None, *given
 
 
-def _relu_backward(grad: Tensor, activation: Tensor) -> Tensor:
-    """Gradient of a ReLU, from its output, in place."""
-    return torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=grad)
+def _join(parts: Sequence[Tensor], block: Block, dtype: torch.dtype) -> Tensor:
+    """The block's entries, ``[rows, length, dim]``."""
+    return torch.cat([take(part, block.entries) for part in parts], 1).to(dtype).view(-1, block.length, _width(parts))
+
+
+def _give(parts: Sequence[Tensor], block: Block, values: Tensor) -> None:
+    """Write what belongs to the block's entries, ``[rows, length, dim]``, back to where they are."""
+    entries = block.entries
+    if block.padding is not None:
+        assert isinstance(entries, Tensor)
+        entries = entries.masked_fill(block.padding.flatten(), len(parts[0]) - 1)
+    pieces = values.flatten(0, 1).split([part.shape[1] for part in parts], 1)
+    for part, piece in zip(parts, pieces, strict=True):
+        part[entries] = piece.to(part.dtype)
+
+
+def _width(parts: Sequence[Tensor]) -> int:
+    return sum(part.shape[1] for part in parts)
+
+
+def _weights(*shape: int, fan_in: int) -> nn.Parameter:
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))

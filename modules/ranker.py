@@ -8,11 +8,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from modules.din import TargetAttention
 from modules.embeddings import Lookup
-from modules.esu import TargetAttention
+from modules.esu import Parts, SequenceAttention
 from modules.multitask import NetworkKind, Towers, build_network
+from modules.pooling import mean_by_row, sum_by_row
 
 RankerKind = NetworkKind | Literal["logistic"]
+
+AttentionKind = Literal["din", "multi_head", "twin"]
+"""How histories are read: ``modules/din.py``, ``modules/esu.py``, or the latter with TWIN's split."""
 
 
 class History(Protocol):
@@ -20,7 +25,8 @@ class History(Protocol):
 
     Attributes:
         name: of the history.
-        keys: lookups of an entry; each has ``Lookup.ids_per_entry`` ids an entry, the first of them 1.
+        keys: lookups of an entry; each has ``Lookup.ids_per_entry`` ids an entry, the first of them 1. Those with more
+            than one are the context of user and entry, which are TWIN's cross features; they come last.
         query: lookups of the candidate that are compared with the entries.
         max_length: most entries of a row.
     """
@@ -52,7 +58,12 @@ class Ranker(nn.Module):
         shared_experts: shared experts in a layer.
         expert_layers: widths of the experts, for each layer; only PLE has more than the first.
         tower: hidden widths of a behaviour's tower.
-        attention: hidden widths of target attention.
+        attention_kind: how histories are read.
+        attention: hidden widths of the network of ``din``.
+        heads: of the other kinds, and ``head_dim`` the width of each.
+        query_ids: lookup of fixed length -> which of its ids describe the candidate and not the user or the request;
+            for ``multi_head`` and ``twin`` they are part of the query, beside the histories' own.
+        query_dense: columns of the dense features of which the same is true.
         dropout: in experts and towers.
 
     Raises:
@@ -72,7 +83,12 @@ class Ranker(nn.Module):
         shared_experts: int = 2,
         expert_layers: Sequence[Sequence[int]] = ((256, 128), (128, 64)),
         tower: Sequence[int] = (64,),
+        attention_kind: AttentionKind = "din",
         attention: Sequence[int] = (64, 16),
+        heads: int = 4,
+        head_dim: int = 16,
+        query_ids: Mapping[str, Sequence[int]] | None = None,
+        query_dense: Sequence[int] = (),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -90,16 +106,31 @@ class Ranker(nn.Module):
             for lookup in self.candidate
         }
         key_dims = {history.name: sum(self.key_widths[name] for name in history.keys) for history in self.sequences}
-        in_features = sum(row_widths.values()) + sum(key_dims.values()) + n_dense
-        self.attention: nn.ModuleList | None = None
+        self.attention: nn.ModuleList | SequenceAttention | None = None
+        read_widths = list(key_dims.values())
+        if kind != "logistic" and attention_kind == "din":
+            self.attention = nn.ModuleList(
+                TargetAttention(sum(row_widths[name] for name in history.query), key_dims[history.name], attention)
+                for history in self.sequences
+            )
+        elif kind != "logistic" and self.sequences:
+            asked = [name for history in self.sequences for name in history.query]
+            self.query_columns = _columns(row_widths, declared, dims, asked, query_ids or {}, query_dense)
+            cross = [name for name in self.sequences[0].keys if declared[name].ids_per_entry > 1]
+            self.attention = SequenceAttention(
+                len(self.query_columns),
+                self._one_layout(),
+                [history.max_length for history in self.sequences],
+                heads,
+                head_dim,
+                len(cross) if attention_kind == "twin" else 0,
+            )
+            read_widths = [self.attention.out_features] * len(self.sequences)
+        in_features = sum(row_widths.values()) + sum(read_widths) + n_dense
         self.network: nn.Module
         if kind == "logistic":
             self.network = nn.Linear(in_features, behaviours)
             return
-        self.attention = nn.ModuleList(
-            TargetAttention(sum(row_widths[name] for name in history.query), key_dims[history.name], attention)
-            for history in self.sequences
-        )
         network = build_network(
             kind,
             in_features,
@@ -138,17 +169,59 @@ class Ranker(nn.Module):
             lookup.name: _by_row(lookup, embedded[lookup.name].to(dtype), lengths, len(dense))
             for lookup in self.candidate
         }
-        parts = list(rows.values())
-        for index, history in enumerate(self.sequences):
-            count = lengths[history.keys[0]]
-            entries = len(embedded[history.keys[0]])
-            keys = _join([embedded[name].to(dtype).view(entries, self.key_widths[name]) for name in history.keys])
+        dense = dense.to(dtype)
+        return self.network(_join([*rows.values(), *self._read(embedded, lengths, rows, dense), dense])).float()
+
+    def _read(
+        self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], rows: Mapping[str, Tensor], dense: Tensor
+    ) -> list[Tensor]:
+        """What is read from the histories, ``[batch, width]`` each, or all of them together."""
+        counts = [lengths[history.keys[0]] for history in self.sequences]
+        if isinstance(self.attention, SequenceAttention):
+            query = _join([*rows.values(), dense])[:, self.query_columns]
+            return [self.attention(query, [self._entries(history, embedded) for history in self.sequences], counts)]
+        found = []
+        for index, (history, count) in enumerate(zip(self.sequences, counts, strict=True)):
+            keys = _join([part.to(dense.dtype) for part in self._entries(history, embedded)])
             if self.attention is None:
-                parts.append(_mean_by_row(keys, count))
+                found.append(mean_by_row(keys, count))
             else:
                 query = _join([rows[name] for name in history.query])
-                parts.append(self.attention[index](query, keys, count, history.max_length))
-        return self.network(_join([*parts, dense.to(dtype)])).float()
+                found.append(self.attention[index](query, keys, count, history.max_length))
+        return found
+
+    def _entries(self, history: History, embedded: Mapping[str, Tensor]) -> Parts:
+        entries = len(embedded[history.keys[0]])
+        return [embedded[name].view(entries, self.key_widths[name]) for name in history.keys]
+
+    def _one_layout(self) -> list[int]:
+        """Widths of the parts of an entry, of all histories."""
+        first, *others = ([self.key_widths[name] for name in history.keys] for history in self.sequences)
+        for widths in others:
+            if widths != first:
+                raise ValueError(
+                    f"histories are read together only if their entries are alike, not {first} and {widths}"
+                )
+        return first
+
+
+def _columns(
+    row_widths: Mapping[str, int],
+    lookups: Mapping[str, Lookup],
+    dims: Mapping[str, int],
+    whole: Sequence[str],
+    ids: Mapping[str, Sequence[int]],
+    dense: Sequence[int],
+) -> list[int]:
+    """Which columns of the rows' inputs, the dense features last, are those of some lookups, of some ids of others and
+    of some dense features."""
+    columns, first = [], 0
+    for name, width in row_widths.items():
+        dim = dims[lookups[name].table]
+        chosen = range(width // dim) if name in whole else ids.get(name, ())
+        columns += [first + dim * place + at for place in chosen for at in range(dim)]
+        first += width
+    return [*columns, *(first + column for column in dense)]
 
 
 def _check(lookups: Mapping[str, Lookup], dims: Mapping[str, int], sequences: Sequence[History]) -> None:
@@ -181,7 +254,7 @@ def _by_row(lookup: Lookup, values: Tensor, lengths: Mapping[str, Tensor], batch
     """``[ids, dim]`` -> ``[batch, width]``, joined as the lookup says."""
     if lookup.length is None:
         count = lengths[lookup.name]
-        return _mean_by_row(values, count) if lookup.pooling == "mean" else _sum_by_row(values, count)
+        return mean_by_row(values, count) if lookup.pooling == "mean" else sum_by_row(values, count)
     by_id = values.view(batch, lookup.length, values.shape[1])
     match lookup.pooling:
         case "none":
@@ -190,14 +263,3 @@ def _by_row(lookup: Lookup, values: Tensor, lengths: Mapping[str, Tensor], batch
             return by_id.sum(1)
         case "mean":
             return by_id.mean(1)
-
-
-def _sum_by_row(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of ``values [sum of lengths, dim]`` over each row, ``[batch, dim]``."""
-    row = torch.repeat_interleave(lengths, output_size=len(values))
-    return values.new_zeros(len(lengths), values.shape[1]).index_add(0, row, values)
-
-
-def _mean_by_row(values: Tensor, lengths: Tensor) -> Tensor:
-    """Means of ``values [sum of lengths, dim]`` over each row, ``[batch, dim]``; zeros for rows without values."""
-    return _sum_by_row(values, lengths) / lengths.clamp(min=1)[:, None].to(values.dtype)

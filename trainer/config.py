@@ -92,7 +92,15 @@ class ModelConfig(Section):
         min_length=1,
     )
     tower: tuple[Positive, ...] = Field((64,), description="Hidden widths of each behaviour's tower.")
-    attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of target attention.")
+    attention_kind: Literal["din", "multi_head", "twin"] = Field(
+        "din",
+        description="How histories are read: by a small network on candidate and entry (`din`), by multi-head target "
+        "attention of all that describes the candidate (`multi_head`), or so with TWIN's split of item and cross "
+        "features (`twin`).",
+    )
+    attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of the network of `din`.")
+    heads: Positive = Field(4, description="Heads of `multi_head` and `twin`.")
+    head_dim: Positive = Field(16, description="Width of a head.")
     dropout: Share = Field(0.0, description="Dropout in experts and towers.")
 
 

@@ -6,7 +6,10 @@ import torch
 
 from modules.ranker import Ranker, RankerKind
 from trainer.config import JobConfig
+from trainer.data.dense import statistic_name
 from trainer.data.features import FeatureMap
+
+_CANDIDATE = ("author", "item")
 
 
 def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> Ranker:
@@ -24,8 +27,27 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         shared_experts=model.shared_experts,
         expert_layers=model.expert_layers,
         tower=model.tower,
+        attention_kind=model.attention_kind,
         attention=model.attention,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        query_ids={"side": candidate_side(config, features)},
+        query_dense=candidate_dense(features),
         dropout=model.dropout,
     )
     ranker.start_at(torch.from_numpy(features.base_rates).float())
     return ranker
+
+
+def candidate_side(config: JobConfig, features: FeatureMap) -> list[int]:
+    """Which ids of the lookup ``side`` are features of the candidate, its author or its item."""
+    seen = [side for side in features.spec.side if side.name not in config.features.exclude]
+    return [place for place, side in enumerate(seen) if side.of in _CANDIDATE]
+
+
+def candidate_dense(features: FeatureMap) -> list[int]:
+    """Which dense features are of the candidate: those of its author or its item, and rates of either or both."""
+    spec = features.spec
+    named = {dense.name for dense in spec.dense if dense.of in _CANDIDATE}
+    rates = tuple(f"{statistic_name(key)}:" for key in spec.statistics if set(key) <= set(_CANDIDATE))
+    return [place for place, name in enumerate(features.dense_names) if name in named or name.startswith(rates)]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.data.small_visits import SPEC, make_tables, make_visits
 from trainer.data import text_schema
 from trainer.data.build import DatasetBuilder
-from trainer.data.text_schema import SCHEMAS, TextWriter, checked, flat_lists, list_column, pad_lists, read_texts
+from trainer.data.text_schema import SCHEMAS, flat_lists, list_column, pad_lists, read_texts
+from trainer.data.text_writer import TextWriter, checked
 from trainer.errors import UserError
 
 COMMENTS: dict[str, Any] = {
@@ -43,7 +44,7 @@ def table(name: str, columns: dict[str, Any], **changed: Any) -> pa.Table:
 
 
 def write(path: Path, comments: pa.Table, visits: pa.Table) -> None:
-    writer = TextWriter(path / text_schema.FOLDER)
+    writer = TextWriter(path)
     writer.add("comments", comments)
     writer.add("visits", visits)
     writer.finish()
@@ -59,7 +60,7 @@ def test_what_was_written_is_read_and_visits_come_in_order_of_time(tmp_path: Pat
 
 def test_tables_come_in_parts_and_columns_in_any_order(tmp_path: Path) -> None:
     whole = table("comments", COMMENTS).select(list(reversed(COMMENTS)))
-    writer = TextWriter(tmp_path / text_schema.FOLDER)
+    writer = TextWriter(tmp_path)
     writer.add("comments", whole.slice(0, 1))
     writer.add("comments", whole.slice(1))
     writer.finish()
@@ -94,7 +95,7 @@ def test_a_bad_value_is_told_in_one_line(tmp_path: Path, name: str, changed: dic
 
 
 def test_an_id_that_comes_twice_in_two_parts_is_refused(tmp_path: Path) -> None:
-    writer = TextWriter(tmp_path / text_schema.FOLDER)
+    writer = TextWriter(tmp_path)
     for _ in range(2):
         writer.add("comments", table("comments", COMMENTS).slice(0, 1))
     with pytest.raises(UserError, match="comment_id 7 comes twice"):
@@ -102,7 +103,7 @@ def test_an_id_that_comes_twice_in_two_parts_is_refused(tmp_path: Path) -> None:
 
 
 def test_comments_after_visits_are_refused(tmp_path: Path) -> None:
-    writer = TextWriter(tmp_path / text_schema.FOLDER)
+    writer = TextWriter(tmp_path)
     writer.add("visits", table("visits", VISITS, shown=[[], []], shown_likes=[[], []], interacted=[[], []]))
     with pytest.raises(UserError, match="comments are added before"):
         writer.add("comments", table("comments", COMMENTS))

@@ -1,150 +1,253 @@
-"""Target attention against the Deep Interest Network written out row by row."""
+"""Multi-head target attention over several sequences against the formula of the papers, written out row by row."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-import modules.esu
-from modules.esu import TargetAttention
+import modules.blocks
+from modules.blocks import cut_rows
+from modules.esu import SequenceAttention
+
+PART_DIMS = (3, 2, 4)
+MAX_LENGTHS = (7, 5, 6)
+KINDS = ("full", "mixed", "short", "none", "unequal")
 
 
-def looped(attention: TargetAttention, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
-    outputs, first = [], 0
-    for q, length in zip(attention.project(query), lengths.tolist(), strict=True):
-        own = keys[first : first + length]
-        first += length
-        if length == 0:
-            outputs.append(keys.new_zeros(keys.shape[1]))
-            continue
-        scores = []
-        for k in own:
-            hidden = torch.relu(attention.first(torch.cat([q, k, q - k, q * k])))
-            for layer in attention.rest:
-                hidden = torch.relu(layer(hidden))
-            scores.append(hidden @ attention.score)
-        outputs.append(functional.softmax(torch.stack(scores), dim=0) @ own)
-    return torch.stack(outputs)
+def make_lengths(kind: str, batch: int) -> list[Tensor]:
+    of_kind = {
+        "full": lambda longest: torch.full((batch,), longest),
+        "mixed": lambda longest: torch.randint(0, longest + 1, (batch,)),
+        "short": lambda longest: torch.randint(0, 2, (batch,)),
+        "none": lambda longest: torch.zeros(batch, dtype=torch.int64),
+    }
+    # Unequal: one sequence full, one of many lengths, one without any entry.
+    kinds = ("full", "mixed", "none") if kind == "unequal" else (kind,) * len(MAX_LENGTHS)
+    return [of_kind[kind](longest) for kind, longest in zip(kinds, MAX_LENGTHS, strict=True)]
 
 
-def some_lengths(kind: str, batch: int, longest: int) -> Tensor:
-    return {
-        "full": torch.full((batch,), longest),
-        "mixed": torch.randint(0, longest + 1, (batch,)),
-        "short": torch.randint(0, 2, (batch,)),
-        "equal": torch.full((batch,), longest - 1),
-        "none": torch.zeros(batch, dtype=torch.int64),
-    }[kind]
+def make_sequences(lengths: list[Tensor], dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
+    return [[torch.randn(int(of_row.sum()), dim, dtype=dtype) for dim in PART_DIMS] for of_row in lengths]
+
+
+def make_attention(query_dim: int = 5, cross_parts: int = 0) -> SequenceAttention:
+    attention = SequenceAttention(query_dim, PART_DIMS, MAX_LENGTHS, heads=3, head_dim=4, cross_parts=cross_parts)
+    # What starts at zero would hide mistakes.
+    for parameter in (attention.place, attention.cross):
+        if parameter is not None:
+            torch.nn.init.normal_(parameter)
+    return attention
+
+
+def looped(attention: SequenceAttention, query: Tensor, sequences: list[list[Tensor]], lengths: list[Tensor]) -> Tensor:
+    """Projections of candidate and entries, scores, softmax and weighted sum, for each row, sequence and head."""
+    heads, head_dim = attention.heads, attention.value.shape[3]
+    item_dim = attention.key.shape[3]
+    rows: list[list[Tensor]] = [[] for _ in query]
+    for s, (sequence, of_row) in enumerate(zip(sequences, lengths, strict=True)):
+        entries, first = torch.cat(sequence, 1), 0
+        for b, length in enumerate(of_row.tolist()):
+            own = entries[first : first + length]
+            first += length
+            projected = (query[b] @ attention.query[s]).view(heads, head_dim)
+            for h in range(heads):
+                scores: list[Tensor] = []
+                for number, entry in enumerate(own):
+                    key = attention.key[s, h] @ entry[:item_dim]
+                    score = (projected[h] * key).sum() / math.sqrt(head_dim)
+                    if attention.cross is not None:
+                        score = score + (attention.cross[s, h] * entry[item_dim:]).sum()
+                    scores.append(score + attention.place[s, h, attention.place.shape[2] - length + number])
+                if not scores:
+                    rows[b].append(query.new_zeros(head_dim))
+                    continue
+                values = own @ attention.value[s, h]
+                rows[b].append(functional.softmax(torch.stack(scores), 0) @ values)
+    return torch.stack([torch.cat(parts) for parts in rows])
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("hidden", [(6,), (6, 4), (6, 5, 3)])
-@pytest.mark.parametrize("kind", ["full", "mixed", "short", "equal", "none"])
-@pytest.mark.parametrize("block_values", [1, 700, 1 << 20])
-def test_attention_equals_its_loop(
-    block_values: int, kind: str, hidden: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cross_parts", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_values", [1, 300, 1 << 20])
+def test_attention_and_gradients_equal_the_loop(
+    block_values: int, kind: str, cross_parts: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modules.esu, "_BLOCK_VALUES", block_values)
+    monkeypatch.setattr(modules.blocks, "BLOCK_VALUES", block_values)
     torch.manual_seed(seed)
-    batch, longest, key_dim = 13, 7, 4
-    query_dim = key_dim + seed
-    attention = TargetAttention(query_dim, key_dim, hidden).double()
-    lengths = some_lengths(kind, batch, longest)
-    query = torch.randn(batch, query_dim, dtype=torch.float64)
-    keys = torch.randn(int(lengths.sum()), key_dim, dtype=torch.float64)
-    upstream = torch.randn(batch, key_dim, dtype=torch.float64)
-
+    batch = 6
+    attention = make_attention(cross_parts=cross_parts).double()
+    lengths = make_lengths(kind, batch)
+    sequences, query = make_sequences(lengths), torch.randn(batch, 5, dtype=torch.float64)
+    upstream = torch.randn(batch, 3 * attention.out_features, dtype=torch.float64)
     results = []
-    for function in (lambda q, k: attention(q, k, lengths, longest), lambda q, k: looped(attention, q, k, lengths)):
-        attention.zero_grad(set_to_none=False)
-        inputs = [query.clone().requires_grad_(), keys.clone().requires_grad_()]
-        out = function(*inputs)
+    for function in (attention, lambda *inputs: looped(attention, *inputs)):
+        leaves = [query.clone().requires_grad_()]
+        leaves += [part.clone().requires_grad_() for sequence in sequences for part in sequence]
+        width = len(PART_DIMS)
+        given = [leaves[1 + width * s : 1 + width * (s + 1)] for s in range(len(sequences))]
+        out = function(leaves[0], given, lengths)
+        wanted = [*leaves, *attention.parameters()]
+        gradients = [torch.zeros_like(leaf) for leaf in wanted]
         if out.requires_grad:
-            out.backward(upstream)
-        parameters = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in attention.named_parameters()
-        }
-        given = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in inputs]
-        results.append((out.detach(), given, parameters))
+            found = torch.autograd.grad((out * upstream).sum(), wanted, allow_unused=True)
+            gradients = [z if g is None else g for z, g in zip(gradients, found, strict=True)]
+        results.append((out.detach(), gradients))
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["full", "mixed"])
-def test_gradients_are_those_of_finite_differences(kind: str) -> None:
-    torch.manual_seed(3)
-    attention = TargetAttention(3, 3, (5, 4)).double()
-    lengths = some_lengths(kind, 4, 5)
-    query = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    keys = torch.randn(int(lengths.sum()), 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda q, k: attention(q, k, lengths, 5), (query, keys))
+@pytest.mark.parametrize("cross_parts", [0, 1])
+@pytest.mark.parametrize("kind", ["full", "unequal"])
+def test_gradients_are_those_of_finite_differences(kind: str, cross_parts: int) -> None:
+    torch.manual_seed(4)
+    attention = make_attention(3, cross_parts).double()
+    lengths = make_lengths(kind, 3)
+    leaves = [torch.randn(3, 3, dtype=torch.float64), *(part for seq in make_sequences(lengths) for part in seq)]
+    leaves += [parameter.detach() for parameter in attention.parameters()]
+    names = [name for name, _ in attention.named_parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run(query: Tensor, *rest: Tensor) -> Tensor:
+        sequences = [rest[3 * s : 3 * s + 3] for s in range(3)]
+        return torch.func.functional_call(
+            attention, dict(zip(names, rest[9:], strict=True)), (query, sequences, lengths)
+        )
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
+    torch.manual_seed(5)
+    attention = make_attention(cross_parts=1).double()
+    lengths = make_lengths(kind, 6)
+    sequences, query = make_sequences(lengths), torch.randn(6, 5, dtype=torch.float64)
+    parts = []
+    shares = attention.shares(query, sequences, lengths)
+    for s, (share, of_row) in enumerate(zip(shares, lengths, strict=True)):
+        assert share.shape == (int(of_row.sum()), 3)
+        entries = torch.cat(sequences[s], 1)
+        row = torch.repeat_interleave(of_row)
+        for h in range(3):
+            summed = torch.zeros(6, sum(PART_DIMS), dtype=torch.float64).index_add(0, row, share[:, h, None] * entries)
+            parts.append(summed @ attention.value[s, h])
+    torch.testing.assert_close(torch.cat(parts, 1), attention(query, sequences, lengths))
 
 
 def test_float32_agrees_with_float64() -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(16, 16)
-    lengths = some_lengths("mixed", 200, 50)
-    query, keys = torch.randn(200, 16), torch.randn(int(lengths.sum()), 16)
-    single = attention(query, keys, lengths, 50)
-    double = attention.double()(query.double(), keys.double(), lengths, 50)
+    attention = SequenceAttention(40, (16, 16, 32), (50, 20))
+    lengths = [torch.randint(0, longest + 1, (200,)) for longest in (50, 20)]
+    sequences = [[torch.randn(int(n.sum()), dim) for dim in (16, 16, 32)] for n in lengths]
+    query = torch.randn(200, 40)
+    single = attention(query, sequences, lengths)
+    double = attention.double()(query.double(), sequences, lengths)
     torch.testing.assert_close(single, double.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_runs_and_is_close() -> None:
+def test_bfloat16_parameters_read_float32_entries_and_give_them_float32_gradients() -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(8, 8)
-    lengths = some_lengths("mixed", 50, 9)
-    query, keys = torch.randn(50, 8), torch.randn(int(lengths.sum()), 8)
-    expected = attention(query, keys, lengths, 9)
-    attention.bfloat16()
-    out = attention(query.bfloat16(), keys.bfloat16(), lengths, 9)
+    attention = make_attention()
+    lengths = make_lengths("mixed", 50)
+    sequences, query = make_sequences(lengths, torch.float32), torch.randn(50, 5)
+    expected = attention(query, sequences, lengths)
+    for sequence in sequences:
+        for part in sequence:
+            part.requires_grad_()
+    out = attention.bfloat16()(query.bfloat16(), sequences, lengths)
     out.sum().backward()
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in attention.parameters())
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.1)
+    for sequence in sequences:
+        for part in sequence:
+            assert part.grad is not None and part.grad.dtype == torch.float32 and part.grad.any()
+    for name, parameter in attention.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.bfloat16, name
 
 
-def test_other_rows_do_not_matter() -> None:
+def test_cross_features_score_the_same_whatever_the_candidate() -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(4, 4)
-    lengths = torch.tensor([3, 0, 5, 1])
-    query, keys = torch.randn(4, 4), torch.randn(9, 4)
-    together = attention(query, keys, lengths, 5)
-    assert not together[1].any()
-    alone = attention(query[2:3], keys[3:8], lengths[2:3], 5)
-    torch.testing.assert_close(together[2:3], alone)
+    attention = make_attention(cross_parts=1)
+    with torch.no_grad():
+        attention.query.zero_()
+        attention.place.zero_()
+    lengths = make_lengths("full", 4)
+    sequences = make_sequences(lengths, torch.float32)
+    found, others = (
+        attention(torch.randn(2, 4, 5)[0], sequences, lengths),
+        attention(torch.randn(4, 5), sequences, lengths),
+    )
+    torch.testing.assert_close(found, others)
+    assert attention.cross is not None
+    expected = (sequences[0][2][:7] @ attention.cross[0].t()).softmax(0)
+    torch.testing.assert_close(attention.shares(torch.randn(4, 5), sequences, lengths)[0][:7], expected)
 
 
-def test_only_the_mixture_of_entries_is_learnt_so_equal_entries_come_out_unchanged() -> None:
-    torch.manual_seed(0)
-    entry = torch.randn(4)
-    out = TargetAttention(4, 4)(torch.randn(2, 4), entry.expand(6, 4).contiguous(), torch.tensor([4, 2]), 4)
-    torch.testing.assert_close(out, entry.expand(2, 4))
+def test_places_count_from_the_end_of_each_row() -> None:
+    attention = make_attention()
+    with torch.no_grad():
+        attention.query.zero_()
+        attention.place.zero_()
+        attention.place[:, :, -1] = 50.0
+    lengths = [torch.tensor([2, 0, 5]), torch.tensor([5, 1, 0]), torch.tensor([0, 0, 6])]
+    sequences = make_sequences(lengths, torch.float32)
+    newest = [[1, 6], [4, 5], [5]]
+    for share, entries in zip(attention.shares(torch.zeros(3, 5), sequences, lengths), newest, strict=True):
+        assert share.min(1).values.gt(0.99).nonzero().flatten().tolist() == entries
 
 
 def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros() -> None:
-    attention = TargetAttention(6, 4)
-    attention(torch.zeros(0, 6), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 5).sum().backward()
+    attention = make_attention(cross_parts=1)
+    lengths = [torch.zeros(0, dtype=torch.int64)] * 3
+    out = attention(torch.zeros(0, 5), make_sequences(lengths, torch.float32), lengths)
+    assert out.shape == (0, 3 * attention.out_features)
+    out.sum().backward()
     for name, parameter in attention.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("cross_parts", [-1, 3])
+def test_a_split_that_leaves_nothing_for_the_product_is_refused(cross_parts: int) -> None:
+    with pytest.raises(ValueError, match="cannot be cross features"):
+        SequenceAttention(5, PART_DIMS, MAX_LENGTHS, cross_parts=cross_parts)
+
+
+@pytest.mark.parametrize("longest", [20, 100])
+def test_blocks_hold_every_entry_once_and_little_padding(longest: int) -> None:
+    torch.manual_seed(1)
+    lengths = torch.randint(0, longest + 1, (4096,))
+    entries = int(lengths.sum())
+    blocks = list(cut_rows(lengths, entries, longest, 512, 136))
+    own, places = [], 0
+    for block in blocks:
+        assert isinstance(block.entries, Tensor) and block.padding is not None
+        own.append(block.entries[~block.padding.flatten()])
+        places += block.padding.numel()
+    assert torch.equal(torch.cat(own).sort().values, torch.arange(entries))
+    assert len(blocks) > 3
+    assert places < 1.06 * entries
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["full", "mixed", "none"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_agrees_with_the_cpu(kind: str) -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(5, 4).double()
-    lengths = some_lengths(kind, 30, 6)
-    query, keys = torch.randn(30, 5).double(), torch.randn(int(lengths.sum()), 4).double()
+    attention = make_attention(cross_parts=1).double()
+    lengths = make_lengths(kind, 30)
+    sequences, query = make_sequences(lengths), torch.randn(30, 5, dtype=torch.float64)
     results = []
     for device in ("cpu", "cuda"):
         attention.zero_grad()
         attention.to(device)
-        given = [query.to(device).requires_grad_(), keys.to(device).requires_grad_()]
-        out = attention(*given, lengths.to(device), 6)
+        given = [[part.to(device).requires_grad_() for part in sequence] for sequence in sequences]
+        out = attention(query.to(device), given, [of_row.to(device) for of_row in lengths])
         out.square().sum().backward()
-        results.append([out, *(t.grad for t in (*given, *attention.parameters()))])
+        results.append([out, *(part.grad for seq in given for part in seq), *(p.grad for p in attention.parameters())])
     for mine, reference in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(mine.cpu(), reference.cpu())

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modules.din import TargetAttention
 from modules.embeddings import Lookup
-from modules.esu import TargetAttention
-from modules.ranker import Ranker, RankerKind
+from modules.esu import SequenceAttention
+from modules.ranker import AttentionKind, Ranker, RankerKind
 
 
 class History(NamedTuple):
@@ -193,3 +194,70 @@ def test_inputs_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Ranker(3, lookups, DIMS, DENSE, histories)
+
+
+# Histories of one layout, as they are read together.
+ALIKE = (
+    Lookup("user", "user", 1),
+    Lookup("item", "item", 1),
+    Lookup("side", "side", 3),
+    *(
+        lookup
+        for name in ("far", "near")
+        for lookup in (Lookup(f"{name}_item", "item", None), Lookup(f"{name}_context", "side", None, ids_per_entry=2))
+    ),
+)
+TOGETHER = (
+    History("far", ("far_item", "far_context"), ("item",), 5),
+    History("near", ("near_item", "near_context"), ("item",), 4),
+)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", ["multi_head", "twin"])
+def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kind: AttentionKind, seed: int) -> None:
+    torch.manual_seed(seed)
+    ranker = Ranker(
+        3,
+        ALIKE,
+        DIMS,
+        DENSE,
+        TOGETHER,
+        "shared_bottom",
+        expert_layers=((8,),),
+        tower=(),
+        attention_kind=kind,
+        heads=2,
+        head_dim=3,
+        query_ids={"side": (2, 0)},
+        query_dense=(1,),
+    ).double()
+    attention = ranker.attention
+    assert isinstance(attention, SequenceAttention)
+    assert (attention.cross is not None) == (kind == "twin")
+    entries = {"far": torch.randint(0, 6, (7,)), "near": torch.randint(0, 5, (7,))}
+    lengths = {f"{name}_item": count for name, count in entries.items()}
+    lengths |= {f"{name}_context": 2 * count for name, count in entries.items()}
+    embedded = {}
+    for lookup in ALIKE:
+        ids = 7 * lookup.length if lookup.length else int(lengths[lookup.name].sum())
+        embedded[lookup.name] = torch.randn(ids, DIMS[lookup.table], dtype=torch.float64)
+    dense = torch.randn(7, DENSE, dtype=torch.float64)
+    side = embedded["side"].view(7, 3, 3)
+    query = torch.cat([embedded["item"], side[:, 2], side[:, 0], dense[:, 1:]], 1)
+    read = attention(
+        query,
+        [[embedded[f"{name}_item"], embedded[f"{name}_context"].view(-1, 6)] for name in ("far", "near")],
+        list(entries.values()),
+    )
+    expected = ranker.network(torch.cat([embedded["user"], embedded["item"], side.flatten(1), read, dense], 1))
+    torch.testing.assert_close(ranker(embedded, lengths, dense), expected.float())
+
+
+def test_histories_that_are_not_alike_cannot_be_read_together() -> None:
+    with pytest.raises(ValueError, match=r"entries are alike, not \[6, 6\] and \[6\]"):
+        Ranker(3, LOOKUPS, DIMS, DENSE, HISTORIES, attention_kind="multi_head")
+
+
+def test_without_histories_the_kind_of_attention_does_not_matter() -> None:
+    assert Ranker(2, (), {}, 4, (), "shared_bottom", attention_kind="twin")({}, {}, torch.randn(3, 4)).shape == (3, 2)

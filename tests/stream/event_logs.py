@@ -1,4 +1,7 @@
-"""Random event logs for sources: stored ones, and what a source must give of them."""
+"""Random event logs for sources: stored ones, and what a source must give of them.
+
+What is logged with an exposure is a function of its visit, so that it is known wherever the event comes from.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ import pyarrow.parquet as pq
 
 from tests.stream.random_logs import SPEC
 from trainer.data.checks import Columns
-from trainer.data.schema import partition_of
+from trainer.data.schema import KINDS, partition_of, row_columns
+from trainer.data.shards import write_rows
 from trainer.data.visits import event_names, event_table
-from trainer.stream.rows import EVENT_TYPES
+from trainer.stream.logged import FEATURES, Logged
+from trainer.stream.rows import EVENT_TYPES, EXPOSURE
 from trainer.stream.source import EventBatch, Position
 
 START_MS = 1_700_000_000_000
@@ -43,14 +48,47 @@ def by_partition(events: Columns, partitions: int = SPEC.partitions) -> dict[int
     return {p: {name: column[owner == p] for name, column in events.items()} for p in range(partitions)}
 
 
+def logged_of(events: Columns) -> Logged:
+    """What is logged with events: with four of five exposures."""
+    at = np.flatnonzero((events["event"] == EXPOSURE) & (events["visit_id"] % 5 != 0))
+    visit = events["visit_id"][at, None]
+    side = visit * [3, 7] % [side.rows for side in SPEC.side]
+    dense = np.sin(visit * np.arange(1, 1 + len(SPEC.dense)))
+    stat = visit * (1 + np.arange(*row_columns(SPEC)["stat"][1])) % 101
+    return Logged(at, side.astype(np.int32), dense.astype(np.float32), stat.astype(np.float32))
+
+
+def assert_logged(events: Columns, logged: Logged) -> None:
+    """The events carry what was logged with them, and nothing else."""
+    for name, found in vars(logged).items():
+        expected = getattr(logged_of(events), name)
+        np.testing.assert_array_equal(found, expected, name)
+        assert found.dtype == expected.dtype, name
+
+
+def rows_of(events: Columns) -> dict[str, np.ndarray]:
+    """Training rows of the exposures, with what was logged with them."""
+    logged = logged_of(events)
+    rows = {name: np.zeros((len(logged), *shape), dtype) for name, (dtype, shape) in row_columns(SPEC).items()}
+    rows |= {name: events[name][logged.at] for name in ("visit_id", "user_id", "author_id", "item_id")}
+    rows |= {name: getattr(logged, name) for name in FEATURES}
+    rows["domain"], rows["kind"] = events["domain"][logged.at].astype(np.uint8), rows["kind"] + KINDS.index("full")
+    rows["request_ms"] = events["time_ms"][logged.at]
+    rows["emit_ms"] = rows["request_ms"] + rows["visit_id"] * 37 % 9_000
+    return rows
+
+
 def store(path: Path, events: Columns, row_group_size: int = 300) -> Path:
-    """A dataset of events alone."""
+    """A dataset of events and of the rows of their exposures."""
     (path / "events").mkdir(parents=True)
     for p, columns in by_partition(events).items():
         file = path / "events" / f"part-{p:05d}.parquet"
         pq.write_table(event_table(SPEC, columns), file, row_group_size=row_group_size)
+    rows = rows_of(events)
+    write_rows(path, SPEC, rows, rows_per_record=20, records_per_shard=4)
     span = (int(events["time_ms"][0]), int(events["time_ms"][-1]))
-    (path / "dataset.json").write_text(replace(SPEC, events=len(events["time_ms"]), span_ms=span).to_json())
+    spec = replace(SPEC, events=len(events["time_ms"]), span_ms=span, rows=len(rows["visit_id"]))
+    (path / "dataset.json").write_text(spec.to_json())
     return path
 
 
@@ -76,7 +114,7 @@ def given(batches: Iterable[EventBatch]) -> list[Event]:
 
 
 def content(batch: EventBatch) -> tuple[list[Event], list[int], Position]:
-    """All of a batch that does not depend on the clock."""
+    """All of a batch that does not depend on the clock, but for what was logged."""
     assert len(batch) == len(batch.arrived_ms) == len(batch.events["time_ms"])
     assert all(batch.events[name].dtype == dtype for name, dtype in EVENT_TYPES.items())
     return as_tuples(batch.events), batch.partition.tolist(), batch.position

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.stream.reference import Aside, Event, Row
+from tests.stream.reference import Aside, Begun, Event, Row
 from trainer.data.checks import Columns
-from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
+from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, DenseFeature, Rows, SideFeature
 from trainer.data.visits import event_names
 from trainer.stream.policy import FastSlow, Full, Patience, Realtime, RealtimeNaive
 from trainer.stream.rows import EVENT_TYPES, REASONS
@@ -24,6 +24,9 @@ SPEC = DatasetSpec(
     behaviours=BEHAVIOURS,
     applies={"click": ("video", "live"), "like": ("video", "live"), "gift": ("live",)},
     candidates=("video", "live"),
+    side=(SideFeature("tab", "context", 50), SideFeature("age", "user", 8)),
+    dense=(DenseFeature("load", "context"),),
+    statistics=(("user",), ("item", "tab")),
 )
 LIVE_ONLY = ("live",)
 
@@ -96,6 +99,13 @@ def rows_as_tuples(rows: Rows) -> list[Row]:
         )
         for place in range(len(rows["kind"]))
     ]
+
+
+def begun_as_tuples(begun: Rows) -> list[Begun]:
+    """Visits that an assembler says began, in the reference's form."""
+    columns = {name: begun[name].tolist() for name in Begun._fields}
+    columns["domain"] = [DOMAINS[code] for code in columns["domain"]]
+    return [Begun(*values) for values in zip(*columns.values(), strict=True)]
 
 
 def aside_as_tuples(aside: Columns) -> list[Aside]:

@@ -37,6 +37,17 @@ class Row(NamedTuple):
     mask: tuple[int, ...]
 
 
+class Begun(NamedTuple):
+    """A visit that began."""
+
+    request_ms: int
+    user_id: int
+    visit_id: int
+    author_id: int
+    item_id: int
+    domain: str
+
+
 class Aside(NamedTuple):
     """An event that belongs to no visit."""
 
@@ -166,3 +177,14 @@ def assemble(
     aside = [Aside("late", event) for event in late if event.domain in domains]
     aside += [Aside("no_open_visit", event) for event in orphans]
     return sorted(rows, key=lambda row: row[:4]), aside
+
+
+def begun(events: Sequence[Event], patience: Patience, domains: Sequence[str]) -> list[Begun]:
+    """Visits in order of request, user and visit, of events in order of arrival."""
+    in_time, _ = split_late(events, patience.disorder_ms)
+    visits, _ = visits_of([event for event in in_time if event.domain in domains], patience.idle_ms)
+    firsts = [visit.first for visit in visits]
+    return sorted(
+        Begun(first.time_ms, first.user_id, first.visit_id, first.author_id, first.item_id, first.domain)
+        for first in firsts
+    )

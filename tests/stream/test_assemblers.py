@@ -18,6 +18,7 @@ from tests.stream.random_logs import (
     POLICIES,
     SPEC,
     aside_as_tuples,
+    begun_as_tuples,
     columns_of,
     logs,
     portions,
@@ -28,7 +29,7 @@ from trainer.data.schema import row_columns
 from trainer.stream.batch import assemble_batch
 from trainer.stream.incremental import State, StreamAssembler
 from trainer.stream.policy import FastSlow, Full, Patience, Policy, Realtime, RealtimeNaive
-from trainer.stream.rows import Assembled
+from trainer.stream.rows import BEGUN_COLUMNS, Assembled
 
 VISIT = ("user_id", "visit_id", "request_ms")
 EVENTS_SHUFFLED_FREELY = Patience(idle_ms=100, disorder_ms=10_000)
@@ -69,6 +70,8 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
 
         batch = assemble_batch(SPEC, policy, PATIENCE, columns, domains)
         assert as_tuples([batch]) == (rows, sorted(aside))
+        begun = reference.begun(events, PATIENCE, wanted)
+        assert begun_as_tuples(batch.begun) == begun
 
         stream = StreamAssembler(SPEC, policy, PATIENCE, domains)
         parts = []
@@ -79,11 +82,17 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
                 stream.load_state_dict(state)
             parts.append(stream.push(portion))
             assert (parts[-1].rows["emit_ms"] < stream.watermark_ms).all()
+            told = [visit for part in parts for visit in begun_as_tuples(part.begun)]
+            assert told == [visit for visit in begun if visit.request_ms < stream.watermark_ms], "as soon as can be"
         parts.append(stream.advance())
         assert as_tuples(parts) == (rows, sorted(aside))
+        assert [visit for part in parts for visit in begun_as_tuples(part.begun)] == begun
         assert stream.open_visits == stream.waiting_events == 0
         for name, column in batch.rows.items():
             assert all(part.rows[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
+        for name, column in batch.begun.items():
+            assert all(part.begun[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
+        assert all(part.begun.keys() == batch.begun.keys() == set(BEGUN_COLUMNS) for part in parts)
 
 
 @some

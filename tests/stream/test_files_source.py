@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -12,9 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.stream.event_logs import START_MS, as_tuples, by_partition, content, given, merged, random_events, store
+from tests.stream.event_logs import (
+    START_MS,
+    as_tuples,
+    assert_logged,
+    by_partition,
+    content,
+    given,
+    merged,
+    random_events,
+    rows_of,
+    store,
+)
 from tests.stream.random_logs import SPEC
 from trainer.data.plan import partitions_of_rank
+from trainer.data.shards import write_rows
 from trainer.data.visits import event_table
 from trainer.errors import UserError
 from trainer.stream import files
@@ -36,6 +49,7 @@ def read(source: FilesSource, partitions, position=None, batches: int | None = N
     taken = []
     with source.open(partitions, position) as reader:
         while (batches is None or len(taken) < batches) and (batch := reader.take()) is not None:
+            assert_logged(batch.events, batch.logged)
             taken.append(batch)
     return taken
 
@@ -77,11 +91,30 @@ def test_another_number_of_ranks_goes_on_with_the_rest(path):
             owned = partitions_of_rank(SPEC.partitions, rank, world)
             taken = read(source, owned, position, batches)
             for batch in taken:
-                for p, events in batch.of_partitions():
-                    seen[p] += as_tuples(events)
+                for p, part in batch.of_partitions():
+                    assert_logged(part.events, part.logged)
+                    assert len(part) == len(part.arrived_ms)
+                    seen[p] += as_tuples(part.events)
             at.append(taken[-1].position)
         position = merge_positions(at)
     assert seen == {p: as_tuples(own) for p, own in by_partition(EVENTS).items()}
+
+
+@pytest.mark.parametrize("speed", [0, 1e6])
+@pytest.mark.parametrize("batch_events", [40, 9999])
+def test_slices_of_time_end_batches(path, speed, batch_events):
+    config = StreamConfig(batch_events=batch_events, speed=speed, linger_seconds=0.003)
+    source = FilesSource(path, config)
+    with source.open(ALL, None, slice_ms=700) as reader:
+        batches = list(reader)
+    assert given(batches) == merged(EVENTS, ALL)
+    slices = [set((batch.events["time_ms"] // 700).tolist()) for batch in batches]
+    assert all(len(inside) == 1 for inside in slices)
+    if batch_events == 9999 and not speed:
+        assert len(slices) == len(set.union(*slices)), "a slice that fits is one batch"
+    for cut in range(1, len(batches), 9):
+        with source.open(ALL, batches[cut - 1].position, slice_ms=700) as reader:
+            assert [content(batch) for batch in reader] == [content(batch) for batch in batches[cut:]]
 
 
 def test_a_range_of_time(path):
@@ -114,8 +147,8 @@ def test_memory_is_bounded(path, monkeypatch):
     held = []
 
     class Watched(files.TimeMerge):
-        def append(self, partition, columns) -> None:
-            super().append(partition, columns)
+        def append(self, partition, columns, logged) -> None:
+            super().append(partition, columns, logged)
             held.append(self.events)
 
     monkeypatch.setattr(files, "TimeMerge", Watched)
@@ -152,6 +185,15 @@ def test_another_log_has_another_identity(path, tmp_path):
             FilesSource(path, StreamConfig()).identity,
             FilesSource(store(tmp_path / "other", other), StreamConfig()).identity,
         )
+
+
+def test_other_rows_have_another_identity(path, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(path, other, ignore=shutil.ignore_patterns("rows"))
+    rows = rows_of(EVENTS)
+    rows["stat"][5] += 1
+    write_rows(other, SPEC, rows, rows_per_record=20)
+    assert FilesSource(other, StreamConfig()).identity != FilesSource(path, StreamConfig()).identity
 
 
 def test_partitions_without_events(tmp_path):
@@ -204,5 +246,12 @@ def test_the_source_of_a_config(path, tmp_path):
     other.write_text(SPEC.to_json().replace("gift", "share"))
     with pytest.raises(UserError, match=r"behaviours are click, like, share, those of .* are click, like, gift"):
         connect(StreamConfig(path=str(other.parent)), SPEC, str(path))
+    for changed, told in (
+        (replace(SPEC, side=SPEC.side[:1]), "its side features are tab of 50 rows, age of 8 rows, those of"),
+        (replace(SPEC, dense=()), "its dense features are load, those of .* are none"),
+        (replace(SPEC, statistics=SPEC.statistics[::-1]), "its statistics are user, item x tab, those of .* are item"),
+    ):
+        with pytest.raises(UserError, match=told):
+            connect(StreamConfig(path=str(path)), changed, "elsewhere")
     with pytest.raises(ValueError, match="needs `brokers` and `topic`"):
         StreamConfig(source="kafka", topic="watch")

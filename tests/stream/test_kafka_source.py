@@ -45,7 +45,7 @@ ALL = range(PARTITIONS)
 
 def read(config, partitions=ALL, position: Position | None = None, batches: int | None = None) -> list[EventBatch]:
     taken = []
-    with KafkaSource(config, BEHAVIOURS).open(partitions, position) as reader:
+    with KafkaSource(config, SPEC).open(partitions, position) as reader:
         while (batches is None or len(taken) < batches) and (batch := reader.take()) is not None:
             taken.append(batch)
     return taken
@@ -98,11 +98,20 @@ def test_another_number_of_ranks_goes_on_with_the_rest(topic):
             owned = partitions_of_rank(PARTITIONS, rank, world)
             taken = read(replace_batch(topic, 90), owned, position, batches)
             for batch in taken:
-                for p, events in batch.of_partitions():
-                    seen[p] += as_tuples(events)
+                for p, own in batch.of_partitions():
+                    seen[p] += as_tuples(own.events)
             at.append(taken[-1].position)
         position = merge_positions(at)
     assert seen == {p: as_tuples(own) for p, own in by_partition(EVENTS).items()}
+
+
+def test_slices_of_time_end_batches(topic):
+    with KafkaSource(replace_batch(topic, 9999), SPEC).open(ALL, None, slice_ms=700) as reader:
+        batches = list(reader)
+    assert given(batches) == merged(EVENTS, ALL)
+    slices = [set((batch.events["time_ms"] // 700).tolist()) for batch in batches]
+    assert all(len(inside) == 1 for inside in slices)
+    assert len(slices) == len(set.union(*slices)), "a slice that fits is one batch"
 
 
 def replace_batch(config, batch_events: int):
@@ -248,7 +257,7 @@ def test_messages_that_the_broker_has_dropped_are_a_gap(cluster, capsys):
     assert f"stream: {gap}{place:,} and begins at {low:,}; going on without them" in capsys.readouterr().out
     others = [p for p in ALL if p != 2]
     kept = [
-        [e for batch in [first, *rest] for q, own in batch.of_partitions() if q == p for e in as_tuples(own)]
+        [e for batch in [first, *rest] for q, own in batch.of_partitions() if q == p for e in as_tuples(own.events)]
         for p in others
     ]
     assert kept == [as_tuples(by_partition(EVENTS)[p]) for p in others]
@@ -262,7 +271,7 @@ def test_a_gap_is_found_while_reading(cluster, properties):
     owner = int(partition_of(events["user_id"][:1], PARTITIONS)[0])
     config = cluster.published(events, 1, batch_events=100, queue_batches=1, properties=small, until_end=False)
     for on_gap in ("error", "earliest"):
-        reader = KafkaSource(config.model_copy(update={"on_gap": on_gap}), BEHAVIOURS).open([owner])
+        reader = KafkaSource(config.model_copy(update={"on_gap": on_gap}), SPEC).open([owner])
         with reader:
             assert reader.take() is not None
             drop_oldest(cluster, config.topic, owner)
@@ -339,7 +348,7 @@ def test_what_is_delivered_again_is_not_given_again():
     config = kafka.StreamConfig(
         source="kafka", brokers="b", topic="t", until_end=True, partitioner="producer", batch_events=100
     )
-    feed = kafka._Feed(Repeating(), Trouble(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, BEHAVIOURS)
+    feed = kafka._Feed(Repeating(), Trouble(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
     assert given(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
 
 
@@ -348,7 +357,7 @@ def test_a_missing_topic_is_waited_for_and_then_an_error(cluster, capsys):
     cluster.send(name, 0, [b"x"])
     config = cluster.config(f"{name}x", retry_seconds=1.0)
     with pytest.raises(UserError) as error:
-        KafkaSource(config, BEHAVIOURS)
+        KafkaSource(config, SPEC)
     reason = f"no topic '{name}x' on the Kafka brokers (did you mean '{name}'?)"
     assert str(error.value) == f"{reason}; gave up after 1 s (stream.retry_seconds)"
     assert f"stream: {reason}; trying for another 1 s" in capsys.readouterr().out
@@ -361,7 +370,7 @@ def test_a_topic_that_comes_is_found(cluster):
     name = f"{cluster.topic()}-later"
     timer = threading.Timer(0.7, lambda: cluster.producer.list_topics(name, timeout=20))
     timer.start()
-    assert KafkaSource(cluster.config(name), BEHAVIOURS).partitions == PARTITIONS
+    assert KafkaSource(cluster.config(name), SPEC).partitions == PARTITIONS
     timer.join()
 
 
@@ -370,13 +379,13 @@ def test_unreachable_brokers_are_given_up_on(capsys):
     # Port 9 is the discard service's, which nothing offers any more.
     config = kafka.StreamConfig(source="kafka", brokers="127.0.0.1:9", topic="watch", retry_seconds=1.0)
     with pytest.raises(UserError, match=r"no Kafka broker answers at 127.0.0.1:9 \(.*refused.*\); gave up after 1 s"):
-        KafkaSource(config, BEHAVIOURS)
+        KafkaSource(config, SPEC)
     assert "stream: no Kafka broker answers at 127.0.0.1:9 (" in capsys.readouterr().out
 
 
 def test_brokers_that_go_away_while_reading(own_cluster):
     config = own_cluster.published(EVENTS, 1, until_end=False, retry_seconds=2.0, batch_events=1000)
-    with KafkaSource(config, BEHAVIOURS).open(ALL) as reader:
+    with KafkaSource(config, SPEC).open(ALL) as reader:
         assert reader.take() is not None
         own_cluster.close()
         with pytest.raises(UserError, match=r"no Kafka broker answers at .*; gave up after 2 s"):
@@ -390,7 +399,7 @@ def test_a_topic_with_other_partitions_is_refused(cluster, monkeypatch):
     with pytest.raises(UserError, match="has partitions 0 to 7, the source has 0 to 3"):
         read(config, ALL, {**position, **{p: [0, 0, 0, 0] for p in range(4, 8)}})
     monkeypatch.setattr(kafka, "_LOOK_SECONDS", 0.1)
-    with KafkaSource(config, BEHAVIOURS).open(ALL) as reader:
+    with KafkaSource(config, SPEC).open(ALL) as reader:
         monkeypatch.setattr(kafka, "topic_partitions", lambda consumer, topic, timeout: (8, "cluster"))
         with pytest.raises(UserError, match="has 8 partitions now instead of 4: users are in other partitions"):
             while True:
@@ -401,7 +410,7 @@ def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(c
     config = cluster.config(cluster.topic(), until_end=False, linger_seconds=0.05, idle_seconds=0.1)
     topic = Topic(config, SPEC, PARTITIONS)
     one = by_partition(EVENTS)[3]
-    source = KafkaSource(config, BEHAVIOURS)
+    source = KafkaSource(config, SPEC)
     with source.open(ALL) as reader:
         assert reader.take(0.3) is None
         for first in (0, 5):
@@ -424,7 +433,7 @@ def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(c
 def test_a_new_run_may_begin_at_the_end(cluster):
     config = cluster.published(EVENTS, 1).model_copy(update={"begin": "latest"})
     ends = {p: [len(own["time_ms"]), 0, 0, 0] for p, own in by_partition(EVENTS).items()}
-    with KafkaSource(config, BEHAVIOURS).open(ALL) as reader:
+    with KafkaSource(config, SPEC).open(ALL) as reader:
         assert reader.position == ends
         assert reader.take() is None
 
@@ -469,12 +478,12 @@ def test_the_source_of_a_config_and_its_identity(cluster):
 )
 def test_properties_are_checked(cluster, properties, lines, told):
     with pytest.raises(UserError, match=told):
-        KafkaSource(cluster.config("any", properties=properties(*lines)), BEHAVIOURS)
+        KafkaSource(cluster.config("any", properties=properties(*lines)), SPEC)
 
 
 def test_properties_that_are_not_there(cluster, tmp_path):
     with pytest.raises(UserError, match=r"stream.properties = '.*none': cannot be read"):
-        KafkaSource(cluster.config("any", properties=str(tmp_path / "none")), BEHAVIOURS)
+        KafkaSource(cluster.config("any", properties=str(tmp_path / "none")), SPEC)
 
 
 def test_publish_puts_a_dataset_on_a_topic(cluster, tmp_path, capsys):
@@ -505,7 +514,7 @@ def test_publish_makes_the_topic_or_says_what_to_do(cluster, tmp_path, capsys):
     status = main([*command, "--retry-seconds", "30" if cluster.real else "1"])
     if cluster.real:
         assert status == 0
-        assert KafkaSource(cluster.config(topic), BEHAVIOURS).partitions == 3
+        assert KafkaSource(cluster.config(topic), SPEC).partitions == 3
     else:
         # librdkafka's brokers have no controller to make topics.
         assert status == 2

@@ -9,7 +9,9 @@ from collections.abc import Callable, Generator
 import numpy as np
 import pytest
 
+from tests.stream.random_logs import SPEC
 from trainer.errors import UserError
+from trainer.stream.logged import none_logged
 from trainer.stream.rows import EVENT_TYPES
 from trainer.stream.source import (
     EventBatch,
@@ -35,7 +37,8 @@ class Counting:
                 self.made += 1
                 events = {name: np.full(1, self.made, dtype) for name, dtype in EVENT_TYPES.items()}
                 position = {0: [self.made, 0, self.made, 0]}
-                yield EventBatch(events, np.zeros(1, np.int32), np.full(1, round(time.time() * 1000)), position)
+                arrived_ms = np.full(1, round(time.time() * 1000))
+                yield EventBatch(events, none_logged(SPEC), np.zeros(1, np.int32), arrived_ms, position)
             if self._fails:
                 raise UserError("the stream broke")
         finally:

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stream.random_logs import PATIENCE, POLICIES, SPEC, columns_of, logs, portions, rows_as_tuples
+from tests.stream.random_logs import (
+    PATIENCE,
+    POLICIES,
+    SPEC,
+    begun_as_tuples,
+    columns_of,
+    logs,
+    portions,
+    rows_as_tuples,
+)
 from tests.stream.reference import Event
 from trainer.errors import UserError
 from trainer.stream.incremental import StreamAssembler
@@ -30,6 +39,7 @@ def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[lis
     """2 ranks, then 1, then 3: each partition gives what it gives alone."""
     for policy in POLICIES:
         rows: list[list[object]] = [[] for _ in range(PARTITIONS)]
+        begun: list[list[object]] = [[] for _ in range(PARTITIONS)]
         parts = [
             portions(columns_of(events), data.draw(st.lists(st.integers(0, len(events)), min_size=2, max_size=2)))
             for events in by_partition
@@ -41,13 +51,18 @@ def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[lis
                 rank.load_state_dict(states)
             for partition in range(PARTITIONS):
                 rank = ranks[partition % world]
-                rows[partition] += rows_as_tuples(rank.push(partition, parts[partition][phase]).rows)
+                made = rank.push(partition, parts[partition][phase])
+                rows[partition] += rows_as_tuples(made.rows)
+                begun[partition] += begun_as_tuples(made.begun)
             states = [rank.state_dict() for rank in ranks]
             assert sorted(partition for state in states for partition in state) == list(range(PARTITIONS))
         for partition, events in enumerate(by_partition):
-            rows[partition] += rows_as_tuples(ranks[partition % 3].advance(partition).rows)
+            last = ranks[partition % 3].advance(partition)
+            rows[partition] += rows_as_tuples(last.rows)
             alone = StreamAssembler(SPEC, policy, PATIENCE)
             expected = [alone.push(columns_of(events)), alone.advance()]
+            begun[partition] += begun_as_tuples(last.begun)
+            assert begun[partition] == [visit for made in expected for visit in begun_as_tuples(made.begun)]
             assert rows[partition] == [row for made in expected for row in rows_as_tuples(made.rows)]
 
 

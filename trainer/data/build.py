@@ -29,8 +29,7 @@ from trainer.data.join import TABLE_OF, FeatureJoin
 from trainer.data.order import first_of_each, stable_order, time_order
 from trainer.data.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
 from trainer.data.spill import BatchFile, Spill
-from trainer.data.text_schema import FOLDER as TEXTS
-from trainer.data.text_schema import TextWriter
+from trainer.data.text_writer import TextWriter
 from trainer.data.visits import behaviour_bits, derive_events, event_codes, event_names, event_table
 from trainer.errors import UserError
 
@@ -96,7 +95,7 @@ class DatasetBuilder:
         self._join = FeatureJoin(spec)
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._spills: dict[str, Spill] = {}
-        self._texts: TextWriter | None = None
+        self._texts = TextWriter(self._aside)
         self._ids = {name: IdIndex() for name in ("user", "author", "item")}
         with self._writing():
             self._work.mkdir(parents=True)
@@ -193,9 +192,12 @@ class DatasetBuilder:
             UserError: an unknown table, or a column is missing or has a bad value.
         """
         with self._writing():
-            if self._texts is None:
-                self._texts = TextWriter(self._aside / TEXTS)
             self._texts.add(name, table)
+
+    def text_truth(self, name: str, table: pa.Table) -> None:
+        """Add lines to a table of what the texts were drawn from (``text_schema.TRUTHS``)."""
+        with self._writing():
+            self._texts.add_truth(name, table)
 
     def finish(self, progress: Progress | None = None, extra: Mapping[str, Any] | None = None) -> DatasetSpec:
         """Write the dataset and give it its name.
@@ -225,12 +227,11 @@ class DatasetBuilder:
         self._join.check()
         for writer in self._tables.values():
             writer.close()
-        if self._texts is not None:
-            self._texts.finish()
+        self._texts.finish()
         for spill in self._spills.values():
             spill.flush()
         for folder in ("events", *(["truth"] if "truth" in self._spills else []), histories.FOLDER, shards.FOLDER):
-            (self._aside / folder).mkdir()
+            (self._aside / folder).mkdir(exist_ok=True)
 
         spec = self._spec
         totals = _Totals()
@@ -356,7 +357,7 @@ class DatasetBuilder:
             raise
 
     def _remove(self) -> None:
-        for writer in (*self._tables.values(), *([] if self._texts is None else [self._texts])):
+        for writer in (*self._tables.values(), self._texts):
             # Where the disk is full, closing fails again; what is in the file no longer matters.
             with suppress(OSError):
                 writer.close()

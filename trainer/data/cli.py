@@ -57,6 +57,9 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     simulate.add_argument("--days", type=int, default=7, metavar="D", help="days (default: %(default)s)")
     _add_partitions(simulate)
     simulate.add_argument("--seed", type=int, default=1, metavar="S", help="of the world (default: %(default)s)")
+    simulate.add_argument(
+        "--texts", action="store_true", help="with texts of videos, rooms and comments, and time spent in comments"
+    )
     simulate.set_defaults(run=_simulate)
 
     importing = commands.add_parser("import", help="a published or your own log", description="Import a log.")
@@ -140,7 +143,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
     keep_freed_memory()
     with _Phases() as progress:
-        spec = simulate(options.out, options.users, options.days, options.partitions, options.seed, progress)
+        sizes = options.users, options.days, options.partitions, options.seed
+        spec = simulate(options.out, *sizes, progress, texts=options.texts)
     return _made(options.out, spec)
 
 

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from trainer.data.build import DatasetBuilder, Progress
 from trainer.data.schema import DatasetSpec
+from trainer.data.world.comments import Comments, comment_table, comment_truth, make_comments
 from trainer.data.world.config import WorldConfig
 from trainer.data.world.description import describe_world, tables
 from trainer.data.world.life import BLOCK, visits_of
 from trainer.data.world.log import gift_prices, repeat_table, truth_table, visit_table
-from trainer.data.world.world import make_world
+from trainer.data.world.staytime import Readers, comment_visits, make_readers
+from trainer.data.world.texts import text_tables
+from trainer.data.world.words import KINDS
+from trainer.data.world.world import World, make_world
 from trainer.errors import UserError
 
 
@@ -26,6 +30,8 @@ def simulate(
     partitions: int,
     seed: int,
     progress: Progress | None = None,
+    *,
+    texts: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
 
@@ -39,6 +45,8 @@ def simulate(
         partitions: of the dataset.
         seed: of every random number.
         progress: told what is being done, how much of it is done, and how much there is.
+        texts: with what videos, rooms and comments say, and with the time spent in the comments of videos. All else
+            is the same, bit for bit, with and without them.
 
     Raises:
         UserError: a size below 1, a negative seed, or ``out`` cannot be built (``DatasetBuilder``).
@@ -54,6 +62,7 @@ def simulate(
         world = make_world(config)
         for name, table in tables(world).items():
             builder.table(name, table)
+        written = _write_texts(builder, world) if texts else None
         report = progress or (lambda what, done, total: None)
         report("simulating", 0, total)
         for day, visits in enumerate(visits_of(world)):
@@ -62,5 +71,19 @@ def simulate(
             builder.visits(visit_table(world, spec, visits, price, rng))
             builder.repeats(repeat_table(world, visits, rng))
             builder.truth(truth_table(visits))
+            if written is not None:
+                stays, truth = comment_visits(world, *written, visits, config.generator("comment area", day))
+                builder.texts("visits", stays)
+                builder.text_truth("staytime", truth)
             report("simulating", 1 + day, total)
-        return builder.finish(progress)
+        return builder.finish(progress, {"comment_kinds": KINDS} if texts else None)
+
+
+def _write_texts(builder: DatasetBuilder, world: World) -> tuple[Comments, Readers]:
+    """Write what there is to read; returns the comments and what their readers are like."""
+    for name, table in text_tables(world):
+        builder.texts(name, table)
+    comments = make_comments(world)
+    builder.texts("comments", comment_table(world.config, comments))
+    builder.text_truth("comments", comment_truth(comments))
+    return comments, make_readers(world)

@@ -24,7 +24,7 @@ class IdMap:
 
     def __init__(self, name: str, mapping: IdMapping, rows: int, vocabulary: np.ndarray | None = None) -> None:
         self.name, self.mapping, self.rows = name, mapping, rows
-        self._salt = np.uint64(zlib.crc32(name.encode()) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+        self._salt = hash_salt(name)
         self._index = IdIndex()
         if vocabulary is not None:
             self._index.add(vocabulary)
@@ -51,24 +51,37 @@ class IdMap:
                 )
             np.add(ids, 1, out=out)
         elif self.mapping == "hash":
-            self._hash(ids, out)
+            hash_rows(ids, self._salt, self.rows, out)
         else:
             np.add(self._index.find(ids), 1, out=out)
 
-    def _hash(self, ids: np.ndarray, out: np.ndarray) -> None:
-        """splitmix64's finaliser of the salted id; its upper half scaled to ``[1, rows)`` (Lemire, 2019)."""
-        mixed = out.view(np.uint64)
-        np.bitwise_xor(ids.view(np.uint64), self._salt, out=mixed)
-        scratch = np.empty_like(mixed)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            np.right_shift(mixed, np.uint64(shift), out=scratch)
-            mixed ^= scratch
-            mixed *= np.uint64(factor)
-        # The finaliser's last step, mixed ^ mixed >> 31, leaves the upper 31 bits as they are.
-        mixed >>= np.uint64(32)
-        mixed *= np.uint64(self.rows - 1)
-        mixed >>= np.uint64(32)
-        mixed += np.uint64(1)
+
+def hash_salt(table: str) -> np.uint64:
+    """What a table's hash mixes into ids, so that tables collide differently."""
+    return np.uint64(zlib.crc32(table.encode()) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+
+
+def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> None:
+    """splitmix64's finaliser of the salted id; its upper half scaled to ``[1, rows)`` (Lemire, 2019).
+
+    Args:
+        ids: ``[n]`` int64.
+        salt: of the table.
+        rows: of the table, row 0 included.
+        out: ``[n]`` int64, contiguous; written.
+    """
+    mixed = out.view(np.uint64)
+    np.bitwise_xor(ids.view(np.uint64), salt, out=mixed)
+    scratch = np.empty_like(mixed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(mixed, np.uint64(shift), out=scratch)
+        mixed ^= scratch
+        mixed *= np.uint64(factor)
+    # The finaliser's last step, mixed ^ mixed >> 31, leaves the upper 31 bits as they are.
+    mixed >>= np.uint64(32)
+    mixed *= np.uint64(rows - 1)
+    mixed >>= np.uint64(32)
+    mixed += np.uint64(1)
 
 
 def table_rows(name: str, config: TableConfig, spec: DatasetSpec, known_ids: int) -> int:

@@ -27,7 +27,7 @@ def assemble_batch(
         domains: those whose visits become rows, ``spec.candidates`` by default.
     """
     visits = group_visits(spec, events, patience, domains)
-    return Assembled(visit_rows(visits, policy), concatenate(visits.aside))
+    return Assembled(visit_rows(visits, policy), visits.begun(), concatenate(visits.aside))
 
 
 def visit_rows(visits: Visits, policy: Policy) -> Rows:

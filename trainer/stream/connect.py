@@ -15,18 +15,31 @@ def connect(config: StreamConfig, spec: DatasetSpec, path: str) -> Source:
 
     Args:
         config: of the stream.
-        spec: of the dataset that the job is made for; its behaviours are the events of the stream.
+        spec: of the dataset that the job is made for; its behaviours are the events of the stream, and its features
+            are logged with them.
         path: of that dataset, replayed where ``config.path`` names no other.
 
     Raises:
-        UserError: it cannot be opened, or a dataset to replay has other behaviours.
+        UserError: it cannot be opened, or a dataset to replay has other behaviours or features.
     """
     if config.source == "kafka":
-        return KafkaSource(config, spec.behaviours)
+        return KafkaSource(config, spec)
     source = FilesSource(config.path or path, config)
-    if source.spec.behaviours != spec.behaviours:
-        raise UserError(
-            f"{config.path}: its behaviours are {', '.join(source.spec.behaviours)}, those of {path} are "
-            f"{', '.join(spec.behaviours)}; a replay needs the same in the same order"
-        )
+    expected = _carried(spec)
+    for what, replayed in _carried(source.spec).items():
+        if replayed != expected[what]:
+            raise UserError(
+                f"{config.path}: its {what} are {', '.join(replayed) or 'none'}, those of {path} are "
+                f"{', '.join(expected[what]) or 'none'}; a replay needs the same in the same order"
+            )
     return source
+
+
+def _carried(spec: DatasetSpec) -> dict[str, list[str]]:
+    """What events and their features are made of, by name."""
+    return {
+        "behaviours": list(spec.behaviours),
+        "side features": [f"{side.name} of {side.rows} rows" for side in spec.side],
+        "dense features": [dense.name for dense in spec.dense],
+        "statistics": [" x ".join(key) for key in spec.statistics],
+    }

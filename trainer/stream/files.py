@@ -1,8 +1,9 @@
 """Replays the events of a stored dataset in event time order, as fast as possible or at a chosen speed.
 
-Nothing to install and nothing to run: what a live stream would bring, from files. Positions count rows of each
-partition's ``events/part-*.parquet``. At a speed, batches end at fixed times of the events and not of the clock, so the
-same batches come at any load and after any restart; the clock decides only when.
+Nothing to install and nothing to run: what a live stream would bring, from files, with the features of the stored
+training rows. Positions count rows of each partition's ``events/part-*.parquet``. At a speed, batches end at fixed
+times of the events and not of the clock, so the same batches come at any load and after any restart; the clock decides
+only when.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 from trainer.data import storage
 from trainer.data.checks import Columns
+from trainer.data.dataset import fingerprint
 from trainer.data.schema import EVENT_COLUMNS, DatasetSpec
 from trainer.data.visits import event_codes
 from trainer.errors import UserError
@@ -28,6 +30,7 @@ from trainer.stream.config import StreamConfig
 from trainer.stream.merge import TimeMerge
 from trainer.stream.rows import EVENT_TYPES
 from trainer.stream.source import EventBatch, Identity, Position, Reader, starting_position
+from trainer.stream.stored_features import StoredFeatures
 
 _PAGE_BYTES = 1 << 20
 _MOST_ROWS = 1 << 16
@@ -64,11 +67,15 @@ class FilesSource:
     def identity(self) -> Identity:
         """The dataset by its description and its files' own: it may lie elsewhere."""
         digest = hashlib.blake2b(self.spec.to_json().encode(), digest_size=16)
+        if self.spec.rows:
+            digest.update(fingerprint(str(self._path), self.spec).encode())
         for partition in range(self.partitions):
             digest.update(PartitionLog(self._path, self.spec, partition).digest)
         return {"source": "files", "events": digest.hexdigest()}
 
-    def open(self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None) -> Reader:
+    def open(
+        self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
+    ) -> Reader:
         """Read some partitions; see :class:`trainer.stream.source.Source`."""
         logs = {partition: PartitionLog(self._path, self.spec, partition) for partition in sorted(partitions)}
 
@@ -85,7 +92,9 @@ class FilesSource:
         # All ranks agree on the moment at which the replay goes on, whatever their own partitions hold next.
         everyone = start if position is None else position
         anchor_ms = max((int(at[2]) for at in everyone.values()), default=0) or self._since_ms or self.spec.span_ms[0]
-        return Reader(_Replay(logs, start, self._config, anchor_ms, self._until_ms), self._config.queue_batches)
+        features = {partition: StoredFeatures(self._path, self.spec, partition) for partition in logs}
+        feed = _Replay(logs, features, start, self._config, anchor_ms, self._until_ms, slice_ms)
+        return Reader(feed, self._config.queue_batches)
 
 
 class PartitionLog:
@@ -190,12 +199,15 @@ class _Replay:
     def __init__(
         self,
         logs: Mapping[int, PartitionLog],
+        features: Mapping[int, StoredFeatures],
         position: Position,
         config: StreamConfig,
         anchor_ms: int,
         until_ms: int | None,
+        slice_ms: int,
     ) -> None:
-        self._logs, self.position, self._config, self._until_ms = logs, position, config, until_ms
+        self._logs, self._features, self._slice_ms = logs, features, slice_ms
+        self.position, self._config, self._until_ms = position, config, until_ms
         self._anchor_ms, self._began = anchor_ms, time.time()
         self._last_ms = max((log.last_ms for log in logs.values()), default=0)
         if until_ms is not None:
@@ -206,7 +218,8 @@ class _Replay:
         merge = TimeMerge(self.position)
         most = min(_MOST_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
         chunks = {partition: self._logs[partition].chunks(at[0], most) for partition, at in self.position.items()}
-        tick_ms = max(1, round(self._config.linger_seconds * 1000 * self._config.speed)) if self._config.speed else 0
+        played_ms = max(1, round(self._config.linger_seconds * 1000 * self._config.speed)) if self._config.speed else 0
+        ticks_ms = [tick_ms for tick_ms in (played_ms, self._slice_ms) if tick_ms]
         while not stop.is_set():
             for partition in [partition for partition in chunks if not merge.held(partition)]:
                 columns = self._until(next(chunks[partition], None))
@@ -214,8 +227,8 @@ class _Replay:
                     merge.wait_for(partition, False)
                     del chunks[partition]
                 else:
-                    merge.append(partition, columns)
-            while (batch := merge.take(self._config.batch_events, tick_ms=tick_ms, rest=not chunks)) is not None:
+                    merge.append(partition, columns, self._features[partition].of(columns))
+            while (batch := merge.take(self._config.batch_events, ticks_ms=ticks_ms, rest=not chunks)) is not None:
                 yield self._arrived(batch, stop)
             if not chunks:
                 return

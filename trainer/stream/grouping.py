@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.data.checks import Columns
 from trainer.data.order import stable_order
-from trainer.data.schema import DOMAINS, DatasetSpec
+from trainer.data.schema import DOMAINS, DatasetSpec, Rows
 from trainer.data.visits import masks
 from trainer.stream.policy import Patience
 from trainer.stream.rows import END_OF_TIME, ENTER, EXIT, FIRST_BEHAVIOUR, ID_COLUMNS, LATE, NO_OPEN_VISIT, take_aside
@@ -40,6 +40,11 @@ class Visits:
     time_ms: np.ndarray
     value: np.ndarray
     aside: tuple[Columns, ...]
+
+    def begun(self) -> Rows:
+        """The visits as they began, in the form and order of ``rows.Assembled.begun``."""
+        order = stable_order(self.request_ms)
+        return {name: column[order] for name, column in {**self.columns, "request_ms": self.request_ms}.items()}
 
     def first_ms(self) -> np.ndarray:
         """When each behaviour happened first, ``[n, behaviours] int64``, ``END_OF_TIME`` for never."""

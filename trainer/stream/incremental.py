@@ -22,6 +22,7 @@ from trainer.stream.grouping import is_late, of_domains, simultaneous_rank
 from trainer.stream.policy import POLICIES, Patience, Policy
 from trainer.stream.reports import OpenVisit, Report, reporter_of
 from trainer.stream.rows import (
+    BEGUN_COLUMNS,
     END_OF_TIME,
     ENTER,
     EVENT_TYPES,
@@ -79,6 +80,7 @@ class StreamAssembler:
         self._live = 0
         self._serial = 0
         self._rows: list[tuple[int, ...]] = []
+        self._begun: list[tuple[int, ...]] = []
 
     @property
     def open_visits(self) -> int:
@@ -91,7 +93,7 @@ class StreamAssembler:
         return sum(len(part["time_ms"]) for _, _, part in self._waiting)
 
     def push(self, events: Columns) -> Assembled:
-        """Take events in the order in which they arrive; gives the rows that have become final.
+        """Take events in the order in which they arrive; gives the rows that have become final, and visits that began.
 
         A row is final once the watermark is later than its ``emit_ms``. All rows that are ever given are in order, and
         they are the same however the stream is cut into portions.
@@ -194,7 +196,7 @@ class StreamAssembler:
         set_aside = concatenate(aside)
         self.counts["late"] += int((set_aside["reason"] == LATE).sum())
         self.counts["no_open_visit"] += int((set_aside["reason"] == NO_OPEN_VISIT).sum())
-        return Assembled(self._take_rows(), set_aside)
+        return Assembled(self._take_rows(), self._take_begun(), set_aside)
 
     def _take(self, events: Columns) -> np.ndarray:
         """Apply events in time order; positions of those that belong to no open visit."""
@@ -232,6 +234,7 @@ class StreamAssembler:
         visit.report_ms = self._reporter.first_report_ms(visit)
         self._open[user_id, visit_id] = visit
         self._live += 1
+        self._begun.append((visit_id, user_id, author_id, item_id, domain, time_ms))
         self.counts["visits"] += 1
         self._mark(visit, min(visit.report_ms, time_ms + self._patience.idle_ms))
 
@@ -286,14 +289,27 @@ class StreamAssembler:
                 )
             )
 
+    def _take_begun(self) -> Rows:
+        """The visits that have begun since the last call, as columns."""
+        columns = _columns(BEGUN_COLUMNS, self._begun)
+        self._begun = []
+        # Those of one millisecond are in the order in which they arrived; none can begin before them any more.
+        order = np.lexsort((columns["visit_id"], columns["user_id"], columns["request_ms"]))
+        begun = {name: column[order] for name, column in columns.items()}
+        return begun | {"domain": begun["domain"].astype(np.uint8)}
+
     def _take_rows(self) -> Rows:
         """The rows made since the last call, as columns."""
         # In the order of _emit, label and mask as bits.
-        table = np.array(self._rows, np.int64).reshape(-1, len(ROW_COLUMNS))
+        rows = _columns(ROW_COLUMNS, self._rows)
         self._rows = []
-        rows = dict(zip(ROW_COLUMNS, np.ascontiguousarray(table.T), strict=True))
         rows |= {name: rows[name].astype(np.uint8) for name in ("domain", "kind")}
         return rows | {name: labels(self._spec, rows[name].astype(np.int32)) for name in ("label", "mask")}
+
+
+def _columns(names: Sequence[str], lines: Sequence[tuple[int, ...]]) -> Columns:
+    table = np.array(lines, np.int64).reshape(-1, len(names))
+    return dict(zip(names, np.ascontiguousarray(table.T), strict=True))
 
 
 def _bits(mask: np.ndarray) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.schema import DatasetSpec
 from trainer.errors import UserError
 from trainer.log import say
 from trainer.stream.config import StreamConfig
@@ -37,6 +38,7 @@ from trainer.stream.kafka_client import (
     topic_partitions,
     watermarks,
 )
+from trainer.stream.logged import none_logged
 from trainer.stream.merge import TimeMerge
 from trainer.stream.messages import Codec, Decoded
 from trainer.stream.rows import no_events
@@ -52,14 +54,14 @@ class KafkaSource:
 
     Args:
         config: of the stream.
-        behaviours: event names beside those of every visit, in label order.
+        spec: of the dataset that the job is made for: its behaviours are the events, and its features are logged.
 
     Raises:
         UserError: the topic or its brokers were not there in ``retry_seconds``, or confluent-kafka is not installed.
     """
 
-    def __init__(self, config: StreamConfig, behaviours: Sequence[str]) -> None:
-        self._config, self._behaviours = config, tuple(behaviours)
+    def __init__(self, config: StreamConfig, spec: DatasetSpec) -> None:
+        self._config, self._spec = config, spec
         trouble = Trouble()
         consumer = make_consumer(config, trouble)
         try:
@@ -79,7 +81,9 @@ class KafkaSource:
         """The topic and its cluster: offsets of a copy elsewhere differ."""
         return {"source": "kafka", "topic": self._config.topic, "cluster": self._cluster}
 
-    def open(self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None) -> Reader:
+    def open(
+        self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
+    ) -> Reader:
         """Read some partitions; see :class:`trainer.stream.source.Source`."""
         trouble = Trouble()
         consumer = make_consumer(self._config, trouble)
@@ -93,7 +97,7 @@ class KafkaSource:
         except BaseException:
             consumer.close()
             raise
-        feed = _Feed(consumer, trouble, start, held, self._partitions, self._config, self._behaviours)
+        feed = _Feed(consumer, trouble, start, held, self._partitions, self._config, self._spec, slice_ms)
         return Reader(feed, self._config.queue_batches)
 
 
@@ -141,12 +145,14 @@ class _Feed:
         held: Mapping[int, tuple[int, int]],
         partitions: int,
         config: StreamConfig,
-        behaviours: Sequence[str],
+        spec: DatasetSpec,
+        slice_ms: int,
     ) -> None:
         self._kafka = library()
         self._consumer, self._trouble, self.position, self._config = consumer, trouble, position, config
-        self._partitions = partitions
-        self._codec = Codec(config.format, behaviours, round(config.future_hours * 3_600_000))
+        self._partitions, self._none = partitions, none_logged(spec)
+        self._ticks_ms = [slice_ms] if slice_ms else []
+        self._codec = Codec(config.format, spec.behaviours, round(config.future_hours * 3_600_000))
         self._dead = DeadLetters(config)
         self._merge = TimeMerge(position)
         self._next = {p: at[0] for p, at in position.items()}
@@ -176,9 +182,7 @@ class _Feed:
                 self._wait_for_partitions()
                 lingered = time.monotonic() - self._handed_out >= self._config.linger_seconds
                 rest = ended or (lingered and not self._config.until_end)
-                while (
-                    not stop.is_set() and (batch := self._merge.take(self._config.batch_events, rest=rest)) is not None
-                ):
+                while not stop.is_set() and (batch := self._take(rest)) is not None:
                     yield batch
                     self._handed_out = time.monotonic()
                 if rest and (passed := self._passed()) is not None:
@@ -189,6 +193,9 @@ class _Feed:
                 self._look_after()
         finally:
             self._consumer.close()
+
+    def _take(self, rest: bool) -> EventBatch | None:
+        return self._merge.take(self._config.batch_events, ticks_ms=self._ticks_ms, rest=rest)
 
     def ahead(self, position: Position) -> tuple[int, int]:
         """See :class:`trainer.stream.source.Feed`."""
@@ -264,6 +271,7 @@ class _Feed:
                 "inside": np.where(done, 0, inside + 1),
                 "rejected": self._rejected[p] + np.searchsorted(places, (message << 32) + inside),
             },
+            self._none,
         )
         if len(message):
             self._newest_ms = max(self._newest_ms, int(events["time_ms"].max()))
@@ -316,7 +324,9 @@ class _Feed:
                 self._merge.skip_to(p, [self._next[p], 0, latest_ms, self._rejected[p]])
                 moved = True
         empty = np.empty(0, np.int64)
-        return EventBatch(no_events(), empty.astype(np.int32), empty, self._merge.position) if moved else None
+        if not moved:
+            return None
+        return EventBatch(no_events(), self._none, empty.astype(np.int32), empty, self._merge.position)
 
     def _hold_back(self) -> None:
         """Fetch no more of partitions that are far ahead of the others, until those have come up."""

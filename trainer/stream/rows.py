@@ -26,6 +26,8 @@ END_OF_TIME = np.iinfo(np.int64).max
 
 ID_COLUMNS = ("visit_id", "user_id", "author_id", "item_id")
 
+BEGUN_COLUMNS = (*ID_COLUMNS, "domain", "request_ms")
+
 ROW_COLUMNS = (*ID_COLUMNS, "domain", "kind", "request_ms", "emit_ms", "label", "mask")
 
 EVENT_TYPES: dict[str, np.dtype] = {
@@ -41,11 +43,15 @@ class Assembled:
     Attributes:
         rows: ``ROW_COLUMNS``, with the dtypes and shapes of ``schema.row_columns``, in the order that
             ``trainer.stream.policy`` defines.
+        begun: visits that began, whatever rows they will give: ``BEGUN_COLUMNS``, dtypes as in ``schema.row_columns``,
+            in the order of ``(request_ms, user_id, visit_id)``, which no two visits share. Each comes once, and as soon
+            as the watermark has passed its request.
         aside: events that changed no row: columns of ``EVENT_TYPES`` and ``reason``, a position in ``REASONS``, in the
             order in which that was found.
     """
 
     rows: Rows
+    begun: Rows
     aside: Columns
 
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from trainer.data.checks import Columns
 from trainer.errors import UserError
+from trainer.stream.logged import Logged
 
 Position = dict[int, list[int]]
 """Partition -> ``[place, inside, latest_ms, rejected]``, see above; JSON-able."""
@@ -41,11 +42,30 @@ _WAKE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
+class PartEvents:
+    """Events of one partition, in the order of the log.
+
+    Attributes:
+        events: columns of ``rows.EVENT_TYPES``, each ``[n]``.
+        logged: features of those that carry them; positions are among these events.
+        arrived_ms: ``[n]`` int64, as of :class:`EventBatch`.
+    """
+
+    events: Columns
+    logged: Logged
+    arrived_ms: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.arrived_ms)
+
+
+@dataclass(frozen=True)
 class EventBatch:
     """Events of one rank, in order.
 
     Attributes:
         events: columns of ``rows.EVENT_TYPES``, each ``[n]``.
+        logged: features of those that carry them.
         partition: ``[n]`` int32.
         arrived_ms: ``[n]`` int64, milliseconds UTC by the clock when each event came to the source: when its message
             was sent, or when it was due in a replay.
@@ -53,6 +73,7 @@ class EventBatch:
     """
 
     events: Columns
+    logged: Logged
     partition: np.ndarray
     arrived_ms: np.ndarray
     position: Position
@@ -60,11 +81,12 @@ class EventBatch:
     def __len__(self) -> int:
         return len(self.partition)
 
-    def of_partitions(self) -> Iterator[tuple[int, Columns]]:
-        """The events of each partition that has any, in the order of the log."""
+    def of_partitions(self) -> Iterator[tuple[int, PartEvents]]:
+        """The events of each partition that has any."""
         for partition in np.unique(self.partition).tolist():
             at = np.flatnonzero(self.partition == partition)
-            yield partition, {name: column[at] for name, column in self.events.items()}
+            events = {name: column[at] for name, column in self.events.items()}
+            yield partition, PartEvents(events, self.logged.take(at), self.arrived_ms[at])
 
 
 @dataclass(frozen=True)
@@ -116,12 +138,16 @@ class Source(Protocol):
     def identity(self) -> Identity:
         """What its positions count in; to be saved with them, and compared by :func:`check_identity`."""
 
-    def open(self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None) -> Reader:
+    def open(
+        self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
+    ) -> Reader:
         """Read some partitions.
 
         Args:
             partitions: of the rank.
             position: to go on from, over the partitions of all ranks; None begins anew.
+            slice_ms: batches end before the next multiple of so many milliseconds of the merged event time, whatever
+                their size; 0: nowhere.
 
         Raises:
             UserError: the position does not fit the source, or is no longer there.

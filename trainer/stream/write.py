@@ -85,7 +85,7 @@ def assemble_dataset(
             visits += len(grouped.end_ms)
             fast_slow_rows += len(visit_rows(grouped, FastSlow())["kind"])
             if mode == "batch":
-                whole = Assembled(visit_rows(grouped, policy), concatenate(grouped.aside))
+                whole = Assembled(visit_rows(grouped, policy), grouped.begun(), concatenate(grouped.aside))
                 made = iter([(whole, len(events["time_ms"]))])
             else:
                 made = _stream(log.spec, policy, patience, events)

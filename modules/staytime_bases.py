@@ -1,0 +1,341 @@
+"""What a network is made to say about seconds of stay, and how it is read: six base losses behind one interface.
+
+=========== ======================================= ============================== ==================================
+base        logits                                  loss of a row                  seconds
+=========== ======================================= ============================== ==================================
+``vr``      seconds                                 squared error                  the logit
+``wlr``     odds of seconds; odds of an opening     log loss with weight seconds,  ``odds (1 - P(open))``
+                                                    plus a plain one
+``d2q``     share of stays that are no longer       squared error                  that quantile of the duration group
+``ndt``     normalised dwell time                   squared error                  the inverse of the transform
+``pcr``     seconds over the duration               squared error                  the logit times the duration
+``tpm``     one a node of a binary tree             log loss along the path        mean of the leaves
+=========== ======================================= ============================== ==================================
+
+Squared errors are in units of the target's variance in training, so that a weight beside them means the same for every
+base. Everything fitted comes from training rows, and stands in ``facts``, which a run writes down. No prediction
+exceeds the longest stay of training.
+
+Sources: WLR, Covington et al. (RecSys 2016); D2Q, Zhan et al. (KDD 2022); NDT, Xie et al. (WWW 2023); TPM, Lin et al.
+(KDD 2023), of which the likelihood of the path is taken without its two regularisers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BaseKind = Literal["vr", "wlr", "d2q", "ndt", "pcr", "tpm"]
+
+NDT_CEILING, NDT_SCALE_S, NDT_SHIFT = 2.319, 20.0, 0.744
+"""``ceiling / (1 + exp(-(seconds - offset) / scale)) - shift``: the constants of LCU's released code."""
+
+QUANTILES = 200
+"""Points that D2Q keeps of the stays above zero of a duration group."""
+
+_MOST_LOGIT = 20.0
+
+
+class Base(nn.Module):
+    """One base loss.
+
+    Attributes:
+        outputs: logits of a row.
+        facts: what was fitted, as plain values.
+        start: ``[outputs]`` float32, logits that say what the training rows are like on average.
+        limit: the longest stay of training, seconds.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: np.ndarray, limit: float, facts: dict[str, Any]) -> None:
+        super().__init__()
+        self.outputs = len(start)
+        self.limit = limit
+        self.facts = {**facts, "limit": limit}
+        self.register_buffer("start", torch.as_tensor(start, dtype=torch.float32))
+
+    def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
+        """Loss of each row.
+
+        Args:
+            logits: ``[batch, outputs]``.
+            seconds: ``[batch]`` float, the true stay; 0 where the comments were not opened.
+            duration: ``[batch]`` float, seconds of the video; 0 where that is not known.
+
+        Returns:
+            ``[batch]``.
+        """
+        raise NotImplementedError
+
+    def seconds(self, logits: Tensor, duration: Tensor) -> Tensor:
+        """Predicted seconds ``[batch]``, in [0, limit], of logits ``[batch, outputs]``."""
+        return self._decode(logits, duration).clamp(0, self.limit)
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Standardised(Base):
+    """Squared error of a target; the logit is in the target's training deviations from its training mean."""
+
+    def __init__(self, target: np.ndarray, limit: float, facts: dict[str, Any]) -> None:
+        mean, scale = float(target.mean()), float(target.std()) or 1.0
+        super().__init__(np.zeros(1), limit, {**facts, "mean": mean, "scale": scale})
+        self.mean, self.scale = mean, scale
+
+    def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
+        """As :meth:`Base.loss`."""
+        return (logits[:, 0] - (self._target(seconds, duration) - self.mean) / self.scale).square()
+
+    def _value(self, logits: Tensor) -> Tensor:
+        return self.mean + self.scale * logits[:, 0]
+
+    def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ValueRegression(_Standardised):
+    """The seconds themselves, by squared error."""
+
+    def __init__(self, seconds: np.ndarray) -> None:
+        super().__init__(seconds, float(seconds.max()), {})
+
+    def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
+        return seconds
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        return self._value(logits)
+
+
+class PlayCompletion(_Standardised):
+    """Seconds of stay over seconds of the video; a video of unknown duration counts as one of the median."""
+
+    def __init__(self, seconds: np.ndarray, duration: np.ndarray) -> None:
+        known = duration[duration > 0]
+        self.median = float(np.median(known)) if len(known) else 1.0
+        ratio = seconds / np.where(duration > 0, duration, self.median)
+        super().__init__(ratio, float(seconds.max()), {"median_duration": self.median})
+
+    def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
+        return seconds / self._known(duration)
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        return self._value(logits) * self._known(duration)
+
+    def _known(self, duration: Tensor) -> Tensor:
+        return duration.where(duration > 0, duration.new_tensor(self.median))
+
+
+class NormalisedDwellTime(_Standardised):
+    """A sigmoid of the seconds, around what a short stay is: ``exp(mean - std)`` of their logarithms."""
+
+    def __init__(self, seconds: np.ndarray) -> None:
+        logs = np.log(seconds[seconds > 0])
+        self.offset = float(np.exp(logs.mean() - logs.std())) if len(logs) else 0.0
+        limit = float(seconds.max())
+        self.range = tuple(self._transform(torch.tensor([0.0, limit], dtype=torch.float64)).tolist())
+        target = self._transform(torch.from_numpy(seconds.astype(np.float64))).numpy()
+        super().__init__(target, limit, {"offset": self.offset})
+
+    def _transform(self, seconds: Tensor) -> Tensor:
+        return NDT_CEILING * torch.sigmoid((seconds - self.offset) / NDT_SCALE_S) - NDT_SHIFT
+
+    def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
+        return self._transform(seconds)
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        share = (self._value(logits).clamp(*self.range) + NDT_SHIFT) / NDT_CEILING
+        # The ceiling itself would be infinitely many seconds; float32 can round to it.
+        return self.offset + NDT_SCALE_S * torch.logit(share, 1e-6)
+
+
+class WeightedLogistic(Base):
+    """Weighted logistic regression: openings count as their seconds, other rows as one.
+
+    The odds are then ``E[seconds] / P(not open)``, and a second logit learns ``P(open)``; watching time has few rows of
+    zero and lets the second factor be 1, comment areas are opened in a few per cent of rows at best.
+    """
+
+    def __init__(self, seconds: np.ndarray) -> None:
+        opened = seconds > 0
+        share = np.clip(opened.mean(), 1e-6, 1 - 1e-6)
+        start = [math.log(max(seconds.mean(), 1e-6) / (1 - share)), math.log(share / (1 - share))]
+        super().__init__(np.array(start), float(seconds.max()), {"opened": float(opened.mean())})
+
+    def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
+        """As :meth:`Base.loss`."""
+        opened = (seconds > 0).to(logits.dtype)
+        weight = seconds.where(seconds > 0, torch.ones_like(seconds))
+        weighted, plain = functional.binary_cross_entropy_with_logits(
+            logits, opened[:, None].expand_as(logits), reduction="none"
+        ).unbind(1)
+        return weight * weighted + plain
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        return logits[:, 0].clamp(max=_MOST_LOGIT).exp() * torch.sigmoid(-logits[:, 1])
+
+
+class DurationQuantiles(Base):
+    """The share of stays, among videos of about the same duration, that are no longer than this one.
+
+    The distribution of a group is kept as points, linear between them; its first is the share of rows not opened.
+    A share below that is 0 seconds.
+    """
+
+    edges: Tensor
+    points: Tensor
+    shares: Tensor
+
+    def __init__(self, seconds: np.ndarray, duration: np.ndarray, groups: int) -> None:
+        # Durations of rows, each the last of its group, so that no group is empty.
+        edges = np.unique(np.quantile(duration, np.linspace(0, 1, groups + 1)[1:-1], method="inverted_cdf"))
+        edges = edges[edges < duration.max()]
+        group = np.searchsorted(edges, duration)
+        found = [_distribution(seconds[group == number]) for number in range(len(edges) + 1)]
+        # Padded by repeating the last point: segments without length, which nothing falls into.
+        longest = max(len(points) for points, _ in found)
+        points, shares = (
+            np.stack([np.pad(part, (0, longest - len(part)), mode="edge") for part in parts])
+            for parts in zip(*found, strict=True)
+        )
+        target = np.concatenate([np.interp(seconds[group == g], *found[g]) for g in range(len(found))])
+        mean = float(np.clip(target.mean(), 1e-4, 1 - 1e-4))
+        facts = {"duration_edges": edges.tolist(), "not_opened": shares[:, 0].tolist()}
+        super().__init__(np.array([math.log(mean / (1 - mean))]), float(seconds.max()), facts)
+        self.variance = float(target.var()) or 1.0
+        for name, values in (("edges", edges), ("points", points), ("shares", shares)):
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
+
+    def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
+        """As :meth:`Base.loss`."""
+        group = self._group(duration)
+        target = _interpolate(seconds, self.points[group], self.shares[group])
+        return (torch.sigmoid(logits[:, 0]) - target).square() / self.variance
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        group = self._group(duration)
+        return _interpolate(torch.sigmoid(logits[:, 0]), self.shares[group], self.points[group])
+
+    def _group(self, duration: Tensor) -> Tensor:
+        return torch.bucketize(duration, self.edges)
+
+
+class TreeProgression(Base):
+    """A balanced binary tree over ranges of seconds; each inner node says whether the stay lies in its right half.
+
+    The first leaf is a stay of zero, the others are quantile ranges of the stays of training. The prediction is the
+    mean of the leaves' means, by the probability of their paths.
+    """
+
+    bounds: Tensor
+    means: Tensor
+    right: Tensor
+    left: Tensor
+
+    def __init__(self, seconds: np.ndarray, leaves: int) -> None:
+        opened = seconds[seconds > 0]
+        inner = np.quantile(opened, np.linspace(0, 1, leaves)[1:-1]) if len(opened) else np.zeros(0)
+        # Half-open ranges (bound, next bound]: the first bound keeps zero by itself.
+        bounds = np.unique(np.append(0.0, inner[inner < seconds.max()])).astype(np.float32)
+        leaf = np.searchsorted(bounds, seconds.astype(np.float32), side="left")
+        count = np.bincount(leaf, minlength=len(bounds) + 1)
+        means = np.bincount(leaf, seconds, len(bounds) + 1) / np.maximum(count, 1)
+        right, left = _balanced_tree(len(count))
+        ways = np.maximum(right @ count, 0.5) / np.maximum(left @ count, 0.5)
+        facts = {"bounds": bounds.tolist(), "means": means.tolist()}
+        super().__init__(np.log(ways), float(seconds.max()), facts)
+        for name, values in (("bounds", bounds), ("means", means), ("right", right), ("left", left)):
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
+
+    def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
+        """As :meth:`Base.loss`."""
+        leaf = torch.bucketize(seconds, self.bounds)
+        return -self._log_probability(logits).gather(1, leaf[:, None])[:, 0]
+
+    def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
+        return self._log_probability(logits).exp() @ self.means
+
+    def _log_probability(self, logits: Tensor) -> Tensor:
+        """``[batch, leaves]``."""
+        return functional.logsigmoid(logits) @ self.right + functional.logsigmoid(-logits) @ self.left
+
+
+def fit_base(
+    kind: BaseKind, seconds: np.ndarray, duration: np.ndarray, *, duration_groups: int = 10, leaves: int = 16
+) -> Base:
+    """A base loss, fitted on training rows.
+
+    Args:
+        kind: which.
+        seconds: ``[n]`` float, stays of the training rows; 0 where the comments were not opened.
+        duration: ``[n]`` float, seconds of the videos; 0 where not known.
+        duration_groups: of D2Q, quantile groups of the duration.
+        leaves: of TPM, that for zero included; fewer where quantiles of the stays coincide.
+
+    Raises:
+        ValueError: no such kind, no rows, or no row with a stay above zero.
+    """
+    if not (seconds > 0).any():
+        raise ValueError("no row has a stay above zero: there is nothing to learn")
+    # What the losses will see.
+    seconds, duration = seconds.astype(np.float32), duration.astype(np.float32)
+    match kind:
+        case "vr":
+            return ValueRegression(seconds)
+        case "wlr":
+            return WeightedLogistic(seconds)
+        case "d2q":
+            return DurationQuantiles(seconds, duration, duration_groups)
+        case "ndt":
+            return NormalisedDwellTime(seconds)
+        case "pcr":
+            return PlayCompletion(seconds, duration)
+        case "tpm":
+            return TreeProgression(seconds, leaves)
+    raise ValueError(f"no base loss is called {kind!r}")
+
+
+def _distribution(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Zero and quantiles of the stays above it, ascending, and the share of all stays that are no longer than each."""
+    opened = seconds[seconds > 0]
+    points = np.zeros(1)
+    if len(opened):
+        points = np.unique(np.append(0.0, np.quantile(opened, np.linspace(0, 1, QUANTILES), method="inverted_cdf")))
+    shares = np.searchsorted(np.sort(seconds), points, side="right") / len(seconds)
+    return points, shares
+
+
+def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation of ``x [batch]`` between each row's points ``known`` and ``values``, both ``[batch, k]``.
+
+    Outside of the points it is the first or the last value.
+    """
+    if known.shape[1] == 1:
+        return values[:, 0]
+    upper = torch.searchsorted(known, x[:, None], right=True).clamp(1, known.shape[1] - 1)
+    (low, high), (first, last) = (
+        (part.gather(1, upper - 1)[:, 0], part.gather(1, upper)[:, 0]) for part in (known, values)
+    )
+    share = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return first + share * (last - first)
+
+
+def _balanced_tree(leaves: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which leaves lie right and left of each inner node, two matrices ``[leaves - 1, leaves]`` of 0 and 1."""
+    right, left = np.zeros((2, max(leaves - 1, 0), leaves))
+    ranges, node = [(0, leaves)], 0
+    while ranges:
+        start, stop = ranges.pop()
+        if stop - start < 2:
+            continue
+        middle = (start + stop) // 2
+        left[node, start:middle] = right[node, middle:stop] = 1
+        node += 1
+        ranges += [(start, middle), (middle, stop)]
+    return right, left
