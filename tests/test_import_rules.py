@@ -57,7 +57,8 @@ def test_only_packages_below_are_imported(package: str) -> None:
 def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
     providers = packages_distributions()
     extras = ["cpu", "llm", "kafka", "s3"] + (["dev"] if package in ("benchmarks", "tests") else [])
-    allowed = declared(*extras) | {"fbgemm-gpu"}
+    # Triton comes with the CUDA build of PyTorch.
+    allowed = declared(*extras) | {"fbgemm-gpu", "triton"}
     outside = [(place, name) for place, name in imports(package) if name not in OWN | set(sys.stdlib_module_names)]
     wrong = [
         (place, name)
@@ -67,9 +68,9 @@ def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
     assert not wrong
 
 
-def test_modules_know_torch_and_torchrec_only() -> None:
+def test_modules_know_tensors_arrays_and_compilers_only() -> None:
     outside = {name for _, name in imports("modules") if name not in {"modules"} | set(sys.stdlib_module_names)}
-    assert outside <= {"torch", "torchrec"}
+    assert outside <= {"torch", "torchrec", "numpy", "numba", "llvmlite", "triton"}
 
 
 def test_the_rules_see_imports_inside_functions() -> None:
