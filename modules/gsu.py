@@ -17,6 +17,7 @@ taken. ``modules/gsu_reference.py`` defines the results in plain PyTorch; they a
 * int8: a score is the dot product in integers, which is exact.
 * float16: the products are exact in float32; lane l of 16 sums those at ``l, l + 16, ...`` in order, in float32; lanes
   l and l + 8 are added, then l and l + 4, l + 2, l + 1.
+* The scores of two parts are added, in float32 or in integers.
 
 Rows are worked on by as many threads as ``torch.get_num_threads()`` says.
 """
@@ -47,22 +48,36 @@ class Found(NamedTuple):
 
 
 class SearchVectors(NamedTuple):
-    """A vector for each item; the space of the dot products.
+    """A vector for each item, or for each author: a space of dot products.
 
     Attributes:
         values: ``[rows, width]`` float16, all finite, or int8; ``width`` is a multiple of 16 (:func:`padded_width`).
-            Row 0 is zeros and stands for items without a vector: they score 0, and a candidate without one finds the
+            Row 0 is zeros and stands for ids without a vector: they score 0, and a candidate without one finds the
             latest entries.
-        shift: the row of an item is the number that the history has for it plus this.
+        shift: the row of an id is the number that histories have for it plus this.
     """
 
     values: np.ndarray
     shift: int = 0
 
-    def rows(self, items: np.ndarray) -> np.ndarray:
-        """The rows of some items; 0 for those beyond the table."""
-        rows = items + self.shift
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """The rows of some ids; 0 for those beyond the table."""
+        rows = ids + self.shift
         return np.where((rows > 0) & (rows < len(self.values)), rows, 0)
+
+
+class SearchPart(NamedTuple):
+    """Dot products of one kind, between the entries of histories and n candidates.
+
+    Attributes:
+        column: of the history, int64 or int32: ids of its entries.
+        candidate: ``[n]`` int64, ids to compare them with.
+        vectors: of the ids.
+    """
+
+    column: np.ndarray
+    candidate: np.ndarray
+    vectors: SearchVectors
 
 
 def padded_width(dim: int) -> int:
@@ -118,49 +133,40 @@ def latest_of_all(
     return _search(gsu_kernels.latest_of_all, length, first, stop, ordinal, bits, require)
 
 
-def top(
-    first: np.ndarray,
-    stop: np.ndarray,
-    length: int,
-    items: np.ndarray,
-    vectors: SearchVectors,
-    candidate: np.ndarray,
-) -> Found:
-    """The entries of each run whose vectors have the largest dot product with the candidate's.
+def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> Found:
+    """The entries of each run with the largest scores.
 
     Args:
         first: as in :func:`latest`.
         stop: likewise.
         length: likewise.
-        items: column of the history, int64 or int32.
-        vectors: of the items.
-        candidate: ``[n]`` int64, the items to compare with.
+        parts: one, or two whose dot products are added, say of items and of their authors. The vectors of both have the
+            same type.
 
     Raises:
-        ValueError: vectors of another type or width.
+        ValueError: vectors of another type or width, or more parts.
     """
-    query = queries(vectors, candidate)
-    values, kernel = vectors.values, gsu_kernels.top_byte
-    if values.dtype == np.float16:
-        # numba knows no half precision; the kernel reads the bits itself.
-        values, kernel = values.view(np.uint16), gsu_kernels.top_half
-    return _search(kernel, length, first, stop, items, vectors.shift, values, query)
+    dtypes = {part.vectors.values.dtype for part in parts}
+    if len(parts) not in (1, 2) or len(dtypes) > 1:
+        raise ValueError(f"a search has one or two parts of one type, not {len(parts)} of {len(dtypes)}")
+    kernel = gsu_kernels.top_half if np.dtype(np.float16) in dtypes else gsu_kernels.top_byte
+    arguments = [argument for part in parts for argument in _arguments(part)]
+    return _search(kernel, length, first, stop, len(parts), *(arguments * 2)[:8])
 
 
-def queries(vectors: SearchVectors, candidate: np.ndarray) -> np.ndarray:
-    """Vectors of the candidates as the kernels take them: ``[n, width]`` float32 for float16 ones, otherwise int8.
-
-    Raises:
-        ValueError: vectors of another type or width.
-    """
-    values = vectors.values
+def _arguments(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+    """Column, shift, vectors and the candidates' vectors, as the kernels take them."""
+    values, shift = part.vectors
     if values.dtype not in (np.float16, np.int8) or values.shape[1] % LANES or not values.flags.c_contiguous:
         raise ValueError(
             f"search vectors must be rows of float16 or int8, a multiple of {LANES} wide, not {values.dtype} of width "
             f"{values.shape[1]}"
         )
-    chosen = values[vectors.rows(candidate)]
-    return chosen.astype(np.float32) if values.dtype == np.float16 else chosen
+    query = values[part.vectors.rows(part.candidate)]
+    if values.dtype == np.int8:
+        return part.column, shift, values, query
+    # numba knows no half precision: the kernel reads the bits itself.
+    return part.column, shift, values.view(np.uint16), query.astype(np.float32)
 
 
 def _search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> Found:

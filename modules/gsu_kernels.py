@@ -126,7 +126,9 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
         lowest: below every score.
 
     Returns:
-        ``top(begin, end, first, stop, entries, shift, vectors, query, out, lengths)``, compiled.
+        ``top(begin, end, first, stop, parts, column, shift, vectors, query, column_2, shift_2, vectors_2, query_2, out,
+        lengths)``, compiled. With 2 parts a score is the sum of two dot products; with 1 the arguments of the second
+        are not used.
     """
 
     @numba.njit(nogil=True)
@@ -135,16 +137,23 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
         end: int,
         first: np.ndarray,
         stop: np.ndarray,
-        entries: np.ndarray,
+        parts: int,
+        column: np.ndarray,
         shift: int,
         vectors: np.ndarray,
         query: np.ndarray,
+        column_2: np.ndarray,
+        shift_2: int,
+        vectors_2: np.ndarray,
+        query_2: np.ndarray,
         out: np.ndarray,
         lengths: np.ndarray,
     ) -> None:
         rows, width = vectors.shape
         base, row_bytes, blocks = vectors.ctypes.data, width * vectors.itemsize, width // LANES
-        length = out.shape[1]
+        rows_2, width_2 = vectors_2.shape
+        base_2, row_bytes_2, blocks_2 = vectors_2.ctypes.data, width_2 * vectors_2.itemsize, width_2 // LANES
+        both, length = parts == 2, out.shape[1]
         keys = np.empty(4 * length + 64, np.uint64)
         spare = np.empty_like(keys)
         for row in range(begin, end):
@@ -153,18 +162,24 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
             if high - low <= length:
                 write_all(low, high, out[row])
                 continue
-            address = query[row].ctypes.data
+            address, address_2 = query[row].ctypes.data, query_2[row].ctypes.data
             count, floor = 0, lowest
-            for at in range(high - 1, max(high - 1 - AHEAD, low - 1), -1):
-                fetch(base, row_of(entries, at, shift, rows), row_bytes)
-            for at in range(high - 1, low - 1, -1):
-                if at - AHEAD >= low:
-                    fetch(base, row_of(entries, at - AHEAD, shift, rows), row_bytes)
-                vector = np.uintp(base + row_of(entries, at, shift, rows) * row_bytes)
-                score = dot(vector, address, blocks)
+            for at in range(high - 1, low - 1 - AHEAD, -1):
+                # The loop runs ahead of itself: entry `at` is asked for, and the one AHEAD of it in turn is scored.
+                if at >= low:
+                    fetch(base, row_of(column, at, shift, rows), row_bytes)
+                    if both:
+                        fetch(base_2, row_of(column_2, at, shift_2, rows_2), row_bytes_2)
+                here = at + AHEAD
+                if here >= high:
+                    continue
+                score = dot(np.uintp(base + row_of(column, here, shift, rows) * row_bytes), address, blocks)
+                if both:
+                    vector_2 = np.uintp(base_2 + row_of(column_2, here, shift_2, rows_2) * row_bytes_2)
+                    score += dot(vector_2, address_2, blocks_2)
                 # Not where it equals the worst of those that stay: they are all later.
                 if score > floor:
-                    keys[count] = key_of(score, at - low)
+                    keys[count] = key_of(score, here - low)
                     count += 1
                     if count == len(keys):
                         floor = score_of(keep_best(keys, spare, count, length))

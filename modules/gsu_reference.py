@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.gsu import Found, SearchVectors
+from modules.gsu import Found, SearchPart
 from modules.gsu_intrinsics import LANES
 
 
@@ -59,20 +59,18 @@ def latest_of_all(
     return _rows(found)
 
 
-def top(
-    first: np.ndarray,
-    stop: np.ndarray,
-    length: int,
-    items: np.ndarray,
-    vectors: SearchVectors,
-    candidate: np.ndarray,
-) -> Found:
+def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> Found:
     """See :func:`modules.gsu.top`."""
-    values = torch.tensor(vectors.values)
     found = []
-    for (low, high), query in zip(_runs(first, stop), vectors.rows(candidate).tolist(), strict=True):
-        rows = torch.from_numpy(vectors.rows(items[low:high]))
-        found.append(low + best(scores(values[rows], values[query]), length))
+    for row, (low, high) in enumerate(_runs(first, stop)):
+        score = None
+        for column, candidate, vectors in parts:
+            values = torch.tensor(vectors.values)
+            entries = values[torch.from_numpy(vectors.rows(column[low:high]))]
+            query = values[int(vectors.rows(candidate[row : row + 1])[0])]
+            score = scores(entries, query) if score is None else score + scores(entries, query)
+        assert score is not None
+        found.append(low + best(score, length))
     return _rows(found)
 
 

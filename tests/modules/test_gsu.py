@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules import gsu, gsu_reference
-from modules.gsu import Found, SearchVectors
+from modules.gsu import Found, SearchPart, SearchVectors
 from modules.gsu_kernels import nth_largest
 
 COLUMNS = 700
@@ -53,14 +53,20 @@ def same(found: Found, expected: Found) -> None:
     ties=st.booleans(),
     length=st.sampled_from(LENGTHS),
     narrow=st.booleans(),
+    parts=st.integers(1, 2),
 )
-def test_top_is_its_definition(seed, n, dtype, ties, length, narrow):
+def test_top_is_its_definition(seed, n, dtype, ties, length, narrow, parts):
     rng = np.random.default_rng(seed)
-    vectors = make_vectors(rng, dtype, ties)
     first, stop = make_runs(rng, n)
-    # Also items without a vector, in the history and as candidates.
-    items = rng.integers(-1, len(vectors.values) + 3, COLUMNS).astype(np.int32 if narrow else np.int64)
-    asked = (first, stop, length, items, vectors, rng.integers(-1, len(vectors.values) + 3, n))
+
+    def part() -> SearchPart:
+        vectors = make_vectors(rng, dtype, ties)
+        # Also ids without a vector, in the history and as candidates.
+        beyond = len(vectors.values) + 3
+        column = rng.integers(-1, beyond, COLUMNS).astype(np.int32 if narrow else np.int64)
+        return SearchPart(column, rng.integers(-1, beyond, n), vectors)
+
+    asked = (first, stop, length, *(part() for _ in range(parts)))
     same(gsu.top(*asked), gsu_reference.top(*asked))
 
 
@@ -90,9 +96,9 @@ def test_scores_in_the_worst_orders(dtype, order):
     values = np.zeros((121, 16), dtype)
     values[:, 0] = np.arange(121)
     items = {"falling": 120 - np.arange(n) * 120 // n, "rising": np.arange(n) * 120 // n, "equal": np.full(n, 5)}[order]
-    vectors, run = SearchVectors(values), (np.array([0]), np.array([n]))
-    found = gsu.top(*run, length, items, vectors, np.array([1]))
-    same(found, gsu_reference.top(*run, length, items, vectors, np.array([1])))
+    asked = (np.array([0]), np.array([n]), length, SearchPart(items, np.array([1]), SearchVectors(values)))
+    found = gsu.top(*asked)
+    same(found, gsu_reference.top(*asked))
     if order == "equal":
         assert found.at.tolist() == list(range(n - length, n))
 
@@ -103,7 +109,8 @@ def test_a_candidate_without_a_vector_finds_the_latest():
     items = rng.integers(0, len(vectors.values), COLUMNS)
     first, stop = np.array([0, 10]), np.array([COLUMNS, 600])
     for unknown in (-7, 10**9):
-        same(gsu.top(first, stop, 20, items, vectors, np.full(2, unknown)), gsu.latest(first, stop, 20))
+        found = gsu.top(first, stop, 20, SearchPart(items, np.full(2, unknown), vectors))
+        same(found, gsu.latest(first, stop, 20))
 
 
 def test_half_scores_round_as_stated():
@@ -112,9 +119,8 @@ def test_half_scores_round_as_stated():
     values = (3 * rng.standard_normal((4000, 48))).astype(np.float16)
     values[:, 0] = 30_000
     values[0] = 0
-    vectors, items = SearchVectors(values), np.arange(4000)
-    candidate = np.arange(1, 40)
-    asked = (np.zeros(39, np.int64), np.full(39, 4000), 30, items, vectors, candidate)
+    items, candidate = np.arange(4000), np.arange(1, 40)
+    asked = (np.zeros(39, np.int64), np.full(39, 4000), 30, SearchPart(items, candidate, SearchVectors(values)))
     found = gsu.top(*asked)
     same(found, gsu_reference.top(*asked))
     exact = values.astype(np.float64) @ values[candidate].astype(np.float64).T
@@ -126,7 +132,14 @@ def test_half_scores_round_as_stated():
 def test_other_vectors_are_refused(values):
     none = np.zeros(0, np.int64)
     with pytest.raises(ValueError, match="search vectors must be"):
-        gsu.top(none, none, 3, none, SearchVectors(values), none)
+        gsu.top(none, none, 3, SearchPart(none, none, SearchVectors(values)))
+
+
+def test_parts_of_two_types_are_refused():
+    none = np.zeros(0, np.int64)
+    parts = [SearchPart(none, none, SearchVectors(np.zeros((3, 16), dtype))) for dtype in (np.int8, np.float16)]
+    with pytest.raises(ValueError, match="not 2 of 2"):
+        gsu.top(none, none, 3, *parts)
 
 
 @settings(deadline=None)
