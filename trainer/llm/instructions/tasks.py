@@ -1,0 +1,232 @@
+"""The three tasks, as samples: what is asked, the answer, and what else could have been answered.
+
+Only what was known at the request stands in a prompt: earlier stays and interactions of the user, and the comments at
+the top of the area then. The answer is a letter. Candidates are in an order drawn from the seed and the visit, so that
+a letter says nothing of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.llm.instructions.buckets import bucket_of, ranges
+from trainer.llm.instructions.past import Past
+from trainer.llm.instructions.visits import Texts, Visits
+from trainer.llm.templates import Template
+
+TASKS: tuple[str, ...] = ("staytime", "top_comment", "user_comment")
+
+_VIDEO = frozenset({"video", "tag"})
+PLACES: dict[str, dict[str, frozenset[str]]] = {
+    "staytime": {
+        "prompt": _VIDEO | {"history", "comments", "options"},
+        "history": _VIDEO | {"answer", "seconds"},
+        "comment": frozenset({"comment"}),
+        "option": frozenset({"letter", "range"}),
+        "none": frozenset(),
+    },
+    "top_comment": {
+        "prompt": _VIDEO | {"options"},
+        "option": frozenset({"letter", "comment"}),
+    },
+    "user_comment": {
+        "prompt": _VIDEO | {"history", "options"},
+        "history": frozenset({"comment"}),
+        "option": frozenset({"letter", "comment"}),
+        "none": frozenset(),
+    },
+}
+"""Task -> section of its template -> what may stand in braces there."""
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+Record = dict[str, Any]
+"""A sample as it is written: ``task, prompt, answer, options, popularity, visit_id, time_ms``."""
+
+
+@dataclass
+class Counts:
+    """What happened while samples were made: texts cut at their length, and visits without a sample."""
+
+    cut: int = 0
+    without_sample: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
+
+
+class Tasks:
+    """Makes samples of a dataset.
+
+    Args:
+        dataset: its path.
+        visits: of it.
+        templates: task -> template with the sections of ``PLACES``.
+        edges: of the staytime ranges, in seconds.
+        fitted: positions of the visits of the training days.
+        candidates: most comments to choose from, and to show.
+        history: most earlier stays or interactions.
+        characters: a longer text is cut.
+        seed: of orders and candidates.
+    """
+
+    def __init__(
+        self,
+        dataset: str | Path,
+        visits: Visits,
+        templates: dict[str, Template],
+        edges: tuple[float, ...],
+        fitted: np.ndarray,
+        *,
+        candidates: int,
+        history: int,
+        characters: int,
+        seed: int,
+    ) -> None:
+        self.counts = Counts()
+        self._visits, self._templates, self._seed = visits, templates, seed
+        self._candidates, self._history, self._characters = candidates, history, characters
+        self._items = Texts(dataset, "items", "item_id", ["text", "tag"])
+        self._comments = Texts(dataset, "comments", "comment_id", ["text", "time_ms"])
+        self._ranges, self._bucket = ranges(edges), bucket_of(visits.staytime_ms, edges)
+        self._stays = Past(visits.user_id, visits.known_ms, np.arange(len(visits.visit_id)))
+        owner = np.repeat(np.arange(len(visits.visit_id)), visits.interacted.lengths)
+        self._touched = Past(visits.user_id[owner], visits.known_ms[owner], visits.interacted.values)
+        self._popularity = _BucketCounts(visits.item_id[fitted], self._bucket[fitted], len(self._ranges))
+
+    def samples(self, task: str, at: np.ndarray, most: int) -> Iterator[Record]:
+        """Up to ``most`` samples of a task from the visits at positions ``at``, in that order."""
+        make = {"staytime": self._staytime, "top_comment": self._top_comment, "user_comment": self._user_comment}[task]
+        made = 0
+        for place in at.tolist():
+            if made == most:
+                return
+            record = make(place)
+            if record is None:
+                self.counts.without_sample[task] += 1
+                continue
+            made += 1
+            ids = {"visit_id": int(self._visits.visit_id[place]), "time_ms": int(self._visits.request_ms[place])}
+            yield {"task": task, **record, **ids}
+
+    def _staytime(self, place: int) -> Record | None:
+        """How long? Answers are the ranges in their own order."""
+        visits, template = self._visits, self._templates["staytime"]
+        then = self._stays.latest(visits.user_id[place], visits.request_ms[place], self._history)
+        *videos, video = self._videos(visits.item_id[np.append(then, place)])
+        if not video["video"]:
+            return None
+        earlier = [
+            template.fill("history", **seen, answer=LETTERS[bucket], seconds=f"{staytime_ms / 1000:.0f}")
+            for seen, bucket, staytime_ms in zip(videos, self._bucket[then], visits.staytime_ms[then], strict=True)
+        ]
+        texts = self._texts(visits.shown[place][: self._candidates])
+        options = [
+            template.fill("option", letter=letter, range=words)
+            for letter, words in zip(LETTERS, self._ranges, strict=False)
+        ]
+        prompt = template.fill(
+            "prompt",
+            **video,
+            history=_lines(template, earlier),
+            comments=_lines(template, [template.fill("comment", comment=text) for text in texts if text]),
+            options="\n".join(options),
+        )
+        popularity = self._popularity.of(visits.item_id[place])
+        return _record(prompt, int(self._bucket[place]), popularity)
+
+    def _top_comment(self, place: int) -> Record | None:
+        """Which has most likes at the time? Where two share the first place there is no answer."""
+        visits = self._visits
+        rng = self._generator("top_comment", place)
+        shown, likes = visits.shown[place], visits.shown_likes[place]
+        if len(likes) < len(shown):
+            return None
+        chosen = rng.permutation(len(shown))[: self._candidates]
+        chosen = chosen[np.array([bool(text) for text in self._texts(shown[chosen])], bool)]
+        if len(chosen) < 2 or (likes[chosen] == likes[chosen].max()).sum() > 1:
+            return None
+        written = self._comments.numbers(shown[chosen], "time_ms")
+        age_hours = (visits.request_ms[place] - np.maximum(written, 0)) / 3_600_000
+        return self._choice("top_comment", place, shown[chosen], int(np.argmax(likes[chosen])), age_hours, [])
+
+    def _user_comment(self, place: int) -> Record | None:
+        """Which does the user like or answer? One of those, among others that were shown and left alone."""
+        visits, template = self._visits, self._templates["user_comment"]
+        rng = self._generator("user_comment", place)
+        shown, likes = visits.shown[place], visits.shown_likes[place]
+        touched = np.isin(shown, visits.interacted[place])
+        told = np.array([bool(text) for text in self._texts(shown)], bool)
+        right, wrong = np.flatnonzero(touched & told), np.flatnonzero(~touched & told)
+        if not len(right) or not len(wrong):
+            return None
+        chosen = np.append(rng.choice(right, 1), rng.permutation(wrong)[: self._candidates - 1])
+        order = rng.permutation(len(chosen))
+        popularity = likes[chosen[order]] if len(likes) == len(shown) else np.zeros(len(chosen))
+        earlier = self._touched.latest(visits.user_id[place], visits.request_ms[place], self._history)
+        texts = [template.fill("history", comment=text) for text in self._texts(earlier) if text]
+        answer = int(np.flatnonzero(order == 0)[0])
+        return self._choice("user_comment", place, shown[chosen[order]], answer, popularity, texts)
+
+    def _choice(
+        self, task: str, place: int, ids: np.ndarray, answer: int, popularity: np.ndarray, history: Sequence[str]
+    ) -> Record | None:
+        """A choice among the comments ``ids``, in their order."""
+        template, (video,) = self._templates[task], self._videos(self._visits.item_id[place : place + 1])
+        if not video["video"]:
+            return None
+        options = [
+            template.fill("option", letter=letter, comment=text)
+            for letter, text in zip(LETTERS, self._texts(ids), strict=False)
+        ]
+        past = {"history": _lines(template, history)} if "history" in template.sections else {}
+        prompt = template.fill("prompt", **video, **past, options="\n".join(options))
+        return _record(prompt, answer, popularity)
+
+    def _generator(self, task: str, place: int) -> np.random.Generator:
+        """The random stream of a visit: which other visits are drawn, and how many, has no part in it."""
+        return np.random.default_rng([self._seed, TASKS.index(task), int(self._visits.visit_id[place])])
+
+    def _videos(self, items: np.ndarray) -> list[dict[str, str]]:
+        pairs = zip(self._items.of(items, "text"), self._items.of(items, "tag"), strict=True)
+        return [{"video": self._cut(text), "tag": tag or "no category"} for text, tag in pairs]
+
+    def _texts(self, comments: np.ndarray) -> list[str]:
+        return [self._cut(text) for text in self._comments.of(comments, "text")]
+
+    def _cut(self, text: str) -> str:
+        self.counts.cut += len(text) > self._characters
+        return text[: self._characters]
+
+
+class _BucketCounts:
+    """How often each range was stayed in, video by video."""
+
+    def __init__(self, item: np.ndarray, bucket: np.ndarray, buckets: int) -> None:
+        self._items, row = np.unique(item, return_inverse=True)
+        self._counts = np.bincount(row * buckets + bucket, minlength=len(self._items) * buckets).reshape(-1, buckets)
+        total = np.bincount(bucket, minlength=buckets)
+        self._share = total / max(1, total.sum())
+
+    def of(self, item: int) -> np.ndarray:
+        """Counts of a video and, to decide where they are even or none, the shares of all videos."""
+        place = int(np.searchsorted(self._items, item))
+        known = place < len(self._items) and self._items[place] == item
+        return self._share + (self._counts[place] if known else 0)
+
+
+def _record(prompt: str, answer: int, popularity: np.ndarray) -> Record:
+    options = list(LETTERS[: len(popularity)])
+    # a prompt ends with one space, whatever an editor has made of the end of the line
+    return {
+        "prompt": f"{prompt} ",
+        "answer": options[answer],
+        "options": options,
+        "popularity": [round(float(figure), 4) for figure in popularity],
+    }
+
+
+def _lines(template: Template, lines: Sequence[str]) -> str:
+    return "\n".join(lines) or template.sections["none"]
