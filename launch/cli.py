@@ -21,6 +21,7 @@ from trainer.command import (
     exit_status,
 )
 from trainer.data.cli import add_data_parser
+from trainer.llm.instructions.cli import add_instructions_parser
 from trainer.stream.cli import add_stream_parser
 
 BROKEN_PIPE_STATUS = 141
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data_parser(verbs)
     add_stream_parser(verbs)
+    add_instructions_parser(verbs)
 
     train = add_command(
         verbs,

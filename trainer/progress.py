@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from tqdm import tqdm
@@ -70,6 +71,35 @@ class Progress:
             note(line)
         else:
             say(line)
+
+
+class Phases:
+    """Shows work that goes in phases, each with its own bar; called with what is done, how much of it, and of how much.
+
+    Args:
+        units: phase -> what is counted.
+        other: what the other phases count.
+    """
+
+    def __init__(self, units: Mapping[str, str], other: str = "parts") -> None:
+        self._units, self._other = units, other
+        self._phase: Progress | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._phase is None or self._phase.label != what:
+            self.__exit__(None, None, None)
+            self._phase = Progress(what, total, self._units.get(what, self._other))
+        self._phase.advance(done - self._phase.done)
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._phase is not None:
+            self._phase.__exit__(kind, error, trace)
+            self._phase = None
 
 
 def _duration(seconds: float) -> str:

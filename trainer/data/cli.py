@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from trainer.command import add_command
 from trainer.memory import keep_freed_memory
-from trainer.progress import Progress
+from trainer.progress import Phases
 
 if TYPE_CHECKING:
     from trainer.data.schema import DatasetSpec
@@ -142,7 +141,7 @@ def _simulate(options: argparse.Namespace) -> int:
     from trainer.data.simulate import simulate
 
     keep_freed_memory()
-    with _Phases() as progress:
+    with Phases(_UNITS) as progress:
         sizes = options.users, options.days, options.partitions, options.seed
         spec = simulate(options.out, *sizes, progress, texts=options.texts)
     return _made(options.out, spec)
@@ -152,7 +151,7 @@ def _import_kuairand(options: argparse.Namespace) -> int:
     from trainer.data.importers.kuairand import import_kuairand
 
     keep_freed_memory()
-    with _Phases() as progress:
+    with Phases(_UNITS) as progress:
         spec = import_kuairand(options.src, options.out, options.partitions, random=options.random, progress=progress)
     return _made(options.out, spec)
 
@@ -161,7 +160,7 @@ def _import_kuailive(options: argparse.Namespace) -> int:
     from trainer.data.importers.kuailive import import_kuailive
 
     keep_freed_memory()
-    with _Phases() as progress:
+    with Phases(_UNITS) as progress:
         spec = import_kuailive(options.src, options.out, options.partitions, progress)
     return _made(options.out, spec)
 
@@ -170,7 +169,7 @@ def _import_kuailive_m3(options: argparse.Namespace) -> int:
     from trainer.data.importers.kuailive_m3 import import_kuailive_m3
 
     keep_freed_memory()
-    with _Phases() as progress:
+    with Phases(_UNITS) as progress:
         spec = import_kuailive_m3(options.src, options.out, options.partitions, progress)
     return _made(options.out, spec)
 
@@ -179,7 +178,7 @@ def _import_events(options: argparse.Namespace) -> int:
     from trainer.data.importers.events import import_events
 
     keep_freed_memory()
-    with _Phases() as progress:
+    with Phases(_UNITS) as progress:
         spec = import_events(options.src, options.out, options.mapping, options.partitions, progress)
     return _made(options.out, spec)
 
@@ -197,26 +196,3 @@ def _made(out: str, spec: DatasetSpec) -> int:
     print(f"{out}: {spec.rows:,} training rows of {users:,} users in {spec.partitions} partitions")
     print(f"look at it: limelight data describe {out}")
     return 0
-
-
-class _Phases:
-    """Shows work that goes in phases, each with its own bar."""
-
-    def __init__(self) -> None:
-        self._phase: Progress | None = None
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._phase is None or self._phase.label != what:
-            self.__exit__(None, None, None)
-            self._phase = Progress(what, total, _UNITS.get(what, "parts"))
-        self._phase.advance(done - self._phase.done)
-
-    def __enter__(self) -> _Phases:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._phase is not None:
-            self._phase.__exit__(kind, error, trace)
-            self._phase = None

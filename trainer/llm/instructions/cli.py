@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
     from trainer.llm.instructions.write import Plan, write_instructions
 
     plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
-    with Phases("samples") as progress:
+    with Phases({}, "samples") as progress:
         manifest = write_instructions(options.dataset, options.out, plan, progress)
     for split, counts in manifest["samples"].items():
         print(f"{options.out}/{split}.jsonl: " + ", ".join(f"{count:,} {task}" for task, count in counts.items()))
