@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.stream.event_logs import logged_of
 from tests.stream.random_logs import SPEC
 from trainer.data.checks import Columns
 from trainer.stream.config import StreamConfig
@@ -54,10 +55,10 @@ class Cluster:
         return StreamConfig(source="kafka", brokers=self.brokers, topic=topic, **{**defaults, **options})
 
     def published(self, events: Columns, per_message: int = 1, **options: Any) -> StreamConfig:
-        """A new topic that holds the events."""
+        """A new topic that holds the events, and what is logged with them."""
         config = self.config(self.topic(), **options)
         topic = Topic(config, SPEC, PARTITIONS)
-        topic.publish(events, per_message)
+        topic.publish(events, per_message, logged_of(events))
         topic.flush()
         return config
 

@@ -5,6 +5,7 @@ The brokers are librdkafka's, in this process; ``make test-kafka BROKERS=...`` r
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -19,20 +20,23 @@ from tests.stream.conftest import PARTITIONS, Cluster
 from tests.stream.event_logs import (
     START_MS,
     as_tuples,
+    assert_logged,
     by_partition,
     content,
     given,
+    logged_of,
     merged,
     random_events,
     store,
 )
-from tests.stream.random_logs import BEHAVIOURS, SPEC
+from tests.stream.random_logs import SPEC
 from trainer.data.checks import Columns
 from trainer.data.plan import partitions_of_rank
 from trainer.data.schema import partition_of
 from trainer.errors import UserError
 from trainer.stream import kafka
 from trainer.stream.connect import connect
+from trainer.stream.files import FilesSource
 from trainer.stream.kafka import KafkaSource, without_gaps
 from trainer.stream.kafka_client import Trouble
 from trainer.stream.messages import Codec
@@ -47,6 +51,7 @@ def read(config, partitions=ALL, position: Position | None = None, batches: int 
     taken = []
     with KafkaSource(config, SPEC).open(partitions, position) as reader:
         while (batches is None or len(taken) < batches) and (batch := reader.take()) is not None:
+            assert_logged(batch.events, batch.logged)
             taken.append(batch)
     return taken
 
@@ -99,6 +104,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest(topic):
             taken = read(replace_batch(topic, 90), owned, position, batches)
             for batch in taken:
                 for p, own in batch.of_partitions():
+                    assert_logged(own.events, own.logged)
                     seen[p] += as_tuples(own.events)
             at.append(taken[-1].position)
         position = merge_positions(at)
@@ -133,9 +139,9 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     config = cluster.config(cluster.topic(), batch_events=400)
     cluster.send(config.topic, 0, [b"early"])
     topic = Topic(config, SPEC, PARTITIONS, append=True)
-    topic.publish(EVENTS, 5)
+    topic.publish(EVENTS, 5, logged_of(EVENTS))
     topic.flush()
-    good = Codec("json", BEHAVIOURS, 0).encode(part(by_partition(EVENTS)[1], 0, 1))[0]
+    good = Codec("json", SPEC, 0).encode(part(by_partition(EVENTS)[1], 0, 1))[0]
     cluster.send(config.topic, 1, [b"nonsense", None, good + b"\n" + good.replace(b'"time_ms": 1', b'"time_ms": -1')])
     cluster.send(config.topic, 2, [good])
     batches = read(config)
@@ -161,12 +167,30 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     assert read(config, ALL, batch.position)[-1].position == end
 
 
+def test_features_that_cannot_be_are_kept_with_the_reason(cluster):
+    config = cluster.config(cluster.topic())
+    owner = int(partition_of(np.array([17]), PARTITIONS)[0])
+    event = {"user_id": 17, "author_id": 1, "item_id": 1, "domain": "live", "event": "exposure", "time_ms": START_MS}
+    features = {"side": [1, 2], "dense": [0.5], "stat": [0] * 8}
+    sent = [event | {"visit_id": visit} | features for visit in (1, 2, 3)]
+    sent[1]["stat"] = [0] * 7
+    cluster.send(config.topic, owner, [json.dumps(each).encode() for each in sent])
+    with KafkaSource(config, SPEC).open(ALL) as reader:
+        (batch,) = reader
+    assert batch.events["visit_id"].tolist() == [1, 3]
+    assert batch.logged.at.tolist() == [0, 1]
+    assert batch.position[owner] == [3, 0, START_MS, 1]
+    (letter,) = cluster.messages(f"{config.topic}-dead-letters")
+    assert dict(letter.headers())["limelight.reason"] == b"stat has 7 values; it must have 8"
+    assert json.loads(letter.value()) == sent[1]
+
+
 def test_positions_count_what_was_rejected_before_them(cluster):
     rng = np.random.default_rng(8)
     config = cluster.config(cluster.topic(), batch_events=37)
     bad: dict[int, list[tuple[int, int]]] = {p: [] for p in ALL}
     for p, events in by_partition(part(EVENTS, 0, 450)).items():
-        lines = Codec("json", BEHAVIOURS, 0).encode(events)
+        lines = Codec("json", SPEC, 0).encode(events, logged_of(events))
         sent: list[bytes] = []
         while lines:
             message = []
@@ -191,7 +215,7 @@ def test_positions_count_what_was_rejected_before_them(cluster):
 
 def test_a_partitioner_of_the_producers_is_trusted_when_asked_to(cluster):
     config = cluster.config(cluster.topic(), partitioner="producer")
-    values = Codec("json", BEHAVIOURS, 0).encode(EVENTS)
+    values = Codec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
     owner = (EVENTS["user_id"] * 7 + 1) % PARTITIONS
     for p in ALL:
         cluster.send(config.topic, p, [values[k] for k in np.flatnonzero(owner == p)])
@@ -324,7 +348,8 @@ class Delivered:
         return 1, START_MS
 
     def value(self) -> bytes:
-        return Codec("json", BEHAVIOURS, 0).encode(part(EVENTS, self._offset, self._offset + 1))[0]
+        event = part(EVENTS, self._offset, self._offset + 1)
+        return Codec("json", SPEC, 0).encode(event, logged_of(event))[0]
 
 
 class Repeating:
@@ -414,7 +439,7 @@ def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(c
     with source.open(ALL) as reader:
         assert reader.take(0.3) is None
         for first in (0, 5):
-            topic.publish(part(one, first, first + 5), 1)
+            topic.publish(part(one, first, first + 5), 1, logged_of(part(one, first, first + 5)))
             topic.flush()
             got: list = []
             while len(got) < 5:
@@ -494,8 +519,10 @@ def test_publish_puts_a_dataset_on_a_topic(cluster, tmp_path, capsys):
     assert f"3,000 events are on topic {topic} in 4 partitions" in capsys.readouterr().out
     messages = cluster.messages(topic)
     assert [message.key() for message in messages[:1]] == [str(by_user(messages[0])).encode()]
-    config = cluster.config(topic)
-    assert given(read(config)) == merged(EVENTS, ALL)
+    config = cluster.config(topic, batch_events=170)
+    with FilesSource(path, config).open(ALL) as reader:
+        replayed = [content(batch) for batch in reader]
+    assert [content(batch) for batch in read(config)] == replayed, "both sources give the same batches"
     assert main(command) == 2
     assert f"topic {topic} has 3,000 messages already" in capsys.readouterr().err
     assert main([*command, "--append", "--format", "json", "--events-per-message", "500"]) == 0
@@ -503,7 +530,7 @@ def test_publish_puts_a_dataset_on_a_topic(cluster, tmp_path, capsys):
 
 
 def by_user(message) -> int:
-    decoded = Codec("json", BEHAVIOURS, 0).decode([message.value()], START_MS * 2)
+    decoded = Codec("json", SPEC, 0).decode([message.value()], START_MS * 2)
     return int(decoded.events["user_id"][0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.stream.event_logs import as_tuples, random_events
-from tests.stream.random_logs import BEHAVIOURS
+from tests.stream.event_logs import as_tuples, assert_logged, logged_of, random_events
+from tests.stream.random_logs import SPEC
 from trainer.data.schema import EVENT_COLUMNS, partition_of
-from trainer.stream import messages
+from trainer.stream import json_lines, messages
+from trainer.stream.logged import FEATURES
 from trainer.stream.messages import Codec, Decoded
 
 NOW_MS = 1_800_000_000_000
@@ -31,12 +33,20 @@ GOOD = {
 }
 
 
+OPEN = {**GOOD, "event": "exposure", "side": [49, 7], "dense": [0.5], "stat": [3, 1, 0, 0, 9, 2.0, 0, 1]}
+"""An event that carries features."""
+
+
 def codec(format: str) -> Codec:
-    return Codec(format, BEHAVIOURS, HOUR_MS)
+    return Codec(format, SPEC, HOUR_MS)
 
 
 def line(**changes: object) -> bytes:
     return json.dumps({name: value for name, value in {**GOOD, **changes}.items() if value is not ...}).encode()
+
+
+def opening(**changes: object) -> bytes:
+    return line(**{**OPEN, **changes})
 
 
 def content(decoded: Decoded) -> tuple:
@@ -44,6 +54,7 @@ def content(decoded: Decoded) -> tuple:
         as_tuples(decoded.events),
         decoded.message.tolist(),
         decoded.inside.tolist(),
+        [column.tolist() for column in vars(decoded.logged).values()],
         decoded.sizes.tolist(),
         decoded.rejected,
     )
@@ -54,8 +65,13 @@ def content(decoded: Decoded) -> tuple:
 def test_events_come_back_as_they_were(format, per_message):
     coded = codec(format)
     parts = [{name: column[k : k + per_message] for name, column in EVENTS.items()} for k in range(0, 300, per_message)]
-    sent = coded.encode(EVENTS) if per_message == 1 else [coded.encode_together(part) for part in parts]
+    if per_message == 1:
+        sent = coded.encode(EVENTS, logged_of(EVENTS))
+    else:
+        sent = [coded.encode_together(part, logged_of(part)) for part in parts]
     decoded = coded.decode(sent, NOW_MS)
+    assert_logged(decoded.events, decoded.logged)
+    assert 20 < len(decoded.logged) < 60
     assert as_tuples(decoded.events) == as_tuples(EVENTS)
     assert decoded.message.tolist() == [k // per_message for k in range(300)]
     assert decoded.inside.tolist() == [k % per_message for k in range(300)]
@@ -88,6 +104,28 @@ BROKEN = [
     (line(value=float("nan")), "value is not a finite float32"),
     (line(value=1e39), "value is not a finite float32"),
     (line(value=10**400), "value is not a finite float32"),
+    (opening(side=...), "side is missing: side, dense and stat come all or not at all"),
+    (opening(dense=None), "dense is missing"),
+    (opening(stat=..., dense=...), "stat is missing"),
+    (opening(side=[1]), "side has 1 values; it must have 2"),
+    (opening(dense=[]), "dense has 0 values; it must have 1"),
+    (opening(stat=[0] * 9), "stat has 9 values; it must have 8"),
+    (opening(side=[50, 0]), "side has a value that is none of its feature's"),
+    (opening(side=[0, -1]), "side has a value that is none of its feature's"),
+    (opening(side=[0, None]), "side has a value that is none of its feature's"),
+    (opening(side=[0, 1 << 62]), "side has a value that is none of its feature's"),
+    (opening(side=[0, 1.0]), "side is [0, 1.0], not a list of 64-bit integers"),
+    (opening(side=7), "side is 7, not a list of 64-bit integers"),
+    (opening(dense=[True]), "dense is [True], not a list of numbers"),
+    (opening(dense=["1"]), "dense is ['1'], not a list of numbers"),
+    (opening(dense=[[1]]), "dense is [[1]], not a list of numbers"),
+    (opening(dense=[None]), "dense has a value that is not a finite float32"),
+    (opening(dense=[1e39]), "dense has a value that is not a finite float32"),
+    (opening(dense=[float("nan")]), "dense has a value that is not a finite float32"),
+    (opening(dense=[10**400]), "dense has a value that is not a finite float32"),
+    (opening(stat=[-1, 0, 0, 0, 0, 0, 0, 0]), "stat has a value that is no count"),
+    (opening(stat=[None] * 8), "stat has a value that is no count"),
+    (opening(user_id=-1, side=[1]), "user_id is negative"),
 ]
 
 
@@ -111,12 +149,28 @@ def test_what_is_no_event_is_told_with_its_reason(value, reason):
         b" " + line() + b" ",
         line() + b"\n",
         line(more="ü").replace(b"\\u00fc", "ü".encode()),
+        opening(),
+        opening(side=None, dense=None, stat=...),
+        opening(event="enter"),
+        # What is not the opening of a visit has no features to be looked at.
+        opening(event="like", side=[1, 2, 3], stat=None),
     ],
 )
 def test_what_is_an_event(value):
     decoded = codec("json").decode([value], NOW_MS)
     assert decoded.rejected == []
     assert decoded.sizes.tolist() == [1]
+
+
+def test_features_are_those_of_the_opening_of_a_visit_in_a_candidate_domain():
+    events = [("exposure", "live"), ("like", "live"), ("exposure", "video"), ("enter", "live"), ("exit", "live")]
+    lines = [opening(event=event, domain=domain, side=[k, 0]) for k, (event, domain) in enumerate(events)]
+    decoded = Codec("json", replace(SPEC, candidates=("live",)), HOUR_MS).decode(lines, NOW_MS)
+    assert decoded.rejected == []
+    assert decoded.logged.at.tolist() == [0, 3]
+    assert decoded.logged.side.tolist() == [[0, 0], [3, 0]]
+    assert decoded.logged.dense.tolist() == [[0.5]] * 2
+    assert decoded.logged.stat.tolist() == [[3, 1, 0, 0, 9, 2, 0, 1]] * 2
 
 
 def test_a_bad_line_takes_nothing_else_of_its_message():
@@ -134,15 +188,33 @@ def test_a_bad_line_takes_nothing_else_of_its_message():
 VALUES = st.sampled_from(
     [..., None, 0, -1, 17, 1 << 62, 1 << 63, 1.5, 1e40, True, "", "live", "like", "exit", "5", [], {}, float("nan")]
 )
+NUMBERS = st.sampled_from([None, 0, 1, 1.5, -3, 1 << 40, 1 << 70, 1e40, float("nan"), True, "1", [2]])
+WIDTHS = {name: len(OPEN[name]) for name in FEATURES}
+LISTS = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.one_of(
+            st.lists(st.integers(0, 9) if name == "side" else NUMBERS, min_size=width, max_size=width),
+            st.lists(NUMBERS, max_size=3),
+            VALUES,
+        )
+        for name, width in WIDTHS.items()
+    },
+)
 LINES = st.one_of(
     st.just(line()),
+    st.just(opening()),
+    LISTS.map(lambda changes: opening(**changes)),
     st.dictionaries(st.sampled_from([*GOOD, "more"]), VALUES, max_size=3).map(lambda changes: line(**changes)),
     st.sampled_from([value for value, _ in BROKEN]),
     st.tuples(st.just(line()), st.integers(0, 120), st.binary(max_size=2)).map(
         lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :]
     ),
     st.sampled_from(
-        [line() + line(), line() + b"\n" + line(), b"\n", line() + b"\r", line()[:-1] + b', "user_id": 4}']
+        [
+            *(line() + line(), line() + b"\n" + line(), b"\n", line() + b"\r", line()[:-1] + b', "user_id": 4}'),
+            *(opening()[:-1] + b', "side": [4, 5]}', opening(side=...)[:-1] + b', "\\u0073ide": [4, 5]}'),
+        ]
     ),
 )
 
@@ -156,7 +228,8 @@ LINES = st.one_of(
 def test_the_fast_parser_takes_what_the_plain_one_takes(values):
     fast = content(codec("json").decode(values, NOW_MS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(messages, "_parse_together", lambda parts, lines: None)
+        for module in (messages, json_lines):
+            patch.setattr(module, "parse_together", lambda parts, lines: None)
         plain = content(codec("json").decode(values, NOW_MS))
     assert fast == plain
 
@@ -196,9 +269,52 @@ def test_arrow_rejects_single_events_and_whole_messages():
     assert [entry.reason for entry in alone] == ["time_ms is negative"]
 
 
+def arrow(*rows: dict[str, object], **types: pa.DataType) -> bytes:
+    """A message of a producer that makes tables from Python's objects."""
+    table = pa.Table.from_pylist(list(rows))
+    for name, type in types.items():
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(type))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def test_arrow_features_of_a_producer_of_its_own():
+    row = {**OPEN, "domain": 1}
+    other = {**row, "side": [0, 1], "stat": [0.0] * 8}
+    types = {"side": pa.list_(pa.int8(), 2), "dense": pa.large_list(pa.float64()), "domain": pa.int8()}
+    for sent in (arrow(row, other), arrow(row, other, **types)):
+        decoded = codec("arrow").decode([sent, arrow({**GOOD, "domain": 1})], NOW_MS)
+        assert decoded.rejected == []
+        assert decoded.message.tolist() == [0, 0, 1]
+        assert decoded.logged.at.tolist() == [0, 1]
+        assert decoded.logged.side.tolist() == [[49, 7], [0, 1]]
+        assert decoded.logged.stat.tolist() == [[3, 1, 0, 0, 9, 2, 0, 1], [0] * 8]
+    decoded = codec("arrow").decode([arrow({**row, "dense": [float("inf")]}, {**row, "side": [1]}, row)], NOW_MS)
+    assert [(bad.inside, bad.reason) for bad in decoded.rejected] == [
+        (0, "dense has a value that is not a finite float32"),
+        (1, "side has 1 values; it must have 2"),
+    ]
+    assert decoded.logged.at.tolist() == [0]
+    alone = codec("arrow").decode([bad.content for bad in decoded.rejected], NOW_MS)
+    assert [bad.reason for bad in alone.rejected] == [bad.reason for bad in decoded.rejected]
+    (text,) = codec("arrow").decode([arrow({**row, "side": "none"})], NOW_MS).rejected
+    assert text.reason.startswith("not an Arrow stream of events: ")
+
+
+def test_a_message_of_one_event_is_as_large_as_its_own_features():
+    one = {name: column[:1] for name, column in EVENTS.items()}
+    one["event"][:], one["visit_id"][:] = 0, 1
+    many = {name: np.repeat(column, 1000) for name, column in one.items()}
+    sent = codec("arrow").encode(many, logged_of(many))
+    assert {len(value) for value in sent} == {len(codec("arrow").encode(one, logged_of(one))[0])}
+
+
 def test_arrow_that_is_cut_or_scribbled_on_is_no_error():
     coded = codec("arrow")
-    whole = coded.encode_together({name: column[:9] for name, column in EVENTS.items()})
+    nine = {name: column[:9] for name, column in EVENTS.items()}
+    whole = coded.encode_together(nine, logged_of(nine))
     rng = np.random.default_rng(0)
     for _ in range(200):
         broken = bytearray(whole[: rng.integers(0, len(whole) + 1)])

@@ -152,7 +152,7 @@ class _Feed:
         self._consumer, self._trouble, self.position, self._config = consumer, trouble, position, config
         self._partitions, self._none = partitions, none_logged(spec)
         self._ticks_ms = [slice_ms] if slice_ms else []
-        self._codec = Codec(config.format, spec.behaviours, round(config.future_hours * 3_600_000))
+        self._codec = Codec(config.format, spec, round(config.future_hours * 3_600_000))
         self._dead = DeadLetters(config)
         self._merge = TimeMerge(position)
         self._next = {p: at[0] for p, at in position.items()}
@@ -252,12 +252,16 @@ class _Feed:
         first, last = np.searchsorted(decoded.message, [start, stop])
         message, inside = decoded.message[first:last], decoded.inside[first:last]
         events = {name: column[first:last] for name, column in decoded.events.items()}
+        logged = decoded.logged.part(int(first), int(last))
         bad = [bad for bad in decoded.rejected if start <= bad.message < stop]
         resumed = self._inside.pop(p, None)
         if resumed is not None and offset[start] == resumed[0]:
             # The first events of this message are before the position.
             after = (message > start) | (inside >= resumed[1])
-            events = {name: column[after] for name, column in events.items()}
+            events, logged = (
+                {name: column[after] for name, column in events.items()},
+                logged.take(np.flatnonzero(after)),
+            )
             message, inside = message[after], inside[after]
             bad = [entry for entry in bad if (entry.message, entry.inside) >= (start, resumed[1])]
         done = inside + 1 == decoded.sizes[message]
@@ -271,7 +275,7 @@ class _Feed:
                 "inside": np.where(done, 0, inside + 1),
                 "rejected": self._rejected[p] + np.searchsorted(places, (message << 32) + inside),
             },
-            self._none,
+            logged,
         )
         if len(message):
             self._newest_ms = max(self._newest_ms, int(events["time_ms"].max()))

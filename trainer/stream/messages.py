@@ -5,7 +5,8 @@
     {"user_id": 17, "author_id": 3, "item_id": 90, "domain": "live", "visit_id": 5, "event": "like",
      "time_ms": 1700000000000, "value": 0}
 
-``arrow``: one event or several as an Arrow IPC stream with the columns of ``trainer.data.schema.EVENT_COLUMNS``.
+``arrow``: one event or several as an Arrow IPC stream with the columns of ``trainer.data.schema.EVENT_COLUMNS``, and
+those of the features where it has any.
 
 ============  =====================  =============================================================================
 field         json                   meaning
@@ -15,40 +16,45 @@ domain        "video", "live"        an int8 position in ``schema.DOMAINS`` in A
 event         string                 exposure, enter, exit, or one of the job's behaviours
 time_ms       integer                milliseconds UTC; not negative, not far ahead of the clock
 value         number, null or none   float32 in Arrow; milliseconds watched of an exit, price of a gift, else 0
+side          list, null or none     integers, int32 in Arrow: each in ``[0, rows)`` of its ``DatasetSpec.side``
+dense         list, null or none     numbers, float32 in Arrow: those of ``DatasetSpec.dense``
+stat          list, null or none     numbers, float32 in Arrow: counts as ``schema.row_columns`` has them
 ============  =====================  =============================================================================
 
-Other fields are passed over. Events of one message belong to one partition and come in the order of the log.
+``side``, ``dense`` and ``stat`` are what was known of the visit when it was requested, in the order of the job's
+dataset: all three or none of them. They are those of the exposure in a candidate domain, or of the enter where a
+producer has no exposures, and of other events are passed over, as other fields are. Events of one message belong to one
+partition and come in the order of the log.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json as paj
 
 from trainer.data.checks import Columns
-from trainer.data.schema import DOMAINS, EVENT_COLUMNS, VISIT_EVENTS, partition_of
+from trainer.data.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, partition_of
+from trainer.data.visits import event_names, event_table
 from trainer.stream.config import MessageFormat
-from trainer.stream.rows import EVENT_TYPES
+from trainer.stream.grouping import of_domains
+from trainer.stream.json_lines import IDS, INTEGERS, is_text, parse_lines, parse_together
+from trainer.stream.logged import FEATURES, Logged
+from trainer.stream.message_features import FeatureLists
+from trainer.stream.rows import ENTER, EVENT_TYPES
 
-_IDS = ("user_id", "author_id", "item_id", "visit_id")
-_INTEGERS = (*_IDS, "time_ms")
-# The value is read in 64 bits and rounded once, whichever parser reads it.
-_JSON_SCHEMA = pa.schema(
-    [(name, pa.int64()) for name in _INTEGERS]
-    + [("domain", pa.string()), ("event", pa.string()), ("value", pa.float64())]
+_LISTS = pa.schema(
+    [("side", pa.list_(pa.int32())), ("dense", pa.list_(pa.float32())), ("stat", pa.list_(pa.float32()))]
 )
-_PARSE = paj.ParseOptions(explicit_schema=_JSON_SCHEMA, unexpected_field_behavior="ignore")
 _NAMED_EVENTS = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.field("event", pa.string()))
+# What no int32 can hold is told apart event by event.
+_READ = pa.schema([*_NAMED_EVENTS, *_LISTS.set(0, pa.field("side", pa.list_(pa.int64())))])
 _NOT_ARROW = (pa.ArrowException, OSError, ValueError)
-_FEW = 32
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -77,6 +83,7 @@ class Decoded:
         events: columns of ``EVENT_TYPES``, each ``[n]``, in the order of the messages.
         message: ``[n]`` int64, place of each event's message.
         inside: ``[n]`` int64, which event of the message it is, the rejected ones counted too.
+        logged: features of the events that carry them.
         sizes: ``[messages]`` int64, events of each message, rejected ones too.
         rejected: the others, in order.
     """
@@ -84,6 +91,7 @@ class Decoded:
     events: Columns
     message: np.ndarray
     inside: np.ndarray
+    logged: Logged
     sizes: np.ndarray
     rejected: list[Rejected]
 
@@ -93,12 +101,13 @@ class Codec:
 
     Args:
         format: of the messages.
-        behaviours: event names beside those of every visit, in label order.
+        spec: names the behaviours, which are events, and the features.
         ahead_ms: how far an event may be ahead of the clock.
     """
 
-    def __init__(self, format: MessageFormat, behaviours: Sequence[str], ahead_ms: int) -> None:
-        self._format, self._names, self._ahead_ms = format, (*VISIT_EVENTS, *behaviours), ahead_ms
+    def __init__(self, format: MessageFormat, spec: DatasetSpec, ahead_ms: int) -> None:
+        self._format, self._spec, self._ahead_ms = format, spec, ahead_ms
+        self._names, self._features = event_names(spec), FeatureLists(spec)
 
     def decode(
         self, values: Sequence[bytes], now_ms: int, partition: np.ndarray | None = None, partitions: int = 0
@@ -114,6 +123,9 @@ class Codec:
         """
         table, message, inside, sizes, rejected = _from_json(values) if self._format == "json" else _from_arrow(values)
         events, reasons = self._checked(table, now_ms)
+        opens = (events["event"] <= ENTER) & of_domains(self._spec, events["domain"], None)
+        logged, no_features = self._features.read(table, opens)
+        reasons = no_features | reasons
         if partition is not None:
             owner = partition_of(events["user_id"], partitions)
             for row in np.flatnonzero(owner != partition[message]).tolist():
@@ -125,45 +137,48 @@ class Codec:
         if reasons:
             kept = np.ones(len(message), bool)
             kept[list(reasons)] = False
-            events = {name: column[kept] for name, column in events.items()}
+            events, logged = {name: column[kept] for name, column in events.items()}, logged.take(np.flatnonzero(kept))
             message, inside = message[kept], inside[kept]
         rejected.sort(key=lambda bad: (bad.message, bad.inside))
-        return Decoded(events, message, inside, sizes, rejected)
+        return Decoded(events, message, inside, logged, sizes, rejected)
 
-    def encode(self, events: Columns) -> list[bytes]:
-        """Each event as a message."""
+    def encode(self, events: Columns, logged: Logged | None = None) -> list[bytes]:
+        """Each event as a message; ``logged`` with some of them, or nothing is."""
         if self._format == "json":
-            return self._lines(events)
-        table = self._table(events)
+            return self._lines(events, logged)
+        table = self._table(events, logged)
         return [_stream(table.slice(row, 1)) for row in range(table.num_rows)]
 
-    def encode_together(self, events: Columns) -> bytes:
+    def encode_together(self, events: Columns, logged: Logged | None = None) -> bytes:
         """All events as one message."""
-        return b"\n".join(self._lines(events)) if self._format == "json" else _stream(self._table(events))
+        if self._format == "json":
+            return b"\n".join(self._lines(events, logged))
+        return _stream(self._table(events, logged))
 
-    def _lines(self, events: Columns) -> list[bytes]:
+    def _lines(self, events: Columns, logged: Logged | None) -> list[bytes]:
         template = ", ".join(
-            [*(f'"{name}": %d' for name in _IDS), '"domain": %s, "event": %s, "time_ms": %d, "value": %r']
+            [*(f'"{name}": %d' for name in IDS), '"domain": %s, "event": %s, "time_ms": %d, "value": %r']
         )
         domains, names = [json.dumps(name) for name in DOMAINS], [json.dumps(name) for name in self._names]
         columns = [
-            *(events[name].tolist() for name in _IDS),
+            *(events[name].tolist() for name in IDS),
             [domains[code] for code in events["domain"].tolist()],
             [names[code] for code in events["event"].tolist()],
             events["time_ms"].tolist(),
             events["value"].tolist(),
         ]
-        return [("{" + template % row + "}").encode() for row in zip(*columns, strict=True)]
+        lines = ["{" + template % row + "}" for row in zip(*columns, strict=True)]
+        if logged is not None:
+            for at, features in zip(logged.at.tolist(), self._features.lines(logged), strict=True):
+                lines[at] = f"{lines[at][:-1]}, {features}}}"
+        return [line.encode() for line in lines]
 
-    def _table(self, events: Columns) -> pa.Table:
-        names = pa.array(self._names)
-        return pa.table(
-            [
-                pa.DictionaryArray.from_arrays(pa.array(events[name]), names) if name == "event" else events[name]
-                for name in EVENT_COLUMNS.names
-            ],
-            schema=EVENT_COLUMNS,
-        )
+    def _table(self, events: Columns, logged: Logged | None) -> pa.Table:
+        table = event_table(self._spec, events)
+        if logged is not None:
+            for name, column in self._features.arrays(logged, table.num_rows).items():
+                table = table.append_column(_LISTS.field(name), column)
+        return table
 
     def _checked(self, table: pa.Table, now_ms: int) -> tuple[Columns, dict[int, str]]:
         """Columns of a table, and why rows of it are no events; values of those rows mean nothing."""
@@ -174,13 +189,13 @@ class Codec:
             reasons.update((row, reason) for row in np.flatnonzero(bad).tolist())
 
         value = table["value"].cast(pa.float64()).fill_null(0.0).to_numpy()
-        columns: Columns = {name: table[name].fill_null(0).to_numpy() for name in _INTEGERS}
+        columns: Columns = {name: table[name].fill_null(0).to_numpy() for name in INTEGERS}
         time_ms = columns["time_ms"]
         refuse(~(np.abs(value) <= _LARGEST_FLOAT32), "value is not a finite float32")
         refuse(
             time_ms > now_ms + self._ahead_ms, f"time_ms is more than {self._ahead_ms / 3.6e6:g} h ahead of the clock"
         )
-        for name in _INTEGERS:
+        for name in INTEGERS:
             refuse(columns[name] < 0, f"{name} is negative")
         columns["value"] = np.where(np.abs(value) <= _LARGEST_FLOAT32, value, 0).astype(np.float32)
         for name, known in (("event", self._names), ("domain", DOMAINS)):
@@ -192,7 +207,7 @@ class Codec:
             for row in np.flatnonzero(outside).tolist():
                 reasons[row] = f"{name} {table[name][row].as_py()!r:.80} is unknown; known are {', '.join(known)}"
             columns[name] = np.where(outside, 0, code).astype(np.int8)
-        for name in (*_INTEGERS, "domain", "event"):
+        for name in (*INTEGERS, "domain", "event"):
             if table[name].null_count:
                 refuse(table[name].is_null().to_numpy(), f"{name} is missing")
         return {name: columns[name].astype(dtype, copy=False) for name, dtype in EVENT_TYPES.items()}, reasons
@@ -203,34 +218,23 @@ _Read = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[Rejected]]
 
 
 def _from_json(values: Sequence[bytes]) -> _Read:
-    """Lines of messages as columns of ``_JSON_SCHEMA``."""
+    """Lines of messages as columns of ``json_lines.JSON_SCHEMA``."""
     values = [value.removesuffix(b"\n") for value in values]
     sizes = np.array([value.count(b"\n") + 1 for value in values], np.int64)
-    table = _parse_together(values, int(sizes.sum()))
+    table = parse_together(values, int(sizes.sum()))
     if table is not None:
         return table, *_places(sizes, np.ones(len(values), bool)), sizes, []
     # Something in it is not plain: line by line, as far as that is needed.
-    text = np.array([_is_text(value) for value in values], bool)
+    text = np.array([is_text(value) for value in values], bool)
     sizes[~text] = 1
     rejected = [Rejected(place, 0, "not text in UTF-8", values[place]) for place in np.flatnonzero(~text).tolist()]
     lines = list(chain.from_iterable(values[place].split(b"\n") for place in np.flatnonzero(text).tolist()))
     message, inside = _places(sizes, text)
-    tables: list[pa.Table] = [_JSON_SCHEMA.empty_table()]
-    bad: dict[int, str] = {}
-    _parse(lines, 0, tables, bad)
+    table, bad = parse_lines(lines)
     rejected += [Rejected(int(message[row]), int(inside[row]), reason, lines[row]) for row, reason in bad.items()]
     kept = np.ones(len(lines), bool)
     kept[list(bad)] = False
-    return pa.concat_tables(tables).combine_chunks(), message[kept], inside[kept], sizes, rejected
-
-
-def _is_text(value: bytes) -> bool:
-    if not value.isascii():
-        try:
-            value.decode()
-        except UnicodeDecodeError:
-            return False
-    return True
+    return table, message[kept], inside[kept], sizes, rejected
 
 
 def _places(sizes: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -240,90 +244,9 @@ def _places(sizes: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return message, np.arange(len(message)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _parse(lines: list[bytes], first: int, tables: list[pa.Table], bad: dict[int, str]) -> None:
-    """Parse lines, whose first one has the number ``first``, in order; halves of what Arrow does not take."""
-    table = _parse_together(lines, len(lines))
-    if table is not None:
-        tables.append(table)
-    elif len(lines) > _FEW:
-        half = len(lines) // 2
-        _parse(lines[:half], first, tables, bad)
-        _parse(lines[half:], first + half, tables, bad)
-    else:
-        rows = []
-        for number, line in enumerate(lines, first):
-            row = _parse_one(line)
-            if isinstance(row, str):
-                bad[number] = row
-            else:
-                rows.append(row)
-        tables.append(pa.Table.from_pylist(rows, schema=_JSON_SCHEMA))
-
-
-def _parse_together(parts: list[bytes], lines: int) -> pa.Table | None:
-    """Parts of so many lines by Arrow's parser; None if any line is not plainly one flat object.
-
-    What it takes, ``_parse_one`` takes with the same values.
-    """
-    joined = b"\n".join(parts)
-    objects = joined.count(b"{")
-    if not objects or objects != lines or not joined.startswith(b"{") or joined.count(b"\n{") != lines - 1:
-        return None
-    if not _is_text(joined):
-        return None
-    try:
-        # One block, since a line may not be longer than one.
-        read = paj.ReadOptions(use_threads=False, block_size=len(joined) + 1)
-        table = paj.read_json(pa.py_buffer(joined), read_options=read, parse_options=_PARSE)
-    except pa.ArrowException:
-        return None
-    return table.select(_JSON_SCHEMA.names).combine_chunks() if table.num_rows == lines else None
-
-
-def _parse_one(line: bytes) -> dict[str, int | float | str | None] | str:
-    """A line as a row of ``_JSON_SCHEMA``, or why it is none."""
-    try:
-        parsed = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {str(error).splitlines()[0]:.80}"
-    if not isinstance(parsed, dict):
-        return f"not a JSON object but {type(parsed).__name__}"
-    row: dict[str, int | float | str | None] = {}
-    for name in _JSON_SCHEMA.names:
-        value = parsed.get(name)
-        fits, kind = _KINDS[name]
-        if value is not None and not fits(value):
-            return f"{name} is {value!a:.80}, not {kind}"
-        if name == "value" and type(value) is int:
-            # As Arrow reads it: what no float can hold is infinite.
-            value = float(value) if abs(value) <= _LARGEST_FLOAT32 else math.inf
-        row[name] = value
-    return row
-
-
-def _is_integer(value: object) -> bool:
-    return type(value) is int and -(1 << 63) <= value < 1 << 63
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_string(value: object) -> bool:
-    # Half of a pair of UTF-16 is JSON, and no text.
-    return type(value) is str and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    **dict.fromkeys(_INTEGERS, (_is_integer, "a 64-bit integer")),
-    **dict.fromkeys(("domain", "event"), (_is_string, "a string")),
-    "value": (_is_number, "a number"),
-}
-
-
 def _from_arrow(values: Sequence[bytes]) -> _Read:
     """IPC streams as one table of events."""
-    tables: list[pa.Table] = [_NAMED_EVENTS.empty_table()]
+    tables: list[pa.Table] = [_READ.empty_table()]
     rejected: list[Rejected] = []
     sizes = np.ones(len(values), np.int64)
     whole = np.ones(len(values), bool)
@@ -352,12 +275,15 @@ def _from_arrow(values: Sequence[bytes]) -> _Read:
 
 
 def _named(table: pa.Table) -> pa.Table:
-    """A table that was read, in the columns of ``EVENT_COLUMNS``, events by name."""
+    """A table that was read, in the columns of ``_READ``."""
     table.validate(full=True)
     missing = [name for name in EVENT_COLUMNS.names if name not in table.column_names]
     if missing:
         raise pa.ArrowInvalid(f"it has no column {missing[0]}")
-    return table.select(EVENT_COLUMNS.names).cast(_NAMED_EVENTS)
+    for name in FEATURES:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, _READ.field(name).type))
+    return table.select(_READ.names).cast(_READ)
 
 
 def _not_arrow(place: int, value: bytes, error: Exception) -> Rejected:

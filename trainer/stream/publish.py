@@ -13,7 +13,8 @@ def add_publish_parser(commands: argparse._SubParsersAction) -> None:
         commands,
         "publish",
         "put a dataset's events on a Kafka topic",
-        "Put the events of a dataset on a Kafka topic, each in the partition of its user and in event time order.\n"
+        "Put the events of a dataset on a Kafka topic, each in the partition of its user and in event time order, and\n"
+        "with each exposure the features of its training row, as of its request.\n"
         "The topic is made if it is not there. The messages are described at the top of trainer/stream/messages.py.",
         "limelight stream publish data/world --brokers localhost:9092 --topic watch --speed 60",
     )
@@ -67,7 +68,7 @@ def _publish(options: argparse.Namespace) -> int:
     source = FilesSource(options.dataset, config)
     with source.open(range(source.partitions)) as reader, Progress("publishing", spec.events, "events") as progress:
         for batch in reader:
-            topic.publish(batch.events, per_message)
+            topic.publish(batch.events, per_message, batch.logged)
             progress.advance(len(batch))
     topic.flush()
     print(f"{spec.events:,} events are on topic {options.topic} in {topic.partitions} partitions")

@@ -23,6 +23,7 @@ from trainer.stream.kafka_client import (
     topic_partitions,
     watermarks,
 )
+from trainer.stream.logged import Logged
 from trainer.stream.messages import Codec
 
 
@@ -43,7 +44,7 @@ class Topic:
     """
 
     def __init__(self, config: StreamConfig, spec: DatasetSpec, partitions: int, append: bool = False) -> None:
-        self._config, self._codec, self._trouble = config, Codec(config.format, spec.behaviours, 0), Trouble()
+        self._config, self._codec, self._trouble = config, Codec(config.format, spec, 0), Trouble()
         self._failures: list[str] = []
         self._producer = make_producer(config, self._trouble)
         consumer = make_consumer(config, self._trouble)
@@ -63,8 +64,8 @@ class Topic:
                 f"topic {config.topic} has {messages:,} messages already; name a new topic, or --append to add to them"
             )
 
-    def publish(self, events: Columns, per_message: int) -> None:
-        """Hand events to the producer, which sends them in the background.
+    def publish(self, events: Columns, per_message: int, logged: Logged | None = None) -> None:
+        """Hand events to the producer, which sends them in the background; ``logged`` with some of them.
 
         Raises:
             UserError: some before them could not be delivered.
@@ -73,7 +74,8 @@ class Topic:
         for p in np.unique(owner).tolist():
             at = np.flatnonzero(owner == p)
             own = {name: column[at] for name, column in events.items()}
-            for key, value in self._messages(own, per_message):
+            features = None if logged is None else logged.take(at)
+            for key, value in self._messages(own, features, per_message):
                 produce(
                     self._producer, self._config.topic, key=key, value=value, partition=p, on_delivery=self._delivered
                 )
@@ -89,14 +91,18 @@ class Topic:
         self._producer.flush()
         self._check()
 
-    def _messages(self, events: Columns, per_message: int) -> Iterator[tuple[bytes | None, bytes]]:
+    def _messages(
+        self, events: Columns, logged: Logged | None, per_message: int
+    ) -> Iterator[tuple[bytes | None, bytes]]:
         """Keys and values; what holds events of several users has no key, but their partition."""
         if per_message == 1:
-            yield from zip((str(user).encode() for user in events["user_id"]), self._codec.encode(events), strict=True)
+            keys = (str(user).encode() for user in events["user_id"])
+            yield from zip(keys, self._codec.encode(events, logged), strict=True)
             return
         for first in range(0, len(events["user_id"]), per_message):
             part = {name: column[first : first + per_message] for name, column in events.items()}
-            yield None, self._codec.encode_together(part)
+            features = None if logged is None else logged.part(first, first + per_message)
+            yield None, self._codec.encode_together(part, features)
 
     def _make(self, partitions: int) -> None:
         from confluent_kafka.admin import AdminClient, NewTopic
