@@ -35,7 +35,7 @@ HISTORY_LIMIT = 10_000
 MAX_BEHAVIOURS = 31
 """Behaviours that fit an entry's ``bits``."""
 
-_ENTRY_COLUMNS: dict[str, np.dtype] = {
+ENTRY_COLUMNS: dict[str, np.dtype] = {
     "item_id": np.dtype(np.int64),
     "author_id": np.dtype(np.int64),
     "request_ms": np.dtype(np.int64),
@@ -169,29 +169,30 @@ class Histories:
         self, user_id: np.ndarray, as_of_ms: np.ndarray, domains: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """``first`` and ``stop``, each ``[n, len(domains)]``, see :meth:`runs`."""
-        runs = self._runs(user_id)
-        first = runs[:, list(domains)]
-        stop = np.stack([self._known_until(runs, domain, as_of_ms) for domain in domains], axis=1)
+        begin, end = self._runs(user_id)
+        first = begin[:, list(domains)]
+        stop = np.stack([self._known_until(begin, end, domain, as_of_ms) for domain in domains], axis=1)
         # Only users with more than the limit pay for knowing how many visits of the other domains came before.
-        long = np.flatnonzero(runs[:, -1] - runs[:, 0] > HISTORY_LIMIT)
+        long = np.flatnonzero((end - begin).sum(axis=1) > HISTORY_LIMIT)
         if len(long):
-            known = sum(self._known_until(runs[long], d, as_of_ms[long]) - runs[long, d] for d in range(len(DOMAINS)))
+            b, e = begin[long], end[long]
+            known = sum(self._known_until(b, e, d, as_of_ms[long]) - b[:, d] for d in range(len(DOMAINS)))
             ordinal = self._entries["ordinal"]
             for place in range(len(domains)):
                 first[long, place] = _bisect(ordinal, first[long, place], stop[long, place], known - HISTORY_LIMIT)
         return first, stop
 
-    def _runs(self, user_id: np.ndarray) -> np.ndarray:
-        """``[n, domains + 1]``: domain d of a user is ``[runs[d], runs[d + 1])``; nothing for unknown users."""
+    def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each user's entries of all time begin and end, ``[n, domains]`` each; nothing for unknown users."""
         runs = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
         if len(self._user_id):
             place = np.minimum(_search(self._user_id, user_id), len(self._user_id) - 1)
             known = self._user_id[place] == user_id
             runs[known] = self._offsets[place[known]]
-        return runs
+        return runs[:, :-1], runs[:, 1:]
 
-    def _known_until(self, runs: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
-        return _bisect(self._entries["known_ms"], runs[:, domain], runs[:, domain + 1], as_of_ms)
+    def _known_until(self, begin: np.ndarray, end: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
+        return _bisect(self._entries["known_ms"], begin[:, domain], end[:, domain], as_of_ms)
 
     def _matching(self, require: int) -> np.ndarray:
         if require not in self._matches:
@@ -205,14 +206,14 @@ class Histories:
             # Plain arrays over the mapped memory: indexing np.memmap itself costs a subclass instance each time.
             columns = {
                 name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-                for name in (*_ENTRY_COLUMNS, *_USER_COLUMNS)
+                for name in (*ENTRY_COLUMNS, *_USER_COLUMNS)
                 if name not in _LATER_COLUMNS or (folder / f"{name}.npy").exists()
             }
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: histories cannot be read ({error})") from None
         self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
         for name in _LATER_COLUMNS - columns.keys():
-            columns[name] = np.broadcast_to(np.zeros(1, _ENTRY_COLUMNS[name]), columns["item_id"].shape)
+            columns[name] = np.broadcast_to(np.zeros(1, ENTRY_COLUMNS[name]), columns["item_id"].shape)
         self._entries = columns
 
 
@@ -225,7 +226,7 @@ class HistoryWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = {name: _GrowingColumn(folder / f"{name}.npy", dtype) for name, dtype in _ENTRY_COLUMNS.items()}
+        self._files = {name: _GrowingColumn(folder / f"{name}.npy", dtype) for name, dtype in ENTRY_COLUMNS.items()}
         self._users: list[np.ndarray] = []
         self._offsets: list[np.ndarray] = []
         self._entries = 0
@@ -327,7 +328,7 @@ def _cached(url: str, spec: DatasetSpec) -> Path:
     try:
         filesystem, inside = storage.open_url(storage.join(url, FOLDER))
         try:
-            for name in (*_ENTRY_COLUMNS, *_USER_COLUMNS):
+            for name in (*ENTRY_COLUMNS, *_USER_COLUMNS):
                 if name not in _LATER_COLUMNS or filesystem.exists(f"{inside}/{name}.npy"):
                     filesystem.get_file(f"{inside}/{name}.npy", str(aside / f"{name}.npy"))
         except FileNotFoundError as error:

@@ -1,0 +1,233 @@
+"""Histories that grow as a stream goes: those stored before it began, and the visits that it brings.
+
+The same columns and the same reads as stored histories (``trainer.data.history``), in memory: the entries of a user in
+a domain stay one run, which moves to a larger place when it is full. What the stream has brought is the state; the
+stored part is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from trainer.data.checks import Columns
+from trainer.data.history import ENTRY_COLUMNS, HISTORY_LIMIT, Histories
+from trainer.data.id_index import IdIndex
+from trainer.data.order import stable_order
+from trainer.data.schema import DOMAINS, partition_of
+
+VISIT_COLUMNS = ("user_id", "domain", *(name for name in ENTRY_COLUMNS if name != "ordinal"))
+"""What is told of a visit that has ended; ``known_ms`` is its end."""
+
+SLACK = HISTORY_LIMIT // 4
+"""Entries of a user beyond the limit before the oldest are dropped: reads of earlier moments look back on as many."""
+
+_SPARE = 1_000
+"""Entries that may lie idle whatever is kept."""
+
+
+class GrowingHistories(Histories):
+    """The histories of a rank's users, in memory: about 60 bytes a visit.
+
+    Args:
+        stored: histories of the dataset.
+        partitions: of the dataset.
+        owned: those of this rank.
+        since_ms: beginning of the stream. Of the stored visits those that were requested before it are taken; what
+            they were is known when the stream has passed their end.
+    """
+
+    def __init__(self, stored: Histories, partitions: int, owned: Sequence[int], since_ms: int) -> None:
+        self._partitions, self._since_ms = partitions, since_ms
+        self._matches = {}
+        self._users = IdIndex()
+        self._begin = self._end = self._room = np.zeros((0, len(DOMAINS)), np.int64)
+        self._entries = {name: np.zeros(0, dtype) for name, dtype in ENTRY_COLUMNS.items()}
+        self._used = self._live = 0
+        self._passed = dict.fromkeys(sorted(owned), since_ms)
+        visits = _stored_visits(stored, partitions, owned, since_ms)
+        before = visits["known_ms"] < since_ms
+        self._open_before = {name: column[~before] for name, column in visits.items()}
+        self._append({name: column[before] for name, column in visits.items()})
+
+    def append(self, visits: Columns, until_ms: Mapping[int, int]) -> None:
+        """Add visits of the stream; every partition's in order of their end.
+
+        Args:
+            visits: ``VISIT_COLUMNS``.
+            until_ms: partition -> all of its visits that have ended before this have been added, with these.
+        """
+        self._passed |= until_ms
+        later = self._open_before
+        ends = np.array([self._passed[p] for p in partition_of(later["user_id"], self._partitions).tolist()], np.int64)
+        due = later["known_ms"] < ends
+        if due.any():
+            visits = {name: np.concatenate([column[due], visits[name]]) for name, column in later.items()}
+            self._open_before = {name: column[~due] for name, column in later.items()}
+        self._append(visits)
+
+    def state_dict(self) -> dict[int, Columns]:
+        """Partition -> the visits that were added, ``VISIT_COLUMNS``, and ``until_ms``."""
+        users = self._users.ids
+        owner = partition_of(users, self._partitions)
+        state = {}
+        for partition, until_ms in self._passed.items():
+            visits = self._visits(np.flatnonzero(owner == partition))
+            added = visits["known_ms"] >= self._since_ms
+            state[partition] = {name: column[added] for name, column in visits.items()}
+            state[partition]["until_ms"] = np.array([until_ms], np.int64)
+        return state
+
+    def load_state_dict(self, states: Iterable[Mapping[int, Mapping[str, np.ndarray]]]) -> None:
+        """Go on from what any number of ranks have saved; to be called before anything is added.
+
+        Args:
+            states: ``state_dict`` of every rank that saved; partitions of other ranks are passed over.
+        """
+        for state in states:
+            for partition, saved in state.items():
+                if partition in self._passed:
+                    self._passed[partition] = int(saved["until_ms"][0])
+                    self._append({name: np.asarray(saved[name]) for name in VISIT_COLUMNS})
+        owner = partition_of(self._open_before["user_id"], self._partitions)
+        passed = np.array([self._passed[partition] for partition in owner.tolist()], np.int64)
+        waiting = self._open_before["known_ms"] >= passed
+        self._open_before = {name: column[waiting] for name, column in self._open_before.items()}
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Histories.lengths``; users in order of their first visit here."""
+        return self._users.ids, (self._end - self._begin)[: len(self._users)]
+
+    def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        number = self._users.find(user_id)
+        if not len(self._begin):
+            return np.zeros((2, len(user_id), len(DOMAINS)), np.int64)
+        known = (number >= 0)[:, None]
+        return np.where(known, self._begin[number], 0), np.where(known, self._end[number], 0)
+
+    def _append(self, visits: Columns) -> None:
+        if not len(visits["user_id"]):
+            return
+        self._matches = {}
+        number = self._users.add(visits["user_id"])
+        self._add_users()
+        by_time = stable_order(visits["known_ms"])
+        by_user = by_time[stable_order(number[by_time])]
+        users, counts = np.unique(number, return_counts=True)
+        had = (self._end[users] - self._begin[users]).sum(axis=1)
+        ordinal = np.empty(len(number), np.int64)
+        ordinal[by_user] = np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts - had, counts)
+
+        run = number * len(DOMAINS) + visits["domain"]
+        order = by_time[stable_order(run[by_time])]
+        runs, grown = np.unique(run, return_counts=True)
+        self._make_room(runs, grown)
+        ends = self._end.reshape(-1)
+        place = np.arange(len(run)) + np.repeat(ends[runs] - (np.cumsum(grown) - grown), grown)
+        for name, column in self._entries.items():
+            column[place] = (ordinal if name == "ordinal" else visits[name])[order]
+        ends[runs] += grown
+        self._live += len(run)
+        self._drop_oldest(users)
+
+    def _add_users(self) -> None:
+        if len(self._users) > len(self._begin):
+            # Doubled, so that users who come one by one cost no copy each.
+            more = 2 * len(self._users) - len(self._begin)
+            self._begin, self._end, self._room = (
+                np.concatenate([column, np.zeros((more, len(DOMAINS)), np.int64)])
+                for column in (self._begin, self._end, self._room)
+            )
+
+    def _make_room(self, runs: np.ndarray, more: np.ndarray) -> None:
+        """Move the runs that cannot take ``more`` entries to places of twice the size that they need."""
+        if self._used > 4 * self._live + _SPARE:
+            self._compact()
+        begin, end, room = (column.reshape(-1) for column in (self._begin, self._end, self._room))
+        full = end[runs] + more > room[runs]
+        runs, more = runs[full], more[full]
+        lengths = end[runs] - begin[runs]
+        # What is there for the first time is taken to stay as it is: most stored histories do.
+        sizes = np.where(lengths > 0, 2 * (lengths + more), more)
+        needed = int(sizes.sum())
+        first = self._used + np.cumsum(sizes) - sizes
+        self._used += needed
+        self._reserve(self._used)
+        source, target = _ranges(begin[runs], lengths), _ranges(first, lengths)
+        for column in self._entries.values():
+            column[target] = column[source]
+        self._entries["bits"][source] = 0
+        begin[runs], end[runs], room[runs] = first, first + lengths, first + sizes
+
+    def _reserve(self, size: int) -> None:
+        capacity = len(self._entries["item_id"])
+        if size > capacity:
+            for name, column in self._entries.items():
+                grown = np.zeros(max(size, capacity + capacity // 2), column.dtype)
+                grown[: len(column)] = column
+                self._entries[name] = grown
+
+    def _drop_oldest(self, users: np.ndarray) -> None:
+        """Forget what no read looks back on any more."""
+        total = (self._end[users] - self._begin[users]).sum(axis=1)
+        users, total = users[total > HISTORY_LIMIT + SLACK], total[total > HISTORY_LIMIT + SLACK]
+        for user, drop in zip(users.tolist(), (total - HISTORY_LIMIT).tolist(), strict=True):
+            for domain in range(len(DOMAINS)):
+                begin, end = int(self._begin[user, domain]), int(self._end[user, domain])
+                ordinal = self._entries["ordinal"][begin:end]
+                gone = int(np.searchsorted(ordinal, drop))
+                ordinal -= drop
+                self._entries["bits"][begin : begin + gone] = 0
+                self._begin[user, domain] += gone
+                self._live -= gone
+
+    def _compact(self) -> None:
+        """Lay all runs one behind the other."""
+        lengths = (self._end - self._begin).reshape(-1)
+        source = _ranges(self._begin.reshape(-1), lengths)
+        self._entries = {name: column[source] for name, column in self._entries.items()}
+        self._end = np.cumsum(lengths).reshape(self._end.shape)
+        self._begin, self._room = self._end - lengths.reshape(self._end.shape), self._end.copy()
+        self._used = self._live = len(source)
+
+    def _visits(self, users: np.ndarray) -> Columns:
+        """All entries of some users (numbers) as ``VISIT_COLUMNS``, those of each user in order of their end."""
+        begin, lengths = self._begin[users].reshape(-1), (self._end - self._begin)[users].reshape(-1)
+        at = _ranges(begin, lengths)
+        columns = {name: self._entries[name][at] for name in ENTRY_COLUMNS}
+        columns["user_id"] = np.repeat(np.repeat(self._users.ids[users], len(DOMAINS)), lengths)
+        columns["domain"] = np.repeat(np.tile(np.arange(len(DOMAINS), dtype=np.uint8), len(users)), lengths)
+        user = np.repeat(np.repeat(np.arange(len(users)), len(DOMAINS)), lengths)
+        order = np.lexsort((columns["ordinal"], user))
+        return {name: columns[name][order] for name in VISIT_COLUMNS}
+
+
+def _stored_visits(stored: Histories, partitions: int, owned: Sequence[int], since_ms: int) -> Columns:
+    """The stored visits of some partitions' users that were requested before a time, as ``VISIT_COLUMNS``."""
+    user_id, lengths = stored.lengths()
+    mine = np.isin(partition_of(user_id, partitions), np.array(sorted(owned)))
+    user_id = user_id[mine]
+    parts = []
+    for domain in range(len(DOMAINS)):
+        begin, end = (ends[:, domain] for ends in stored._runs(user_id))
+        at = _ranges(begin, end - begin)
+        user = np.repeat(user_id, end - begin)
+        before = stored.column("request_ms")[at] < since_ms
+        at, user = at[before], user[before]
+        parts.append(
+            {
+                "user_id": user,
+                "domain": np.full(len(at), domain, np.uint8),
+                **{name: stored.column(name)[at] for name in ENTRY_COLUMNS if name != "ordinal"},
+            }
+        )
+    visits = {name: np.concatenate([part[name] for part in parts]) for name in VISIT_COLUMNS}
+    order = np.argsort(visits["known_ms"], kind="stable")
+    return {name: column[order] for name, column in visits.items()}
+
+
+def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The positions ``first[k], first[k] + 1, ...`` of all k, ``lengths[k]`` each, ``[lengths.sum()]``."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)
