@@ -19,7 +19,8 @@ from pydantic.fields import FieldInfo
 
 from trainer.data.feature_config import FeatureConfig
 from trainer.errors import UserError
-from trainer.toml_file import Model, fields, is_section, read_toml, validate
+from trainer.stream.config import LabelConfig, StreamConfig
+from trainer.toml_file import Model, fields, read_toml, section_of, validate
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -188,6 +189,8 @@ class JobConfig(Section):
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig
     features: FeatureConfig = Field(default_factory=FeatureConfig)
+    stream: StreamConfig | None = None
+    labels: LabelConfig = Field(default_factory=LabelConfig)
     init_from: InitFromConfig = Field(default_factory=InitFromConfig)
     tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -196,6 +199,27 @@ class JobConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     resume: ResumeConfig = Field(default_factory=ResumeConfig)
     score: ScoreConfig = Field(default_factory=ScoreConfig)
+
+    @model_validator(mode="after")
+    def _fits_a_stream(self) -> JobConfig:
+        if self.stream is None:
+            if self.labels != LabelConfig():
+                raise ValueError("[labels] is of a stream, and there is no section [stream]")
+            return self
+        if not self.data.train_until:
+            raise ValueError(
+                "[stream] needs data.train_until: features are fitted on what was known before, and the stream begins "
+                "there"
+            )
+        for key, value, needed in (
+            ("train.epochs", self.train.epochs, 1),
+            ("optimizer.decay", self.optimizer.decay, "constant"),
+            ("optimizer.warmup", self.optimizer.warmup, 0),
+            ("data.frozen", self.data.frozen, False),
+        ):
+            if value != needed:
+                raise ValueError(f"{key} = {value!r}: a stream has no end that is known; it needs {needed!r}")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -310,8 +334,8 @@ def reference(job: type[BaseModel] = JobConfig) -> str:
     """Every key of a job with type, default and meaning, as Markdown tables: the README's config reference."""
     lines: list[str] = []
     for section, info in job.model_fields.items():
-        model = info.annotation
-        assert is_section(model)
+        model = section_of(info.annotation)
+        assert model is not None
         summary = (model.__doc__ or "").strip().split("\n")[0]
         lines += [f"**`[{section}]`** {summary}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         same: dict[int, tuple[list[str], FieldInfo]] = {}

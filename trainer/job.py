@@ -34,15 +34,24 @@ class Split:
 
     Attributes:
         train_from: first emission of a training row.
-        train_until: every label of the training rows was complete before this.
+        fit_until: features are fitted on rows whose labels were complete before this.
+        stream_from: first event of a stream, no earlier.
+        train_until: every label of the training rows was complete before this; a stream ends here.
         eval_from: first request of the held-out range; None without evaluation.
         eval_until: end of the held-out range.
     """
 
     train_from: int
+    fit_until: int
+    stream_from: int
     train_until: int
     eval_from: int | None
     eval_until: int
+
+    @property
+    def fitting(self) -> Selection:
+        """Rows to fit features on."""
+        return Selection(emit_from=self.train_from, emit_until=self.fit_until)
 
     @property
     def training(self) -> Selection:
@@ -67,26 +76,39 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
     Raises:
         UserError: a time that is none, or ranges that are empty or overlap.
     """
-    data = config.data
+    data, stream = config.data, config.stream
 
-    def moment(key: str, otherwise: int) -> int:
-        text = getattr(data, key)
-        return parse_time(text, spec.timezone, f"data.{key}") if text else otherwise
+    def moment(section: str, key: str, otherwise: int) -> int:
+        text = getattr(getattr(config, section), key)
+        return parse_time(text, spec.timezone, f"{section}.{key}") if text else otherwise
 
     # Labels of the last requests are complete a visit later; an open end takes them too.
     end = 1 << 62
-    eval_from = moment("eval_from", end)
+    eval_from = moment("data", "eval_from", end)
+    begin = fit_until = train_until = moment("data", "train_until", eval_from)
+    if stream is not None:
+        begin, train_until = moment("stream", "since", fit_until), moment("stream", "until", eval_from)
+        if begin < fit_until:
+            raise UserError(
+                f"stream.since = {stream.since!r} is before data.train_until = {data.train_until!r}: features would be "
+                "fitted on what the stream is still to bring"
+            )
+        if begin >= train_until:
+            raise UserError(f"stream.until = {stream.until!r} is not after the beginning of the stream")
     split = Split(
-        train_from=moment("train_from", 0),
-        train_until=moment("train_until", eval_from),
+        train_from=moment("data", "train_from", 0),
+        fit_until=fit_until,
+        stream_from=begin,
+        train_until=train_until,
         eval_from=eval_from if data.eval_from else None,
-        eval_until=moment("eval_until", end),
+        eval_until=moment("data", "eval_until", end),
     )
-    if split.train_from >= split.train_until:
+    if split.train_from >= split.fit_until:
         raise UserError(f"data.train_from = {data.train_from!r} is not before the end of training")
     if split.eval_from is not None:
         if split.eval_from < split.train_until:
-            raise UserError(f"data.eval_from = {data.eval_from!r} is before data.train_until = {data.train_until!r}")
+            key, value = ("data.train_until", data.train_until) if stream is None else ("stream.until", stream.until)
+            raise UserError(f"data.eval_from = {data.eval_from!r} is before {key} = {value!r}")
         if split.eval_from >= split.eval_until:
             raise UserError(f"data.eval_until = {data.eval_until!r} is not after data.eval_from = {data.eval_from!r}")
         if split.eval_from > spec.span_ms[1]:
@@ -97,7 +119,7 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
 def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world: World) -> FittedFeatures:
     """Fit the features on the training range, once in a run: the first rank does, the others read what it wrote."""
     if world.rank == 0 and not directory.exists():
-        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.training)
+        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
         aside = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

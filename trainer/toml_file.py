@@ -48,7 +48,7 @@ def validate(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted name and field of every key of a section, depth first; ``NAME`` stands for a free key."""
     for name, info in model.model_fields.items():
-        inner, free = _section_of(info.annotation)
+        inner, free = _section_and_keys(info.annotation)
         if inner is not None:
             yield from fields(inner, f"{prefix}{name}.{'NAME.' if free else ''}")
         else:
@@ -60,7 +60,12 @@ def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a type holds, if any."""
+    return _section_and_keys(annotation)[0]
+
+
+def _section_and_keys(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     """The section that a type holds, if any, and whether under free keys."""
     if is_section(annotation):
         return annotation, False

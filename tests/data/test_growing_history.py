@@ -11,10 +11,10 @@ from tests.data.test_history import RESULT, by_definition, check, make_visits, w
 from trainer.data import growing_history as module
 from trainer.data import history
 from trainer.data.growing_history import VISIT_COLUMNS, GrowingHistories
+from trainer.data.history import Histories
 from trainer.data.schema import DOMAINS, partition_of
 
 PARTITIONS = 3
-EVERYTHING = range(PARTITIONS)
 
 
 def ordered_visits(rng: np.random.Generator, n: int, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -30,17 +30,20 @@ def take(visits: dict[str, np.ndarray], which: np.ndarray) -> dict[str, np.ndarr
     return {name: visits[name][which] for name in VISIT_COLUMNS}
 
 
+def grow(stored: Histories, since: int, owned: list[int] | range = range(PARTITIONS)) -> GrowingHistories:
+    return GrowingHistories(stored, lambda user: np.isin(partition_of(user, PARTITIONS), list(owned)), owned, since)
+
+
 def feed(growing: GrowingHistories, visits: dict[str, np.ndarray], since: int, cuts: list[int], start: int) -> None:
     """Give the visits that the stream sees, in portions that end at ``cuts``."""
-    streamed = (visits["request_ms"] >= since) & np.isin(
-        partition_of(visits["user_id"], PARTITIONS), list(growing.state_dict())
-    )
+    owner = partition_of(visits["user_id"], PARTITIONS)
     for first, stop in zip([start, *cuts], cuts, strict=False):
-        due = streamed & (visits["known_ms"] >= first) & (visits["known_ms"] < stop)
-        growing.append(take(visits, due), dict.fromkeys(growing.state_dict(), stop))
+        due = (visits["request_ms"] >= since) & (visits["known_ms"] >= first) & (visits["known_ms"] < stop)
+        for partition in growing.state_dict():
+            growing.append(partition, take(visits, due & (owner == partition)), stop)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     n=st.integers(0, 80),
@@ -62,13 +65,13 @@ def test_reads_are_the_definition(tmp_path_factory, seed, n, users, domain, requ
             patch.setattr(where, "HISTORY_LIMIT", limits[0])
         patch.setattr(module, "SLACK", limits[1])
         stored = write(tmp_path_factory.mktemp("history"), visits)
-        before = GrowingHistories(stored, PARTITIONS, EVERYTHING, since)
+        before = grow(stored, since)
         feed(before, visits, since, cuts[:saved_after], since)
-        states = [before.state_dict()]
+        states = before.state_dict()
 
         # Gone on by two ranks, which share the partitions in another way.
         for owned in ([0, 2], [1]):
-            growing = GrowingHistories(stored, PARTITIONS, owned, since)
+            growing = grow(stored, since, owned)
             growing.load_state_dict(states)
             feed(growing, visits, since, cuts[saved_after:], cuts[saved_after - 1] if saved_after else since)
             asked = ids[np.isin(partition_of(ids, PARTITIONS), owned)]
@@ -87,7 +90,7 @@ def test_entries_of_a_run_are_side_by_side(tmp_path):
     ids = np.arange(5)
     visits = ordered_visits(rng, 300, ids)
     since, end = 20 * 301, 80 * 301
-    growing = GrowingHistories(write(tmp_path, visits), PARTITIONS, EVERYTHING, since)
+    growing = grow(write(tmp_path, visits), since)
     feed(growing, visits, since, list(range(since + 500, end, 500)) + [end], since)
     first, stop = growing.runs(ids, np.full(5, end))
     for user in range(5):
@@ -105,7 +108,7 @@ def test_memory_follows_what_is_kept(tmp_path, monkeypatch):
     rng = np.random.default_rng(6)
     visits = ordered_visits(rng, 20_000, np.arange(4))
     end = 80 * 20_001
-    growing = GrowingHistories(write(tmp_path, take(visits, np.arange(0)), PARTITIONS), PARTITIONS, EVERYTHING, 0)
+    growing = grow(write(tmp_path, take(visits, np.arange(0)), PARTITIONS), 0)
     feed(growing, visits, 0, list(range(1_000, end, 1_000)) + [end], 0)
     assert int(growing.lengths()[1].sum()) <= 4 * 25
     assert len(growing.column("item_id")) < 2_000

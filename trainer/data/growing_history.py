@@ -7,7 +7,7 @@ stored part is read again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from trainer.data.checks import Columns
 from trainer.data.history import ENTRY_COLUMNS, HISTORY_LIMIT, Histories
 from trainer.data.id_index import IdIndex
 from trainer.data.order import stable_order
-from trainer.data.schema import DOMAINS, partition_of
+from trainer.data.schema import DOMAINS
 
 VISIT_COLUMNS = ("user_id", "domain", *(name for name in ENTRY_COLUMNS if name != "ordinal"))
 """What is told of a visit that has ended; ``known_ms`` is its end."""
@@ -26,74 +26,70 @@ SLACK = HISTORY_LIMIT // 4
 _SPARE = 1_000
 """Entries that may lie idle whatever is kept."""
 
+_NOBODY = -1
+"""Owner of users that the stream has not brought yet."""
+
 
 class GrowingHistories(Histories):
     """The histories of a rank's users, in memory: about 60 bytes a visit.
 
     Args:
         stored: histories of the dataset.
-        partitions: of the dataset.
-        owned: those of this rank.
+        mine: which of some users ``[n]`` may be of this rank, ``[n]`` bool; the stored histories of the others are left
+            out.
+        partitions: of the stream that this rank reads.
         since_ms: beginning of the stream. Of the stored visits those that were requested before it are taken; what
-            they were is known when the stream has passed their end.
+            came of them is known when the stream has passed their end.
     """
 
-    def __init__(self, stored: Histories, partitions: int, owned: Sequence[int], since_ms: int) -> None:
-        self._partitions, self._since_ms = partitions, since_ms
+    def __init__(
+        self, stored: Histories, mine: Callable[[np.ndarray], np.ndarray], partitions: Iterable[int], since_ms: int
+    ) -> None:
+        self._since_ms = since_ms
         self._matches = {}
         self._users = IdIndex()
         self._begin = self._end = self._room = np.zeros((0, len(DOMAINS)), np.int64)
+        self._owner = np.zeros(0, np.int64)
         self._entries = {name: np.zeros(0, dtype) for name, dtype in ENTRY_COLUMNS.items()}
         self._used = self._live = 0
-        self._passed = dict.fromkeys(sorted(owned), since_ms)
-        visits = _stored_visits(stored, partitions, owned, since_ms)
-        before = visits["known_ms"] < since_ms
-        self._open_before = {name: column[~before] for name, column in visits.items()}
-        self._append({name: column[before] for name, column in visits.items()})
+        self._passed = dict.fromkeys(sorted(partitions), since_ms)
+        self._still_open = _stored_visits(stored, mine, since_ms)
+        self._append(self._ended_by_now())
 
-    def append(self, visits: Columns, until_ms: Mapping[int, int]) -> None:
-        """Add visits of the stream; every partition's in order of their end.
+    def append(self, partition: int, visits: Columns, until_ms: int) -> None:
+        """Add visits of a partition, in order of their end.
 
         Args:
+            partition: of their users.
             visits: ``VISIT_COLUMNS``.
-            until_ms: partition -> all of its visits that have ended before this have been added, with these.
+            until_ms: all visits of the partition that have ended before this have been added, with these.
         """
-        self._passed |= until_ms
-        later = self._open_before
-        ends = np.array([self._passed[p] for p in partition_of(later["user_id"], self._partitions).tolist()], np.int64)
-        due = later["known_ms"] < ends
-        if due.any():
-            visits = {name: np.concatenate([column[due], visits[name]]) for name, column in later.items()}
-            self._open_before = {name: column[~due] for name, column in later.items()}
-        self._append(visits)
+        self._passed[partition] = until_ms
+        self._append(_joined([self._ended_by_now(), visits]))
+        self._owner[self._users.find(visits["user_id"])] = partition
 
     def state_dict(self) -> dict[int, Columns]:
         """Partition -> the visits that were added, ``VISIT_COLUMNS``, and ``until_ms``."""
-        users = self._users.ids
-        owner = partition_of(users, self._partitions)
         state = {}
         for partition, until_ms in self._passed.items():
-            visits = self._visits(np.flatnonzero(owner == partition))
-            added = visits["known_ms"] >= self._since_ms
+            visits = self._visits(np.flatnonzero(self._owner[: len(self._users)] == partition))
+            added = visits["request_ms"] >= self._since_ms
             state[partition] = {name: column[added] for name, column in visits.items()}
             state[partition]["until_ms"] = np.array([until_ms], np.int64)
         return state
 
-    def load_state_dict(self, states: Iterable[Mapping[int, Mapping[str, np.ndarray]]]) -> None:
-        """Go on from what any number of ranks have saved; to be called before anything is added.
+    def load_state_dict(self, states: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+        """Go on from what was saved of this rank's partitions; to be called before anything is added.
 
         Args:
-            states: ``state_dict`` of every rank that saved; partitions of other ranks are passed over.
+            states: partition -> as of :meth:`state_dict`; other partitions are passed over.
         """
-        for state in states:
-            for partition, saved in state.items():
-                if partition in self._passed:
-                    self._passed[partition] = int(saved["until_ms"][0])
-                    self._append({name: np.asarray(saved[name]) for name in VISIT_COLUMNS})
-        owner = partition_of(self._open_before["user_id"], self._partitions)
-        passed = np.array([self._passed[partition] for partition in owner.tolist()], np.int64)
-        waiting = self._open_before["known_ms"] >= passed
-        self._open_before = {name: column[waiting] for name, column in self._open_before.items()}
+        saved = {partition: states[partition] for partition in self._passed}
+        self._passed = {partition: int(state["until_ms"][0]) for partition, state in saved.items()}
+        parts = [{name: np.asarray(state[name]) for name in VISIT_COLUMNS} for state in saved.values()]
+        self._append(_joined([self._ended_by_now(), *parts]))
+        for partition, part in zip(saved, parts, strict=True):
+            self._owner[self._users.find(part["user_id"])] = partition
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """See ``Histories.lengths``; users in order of their first visit here."""
@@ -101,10 +97,10 @@ class GrowingHistories(Histories):
 
     def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         number = self._users.find(user_id)
-        if not len(self._begin):
-            return np.zeros((2, len(user_id), len(DOMAINS)), np.int64)
-        known = (number >= 0)[:, None]
-        return np.where(known, self._begin[number], 0), np.where(known, self._end[number], 0)
+        known = np.flatnonzero(number >= 0)
+        begin, end = np.zeros((len(number), len(DOMAINS)), np.int64), np.zeros((len(number), len(DOMAINS)), np.int64)
+        begin[known], end[known] = self._begin[number[known]], self._end[number[known]]
+        return begin, end
 
     def _append(self, visits: Columns) -> None:
         if not len(visits["user_id"]):
@@ -119,6 +115,8 @@ class GrowingHistories(Histories):
         ordinal = np.empty(len(number), np.int64)
         ordinal[by_user] = np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts - had, counts)
 
+        behind = users[visits["known_ms"][by_user[np.cumsum(counts) - counts]] < self._last_known_ms(users)]
+
         run = number * len(DOMAINS) + visits["domain"]
         order = by_time[stable_order(run[by_time])]
         runs, grown = np.unique(run, return_counts=True)
@@ -129,7 +127,31 @@ class GrowingHistories(Histories):
             column[place] = (ordinal if name == "ordinal" else visits[name])[order]
         ends[runs] += grown
         self._live += len(run)
+        for user in behind.tolist():
+            self._restore_order(user)
         self._drop_oldest(users)
+
+    def _last_known_ms(self, users: np.ndarray) -> np.ndarray:
+        """End of the latest visit of each user, ``[n]``; that of users without one is before all times."""
+        begin, end = self._begin[users], self._end[users]
+        if not end.any():
+            return np.full(len(users), np.iinfo(np.int64).min)
+        last = self._entries["known_ms"][np.maximum(end - 1, 0)]
+        return np.where(end > begin, last, np.iinfo(np.int64).min).max(axis=1)
+
+    def _restore_order(self, user: int) -> None:
+        """Sort the visits of a user, of which some were added behind later ones.
+
+        A visit that was open when the stream began is added once all partitions have passed its end, and those of a
+        live stream do not at the same moment.
+        """
+        at = _ranges(self._begin[user], self._end[user] - self._begin[user])
+        domain = np.repeat(np.arange(len(DOMAINS)), self._end[user] - self._begin[user])
+        order = np.argsort(self._entries["known_ms"][at], kind="stable")
+        self._entries["ordinal"][at[order]] = np.arange(len(at))
+        within = at[order[stable_order(domain[order])]]
+        for column in self._entries.values():
+            column[at] = column[within]
 
     def _add_users(self) -> None:
         if len(self._users) > len(self._begin):
@@ -139,6 +161,14 @@ class GrowingHistories(Histories):
                 np.concatenate([column, np.zeros((more, len(DOMAINS)), np.int64)])
                 for column in (self._begin, self._end, self._room)
             )
+            self._owner = np.concatenate([self._owner, np.full(more, _NOBODY)])
+
+    def _ended_by_now(self) -> Columns:
+        """Those of the visits that were open when the stream began that have ended; they are given once."""
+        waiting, now_ms = self._still_open, min(self._passed.values(), default=self._since_ms)
+        ended = waiting["known_ms"] < now_ms
+        self._still_open = {name: column[~ended] for name, column in waiting.items()}
+        return {name: column[ended] for name, column in waiting.items()}
 
     def _make_room(self, runs: np.ndarray, more: np.ndarray) -> None:
         """Move the runs that cannot take ``more`` entries to places of twice the size that they need."""
@@ -203,11 +233,10 @@ class GrowingHistories(Histories):
         return {name: columns[name][order] for name in VISIT_COLUMNS}
 
 
-def _stored_visits(stored: Histories, partitions: int, owned: Sequence[int], since_ms: int) -> Columns:
-    """The stored visits of some partitions' users that were requested before a time, as ``VISIT_COLUMNS``."""
-    user_id, lengths = stored.lengths()
-    mine = np.isin(partition_of(user_id, partitions), np.array(sorted(owned)))
-    user_id = user_id[mine]
+def _stored_visits(stored: Histories, mine: Callable[[np.ndarray], np.ndarray], since_ms: int) -> Columns:
+    """The stored visits of some users that were requested before a time, as ``VISIT_COLUMNS`` in order of their end."""
+    user_id, _ = stored.lengths()
+    user_id = user_id[mine(user_id)]
     parts = []
     for domain in range(len(DOMAINS)):
         begin, end = (ends[:, domain] for ends in stored._runs(user_id))
@@ -222,9 +251,13 @@ def _stored_visits(stored: Histories, partitions: int, owned: Sequence[int], sin
                 **{name: stored.column(name)[at] for name in ENTRY_COLUMNS if name != "ordinal"},
             }
         )
-    visits = {name: np.concatenate([part[name] for part in parts]) for name in VISIT_COLUMNS}
+    visits = _joined(parts)
     order = np.argsort(visits["known_ms"], kind="stable")
     return {name: column[order] for name, column in visits.items()}
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in VISIT_COLUMNS}
 
 
 def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:

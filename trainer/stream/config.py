@@ -1,10 +1,13 @@
-"""Where a stream comes from: the ``[stream]`` section of a job."""
+"""Where a stream comes from and what is made of it: the ``[stream]`` and ``[labels]`` sections of a job."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.errors import UserError
+from trainer.stream.policy import FastSlow, Full, Patience, Policy, Realtime, RealtimeNaive
 
 MessageFormat = Literal["json", "arrow"]
 
@@ -69,9 +72,77 @@ class StreamConfig(BaseModel):
     buffer_events: int = Field(
         1_000_000, description="Most events that a rank holds while its partitions wait for each other.", ge=1
     )
+    since: str = Field(
+        "", description="Events before this time are left out: an ISO time in the dataset's zone. Empty: `train_until`."
+    )
+    until: str = Field("", description="A replay ends before the first event of this time. Empty: `eval_from`.")
+    slice_seconds: float = Field(
+        30.0,
+        description="All ranks go through event time together, so much at a time; it adds to the delay of labels.",
+        ge=0.001,
+        allow_inf_nan=False,
+    )
+    flush_seconds: float = Field(
+        60.0,
+        description="Rows that do not fill `train.batch_size` are trained on after so much event time at the latest.",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    publish_minutes: float = Field(
+        0.0,
+        description="Minutes between two models in `RUN/published`, exported from checkpoints for scoring; 0: none.",
+        ge=0,
+    )
+    keep_published: int = Field(2, description="Newest published models to keep.", ge=1)
 
     @model_validator(mode="after")
     def _names_a_topic(self) -> StreamConfig:
         if self.source == "kafka" and not (self.brokers and self.topic):
             raise ValueError('source = "kafka" needs `brokers` and `topic`')
         return self
+
+
+class LabelConfig(BaseModel):
+    """When a behaviour in a stream becomes a label: the report policy, and how long to wait for events."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: Literal["full", "fast_slow", "realtime", "realtime_naive"] = Field(
+        "realtime",
+        description="`full`: all labels at the end of the visit; `fast_slow`: after minutes, and what was missed after "
+        "an hour; `realtime`: first positives at once, the rest at the end; `realtime_naive`: for comparison.",
+    )
+    fast_minutes: float = Field(5.0, description="`fast_slow`: when the first row comes.", gt=0)
+    slow_minutes: float = Field(60.0, description="`fast_slow`: when the second row comes.", gt=0)
+    tick_seconds: float = Field(30.0, description="`realtime` and `realtime_naive`: time between two reports.", gt=0)
+    idle_minutes: float = Field(
+        120.0, description="A visit without an exit has ended so long after its last event.", gt=0
+    )
+    disorder_seconds: float = Field(
+        10.0, description="Events of a partition may come so much behind later ones; rows wait as long.", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _is_a_policy(self) -> LabelConfig:
+        try:
+            self.make_policy()
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    def make_policy(self) -> Policy:
+        """The report policy."""
+        match self.policy:
+            case "full":
+                return Full()
+            case "fast_slow":
+                return FastSlow(round(self.fast_minutes * 60_000), round(self.slow_minutes * 60_000))
+            case "realtime":
+                return Realtime(round(self.tick_seconds * 1000))
+            case "realtime_naive":
+                return RealtimeNaive(round(self.tick_seconds * 1000))
+
+    @property
+    def patience(self) -> Patience:
+        """How long to wait."""
+        return Patience(round(self.idle_minutes * 60_000), round(self.disorder_seconds * 1000))
