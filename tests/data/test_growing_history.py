@@ -91,7 +91,7 @@ def test_entries_of_a_run_are_side_by_side(tmp_path):
     visits = ordered_visits(rng, 300, ids)
     since, end = 20 * 301, 80 * 301
     growing = grow(write(tmp_path, visits), since)
-    feed(growing, visits, since, list(range(since + 500, end, 500)) + [end], since)
+    feed(growing, visits, since, [*range(since + 500, end, 500), end], since)
     first, stop = growing.runs(ids, np.full(5, end))
     for user in range(5):
         for domain in range(len(DOMAINS)):
@@ -109,7 +109,7 @@ def test_memory_follows_what_is_kept(tmp_path, monkeypatch):
     visits = ordered_visits(rng, 20_000, np.arange(4))
     end = 80 * 20_001
     growing = grow(write(tmp_path, take(visits, np.arange(0)), PARTITIONS), 0)
-    feed(growing, visits, 0, list(range(1_000, end, 1_000)) + [end], 0)
+    feed(growing, visits, 0, [*range(1_000, end, 1_000), end], 0)
     assert int(growing.lengths()[1].sum()) <= 4 * 25
     assert len(growing.column("item_id")) < 2_000
     check(visits, growing, np.arange(4), np.full(4, end), 0, 50, 0, limit=20)

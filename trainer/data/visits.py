@@ -37,6 +37,11 @@ def labels(spec: DatasetSpec, bits: np.ndarray) -> np.ndarray:
     return ((bits[:, None] >> np.arange(len(spec.behaviours), dtype=np.int32)) & 1).astype(np.uint8)
 
 
+def label_bits(label: np.ndarray) -> np.ndarray:
+    """``[n, behaviours]`` of 0 and 1 as behaviour bits ``[n] int32``: :func:`labels` the other way round."""
+    return (label.astype(np.int32) << np.arange(label.shape[1], dtype=np.int32)).sum(axis=1, dtype=np.int32)
+
+
 def masks(spec: DatasetSpec, domain: np.ndarray) -> np.ndarray:
     """``[n, behaviours] uint8``, 1 where the behaviour can happen in the row's domain."""
     applies = np.array(
