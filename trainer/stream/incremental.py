@@ -8,7 +8,7 @@ report, its exit, or the moment at which it has been idle for too long.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -91,6 +91,12 @@ class StreamAssembler:
     def waiting_events(self) -> int:
         """Events that the watermark has not passed."""
         return sum(len(part["time_ms"]) for _, _, part in self._waiting)
+
+    def unfinished(self) -> Iterator[tuple[int, int]]:
+        """``user_id, visit_id`` of the visits that can still give a row or become one: open, due, or waiting to begin."""
+        yield from {(mark[-1].user_id, mark[-1].visit_id) for mark in self._queue if mark[-1].due_ms == mark[0]}
+        for _, _, part in self._waiting:
+            yield from zip(part["user_id"].tolist(), part["visit_id"].tolist(), strict=True)
 
     def push(self, events: Columns) -> Assembled:
         """Take events in the order in which they arrive; gives the rows that have become final, and visits that began.
