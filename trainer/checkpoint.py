@@ -52,10 +52,17 @@ class Checkpoints(CheckpointStore):
         directory: that holds them, on a file system that all ranks share; made if it is not there.
         identity: of the run.
         world: its ranks.
+        after_save: see :class:`CheckpointStore`.
     """
 
-    def __init__(self, directory: Path, identity: Identity, world: World) -> None:
-        super().__init__(directory, identity.config.checkpoint, world)
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        world: World,
+        after_save: Callable[[Path], None] = lambda directory: None,
+    ) -> None:
+        super().__init__(directory, identity.config.checkpoint, world, after_save)
         self._identity = identity
 
     def save(self, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
@@ -134,6 +141,11 @@ class Checkpoints(CheckpointStore):
             torch.load(directory / rank_file(saved), weights_only=True) for saved in range(rank, manifest.ranks, size)
         ]
         state.progressive.load_state_dict(*(saved["progressive"] for saved in states))
+        if state.stream is not None:
+            # A rank goes on with partitions of any rank that saved.
+            everyone = [torch.load(directory / rank_file(saved), weights_only=True) for saved in range(manifest.ranks)]
+            mine = range(rank, manifest.ranks, size)
+            state.stream.load_state_dicts([saved["stream"] for saved in everyone], mine)
         if states:
             state.window.load_state_dict(states[0]["window"])
         if manifest.ranks == size:
@@ -184,6 +196,7 @@ def own_state(state: TrainingState) -> dict[str, Any]:
         "random": random_states(),
         "progressive": state.progressive.state_dict(),
         "window": state.window.state_dict(),
+        **({} if state.stream is None else {"stream": state.stream.state_dict()}),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
     facts = [
         ("checkpoint", found["path"]),
         ("step", f"{found['step']:,} ({state}); save {found['number']} of its run, {found['created']}"),
-        ("rows", f"{found['rows_done']:,} of {found['rows_total']:,} ({_share(found)})"),
+        ("rows", f"{found['rows_done']:,} {_share(found)}"),
         ("written by", f"{_count(found['ranks'], 'rank')}, ZeRO stage {found['zero_stage']}"),
         ("network", f"{found['kind']} for {', '.join(found['behaviours'])}"),
         ("", f"{_count(len(found['dense']), 'parameter')} of {found['dense_values']:,} values"),
         ("", f"{size_text(found['dense_bytes'])} with the moments of AdamW"),
         ("tables' optimizer", found["table_optimizer"]),
         ("dataset", f"{found['dataset']['path']} (fingerprint {found['dataset']['fingerprint']})"),
-        ("positions", _positions(found["positions"])),
+        ("positions", _positions(found["positions"], _is_stream(found))),
         ("files", f"{len(found['files'])} of {size_text(found['bytes'])}"),
     ]
     blocks = ["\n".join(f"{name:<19}{value}" for name, value in facts), _tables(found["tables"])]
@@ -69,7 +70,10 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         shapes += [[name, shape_text(shape)] for name, shape in found["buffers"].items()]
         blocks.append(text_table(["dense parameter", "shape"], shapes))
         positions = [[str(key), *(f"{value:,}" for value in place)] for key, place in found["positions"].items()]
-        blocks.append(text_table(["partition", "epoch", "window", "rows of it"], positions))
+        meaning = (
+            ["place", "inside", "latest ms", "rejected"] if _is_stream(found) else ["epoch", "window", "rows of it"]
+        )
+        blocks.append(text_table(["partition", *meaning], positions))
         blocks.append(text_table(["file", "bytes"], [[name, f"{size:,}"] for name, size in found["files"].items()]))
     return "\n\n".join(blocks)
 
@@ -150,16 +154,27 @@ def _tables(tables: list[dict[str, Any]]) -> str:
     return text_table(["table", "sharding", "shards", "optimizer state", "rows", "dim", "size"], lines, texts=4)
 
 
-def _positions(positions: dict[str, list[int]]) -> str:
+def _positions(positions: dict[str, list[int]], stream: bool) -> str:
     if not positions:
         return "none"
+    partitions = _count(len(positions), "partition")
+    if stream:
+        latest = time.strftime("%F %T", time.gmtime(max(place[2] for place in positions.values()) / 1000))
+        return f"{partitions} of a stream, events up to {latest} UTC"
     epochs = sorted({place[0] for place in positions.values()})
     text = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
-    return f"{_count(len(positions), 'partition')} in {text} (from 0)"
+    return f"{partitions} in {text} (from 0)"
+
+
+def _is_stream(found: dict[str, Any]) -> bool:
+    """A stream does not tell how many rows it will have."""
+    return not found["rows_total"]
 
 
 def _share(found: dict[str, Any]) -> str:
-    return f"{100 * found['rows_done'] / max(1, found['rows_total']):.1f} %"
+    if _is_stream(found):
+        return "of a stream"
+    return f"of {found['rows_total']:,} ({100 * found['rows_done'] / found['rows_total']:.1f} %)"
 
 
 def _count(number: int, what: str) -> str:

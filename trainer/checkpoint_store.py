@@ -33,13 +33,20 @@ class CheckpointStore:
         directory: that holds them, on a file system that all ranks share; made if it is not there.
         settings: when they are saved and which are kept.
         world: the ranks.
+        after_save: called on the first rank with each checkpoint that is whole, by the thread that has written it.
 
     Attributes:
         stalls: seconds for which training stood still, of each save.
     """
 
-    def __init__(self, directory: Path, settings: CheckpointConfig, world: World) -> None:
-        self._directory, self._settings, self._world = directory, settings, world
+    def __init__(
+        self,
+        directory: Path,
+        settings: CheckpointConfig,
+        world: World,
+        after_save: Callable[[Path], None] = lambda directory: None,
+    ) -> None:
+        self._directory, self._settings, self._world, self._after_save = directory, settings, world, after_save
         group = dist.new_group(backend="gloo")
         assert group is not None
         self._group: dist.ProcessGroup = group
@@ -139,6 +146,8 @@ class CheckpointStore:
             )
         else:
             say(f"saved {directory}: {size_text(size)} in {time.monotonic() - started:.1f} s{remark}")
+            if self._world.rank == 0:
+                self._after_save(directory)
 
 
 def agreed(world: World, look: Callable[[], T]) -> T:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modules.embeddings import Lookup, Table
-from modules.losses import masked_bce
+from modules.losses import masked_bce, report_loss
 from trainer.clock import PhaseClock, PhaseSeconds
 from trainer.data.batch import Batch
 from trainer.deepspeed_settings import complete_settings
@@ -282,7 +282,10 @@ class HybridEngine:
                 for leaf in part.embedded.values():
                     leaf.requires_grad_()
                 logits.append(self._dense(part.embedded, part.lengths, part.dense))
-                loss, _ = masked_bce(logits[-1], part.label, part.mask, self._weights)
+                if part.slow is None:
+                    loss, _ = masked_bce(logits[-1], part.label, part.mask, self._weights)
+                else:
+                    loss, _ = report_loss(logits[-1], part.label, part.mask, part.slow, self._weights)
                 losses += loss.detach()
                 last = part is parts[-1]
                 if last:

@@ -83,7 +83,7 @@ class Manifest(BaseModel):
         ranks: that wrote it.
         zero_stage: of DeepSpeed, for the record; any other can load it.
         rows_done: rows of all ranks trained on.
-        rows_total: rows of all ranks over all epochs.
+        rows_total: rows of all ranks over all epochs; 0 of a stream, which does not tell.
         kind: of the ranker.
         behaviours: that it predicts, in order.
         table_optimizer: whose state the tables have.
@@ -91,7 +91,8 @@ class Manifest(BaseModel):
         dense: parameter -> shape.
         buffers: buffer -> shape.
         dataset: that the positions count in.
-        positions: partition -> ``[epoch, window, offset]``, see ``trainer.data.batch.Position``.
+        positions: partition -> ``[epoch, window, offset]`` of stored rows, see ``trainer.data.batch.Position``, or
+            ``[place, inside, latest_ms, rejected]`` of a stream, see ``trainer.stream.source``.
         files: path below the directory -> size and checksum; all files but the manifest.
     """
 
@@ -113,7 +114,7 @@ class Manifest(BaseModel):
     dense: dict[str, tuple[int, ...]]
     buffers: dict[str, tuple[int, ...]]
     dataset: DatasetEntry
-    positions: dict[int, tuple[int, int, int]]
+    positions: dict[int, tuple[int, ...]]
     files: dict[str, FileEntry]
 
     @property

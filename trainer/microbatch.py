@@ -22,6 +22,7 @@ class Part:
         dense: ``[rows, n_dense]``.
         label: ``[rows, behaviours]``.
         mask: ``[rows, behaviours]``.
+        slow: ``[rows]``, see :class:`trainer.data.batch.Batch`.
     """
 
     embedded: dict[str, Tensor]
@@ -29,6 +30,7 @@ class Part:
     dense: Tensor
     label: Tensor
     mask: Tensor
+    slow: Tensor | None = None
 
     def gradient(self, name: str) -> Tensor:
         """Of the rows of a lookup; zero where the network does not use it."""
@@ -69,6 +71,7 @@ def cut_batch(
             dense=batch.dense[start:stop],
             label=batch.label[start:stop],
             mask=batch.mask[start:stop],
+            slow=None if batch.slow is None else batch.slow[start:stop],
         )
         for part, (start, stop) in enumerate(pairwise(bounds))
     ]

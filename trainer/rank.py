@@ -40,11 +40,14 @@ from trainer.log import open_log, say, set_step
 from trainer.manifest import DatasetEntry, list_checkpoints
 from trainer.metrics import Report
 from trainer.preemption import Preempted, Preemption
+from trainer.published import publisher
 from trainer.report import PHASES, metrics_table, write_report
 from trainer.run import begin_run, choose_directory, homes, make_directory, write_json
 from trainer.sharding import format_plan
+from trainer.streaming import train_stream
 from trainer.training import train
 from trainer.training_state import Trace, TrainingState
+from trainer.training_stream import open_stream
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,24 +135,25 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     config, data, split, features, world = job.config, job.data, job.split, job.features, job.world
     engine = build_engine(config, features, kind, world)
     say(f"{kind}: tables as TorchRec lays them out\n{format_plan(engine.plan)}")
-    checkpoints = Checkpoints(home / "checkpoints", Identity(config, kind, features.behaviours, job.dataset), world)
-    state = TrainingState.at_start(features.behaviours)
+    stream = None if config.stream is None else open_stream(config, data, split, features, world, home)
+    checkpoints = Checkpoints(
+        home / "checkpoints",
+        Identity(config, kind, features.behaviours, job.dataset),
+        world,
+        publisher(config, home),
+    )
+    state = TrainingState.at_start(features.behaviours, stream)
     position = checkpoints.restore(engine, state)
     if position is None and config.init_from.run:
         say(format_taken(take_from(engine, config, kind, features, world)))
     set_step(state.step)
-    if not state.finished:
+    common: dict[str, Any] = {"config": config, "world": world, "preemption": job.preemption, "home": home}
+    if stream is not None and not state.finished:
+        with stream.open(position) as reader:
+            train_stream(engine, stream, reader, state, checkpoints, **common)
+    elif not state.finished:
         loader = training_loader(config, data, split, features, world, position)
-        train(
-            engine,
-            loader,
-            state,
-            checkpoints,
-            config=config,
-            world=world,
-            preemption=job.preemption,
-            home=home,
-        )
+        train(engine, loader, state, checkpoints, **common)
 
     report, curve = None, {}
     if split.eval_from is not None:
@@ -158,6 +162,9 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
         report = evaluate(held_out, features.behaviours, read_truth(config.data.path, held_out, features.behaviours))
         curve = calibration_curve(held_out, features.behaviours)
     document = metrics_document(config, kind, report, state.trace, checkpoints.stalls)
+    if stream is not None:
+        document["stream"] = stream.summary(world, state.progressive)
+        say(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
     if world.rank == 0:
         write_json(home / "plan.json", engine.plan)
         write_report(

@@ -8,6 +8,8 @@
     lock               held while a job runs here
     features/          vocabularies and standardisation, fitted on the training range
     checkpoints/       the model and the state of its training (trainer/manifest.py); the newest one is the run's model
+    published/         models for scoring while a stream is trained on (trainer/published.py)
+    aside/             events of a stream that changed no row (trainer/stream/aside.py)
     logs/              what each rank said
     tensorboard/       scalars
     plan.json          how TorchRec laid out each table
@@ -54,6 +56,23 @@ CHANGEABLE = (
     "train.baselines",
     "train.log_every",
     "train.watchdog_seconds",
+    "stream.path",
+    "stream.speed",
+    "stream.brokers",
+    "stream.properties",
+    "stream.dead_letter",
+    "stream.on_gap",
+    "stream.until",
+    "stream.until_end",
+    "stream.retry_seconds",
+    "stream.future_hours",
+    "stream.batch_events",
+    "stream.linger_seconds",
+    "stream.idle_seconds",
+    "stream.queue_batches",
+    "stream.buffer_events",
+    "stream.publish_minutes",
+    "stream.keep_published",
     "checkpoint",
     "resume",
     "score",

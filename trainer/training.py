@@ -91,7 +91,7 @@ def train(
                     raise Preempted
                 watchdog.beat(state.step)
         except NotFiniteLoss as stopped:
-            raise UserError(_keep_batch(stopped, home, world.rank)) from None
+            raise UserError(keep_batch(stopped, home, world.rank)) from None
         with watchdog.busy("saving the last checkpoint"):
             state.finished = True
             checkpoints.save(engine, state, wait=True)
@@ -105,7 +105,7 @@ def _set_learning_rate(engine: HybridEngine, config: JobConfig, state: TrainingS
     engine.set_learning_rate(config.tables.learning_rate * factor, schedule.learning_rate * factor)
 
 
-def _keep_batch(stopped: NotFiniteLoss, home: Path, rank: int) -> str:
+def keep_batch(stopped: NotFiniteLoss, home: Path, rank: int) -> str:
     """Write this rank's batch of a step without a loss; what to tell of it."""
     directory = home / "not-finite" / f"step-{stopped.step:08d}"
     batch = stopped.batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.data.batch import Position
 from trainer.engine import StepResult
@@ -16,6 +16,16 @@ Trace = list[dict[str, Any]]
 """What was seen while training, an entry every ``train.log_every`` steps; see ``trainer.report.write_report``."""
 
 
+class StreamState(Protocol):
+    """What a stream of training must keep beside its position: ``trainer.streaming.Stream``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank, as tensors, numbers and strings."""
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], counted: Sequence[int]) -> None:
+        """Go on from what all ranks have saved; the counts of the ranks ``counted`` are this rank's."""
+
+
 class Window:
     """Sums over the steps since the last entry of the trace."""
 
@@ -23,6 +33,11 @@ class Window:
         self._started = time.perf_counter()
         self._loss, self._rows, self._skipped = 0.0, 0, 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the steps so far."""
+        return self._rows
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
@@ -68,13 +83,14 @@ class TrainingState:
 
     Attributes:
         progressive: metrics of this rank's rows, each predicted before it was learnt.
-        rows_total: rows of all ranks over all epochs.
+        rows_total: rows of all ranks over all epochs; 0 of a stream.
         step: optimizer steps done.
         rows_done: rows of all ranks trained on.
         position: where this rank's reading stands.
         trace: entries so far; the same on all ranks but for the seconds.
         window: towards the next entry.
         finished: all rows are trained on.
+        stream: where the stream stands that is trained on; None of stored rows.
     """
 
     progressive: ProgressiveMetrics
@@ -85,11 +101,12 @@ class TrainingState:
     trace: Trace = field(default_factory=list)
     window: Window = field(default_factory=Window)
     finished: bool = False
+    stream: StreamState | None = None
 
     @staticmethod
-    def at_start(behaviours: Sequence[str]) -> TrainingState:
+    def at_start(behaviours: Sequence[str], stream: StreamState | None = None) -> TrainingState:
         """Of a model that has not been trained."""
-        return TrainingState(ProgressiveMetrics(behaviours))
+        return TrainingState(ProgressiveMetrics(behaviours), stream=stream)
 
     def advance(self, result: StepResult) -> None:
         """Count a step."""

@@ -32,6 +32,7 @@ class Batch:
         rows: number of rows; 0 is allowed.
         position: where this rank stands after the batch.
         skipped_rows: rows of corrupt records that would have been in this batch.
+        slow: ``[rows]`` bool, which rows are of kind ``slow`` and take back what an earlier one denied; None: none is.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -44,6 +45,7 @@ class Batch:
     rows: int
     position: Position = field(default_factory=dict)
     skipped_rows: int = 0
+    slow: Tensor | None = None
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -71,6 +71,7 @@ class FeatureMap:
         lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_context``.
         sequences: the histories.
         behaviours: columns of ``label`` and ``mask``.
+        label_columns: where they are among the behaviours of the dataset.
         base_rates: ``[behaviours]`` float64, in the training range.
         dense_names: columns of ``dense``.
         n_dense: how many they are.
@@ -87,8 +88,8 @@ class FeatureMap:
         _check_layout(spec, fitted)
         self.spec = spec
         self.behaviours: tuple[str, ...] = tuple(behaviours) or spec.behaviours
-        self._labels = [spec.behaviours.index(behaviour) for behaviour in self.behaviours]
-        self.base_rates = fitted.prior[self._labels]
+        self.label_columns = [spec.behaviours.index(behaviour) for behaviour in self.behaviours]
+        self.base_rates = fitted.prior[self.label_columns]
         self.fitted, self._clip = fitted, config.clip
         self._inputs = DenseInputs(spec, config)
         self.dense_names, self.n_dense = self._inputs.names, len(self._inputs.names)
@@ -125,7 +126,9 @@ class FeatureMap:
         )
         groups = group_lookups(self.tables, self.lookups)
         self.layout = BatchLayout(
-            tuple(tuple(lookup.name for lookup in members) for _, members in groups), self.n_dense, len(self._labels)
+            tuple(tuple(lookup.name for lookup in members) for _, members in groups),
+            self.n_dense,
+            len(self.label_columns),
         )
 
     def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> PackedBatch:
@@ -174,8 +177,8 @@ class FeatureMap:
         np.subtract(self._inputs.raw(rows, self.fitted.prior), self.fitted.mean, out=standardised)
         standardised /= self.fitted.deviation
         np.clip(standardised, -self._clip, self._clip, out=standardised)
-        label.reshape(n, len(self._labels))[:] = (rows["label"] & rows["mask"])[:, self._labels]
-        mask.reshape(n, len(self._labels))[:] = rows["mask"][:, self._labels]
+        label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
+        mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         return PackedBatch(integers, floats, n, ids_per_key)
 
     def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:

@@ -95,6 +95,11 @@ class StreamConfig(BaseModel):
     )
     keep_published: int = Field(2, description="Newest published models to keep.", ge=1)
 
+    @property
+    def endless(self) -> bool:
+        """The stream may be silent for a while, and goes on later."""
+        return self.source == "kafka" and not self.until_end
+
     @model_validator(mode="after")
     def _names_a_topic(self) -> StreamConfig:
         if self.source == "kafka" and not (self.brokers and self.topic):

@@ -10,7 +10,9 @@ from trainer.stream.kafka import KafkaSource
 from trainer.stream.source import Source
 
 
-def connect(config: StreamConfig, spec: DatasetSpec, path: str) -> Source:
+def connect(
+    config: StreamConfig, spec: DatasetSpec, path: str, since_ms: int | None = None, until_ms: int | None = None
+) -> Source:
     """Open a source.
 
     Args:
@@ -18,13 +20,15 @@ def connect(config: StreamConfig, spec: DatasetSpec, path: str) -> Source:
         spec: of the dataset that the job is made for; its behaviours are the events of the stream, and its features
             are logged with them.
         path: of that dataset, replayed where ``config.path`` names no other.
+        since_ms: a replay begins here.
+        until_ms: and ends before this.
 
     Raises:
         UserError: it cannot be opened, or a dataset to replay has other behaviours or features.
     """
     if config.source == "kafka":
         return KafkaSource(config, spec)
-    source = FilesSource(config.path or path, config)
+    source = FilesSource(config.path or path, config, since_ms, until_ms)
     expected = _carried(spec)
     for what, replayed in _carried(source.spec).items():
         if replayed != expected[what]:

@@ -12,11 +12,9 @@ import numpy as np
 
 from trainer.data.checks import Columns
 from trainer.data.schema import DatasetSpec, Rows, row_columns
+from trainer.stream.logged import FEATURES
 from trainer.stream.rows import EXIT, FIRST_BEHAVIOUR
 from trainer.stream.source import PartEvents
-
-FEATURES = ("side", "dense", "stat")
-"""Columns of a row that are logged with its request."""
 
 NEVER = -1
 
@@ -66,7 +64,7 @@ class VisitFacts:
                 self._arrived.setdefault(key, {}).setdefault(k, ms)
 
     def features(self, rows: Rows) -> tuple[Rows, int]:
-        """:data:`FEATURES` of rows, as logged with their requests; and how many had none logged: theirs are zeros.
+        """``logged.FEATURES`` of rows, as logged with their requests; and how many had none logged: theirs are zeros.
 
         Args:
             rows: ``user_id``, ``visit_id`` and ``request_ms``.

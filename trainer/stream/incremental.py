@@ -93,7 +93,7 @@ class StreamAssembler:
         return sum(len(part["time_ms"]) for _, _, part in self._waiting)
 
     def unfinished(self) -> Iterator[tuple[int, int]]:
-        """``user_id, visit_id`` of the visits that can still give a row or become one: open, due, or waiting to begin."""
+        """``user_id, visit_id`` of the visits that can still give a row: open, due, or waiting to begin."""
         yield from {(mark[-1].user_id, mark[-1].visit_id) for mark in self._queue if mark[-1].due_ms == mark[0]}
         for _, _, part in self._waiting:
             yield from zip(part["user_id"].tolist(), part["visit_id"].tolist(), strict=True)

@@ -15,11 +15,11 @@ import numpy as np
 from trainer.data.checks import Columns
 from trainer.data.growing_history import VISIT_COLUMNS, GrowingHistories
 from trainer.data.schema import DOMAINS, DatasetSpec, Rows
+from trainer.data.visits import label_bits
 from trainer.stream.config import LabelConfig
 from trainer.stream.facts import VisitFacts
 from trainer.stream.partitions import PartitionAssemblers
 from trainer.stream.policy import Full
-from trainer.data.visits import label_bits
 from trainer.stream.rows import END_OF_TIME, REASONS, Assembled, concatenate, no_events, no_rows, take_aside
 from trainer.stream.source import EventBatch
 
@@ -92,7 +92,7 @@ class LiveStream:
         self._labels = PartitionAssemblers(spec, labels.make_policy(), self._patience, partitions)
         self._outcomes = PartitionAssemblers(spec, Full(), self._patience, partitions, DOMAINS)
         self._parts = {
-            partition: _Partition(VisitFacts(spec, keep_arrivals), *(no_rows(spec) for _ in range(3)))
+            partition: _Partition(VisitFacts(spec, keep_arrivals), no_rows(spec), no_rows(spec), no_rows(spec))
             for partition in sorted(partitions)
         }
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -124,6 +124,11 @@ class LiveStream:
     def trainable(self, before_ms: int) -> int:
         """Rows whose labels were complete before a time."""
         return sum(int(np.searchsorted(part.rows["emit_ms"], before_ms)) for part in self._parts.values())
+
+    @property
+    def unpredicted(self) -> int:
+        """Requests and outcomes that :meth:`take_requests` and :meth:`take_answered` would give."""
+        return sum(len(part.requests["user_id"]) + len(part.ended["user_id"]) for part in self._parts.values())
 
     def take_rows(self, before_ms: int) -> Rows:
         """The rows of all partitions whose labels were complete before a time, with their features, in order.
@@ -188,9 +193,7 @@ class LiveStream:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rows and predictions to come depend on: by partition, and the counts of this rank."""
-        labels, outcomes, histories = (
-            part.state_dict() for part in (self._labels, self._outcomes, self._histories)
-        )
+        labels, outcomes, histories = (part.state_dict() for part in (self._labels, self._outcomes, self._histories))
         return {
             "counts": dict(self.counts),
             "partitions": {

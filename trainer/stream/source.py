@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 
@@ -80,6 +80,20 @@ class EventBatch:
 
     def __len__(self) -> int:
         return len(self.partition)
+
+    def since(self, time_ms: int) -> EventBatch:
+        """Without the events before a time."""
+        at = np.flatnonzero(self.events["time_ms"] >= time_ms)
+        if len(at) == len(self):
+            return self
+        events = {name: column[at] for name, column in self.events.items()}
+        return replace(
+            self,
+            events=events,
+            partition=self.partition[at],
+            arrived_ms=self.arrived_ms[at],
+            logged=self.logged.take(at),
+        )
 
     def of_partitions(self) -> Iterator[tuple[int, PartEvents]]:
         """The events of each partition that has any."""
