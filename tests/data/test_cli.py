@@ -65,12 +65,21 @@ def test_simulate(tmp_path: Path) -> None:
     assert spec.partitions == 2 and 0 < spec.rows <= spec.exposures
 
 
+def test_simulate_cross(tmp_path: Path) -> None:
+    arguments = ["--world", "cross", "--users", "5", "--days", "2", "--partitions", "2"]
+    assert main(["data", "simulate", str(tmp_path / "world"), *arguments]) == 0
+    spec = DatasetSpec.load(tmp_path / "world")
+    assert (spec.name, spec.tag, spec.ids["item"].count) == ("simulated-cross", "item_niche", 144 * (2 + 5 + 5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["import", "kuairand", "{}/none", "{}/out"], "no such folder"),
         (["import", "events", "{}", "{}/out", "--mapping", "{}/none.toml"], "none.toml: no such mapping file"),
         (["simulate", "{}/out", "--users", "0"], "users is 0"),
+        (["simulate", "{}/out", "--world", "cross", "--days", "0"], "days is 0"),
+        (["simulate", "{}/out", "--world", "cross", "--texts"], "the world `cross` has no texts"),
         (["describe", "{}/none"], "no dataset here"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from trainer.command import add_command
+from trainer.errors import UserError
 from trainer.memory import keep_freed_memory
 from trainer.progress import Phases
 
@@ -52,6 +53,13 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
         "limelight data simulate data/world --users 20000 --days 7 --partitions 8 --seed 1",
     )
     simulate.add_argument("out", metavar="OUT", help="dataset to make; must not exist")
+    simulate.add_argument(
+        "--world",
+        choices=("everyday", "cross"),
+        default="everyday",
+        help="everyday: many users for some days; cross: histories of up to 10,000 visits, in which each of five "
+        "searches finds what the others do not, such as --users 400 --days 60 (default: %(default)s)",
+    )
     simulate.add_argument("--users", type=int, default=20_000, metavar="N", help="users (default: %(default)s)")
     simulate.add_argument("--days", type=int, default=7, metavar="D", help="days (default: %(default)s)")
     _add_partitions(simulate)
@@ -139,11 +147,17 @@ def _add_partitions(parser: argparse.ArgumentParser) -> None:
 
 def _simulate(options: argparse.Namespace) -> int:
     from trainer.data.simulate import simulate
+    from trainer.data.simulate_cross import simulate_cross
 
+    if options.texts and options.world == "cross":
+        raise UserError("--texts: the world `cross` has no texts; leave it out, or take --world everyday")
     keep_freed_memory()
     with Phases(_UNITS) as progress:
         sizes = options.users, options.days, options.partitions, options.seed
-        spec = simulate(options.out, *sizes, progress, texts=options.texts)
+        if options.world == "cross":
+            spec = simulate_cross(options.out, *sizes, progress)
+        else:
+            spec = simulate(options.out, *sizes, progress, texts=options.texts)
     return _made(options.out, spec)
 
 
