@@ -226,7 +226,12 @@ def test_older_names_of_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("click", ",", ";", r"click\.csv: column 'user_id' is missing; .* \(separated by ';'\? it must be a comma\)"),
+        (
+            "click",
+            ",",
+            ";",
+            r"click\.csv: column 'user_id' is missing; .* \(separated by ';'\? it must be a comma or a tab\)",
+        ),
         ("click", "watch_live_time", "watched", r"click\.csv: column 'watch_live_time' is missing"),
         ("click", "60000", "a minute", r"click\.csv: row 1: column 'watch_live_time' is 'a minute'"),
         ("click", "2852", "-2852", r"click\.csv: row 2: column 'watch_live_time' is -2852.0; it must be milliseconds"),

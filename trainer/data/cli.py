@@ -110,6 +110,19 @@ def add_data_parser(subparsers: argparse._SubParsersAction) -> None:
     _add_partitions(both)
     both.set_defaults(run=_import_kuailive_m3)
 
+    kuaicomt = add_command(
+        sources,
+        "kuaicomt",
+        "KuaiComt: videos, comments, staytimes",
+        "Import KuaiComt as its authors publish it (https://github.com/lyingCS/KuaiComt.github.io). Its files may be\n"
+        "separated by commas or tabs.",
+        "limelight data import kuaicomt downloads/KuaiComt data/kuaicomt",
+    )
+    kuaicomt.add_argument("src", metavar="SRC", help="the unpacked folder")
+    kuaicomt.add_argument("out", metavar="OUT", help="dataset to make; must not exist")
+    _add_partitions(kuaicomt)
+    kuaicomt.set_defaults(run=_import_kuaicomt)
+
     events = add_command(
         sources,
         "events",
@@ -185,6 +198,15 @@ def _import_kuailive_m3(options: argparse.Namespace) -> int:
     keep_freed_memory()
     with Phases(_UNITS) as progress:
         spec = import_kuailive_m3(options.src, options.out, options.partitions, progress)
+    return _made(options.out, spec)
+
+
+def _import_kuaicomt(options: argparse.Namespace) -> int:
+    from trainer.data.importers.kuaicomt import import_kuaicomt
+
+    keep_freed_memory()
+    with Phases(_UNITS) as progress:
+        spec = import_kuaicomt(options.src, options.out, options.partitions, progress)
     return _made(options.out, spec)
 
 

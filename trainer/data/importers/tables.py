@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +22,7 @@ from trainer.errors import UserError
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 17
 _NULLS = ["", "NULL", "null", "NaN", "nan"]
-_OTHER_DELIMITERS = (";", "\t", "|")
+_OTHER_DELIMITERS = (";", "|")
 
 
 def is_table(file: Path) -> bool:
@@ -39,15 +39,14 @@ def column_names(file: Path) -> list[str]:
     try:
         if file.name.endswith(".parquet"):
             return list(pq.read_schema(file).names)
-        with pa.input_stream(str(file)) as stream:
-            header = stream.read(_BLOCK_BYTES).split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
+        header = _header(file).rstrip("\r")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file}: cannot be read as a table ({error})") from None
     if not header:
         raise UserError(f"{file}: is empty; a table begins with a line of column names")
-    return next(csv.reader([header]))
+    return next(csv.reader([header], delimiter=_delimiter(header)))
 
 
 def read_batches(
@@ -56,10 +55,11 @@ def read_batches(
     """The columns named in ``types``, in that order, in bounded memory: a few blocks of 16 MB at a time.
 
     Args:
-        file: ``.csv``, ``.csv.gz`` (comma, a header line, UTF-8) or ``.parquet``.
+        file: ``.csv``, ``.csv.gz`` (comma or, if the header has one, tab; a header line, UTF-8) or ``.parquet``.
         types: column -> type it is converted to; None leaves Parquet columns as they are and CSV columns as text.
         block_bytes: size of a block of a CSV file.
-        multiline: quoted text of a CSV file may contain line breaks, which costs time.
+        multiline: quoted text of a CSV file may contain line breaks, which costs time; and where lines end with a line
+            feed alone, any text may contain carriage returns, which become spaces.
 
     Raises:
         UserError: a column is missing, a line has too few or too many fields, or a value does not fit its type.
@@ -68,7 +68,7 @@ def read_batches(
     for name in types:
         if name not in names:
             delimiter = next((mark for mark in _OTHER_DELIMITERS if len(names) == 1 and mark in names[0]), None)
-            hint = "" if delimiter is None else f" (separated by {delimiter!r}? it must be a comma)"
+            hint = "" if delimiter is None else f" (separated by {delimiter!r}? it must be a comma or a tab)"
             raise UserError(f"{file}: column {name!r} is missing; there are {', '.join(names)}{hint}")
     if file.name.endswith(".parquet"):
         yield from _parquet_batches(file, types)
@@ -121,6 +121,17 @@ def refuse(file: Path, row: int, column: str, value: object, accepted: str) -> N
     raise UserError(f"{file}: row {row}: column {column!r} is {value!r}; it must be {accepted}")
 
 
+def _header(file: Path) -> str:
+    """The first line, without its line feed."""
+    with pa.input_stream(str(file)) as stream:
+        line: bytes = stream.read(_BLOCK_BYTES).split(b"\n", 1)[0]
+    return line.decode("utf-8-sig")
+
+
+def _delimiter(header: str) -> str:
+    return "\t" if "\t" in header else ","
+
+
 def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Iterator[pa.RecordBatch]:
     row = 1
     for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(types)):
@@ -137,10 +148,16 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
 def _csv_batches(
     file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool, *, threads: bool
 ) -> Iterator[pa.RecordBatch]:
+    header = _header(file)
+    source: Any = file
+    if multiline and not header.endswith("\r"):
+        source = pa.TransformInputStream(
+            pa.input_stream(str(file)), lambda block: block.to_pybytes().replace(b"\r", b" ")
+        )
     reader = pa.csv.open_csv(
-        file,
+        source,
         read_options=pa.csv.ReadOptions(block_size=block_bytes, use_threads=threads),
-        parse_options=pa.csv.ParseOptions(newlines_in_values=multiline),
+        parse_options=pa.csv.ParseOptions(delimiter=_delimiter(header), newlines_in_values=multiline),
         convert_options=pa.csv.ConvertOptions(
             column_types=types, include_columns=list(types), null_values=_NULLS, strings_can_be_null=True
         ),
