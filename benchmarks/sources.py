@@ -1,8 +1,9 @@
 """Events per second that a rank takes from a stream: files replayed as fast as possible, and a Kafka topic.
 
-The topic lies in librdkafka's own cluster inside this process, which speaks the brokers' protocol over the loopback
-interface and shares the cores with the reader: a real broker elsewhere costs less. That cluster keeps 5 MB of a
-partition, so what is read from a topic is few events, several times.
+Each without and with the features that are logged with one event of sixteen, 85 numbers each. The topic lies in
+librdkafka's own cluster inside this process, which speaks the brokers' protocol over the loopback interface and shares
+the cores with the reader: a real broker elsewhere costs less. That cluster keeps 5 MB of a partition, so what is read
+from a topic is few events, several times.
 
     python -m benchmarks.sources --out benchmarks/results/sources.json
 """
@@ -14,7 +15,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from trainer.data.checks import Columns
-from trainer.data.schema import DatasetSpec, partition_of
+from trainer.data.schema import DatasetSpec, DenseFeature, SideFeature, partition_of, row_columns
+from trainer.data.shards import write_rows
 from trainer.data.visits import event_names, event_table
 from trainer.run import environment, write_json
 from trainer.stream.config import StreamConfig
 from trainer.stream.files import FilesSource
 from trainer.stream.kafka import KafkaSource
 from trainer.stream.kafka_client import library
+from trainer.stream.logged import FEATURES, Logged
+from trainer.stream.rows import EXPOSURE
 from trainer.stream.source import Source
 from trainer.stream.topic import Topic
 
@@ -44,7 +50,11 @@ SPEC = DatasetSpec(
     behaviours=("click", "like", "comment", "gift", "follow"),
     applies={name: ("video", "live") for name in ("click", "like", "comment", "gift", "follow")},
     candidates=("live",),
+    side=tuple(SideFeature(f"side_{k}", "context", 1000) for k in range(20)),
+    dense=tuple(DenseFeature(f"dense_{k}", "context") for k in range(5)),
+    statistics=tuple((f"side_{k}",) for k in range(10)),
 )
+LONGEST_VISIT_MS = 1_800_000
 
 
 def random_events(events: int) -> Columns:
@@ -62,14 +72,39 @@ def random_events(events: int) -> Columns:
     }
 
 
-def store(path: Path, events: Columns) -> None:
-    """Write the events as a dataset has them."""
+def random_features(events: Columns) -> Logged:
+    """Features of the exposures of live rooms."""
+    rng = np.random.default_rng(1)
+    at = np.flatnonzero((events["event"] == EXPOSURE) & (events["domain"] == 1))
+    shape = {name: (len(at), *row_columns(SPEC)[name][1]) for name in FEATURES}
+    side = rng.integers(0, 1000, shape["side"]).astype(np.int32)
+    stat = rng.geometric(0.05, shape["stat"]).astype(np.float32)
+    return Logged(at, side, rng.random(shape["dense"], np.float32), stat)
+
+
+def stored_rows(events: Columns, logged: Logged) -> dict[str, np.ndarray]:
+    """Training rows with these features, of visits of up to half an hour."""
+    rng = np.random.default_rng(2)
+    layout = row_columns(SPEC).items()
+    rows = {name: np.zeros((len(logged), *shape), dtype) for name, (dtype, shape) in layout}
+    rows |= {name: events[name][logged.at] for name in ("visit_id", "user_id", "author_id", "item_id")}
+    rows |= {name: getattr(logged, name) for name in FEATURES}
+    rows["request_ms"] = events["time_ms"][logged.at]
+    rows["emit_ms"] = rows["request_ms"] + rng.integers(0, LONGEST_VISIT_MS, len(logged))
+    return rows
+
+
+def store(path: Path, events: Columns, logged: Logged | None) -> None:
+    """Write the events as a dataset has them, with or without training rows."""
     (path / "events").mkdir(parents=True)
     owner = partition_of(events["user_id"], PARTITIONS)
     for partition in range(PARTITIONS):
         own = {name: column[owner == partition] for name, column in events.items()}
         pq.write_table(event_table(SPEC, own), path / "events" / f"part-{partition:05d}.parquet")
-    (path / "dataset.json").write_text(SPEC.to_json())
+    if logged is not None:
+        write_rows(path, SPEC, stored_rows(events, logged))
+    spec = replace(SPEC, rows=0 if logged is None else len(logged))
+    (path / "dataset.json").write_text(spec.to_json())
 
 
 def measure(work: Callable[[], int]) -> dict[str, float]:
@@ -86,11 +121,12 @@ def drain(source: Source) -> int:
         return sum(len(batch) for batch in reader)
 
 
-def publish(topic: Topic, events: Columns, per_message: int) -> int:
+def publish(topic: Topic, events: Columns, logged: Logged | None, per_message: int) -> int:
     """Write events to a topic and wait for the brokers."""
     count = len(events["time_ms"])
     for first in range(0, count, 20_000):
-        topic.publish({name: column[first : first + 20_000] for name, column in events.items()}, per_message)
+        part = {name: column[first : first + 20_000] for name, column in events.items()}
+        topic.publish(part, per_message, None if logged is None else logged.part(first, first + 20_000))
     topic.flush()
     return count
 
@@ -111,23 +147,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results: dict[str, Any] = {}
     events = random_events(options.events)
+    logged = random_features(events)
     with tempfile.TemporaryDirectory() as scratch:
-        store(Path(scratch) / "log", events)
-        source = FilesSource(Path(scratch) / "log", StreamConfig())
-        results["files"] = {"read": best([measure(partial(drain, source)) for _ in range(options.repeats)])}
+        for name, carried in (("files", None), ("files, features", logged)):
+            path = Path(scratch) / name
+            store(path, events, carried)
+            source = FilesSource(path, StreamConfig())
+            results[name] = {"read": best([measure(partial(drain, source)) for _ in range(options.repeats)])}
+    plain, joined = (options.events / results[name]["read"]["events_per_cpu_second"] for name in results)
+    results["files, features"] |= {"rows": len(logged), "seconds_a_million_rows": (joined - plain) / len(logged) * 1e6}
 
     few = {name: column[: options.topic_events] for name, column in events.items()}
     cluster = library().Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 2})
     brokers = ",".join(f"{broker.host}:{broker.port}" for broker in cluster.list_topics(timeout=20).brokers.values())
-    for format, per_message in MESSAGES:
+    for (format, per_message), carried in product(MESSAGES, (None, logged.part(0, options.topic_events))):
         name = f"{format}-{uuid.uuid4().hex[:8]}"
         cluster.list_topics(name, timeout=20)
         config = StreamConfig(source="kafka", brokers=brokers, topic=name, format=format, until_end=True)
         topic = Topic(config, SPEC, PARTITIONS)
-        written = measure(partial(publish, topic, few, per_message))
+        written = measure(partial(publish, topic, few, carried, per_message))
         kafka = KafkaSource(config, SPEC)
         runs = [measure(partial(drain, kafka)) for _ in range(options.repeats)]
-        results[f"kafka, {format}, {per_message:,} a message"] = {"read": best(runs), "publish": written}
+        label = f"kafka, {format}, {per_message:,} a message" + ("" if carried is None else ", features")
+        results[label] = {"read": best(runs), "publish": written}
 
     print("| source | events read/s | per CPU second | events published/s |")
     print("|---|---:|---:|---:|")
@@ -135,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         read = result["read"]
         written_text = f"{result['publish']['events_per_second']:,.0f}" if "publish" in result else ""
         print(f"| {name} | {read['events_per_second']:,.0f} | {read['events_per_cpu_second']:,.0f} | {written_text} |")
+    joining = results["files, features"]["seconds_a_million_rows"]
+    print(f"\njoining the features of a million stored rows to their exposures takes {joining:.1f} s of CPU")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, {"results": results, "environment": environment(1)})
