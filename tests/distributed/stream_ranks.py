@@ -1,0 +1,75 @@
+"""What test_stream.py has ranks do: train on a stream undisturbed, stopped halfway, and gone on from there.
+
+    torchrun --nproc-per-node N -m tests.distributed.stream_ranks START OUT DATASET [EARLIER ...]
+
+As ``resume_ranks``, with a replayed stream in place of stored rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.resume_ranks import run
+from trainer.config import JobConfig, load_config
+from trainer.distributed import World
+
+POLICIES = ("realtime", "fast_slow")
+
+JOB = (
+    "data.train_until=2024-03-05",
+    "stream.until=2024-03-05T18:00",
+    "stream.slice_seconds=300",
+    "stream.flush_seconds=1800",
+    "stream.batch_events=200",
+    "model.expert_layers=[[16], [8]]",
+    "model.tower=[8]",
+    "model.dropout=0.2",
+    "features.history.short.length=5",
+    "features.history.live.length=5",
+    "train.batch_size=64",
+    "train.log_every=5",
+    "checkpoint.every_steps=4",
+    "checkpoint.every_minutes=0",
+    "train.device=cpu",
+)
+STOP_AFTER = 7
+"""Step after which SIGTERM comes: rows wait, visits are open, and predictions have no outcome yet."""
+
+
+def job(dataset: Path, directory: Path, policy: str) -> JobConfig:
+    return load_config(
+        "configs/moment.toml",
+        [*JOB, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"],
+    )
+
+
+def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
+    with World.join("cpu") as world:
+        outcome: dict[str, Any] = {}
+        for policy in POLICIES:
+            found = outcome[policy] = {"resumed": {}}
+            if not earlier:
+                found["through"] = run(world, job(dataset, out / start / policy / "through", policy))
+                stopped = out / start / policy / "stopped"
+                found["stopped"] = run(world, job(dataset, stopped, policy), STOP_AFTER)
+                if world.rank == 0:
+                    shutil.copytree(stopped, out / start / policy / "kept")
+                world.barrier()
+                found["resumed"][start] = run(world, job(dataset, stopped, policy))
+            for name in earlier:
+                directory = out / start / policy / f"from-{name}"
+                if world.rank == 0:
+                    shutil.copytree(out / name / policy / "kept", directory)
+                world.barrier()
+                found["resumed"][name] = run(world, job(dataset, directory, policy))
+        if world.rank == 0:
+            torch.save(outcome, out / f"{start}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

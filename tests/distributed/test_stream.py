@@ -1,0 +1,118 @@
+"""Training on a stream: every row of the log once, whatever stops it, on the same ranks bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.stream_ranks import POLICIES, job
+from tests.distributed.test_resume import trained
+from trainer.config import parse_time
+from trainer.data.schema import DatasetSpec
+from trainer.data.simulate import simulate
+from trainer.stream.batch import assemble_batch
+from trainer.stream.log import EventLog
+
+STARTS: dict[str, tuple[str, ...]] = {"2a": (), "1a": ("2a",)}
+
+_outcomes: dict[str, Any] = {}
+
+
+@pytest.fixture
+def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if not _outcomes:
+        out = tmp_path_factory.mktemp("stream")
+        simulate(out / "world", users=150, days=2, partitions=4, seed=4)
+        _outcomes["dataset"] = out / "world"
+        for start, earlier in STARTS.items():
+            arguments = (start, out, out / "world", *earlier)
+            run_ranks("tests.distributed.stream_ranks", *arguments, ranks=int(start[0]), timeout=400)
+            _outcomes[start] = torch.load(out / f"{start}.pt")
+    return _outcomes
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_stopping_and_going_on_is_bitwise_as_if_nothing_had_happened(outcomes: dict[str, Any], policy: str) -> None:
+    of_policy = outcomes["2a"][policy]
+    through, stopped, resumed = of_policy["through"], of_policy["stopped"], of_policy["resumed"]["2a"]
+    assert stopped["report"] is None and 0 < stopped["step"] < through["step"]
+    assert stopped["losses"] + resumed["losses"] == through["losses"]
+    assert resumed["trace"] == through["trace"]
+    for before, after in ((stopped["saved"], resumed["loaded"]), (through["saved"], resumed["saved"])):
+        assert before.keys() == after.keys()
+        for name in before:
+            assert torch.equal(before[name], after[name]), name
+    assert all(map(torch.equal, resumed["random"], through["random"]))
+    summaries = [
+        json.loads((outcomes["dataset"].parent / "2a" / policy / name / "metrics.json").read_text())["stream"]
+        for name in ("through", "stopped")
+    ]
+    assert summaries[0] == summaries[1] and summaries[0]["counts"]["requests"] > 100
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_row_of_the_log_is_trained_on_once(outcomes: dict[str, Any], policy: str) -> None:
+    dataset = outcomes["dataset"]
+    config, log = job(dataset, dataset, policy), EventLog(dataset)
+    assert config.stream is not None
+    since, until = (parse_time(text, log.spec.timezone, "t") for text in (config.data.train_until, config.stream.until))
+    expected: Counter[int] = Counter()
+    for partition in range(log.spec.partitions):
+        events = log.read(partition)
+        inside = (events["time_ms"] >= since) & (events["time_ms"] < until)
+        events = {name: column[inside] for name, column in events.items()}
+        rows = assemble_batch(log.spec, config.labels.make_policy(), config.labels.patience, events).rows
+        expected.update(rows["visit_id"].tolist())
+    assert expected and max(expected.values()) > 1
+    found = outcomes["2a"][policy]
+    assert trained(found["through"]) == expected
+    assert trained(found["stopped"]) + trained(found["resumed"]["2a"]) == expected
+    assert trained(found["stopped"]) + trained(outcomes["1a"][policy]["resumed"]["2a"]) == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_another_number_of_ranks_goes_on_with_the_same_model(outcomes: dict[str, Any], policy: str) -> None:
+    stopped, resumed = outcomes["2a"][policy]["stopped"], outcomes["1a"][policy]["resumed"]["2a"]
+    assert stopped["saved"].keys() == resumed["loaded"].keys()
+    for name, tensor in stopped["saved"].items():
+        assert torch.equal(tensor, resumed["loaded"][name]), name
+    counts = [
+        json.loads((outcomes["dataset"].parent / home / "metrics.json").read_text())["stream"]["counts"]
+        for home in (f"2a/{policy}/through", f"1a/{policy}/from-2a")
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0]["unanswered"] == counts[0]["without_features"] == 0
+
+
+def test_what_was_predicted_of_each_request_is_compared_with_its_outcome(outcomes: dict[str, Any]) -> None:
+    """Each request once, with its full labels: the progressive metrics know as many rows and positives as the log."""
+    dataset = outcomes["dataset"]
+    summary = json.loads((dataset.parent / "2a" / "realtime" / "through" / "metrics.json").read_text())["stream"]
+    config, spec = job(dataset, dataset, "full"), DatasetSpec.load(dataset)
+    assert config.stream is not None
+    since, until = (parse_time(text, spec.timezone, "t") for text in (config.data.train_until, config.stream.until))
+    rows = positives = 0
+    for partition in range(spec.partitions):
+        events = EventLog(dataset).read(partition)
+        inside = (events["time_ms"] >= since) & (events["time_ms"] < until)
+        events = {name: column[inside] for name, column in events.items()}
+        full = assemble_batch(spec, config.labels.make_policy(), config.labels.patience, events).rows
+        click = spec.behaviours.index("click")
+        rows += int(full["mask"][:, click].sum())
+        positives += int(np.sum(full["label"][:, click] & full["mask"][:, click]))
+    click_metrics = summary["progressive"]["click"]
+    assert summary["counts"]["requests"] == rows == click_metrics["rows"]
+    assert click_metrics["positives"] == positives > 0
+
+
+def test_a_run_directory_of_a_stream(outcomes: dict[str, Any]) -> None:
+    home: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
+    trace = json.loads(sorted((home / "checkpoints").glob("step-*"))[-1].joinpath("job.json").read_text())["trace"]
+    assert {"lag_events", "lag_seconds"} <= trace[-1].keys()
+    assert (home / "report.html").exists()
