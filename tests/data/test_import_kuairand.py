@@ -16,6 +16,7 @@ from trainer.data.importers import kuairand, tables
 from trainer.data.importers.kuairand import BEHAVIOURS, DURATION_EDGES_S, find_files, import_kuairand
 from trainer.data.schema import DatasetSpec
 from trainer.data.shards import read_rows
+from trainer.data.text_schema import read_texts
 from trainer.errors import UserError
 
 LOG_HEADER = (
@@ -102,6 +103,9 @@ def test_published_layout(tmp_path: Path, version: str, inside: bool) -> None:
     assert (rows["request_ms"] - T0).tolist() == [3_600_000, 0, 0, 86_399_000]
     assert (rows["emit_ms"] - rows["request_ms"]).tolist() == [9000, 4000, 0, 30000]
     assert (rows["domain"] == 0).all() and (rows["mask"] == 1).all()
+    stays = read_texts(tmp_path / "out", "visits").to_pylist()
+    assert {one["visit_id"]: one["staytime_ms"] for one in stays} == {0: 0, 1: 700, 3: 0, 4: 0}
+    assert all(one["shown"] == one["shown_likes"] == one["interacted"] == [] for one in stays)
     expected = [{"click", "long_view"}, {"click", "like", "profile_enter"}, {"hate"}]
     expected.append({"click", "long_view", "comment", "follow", "forward"})
     for label, names in zip(rows["label"], expected, strict=True):
@@ -196,6 +200,7 @@ def spoil(data: Path, name: str, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
+        ("log_standard_4_08*", ",700,1,0,6", ",-700,1,0,6", r"row 2: column 'comment_stay_time' is -700; .* 0 or more"),
         ("log_standard_4_08*", "is_like", "liked", r"log_standard_4_08\S+: column 'is_like' is missing"),
         ("log_standard_4_08*", f"{T0},1,1", "noon,1,1", r"log_standard_4_08\S+: row 2: column 'time_ms' is 'noon'"),
         ("log_standard_4_08*", f"{T0},1,1", ",1,1", r"log_standard_4_08\S+: row 2: column 'time_ms' has no value"),

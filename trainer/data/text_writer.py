@@ -42,10 +42,10 @@ class TextWriter:
         table = checked(name, table)
         if name == "comments" and self._item_of is not None:
             raise UserError("texts/comments: comments are added before the visits that name them")
-        if name in _KEYS:
-            self._keys[name].append(table.column(_KEYS[name]).to_numpy())
         if name == "visits":
             self._check_comments(table)
+        elif name in _KEYS:
+            self._keys[name].append(table.column(_KEYS[name]).to_numpy())
         self._write(f"{FOLDER}/{name}", table)
 
     def add_truth(self, name: str, table: pa.Table) -> None:
@@ -61,7 +61,8 @@ class TextWriter:
         """End the files of tables that are complete.
 
         Raises:
-            UserError: an id comes twice in a table.
+            UserError: an id comes twice in a table; those of visits, which may be too many to remember, are checked
+                part by part.
         """
         self.close()
         for name, parts in self._keys.items():

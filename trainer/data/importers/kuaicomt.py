@@ -33,6 +33,7 @@ from trainer.data.importers.id_values import IdValues, first_met
 from trainer.data.importers.part import Part, Reading, read_parts
 from trainer.data.importers.scratch import scratch_folder
 from trainer.data.importers.sessions import last_touch
+from trainer.data.importers.stays import Stays, in_parts
 from trainer.data.importers.tables import column_names
 from trainer.data.order import first_of_each
 from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
@@ -80,11 +81,9 @@ _USER_CATEGORIES = (
 _VIDEO_CATEGORIES = {"video_type": "video_type", "category": "category"}
 _VIDEO = DOMAINS.index("video")
 _NEW = "an id that did not come before"
-_ROWS_AT_ONCE = 1 << 18
 _SECONDS_BELOW = 1e11
 """As milliseconds this is March 1973."""
 
-_STAYS = pa.schema([(name, pa.int64()) for name in ("visit_id", "user_id", "item_id", "request_ms", "staytime_ms")])
 _TOUCHES = pa.schema([(name, pa.int64()) for name in ("user_id", "item_id", "time_ms", "comment_id")])
 
 
@@ -120,46 +119,32 @@ def import_kuaicomt(
         for texts in source.comments():
             builder.texts("comments", texts)
         with scratch_folder(out) as folder:
-            stays, touches = (
-                Spill(folder / "stays", _STAYS, partitions),
-                Spill(folder / "touches", _TOUCHES, partitions),
-            )
+            stays, touches = Stays(folder / "stays", partitions), Spill(folder / "touches", _TOUCHES, partitions)
             for visits, columns in source.visits():
                 builder.visits(visits)
                 stays.add(columns)
             if not source.rows:
                 raise UserError(f"{source.files['visits']}: has no lines below its header")
             lists = source.read_touches(touches)
-            orphans = _join(builder, stays, touches, lists, partitions, progress)
+            orphans = _join(builder, stays, touches, lists, progress)
         return builder.finish(progress, {"log_rows": source.rows, "orphans_dropped": orphans})
 
 
-def _join(
-    builder: DatasetBuilder,
-    stays: Spill,
-    touches: Spill,
-    lists: DailyLists,
-    partitions: int,
-    progress: Progress | None,
-) -> int:
+def _join(builder: DatasetBuilder, stays: Stays, touches: Spill, lists: DailyLists, progress: Progress | None) -> int:
     """Give the builder all staytimes with their comments; returns the number of interactions without a visit."""
     report = progress or (lambda what, done, total: None)
-    stays.flush()
     touches.flush()
     orphans = 0
-    for partition in range(partitions):
-        report("joining comments", partition, partitions)
+    for partition in range(stays.partitions):
+        report("joining comments", partition, stays.partitions)
         visits, touched = stays.pop(partition), touches.pop(partition)
-        first = first_of_each([visits[name] for name in ("user_id", "item_id", "request_ms")])
-        visits = {name: column[first] for name, column in visits.items()}
         visit = last_touch(visits, touched)
         orphans += int((visit < 0).sum())
         visit, comment = visit[visit >= 0], touched["comment_id"][visit >= 0]
         own = first_of_each([comment, visit])
         order = own[np.argsort(visit[own], kind="stable")]
-        edges = np.searchsorted(visit[order], np.arange(len(first) + 1))
-        for start in range(0, len(first), _ROWS_AT_ONCE):
-            rows = slice(start, min(start + _ROWS_AT_ONCE, len(first)))
+        edges = np.searchsorted(visit[order], np.arange(len(visits["visit_id"]) + 1))
+        for rows in in_parts(len(visits["visit_id"])):
             some = {name: column[rows] for name, column in visits.items()}
             shown, counts = lists.of(some["item_id"], shanghai.local_day(some["request_ms"]))
             offsets = np.concatenate([[0], np.cumsum((shown >= 0).sum(axis=1))])
@@ -170,7 +155,7 @@ def _join(
                 "interacted": list_column(comment[order][of_rows[0] : of_rows[-1]], of_rows - of_rows[0]),
             }
             builder.texts("visits", pa.table(some | lines))
-    report("joining comments", partitions, partitions)
+    report("joining comments", stays.partitions, stays.partitions)
     return orphans
 
 
@@ -257,7 +242,7 @@ class _Source:
             )
 
     def visits(self) -> Iterator[tuple[pa.Table, dict[str, np.ndarray]]]:
-        """Visits, and the same with their staytimes as ``_STAYS``; ``visit_id`` is the number of the line, from 0."""
+        """Visits, and the same with their staytimes for ``Stays``; ``visit_id`` is the number of the line, from 0."""
         key = self._own("visits", "video_id")
         types = dict.fromkeys(("user_id", key), pa.int64())
         types |= dict.fromkeys(("time_ms", "play_time_ms", "comment_stay_time", *BEHAVIOURS.values()))

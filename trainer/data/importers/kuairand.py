@@ -28,7 +28,9 @@ from trainer.data.build import DatasetBuilder, Progress
 from trainer.data.importers import shanghai
 from trainer.data.importers.categories import distinct, encode, vocabulary
 from trainer.data.importers.id_values import IdValues
-from trainer.data.importers.tables import read_batches
+from trainer.data.importers.scratch import scratch_folder
+from trainer.data.importers.stays import KEY, Stays, write_stays
+from trainer.data.importers.tables import read_batches, refuse
 from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.errors import UserError
 
@@ -129,13 +131,18 @@ def import_kuairand(
             builder.table("items", items)
             authors.add(items.column("item_id").to_numpy(), items.column("author_id").to_numpy())
         rows, read, total = 0, 0, sum(log.stat().st_size for log in files.logs)
-        for log in files.logs:
-            report("reading logs", read, total)
-            for visits in _visits(log, rows, _Authors(files.videos, authors), random):
-                rows += visits.num_rows
-                builder.visits(visits)
-            read += log.stat().st_size
-        report("reading logs", total, total)
+        with scratch_folder(out) as folder:
+            stays = Stays(folder / "stays", partitions)
+            for log in files.logs:
+                report("reading logs", read, total)
+                for visits, staytime_ms in _visits(log, rows, _Authors(files.videos, authors), random):
+                    rows += visits.num_rows
+                    builder.visits(visits)
+                    keys = {name: visits.column(name).to_numpy() for name in ("visit_id", *KEY)}
+                    stays.add({**keys, "staytime_ms": staytime_ms})
+                read += log.stat().st_size
+            report("reading logs", total, total)
+            write_stays(builder, stays)
         return builder.finish(progress, {"log_rows": rows})
 
 
@@ -280,9 +287,19 @@ def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.
         yield pa.concat_tables(parts)
 
 
-def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Iterator[pa.Table]:
-    """Visits of a log, block by block; ``visit_id`` is the number of the line among those of all logs."""
-    names = ("user_id", "video_id", "time_ms", "play_time_ms", "tab", *BEHAVIOURS.values(), *(["is_rand"] * random))
+def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Visits of a log, block by block, with the milliseconds spent in the comments of each; ``visit_id`` is the number
+    of the line among those of all logs."""
+    names = (
+        "user_id",
+        "video_id",
+        "time_ms",
+        "play_time_ms",
+        "comment_stay_time",
+        "tab",
+        *BEHAVIOURS.values(),
+        *(["is_rand"] * random),
+    )
     row = 0
     for batch in read_batches(log, dict.fromkeys(names, pa.int64())):
         for name in names:
@@ -315,7 +332,11 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
         visits["day_cos"] = np.cos(angle).astype(np.float32)
         if random:
             visits["is_rand"] = (column["is_rand"] > 0).astype(np.int32) + 1
-        yield pa.table(visits)
+        staytime_ms = column["comment_stay_time"]
+        if (staytime_ms < 0).any():
+            bad = int(np.argmax(staytime_ms < 0))
+            refuse(log, row + 1 + bad, "comment_stay_time", int(staytime_ms[bad]), "milliseconds, 0 or more")
+        yield pa.table(visits), staytime_ms
         row += batch.num_rows
 
 
