@@ -258,10 +258,8 @@ class _Feed:
         if resumed is not None and offset[start] == resumed[0]:
             # The first events of this message are before the position.
             after = (message > start) | (inside >= resumed[1])
-            events, logged = (
-                {name: column[after] for name, column in events.items()},
-                logged.take(np.flatnonzero(after)),
-            )
+            events = {name: column[after] for name, column in events.items()}
+            logged = logged.take(np.flatnonzero(after))
             message, inside = message[after], inside[after]
             bad = [entry for entry in bad if (entry.message, entry.inside) >= (start, resumed[1])]
         done = inside + 1 == decoded.sizes[message]

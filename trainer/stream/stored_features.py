@@ -60,10 +60,9 @@ class StoredFeatures:
         found = _first_equal([np.concatenate([none.at, *(rows[name] for rows in records)]) for name in _KEY], asked)
         known = np.flatnonzero(found >= 0)
         features = self._gathered(records, found[known], none)
-        # What may be asked for again: requests of the last millisecond, and later ones.
-        self._records = {
-            record: self._records[record] for record in wanted if self._index.request_max[record] >= last_ms
-        }
+        # Requests of the last millisecond may come once more.
+        needed = self._index.request_max >= last_ms
+        self._records = {record: self._records[record] for record in wanted if needed[record]}
         return features.rows(slice(None), exposure[known])
 
     def _read(self, record: int) -> Rows:
