@@ -84,6 +84,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_score_arguments(score)
     score.set_defaults(run=_score)
 
+    staytime = add_command(
+        verbs,
+        "staytime",
+        "seconds in the comment area, with or without LCU",
+        "Train a model of the seconds that users stay in the comment area of a video, and evaluate it on later days.",
+        "limelight staytime configs/staytime.toml base.loss=d2q lcu.enabled=false",
+    )
+    add_train_arguments(staytime)
+    staytime.set_defaults(run=_staytime)
+
     add_checkpoint_parser(verbs)
 
     doctor = add_command(
@@ -143,6 +153,14 @@ def _score(options: argparse.Namespace) -> int:
     from launch.local import start_ranks
 
     return start_ranks("trainer.score", options.forwarded, 1)
+
+
+def _staytime(options: argparse.Namespace) -> None:
+    from trainer.config import load_job
+    from trainer.staytime import run_job
+    from trainer.staytime_config import StaytimeConfig
+
+    run_job(load_job(StaytimeConfig, options.config, options.overrides))
 
 
 def _doctor(options: argparse.Namespace) -> int:

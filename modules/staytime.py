@@ -84,7 +84,7 @@ class StaytimeNetwork(nn.Module):
         dim: int,
         backbone: BackboneShape,
         start: Tensor,
-        lcu: CommentUnderstanding | None = None,
+        lcu: CommentUnderstanding | ReleasedCommentUnderstanding | None = None,
     ) -> None:
         super().__init__()
         self.table = _table(rows, dim)
