@@ -105,6 +105,18 @@ class ModelConfig(Section):
     dropout: Share = Field(0.0, description="Dropout in experts and towers.")
 
 
+class AlignmentConfig(Section):
+    """A contrastive loss that draws a user's histories towards one of them, Moment&Cross equation 6."""
+
+    anchor: str = Field("", description="History that each other one is aligned with, such as `mixed`. Empty: none.")
+    weight: Rate = Field(0.05, description="Weight of the loss beside that of the behaviours.")
+    temperature: Rate = Field(0.1, description="Divides the cosines of two sides.")
+    symmetric: bool = Field(
+        True, description="Both directions, each with half the weight; false: from the anchor to the others."
+    )
+    detached: Literal["none", "anchor", "others"] = Field("none", description="Sides that the loss does not move.")
+
+
 class OptimizerConfig(Section):
     """AdamW on the dense network, and the schedule that both optimizers follow."""
 
@@ -194,6 +206,7 @@ class JobConfig(Section):
     init_from: InitFromConfig = Field(default_factory=InitFromConfig)
     tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

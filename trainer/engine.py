@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from modules.embeddings import Lookup, Table
 from modules.losses import masked_bce, report_loss
+from trainer.alignment import Alignment
 from trainer.clock import PhaseClock, PhaseSeconds
 from trainer.data.batch import Batch
 from trainer.deepspeed_settings import complete_settings
 from trainer.dense import DenseNetwork, DenseOptimizer
 from trainer.distributed import control_group, local_size
-from trainer.microbatch import cut_batch
+from trainer.microbatch import cut_batch, row_lengths
 from trainer.pipeline import NOTHING, Arriving, Ask, BatchPipeline
 from trainer.sharding import TableOptimizer
 from trainer.state import State, in_blocks, read_state, write_state
@@ -45,6 +46,8 @@ class StepResult:
         batch: this rank's rows; none where it had run out while others had not.
         logits: ``[rows, behaviours]`` float32, predicted before the step learnt from them.
         loss: scalar, weighted binary cross-entropy summed over behaviours, mean over the rows of all ranks.
+        alignment: scalar, contrastive loss of the histories without its weight, summed over histories, mean over the
+            rows of all ranks; 0 where they are not aligned.
         rows_global: rows of all ranks.
         save: a rank asked for a checkpoint after this step; the same on all ranks.
         stop: a rank asked to end after this step; the same on all ranks.
@@ -53,6 +56,7 @@ class StepResult:
     batch: Batch
     logits: Tensor
     loss: Tensor
+    alignment: Tensor
     rows_global: int
     save: bool
     stop: bool
@@ -95,6 +99,7 @@ class HybridEngine:
         device: of this rank.
         seed: of the tables' initial values, which do not depend on ranks or sharding.
         overlap: exchange the ids of the next batch while the dense network works on this one.
+        alignment: of the histories; None for none.
 
     Attributes:
         plan: where each table lies, see :func:`trainer.sharding.describe_plan`.
@@ -120,6 +125,7 @@ class HybridEngine:
         device: torch.device,
         seed: int,
         overlap: bool = True,
+        alignment: Alignment | None = None,
     ) -> None:
         self._world = dist.get_world_size()
         settings = complete_settings(deepspeed, batch_size, self._world)
@@ -128,6 +134,7 @@ class HybridEngine:
         self._weights = behaviour_weights.to(device)
         self._fixed_lengths = {lookup.name: lookup.length for lookup in lookups}
         self._overlap = overlap
+        self._alignment = alignment
         self._tables = ShardedTables(
             tables,
             lookups,
@@ -274,19 +281,22 @@ class HybridEngine:
         batch, count = arriving.batch, arriving.count()
         rows = count.rows
         parts = cut_batch(batch, embedded, self._fixed_lengths, self._dense.parts)
+        aligned, given = self._align(batch, embedded, rows)
         # DeepSpeed divides by ranks and parts what is to be divided by the rows of all ranks.
         scale = self._world * len(parts) / max(rows, 1)
-        logits, losses = [], torch.zeros((), device=batch.dense.device)
+        logits, losses = [], torch.stack([torch.zeros_like(aligned), aligned])
         with self._clock.phase("dense"):
-            for part in parts:
-                for leaf in part.embedded.values():
+            for part, of_part in zip(parts, given, strict=True):
+                for name, leaf in part.embedded.items():
                     leaf.requires_grad_()
+                    # The backward pass adds to what the alignment gives.
+                    leaf.grad = of_part.get(name)
                 logits.append(self._dense(part.embedded, part.lengths, part.dense))
                 if part.slow is None:
                     loss, _ = masked_bce(logits[-1], part.label, part.mask, self._weights)
                 else:
                     loss, _ = report_loss(logits[-1], part.label, part.mask, part.slow, self._weights)
-                losses += loss.detach()
+                losses[0] += loss.detach()
                 last = part is parts[-1]
                 if last:
                     summed = dist.all_reduce(losses, async_op=True)
@@ -295,11 +305,28 @@ class HybridEngine:
                 self._dense.backward(loss * scale, last=last)
         with self._clock.phase("communication"):
             summed.wait()
-        loss, predicted = losses / max(rows, 1), torch.cat([part.detach() for part in logits]).float()
-        if not torch.isfinite(loss):
-            raise NotFiniteLoss(self.steps_done + 1, float(loss), batch, predicted)
+        losses /= max(rows, 1)
+        predicted = torch.cat([part.detach() for part in logits]).float()
+        if not torch.isfinite(losses).all():
+            raise NotFiniteLoss(self.steps_done + 1, float(losses.sum()), batch, predicted)
         with self._clock.phase("dense"):
             factor = self._dense.step()
         arriving.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
         self.steps_done += 1
-        return StepResult(batch, predicted, loss, rows, count.save > 0, count.stop > 0, self._clock.lap())
+        loss, alignment = losses.unbind()
+        laps = self._clock.lap()
+        return StepResult(batch, predicted, loss, alignment, rows, count.save > 0, count.stop > 0, laps)
+
+    def _align(
+        self, batch: Batch, embedded: Mapping[str, Tensor], rows: int
+    ) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
+        """The alignment's loss of this rank, and what it gives to the looked-up rows of each part. Collective."""
+        if self._alignment is None:
+            return torch.zeros((), device=batch.dense.device), [{}] * self._dense.parts
+        with self._clock.phase("dense"):
+            lengths = row_lengths(batch, self._fixed_lengths)
+            loss, gradients = self._alignment.gradients(embedded, lengths, batch.user_id, self._control)
+            # Tables divide by the ranks what is to be divided by the rows of all ranks.
+            scaled = {name: gradient.mul_(self._world / max(rows, 1)) for name, gradient in gradients.items()}
+            parts = cut_batch(batch, scaled, self._fixed_lengths, self._dense.parts)
+        return loss, [part.embedded for part in parts]

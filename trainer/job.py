@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from modules.ranker import RankerKind
+from trainer.alignment import Alignment
 from trainer.config import JobConfig, load_deepspeed, parse_time
 from trainer.data.dataset import Data, freeze_statistics
 from trainer.data.features import FeatureMap, check_names
@@ -202,7 +203,7 @@ def check_settings(config: JobConfig, spec: DatasetSpec, world: World) -> None:
 
     Raises:
         UserError: a batch that the ranks cannot share, more ranks than partitions, a behaviour that is not predicted,
-            a feature that is not there, or no DeepSpeed settings.
+            a feature or history that is not there, or no DeepSpeed settings.
     """
     rows_per_rank(config, world)
     partitions_of_rank(spec.partitions, world.rank, world.size)
@@ -212,7 +213,27 @@ def check_settings(config: JobConfig, spec: DatasetSpec, world: World) -> None:
         for name in names:
             if name not in predicted:
                 raise UserError(f"{key}: no behaviour {name!r}; the model predicts {', '.join(predicted)}")
+    anchor, histories = config.alignment.anchor, list(config.features.history)
+    if anchor and (anchor not in histories or len(histories) < 2):
+        have = ", ".join(histories) or "none"
+        raise UserError(f"alignment.anchor = {anchor!r}: must be one of two or more histories; the job has {have}")
     load_deepspeed(config.train.deepspeed)
+
+
+def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None:
+    """How the histories of a job are aligned; None if they are not."""
+    wanted = config.alignment
+    if not wanted.anchor:
+        return None
+    lookups = {lookup.name: lookup for lookup in features.lookups}
+    anchor_first = sorted(features.sequences, key=lambda history: history.name != wanted.anchor)
+    return Alignment(
+        [[lookups[name] for name in history.keys] for history in anchor_first],
+        wanted.weight,
+        wanted.temperature,
+        wanted.symmetric,
+        wanted.detached,
+    )
 
 
 def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, world: World) -> HybridEngine:
@@ -236,4 +257,5 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         device=world.device,
         seed=config.run.seed,
         overlap=config.train.overlap,
+        alignment=build_alignment(config, features),
     )

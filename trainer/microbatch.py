@@ -45,17 +45,12 @@ def cut_batch(
 
     Args:
         batch: as given to the engine.
-        embedded: lookup name -> ``[ids, dim]``, rows of its ids.
+        embedded: lookup name -> ``[ids, dim]``, rows of its ids or gradients of them; of all lookups or of some.
         fixed_lengths: lookup name -> ids of every row, or None where rows differ.
         parts: how many.
     """
     bounds = [batch.rows * part // parts for part in range(parts + 1)]
-    lengths = {
-        name: of_key
-        for keyed in batch.ids
-        for name, of_key in zip(keyed.keys(), keyed.lengths().view(len(keyed.keys()), batch.rows), strict=True)
-        if fixed_lengths[name] is None
-    }
+    lengths = row_lengths(batch, fixed_lengths)
     ends = {name: [0, len(rows)] for name, rows in embedded.items()}
     if parts > 1:
         for name, fixed in fixed_lengths.items():
@@ -75,3 +70,13 @@ def cut_batch(
         )
         for part, (start, stop) in enumerate(pairwise(bounds))
     ]
+
+
+def row_lengths(batch: Batch, fixed_lengths: Mapping[str, int | None]) -> dict[str, Tensor]:
+    """Lookup name -> ids of each row, ``[rows]`` int64; only of lookups whose rows differ."""
+    return {
+        name: of_key
+        for keyed in batch.ids
+        for name, of_key in zip(keyed.keys(), keyed.lengths().view(len(keyed.keys()), batch.rows), strict=True)
+        if fixed_lengths[name] is None
+    }

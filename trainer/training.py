@@ -131,7 +131,7 @@ def keep_batch(stopped: NotFiniteLoss, home: Path, rank: int) -> str:
 def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:
     """An entry of the trace as TensorBoard scalars."""
     step = entry["step"]
-    for name in ("loss", "rows_per_second"):
+    for name in ("loss", "alignment", "rows_per_second"):
         scalars.add_scalar(name, entry[name], step)
     for phase in PHASES:
         scalars.add_scalar(f"seconds/{phase}", entry[phase], step)

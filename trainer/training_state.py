@@ -31,7 +31,7 @@ class Window:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._loss, self._rows, self._skipped = 0.0, 0, 0
+        self._loss, self._alignment, self._rows, self._skipped = 0.0, 0.0, 0, 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
     @property
@@ -42,6 +42,7 @@ class Window:
     def add(self, result: StepResult) -> None:
         """Count a step."""
         self._loss += float(result.loss) * result.rows_global
+        self._alignment += float(result.alignment) * result.rows_global
         self._rows += result.rows_global
         self._skipped += result.batch.skipped_rows
         for phase in PHASES:
@@ -52,6 +53,7 @@ class Window:
         return {
             "step": step,
             "loss": self._loss / max(self._rows, 1),
+            "alignment": self._alignment / max(self._rows, 1),
             "rows": self._rows,
             "skipped_rows": self._skipped,
             "rows_per_second": self._rows / (time.perf_counter() - self._started),
@@ -64,6 +66,7 @@ class Window:
         """The sums, and the seconds that they took."""
         return {
             "loss": self._loss,
+            "alignment": self._alignment,
             "rows": self._rows,
             "skipped": self._skipped,
             "seconds": dict(self._seconds),
@@ -73,6 +76,8 @@ class Window:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._loss, self._rows, self._skipped = state["loss"], state["rows"], state["skipped"]
+        # Checkpoints of before there was an alignment do not have it.
+        self._alignment = state.get("alignment", 0.0)
         self._seconds = dict(state["seconds"])
         self._started = time.perf_counter() - state["elapsed"]
 

@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(world: Path) -> Path:
-    """A run on two ranks, with a baseline."""
+    """A run on two ranks, with a baseline; its histories are read together and aligned."""
     directory = world.parent / "run"
     printed = limelight(
         "train",
@@ -62,6 +62,8 @@ def run(world: Path) -> Path:
         f"data.path={world}",
         f"run.directory={directory}",
         'train.baselines=["logistic"]',
+        "model.attention_kind=twin",
+        "alignment.anchor=live",
         "--ranks",
         2,
     ).stdout
@@ -159,6 +161,7 @@ def test_the_ranking_score_is_equation_4() -> None:
         (['features.exclude=["stat:usr"]'], 1, "did you mean 'stat:user'?"),
         (["train.batch_size=127"], 2, "train.batch_size = 127 is not a multiple of the 2 ranks"),
         (["train.device=cuda"], 1, 'train.device = "cuda"'),
+        (["alignment.anchor=mixed"], 1, "alignment.anchor = 'mixed': must be one of two or more histories"),
         (["train.deepspeed=none.json"], 1, "train.deepspeed = 'none.json': no such file"),
         (["data.eval_from=2024-04-01"], 1, "is after the dataset's last request"),
     ],

@@ -1,0 +1,193 @@
+"""A model of three histories that are aligned, its data, and its plain training in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from modules.embeddings import Lookup, Table, initial_rows
+from tests.alignment_reference import alignment_loss
+from trainer.alignment import Alignment
+from trainer.data.batch import Batch
+
+SEED, STEPS, MOST = 3, 6, 8
+"""``MOST`` rows of a rank in a step."""
+HISTORIES = ("mixed", "short", "author")
+LOOKUPS = (
+    Lookup("user", "user", 1),
+    *(Lookup(f"{name}_item", "item", None) for name in HISTORIES),
+    *(Lookup(f"{name}_context", "side", None, ids_per_entry=2) for name in HISTORIES),
+)
+KEYS = tuple(lookup.name for lookup in LOOKUPS)
+ALIGNMENT = Alignment(
+    [[lookup for lookup in LOOKUPS if lookup.name.startswith(name)] for name in HISTORIES],
+    weight=0.4,
+    temperature=0.2,
+    symmetric=True,
+    detached="none",
+)
+SIZES = {"user": (12, 4), "item": (15, 4), "side": (6, 4)}
+TABLE_RATE, DENSE_RATE, CLIPPING = 0.3, 0.02, 0.3
+
+
+def tables(sharding: str) -> list[Table]:
+    return [Table(name, *size, init_scale=0.3, sharding=sharding) for name, size in SIZES.items()]  # type: ignore[arg-type]
+
+
+class MeanRanker(nn.Module):
+    """The user and the means of the ids of all histories."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4 * len(LOOKUPS) + 1, 2)
+
+    def forward(self, embedded: dict[str, Tensor], lengths: dict[str, Tensor], dense: Tensor) -> Tensor:
+        parts = [dense, embedded["user"]]
+        for name in KEYS[1:]:
+            row = torch.repeat_interleave(torch.arange(len(dense)), lengths[name])
+            total = torch.zeros(len(dense), 4).index_add(0, row, embedded[name])
+            parts.append(total / lengths[name].clamp(min=1)[:, None])
+        return self.linear(torch.cat(parts, 1))
+
+
+def make_ranker() -> MeanRanker:
+    torch.manual_seed(SEED)
+    return MeanRanker()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a step: lookup name -> the ids of each row, and the rest of a batch."""
+
+    ids: dict[str, list[Tensor]]
+    dense: Tensor
+    label: Tensor
+    user_id: Tensor
+
+    def batch(self, start: int, stop: int) -> Batch:
+        flat = [ids for name in KEYS for ids in self.ids[name][start:stop]]
+        keyed = KeyedJaggedTensor(
+            keys=list(KEYS),
+            values=torch.cat([*flat, torch.empty(0, dtype=torch.int64)]),
+            lengths=torch.tensor([len(ids) for ids in flat], dtype=torch.int64),
+            stride=stop - start,
+            length_per_key=[sum(len(ids) for ids in self.ids[name][start:stop]) for name in KEYS],
+        )
+        label = self.label[start:stop]
+        user = self.user_id[start:stop]
+        return Batch([keyed], self.dense[start:stop], label, torch.ones_like(label), user, user, user, stop - start)
+
+
+def steps() -> list[Rows]:
+    """Steps of unequal size, users with several rows, histories that are often empty; in one step nobody is aligned."""
+    found = []
+    for step in range(STEPS):
+        random = torch.Generator().manual_seed(step)
+        rows = 2 * MOST - 3 * step
+
+        def ids(high: int, lengths: list[int], random: torch.Generator = random) -> list[Tensor]:
+            return [torch.randint(0, high, (n,), generator=random) for n in lengths]
+
+        user = torch.randint(0, 12, (rows,), generator=random)
+        of_row = {"user": [value[None] for value in user]}
+        for name in HISTORIES:
+            lengths = torch.randint(0, 4, (rows,), generator=random) * (name != "mixed" or step != 2)
+            of_row[f"{name}_item"] = ids(15, lengths.tolist())
+            of_row[f"{name}_context"] = ids(6, (2 * lengths).tolist())
+        dense, label = torch.randn(rows, 1, generator=random), torch.rand(rows, 2, generator=random)
+        found.append(Rows(of_row, dense, (label < 0.4).float(), user))
+    return found
+
+
+def batches_of(rank: int, world: int) -> Iterator[Batch]:
+    """Of two ranks the second has fewer rows each step, then none, and then is out before the other."""
+    for step, rows in enumerate(steps()):
+        n = len(rows.dense)
+        cut = n if world == 1 else n - min(n // 3, max(0, 4 - step))
+        if rank == 0:
+            yield rows.batch(0, cut)
+        elif step < STEPS - 1:
+            yield rows.batch(cut, n)
+
+
+class PlainTraining:
+    """One process, plain PyTorch: SGD on the tables, AdamW on the network, clipped as the engine clips."""
+
+    def __init__(self, clipping: float, alignment: Alignment | None = ALIGNMENT) -> None:
+        self.ranker, self.clipping, self.alignment = make_ranker(), clipping, alignment
+        self.tables = {
+            table.name: initial_rows(table, SEED, 0, table.rows).requires_grad_() for table in tables("auto")
+        }
+        self.adam = torch.optim.AdamW(self.ranker.parameters(), DENSE_RATE, weight_decay=0.0)
+
+    def step(self, rows: Rows) -> tuple[float, float]:
+        """Losses of the behaviours and of the alignment, mean over rows."""
+        n = len(rows.dense)
+        found = {lookup.name: [self.tables[lookup.table][ids] for ids in rows.ids[lookup.name]] for lookup in LOOKUPS}
+        embedded = {name: torch.cat(parts) for name, parts in found.items()}
+        lengths = {name: torch.tensor([len(part) for part in parts]) for name, parts in found.items()}
+        logits = self.ranker(embedded, lengths, rows.dense)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, rows.label, reduction="sum") / n
+        aligned = torch.zeros(())
+        if self.alignment is not None:
+            entries = [
+                [
+                    torch.cat([item, context.view(-1, 8)], 1)
+                    for item, context in zip(found[f"{name}_item"], found[f"{name}_context"], strict=True)
+                ]
+                for name in HISTORIES
+            ]
+            given = self.alignment
+            aligned = alignment_loss(
+                entries,
+                rows.user_id.tolist(),
+                given.temperature,
+                symmetric=given.symmetric,
+                detached=given.detached,
+            ).sum()
+            aligned = aligned / n
+        self.adam.zero_grad()
+        for table in self.tables.values():
+            table.grad = None
+        weight = self.alignment.weight if self.alignment is not None else 0.0
+        (losses + weight * aligned).backward()
+        factor = 1.0
+        if self.clipping:
+            norm = float(nn.utils.clip_grad_norm_(self.ranker.parameters(), self.clipping))
+            factor = min(1.0, self.clipping / (norm + 1e-6))
+        self.adam.step()
+        with torch.no_grad():
+            for table in self.tables.values():
+                assert table.grad is not None
+                table -= TABLE_RATE * factor * table.grad
+        return float(losses.detach()), float(aligned.detach())
+
+    def parameters(self) -> dict[str, Tensor]:
+        named = self.tables | dict(self.ranker.named_parameters())
+        return {name: parameter.detach() for name, parameter in named.items()}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of training that must agree with :class:`PlainTraining`."""
+
+    sharding: str = "row_wise"
+    stage: int = 1
+    parts: int = 1
+    clipping: float = 0.0
+    alignment: Alignment | None = ALIGNMENT
+
+
+WAYS = {
+    "row_wise": Way(),
+    "table_wise": Way("table_wise", 0),
+    "accumulated": Way(parts=3),
+    "accumulated, clipped, ZeRO 2": Way("table_wise", 2, parts=3, clipping=CLIPPING),
+    "one way": Way(alignment=replace(ALIGNMENT, symmetric=False)),
+    "anchor detached": Way(alignment=replace(ALIGNMENT, detached="anchor"), parts=2),
+    "not aligned": Way(alignment=None),
+}

@@ -1,0 +1,120 @@
+"""Alignment of the histories in the engine: a loss on the looked-up rows, with negatives from all ranks.
+
+The loss has no parameters but the tables' (``modules/alignment.py``), so it is taken before the dense network has its
+turn, on the whole batch of a step whatever its micro-batches: negatives are the rows of all ranks. What it gives the
+looked-up rows joins what the network gives them, and both go back into the tables together.
+
+The ranks need two collectives more. Every rank gives its sides and gets those of all; it works out the loss of its own
+rows; and the gradients of all sides are summed over the ranks. None of this runs inside a backward pass, so a rank
+without rows takes the same steps as the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from modules.alignment import Detached, contrastive_loss
+from modules.embeddings import Lookup
+from modules.pooling import mean_by_row
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the histories of a model are aligned.
+
+    Attributes:
+        histories: lookups of each one's entries, the anchor's first; the first lookup has one id an entry.
+        weight: of the loss beside that of the behaviours.
+        temperature, symmetric, detached: see :func:`modules.alignment.contrastive_loss`.
+    """
+
+    histories: Sequence[Sequence[Lookup]]
+    weight: float
+    temperature: float
+    symmetric: bool
+    detached: Detached
+
+    def gradients(
+        self,
+        embedded: Mapping[str, Tensor],
+        lengths: Mapping[str, Tensor],
+        user_id: Tensor,
+        control: dist.ProcessGroup,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of this rank's rows, and what it gives to the looked-up rows of the histories. Collective.
+
+        Args:
+            embedded: lookup name -> ``[ids, dim]`` float32.
+            lengths: lookup name -> ids of each row, ``[rows]`` int64.
+            user_id: ``[rows]`` int64.
+            control: a gloo group of all ranks.
+
+        Returns:
+            The loss without its weight, summed over sides and this rank's rows, a scalar; and lookup name ->
+            ``[ids, dim]``, gradient of ``weight`` times the loss summed over the rows of all ranks.
+        """
+        names = [key.name for keys in self.histories for key in keys]
+        leaves = {name: embedded[name].detach().requires_grad_() for name in names}
+        with torch.enable_grad():
+            sides = torch.stack([_means(keys, leaves, lengths) for keys in self.histories])
+            present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])
+            sizes = _sizes(len(user_id), control)
+            joined = join_rows(sides.detach().transpose(0, 1), sizes).transpose(0, 1).requires_grad_()
+            told = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes)
+            first = sum(sizes[: dist.get_rank()])
+            mine = slice(first, first + len(user_id))
+            loss = contrastive_loss(
+                joined,
+                told[:, 1:].t() > 0,
+                told[:, 0],
+                mine,
+                self.temperature,
+                symmetric=self.symmetric,
+                detached=self.detached,
+            ).sum()
+        (gradient,) = torch.autograd.grad(self.weight * loss, joined)
+        if len(sizes) > 1:
+            gradient = gradient.contiguous()
+            dist.all_reduce(gradient)
+        given = torch.autograd.grad(sides, list(leaves.values()), gradient[:, mine])
+        return loss.detach(), dict(zip(leaves, given, strict=True))
+
+
+def join_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The rows of all ranks, in the order of the ranks. Collective.
+
+    Args:
+        rows: ``[n, ...]``, of this rank.
+        sizes: number of rows of each rank.
+
+    Returns:
+        ``[sum of sizes, ...]``.
+    """
+    if len(sizes) == 1:
+        return rows
+    most = max(sizes)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    found = rows.new_empty(len(sizes) * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(found, padded)
+    return torch.cat([part[:size] for part, size in zip(found.split(most), sizes, strict=True)])
+
+
+def _sizes(rows: int, control: dist.ProcessGroup) -> list[int]:
+    if dist.get_world_size(control) == 1:
+        return [rows]
+    sizes = torch.empty(dist.get_world_size(control), dtype=torch.int64)
+    dist.all_gather_into_tensor(sizes, torch.tensor([rows]), group=control)
+    return sizes.tolist()
+
+
+def _means(keys: Sequence[Lookup], rows: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> Tensor:
+    """Mean of each row's entries, ``[batch, dim of an entry]``."""
+    entries, count = len(rows[keys[0].name]), lengths[keys[0].name]
+    parts = [rows[key.name].view(entries, key.ids_per_entry * rows[key.name].shape[1]) for key in keys]
+    return torch.cat([mean_by_row(part, count) for part in parts], 1)
