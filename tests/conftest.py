@@ -39,6 +39,15 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture
+def real_kuairand() -> Path:
+    """The folder of KuaiRand-Pure, wherever this machine has it."""
+    folder = Path(os.environ.get("LIMELIGHT_KUAIRAND", ROOT.parent / "shared" / "data" / "kuairand-pure"))
+    if not folder.is_dir():
+        pytest.skip("no KuaiRand-Pure on this machine: set LIMELIGHT_KUAIRAND to its folder")
+    return folder
+
+
 RunRanks = Callable[..., str]
 
 

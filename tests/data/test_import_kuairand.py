@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -106,6 +105,12 @@ def test_published_layout(tmp_path: Path, version: str, inside: bool) -> None:
     stays = read_texts(tmp_path / "out", "visits").to_pylist()
     assert {one["visit_id"]: one["staytime_ms"] for one in stays} == {0: 0, 1: 700, 3: 0, 4: 0}
     assert all(one["shown"] == one["shown_likes"] == one["interacted"] == [] for one in stays)
+    texts = read_texts(tmp_path / "out", "items").to_pylist()
+    assert [(one["item_id"], one["author_id"], one["duration_ms"], one["tag"], one["text"]) for one in texts] == [
+        (10, 1000, 0, "", ""),
+        (20, 2000, 8000, "39", ""),
+        (30, 1000, 20_000, "12", ""),
+    ]
     expected = [{"click", "long_view"}, {"click", "like", "profile_enter"}, {"hate"}]
     expected.append({"click", "long_view", "comment", "follow", "forward"})
     for label, names in zip(rows["label"], expected, strict=True):
@@ -248,18 +253,9 @@ def test_missing_and_mixed_files(tmp_path: Path) -> None:
         find_files(data)
 
 
-def real_slice() -> Path:
-    """The real data, wherever this machine has it."""
-    default = Path(__file__).resolve().parents[3] / "shared" / "data" / "kuairand-pure"
-    folder = Path(os.environ.get("LIMELIGHT_KUAIRAND", default))
-    if not folder.is_dir():
-        pytest.skip("no KuaiRand-Pure on this machine: set LIMELIGHT_KUAIRAND to its folder")
-    return folder
-
-
-def test_real_log(tmp_path: Path) -> None:
+def test_real_log(tmp_path: Path, real_kuairand: Path) -> None:
     """Every row against the published files, read line by line."""
-    src = real_slice()
+    src = real_kuairand
     files = find_files(src)
     with open(files.videos, newline="") as file:
         videos = {line["video_id"]: line for line in csv.DictReader(file)}

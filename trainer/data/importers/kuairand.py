@@ -127,8 +127,9 @@ def import_kuairand(
     with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
         builder.table("users", _users(files.users, vocabularies))
         authors = IdValues(missing=-1)
-        for items in _items(files.videos, vocabularies):
+        for items, texts in _items(files.videos, vocabularies):
             builder.table("items", items)
+            builder.texts("items", texts)
             authors.add(items.column("item_id").to_numpy(), items.column("author_id").to_numpy())
         rows, read, total = 0, 0, sum(log.stat().st_size for log in files.logs)
         with scratch_folder(out) as folder:
@@ -262,11 +263,12 @@ def _video_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
     return {feature: vocabulary(found) for feature, found in values.items()}
 
 
-def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
-    """The ``items`` table, a million videos at a time."""
+def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """The ``items`` table and that of the texts, which has durations and tags alone; a million videos at a time."""
     types = {"video_id": pa.int64(), "author_id": pa.int64(), **_VIDEO_CATEGORIES, "tag": pa.string()}
     types |= dict.fromkeys(_VIDEO_MEASURES, pa.float64())
     parts: list[pa.Table] = []
+    text_parts: list[pa.Table] = []
     for batch in read_batches(file, types):
         duration, width, height = (_numbers(batch.column(measure)) for measure in _VIDEO_MEASURES)
         columns = {"item_id": batch.column("video_id"), "author_id": batch.column("author_id")}
@@ -280,11 +282,16 @@ def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.
         )
         columns["log_duration"] = _log_count(duration / 1000)
         parts.append(pa.table(columns))
+        keys = {name: columns[name] for name in ("item_id", "author_id", "domain")}
+        first_tag = pc.fill_null(_two_tags(batch.column("tag"))[0], "")
+        milliseconds = np.maximum(duration, 0).astype(np.int64)
+        texts = {"duration_ms": milliseconds, "tag": first_tag, "text": np.full(batch.num_rows, "")}
+        text_parts.append(pa.table(keys | texts))
         if sum(part.num_rows for part in parts) >= _ITEMS_AT_ONCE:
-            yield pa.concat_tables(parts)
-            parts = []
+            yield pa.concat_tables(parts), pa.concat_tables(text_parts)
+            parts, text_parts = [], []
     if parts:
-        yield pa.concat_tables(parts)
+        yield pa.concat_tables(parts), pa.concat_tables(text_parts)
 
 
 def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Iterator[tuple[pa.Table, np.ndarray]]:
