@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.checkpoint_cli import add_checkpoint_parser
@@ -16,6 +17,7 @@ from trainer.command import (
     USER_ERROR_STATUS,
     add_command,
     add_evaluate_arguments,
+    add_merge_arguments,
     add_score_arguments,
     add_train_arguments,
     exit_status,
@@ -23,6 +25,9 @@ from trainer.command import (
 from trainer.data.cli import add_data_parser
 from trainer.llm.instructions.cli import add_instructions_parser
 from trainer.stream.cli import add_stream_parser
+
+MERGE = "finetune merge"
+"""A verb of two words: `limelight finetune` takes a job file otherwise."""
 
 BROKEN_PIPE_STATUS = 141
 """128 + SIGPIPE: whoever read our output has gone."""
@@ -71,7 +76,29 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    for verb in (train, evaluate):
+    finetune = add_command(
+        verbs,
+        "finetune",
+        "adapt a language model by a job file",
+        "Fine-tune a Qwen2-family model with LoRA under DeepSpeed's ZeRO on this machine, and evaluate it. The same\n"
+        f"command again goes on with a run that has not finished. Exit statuses {PREEMPTED_STATUS} and {HUNG_STATUS} "
+        "as of train.\n`limelight finetune merge RUN OUT` makes a model without an adapter of it.",
+        "limelight finetune configs/finetune_small.toml --ranks 2 train.epochs=1",
+    )
+    add_train_arguments(finetune)
+    finetune.set_defaults(run=_finetune)
+
+    merge = add_command(
+        verbs,
+        MERGE,
+        "write the model of a fine-tuning run without its adapter",
+        "Write the model with the adapter's changes in its own weights, as a directory that transformers loads.",
+        "limelight finetune merge runs/qwen2-7b models/qwen2-7b-tuned",
+    )
+    add_merge_arguments(merge)
+    merge.set_defaults(run=_merge)
+
+    for verb in (train, evaluate, finetune):
         verb.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes to start (default: 1)")
 
     score = add_command(
@@ -129,6 +156,8 @@ def _run(arguments: list[str]) -> int | None:
     ranks.add_argument("--ranks")
     found, rest = ranks.parse_known_args(arguments)
     given = [] if found.ranks is None else [f"--ranks={found.ranks}"]
+    if rest[:2] == MERGE.split():
+        rest[:2] = [MERGE]
     options = build_parser().parse_args([*rest[:1], *given, *rest[1:]])
     options.forwarded = rest[1:]
     status: int | None = options.run(options)
@@ -161,6 +190,21 @@ def _staytime(options: argparse.Namespace) -> None:
     from trainer.staytime_config import StaytimeConfig
 
     run_job(load_job(StaytimeConfig, options.config, options.overrides))
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from launch.local import start_ranks
+    from trainer.llm.config import load_finetune
+
+    load_finetune(options.config, options.overrides)
+    return start_ranks("trainer.finetune", options.forwarded, options.ranks)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from trainer.llm.adapter import merge_run
+
+    merge_run(Path(options.directory), Path(options.out))
+    print(f"merged: {options.out}")
 
 
 def _doctor(options: argparse.Namespace) -> int:

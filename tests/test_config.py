@@ -9,11 +9,16 @@ from pydantic import BaseModel
 
 from trainer.config import JobConfig, load_config, load_deepspeed, load_job, parse_time, reference
 from trainer.errors import UserError
+from trainer.llm.config import FinetuneConfig
 from trainer.staytime_config import StaytimeConfig
 
 ROOT = Path(__file__).parents[1]
 
-OTHER_JOBS: dict[str, type[BaseModel]] = {"staytime.toml": StaytimeConfig}
+OTHER_JOBS: dict[str, type[BaseModel]] = {
+    "staytime.toml": StaytimeConfig,
+    "finetune_small.toml": FinetuneConfig,
+    "qwen2_7b_lora.toml": FinetuneConfig,
+}
 """Shipped job files that are not a ranker's, and what they are."""
 
 
@@ -91,7 +96,7 @@ def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_job_is_valid(file: Path) -> None:
     config = load_job(OTHER_JOBS.get(file.name, JobConfig), file)
-    if isinstance(config, JobConfig):
+    if isinstance(config, JobConfig | FinetuneConfig):
         load_deepspeed(str(ROOT / config.train.deepspeed))
 
 

@@ -54,6 +54,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """``RUN OUT``."""
+    parser.add_argument("directory", metavar="RUN", help="directory of a finished fine-tuning run")
+    parser.add_argument("out", metavar="OUT", help="directory to make")
+
+
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN --data PATH --from T --until T [--json]``."""
     parser.add_argument("directory", metavar="RUN", help="directory of a finished run")

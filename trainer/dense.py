@@ -57,7 +57,7 @@ class DenseNetwork:
         device: torch.device,
         clock: PhaseClock,
     ) -> None:
-        deepspeed = _start_deepspeed()
+        deepspeed = start_deepspeed()
         settings = dict(settings)
         if "zero_optimization" in settings:
             # DeepSpeed makes a buffer of this size in every step, by default of 500 million elements.
@@ -75,7 +75,7 @@ class DenseNetwork:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        _check_settings(deepspeed, settings)
+        check_settings(deepspeed, settings)
         # One of DeepSpeed's optimizers prints its memory usage, whatever the level of its log.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=settings)
@@ -186,8 +186,12 @@ class DenseNetwork:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
-    """DeepSpeed's own check of its settings, told in a line."""
+def check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
+    """DeepSpeed's own check of its settings, told in a line.
+
+    Raises:
+        UserError: a setting that it refuses.
+    """
     try:
         deepspeed.DeepSpeedConfig(settings)
     except ValidationError as error:
@@ -198,7 +202,7 @@ def _check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
         raise UserError(f"deepspeed settings: {' '.join(str(error).split())}") from None
 
 
-def _start_deepspeed() -> Any:
+def start_deepspeed() -> Any:
     """DeepSpeed on the default process group; imported late, since ``World.join`` decides which device it finds."""
     import deepspeed
 

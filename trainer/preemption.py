@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from trainer.command import PREEMPTED_STATUS
+from trainer.log import say
 
 
 class Preempted(Exception):
@@ -43,3 +46,16 @@ class Preemption:
         self.asked = True
         if not self._deferred:
             raise Preempted
+
+
+def until_preempted(job: Callable[[], object]) -> int:
+    """Run a job that saves its state when it is asked to stop: its exit status."""
+    try:
+        job()
+    except Preempted as preempted:
+        if preempted.__context__ is not None:
+            # A launcher ends the ranks that are left when one has failed; what it did to this one is told.
+            raise preempted.__context__ from None
+        say("asked to end by SIGTERM; the same command goes on from here")
+        return PREEMPTED_STATUS
+    return 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from modules.ranker import RankerKind
 from trainer.checkpoint import Checkpoints, Identity
-from trainer.command import PREEMPTED_STATUS, add_train_arguments, rank_parser
+from trainer.command import add_train_arguments, rank_parser
 from trainer.config import JobConfig, load_config
 from trainer.data.dataset import Data, fingerprint
 from trainer.data.features import FeatureMap
@@ -39,7 +39,7 @@ from trainer.lock import locked
 from trainer.log import open_log, say, set_step
 from trainer.manifest import DatasetEntry, list_checkpoints
 from trainer.metrics import Report
-from trainer.preemption import Preempted, Preemption
+from trainer.preemption import Preemption, until_preempted
 from trainer.published import publisher
 from trainer.report import PHASES, metrics_table, write_report
 from trainer.run import begin_run, choose_directory, homes, make_directory, write_json
@@ -56,21 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_train_arguments(parser)
     given = parser.parse_args(arguments)
 
-    def job() -> int:
-        try:
-            config = load_config(given.config, given.overrides)
-            with World.join(config.train.device) as world:
-                # From here on: a rank that still looks for the others does not hear what Python has handlers for.
-                run_job(config, world, Preemption())
-        except Preempted as preempted:
-            if preempted.__context__ is not None:
-                # A launcher ends the ranks that are left when one has failed; what it did to this one is told.
-                raise preempted.__context__ from None
-            say("asked to end by SIGTERM; the same command goes on from here")
-            return PREEMPTED_STATUS
-        return 0
+    def job() -> None:
+        config = load_config(given.config, given.overrides)
+        with World.join(config.train.device) as world:
+            # From here on: a rank that still looks for the others does not hear what Python has handlers for.
+            run_job(config, world, Preemption())
 
-    return run_rank(job)
+    return run_rank(lambda: until_preempted(job))
 
 
 def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str, Report]:

@@ -37,7 +37,10 @@ from trainer.errors import UserError
 from trainer.lock import is_locked
 from trainer.manifest import DatasetEntry
 
-PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "webdataset", "numpy", "pyarrow")
+PACKAGES = (
+    *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "webdataset", "numpy", "pyarrow"),
+    *("transformers", "peft", "accelerate", "tokenizers"),
+)
 
 CHANGEABLE = (
     "run.name",
@@ -185,15 +188,16 @@ def _check_same(directory: Path, config: JobConfig, dataset: DatasetEntry) -> No
 def _changes(directory: Path, config: JobConfig) -> list[str]:
     """Settings that differ from those of the run in ``directory`` and may not."""
     then, now = load_run(directory), config
-    changes = _differences(
+    changes = differences(
         flat_settings(then.model_dump(mode="json")), flat_settings(now.model_dump(mode="json")), CHANGEABLE
     )
     deepspeed_then, deepspeed_now = (flat_settings(load_deepspeed(job.train.deepspeed)) for job in (then, now))
-    deepspeed = _differences(deepspeed_then, deepspeed_now, CHANGEABLE_DEEPSPEED)
+    deepspeed = differences(deepspeed_then, deepspeed_now, CHANGEABLE_DEEPSPEED)
     return changes + [f"deepspeed {line}" for line in deepspeed]
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any], but: tuple[str, ...]) -> list[str]:
+def differences(then: dict[str, Any], now: dict[str, Any], but: tuple[str, ...]) -> list[str]:
+    """Settings of :func:`flat_settings` that are not the same, a line each; those below the keys ``but`` are free."""
     return [
         f"{key} = {_shown(then, key)} then, {_shown(now, key)} now"
         for key in sorted(then.keys() | now.keys())

@@ -1,0 +1,13 @@
+"""The tiny base model, once for all tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.llm.tiny import write_base
+from trainer.llm.model import Base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return write_base(tmp_path_factory.mktemp("llm") / "base")

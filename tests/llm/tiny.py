@@ -1,0 +1,144 @@
+"""A tiny model, samples for it, and how plain PyTorch trains it: the reference of the engine's tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.llm.batch import Batch
+from trainer.llm.config import FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
+from trainer.llm.model import Base, add_adapter
+from trainer.llm.network import AnswerModel
+from trainer.llm.packing import Schedule, share_of_rank
+from trainer.llm.samples import Sample
+from trainer.llm.small import write_small_model
+from trainer.llm.tokens import Tokens
+from trainer.preemption import Preemption
+
+LENGTH = 64
+BATCH = 8
+STEPS = 10
+PARTS = 2
+CPU = torch.device("cpu")
+LORA = LoraConfig(rank=4, alpha=8.0)
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3, weight_decay=0.01)
+SMALL = SmallConfig(vocabulary=300, hidden=64, layers=2, heads=4)
+
+
+def samples(number: int, seed: int = 0) -> list[Sample]:
+    """Which of two words stands in the prompt, and at what place, says which answer is right."""
+    generator = np.random.default_rng(seed)
+    words = ["river", "stone", "cloud", "fire", "green", "seven"]
+    made = []
+    for _ in range(number):
+        text = " ".join(generator.choice(words, generator.integers(2, 9)))
+        answer = "yes" if "fire" in text else "no"
+        popularity = (1.0, 2.0) if generator.random() < 0.5 else (2.0, 1.0)
+        made.append(Sample(f"{text} ? ", answer, "fire", ("yes", "no"), popularity))
+    return made
+
+
+def write_base(directory: Path, seed: int = 1) -> Base:
+    """A tiny model in a directory."""
+    texts = [sample.prompt + sample.answer for sample in samples(200)]
+    write_small_model(directory, texts, SMALL, seed=seed, length=LENGTH)
+    return Base.open(str(directory))
+
+
+def adapted(base: Base, *, bf16: bool = False, lora: LoraConfig = LORA) -> Any:
+    """The model with an adapter whose second matrix, too, is not zero: all gradients count from the first step on."""
+    torch.manual_seed(7)
+    model = add_adapter(base.load(bf16=bf16), lora, str(base.directory))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+class StopAfter(Preemption):
+    """Is asked to stop while it works on a step; a signal would come at a moment that a test cannot choose."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        self._steps -= 1
+        return self._steps <= 0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        yield
+
+
+def write_samples(directory: Path) -> None:
+    """Files of samples for :func:`job`."""
+    for name, number, seed in (("train", 150, 0), ("eval", 20, 1)):
+        lines = [json.dumps(asdict(sample)) + "\n" for sample in samples(number, seed)]
+        (directory / f"{name}.jsonl").write_text("".join(lines))
+
+
+def job(data: Path, directory: Path, **changes: dict[str, Any]) -> FinetuneConfig:
+    """A job on :func:`write_samples`; ``changes`` are by section."""
+    (data / "zero2.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
+    raw: dict[str, dict[str, Any]] = {
+        "run": {"directory": str(directory)},
+        "data": {
+            "train": [str(data / "train.jsonl")],
+            "evaluate": [str(data / "eval.jsonl")],
+            "length": LENGTH,
+        },
+        "small": SMALL.model_dump(),
+        "lora": {"rank": 4, "modules_to_save": ["lm_head"]},
+        "optimizer": {"learning_rate": 2e-3},
+        "train": {"batch_size": BATCH, "epochs": 4, "deepspeed": str(data / "zero2.json"), "log_every": 1},
+    }
+    for section, values in changes.items():
+        raw.setdefault(section, {}).update(values)
+    return FinetuneConfig.model_validate(raw)
+
+
+def schedule_of(tokens: Tokens) -> Schedule:
+    return Schedule.of(tokens.lengths, LENGTH, seed=1, epochs=20, batch_size=BATCH, packing=True)
+
+
+def batches(tokens: Tokens, step: int, rank: int, world: int, parts: int = PARTS) -> list[Batch]:
+    packs = schedule_of(tokens).step(step)
+    shares = share_of_rank(packs, batch_size=BATCH, rank=rank, world=world, parts=parts)
+    return [Batch.of(share, tokens, CPU) for share in shares]
+
+
+def answer_tokens(tokens: Tokens, step: int) -> int:
+    return int(sum(tokens.answers[samples].sum() for samples in schedule_of(tokens).step(step)))
+
+
+def plain_training(base: Base, tokens: Tokens, steps: int, clipping: float) -> tuple[list[float], dict[str, Any]]:
+    """Losses and final adapter of a loop without DeepSpeed, every sample in a forward pass of its own."""
+    model = adapted(base)
+    network = AnswerModel(model).train()
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    adam = torch.optim.AdamW(
+        trained.values(), lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, weight_decay=OPTIMIZER.weight_decay
+    )
+    losses = []
+    for step in range(steps):
+        answers = answer_tokens(tokens, step)
+        total = torch.zeros(())
+        for samples_ in schedule_of(tokens).step(step):
+            for sample in samples_:
+                total = total + network(Batch.of([np.array([sample])], tokens, CPU, multiple=1)).sum()
+        (total / answers).backward()
+        nn.utils.clip_grad_norm_(trained.values(), clipping)
+        adam.step()
+        adam.zero_grad()
+        losses.append(float(total.detach()) / answers)
+    return losses, {name: value.detach().clone() for name, value in trained.items()}
