@@ -29,6 +29,7 @@ from trainer.data.batch import Batch
 from trainer.deepspeed_settings import complete_settings
 from trainer.dense import DenseNetwork, DenseOptimizer
 from trainer.distributed import control_group, local_size
+from trainer.dynamic_ids import IdCounts
 from trainer.microbatch import cut_batch, row_lengths
 from trainer.pipeline import NOTHING, Arriving, Ask, BatchPipeline
 from trainer.sharding import TableOptimizer
@@ -173,7 +174,7 @@ class HybridEngine:
         arriving = pipeline.fetch(ask(self.steps_done + 1))
         arriving.send()
         while arriving.count().ranks:
-            embedded = arriving.rows()
+            embedded = arriving.rows(self.steps_done + 1)
             following = pipeline.fetch(ask(self.steps_done + 2)) if self._overlap else None
             result = self._train(arriving, embedded, following)
             try:
@@ -242,6 +243,7 @@ class HybridEngine:
         """
         state = self._state()
         read_state(state, path, self._control)
+        self._tables.loaded(state)
         self.steps_done = int(state["steps"])
         self._dense.load_state(state, self.steps_done)
 
@@ -261,6 +263,10 @@ class HybridEngine:
     def table_optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
         """This rank's shards of the states of the tables' optimizer, live; see :class:`ShardedTables`."""
         return self._tables.optimizer_shards()
+
+    def id_counts(self) -> dict[str, IdCounts]:
+        """Dynamic table -> what happened to its ids so far, on all ranks. Collective."""
+        return self._tables.dynamic.counts()
 
     def set_dense_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Give every parameter of the dense network a value, float32; its optimizer stays as it is. Collective."""

@@ -28,8 +28,11 @@ class Exchange(Protocol):
     def send(self) -> None:
         """Learn how many ids come from where, and send the ids off."""
 
-    def rows(self) -> dict[str, Tensor]:
-        """Lookup name -> ``[ids, dim]`` float32 rows in the order of the ids, outside of autograd."""
+    def rows(self, step: int | None = None) -> dict[str, Tensor]:
+        """Lookup name -> ``[ids, dim]`` float32 rows in the order of the ids, outside of autograd.
+
+        ``step`` is the number of the training step that this is for, in which dynamic tables admit ids.
+        """
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
         """Train the tables on ``scale`` times the sum of the gradients of all ranks, divided by their number."""
@@ -59,7 +62,7 @@ class TorchRecExchange:
         with self._clock.phase("communication"):
             self._arriving = self._arriving.wait()
 
-    def rows(self) -> dict[str, Tensor]:
+    def rows(self, step: int | None = None) -> dict[str, Tensor]:
         """See :class:`Exchange`."""
         with self._clock.phase("communication"), on_stream(self._stream):
             received = self._arriving.wait()

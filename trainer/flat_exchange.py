@@ -22,22 +22,28 @@ from trainer.flat_kernel import FlatKernel, flat_kernel
 
 
 class FlatRouting:
-    """Which rank has the rows of which lookups: those of one collection whose tables are sharded alike.
+    """Which rank has the rows of which lookups, of one collection, whose tables are sharded alike.
 
     Args:
         collection: of tables on a CPU.
         sharding: ``table_wise`` or ``row_wise``.
         keys: the collection's lookups, in the order of the ids.
         group: of all ranks.
+        served: those of the lookups that this is for, at least one; their tables have this sharding.
     """
 
     def __init__(
-        self, collection: ShardedEmbeddingCollection, sharding: str, keys: Sequence[str], group: dist.ProcessGroup
+        self,
+        collection: ShardedEmbeddingCollection,
+        sharding: str,
+        keys: Sequence[str],
+        group: dist.ProcessGroup,
+        served: frozenset[str],
     ) -> None:
         self.group, self.world = group, dist.get_world_size(group)
         tables = {key: table for table in collection._embedding_configs for key in table.feature_names}
         plans = {key: collection.module_sharding_plan[tables[key].name] for key in keys}
-        self.positions = [i for i, key in enumerate(keys) if plans[key].sharding_type == sharding]
+        self.positions = [i for i, key in enumerate(keys) if key in served]
         # On one rank a table cut by rows is a whole one.
         self.cut = sharding == "row_wise" and self.world > 1
         if not self.cut:
@@ -70,17 +76,8 @@ class FlatExchange:
         self._routing, self._clock = routing, clock
         pieces, sizes = ids.values().split(ids.length_per_key()), ids.length_per_key()
         pieces = [pieces[i] for i in routing.positions]
-        for key, table, piece in zip(routing.keys, routing.tables, pieces, strict=True):
-            _check_range(key, table.name, table.num_embeddings, piece)
         self._sizes = [sizes[i] for i in routing.positions]
-        self._ids = torch.cat(pieces)
-        counts = routing.owns * torch.tensor(self._sizes)
-        if routing.cut:
-            # Sorted by owner, then by lookup; an id becomes the number of its row in the owner's part of the table.
-            counts, self._ids, _, _, self._sent_to = torch.ops.fbgemm.block_bucketize_sparse_features(
-                torch.tensor(self._sizes), self._ids, False, True, routing.block_rows, routing.world
-            )
-            counts = counts.view(routing.world, -1)
+        counts, self._ids = self._sort(pieces)
         self._sent = counts.sum(1).tolist()
         self._counts, self._work = self._exchange(counts, [1] * routing.world, [1] * routing.world)
 
@@ -90,16 +87,10 @@ class FlatExchange:
         self._received = self._counts.sum(1).tolist()
         self._ids, self._work = self._exchange(self._ids, self._sent, self._received)
 
-    def rows(self) -> dict[str, Tensor]:
+    def rows(self, step: int | None = None) -> dict[str, Tensor]:
         """See :class:`trainer.exchange.Exchange`."""
         self._wait()
-        kernel = self._routing.kernel
-        if len(self._ids):
-            assert kernel is not None
-            self._held = kernel(kernel.number_rows(self._ids, self._counts, self._routing.keys))
-        else:
-            self._held = torch.empty(0, self._routing.dim)
-        rows, self._work = self._exchange(self._held.detach(), self._received, self._sent)
+        rows, self._work = self._exchange(self._look_up(step), self._received, self._sent)
         self._wait()
         if self._routing.cut:
             rows = rows.index_select(0, self._sent_to)
@@ -112,12 +103,45 @@ class FlatExchange:
             given = given.index_select(0, torch.ops.fbgemm.invert_permute(self._sent_to))
         given, self._work = self._exchange(given, self._sent, self._received)
         self._wait()
-        if len(self._ids):
-            self._held.backward(given.mul_(scale / self._routing.world))
+        self._train(given.mul_(scale / self._routing.world))
 
     def drain(self) -> None:
         """See :class:`trainer.exchange.Exchange`."""
         self._wait()
+
+    def _sort(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``[owners, lookups]`` how many ids are sent, and the ids of all lookups, sorted by owner, then by lookup."""
+        routing = self._routing
+        for key, table, piece in zip(routing.keys, routing.tables, pieces, strict=True):
+            _check_range(key, table.name, table.num_embeddings, piece)
+        ids = torch.cat(list(pieces))
+        return self._bucketize(ids) if routing.cut else (self._counts_of_owners(), ids)
+
+    def _counts_of_owners(self) -> Tensor:
+        """Of tables that are whole."""
+        return self._routing.owns * torch.tensor(self._sizes)
+
+    def _bucketize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tables that are cut; a row becomes its number in the owner's part of the table."""
+        routing = self._routing
+        counts, rows, _, _, self._sent_to = torch.ops.fbgemm.block_bucketize_sparse_features(
+            torch.tensor(self._sizes), rows, False, True, routing.block_rows, routing.world
+        )
+        return counts.view(routing.world, -1), rows
+
+    def _look_up(self, step: int | None) -> Tensor:
+        """``[received, dim]``, the rows of the ids that were received."""
+        kernel = self._routing.kernel
+        if not len(self._ids):
+            return torch.empty(0, self._routing.dim)
+        assert kernel is not None
+        self._held = kernel(kernel.number_rows(self._ids, self._counts, self._routing.keys))
+        return self._held.detach()
+
+    def _train(self, gradients: Tensor) -> None:
+        """Train on the gradients ``[received, dim]`` of the rows that were looked up."""
+        if len(self._ids):
+            self._held.backward(gradients)
 
     def _exchange(self, given: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, dist.Work | None]:
         """Send the first ``sent[0]`` rows to rank 0, the next to rank 1 ...; what comes is there after ``_wait``."""

@@ -90,13 +90,16 @@ class Arriving:
             self._work = None
         return Count(*self._count.tolist())
 
-    def rows(self) -> dict[str, Tensor]:
-        """Lookup name -> ``[ids, dim]`` float32, as the tables are now; outside of autograd."""
+    def rows(self, step: int | None = None) -> dict[str, Tensor]:
+        """Lookup name -> ``[ids, dim]`` float32, as the tables are now; outside of autograd.
+
+        ``step`` is the number of the training step that this is for; see :meth:`trainer.exchange.Exchange.rows`.
+        """
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self.batch.record_stream(torch.cuda.current_stream())
         with self._clock.phase("tables"):
-            return {name: rows for exchange in self._exchanges for name, rows in exchange.rows().items()}
+            return {name: rows for exchange in self._exchanges for name, rows in exchange.rows(step).items()}
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
         """Train the tables; see :meth:`trainer.exchange.Exchange.update`."""

@@ -14,10 +14,11 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingPlan, ShardMetadata
 
 from modules.embeddings import Table
 from modules.table_set import TableSet
+from trainer.dynamic_ids import BUCKET_ROWS
 from trainer.errors import UserError
 
 OPTIMIZERS = {
@@ -71,6 +72,8 @@ def sharding_types(table: Table, optimizer: TableOptimizer, world: int) -> list[
         )
     elif table.sharding == "column_wise" and world > 1 and _column_parts(table.dim, world) == 1:
         reason = f"{table.dim} columns cannot be cut into equal parts of a multiple of {COLUMN_MULTIPLE}"
+    elif table.sharding == "column_wise" and table.dynamic:
+        reason = "the ids of a dynamic table belong to whole rows; use row_wise"
     if reason:
         raise UserError(f"table {table.name!r}: sharding = {table.sharding!r} with {optimizer.kind}: {reason}")
     return [table.sharding]
@@ -139,11 +142,24 @@ def make_plan(
     dist.broadcast_object_list(answer, src=0, group=control)
     if isinstance(answer[0], UserError):
         raise answer[0]
+    dynamic = {table.name for table in tables.tables if table.dynamic}
     for parameters in answer[0].plan.values():
         for name, parameter in parameters.items():
+            if name in dynamic and parameter.sharding_type == "row_wise":
+                _cut_between_buckets(parameter.sharding_spec.shards)
             if not parameter.compute_kernel.startswith("fused"):
                 raise RuntimeError(f"table {name!r} got kernel {parameter.compute_kernel!r}: it would never be trained")
     return answer[0]
+
+
+def _cut_between_buckets(shards: Sequence[ShardMetadata]) -> None:
+    """Move the cuts of a dynamic table that is sharded by rows to where its buckets begin."""
+    rows, first = sum(shard.shard_sizes[0] for shard in shards), 0
+    buckets = -(-rows // BUCKET_ROWS)
+    block = -(-buckets // len(shards)) * BUCKET_ROWS
+    for shard in shards:
+        shard.shard_offsets[0], shard.shard_sizes[0] = first, min(block, rows - first)
+        first += shard.shard_sizes[0]
 
 
 def describe_plan(plan: ShardingPlan, tables: Sequence[Table]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.embeddings import Lookup, Table, initial_rows
 from modules.table_set import TableSet
 from trainer.clock import PhaseClock
+from trainer.dynamic_exchange import DynamicExchange, DynamicRouting
+from trainer.dynamic_table import DynamicTables
+from trainer.errors import UserError
 from trainer.exchange import Exchange, TorchRecExchange
 from trainer.flat_exchange import FlatExchange, FlatRouting
 from trainer.sharding import TableOptimizer, describe_plan, make_plan, make_sharder
@@ -56,6 +59,7 @@ class ShardedTables:
 
     Attributes:
         plan: see :func:`trainer.sharding.describe_plan`.
+        dynamic: the tables whose ids come and go.
 
     Raises:
         UserError: a sharding is refused, or the tables do not fit into memory.
@@ -101,8 +105,11 @@ class ShardedTables:
             init_data_parallel=False,
         )
         self._collections: list[ShardedEmbeddingCollection] = list(self._sharded.module.collections)
-        self._routings = [_routings(c, keys, group) for c, keys in zip(self._collections, self.keys, strict=True)]
         self._initialise(seed)
+        self.dynamic = DynamicTables(tables, self._held(), seed, control)
+        self._routings = [
+            _routings(c, keys, group, self.dynamic) for c, keys in zip(self._collections, self.keys, strict=True)
+        ]
 
     def start(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
         """Begin the exchange of a batch's ids, one ``KeyedJaggedTensor`` a collection; what does it depends on where.
@@ -113,7 +120,7 @@ class ShardedTables:
         started: list[Exchange] = []
         for collection, routings, keyed in zip(self._collections, self._routings, ids, strict=True):
             if routings:
-                started += [FlatExchange(routing, keyed, self._clock) for routing in routings]
+                started += [_exchange(routing, keyed, self._clock) for routing in routings]
             else:
                 started.append(TorchRecExchange(collection, keyed, self._clock))
         return started
@@ -127,9 +134,20 @@ class ShardedTables:
         optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """Shards and optimizer state as DTensors over the live memory, for ``torch.distributed.checkpoint``."""
-        optimizer = self._sharded.fused_optimizer.state_dict()["state"]
-        return {"tables": self._sharded.state_dict(), "table_optimizer": optimizer}
+        """Shards, their optimizer's state and that of dynamic tables' ids, for ``torch.distributed.checkpoint``.
+
+        DTensors over the live memory. Collective.
+        """
+        tables = self._sharded.state_dict()
+        state = {"tables": tables, "table_optimizer": self._optimizer_state()}
+        if self.dynamic.names:
+            state["dynamic"] = self.dynamic.state({path.split(".")[-2]: table for path, table in tables.items()})
+        return state
+
+    def loaded(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state` gave has been filled from a checkpoint."""
+        if self.dynamic.names:
+            self.dynamic.loaded(state["dynamic"])
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
@@ -147,10 +165,20 @@ class ShardedTables:
 
     def optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
         """Name of the state, such as ``momentum1``, and this rank's shards of it."""
-        for states in self.state()["table_optimizer"].values():
+        for states in self._optimizer_state().values():
             for name, tensor in states.items():
                 table, state = name.split(".")
                 yield from ((state, shard) for shard in _local_shards(table, tensor))
+
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return self._sharded.fused_optimizer.state_dict()["state"]
+
+    def _held(self) -> dict[str, tuple[int, Tensor, list[Tensor]]]:
+        """Table -> first row, values and states of the optimizer, live, of the shard that this rank has."""
+        states: dict[str, list[Tensor]] = {}
+        for _, state in self.optimizer_shards():
+            states.setdefault(state.table, []).append(state.values)
+        return {shard.table: (shard.row, shard.values, states.get(shard.table, [])) for shard in self.shards()}
 
 
 def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
@@ -162,13 +190,37 @@ def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
 
 
 def _routings(
-    collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup
+    collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup, dynamic: DynamicTables
 ) -> list[FlatRouting]:
-    """How a collection's ids travel flat; none where they have to take TorchRec's own path."""
+    """How a collection's ids travel flat; none where they have to take TorchRec's own path.
+
+    Raises:
+        UserError: that path would have to carry ids of a dynamic table.
+    """
+    tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
+    coming = frozenset(key for key in keys if tables[key] in dynamic.names)
     shardings = {parameter.sharding_type for parameter in collection.module_sharding_plan.values()}
     if not flat_exchange_serves(collection._device, shardings):
+        if coming:
+            raise UserError(
+                f"table {tables[min(coming)]!r}: dynamic ids work on a CPU, with all tables of the same width "
+                "table_wise or row_wise; set train.device = 'cpu' and features.*.sharding = 'auto'"
+            )
         return []
-    return [FlatRouting(collection, sharding, keys, group) for sharding in sorted(shardings)]
+    routings: list[FlatRouting] = []
+    for sharding in sorted(shardings):
+        alike = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
+        if staying := frozenset(alike - coming):
+            routings.append(FlatRouting(collection, sharding, keys, group, staying))
+        if served := frozenset(alike & coming):
+            routings.append(DynamicRouting(collection, sharding, keys, group, served, dynamic.rows))
+    return routings
+
+
+def _exchange(routing: FlatRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> FlatExchange:
+    if isinstance(routing, DynamicRouting):
+        return DynamicExchange(routing, ids, clock)
+    return FlatExchange(routing, ids, clock)
 
 
 def flat_exchange_serves(device: torch.device, shardings: set[str]) -> bool:

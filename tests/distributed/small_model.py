@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,13 +167,14 @@ class PlainTraining:
     Args:
         optimizer: of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
         clipping: largest norm of the dense gradient; the tables' is scaled by the same factor. 0 is none.
+        declared: tables; those of the small model if left out.
     """
 
     LEARNING_RATE, EPS = 0.1, 1e-3
     DENSE_RATE, WEIGHT_DECAY, BETAS = 0.01, 0.02, (0.9, 0.99)
 
-    def __init__(self, optimizer: str, clipping: float) -> None:
-        self.tables = TableSet(tables("auto"), LOOKUPS, device="cpu")
+    def __init__(self, optimizer: str, clipping: float, declared: Sequence[Table] = ()) -> None:
+        self.tables = TableSet(declared or tables("auto"), LOOKUPS, device="cpu")
         self.tables.initialise(SEED)
         self.ranker = ranker()
         self.adam = torch.optim.AdamW(

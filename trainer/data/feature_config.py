@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-IdMapping = Literal["direct", "hash", "lookup"]
+from modules.embeddings import Dynamic, Evict
+
+IdMapping = Literal["direct", "hash", "lookup", "dynamic"]
 
 MAX_TABLE_ROWS = 1 << 31
 """Hashing spreads 32 bits of a hash over the rows, which is even enough up to here."""
@@ -20,20 +22,33 @@ class TableConfig(BaseModel):
     ids: IdMapping = Field(
         "direct",
         description="How an id becomes a row; row 0 is the unknown id. `direct`: id + 1. `hash`: a 64-bit mix of the "
-        "id spread over the rows. `lookup`: the ids of the training range get rows of their own, all others row 0.",
+        "id spread over the rows. `lookup`: the ids of the training range get rows of their own, all others row 0. "
+        "`dynamic`: ids get rows while training and lose them to others; those without read row 0. On a CPU only.",
     )
     rows: int | None = Field(
         None,
         ge=2,
         le=MAX_TABLE_ROWS,
-        description="Rows of the table, row 0 included. `hash` needs it; `direct` takes the dataset's largest id + 2 "
-        "when it is left out; `lookup` counts its ids and does not take it.",
+        description="Rows of the table, row 0 included. `hash` and `dynamic` need it; `direct` takes the dataset's "
+        "largest id + 2 when it is left out; `lookup` counts its ids and does not take it.",
     )
     min_count: int = Field(
         1,
         ge=1,
         description="`lookup` only: ids of fewer training rows than this share row 0, which is thereby trained for "
         "the ids that come later.",
+    )
+    admit_after: int | None = Field(
+        None,
+        ge=1,
+        description="`dynamic` only: training steps that an id must be seen in before it gets a row; 2 when it is "
+        "left out. Until then it is counted, together with at most as many others as there are rows.",
+    )
+    evict: Evict | None = Field(
+        None,
+        description="`dynamic` only: which id makes room for a new one. `recency`: the one seen longest ago; this when "
+        "it is left out. `frequency`: the one seen in the fewest steps, unless the new one was in fewer. `both`: by "
+        "steps seen over steps since.",
     )
     dim: int = Field(16, ge=1, description="Width of an embedding. Every distinct width costs its own exchange.")
     init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
@@ -42,14 +57,25 @@ class TableConfig(BaseModel):
         "auto", description="How the table is spread over the ranks; `auto` leaves it to the planner."
     )
 
+    @property
+    def dynamic(self) -> Dynamic | None:
+        """How its ids come and go; None where they do not."""
+        if self.ids != "dynamic":
+            return None
+        return Dynamic(self.admit_after or 2, self.evict or "recency")
+
     @model_validator(mode="after")
     def _rows_fit_mapping(self) -> TableConfig:
-        if self.ids == "hash" and self.rows is None:
-            raise ValueError("ids = 'hash' needs `rows`")
+        if self.ids in ("hash", "dynamic") and self.rows is None:
+            raise ValueError(f"ids = {self.ids!r} needs `rows`")
         if self.ids == "lookup" and self.rows is not None:
             raise ValueError("ids = 'lookup' counts its own rows: leave `rows` out")
         if self.ids != "lookup" and self.min_count != 1:
             raise ValueError(f"`min_count` is for ids = 'lookup', not {self.ids!r}")
+        if self.ids != "dynamic" and (self.admit_after, self.evict) != (None, None):
+            raise ValueError(f"`admit_after` and `evict` are for ids = 'dynamic', not {self.ids!r}")
+        if self.ids == "dynamic" and self.sharding in ("column_wise", "data_parallel"):
+            raise ValueError(f"ids = 'dynamic' works with sharding = 'table_wise' or 'row_wise', not {self.sharding!r}")
         return self
 
 

@@ -113,7 +113,7 @@ class FeatureMap:
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
         rows = {**fitted.table_rows, "side": self._side.rows}
         self.tables: tuple[Table, ...] = tuple(
-            Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding)
+            Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding, getattr(own, "dynamic", None))
             for name in (*ID_TABLES, "side")
             if any(lookup.table == name for lookup in lookups)
             for own in (getattr(config, name),)

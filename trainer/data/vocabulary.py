@@ -1,4 +1,4 @@
-"""From ids to rows of a table: direct, hashed, or looked up; row 0 is the unknown id."""
+"""From ids to rows of a table: direct, hashed, or looked up; row 0 is the unknown id. Dynamic ids stay as they are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class IdMap:
             self._index.add(vocabulary)
 
     def __call__(self, ids: np.ndarray, out: np.ndarray) -> None:
-        """Write the row of each id, in ``[0, rows)``.
+        """Write the row of each id, in ``[0, rows)``; of a dynamic table the id, whose row the table itself knows.
 
         Args:
             ids: ``[n]`` int64.
@@ -52,6 +52,8 @@ class IdMap:
             np.add(ids, 1, out=out)
         elif self.mapping == "hash":
             hash_rows(ids, self._salt, self.rows, out)
+        elif self.mapping == "dynamic":
+            out[:] = ids
         else:
             np.add(self._index.find(ids), 1, out=out)
 
@@ -98,7 +100,7 @@ def table_rows(name: str, config: TableConfig, spec: DatasetSpec, known_ids: int
     """
     if config.ids == "lookup":
         return known_ids + 1
-    if config.ids == "hash":
+    if config.ids in ("hash", "dynamic"):
         assert config.rows is not None
         return config.rows
     needed = spec.ids[name].max + 2

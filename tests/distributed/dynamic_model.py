@@ -1,0 +1,137 @@
+"""The small model with tables whose ids come and go, and its plain training: a reference map before every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.embeddings import Dynamic, Table, initial_rows
+from tests.distributed.small_model import (
+    LOOKUPS,
+    ROWS,
+    SEED,
+    STEPS,
+    PlainTraining,
+    Rows,
+    make_rows,
+    share_of_first_rank,
+    tables,
+)
+from tests.dynamic_reference import ReferenceIds
+from trainer.data.batch import Batch
+from trainer.dynamic_ids import BUCKET_ROWS
+
+SIZES = {"item": 70, "room": 70}
+"""Rows of the dynamic tables: two buckets each, so that each of two ranks has one."""
+
+TABLE_OF = {lookup.name: lookup.table for lookup in LOOKUPS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way of training. ``sharding`` is that of all tables."""
+
+    optimizer: Any
+    sharding: str
+    evict: Any
+    admit_after: int = 2
+    parts: int = 1
+    clipping: float = 0.0
+    overlap: bool = True
+
+    def __str__(self) -> str:
+        words = [self.optimizer, self.sharding, self.evict, f"after {self.admit_after}", f"{self.parts} parts"]
+        return ", ".join([*words, f"clipping {self.clipping}", f"overlap {self.overlap}"])
+
+
+CASES = [
+    Case("rowwise_adagrad", "row_wise", "recency", parts=3, clipping=0.5),
+    Case("rowwise_adagrad", "table_wise", "both", admit_after=1),
+    Case("adagrad", "row_wise", "frequency"),
+    Case("sgd", "mixed", "recency", admit_after=3),
+]
+NO_OVERLAP = [replace(given, overlap=False) for given in CASES[::3]]
+CHECKPOINTED = CASES[:2]
+
+
+def resharded(saved: Case) -> Case:
+    """The other layout, to load a checkpoint into."""
+    return replace(saved, sharding={"row_wise": "table_wise", "table_wise": "row_wise"}[saved.sharding])
+
+
+def dynamic_tables(given: Case) -> list[Table]:
+    dynamic = Dynamic(given.admit_after, given.evict)
+    return [
+        replace(table, rows=SIZES[table.name], dynamic=dynamic) if table.name in SIZES else table
+        for table in tables(given.sharding)
+    ]
+
+
+def passing_ids(rows: Rows, step: int) -> Rows:
+    """Ids of dynamic tables out of a window that moves on: each comes for some steps, and a few stay."""
+    random = torch.Generator().manual_seed(2000 + step)
+
+    def draw(count: int) -> Tensor:
+        passing = torch.randint(40, (count,), generator=random) + 10 * step
+        staying = torch.randint(20, (count,), generator=random) - 2**62
+        return torch.where(torch.rand(count, generator=random) < 0.2, staying, passing)
+
+    moving = {key: [draw(len(each)) for each in ids] for key, ids in rows.ids.items() if TABLE_OF[key] in SIZES}
+    return replace(rows, ids=rows.ids | moving)
+
+
+def dynamic_steps() -> list[Rows]:
+    sizes = [ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1 for step in range(STEPS)]
+    return [passing_ids(make_rows(step, rows), step) for step, rows in enumerate(sizes)]
+
+
+def dynamic_batches(rank: int, world: int) -> Iterator[Batch]:
+    """What a rank of one or two gets, as ``small_model.batches_of``."""
+    for step, rows in enumerate(dynamic_steps()):
+        cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))
+        if rank == 0 and world == 2 and step >= STEPS - 3:
+            return
+        yield rows.batch(0, cut) if rank == 0 else rows.batch(cut, len(rows))
+
+
+class DynamicTraining(PlainTraining):
+    """Plain training on the rows that a reference map gives; a row of a new id is made anew, its optimizer too."""
+
+    def __init__(self, given: Case) -> None:
+        declared = dynamic_tables(replace(given, sharding="auto"))
+        super().__init__(given.optimizer, given.clipping, declared)
+        self.declared = {table.name: table for table in declared}
+        self.maps = {
+            name: ReferenceIds(name, rows, given.admit_after, given.evict, BUCKET_ROWS) for name, rows in SIZES.items()
+        }
+        self.steps_done = self.renewed = 0
+
+    def step(self, rows: Rows) -> float:
+        self.steps_done += 1
+        for name, ids in self.maps.items():
+            keys = [key for key in rows.ids if TABLE_OF[key] == name]
+            asked = [value for key in keys for each in rows.ids[key] for value in each.tolist()]
+            self.start_afresh(name, sorted(ids.learn(asked, self.steps_done)))
+        return super().step(self.mapped(rows))
+
+    def mapped(self, rows: Rows) -> Rows:
+        """The rows with places in the tables for ids; ids without a row have row 0."""
+        ids = {
+            key: [torch.tensor([max(0, self.maps[TABLE_OF[key]].find(int(v))) for v in each]).long() for each in of_key]
+            for key, of_key in rows.ids.items()
+            if TABLE_OF[key] in self.maps
+        }
+        return replace(rows, ids=rows.ids | ids)
+
+    @torch.no_grad()
+    def start_afresh(self, name: str, new: list[int]) -> None:
+        fresh = initial_rows(self.declared[name], SEED, 0, SIZES[name])
+        for parameter_name, parameter in self.tables.named_parameters():
+            if parameter_name.split(".")[-2] == name:
+                self.renewed += int((parameter[new] != fresh[new]).any(1).sum())
+                parameter[new] = fresh[new]
+                self.accumulated[parameter_name][new] = 0

@@ -1,0 +1,150 @@
+"""What test_dynamic.py has ranks do, all in one start of them.
+
+    torchrun --nproc-per-node N -m tests.distributed.dynamic_ranks OUT
+
+trains the small model with dynamic tables and leaves what came out in OUT/<ranks>.pt, and checkpoints in OUT; another
+number of ranks started later goes on from these. Started again, with OUT/<ranks>.pt there, ranks only do that.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.distributed.dynamic_model import (
+    CASES,
+    CHECKPOINTED,
+    NO_OVERLAP,
+    Case,
+    dynamic_batches,
+    dynamic_tables,
+    resharded,
+)
+from tests.distributed.engine_ranks import everything, losses_of, parameters
+from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, ranker
+from trainer.distributed import World
+from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+
+HALF = STEPS // 2
+
+
+def make_engine(given: Case, world: World) -> HybridEngine:
+    plain = PlainTraining
+    return HybridEngine(
+        dynamic_tables(given),
+        LOOKUPS,
+        ranker(),
+        table_optimizer=TableOptimizer(given.optimizer, plain.LEARNING_RATE, plain.EPS),
+        dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
+        deepspeed={"gradient_clipping": given.clipping, "gradient_accumulation_steps": given.parts},
+        behaviour_weights=WEIGHTS,
+        batch_size=2 * ROWS,
+        device=world.device,
+        seed=SEED,
+        overlap=given.overlap,
+    )
+
+
+def columns(engine: HybridEngine, world: World) -> dict[str, Tensor]:
+    """Whole columns of the id maps by ``TABLE/COLUMN``; every row from exactly one rank."""
+    mine = [
+        (f"{name}/{column}", len(tensor), offset[0], shard.clone())
+        for name, state in engine._state()["dynamic"].items()
+        for column, tensor in state.items()
+        if isinstance(tensor, DTensor)
+        for shard, offset in zip(tensor.to_local().local_shards(), tensor.to_local().local_offsets(), strict=True)
+    ]
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, mine)
+    assembled: dict[str, Tensor] = {}
+    held: dict[str, int] = {}
+    for key, rows, first, shard in (part for parts in found for part in parts):
+        into = assembled.setdefault(key, torch.zeros(rows, dtype=shard.dtype))
+        into[first : first + len(shard)] = shard
+        held[key] = held.get(key, 0) + len(shard)
+    assert all(held[key] == len(column) for key, column in assembled.items())
+    return assembled
+
+
+def counts(engine: HybridEngine) -> dict[str, dict[str, int]]:
+    return {name: asdict(each) for name, each in engine.id_counts().items()}
+
+
+def snapshot(engine: HybridEngine, world: World) -> dict[str, Any]:
+    """All there is of a model, in whole tensors."""
+    return {"tensors": everything(engine, world) | columns(engine, world), "counts": counts(engine)}
+
+
+def train(given: Case, world: World) -> dict[str, Any]:
+    engine = make_engine(given, world)
+    losses = losses_of(engine.steps(dynamic_batches(world.rank, world.size)))
+    outcome = {
+        "losses": losses,
+        "parameters": parameters(engine, world),
+        "plan": engine.plan,
+        **snapshot(engine, world),
+    }
+    logits = [predicted for _, predicted in engine.predict(dynamic_batches(world.rank, world.size))]
+    outcome["logits"] = world.gather(logits)
+    outcome["after_prediction"] = snapshot(engine, world)
+    engine.close()
+    return outcome
+
+
+def save_halfway(given: Case, world: World, path: Path) -> dict[str, Any]:
+    """The end of a run that goes through, and of one that is saved halfway and taken up by a new engine."""
+    batches = [*dynamic_batches(world.rank, world.size)]
+    engine = make_engine(given, world)
+    # The next batch is on its way already when the first half ends.
+    stopped = losses_of(islice(engine.steps(iter(batches)), HALF))
+    engine.save(path)
+    saved = snapshot(engine, world)
+    engine.close()
+
+    engine = make_engine(given, world)
+    engine.load(path)
+    loaded = snapshot(engine, world)
+    losses = stopped + losses_of(engine.steps(iter(batches[HALF:])))
+    outcome = {"saved": saved, "loaded": loaded, "losses": losses, **snapshot(engine, world)}
+    engine.close()
+    return outcome
+
+
+def load_elsewhere(given: Case, world: World, path: Path) -> dict[str, Any]:
+    """A checkpoint of another number of ranks in another layout, and how it goes on."""
+    engine = make_engine(resharded(given), world)
+    engine.load(path)
+    loaded = snapshot(engine, world)
+    losses = losses_of(engine.steps(islice(dynamic_batches(world.rank, world.size), HALF, None)))
+    outcome = {"loaded": loaded, "losses": losses, **snapshot(engine, world)}
+    engine.close()
+    return outcome
+
+
+def main(out: Path) -> None:
+    with World.join("cpu") as world:
+        outcome: dict[str, Any] = {}
+        again = (out / f"{world.size}.pt").exists()
+        world.barrier()
+        for given in () if again else (*CASES, *NO_OVERLAP):
+            outcome[str(given)] = train(given, world)
+        for number, given in enumerate(CHECKPOINTED):
+            if not again:
+                outcome[f"resumed {given}"] = save_halfway(given, world, out / f"{world.size}-{number}")
+            other = out / f"{3 - world.size}-{number}"
+            if other.exists():
+                outcome[f"elsewhere {given}"] = load_elsewhere(given, world, other)
+        if world.rank == 0:
+            torch.save(outcome, out / f"{world.size}{'-again' if again else ''}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

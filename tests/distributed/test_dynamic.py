@@ -1,0 +1,162 @@
+"""Dynamic tables on one and two ranks train as a reference map in front of plain PyTorch does, and are saved whole."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.dynamic_model import (
+    CASES,
+    CHECKPOINTED,
+    NO_OVERLAP,
+    SIZES,
+    Case,
+    DynamicTraining,
+    dynamic_steps,
+)
+from tests.distributed.small_model import STEPS
+from tests.distributed.test_engine import TOLERANCE, relative_error
+
+_outcomes: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dynamic")
+
+
+@pytest.fixture
+def outcomes(run_ranks: Any, out: Path) -> dict[str, dict[str, Any]]:
+    """What dynamic_ranks.py left of two ranks, and then of one."""
+    for name in ("2", "1"):
+        if name not in _outcomes:
+            run_ranks("tests.distributed.dynamic_ranks", out, ranks=int(name), timeout=200)
+            _outcomes[name] = torch.load(out / f"{name}.pt")
+    return _outcomes
+
+
+@cache
+def plain(given: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
+    """Losses, the training at its end, and what it then predicts for every step."""
+    training = DynamicTraining(given)
+    losses = [training.step(rows) for rows in dynamic_steps()]
+    return losses, training, [training.predict(training.mapped(rows)).detach() for rows in dynamic_steps()]
+
+
+def reference(given: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
+    return plain(Case(given.optimizer, "auto", given.evict, given.admit_after, clipping=given.clipping))
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+@pytest.mark.parametrize("given", [*CASES, *NO_OVERLAP], ids=str)
+def test_agrees_with_plain_training(given: Case, world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    outcome, (losses, training, logits) = outcomes[world][str(given)], reference(given)
+    assert relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses)) <= TOLERANCE
+    for name, expected in training.parameters().items():
+        assert relative_error(outcome["parameters"][name], expected) <= TOLERANCE, name
+    for name, moment in training.accumulated.items():
+        if given.optimizer != "sgd":
+            got = outcome["tensors"][f"{name.split('.')[-2]}/accumulated"]
+            assert relative_error(got.view_as(moment), moment) <= TOLERANCE, name
+    for step, expected in enumerate(logits):
+        parts = [of_rank[step] for of_rank in outcome["logits"]]
+        assert relative_error(torch.cat(parts), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_ids_and_counts_are_those_of_the_reference(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    for given in (*CASES, *NO_OVERLAP):
+        outcome, (_, training, _) = outcomes[world][str(given)], reference(given)
+        for name, ids in training.maps.items():
+            assert outcome["counts"][name] == ids.counts, f"{given}: {name}"
+            rows = {row: slot for bucket in ids.buckets.values() for row, slot in bucket.served.items()}
+            for column in ("id", "seen", "sightings"):
+                held = outcome["tensors"][f"{name}/{column}"]
+                assert {row: int(held[row]) for row in rows} == {row: vars(slot)[column] for row, slot in rows.items()}
+            assert set(torch.nonzero(outcome["tensors"][f"{name}/seen"]).flatten().tolist()) == set(rows)
+
+
+def test_the_reference_admits_evicts_and_leaves_unserved() -> None:
+    """Otherwise the tests above would say little."""
+    for given in CASES:
+        _, training, _ = reference(given)
+        total = {key: sum(ids.counts[key] for ids in training.maps.values()) for key in ("evicted", "unserved")}
+        assert total["evicted"] > 20
+        assert total["unserved"] > 20 or given.admit_after == 1
+        assert training.renewed > 5, "rows had been trained before they were given to another id"
+
+
+def test_one_rank_and_two_hold_the_same_ids(outcomes: dict[str, dict[str, Any]]) -> None:
+    for given in (*CASES, *NO_OVERLAP):
+        one, two = (outcomes[world][str(given)] for world in "12")
+        for name, column in one["tensors"].items():
+            if name.split("/")[0] in SIZES and "/" in name and not name.endswith("/accumulated"):
+                assert torch.equal(column, two["tensors"][name]), f"{given}: {name}"
+
+
+def test_tables_are_cut_between_buckets(outcomes: dict[str, dict[str, Any]]) -> None:
+    planned = {entry["table"]: entry for entry in outcomes["2"][str(CASES[0])]["plan"]}
+    assert planned["item"]["shards"] == [[64, 8], [6, 8]]
+    assert planned["room"]["shards"] == [[64, 16], [6, 16]]
+    assert planned["user"]["shards"] == [[31, 8], [30, 8]]
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_overlap_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    for overlapped, given in zip(CASES[::3], NO_OVERLAP, strict=True):
+        assert outcomes[world][str(overlapped)]["losses"] == outcomes[world][str(given)]["losses"]
+        assert_same(outcomes[world][str(overlapped)], outcomes[world][str(given)], str(given))
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_predicting_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    for given in (*CASES, *NO_OVERLAP):
+        outcome = outcomes[world][str(given)]
+        assert_same(outcome, outcome["after_prediction"], str(given))
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_resuming_on_the_same_ranks_is_bitwise(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    for given in CHECKPOINTED:
+        resumed, through = outcomes[world][f"resumed {given}"], outcomes[world][str(given)]
+        assert resumed["losses"] == through["losses"]
+        assert_same(through, resumed, str(given))
+        assert_same(resumed["saved"], resumed["loaded"], str(given))
+        assert resumed["saved"]["counts"] != resumed["counts"]
+
+
+def test_one_rank_takes_ids_and_rows_of_two(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert_taken_over(outcomes["2"], outcomes["1"])
+
+
+@pytest.mark.slow
+def test_two_ranks_take_ids_and_rows_of_one(outcomes: dict[str, dict[str, Any]], run_ranks: Any, out: Path) -> None:
+    run_ranks("tests.distributed.dynamic_ranks", out, ranks=2, timeout=200)
+    assert_taken_over(outcomes["1"], torch.load(out / "2-again.pt"))
+
+
+def assert_taken_over(there: dict[str, Any], here: dict[str, Any]) -> None:
+    for given in CHECKPOINTED:
+        saved, loaded = there[f"resumed {given}"], here[f"elsewhere {given}"]
+        assert_same(saved["saved"], loaded["loaded"], str(given))
+        expected = torch.tensor(saved["losses"][STEPS // 2 :])
+        assert relative_error(torch.tensor(loaded["losses"]), expected) <= TOLERANCE
+        assert loaded["counts"] == saved["counts"]
+        for name, rows in SIZES.items():
+            seen, ids = (loaded["tensors"][f"{name}/{column}"] for column in ("seen", "id"))
+            held = ids[seen > 0].tolist()
+            assert len(held) == len(set(held)) > rows // 2
+            assert torch.equal(ids, saved["tensors"][f"{name}/id"])
+
+
+def assert_same(expected: dict[str, Any], got: dict[str, Any], what: str) -> None:
+    assert got["counts"] == expected["counts"], what
+    assert got["tensors"].keys() == expected["tensors"].keys(), what
+    for name, tensor in expected["tensors"].items():
+        assert not tensor.isnan().any(), f"{what}: {name}: no rank has a part of it"
+        assert torch.equal(tensor, got["tensors"][name]), f"{what}: {name}"
