@@ -70,7 +70,10 @@ def write_model(directory: Path, tensors: Mapping[str, Tensor], cuts: Cuts, file
 
 
 def model_tensors(
-    tables: Mapping[str, Tensor], states: Mapping[str, Tensor], dense: Mapping[str, Tensor]
+    tables: Mapping[str, Tensor],
+    states: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    ids: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Tensors under the names that the engine saves them as.
 
@@ -78,10 +81,12 @@ def model_tensors(
         tables: name -> weight.
         states: table -> the one state of its optimizer.
         dense: parameter -> value; its moments are made of it.
+        ids: dynamic table -> columns and counts.
     """
     named = {f"tables.collections.0.embeddings.{name}.weight": weight for name, weight in tables.items()}
     for name, state in states.items():
         named[f"table_optimizer.collections.0.embeddings.{name}.weight.{name}.momentum1"] = state
+    named |= {f"dynamic.{name}.{column}": value for name, columns in ids.items() for column, value in columns.items()}
     for name, parameter in dense.items():
         slots = {"parameter": parameter, "exp_avg": parameter * 0.1, "exp_avg_sq": parameter**2}
         named |= {f"dense.{name}.{slot}": value for slot, value in slots.items()}
@@ -98,11 +103,12 @@ def write_checkpoint(
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
     cuts: Cuts | None = None,
+    ids: Mapping[str, Mapping[str, Tensor]] | None = None,
     **manifest: Any,
 ) -> Path:
     """A whole checkpoint of a run, its tensors in ``cuts`` or random pieces; further arguments go into its manifest."""
     directory = run / "checkpoints" / f"step-{step:08d}"
-    tensors = model_tensors(tables, states, dense)
+    tensors = model_tensors(tables, states, dense, ids or {})
     write_model(directory / "model", tensors, cuts or random_cuts(tensors, seed))
     job = parse_config({"data": {"path": "nowhere"}, **(config or {})}, "test")
     (directory / "job.json").write_text(json.dumps({"config": job.model_dump(mode="json"), "trace": []}))

@@ -81,7 +81,7 @@ def test_what_is_saved_is_restored(world: World, tmp_path: Path) -> None:
     assert torch.equal(torch.rand(4), expected)
     assert (loaded.step, loaded.rows_done, loaded.trace, loaded.finished) == (5, state.rows_done, state.trace, False)
     assert loaded.progressive.compute() == state.progressive.compute()
-    assert loaded.window.entry(5, {})["loss"] == state.window.entry(5, {})["loss"]
+    assert loaded.window.entry(5, {}, {})["loss"] == state.window.entry(5, {}, {})["loss"]
     again = single_engine(world)
     trained(again, 5)
     left, right = (dict(checkpoint_tensors(each)) for each in (other, again))

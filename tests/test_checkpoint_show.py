@@ -47,6 +47,22 @@ def test_show_tells_what_is_in_it(run: Path, capsys: pytest.CaptureFixture[str])
     assert "network.weight" not in shown
 
 
+def test_show_tells_of_ids_that_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = torch.tensor([2000, 500, 11, 4])
+    ids = {"item": {"id": torch.arange(9), "seen": torch.arange(9, dtype=torch.int32), "counts": counts}}
+    write_checkpoint(tmp_path, TABLES, STATES, DENSE, ids=ids)
+    assert main(["checkpoint", "show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "7 of 8 rows taken; 11 admitted, 4 evicted; 25.0 % of 2,000 look-ups unserved" in shown
+    assert shown.count("rows taken") == 1
+    (item,) = (line.split() for line in shown.splitlines() if line.startswith("item"))
+    # 9 rows of 4 float32 and one for the optimizer; an int64 and an int32 for the id, and four counts.
+    assert item[-2:] == [str(9 * 20 + 9 * 12 + 32), "B"]
+    assert main(["checkpoint", "show", str(tmp_path), "--json"]) == 0
+    item = json.loads(capsys.readouterr().out)["tables"][1]["ids"]
+    assert item == {"looked_up": 2000, "unserved": 500, "admitted": 11, "evicted": 4, "bytes": 140}
+
+
 def test_show_all_lists_parameters_positions_and_files(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "show", str(run), "--all"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -86,6 +86,16 @@ def test_another_mapping_is_refused(then: str, now: str) -> None:
         map_rows("item", *(side(config) for config in configs), 30, 30)
 
 
+@pytest.mark.parametrize(("then", "now"), [("dynamic", "dynamic"), ("dynamic", "hash"), ("direct", "dynamic")])
+def test_dynamic_ids_are_refused(then: str, now: str) -> None:
+    configs = [
+        FeatureConfig(item=TableConfig(ids=ids, rows=None if ids == "direct" else 30))  # type: ignore[arg-type]
+        for ids in (then, now)
+    ]
+    with pytest.raises(UserError, match=r"table 'item': dynamic ids are not taken over.*init_from\.tables"):
+        map_rows("item", *(side(config) for config in configs), 30, 30)
+
+
 def side_pairs(old: Side, new: Side) -> set[tuple[int, int]]:
     before, now = (side_ranges(each.fitted.layout, each.config) for each in (old, new))
     return {(0, 0)} | {

@@ -160,10 +160,12 @@ class StoredTable:
     Attributes:
         weight: ``[rows, dim]``.
         states: of its optimizer, by name; ``[rows]`` or ``[rows, dim]``.
+        ids: of a dynamic table: its columns ``[rows]``, and its counts; see ``trainer.dynamic_table``.
     """
 
     weight: StoredTensor
     states: dict[str, StoredTensor] = field(default_factory=dict)
+    ids: dict[str, StoredTensor] = field(default_factory=dict)
 
 
 class StoredModel:
@@ -197,6 +199,8 @@ class StoredModel:
                     self.tables[owner.rpartition(".")[2]] = StoredTable(tensor)
                 case "table_optimizer":
                     self.tables[owner.rpartition(".")[2]].states[last] = tensor
+                case "dynamic":
+                    self.tables[owner].ids[last] = tensor
                 case "dense":
                     self.dense.setdefault(owner, {})[last] = tensor
                 case "buffers":
@@ -211,6 +215,7 @@ class StoredModel:
         for name, table in self.tables.items():
             found[f"table {name}"] = table.weight
             found |= {f"table {name}: {state}": tensor for state, tensor in table.states.items()}
+            found |= {f"table {name}: ids, {column}": tensor for column, tensor in table.ids.items()}
         for name, slots in self.dense.items():
             found[f"dense {name}"] = slots["parameter"]
             found |= {f"dense {name}: {slot}": tensor for slot, tensor in slots.items() if slot != "parameter"}

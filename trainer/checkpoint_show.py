@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint_reader import Checkpoint
+from trainer.dynamic_ids import COUNTS, IdCounts
 from trainer.errors import UserError
 from trainer.manifest import MANIFEST, check_files, checkpoints_at, read_manifest
 from trainer.text_table import shape_text, size_text, text_table
@@ -29,7 +31,13 @@ def describe_checkpoint(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{checkpoint.directory}: the manifest has a table {entry.table!r}, the model has none")
         stored = model.tables[entry.table]
         states = {name: {"shape": list(state.shape), "bytes": state.bytes} for name, state in stored.states.items()}
-        tables.append({**entry.model_dump(mode="json"), "bytes": stored.weight.bytes, "states": states})
+        table = {**entry.model_dump(mode="json"), "bytes": stored.weight.bytes, "states": states}
+        if stored.ids:
+            table["ids"] = {
+                **asdict(IdCounts.of(stored.ids[COUNTS].read())),
+                "bytes": sum(tensor.bytes for tensor in stored.ids.values()),
+            }
+        tables.append(table)
     dense = {name: list(slots["parameter"].shape) for name, slots in model.dense.items()}
     return {
         "path": str(checkpoint.directory),
@@ -61,6 +69,7 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         ("", f"{size_text(found['dense_bytes'])} with the moments of AdamW"),
         ("tables' optimizer", found["table_optimizer"]),
         ("dataset", f"{found['dataset']['path']} (fingerprint {found['dataset']['fingerprint']})"),
+        *((f"ids of {table['table']}", _ids(table)) for table in found["tables"] if "ids" in table),
         ("positions", _positions(found["positions"], _is_stream(found))),
         ("files", f"{len(found['files'])} of {size_text(found['bytes'])}"),
     ]
@@ -140,6 +149,7 @@ def _tables(tables: list[dict[str, Any]]) -> str:
         cut = f"{len(table['shards'])} of {' or '.join(sorted(shards))}"
         states = ", ".join(f"{name} {shape_text(state['shape'])}" for name, state in table["states"].items())
         size = table["bytes"] + sum(state["bytes"] for state in table["states"].values())
+        size += table.get("ids", {}).get("bytes", 0)
         lines.append(
             [
                 table["table"],
@@ -152,6 +162,12 @@ def _tables(tables: list[dict[str, Any]]) -> str:
             ]
         )
     return text_table(["table", "sharding", "shards", "optimizer state", "rows", "dim", "size"], lines, texts=4)
+
+
+def _ids(table: dict[str, Any]) -> str:
+    """What became of the ids of a dynamic table; its row 0 is none's."""
+    counts = IdCounts(**{name: value for name, value in table["ids"].items() if name != "bytes"})
+    return f"{counts.admitted - counts.evicted:,} of {table['rows'] - 1:,} rows taken; {counts}"
 
 
 def _positions(positions: dict[str, list[int]], stream: bool) -> str:

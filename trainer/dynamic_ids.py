@@ -20,6 +20,9 @@ from trainer.data.vocabulary import hash_rows, hash_salt
 BUCKET_ROWS = 64
 """Rows of a bucket. More of them come closer to one order of all ids; each look-up reads half of them on average."""
 
+COUNTS = "counts"
+"""Name of a table's counts in a checkpoint, beside its columns: :class:`IdCounts` as ``[4]`` int64."""
+
 _POLICIES = {"recency": kernel.RECENCY, "frequency": kernel.FREQUENCY, "both": kernel.BOTH}
 _SERVED = ("id", "seen", "sightings")
 _CANDIDATES = ("candidate_id", "candidate_seen", "candidate_sightings")
@@ -40,6 +43,15 @@ class IdCounts:
     unserved: int = 0
     admitted: int = 0
     evicted: int = 0
+
+    @staticmethod
+    def of(stored: Tensor) -> IdCounts:
+        """Those in a checkpoint."""
+        return IdCounts(*stored.tolist())
+
+    def __str__(self) -> str:
+        unserved = f"{100 * self.unserved / max(1, self.looked_up):.1f} % of {self.looked_up:,} look-ups"
+        return f"{self.admitted:,} admitted, {self.evicted:,} evicted; {unserved} unserved"
 
 
 class DynamicIds:

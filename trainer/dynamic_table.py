@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,10 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from modules.embeddings import Table, initial_values
-from trainer.dynamic_ids import DynamicIds, IdCounts
-
-COUNTS = "counts"
-"""Name of a table's counts in the state, beside its columns: :class:`IdCounts` as ``[4]`` int64."""
+from trainer.dynamic_ids import COUNTS, DynamicIds, IdCounts
 
 
 class DynamicRows:
@@ -116,17 +113,12 @@ class DynamicTables:
         """The state has been filled from a checkpoint: the first rank goes on from the counts of all."""
         for name in self.names:
             first = dist.get_rank(self._control) == 0
-            self._before[name] = IdCounts(*state[name][COUNTS].tolist()) if first else IdCounts()
+            self._before[name] = IdCounts.of(state[name][COUNTS]) if first else IdCounts()
             if name in self.rows:
                 self.rows[name].ids.counts = IdCounts()
 
     def _own(self, name: str) -> IdCounts:
         return self.rows[name].ids.counts if name in self.rows else IdCounts()
-
-
-def counts_of(values: Tensor) -> dict[str, int]:
-    """The counts of a stored state, by name."""
-    return asdict(IdCounts(*values.tolist()))
 
 
 def _beside(table: DTensor, column: Tensor) -> DTensor:

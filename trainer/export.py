@@ -19,7 +19,7 @@ import torch
 from trainer.checkpoint_reader import Checkpoint, StoredModel, StoredTensor
 from trainer.config import load_deepspeed
 from trainer.errors import UserError
-from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, WEIGHTS
+from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, SERVED, WEIGHTS
 from trainer.manifest import check_files, sync
 from trainer.run import write_json
 
@@ -90,6 +90,8 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _write_weights(file: Path, model: StoredModel) -> None:
     tensors = {f"tables.{name}": table.weight for name, table in model.tables.items()}
+    for name, table in model.tables.items():
+        tensors |= {f"ids.{name}.{column}": table.ids[column] for column in SERVED if table.ids}
     tensors |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
     tensors |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
     header, size = _header(tensors)

@@ -2,7 +2,8 @@
 
 ::
 
-    model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network
+    model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network; of a dynamic table
+                        ids.NAME.id and ids.NAME.seen [rows], which id each row has (none where seen is 0)
     config.json         the job, readable by trainer.config.parse_config
     features/           vocabularies and standardisation (trainer/data/fit.py)
     export.json         what it came from
@@ -26,6 +27,7 @@ from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
 from trainer.data.fit import FittedFeatures
 from trainer.data.packed import PackedBatch
+from trainer.dynamic_ids import DynamicIds
 from trainer.errors import UserError
 from trainer.network import build_ranker
 from trainer.state import list_differences
@@ -35,6 +37,8 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FEATURES = "features"
 ORIGIN = "export.json"
+SERVED = ("id", "seen")
+"""Columns of a dynamic table's ids that tell which id has which row."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class ExportedModel:
         features: of the model.
         tables: name -> ``[rows, dim]`` float32, mapped from the file.
         ranker: the dense network, in the type that it was trained in.
+        served: name of a dynamic table -> which ids have its rows; the others read row 0.
     """
 
     config: JobConfig
@@ -54,6 +59,7 @@ class ExportedModel:
     features: FeatureMap
     tables: dict[str, Tensor]
     ranker: Ranker
+    served: dict[str, DynamicIds]
 
     @torch.no_grad()
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
@@ -66,7 +72,10 @@ class ExportedModel:
                 of_rows = group.lengths.view(len(group.keys), packed.rows)
                 for place, key in enumerate(group.keys):
                     ids = group.values[group.offsets[place] : group.offsets[place + 1]]
-                    embedded[key] = self.tables[lookups[key].table][ids]
+                    table = lookups[key].table
+                    if table in self.served:
+                        ids = self.served[table].find(ids).clamp(min=0)
+                    embedded[key] = self.tables[table][ids]
                     if lookups[key].length is None:
                         lengths[key] = of_rows[place]
             yield self.ranker(embedded, lengths, packed.columns(layout)["dense"])
@@ -97,6 +106,8 @@ def open_export(directory: str | Path) -> ExportedModel:
     expected: dict[str, tuple[int, ...]] = {
         f"tables.{table.name}": (table.rows, table.dim) for table in features.tables
     }
+    dynamic = [table for table in features.tables if table.dynamic]
+    expected |= {f"ids.{table.name}.{column}": (table.rows,) for table in dynamic for column in SERVED}
     expected |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = list_differences({name: tuple(tensor.shape) for name, tensor in found.items()}, expected)
     if differences:
@@ -105,7 +116,11 @@ def open_export(directory: str | Path) -> ExportedModel:
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
     tables = {table.name: found[f"tables.{table.name}"] for table in features.tables}
-    return ExportedModel(config, data, features, tables, ranker)
+    served = {table.name: DynamicIds(table, 0, table.rows) for table in dynamic}
+    for name, ids in served.items():
+        for column in SERVED:
+            ids.columns[column].copy_(found[f"ids.{name}.{column}"])
+    return ExportedModel(config, data, features, tables, ranker, served)
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -91,7 +91,8 @@ def map_rows(table: str, old: Side, new: Side, old_rows: int, new_rows: int) -> 
     """The rows of a table that mean the same in both models.
 
     Rows of ids that are looked up go by the ids. Rows of direct ids, and of a value of a side feature, keep their
-    place; a table or feature may have got more of them. Hashed ids need the same number of rows.
+    place; a table or feature may have got more of them. Hashed ids need the same number of rows, and dynamic ones are
+    not taken over.
 
     Raises:
         UserError: rows would mean something else, or there are fewer than before.
@@ -100,6 +101,11 @@ def map_rows(table: str, old: Side, new: Side, old_rows: int, new_rows: int) -> 
     if table not in ID_TABLES:
         return _map_side(where, old, new)
     theirs, ours = getattr(old.config, table), getattr(new.config, table)
+    if "dynamic" in (theirs.ids, ours.ids):
+        raise UserError(
+            f"{where}: dynamic ids are not taken over, since a run counts sightings from its own first step; name the "
+            "tables to take in init_from.tables, without it"
+        )
     if theirs.ids != ours.ids:
         raise UserError(
             f"{where}: its ids were mapped by {theirs.ids!r} and are now by {ours.ids!r}, so rows would mean other "

@@ -15,7 +15,7 @@ from trainer.distributed import World
 from trainer.engine import HybridEngine, NotFiniteLoss
 from trainer.errors import UserError
 from trainer.job import rows_per_rank
-from trainer.log import set_step
+from trainer.log import say, set_step
 from trainer.preemption import Preempted, Preemption
 from trainer.progress import Progress
 from trainer.report import PHASES
@@ -74,7 +74,7 @@ def train(
                 state.advance(result)
                 set_step(state.step)
                 if state.step % config.train.log_every == 0 or state.step == steps_total:
-                    state.trace.append(state.window.entry(state.step, state.progressive.compute()))
+                    state.trace.append(state.window.entry(state.step, state.progressive.compute(), engine.id_counts()))
                     state.window = Window()
                     if scalars is not None:
                         write_scalars(scalars, state.trace[-1])
@@ -95,6 +95,8 @@ def train(
         with watchdog.busy("saving the last checkpoint"):
             state.finished = True
             checkpoints.save(engine, state, wait=True)
+    for table, counts in engine.id_counts().items():
+        say(f"ids of {table}: {counts}")
     if scalars is not None:
         scalars.close()
 
@@ -139,3 +141,6 @@ def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:
         for behaviour, value in entry[metric].items():
             if value is not None:
                 scalars.add_scalar(f"progressive_{metric}/{behaviour}", value, step)
+    for table, counts in entry["ids"].items():
+        for name, value in counts.items():
+            scalars.add_scalar(f"ids_{name}/{table}", value, step)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from trainer.data.batch import Position
+from trainer.dynamic_ids import IdCounts
 from trainer.engine import StepResult
 from trainer.metrics import ProgressiveMetrics, Report
 from trainer.report import PHASES
@@ -48,8 +49,8 @@ class Window:
         for phase in PHASES:
             self._seconds[phase] += result.seconds[phase]
 
-    def entry(self, step: int, metrics: Report) -> dict[str, Any]:
-        """An entry of the trace."""
+    def entry(self, step: int, metrics: Report, ids: Mapping[str, IdCounts]) -> dict[str, Any]:
+        """An entry of the trace; ``ids`` are the counts of dynamic tables since the first step."""
         return {
             "step": step,
             "loss": self._loss / max(self._rows, 1),
@@ -59,6 +60,7 @@ class Window:
             "rows_per_second": self._rows / (time.perf_counter() - self._started),
             "auc": {name: values["auc"] for name, values in metrics.items()},
             "gauc": {name: values["gauc"] for name, values in metrics.items()},
+            "ids": {table: asdict(counts) for table, counts in ids.items()},
             **self._seconds,
         }
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modules.embeddings import Dynamic
 from trainer.data.feature_config import TableConfig
 from trainer.data.schema import DatasetSpec, IdSpace
 from trainer.data.vocabulary import IdMap, table_rows
@@ -43,6 +44,18 @@ def test_hash_is_the_scaled_upper_half_of_a_mix(ids, rows):
         expected.append(1 + ((mixed >> 32) * (rows - 1) >> 32))
     assert rows_of(table, ids) == expected
     assert all(1 <= row < rows for row in expected)
+
+
+@given(st.lists(INT64, max_size=50))
+def test_dynamic_ids_stay_as_they_are(ids):
+    assert rows_of(IdMap("item", "dynamic", 9), ids) == ids
+
+
+def test_dynamic_ids_have_defaults():
+    assert TableConfig(ids="hash", rows=9).dynamic is None
+    assert TableConfig(ids="dynamic", rows=9).dynamic == Dynamic(admit_after=2, evict="recency")
+    given = TableConfig(ids="dynamic", rows=9, admit_after=1, evict="both")
+    assert given.dynamic == Dynamic(admit_after=1, evict="both")
 
 
 def test_hash_spreads_neighbouring_ids_evenly_and_differently_per_table():
@@ -89,7 +102,13 @@ def test_rows_of_a_table():
         ({"ids": "hash"}, "needs `rows`"),
         ({"ids": "lookup", "rows": 10}, "leave `rows` out"),
         ({"ids": "direct", "min_count": 2}, "`min_count` is for"),
-        ({"ids": "crc"}, "'direct', 'hash' or 'lookup'"),
+        ({"ids": "dynamic"}, "'dynamic' needs `rows`"),
+        ({"ids": "hash", "rows": 9, "admit_after": 2}, "`admit_after` and `evict` are for"),
+        ({"evict": "both"}, "`admit_after` and `evict` are for"),
+        ({"ids": "dynamic", "rows": 9, "admit_after": 0}, "greater than or equal to 1"),
+        ({"ids": "dynamic", "rows": 9, "evict": "oldest"}, "'recency', 'frequency' or 'both'"),
+        ({"ids": "dynamic", "rows": 9, "sharding": "column_wise"}, "'table_wise' or 'row_wise', not 'column_wise'"),
+        ({"ids": "crc"}, "'direct', 'hash', 'lookup' or 'dynamic'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

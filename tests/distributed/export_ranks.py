@@ -33,6 +33,8 @@ SETTINGS = (
     "features.user.sharding=row_wise",
     "features.item.sharding=table_wise",
     "features.side.dim=8",
+    "features.item.ids=dynamic",
+    "features.item.rows=70",
     "train.batch_size=96",
     "train.log_every=50",
     # Large steps, so that few of them tell the candidates apart.

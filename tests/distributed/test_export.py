@@ -24,6 +24,7 @@ from trainer.checkpoint_reader import Checkpoint
 from trainer.data.schema import DatasetSpec
 from trainer.data.shards import read_rows
 from trainer.data.simulate import simulate
+from trainer.dynamic_ids import IdCounts
 from trainer.errors import UserError
 from trainer.exported import open_export
 from trainer.score import read_candidates, score_candidates
@@ -134,10 +135,13 @@ def test_an_export_has_whole_tables_and_float32_parameters(out: Path, precision:
     expected = {f"tables.{name}": table.weight for name, table in model.tables.items()}
     expected |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
     expected |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
+    item = model.tables["item"].ids
+    expected |= {"ids.item.id": item["id"], "ids.item.seen": item["seen"]}
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
         assert tensor.equal(expected[name].read()), name
-        assert name.startswith("buffers.") or str(tensor.dtype) == "torch.float32"
+        assert name.startswith(("buffers.", "ids.")) or str(tensor.dtype) == "torch.float32"
+    assert IdCounts.of(item["counts"].read()).evicted > 0
     assert json.loads((home / "config.json").read_text())["model"]["kind"] == kind
 
 
