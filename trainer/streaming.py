@@ -233,7 +233,7 @@ class _Learner:
 
     def _trace(self) -> None:
         state = self._state
-        entry = state.window.entry(state.step, state.progressive.compute())
+        entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
         state.trace.append(entry | {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000})
         state.window = Window()
         if self._scalars is not None:
