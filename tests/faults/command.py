@@ -35,7 +35,7 @@ class Command:
         while not any(int(path.name.removeprefix("step-")) >= step for path in self.job.checkpoints()):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.005)
-        act(process.pid, _children(process.pid))
+        act(process.pid, children(process.pid))
         printed, _ = process.communicate(timeout=LIMIT_SECONDS)
         return process.returncode, printed
 
@@ -46,7 +46,8 @@ class Command:
             self.process.wait()
 
 
-def _children(process: int) -> list[int]:
+def children(process: int) -> list[int]:
+    """Processes that a process has started and that are still there."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -190,7 +190,7 @@ def state_differences(found: Job, expected: Job) -> list[str]:
         for name in ("step", "finished", "rows_done", "rows_total", "positions", "tables", "dense", "ranks")
         if getattr(manifest, name) != getattr(reference_manifest, name)
     ]
-    different += _unequal("model", dict(_model(newest)), dict(_model(reference)))
+    different += _unequal("model", dict(model_of(newest)), dict(model_of(reference)))
     for rank in range(RANKS):
         name = f"rank-{rank:05d}.pt"
         different += _unequal(name, *(dict(_flat(_own(directory / name))) for directory in (newest, reference)))
@@ -207,7 +207,7 @@ def _newest(job: Job) -> tuple[Path, Manifest]:
     return directory, manifest
 
 
-def _model(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def model_of(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every table, its optimizer's state, and the dense network's with its own, read in this process alone."""
     reader = dcp.FileSystemReader(directory / MODEL)
     stored = reader.read_metadata().state_dict_metadata
