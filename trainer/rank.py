@@ -125,9 +125,9 @@ def finished_report(home: Path, world: World) -> dict[str, Any] | None:
 def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]:
     """One model, from its last checkpoint or its first step to its files in ``home``. Returns ``metrics.json``."""
     config, data, split, features, world = job.config, job.data, job.split, job.features, job.world
+    stream = None if config.stream is None else open_stream(config, data, split, features, world, home)
     engine = build_engine(config, features, kind, world)
     say(f"{kind}: tables as TorchRec lays them out\n{format_plan(engine.plan)}")
-    stream = None if config.stream is None else open_stream(config, data, split, features, world, home)
     checkpoints = Checkpoints(
         home / "checkpoints",
         Identity(config, kind, features.behaviours, job.dataset),

@@ -35,6 +35,7 @@ JOB = (
     "train.log_every=5",
     "checkpoint.every_steps=4",
     "checkpoint.every_minutes=0",
+    "stream.publish_minutes=0.0001",
     "train.device=cpu",
 )
 STOP_AFTER = 7

@@ -14,8 +14,11 @@ import torch
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
 from trainer.config import parse_time
+from trainer.data.history import Histories
 from trainer.data.schema import DatasetSpec
+from trainer.data.shards import read_rows
 from trainer.data.simulate import simulate
+from trainer.exported import open_export
 from trainer.stream.batch import assemble_batch
 from trainer.stream.log import EventLog
 
@@ -116,3 +119,17 @@ def test_a_run_directory_of_a_stream(outcomes: dict[str, Any]) -> None:
     trace = json.loads(sorted((home / "checkpoints").glob("step-*"))[-1].joinpath("job.json").read_text())["trace"]
     assert {"lag_events", "lag_seconds"} <= trace[-1].keys()
     assert (home / "report.html").exists()
+
+
+def test_models_are_published_while_training_goes_on(outcomes: dict[str, Any]) -> None:
+    home: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
+    published = sorted(entry.name for entry in (home / "published").glob("step-*"))
+    last = sorted((home / "checkpoints").glob("step-*"))[-1].name
+    assert len(published) == 2 and published[-1] == last
+    assert (home / "published" / "current").resolve().name == last
+    spec = DatasetSpec.load(outcomes["dataset"])
+    model = open_export(home / "published" / "current")
+    rows = {name: column[:40] for name, column in read_rows(outcomes["dataset"], spec).items()}
+    batch = model.features.pack(rows, Histories(outcomes["dataset"], spec), rows["request_ms"])
+    (logits,) = model.logits([batch])
+    assert logits.shape == (40, len(spec.behaviours)) and bool(torch.isfinite(logits).all())
