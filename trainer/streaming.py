@@ -234,10 +234,13 @@ class _Learner:
     def _trace(self) -> None:
         state = self._state
         entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
-        state.trace.append(entry | {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000})
+        lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
+        state.trace.append(entry | lag)
         state.window = Window()
         if self._scalars is not None:
             write_scalars(self._scalars, state.trace[-1])
+            for name, value in lag.items():
+                self._scalars.add_scalar(name, value, state.step)
 
     def _batch(self, rows: Rows) -> Batch:
         stream = self._stream
