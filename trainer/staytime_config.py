@@ -85,8 +85,8 @@ class LcuConfig(Section):
         "without residual, norm and mask, comments by place, no comment ids. `fit_on_all`: the base is fitted on held-"
         "out rows too.",
     )
-    lambda1: float = Field(0.1, description="Weight of ranking comments by popularity (ListMLE).", ge=0)
-    lambda2: float = Field(0.1, description="Weight of telling which comments this user touches.", ge=0)
+    lambda1: float = Field(0.01, description="Weight of ranking comments by popularity (ListMLE).", ge=0)
+    lambda2: float = Field(0.3, description="Weight of telling which comments this user touches.", ge=0)
     item_embeddings: str = Field("", description="Embedding table of the videos' texts. Empty: none.")
     comment_embeddings: str = Field("", description="Embedding table of the comments' texts. Empty: none.")
     comment_ids: bool = Field(True, description="Comments have an embedding of their id as well.")
