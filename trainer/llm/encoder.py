@@ -1,0 +1,106 @@
+"""Texts to vectors with a causal language model, in batches of texts of about the same length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules.text_pooling import Pooling, pool
+
+
+@dataclass
+class EncodeCounts:
+    """What was read: texts, those cut at the length, tokens, and places of batches with and without a token."""
+
+    texts: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    places: int = 0
+
+
+class Encoder:
+    """Reads texts with a model.
+
+    Texts are cut at their end, batches are padded at theirs: a causal model's states do not depend on what comes
+    behind, so neither the other texts of a batch nor their order change a vector, up to rounding.
+
+    Args:
+        model: a causal model of transformers or peft's wrapper of one, in evaluation mode, on ``device``.
+        tokenizer: its own.
+        device: to compute on.
+        length: most tokens of a text.
+        tokens: most tokens of a batch, padding included; a longer text is a batch of its own.
+
+    Attributes:
+        dim: width of a vector.
+        counts: of all that was read.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, *, length: int, tokens: int) -> None:
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._states, self._tokenizer, self._device = causal.model, tokenizer, device
+        self._length, self._tokens = length, tokens
+        self.pool_with("last")
+        self.dim: int = causal.config.hidden_size
+        self.counts = EncodeCounts()
+
+    def pool_with(self, pooling: Pooling, query: Tensor | None = None) -> None:
+        """How the states of a text's tokens become one vector from now on; see ``text_pooling.pool``."""
+        self._pooling, self._query = pooling, None if query is None else query.to(self._device)
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """``[n, dim]`` float32, in the order of the texts, none of which is empty."""
+        ids = self.tokenise(texts)
+        lengths = np.array([len(one) for one in ids])
+        vectors = np.empty((len(ids), self.dim), np.float32)
+        for batch in batches_by_length(lengths, self._tokens):
+            states, sizes = self.states([ids[one] for one in batch])
+            vectors[batch] = pool(states, sizes, self._pooling, self._query).cpu().numpy()
+        return vectors
+
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, the first ``length`` of them."""
+        # Quiet: a text longer than the tokenizer thinks the model can take is ours to cut.
+        tokens = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        self.counts.texts += len(tokens)
+        self.counts.truncated += sum(len(one) > self._length for one in tokens)
+        return [one[: self._length] for one in tokens]
+
+    @torch.inference_mode()
+    def states(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """States of the last layer, ``[n, longest, dim]``, and the lengths of the texts, ``[n]`` int64."""
+        lengths = torch.tensor([len(one) for one in ids])
+        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        for row, one in enumerate(ids):
+            padded[row, : len(one)] = torch.tensor(one)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        self.counts.tokens += int(lengths.sum())
+        self.counts.places += padded.numel()
+        states = self._states(
+            input_ids=padded.to(self._device), attention_mask=mask.long().to(self._device), use_cache=False
+        ).last_hidden_state
+        return states, lengths.to(self._device)
+
+
+def batches_by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Texts in batches: the longest ones first, as many as fit when all are padded to the first.
+
+    Args:
+        lengths: ``[n]`` tokens of each text.
+        tokens: most of a batch, padding included; a longer text is a batch of its own.
+
+    Returns:
+        Positions, every one in exactly one batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        rows = max(1, tokens // max(1, int(lengths[order[first]])))
+        batches.append(order[first : first + rows])
+        first += rows
+    return batches
