@@ -98,7 +98,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_merge_arguments(merge)
     merge.set_defaults(run=_merge)
 
-    for verb in (train, evaluate, finetune):
+    embed = add_command(
+        verbs,
+        "embed",
+        "vectors of a dataset's texts, by a language model",
+        "Read videos, comments, segments of rooms or authors with a Qwen2-family model, with or without an adapter,\n"
+        "and write a table of vectors for each. The same command again goes on with what is missing; where a table is\n"
+        "there, only new and changed texts are read, and the table is replaced as a whole.",
+        "limelight embed configs/embed.toml --ranks 2 embed.pooling=mean",
+    )
+    add_train_arguments(embed)
+    embed.set_defaults(run=_embed)
+
+    for verb in (train, evaluate, finetune, embed):
         verb.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes to start (default: 1)")
 
     score = add_command(
@@ -170,6 +182,14 @@ def _train(options: argparse.Namespace) -> int:
 
     load_config(options.config, options.overrides)
     return start_ranks("trainer.rank", options.forwarded, options.ranks)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from launch.local import start_ranks
+    from trainer.llm.embed_config import load_embedding
+
+    load_embedding(options.config, options.overrides)
+    return start_ranks("trainer.embed", options.forwarded, options.ranks)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -199,9 +199,7 @@ def make_plan(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Origin
         same = (rows >= 0) & (old.texts[rows] == texts.hashes)
         kept = np.sort(rows[same])
     new = np.flatnonzero(~same)
-    name = _hash(
-        origin.hash, settings.dtype, str(settings.part), texts.ids[new].tobytes(), texts.hashes[new].tobytes()
-    )
+    name = _hash(origin.hash, settings.dtype, str(settings.part), texts.ids[new].tobytes(), texts.hashes[new].tobytes())
     folder = directory / PARTS / f"{kind}-{name}"
     return Plan(kind, table, folder, old, kept, texts, new, settings.part, origin, settings.dtype)
 

@@ -28,7 +28,9 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The model that reads them."""
 
-    path: str = Field(..., description="Directory of a Qwen2-family model and its tokenizer, or a hub id.", min_length=1)
+    path: str = Field(
+        ..., description="Directory of a Qwen2-family model and its tokenizer, or a hub id.", min_length=1
+    )
     tokenizer: str = Field("", description="Directory or hub id of another tokenizer. Empty: the model's own.")
     adapter: str = Field("", description="Directory of a peft adapter, such as a run's `adapter`. Empty: none.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -40,16 +42,20 @@ class ModelConfig(Section):
 class EmbedConfig(Section):
     """How a text becomes a vector, and the tables that are written."""
 
-    directory: str = Field(..., description="Where the tables go, one a kind: `DIRECTORY/items` and so on.", min_length=1)
+    directory: str = Field(
+        ..., description="Where the tables go, one a kind: `DIRECTORY/items` and so on.", min_length=1
+    )
     template: str = Field("configs/templates/embed.txt", description="Text file with a section for each kind.")
     pooling: Pooling = Field(
         "last",
-        description="`last` token, `mean` of all tokens, or their mean weighted by a learnt `query`: one vector, fitted "
-        "so that comments are close to their own video.",
+        description="`last` token, `mean` of all tokens, or their mean weighted by a learnt `query`: one vector, "
+        "fitted so that comments are close to their own video.",
     )
     length: Positive = Field(128, description="Most tokens of a text with its template; its first ones are taken.")
     tokens: Positive = Field(16_384, description="Most tokens of a batch, padding included.")
-    part: Positive = Field(8_192, description="Texts that are written together; a kill loses no more than one part a rank.")
+    part: Positive = Field(
+        8_192, description="Texts that are written together; a kill loses no more than one part of each rank."
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="In which vectors are stored.")
     incremental: bool = Field(
         True, description="Keep vectors of unchanged texts, if model, adapter and template are the same."

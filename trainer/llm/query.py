@@ -67,7 +67,7 @@ def draw_pairs(dataset: str | Path, seed: int) -> tuple[list[str], list[str]]:
     Raises:
         UserError: there are fewer than two.
     """
-    items, comments = read_texts(dataset, "items", ["item_id", "text"]), read_texts(dataset, "comments", ["item_id", "text"])
+    items, comments = (read_texts(dataset, name, ["item_id", "text"]) for name in ("items", "comments"))
     rng = np.random.default_rng(seed)
     item_of = comments.column("item_id").to_numpy()
     drawn = rng.permutation(len(item_of))
