@@ -77,6 +77,9 @@ class TableOptimizerConfig(Section):
     )
     learning_rate: Rate = Field(0.02, description="Peak learning rate of the tables.")
     eps: Rate = Field(1e-8, description="Added to the root of Adagrad's accumulator.")
+    deduplicate: bool = Field(
+        True, description="Look each id up and send it to its rank once in a step, however often a batch has it."
+    )
 
 
 class ModelConfig(Section):

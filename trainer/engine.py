@@ -101,6 +101,7 @@ class HybridEngine:
         seed: of the tables' initial values, which do not depend on ranks or sharding.
         overlap: exchange the ids of the next batch while the dense network works on this one.
         alignment: of the histories; None for none.
+        deduplicate: see :class:`trainer.tables.ShardedTables`.
 
     Attributes:
         plan: where each table lies, see :func:`trainer.sharding.describe_plan`.
@@ -127,6 +128,7 @@ class HybridEngine:
         seed: int,
         overlap: bool = True,
         alignment: Alignment | None = None,
+        deduplicate: bool = True,
     ) -> None:
         self._world = dist.get_world_size()
         settings = complete_settings(deepspeed, batch_size, self._world)
@@ -146,6 +148,7 @@ class HybridEngine:
             seed=seed,
             clock=self._clock,
             control=self._control,
+            deduplicate=deduplicate,
         )
         self._dense = DenseNetwork(ranker, dense_optimizer, settings, device=device, clock=self._clock)
         self.plan = self._tables.plan

@@ -112,8 +112,8 @@ class FlatExchange:
     def _sort(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``[owners, lookups]`` how many ids are sent, and the ids of all lookups, sorted by owner, then by lookup."""
         routing = self._routing
-        for key, table, piece in zip(routing.keys, routing.tables, pieces, strict=True):
-            _check_range(key, table.name, table.num_embeddings, piece)
+        for table, piece in zip(routing.tables, pieces, strict=True):
+            _check_range(table.name, table.num_embeddings, piece)
         ids = torch.cat(list(pieces))
         return self._bucketize(ids) if routing.cut else (self._counts_of_owners(), ids)
 
@@ -159,10 +159,8 @@ class FlatExchange:
                 self._work.wait()
 
 
-def _check_range(key: str, table: str, rows: int, ids: Tensor) -> None:
+def _check_range(table: str, rows: int, ids: Tensor) -> None:
     if len(ids):
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= rows:
-            raise UserError(
-                f"lookup {key!r}: id {low if low < 0 else high} is not a row of table {table!r}, which has {rows:,}"
-            )
+            raise UserError(f"id {low if low < 0 else high} is not a row of table {table!r}, which has {rows:,}")

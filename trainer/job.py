@@ -258,4 +258,5 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         seed=config.run.seed,
         overlap=config.train.overlap,
         alignment=build_alignment(config, features),
+        deduplicate=config.tables.deduplicate,
     )

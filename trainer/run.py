@@ -53,6 +53,7 @@ CHANGEABLE = (
     "features.author.sharding",
     "features.item.sharding",
     "features.side.sharding",
+    "tables.deduplicate",
     "train.deepspeed",
     "train.device",
     "train.overlap",

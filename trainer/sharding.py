@@ -79,10 +79,10 @@ def sharding_types(table: Table, optimizer: TableOptimizer, world: int) -> list[
     return [table.sharding]
 
 
-def make_sharder(optimizer: TableOptimizer) -> EmbeddingCollectionSharder:
-    """TorchRec's sharder with the fused optimizer. Index deduplication stays off: it has no CPU kernel."""
+def make_sharder(optimizer: TableOptimizer, *, index_dedup: bool = False) -> EmbeddingCollectionSharder:
+    """TorchRec's sharder with the fused optimizer, and its own index deduplication, which has no CPU kernel."""
     fused = {"optimizer": OPTIMIZERS[optimizer.kind], "learning_rate": optimizer.learning_rate, "eps": optimizer.eps}
-    return EmbeddingCollectionSharder(fused_params=fused, use_index_dedup=False)
+    return EmbeddingCollectionSharder(fused_params=fused, use_index_dedup=index_dedup)
 
 
 def make_plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.embeddings import Lookup, Table, initial_rows
 from modules.table_set import TableSet
 from trainer.clock import PhaseClock
+from trainer.deduplicated import DeduplicatedExchange
 from trainer.dynamic_exchange import DynamicExchange, DynamicRouting
 from trainer.dynamic_table import DynamicTables
 from trainer.errors import UserError
@@ -56,6 +58,7 @@ class ShardedTables:
         seed: of the initial values, which do not depend on the sharding.
         clock: counts waiting for other ranks.
         control: a gloo group of all ranks.
+        deduplicate: look each id up, and send it, once in a step, whatever lookups and rows it stands in.
 
     Attributes:
         plan: see :func:`trainer.sharding.describe_plan`.
@@ -77,12 +80,15 @@ class ShardedTables:
         seed: int,
         clock: PhaseClock,
         control: dist.ProcessGroup,
+        deduplicate: bool = True,
     ) -> None:
+        self._deduplicate = deduplicate
         self._declared = {table.name: table for table in tables}
         self._clock = clock
         table_set = TableSet(tables, lookups, device="meta")
         self.keys = [[lookup.name for lookup in members] for _, members in table_set.groups]
-        sharder = make_sharder(optimizer)
+        # TorchRec's own deduplication has kernels for GPUs only; on a CPU it is ours.
+        sharder = make_sharder(optimizer, index_dedup=deduplicate and device.type == "cuda")
         plan = make_plan(
             table_set,
             sharder,
@@ -119,11 +125,17 @@ class ShardedTables:
         """
         started: list[Exchange] = []
         for collection, routings, keyed in zip(self._collections, self._routings, ids, strict=True):
-            if routings:
-                started += [_exchange(routing, keyed, self._clock) for routing in routings]
-            else:
+            if not routings:
                 started.append(TorchRecExchange(collection, keyed, self._clock))
+            elif self._deduplicate:
+                tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
+                started.append(DeduplicatedExchange(keyed, tables, partial(self._start_flat, routings)))
+            else:
+                started += self._start_flat(routings, keyed)
         return started
+
+    def _start_flat(self, routings: Sequence[FlatRouting], ids: KeyedJaggedTensor) -> list[FlatExchange]:
+        return [_exchange(routing, ids, self._clock) for routing in routings]
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Learning rate of all tables from now on."""

@@ -18,6 +18,7 @@ class Combination:
     clipping: float = 0.0
     overlap: bool = True
     torchrec_path: bool = False
+    deduplicate: bool = True
     bf16: bool = False
     accumulate_in: str = ""
 
@@ -25,6 +26,7 @@ class Combination:
         words = [self.optimizer, self.sharding, f"ZeRO {self.stage}", f"{self.parts} parts"]
         words += [f"clipping {self.clipping}"] if self.clipping else []
         words += [word for word in ("torchrec_path", "bf16") if getattr(self, word)]
+        words += [] if self.deduplicate else ["ids as they come"]
         words += [f"accumulated in {self.accumulate_in}"] if self.accumulate_in else []
         return ", ".join(words if self.overlap else [*words, "no overlap"])
 
@@ -43,6 +45,7 @@ FLOAT32 = [
     *(Combination("rowwise_adagrad", sharding, 1, **STEP[3]) for sharding in ("auto", "mixed")),
     # TorchRec's own path, which a CPU takes for column-wise tables only.
     *(replace(given, torchrec_path=True) for given in SHARDED),
+    *(replace(given, deduplicate=False) for given in SHARDED),
 ]
 NO_OVERLAP = [replace(given, overlap=False) for given in (*SHARDED, Combination("sgd", "column_wise", 0, **STEP[3]))]
 BFLOAT16 = [

@@ -52,6 +52,7 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
             device=world.device,
             seed=SEED,
             overlap=combination.overlap,
+            deduplicate=combination.deduplicate,
         )
     finally:
         engine_tables.flat_exchange_serves = serves
