@@ -106,7 +106,7 @@ def world_cells(options: argparse.Namespace, words: Path) -> Iterator[Cell]:
     yield from cells("ablations", "without R2", "lcu.lambda2=0")
     yield from cells("ablations", "without R1 and R2", "lcu.lambda1=0", "lcu.lambda2=0")
     yield from cells("ablations", "without embeddings", texts=None)
-    yield from cells("ablations", "without comment ids", "lcu.comment_ids=false")
+    yield from cells("ablations", "with comment ids", "lcu.comment_ids=true")
     yield from cells("ablations", "comments by outcome (leak)", "lcu.candidates=touched")
     for name, directory in options.embeddings:
         yield from cells("embeddings", name, texts=directory)

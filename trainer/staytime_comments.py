@@ -5,27 +5,21 @@ same visit, the latter tell the outcome: an unpopular comment among the six woul
 a visit's comments are
 
 1. those of the video that the user touched in earlier visits, latest first, at most half of the places;
-2. the most popular ones as of the request: of those at the top of the area by the likes that they had then, or, where
-   a source does not tell these, by how often they had been touched before the day of the request (UTC).
+2. of those at the top of the area the most popular ones, by the likes that they had at the request; where a source
+   does not tell these, in the order of display.
 
 The rule ``touched`` puts those touched in this very visit first instead, for measuring what that leak is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-DAY_MS = 86_400_000
-
 ABSENT = -1
 """Where there is no comment."""
-
-POOL = 32
-"""Comments of a video that are looked at: more than a row has, since some come up twice."""
 
 
 @dataclass(frozen=True)
@@ -53,40 +47,19 @@ class CommentVisits:
     comments: int
 
 
-@dataclass(frozen=True)
-class CommentList:
-    """All comments.
-
-    Attributes:
-        item_id: ``[comments]`` int64, of the video.
-        time_ms: ``[comments]`` int64, when it was written; below 0 counts as always there.
-    """
-
-    item_id: np.ndarray
-    time_ms: np.ndarray
-
-
 def choose_comments(
-    visits: CommentVisits,
-    number: int,
-    seed: int,
-    rule: Literal["known", "touched"] = "known",
-    comments: Callable[[], CommentList] | None = None,
+    visits: CommentVisits, number: int, seed: int, rule: Literal["known", "touched"] = "known"
 ) -> np.ndarray:
     """The comments of each visit, in an order that says nothing: ``[n, number]`` int64, padded with ``ABSENT``.
 
     Args:
-        visits: all of them, for earlier ones say what was popular and touched.
+        visits: all of them, for earlier ones say what was touched.
         number: of comments a visit.
         seed: of the order.
         rule: see above.
-        comments: reads all comments; called where no visit tells what was shown.
     """
-    if (visits.shown >= 0).any() or comments is None:
-        order = np.argsort(-visits.likes, axis=1, kind="stable")
-        popular = np.take_along_axis(visits.shown, order, 1)[:, :POOL]
-    else:
-        popular = _popular_before_the_day(visits, comments())
+    order = np.argsort(-visits.likes, axis=1, kind="stable")
+    popular = np.take_along_axis(visits.shown, order, 1)
     first = visits.touched if rule == "touched" else _touched_before(visits, number // 2)
     chosen = _first_distinct(np.concatenate([first, popular], 1), number)
     return np.random.default_rng(seed).permuted(chosen, axis=1)
@@ -140,30 +113,6 @@ def _touched_before(visits: CommentVisits, most: int) -> np.ndarray:
         at = stop - 1 - back
         some = at >= start
         found[request[some], back] = touch[at[some]]
-    return found
-
-
-def _popular_before_the_day(visits: CommentVisits, comments: CommentList) -> np.ndarray:
-    """The comments of each visit's video that had been touched most before the day of the request, ``[n, POOL]``.
-
-    Equally popular ones stand in order of time, then of position.
-    """
-    found = np.full((len(visits.item_id), POOL), ABSENT, np.int64)
-    row, place = np.nonzero(visits.touched >= 0)
-    touched, known_ms = visits.touched[row, place], visits.left_ms[row]
-    day = visits.request_ms // DAY_MS
-    for today in np.unique(day):
-        written = np.flatnonzero(comments.time_ms < today * DAY_MS)
-        count = np.bincount(touched[known_ms < today * DAY_MS], minlength=visits.comments)[written]
-        written = written[np.lexsort((comments.time_ms[written], -count, comments.item_id[written]))]
-        item = comments.item_id[written]
-        rows = np.flatnonzero(day == today)
-        first, stop = (np.searchsorted(item, visits.item_id[rows], side) for side in ("left", "right"))
-        at = first[:, None] + np.arange(POOL)
-        there = at < stop[:, None]
-        part = np.full(at.shape, ABSENT, np.int64)
-        part[there] = written[at[there]]
-        found[rows] = part
     return found
 
 

@@ -89,7 +89,11 @@ class LcuConfig(Section):
     lambda2: float = Field(0.3, description="Weight of telling which comments this user touches.", ge=0)
     item_embeddings: str = Field("", description="Embedding table of the videos' texts. Empty: none.")
     comment_embeddings: str = Field("", description="Embedding table of the comments' texts. Empty: none.")
-    comment_ids: bool = Field(True, description="Comments have an embedding of their id as well.")
+    comment_ids: bool | None = Field(
+        None,
+        description="Comments have an embedding of their id. Unset: where they have none of their text; beside one, it "
+        "learns the popularity of training's comments by heart.",
+    )
     comments: Positive = Field(6, description="Comments of a row; fewer are padded and masked.")
     candidates: Literal["known", "touched"] = Field(
         "known",
@@ -99,6 +103,11 @@ class LcuConfig(Section):
     heads: Positive = Field(4, description="Heads of the attention over all tokens.")
     hidden: Positive = Field(32, description="Hidden width of the heads that rank comments.")
     dropout: Share = Field(0.0, description="Dropout in attention and heads.")
+
+    @property
+    def with_comment_ids(self) -> bool:
+        """Whether a comment has an embedding of its id."""
+        return not self.comment_embeddings if self.comment_ids is None else self.comment_ids
 
     @property
     def peculiar(self) -> frozenset[Peculiarity]:
@@ -140,7 +149,7 @@ class StaytimeConfig(Section):
                 raise ValueError("peculiarities of LCU need lcu.enabled = true")
         elif self.input.dim % lcu.heads:
             raise ValueError(f"lcu.heads = {lcu.heads} must divide input.dim = {self.input.dim}")
-        elif not (lcu.comment_ids or lcu.comment_embeddings):
+        elif not (lcu.with_comment_ids or lcu.comment_embeddings):
             raise ValueError("comments need lcu.comment_embeddings or lcu.comment_ids = true, to be told apart")
         elif "bare_network" in lcu.peculiar and not (lcu.item_embeddings and lcu.comment_embeddings):
             raise ValueError(

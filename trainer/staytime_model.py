@@ -113,7 +113,7 @@ def _lcu(
     if "bare_network" in lcu.peculiar:
         return ReleasedCommentUnderstanding(tokens, dim, comments=lcu.comments, dropout=lcu.dropout, **sizes)
     return CommentUnderstanding(
-        dim, comment_rows=comments.id_rows if lcu.comment_ids else 0, dropout=lcu.dropout, **sizes
+        dim, comment_rows=comments.id_rows if lcu.with_comment_ids else 0, dropout=lcu.dropout, **sizes
     )
 
 

@@ -13,7 +13,6 @@ from trainer.errors import UserError
 from trainer.log import say
 from trainer.staytime_comments import (
     ABSENT,
-    CommentList,
     CommentVisits,
     choose_comments,
     popularity,
@@ -93,13 +92,11 @@ def load_comments(
         UserError: no comments, a comment's id comes twice, a visit names one that is not there, or an embedding table
             has nothing of the dataset.
     """
-    table = read_texts(path, "comments", ["comment_id", "item_id", "time_ms"]) if has_texts(path, "comments") else None
+    table = read_texts(path, "comments", ["comment_id"]) if has_texts(path, "comments") else None
     if table is None or not table.num_rows:
         raise UserError(f"{path}: has no comments, which LCU reads; lcu.enabled=false trains the base alone")
-    ids = table.column("comment_id").to_numpy()
+    ids = np.sort(table.column("comment_id").to_numpy())
     check_unique(path, "comments", "comment_id", ids)
-    order = np.argsort(ids)
-    ids = ids[order]
     met = CommentVisits(
         user_id=visits.column("user_id").to_numpy(),
         item_id=visits.column("item_id").to_numpy(),
@@ -111,10 +108,7 @@ def load_comments(
         comments=len(ids),
     )
 
-    def all_comments() -> CommentList:
-        return CommentList(*(table.column(name).to_numpy()[order] for name in ("item_id", "time_ms")))
-
-    chosen = choose_comments(met, lcu.comments, seed, lcu.candidates, all_comments)
+    chosen = choose_comments(met, lcu.comments, seed, lcu.candidates)
     touched = touched_among(chosen, met)
     few = float((chosen[held_out] == ABSENT).any(1).mean())
     if few:
