@@ -97,11 +97,60 @@ class HistoryConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    domain: Literal["video", "live"] = Field(description="Visits of this domain.")
-    length: int = Field(50, ge=1, le=10_000, description="The latest so many, known when the request came.")
-    require: tuple[str, ...] = Field(
-        (), description="Keep visits with at least one of these behaviours; empty keeps all that were watched."
+    domain: Literal["video", "live", "both"] = Field(
+        description="Visits of this domain; `both` is for the latest of both, in order of time."
     )
+    search: Literal["latest", "top", "author"] = Field(
+        "latest",
+        description="Which of the user's last 10,000 visits, of those known when the request came. `latest`: the "
+        "latest. `top`: those with the largest dot product with the candidate, see `features.search`. `author`: the "
+        "latest of the candidate's author.",
+    )
+    length: int = Field(50, ge=1, le=10_000, description="At most so many.")
+    require: tuple[str, ...] = Field(
+        (),
+        description="`latest` only: keep visits with at least one of these behaviours; empty keeps all that were "
+        "watched.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_search(self) -> HistoryConfig:
+        if self.search != "latest" and self.domain == "both":
+            raise ValueError(f'search = "{self.search}" looks in one domain: declare a history for each of the two')
+        if self.search != "latest" and self.require:
+            raise ValueError(f'`require` is for search = "latest", not "{self.search}"')
+        return self
+
+
+class SearchConfig(BaseModel):
+    """The space in which histories with ``search = "top"`` are compared with the candidate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tables: tuple[Literal["item", "author"], ...] = Field(
+        ("item", "author"),
+        min_length=1,
+        description="The score is the sum of the dot products of these tables' embeddings. Live rooms are new, their "
+        "authors are not.",
+    )
+    refresh_steps: int = Field(
+        1000,
+        ge=0,
+        description="The search uses copies of the tables, taken every so many steps and used from so many steps later "
+        "on, so that batches can be made ahead; 0 keeps the first space.",
+    )
+    dtype: Literal["float16", "int8"] = Field("float16", description="Type of the copies.")
+    embedding: str = Field(
+        "",
+        description="Directory of content embeddings of items, as `limelight embed` makes it: the first space. Without "
+        "it the tables' first values are, in which equal ids are near each other and others at random.",
+    )
+
+    @model_validator(mode="after")
+    def _each_table_once(self) -> SearchConfig:
+        if len(set(self.tables)) < len(self.tables):
+            raise ValueError("`tables` names one twice")
+        return self
 
 
 class FeatureConfig(BaseModel):
@@ -117,6 +166,11 @@ class FeatureConfig(BaseModel):
         {"short": HistoryConfig(domain="video"), "live": HistoryConfig(domain="live")},
         description="Histories by name; each becomes one sequence for target attention.",
     )
+    tags: bool = Field(
+        False,
+        description="Visits of a history carry their item's tag, embedded as the candidate's; see `data describe`.",
+    )
+    search: SearchConfig = Field(SearchConfig(), description='The space of histories with `search = "top"`.')
     rates: tuple[str, ...] = Field((), description="Behaviours whose rates are inputs. Empty: all of the dataset.")
     smoothing: float = Field(
         10.0,

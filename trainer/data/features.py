@@ -16,11 +16,12 @@ import torch
 
 from modules.embeddings import Lookup, Table, group_lookups
 from trainer.data.dense import DenseInputs, statistic_name
-from trainer.data.feature_config import FeatureConfig, HistoryConfig
+from trainer.data.feature_config import FeatureConfig
 from trainer.data.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.history import Histories, HistorySlice
 from trainer.data.packed import BatchLayout, PackedBatch
 from trainer.data.schema import DOMAINS, DatasetSpec, Rows, SideFeature
+from trainer.data.sequences import Sequences, Space
 from trainer.data.vocabulary import IdMap
 from trainer.errors import UserError
 
@@ -30,10 +31,8 @@ ACTION_BITS = 12
 GAP_BUCKETS = 64
 
 DOMAIN_RANGE, ACTIONS_RANGE, AGE_RANGE = "domain", "behaviours of a past visit", "age of a past visit"
+PAST_DOMAIN_RANGE = "domain of a past visit"
 """Ranges of the table ``side`` that belong to no side feature."""
-
-CONTEXT_IDS = 2
-"""Ids of a history entry's context: its behaviours, and how long ago it was."""
 
 
 class HistorySequence(NamedTuple):
@@ -41,7 +40,7 @@ class HistorySequence(NamedTuple):
 
     Attributes:
         name: of the history.
-        keys: lookups with one id an entry, then the context with :data:`CONTEXT_IDS` ids an entry.
+        keys: lookups with one id an entry, then the context with :func:`context_ids` ids an entry.
         query: lookups of the candidate with the meaning of the keys, context left out.
         max_length: most entries.
     """
@@ -55,8 +54,8 @@ class HistorySequence(NamedTuple):
 class FeatureMap:
     """Declares the tables and lookups of a model once, and makes its batches.
 
-    The table ``side`` is packed: each side feature, the domain (where candidates have more than one) and the two
-    contexts of a history's entries own a range of its rows; row 0 belongs to none.
+    The table ``side`` is packed: each side feature, the domain (where candidates have more than one) and the contexts
+    of a history's entries own a range of its rows; row 0 belongs to none.
 
     Args:
         spec: of the dataset to read.
@@ -73,6 +72,7 @@ class FeatureMap:
         behaviours: columns of ``label`` and ``mask``.
         label_columns: where they are among the behaviours of the dataset.
         base_rates: ``[behaviours]`` float64, in the training range.
+        needs_space: whether a history searches by dot product.
         dense_names: columns of ``dense``.
         n_dense: how many they are.
         layout: of its batches.
@@ -100,16 +100,14 @@ class FeatureMap:
             for name in ID_TABLES
             if not (name == "user" and "user_id" in config.exclude)
         }
-        self._histories = {
-            name: _HistoryRead(DOMAINS.index(history.domain), history.length, _require_bits(spec, history))
-            for name, history in config.history.items()
-        }
+        self._sequences = Sequences(spec, config, self._ids)
+        self.needs_space = self._sequences.needs_space
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:
             lookups.append(Lookup("side", "side", self._side.width))
-        for name in self._histories:
+        for name in config.history:
             lookups += [Lookup(f"{name}_{key}", key, None) for key in ("item", "author")]
-            lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=CONTEXT_IDS))
+            lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=self._side.context_ids))
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
         rows = {**fitted.table_rows, "side": self._side.rows}
         self.tables: tuple[Table, ...] = tuple(
@@ -131,25 +129,25 @@ class FeatureMap:
             len(self.label_columns),
         )
 
-    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> PackedBatch:
+    def prepare(self, histories: Histories, space: Space | None = None) -> None:
+        """Make ready to pack in this process and in those that it forks; not needed, and slower without."""
+        self._sequences.prepare(histories, space)
+
+    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
         """Model inputs of some rows, as two flat tensors.
 
         Args:
             rows: n canonical rows.
             histories: of the dataset.
             as_of_ms: ``[n]`` int64; histories hold what was known before, and the age of their entries counts from it.
+            space: search vectors, for histories that search by dot product.
 
         Raises:
             UserError: an id beyond a directly mapped table, a side value beyond its feature, or a dense value that is
                 NaN or infinite.
         """
         n = len(rows["visit_id"])
-        slices = {
-            name: histories.latest(
-                rows["user_id"], as_of_ms, domain=read.domain, length=read.length, require=read.require
-            )
-            for name, read in self._histories.items()
-        }
+        slices = self._sequences.read(rows, histories, as_of_ms, space)
         lengths = self._lengths(n, slices)
         ids_per_key = {key: int(each.sum()) for key, each in lengths.items()}
         integers = torch.empty(sum(self.layout.integer_sizes(n, ids_per_key)), dtype=torch.int64)
@@ -169,7 +167,7 @@ class FeatureMap:
             self._ids["item"](visits.item_id, ids[f"{name}_item"])
             self._ids["author"](visits.author_id, ids[f"{name}_author"])
             age_ms = np.repeat(as_of_ms, visits.lengths) - visits.request_ms
-            self._side.fill_context(visits.bits, age_ms, ids[f"{name}_context"].reshape(-1, CONTEXT_IDS))
+            self._side.fill_context(visits, age_ms, ids[f"{name}_context"].reshape(-1, self._side.context_ids))
 
         floats = torch.empty(sum(self.layout.float_sizes(n)))
         dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
@@ -190,16 +188,8 @@ class FeatureMap:
             else:
                 history, _, key = lookup.name.rpartition("_")
                 entries = slices[history].lengths
-                lengths[lookup.name] = entries * CONTEXT_IDS if key == "context" else entries
+                lengths[lookup.name] = entries * self._side.context_ids if key == "context" else entries
         return lengths
-
-
-class _HistoryRead(NamedTuple):
-    """How ``Histories.latest`` is asked for a history: code of the domain, entries, bits of the behaviours."""
-
-    domain: int
-    length: int
-    require: int
 
 
 class _PackedSide:
@@ -208,6 +198,8 @@ class _PackedSide:
     Attributes:
         rows: of the table.
         width: ids of a row of the batch.
+        context_ids: ids of a history entry's context: its behaviours, how long ago it was, and where histories have
+            them, its domain and its item's tag.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
@@ -219,6 +211,12 @@ class _PackedSide:
         self._offsets = np.array([rows.start for rows in ranges.values()], np.int64)
         self.rows = max((rows.stop for rows in ranges.values()), default=1)
         self._limits = np.array([feature.rows for feature in self._features])
+        self._actions, self._age, self._past_domain = (
+            ranges[name].start if name in ranges else 0 for name in (ACTIONS_RANGE, AGE_RANGE, PAST_DOMAIN_RANGE)
+        )
+        # The tag of a past visit is embedded as that of the candidate.
+        self._tag = ranges[f"feature {spec.tag}"].start if config.tags else 0
+        self.context_ids = 2 + (PAST_DOMAIN_RANGE in ranges) + config.tags
 
     def fill(self, rows: Rows, out: np.ndarray) -> None:
         """Write the ids of each row into ``[n, width]`` int64."""
@@ -235,11 +233,15 @@ class _PackedSide:
         if self._has_domain:
             np.add(rows["domain"], self._offsets[features], out=out[:, features])
 
-    def fill_context(self, bits: np.ndarray, age_ms: np.ndarray, out: np.ndarray) -> None:
-        """Write the context ids of each history entry into ``[n, CONTEXT_IDS]`` int64."""
-        np.bitwise_and(bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
-        out[:, 0] += self._offsets[self.width]
-        np.add(gap_bucket(age_ms), self._offsets[self.width + 1], out=out[:, 1])
+    def fill_context(self, visits: HistorySlice, age_ms: np.ndarray, out: np.ndarray) -> None:
+        """Write the context ids of each history entry into ``[n, context_ids]`` int64."""
+        np.bitwise_and(visits.bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
+        out[:, 0] += self._actions
+        np.add(gap_bucket(age_ms), self._age, out=out[:, 1])
+        if self._past_domain:
+            np.add(visits.domain, self._past_domain, out=out[:, 2])
+        if self._tag:
+            np.add(visits.tag, self._tag, out=out[:, -1])
 
 
 def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, range]:
@@ -250,14 +252,16 @@ def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, r
         config: of the features.
 
     Returns:
-        ``feature NAME`` for each side feature, :data:`DOMAIN_RANGE`, :data:`ACTIONS_RANGE` and :data:`AGE_RANGE`, those
-        that the model has.
+        ``feature NAME`` for each side feature, :data:`DOMAIN_RANGE`, :data:`ACTIONS_RANGE`, :data:`AGE_RANGE` and
+        :data:`PAST_DOMAIN_RANGE`, those that the model has.
     """
     sizes = {f"feature {name}": rows for name, rows in layout["side"] if name not in config.exclude}
     if len(layout["candidates"]) > 1 and "domain" not in config.exclude:
         sizes[DOMAIN_RANGE] = len(DOMAINS)
     if config.history:
         sizes |= {ACTIONS_RANGE: 1 << min(len(layout["behaviours"]), ACTION_BITS), AGE_RANGE: GAP_BUCKETS}
+    if any(history.domain == "both" for history in config.history.values()):
+        sizes[PAST_DOMAIN_RANGE] = len(DOMAINS)
     ends = itertools.accumulate(sizes.values(), initial=1)
     return {name: range(end, end + size) for (name, size), end in zip(sizes.items(), ends, strict=False)}
 
@@ -279,10 +283,6 @@ def gap_bucket(age_ms: np.ndarray) -> np.ndarray:
 def _split(flat: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
     edges = np.cumsum([0, *sizes]).tolist()
     return (flat[start:stop] for start, stop in itertools.pairwise(edges))
-
-
-def _require_bits(spec: DatasetSpec, history: HistoryConfig) -> int:
-    return sum(1 << spec.behaviours.index(behaviour) for behaviour in history.require)
 
 
 def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[str]) -> None:
@@ -312,6 +312,9 @@ def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[s
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(f"features.exclude: the dataset has no feature {name!r}; did you mean {nearest!r}?")
+    if config.tags and (not spec.tag or spec.tag in config.exclude):
+        why = f"{spec.tag!r} is excluded" if spec.tag else "the dataset was built without `tag`"
+        raise UserError(f"features.tags = true: histories have no tags, {why}")
 
 
 def _check_layout(spec: DatasetSpec, fitted: FittedFeatures) -> None:

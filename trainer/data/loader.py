@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from trainer.data.history import Histories
 from trainer.data.packed import PackedBatch
 from trainer.data.plan import Piece, ReadPlan, partitions_of_rank
 from trainer.data.reader import BlockReader
+from trainer.data.search_space import SearchSpace
 from trainer.data.selection import Selection
+from trainer.data.sequences import Space
 from trainer.data.shards import RowStore
 from trainer.data.statistics import FrozenStatistics
 from trainer.errors import UserError
@@ -37,6 +39,9 @@ from trainer.errors import UserError
 _PR_SET_PDEATHSIG = 1
 """Linux's request for a signal at the parent's death, from its sys/prctl.h."""
 
+
+FETCHED_AHEAD = 2
+"""Batches that the engine has fetched besides that of the step which it has done last."""
 
 DEATH_SECONDS = 1.0
 """Within so long of the loss of a worker's connection its end is known, if it has ended."""
@@ -64,9 +69,13 @@ class Loader:
         prefetch: batches that each worker makes ahead.
         pin_memory: hand out batches in page-locked memory.
         state: position to go on from, over the partitions of all ranks; None starts at the beginning.
+        space: vectors to search histories with, for features that need them.
+        first_step: steps done before that of the first batch; it says which version of the vectors a batch is made
+            with. None takes the newest for all.
 
     Raises:
-        UserError: more ranks than partitions, a position that does not fit, or an unreadable index.
+        UserError: more ranks than partitions, a position that does not fit, an unreadable index, or more batches made
+            ahead than ``space`` has versions for.
     """
 
     def __init__(
@@ -88,6 +97,8 @@ class Loader:
         prefetch: int = 4,
         pin_memory: bool = False,
         state: Mapping[int, Sequence[int]] | None = None,
+        space: SearchSpace | None = None,
+        first_step: int | None = None,
     ) -> None:
         selection = selection or Selection()
         self._plan = ReadPlan(
@@ -102,7 +113,10 @@ class Loader:
         )
         self._layout = feature_map.layout
         reader = BlockReader(store, feature_map.spec, selection, None if shuffle_ms is None else seed)
-        self._maker = _BatchMaker(reader, histories, feature_map, as_of_limit_ms, frozen_statistics)
+        self._maker = _BatchMaker(reader, histories, feature_map, as_of_limit_ms, frozen_statistics, space)
+        self._space, self._first_step = space, first_step
+        if space is not None and first_step is not None:
+            space.check_prefetch(max(workers * prefetch, 1) + FETCHED_AHEAD)
         self._rank = rank
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 
@@ -129,11 +143,12 @@ class Loader:
                 that was killed; with its number and the signal.
         """
         positions: deque[Position] = deque()
+        self._maker.prepare()
 
-        def plan() -> Iterator[list[Piece]]:
-            for planned in self._plan.batches():
+        def plan() -> Iterator[_Order]:
+            for number, planned in enumerate(self._plan.batches()):
                 positions.append(planned.position)
-                yield planned.pieces
+                yield _Order(planned.pieces, self._version(number))
 
         made = DataLoader(
             self._maker,
@@ -153,6 +168,12 @@ class Loader:
             if isinstance(packed, UserError):
                 raise packed
             yield unpack(packed, self._layout, positions.popleft())
+
+    def _version(self, number: int) -> int:
+        """Of the search vectors, for the batch of this number."""
+        if self._space is None:
+            return 0
+        return self._space.newest if self._first_step is None else self._space.version_of(self._first_step + number)
 
     def _from_workers(self, made: DataLoader) -> Iterator[PackedBatch | UserError]:
         """What the worker processes make; that one of them has died is an error of a line."""
@@ -176,6 +197,13 @@ class Loader:
                 raise
 
 
+class _Order(NamedTuple):
+    """What a worker is told of a batch: where its rows are, and the version of the search vectors."""
+
+    pieces: list[Piece]
+    version: int
+
+
 class _BatchMaker(Dataset):
     """Makes one planned batch; lives in each worker and keeps the decoded blocks that it is in the middle of."""
 
@@ -186,25 +214,34 @@ class _BatchMaker(Dataset):
         feature_map: FeatureMap,
         as_of_limit_ms: int | None,
         frozen_statistics: FrozenStatistics | None,
+        space: SearchSpace | None,
     ) -> None:
         self._reader, self._histories, self._feature_map = reader, histories, feature_map
-        self._as_of_limit_ms, self._frozen = as_of_limit_ms, frozen_statistics
+        self._as_of_limit_ms, self._frozen, self._space = as_of_limit_ms, frozen_statistics, space
 
-    def __getitem__(self, pieces: list[Piece]) -> PackedBatch | UserError:
+    def prepare(self) -> None:
+        """Before processes are forked."""
+        self._feature_map.prepare(self._histories, self._vectors(0))
+
+    def __getitem__(self, order: _Order) -> PackedBatch | UserError:
         try:
-            return self._make(pieces)
+            return self._make(order)
         except UserError as error:
             # Handed over as a value: DataLoader would put a worker's traceback into the message of an exception.
             return error
 
-    def _make(self, pieces: list[Piece]) -> PackedBatch:
-        rows, skipped = self._reader.gather(pieces)
+    def _make(self, order: _Order) -> PackedBatch:
+        rows, skipped = self._reader.gather(order.pieces)
         as_of = rows["request_ms"]
         if self._as_of_limit_ms is not None:
             as_of = np.minimum(as_of, self._as_of_limit_ms)
         if self._frozen is not None:
             rows["stat"] = self._frozen.lookup(rows)
-        return replace(self._feature_map.pack(rows, self._histories, as_of), skipped_rows=skipped)
+        packed = self._feature_map.pack(rows, self._histories, as_of, self._vectors(order.version))
+        return replace(packed, skipped_rows=skipped)
+
+    def _vectors(self, version: int) -> Space | None:
+        return None if self._space is None else self._space.at(version)
 
 
 def _unchanged(made: Any) -> Any:

@@ -1,0 +1,134 @@
+"""The vectors that histories are searched with: two versions, in memory that a rank shares with its loader's processes.
+
+Version 0 is there from the start, version k is a copy of the tables after step ``k * refresh_steps``. Batches are made
+ahead of their step, by processes that do not wait for it; which version a batch is searched with must not depend on how
+far ahead. So the batches of steps ``k * refresh_steps + 1`` to ``(k + 1) * refresh_steps`` use version ``k - 1``: made
+long before, however many are prefetched, and the same after a resume. When version k is written, into the place of
+``k - 2``, the last batch that used that one has been trained on.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules.gsu import padded_width
+from trainer.errors import UserError
+
+BYTE_RANGE = 127
+"""The largest absolute value of a version becomes so much as int8."""
+
+HALF_LIMIT = 65504.0
+"""The largest float16; what is larger is stored as this."""
+
+
+class SpaceTable(NamedTuple):
+    """The search vectors of one table.
+
+    Attributes:
+        rows: of the table.
+        dim: of its embeddings.
+    """
+
+    rows: int
+    dim: int
+
+
+class SearchSpace:
+    """Search vectors of all tables, in two versions.
+
+    Args:
+        tables: name -> sizes, in the first version.
+        later: likewise in all others; the same unless the first version is made of something else.
+        dtype: ``float16`` or ``int8``.
+        refresh_steps: between two versions; 0 if the first one stays.
+
+    Attributes:
+        refresh_steps: as given.
+        newest: version that was put last; -1 before the first.
+    """
+
+    def __init__(
+        self, tables: Mapping[str, SpaceTable], later: Mapping[str, SpaceTable], dtype: str, refresh_steps: int
+    ) -> None:
+        self.refresh_steps, self.newest = refresh_steps, -1
+        self._dtype = np.dtype(dtype)
+        self._tables = (dict(tables), dict(later))
+        size = max(sum(rows * padded_width(dim) for rows, dim in each.values()) for each in self._tables)
+        self._places = [
+            # Anonymous and shared: forked processes see what is written here later.
+            np.frombuffer(mmap.mmap(-1, size * self._dtype.itemsize), self._dtype)
+            for _ in range(2 if refresh_steps else 1)
+        ]
+
+    def tables(self, version: int) -> dict[str, SpaceTable]:
+        """The tables of a version and their sizes."""
+        return self._tables[version > 0]
+
+    def at(self, version: int) -> dict[str, np.ndarray]:
+        """Table -> ``[rows, padded width]`` of a version; views, valid until the version after the next is put."""
+        flat, views, begin = self._places[version % len(self._places)], {}, 0
+        for name, (rows, dim) in self.tables(version).items():
+            size = rows * padded_width(dim)
+            views[name] = flat[begin : begin + size].reshape(rows, -1)
+            begin += size
+        return views
+
+    def version_of(self, step: int) -> int:
+        """The version that a batch is searched with; ``step`` are the steps done before its own."""
+        return max(step // self.refresh_steps - 1, 0) if self.refresh_steps else 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether a version has to be put after so many steps."""
+        return self.refresh_steps > 0 and step > 0 and step % self.refresh_steps == 0
+
+    def quantised(self, values: np.ndarray, largest: float) -> np.ndarray:
+        """Values as the space stores them.
+
+        Args:
+            values: float32, finite.
+            largest: absolute value of the version, over all tables: int8 is scaled by it.
+        """
+        if self._dtype == np.int8:
+            return np.rint(values * (BYTE_RANGE / largest if largest > 0 else 0.0)).astype(np.int8)
+        return np.clip(values, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
+
+    def check_prefetch(self, ahead: int) -> None:
+        """A version must be there before the first batch that is made with it.
+
+        Raises:
+            UserError: too many batches are made ahead.
+        """
+        if self.refresh_steps and ahead > self.refresh_steps:
+            raise UserError(
+                f"features.search.refresh_steps = {self.refresh_steps} is less than the {ahead} batches made ahead; "
+                "take more steps, or less data.workers or data.prefetch"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The versions that are there, copied: version -> table -> tensor. Empty before the first."""
+        versions = range(max(self.newest - len(self._places) + 1, 0), self.newest + 1)
+        return {
+            str(version): {name: torch.from_numpy(values.copy()) for name, values in self.at(version).items()}
+            for version in versions
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            UserError: it has other tables.
+        """
+        for version, tables in sorted((int(key), tables) for key, tables in state.items()):
+            here = self.at(version)
+            shapes = {name: tuple(values.shape) for name, values in tables.items()}
+            if shapes != {name: values.shape for name, values in here.items()}:
+                raise UserError(f"the checkpoint's search vectors are {shapes}, those of this job are of other tables")
+            for name, values in tables.items():
+                here[name][:] = values.numpy()
+            self.newest = version
