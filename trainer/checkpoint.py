@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint_reader import stored_search
 from trainer.checkpoint_store import CheckpointStore, agreed
 from trainer.checkpoint_writer import Save, rank_file
 from trainer.config import JobConfig
@@ -112,7 +113,7 @@ class Checkpoints(CheckpointStore):
         return Save(
             directory=self._directory,
             model=engine.state(copy=copy),
-            own=own_state(state),
+            own=own_state(state) | (search_state(state) if self._world.rank == 0 else {}),
             job={"config": self._identity.config.model_dump(mode="json"), "trace": list(state.trace)},
             manifest=Manifest(
                 step=state.step,
@@ -146,6 +147,8 @@ class Checkpoints(CheckpointStore):
             everyone = [torch.load(directory / rank_file(saved), weights_only=True) for saved in range(manifest.ranks)]
             mine = range(rank, manifest.ranks, size)
             state.stream.load_state_dicts([saved["stream"] for saved in everyone], mine)
+        if state.space is not None:
+            state.space.load_state_dict(stored_search(directory))
         if states:
             state.window.load_state_dict(states[0]["window"])
         if manifest.ranks == size:
@@ -198,6 +201,11 @@ def own_state(state: TrainingState) -> dict[str, Any]:
         "window": state.window.state_dict(),
         **({} if state.stream is None else {"stream": state.stream.state_dict()}),
     }
+
+
+def search_state(state: TrainingState) -> dict[str, Any]:
+    """The vectors that histories are searched with; the first rank has them for all."""
+    return {} if state.space is None else {"search": state.space.state_dict()}
 
 
 def _shapes(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from trainer.checkpoint_writer import rank_file
 from trainer.config import JobConfig, parse_config
 from trainer.data.fit import FittedFeatures
 from trainer.errors import UserError
@@ -324,3 +325,17 @@ def _read_index(directory: Path) -> dict[str, StoredTensor]:
     except Exception as error:
         # Whatever unpickling a damaged file may lead to.
         raise UserError(f"{file}: damaged ({type(error).__name__} while reading it)") from None
+
+
+def stored_search(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """The search vectors in a checkpoint, see ``trainer.data.search_space.SearchSpace.state_dict``.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        return torch.load(directory / rank_file(0), weights_only=True)["search"]
+    except KeyError:
+        raise UserError(
+            f"{directory}: has no search vectors, which features.history.* with search = 'top' needs"
+        ) from None

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.checkpoint_reader import stored_search
 from trainer.command import add_evaluate_arguments, rank_parser
 from trainer.config import JobConfig
 from trainer.data import storage
@@ -30,6 +31,7 @@ from trainer.data.fit import FittedFeatures
 from trainer.data.loader import Loader
 from trainer.data.packed import PackedBatch
 from trainer.data.schema import DatasetSpec, partition_of
+from trainer.data.search_space import SearchSpace, stored_space
 from trainer.distributed import World, run_rank
 from trainer.engine import HybridEngine
 from trainer.errors import UserError
@@ -165,6 +167,7 @@ class TrainedModel:
     data: Data
     features: FeatureMap
     engine: HybridEngine
+    space: SearchSpace | None
 
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
         """``[rows, behaviours]`` float32 of each batch, on the CPU. Collective."""
@@ -189,7 +192,8 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     if not manifest.finished and world.rank == 0:
         print(f"limelight: training has not finished; taking {checkpoint}", file=sys.stderr, flush=True)
     engine.load(checkpoint / MODEL)
-    return TrainedModel(config, data, features, engine)
+    space = stored_space(stored_search(checkpoint)) if features.needs_space else None
+    return TrainedModel(config, data, features, engine, space)
 
 
 def with_range(config: JobConfig, data: str | None, since: str | None, until: str | None) -> JobConfig:
@@ -213,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = with_range(run.config, given.data, given.time_from, given.time_until)
             split = split_in_time(config, run.data.spec)
             frozen = freeze_at_end_of_training(config, run.data, split)
-            loader = held_out_loader(config, run.data, split, run.features, world, frozen)
+            loader = held_out_loader(config, run.data, split, run.features, world, frozen, run.space)
             if not world.sum(loader.rows_total):
                 raise UserError(
                     f"{config.data.path}: no rows in the range {config.data.eval_from} to {config.data.eval_until}"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint_reader import Checkpoint, StoredModel, StoredTensor
+from trainer.checkpoint_reader import Checkpoint, StoredModel, StoredTensor, stored_search
 from trainer.config import load_deepspeed
 from trainer.errors import UserError
-from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, SERVED, WEIGHTS
+from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, SEARCH, SERVED, WEIGHTS
 from trainer.manifest import check_files, sync
 from trainer.run import write_json
 
@@ -61,6 +61,8 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
         _write_weights(aside / WEIGHTS, checkpoint.model)
         write_json(aside / CONFIG, checkpoint.config.model_dump(mode="json"))
         shutil.copytree(checkpoint.run / "features", aside / FEATURES)
+        if checkpoint.config.features.needs_space:
+            torch.save(stored_search(checkpoint.directory), aside / SEARCH)
         write_json(aside / ORIGIN, origin)
         sync(aside)
         aside.rename(target)

@@ -6,12 +6,14 @@
                         ids.NAME.id and ids.NAME.seen [rows], which id each row has (none where seen is 0)
     config.json         the job, readable by trainer.config.parse_config
     features/           vocabularies and standardisation (trainer/data/fit.py)
+    search.pt           search vectors, of models with histories that are searched by dot product
     export.json         what it came from
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
 from trainer.data.fit import FittedFeatures
 from trainer.data.packed import PackedBatch
+from trainer.data.search_space import SearchSpace, stored_space
 from trainer.dynamic_ids import DynamicIds
 from trainer.errors import UserError
 from trainer.network import build_ranker
@@ -36,6 +39,7 @@ SCHEMA = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FEATURES = "features"
+SEARCH = "search.pt"
 ORIGIN = "export.json"
 SERVED = ("id", "seen")
 """Columns of a dynamic table's ids that tell which id has which row."""
@@ -52,6 +56,7 @@ class ExportedModel:
         tables: name -> ``[rows, dim]`` float32, mapped from the file.
         ranker: the dense network, in the type that it was trained in.
         served: name of a dynamic table -> which ids have its rows; the others read row 0.
+        space: vectors that histories are searched with; None if there are no such histories.
     """
 
     config: JobConfig
@@ -60,6 +65,7 @@ class ExportedModel:
     tables: dict[str, Tensor]
     ranker: Ranker
     served: dict[str, DynamicIds]
+    space: SearchSpace | None
 
     @torch.no_grad()
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
@@ -120,7 +126,18 @@ def open_export(directory: str | Path) -> ExportedModel:
     for name, ids in served.items():
         for column in SERVED:
             ids.columns[column].copy_(found[f"ids.{name}.{column}"])
-    return ExportedModel(config, data, features, tables, ranker, served)
+    return ExportedModel(
+        config, data, features, tables, ranker, served, _read_space(home / SEARCH) if features.needs_space else None
+    )
+
+
+def _read_space(file: Path) -> SearchSpace:
+    try:
+        return stored_space(torch.load(file, weights_only=True))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{file}: damaged; export the checkpoint again") from None
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -216,7 +216,11 @@ def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[
         "dense features": layout["dense"],
         "statistics": layout["statistics"],
         "rates": list(features.rates or layout["behaviours"]),
-        "histories": {name: history.domain for name, history in features.history.items()},
+        "histories": {
+            name: history.domain if history.search == "latest" else f"{history.search} of {history.domain}"
+            for name, history in features.history.items()
+        },
+        "features.tags": features.tags,
         "features.exclude": sorted(features.exclude),
     }
 

@@ -19,6 +19,7 @@ from trainer.data.fit import FittedFeatures, fit_features
 from trainer.data.loader import Loader
 from trainer.data.plan import partitions_of_rank
 from trainer.data.schema import DatasetSpec
+from trainer.data.search_space import SearchSpace
 from trainer.data.selection import Selection
 from trainer.data.statistics import FrozenStatistics
 from trainer.distributed import World
@@ -137,8 +138,14 @@ def training_loader(
     features: FeatureMap,
     world: World,
     position: Mapping[int, Sequence[int]] | None = None,
+    *,
+    space: SearchSpace | None = None,
+    first_step: int = 0,
 ) -> Loader:
-    """This rank's training batches, shuffled inside time windows; from a position of all partitions on."""
+    """This rank's training batches, shuffled inside time windows; from a position of all partitions on.
+
+    ``first_step`` steps were done up to there; they say which version of the ``space`` a batch is made with.
+    """
     return Loader(
         data.store,
         data.histories,
@@ -147,12 +154,20 @@ def training_loader(
         epochs=config.train.epochs,
         shuffle_ms=round(config.data.shuffle_minutes * _MINUTE_MS),
         state=position,
+        space=space,
+        first_step=first_step,
         **_reading(config, world),
     )
 
 
 def held_out_loader(
-    config: JobConfig, data: Data, split: Split, features: FeatureMap, world: World, frozen: FrozenStatistics | None
+    config: JobConfig,
+    data: Data,
+    split: Split,
+    features: FeatureMap,
+    world: World,
+    frozen: FrozenStatistics | None,
+    space: SearchSpace | None = None,
 ) -> Loader:
     """This rank's held-out batches in stored order; with ``frozen`` nothing after the end of training is looked at."""
     return Loader(
@@ -162,6 +177,7 @@ def held_out_loader(
         selection=split.held_out,
         as_of_limit_ms=None if frozen is None else split.train_until,
         frozen_statistics=frozen,
+        space=space,
         **_reading(config, world),
     )
 

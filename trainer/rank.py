@@ -43,6 +43,7 @@ from trainer.preemption import Preemption, until_preempted
 from trainer.published import publisher
 from trainer.report import PHASES, metrics_table, write_report
 from trainer.run import begin_run, choose_directory, homes, make_directory, write_json
+from trainer.search_refresh import Searching, make_space
 from trainer.sharding import format_plan
 from trainer.streaming import train_stream
 from trainer.training import train
@@ -134,23 +135,34 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
         world,
         publisher(config, home),
     )
-    state = TrainingState.at_start(features.behaviours, stream)
+    space = make_space(config, features)
+    state = TrainingState.at_start(features.behaviours, stream, space)
     position = checkpoints.restore(engine, state)
     if position is None and config.init_from.run:
         say(format_taken(take_from(engine, config, kind, features, world)))
+    searching = None if space is None else Searching(space, config, features, engine, world)
+    if searching is not None:
+        searching.begin()
     set_step(state.step)
-    common: dict[str, Any] = {"config": config, "world": world, "preemption": job.preemption, "home": home}
+    common: dict[str, Any] = {
+        "config": config,
+        "world": world,
+        "preemption": job.preemption,
+        "home": home,
+        "searching": searching,
+    }
     if stream is not None and not state.finished:
         with stream.open(position) as reader:
             train_stream(engine, stream, reader, state, checkpoints, **common)
     elif not state.finished:
-        loader = training_loader(config, data, split, features, world, position)
+        loader = training_loader(config, data, split, features, world, position, space=space, first_step=state.step)
         train(engine, loader, state, checkpoints, **common)
 
     report, curve = None, {}
     if split.eval_from is not None:
         frozen = freeze_at_end_of_training(config, data, split)
-        held_out = predict(engine, held_out_loader(config, data, split, features, world, frozen), quiet=world.rank > 0)
+        loader = held_out_loader(config, data, split, features, world, frozen, space)
+        held_out = predict(engine, loader, quiet=world.rank > 0)
         report = evaluate(held_out, features.behaviours, read_truth(config.data.path, held_out, features.behaviours))
         curve = calibration_curve(held_out, features.behaviours)
     document = metrics_document(config, kind, report, state.trace, checkpoints.stalls)

@@ -29,6 +29,7 @@ from trainer.data.features import FeatureMap
 from trainer.data.join import TABLE_OF, FeatureJoin
 from trainer.data.packed import PackedBatch
 from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
+from trainer.data.search_space import SearchSpace
 from trainer.distributed import World, run_rank
 from trainer.errors import UserError
 from trainer.exported import is_export, open_export
@@ -45,6 +46,7 @@ class Scorer(Protocol):
         config: of the job that trained it.
         data: the dataset that features, histories and statistics come from.
         features: of the model.
+        space: vectors that histories are searched with; None if there are no such histories.
     """
 
     @property
@@ -53,6 +55,8 @@ class Scorer(Protocol):
     def data(self) -> Data: ...
     @property
     def features(self) -> FeatureMap: ...
+    @property
+    def space(self) -> SearchSpace | None: ...
 
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
         """``[rows, behaviours]`` float32 of each batch, on the CPU."""
@@ -141,11 +145,12 @@ def score_candidates(model: Scorer, path: str, candidates: checks.Columns) -> pa
     """Scores in the order of the candidates: ``user_id, item_id, author_id, request_ms, p_B ..., score``."""
     rows = rows_of_candidates(model, path, candidates)
     n = len(candidates["user_id"])
+    vectors = None if model.space is None else model.space.at(model.space.newest)
 
     def batches() -> Iterator[PackedBatch]:
         for first in range(0, n, BATCH_ROWS):
             part = {name: column[first : first + BATCH_ROWS] for name, column in rows.items()}
-            yield model.features.pack(part, model.data.histories, part["request_ms"])
+            yield model.features.pack(part, model.data.histories, part["request_ms"], vectors)
 
     probability = torch.sigmoid(torch.cat(list(model.logits(batches())))).numpy()
     behaviours = model.features.behaviours

@@ -16,7 +16,7 @@ from trainer.config import JobConfig
 from trainer.data.features import FeatureMap
 from trainer.data.search_space import SearchSpace, SpaceTable
 from trainer.data.vocabulary import IdMap
-from trainer.distributed import World
+from trainer.distributed import World, control_group
 from trainer.embedding_table import EmbeddingTable
 from trainer.engine import HybridEngine
 from trainer.errors import UserError
@@ -44,9 +44,7 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
     if not features.needs_space:
         return None
     search = config.features.search
-    later = {
-        table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in search.tables
-    }
+    later = {table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in search.tables}
     first = later
     if search.embedding:
         rows = features.fitted.table_rows["item"]
@@ -72,6 +70,7 @@ class Searching:
     ) -> None:
         self.space = space
         self._config, self._features, self._engine, self._world = config, features, engine, world
+        self._control = control_group()
 
     def begin(self) -> None:
         """Put the first version, unless the space has gone on from a checkpoint.
@@ -100,6 +99,11 @@ class Searching:
         if self.space.is_due(step):
             self._put(step // self.space.refresh_steps)
 
+    def catch_up(self, step: int) -> None:
+        """Put the version of the last step that was due, unless it is there: for batches that none is made ahead of."""
+        if self.space.refresh_steps and step // self.space.refresh_steps > self.space.newest:
+            self._put(step // self.space.refresh_steps)
+
     def finish(self) -> None:
         """Put a last version, of the model as it is at the end of training; evaluation uses it."""
         if self.space.refresh_steps:
@@ -112,13 +116,13 @@ class Searching:
             if shard.table in self.space.tables(version)
         ]
         largest = torch.tensor([float(values.abs().max()) for _, values in shards if values.numel()] or [0.0]).max()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._engine.control)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._control)
         everyone: list[list[_Place]] = [[] for _ in range(self._world.size)]
-        dist.all_gather_object(everyone, [place for place, _ in shards], group=self._engine.control)
+        dist.all_gather_object(everyone, [place for place, _ in shards], group=self._control)
         target = self.space.at(version)
-        mine = {place: values for place, values in shards}
+        mine = dict(shards)
         for rank, places in enumerate(everyone):
-            for place in map(lambda each: _Place(*each), places):
+            for place in places:
                 for begin in range(0, place.rows, _CHUNK_ROWS):
                     end = min(begin + _CHUNK_ROWS, place.rows)
                     part = np.empty((end - begin, place.columns), target[place.table].dtype)
@@ -126,12 +130,13 @@ class Searching:
                         part[:] = self.space.quantised(mine[place][begin:end].float().cpu().numpy(), float(largest))
                     if self._world.size > 1:
                         flat = torch.from_numpy(part.reshape(-1).view(np.uint8))
-                        dist.broadcast(flat, src=rank, group=self._engine.control)
+                        dist.broadcast(flat, src=rank, group=self._control)
                     columns = slice(place.column, place.column + place.columns)
                     target[place.table][place.row + begin : place.row + end, columns] = part
-        for values in target.values():
+        for name, values in target.items():
             # Unknown ids share a row that is trained, but are not alike.
             values[0] = 0
+            values[:, self.space.tables(version)[name].dim :] = 0
         self.space.newest = version
 
 

@@ -28,6 +28,7 @@ from trainer.job import rows_per_rank
 from trainer.log import set_step
 from trainer.preemption import Preempted, Preemption
 from trainer.progress import Progress
+from trainer.search_refresh import Searching
 from trainer.stream.rows import END_OF_TIME, SLOW
 from trainer.stream.slices import Slices
 from trainer.stream.source import Reader
@@ -48,6 +49,7 @@ def train_stream(
     world: World,
     preemption: Preemption,
     home: Path,
+    searching: Searching | None = None,
 ) -> None:
     """Slice after slice, until the stream of every rank has ended.
 
@@ -61,6 +63,7 @@ def train_stream(
         world: its ranks.
         preemption: whether this process has been asked to stop.
         home: of the model's files.
+        searching: keeps the vectors up to date that histories are searched with.
 
     Raises:
         UserError: the stream cannot be read on; the loss is not finite; a checkpoint cannot be written.
@@ -69,7 +72,7 @@ def train_stream(
     settings = config.stream
     assert settings is not None
     slices = Slices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
-    learner = _Learner(engine, stream, state, config, world, home)
+    learner = _Learner(engine, stream, state, config, world, home, searching)
     engine.set_learning_rate(config.tables.learning_rate, config.optimizer.learning_rate)
     saved_step, pushed = state.step, 0
     with (
@@ -121,10 +124,11 @@ class _Learner:
         config: JobConfig,
         world: World,
         home: Path,
+        searching: Searching | None,
     ) -> None:
         assert config.stream is not None
         self._engine, self._stream, self._state, self._config, self._world = engine, stream, state, config, world
-        self._home = home
+        self._home, self._searching = home, searching
         self._flush_ms = round(config.stream.flush_seconds * 1000)
         self._batch_rows = rows_per_rank(config, world)
         self._endless = config.stream.endless
@@ -170,6 +174,8 @@ class _Learner:
             self._train(-(-rows // self._config.train.batch_size))
         except NotFiniteLoss as stopped:
             raise UserError(keep_batch(stopped, self._home, self._world.rank)) from None
+        if self._searching is not None:
+            self._searching.catch_up(self._state.step)
         if number is not None:
             self._stream.flushed_ms = number * self._stream.slice_ms
         self._flushed_at = time.monotonic()
@@ -244,7 +250,9 @@ class _Learner:
 
     def _batch(self, rows: Rows) -> Batch:
         stream = self._stream
-        packed = stream.features.pack(rows, stream.histories, rows["request_ms"])
+        space = self._state.space
+        vectors = None if space is None else space.at(space.newest)
+        packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
         batch = unpack(packed, stream.features.layout, {})
         slow = rows["kind"] == SLOW
         return replace(batch, slow=torch.from_numpy(slow)) if self._config.labels.policy == "fast_slow" else batch

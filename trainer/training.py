@@ -20,6 +20,7 @@ from trainer.preemption import Preempted, Preemption
 from trainer.progress import Progress
 from trainer.report import PHASES
 from trainer.schedule import learning_rate_factor
+from trainer.search_refresh import Searching
 from trainer.training_state import TrainingState, Window
 from trainer.watchdog import Watchdog
 
@@ -34,6 +35,7 @@ def train(
     world: World,
     preemption: Preemption,
     home: Path,
+    searching: Searching | None = None,
 ) -> None:
     """One optimizer step after another until all ranks are out of rows; every batch is predicted before it is learnt.
 
@@ -46,6 +48,7 @@ def train(
         world: its ranks.
         preemption: whether this process has been asked to stop.
         home: of the model's files.
+        searching: keeps the vectors up to date that histories are searched with.
 
     Raises:
         UserError: there are no rows in the training range; the loss is not finite; a checkpoint cannot be written.
@@ -73,6 +76,9 @@ def train(
                 state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)
                 set_step(state.step)
+                if searching is not None:
+                    with watchdog.busy("renewing the search vectors"):
+                        searching.after_step(state.step)
                 if state.step % config.train.log_every == 0 or state.step == steps_total:
                     state.trace.append(state.window.entry(state.step, state.progressive.compute(), engine.id_counts()))
                     state.window = Window()
@@ -93,6 +99,8 @@ def train(
         except NotFiniteLoss as stopped:
             raise UserError(keep_batch(stopped, home, world.rank)) from None
         with watchdog.busy("saving the last checkpoint"):
+            if searching is not None:
+                searching.finish()
             state.finished = True
             checkpoints.save(engine, state, wait=True)
     for table, counts in engine.id_counts().items():

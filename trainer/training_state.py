@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from trainer.data.batch import Position
+from trainer.data.search_space import SearchSpace
 from trainer.dynamic_ids import IdCounts
 from trainer.engine import StepResult
 from trainer.metrics import ProgressiveMetrics, Report
@@ -98,6 +99,7 @@ class TrainingState:
         window: towards the next entry.
         finished: all rows are trained on.
         stream: where the stream stands that is trained on; None of stored rows.
+        space: vectors that histories are searched with; None if there are no such histories.
     """
 
     progressive: ProgressiveMetrics
@@ -110,10 +112,14 @@ class TrainingState:
     finished: bool = False
     stream: StreamState | None = None
 
+    space: SearchSpace | None = None
+
     @staticmethod
-    def at_start(behaviours: Sequence[str], stream: StreamState | None = None) -> TrainingState:
+    def at_start(
+        behaviours: Sequence[str], stream: StreamState | None = None, space: SearchSpace | None = None
+    ) -> TrainingState:
         """Of a model that has not been trained."""
-        return TrainingState(ProgressiveMetrics(behaviours), stream=stream)
+        return TrainingState(ProgressiveMetrics(behaviours), stream=stream, space=space)
 
     def advance(self, result: StepResult) -> None:
         """Count a step."""

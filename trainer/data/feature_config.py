@@ -186,3 +186,8 @@ class FeatureConfig(BaseModel):
         description="Features of the dataset that the model must not see: names of side or dense features, `user_id`, "
         "or a statistic as `stat:user`, `stat:user*author`; `stat:*` means all of them.",
     )
+
+    @property
+    def needs_space(self) -> bool:
+        """Whether a history searches by dot product."""
+        return any(history.search == "top" for history in self.history.values())

@@ -101,7 +101,7 @@ class FeatureMap:
             if not (name == "user" and "user_id" in config.exclude)
         }
         self._sequences = Sequences(spec, config, self._ids)
-        self.needs_space = self._sequences.needs_space
+        self.needs_space = config.needs_space
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:
             lookups.append(Lookup("side", "side", self._side.width))

@@ -132,3 +132,13 @@ class SearchSpace:
             for name, values in tables.items():
                 here[name][:] = values.numpy()
             self.newest = version
+
+
+def stored_space(state: Mapping[str, Mapping[str, Tensor]]) -> SearchSpace:
+    """The newest version of a :meth:`SearchSpace.state_dict`, to be read only."""
+    newest = state[max(state, key=int)]
+    tables = {name: SpaceTable(*values.shape) for name, values in newest.items()}
+    dtype = str(next(iter(newest.values())).numpy().dtype)
+    space = SearchSpace(tables, tables, dtype, refresh_steps=0)
+    space.load_state_dict({"0": newest})
+    return space

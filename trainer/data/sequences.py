@@ -38,9 +38,6 @@ class Sequences:
         spec: of the dataset.
         config: of the features.
         ids: table -> how its ids become rows.
-
-    Attributes:
-        needs_space: whether one of them searches by dot product.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig, ids: Mapping[str, IdMap]) -> None:
@@ -53,17 +50,15 @@ class Sequences:
             )
             for name, history in config.history.items()
         }
-        self.needs_space = any(read.search == "top" for read in self._reads.values())
-        self._tables, self._ids = config.search.tables, ids
+        self._tables, self._ids = config.search.tables if config.needs_space else (), ids
         self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def prepare(self, histories: Histories, space: Space | None) -> None:
         """Do what worker processes would each do by themselves: compile the searches, and map columns that stay."""
-        if self.needs_space:
-            for name in self._tables:
-                column = histories.column(f"{name}_id")
-                if self._ids[name].mapping != "direct" and not column.flags.writeable:
-                    self._columns[name] = column, self._column(name, column).astype(np.int32)
+        for name in self._tables:
+            column = histories.column(f"{name}_id")
+            if self._ids[name].mapping != "direct" and not column.flags.writeable:
+                self._columns[name] = column, self._column(name, column).astype(np.int32)
         nobody = np.zeros(0, np.int64)
         self.read({f"{name}_id": nobody for name in ("user", "author", "item")}, histories, nobody, space)
 
