@@ -44,7 +44,9 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
     if not features.needs_space:
         return None
     search = config.features.search
-    later = {table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in search.tables}
+    later: dict[str, SpaceTable] = {
+        table.name: SpaceTable(table.rows, table.dim) for table in features.tables if table.name in search.tables
+    }
     first = later
     if search.embedding:
         rows = features.fitted.table_rows["item"]

@@ -212,10 +212,11 @@ class _PackedSide:
         self.rows = max((rows.stop for rows in ranges.values()), default=1)
         self._limits = np.array([feature.rows for feature in self._features])
         self._actions, self._age, self._past_domain = (
-            ranges[name].start if name in ranges else 0 for name in (ACTIONS_RANGE, AGE_RANGE, PAST_DOMAIN_RANGE)
+            np.int64(ranges[name].start if name in ranges else 0)
+            for name in (ACTIONS_RANGE, AGE_RANGE, PAST_DOMAIN_RANGE)
         )
         # The tag of a past visit is embedded as that of the candidate.
-        self._tag = ranges[f"feature {spec.tag}"].start if config.tags else 0
+        self._tag = np.int64(ranges[f"feature {spec.tag}"].start if config.tags else 0)
         self.context_ids = 2 + (PAST_DOMAIN_RANGE in ranges) + config.tags
 
     def fill(self, rows: Rows, out: np.ndarray) -> None:

@@ -1,0 +1,101 @@
+"""What test_search.py has two ranks do: train with five searches, stop and go on, evaluate.
+
+    torchrun --nproc-per-node 2 -m tests.distributed.search_ranks OUT DATASET
+
+What came out is left in OUT/outcome.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.distributed.resume_ranks import STOP_AFTER, run
+from trainer.config import JobConfig, load_config
+from trainer.data.search_space import SearchSpace
+from trainer.distributed import World
+from trainer.engine import HybridEngine
+from trainer.evaluate import evaluate, open_run, predict
+from trainer.job import held_out_loader, split_in_time
+from trainer.search_refresh import Searching
+
+JOB = (
+    "data.eval_from=2024-03-06",
+    "model.expert_layers=[[16], [8]]",
+    "model.tower=[8]",
+    *(f"features.history.{name}.length=6" for name in ("short", "long", "author", "live_long", "mixed")),
+    "features.search.refresh_steps=4",
+    "features.author.ids=lookup",
+    "features.tags=true",
+    "data.shuffle_minutes=60",
+    "data.workers=0",
+    "train.batch_size=96",
+    "train.epochs=1",
+    "train.log_every=5",
+    "checkpoint.every_steps=3",
+    "train.device=cpu",
+)
+
+
+def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
+    return load_config("configs/cross.toml", [*JOB, f"data.path={dataset}", f"run.directory={directory}", *overrides])
+
+
+@contextmanager
+def recorded_versions(world: World) -> Iterator[list[tuple[int, bool, float]]]:
+    """Versions that are put, whether all ranks have the rows of the tables in them, and a sum of their values."""
+    put = Searching._put
+    found: list[tuple[int, bool, float]] = []
+
+    def recording(self: Searching, version: int) -> None:
+        put(self, version)
+        same = all(_is_copy(self.space, version, self._engine, world, name) for name in ("item", "author"))
+        found.append((version, same, float(self.space.at(version)["author"].astype(np.float64).sum())))
+
+    Searching._put = recording  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Searching._put = put  # type: ignore[method-assign]
+
+
+def _is_copy(space: SearchSpace, version: int, engine: HybridEngine, world: World, name: str) -> bool:
+    mine = [(shard.row, shard.values.numpy().copy()) for shard in engine.table_shards() if shard.table == name]
+    parts = world.agree(world.gather(mine))
+    here = space.at(version)[name]
+    expected = np.zeros_like(here)
+    for row, values in (part for of_rank in parts for part in of_rank):
+        expected[row : row + len(values), : values.shape[1]] = values.astype(np.float16)
+    expected[0] = 0
+    return bool(np.array_equal(here, expected))
+
+
+def evaluated(world: World, directory: Path, config: JobConfig) -> dict[str, Any]:
+    """The metrics of a finished run, opened again."""
+    model = open_run(str(directory), world)
+    split = split_in_time(config, model.data.spec)
+    loader = held_out_loader(config, model.data, split, model.features, world, None, model.space)
+    return evaluate(predict(model.engine, loader, quiet=True), model.features.behaviours)
+
+
+def main(out: Path, dataset: Path) -> None:
+    with World.join("cpu") as world:
+        through = job(dataset, out / "through")
+        with recorded_versions(world) as versions:
+            outcome: dict[str, Any] = {"through": run(world, through), "versions": versions}
+        outcome["workers"] = run(world, job(dataset, out / "workers", "data.workers=1", "data.prefetch=2"))
+        outcome["stopped"] = run(world, job(dataset, out / "stopped"), STOP_AFTER)
+        outcome["resumed"] = run(world, job(dataset, out / "stopped"))
+        outcome["evaluated"] = evaluated(world, out / "through", through)
+        if world.rank == 0:
+            torch.save(outcome, out / "outcome.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
