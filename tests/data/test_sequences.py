@@ -116,7 +116,7 @@ def test_histories_are_their_definitions(tmp_path: Path, mapping: str, seed: int
             np.testing.assert_array_equal(found.tag, visits["tag"][found.item_id])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32), moment=st.integers(0, 60), length=st.sampled_from([1, 4, 1000]))
 def test_no_search_sees_the_future(tmp_path_factory, seed, moment, length):
     """Whatever becomes known at a moment or later is altered, moved to other users, added or taken away."""

@@ -13,6 +13,8 @@ import torch
 from tests.distributed.test_export import write_candidates
 from trainer.data.simulate import simulate
 
+pytestmark = pytest.mark.slow
+
 _outcomes: dict[str, Any] = {}
 
 
