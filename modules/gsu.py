@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -80,6 +80,13 @@ class SearchPart(NamedTuple):
     vectors: SearchVectors
 
 
+class Shortlist(Protocol):
+    """Entries that may be the best, found faster than by looking at each of them: ``modules/gsu_shortlists.py``."""
+
+    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> Found:
+        """Entries to look for the best ``length`` of each run among, ascending in each row."""
+
+
 def padded_width(dim: int) -> int:
     """Width of a search vector of so many dimensions: the next multiple of 16. Zeros behind them change no score."""
     return -(-dim // LANES) * LANES
@@ -111,7 +118,7 @@ def same_author(
         author_id: column of the history, int64.
         candidate_author: ``[n]`` int64.
     """
-    return _search(gsu_kernels.same_author, length, first, stop, author_id, candidate_author)
+    return search(gsu_kernels.same_author, length, first, stop, author_id, candidate_author)
 
 
 def latest_of_all(
@@ -130,10 +137,12 @@ def latest_of_all(
     Returns:
         ``Found.at`` is in order of time in each row, not ascending.
     """
-    return _search(gsu_kernels.latest_of_all, length, first, stop, ordinal, bits, require)
+    return search(gsu_kernels.latest_of_all, length, first, stop, ordinal, bits, require)
 
 
-def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> Found:
+def top(
+    first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart, shortlist: Shortlist | None = None
+) -> Found:
     """The entries of each run with the largest scores.
 
     Args:
@@ -142,19 +151,26 @@ def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) ->
         length: likewise.
         parts: one, or two whose dot products are added, say of items and of their authors. The vectors of both have the
             same type.
+        shortlist: only the entries of this list are scored; None scores all. It takes one part.
 
     Raises:
         ValueError: vectors of another type or width, or more parts.
     """
+    if shortlist is not None:
+        (part,) = parts
+        at, lengths = shortlist.shortlist(first, stop, length, part)
+        ends = np.cumsum(lengths)
+        found = top(ends - lengths, ends, length, part._replace(column=part.column[at]))
+        return Found(at[found.at], found.lengths)
     dtypes = {part.vectors.values.dtype for part in parts}
     if len(parts) not in (1, 2) or len(dtypes) > 1:
         raise ValueError(f"a search has one or two parts of one type, not {len(parts)} of {len(dtypes)}")
     kernel = gsu_kernels.top_half if np.dtype(np.float16) in dtypes else gsu_kernels.top_byte
-    arguments = [argument for part in parts for argument in _arguments(part)]
-    return _search(kernel, length, first, stop, len(parts), *(arguments * 2)[:8])
+    arguments = [argument for part in parts for argument in arguments_of(part)]
+    return search(kernel, length, first, stop, len(parts), *(arguments * 2)[:8])
 
 
-def _arguments(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+def arguments_of(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
     """Column, shift, vectors and the candidates' vectors, as the kernels take them."""
     values, shift = part.vectors
     if values.dtype not in (np.float16, np.int8) or values.shape[1] % LANES or not values.flags.c_contiguous:
@@ -169,19 +185,27 @@ def _arguments(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndarra
     return part.column, shift, values.view(np.uint16), query.astype(np.float32)
 
 
-def _search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> Found:
-    """Run a kernel over all rows, in as many threads as PyTorch has."""
+def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> Found:
+    """Run a kernel of ``modules/gsu_kernels.py`` over all rows, in as many threads as PyTorch has.
+
+    Args:
+        kernel: called as ``kernel(begin, end, first, stop, *arguments, out, lengths)``, for rows ``[begin, end)``.
+        length: most entries of a row, the width of ``out``.
+        first: where the runs begin.
+        stop: where they end.
+        arguments: more of the kernel's.
+    """
     out = np.empty((len(first), length), np.int64)
     lengths = np.zeros(len(first), np.int64)
 
     def part(begin: int, end: int) -> None:
         kernel(begin, end, first, stop, *arguments, out, lengths)
 
-    each_part(part, len(first))
+    _each_part(part, len(first))
     return Found(out[np.arange(length) >= length - lengths[:, None]], lengths)
 
 
-def each_part(work: Callable[[int, int], None], rows: int) -> None:
+def _each_part(work: Callable[[int, int], None], rows: int) -> None:
     """Call ``work(begin, end)`` for parts of ``[0, rows)``, side by side; it must not hold the interpreter's lock."""
     threads = min(torch.get_num_threads(), rows)
     if threads <= 1:

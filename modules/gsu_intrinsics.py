@@ -1,4 +1,4 @@
-"""Machine operations that numba lacks: dot products of a search vector in half or byte precision, prefetch.
+"""Machine operations that numba lacks: dot products of a search vector in half or byte precision, bit counts, prefetch.
 
 Written as LLVM instructions on vectors of 16 lanes, which become whatever the processor has: AVX-512, AVX2 or NEON.
 """
@@ -60,6 +60,16 @@ def dot_byte(context: Any, row: Any, query: Any, blocks: Any) -> tuple[Any, Call
         return _join_lanes(builder, lanes, builder.add)
 
     return types.int32(types.uintp, types.uintp, types.intp), generate
+
+
+@intrinsic
+def bits_set(context: Any, word: Any) -> tuple[Any, Callable]:
+    """``bits_set(word) -> int64``: ones in a uint64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), generate
 
 
 @intrinsic
