@@ -175,6 +175,12 @@ def test_histories_that_cannot_be(history, message):
         HistoryConfig(**history)
 
 
+def test_dynamic_tables_are_not_searched_in():
+    with pytest.raises(ValidationError, match='ids = "dynamic" ids change theirs'):
+        config(item={"ids": "dynamic", "rows": 100})
+    assert config(item={"ids": "dynamic", "rows": 100}, search={"tables": ["author"]}).needs_space
+
+
 def test_a_search_table_is_named_once():
     with pytest.raises(ValidationError, match="names one twice"):
         config(search={"tables": ["item", "item"]})

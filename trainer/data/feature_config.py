@@ -187,6 +187,16 @@ class FeatureConfig(BaseModel):
         "or a statistic as `stat:user`, `stat:user*author`; `stat:*` means all of them.",
     )
 
+    @model_validator(mode="after")
+    def _search_tables_have_rows(self) -> FeatureConfig:
+        for name in self.search.tables:
+            if self.needs_space and getattr(self, name).ids == "dynamic":
+                raise ValueError(
+                    f'histories with search = "top" look for rows of `{name}`, and with ids = "dynamic" ids change '
+                    "theirs; map its ids otherwise, or leave it out of `search.tables`"
+                )
+        return self
+
     @property
     def needs_space(self) -> bool:
         """Whether a history searches by dot product."""
