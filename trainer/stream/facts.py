@@ -123,7 +123,7 @@ class VisitFacts:
         return {
             "requests": np.array([row[:3] for row in features], np.int64).reshape(-1, 3),
             **{
-                name: np.array([row[3][column] for row in features], empty.dtype).reshape(-1, *empty.shape)
+                name: np.array([row[3][column] for row in features], empty.dtype).reshape(len(features), *empty.shape)
                 for column, (name, empty) in enumerate(self._empty.items())
             },
             "exits": np.array([row[:3] for row in watched], np.int64).reshape(-1, 3),
