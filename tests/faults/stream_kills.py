@@ -48,6 +48,8 @@ SETTINGS = (
     "checkpoint.every_minutes=0",
     "train.device=cpu",
 )
+TOPIC = "watch"
+
 LIMIT_SECONDS = 1800.0
 """For one start of the job."""
 
@@ -140,9 +142,9 @@ def compare(given: argparse.Namespace, directory: Path) -> int:
         properties = directory / "client.properties"
         # They keep 5 MB of a partition.
         properties.write_text("compression.type=zstd\ncompression.level=9\nlinger.ms=200\n")
-        arguments = ("--brokers", brokers, "--topic", "watch", "--format", "arrow", "--properties", str(properties))
+        arguments = ("--brokers", brokers, "--topic", TOPIC, "--format", "arrow", "--properties", str(properties))
         _limelight("stream", "publish", str(world), *arguments)
-        settings += ["stream.source=kafka", f"stream.brokers={brokers}", "stream.topic=watch", "stream.format=arrow"]
+        settings += ["stream.source=kafka", f"stream.brokers={brokers}", f"stream.topic={TOPIC}", "stream.format=arrow"]
         settings += ["stream.until_end=true"]
 
     runs = {name: Run(directory / f"{given.source}-{name}") for name in ("undisturbed", "killed", "fewer")}
@@ -195,7 +197,8 @@ def _brokers() -> tuple[Any, str]:
     import confluent_kafka
 
     cluster = confluent_kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 2})
-    known = cluster.list_topics(timeout=20).brokers.values()
+    # Its topics are made by being asked for.
+    known = cluster.list_topics(TOPIC, timeout=20).brokers.values()
     return cluster, ",".join(f"{broker.host}:{broker.port}" for broker in known)
 
 
