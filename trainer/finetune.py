@@ -28,7 +28,7 @@ from trainer.errors import UserError
 from trainer.llm.adapter import save_adapter
 from trainer.llm.checkpoints import AdapterCheckpoints, Identity
 from trainer.llm.config import FinetuneConfig, load_finetune
-from trainer.llm.engine import AdapterEngine
+from trainer.llm.engine import AdapterEngine, in_shares
 from trainer.llm.evaluation import Options, evaluate, report_table
 from trainer.llm.model import Base, add_adapter
 from trainer.llm.packing import Schedule
@@ -219,7 +219,8 @@ def draw(samples: Iterable[Sample], number: int, seed: int) -> list[Sample]:
 
 def load_base(config: FinetuneConfig, base: Base, settings: dict[str, Any]) -> Any:
     """The model with its weights, in the precision of DeepSpeed's settings."""
-    return base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
+    with in_shares(settings):
+        return base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
 
 
 def metrics_document(

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from launch.cli import main
+from launch.machine import free_port
 from tests.distributed.launches import DEEPSPEED, LIMELIGHT, ROOT, TORCHRUN, end, start
 from tests.llm.tiny import samples, write_samples
 from trainer.command import PREEMPTED_STATUS, USER_ERROR_STATUS
@@ -56,8 +58,22 @@ def test_every_launcher_trains_the_same_adapter_under_deepspeed(tmp_path: Path) 
     launchers = {
         "limelight": (*LIMELIGHT, "finetune", JOB, "--ranks", "2"),
         "torchrun": (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "trainer.finetune", JOB),
-        "deepspeed": (*DEEPSPEED, "--num_accelerators=2", "--master_port=0", "--module", "trainer.finetune", JOB),
-        "accelerate": (*ACCELERATE, "--num_processes=2", "-m", "trainer.finetune", JOB),
+        "deepspeed": (
+            *DEEPSPEED,
+            "--num_accelerators=2",
+            f"--master_port={free_port()}",
+            "--module",
+            "trainer.finetune",
+            JOB,
+        ),
+        "accelerate": (
+            *ACCELERATE,
+            "--num_processes=2",
+            f"--main_process_port={free_port()}",
+            "-m",
+            "trainer.finetune",
+            JOB,
+        ),
     }
     for name, command in launchers.items():
         end([start(*command, *overrides(tmp_path, tmp_path / name))])
@@ -101,6 +117,21 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     answers = [base.tokenizer(option)["input_ids"][0] for option in sample.options]
     logits = merged(input_ids=ids).logits[0, -1, answers]
     assert sample.options[int(logits.argmax())] == sample.answer
+
+
+@pytest.mark.slow
+def test_a_job_under_zero_3_comes_to_the_same(tmp_path: Path) -> None:
+    write_samples(tmp_path)
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}')
+    command = (*LIMELIGHT, "finetune", JOB, "--ranks", "2")
+    for name, more in (("two", []), ("three", [f"train.deepspeed={tmp_path / 'zero3.json'}"])):
+        end([start(*command, *overrides(tmp_path, tmp_path / name, *more))])
+    two, three = metrics(tmp_path / "two"), metrics(tmp_path / "three")
+    assert (two["engine"]["zero_stage"], three["engine"]["zero_stage"]) == (2, 3)
+    torch.testing.assert_close(two["training"]["loss"], three["training"]["loss"], atol=1e-5, rtol=0)
+    assert two["evaluation"]["fire"]["untuned"] == pytest.approx(three["evaluation"]["fire"]["untuned"], abs=1e-5)
+    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("two", "three")]
+    torch.testing.assert_close(adapters[0], adapters[1], atol=1e-4, rtol=0)
 
 
 def small_job(tmp_path: Path, *more: str) -> FinetuneConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,27 @@ from trainer.llm.network import AnswerModel
 from trainer.state import State, in_blocks, read_state
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def in_shares(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, transformers loads a model in the shares of the ranks where ZeRO 3 is asked for: no rank holds it whole.
+
+    Args:
+        settings: of :func:`trainer.deepspeed_settings.complete_settings`.
+    """
+    if settings["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    start_deepspeed()
+    # transformers knows of it for as long as it lives.
+    asked = HfDeepSpeedConfig(dict(settings))
+    try:
+        yield
+    finally:
+        del asked
 
 
 class AdapterEngine:
