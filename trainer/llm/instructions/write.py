@@ -22,6 +22,8 @@ from trainer.llm.templates import Template
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[str, ...] = ("train", "evaluate")
+OF_A_VIDEO = {"train": 4, "evaluate": 1}
+"""Most ``top_comment`` samples of a video: its comments stay the same, by and large."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,21 @@ def _write_splits(
                 if task == "user_comment":
                     drawn = drawn[visits.interacted.lengths[drawn] > 0]
                 if task == "top_comment":
-                    drawn = drawn[np.sort(np.unique(visits.item_id[drawn], return_index=True)[1])]
                     drawn = drawn[~np.isin(visits.item_id[drawn], seen_videos)]
+                    drawn = drawn[_first_of_each(visits.item_id[drawn], OF_A_VIDEO[split])]
                     seen_videos = visits.item_id[drawn]
                 records = _reported(tasks.samples(task, drawn, most), f"{split} {task}", min(most, len(drawn)), report)
                 counts[split][task] = _write_lines(file, records)
         if not any(counts[split].values()):
             raise UserError(f"{folder}: not one sample to {split} with; the comments have no texts or were never shown")
     return counts
+
+
+def _first_of_each(keys: np.ndarray, most: int) -> np.ndarray:
+    """Positions, increasing, of the first ``most`` occurrences of each key."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    return np.sort(order[np.arange(len(keys)) - np.searchsorted(ordered, ordered) < most])
 
 
 def _reported(
