@@ -201,11 +201,11 @@ def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *
     def part(begin: int, end: int) -> None:
         kernel(begin, end, first, stop, *arguments, out, lengths)
 
-    _each_part(part, len(first))
+    each_part(part, len(first))
     return Found(out[np.arange(length) >= length - lengths[:, None]], lengths)
 
 
-def _each_part(work: Callable[[int, int], None], rows: int) -> None:
+def each_part(work: Callable[[int, int], None], rows: int) -> None:
     """Call ``work(begin, end)`` for parts of ``[0, rows)``, side by side; it must not hold the interpreter's lock."""
     threads = min(torch.get_num_threads(), rows)
     if threads <= 1:
