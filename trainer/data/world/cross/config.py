@@ -23,7 +23,8 @@ VECTOR_DIM, VECTOR_NOISE = 32, 0.35
 """Of an item's content vector: its niche's direction, and noise so strong in relation to it."""
 
 ACTIVITY_SPREAD, MOST_PER_DAY = 0.8, 200
-ACTIVITY_BANDS = 6
+ACTIVITY_BANDS = 4
+"""Equal numbers of users from the least to the most active: low, middle, high and full, as in the paper's Table 4."""
 
 
 @dataclass(frozen=True)
