@@ -5,55 +5,51 @@
 The world (``limelight data simulate --world cross``) has users with up to 12,000 visits and five interests, each of
 which one of the five searches finds better than the others. For each seed the full model (PLE, five searches,
 alignment) is trained with ``benchmarks/cross.toml``, and again with one thing changed: CGC for PLE, one search removed,
-or no alignment. Printed are AUC and GAUC of the full model on the days after training, the best possible AUC (that of
-the true probabilities), and the differences of the other variants to the full model of the same seed, in points, with
-95 % intervals over the seeds (Student's t). Table 4 is the difference by how active users are, without any short
-video in any search.
+or no alignment. Printed are AUC and GAUC of the full model on the days after training, the best possible (that of the
+true probabilities), and the differences of the other variants to the full model of the same seed, in points, with 95 %
+intervals over the seeds (Student's t). Table 4 is the difference by how active users are, without any short video in
+any search.
 
-A finished run is kept under ``--home`` and never done again: a benchmark that was stopped goes on.
+A run of a variant and a seed is kept under ``--home`` and never done again: a benchmark that was stopped, by
+``--minutes`` or otherwise, goes on. Two processes can share it, each with seeds of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
+from benchmarks.cross_report import FULL, GROUPS, NO_VIDEOS, Measured, draw, summarise, tables
 from trainer.config import JobConfig, load_config
-from trainer.data.schema import DatasetSpec
+from trainer.data.dataset import Data
+from trainer.data.features import FeatureMap
+from trainer.data.loader import Loader
+from trainer.data.simulate_cross import ITEM_VECTORS, simulate_cross
 from trainer.distributed import World
-from trainer.evaluate import Predictions, evaluate, open_run, predict, read_truth, with_range
-from trainer.job import held_out_loader, split_in_time
-from trainer.preemption import Preemption
-from trainer.rank import run_job
+from trainer.engine import HybridEngine
+from trainer.evaluate import Predictions, evaluate, predict, read_truth
+from trainer.job import build_engine, fit_once, held_out_loader, split_in_time, training_loader
+from trainer.progress import Progress
 from trainer.run import environment, write_json
+from trainer.schedule import learning_rate_factor
+from trainer.search_refresh import Searching, make_space
 
 JOB = "benchmarks/cross.toml"
-USERS, DAYS, WORLD_SEED = 400, 60, 1
-EVAL_FROM, EVAL_UNTIL = "2024-04-23", "2024-04-30"
-"""The day after training is left out: labels of its last visits were not complete."""
+USERS, DAYS, PARTITIONS, WORLD_SEED = 400, 60, 8, 1
+METRICS = ("auc", "gauc", "best_auc", "best_gauc", "positives", "rows")
 
-FULL, NO_VIDEOS = "full", "no short videos"
-GROUPS = ("low", "middle", "high", "full")
-"""Quarters of the users by activity, as the world's ``activity_band`` has them."""
-
-Variant = dict[str, Any]
-"""Changes to the job: dotted key -> value; None takes a key away."""
-
-VARIANTS: dict[str, Variant] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "CGC": {"model.kind": "cgc"},
     "no short": {"features.history.short": None},
@@ -67,27 +63,15 @@ VARIANTS: dict[str, Variant] = {
         "features.history.mixed.domain": "live",
     },
 }
+"""Variant -> changes to the job: dotted key -> value; None takes a key away. The paper has no row for the alignment
+alone: without ``mixed`` there is nothing to align with."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A run's metrics: of all rows, and of each group of users. Group -> behaviour -> metric -> value."""
-
-    variant: str
-    seed: int
-    seconds: float
-    groups: dict[str, dict[str, dict[str, float]]]
-
-    def value(self, group: str, behaviour: str, metric: str) -> float:
-        """One figure in points: percent."""
-        return 100 * self.groups[group][behaviour][metric]
-
-
-def job_of(variant: Variant, world: Path, directory: Path, seed: int) -> JobConfig:
+def job_of(variant: str, world: Path, seed: int) -> JobConfig:
     """The job of a variant."""
-    config = load_config(JOB, [f"data.path={world}", f"features.search.embedding={world / 'embeddings' / 'items'}"])
+    config = load_config(JOB, [f"data.path={world}", f"features.search.embedding={world / ITEM_VECTORS}"])
     content = config.model_dump(mode="json")
-    for key, value in {**variant, "run.directory": str(directory), "run.seed": seed}.items():
+    for key, value in {**VARIANTS[variant], "run.seed": seed}.items():
         *sections, name = key.split(".")
         place = content
         for section in sections:
@@ -99,32 +83,53 @@ def job_of(variant: Variant, world: Path, directory: Path, seed: int) -> JobConf
     return JobConfig.model_validate(content)
 
 
-def run(variant: str, seed: int, world_path: Path, home: Path, world: World, preemption: Preemption) -> Measured:
-    """Train one variant with one seed, and judge it on the days after."""
-    directory = home / "running"
-    shutil.rmtree(directory, ignore_errors=True)
+def run(config: JobConfig, variant: str, world: World) -> Measured:
+    """Train one variant, and judge it on the days after."""
     started = time.process_time()
-    config = job_of(VARIANTS[variant], world_path, directory, seed)
-    run_job(config, world, preemption)
-    trained = open_run(str(directory), world)
-    config = with_range(config, None, EVAL_FROM, EVAL_UNTIL)
-    split = split_in_time(config, trained.data.spec)
-    loader = held_out_loader(config, trained.data, split, trained.features, world, None, trained.space)
-    held_out = predict(trained.engine, loader, quiet=True)
-    behaviours = trained.features.behaviours
-    truth = read_truth(config.data.path, held_out, behaviours)
-    assert truth is not None, "a simulated world has its truth"
-    band = activity(world_path)[held_out.user_id.numpy()]
+    data = Data.open(config.data.path)
+    split = split_in_time(config, data.spec)
+    with tempfile.TemporaryDirectory() as folder:
+        fitted = fit_once(config, data, split, Path(folder) / "features", world)
+    features = FeatureMap(data.spec, config.features, fitted)
+    engine = build_engine(config, features, config.model.kind, world)
+    space = make_space(config, features)
+    if space is not None:
+        Searching(space, config, features, engine, world).begin()
+    train(engine, training_loader(config, data, split, features, world, space=space), config)
+    held_out = predict(engine, held_out_loader(config, data, split, features, world, None, space), quiet=True)
+    engine.close()
+
+    truth = read_truth(config.data.path, held_out, features.behaviours)
+    if truth is None:
+        sys.exit(f"{config.data.path}: has no true probabilities; give a dataset of `limelight data simulate`")
+    band = activity(Path(config.data.path))[held_out.user_id.numpy()]
     groups = {"all": torch.ones(len(band), dtype=torch.bool)}
     groups |= {name: torch.from_numpy(band == 1 + number) for number, name in enumerate(GROUPS)}
-    reports = {name: evaluate(subset(held_out, rows), behaviours, truth[rows]) for name, rows in groups.items()}
-    shutil.rmtree(directory)
-    kept = ("auc", "gauc", "best_auc", "best_gauc", "positives", "rows")
+    reports = {
+        name: evaluate(subset(held_out, rows), features.behaviours, truth[rows]) for name, rows in groups.items()
+    }
     figures = {
-        name: {behaviour: {metric: found[metric] for metric in kept} for behaviour, found in report.items()}
+        name: {behaviour: {metric: found[metric] for metric in METRICS} for behaviour, found in report.items()}
         for name, report in reports.items()
     }
-    return Measured(variant, seed, time.process_time() - started, figures)
+    return Measured(variant, config.run.seed, time.process_time() - started, figures)
+
+
+def train(engine: HybridEngine, loader: Loader, config: JobConfig) -> None:
+    """All steps of a job, without what it writes beside them: checkpoints, traces and reports."""
+    schedule, total, done = config.optimizer, loader.rows_total, 0
+
+    def set_learning_rates() -> None:
+        place, end = done / config.train.batch_size, total / config.train.batch_size
+        factor = learning_rate_factor(place, end, schedule.warmup, schedule.decay)
+        engine.set_learning_rate(config.tables.learning_rate * factor, schedule.learning_rate * factor)
+
+    set_learning_rates()
+    with Progress("train", total, "rows") as progress:
+        for result in engine.steps(iter(loader)):
+            done += result.rows_global
+            progress.advance(result.rows_global, f"loss {float(result.loss):.4f}")
+            set_learning_rates()
 
 
 def subset(predictions: Predictions, rows: Tensor) -> Predictions:
@@ -137,76 +142,61 @@ def activity(world: Path) -> np.ndarray:
     return pq.read_table(world / "users.parquet").sort_by("user_id")["activity_band"].to_numpy()
 
 
-def measure(options: argparse.Namespace, world_path: Path) -> list[Measured]:
-    """All runs that are kept, after doing those that are missing and that there is time for."""
-    found: dict[tuple[str, int], Measured] = {}
-    missing = []
-    for variant, seed in planned(options):
-        file = result_file(options.home, variant, seed)
-        if file.exists():
-            found[variant, seed] = Measured(**json.loads(file.read_text()))
-        else:
-            missing.append((variant, seed))
-    stop = time.monotonic() + 60 * options.minutes
-    if missing:
-        with World.join("cpu") as world:
-            preemption = Preemption()
-            for variant, seed in missing:
-                if time.monotonic() > stop:
-                    break
-                result = found[variant, seed] = run(variant, seed, world_path, options.home, world, preemption)
-                file = result_file(options.home, variant, seed)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, vars(result))
-    return list(found.values())
-
-
-def planned(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Runs in order, seed by seed, so that a benchmark that is stopped has whole seeds."""
-    return ((variant, seed) for seed in range(1, options.seeds + 1) for variant in VARIANTS)
-
-
 def result_file(home: Path, variant: str, seed: int) -> Path:
-    """Where a run's figures are kept."""
+    """Where the figures of a run are kept."""
     return home / "results" / f"{variant.replace(' ', '-')}-{seed}.json"
 
 
-def summarise(runs: list[Measured]) -> dict[str, Any]:
-    """Table 2 by behaviour, and Table 4 by behaviour and group; figures in points with half-widths of 95 % intervals."""
-    by_seed: dict[int, dict[str, Measured]] = {}
-    for measured in runs:
-        by_seed.setdefault(measured.seed, {})[measured.variant] = measured
-    seeds = [found for found in by_seed.values() if FULL in found]
-    behaviours = list(seeds[0][FULL].groups["all"])
+def do_missing(options: argparse.Namespace, path: Path) -> None:
+    """Do the runs that are not kept yet, seed by seed, while there is time."""
+    planned = [(variant, seed) for seed in options.seeds for variant in VARIANTS]
+    missing = [(variant, seed) for variant, seed in planned if not result_file(options.home, variant, seed).exists()]
+    if not missing:
+        return
+    stop = time.monotonic() + 60 * options.minutes
+    with World.join("cpu") as world:
+        for variant, seed in missing:
+            if time.monotonic() > stop:
+                break
+            print(f"{variant}, seed {seed}", file=sys.stderr, flush=True)
+            result = run(job_of(variant, path, seed), variant, world)
+            file = result_file(options.home, variant, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, vars(result))
 
-    def difference(variant: str, group: str, behaviour: str, metric: str) -> dict[str, float | None]:
-        pairs = [(found[variant], found[FULL]) for found in seeds if variant in found]
-        return with_interval([one.value(group, behaviour, metric) - full.value(group, behaviour, metric) for one, full in pairs])
 
-    table_2: dict[str, Any] = {}
-    for behaviour in behaviours:
-        full = [found[FULL] for found in seeds]
-        one = full[0].groups["all"][behaviour]
-        table_2[behaviour] = {
-            "positives": one["positives"],
-            "rows": one["rows"],
-            "best_auc": 100 * one["best_auc"],
-            "best_gauc": 100 * one["best_gauc"],
-            "full": {m: with_interval([run.value("all", behaviour, m) for run in full]) for m in ("auc", "gauc")},
-            "difference": {
-                variant: {metric: difference(variant, "all", behaviour, metric) for metric in ("auc", "gauc")}
-                for variant in VARIANTS
-                if variant != FULL and any(variant in found for found in seeds)
-            },
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--home", type=Path, default=Path("runs/cross"), help="of world and runs (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many; the rest is for later")
+    parser.add_argument("--out", type=Path, help="JSON file to write, beside it a picture")
+    options = parser.parse_args()
+    path = options.home / "world"
+    if not path.exists():
+        options.home.mkdir(parents=True, exist_ok=True)
+        simulate_cross(path, USERS, DAYS, PARTITIONS, WORLD_SEED)
+    do_missing(options, path)
+    kept = sorted((options.home / "results").glob("*.json"))
+    runs = [Measured(**json.loads(file.read_text())) for file in kept]
+    if not any(run.variant == FULL for run in runs):
+        sys.exit("no run of the full model is finished yet; the same command goes on")
+    result = summarise(runs, list(VARIANTS))
+    print(tables(result))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "question": "Tables 2 and 4 of Moment&Cross on a simulated world, in points",
+            "world": {"users": USERS, "days": DAYS, "seed": WORLD_SEED},
+            "runs": len(runs),
+            "mean_cpu_seconds_of_a_run": float(np.mean([run.seconds for run in runs])),
         }
-    table_4 = {
-        behaviour: {group: difference(NO_VIDEOS, group, behaviour, "auc") for group in GROUPS} for behaviour in behaviours
-    }
-    return {"table_2": table_2, "table_4": table_4, "seeds": sorted(by_seed)}
+        write_json(options.out, {**facts, "environment": environment(1), **result})
+        draw(result, options.out.with_suffix(".svg"))
 
 
-def with_interval(values: list[float]) -> dict[str, float | None]:
-    """Mean, and the half-width of its 95 % interval over seeds; None for a single seed."""
-    n = len(values)
-    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return {"mean": float(np.mean(values)) if n else None, "half_width_95": half, "seeds": n}
+if __name__ == "__main__":
+    main()
