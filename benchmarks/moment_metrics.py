@@ -106,7 +106,8 @@ def quality(user_id: np.ndarray, predicted: np.ndarray, label: np.ndarray, truth
     Returns:
         ``auc``, ``gauc`` and those of the true probabilities, ``best_auc`` and ``best_gauc``; ``predicted_observed``
         and ``predicted_true``, ratios of means (the first is one over COPC); ``ece_observed`` and ``ece_true``, see
-        :func:`expected_calibration_error`; ``excess_loss``. nan where undefined.
+        :func:`expected_calibration_error`; ``excess_loss``, and that of the mean of the true probabilities,
+        ``constant_excess_loss``. nan where undefined.
     """
     predicted, truth = predicted.astype(np.float64), truth.astype(np.float64)
     areas = {
@@ -122,4 +123,5 @@ def quality(user_id: np.ndarray, predicted: np.ndarray, label: np.ndarray, truth
         "ece_observed": expected_calibration_error(predicted, label),
         "ece_true": expected_calibration_error(predicted, truth),
         "excess_loss": excess_loss(predicted, truth),
+        "constant_excess_loss": excess_loss(np.full(len(truth), truth.mean()), truth),
     }

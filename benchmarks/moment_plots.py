@@ -33,8 +33,8 @@ def plot_room(file: Path, at_s: np.ndarray, truth: np.ndarray, predicted: Mappin
         mean = running_mean(at_s, values, moments, _SMOOTH_S)
         axes.plot(moments / 60, mean, color=COLOURS[policy], lw=1.4, label=policy)
     axes.set(xlabel="minutes of the stream", ylabel="mean click probability, 30 s", ylim=(0, None))
-    axes.set_title("One room: true and predicted click probability of its exposures, as they were requested")
-    axes.legend(ncols=5, loc="upper right")
+    axes.set_title("Exposures of one author's rooms: true click probability, and predicted as they were requested")
+    figure.legend(ncols=5, loc="outside lower center")
     figure.savefig(file, dpi=110)
 
 
@@ -53,7 +53,7 @@ def plot_reactions(file: Path, result: Mapping[str, Mapping[str, Any]]) -> None:
         axes.axhline(0.5, color="black", lw=0.6, ls=":")
         axes.axhline(1.0, color="black", lw=0.6)
         axes.axvline(0.0, color="black", lw=0.6)
-        axes.set(xlabel="seconds since the jump", ylabel="share of the jump covered", ylim=(-0.3, 1.5))
+        axes.set(xlabel="seconds since the jump", ylabel="share of the jump covered", ylim=(-0.25, 1.1))
         axes.set_title(f"The click probability {kind}")
     rises.legend(loc="upper left")
     width = 0.8 / len(result)

@@ -70,13 +70,11 @@ class Predicted:
     Attributes:
         visit_id: ``[n]`` int64.
         probability: ``[n, behaviours]`` float32.
-        label: ``[n, behaviours]`` uint8, what came of them in the end.
         facts: of the training: ``steps``, ``rows`` and what ``Stream.summary`` tells.
     """
 
     visit_id: np.ndarray
     probability: np.ndarray
-    label: np.ndarray
     facts: dict[str, Any]
 
 
@@ -88,9 +86,9 @@ def predict_stream(config: JobConfig, world: World) -> Predicted:
         stream.observe = answers.append
 
     facts = train_on(config, world, listen)
-    visit_id, label = (np.concatenate([answer.rows[name] for answer in answers]) for name in ("visit_id", "label"))
+    visit_id = np.concatenate([answer.rows["visit_id"] for answer in answers])
     logits = np.concatenate([answer.logits for answer in answers])
-    return Predicted(visit_id, (1 / (1 + np.exp(-logits))).astype(np.float32), label, facts)
+    return Predicted(visit_id, (1 / (1 + np.exp(-logits))).astype(np.float32), facts)
 
 
 def train_on(config: JobConfig, world: World, prepare: Callable[[Stream], None]) -> dict[str, Any]:

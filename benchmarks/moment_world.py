@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from trainer.data.build import DatasetBuilder
 from trainer.data.checks import Columns
 from trainer.data.schema import DOMAINS, VISIT_EVENTS, DatasetSpec, SideFeature, visit_schema
+from trainer.data.shards import read_rows
 from trainer.data.visits import derive_events, event_table
 from trainer.data.world.config import START_MS, TIMEZONE
 
@@ -203,6 +204,7 @@ class Shown:
         place: ``[n]`` int64, of the room.
         at_s: ``[n]`` float64, seconds since the stream began, ascending.
         truth: ``[n, behaviours]`` float64, true probabilities.
+        label: ``[n, behaviours]`` uint8, what came of them, whenever it did.
         segment: ``[n]`` int64, of :func:`levels`.
     """
 
@@ -210,6 +212,7 @@ class Shown:
     place: np.ndarray
     at_s: np.ndarray
     truth: np.ndarray
+    label: np.ndarray
     segment: np.ndarray
 
 
@@ -222,8 +225,11 @@ def shown(dataset: Path, size: WorldSize, seed: int) -> Shown:
     place = exposures["author_id"].to_numpy() - 1
     at_s = (truth["request_ms"].to_numpy() - START_MS) / 1000 - size.warm_up_s
     probability = np.stack([truth[f"p_{name}"].to_numpy() for name in BEHAVIOURS], axis=1).astype(np.float64)
+    rows = read_rows(dataset, SPEC, columns=["visit_id", "label"])
+    label = np.zeros(probability.shape, np.uint8)
+    label[rows["visit_id"]] = rows["label"]
     segment = segment_of(levels(size, seed), place, at_s)
-    return Shown(truth["user_id"].to_numpy(), place, at_s, probability, segment)
+    return Shown(truth["user_id"].to_numpy(), place, at_s, probability, label, segment)
 
 
 def segment_of(segments: Segments, place: np.ndarray, at_s: np.ndarray) -> np.ndarray:

@@ -101,4 +101,6 @@ def test_quality_against_labels_and_against_the_truth(seed: int) -> None:
     cross = -(truth * np.log(truth / 2) + (1 - truth) * np.log(1 - truth / 2)).mean()
     entropy = -(truth * np.log(truth) + (1 - truth) * np.log(1 - truth)).mean()
     assert excess_loss(truth / 2, truth) == pytest.approx(cross - entropy)
+    flat = quality(user, np.full(len(truth), truth.mean()), label, truth)
+    assert flat["excess_loss"] == flat["constant_excess_loss"] == exact["constant_excess_loss"] > 0
     assert np.isnan(quality(user, truth, np.zeros(len(truth), np.uint8), truth)["auc"])
