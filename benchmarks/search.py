@@ -233,7 +233,7 @@ def report(document: dict[str, Any]) -> str:
         [
             f"{row['catalogue']:,}",
             row["popularity"],
-            row["threads"],
+            str(row["threads"]),
             *(f"{row[name]:.2f}" for name in ("copy_gb_s", "read_gb_s", "search_gb_s")),
             f"{row['share_of_copy']:.2f}",
             f"{row['microseconds_per_user']:.0f}",
