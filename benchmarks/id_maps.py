@@ -6,7 +6,8 @@ A stream of ids whose favourites move on (Zipf's law over a window that slides) 
 with buckets of several sizes, one order of all rows (what a bucket as large as the table would do), and TorchRec's
 ``MCHManagedCollisionModule`` with its eviction after every step and after every tenth. All admit an id when it first
 comes and evict by recency, since that is what TorchRec has; ids are looked up as training does. Times are CPU time of
-one thread, median of the steps. A look-up is an id of a step, however often it comes; it is served if it has a row.
+one thread, median of the steps. A look-up is an id of a step, however often it comes; it is served if it has a row, and
+kept if the row was last looked up by the same id, so that it knows something of it.
 """
 
 from __future__ import annotations
@@ -58,19 +59,26 @@ def ours(rows: int, bucket_rows: int) -> Map:
 
 
 def one_order(rows: int) -> Map:
-    """The ids seen most recently, out of all; of those that were seen in the same step, the smaller ones."""
-    held = np.empty(0, np.int64)
-    seen = np.empty(0, np.int64)
+    """The ids seen most recently, out of all; of those that were seen in the same step, the smaller ones.
+
+    It has no rows, but numbers what it admits.
+    """
+    held, seen, number = (np.empty(0, np.int64) for _ in range(3))
+    admitted = 0
 
     def look_up(values: Tensor, step: int) -> Tensor:
-        nonlocal held, seen
-        new = np.unique(values.numpy())
-        old = ~np.isin(held, new)
-        held = np.concatenate([new, held[old]])
-        seen = np.concatenate([np.full(len(new), step), seen[old]])
-        kept = np.lexsort((held, -seen))[: rows - 1]
-        held, seen = held[kept], seen[kept]
-        return torch.from_numpy(np.where(np.isin(values.numpy(), held), 0, -1))
+        nonlocal held, seen, number, admitted
+        now, where = np.unique(values.numpy(), return_inverse=True)
+        new = now[~np.isin(now, held)]
+        seen[np.isin(held, now)] = step
+        held, seen = np.concatenate([held, new]), np.concatenate([seen, np.full(len(new), step)])
+        number = np.concatenate([number, admitted + np.arange(len(new))])
+        admitted += len(new)
+        kept = np.sort(np.lexsort((held, -seen))[: rows - 1])
+        held, seen, number = held[kept], seen[kept], number[kept]
+        order = np.argsort(held)
+        place = order[np.searchsorted(held[order], now).clip(max=len(held) - 1)]
+        return torch.from_numpy(np.where(held[place] == now, number[place], -1)[where])
 
     return look_up
 
@@ -96,19 +104,26 @@ def torchrec(rows: int, interval: int) -> Map:
 
 
 def measure(look_up: Map, ids: int, steps: int, tick: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step, ids a second, and the share of look-ups that were served after the first quarter."""
-    seconds, served, asked = [], 0, 0
+    """CPU milliseconds of a step, ids a second, and the shares of look-ups served and kept after the first quarter."""
+    seconds, served, kept, asked = [], 0, 0, 0
+    holder: dict[int, int] = {}
     for step, values in enumerate(stream(ids, steps), 1):
         started = time.thread_time()
         rows = look_up(values, step)
         seconds.append(time.thread_time() - started)
+        distinct, first = np.unique(values.numpy(), return_index=True)
+        found = dict(zip(distinct.tolist(), rows.numpy()[first].tolist(), strict=True))
         if step > steps // 4:
-            distinct, first = np.unique(values.numpy(), return_index=True)
-            served += int((rows.numpy()[first] >= 0).sum())
+            served += sum(row >= 0 for row in found.values())
+            kept += sum(row >= 0 and holder.get(row) == value for value, row in found.items())
             asked += len(distinct)
+        holder |= {row: value for value, row in found.items() if row >= 0}
         tick()
     median = float(np.median(seconds))
-    return {"milliseconds": 1e3 * median, "ids_per_second": ids / median, "served": served / asked}
+    return {"milliseconds": 1e3 * median, "ids_per_second": ids / median} | {
+        "served": served / asked,
+        "kept": kept / asked,
+    }
 
 
 def main() -> None:
@@ -116,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the table (default: %(default)s)")
     parser.add_argument("--ids", type=int, default=100_000, help="ids of a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -128,10 +143,15 @@ def main() -> None:
         for name, look_up in maps.items():
             result[name] = measure(look_up, options.ids, options.steps, lambda: progress.advance(1))
     lines = [
-        [name, f"{found['milliseconds']:.1f}", f"{found['ids_per_second'] / 1e6:.2f}", f"{100 * found['served']:.1f} %"]
+        [
+            name,
+            f"{found['milliseconds']:.1f}",
+            f"{found['ids_per_second'] / 1e6:.2f}",
+            *(f"{100 * found[key]:.1f} %" for key in ("served", "kept")),
+        ]
         for name, found in result.items()
     ]
-    print(text_table(["map", "CPU ms a step", "million ids/s", "look-ups served"], lines))
+    print(text_table(["map", "CPU ms a step", "million ids/s", "look-ups served", "kept"], lines))
     if options.out:
         facts = {
             "question": "Cost and choice of id maps",
