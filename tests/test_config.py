@@ -10,11 +10,13 @@ from pydantic import BaseModel
 from trainer.config import JobConfig, load_config, load_deepspeed, load_job, parse_time, reference
 from trainer.errors import UserError
 from trainer.llm.config import FinetuneConfig
+from trainer.llm.embed_config import EmbeddingJob
 from trainer.staytime_config import StaytimeConfig
 
 ROOT = Path(__file__).parents[1]
 
 OTHER_JOBS: dict[str, type[BaseModel]] = {
+    "embed.toml": EmbeddingJob,
     "staytime.toml": StaytimeConfig,
     "finetune_small.toml": FinetuneConfig,
     "qwen2_7b_lora.toml": FinetuneConfig,
