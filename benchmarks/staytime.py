@@ -49,7 +49,7 @@ BACKBONES = ("dcn", "deepfm", "autoint", "mlp")
 LAMBDA1 = (0.0, 0.01, 0.1, 1.0)
 LAMBDA2 = (0.0, 0.1, 0.3, 1.0)
 NUMBERS = (3, 6, 10)
-WORD_WIDTH = 64
+WORD_WIDTH = 32
 
 READ = {"enabled", "item_embeddings", "comment_embeddings", "comments", "candidates"}
 """Settings of LCU that decide what is read."""
@@ -57,7 +57,8 @@ READ = {"enabled", "item_embeddings", "comment_embeddings", "comments", "candida
 WORLD_SETTINGS = (
     "data.eval_from=2024-03-09",
     # What says nothing of staying in this world, so that a cell is cheap.
-    'input.exclude=["city_tier", "device", "gender", "age_band", "spend_band", "user_tenure", "author_tenure"]',
+    'input.exclude=["city_tier", "device", "gender", "age_band", "spend_band", "user_tenure", "author_tenure", '
+    '"author_category", "author_genre", "fans_band"]',
     "lcu.heads=2",
 )
 KUAIRAND_SETTINGS = ("data.eval_from=2022-05-04", "lcu.enabled=false", 'input.exclude=["user_id"]', "train.epochs=1")
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where data and finished cells are kept")
-    parser.add_argument("--users", type=int, default=600, help="of the simulated world (default: %(default)s)")
+    parser.add_argument("--users", type=int, default=400, help="of the simulated world (default: %(default)s)")
     parser.add_argument("--kuairand", type=Path, help="an imported KuaiRand, for its part")
     parser.add_argument("--embeddings", type=named_directory, nargs="*", default=[], metavar="NAME=DIRECTORY")
     parser.add_argument("--parts", nargs="*", metavar="PART", help="parts to run (default: all)")

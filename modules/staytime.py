@@ -268,7 +268,7 @@ class TextToken(nn.Module):
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+            nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:

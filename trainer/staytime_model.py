@@ -177,7 +177,9 @@ def train(
         UserError: the loss is not finite.
     """
     settings, generator = config.train, np.random.default_rng(config.run.seed)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     steps_of_epoch = -(-len(data.training) // settings.batch_size)
     total, step = settings.epochs * steps_of_epoch, 0
     network.train()
