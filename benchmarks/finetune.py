@@ -345,7 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if given.out:
-        document = {"shape": {"name": given.shape, **SHAPES[given.shape]}, "cells": results, **environment(1)}
+        # Of a cell's process; this one only waits.
+        threads = {} if torch.cuda.is_available() else {"threads": 1}
+        document = {
+            "shape": {"name": given.shape, **SHAPES[given.shape]},
+            "cells": results,
+            **environment(1),
+            **threads,
+        }
         write_json(given.out, document)
         draw(results, given.out.with_suffix(".png"))
 
