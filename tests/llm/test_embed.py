@@ -36,7 +36,7 @@ from trainer.llm.templates import Template
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "configs/templates/embed.txt"
 DIM = 32
-PATIENCE = 120
+PATIENCE = 280
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
 """Of float32 vectors in other batches."""
 
