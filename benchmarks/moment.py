@@ -15,7 +15,7 @@ rates are the same for all policies, from a world of their own.
 
     python -m benchmarks.moment --work moment --out benchmarks/results/moment.json
 
-does all of it, in about two hours on one core: ``tune``, ``train``, ``live`` and ``report``. What is in ``--work`` is
+does all of it, in one to two hours on one core: ``tune``, ``train``, ``live`` and ``report``. What is in ``--work`` is
 not done again; ``--policies`` and ``--at-most`` choose a part. ``live`` takes its minutes by the clock, policy by
 policy.
 """
