@@ -7,7 +7,8 @@ searches make them: users have 10,000 items of popularity 1/rank; ``long`` holds
 ``author`` those of its author, most often none, and ``mixed`` every third of the latest, which ``short`` has as well.
 Each user has two rows a batch. Ids are looked up, sent, and their rows trained with row-wise Adagrad, on 1 and 2 ranks,
 once as they come and once without duplicates (``trainer/deduplicated.py``), in the same process by turns. Bytes are
-those that ``all_to_all_single`` hands to other ranks. The tables must come out equal.
+those that ``all_to_all_single`` hands to other ranks. Beside the time that passed stands that of the processor, of all
+threads of a rank, which other work on the machine disturbs less. The tables must come out equal.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,23 +126,27 @@ def make_tables(world: World, rows: int, *, deduplicate: bool) -> ShardedTables:
     )
 
 
-def step(tables: ShardedTables, ids: KeyedJaggedTensor, gradient: float) -> Iterator[tuple[str, float]]:
-    """Look up and train; the seconds of each stage."""
-    marks = [time.perf_counter()]
-    exchanges = tables.start([ids])
-    marks.append(time.perf_counter())
-    for exchange in exchanges:
-        exchange.send()
-    marks.append(time.perf_counter())
-    found = {name: rows for exchange in exchanges for name, rows in exchange.rows().items()}
-    marks.append(time.perf_counter())
+def step(tables: ShardedTables, ids: KeyedJaggedTensor, gradient: float) -> dict[str, float]:
+    """Look up and train; the seconds of each stage, and under ``processor`` those of the processor in all."""
+    spent, busy = {}, 0.0
+    found: dict[str, Tensor] = {}
+
+    def timed(stage: str, work: Callable[[], Any]) -> Any:
+        nonlocal busy
+        started, before = time.perf_counter(), time.process_time()
+        result = work()
+        spent[stage] = time.perf_counter() - started
+        busy += time.process_time() - before
+        return result
+
+    exchanges = timed("start", lambda: tables.start([ids]))
+    timed("send", lambda: [exchange.send() for exchange in exchanges])
+    for rows in timed("rows", lambda: [exchange.rows() for exchange in exchanges]):
+        found |= rows
     # As gradients come: each of its own memory.
     given = {name: [torch.sin(rows * gradient)] for name, rows in found.items()}
-    resumed = time.perf_counter()
-    for exchange in exchanges:
-        exchange.update(given, 1.0 / ids.stride())
-    marks.append(time.perf_counter() - resumed + marks[-1])
-    yield from zip(STAGES, np.diff(marks).tolist(), strict=True)
+    timed("update", lambda: [exchange.update(given, 1.0 / ids.stride()) for exchange in exchanges])
+    return spent | {"processor": busy}
 
 
 def measure_rank(rows: int, length: int, out: Path) -> None:
@@ -162,7 +167,7 @@ def measure_rank(rows: int, length: int, out: Path) -> None:
             for way, tables in models.items():
                 world.barrier()
                 traffic.bytes = 0
-                spent = dict(step(tables, batch, 1.0 + number))
+                spent = step(tables, batch, 1.0 + number)
                 if number >= WARM_UP:
                     seconds[way].append(spent)
                     bytes_sent[way] += traffic.bytes
@@ -179,7 +184,9 @@ def measure_rank(rows: int, length: int, out: Path) -> None:
                     "milliseconds": {
                         stage: 1e3 * statistics.median(each[stage] for each in seconds[way]) for stage in STAGES
                     },
-                    "milliseconds_in_all": 1e3 * statistics.median(sum(each.values()) for each in seconds[way]),
+                    "milliseconds_in_all": 1e3
+                    * statistics.median(sum(each[stage] for stage in STAGES) for each in seconds[way]),
+                    "processor_milliseconds": 1e3 * statistics.median(each["processor"] for each in seconds[way]),
                 }
                 for way in WAYS
             },
@@ -211,13 +218,11 @@ def describe(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for way, found in result["ways"].items():
             ids = result["different_ids"] if WAYS[way] else result["ids"]
-            stages = [f"{found['milliseconds'][stage]:.1f}" for stage in STAGES]
+            times = [*found["milliseconds"].values(), found["milliseconds_in_all"], found["processor_milliseconds"]]
             sent = f"{found['megabytes_to_other_ranks']:.1f}"
-            lines.append(
-                [str(result["ranks"]), way, f"{ids:,.0f}", sent, *stages, f"{found['milliseconds_in_all']:.1f}"]
-            )
-    header = ["ranks", "ids are sent", "ids a rank", "MB to others", *(f"{stage} ms" for stage in STAGES), "ms"]
-    return text_table(header, lines, texts=2)
+            lines.append([str(result["ranks"]), way, f"{ids:,.0f}", sent, *(f"{time:.1f}" for time in times)])
+    stages = [f"{stage} ms" for stage in STAGES]
+    return text_table(["ranks", "ids are sent", "ids a rank", "MB to others", *stages, "ms", "CPU ms"], lines, texts=2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

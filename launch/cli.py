@@ -17,6 +17,7 @@ from trainer.command import (
     USER_ERROR_STATUS,
     add_command,
     add_evaluate_arguments,
+    add_explain_arguments,
     add_merge_arguments,
     add_score_arguments,
     add_train_arguments,
@@ -123,6 +124,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_score_arguments(score)
     score.set_defaults(run=_score)
 
+    explain = add_command(
+        verbs,
+        "explain",
+        "what each history held for a candidate, and how much attention each entry got",
+        "For one user and one candidate: which items each history holds as of a time, and how much attention the\n"
+        "model gives each of them, as text and as a picture.",
+        "limelight explain runs/simulated --user 17 --candidate 4021 --at 2024-03-12T20:00",
+    )
+    add_explain_arguments(explain)
+    explain.set_defaults(run=_explain)
+
     staytime = add_command(
         verbs,
         "staytime",
@@ -225,6 +237,12 @@ def _merge(options: argparse.Namespace) -> None:
 
     merge_run(Path(options.directory), Path(options.out))
     print(f"merged: {options.out}")
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from launch.local import start_ranks
+
+    return start_ranks("trainer.explain", options.forwarded, 1)
 
 
 def _doctor(options: argparse.Namespace) -> int:

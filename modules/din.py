@@ -58,6 +58,18 @@ class TargetAttention(nn.Module):
         of_key, of_product = (of_key - of_difference).contiguous(), of_product.contiguous()
         return _Attention.apply(query, keys, bias, of_key, of_product, self.score, lengths, max_length, *layers)
 
+    def shares(self, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+        """How much attention each entry gets, ``[entries, 1]``, 1 in all for a row.
+
+        For looking at few rows; arguments as of :meth:`forward`.
+        """
+        asked = self.project(query).repeat_interleave(lengths, 0)
+        hidden = torch.relu(self.first(torch.cat([asked, keys, asked - keys, asked * keys], 1)))
+        for layer in self.rest:
+            hidden = torch.relu(layer(hidden))
+        scores = torch.mv(hidden, self.score)
+        return torch.cat([scores[:0], *(of_row.softmax(0) for of_row in scores.split(lengths.tolist()))])[:, None]
+
 
 class _Attention(torch.autograd.Function):
     """Attention block by block, its backward pass written out.

@@ -163,14 +163,47 @@ class Ranker(nn.Module):
         Returns:
             Logits ``[batch, behaviours]``, float32 whatever the type of the parameters.
         """
+        rows, dense = self._rows(embedded, lengths, dense)
+        return self.network(_join([*rows.values(), *self._read(embedded, lengths, rows, dense), dense])).float()
+
+    @torch.no_grad()
+    def shares(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> dict[str, Tensor]:
+        """How much attention each entry of each history gets, ``[entries, heads]`` float32: 1 in all for row and head.
+
+        For looking at few rows; arguments as of :meth:`forward`. Where histories are averaged, all entries of a row get
+        the same.
+        """
+        rows, dense = self._rows(embedded, lengths, dense)
+        counts = [lengths[history.keys[0]] for history in self.sequences]
+        entries = [self._entries(history, embedded) for history in self.sequences]
+        if isinstance(self.attention, SequenceAttention):
+            found = self.attention.shares(self._query(rows, dense), entries, counts)
+        elif self.attention is None:
+            found = [(1 / count.repeat_interleave(count))[:, None] for count in counts]
+        else:
+            found = []
+            for index, history in enumerate(self.sequences):
+                attention = self.attention[index]
+                assert isinstance(attention, TargetAttention)
+                query = _join([rows[name] for name in history.query])
+                found.append(attention.shares(query, _join(entries[index]).to(dense.dtype), counts[index]))
+        return {history.name: share.float() for history, share in zip(self.sequences, found, strict=True)}
+
+    def _rows(
+        self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs that no history reads: lookup name -> ``[batch, width]``, and ``dense``, of the parameters' type."""
         # The inputs follow the parameters, which a mixed-precision engine may have cast.
         dtype = next(self.network.parameters()).dtype
         rows = {
             lookup.name: _by_row(lookup, embedded[lookup.name].to(dtype), lengths, len(dense))
             for lookup in self.candidate
         }
-        dense = dense.to(dtype)
-        return self.network(_join([*rows.values(), *self._read(embedded, lengths, rows, dense), dense])).float()
+        return rows, dense.to(dtype)
+
+    def _query(self, rows: Mapping[str, Tensor], dense: Tensor) -> Tensor:
+        """All that describes the candidate, ``[batch, width]``."""
+        return _join([*rows.values(), dense])[:, self.query_columns]
 
     def _read(
         self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], rows: Mapping[str, Tensor], dense: Tensor
@@ -178,8 +211,8 @@ class Ranker(nn.Module):
         """What is read from the histories, ``[batch, width]`` each, or all of them together."""
         counts = [lengths[history.keys[0]] for history in self.sequences]
         if isinstance(self.attention, SequenceAttention):
-            query = _join([*rows.values(), dense])[:, self.query_columns]
-            return [self.attention(query, [self._entries(history, embedded) for history in self.sequences], counts)]
+            entries = [self._entries(history, embedded) for history in self.sequences]
+            return [self.attention(self._query(rows, dense), entries, counts)]
         found = []
         for index, (history, count) in enumerate(zip(self.sequences, counts, strict=True)):
             keys = _join([part.to(dense.dtype) for part in self._entries(history, embedded)])

@@ -79,6 +79,18 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a candidate in the same order")
 
 
+def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    """``RUN --user U --candidate C [--at TIME] [--top N] [--out PICTURE.png]``."""
+    parser.add_argument("directory", metavar="RUN", help="directory of a run; its newest checkpoint is taken")
+    parser.add_argument("--user", type=int, required=True, metavar="U", help="id of the user")
+    parser.add_argument("--candidate", type=int, required=True, metavar="C", help="item id of the candidate")
+    parser.add_argument(
+        "--at", metavar="T", help="time of the request, such as 2024-03-12T20:00 (default: the dataset's last)"
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="entries of a history to tell (default: 10)")
+    parser.add_argument("--out", metavar="PICTURE.png", help="picture to write (default: RUN/explain-U-C.png)")
+
+
 def exit_status(job: Callable[[], int | None]) -> int:
     """Run a command and give its exit status; a UserError is told in one line, ctrl-C in none."""
     try:

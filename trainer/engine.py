@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from modules.embeddings import Lookup, Table
 from modules.losses import masked_bce, report_loss
+from modules.ranker import Ranker
 from trainer.alignment import Alignment
 from trainer.clock import PhaseClock, PhaseSeconds
 from trainer.data.batch import Batch
@@ -30,11 +31,13 @@ from trainer.deepspeed_settings import complete_settings
 from trainer.dense import DenseNetwork, DenseOptimizer
 from trainer.distributed import control_group, local_size
 from trainer.dynamic_ids import IdCounts
-from trainer.microbatch import cut_batch, row_lengths
+from trainer.microbatch import Part, cut_batch, row_lengths
 from trainer.pipeline import NOTHING, Arriving, Ask, BatchPipeline
 from trainer.sharding import TableOptimizer
 from trainer.state import State, in_blocks, read_state, write_state
 from trainer.tables import Shard, ShardedTables
+
+Seen = TypeVar("Seen")
 
 __all__ = ["DenseOptimizer", "HybridEngine", "StepResult", "TableOptimizer"]
 
@@ -200,6 +203,18 @@ class HybridEngine:
         Raises:
             UserError: an id outside its table.
         """
+        return self._look(batches, lambda part: self._dense(part.embedded, part.lengths, part.dense).float())
+
+    def attention(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Batches of this rank with the attention of their histories' entries. Collective, as :meth:`predict` is.
+
+        What it gives is that of ``modules.ranker.Ranker.shares``.
+        """
+        ranker = self._dense.module
+        assert isinstance(ranker, Ranker)
+        return self._look(batches, lambda part: ranker.shares(part.embedded, part.lengths, part.dense))
+
+    def _look(self, batches: Iterator[Batch], look: Callable[[Part], Seen]) -> Iterator[tuple[Batch, Seen]]:
         self._dense.module.eval()
         pipeline = self._pipeline(batches)
         arriving = pipeline.fetch()
@@ -210,10 +225,10 @@ class HybridEngine:
                 following = pipeline.fetch()
                 following.send()
                 (part,) = cut_batch(arriving.batch, embedded, self._fixed_lengths, 1)
-                logits = self._dense(part.embedded, part.lengths, part.dense).float()
+                seen = look(part)
             self._clock.lap()
             try:
-                yield arriving.batch, logits
+                yield arriving.batch, seen
             except GeneratorExit:
                 following.drain()
                 raise

@@ -82,6 +82,19 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda q, k: attention(q, k, lengths, 5), (query, keys))
 
 
+@pytest.mark.parametrize("kind", ["full", "mixed", "none"])
+def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
+    torch.manual_seed(6)
+    attention = TargetAttention(5, 4, (6, 3)).double()
+    lengths = some_lengths(kind, 8, 5)
+    query, keys = torch.randn(8, 5).double(), torch.randn(int(lengths.sum()), 4).double()
+    shares = attention.shares(query, keys, lengths)
+    assert shares.shape == (len(keys), 1)
+    row = torch.repeat_interleave(lengths)
+    summed = torch.zeros(8, 4, dtype=torch.float64).index_add(0, row, shares * keys)
+    torch.testing.assert_close(summed, attention(query, keys, lengths, 5))
+
+
 def test_float32_agrees_with_float64() -> None:
     torch.manual_seed(0)
     attention = TargetAttention(16, 16)

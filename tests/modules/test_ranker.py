@@ -163,6 +163,21 @@ def test_inputs_follow_the_type_of_the_parameters_and_logits_are_float32(kind: R
     assert all(values.grad is not None and values.grad.dtype == torch.float32 for values in embedded.values())
 
 
+@pytest.mark.parametrize("kind", ["ple", "logistic"])
+def test_shares_of_each_history_are_one_in_all(kind: RankerKind) -> None:
+    torch.manual_seed(1)
+    embedded, lengths, dense = make_inputs(9)
+    ranker = make_ranker(kind)
+    shares = ranker.shares(embedded, lengths, dense)
+    assert list(shares) == ["items", "live"]
+    for name, key in (("items", "past_item"), ("live", "live_item")):
+        count = lengths[key]
+        summed = torch.zeros(9, 1).index_add(0, torch.repeat_interleave(count), shares[name])
+        torch.testing.assert_close(summed, (count > 0)[:, None].float())
+        equal = torch.allclose(shares[name][:, 0], 1 / torch.repeat_interleave(count, count))
+        assert equal == (kind == "logistic")
+
+
 def test_dropout_is_random_in_training_only() -> None:
     ranker = make_ranker("ple", dropout=0.5)
     inputs = make_inputs(40)
@@ -252,6 +267,11 @@ def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kin
     )
     expected = ranker.network(torch.cat([embedded["user"], embedded["item"], side.flatten(1), read, dense], 1))
     torch.testing.assert_close(ranker(embedded, lengths, dense), expected.float())
+    shares = ranker.shares(embedded, lengths, dense)
+    for name, count in entries.items():
+        assert shares[name].shape == (int(count.sum()), 2)
+        summed = torch.zeros(7, 2).index_add(0, torch.repeat_interleave(count), shares[name])
+        torch.testing.assert_close(summed, (count > 0)[:, None].expand(-1, 2).float())
 
 
 def test_histories_that_are_not_alike_cannot_be_read_together() -> None:

@@ -147,7 +147,7 @@ class FeatureMap:
                 NaN or infinite.
         """
         n = len(rows["visit_id"])
-        slices = self._sequences.read(rows, histories, as_of_ms, space)
+        slices = self.read_histories(rows, histories, as_of_ms, space)
         lengths = self._lengths(n, slices)
         ids_per_key = {key: int(each.sum()) for key, each in lengths.items()}
         integers = torch.empty(sum(self.layout.integer_sizes(n, ids_per_key)), dtype=torch.int64)
@@ -178,6 +178,12 @@ class FeatureMap:
         label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         return PackedBatch(integers, floats, n, ids_per_key)
+
+    def read_histories(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None
+    ) -> dict[str, HistorySlice]:
+        """The entries of each history of some rows, by name, as :meth:`pack` makes them inputs; arguments as there."""
+        return self._sequences.read(rows, histories, as_of_ms, space)
 
     def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:
         """Lookup -> ids of each row, ``[rows]`` int64."""
