@@ -79,8 +79,8 @@ def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None
             axes.scatter(place[own], attention[own], s=10, color=_COLOURS[domain], label=domain)
     same = entries.author_id == explanation.author_id
     if same.any():
-        ring = {"facecolors": "none", "edgecolors": "black"}
-        axes.scatter(place[same], attention[same], s=60, label="candidate's author", **ring)
+        label = "candidate's author"
+        axes.scatter(place[same], attention[same], s=60, facecolors="none", edgecolors="black", label=label)
     told = np.unique(np.linspace(0, max(0, len(place) - 1), _AGES).round().astype(int))[: len(place)]
     axes.set_xticks(told, [age_text(explanation.at_ms - int(entries.request_ms[at])) for at in told])
     axes.tick_params(labelsize=8)

@@ -145,6 +145,20 @@ def test_scoring_a_request_gives_what_evaluation_predicted(run: Path, world: Pat
     )
 
 
+def test_a_run_explains_what_it_looked_at(run: Path, world: Path, tmp_path: Path) -> None:
+    items = pq.read_table(world / "items.parquet").to_pylist()
+    room = max(item["item_id"] for item in items if item["domain"] == 1)
+    user = int(np.load(world / "history" / "user_id.npy")[0])
+    picture = tmp_path / "picture.png"
+    printed = limelight("explain", run, "--user", user, "--candidate", room, "--top", 2, "--out", picture).stdout
+    assert printed.startswith(f"user {user}, candidate {room} of author ")
+    assert "\nshort: found 5; the 2 with the most attention" in printed and "\nlive: found " in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    unknown = limelight("explain", run, "--user", 10**9, "--candidate", room, expect=2)
+    errors = [line for line in unknown.stderr.splitlines() if line.startswith("limelight: error:")]
+    assert len(errors) == 1 and "--user 1000000000: is not in the histories of the dataset" in errors[0]
+
+
 def test_the_ranking_score_is_equation_4() -> None:
     probability = np.random.default_rng(0).random((7, 3))
     expected = (1 + probability[:, 0]) ** 0.5 * (1 + probability[:, 1]) ** 2 * (1 + probability[:, 2]) ** 0
