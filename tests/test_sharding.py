@@ -1,10 +1,13 @@
 """Which shardings a table may have, before TorchRec is asked."""
 
-import pytest
+from itertools import accumulate, pairwise
 
-from modules.embeddings import Table
+import pytest
+from torch.distributed._shard.metadata import ShardMetadata
+
+from modules.embeddings import Dynamic, Table
 from trainer.errors import UserError
-from trainer.sharding import TableOptimizer, format_plan, sharding_types
+from trainer.sharding import TableOptimizer, _cut_between_buckets, format_plan, sharding_types
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
@@ -33,6 +36,7 @@ def test_columns_may_be_cut_under_elementwise_optimizers(kind: str) -> None:
         (Table("t", 9, 16, sharding="column_wise"), "rowwise_adagrad", 1, "an accumulator of its own"),
         (Table("t", 9, 4, sharding="column_wise"), "sgd", 2, "4 columns cannot be cut"),
         (Table("t", 9, 18, sharding="column_wise"), "sgd", 3, "18 columns cannot be cut"),
+        (Table("t", 9, 16, sharding="column_wise", dynamic=Dynamic(1, "both")), "sgd", 2, "belong to whole rows"),
         (Table("t", 9, 16, sharding="data_parallel"), "sgd", 2, "no fused kernel"),
         (Table("t", 9, 16, sharding="data_parallel"), "rowwise_adagrad", 1, "no fused kernel"),
     ],
@@ -41,6 +45,28 @@ def test_the_rest_is_refused_with_the_reason(table: Table, kind: str, world: int
     with pytest.raises(UserError, match=reason) as told:
         sharding_types(table, TableOptimizer(kind, 0.1), world)
     assert repr(table.name) in str(told.value) and repr(table.sharding) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "sizes"),
+    [
+        (70, 2, [64, 6]),
+        (300, 2, [192, 108]),
+        (300, 4, [128, 128, 44, 0]),
+        (64, 3, [64, 0, 0]),
+        (1000, 3, [384, 384, 232]),
+    ],
+)
+def test_dynamic_tables_are_cut_between_buckets(rows: int, ranks: int, sizes: list[int]) -> None:
+    block = -(-rows // ranks)
+    starts = [min(rows, block * rank) for rank in range(ranks + 1)]
+    shards = [
+        ShardMetadata([start, 0], [stop - start, 8], f"rank:{rank}/cpu")
+        for rank, (start, stop) in enumerate(pairwise(starts))
+    ]
+    _cut_between_buckets(shards)
+    assert [shard.shard_sizes for shard in shards] == [[size, 8] for size in sizes]
+    assert [shard.shard_offsets for shard in shards] == [[first, 0] for first in accumulate([0, *sizes[:-1]])]
 
 
 def test_a_plan_in_words() -> None:

@@ -1,12 +1,13 @@
 """Sharded tables in one process; on several ranks they are tested by tests/distributed/test_engine.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from modules.embeddings import Lookup, Table, initial_rows
+from modules.embeddings import Dynamic, Lookup, Table, initial_rows
 from trainer import tables as tables_module
 from trainer.clock import PhaseClock
 from trainer.distributed import World
@@ -122,3 +123,28 @@ def test_learning_rate(world: World) -> None:
         exchange.rows()
         exchange.update({"user": [torch.ones(1, 4)]}, 1.0)
         torch.testing.assert_close(before - table, torch.zeros(10, 4).index_fill(0, torch.tensor([1]), rate))
+
+
+def test_dynamic_ids_need_the_flat_exchange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, and on a CPU a table of the same width that is cut by columns."""
+    monkeypatch.setattr(tables_module, "flat_exchange_serves", lambda device, shardings: False)
+    declared = [replace(TABLES[0], dynamic=Dynamic(1, "recency")), *TABLES[1:]]
+    with pytest.raises(UserError, match="table 'user': dynamic ids work on a CPU, with all tables of the same width"):
+        make(world, TableOptimizer("sgd", 0.5), declared)
+
+
+def test_a_dynamic_table_takes_any_id_and_reads_row_0_of_those_without_a_row(world: World) -> None:
+    declared = [replace(TABLES[0], dynamic=Dynamic(2, "recency")), *TABLES[1:]]
+    sharded = make(world, TableOptimizer("sgd", 0.5), declared)
+    whole = initial_rows(TABLES[0], 3, 0, 10)
+    far = -(2**63)
+    for step, served in ((1, False), (2, True), (None, True)):
+        found = {}
+        for exchange in sharded.start([ids(user=[far, far], item=[0, 0], seen=[]), WIDE]):
+            exchange.send()
+            found |= exchange.rows(step)
+        assert torch.equal(found["user"][0], found["user"][1])
+        assert torch.equal(found["user"][0], whole[0]) is not served
+        assert bool((found["user"][0] == whole).all(1).any())
+    counts = sharded.dynamic.counts()["user"]
+    assert (counts.looked_up, counts.unserved, counts.admitted, counts.evicted) == (2, 1, 1, 0)

@@ -13,9 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.clock import PhaseClock
 from trainer.data.vocabulary import hash_rows, hash_salt
 from trainer.dynamic_table import DynamicRows
 from trainer.flat_exchange import FlatExchange, FlatRouting
@@ -60,9 +58,6 @@ class DynamicExchange(FlatExchange):
     """
 
     _routing: DynamicRouting
-
-    def __init__(self, routing: DynamicRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> None:
-        super().__init__(routing, ids, clock)
 
     def _sort(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         routing, ids = self._routing, torch.cat(list(pieces))

@@ -81,7 +81,7 @@ class DynamicIds:
     Attributes:
         first_row: as given.
         columns: name -> ``[rows]``, live: ``id`` int64, ``seen`` (step, from 1; 0 of a free row) and ``sightings``
-            int32, and the same of the candidates. Row 0 of a table stays free.
+            int32, and the same of the candidates: 32 bytes a row. Row 0 of a table stays free.
         counts: since the start.
     """
 
