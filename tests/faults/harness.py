@@ -32,7 +32,7 @@ LIMIT_SECONDS = 150.0
 WATCHDOG_SECONDS = 5
 """Long enough for a step on a crowded machine."""
 
-TIMES = {"rows_per_second", "data", "tables", "dense", "communication"}
+TIMES = {"rows_per_second", "data", "tables", "dense", "communication", "lag_events", "lag_seconds"}
 """Entries of the trace that differ from run to run."""
 
 
