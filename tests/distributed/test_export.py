@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,10 @@ def test_an_export_has_whole_tables_and_float32_parameters(out: Path, precision:
     for name, tensor in weights.items():
         assert tensor.equal(expected[name].read()), name
         assert name.startswith(("buffers.", "ids.")) or str(tensor.dtype) == "torch.float32"
-    assert IdCounts.of(item["counts"].read()).evicted > 0
+    counts = IdCounts.of(item["counts"].read())
+    assert counts.evicted > 0
+    last = json.loads((checkpoint.directory / "job.json").read_text())["trace"][-1]
+    assert last["ids"] == {"item": asdict(counts)}
     assert json.loads((home / "config.json").read_text())["model"]["kind"] == kind
 
 
