@@ -111,9 +111,13 @@ def row_of(entries: np.ndarray, at: int, shift: int, rows: int) -> int:
 
 @numba.njit(nogil=True)
 def fetch(base: int, row: int, row_bytes: int) -> None:
-    """Have a vector brought."""
-    for line in range(0, row_bytes, CACHE_LINE):
-        prefetch(np.uintp(base + row * row_bytes + line))
+    """Have a vector brought. Its first lines are asked for without a loop, whose count would take as long."""
+    address = np.uintp(base + row * row_bytes)
+    prefetch(address)
+    if row_bytes > CACHE_LINE:
+        prefetch(address + np.uintp(CACHE_LINE))
+        for line in range(2 * CACHE_LINE, row_bytes, CACHE_LINE):
+            prefetch(address + np.uintp(line))
 
 
 def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.float32 | np.int32) -> Callable:
