@@ -189,7 +189,7 @@ def mean_and_width(values: Sequence[float]) -> list[float | None]:
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Variant -> AUC, its differences on the same stream, unserved look-ups, and CPU milliseconds that the tables take of a step."""
+    """Variant -> AUC, its differences on the same stream, unserved look-ups, and what a step costs."""
     by_seed: dict[str, dict[int, dict[str, Any]]] = {}
     for outcome in runs:
         by_seed.setdefault(outcome["variant"], {})[outcome["seed"]] = outcome
