@@ -103,10 +103,11 @@ def write_all(first: int, stop: int, out: np.ndarray) -> None:
 
 
 @numba.njit(nogil=True)
-def row_of(entries: np.ndarray, at: int, shift: int, rows: int) -> int:
+def row_of(column: np.ndarray, at: int, shift: int, rows: int) -> int:
     """The vector of an entry; 0 for one that has none."""
-    row = entries[at] + shift
-    return row if 0 < row < rows else 0
+    # Unsigned: places are never counted from the end, and negative rows are beyond the table as well.
+    row = column[np.uintp(at)] + shift
+    return row if np.uint64(row) < np.uint64(rows) else 0
 
 
 @numba.njit(nogil=True)
