@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 """Of float32, in units of the largest value."""
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ranks_train_as_one_process_with_the_joined_batch(
     world: int, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -29,6 +29,7 @@ SETTINGS = (
     "train.epochs=1",
     "train.log_every=5",
 )
+READ_TOGETHER = ("model.attention_kind=twin", "alignment.anchor=live")
 
 
 def limelight(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -62,8 +63,7 @@ def run(world: Path) -> Path:
         f"data.path={world}",
         f"run.directory={directory}",
         'train.baselines=["logistic"]',
-        "model.attention_kind=twin",
-        "alignment.anchor=live",
+        *READ_TOGETHER,
         "--ranks",
         2,
     ).stdout
@@ -213,7 +213,7 @@ def test_a_finished_run_is_kept(run: Path, world: Path) -> None:
         return {name: (run / name).read_bytes() for name in ("metrics.json", "report.html", "plan.json")}
 
     before = files()
-    given = ("train", *SETTINGS, f"data.path={world}", f"run.directory={run}")
+    given = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={run}")
     again = limelight(*given, 'train.baselines=["logistic"]')
     assert "ple: finished already" in again.stdout and "logistic: finished already" in again.stdout
     assert [line.split()[:2] for line in again.stdout.splitlines() if line.startswith("click")] == [
@@ -228,7 +228,7 @@ def test_a_finished_run_is_kept(run: Path, world: Path) -> None:
 
 
 def test_a_new_model_starts_from_an_old_one(run: Path, world: Path, tmp_path: Path) -> None:
-    given = ("train", *SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}")
+    given = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={tmp_path / 'run'}")
     started = limelight(*given, f"init_from.run={run}", "init_from.dense=true", "tables.learning_rate=1e-6").stdout
     (author,) = [line.split() for line in started.splitlines() if line.startswith("author ") and "taken" in line]
     assert author[1] == "taken" and author[2] == author[3] and author[4:] == ["0", "0"]

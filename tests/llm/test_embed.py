@@ -195,6 +195,7 @@ def test_batches_change_nothing(
         np.testing.assert_allclose(vectors, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_tables_as_one(dataset: Path, model: Path, tables: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "launch.cli", "embed", *settings(dataset, model, tmp_path), "--ranks", "2"]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), timeout=PATIENCE, capture_output=True, text=True)
