@@ -20,6 +20,7 @@ from trainer.command import (
     add_explain_arguments,
     add_merge_arguments,
     add_score_arguments,
+    add_staytime_score_arguments,
     add_train_arguments,
     exit_status,
 )
@@ -27,8 +28,8 @@ from trainer.data.cli import add_data_parser
 from trainer.llm.instructions.cli import add_instructions_parser
 from trainer.stream.cli import add_stream_parser
 
-MERGE = "finetune merge"
-"""A verb of two words: `limelight finetune` takes a job file otherwise."""
+MERGE, STAYTIME_SCORE = "finetune merge", "staytime score"
+"""Verbs of two words: `limelight finetune` and `limelight staytime` take a job file otherwise."""
 
 BROKEN_PIPE_STATUS = 141
 """128 + SIGPIPE: whoever read our output has gone."""
@@ -139,11 +140,23 @@ def build_parser() -> argparse.ArgumentParser:
         verbs,
         "staytime",
         "seconds in the comment area, with or without LCU",
-        "Train a model of the seconds that users stay in the comment area of a video, and evaluate it on later days.",
+        "Train a model of the seconds that users stay in the comment area of a video, and evaluate it on later days.\n"
+        "A run that was ended begins anew. `limelight staytime score RUN OUT.parquet` predicts more days by its model.",
         "limelight staytime configs/staytime.toml base.loss=d2q lcu.enabled=false",
     )
     add_train_arguments(staytime)
     staytime.set_defaults(run=_staytime)
+
+    staytime_score = add_command(
+        verbs,
+        STAYTIME_SCORE,
+        "predicted seconds of visits, by the model of a staytime run",
+        "Predict the visits of a range of time after training, write them as the run's predictions.parquet is, and\n"
+        "print their metrics. Without a range it is the run's held-out one. The dataset may have grown since.",
+        "limelight staytime score runs/staytime predictions.parquet --from 2024-03-10 --until 2024-03-11",
+    )
+    add_staytime_score_arguments(staytime_score)
+    staytime_score.set_defaults(run=_staytime_score)
 
     add_checkpoint_parser(verbs)
 
@@ -180,8 +193,8 @@ def _run(arguments: list[str]) -> int | None:
     ranks.add_argument("--ranks")
     found, rest = ranks.parse_known_args(arguments)
     given = [] if found.ranks is None else [f"--ranks={found.ranks}"]
-    if rest[:2] == MERGE.split():
-        rest[:2] = [MERGE]
+    if (two := " ".join(rest[:2])) in (MERGE, STAYTIME_SCORE):
+        rest[:2] = [two]
     options = build_parser().parse_args([*rest[:1], *given, *rest[1:]])
     options.forwarded = rest[1:]
     status: int | None = options.run(options)
@@ -222,6 +235,13 @@ def _staytime(options: argparse.Namespace) -> None:
     from trainer.staytime_config import StaytimeConfig
 
     run_job(load_job(StaytimeConfig, options.config, options.overrides))
+
+
+def _staytime_score(options: argparse.Namespace) -> None:
+    from trainer.staytime_score import score_range
+
+    run, out = Path(options.directory), Path(options.out)
+    score_range(run, out, data=options.data, time_from=options.time_from, time_until=options.time_until)
 
 
 def _finetune(options: argparse.Namespace) -> int:

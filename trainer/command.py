@@ -64,12 +64,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """``RUN --data PATH --from T --until T [--json]``."""
     parser.add_argument("directory", metavar="RUN", help="directory of a finished run")
     parser.add_argument("--data", metavar="PATH", help="dataset to evaluate on (default: the run's own)")
-    parser.add_argument("--from", dest="time_from", metavar="T", help="first request, such as 2022-05-06")
-    parser.add_argument("--until", dest="time_until", metavar="T", help="end of the range, itself not part of it")
+    _add_range(parser)
     parser.add_argument(
         "--predictions", metavar="OUT.parquet", help="write each row's probabilities and labels as well"
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
+
+
+def _add_range(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", dest="time_from", metavar="T", help="first request, such as 2022-05-06")
+    parser.add_argument("--until", dest="time_until", metavar="T", help="end of the range, itself not part of it")
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +81,14 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="RUN", help="directory of a finished run, or of an exported model")
     parser.add_argument("candidates", metavar="CANDIDATES.parquet", help="requests and candidates to score")
     parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a candidate in the same order")
+
+
+def add_staytime_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """``RUN OUT.parquet [--data PATH] [--from T] [--until T]``."""
+    parser.add_argument("directory", metavar="RUN", help="directory of a finished run of limelight staytime")
+    parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a visit")
+    parser.add_argument("--data", default="", metavar="PATH", help="dataset, if the run's own was moved")
+    _add_range(parser)
 
 
 def add_explain_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,12 @@ limelight staytime configs/staytime.toml base.loss=d2q
 
 One process. The tables are those of users, videos and comments with some training rows, a few hundred MB at most, and
 an epoch over a few million visits takes minutes: sharding them by TorchRec or the optimizer by DeepSpeed would cost
-more than it saves, so this is a plain PyTorch loop on one device. A run that was ended begins anew. It leaves::
+more than it saves, so this is a plain PyTorch loop on one device. A run that was ended begins anew. A finished one
+predicts other visits by ``limelight staytime score`` (``trainer/staytime_score.py``). It leaves::
 
     config.json          the resolved job
     environment.json     versions, machine, command line
-    fitted.json          what was fitted on the training range: the base's edges and means, features, coverage
+    fitted.json          what was fitted on the training range: the base's edges and means, features, coverage, a digest
     logs/                what the job said
     model.safetensors    the network
     predictions.parquet  visit_id, user_id, item_id, seconds, predicted, score of the held-out visits
@@ -17,6 +18,7 @@ more than it saves, so this is a plain PyTorch loop on one device. A run that wa
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Mapping
@@ -101,9 +103,9 @@ def train_and_evaluate(
     seconds = time.monotonic() - started
     said = predict(config, data, base, network, device, data.held_out)
     if directory is not None:
-        write_json(directory / "fitted.json", _fitted(data, base.facts))
+        write_json(directory / "fitted.json", fitted(data, base.facts))
         save_model(network, str(directory / "model.safetensors"))
-        _write_predictions(directory / "predictions.parquet", data, said)
+        write_predictions(directory / "predictions.parquet", data, said)
     return {
         **evaluate(config, data, said),
         "losses": losses,
@@ -184,20 +186,35 @@ def _cell(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _fitted(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
+def fitted(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job's training range was like, as fitted.json has it: a model fits the inputs that are alike in this."""
     return {
         "base": facts,
         "fields": list(data.field_names),
         "dense": list(data.dense_names),
         "rows": data.rows,
         "training_visits": len(data.training),
-        "held_out_visits": len(data.held_out),
         "opened_in_training": float((data.seconds[data.training] > 0).mean()),
         "comments_with_id": data.comments.id_rows - 1 if data.comments is not None else 0,
+        "digest": _digest(data),
     }
 
 
-def _write_predictions(file: Path, data: StaytimeData, said: Predictions) -> None:
+def _digest(data: StaytimeData) -> str:
+    """Of the training visits: who, what, the inputs and labels that were made of them, and their comments' rows."""
+    rows, digest = data.training, hashlib.blake2b(digest_size=16)
+    columns = [data.user_id, data.item_id, data.fields, data.dense, data.seconds, data.duration]
+    for column in columns:
+        digest.update(column[rows].tobytes())
+    if data.comments is not None:
+        chosen = data.comments.chosen[rows]
+        # Sorted, for their order is drawn at random.
+        digest.update(np.sort(np.where(chosen >= 0, data.comments.id_row[chosen], -1), 1).tobytes())
+    return digest.hexdigest()
+
+
+def write_predictions(file: Path, data: StaytimeData, said: Predictions) -> None:
+    """Predictions of the held-out visits as a table: predictions.parquet."""
     rows = data.held_out
     columns = {
         "visit_id": data.visit_id[rows],
