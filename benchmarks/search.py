@@ -7,6 +7,8 @@ together, each giving 100. Counted is what they must read: of every visit the it
 the author's id; against a copy of large arrays (STREAM's first kernel, bytes read and written) with as many threads,
 and against reading the same vectors without working on them, which no search can beat. The vectors of a history lie all
 over those of the catalogue: how large that is, and how uneven its items' popularity, decides how many come from caches.
+They are in memory as a job's: its own, or, where other processes load the data, shared with them, which has large pages
+only if the system's administrator says so (``/sys/kernel/mm/transparent_hugepage/shmem_enabled``).
 Copy, bare reading and search alternate, and the fastest round of each counts: the machine may have other things to do.
 
 Recall: short lists against the exact search, for histories of 1,000, 10,000 and 100,000 visits to items of many topics,
@@ -16,6 +18,7 @@ of which each user knows some. CPU time per candidate, one thread.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +35,7 @@ from modules import gsu
 from modules.gsu import SearchPart, SearchVectors
 from modules.gsu_kernels import fetch
 from modules.gsu_shortlists import Clusters, HashCodes
+from trainer.data.search_space import SearchSpace, SpaceTable
 from trainer.run import environment, write_json
 from trainer.text_table import text_table
 
@@ -61,12 +65,13 @@ class Batch(NamedTuple):
     vectors: SearchVectors
 
 
-def make_batch(users: int, catalogue: int, even: bool, seed: int) -> Batch:
+def make_batch(users: int, catalogue: int, even: bool, forked: bool, seed: int) -> Batch:
     """Histories of items drawn evenly, or by Zipf's law from a catalogue in random order."""
     rng = np.random.default_rng(seed)
     n = users * VISITS
-    values = rng.standard_normal((catalogue + 1, DIM)).astype(np.float16)
-    values[0] = 0
+    tables = {"item": SpaceTable(catalogue + 1, DIM)}
+    values = SearchSpace(tables, tables, "float16", refresh_steps=0, forked=forked).at(0)["item"]
+    values[1:] = rng.standard_normal((catalogue, DIM))
     # Zipf's law: the logarithm of an item's rank is even.
     ranks = rng.integers(0, catalogue, n) if even else (catalogue ** rng.random(n)).astype(np.int64)
     items = rng.permutation(catalogue)[ranks % catalogue]
@@ -112,7 +117,7 @@ def bytes_of(batch: Batch) -> int:
 def _read_vectors(begin: int, end: int, items: np.ndarray, values: np.ndarray) -> None:
     base, row_bytes = values.ctypes.data, values.shape[1] * values.itemsize
     for at in range(begin, end):
-        fetch(base, items[at] + 1, row_bytes)
+        fetch(base, (items[at] + 1) * row_bytes, row_bytes)
 
 
 def read_vectors(batch: Batch) -> None:
@@ -134,8 +139,8 @@ def bandwidth(users: int, rounds: int) -> list[dict[str, Any]]:
     source = torch.ones(COPY_VALUES)
     target = torch.empty_like(source)
     results = []
-    for catalogue, even in ((100_000, False), (100_000, True), (1_000_000, False), (1_000_000, True)):
-        batch = make_batch(users, catalogue, even, seed=1)
+    for catalogue, even, forked in itertools.product((100_000, 1_000_000), (False, True), (False, True)):
+        batch = make_batch(users, catalogue, even, forked, seed=1)
         for threads in (1, 2):
             torch.set_num_threads(threads)
             work: dict[str, Callable[[], Any]] = {
@@ -154,6 +159,7 @@ def bandwidth(users: int, rounds: int) -> list[dict[str, Any]]:
                 {
                     "catalogue": catalogue,
                     "popularity": "even" if even else "zipf",
+                    "memory": "shared" if forked else "own",
                     "threads": threads,
                     "copy_gb_s": copied / 1e9,
                     "read_gb_s": users * VISITS * DIM * 2 / seconds["read"] / 1e9,
@@ -233,6 +239,7 @@ def report(document: dict[str, Any]) -> str:
         [
             f"{row['catalogue']:,}",
             row["popularity"],
+            row["memory"],
             str(row["threads"]),
             *(f"{row[name]:.2f}" for name in ("copy_gb_s", "read_gb_s", "search_gb_s")),
             f"{row['share_of_copy']:.2f}",
@@ -244,7 +251,7 @@ def report(document: dict[str, Any]) -> str:
         [f"{row['history']:,}", row["search"], f"{row['recall']:.3f}", f"{row['microseconds']:.0f}"]
         for row in document["recall"]
     ]
-    names = ["items", "popularity", "threads", "copy GB/s", "bare GB/s", "five GB/s", "of copy", "µs a user"]
+    names = ["items", "popularity", "memory", "threads", "copy GB/s", "bare GB/s", "five GB/s", "of copy", "µs a user"]
     return "\n\n".join([text_table(names, rates), text_table(["history", "search", "recall of 100", "µs"], found)])
 
 

@@ -24,8 +24,11 @@ Rows are worked on by as many threads as ``torch.get_num_threads()`` says.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -211,7 +214,21 @@ def each_part(work: Callable[[int, int], None], rows: int) -> None:
     if threads <= 1:
         work(0, rows)
         return
-    # Histories differ in length: several parts for each thread.
+    # Histories differ in length: several parts for each thread, which takes another when it has done one.
     edges = np.linspace(0, rows, min(rows, 8 * threads) + 1).astype(int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, edges[:-1], edges[1:]))
+    parts = iter(list(itertools.pairwise(edges)))
+
+    def work_on_parts() -> None:
+        for begin, end in parts:
+            work(begin, end)
+
+    others = [_threads(os.getpid(), threads - 1).submit(work_on_parts) for _ in range(threads - 1)]
+    work_on_parts()
+    for other in others:
+        other.result()
+
+
+@cache
+def _threads(process: int, number: int) -> ThreadPoolExecutor:
+    """Threads that stay, as starting some takes as long as a search; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(number)

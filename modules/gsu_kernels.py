@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from modules.gsu_intrinsics import CACHE_LINE, LANES, dot_byte, dot_half, prefetch
+from modules.gsu_intrinsics import CACHE_LINE, GROUP, LANES, above, dots_byte, dots_half, lowest_bit, prefetch
 
-AHEAD = 16
-"""Entries whose vectors are on their way from memory at a time; more than a core can wait for at once gains nothing."""
+AHEAD = 6
+"""Groups of entries whose vectors are on their way from memory: more than a core can wait for at once gains nothing."""
 
 _TOP_BIT = np.uint32(1 << 31)
 _PLACE_BITS = np.uint64(32)
@@ -59,25 +59,25 @@ def place_of(key: np.uint64) -> np.int64:
 @numba.njit(nogil=True)
 def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
     """The n-th largest, from 0, of the first ``count`` different keys; reorders them (Hoare's selection)."""
-    low, high = 0, count - 1
-    while low < high:
-        pivot = keys[(low + high) >> 1]
-        i, j = low, high
-        while i <= j:
-            while keys[i] > pivot:
-                i += 1
-            while keys[j] < pivot:
-                j -= 1
-            if i <= j:
-                keys[i], keys[j] = keys[j], keys[i]
-                i += 1
-                j -= 1
-        if n <= j:
-            high = j
-        elif n >= i:
-            low = i
-        else:
+    low, last = 0, count - 1
+    while low < last:
+        middle = (low + last) >> 1
+        pivot = keys[middle]
+        keys[middle], keys[last] = keys[last], pivot
+        # Lomuto's partition without a branch, which would go the wrong way half of the time.
+        place = low
+        for i in range(low, last):
+            key = keys[i]
+            keys[i] = keys[place]
+            keys[place] = key
+            place += int(key > pivot)
+        keys[last], keys[place] = keys[place], pivot
+        if n == place:
             break
+        if n < place:
+            last = place - 1
+        else:
+            low = place + 1
     return keys[n]
 
 
@@ -88,9 +88,9 @@ def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.
     least = nth_largest(spare, count, keep - 1)
     kept = 0
     for i in range(count):
-        if keys[i] >= least:
-            keys[kept] = keys[i]
-            kept += 1
+        key = keys[i]
+        keys[kept] = key
+        kept += int(key >= least)
     return least
 
 
@@ -111,9 +111,9 @@ def row_of(column: np.ndarray, at: int, shift: int, rows: int) -> int:
 
 
 @numba.njit(nogil=True)
-def fetch(base: int, row: int, row_bytes: int) -> None:
+def fetch(base: int, offset: int, row_bytes: int) -> None:
     """Have a vector brought. Its first lines are asked for without a loop, whose count would take as long."""
-    address = np.uintp(base + row * row_bytes)
+    address = np.uintp(base + offset)
     prefetch(address)
     if row_bytes > CACHE_LINE:
         prefetch(address + np.uintp(CACHE_LINE))
@@ -121,11 +121,30 @@ def fetch(base: int, row: int, row_bytes: int) -> None:
             prefetch(address + np.uintp(line))
 
 
-def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.float32 | np.int32) -> Callable:
+@numba.njit(nogil=True)
+def seek(
+    latest: int,
+    low: int,
+    column: np.ndarray,
+    shift: int,
+    rows: int,
+    base: int,
+    row_bytes: int,
+    offsets: np.ndarray,
+    slot: int,
+) -> None:
+    """Where the vectors of a group lie, from entry ``latest`` backwards, the first one's for those before it."""
+    for i in range(GROUP):
+        offsets[slot, i] = row_of(column, max(latest - i, low), shift, rows) * row_bytes
+    for i in range(GROUP):
+        fetch(base, offsets[slot, i], row_bytes)
+
+
+def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.float32 | np.int32) -> Callable:
     """The search for the largest dot products, for one type of vectors.
 
     Args:
-        dot: ``(address of a vector, address of the query, blocks) -> score``.
+        dots: ``(address of the vectors, address of offsets, address of the query, blocks, address of the scores)``.
         key_of: ``(score, place) -> key``.
         score_of: the score in a key.
         lowest: below every score.
@@ -135,6 +154,7 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
         lengths)``, compiled. With 2 parts a score is the sum of two dot products; with 1 the arguments of the second
         are not used.
     """
+    score_type = type(lowest)
 
     @numba.njit(nogil=True)
     def top(
@@ -161,6 +181,12 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
         both, length = parts == 2, out.shape[1]
         keys = np.empty(4 * length + 64, np.uint64)
         spare = np.empty_like(keys)
+        offsets, offsets_2 = np.empty((AHEAD, GROUP), np.int64), np.empty((AHEAD, GROUP), np.int64)
+        scores, scores_2 = np.empty(GROUP, score_type), np.empty(GROUP, score_type)
+        # Addresses, as views of arrays are counted each time.
+        group_bytes = GROUP * offsets.itemsize
+        at_offsets, at_offsets_2 = offsets.ctypes.data, offsets_2.ctypes.data
+        at_scores, at_scores_2 = scores.ctypes.data, scores_2.ctypes.data
         for row in range(begin, end):
             low, high = first[row], stop[row]
             lengths[row] = min(high - low, length)
@@ -168,27 +194,32 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
                 write_all(low, high, out[row])
                 continue
             address, address_2 = query[row].ctypes.data, query_2[row].ctypes.data
-            count, floor = 0, lowest
-            for at in range(high - 1, low - 1 - AHEAD, -1):
-                # The loop runs ahead of itself: entry `at` is asked for, and the one AHEAD of it in turn is scored.
-                if at >= low:
-                    fetch(base, row_of(column, at, shift, rows), row_bytes)
+            count, floor, slot = 0, lowest, 0
+            for latest in range(high - 1, low - 1 - AHEAD * GROUP, -GROUP):
+                # The loop runs ahead of itself: a group that was asked for is scored, and another one takes its place.
+                here = latest + AHEAD * GROUP
+                if here < high:
+                    dots(base, at_offsets + slot * group_bytes, address, blocks, at_scores)
                     if both:
-                        fetch(base_2, row_of(column_2, at, shift_2, rows_2), row_bytes_2)
-                here = at + AHEAD
-                if here >= high:
-                    continue
-                score = dot(np.uintp(base + row_of(column, here, shift, rows) * row_bytes), address, blocks)
-                if both:
-                    vector_2 = np.uintp(base_2 + row_of(column_2, here, shift_2, rows_2) * row_bytes_2)
-                    score += dot(vector_2, address_2, blocks_2)
-                # Not where it equals the worst of those that stay: they are all later.
-                if score > floor:
-                    keys[count] = key_of(score, here - low)
-                    count += 1
-                    if count == len(keys):
-                        floor = score_of(keep_best(keys, spare, count, length))
-                        count = length
+                        dots(base_2, at_offsets_2 + slot * group_bytes, address_2, blocks_2, at_scores_2)
+                        for i in range(GROUP):
+                            scores[i] += scores_2[i]
+                    # Not where it equals the worst of those that stay: they are all later.
+                    found = above(at_scores, floor)
+                    while found:
+                        i = lowest_bit(found)
+                        found &= found - 1
+                        if scores[i] > floor and here - i >= low:
+                            keys[count] = key_of(scores[i], here - i - low)
+                            count += 1
+                            if count == len(keys):
+                                floor = score_of(keep_best(keys, spare, count, length))
+                                count = length
+                if latest >= low:
+                    seek(latest, low, column, shift, rows, base, row_bytes, offsets, slot)
+                    if both:
+                        seek(latest, low, column_2, shift_2, rows_2, base_2, row_bytes_2, offsets_2, slot)
+                slot = (slot + 1) % AHEAD
             if count > length:
                 keep_best(keys, spare, count, length)
             for i in range(length):
@@ -197,10 +228,10 @@ def make_top(dot: Callable, key_of: Callable, score_of: Callable, lowest: np.flo
     return top
 
 
-top_half = make_top(dot_half, key_of_float, float_of_key, np.float32(-np.inf))
+top_half = make_top(dots_half, key_of_float, float_of_key, np.float32(-np.inf))
 """Of float16 vectors as uint16, for queries in float32."""
 
-top_byte = make_top(dot_byte, key_of_int, int_of_key, np.int32(-(1 << 31)))
+top_byte = make_top(dots_byte, key_of_int, int_of_key, np.int32(-(1 << 31)))
 """Of int8 vectors and queries."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from modules.gsu import Found, SearchPart, SearchVectors, arguments_of, search
-from modules.gsu_intrinsics import LANES, bits_set, dot_half
+from modules.gsu_intrinsics import GROUP, LANES, bits_set, dots_half
 from modules.gsu_kernels import (
     AHEAD,
     fetch,
@@ -176,8 +176,8 @@ def _nearest_codes(
             continue
         count, floor = 0, np.int32(-(1 << 31))
         for at in range(high - 1, low - 1, -1):
-            if at - AHEAD >= low:
-                fetch(base, row_of(column, at - AHEAD, shift, rows), row_bytes)
+            if at - AHEAD * GROUP >= low:
+                fetch(base, row_of(column, at - AHEAD * GROUP, shift, rows) * row_bytes, row_bytes)
             code = codes[row_of(column, at, shift, rows)]
             alike = np.int32(0)
             for word in range(words):
@@ -214,6 +214,7 @@ def _best_clusters(
     width = means.shape[1]
     base, row_bytes, blocks = means.ctypes.data, width * means.itemsize, width // LANES
     capacity = out.shape[1]
+    offsets, scores = np.empty(GROUP, np.int64), np.empty(GROUP, np.float32)
     for row in range(begin, end):
         low, high = first[row], stop[row]
         if run[row] < 0:
@@ -223,10 +224,12 @@ def _best_clusters(
         since = clustered[run[row]]
         begins, ends = cluster[run[row]], cluster[run[row] + 1]
         keys = np.empty(ends - begins, np.uint64)
-        for each in range(begins, ends):
-            keys[each - begins] = key_of_float(
-                dot_half(np.uintp(base + each * row_bytes), query[row].ctypes.data, blocks), each - begins
-            )
+        for group in range(begins, ends, GROUP):
+            for i in range(GROUP):
+                offsets[i] = min(group + i, ends - 1) * row_bytes
+            dots_half(base, offsets.ctypes.data, query[row].ctypes.data, blocks, scores.ctypes.data)
+            for each in range(group, min(group + GROUP, ends)):
+                keys[each - begins] = key_of_float(scores[each - group], each - begins)
         keys.sort()
         listed = np.empty(capacity, np.int64)
         count = 0

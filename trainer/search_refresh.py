@@ -53,7 +53,7 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
         # Content tells nothing of authors: they have vectors, of zeros.
         first = {name: SpaceTable(own.rows, 1) for name, own in later.items()}
         first["item"] = SpaceTable(rows, _open_embeddings(search.embedding).dim)
-    return SearchSpace(first, later, search.dtype, search.refresh_steps)
+    return SearchSpace(first, later, search.dtype, search.refresh_steps, forked=config.data.workers > 0)
 
 
 class Searching:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modules.gsu import padded_width
+from modules.gsu_intrinsics import CACHE_LINE
 from trainer.errors import UserError
 
 BYTE_RANGE = 127
@@ -47,6 +48,7 @@ class SearchSpace:
         later: likewise in all others; the same unless the first version is made of something else.
         dtype: ``float16`` or ``int8``.
         refresh_steps: between two versions; 0 if the first one stays.
+        forked: whether processes forked before a version is put are to see it.
 
     Attributes:
         refresh_steps: as given.
@@ -54,15 +56,19 @@ class SearchSpace:
     """
 
     def __init__(
-        self, tables: Mapping[str, SpaceTable], later: Mapping[str, SpaceTable], dtype: str, refresh_steps: int
+        self,
+        tables: Mapping[str, SpaceTable],
+        later: Mapping[str, SpaceTable],
+        dtype: str,
+        refresh_steps: int,
+        forked: bool = True,
     ) -> None:
         self.refresh_steps, self.newest = refresh_steps, -1
         self._dtype = np.dtype(dtype)
         self._tables = (dict(tables), dict(later))
-        size = max(sum(rows * padded_width(dim) for rows, dim in each.values()) for each in self._tables)
+        size = max(sum(_values(table) for table in each.values()) for each in self._tables)
         self._places = [
-            # Anonymous and shared: forked processes see what is written here later.
-            np.frombuffer(mmap.mmap(-1, size * self._dtype.itemsize), self._dtype)
+            np.frombuffer(_memory(size * self._dtype.itemsize, forked), self._dtype)
             for _ in range(2 if refresh_steps else 1)
         ]
 
@@ -73,10 +79,10 @@ class SearchSpace:
     def at(self, version: int) -> dict[str, np.ndarray]:
         """Table -> ``[rows, padded width]`` of a version; views, valid until the version after the next is put."""
         flat, views, begin = self._places[version % len(self._places)], {}, 0
-        for name, (rows, dim) in self.tables(version).items():
-            size = rows * padded_width(dim)
-            views[name] = flat[begin : begin + size].reshape(rows, -1)
-            begin += size
+        for name, table in self.tables(version).items():
+            width = padded_width(table.dim)
+            views[name] = flat[begin : begin + table.rows * width].reshape(-1, width)
+            begin += _values(table)
         return views
 
     def version_of(self, step: int) -> int:
@@ -134,11 +140,24 @@ class SearchSpace:
             self.newest = version
 
 
+def _values(table: SpaceTable) -> int:
+    """Values that a table takes; the next one begins with a cache line, as a vector should not lie on one more."""
+    return -(-table.rows * padded_width(table.dim) // CACHE_LINE) * CACHE_LINE
+
+
+def _memory(size: int, forked: bool) -> mmap.mmap:
+    """Anonymous; in large pages where the system lets it, as vectors are read all over it."""
+    # Shared memory has large pages only if the administrator says so (shmem_enabled); a process's own has them mostly.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if forked else mmap.MAP_PRIVATE))
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 def stored_space(state: Mapping[str, Mapping[str, Tensor]]) -> SearchSpace:
     """The newest version of a :meth:`SearchSpace.state_dict`, to be read only."""
     newest = state[max(state, key=int)]
     tables = {name: SpaceTable(*values.shape) for name, values in newest.items()}
     dtype = str(next(iter(newest.values())).numpy().dtype)
-    space = SearchSpace(tables, tables, dtype, refresh_steps=0)
+    space = SearchSpace(tables, tables, dtype, refresh_steps=0, forked=False)
     space.load_state_dict({"0": newest})
     return space
