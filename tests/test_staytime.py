@@ -291,6 +291,17 @@ def first_value(table: pa.Table, name: str, value: Any) -> pa.Table:
         ("visits", lambda t: first_value(t, "interacted", [987654321]), r"names comment 987654321 in interacted"),
         ("visits", lambda t: pa.concat_tables([t, t.slice(0, 1)]), r"texts/visits: visit_id \d+ comes twice"),
         ("comments", lambda t: pa.concat_tables([t, t.slice(4, 1)]), r"texts/comments: comment_id 4 comes twice"),
+        ("items", lambda t: pa.concat_tables([t, t.slice(0, 1)]), r"texts/items: item_id 0 comes twice"),
+        (
+            "visits",
+            lambda t: first_value(t, "staytime_ms", None),
+            r"row 0: staytime_ms is null; it must be a whole number",
+        ),
+        (
+            "visits",
+            lambda t: first_value(t, "shown_likes", [1] * 11),
+            r"visit \d+ has 11 shown_likes for \d+ comments shown; it must be one for each",
+        ),
         ("comments", lambda t: None, "has no comments, which LCU reads; lcu.enabled=false"),
         ("visits", lambda t: None, r"has no texts/visits\.parquet"),
         ("items", lambda t: None, r"has no texts/items\.parquet"),

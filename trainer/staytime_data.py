@@ -70,8 +70,8 @@ def load_staytime(data: DataConfig, inputs: InputConfig, lcu: LcuConfig, seed: i
     """Read what a job needs.
 
     Raises:
-        UserError: a table or embedding table is missing, a staytime is below 0, an id of a comment or visit comes
-            twice, a range of time is empty, nothing was opened in training, or a feature to exclude is not there.
+        UserError: a table or embedding table is missing, a staytime is below 0, an id of a comment, video or visit
+            comes twice, a range of time is empty, nothing was opened in training, or a feature to exclude is not there.
     """
     spec = DatasetSpec.load(data.path)
     visits = _read_visits(data.path)
@@ -171,6 +171,7 @@ def _of_items(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Author (-1 where not known) and duration in seconds (0 where not known) of each visit's video."""
     items = read_texts(path, "items", ["item_id", "author_id", "duration_ms"])
     known, author, duration = (items.column(name).to_numpy() for name in items.column_names)
+    check_unique(path, "items", "item_id", known)
     order = np.argsort(known)
     at = order[np.minimum(np.searchsorted(known, item_id, sorter=order), len(known) - 1)] if len(known) else item_id
     there = known[at] == item_id if len(known) else np.zeros(len(item_id), bool)

@@ -89,14 +89,15 @@ def load_comments(
         seed: of the order of a visit's comments.
 
     Raises:
-        UserError: no comments, a comment's id comes twice, a visit names one that is not there, or an embedding table
-            has nothing of the dataset.
+        UserError: no comments, a comment's id comes twice, a visit names one that is not there or has not as many likes
+            as comments, or an embedding table has nothing of the dataset.
     """
     table = read_texts(path, "comments", ["comment_id"]) if has_texts(path, "comments") else None
     if table is None or not table.num_rows:
         raise UserError(f"{path}: has no comments, which LCU reads; lcu.enabled=false trains the base alone")
     ids = np.sort(table.column("comment_id").to_numpy())
     check_unique(path, "comments", "comment_id", ids)
+    _check_likes(path, visits)
     met = CommentVisits(
         user_id=visits.column("user_id").to_numpy(),
         item_id=visits.column("item_id").to_numpy(),
@@ -164,6 +165,17 @@ def _positions(path: str, visits: pa.Table, name: str, ids: np.ndarray) -> np.nd
             "does not have"
         )
     return np.where(padded >= 0, at, ABSENT)
+
+
+def _check_likes(path: str, visits: pa.Table) -> None:
+    shown, likes = (np.diff(flat_lists(visits.column(name))[1]) for name in ("shown", "shown_likes"))
+    strange = np.flatnonzero((likes != 0) & (likes != shown))
+    if len(strange):
+        row = int(strange[0])
+        raise UserError(
+            f"{path}: texts/visits: visit {visits.column('visit_id')[row].as_py()} has {likes[row]} shown_likes for "
+            f"{shown[row]} comments shown; it must be one for each, or none where they are not known"
+        )
 
 
 def check_unique(path: str, table: str, column: str, ids: np.ndarray) -> None:

@@ -117,6 +117,15 @@ and for each comment of ``shown`` the probability of an interaction if it is."""
 COMMENT_TRUTH = pa.schema([("comment_id", pa.int64()), ("kind", pa.int8()), ("quality", pa.float32())])
 """``kind`` is a position in the description's ``extra["comment_kinds"]``."""
 
+_ACCEPTED: dict[pa.DataType, str] = {
+    pa.int8(): "a whole number",
+    pa.int32(): "a whole number",
+    pa.int64(): "a whole number",
+    pa.string(): "a text, empty where there is none",
+    _IDS: "a list of whole numbers, empty where there is none",
+}
+"""What a value of each type is, in words."""
+
 TRUTHS: dict[str, pa.Schema] = {"staytime": STAYTIME_TRUTH, "comments": COMMENT_TRUTH}
 
 
@@ -129,15 +138,18 @@ def read_texts(path: str | Path, name: str, columns: list[str] | None = None) ->
         columns: those to read; all if None.
 
     Raises:
-        UserError: the dataset has no such table, or it is not one of this release.
+        UserError: the dataset has no such table, a column is missing or of another type, or a value is null.
     """
     file = storage.join(path, f"{FOLDER}/{name}.parquet")
     wanted = SCHEMAS[name].names if columns is None else columns
     order = [("request_ms", "ascending"), ("visit_id", "ascending")] if name == "visits" else []
     read = list(dict.fromkeys([*wanted, *(column for column, _ in order)]))
     try:
-        source = pa.BufferReader(storage.read_bytes(file)) if storage.is_remote(file) else file
-        table = pq.read_table(source, columns=read)
+        with pq.ParquetFile(pa.BufferReader(storage.read_bytes(file)) if storage.is_remote(file) else file) as source:
+            missing = [column for column in read if column not in source.schema_arrow.names]
+            if missing:
+                raise UserError(f"{file}: column {missing[0]!r} is missing")
+            table = source.read(columns=read)
     except FileNotFoundError:
         raise UserError(
             f"{path}: has no {FOLDER}/{name}.parquet; `limelight data simulate --texts` and `limelight data import "
@@ -145,10 +157,32 @@ def read_texts(path: str | Path, name: str, columns: list[str] | None = None) ->
         ) from None
     except pa.ArrowException as error:
         raise UserError(f"{file}: cannot be read as a table ({error})") from None
-    for column in read:
-        if column not in table.column_names:
-            raise UserError(f"{file}: column {column!r} is missing")
+    table = _checked(table, SCHEMAS[name], file)
     return (table.sort_by(order) if order else table).select(wanted)
+
+
+def _checked(table: pa.Table, schema: pa.Schema, file: str | Path) -> pa.Table:
+    """The table in the schema's types.
+
+    Raises:
+        UserError: a value is null or does not fit its type; names the first row.
+    """
+    columns = []
+    for column in table.column_names:
+        values, wanted = table[column], schema.field(column).type
+        lists = pa.types.is_list(wanted) and pa.types.is_list(values.type)
+        if values.null_count or (lists and pc.list_flatten(values).null_count):
+            row = next(
+                row for row, value in enumerate(values.to_pylist()) if value is None or (lists and None in value)
+            )
+            raise UserError(f"{file}: row {row}: {column} is null; it must be {_ACCEPTED[wanted]}")
+        try:
+            columns.append(values.cast(wanted))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise UserError(
+                f"{file}: {column} has values of type {values.type}; each must be {_ACCEPTED[wanted]}"
+            ) from None
+    return pa.table(columns, table.column_names)
 
 
 def has_texts(path: str | Path, name: str) -> bool:
