@@ -4,17 +4,19 @@
     python -m benchmarks.staytime --work build/staytime --parts bases grid --minutes 30
     python -m benchmarks.staytime --work build/staytime --embeddings tuned=runs/embed/tuned untuned=runs/embed/untuned
 
-Cells of a simulated world with texts (``--users``, seven days; the last two are held out, settings were chosen on the
-day before): a base with and without LCU; other backbones; LCU without one of its losses, or without texts; the leak of
-choosing comments by the outcome; weights of the two losses; the number of comments; and each peculiarity of the paper's
-released code. ``--kuairand`` adds the bases on the real ``comment_stay_time`` of an imported KuaiRand, without texts.
+Cells of a simulated world with texts (``--users``, 14 days; the last two are held out, settings were chosen on the day
+before): a base with and without LCU; other backbones; LCU without one of its losses, or without texts; the leak of
+choosing comments by the outcome; weights of the two losses; the number of comments; days of training; learning rates;
+and each peculiarity of the paper's released code. A base alone has the learning rate that was best for it on the day of
+tuning, which is below LCU's. ``--kuairand`` adds the bases on the real ``comment_stay_time`` of an imported KuaiRand,
+without texts.
 
 A text's embedding is a sum of random vectors of its words, unless ``--embeddings NAME=DIRECTORY`` gives tables that
 ``limelight embed`` made (``DIRECTORY/items`` and ``DIRECTORY/comments``): each name is then a cell of its own, such as
 the tuned and the untuned model, or four prompt templates.
 
 A job that is done is kept in ``--work``; the same command goes on with those that are not, and ``--minutes`` ends it
-early. Every difference is between cells of one seed, with Student's t over the seeds.
+early. Every difference is between cells of one seed, with Student's t over the seeds: of the training, in one world.
 """
 
 from __future__ import annotations
@@ -49,20 +51,25 @@ BACKBONES = ("dcn", "deepfm", "autoint", "mlp")
 LAMBDA1 = (0.0, 0.01, 0.1, 1.0)
 LAMBDA2 = (0.0, 0.1, 0.3, 1.0)
 NUMBERS = (3, 6, 10)
+DAYS = 14
+FIRST_DAYS = {3: "2024-03-13", 6: "2024-03-10", 12: "2024-03-04"}
+"""Days of training -> the first of them."""
+RATES = {"alone": (1e-3, 2e-3, 5e-3), "with LCU": (2e-3, 5e-3, 1e-2)}
 WORD_WIDTH = 32
 
 READ = {"enabled", "item_embeddings", "comment_embeddings", "comments", "candidates"}
 """Settings of LCU that decide what is read."""
 
 WORLD_SETTINGS = (
-    "data.eval_from=2024-03-09",
+    "data.eval_from=2024-03-16",
     # What says nothing of staying in this world, so that a cell is cheap.
     'input.exclude=["city_tier", "device", "gender", "age_band", "spend_band", "user_tenure", "author_tenure", '
     '"author_category", "author_genre", "fans_band"]',
     "lcu.heads=2",
 )
 KUAIRAND_SETTINGS = ("data.eval_from=2022-05-04", "lcu.enabled=false", 'input.exclude=["user_id"]', "train.epochs=1")
-BASE_ALONE = ("lcu.enabled=false",)
+BASE_ALONE = ("lcu.enabled=false", "train.learning_rate=2e-3")
+NO_KUAIRAND = "not run: --kuairand names no dataset (limelight data import kuairand makes one)"
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,9 @@ def world_cells(options: argparse.Namespace, words: Path) -> Iterator[Cell]:
     yield from cells("corrections", "released", "lcu.mode=released")
     for number in NUMBERS:
         yield from cells("comments", f"{number} comments", f"lcu.comments={number}")
+    for days, start in FIRST_DAYS.items():
+        yield from cells("days", f"{days} days alone", f"data.train_from={start}", *BASE_ALONE)
+        yield from cells("days", f"{days} days with LCU", f"data.train_from={start}")
     for first in LAMBDA1:
         for second in LAMBDA2:
             settings = (f"lcu.lambda1={first}", f"lcu.lambda2={second}")
@@ -124,6 +134,10 @@ def world_cells(options: argparse.Namespace, words: Path) -> Iterator[Cell]:
     for backbone in BACKBONES:
         yield from cells("backbones", f"{backbone} alone", f"base.backbone={backbone}", *BASE_ALONE)
         yield from cells("backbones", f"{backbone} with LCU", f"base.backbone={backbone}")
+    for kind, rates in RATES.items():
+        settings = BASE_ALONE if kind == "alone" else ()
+        for rate in rates:
+            yield from cells("rates", f"{kind}, {rate:g}", *settings, f"train.learning_rate={rate}")
 
 
 def kuairand_cells(seeds: int) -> Iterator[Cell]:
@@ -186,7 +200,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Path], Path]:
     """The datasets, and the tables of word vectors; made in ``options.work`` where they are not there."""
     world, words = options.work / f"world-{options.users}", options.work / f"words-{options.users}"
     if not world.exists():
-        simulate(world, options.users, 7, 2, 1, texts=True)
+        simulate(world, options.users, DAYS, 2, 1, texts=True)
     if not words.exists():
         word_tables(world, words)
     return {"world": world, "kuairand": options.kuairand or world}, words
@@ -204,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where data and finished cells are kept")
-    parser.add_argument("--users", type=int, default=400, help="of the simulated world (default: %(default)s)")
+    parser.add_argument("--users", type=int, default=250, help="of the simulated world (default: %(default)s)")
     parser.add_argument("--kuairand", type=Path, help="an imported KuaiRand, for its part")
     parser.add_argument("--embeddings", type=named_directory, nargs="*", default=[], metavar="NAME=DIRECTORY")
     parser.add_argument("--parts", nargs="*", metavar="PART", help="parts to run (default: all)")
@@ -224,10 +238,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = run_cells(cells, paths, options)
     summary = summarise(results)
     print_tables(summary)
+    if not options.kuairand:
+        print(f"\nkuairand: {NO_KUAIRAND}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"question": "what LCU's second stage is worth for the staytime", "users": options.users}
-        facts |= {"cells_done": len(results), "cells": len(cells), "settings": list(WORLD_SETTINGS)}
+        facts |= {"days": DAYS, "settings": list(WORLD_SETTINGS), "settings_alone": list(BASE_ALONE)}
+        facts |= {"cells_done": len(results), "cells": len(cells)}
+        facts |= {} if options.kuairand else {"kuairand": NO_KUAIRAND}
         write_json(options.out, {**facts, "environment": environment(1), "result": summary})
         write_pictures(summary, options.out)
         print(json.dumps({"written": options.out.name, "cells": f"{len(results)} of {len(cells)}"}))

@@ -17,6 +17,8 @@ SHOWN = ("rmse", "mae", "mae_opened", "xauc", "gauc", "ndcg@3", "mrr")
 GROUPS = ("0", "1-5", "6-50", "more")
 REFERENCES = {"ablations": "LCU", "corrections": "corrected", "comments": "6 comments", "grid": "0, 0"}
 """Cell of a part that the others are compared with."""
+PAIRS = ("bases", "backbones", "days")
+"""Parts in which every cell with LCU is compared with the same without."""
 
 Summary = dict[str, dict[str, Any]]
 """Part -> cell -> means, half-widths and differences."""
@@ -36,7 +38,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
     for part, cells in by_cell.items():
         summary[part] = {}
         for name, seeds in cells.items():
-            reference = name.replace(" with LCU", " alone") if part in ("bases", "backbones") else REFERENCES.get(part)
+            reference = name.replace(" with LCU", " alone") if part in PAIRS else REFERENCES.get(part)
             other = cells.get(reference or "", {}) if reference != name else {}
             entry = {
                 "seeds": len(seeds),
