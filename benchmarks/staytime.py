@@ -135,9 +135,9 @@ def world_cells(options: argparse.Namespace, words: Path) -> Iterator[Cell]:
         yield from cells("backbones", f"{backbone} alone", f"base.backbone={backbone}", *BASE_ALONE)
         yield from cells("backbones", f"{backbone} with LCU", f"base.backbone={backbone}")
     for kind, rates in RATES.items():
-        settings = BASE_ALONE if kind == "alone" else ()
+        of_kind = BASE_ALONE if kind == "alone" else ()
         for rate in rates:
-            yield from cells("rates", f"{kind}, {rate:g}", *settings, f"train.learning_rate={rate}")
+            yield from cells("rates", f"{kind}, {rate:g}", *of_kind, f"train.learning_rate={rate}")
 
 
 def kuairand_cells(seeds: int) -> Iterator[Cell]:
