@@ -17,7 +17,7 @@ SHOWN = ("rmse", "mae", "mae_opened", "xauc", "gauc", "ndcg@3", "mrr")
 GROUPS = ("0", "1-5", "6-50", "more")
 REFERENCES = {"ablations": "LCU", "corrections": "corrected", "comments": "6 comments", "grid": "0, 0"}
 """Cell of a part that the others are compared with."""
-PAIRS = ("bases", "backbones", "days")
+PAIRS = ("bases", "backbones", "days", "training")
 """Parts in which every cell with LCU is compared with the same without."""
 
 Summary = dict[str, dict[str, Any]]

@@ -134,6 +134,26 @@ def test_the_same_seed_gives_the_same_numbers(world: Path, embeddings: list[str]
     assert train_and_evaluate(other, load(other), CPU, quiet=True)["all"] != first["all"]
 
 
+@pytest.mark.parametrize(("share", "learns"), [(0.0, False), (0.3, True)])
+def test_the_row_of_unknown_videos_learns_from_hidden_ones(world: Path, share: float, learns: bool) -> None:
+    """With ``min_count = 1`` every training video has a row of its own."""
+    config = job(world, f"input.hide_items={share}", "input.min_count=1", "lcu.enabled=false")
+    data = load(config)
+    assert data.unknown_item is not None
+    column, unknown = data.unknown_item
+    assert data.field_names[column] == "item_id" and not (data.fields[data.training, column] == unknown).any()
+    known = np.isin(data.item_id[data.held_out], data.item_id[data.training])
+    assert ((data.fields[data.held_out, column] == unknown) == ~known).all() and not known.all()
+    base = fit_base_on(config, data)
+    network = build_network(config, data, base)
+    before = network.state_dict()["table.weight"].clone()
+    fields = data.fields.copy()
+    train(config, data, base, network, CPU, quiet=True)
+    changed = (network.state_dict()["table.weight"] != before).any(1)
+    assert bool(changed[unknown]) == learns and bool(changed[data.fields[data.training, column]].all())
+    np.testing.assert_array_equal(data.fields, fields)
+
+
 def test_what_is_loaded_is_what_the_tables_say(world: Path, embeddings: list[str]) -> None:
     config = job(world, "input.min_count=2", *embeddings)
     data = load(config)

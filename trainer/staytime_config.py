@@ -44,6 +44,11 @@ class InputConfig(Section):
     min_count: Positive = Field(
         3, description="Ids of fewer training rows than this share the row of unknown ids: those of users, items, ..."
     )
+    hide_items: Share = Field(
+        0.25,
+        description="Share of the training rows whose video is taken as an unknown one. That row of the table then "
+        "learns what new videos are like; it would know only unpopular old ones otherwise.",
+    )
     exclude: tuple[str, ...] = Field(
         (),
         description="Features that the model must not see: names of side or dense features, `user_id`, `item_id` or "

@@ -42,6 +42,7 @@ class StaytimeData:
         fields: ``[n, fields]`` int32, rows of the packed table.
         field_names: what they are.
         rows: of the packed table.
+        unknown_item: column of ``fields`` with the video, and the row of unknown ones; None where it is excluded.
         dense: ``[n, n_dense]`` float32, standardised.
         dense_names: what they are.
         exposures: ``[n]`` int64, training visits to the row's video.
@@ -58,6 +59,7 @@ class StaytimeData:
     fields: np.ndarray
     field_names: tuple[str, ...]
     rows: int
+    unknown_item: tuple[int, int] | None
     dense: np.ndarray
     dense_names: tuple[str, ...]
     exposures: np.ndarray
@@ -114,6 +116,7 @@ def load_staytime(data: DataConfig, inputs: InputConfig, lcu: LcuConfig, seed: i
         fields=(np.stack(columns, 1) + first[:-1]).astype(np.int32),
         field_names=tuple(names),
         rows=int(first[-1]),
+        unknown_item=(at := names.index("item_id"), int(first[at])) if "item_id" in names else None,
         dense=_standardised(dense[:, kept], training),
         dense_names=tuple(dense_names[place] for place in kept),
         exposures=_exposures(ids["item_id"], training),

@@ -192,6 +192,10 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = factor * settings.learning_rate
                 inputs, labels = make_batch(data, rows, device)
+                if data.unknown_item is not None:
+                    column, unknown = data.unknown_item
+                    hidden = generator.random(len(rows)) < config.input.hide_items
+                    inputs.fields[torch.from_numpy(hidden).to(device), column] = unknown
                 losses = joint_loss(network(inputs), base, labels, inputs.present, config.lcu)
                 value = losses["loss"].item()
                 if not np.isfinite(value):
