@@ -38,15 +38,22 @@ JOB = (
     "stream.publish_minutes=0.0001",
     "train.device=cpu",
 )
+SEARCHING = (
+    "features.history.long.domain=video",
+    "features.history.long.search=top",
+    "features.history.long.length=5",
+    "features.search.refresh_steps=3",
+)
+"""Of one of the policies: a search in a space that the training renews."""
+
 STOP_AFTER = 7
 """Step after which SIGTERM comes: rows wait, visits are open, and predictions have no outcome yet."""
 
 
 def job(dataset: Path, directory: Path, policy: str) -> JobConfig:
-    return load_config(
-        "configs/moment.toml",
-        [*JOB, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"],
-    )
+    more = SEARCHING if policy == "fast_slow" else ()
+    given = [*JOB, *more, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"]
+    return load_config("configs/moment.toml", given)
 
 
 def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
