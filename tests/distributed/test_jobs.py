@@ -15,6 +15,7 @@ import pytest
 
 from trainer.data.schema import DatasetSpec
 from trainer.data.shards import read_rows
+from trainer.rank import main as train_one_rank
 from trainer.score import ranking_score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,37 +167,41 @@ def test_the_ranking_score_is_equation_4() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "expected"),
+    ("overrides", "expected"),
     [
-        (["data.path=/nowhere"], 1, "/nowhere: no dataset here"),
-        (["train.epoch=1"], 1, "unknown key train.epoch; did you mean train.epochs?"),
-        (['data.behaviours=["clik"]'], 1, "no behaviour 'clik'"),
-        (["train.weights.smile=2"], 1, "no behaviour 'smile'"),
-        (['features.exclude=["stat:usr"]'], 1, "did you mean 'stat:user'?"),
-        (["train.batch_size=127"], 2, "train.batch_size = 127 is not a multiple of the 2 ranks"),
-        (["train.device=cuda"], 1, 'train.device = "cuda"'),
-        (["alignment.anchor=mixed"], 1, "alignment.anchor = 'mixed': must be one of two or more histories"),
-        (["train.deepspeed=none.json"], 1, "train.deepspeed = 'none.json': no such file"),
-        (["data.eval_from=2024-04-01"], 1, "is after the dataset's last request"),
+        (["data.path=/nowhere"], "/nowhere: no dataset here"),
+        (["train.epoch=1"], "unknown key train.epoch; did you mean train.epochs?"),
+        (['data.behaviours=["clik"]'], "no behaviour 'clik'"),
+        (["train.weights.smile=2"], "no behaviour 'smile'"),
+        (['features.exclude=["stat:usr"]'], "did you mean 'stat:user'?"),
+        (["train.device=cuda"], 'train.device = "cuda"'),
+        (["alignment.anchor=mixed"], "alignment.anchor = 'mixed': must be one of two or more histories"),
+        (["train.deepspeed=none.json"], "train.deepspeed = 'none.json': no such file"),
+        (["data.eval_from=2024-04-01"], "is after the dataset's last request"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_run(
-    world: Path, tmp_path: Path, overrides: list[str], ranks: int, expected: str
+    world: Path, tmp_path: Path, overrides: list[str], expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
-        "train",
-        *SETTINGS,
-        f"data.path={world}",
-        f"run.directory={tmp_path / 'run'}",
-        *overrides,
-        "--ranks",
-        ranks,
-    ]
-    done = limelight(*given, expect=2)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
-    assert len(errors) == 1 and expected in errors[0], done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    """What a rank says and returns; the next test has the command around it."""
+    status = train_one_rank([*SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", *overrides])
+    said = capfd.readouterr().err
+    assert status == 2
+    assert_one_error(said, expected)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_all_ranks_is_told_once(world: Path, tmp_path: Path) -> None:
+    given = [*SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", "train.batch_size=127"]
+    done = limelight("train", *given, "--ranks", 2, expect=2)
+    assert_one_error(done.stderr, "train.batch_size = 127 is not a multiple of the 2 ranks")
+    assert not (tmp_path / "run").exists()
+
+
+def assert_one_error(said: str, expected: str) -> None:
+    errors = [line for line in said.splitlines() if line.startswith("limelight: error:")]
+    assert len(errors) == 1 and expected in errors[0], said[-3000:]
+    assert "Traceback" not in said
 
 
 def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> None:
