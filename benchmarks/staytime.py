@@ -69,7 +69,7 @@ WORLD_SETTINGS = (
     "train.epochs=1",
     "train.learning_rate=1e-2",
 )
-KUAIRAND_SETTINGS = ("data.eval_from=2022-05-04", "lcu.enabled=false", 'input.exclude=["user_id"]', "train.epochs=1")
+KUAIRAND_SETTINGS = ("data.eval_from=2022-05-04", "lcu.enabled=false", "train.epochs=2", "train.learning_rate=2e-3")
 BASE_ALONE = ("lcu.enabled=false",)
 NO_KUAIRAND = "not run: --kuairand names no dataset (limelight data import kuairand makes one)"
 

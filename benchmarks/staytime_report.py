@@ -20,6 +20,17 @@ REFERENCES = {"ablations": "LCU", "corrections": "corrected", "comments": "6 com
 PAIRS = ("bases", "backbones", "days", "training")
 """Parts in which every cell with LCU is compared with the same without."""
 
+LABELS = {
+    "rmse": "RMSE, s",
+    "mae": "MAE, s",
+    "mae_opened": "MAE of opened rows, s",
+    "xauc": "XAUC",
+    "gauc": "GAUC",
+    "ndcg@3": "NDCG@3",
+}
+"""Metrics of the pictures, with units."""
+INTERVALS = "bars: 95 % intervals over the seeds"
+
 Summary = dict[str, dict[str, Any]]
 """Part -> cell -> means, half-widths and differences."""
 
@@ -148,49 +159,68 @@ def write_pictures(summary: Summary, out: Path) -> None:
 
 def _differences_picture(bases: Mapping[str, Any], file: Path) -> None:
     """What LCU adds to each base, with intervals."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(12, 3), layout="constrained")
     pairs = {name.removesuffix(" with LCU"): cell["difference"] for name, cell in bases.items() if "difference" in cell}
-    for axes, metric in zip(figure.subplots(1, 4), ("rmse", "xauc", "gauc", "ndcg@3"), strict=True):
+    panels = figure.subplots(1, len(LABELS), sharey=True)
+    for axes, (metric, label) in zip(panels, LABELS.items(), strict=True):
         for place, difference in enumerate(pairs.values()):
             mean, spread = difference[metric]
             axes.errorbar(mean, place, xerr=spread or 0, fmt="o", color="#1f6f8b", capsize=3)
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set_yticks(range(len(pairs)), list(pairs))
-        axes.set_xlabel(f"{metric}, with LCU less alone")
+        axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=4)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(pairs)), list(pairs))
+    panels[0].invert_yaxis()
+    figure.suptitle(f"with LCU less the base alone; {INTERVALS}", fontsize=10)
     figure.savefig(file, metadata={"Date": None})
 
 
 def _cold_picture(bases: Mapping[str, Any], file: Path) -> None:
     """What LCU adds by exposures of the video."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 3), ("rmse", "xauc", "gauc"), strict=True):
-        for name, cell in bases.items():
-            if "difference_by_exposures" in cell:
-                means = [cell["difference_by_exposures"][group][metric][0] for group in GROUPS]
-                axes.plot(
-                    GROUPS, [np.nan if mean is None else mean for mean in means], marker="o", label=name.split()[0]
-                )
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    cells = {name.split()[0]: cell["difference_by_exposures"] for name, cell in bases.items() if "difference" in cell}
+    panels = figure.subplots(1, 3)
+    for axes, metric in zip(panels, ("rmse", "xauc", "gauc"), strict=True):
+        for number, (name, groups) in enumerate(cells.items()):
+            # Side by side, so that intervals can be told apart.
+            place = np.arange(len(GROUPS)) + (number - (len(cells) - 1) / 2) * 0.12
+            mean, spread = np.array([groups[group][metric] for group in GROUPS], float).T
+            axes.errorbar(place, mean, yerr=np.nan_to_num(spread), fmt="o", markersize=4, capsize=2, label=name)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel="exposures in training", ylabel=f"{metric}, with LCU less alone")
+        axes.set_xticks(range(len(GROUPS)), GROUPS)
+        axes.set(xlabel="exposures of the video in training", ylabel=LABELS[metric])
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="base")
+    figure.suptitle(f"with LCU less the base alone; {INTERVALS}", fontsize=10)
     figure.savefig(file, metadata={"Date": None})
 
 
 def _grid_picture(grid: Mapping[str, Any], file: Path) -> None:
     """RMSE against GAUC of every pair of weights; those that no other pair beats in both are joined."""
-    names = list(grid)
-    points = np.array([[grid[name]["all"]["rmse"][0], grid[name]["all"]["gauc"][0]] for name in names])
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    weights = [tuple(name.split(", ")) for name in grid]
+    points = np.array([[cell["all"]["rmse"][0], cell["all"]["gauc"][0]] for cell in grid.values()])
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(points[:, 0], points[:, 1], color="#9bc1bc")
     best = pareto(points)
-    axes.plot(points[best, 0], points[best, 1], color="#ed6a5a", marker="o")
-    for name, (x, y) in zip(names, points, strict=True):
-        axes.annotate(name, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set(xlabel="RMSE, seconds (less is better)", ylabel="GAUC (more is better)", title="lambda1, lambda2")
+    axes.plot(points[best, 0], points[best, 1], color="grey", linewidth=1, zorder=0, label="no pair is better in both")
+    # Colours and shapes, for sixteen names would lie over each other.
+    firsts, seconds = (list(dict.fromkeys(pair[side] for pair in weights)) for side in (0, 1))
+    for (first, second), (x, y) in zip(weights, points, strict=True):
+        color, marker = f"C{firsts.index(first)}", "osD^v<>P*X"[seconds.index(second)]
+        axes.plot(x, y, linestyle="", color=color, marker=marker, markersize=7)
+    for number, first in enumerate(firsts):
+        axes.plot([], [], linestyle="", marker="s", color=f"C{number}", label=f"lambda1 = {first}")
+    for number, second in enumerate(seconds):
+        marker = "osD^v<>P*X"[number]
+        axes.plot(
+            [], [], linestyle="", marker=marker, color="white", markeredgecolor="black", label=f"lambda2 = {second}"
+        )
+    seeds = min(cell["seeds"] for cell in grid.values())
+    axes.set(xlabel="RMSE, s (less is better)", ylabel="GAUC (more is better)", title=f"means of {seeds} seeds")
+    axes.title.set_fontsize(10)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(file, metadata={"Date": None})
 
 
