@@ -29,7 +29,7 @@ LABELS = {
     "ndcg@3": "NDCG@3",
 }
 """Metrics of the pictures, with units."""
-INTERVALS = "bars: 95 % intervals over the seeds"
+INTERVALS = "bars: 95 % intervals over the seeds, cut where they leave the picture"
 
 Summary = dict[str, dict[str, Any]]
 """Part -> cell -> means, half-widths and differences."""
@@ -167,13 +167,20 @@ def _differences_picture(bases: Mapping[str, Any], file: Path) -> None:
             mean, spread = difference[metric]
             axes.errorbar(mean, place, xerr=spread or 0, fmt="o", color="#1f6f8b", capsize=3)
         axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set_xlabel(label)
+        axes.set(xlabel=label, xlim=_limits([difference[metric] for difference in pairs.values()]))
         axes.locator_params(axis="x", nbins=4)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(pairs)), list(pairs))
     panels[0].invert_yaxis()
     figure.suptitle(f"with LCU less the base alone; {INTERVALS}", fontsize=10)
     figure.savefig(file, metadata={"Date": None})
+
+
+def _limits(intervals: Sequence[Sequence[float | None]]) -> tuple[float, float]:
+    """Limits of an axis around zero for most of the intervals, so that one wide one does not press the others flat."""
+    ends = [abs(mean) + (spread or 0.0) for mean, spread in intervals if mean is not None]
+    end = min(2.5 * float(np.median(ends)), 1.1 * max(ends)) if ends else 1.0
+    return -end, end
 
 
 def _cold_picture(bases: Mapping[str, Any], file: Path) -> None:
@@ -189,7 +196,8 @@ def _cold_picture(bases: Mapping[str, Any], file: Path) -> None:
             axes.errorbar(place, mean, yerr=np.nan_to_num(spread), fmt="o", markersize=4, capsize=2, label=name)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(GROUPS)), GROUPS)
-        axes.set(xlabel="exposures of the video in training", ylabel=LABELS[metric])
+        limits = _limits([cell[group][metric] for cell in cells.values() for group in GROUPS])
+        axes.set(xlabel="exposures of the video in training", ylabel=LABELS[metric], ylim=limits)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, title="base")
     figure.suptitle(f"with LCU less the base alone; {INTERVALS}", fontsize=10)
