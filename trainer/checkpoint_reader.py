@@ -177,7 +177,7 @@ class StoredModel:
 
     Attributes:
         tables: by name.
-        dense: parameter -> ``parameter``, and the moments of its optimizer.
+        dense: parameter, of the dense network or an adapter -> ``parameter``, and the moments of its optimizer.
         buffers: of the dense network.
         counters: numbers of steps.
 
@@ -202,7 +202,7 @@ class StoredModel:
                     self.tables[owner.rpartition(".")[2]].states[last] = tensor
                 case "dynamic":
                     self.tables[owner].ids[last] = tensor
-                case "dense":
+                case "dense" | "adapter":
                     self.dense.setdefault(owner, {})[last] = tensor
                 case "buffers":
                     self.buffers[rest] = tensor

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.checkpoint_reader import Checkpoint
 from trainer.dynamic_ids import COUNTS, IdCounts
 from trainer.errors import UserError
-from trainer.manifest import MANIFEST, check_files, checkpoints_at, read_manifest
+from trainer.manifest import ADAPTER, MANIFEST, check_files, checkpoints_at, read_manifest
 from trainer.text_table import shape_text, size_text, text_table
 
 LISTED = 5
@@ -59,12 +59,15 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         everything: list every dense parameter, position and file.
     """
     state = "finished" if found["finished"] else "training goes on"
+    rows, network = "rows", f"{found['kind']} for {', '.join(found['behaviours'])}"
+    if found["kind"] == ADAPTER:
+        rows, network = "sequences", "adapter of a language model"
     facts = [
         ("checkpoint", found["path"]),
         ("step", f"{found['step']:,} ({state}); save {found['number']} of its run, {found['created']}"),
-        ("rows", f"{found['rows_done']:,} {_share(found)}"),
+        (rows, f"{found['rows_done']:,} {_share(found)}"),
         ("written by", f"{_count(found['ranks'], 'rank')}, ZeRO stage {found['zero_stage']}"),
-        ("network", f"{found['kind']} for {', '.join(found['behaviours'])}"),
+        ("network", network),
         ("", f"{_count(len(found['dense']), 'parameter')} of {found['dense_values']:,} values"),
         ("", f"{size_text(found['dense_bytes'])} with the moments of AdamW"),
         ("tables' optimizer", found["table_optimizer"]),
@@ -73,7 +76,9 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         ("positions", _positions(found["positions"], _is_stream(found))),
         ("files", f"{len(found['files'])} of {size_text(found['bytes'])}"),
     ]
-    blocks = ["\n".join(f"{name:<19}{value}" for name, value in facts), _tables(found["tables"])]
+    blocks = ["\n".join(f"{name:<19}{value}" for name, value in facts)]
+    if found["tables"]:
+        blocks.append(_tables(found["tables"]))
     if everything:
         shapes = [[name, shape_text(shape)] for name, shape in found["dense"].items()]
         shapes += [[name, shape_text(shape)] for name, shape in found["buffers"].items()]
@@ -82,7 +87,8 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         meaning = (
             ["place", "inside", "latest ms", "rejected"] if _is_stream(found) else ["epoch", "window", "rows of it"]
         )
-        blocks.append(text_table(["partition", *meaning], positions))
+        if positions:
+            blocks.append(text_table(["partition", *meaning], positions))
         blocks.append(text_table(["file", "bytes"], [[name, f"{size:,}"] for name, size in found["files"].items()]))
     return "\n\n".join(blocks)
 

@@ -20,7 +20,7 @@ from trainer.checkpoint_reader import Checkpoint, StoredModel, StoredTensor, sto
 from trainer.config import load_deepspeed
 from trainer.errors import UserError
 from trainer.exported import CONFIG, FEATURES, ORIGIN, SCHEMA, SEARCH, SERVED, WEIGHTS
-from trainer.manifest import check_files, sync
+from trainer.manifest import ADAPTER, check_files, sync
 from trainer.run import write_json
 
 _TYPES = {
@@ -51,6 +51,8 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
     checkpoint, target = Checkpoint.open(path), Path(out)
     if target.exists():
         raise UserError(f"{target}: is there already; choose another directory or remove it")
+    if checkpoint.manifest.kind == ADAPTER:
+        raise UserError(f"{checkpoint.directory}: of an adapter; `limelight finetune merge` writes its model")
     problems = check_files(checkpoint.directory, checkpoint.manifest)
     if problems:
         raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")

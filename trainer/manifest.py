@@ -31,6 +31,9 @@ MANIFEST = "manifest.json"
 MODEL = "model"
 JOB = "job.json"
 
+ADAPTER = "lora"
+"""Kind of the checkpoints of a fine-tuning, whose model is an adapter."""
+
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 16 << 20
 

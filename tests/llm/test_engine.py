@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.conftest import RunRanks
 from tests.llm.engine_ranks import CASES, HALF, JOB_STOPS, RESUMED, run_cases
 from tests.llm.tiny import LORA, SMALL, STEPS, job, plain_training, samples, write_samples
+from trainer.checkpoint_show import describe_checkpoint, format_checkpoint
 from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.export import export_checkpoint
 from trainer.finetune import run_job
 from trainer.llm.model import Base
 from trainer.llm.tokens import Tokens
@@ -88,6 +92,19 @@ def check_all(outcomes: dict[str, Outcome], cases: tuple[str, ...], plain: Plain
             assert same(outcomes[case], outcomes[f"{case} from {ranks}"]), case
 
 
+def check_shown(run: Path, steps: int) -> None:
+    """What ``limelight checkpoint`` says of a run."""
+    values = sum(value.numel() for value in load_file(run / "adapter" / "adapter_model.safetensors").values())
+    found = describe_checkpoint(run)
+    assert (found["step"], found["dense_values"]) == (steps, values)
+    # float32, and two moments
+    assert found["dense_bytes"] == 3 * 4 * values
+    shown = format_checkpoint(found, everything=True)
+    assert "adapter of a language model" in shown and f"of {values:,} values" in shown
+    with pytest.raises(UserError, match="of an adapter; `limelight finetune merge` writes its model"):
+        export_checkpoint(run, run / "exported")
+
+
 def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
     plain: Plain, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
@@ -112,6 +129,7 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
     assert "saved by 2 ranks, now 1" in log
     sources = json.loads((tmp_path / "run" / "tokens" / "sources.json").read_text())
     assert sources[str(tmp_path / "train.jsonl")]["manifest"] == {"templates": "v1"}
+    check_shown(tmp_path / "run", gone_on["training"]["steps"])
     for run in ("run", "undisturbed"):
         metrics = json.loads((tmp_path / run / "metrics.json").read_text())
         assert metrics["evaluation"]["fire"]["samples"] == 20

@@ -22,11 +22,8 @@ from trainer.llm.config import FinetuneConfig
 from trainer.llm.engine import AdapterEngine
 from trainer.llm.training_state import TrainingState
 from trainer.log import say
-from trainer.manifest import JOB, MODEL, DatasetEntry, Manifest
+from trainer.manifest import ADAPTER, JOB, MODEL, DatasetEntry, Manifest
 from trainer.random_states import random_states, restore_random_states, start_random_states
-
-KIND = "lora"
-"""Of the models whose checkpoints these are, in their manifests."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class AdapterCheckpoints(CheckpointStore):
             return False
         directory, manifest = found
         job = agreed(self._world, lambda: json.loads((directory / JOB).read_text()))
-        if manifest.kind != KIND or job["base"] != self._identity.base:
+        if manifest.kind != ADAPTER or job["base"] != self._identity.base:
             raise UserError(f"{directory}: a checkpoint of an adapter for another base model")
         if manifest.dataset.fingerprint != self._identity.samples.fingerprint:
             raise UserError(f"{directory}: trained on other samples than those in {self._identity.samples.path}")
@@ -127,7 +124,7 @@ class AdapterCheckpoints(CheckpointStore):
                 zero_stage=engine.zero_stage,
                 rows_done=state.sequences_done,
                 rows_total=state.sequences_total,
-                kind=KIND,
+                kind=ADAPTER,
                 behaviours=(),
                 table_optimizer="none",
                 tables=(),
