@@ -76,8 +76,9 @@ def change_visits(world: Path, copy: Path, columns: dict[str, pa.Array]) -> None
 
 
 def option(record: Record, letter: str) -> str:
-    line = next(line for line in record["prompt"].splitlines() if line.startswith(f"{letter}: "))
-    return line.removeprefix(f"{letter}: ")
+    """Options stand last: a history has letters too."""
+    line = next(line for line in reversed(record["prompt"].splitlines()) if line.endswith(f" ({letter})"))
+    return line.removesuffix(f" ({letter})")
 
 
 def test_a_sample_has_what_finetuning_reads(records: dict[str, list[Record]]) -> None:
@@ -101,7 +102,7 @@ def test_splits_are_apart_in_time_and_top_comments_in_videos(
         for split, some in records.items()
     }
     assert videos["evaluate"] and not set(videos["train"]) & set(videos["evaluate"])
-    assert {split: max(Counter(some).values()) for split, some in videos.items()} == {"train": 4, "evaluate": 1}
+    assert {split: max(Counter(some).values()) for split, some in videos.items()} == {"train": 12, "evaluate": 1}
 
 
 def test_edges_are_quantiles_of_the_training_days_alone(
@@ -196,12 +197,13 @@ def test_a_letter_says_nothing(records: dict[str, list[Record]]) -> None:
 def test_the_same_plan_gives_the_same_samples_and_a_smaller_one_the_first_of_them(
     world: Path, records: dict[str, list[Record]], tmp_path: Path
 ) -> None:
-    fewer = Plan(**{**PLAN.__dict__, "samples": 100, "evaluate_samples": 50})
+    fewer = Plan(**{**PLAN.__dict__, "samples": 100, "evaluate_samples": 50, "most": {"staytime": 30}})
     write_instructions(world, tmp_path / "out", fewer)
     for split, most in (("train", 100), ("evaluate", 50)):
         for task in TASKS:
+            of_task = 30 if (split, task) == ("train", "staytime") else most
             mine = [record for record in read(tmp_path / "out", split) if record["task"] == task]
-            assert mine == [record for record in records[split] if record["task"] == task][:most]
+            assert mine == [record for record in records[split] if record["task"] == task][:of_task]
 
 
 def test_an_edited_template_is_used_and_recorded(
@@ -246,6 +248,10 @@ def test_other_mistakes_are_told_and_leave_nothing(world: Path, tmp_path: Path) 
         (Plan("2024-03-06", templates=str(tmp_path)), "no such template"),
         (Plan("2024-03-06", candidates=1, templates=str(TEMPLATES)), "--candidates is 1; it must be 2 or more"),
         (Plan("2024-03-06", buckets=27, templates=str(TEMPLATES)), "--buckets is 27; there are letters for 26"),
+        (
+            Plan("2024-03-06", most={"stay": 3}, templates=str(TEMPLATES)),
+            "--most stay=3: write TASK=N; tasks are",
+        ),
     ]:
         with pytest.raises(UserError, match=said):
             write_instructions(world, tmp_path / "out", plan)
@@ -281,8 +287,9 @@ def test_long_texts_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["instructions", str(world), str(tmp_path / "out"), "--evaluate-from", "2024-03-06"]
-    assert main([*command, "--samples", "5", "--evaluate-samples", "4", "--templates", str(TEMPLATES)]) == 0
-    assert f"{tmp_path}/out/train.jsonl: 5 staytime, 5 top_comment, 5 user_comment" in capsys.readouterr().out
+    sizes = ["--samples", "5", "--most", "staytime=3", "--evaluate-samples", "4"]
+    assert main([*command, *sizes, "--templates", str(TEMPLATES)]) == 0
+    assert f"{tmp_path}/out/train.jsonl: 3 staytime, 5 top_comment, 5 user_comment" in capsys.readouterr().out
     assert main(command) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -56,7 +56,7 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads // 2 if settings.heads % 2 == 0 else settings.heads,
         max_position_embeddings=length,
-        # Layers then pass on what they get at its size. The default, 0.02, is for widths of thousands: in a narrow model
+        # Layers pass on what they get at its size. The default, 0.02, is for widths of thousands: in a narrow model
         # attention is all even at first, and stays so for long.
         initializer_range=settings.hidden**-0.5,
         tie_word_embeddings=False,

@@ -41,15 +41,32 @@ def add_instructions_parser(subparsers: argparse._SubParsersAction) -> None:
             f"--{name}", type=int, default=default, metavar=metavar, help=f"{meaning} (default: %(default)s)"
         )
     parser.add_argument(
+        "--most",
+        type=_of_a_task,
+        action="append",
+        default=[],
+        metavar="TASK=N",
+        help="most samples of one task to train on, in place of --samples; may be given for each",
+    )
+    parser.add_argument(
         "--templates", default="configs/templates", metavar="DIR", help="folder of templates (default: %(default)s)"
     )
     parser.set_defaults(run=_run)
 
 
+def _of_a_task(text: str) -> tuple[str, int]:
+    task, _, number = text.partition("=")
+    try:
+        return task, int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write TASK=N, such as staytime=10000") from None
+
+
 def _run(options: argparse.Namespace) -> int:
     from trainer.llm.instructions.write import Plan, write_instructions
 
-    plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
+    given = {field.name: getattr(options, field.name) for field in fields(Plan)}
+    plan = Plan(**{**given, "most": dict(options.most)})
     with Phases({}, "samples") as progress:
         manifest = write_instructions(options.dataset, options.out, plan, progress)
     for split, counts in manifest["samples"].items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trainer.llm.templates import Template
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[str, ...] = ("train", "evaluate")
-OF_A_VIDEO = {"train": 4, "evaluate": 1}
+OF_A_VIDEO = {"train": 12, "evaluate": 1}
 """Most ``top_comment`` samples of a video: its comments stay the same, by and large."""
 
 
@@ -34,6 +34,7 @@ class Plan:
         evaluate_from: a date or time, in the dataset's time zone: visits that ended before it are trained on, those
             that began at it or later are evaluated on.
         samples: of each task to train on, at most.
+        most: task -> the same for a task that is to have more or fewer.
         evaluate_samples: of each task to evaluate on, at most.
         candidates: comments to choose from.
         buckets: ranges of staytimes.
@@ -52,6 +53,7 @@ class Plan:
     characters: int = 200
     templates: str = "configs/templates"
     seed: int = 1
+    most: Mapping[str, int] = field(default_factory=dict)
 
 
 def write_instructions(
@@ -137,9 +139,10 @@ def _write_splits(
 ) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     seen_videos = np.empty(0, np.int64)
-    for split, most in zip(SPLITS, (plan.samples, plan.evaluate_samples), strict=True):
+    for split in SPLITS:
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for number, task in enumerate(TASKS):
+                most = plan.most.get(task, plan.samples) if split == "train" else plan.evaluate_samples
                 rng = np.random.default_rng([plan.seed, SPLITS.index(split), number])
                 drawn = rng.permutation(at[split])
                 if task == "user_comment":
@@ -195,6 +198,9 @@ def _check(plan: Plan) -> None:
         value = getattr(plan, name)
         if value < lowest:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {lowest} or more")
+    for task, most in plan.most.items():
+        if task not in TASKS or most < 0:
+            raise UserError(f"--most {task}={most}: write TASK=N; tasks are {', '.join(TASKS)}, N is 0 or more")
     for name in ("candidates", "buckets"):
         if getattr(plan, name) > len(LETTERS):
             raise UserError(f"--{name} is {getattr(plan, name)}; there are letters for {len(LETTERS)}")
