@@ -52,6 +52,11 @@ METRICS = ("auc", "gauc", "best_auc", "best_gauc", "positives", "rows")
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "CGC": {"model.kind": "cgc"},
+    "CGC without Cross": {
+        "model.kind": "cgc",
+        **{f"features.history.{name}": None for name in ("short", "long", "author", "live_long", "mixed")},
+        "alignment.anchor": "",
+    },
     "no short": {"features.history.short": None},
     "no long": {"features.history.long": None},
     "no author": {"features.history.author": None},

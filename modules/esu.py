@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from modules.blocks import Block, cut_rows, take
 
@@ -33,6 +34,14 @@ class SequenceAttention(nn.Module):
     take no part in the product; ``w_c`` is the paper's projection to a scalar times its weight, which are only learnt
     as one product. Without the option an entry's age is a part of its key.
 
+    Columns of candidate and entry that are read from the same table and mean the same (author and author) are also
+    compared as they are: ``sum_c w_c q_c k_c`` is added to the score, with ``w_c`` learnt from one on. So attention
+    begins with what is like the candidate, which is what a search by dot product means. ``W_q W_k^T`` begins at random,
+    and finds out that equal is like equal only after many more rows.
+
+    Beside its weighted sum a head says how much it found: ``log(1 + sum of exp(score))`` over the entries. Softmax
+    forgets that: one entry that fits badly gets as much as twenty that fit well. It is 0 where there are none.
+
     There is no matrix after the heads are joined: the layer that reads them is linear.
 
     Args:
@@ -42,13 +51,18 @@ class SequenceAttention(nn.Module):
         heads: H.
         head_dim: d, width of a head.
         cross_parts: how many of the parts, the last ones, are cross features; 0 is no split.
+        alike: pairs of a column of the candidate and a column of an entry that mean the same; each column of an entry
+            at most once, and none of a cross feature.
 
     Attributes:
-        out_features: width of what is returned for each sequence, ``H * d``.
+        out_features: width of what is returned for each sequence, ``H * (d + 1)``.
 
     Raises:
-        ValueError: no part is left for the product.
+        ValueError: no part is left for the product, or ``alike`` names a column twice or one of a cross feature.
     """
+
+    of_query: Tensor
+    of_key: Tensor
 
     def __init__(
         self,
@@ -58,17 +72,24 @@ class SequenceAttention(nn.Module):
         heads: int = 4,
         head_dim: int = 16,
         cross_parts: int = 0,
+        alike: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         if not 0 <= cross_parts < len(part_dims):
             raise ValueError(f"{cross_parts} of {len(part_dims)} parts of an entry cannot be cross features")
         sequences, key_dim = len(max_lengths), sum(part_dims)
         item_dim = sum(part_dims[: len(part_dims) - cross_parts])
-        self.max_lengths, self.heads, self.out_features = tuple(max_lengths), heads, heads * head_dim
+        of_query, of_key = [pair[0] for pair in alike], [pair[1] for pair in alike]
+        if len(set(of_key)) < len(of_key) or max(of_key, default=-1) >= item_dim:
+            raise ValueError(f"columns {of_key} of an entry of {item_dim} cannot be compared with the candidate's")
+        self.max_lengths, self.heads, self.out_features = tuple(max_lengths), heads, heads * (head_dim + 1)
         self.query = _weights(sequences, query_dim, heads * head_dim, fan_in=query_dim)
         self.key = _weights(sequences, heads, head_dim, item_dim, fan_in=item_dim)
         self.value = _weights(sequences, heads, key_dim, head_dim, fan_in=key_dim)
         self.cross = nn.Parameter(torch.zeros(sequences, heads, key_dim - item_dim)) if cross_parts else None
+        self.alike = nn.Parameter(torch.ones(sequences, heads, len(alike))) if alike else None
+        self.register_buffer("of_query", torch.tensor(of_query, dtype=torch.int64), persistent=False)
+        self.register_buffer("of_key", torch.tensor(of_key, dtype=torch.int64), persistent=False)
         self.place = nn.Parameter(torch.zeros(sequences, heads, max(max_lengths)))
 
     def forward(self, query: Tensor, sequences: Sequence[Parts], lengths: Sequence[Tensor]) -> Tensor:
@@ -80,11 +101,14 @@ class SequenceAttention(nn.Module):
             lengths: for each sequence the entries of each row, ``[batch]`` int64, each at most its ``max_length``.
 
         Returns:
-            ``[batch, sequences * out_features]``, sequence by sequence; zeros where a row has no entries.
+            ``[batch, sequences * out_features]``, sequence by sequence, in each head by head its sum and how much it
+            found; zeros where a row has no entries.
         """
         parts = [part for sequence in sequences for part in sequence]
-        pooled = _Attend.apply(self._looking_for(query), self.place, self.max_lengths, tuple(lengths), *parts)
+        looking_for = self._looking_for(query)
+        pooled, mass = _Attend.apply(looking_for, self.place, self.max_lengths, tuple(lengths), *parts)
         found = torch.matmul(pooled.transpose(1, 2), self.value)  # [sequences, heads, batch, head_dim]
+        found = torch.cat([found, mass.transpose(1, 2)[..., None]], 3)
         return found.permute(2, 0, 1, 3).flatten(1)
 
     def shares(self, query: Tensor, sequences: Sequence[Parts], lengths: Sequence[Tensor]) -> list[Tensor]:
@@ -109,6 +133,9 @@ class SequenceAttention(nn.Module):
         sequences, heads, head_dim, _ = self.key.shape
         projected = torch.matmul(query / math.sqrt(head_dim), self.query).view(sequences, -1, heads, head_dim)
         looking_for = torch.matmul(projected.transpose(1, 2), self.key).transpose(1, 2)
+        if self.alike is not None:
+            asked = query[:, None, self.of_query] * self.alike[:, None]
+            looking_for = looking_for.index_add(3, self.of_key, asked)
         if self.cross is None:
             return looking_for
         return torch.cat([looking_for, self.cross[:, None].expand(-1, len(query), -1, -1)], 3)
@@ -129,11 +156,13 @@ class _Attend(torch.autograd.Function):
         max_lengths: tuple[int, ...],
         lengths: tuple[Tensor, ...],
         *parts: Tensor,
-    ) -> Tensor:
-        """``looking_for [sequences, batch, heads, dim]``, ``place [sequences, heads, places]`` -> as the first."""
+    ) -> tuple[Tensor, Tensor]:
+        """``looking_for [sequences, batch, heads, dim]``, ``place [sequences, heads, places]`` -> sums as the first,
+        and ``[sequences, batch, heads]``."""
         sequences, _, heads, dim = looking_for.shape
         each = len(parts) // sequences
         out, kept = torch.zeros_like(looking_for), []
+        mass = looking_for.new_zeros(looking_for.shape[:3])
         for index in range(sequences):
             own = parts[index * each : (index + 1) * each]
             for block in cut_rows(
@@ -145,21 +174,24 @@ class _Attend(torch.autograd.Function):
                 if block.padding is not None:
                     scores.masked_fill_(block.padding[:, None], torch.finfo(scores.dtype).min)
                 share = scores.softmax(2)
+                mass[index, block.rows] = functional.softplus(scores.logsumexp(2))
                 if block.padding is not None:
                     # A row without entries shares out among its padding.
                     share.masked_fill_(block.padding[:, None], 0)
                 out[index, block.rows] = torch.bmm(share, keys)
                 kept.append((index, block, share))
-        ctx.save_for_backward(looking_for, place, *parts)
+        ctx.save_for_backward(looking_for, place, mass, *parts)
         ctx.kept = kept
-        return out
+        return out, mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors that were given to ``forward``."""
-        looking_for, place, *parts = ctx.saved_tensors
+        looking_for, place, mass, *parts = ctx.saved_tensors
         each = len(parts) // len(looking_for)
+        # log(1 + sum exp s) has the slope share * (1 - 1 / (1 + sum exp s)) in each score s.
+        grad_mass = grad_mass * -torch.expm1(-mass)
         grad_looking_for = torch.zeros_like(looking_for)
         grad_place = torch.zeros(
             place.shape, dtype=torch.promote_types(place.dtype, torch.float32), device=place.device
@@ -172,6 +204,7 @@ class _Attend(torch.autograd.Function):
             grad = take(grad_out[index], block.rows)
             grad_share = torch.bmm(grad, keys.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_share, share, 2, share.dtype)
+            grad_scores += share * take(grad_mass[index], block.rows)[..., None]
             grad_place[index, :, place.shape[2] - block.length :] += grad_scores.sum(0)
             grad_looking_for[index, block.rows] = torch.bmm(grad_scores, keys)
             grad_keys = torch.bmm(torch.cat([grad_scores, share], 1).transpose(1, 2), torch.cat([asked, grad], 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -29,6 +30,8 @@ class History(Protocol):
             than one are the context of user and entry, which are TWIN's cross features; they come last.
         query: lookups of the candidate that are compared with the entries.
         max_length: most entries of a row.
+        alike: features that both have, beside the ids of tables that both read: (lookup of the candidate, which of its
+            ids, lookup of an entry, which of its ids). The same in all histories, but for the names.
     """
 
     @property
@@ -39,6 +42,8 @@ class History(Protocol):
     def query(self) -> Sequence[str]: ...
     @property
     def max_length(self) -> int: ...
+    @property
+    def alike(self) -> Sequence[tuple[str, int, str, int]]: ...
 
 
 class Ranker(nn.Module):
@@ -124,6 +129,7 @@ class Ranker(nn.Module):
                 heads,
                 head_dim,
                 len(cross) if attention_kind == "twin" else 0,
+                self._alike(row_widths, declared, dims, cross if attention_kind == "twin" else ()),
             )
             read_widths = [self.attention.out_features] * len(self.sequences)
         in_features = sum(row_widths.values()) + sum(read_widths) + n_dense
@@ -226,6 +232,36 @@ class Ranker(nn.Module):
     def _entries(self, history: History, embedded: Mapping[str, Tensor]) -> Parts:
         entries = len(embedded[history.keys[0]])
         return [embedded[name].view(entries, self.key_widths[name]) for name in history.keys]
+
+    def _alike(
+        self,
+        row_widths: Mapping[str, int],
+        lookups: Mapping[str, Lookup],
+        dims: Mapping[str, int],
+        left_out: Sequence[str],
+    ) -> list[tuple[int, int]]:
+        """Columns of the query and of an entry that are read from the same table and mean the same."""
+        history = self.sequences[0]
+        pairs = [
+            (name, 0, key, 0)
+            for key in history.keys
+            for name in history.query
+            if lookups[key].ids_per_entry == 1
+            and lookups[name].length == 1
+            and lookups[key].table == lookups[name].table
+        ]
+        place_in_query = {column: place for place, column in enumerate(self.query_columns)}
+        rows, entries = (
+            dict(zip(widths, itertools.accumulate(widths.values(), initial=0), strict=False))
+            for widths in (row_widths, {key: self.key_widths[key] for key in history.keys})
+        )
+        return [
+            (place_in_query[rows[name] + dim * own + column], entries[key] + dim * other + column)
+            for name, own, key, other in (*pairs, *history.alike)
+            if key not in left_out
+            for dim in (dims[lookups[key].table],)
+            for column in range(dim)
+        ]
 
     def _one_layout(self) -> list[int]:
         """Widths of the parts of an entry, of all histories."""

@@ -221,6 +221,7 @@ def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[
             for name, history in features.history.items()
         },
         "features.tags": features.tags,
+        "features.author_side": list(features.author_side),
         "features.exclude": sorted(features.exclude),
     }
 

@@ -34,17 +34,30 @@ def make_sequences(lengths: list[Tensor], dtype: torch.dtype = torch.float64) ->
     return [[torch.randn(int(of_row.sum()), dim, dtype=dtype) for dim in PART_DIMS] for of_row in lengths]
 
 
+ALIKE = ((2, 1), (0, 4), (2, 0))
+
+
 def make_attention(query_dim: int = 5, cross_parts: int = 0) -> SequenceAttention:
-    attention = SequenceAttention(query_dim, PART_DIMS, MAX_LENGTHS, heads=3, head_dim=4, cross_parts=cross_parts)
-    # What starts at zero would hide mistakes.
-    for parameter in (attention.place, attention.cross):
+    item_dim = sum(PART_DIMS[: len(PART_DIMS) - cross_parts])
+    attention = SequenceAttention(
+        query_dim,
+        PART_DIMS,
+        MAX_LENGTHS,
+        heads=3,
+        head_dim=4,
+        cross_parts=cross_parts,
+        alike=[pair for pair in ALIKE if pair[1] < item_dim],
+    )
+    # What starts at zero, or at one, would hide mistakes.
+    for parameter in (attention.place, attention.cross, attention.alike):
         if parameter is not None:
             torch.nn.init.normal_(parameter)
     return attention
 
 
 def looped(attention: SequenceAttention, query: Tensor, sequences: list[list[Tensor]], lengths: list[Tensor]) -> Tensor:
-    """Projections of candidate and entries, scores, softmax and weighted sum, for each row, sequence and head."""
+    """Projections of candidate and entries, scores, softmax and weighted sum, for each row, sequence and head; and the
+    logarithm of one more than the sum of all exp(score)."""
     heads, head_dim = attention.heads, attention.value.shape[3]
     item_dim = attention.key.shape[3]
     rows: list[list[Tensor]] = [[] for _ in query]
@@ -59,14 +72,19 @@ def looped(attention: SequenceAttention, query: Tensor, sequences: list[list[Ten
                 for number, entry in enumerate(own):
                     key = attention.key[s, h] @ entry[:item_dim]
                     score = (projected[h] * key).sum() / math.sqrt(head_dim)
+                    if attention.alike is not None:
+                        pairs = [pair for pair in ALIKE if pair[1] < item_dim]
+                        for weight, (asked, given) in zip(attention.alike[s, h], pairs, strict=True):
+                            score = score + weight * query[b, asked] * entry[given]
                     if attention.cross is not None:
                         score = score + (attention.cross[s, h] * entry[item_dim:]).sum()
                     scores.append(score + attention.place[s, h, attention.place.shape[2] - length + number])
                 if not scores:
-                    rows[b].append(query.new_zeros(head_dim))
+                    rows[b].append(query.new_zeros(head_dim + 1))
                     continue
                 values = own @ attention.value[s, h]
                 rows[b].append(functional.softmax(torch.stack(scores), 0) @ values)
+                rows[b].append(torch.log1p(torch.stack(scores).exp().sum())[None])
     return torch.stack([torch.cat(parts) for parts in rows])
 
 
@@ -137,7 +155,28 @@ def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
         for h in range(3):
             summed = torch.zeros(6, sum(PART_DIMS), dtype=torch.float64).index_add(0, row, share[:, h, None] * entries)
             parts.append(summed @ attention.value[s, h])
-    torch.testing.assert_close(torch.cat(parts, 1), attention(query, sequences, lengths))
+    sums = attention(query, sequences, lengths).view(6, len(MAX_LENGTHS) * 3, -1)[:, :, :-1]
+    torch.testing.assert_close(torch.cat(parts, 1), sums.flatten(1))
+
+
+def test_a_head_says_how_many_entries_it_found_and_how_well_they_fit() -> None:
+    attention = SequenceAttention(1, (1,), (20,), heads=1, head_dim=1, alike=[(0, 0)])
+    with torch.no_grad():
+        attention.query.zero_()
+    lengths = torch.tensor([0, 1, 1, 20, 20])
+    entries = torch.cat([torch.tensor([2.0, -2.0]), torch.full((20,), 2.0), torch.full((20,), -2.0)])[:, None]
+    found = attention(torch.ones(5, 1), [[entries]], [lengths])[:, 1]
+    expected = torch.log1p(torch.tensor([0, 1, 1, 20, 20]) * torch.tensor([0.0, 2, -2, 2, -2]).exp())
+    torch.testing.assert_close(found, expected)
+
+
+def test_attention_begins_with_what_is_like_the_candidate() -> None:
+    """Before anything is learnt, entries with the candidate's own vector get the most."""
+    torch.manual_seed(0)
+    attention = SequenceAttention(8, (8,), (4,), heads=2, alike=[(column, column) for column in range(8)])
+    vectors = 3 * functional.normalize(torch.randn(4, 8), dim=1)
+    (shares,) = attention.shares(vectors, [[vectors.repeat(4, 1)]], [torch.full((4,), 4)])
+    assert shares.mean(1).view(4, 4).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_float32_agrees_with_float64() -> None:
@@ -177,6 +216,7 @@ def test_cross_features_score_the_same_whatever_the_candidate() -> None:
     with torch.no_grad():
         attention.query.zero_()
         attention.place.zero_()
+        attention.alike.zero_()
     lengths = make_lengths("full", 4)
     sequences = make_sequences(lengths, torch.float32)
     found, others = (
@@ -193,6 +233,7 @@ def test_places_count_from_the_end_of_each_row() -> None:
     attention = make_attention()
     with torch.no_grad():
         attention.query.zero_()
+        attention.alike.zero_()
         attention.place.zero_()
         attention.place[:, :, -1] = 50.0
     lengths = [torch.tensor([2, 0, 5]), torch.tensor([5, 1, 0]), torch.tensor([0, 0, 6])]
@@ -216,6 +257,12 @@ def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros() -> None:
 def test_a_split_that_leaves_nothing_for_the_product_is_refused(cross_parts: int) -> None:
     with pytest.raises(ValueError, match="cannot be cross features"):
         SequenceAttention(5, PART_DIMS, MAX_LENGTHS, cross_parts=cross_parts)
+
+
+@pytest.mark.parametrize("alike", [[(0, 1), (1, 1)], [(0, 3)]])
+def test_columns_that_cannot_be_compared_are_refused(alike: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="cannot be compared"):
+        SequenceAttention(5, PART_DIMS, MAX_LENGTHS, cross_parts=2, alike=alike)
 
 
 @pytest.mark.parametrize("longest", [20, 100])

@@ -19,6 +19,7 @@ class History(NamedTuple):
     keys: tuple[str, ...]
     query: tuple[str, ...]
     max_length: int
+    alike: tuple[tuple[str, int, str, int], ...] = ()
 
 
 DIMS = {"user": 4, "item": 6, "side": 3}
@@ -223,8 +224,8 @@ ALIKE = (
     ),
 )
 TOGETHER = (
-    History("far", ("far_item", "far_context"), ("item",), 5),
-    History("near", ("near_item", "near_context"), ("item",), 4),
+    History("far", ("far_item", "far_context"), ("item",), 5, (("side", 2, "far_context", 1),)),
+    History("near", ("near_item", "near_context"), ("item",), 4, (("side", 2, "near_context", 1),)),
 )
 
 
@@ -250,6 +251,10 @@ def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kin
     attention = ranker.attention
     assert isinstance(attention, SequenceAttention)
     assert (attention.cross is not None) == (kind == "twin")
+    # The query is item, side 2, side 0 and a dense feature; an entry its item and two ids of the context, here from 6
+    # on, which are cross features of TWIN's.
+    pairs = [*zip(range(6), range(6), strict=True), *([] if kind == "twin" else [(6, 9), (7, 10), (8, 11)])]
+    assert list(zip(attention.of_query.tolist(), attention.of_key.tolist(), strict=True)) == pairs
     entries = {"far": torch.randint(0, 6, (7,)), "near": torch.randint(0, 5, (7,))}
     lengths = {f"{name}_item": count for name, count in entries.items()}
     lengths |= {f"{name}_context": 2 * count for name, count in entries.items()}

@@ -170,6 +170,11 @@ class FeatureConfig(BaseModel):
         False,
         description="Visits of a history carry their item's tag, embedded as the candidate's; see `data describe`.",
     )
+    author_side: tuple[str, ...] = Field(
+        (),
+        description="Side features of authors that visits of a history carry, embedded as the candidate's. Their "
+        "values are those of the dataset's table of authors when training began.",
+    )
     search: SearchConfig = Field(SearchConfig(), description='The space of histories with `search = "top"`.')
     rates: tuple[str, ...] = Field((), description="Behaviours whose rates are inputs. Empty: all of the dataset.")
     smoothing: float = Field(

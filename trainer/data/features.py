@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from modules.embeddings import Lookup, Table, group_lookups
+from trainer.data.author_side import AuthorSide
 from trainer.data.dense import DenseInputs, statistic_name
 from trainer.data.feature_config import FeatureConfig
 from trainer.data.fit import ID_TABLES, FittedFeatures, feature_layout
@@ -43,12 +44,15 @@ class HistorySequence(NamedTuple):
         keys: lookups with one id an entry, then the context with :func:`context_ids` ids an entry.
         query: lookups of the candidate with the meaning of the keys, context left out.
         max_length: most entries.
+        alike: features of the candidate that its context has too: lookup of the candidate, which of its ids, lookup of
+            an entry, which of its ids.
     """
 
     name: str
     keys: tuple[str, ...]
     query: tuple[str, ...]
     max_length: int
+    alike: tuple[tuple[str, int, str, int], ...] = ()
 
 
 class FeatureMap:
@@ -94,7 +98,7 @@ class FeatureMap:
         self._inputs = DenseInputs(spec, config)
         self.dense_names, self.n_dense = self._inputs.names, len(self._inputs.names)
 
-        self._side = _PackedSide(spec, config)
+        self._side = _PackedSide(spec, config, fitted.author_side)
         self._ids = {
             name: IdMap(name, getattr(config, name).ids, fitted.table_rows[name], fitted.vocabularies.get(name))
             for name in ID_TABLES
@@ -118,7 +122,11 @@ class FeatureMap:
         )
         self.sequences: tuple[HistorySequence, ...] = tuple(
             HistorySequence(
-                name, (f"{name}_item", f"{name}_author", f"{name}_context"), ("item", "author"), history.length
+                name,
+                (f"{name}_item", f"{name}_author", f"{name}_context"),
+                ("item", "author"),
+                history.length,
+                tuple(("side", own, f"{name}_context", other) for own, other in self._side.alike),
             )
             for name, history in config.history.items()
         )
@@ -205,10 +213,11 @@ class _PackedSide:
         rows: of the table.
         width: ids of a row of the batch.
         context_ids: ids of a history entry's context: its behaviours, how long ago it was, and where histories have
-            them, its domain and its item's tag.
+            them, its domain, its item's tag and its author's features.
+        alike: pairs of an id of a row and an id of a context that are the same feature.
     """
 
-    def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
+    def __init__(self, spec: DatasetSpec, config: FeatureConfig, author_side: AuthorSide | None) -> None:
         self._columns = [k for k, side in enumerate(spec.side) if side.name not in config.exclude]
         self._features: list[SideFeature] = [spec.side[k] for k in self._columns]
         ranges = side_ranges(feature_layout(spec), config)
@@ -221,9 +230,15 @@ class _PackedSide:
             np.int64(ranges[name].start if name in ranges else 0)
             for name in (ACTIONS_RANGE, AGE_RANGE, PAST_DOMAIN_RANGE)
         )
-        # The tag of a past visit is embedded as that of the candidate.
+        # The tag of a past visit and its author's features are embedded as those of the candidate.
         self._tag = np.int64(ranges[f"feature {spec.tag}"].start if config.tags else 0)
-        self.context_ids = 2 + (PAST_DOMAIN_RANGE in ranges) + config.tags
+        self._author_side = author_side if config.author_side else None
+        self._author_offsets = np.array([ranges[f"feature {name}"].start for name in config.author_side], np.int64)
+        self._tag_place = 2 + (PAST_DOMAIN_RANGE in ranges)
+        self.context_ids = self._tag_place + config.tags + len(config.author_side)
+        names = [feature.name for feature in self._features]
+        shared = [spec.tag] * config.tags + list(config.author_side)
+        self.alike = [(names.index(name), self._tag_place + place) for place, name in enumerate(shared)]
 
     def fill(self, rows: Rows, out: np.ndarray) -> None:
         """Write the ids of each row into ``[n, width]`` int64."""
@@ -248,7 +263,10 @@ class _PackedSide:
         if self._past_domain:
             np.add(visits.domain, self._past_domain, out=out[:, 2])
         if self._tag:
-            np.add(visits.tag, self._tag, out=out[:, -1])
+            np.add(visits.tag, self._tag, out=out[:, self._tag_place])
+        if self._author_side is not None:
+            own = out[:, -len(self._author_offsets) :]
+            np.add(self._author_side.of(visits.author_id), self._author_offsets, out=own)
 
 
 def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, range]:
@@ -322,6 +340,15 @@ def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[s
     if config.tags and (not spec.tag or spec.tag in config.exclude):
         why = f"{spec.tag!r} is excluded" if spec.tag else "the dataset was built without `tag`"
         raise UserError(f"features.tags = true: histories have no tags, {why}")
+    of_authors = [side.name for side in spec.side if side.of == "author"]
+    for name in config.author_side:
+        if name not in of_authors:
+            raise UserError(
+                f"features.author_side: {name!r} is no side feature of the dataset's authors; "
+                f"they have {', '.join(of_authors) or 'none'}"
+            )
+        if name in config.exclude:
+            raise UserError(f"features.author_side: {name!r} is excluded")
 
 
 def _check_layout(spec: DatasetSpec, fitted: FittedFeatures) -> None:

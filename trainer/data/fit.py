@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.author_side import AuthorSide, read_author_side
 from trainer.data.dense import DenseInputs, statistic_name
 from trainer.data.feature_config import FeatureConfig
 from trainer.data.history import HISTORY_LIMIT, Histories
@@ -34,7 +35,7 @@ _SAME = 1e-9
 
 _USERS_AT_ONCE = 256
 
-_JSON_FILE, _ARRAY_FILE = "features.json", "vocabularies.npz"
+_JSON_FILE, _ARRAY_FILE, _AUTHOR_FILE = "features.json", "vocabularies.npz", "authors.npz"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class FittedFeatures:
         mean: ``[n_dense]`` float64, of the dense inputs.
         deviation: ``[n_dense]`` float64, above 0; 1 for an input that does not vary.
         vocabularies: table -> known ids ascending, int64; tables that are looked up.
+        author_side: of past visits' authors; None if histories carry none.
     """
 
     layout: dict[str, Any]
@@ -56,15 +58,19 @@ class FittedFeatures:
     mean: np.ndarray
     deviation: np.ndarray
     vocabularies: dict[str, np.ndarray] = field(default_factory=dict)
+    author_side: AuthorSide | None = None
 
     def save(self, directory: str | Path) -> None:
-        """Write ``features.json`` and ``vocabularies.npz`` into an existing directory."""
+        """Write ``features.json``, ``vocabularies.npz`` and, if there are any, ``authors.npz`` into a directory."""
         text = {
             "layout": self.layout,
             "table_rows": self.table_rows,
             **{name: getattr(self, name).tolist() for name in ("prior", "mean", "deviation")},
         }
         np.savez(Path(directory) / _ARRAY_FILE, **self.vocabularies)  # type: ignore[arg-type]
+        if self.author_side is not None:
+            known = self.author_side
+            np.savez(Path(directory) / _AUTHOR_FILE, author_id=known.author_id, values=known.values)
         (Path(directory) / _JSON_FILE).write_text(json.dumps(text, indent=1))
 
     @staticmethod
@@ -78,6 +84,10 @@ class FittedFeatures:
             text = json.loads((Path(directory) / _JSON_FILE).read_text())
             with np.load(Path(directory) / _ARRAY_FILE) as arrays:
                 vocabularies = {name: arrays[name] for name in arrays.files}
+            author_side = None
+            if (Path(directory) / _AUTHOR_FILE).exists():
+                with np.load(Path(directory) / _AUTHOR_FILE) as arrays:
+                    author_side = AuthorSide(arrays["author_id"], arrays["values"])
         except FileNotFoundError as error:
             raise UserError(f"{directory}: not a run of `limelight train` ({error.filename} is missing)") from None
         return FittedFeatures(
@@ -87,6 +97,7 @@ class FittedFeatures:
             mean=np.array(text["mean"]),
             deviation=np.array(text["deviation"]),
             vocabularies=vocabularies,
+            author_side=author_side,
         )
 
 
@@ -114,14 +125,16 @@ def fit_features(
         selection: the training range.
 
     Raises:
-        UserError: no rows in the range, a dense value that is NaN or infinite, or ids that do not fit their table.
+        UserError: no rows in the range, a dense value that is NaN or infinite, ids that do not fit their table, or no
+            table of the authors where histories carry their features.
     """
     vocabularies = _vocabularies(spec, store, histories, config, selection)
     sizes = {name: table_rows(name, getattr(config, name), spec, len(vocabularies.get(name, ()))) for name in ID_TABLES}
     inputs = DenseInputs(spec, config)
     prior = _prior(spec, store, selection)
     mean, deviation = _moments(inputs, store, selection, prior)
-    return FittedFeatures(feature_layout(spec), sizes, prior, mean, deviation, vocabularies)
+    author_side = read_author_side(store.path, spec, config.author_side) if config.author_side else None
+    return FittedFeatures(feature_layout(spec), sizes, prior, mean, deviation, vocabularies, author_side)
 
 
 def _selected(store: RowStore, selection: Selection, limit: int | None) -> Iterator[Rows]:

@@ -11,7 +11,7 @@ from trainer.data.world.config import DAY_MS, HOUR_MS, START_MS
 GENRES, STYLES = 6, 6
 """Ways to group authors; every genre has authors of every style."""
 AUTHORS = 4 * GENRES * STYLES
-NICHES = 48
+NICHES = 96
 """What videos and rooms are about, whoever makes them."""
 
 LATEST_VIDEOS = 5
