@@ -4,11 +4,11 @@
 
 The world (``limelight data simulate --world cross``) has users with up to 12,000 visits and five interests, each of
 which one of the five searches finds better than the others. For each seed the full model (PLE, five searches,
-alignment) is trained with ``benchmarks/cross.toml``, and again with one thing changed: CGC for PLE, one search removed,
-or no alignment. Printed are AUC and GAUC of the full model on the days after training, the best possible (that of the
-true probabilities), and the differences of the other variants to the full model of the same seed, in points, with 95 %
-intervals over the seeds (Student's t). Table 4 is the difference by how active users are, without any short video in
-any search.
+alignment) is trained with ``benchmarks/cross.toml``, and again with one thing changed: CGC for PLE, CGC without any
+search, one search removed, or no alignment. Printed are AUC and GAUC of the full model on the days after training, the
+best possible (that of the true probabilities), and the differences of the other variants to the full model of the same
+seed, in points, with 95 % intervals over the seeds (Student's t). Table 4 is the difference by how active users are,
+without any short video in any search.
 
 A run of a variant and a seed is kept under ``--home`` and never done again: a benchmark that was stopped, by
 ``--minutes`` or otherwise, goes on. Two processes can share it, each with seeds of its own.
@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from benchmarks.cross_report import FULL, GROUPS, NO_VIDEOS, Measured, draw, summarise, tables
+from benchmarks.cross_report import FULL, GROUPS, NO_VIDEOS, WITHOUT_CROSS, Measured, draw, summarise, tables
 from trainer.config import JobConfig, load_config
 from trainer.data.dataset import Data
 from trainer.data.features import FeatureMap
@@ -52,7 +52,7 @@ METRICS = ("auc", "gauc", "best_auc", "best_gauc", "positives", "rows")
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "CGC": {"model.kind": "cgc"},
-    "CGC without Cross": {
+    WITHOUT_CROSS: {
         "model.kind": "cgc",
         **{f"features.history.{name}": None for name in ("short", "long", "author", "live_long", "mixed")},
         "alignment.anchor": "",
@@ -200,7 +200,7 @@ def main() -> None:
             "mean_cpu_seconds_of_a_run": float(np.mean([run.seconds for run in runs])),
         }
         write_json(options.out, {**facts, "environment": environment(1), **result})
-        draw(result, options.out.with_suffix(".svg"))
+        draw(result, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

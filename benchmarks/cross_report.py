@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from trainer.text_table import text_table
 
-FULL, NO_VIDEOS = "full", "no short videos"
+FULL, NO_VIDEOS, WITHOUT_CROSS = "full", "no short videos", "CGC without Cross"
 GROUPS = ("low", "middle", "high", "full")
 """Quarters of the users by activity, as the world's ``activity_band`` has them."""
 
@@ -114,17 +115,31 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """The differences in AUC as a picture: a panel for each behaviour, a bar for each variant with its interval."""
-    table_2 = result["table_2"]
-    figure = Figure(figsize=(2.2 * len(table_2), 3.6), layout="tight")
-    panels = np.atleast_1d(figure.subplots(1, len(table_2), sharey=True))
-    for panel, (behaviour, found) in zip(panels, table_2.items(), strict=True):
-        figures = [shown["auc"] for shown in found["difference"].values()]
-        means = [shown["mean"] or 0.0 for shown in figures]
-        panel.barh(list(found["difference"]), means, xerr=[shown["half_width_95"] or 0.0 for shown in figures])
-        panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_title(f"{behaviour}\n{found[FULL]['auc']['mean']:.1f} of {found['best_auc']:.1f}", fontsize=9)
-        panel.tick_params(labelsize=8)
-    panels[0].invert_yaxis()
+    """Both tables as a picture, differences in AUC: a panel for each behaviour, a bar for each variant, or for each
+    group of users below, with its interval. ``WITHOUT_CROSS`` is only told: its bar would hide the others."""
+    table_2, table_4 = result["table_2"], result["table_4"]
+    figure = Figure(figsize=(2 * len(table_2) + 1.4, 5.6), layout="constrained")
+    panels = figure.subplots(2, len(table_2), sharey="row", sharex="row", height_ratios=(2, 1), squeeze=False)
+    for (upper, lower), (behaviour, found) in zip(panels.T, table_2.items(), strict=True):
+        shown = {name: of["auc"] for name, of in found["difference"].items() if name != WITHOUT_CROSS}
+        _bars(upper, shown, "#1f6f8b")
+        told = [f"{FULL} {found[FULL]['auc']['mean']:.1f}, best possible {found['best_auc']:.1f}"]
+        without = found["difference"].get(WITHOUT_CROSS)
+        if without is not None and without["auc"]["mean"] is not None:
+            told.append(f"{WITHOUT_CROSS} {without['auc']['mean']:+.1f}")
+        upper.set_title("\n".join([behaviour, *told]), fontsize=8)
+        _bars(lower, table_4[behaviour], "#c8553d")
+    panels[0, 0].invert_yaxis()
+    panels[1, 0].invert_yaxis()
+    panels[1, 0].set_ylabel(f"{NO_VIDEOS},\nusers by activity", fontsize=8)
     figure.supxlabel("difference in AUC to the full model, points; 95 % intervals over the seeds", fontsize=9)
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=110)
+
+
+def _bars(panel: Axes, figures: dict[str, dict[str, Any]], colour: str) -> None:
+    means = [figure["mean"] or 0.0 for figure in figures.values()]
+    spread = [figure["half_width_95"] or 0.0 for figure in figures.values()]
+    panel.barh(list(figures), means, xerr=spread, color=colour, error_kw={"linewidth": 1})
+    panel.axvline(0, color="black", linewidth=0.8)
+    panel.grid(axis="x", linewidth=0.3)
+    panel.tick_params(labelsize=8)

@@ -66,6 +66,18 @@ def test_text_tells_the_entries_with_the_most_attention() -> None:
     ]
 
 
+def test_text_tells_what_an_entry_and_the_candidate_have_in_common() -> None:
+    plain = found([42, 53, 64], [[0.5], [0.3], [0.2]])
+    alike = {"topic": np.array([True, True, False]), "style": np.array([False, True, False])}
+    own = Explanation(1, 2, 9, AT, {}, {"short": Found(plain.entries, plain.shares, alike)})
+    assert text_of(own, ("click", "gift"), "UTC").splitlines()[-4:] == [
+        "attention  domain  item  author  ago    did    as the candidate",
+        "50.0%      video   42    4       3.0 h  gift   topic",
+        "30.0%      video   53    5       2.0 h  click  topic style",
+        "20.0%      video   64    6       1.0 h",
+    ]
+
+
 def test_of_equal_attention_the_latest_is_told_first() -> None:
     own = Explanation(1, 2, 9, AT, {}, {"short": found([11, 22, 33], [[0.25], [0.5], [0.25]])})
     lines = text_of(own, ("click", "gift"), "UTC").splitlines()
@@ -83,7 +95,12 @@ def test_ages_in_the_largest_unit(age_ms: int, expected: str) -> None:
 def test_a_picture_is_a_png_also_of_empty_histories(tmp_path: Path) -> None:
     write_picture(tmp_path / "full.png", explanation())
     write_picture(tmp_path / "none.png", Explanation(1, 2, 3, AT, {}, {}))
-    for name in ("full", "none"):
+    plain = found([42, 53], [[0.5], [0.5]])
+    alike = {"topic": np.array([True, False]), "style": np.array([False, False])}
+    write_picture(
+        tmp_path / "alike.png", Explanation(1, 2, 3, AT, {}, {"a": Found(plain.entries, plain.shares, alike)})
+    )
+    for name in ("full", "none", "alike"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"none/a.png: cannot be written \(No such file"):
         write_picture(tmp_path / "none" / "a.png", explanation())

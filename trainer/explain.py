@@ -9,8 +9,8 @@ checkpoint. Told as text, and drawn: ``trainer/explain_picture.py``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -25,8 +25,9 @@ from trainer.config import parse_time
 from trainer.data import storage
 from trainer.data.batch import unpack
 from trainer.data.dataset import Data
+from trainer.data.features import FeatureMap
 from trainer.data.history import HistorySlice
-from trainer.data.schema import DOMAINS
+from trainer.data.schema import DOMAINS, Rows
 from trainer.distributed import World, run_rank
 from trainer.errors import UserError
 from trainer.evaluate import TrainedModel, open_run
@@ -45,10 +46,12 @@ class Found:
     Attributes:
         entries: of the one row, n of them, oldest first.
         shares: ``[n, heads]`` float32, attention of each entry; 1 in all for a head.
+        alike: feature that entries carry -> ``[n]`` bool, which have the candidate's value.
     """
 
     entries: HistorySlice
     shares: np.ndarray
+    alike: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def attention(self) -> np.ndarray:
@@ -105,8 +108,21 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
         author_id,
         at_ms,
         dict(zip(features.behaviours, torch.sigmoid(logits[0]).tolist(), strict=True)),
-        {name: Found(found, shares[name].cpu().numpy()) for name, found in entries.items()},
+        {
+            name: Found(found, shares[name].cpu().numpy(), _alike(features, rows, found))
+            for name, found in entries.items()
+        },
     )
+
+
+def _alike(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str, np.ndarray]:
+    """Which entries have the tag of the one row, and which its author's features; what is unknown is not alike."""
+    spec, known = features.spec, features.fitted.author_side
+    values = {spec.tag: entries.tag} if spec.tag else {}
+    if known is not None:
+        values |= dict(zip(features.author_side, known.of(entries.author_id).T, strict=True))
+    own = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
+    return {name: (column == own[name]) & (column > 0) for name, column in values.items()}
 
 
 def author_of(data: Data, path: str, item_id: int) -> int:
@@ -164,10 +180,12 @@ def text_of(explanation: Explanation, behaviours: Sequence[str], timezone: str, 
                 str(entries.author_id[place]) + (" *" if entries.author_id[place] == own.author_id else ""),
                 age_text(own.at_ms - int(entries.request_ms[place])),
                 " ".join(b for bit, b in enumerate(behaviours) if entries.bits[place] >> bit & 1),
+                *([" ".join(feature for feature, same in found.alike.items() if same[place])] if found.alike else []),
             ]
             for place in order
         ]
-        lines.append(text_table(["attention", "domain", "item", "author", "ago", "did"], cells, texts=6))
+        titles = ["attention", "domain", "item", "author", "ago", "did", *(["as the candidate"] if found.alike else [])]
+        lines.append(text_table(titles, cells, texts=len(titles)))
     if any((found.entries.author_id == own.author_id).any() for found in own.histories.values()):
         lines += ["", "* the candidate's author"]
     return "\n".join(lines)

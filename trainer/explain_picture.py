@@ -15,6 +15,7 @@ from trainer.data.schema import DOMAINS
 from trainer.errors import UserError
 
 _COLOURS = {"video": "#1f6f8b", "live": "#c8553d"}
+_SHADES = ("#3c3c3c", "#8a6fae", "#c9a227")
 _UNITS = (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000))
 _AGES = 6
 """Entries of a history whose age is told."""
@@ -27,6 +28,8 @@ class Found(Protocol):
     def entries(self) -> HistorySlice: ...
     @property
     def attention(self) -> np.ndarray: ...
+    @property
+    def alike(self) -> Mapping[str, np.ndarray]: ...
 
 
 class Explanation(Protocol):
@@ -66,7 +69,8 @@ def write_picture(file: Path, explanation: Explanation) -> None:
 
 
 def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None:
-    """A stem for each entry, the latest at the right, with ages under some; rings around the candidate's author."""
+    """A stem for each entry, the latest at the right, with ages under some; rings around the candidate's author, and
+    a row of dots for each feature that entries may have in common with the candidate."""
     entries, attention = found.entries, found.attention
     place = np.arange(len(attention))
     axes.set_title(f"{name}: {len(attention)} found", loc="left", fontsize=9)
@@ -85,7 +89,12 @@ def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None
     axes.set_xticks(told, [age_text(explanation.at_ms - int(entries.request_ms[at])) for at in told])
     axes.tick_params(labelsize=8)
     axes.set_xlim(-1, max(1, len(place)))
-    axes.set_ylim(0, max(0.01, 1.15 * float(attention.max(initial=0))))
+    highest = max(0.01, 1.15 * float(attention.max(initial=0)))
+    for row, (feature, alike) in enumerate(found.alike.items()):
+        below = np.full(int(alike.sum()), -(0.08 + 0.1 * row) * highest)
+        axes.scatter(place[alike], below, s=6, marker="s", color=_SHADES[row % len(_SHADES)], label=f"same {feature}")
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set_ylim(-0.1 * (len(found.alike) + 0.3) * highest if found.alike else 0, highest)
     if len(attention):
         # Beside the entries, since any of them may be high.
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -76,6 +76,7 @@ class FeatureMap:
         behaviours: columns of ``label`` and ``mask``.
         label_columns: where they are among the behaviours of the dataset.
         base_rates: ``[behaviours]`` float64, in the training range.
+        author_side: features of their authors that visits of histories carry.
         needs_space: whether a history searches by dot product.
         dense_names: columns of ``dense``.
         n_dense: how many they are.
@@ -105,7 +106,7 @@ class FeatureMap:
             if not (name == "user" and "user_id" in config.exclude)
         }
         self._sequences = Sequences(spec, config, self._ids)
-        self.needs_space = config.needs_space
+        self.author_side, self.needs_space = config.author_side, config.needs_space
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:
             lookups.append(Lookup("side", "side", self._side.width))
