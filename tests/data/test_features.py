@@ -217,7 +217,7 @@ def test_tables_lookups_and_sequences_are_declared(write_dataset):
         "short_context": ("side", None),
     }
     (short,) = features.sequences
-    assert short == ("short", ("short_item", "short_author", "short_context"), ("item", "author"), 5)
+    assert short == ("short", ("short_item", "short_author", "short_context"), ("item", "author"), 5, ())
     assert features.layout.keys == (("user",), tuple(lookup.name for lookup in features.lookups[1:]))
     assert features.dense_names[:3] == ("age", "price", "stat:user:click")
     assert features.dense_names[-1] == "stat:tag:rows"
