@@ -289,7 +289,13 @@ def test_only_new_and_changed_texts_are_read_again(
 
 @pytest.mark.parametrize(
     "changed",
-    [{"embed.pooling": "mean"}, {"embed.length": 9}, {"embed.incremental": "false"}, {"embed.dtype": "float16"}],
+    [
+        {"embed.pooling": "mean"},
+        {"model.precision": "bfloat16"},
+        {"embed.length": 9},
+        {"embed.incremental": "false"},
+        {"embed.dtype": "float16"},
+    ],
 )
 def test_another_recipe_reads_everything_again(
     dataset: Path, model: Path, tmp_path: Path, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]

@@ -87,6 +87,8 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
+    # peft compares names; that an adapter is for its model is checked by fingerprint and shapes.
+    warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
 
 
 def find_directory(path: str, key: str) -> Path:
