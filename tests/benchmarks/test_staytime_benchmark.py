@@ -21,8 +21,10 @@ def test_two_cells_and_again_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     command = ["--work", str(tmp_path / "work"), "--users", "12", "--seeds", "1", "--grid-seeds", "1"]
     command += ["--parts", "comments", "--out", str(out), *SMALL]
     main(command)
-    assert "3/3 comments: 10 comments, seed 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3/3 comments: 10 comments, seed 1" in said and "kuairand: not run" in said
     written = json.loads(out.read_text())
+    assert written["kuairand"].startswith("not run")
     assert str(tmp_path) not in out.read_text()
     assert (written["cells"], written["cells_done"]) == (3, 3)
     cells = written["result"]["comments"]
