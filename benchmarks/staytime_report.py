@@ -15,7 +15,13 @@ from trainer.text_table import text_table
 METRICS = ("rmse", "mae", "rmse_opened", "mae_opened", "xauc", "gauc", "ndcg@1", "ndcg@3", "ndcg@5", "mrr", "wt@3")
 SHOWN = ("rmse", "mae", "mae_opened", "xauc", "gauc", "ndcg@3", "mrr")
 GROUPS = ("0", "1-5", "6-50", "more")
-REFERENCES = {"ablations": "LCU", "corrections": "corrected", "comments": "6 comments", "grid": "0, 0"}
+REFERENCES = {
+    "ablations": "LCU",
+    "embeddings": "untuned",
+    "corrections": "corrected",
+    "comments": "6 comments",
+    "grid": "0, 0",
+}
 """Cell of a part that the others are compared with."""
 PAIRS = ("bases", "backbones", "days", "training")
 """Parts in which every cell with LCU is compared with the same without."""
