@@ -231,7 +231,7 @@ def _grid_picture(grid: Mapping[str, Any], file: Path) -> None:
             [], [], linestyle="", marker=marker, color="white", markeredgecolor="black", label=f"lambda2 = {second}"
         )
     seeds = min(cell["seeds"] for cell in grid.values())
-    axes.set(xlabel="RMSE, s (less is better)", ylabel="GAUC (more is better)", title=f"means of {seeds} seeds")
+    axes.set(xlabel="RMSE, s (less is better)", ylabel="GAUC (more is better)", title=f"means over the seeds ({seeds})")
     axes.title.set_fontsize(10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize=8)
