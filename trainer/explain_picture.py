@@ -95,6 +95,7 @@ def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None
         axes.scatter(place[alike], below, s=6, marker="s", color=_SHADES[row % len(_SHADES)], label=f"same {feature}")
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set_ylim(-0.1 * (len(found.alike) + 0.3) * highest if found.alike else 0, highest)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= highest])
     if len(attention):
         # Beside the entries, since any of them may be high.
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
