@@ -97,7 +97,7 @@ def test_a_run_is_done_once_and_the_rest_goes_on(
 
 
 def test_a_small_run(tmp_path: Path) -> None:
-    simulate_cross(tmp_path / "world", users=8, days=56, partitions=2, seed=3)
+    simulate_cross(tmp_path / "world", users=8, days=60, partitions=2, seed=3)
     with World.join("cpu") as world:
         measured = cross.run(cross.job_of(NO_VIDEOS, tmp_path / "world", 1), NO_VIDEOS, world)
     rows = [measured.groups[group]["click"]["rows"] for group in ("all", *GROUPS)]
