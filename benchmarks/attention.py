@@ -6,8 +6,8 @@ Rows of a batch have five sequences of at most 100 entries: all full, of random 
 other row empty. Compared are three ways, forward and backward by turns on the same data, the fastest round of each:
 
 * ``ours``: ``modules/esu.py``, one call for all sequences;
-* ``padded``: the same attention with the same weights as it is written down, sequence by sequence on padded entries,
-  with PyTorch's ``scaled_dot_product_attention``; results and gradients must be the same;
+* ``padded``: the same attention with the same weights as it is written down, sequence by sequence on padded entries;
+  results and gradients must be the same;
 * ``din``: the Deep Interest Network's attention of ``modules/din.py``, which is another function of the same entries.
 
 One thread, float32; time is the processor's, which other work on the machine disturbs less.
@@ -64,7 +64,7 @@ def make_batch(rows: int, kind: str) -> Batch:
 
 
 def padded(attention: SequenceAttention, batch: Batch) -> Tensor:
-    """Equation 7 of Moment&Cross as it stands, on ``[rows, 100, dim]``; ``[rows, sequences * heads * head_dim]``."""
+    """Equation 7 of Moment&Cross as it stands, on ``[rows, 100, dim]``; as :meth:`SequenceAttention.forward`."""
     found = []
     for index, (parts, lengths) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
         rows = len(lengths)
@@ -72,13 +72,15 @@ def padded(attention: SequenceAttention, batch: Batch) -> Tensor:
         inside = torch.arange(LONGEST) >= LONGEST - lengths[:, None]
         entries = batch.query.new_zeros(rows, LONGEST, sum(PARTS))
         entries[inside] = torch.cat(list(parts), 1)
-        query = (batch.query @ attention.query[index]).view(rows, HEADS, 1, HEAD_DIM)
+        query = (batch.query @ attention.query[index]).view(rows, HEADS, 1, HEAD_DIM) / HEAD_DIM**0.5
         keys = torch.einsum("bld,hed->bhle", entries, attention.key[index])
         values = torch.einsum("bld,hde->bhle", entries, attention.value[index])
-        # Rows without entries look at all of their padding, which is zeros.
-        outside = ~inside & (lengths > 0)[:, None]
-        bias = attention.place[index][None, :, None].masked_fill(outside[:, None, None], float("-inf"))
-        found.append(functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias).flatten(1))
+        scores = torch.matmul(query, keys.transpose(2, 3)) + attention.place[index][:, None]
+        outside = ~inside[:, None, None]
+        scores = scores.masked_fill(outside, torch.finfo(scores.dtype).min)
+        shares = scores.softmax(3).masked_fill(outside, 0)
+        mass = functional.softplus(scores.logsumexp(3, keepdim=True))
+        found.append(torch.cat([torch.matmul(shares, values), mass], 3).flatten(1))
     return torch.cat(found, 1)
 
 
