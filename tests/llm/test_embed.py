@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from trainer.data.text_schema import SCHEMAS, read_texts, segment_ids
 from trainer.data.text_writer import TextWriter
@@ -35,6 +36,7 @@ from trainer.llm.templates import Template
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "configs/templates/embed.txt"
+WEIGHTS = "model.safetensors"
 DIM = 32
 PATIENCE = 280
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
@@ -79,6 +81,9 @@ def model(dataset: Path) -> Path:
     path = dataset.parent / "model"
     settings = SmallConfig(vocabulary=300, hidden=DIM, layers=2, heads=2)
     write_small_model(path, (" ".join(WORDS) for _ in range(50)), settings, seed=3, length=256)
+    # Attention is even then: what a learnt query finds, the model does not say by itself.
+    weights = {name: value / 9 if value.ndim == 2 else value for name, value in load_file(path / WEIGHTS).items()}
+    save_file(weights, path / WEIGHTS, {"format": "pt"})
     return path
 
 
