@@ -99,6 +99,12 @@ def summarise(runs: Sequence[Mapping[str, Any]], read_by_hand: Mapping[str, floa
     return summary
 
 
+def learning(directory: Path) -> dict[str, Any]:
+    """What of a run's job decides what it learns, without its files."""
+    config = json.loads((directory / "config.json").read_text())
+    return {**{name: config[name] for name in ("small", "lora", "optimizer")}, "epochs": config["train"]["epochs"]}
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """Share of right choices, by task."""
 
@@ -157,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "users": options.users,
             "days": DAYS,
             "seeds": len(runs),
+            "settings": learning(options.work / f"run-{options.users}-1"),
             "steps": metrics[0]["training"]["steps"],
             "samples": metrics[0]["samples"],
             "tokens_per_second": [run["training"]["tokens_per_second"] for run in metrics],
