@@ -45,8 +45,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
     """Of every cell the mean over its seeds and the half-width of the 95 % interval; and of what it is compared with,
     the same of the difference, seed by seed.
 
-    A base with LCU is compared with the base alone, other cells with :data:`REFERENCES`. ``exposures`` has the same for
-    the groups of videos.
+    A base with LCU is compared with the base alone, other cells with :data:`REFERENCES`. ``exposures`` of the bases
+    has the same for the groups of videos; what constants and the truth reach stands in the first cell of a part.
     """
     by_cell: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for result in results:
@@ -57,22 +57,21 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
         for name, seeds in cells.items():
             reference = name.replace(" with LCU", " alone") if part in PAIRS else REFERENCES.get(part)
             other = cells.get(reference or "", {}) if reference != name else {}
-            entry = {
-                "seeds": len(seeds),
-                "all": _means(seeds, lambda metrics: metrics["all"]),
-                "exposures": {
+            entry = {"seeds": len(seeds), "all": _means(seeds, lambda metrics: metrics["all"])}
+            if part == "bases":
+                entry["exposures"] = {
                     group: _means(seeds, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
                     for group in GROUPS
-                },
-            }
+                }
             shared = {seed: (metrics, other[seed]) for seed, metrics in seeds.items() if seed in other}
             if shared:
                 entry["against"] = reference
                 entry["difference"] = _differences(shared, lambda metrics: metrics["all"])
-                entry["difference_by_exposures"] = {
-                    group: _differences(shared, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
-                    for group in GROUPS
-                }
+                if part == "bases":
+                    entry["difference_by_exposures"] = {
+                        group: _differences(shared, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
+                        for group in GROUPS
+                    }
             first = next(iter(seeds.values()))
             if "comments" in first:
                 entry["comments"] = {
@@ -85,7 +84,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
                     for metric in first["released_definitions"]
                 }
             for extra in ("truth", "constant"):
-                if extra in first:
+                if extra in first and name == next(iter(cells)):
                     entry[extra] = first[extra]
             summary[part][name] = entry
     return summary
