@@ -74,7 +74,8 @@ def check_what_is_held(outcome: Outcome, adapter: dict[str, torch.Tensor]) -> No
 
 def check_outcome(outcome: Outcome, plain: Plain, *, bf16: bool) -> None:
     expected = plain.losses[-len(outcome["losses"]) :]
-    torch.testing.assert_close(outcome["losses"], expected, atol=5e-3 if bf16 else 1e-5, rtol=0)
+    # bfloat16 has three digits, and losses begin near 6.
+    torch.testing.assert_close(outcome["losses"], expected, atol=1e-2 if bf16 else 1e-5, rtol=0)
     if not bf16:
         torch.testing.assert_close(outcome["adapter"], plain.adapter, atol=1e-5, rtol=0)
 
