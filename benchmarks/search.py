@@ -65,13 +65,20 @@ class Batch(NamedTuple):
     vectors: SearchVectors
 
 
+def in_space(values: np.ndarray, forked: bool = False) -> np.ndarray:
+    """A copy of vectors in memory as a job has it."""
+    tables = {"item": SpaceTable(*values.shape)}
+    copy = SearchSpace(tables, tables, values.dtype.name, refresh_steps=0, forked=forked).at(0)["item"]
+    copy[:] = values
+    return copy
+
+
 def make_batch(users: int, catalogue: int, even: bool, forked: bool, seed: int) -> Batch:
     """Histories of items drawn evenly, or by Zipf's law from a catalogue in random order."""
     rng = np.random.default_rng(seed)
     n = users * VISITS
-    tables = {"item": SpaceTable(catalogue + 1, DIM)}
-    values = SearchSpace(tables, tables, "float16", refresh_steps=0, forked=forked).at(0)["item"]
-    values[1:] = rng.standard_normal((catalogue, DIM))
+    values = in_space(rng.standard_normal((catalogue + 1, DIM)).astype(np.float16), forked)
+    values[0] = 0
     # Zipf's law: the logarithm of an item's rank is even.
     ranks = rng.integers(0, catalogue, n) if even else (catalogue ** rng.random(n)).astype(np.int64)
     items = rng.permutation(catalogue)[ranks % catalogue]
@@ -189,7 +196,7 @@ def topical(users: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray,
 
     items = items_of(np.take_along_axis(known, rng.integers(0, 30, (users, length)), axis=1)).reshape(-1)
     first = np.arange(users) * length
-    return first, first + length, SearchPart(items, items_of(known[:, 0]), SearchVectors(values))
+    return first, first + length, SearchPart(items, items_of(known[:, 0]), SearchVectors(in_space(values)))
 
 
 def recall(users: int, repeats: int) -> list[dict[str, Any]]:
@@ -204,7 +211,7 @@ def recall(users: int, repeats: int) -> list[dict[str, Any]]:
         clusters = Clusters.of(first, stop, part.column, part.vectors, size=20)
         clustering = (time.process_time() - begin) / some
         scaled = part.vectors.values * (127 / np.abs(part.vectors.values).max().astype(np.float32))
-        int8 = part._replace(vectors=SearchVectors(np.rint(scaled).astype(np.int8)))
+        int8 = part._replace(vectors=SearchVectors(in_space(np.rint(scaled).astype(np.int8))))
         codes = {bits: HashCodes.of(part.vectors, bits, seed=0) for bits in (64, 128, 256)}
         exactly = partial(gsu.top, first, stop, LENGTH)
         searches: dict[str, Callable[[], gsu.Found]] = {

@@ -53,7 +53,9 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
         # Content tells nothing of authors: they have vectors, of zeros.
         first = {name: SpaceTable(own.rows, 1) for name, own in later.items()}
         first["item"] = SpaceTable(rows, _open_embeddings(search.embedding).dim)
-    return SearchSpace(first, later, search.dtype, search.refresh_steps, forked=config.data.workers > 0)
+    # The first version is put before the loader starts its processes, which then see it in any memory.
+    forked = config.data.workers > 0 and search.refresh_steps > 0
+    return SearchSpace(first, later, search.dtype, search.refresh_steps, forked)
 
 
 class Searching:
