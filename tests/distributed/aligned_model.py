@@ -1,4 +1,4 @@
-"""A model of three histories that are aligned, its data, and its plain training in one process."""
+"""A model of three histories that are attended to and aligned, its data, and its plain training in one process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table, initial_rows
+from modules.esu import SequenceAttention
 from tests.alignment_reference import alignment_loss
 from trainer.alignment import Alignment
 from trainer.data.batch import Batch
 
-SEED, STEPS, MOST = 3, 6, 8
-"""``MOST`` rows of a rank in a step."""
+SEED, STEPS, MOST, LONGEST = 3, 6, 8, 3
+"""``MOST`` rows of a rank in a step, ``LONGEST`` entries of a history."""
 HISTORIES = ("mixed", "short", "author")
 LOOKUPS = (
     Lookup("user", "user", 1),
@@ -38,25 +39,27 @@ def tables(sharding: str) -> list[Table]:
     return [Table(name, *size, init_scale=0.3, sharding=sharding) for name, size in SIZES.items()]  # type: ignore[arg-type]
 
 
-class MeanRanker(nn.Module):
-    """The user and the means of the ids of all histories."""
+class SmallRanker(nn.Module):
+    """The user and what attention finds in each history for him."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4 * len(LOOKUPS) + 1, 2)
+        attention = SequenceAttention(
+            4, (4, 8), [LONGEST] * len(HISTORIES), heads=2, head_dim=3, alike=((0, 0), (1, 2))
+        )
+        self.attention = attention
+        self.linear = nn.Linear(1 + 4 + len(HISTORIES) * attention.out_features, 2)
 
     def forward(self, embedded: dict[str, Tensor], lengths: dict[str, Tensor], dense: Tensor) -> Tensor:
-        parts = [dense, embedded["user"]]
-        for name in KEYS[1:]:
-            row = torch.repeat_interleave(torch.arange(len(dense)), lengths[name])
-            total = torch.zeros(len(dense), 4).index_add(0, row, embedded[name])
-            parts.append(total / lengths[name].clamp(min=1)[:, None])
-        return self.linear(torch.cat(parts, 1))
+        sequences = [(embedded[f"{name}_item"], embedded[f"{name}_context"].view(-1, 8)) for name in HISTORIES]
+        of_row = [lengths[f"{name}_item"] for name in HISTORIES]
+        found = self.attention(embedded["user"], sequences, of_row)
+        return self.linear(torch.cat([dense, embedded["user"], found], 1))
 
 
-def make_ranker() -> MeanRanker:
+def make_ranker() -> SmallRanker:
     torch.manual_seed(SEED)
-    return MeanRanker()
+    return SmallRanker()
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def steps() -> list[Rows]:
         user = torch.randint(0, 12, (rows,), generator=random)
         of_row = {"user": [value[None] for value in user]}
         for name in HISTORIES:
-            lengths = torch.randint(0, 4, (rows,), generator=random) * (name != "mixed" or step != 2)
+            lengths = torch.randint(0, LONGEST + 1, (rows,), generator=random) * (name != "mixed" or step != 2)
             of_row[f"{name}_item"] = ids(15, lengths.tolist())
             of_row[f"{name}_context"] = ids(6, (2 * lengths).tolist())
         dense, label = torch.randn(rows, 1, generator=random), torch.rand(rows, 2, generator=random)

@@ -1,4 +1,4 @@
-"""Aligned histories on one and two ranks, against one process with plain PyTorch and the whole batch."""
+"""Histories attended to and aligned, on one and two ranks, against one process with plain PyTorch and all rows."""
 
 from __future__ import annotations
 
