@@ -96,6 +96,7 @@ def test_a_run_is_done_once_and_the_rest_goes_on(
     assert len(done) == 3
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path) -> None:
     simulate_cross(tmp_path / "world", users=8, days=60, partitions=2, seed=3)
     with World.join("cpu") as world:

@@ -1,5 +1,5 @@
 """Twenty-odd faults, each in a real job of two ranks: it says what is wrong, and the same command goes on as if nothing
-had happened. ``make chaos`` does it a hundred times, at random."""
+had happened. One or two of a sort, all with ``--slow``; ``make chaos`` does it a hundred times, at random."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.faults.harness import RANKS, Job, differences, small_world, state_dif
 from tests.faults.nursery import Nursery
 from trainer.command import PREEMPTED_STATUS
 
+SLOW = pytest.mark.slow
 FILES = [*kinds.SAVE_FILES[0], *kinds.SAVE_FILES[1], "rename-before", "rename-after"]
 
 
@@ -87,7 +88,12 @@ def test_a_job_that_learnt_otherwise_is_found_different(
 
 @pytest.mark.parametrize(
     "draw",
-    [kinds.kill_rank, kinds.kill_launcher, kinds.kill_all, kinds.terminate, kinds.kill_worker, kinds.write_error],
+    [
+        kinds.kill_rank,
+        kinds.kill_all,
+        kinds.terminate,
+        *(pytest.param(draw, marks=SLOW) for draw in (kinds.kill_launcher, kinds.kill_worker, kinds.write_error)),
+    ],
 )
 def test_the_same_command_goes_on_after(draw: kinds.Draw, job: Job, undisturbed: Job) -> None:
     endure(job, late(draw(random.Random(draw.__name__), job)), undisturbed)
@@ -96,18 +102,25 @@ def test_the_same_command_goes_on_after(draw: kinds.Draw, job: Job, undisturbed:
 
 @pytest.mark.parametrize(
     "draw",
-    [kinds.kill_in_start, kinds.kill_in_evaluation, kinds.stop_in_removal, kinds.full_disk, kinds.break_shard],
+    [
+        kinds.kill_in_evaluation,
+        kinds.stop_in_removal,
+        kinds.full_disk,
+        *(pytest.param(draw, marks=SLOW) for draw in (kinds.kill_in_start, kinds.break_shard)),
+    ],
 )
 def test_the_same_command_goes_on_at_any_time_after(draw: kinds.Draw, job: Job, undisturbed: Job) -> None:
     endure(job, draw(random.Random(draw.__name__), job), undisturbed)
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file", [file if file in ("manifest.json", "__0_0.distcp") else pytest.param(file, marks=SLOW) for file in FILES]
+)
 def test_a_stop_in_a_save_leaves_the_checkpoint_before_it(file: str, job: Job, undisturbed: Job) -> None:
     endure(job, late(kinds.stop_in_save(random.Random(file), job, file)), undisturbed)
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=SLOW)])
 def test_the_watchdog_ends_a_job_that_hangs(stopped: bool, job: Job, undisturbed: Job) -> None:
     endure(job, late(kinds.hang(random.Random(2), job, stopped)), undisturbed)
 
