@@ -51,6 +51,7 @@ def worker(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
     return found
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_restarted_and_nothing_is_lost(
     small_world: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_torchrun_on_two_hosts(small_world: Path, undisturbed_run: Path, hosts: 
     assert metrics(tmp_path / "run") == metrics(undisturbed_run)
 
 
+@pytest.mark.slow
 def test_deepspeed_with_a_hostfile_on_two_hosts(
     small_world: Path, undisturbed_run: Path, hosts: list[Host], tmp_path: Path
 ) -> None:
