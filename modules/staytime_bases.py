@@ -23,6 +23,7 @@ Sources: WLR, Covington et al. (RecSys 2016); D2Q, Zhan et al. (KDD 2022); NDT, 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +42,7 @@ QUANTILES = 200
 _MOST_LOGIT = 20.0
 
 
-class Base(nn.Module):
+class Base(nn.Module, ABC):
     """One base loss.
 
     Attributes:
@@ -60,6 +61,7 @@ class Base(nn.Module):
         self.facts = {**facts, "limit": limit}
         self.register_buffer("start", torch.as_tensor(start, dtype=torch.float32))
 
+    @abstractmethod
     def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
         """Loss of each row.
 
@@ -71,14 +73,14 @@ class Base(nn.Module):
         Returns:
             ``[batch]``.
         """
-        raise NotImplementedError
 
     def seconds(self, logits: Tensor, duration: Tensor) -> Tensor:
         """Predicted seconds ``[batch]``, in [0, limit], of logits ``[batch, outputs]``."""
         return self._decode(logits, duration).clamp(0, self.limit)
 
+    @abstractmethod
     def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Seconds ``[batch]`` of logits ``[batch, outputs]``, before they are bounded."""
 
 
 class _Standardised(Base):
@@ -96,8 +98,9 @@ class _Standardised(Base):
     def _value(self, logits: Tensor) -> Tensor:
         return self.mean + self.scale * logits[:, 0]
 
+    @abstractmethod
     def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What is regressed, ``[batch]``."""
 
 
 class ValueRegression(_Standardised):
