@@ -10,12 +10,17 @@ CPU it takes one thread and counts the seconds for which it had a core: other wo
   by the size of a batch;
 * what a ridge regression finds in the vectors of single comments, by pooling, on comments of other videos than it was
   fitted on: R2 of their true quality, accuracy for their kind (of six), and R2 of the logarithm of their likes;
-* how far vectors move with their batch and with storage in float16.
+* how far vectors move with their batch and with storage in float16;
+* what `limelight embed` costs where a table is there and a share of its texts has changed, beside making it anew: time
+  of the processor and the largest memory of a process of its own, starting included.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -42,6 +48,8 @@ from trainer.text_table import text_table
 KINDS = ("items", "comments", "segments", "authors")
 RIDGE = (0.1, 1.0, 10.0, 100.0)
 BATCH_TOKENS = (1_024, 4_096, 16_384)
+CHANGED = (0.1, 0.01, 0.0)
+"""Shares of a table's texts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,10 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ],
             "content": content(encoder(4_096), world, template, given.texts),
             "moves": moves(encoder(4_096), encoder(1), long_texts[:200]),
+            "renewal": renewal(base, given.adapter, world, Path(folder) / "tables"),
         }
     print(speed_table(report["speed"]))
     print(content_table(report["content"]))
     print(", ".join(f"{name}: {value:.1e}" for name, value in report["moves"].items()) + " at most")
+    print(renewal_table(report["renewal"]))
     write_json(given.out, report)
 
 
@@ -107,6 +117,20 @@ def content_table(rows: list[dict[str, Any]]) -> str:
     keys = ("quality_r2", "kind_accuracy", "log_likes_r2")
     lines = [(row["pooling"], *(f"{row[key]:.3f}" for key in keys)) for row in rows]
     return text_table(("pooling", "quality R2", "kind accuracy", "log likes R2"), lines)
+
+
+def renewal_table(rows: list[dict[str, Any]]) -> str:
+    """By the share of texts that changed."""
+    lines = [
+        (
+            "all, no table" if row["changed"] is None else f"{row['changed']:.0%} of {row['texts']:,}",
+            f"{row['embedded']:,}",
+            f"{row['seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+        )
+        for row in rows
+    ]
+    return text_table(("texts changed", "embedded", "processor s", "peak MB"), lines)
 
 
 def open_base(path: str, small: Path, texts: list[str]) -> Base:
@@ -215,6 +239,51 @@ def moves(encoder: Encoder, alone: Encoder, texts: list[str]) -> dict[str, float
         "batch": float(np.abs(vectors - alone.vectors(texts)).max()),
         "float16": float(np.abs(vectors - vectors.astype(np.float16)).max()),
     }
+
+
+def renewal(base: Base, adapter: str, world: Path, directory: Path) -> list[dict[str, Any]]:
+    """A table of all comments made anew, and renewed after shares of their texts have changed."""
+    job = directory.with_suffix(".toml")
+    job.write_text(
+        f'[data]\npath = "{world}"\nkinds = ["comments"]\n'
+        f'[model]\npath = "{base.directory}"\nadapter = "{adapter}"\n'
+        f'[embed]\ndirectory = "{directory}"\n'
+    )
+    rows = []
+    for share in (None, *CHANGED):
+        changed = change_comments(world, share or 0.0)
+        command = [sys.executable, "-m", "trainer.embed", str(job)]
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)
+        # Popen must not wait for a process that has been waited for.
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
+        texts = read_texts(world, "comments", ["text"]).num_rows
+        rows.append(
+            {
+                "changed": share,
+                "texts": texts,
+                "embedded": texts if share is None else changed,
+                "seconds": used.ru_utime + used.ru_stime,
+                "peak_bytes": used.ru_maxrss * 1024,
+            }
+        )
+    return rows
+
+
+def change_comments(world: Path, share: float) -> int:
+    """Let so many comments say something else; their number."""
+    comments = read_texts(world, "comments")
+    texts = comments.column("text").to_pylist()
+    rows = np.random.default_rng(0).permutation(len(texts))[: round(share * len(texts))]
+    for row in rows.tolist():
+        texts[row] += " again"
+    column = comments.schema.get_field_index("text")
+    pq.write_table(
+        comments.set_column(column, comments.schema.field(column), pa.array(texts)), world / "texts/comments.parquet"
+    )
+    return len(rows)
 
 
 if __name__ == "__main__":

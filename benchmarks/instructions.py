@@ -41,7 +41,7 @@ PLAN = Plan(
     evaluate_from="2024-03-12",
     evaluate_samples=1_000,
     samples=30_000,
-    most={"staytime": 20_000},
+    most={"staytime": 8_000},
 )
 BASELINES = ("majority", "popularity")
 
@@ -59,7 +59,7 @@ def prepare(work: Path, users: int, plan: Plan) -> Path:
 def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """The metrics of a run, which is trained if it is not there or not done."""
     settings = [f"run.directory={directory}", f"run.seed={seed}", "train.device=cpu"]
-    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate")]
+    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate", "general")]
     if not (directory / "metrics.json").exists():
         config = load_finetune(JOB, [*settings, *overrides])
         with World.join("cpu") as world:
@@ -102,7 +102,11 @@ def summarise(runs: Sequence[Mapping[str, Any]], read_by_hand: Mapping[str, floa
 def learning(directory: Path) -> dict[str, Any]:
     """What of a run's job decides what it learns, without its files."""
     config = json.loads((directory / "config.json").read_text())
-    return {**{name: config[name] for name in ("small", "lora", "optimizer")}, "epochs": config["train"]["epochs"]}
+    return {
+        **{name: config[name] for name in ("small", "lora", "optimizer")},
+        "general_share": config["data"]["general_share"],
+        **{name: config["train"][name] for name in ("batch_size", "epochs", "answer_weight")},
+    }
 
 
 def table(summary: Mapping[str, Any]) -> str:

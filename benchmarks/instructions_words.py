@@ -60,7 +60,7 @@ def _scores(inputs: torch.Tensor, there: torch.Tensor, weights: torch.Tensor) ->
 def _columns(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features ``[samples, options, k]``, which options there are, and the right ones."""
     of_task = {"staytime": _staytime, "top_comment": _top_comment, "user_comment": _user_comment}
-    rows = [of_task[sample.task](sample.prompt.splitlines(), len(sample.options)) for sample in samples]
+    rows = [of_task[sample.task](sample.prompt.splitlines(), sample.options) for sample in samples]
     most = max(map(len, rows))
     inputs = np.zeros((len(rows), most, rows[0].shape[1]), np.float32)
     for row, features in zip(inputs, rows, strict=True):
@@ -70,12 +70,13 @@ def _columns(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, tor
     return torch.from_numpy(inputs), torch.from_numpy(there), torch.tensor(answers)
 
 
-def _top_comment(lines: Sequence[str], options: int) -> np.ndarray:
+def _top_comment(lines: Sequence[str], options: Sequence[str]) -> np.ndarray:
     genre = _video(lines)[1]
-    return np.stack([_plain(comment, genre) for comment in _choices(lines, options)])
+    found = [found[1] for line in lines if (found := _OPTION.match(line)) and _is_comment(found[1])]
+    return np.stack([_plain(_comment(text), genre) for text in found[-len(options) :]])
 
 
-def _user_comment(lines: Sequence[str], options: int) -> np.ndarray:
+def _user_comment(lines: Sequence[str], options: Sequence[str]) -> np.ndarray:
     genre, earlier = _video(lines)[1], _comments(lines)
     kinds, genres = Counter(kind for _, kind, _ in earlier), Counter(genre for _, _, genre in earlier)
     alike = np.eye(_MOST_ALIKE + 1)
@@ -89,25 +90,25 @@ def _user_comment(lines: Sequence[str], options: int) -> np.ndarray:
                     [kinds[comment[1]] / (1 + len(earlier))],
                 ]
             )
-            for comment in _choices(lines, options)
+            for comment in map(_comment, (option.removeprefix("- ") for option in options))
         ]
     )
 
 
-def _staytime(lines: Sequence[str], options: int) -> np.ndarray:
+def _staytime(lines: Sequence[str], options: Sequence[str]) -> np.ndarray:
     """One set of weights for each range, as features of the pair."""
     band, genre = _video(lines)
     stays = [ord(found[1]) - ord("A") for line in lines if (found := _HISTORY.match(line))]
     shown = [_plain(comment, genre) for comment in _comments(lines)]
     features = np.concatenate(
         [
-            np.bincount(stays, minlength=options)[:options],
-            [1, len(stays), np.mean(stays) if stays else (options - 1) / 2, len(shown)],
+            np.bincount(stays, minlength=len(options))[: len(options)],
+            [1, len(stays), np.mean(stays) if stays else (len(options) - 1) / 2, len(shown)],
             np.mean(shown, axis=0) if shown else np.zeros(BANDS + len(KINDS) + 1),
             np.eye(BANDS)[band],
         ]
     )
-    return np.kron(np.eye(options), features)
+    return np.kron(np.eye(len(options)), features)
 
 
 def _plain(comment: Comment, genre: int) -> np.ndarray:
@@ -125,11 +126,6 @@ def _video(lines: Sequence[str]) -> tuple[int, int]:
 def _comments(lines: Sequence[str]) -> list[Comment]:
     """Those of the lines that begin with a dash: earlier ones, or those at the top."""
     return [_comment(line.removeprefix("- ")) for line in lines if line.startswith("- ") and _is_comment(line[2:])]
-
-
-def _choices(lines: Sequence[str], options: int) -> list[Comment]:
-    found = [found[1] for line in lines if (found := _OPTION.match(line)) and _is_comment(found[1])]
-    return [_comment(text) for text in found[-options:]]
 
 
 def _is_comment(text: str) -> bool:

@@ -42,11 +42,8 @@ def test_a_rule_that_words_say_is_found(samples: dict[str, list[Sample]]) -> Non
 
     ruled = []
     for sample in samples["user_comment"]:
-        lines = [line for line in sample.prompt.splitlines() if line.endswith(")") and line[-3] == "("][
-            -len(sample.options) :
-        ]
-        if sum(map(is_praise, lines)) == 1:
-            answer = next(line[-2] for line in lines if is_praise(line))
+        if sum(map(is_praise, sample.options)) == 1:
+            answer = next(filter(is_praise, sample.options))
             ruled.append(Sample(sample.prompt, answer, sample.task, sample.options))
     half = len(ruled) // 2
     assert half > 20

@@ -25,7 +25,7 @@ from tests.llm.tiny import (
     STEPS,
     StopAfter,
     adapted,
-    answer_tokens,
+    answers_of,
     batches,
     job,
     samples,
@@ -33,6 +33,7 @@ from tests.llm.tiny import (
 from trainer.deepspeed_settings import LANGUAGE_MODEL, complete_settings
 from trainer.distributed import World
 from trainer.finetune import run_job
+from trainer.llm.batch import AnswerWeight, answer_weights
 from trainer.llm.engine import AdapterEngine, in_shares
 from trainer.llm.model import Base
 from trainer.llm.tokens import Tokens
@@ -51,10 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
     "2-checkpointing": {"stage": 2},
     "3-checkpointing": {"stage": 3},
     "3-whole": {"stage": 3},
+    "2-one": {"stage": 2},
 }
 RESUMED = ("2", "3", "2-bf16", "3-bf16")
 HALF = STEPS // 2
 JOB_STOPS = 5
+
+
+def weight_of(case: str) -> AnswerWeight:
+    return "one" if case.endswith("-one") else "tokens"
 
 
 def make_engine(base: Base, case: str, world: World) -> AdapterEngine:
@@ -72,14 +78,16 @@ def make_engine(base: Base, case: str, world: World) -> AdapterEngine:
     return AdapterEngine(model, OPTIMIZER, settings, device=world.device, checkpointing="checkpointing" in case)
 
 
-def train(engine: AdapterEngine, tokens: Tokens, world: World, start: int, stop: int) -> list[float]:
+def train(
+    engine: AdapterEngine, tokens: Tokens, world: World, start: int, stop: int, weight: AnswerWeight
+) -> list[float]:
     losses = []
     for step in range(start, stop):
-        answers = answer_tokens(tokens, step)
-        loss = torch.tensor(engine.backward(batches(tokens, step, world.rank, world.size), answers))
+        answers, mine = answers_of(tokens, step), batches(tokens, step, world.rank, world.size, weight=weight)
+        loss = torch.tensor(engine.backward(mine, float(answer_weights(answers, weight).sum())))
         dist.all_reduce(loss)
         engine.step()
-        losses.append(float(loss) / answers)
+        losses.append(float(loss) / int(answers.sum()))
     return losses
 
 
@@ -91,10 +99,10 @@ def run_case(base: Base, tokens: Tokens, case: str, world: World, out: Path) -> 
     engine = make_engine(base, case, world)
     frozen = {name for name, value in engine.network.named_parameters() if not value.requires_grad}
     outcome: dict[str, Any] = {"names": engine.names}
-    outcome["losses"] = train(engine, tokens, world, 0, HALF)
+    outcome["losses"] = train(engine, tokens, world, 0, HALF, weight_of(case))
     if case in RESUMED:
         write_state(engine.state(), out / f"{world.size}-{case}", dist.group.WORLD)
-    outcome["losses"] += train(engine, tokens, world, HALF, STEPS)
+    outcome["losses"] += train(engine, tokens, world, HALF, STEPS, weight_of(case))
     outcome["adapter"] = clone(engine)
     state = engine.state()
     outcome["in state"] = sorted(state["adapter"])
@@ -111,7 +119,7 @@ def run_case(base: Base, tokens: Tokens, case: str, world: World, out: Path) -> 
 def resume(base: Base, tokens: Tokens, case: str, world: World, path: Path) -> dict[str, Any]:
     engine = make_engine(base, case, world)
     engine.load(path, HALF)
-    losses = train(engine, tokens, world, HALF, STEPS)
+    losses = train(engine, tokens, world, HALF, STEPS, weight_of(case))
     outcome = {"losses": losses, "adapter": clone(engine)}
     engine.close()
     return outcome

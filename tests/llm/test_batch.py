@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.llm.tiny import CPU, adapted, samples
-from trainer.llm.batch import IGNORED, PADDING, Batch
+from trainer.llm.batch import IGNORED, PADDING, AnswerWeight, Batch, answer_weights
 from trainer.llm.model import Base
 from trainer.llm.network import AnswerModel, likelihood_of_samples
 from trainer.llm.packing import epoch_packs
@@ -80,6 +80,16 @@ def test_a_batch_in_full(base: Base) -> None:
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]
+
+
+def test_an_answer_counts_for_its_tokens_their_root_or_one(base: Base) -> None:
+    counts = Tokens.of([], base.tokenizer, 8).counts
+    tokens = Tokens(np.arange(16, dtype=np.int32), np.array([0, 3, 16]), np.array([1, 9], dtype=np.int32), counts)
+    expected: dict[AnswerWeight, list[float]] = {"tokens": [1, 1], "root": [1, 3 / 9], "one": [1, 1 / 9]}
+    for weight, of_a_token in expected.items():
+        batch = Batch.of([np.array([0, 1])], tokens, CPU, weight=weight)
+        torch.testing.assert_close(batch.weights, torch.tensor(of_a_token, dtype=torch.float32))
+        assert answer_weights(tokens.answers, weight).tolist() == pytest.approx([1, 9 * of_a_token[1]])
 
 
 def test_nothing_to_do_is_a_row_of_padding_without_a_loss(base: Base) -> None:

@@ -40,7 +40,7 @@ def test_texts_become_vectors_that_both_jobs_learn_from(tmp_path: Path) -> None:
     limelight("data", "simulate", world, "--users", 150, "--days", 3, "--partitions", 4, "--seed", 5, "--texts")
     limelight("instructions", world, samples, "--evaluate-from", "2024-03-06", "--samples", 40, "--evaluate-samples", 5)
 
-    files = [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate")]
+    files = [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate", "general")]
     printed = limelight(
         *("finetune", "configs/finetune_small.toml", "--ranks", 1, *files, f"run.directory={run}"),
         *("small.hidden=32", "train.epochs=1", "train.device=cpu"),

@@ -15,19 +15,20 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import RunRanks
-from tests.llm.engine_ranks import CASES, HALF, JOB_STOPS, RESUMED, run_cases
+from tests.llm.engine_ranks import CASES, HALF, JOB_STOPS, RESUMED, run_cases, weight_of
 from tests.llm.tiny import LORA, SMALL, STEPS, job, plain_training, samples, write_samples
 from trainer.checkpoint_show import describe_checkpoint, format_checkpoint
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.export import export_checkpoint
 from trainer.finetune import run_job
+from trainer.llm.batch import AnswerWeight
 from trainer.llm.model import Base
 from trainer.llm.tokens import Tokens
 from trainer.manifest import list_checkpoints, read_manifest
 from trainer.preemption import Preemption
 
-QUICK = ("1", "2", "3")
+QUICK = ("1", "2", "3", "2-one")
 SLOW = tuple(case for case in CASES if case not in QUICK)
 
 QUIET = {"TORCHDYNAMO_DISABLE": "1"}
@@ -40,20 +41,24 @@ Outcome = dict[str, Any]
 class Plain:
     """What the plain loop came to."""
 
-    base: Base
     losses: list[float]
     adapter: dict[str, torch.Tensor]
 
 
+Plains = dict[AnswerWeight, Plain]
+
+
 @pytest.fixture(scope="module")
-def plain(base: Base) -> Plain:
+def plains(base: Base) -> Plains:
     tokens = Tokens.of(samples(150), base.tokenizer, 64)
-    return Plain(base, *plain_training(base, tokens, STEPS, clipping=1.0))
+    assert len(set(tokens.answers)) > 1, "or answers would weigh the same"
+    weights: tuple[AnswerWeight, ...] = ("tokens", "one")
+    return {weight: Plain(*plain_training(base, tokens, STEPS, 1.0, weight)) for weight in weights}
 
 
-def check(outcomes: dict[str, Outcome], case: str, plain: Plain) -> None:
+def check(outcomes: dict[str, Outcome], case: str, plains: Plains) -> None:
     """A case, and what has gone on from its checkpoints, against the plain loop."""
-    outcome = outcomes[case]
+    outcome, plain = outcomes[case], plains[weight_of(case)]
     assert outcome["names"][0] == "DeepSpeedEngine"
     assert outcome["names"][1] == ("DeepSpeedZeroOptimizer_Stage3" if case[0] == "3" else "DeepSpeedZeroOptimizer")
     check_what_is_held(outcome, plain.adapter)
@@ -86,9 +91,9 @@ def same(first: Outcome, second: Outcome) -> bool:
     )
 
 
-def check_all(outcomes: dict[str, Outcome], cases: tuple[str, ...], plain: Plain, ranks: int) -> None:
+def check_all(outcomes: dict[str, Outcome], cases: tuple[str, ...], plains: Plains, ranks: int) -> None:
     for case in cases:
-        check(outcomes, case, plain)
+        check(outcomes, case, plains)
         if case in RESUMED:
             assert same(outcomes[case], outcomes[f"{case} from {ranks}"]), case
 
@@ -107,16 +112,17 @@ def check_shown(run: Path, steps: int) -> None:
 
 
 def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
-    plain: Plain, tmp_path: Path, run_ranks: RunRanks
+    base: Base, plains: Plains, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
-    assert plain.losses[0] - plain.losses[-1] > 0.3
+    assert all(plain.losses[0] - plain.losses[-1] > 0.3 for plain in plains.values())
+    assert abs(plains["one"].losses[-1] - plains["tokens"].losses[-1]) > 1e-3, "weights make a difference"
     write_samples(tmp_path)
     (tmp_path / "manifest.json").write_text('{"templates": "v1"}')
-    run_ranks("tests.llm.engine_ranks", plain.base.directory, tmp_path, *QUICK, ranks=2, timeout=400, environment=QUIET)
-    check_all(torch.load(tmp_path / "2.pt"), QUICK, plain, 2)
+    run_ranks("tests.llm.engine_ranks", base.directory, tmp_path, *QUICK, ranks=2, timeout=400, environment=QUIET)
+    check_all(torch.load(tmp_path / "2.pt"), QUICK, plains, 2)
     with World.join("cpu") as world:
-        outcomes = run_cases(plain.base, tmp_path, QUICK, world)
-        check_all(outcomes, QUICK, plain, 1)
+        outcomes = run_cases(base, tmp_path, QUICK, world)
+        check_all(outcomes, QUICK, plains, 1)
         assert {"2 from 2", "3 from 2"} < outcomes.keys()
 
         stopped = read_manifest(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
@@ -137,13 +143,15 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
 
 
 @pytest.mark.slow
-def test_every_case_on_two_ranks_goes_on_from_one(plain: Plain, tmp_path: Path, run_ranks: RunRanks) -> None:
+def test_every_case_on_two_ranks_goes_on_from_one(
+    base: Base, plains: Plains, tmp_path: Path, run_ranks: RunRanks
+) -> None:
     write_samples(tmp_path)
     cases = QUICK + SLOW
     for ranks in (1, 2):
         run_ranks(
             "tests.llm.engine_ranks",
-            plain.base.directory,
+            base.directory,
             tmp_path,
             *cases,
             ranks=ranks,
@@ -151,5 +159,5 @@ def test_every_case_on_two_ranks_goes_on_from_one(plain: Plain, tmp_path: Path, 
             environment=QUIET,
         )
         outcomes = torch.load(tmp_path / f"{ranks}.pt")
-        check_all(outcomes, cases, plain, ranks)
+        check_all(outcomes, cases, plains, ranks)
     assert all(f"{case} from 1" in outcomes for case in RESUMED)

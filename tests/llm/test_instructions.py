@@ -75,19 +75,27 @@ def change_visits(world: Path, copy: Path, columns: dict[str, pa.Array]) -> None
     pq.write_table(table, copy / "texts/visits.parquet")
 
 
-def option(record: Record, letter: str) -> str:
-    """Options stand last: a history has letters too."""
-    line = next(line for line in reversed(record["prompt"].splitlines()) if line.endswith(f" ({letter})"))
-    return line.removesuffix(f" ({letter})")
+def option(record: Record, answer: str) -> str:
+    """What an answer stands for."""
+    if record["task"] == "user_comment":
+        return answer.removeprefix("- ")
+    # Options stand last: a history has letters too.
+    line = next(line for line in reversed(record["prompt"].splitlines()) if line.endswith(f" ({answer})"))
+    return line.removesuffix(f" ({answer})")
 
 
 def test_a_sample_has_what_finetuning_reads(records: dict[str, list[Record]]) -> None:
     for split in records.values():
         assert {record["task"] for record in split} == set(TASKS)
         for record in split:
-            assert record["answer"] in record["options"] == list(LETTERS[: len(record["options"])])
-            assert len(record["popularity"]) == len(record["options"])
-            assert record["prompt"].endswith("Answer: ")
+            assert record["answer"] in record["options"]
+            assert len(record["popularity"]) == len(record["options"]) == len(set(record["options"])) > 1
+            if record["task"] == "user_comment":
+                assert all(option.startswith("- ") for option in record["options"])
+                assert record["prompt"].endswith(":\n")
+            else:
+                assert record["options"] == list(LETTERS[: len(record["options"])])
+                assert record["prompt"].endswith("Answer: ")
 
 
 def test_splits_are_apart_in_time_and_top_comments_in_videos(
@@ -138,7 +146,7 @@ def test_answers_are_right(
         text = {comments[one]["text"]: one for one in visit["shown"]}
         if len(text) < len(visit["shown"]):
             continue
-        chosen = [text[option(record, letter)] for letter in record["options"]]
+        chosen = [text[option(record, one)] for one in record["options"]]
         answer = chosen[record["options"].index(record["answer"])]
         likes = dict(zip(visit["shown"], visit["shown_likes"], strict=True))
         if record["task"] == "top_comment":
@@ -185,13 +193,33 @@ def test_the_future_of_a_visit_changes_no_prompt(
     assert compared > 50
 
 
-def test_a_letter_says_nothing(records: dict[str, list[Record]]) -> None:
+def test_a_place_says_nothing(records: dict[str, list[Record]]) -> None:
     for task in ("top_comment", "user_comment"):
         full = [record for record in records["train"] if record["task"] == task and len(record["options"]) == 4]
-        counts = Counter(record["answer"] for record in full)
+        counts = Counter(record["options"].index(record["answer"]) for record in full)
         assert len(full) > 300
         # 4.5 standard deviations of a fair draw
-        assert all(abs(counts[letter] - len(full) / 4) < 4.5 * np.sqrt(len(full) * 3 / 16) for letter in "ABCD"), counts
+        assert all(abs(counts[place] - len(full) / 4) < 4.5 * np.sqrt(len(full) * 3 / 16) for place in range(4)), counts
+
+
+def test_general_samples_are_what_users_liked_before(
+    written: tuple[Path, dict[str, Any]], visits: dict[int, Record], comments: dict[int, Record]
+) -> None:
+    liked: dict[int, list[str]] = {}
+    for one in sorted(visits.values(), key=lambda one: (one["request_ms"] + one["staytime_ms"], one["visit_id"])):
+        if one["staytime_ms"] > 0 and one["request_ms"] + one["staytime_ms"] < BORDER_MS:
+            liked.setdefault(one["user_id"], []).extend(comments[comment]["text"] for comment in one["interacted"])
+    expected = [
+        "\n".join(f"- {text}" for text in texts[first : first + 20])
+        for _, texts in sorted(liked.items())
+        for first in range(0, len(texts) - 2, 5)
+    ]
+    general = read(written[0], "general")
+    assert [record["answer"] for record in general] == expected
+    assert len(expected) == written[1]["samples"]["general"]["liked"] > 30
+    (prompt,) = {record["prompt"] for record in general}
+    of_task = next(one for one in read(written[0], "train") if one["task"] == "user_comment")
+    assert of_task["prompt"].startswith(prompt), "a list is learnt as it stands in the task"
 
 
 def test_the_same_plan_gives_the_same_samples_and_a_smaller_one_the_first_of_them(
@@ -272,7 +300,7 @@ def test_videos_and_comments_without_text_are_left_out(world: Path, tmp_path: Pa
     manifest = write_instructions(tmp_path / "world", tmp_path / "out", plan)
     assert all(manifest["visits_without_sample"][task] > 0 for task in TASKS)
     for record in read(tmp_path / "out", "train"):
-        assert all(option(record, letter).strip() for letter in record["options"])
+        assert all(option(record, one).strip() for one in record["options"])
 
 
 def test_long_texts_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
@@ -282,7 +310,7 @@ def test_long_texts_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
     assert manifest["texts_cut"] > 100
     for record in read(tmp_path / "out", "train"):
         if record["task"] == "top_comment":
-            assert all(len(option(record, letter)) <= 12 for letter in record["options"])
+            assert all(len(option(record, one)) <= 12 for one in record["options"])
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

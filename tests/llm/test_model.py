@@ -105,6 +105,19 @@ def test_the_small_model_depends_on_the_seed_alone(base: Base, tmp_path: Path) -
         write_small_model(tmp_path / "odd", texts, SmallConfig(hidden=60), seed=1, length=LENGTH)
 
 
+def test_tokens_of_the_small_model_look_at_their_like_at_first(base: Base) -> None:
+    model = base.load(bf16=False)
+    torch.testing.assert_close(model.lm_head.weight, model.model.embed_tokens.weight)
+    states = torch.randn(50, SMALL.hidden, generator=torch.Generator().manual_seed(0))
+    for layer in model.model.layers:
+        query, key = layer.self_attn.q_proj(states), layer.self_attn.k_proj(states)
+        heads, width = SMALL.heads, layer.self_attn.head_dim
+        query, key = query.view(50, heads, width), key.view(50, -1, width).repeat_interleave(2, 1)
+        # without positions, every token's query fits its own key best, in every head
+        fits = torch.einsum("qhw,khw->hqk", query, key)
+        assert (fits.argmax(-1) == torch.arange(50)).float().mean() > 0.9
+
+
 def test_a_tokenizer_that_is_missing_or_of_another_model_is_told(base: Base, copy: Path, tmp_path: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer here"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.llm.batch import Batch
+from trainer.llm.batch import AnswerWeight, Batch
 from trainer.llm.config import FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
 from trainer.llm.model import Base, add_adapter
 from trainer.llm.network import AnswerModel
@@ -40,9 +40,9 @@ def samples(number: int, seed: int = 0) -> list[Sample]:
     made = []
     for _ in range(number):
         text = " ".join(generator.choice(words, generator.integers(2, 9)))
-        answer = "yes" if "fire" in text else "no"
+        answer = "yes" if "fire" in text else "no, not at all"
         popularity = (1.0, 2.0) if generator.random() < 0.5 else (2.0, 1.0)
-        made.append(Sample(f"{text} ? ", answer, "fire", ("yes", "no"), popularity))
+        made.append(Sample(f"{text} ? ", answer, "fire", ("yes", "no, not at all"), popularity))
     return made
 
 
@@ -111,18 +111,26 @@ def schedule_of(tokens: Tokens) -> Schedule:
     return Schedule.of(tokens.lengths, LENGTH, seed=1, epochs=20, batch_size=BATCH, packing=True)
 
 
-def batches(tokens: Tokens, step: int, rank: int, world: int, parts: int = PARTS) -> list[Batch]:
+def batches(
+    tokens: Tokens, step: int, rank: int, world: int, parts: int = PARTS, weight: AnswerWeight = "tokens"
+) -> list[Batch]:
     packs = schedule_of(tokens).step(step)
     shares = share_of_rank(packs, batch_size=BATCH, rank=rank, world=world, parts=parts)
-    return [Batch.of(share, tokens, CPU) for share in shares]
+    return [Batch.of(share, tokens, CPU, weight=weight) for share in shares]
 
 
-def answer_tokens(tokens: Tokens, step: int) -> int:
-    return int(sum(tokens.answers[samples].sum() for samples in schedule_of(tokens).step(step)))
+def answers_of(tokens: Tokens, step: int) -> np.ndarray:
+    """Tokens of each answer of a step."""
+    return tokens.answers[np.concatenate(schedule_of(tokens).step(step))]
 
 
-def plain_training(base: Base, tokens: Tokens, steps: int, clipping: float) -> tuple[list[float], dict[str, Any]]:
-    """Losses and final adapter of a loop without DeepSpeed, every sample in a forward pass of its own."""
+def plain_training(
+    base: Base, tokens: Tokens, steps: int, clipping: float, weight: AnswerWeight
+) -> tuple[list[float], dict[str, Any]]:
+    """Losses and final adapter of a loop without DeepSpeed, every sample in a forward pass of its own.
+
+    With ``weight`` "tokens" every token counts for 1, with "one" every answer does.
+    """
     model = adapted(base)
     network = AnswerModel(model).train()
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -131,14 +139,16 @@ def plain_training(base: Base, tokens: Tokens, steps: int, clipping: float) -> t
     )
     losses = []
     for step in range(steps):
-        answers = answer_tokens(tokens, step)
-        total = torch.zeros(())
+        total, weighted, counted = 0.0, torch.zeros(()), 0
         for samples_ in schedule_of(tokens).step(step):
             for sample in samples_:
-                total = total + network(Batch.of([np.array([sample])], tokens, CPU, multiple=1)).sum()
-        (total / answers).backward()
+                of_sample = network(Batch.of([np.array([sample])], tokens, CPU, multiple=1))
+                total += float(of_sample.detach().sum())
+                weighted = weighted + (of_sample.sum() if weight == "tokens" else of_sample.mean())
+                counted += len(of_sample) if weight == "tokens" else 1
+        (weighted / counted).backward()
         nn.utils.clip_grad_norm_(trained.values(), clipping)
         adam.step()
         adam.zero_grad()
-        losses.append(float(total.detach()) / answers)
+        losses.append(total / int(answers_of(tokens, step).sum()))
     return losses, {name: value.detach().clone() for name, value in trained.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,14 @@ IGNORED = -100
 PADDING = -1
 """Segment of what is no token."""
 
+AnswerWeight = Literal["tokens", "root", "one"]
+"""What an answer of n tokens counts for: n, the root of n, or 1."""
+
+
+def answer_weights(tokens: np.ndarray, weight: AnswerWeight) -> np.ndarray:
+    """``[samples]`` float64, what answers of so many tokens count for as a whole."""
+    return np.power(tokens.astype(np.float64), {"tokens": 1.0, "root": 0.5, "one": 0.0}[weight])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -28,6 +37,7 @@ class Batch:
         segments: ``[rows, length]`` int64, which of ``samples`` a token is of, or ``PADDING``.
         labels: ``[rows, length]`` int64, the next token where it is part of the same sample's answer, else ``IGNORED``.
         samples: position of each sample in the tokens, row after row.
+        weights: ``[samples]`` float32, what the loss of a token of a sample's answer counts for.
         tokens: of the samples, without padding.
         packed: some row has several samples.
     """
@@ -37,11 +47,14 @@ class Batch:
     segments: Tensor
     labels: Tensor
     samples: np.ndarray
+    weights: Tensor
     tokens: int
     packed: bool
 
     @staticmethod
-    def of(packs: Packs, tokens: Tokens, device: torch.device, *, multiple: int = 8) -> Batch:
+    def of(
+        packs: Packs, tokens: Tokens, device: torch.device, *, multiple: int = 8, weight: AnswerWeight = "tokens"
+    ) -> Batch:
         """Put sequences side by side, padded at their end; no sequences at all are one of padding.
 
         Args:
@@ -49,6 +62,7 @@ class Batch:
             tokens: of all samples.
             device: to put the tensors on.
             multiple: rows are padded to a multiple of so many tokens.
+            weight: of an answer as a whole, which its tokens share.
         """
         lengths = tokens.lengths
         used = [int(lengths[samples].sum()) for samples in packs]
@@ -68,12 +82,15 @@ class Batch:
                 positions[row, at:] -= positions[row, at]
                 segments[row, at:end] = number
                 at, number = end, number + 1
+        drawn = np.concatenate([*packs, np.empty(0, np.int64)])
+        shares = answer_weights(tokens.answers[drawn], weight) / tokens.answers[drawn]
         return Batch(
             ids=torch.from_numpy(ids).to(device),
             positions=torch.from_numpy(positions).to(device),
             segments=torch.from_numpy(segments).to(device),
             labels=torch.from_numpy(labels).to(device),
-            samples=np.concatenate([*packs, np.empty(0, np.int64)]),
+            samples=drawn,
+            weights=torch.from_numpy(shares.astype(np.float32)).to(device),
             tokens=sum(used),
             packed=any(len(samples) > 1 for samples in packs),
         )

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from trainer.config import CheckpointConfig, Positive, Rate, ResumeConfig, Section, Share, load_job, reference
 from trainer.config import RunConfig as RankerRunConfig
+from trainer.llm.batch import AnswerWeight
 
 
 class RunConfig(RankerRunConfig):
@@ -93,6 +94,10 @@ class TrainConfig(Section):
 
     batch_size: Positive = Field(32, description="Sequences of all ranks together in one optimizer step.")
     epochs: Positive = Field(1, description="Passes over the samples.")
+    answer_weight: AnswerWeight = Field(
+        "tokens",
+        description="What an answer of n tokens counts for in the loss: n (`tokens`), its root (`root`), or 1 (`one`).",
+    )
     deepspeed: str = Field(
         "configs/deepspeed/zero2.json",
         description="DeepSpeed's own settings: ZeRO stage 1 to 3, offload, precision, clipping, accumulation.",

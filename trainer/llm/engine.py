@@ -111,25 +111,26 @@ class AdapterEngine:
         """Class of the engine and of its optimizer, for the record."""
         return type(self._engine).__name__, type(self._engine.optimizer).__name__
 
-    def backward(self, batches: Sequence[Batch], answer_tokens: int) -> float:
-        """Gradients of this rank's micro-batches, averaged over all answer tokens of the step.
+    def backward(self, batches: Sequence[Batch], weight: float) -> float:
+        """Gradients of this rank's micro-batches: the weighted mean of the losses of all answer tokens of the step.
 
         Args:
             batches: ``parts`` of them.
-            answer_tokens: in the step, of all ranks.
+            weight: of all answers in the step, of all ranks; their tokens if every token counts for 1.
 
         Returns:
-            Sum of the losses of this rank's answer tokens.
+            Sum of the losses of this rank's answer tokens, each counted once.
         """
         # DeepSpeed averages over ranks and over micro-batches, which may have any numbers of answer tokens.
-        scale = self._world * self.parts / answer_tokens
+        scale = self._world * self.parts / weight
         total = 0.0
         for part, batch in enumerate(batches):
-            loss = self._engine(batch).sum()
-            self._engine.backward(loss * scale)
+            losses = self._engine(batch)
+            weights = batch.weights[batch.segments[batch.answered]]
+            self._engine.backward((losses * weights).sum() * scale)
             if part + 1 < self.parts:
                 self._engine.step()
-            total += float(loss.detach())
+            total += float(losses.detach().sum())
         return total
 
     def step(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.llm.batch import Batch
+from trainer.llm.batch import Batch, answer_weights
 from trainer.llm.checkpoints import AdapterCheckpoints
 from trainer.llm.config import FinetuneConfig
 from trainer.llm.engine import AdapterEngine
@@ -61,8 +62,10 @@ def train(
             rate = learning_rate(config, state)
             engine.set_learning_rate(rate)
             batches = batches_of(packs, tokens, config, world, engine.parts)
-            answers = sum(int(tokens.answers[samples].sum()) for samples in packs)
-            loss = engine.backward(batches, answers)
+            answer_tokens = tokens.answers[np.concatenate(packs)]
+            answers = int(answer_tokens.sum())
+            weight = float(answer_weights(answer_tokens, config.train.answer_weight).sum())
+            loss = engine.backward(batches, weight)
 
             # One exchange a step: what it cost, and what the ranks are asked for.
             asked = checkpoints.ask(state.step + 1), preemption.asked
@@ -108,4 +111,4 @@ def learning_rate(config: FinetuneConfig, state: TrainingState) -> float:
 def batches_of(packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, parts: int) -> list[Batch]:
     """This rank's micro-batches of a step."""
     shares = share_of_rank(packs, batch_size=config.train.batch_size, rank=world.rank, world=world.size, parts=parts)
-    return [Batch.of(share, tokens, world.device) for share in shares]
+    return [Batch.of(share, tokens, world.device, weight=config.train.answer_weight) for share in shares]

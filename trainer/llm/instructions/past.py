@@ -20,6 +20,11 @@ class Past:
         self._users, self._first = np.unique(user_id[order], return_index=True)
         self._first = np.append(self._first, len(order))
 
+    @property
+    def users(self) -> np.ndarray:
+        """``[users] int64``, increasing: who has any."""
+        return self._users
+
     def latest(self, user_id: int, before_ms: int, most: int) -> np.ndarray:
         """The last ``most`` values of a user that were known before a time, oldest first."""
         place = int(np.searchsorted(self._users, user_id))

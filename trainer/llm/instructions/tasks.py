@@ -1,8 +1,13 @@
 """The three tasks, as samples: what is asked, the answer, and what else could have been answered.
 
 Only what was known at the request stands in a prompt: earlier stays and interactions of the user, and the comments at
-the top of the area then. The answer is a letter. Candidates are in an order drawn from the seed and the visit, so that
-a letter says nothing of them.
+the top of the area then. Candidates are in an order drawn from the seed and the visit, so that their place says nothing
+of them.
+
+A range or the best comment is answered by its letter. The comment that a user likes is answered by its text, in the
+form in which earlier ones stand in the prompt: what is probable there is what the user has liked before. A letter would
+have to be found by comparing each option with the history, which a small model does not learn from some ten thousand
+samples.
 """
 
 from __future__ import annotations
@@ -37,11 +42,15 @@ PLACES: dict[str, dict[str, frozenset[str]]] = {
     "user_comment": {
         "prompt": _VIDEO | {"history", "options"},
         "history": frozenset({"comment"}),
-        "option": frozenset({"letter", "comment"}),
+        "option": frozenset({"comment"}),
         "none": frozenset(),
+        "liked": frozenset(),
     },
 }
 """Task -> section of its template -> what may stand in braces there."""
+
+_SHORTEST, _LONGEST, _STRIDE = 3, 20, 5
+"""Comments of a general sample, and from one of a user's samples to the next."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -135,14 +144,15 @@ class Tasks:
             options="\n".join(options),
         )
         popularity = self._popularity.of(visits.item_id[place])
-        return _record(prompt, int(self._bucket[place]), popularity)
+        return _letter_of(prompt, int(self._bucket[place]), popularity)
 
     def _top_comment(self, place: int) -> Record | None:
         """Which has most likes at the time? Where two share the first place there is no answer."""
-        visits = self._visits
+        visits, template = self._visits, self._templates["top_comment"]
+        (video,) = self._videos(visits.item_id[place : place + 1])
         rng = self._generator("top_comment", place)
         shown, likes = visits.shown[place], visits.shown_likes[place]
-        if len(likes) < len(shown):
+        if len(likes) < len(shown) or not video["video"]:
             return None
         chosen = rng.permutation(len(shown))[: self._candidates]
         chosen = chosen[np.array([bool(text) for text in self._texts(shown[chosen])], bool)]
@@ -150,40 +160,56 @@ class Tasks:
             return None
         written = self._comments.numbers(shown[chosen], "time_ms")
         age_hours = (visits.request_ms[place] - np.maximum(written, 0)) / 3_600_000
-        return self._choice("top_comment", place, shown[chosen], int(np.argmax(likes[chosen])), age_hours, [])
+        options = [
+            template.fill("option", letter=letter, comment=text)
+            for letter, text in zip(LETTERS, self._texts(shown[chosen]), strict=False)
+        ]
+        prompt = template.fill("prompt", **video, options="\n".join(options))
+        return _letter_of(prompt, int(np.argmax(likes[chosen])), age_hours)
 
     def _user_comment(self, place: int) -> Record | None:
         """Which does the user like or answer? One of those, among others that were shown and left alone."""
         visits, template = self._visits, self._templates["user_comment"]
+        (video,) = self._videos(visits.item_id[place : place + 1])
         rng = self._generator("user_comment", place)
         shown, likes = visits.shown[place], visits.shown_likes[place]
-        touched = np.isin(shown, visits.interacted[place])
-        told = np.array([bool(text) for text in self._texts(shown)], bool)
-        right, wrong = np.flatnonzero(touched & told), np.flatnonzero(~touched & told)
-        if not len(right) or not len(wrong):
+        touched, texts = np.isin(shown, visits.interacted[place]), np.array(self._texts(shown), object)
+        right = np.flatnonzero(touched & (texts != ""))
+        if not len(right) or not video["video"]:
             return None
-        chosen = np.append(rng.choice(right, 1), rng.permutation(wrong)[: self._candidates - 1])
-        order = rng.permutation(len(chosen))
-        popularity = likes[chosen[order]] if len(likes) == len(shown) else np.zeros(len(chosen))
+        answer = rng.choice(right)
+        # A text that stands twice, or was liked too, would be a second right answer.
+        _, first = np.unique(texts, return_index=True)
+        wrong = [other for other in np.sort(first) if texts[other] not in ("", *texts[touched])]
+        if not wrong:
+            return None
+        chosen = rng.permutation(np.append(answer, rng.permutation(wrong)[: self._candidates - 1]))
         earlier = self._touched.latest(visits.user_id[place], visits.request_ms[place], self._history)
-        texts = [template.fill("history", comment=text) for text in self._texts(earlier) if text]
-        answer = int(np.flatnonzero(order == 0)[0])
-        return self._choice("user_comment", place, shown[chosen[order]], answer, popularity, texts)
+        past = [template.fill("history", comment=text) for text in self._texts(earlier) if text]
+        options = "\n".join(template.fill("option", comment=text) for text in texts[chosen])
+        prompt = template.fill("prompt", **video, history=_lines(template, past), options=options)
+        return _record(
+            f"{prompt}\n",
+            [template.fill("history", comment=text) for text in texts[chosen]],
+            int(np.flatnonzero(chosen == answer)[0]),
+            likes[chosen] if len(likes) == len(shown) else np.zeros(len(chosen)),
+        )
 
-    def _choice(
-        self, task: str, place: int, ids: np.ndarray, answer: int, popularity: np.ndarray, history: Sequence[str]
-    ) -> Record | None:
-        """A choice among the comments ``ids``, in their order."""
-        template, (video,) = self._templates[task], self._videos(self._visits.item_id[place : place + 1])
-        if not video["video"]:
-            return None
-        options = [
-            template.fill("option", letter=letter, comment=text)
-            for letter, text in zip(LETTERS, self._texts(ids), strict=False)
-        ]
-        past = {"history": _lines(template, history)} if "history" in template.sections else {}
-        prompt = template.fill("prompt", **video, **past, options="\n".join(options))
-        return _record(prompt, answer, popularity)
+    def liked(self, before_ms: int) -> Iterator[Record]:
+        """General samples: what users liked or answered before a time, list by list, all of it to be learnt.
+
+        Lists of a user overlap: each begins ``_STRIDE`` comments after the one before.
+        """
+        template = self._templates["user_comment"]
+        for user in self._touched.users.tolist():
+            comments = self._touched.latest(user, before_ms, np.iinfo(np.int64).max)
+            lines = [template.fill("history", comment=text) for text in self._texts(comments) if text]
+            for first in range(0, len(lines) - _SHORTEST + 1, _STRIDE):
+                yield {
+                    "task": "liked",
+                    "prompt": template.sections["liked"] + "\n",
+                    "answer": "\n".join(lines[first : first + _LONGEST]),
+                }
 
     def _generator(self, task: str, place: int) -> np.random.Generator:
         """The random stream of a visit: which other visits are drawn, and how many, has no part in it."""
@@ -217,11 +243,14 @@ class _BucketCounts:
         return self._share + (self._counts[place] if known else 0)
 
 
-def _record(prompt: str, answer: int, popularity: np.ndarray) -> Record:
-    options = list(LETTERS[: len(popularity)])
-    # a prompt ends with one space, whatever an editor has made of the end of the line
+def _letter_of(prompt: str, answer: int, popularity: np.ndarray) -> Record:
+    """A choice by letters. The prompt ends with one space, whatever an editor has made of the end of the line."""
+    return _record(f"{prompt} ", list(LETTERS[: len(popularity)]), answer, popularity)
+
+
+def _record(prompt: str, options: Sequence[str], answer: int, popularity: np.ndarray) -> Record:
     return {
-        "prompt": f"{prompt} ",
+        "prompt": prompt,
         "answer": options[answer],
         "options": options,
         "popularity": [round(float(figure), 4) for figure in popularity],

@@ -21,6 +21,8 @@ from trainer.llm.instructions.visits import Visits
 from trainer.llm.templates import Template
 
 MANIFEST = "manifest.json"
+GENERAL = "general.jsonl"
+"""Texts of the training days to learn as they are, for ``data.general`` of a job."""
 SPLITS: tuple[str, ...] = ("train", "evaluate")
 OF_A_VIDEO = {"train": 12, "evaluate": 1}
 """Most ``top_comment`` samples of a video: its comments stay the same, by and large."""
@@ -59,7 +61,7 @@ class Plan:
 def write_instructions(
     dataset: str | Path, out: str | Path, plan: Plan, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Write ``train.jsonl``, ``evaluate.jsonl`` and ``manifest.json`` to a new directory.
+    """Write ``train.jsonl``, ``general.jsonl``, ``evaluate.jsonl`` and ``manifest.json`` to a new directory.
 
     The manifest has the plan, the edges of the staytime ranges with their shares, name, hash and text of the templates,
     and counts. No video has a ``top_comment`` sample in both files.
@@ -106,6 +108,8 @@ def write_instructions(
     try:
         aside.mkdir(parents=True)
         counts = _write_splits(aside, visits, at, tasks, plan, progress or (lambda what, done, total: None))
+        with open(aside / GENERAL, "w", encoding="utf-8") as file:
+            counts["general"] = {"liked": _write_lines(file, tasks.liked(border))}
         share = np.bincount(bucket_of(visits.staytime_ms[at["train"]], edges), minlength=plan.buckets)
         manifest = {
             "dataset": spec.name,
