@@ -38,6 +38,7 @@ ACCELERATE = (
 def overrides(data: Path, directory: Path, *more: str) -> list[str]:
     return [
         *(f'data.train=["{data / "train.jsonl"}"]', f'data.evaluate=["{data / "eval.jsonl"}"]', "data.length=64"),
+        *("data.general=[]", "data.general_share=0"),
         *("small.hidden=64", "small.vocabulary=300", "lora.rank=4", "train.batch_size=8", "train.epochs=3"),
         *(f"train.deepspeed={ROOT}/configs/deepspeed/zero2.json", "train.device=cpu", "train.log_every=1"),
         *(f"run.directory={directory}", *more),
