@@ -137,7 +137,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         axes.bar(at, [mean for mean, _ in values], 0.15, yerr=[half or 0 for _, half in values], label=name, capsize=2)
     axes.set_xticks(range(len(summary)), list(summary))
     axes.set_ylabel("share of right choices")
-    axes.legend(ncols=len(shown))
+    figure.legend(loc="outside upper center", ncols=len(shown))
     figure.savefig(path)
 
 
