@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--embeddings", type=named_directory, nargs="*", default=[], metavar="NAME=DIRECTORY")
     parser.add_argument("--parts", nargs="*", metavar="PART", help="parts to run (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of a cell (default: %(default)s)")
-    parser.add_argument("--grid-seeds", type=int, default=2, help="seeds of a cell of the grid (default: %(default)s)")
+    parser.add_argument("--grid-seeds", type=int, default=5, help="seeds of a cell of the grid (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="start no cell after so long")
     parser.add_argument("--out", type=Path, help="JSON file to write; pictures go beside it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
