@@ -35,7 +35,7 @@ test-all: setup
 # The tests of Kafka sources on real brokers; without these they run on a cluster that librdkafka brings along.
 test-kafka: setup
 	@test -n "$(BROKERS)" || { echo "limelight: error: name the brokers: make test-kafka BROKERS=host:9092" >&2; exit 2; }
-	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest tests/stream/test_kafka_source.py
+	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest tests/stream/sources/test_kafka_source.py
 
 # About ten minutes on two cores; SEED=2 draws other faults, FAULTS=20 fewer.
 chaos: setup

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.metrics import user_auc
+from trainer.metrics.behaviour_metrics import user_auc
 
 _CHUNK = 50
 """Resamples judged at once: bounds the memory at ``_CHUNK * rows`` floats."""

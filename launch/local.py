@@ -22,9 +22,9 @@ from types import FrameType
 from typing import IO
 
 from launch.machine import available_cores, free_port, port_in_use
-from trainer.command import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
-from trainer.errors import UserError, is_lost_peer
-from trainer.log import LOG_NOTE_VARIABLE
+from trainer.console.errors import UserError, is_lost_peer
+from trainer.console.job_arguments import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.console.run_log import LOG_NOTE_VARIABLE
 
 SETTLE_SECONDS = 1.0
 """After the first failure the other ranks may fail by themselves for so long: then it is seen who failed for cause."""

@@ -29,7 +29,7 @@ _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644E
 
 @dataclass(frozen=True)
 class Dynamic:
-    """How the ids of a table come and go; see ``trainer.dynamic_ids``.
+    """How the ids of a table come and go; see ``trainer.sparse.dynamic_ids``.
 
     Attributes:
         admit_after: training steps that an id must be seen in to get a row.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.paths import ROOT
 
 # Set before anything imports torch: several test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -24,21 +24,21 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from trainer.command import add_train_arguments, rank_parser
-from trainer.distributed import World, run_rank
-from trainer.embedding_table import MANIFEST, EmbeddingTable, Origin, Part, finite_rows, write_parts
-from trainer.errors import UserError, one_line
-from trainer.llm.adapter import load_adapter
-from trainer.llm.embed_config import EmbeddingJob, Kind, load_embedding
-from trainer.llm.encoder import Encoder
-from trainer.llm.model import Base
-from trainer.llm.query import fit_query
-from trainer.llm.templates import Template
-from trainer.llm.texts import KindTexts
-from trainer.lock import locked
-from trainer.log import say
-from trainer.progress import Progress
-from trainer.run import make_directory
+from trainer.checkpoint.run_directory import make_directory
+from trainer.config.embed import EmbeddingJob, Kind, load_embedding
+from trainer.console.errors import UserError, one_line
+from trainer.console.job_arguments import add_train_arguments, rank_parser
+from trainer.console.progress import Progress
+from trainer.console.run_log import say
+from trainer.data.format.content_vectors import MANIFEST, EmbeddingTable, Origin, Part, finite_rows, write_parts
+from trainer.llm.embedding.dataset_texts import KindTexts
+from trainer.llm.embedding.learned_query import fit_query
+from trainer.llm.embedding.text_encoder import Encoder
+from trainer.llm.models.adapter import load_adapter
+from trainer.llm.models.base_model import Base
+from trainer.llm.models.prompt_templates import Template
+from trainer.runtime.distributed import World, run_rank
+from trainer.runtime.run_lock import locked
 
 PARTS = ".parts"
 """Folder of the parts of a table that is not whole yet, beside the tables."""

@@ -20,27 +20,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.checkpoint_reader import stored_search
-from trainer.command import add_evaluate_arguments, rank_parser
-from trainer.config import JobConfig
-from trainer.data import storage
-from trainer.data.batch import unpack
-from trainer.data.dataset import Data
-from trainer.data.features import FeatureMap
-from trainer.data.fit import FittedFeatures
-from trainer.data.loader import Loader
-from trainer.data.packed import PackedBatch
-from trainer.data.schema import DatasetSpec, partition_of
-from trainer.data.search_space import SearchSpace, stored_space
-from trainer.distributed import World, run_rank
-from trainer.engine import HybridEngine
-from trainer.errors import UserError
-from trainer.job import build_engine, freeze_at_end_of_training, held_out_loader, split_in_time
-from trainer.manifest import MODEL, find_checkpoint, read_manifest
-from trainer.metrics import BehaviourMetrics, Report
-from trainer.progress import Progress
-from trainer.report import metrics_table
-from trainer.run import load_run
+from trainer.checkpoint.manifest import MODEL, find_checkpoint, read_manifest
+from trainer.checkpoint.reader import stored_search
+from trainer.checkpoint.run_directory import load_run
+from trainer.config.ranker import JobConfig
+from trainer.console.errors import UserError
+from trainer.console.job_arguments import add_evaluate_arguments, rank_parser
+from trainer.console.progress import Progress
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.packed_batch import PackedBatch
+from trainer.data.features.search_vectors import SearchSpace, stored_space
+from trainer.data.format import storage
+from trainer.data.format.dataset import Data
+from trainer.data.format.schema import DatasetSpec, partition_of
+from trainer.data.loading.batch import unpack
+from trainer.data.loading.loader import Loader
+from trainer.engine.hybrid_engine import HybridEngine
+from trainer.metrics.behaviour_metrics import BehaviourMetrics, Report
+from trainer.ranking.report import metrics_table
+from trainer.ranking.setup import build_engine, freeze_at_end_of_training, held_out_loader, split_in_time
+from trainer.runtime.distributed import World, run_rank
 
 CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
 """Edges of the predicted probabilities between which the calibration curve takes its means."""

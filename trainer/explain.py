@@ -3,7 +3,7 @@
     limelight explain RUN --user 17 --candidate 4021 --at 2024-03-12T20:00
 
 Each history is read as of the time, as it is when candidates are scored; the model is that of the run's newest
-checkpoint. Told as text, and drawn: ``trainer/explain_picture.py``.
+checkpoint. Told as text, and drawn: ``trainer/serving/explanation_plot.py``.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from trainer.command import add_explain_arguments, rank_parser
-from trainer.config import parse_time
-from trainer.data import storage
-from trainer.data.batch import unpack
-from trainer.data.dataset import Data
-from trainer.data.features import FeatureMap
-from trainer.data.history import HistorySlice
-from trainer.data.schema import DOMAINS, Rows
-from trainer.distributed import World, run_rank
-from trainer.errors import UserError
+from trainer.config.ranker import parse_time
+from trainer.console.errors import UserError
+from trainer.console.job_arguments import add_explain_arguments, rank_parser
+from trainer.console.text_table import text_table
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.format import storage
+from trainer.data.format.dataset import Data
+from trainer.data.format.history import HistorySlice
+from trainer.data.format.schema import DOMAINS, Rows
+from trainer.data.loading.batch import unpack
 from trainer.evaluate import TrainedModel, open_run
-from trainer.explain_picture import age_text, write_picture
+from trainer.runtime.distributed import World, run_rank
 from trainer.score import rows_of_candidates
-from trainer.text_table import text_table
+from trainer.serving.explanation_plot import age_text, write_picture
 
 SHOWN = 10
 """Entries of a history that the text shows, those with the most attention."""

@@ -20,30 +20,30 @@ from typing import Any
 
 import numpy as np
 
-from trainer.command import add_train_arguments, rank_parser
-from trainer.config import load_deepspeed
-from trainer.deepspeed_settings import LANGUAGE_MODEL, complete_settings
-from trainer.distributed import World, run_rank
-from trainer.errors import UserError
-from trainer.llm.adapter import save_adapter
-from trainer.llm.checkpoints import AdapterCheckpoints, Identity
-from trainer.llm.config import FinetuneConfig, load_finetune
-from trainer.llm.engine import AdapterEngine, in_shares
-from trainer.llm.evaluation import Options, evaluate, report_table
-from trainer.llm.model import Base, add_adapter
-from trainer.llm.packing import Schedule
+from trainer.checkpoint.manifest import DatasetEntry, file_entry
+from trainer.checkpoint.run_directory import make_directory, write_json
+from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
+from trainer.config.finetune import FinetuneConfig, load_finetune
+from trainer.config.ranker import load_deepspeed
+from trainer.console.errors import UserError
+from trainer.console.job_arguments import add_train_arguments, rank_parser
+from trainer.console.run_log import open_log, say, set_step
+from trainer.llm.finetuning.adapter_engine import AdapterEngine, in_shares
+from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, Identity
+from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
+from trainer.llm.finetuning.packing import Schedule
+from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
+from trainer.llm.finetuning.token_files import Tokens, write_tokens
+from trainer.llm.finetuning.train_loop import train
+from trainer.llm.finetuning.training_state import TrainingState
+from trainer.llm.models.adapter import save_adapter
+from trainer.llm.models.base_model import Base, add_adapter
+from trainer.llm.models.small_model import write_small_model
 from trainer.llm.run import base_path, begin_run, choose_directory
-from trainer.llm.samples import ReadCounts, Sample, read_samples
-from trainer.llm.small import write_small_model
-from trainer.llm.tokens import Tokens, write_tokens
-from trainer.llm.training import train
-from trainer.llm.training_state import TrainingState
-from trainer.lock import locked
-from trainer.log import open_log, say, set_step
-from trainer.manifest import DatasetEntry, file_entry
-from trainer.preemption import Preemption, until_preempted
-from trainer.random_states import start_random_states
-from trainer.run import make_directory, write_json
+from trainer.runtime.distributed import World, run_rank
+from trainer.runtime.preemption import Preemption, until_preempted
+from trainer.runtime.rng_state import start_random_states
+from trainer.runtime.run_lock import locked
 
 _WORDS_FROM = 100_000
 """Samples that the small model's tokenizer is trained on."""

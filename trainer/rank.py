@@ -17,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from modules.ranker import RankerKind
-from trainer.checkpoint import Checkpoints, Identity
-from trainer.command import add_train_arguments, rank_parser
-from trainer.config import JobConfig, load_config
-from trainer.data.dataset import Data, fingerprint
-from trainer.data.features import FeatureMap
-from trainer.distributed import World, run_rank
+from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
+from trainer.checkpoint.run_directory import begin_run, choose_directory, homes, make_directory, write_json
+from trainer.config.ranker import JobConfig, load_config
+from trainer.console.job_arguments import add_train_arguments, rank_parser
+from trainer.console.run_log import open_log, say, set_step
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.format.dataset import Data, fingerprint
 from trainer.evaluate import calibration_curve, evaluate, predict, read_truth
-from trainer.init_from import check_source, format_taken, take_from
-from trainer.job import (
+from trainer.metrics.behaviour_metrics import Report
+from trainer.ranking.checkpoints import Checkpoints, Identity
+from trainer.ranking.report import PHASES, metrics_table, write_report
+from trainer.ranking.search_refresh import Searching, make_space
+from trainer.ranking.setup import (
     Split,
     build_engine,
     check_settings,
@@ -35,20 +39,16 @@ from trainer.job import (
     split_in_time,
     training_loader,
 )
-from trainer.lock import locked
-from trainer.log import open_log, say, set_step
-from trainer.manifest import DatasetEntry, list_checkpoints
-from trainer.metrics import Report
-from trainer.preemption import Preemption, until_preempted
-from trainer.published import publisher
-from trainer.report import PHASES, metrics_table, write_report
-from trainer.run import begin_run, choose_directory, homes, make_directory, write_json
-from trainer.search_refresh import Searching, make_space
-from trainer.sharding import format_plan
-from trainer.streaming import train_stream
-from trainer.training import train
-from trainer.training_state import Trace, TrainingState
-from trainer.training_stream import open_stream
+from trainer.ranking.stream_train_loop import train_stream
+from trainer.ranking.train_loop import train
+from trainer.ranking.training_state import Trace, TrainingState
+from trainer.ranking.training_stream import open_stream
+from trainer.ranking.warm_start import check_source, format_taken, take_from
+from trainer.runtime.distributed import World, run_rank
+from trainer.runtime.preemption import Preemption, until_preempted
+from trainer.runtime.run_lock import locked
+from trainer.serving.publish import publisher
+from trainer.sparse.planner import format_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,18 +21,18 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from trainer.command import add_score_arguments, rank_parser
-from trainer.config import JobConfig
-from trainer.data import checks, storage
-from trainer.data.dataset import Data, freeze_statistics
-from trainer.data.features import FeatureMap
-from trainer.data.join import TABLE_OF, FeatureJoin
-from trainer.data.packed import PackedBatch
-from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, Rows
-from trainer.data.search_space import SearchSpace
-from trainer.distributed import World, run_rank
-from trainer.errors import UserError
-from trainer.exported import is_export, open_export
+from trainer.config.ranker import JobConfig
+from trainer.console.errors import UserError
+from trainer.console.job_arguments import add_score_arguments, rank_parser
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.packed_batch import PackedBatch
+from trainer.data.features.search_vectors import SearchSpace
+from trainer.data.format import storage, validation
+from trainer.data.format.dataset import Data, freeze_statistics
+from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
+from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
+from trainer.runtime.distributed import World, run_rank
+from trainer.serving.exported_model import is_export, open_export
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 
@@ -76,7 +76,7 @@ def ranking_score(probability: np.ndarray, exponents: Sequence[float]) -> np.nda
     return np.exp(np.log1p(probability.astype(np.float64)) @ np.asarray(exponents, np.float64))
 
 
-def read_candidates(file: Path, spec: DatasetSpec) -> checks.Columns:
+def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
     """Columns of a candidates file; features of the request that it lacks are unknown, or 0 where dense.
 
     Raises:
@@ -102,14 +102,14 @@ def read_candidates(file: Path, spec: DatasetSpec) -> checks.Columns:
     )
     table = table.select([name for name in schema.names if name in table.column_names])
     optional = frozenset(schema.names) - frozenset(REQUIRED)
-    columns = checks.columns_of(table, schema, str(file), optional)
-    checks.check_ids(columns, REQUIRED, str(file))
-    checks.check_side(columns, context, str(file))
-    checks.check_finite(columns, dense, str(file))
+    columns = validation.columns_of(table, schema, str(file), optional)
+    validation.check_ids(columns, REQUIRED, str(file))
+    validation.check_side(columns, context, str(file))
+    validation.check_finite(columns, dense, str(file))
     return columns
 
 
-def rows_of_candidates(model: Scorer, path: str, candidates: checks.Columns) -> Rows:
+def rows_of_candidates(model: Scorer, path: str, candidates: validation.Columns) -> Rows:
     """Training rows without labels: what the model may know of each candidate at its request.
 
     Statistics are those of the earliest request of the file, so that nothing later than any request is in them.
@@ -141,7 +141,7 @@ def rows_of_candidates(model: Scorer, path: str, candidates: checks.Columns) -> 
     return rows
 
 
-def score_candidates(model: Scorer, path: str, candidates: checks.Columns) -> pa.Table:
+def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -> pa.Table:
     """Scores in the order of the candidates: ``user_id, item_id, author_id, request_ms, p_B ..., score``."""
     rows = rows_of_candidates(model, path, candidates)
     n = len(candidates["user_id"])

@@ -5,7 +5,7 @@ limelight staytime configs/staytime.toml base.loss=d2q
 One process. The tables are those of users, videos and comments with some training rows, a few hundred MB at most, and
 an epoch over a few million visits takes minutes: sharding them by TorchRec or the optimizer by DeepSpeed would cost
 more than it saves, so this is a plain PyTorch loop on one device. A run that was ended begins anew. A finished one
-predicts other visits by ``limelight staytime score`` (``trainer/staytime_score.py``). It leaves::
+predicts other visits by ``limelight staytime score`` (``trainer/comment_staytime/scoring.py``). It leaves::
 
     config.json          the resolved job
     environment.json     versions, machine, command line
@@ -31,15 +31,15 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_model
 
-from trainer.data import storage
-from trainer.distributed import choose_device
-from trainer.errors import UserError
-from trainer.lock import locked
-from trainer.log import open_log, say
-from trainer.run import environment, make_directory, write_json
-from trainer.staytime_config import StaytimeConfig
-from trainer.staytime_data import StaytimeData, load_staytime
-from trainer.staytime_metrics import (
+from trainer.checkpoint.run_directory import environment, make_directory, write_json
+from trainer.comment_staytime.inputs import StaytimeData, load_staytime
+from trainer.comment_staytime.model import Predictions, build_network, fit_base_on, predict, train
+from trainer.config.staytime import StaytimeConfig
+from trainer.console.errors import UserError
+from trainer.console.run_log import open_log, say
+from trainer.console.text_table import text_table
+from trainer.data.format import storage
+from trainer.metrics.staytime_metrics import (
     Values,
     comment_metrics,
     metrics_by_exposure,
@@ -47,8 +47,8 @@ from trainer.staytime_metrics import (
     released_metrics,
     staytime_metrics,
 )
-from trainer.staytime_model import Predictions, build_network, fit_base_on, predict, train
-from trainer.text_table import text_table
+from trainer.runtime.distributed import choose_device
+from trainer.runtime.run_lock import locked
 
 COLUMNS = ("rmse", "mae", "rmse_opened", "mae_opened", "bias", "xauc", "gauc", "ndcg@1", "ndcg@3", "ndcg@5", "mrr")
 """Metrics of the printed table; all of them are in metrics.json."""

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.bootstrap import draw_users, interval, resample_auc, resample_gauc
-from trainer.metrics import grouped_auc
+from trainer.metrics.behaviour_metrics import grouped_auc
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

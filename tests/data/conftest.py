@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.history import FOLDER as HISTORY_FOLDER
-from trainer.data.history import Histories, HistoryWriter
-from trainer.data.schema import DatasetSpec, DenseFeature, IdSpace, Rows, SideFeature, partition_of
-from trainer.data.shards import RowStore, write_rows
+from trainer.data.format.history import FOLDER as HISTORY_FOLDER
+from trainer.data.format.history import Histories, HistoryWriter
+from trainer.data.format.schema import DatasetSpec, DenseFeature, IdSpace, Rows, SideFeature, partition_of
+from trainer.data.format.shards import RowStore, write_rows
 
 HOUR_MS = 3_600_000
 START_MS = 1_700_000_000_000

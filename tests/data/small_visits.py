@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.build import DatasetBuilder
-from trainer.data.schema import DatasetSpec, DenseFeature, SideFeature
+from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature
+from trainer.data.writing.builder import DatasetBuilder
 
 BEHAVIOURS = ("click", "like", "gift")
 SPEC = DatasetSpec(

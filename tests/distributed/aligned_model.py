@@ -11,9 +11,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table, initial_rows
 from modules.esu import SequenceAttention
-from tests.alignment_reference import alignment_loss
-from trainer.alignment import Alignment
-from trainer.data.batch import Batch
+from tests.modules.alignment_reference import alignment_loss
+from trainer.data.loading.batch import Batch
+from trainer.engine.history_alignment import Alignment
 
 SEED, STEPS, MOST, LONGEST = 3, 6, 8, 3
 """``MOST`` rows of a rank in a step, ``LONGEST`` entries of a history."""

@@ -23,8 +23,8 @@ from tests.distributed.aligned_model import (
     tables,
 )
 from tests.distributed.engine_ranks import parameters
-from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, NotFiniteLoss, TableOptimizer
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, NotFiniteLoss, TableOptimizer
+from trainer.runtime.distributed import World
 
 
 def make_engine(way: Way, world: World) -> HybridEngine:

@@ -21,9 +21,9 @@ from tests.distributed.small_model import (
     share_of_first_rank,
     tables,
 )
-from tests.dynamic_reference import ReferenceIds
-from trainer.data.batch import Batch
-from trainer.dynamic_ids import BUCKET_ROWS
+from tests.sparse.dynamic_reference import ReferenceIds
+from trainer.data.loading.batch import Batch
+from trainer.sparse.dynamic_ids import BUCKET_ROWS
 
 SIZES = {"item": 70, "room": 70}
 """Rows of the dynamic tables: two buckets each, so that each of two ranks has one."""

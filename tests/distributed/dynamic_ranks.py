@@ -30,8 +30,8 @@ from tests.distributed.dynamic_model import (
 )
 from tests.distributed.engine_ranks import everything, losses_of, parameters
 from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, ranker
-from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.runtime.distributed import World
 
 HALF = STEPS // 2
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, FLOAT32, NO_OVERLAP, SHARDED, Combination, resharded
 from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, batches_of, ranker, tables
-from trainer import tables as engine_tables
-from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, StepResult, TableOptimizer
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, StepResult, TableOptimizer
+from trainer.runtime.distributed import World
+from trainer.sparse import sharded_tables as engine_tables
 
 
 def make_engine(combination: Combination, world: World) -> HybridEngine:

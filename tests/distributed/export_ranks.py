@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from trainer.config import load_config
-from trainer.distributed import World
+from trainer.checkpoint.manifest import MODEL, find_checkpoint
+from trainer.checkpoint.run_directory import homes
+from trainer.config.ranker import load_config
 from trainer.evaluate import open_run
-from trainer.job import build_engine
-from trainer.manifest import MODEL, find_checkpoint
-from trainer.preemption import Preemption
 from trainer.rank import run_job
-from trainer.run import homes
+from trainer.ranking.setup import build_engine
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
 from trainer.score import read_candidates, score_candidates
 
 SETTINGS = (

@@ -10,9 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer.distributed import World, run_rank
-from trainer.errors import UserError
-from trainer.log import open_log, set_step
+from trainer.console.errors import UserError
+from trainer.console.run_log import open_log, set_step
+from trainer.runtime.distributed import World, run_rank
 
 
 def lookup() -> None:

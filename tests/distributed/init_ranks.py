@@ -17,12 +17,12 @@ import torch
 
 from tests.distributed.engine_ranks import everything
 from tests.distributed.old_run import DIMS, config_of, features_of, vocabularies
-from trainer.checkpoint_reader import Piece
-from trainer.data.schema import DatasetSpec
-from trainer.distributed import World
-from trainer.errors import UserError
-from trainer.init_from import format_taken, take_from
-from trainer.job import build_engine
+from trainer.checkpoint.reader import Piece
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec
+from trainer.ranking.setup import build_engine
+from trainer.ranking.warm_start import format_taken, take_from
+from trainer.runtime.distributed import World
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.manifest import Manifest, list_checkpoints, read_manifest
+from tests.paths import ROOT
+from trainer.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "configs/simulated.toml",
     "data.eval_from=2024-03-06",
@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-LIMELIGHT = (sys.executable, "-m", "launch.cli")
+LIMELIGHT = (sys.executable, "-m", "launch.cli.main")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 PATIENCE = 280.0
 

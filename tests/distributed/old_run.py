@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.stored_checkpoint import write_checkpoint
-from trainer.config import JobConfig, parse_config
-from trainer.data.features import FeatureMap
-from trainer.data.fit import FittedFeatures, feature_layout
-from trainer.data.schema import DatasetSpec
-from trainer.network import build_ranker
+from tests.checkpoint.stored_checkpoint import write_checkpoint
+from trainer.config.ranker import JobConfig, parse_config
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.fit import FittedFeatures, feature_layout
+from trainer.data.format.schema import DatasetSpec
+from trainer.engine.build_ranker import build_ranker
 
 DIMS = {"user": 16, "author": 8, "item": 16, "side": 8}
 OLD_AUTHORS, NEW_AUTHORS, ITEMS = 40, 57, 90

@@ -25,14 +25,14 @@ from torch import Tensor
 from tests.distributed.combinations import Combination
 from tests.distributed.engine_ranks import everything, losses_of, make_engine
 from tests.distributed.small_model import batches_of
-from trainer import state as trainer_state
-from trainer.checkpoint import Checkpoints
-from trainer.config import JobConfig, load_config
-from trainer.distributed import World
-from trainer.engine import HybridEngine, StepResult
-from trainer.preemption import Preempted, Preemption
+from trainer.checkpoint import model_state as trainer_state
+from trainer.config.ranker import JobConfig, load_config
+from trainer.engine.hybrid_engine import HybridEngine, StepResult
 from trainer.rank import run_job
-from trainer.training_state import TrainingState
+from trainer.ranking.checkpoints import Checkpoints
+from trainer.ranking.training_state import TrainingState
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preempted, Preemption
 
 LAYOUTS = {
     "sgd": ("table_wise", "row_wise", "column_wise"),

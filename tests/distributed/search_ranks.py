@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from tests.distributed.resume_ranks import STOP_AFTER, run
-from trainer.config import JobConfig, load_config
-from trainer.data.search_space import SearchSpace
-from trainer.distributed import World
-from trainer.engine import HybridEngine
+from trainer.config.ranker import JobConfig, load_config
+from trainer.data.features.search_vectors import SearchSpace
+from trainer.engine.hybrid_engine import HybridEngine
 from trainer.evaluate import evaluate, open_run, predict
-from trainer.job import held_out_loader, split_in_time
-from trainer.search_refresh import Searching
+from trainer.ranking.search_refresh import Searching
+from trainer.ranking.setup import held_out_loader, split_in_time
+from trainer.runtime.distributed import World
 
 JOB = (
     "data.eval_from=2024-03-06",

@@ -12,9 +12,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table
 from modules.table_set import TableSet
-from trainer.data.batch import Batch
-from trainer.distributed import World
-from trainer.engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.data.loading.batch import Batch
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.runtime.distributed import World
 
 SEED = 5
 BEHAVIOURS = 3

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from tests.distributed.resume_ranks import run
-from trainer.config import JobConfig, load_config
-from trainer.distributed import World
+from trainer.config.ranker import JobConfig, load_config
+from trainer.runtime.distributed import World
 
 POLICIES = ("realtime", "fast_slow")
 

@@ -14,7 +14,7 @@ import pytest
 
 from launch.machine import free_port
 from tests.distributed.launches import PATIENCE, TORCHRUN, end, job, last_checkpoint, metrics, start
-from trainer.manifest import list_checkpoints, read_manifest
+from trainer.checkpoint.manifest import list_checkpoints, read_manifest
 
 
 def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[str]]) -> None:

@@ -18,18 +18,18 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from launch.cli import main
+from launch.cli.main import main
 from tests.distributed.export_ranks import RUNS
-from trainer.checkpoint_reader import Checkpoint
-from trainer.data.schema import DatasetSpec
-from trainer.data.shards import read_rows
-from trainer.data.simulate import simulate
-from trainer.dynamic_ids import IdCounts
-from trainer.errors import UserError
-from trainer.exported import open_export
+from tests.paths import ROOT
+from trainer.checkpoint.reader import Checkpoint
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.shards import read_rows
+from trainer.data.simulator.write_dataset import simulate
 from trainer.score import read_candidates, score_candidates
+from trainer.serving.exported_model import open_export
+from trainer.sparse.dynamic_ids import IdCounts
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = [(precision, kind) for precision, kinds in RUNS.items() for kind in kinds]
 
 _made: list[Path] = []
@@ -120,7 +120,7 @@ def test_the_command_scores_without_torchrec_and_deepspeed(out: Path, tmp_path: 
         return pq.read_table(tmp_path / "scores.parquet")
 
     plain = score(sys.executable, "-c", program, model=out / "float32-ple")
-    of_run = score(sys.executable, "-m", "launch.cli", "score", model=out / "float32")
+    of_run = score(sys.executable, "-m", "launch.cli.main", "score", model=out / "float32")
     assert largest_difference(plain, of_run) <= 1e-6
     np.testing.assert_allclose(plain["score"].to_numpy(), of_run["score"].to_numpy(), rtol=1e-5)
 

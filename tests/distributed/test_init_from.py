@@ -24,11 +24,11 @@ from tests.distributed.old_run import (
     vocabularies,
     write_old_run,
 )
-from trainer.checkpoint_reader import Checkpoint
-from trainer.data.features import side_ranges
-from trainer.data.fit import feature_layout
-from trainer.data.schema import DatasetSpec
-from trainer.data.simulate import simulate
+from trainer.checkpoint.reader import Checkpoint
+from trainer.data.features.feature_map import side_ranges
+from trainer.data.features.fit import feature_layout
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.simulator.write_dataset import simulate
 
 Outcomes = dict[int, dict[str, Any]]
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data.schema import DatasetSpec
-from trainer.data.shards import read_rows
+from tests.paths import ROOT
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.shards import read_rows
 from trainer.rank import main as train_one_rank
 from trainer.score import ranking_score
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "configs/simulated.toml",
     "data.eval_from=2024-03-06",
@@ -36,7 +36,7 @@ READ_TOGETHER = ("model.attention_kind=twin", "alignment.anchor=live")
 def limelight(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Run ``limelight ARGUMENTS`` and return what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        [sys.executable, "-m", "launch.cli.main", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainer.data.schema import partition_of
-from trainer.metrics import BehaviourMetrics, ProgressiveMetrics
+from trainer.data.format.schema import partition_of
+from trainer.metrics.behaviour_metrics import BehaviourMetrics, ProgressiveMetrics
 
 BEHAVIOURS = ("common", "rare", "tied", "single_class")
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.data.schema import DatasetSpec
-from trainer.data.shards import read_rows
-from trainer.data.simulate import simulate
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.shards import read_rows
+from trainer.data.simulator.write_dataset import simulate
 
 STARTS = {"2a": (), "1a": ("2a",), "4a": ("2a",), "2b": ("1a", "4a")}
 """Starts in order, by number of ranks, and whose checkpoints they go on from."""

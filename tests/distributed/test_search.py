@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.test_export import write_candidates
-from trainer.data.simulate import simulate
+from trainer.data.simulator.write_dataset import simulate
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def test_a_run_opened_again_searches_in_the_last_space(outcomes: dict[str, Any])
 
 
 def test_an_exported_model_searches_as_its_run(outcomes: dict[str, Any], tmp_path: Path) -> None:
-    from launch.cli import main
+    from launch.cli.main import main
 
     out = outcomes["out"]
     write_candidates(out / "world", tmp_path / "candidates.parquet")

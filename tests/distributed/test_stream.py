@@ -13,14 +13,14 @@ import torch
 
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
-from trainer.config import parse_time
-from trainer.data.history import Histories
-from trainer.data.schema import DatasetSpec
-from trainer.data.shards import read_rows
-from trainer.data.simulate import simulate
-from trainer.exported import open_export
-from trainer.stream.batch import assemble_batch
-from trainer.stream.log import EventLog
+from trainer.config.ranker import parse_time
+from trainer.data.format.history import Histories
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.shards import read_rows
+from trainer.data.simulator.write_dataset import simulate
+from trainer.serving.exported_model import open_export
+from trainer.stream.labels.batch_assembler import assemble_batch
+from trainer.stream.labels.event_log import EventLog
 
 STARTS: dict[str, tuple[str, ...]] = {"2a": (), "1a": ("2a",)}
 

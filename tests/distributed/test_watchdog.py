@@ -16,8 +16,8 @@ import pytest
 from launch.local import rank_environment
 from launch.machine import free_port
 from tests.distributed import watchdog_ranks
-from trainer.command import HUNG_STATUS
-from trainer.watchdog import State, find_culprits, main_thread_state, report
+from trainer.console.job_arguments import HUNG_STATUS
+from trainer.runtime.watchdog import State, find_culprits, main_thread_state, report
 
 TIMEOUT = 90.0
 THROUGH = "through\n"
@@ -70,7 +70,7 @@ def test_a_rank_that_sleeps_is_named_with_its_line_and_the_collective_of_the_oth
             (line,) = [line for line in said.splitlines() if line.startswith("limelight: error:")]
             assert "after step 2: rank 1 is not in a collective: at " in line
             assert "watchdog_ranks.py" in line and "in sleep_for_ever" in line
-            assert "rank 0 waits in all_reduce at trainer/distributed.py" in line
+            assert "rank 0 waits in all_reduce at trainer/runtime/distributed.py" in line
             # Only the culprit says more.
             assert ("limelight: stacks of rank 1" in said) == (rank == 1)
             assert ("sleep_for_ever()\n" in said) == (rank == 1)
@@ -157,7 +157,7 @@ def test_announced_work_that_waits_for_another_rank_is_no_excuse(tmp_path: Path,
     try:
         status, printed = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert said in printed and "rank 0 waits in barrier at trainer/distributed.py" in printed
+        assert said in printed and "rank 0 waits in barrier at trainer/runtime/distributed.py" in printed
     finally:
         ranks.kill()
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import trainer.watchdog
-from trainer.distributed import World
-from trainer.watchdog import Watchdog
+import trainer.runtime.watchdog
+from trainer.runtime.distributed import World
+from trainer.runtime.watchdog import Watchdog
 
 STEPS = 6
 BROKEN = 3
@@ -24,7 +24,7 @@ def sleep_for_ever() -> None:
 
 def main(scenario: str, seconds: float) -> None:
     if scenario == "sleep at first":
-        trainer.watchdog.FIRST_STEP_SECONDS = 2 * seconds
+        trainer.runtime.watchdog.FIRST_STEP_SECONDS = 2 * seconds
     with World.join("cpu") as world, Watchdog(world, seconds) as watchdog:
         time.sleep(2 * seconds if scenario == "slow start" else 0)
         culprit = world.rank == world.size - 1

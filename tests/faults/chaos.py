@@ -24,9 +24,10 @@ from typing import Any
 
 from tests.faults import kinds
 from tests.faults.harness import LIMIT_SECONDS, Ending, Job, differences, small_world
-from tests.faults.nursery import ROOT, Nursery
-from trainer.progress import Progress
-from trainer.run import environment
+from tests.faults.nursery import Nursery
+from tests.paths import ROOT
+from trainer.checkpoint.run_directory import environment
+from trainer.console.progress import Progress
 
 RESULTS = ROOT / "benchmarks" / "results"
 MOST_FAULTS = 4

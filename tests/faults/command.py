@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.harness import LIMIT_SECONDS, Job
-from tests.faults.nursery import ROOT
+from tests.paths import ROOT
 
 
 class Command:
@@ -24,7 +24,7 @@ class Command:
         """Type it; when a checkpoint of ``step`` or later is there, act on the launcher and its ranks. Exit status and
         all that is printed."""
         process = self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.cli", "train", *self.job.arguments, "--ranks", "2"],
+            [sys.executable, "-m", "launch.cli.main", "train", *self.job.arguments, "--ranks", "2"],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,

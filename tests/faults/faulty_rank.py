@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-import trainer.engine
+import trainer.engine.hybrid_engine
 import trainer.rank
-from trainer.training_state import TrainingState
+from trainer.ranking.training_state import TrainingState
 
 DIRECTORY_VARIABLE = "LIMELIGHT_FAULT_DIRECTORY"
 """Environment variable: where the record goes."""
@@ -244,7 +244,7 @@ def arm_hang(fault: Fault, mine: bool) -> None:
 def arm_not_a_number(fault: Fault, mine: bool) -> None:
     """The loss of the step after ``step`` steps is not a number."""
     if mine:
-        masked_bce = trainer.engine.masked_bce
+        masked_bce = trainer.engine.hybrid_engine.masked_bce
 
         def poisoned(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
             loss, counted = masked_bce(*arguments)
@@ -253,7 +253,7 @@ def arm_not_a_number(fault: Fault, mine: bool) -> None:
                 loss = loss * float("nan")
             return loss, counted
 
-        trainer.engine.masked_bce = poisoned
+        trainer.engine.hybrid_engine.masked_bce = poisoned
 
 
 def arm_shard(fault: Fault, mine: bool) -> None:

@@ -20,10 +20,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-import trainer.data.simulate
+import trainer.data.simulator.write_dataset
 from tests.faults.faulty_rank import DIRECTORY_VARIABLE, FAULT_VARIABLE, Fault
 from tests.faults.nursery import Nursery
-from trainer.manifest import JOB, MODEL, Manifest, check_files, list_checkpoints, read_manifest
+from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, list_checkpoints, read_manifest
 
 RANKS = 2
 LIMIT_SECONDS = 150.0
@@ -155,9 +155,9 @@ class Job:
 
 def small_world(path: Path) -> Path:
     """A simulated world of a few hundred training rows, in records so small that training reads them one by one."""
-    builder = partial(trainer.data.simulate.DatasetBuilder, rows_per_record=16)
-    with mock.patch.object(trainer.data.simulate, "DatasetBuilder", builder):
-        trainer.data.simulate.simulate(path, users=120, days=3, partitions=4, seed=5)
+    builder = partial(trainer.data.simulator.write_dataset.DatasetBuilder, rows_per_record=16)
+    with mock.patch.object(trainer.data.simulator.write_dataset, "DatasetBuilder", builder):
+        trainer.data.simulator.write_dataset.simulate(path, users=120, days=3, partitions=4, seed=5)
     return path
 
 

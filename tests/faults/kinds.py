@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.faults.faulty_rank import Fault, damage
 from tests.faults.harness import RANKS, Ending, Job
-from trainer.command import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
-from trainer.manifest import read_manifest
+from trainer.checkpoint.manifest import read_manifest
+from trainer.console.job_arguments import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 
 KILLED = 128 + signal.SIGKILL
 SAVE_FILES = {
@@ -201,7 +201,7 @@ def hang(rng: random.Random, job: Job, stopped: bool | None = None) -> Attack:
     stopped = rng.random() < 0.5 if stopped is None else stopped
     # The first step is given two minutes.
     fault = {"kind": "hang", "rank": rank, "step": rng.randint(2, 8), "stopped": stopped}
-    what = "does not answer at all" if stopped else "is not in a collective: at trainer/training.py"
+    what = "does not answer at all" if stopped else "is not in a collective: at trainer/ranking/train_loop.py"
     says = rf"limelight: error: no step for \d+ s after step \d+: rank {rank} {what}.*rank {1 - rank} waits in "
     return Attack("stopped rank" if stopped else "rank that hangs", fault, (HUNG_STATUS,), says)
 

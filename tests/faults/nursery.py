@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
 
 PRELOADED = (
     "tests.faults.faulty_rank",
@@ -162,16 +162,16 @@ def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str,
         os.dup2(output, 1)
         os.dup2(output, 2)
     sys.argv = [module, *arguments]
-    from trainer import log
+    from trainer.console import run_log
 
-    log._state.rank = int(environment["RANK"])
+    run_log._state.rank = int(environment["RANK"])
     status: int = importlib.import_module(module).main(arguments)
     return status
 
 
 def _launch(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: str) -> int:
     from launch import local
-    from trainer.command import exit_status
+    from trainer.console.job_arguments import exit_status
 
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)

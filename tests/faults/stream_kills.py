@@ -29,8 +29,8 @@ import torch
 
 from tests.faults.command import children
 from tests.faults.harness import model_of, state_differences
-from tests.faults.nursery import ROOT
-from trainer.manifest import list_checkpoints, read_manifest
+from tests.paths import ROOT
+from trainer.checkpoint.manifest import list_checkpoints, read_manifest
 
 SETTINGS = (
     "configs/moment.toml",
@@ -77,7 +77,7 @@ def train(run: Run, settings: Sequence[str], ranks: int, kill: Callable[[], bool
     command = [
         sys.executable,
         "-m",
-        "launch.cli",
+        "launch.cli.main",
         "train",
         *settings,
         f"run.directory={run.run}",
@@ -203,7 +203,7 @@ def _brokers() -> tuple[Any, str]:
 
 
 def _limelight(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "launch.cli", *arguments], cwd=ROOT, env=_environment(), check=True)
+    subprocess.run([sys.executable, "-m", "launch.cli.main", *arguments], cwd=ROOT, env=_environment(), check=True)
 
 
 def _environment() -> dict[str, str]:

@@ -19,10 +19,10 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from trainer.command import add_train_arguments, rank_parser
-from trainer.config import JobConfig, load_config
+from tests.paths import ROOT
+from trainer.config.ranker import JobConfig, load_config
+from trainer.console.job_arguments import add_train_arguments, rank_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "launch" / "cluster"
 PATIENCE = 60.0
 

@@ -16,9 +16,9 @@ import pytest
 
 from launch import local
 from launch.local import rank_environment, rendezvous_port
-from trainer.errors import UserError
+from tests.paths import ROOT
+from trainer.console.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 60.0
 
 LAUNCHER = """

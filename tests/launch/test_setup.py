@@ -16,8 +16,7 @@ from packaging.requirements import Requirement
 
 from launch import setup
 from launch.setup import Environment, SetupError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.paths import ROOT
 
 FAKE_PYTHON = """#!/bin/sh
 case "$2" in

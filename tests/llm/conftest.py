@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.llm.tiny import write_base
-from trainer.llm.model import Base
+from trainer.llm.models.base_model import Base
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launches import LIMELIGHT, SETTINGS, end, start
-from trainer.data.text_schema import read_texts
-from trainer.embedding_table import EmbeddingTable
+from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.text_schema import read_texts
 
 SMALL_STAYTIME = (
     "train.epochs=1",

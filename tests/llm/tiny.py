@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.llm.batch import AnswerWeight, Batch
-from trainer.llm.config import FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
-from trainer.llm.model import Base, add_adapter
-from trainer.llm.network import AnswerModel
-from trainer.llm.packing import Schedule, share_of_rank
-from trainer.llm.samples import Sample
-from trainer.llm.small import write_small_model
-from trainer.llm.tokens import Tokens
-from trainer.preemption import Preemption
+from trainer.config.finetune import FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
+from trainer.llm.finetuning.answer_loss import AnswerModel
+from trainer.llm.finetuning.packed_batch import AnswerWeight, Batch
+from trainer.llm.finetuning.packing import Schedule, share_of_rank
+from trainer.llm.finetuning.samples import Sample
+from trainer.llm.finetuning.token_files import Tokens
+from trainer.llm.models.base_model import Base, add_adapter
+from trainer.llm.models.small_model import write_small_model
+from trainer.runtime.preemption import Preemption
 
 LENGTH = 64
 BATCH = 8

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from modules.alignment import Detached, contrastive_loss
 from modules.pooling import mean_by_row
-from tests.alignment_reference import alignment_loss
+from tests.modules.alignment_reference import alignment_loss
 
 TEMPERATURE = 0.3
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.stream.event_logs import logged_of
 from tests.stream.random_logs import SPEC
-from trainer.data.checks import Columns
-from trainer.stream.config import StreamConfig
-from trainer.stream.topic import Topic
+from trainer.config.stream import StreamConfig
+from trainer.data.format.validation import Columns
+from trainer.stream.sources.kafka_topic import Topic
 
 BROKERS_VARIABLE = "LIMELIGHT_KAFKA_BROKERS"
 PARTITIONS = 4

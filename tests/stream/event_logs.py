@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tests.stream.random_logs import SPEC
-from trainer.data.checks import Columns
-from trainer.data.schema import KINDS, partition_of, row_columns
-from trainer.data.shards import write_rows
-from trainer.data.visits import event_names, event_table
-from trainer.stream.logged import FEATURES, Logged
-from trainer.stream.rows import EVENT_TYPES, EXPOSURE
-from trainer.stream.source import EventBatch, Position
+from trainer.data.format.schema import KINDS, partition_of, row_columns
+from trainer.data.format.shards import write_rows
+from trainer.data.format.validation import Columns
+from trainer.data.format.visit_events import event_names, event_table
+from trainer.stream.labels.assembled_rows import EVENT_TYPES, EXPOSURE
+from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.sources.source import EventBatch, Position
 
 START_MS = 1_700_000_000_000
 Event = tuple[float, ...]

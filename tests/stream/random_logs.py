@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.stream.reference import Aside, Begun, Event, Row
-from trainer.data.checks import Columns
-from trainer.data.schema import DOMAINS, KINDS, DatasetSpec, DenseFeature, Rows, SideFeature
-from trainer.data.visits import event_names
-from trainer.stream.policy import FastSlow, Full, Patience, Realtime, RealtimeNaive
-from trainer.stream.rows import EVENT_TYPES, REASONS
+from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, DenseFeature, Rows, SideFeature
+from trainer.data.format.validation import Columns
+from trainer.data.format.visit_events import event_names
+from trainer.stream.labels.assembled_rows import EVENT_TYPES, REASONS
+from trainer.stream.labels.policy import FastSlow, Full, Patience, Realtime, RealtimeNaive
 
 BEHAVIOURS = ("click", "like", "gift")
 SPEC = DatasetSpec(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trainer.stream.policy import FastSlow, Full, Patience, Policy, Realtime
+from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime
 
 
 class Event(NamedTuple):

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from tests.stream.random_logs import SPEC, columns_of
 from tests.stream.reference import Event
-from trainer.data.schema import partition_of
-from trainer.data.visits import event_table
+from trainer.data.format.schema import partition_of
+from trainer.data.format.visit_events import event_table
 
 Edit = Callable[[pa.Table], pa.Table]
 

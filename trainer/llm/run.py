@@ -6,7 +6,7 @@ environment.json   of every start: versions, machine, command line
 lock               held while a job runs here
 base/              the small model, where the job names none
 tokens/            the samples as tokens, with what was counted; made once
-checkpoints/       adapter, optimizer and the state of training (trainer/manifest.py)
+checkpoints/       adapter, optimizer and the state of training (trainer/checkpoint/manifest.py)
 logs/              what each rank said
 adapter/           the end of training in peft's own format
 metrics.json       the table of the end; a run with one has finished
@@ -20,12 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.config import load_deepspeed
-from trainer.errors import UserError
-from trainer.llm.config import FinetuneConfig
-from trainer.lock import is_locked
-from trainer.run import CHANGEABLE_DEEPSPEED, differences, environment, flat_settings, write_json
-from trainer.toml_file import validate
+from trainer.checkpoint.run_directory import CHANGEABLE_DEEPSPEED, differences, environment, flat_settings, write_json
+from trainer.config.finetune import FinetuneConfig
+from trainer.config.ranker import load_deepspeed
+from trainer.config.toml import validate
+from trainer.console.errors import UserError
+from trainer.runtime.run_lock import is_locked
 
 CHANGEABLE = (
     "run.name",

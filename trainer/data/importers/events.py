@@ -60,17 +60,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.build import DatasetBuilder, Progress
-from trainer.data.checks import Columns
-from trainer.data.importers import fields
-from trainer.data.importers.assemble_visits import EventCodes, assemble_visits
-from trainer.data.importers.categories import encode
-from trainer.data.importers.log import Ids, Log, source_files, vocabularies_of
+from trainer.data.format.schema import EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec, DenseFeature, SideFeature, SideOwner
+from trainer.data.format.validation import Columns
+from trainer.data.importers import field_parsers
+from trainer.data.importers.category_codes import encode
 from trainer.data.importers.mapping import EventMapping, TableFeatures, load_mapping
-from trainer.data.importers.scratch import scratch_folder
-from trainer.data.importers.tables import convert, read_batches
-from trainer.data.schema import EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec, DenseFeature, SideFeature, SideOwner
-from trainer.data.spill import Spill
+from trainer.data.importers.scratch_dir import scratch_folder
+from trainer.data.importers.table_files import convert, read_batches
+from trainer.data.importers.user_log import Ids, Log, source_files, vocabularies_of
+from trainer.data.importers.visit_assembly import EventCodes, assemble_visits
+from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.partition_spill import Spill
 
 Vocabularies = dict[str, tuple[str, ...]]
 
@@ -164,7 +164,9 @@ def _feature_table(
         columns = {f"{owner}_id": ids.of(f"{owner}_id", batch.column(rules.id), file, rules.id, row)}
         columns |= {name: encode(batch.column(name), vocabularies[name]) for name in rules.side}
         for name in rules.dense:
-            values = convert(batch.column(name), fields.numbers, file, name, row, "a finite number, true or false")
+            values = convert(
+                batch.column(name), field_parsers.numbers, file, name, row, "a finite number, true or false"
+            )
             columns[name] = values.to_numpy(zero_copy_only=False).astype(np.float32)
         yield pa.table(columns)
         row += batch.num_rows

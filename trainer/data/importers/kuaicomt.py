@@ -24,22 +24,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.build import DatasetBuilder, Progress
-from trainer.data.id_index import IdIndex
-from trainer.data.importers import fields, shanghai
-from trainer.data.importers.categories import distinct, encode, vocabulary
-from trainer.data.importers.comment_lists import DailyLists
-from trainer.data.importers.id_values import IdValues, first_met
-from trainer.data.importers.part import Part, Reading, read_parts
-from trainer.data.importers.scratch import scratch_folder
-from trainer.data.importers.sessions import last_touch
-from trainer.data.importers.stays import Stays, in_parts
-from trainer.data.importers.tables import column_names
-from trainer.data.order import first_of_each
-from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
-from trainer.data.spill import Spill
-from trainer.data.text_schema import UNKNOWN_TIME, UNKNOWN_USER, list_column
-from trainer.errors import UserError
+from trainer.console.errors import UserError
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
+from trainer.data.format.sorting import first_of_each
+from trainer.data.format.text_schema import UNKNOWN_TIME, UNKNOWN_USER, list_column
+from trainer.data.importers import field_parsers, shanghai_time
+from trainer.data.importers.category_codes import distinct, encode, vocabulary
+from trainer.data.importers.columns import Part, Reading, read_parts
+from trainer.data.importers.daily_top_comments import DailyLists
+from trainer.data.importers.event_attribution import last_touch
+from trainer.data.importers.id_lookup import IdValues, first_met
+from trainer.data.importers.scratch_dir import scratch_folder
+from trainer.data.importers.staytime_spill import Stays, in_parts
+from trainer.data.importers.table_files import column_names
+from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.partition_spill import Spill
 
 SOURCE = (
     "KuaiComt, 30 September to 3 November 2023: C. Zhang, Z. Lin, S. Liu, Y. Liu, H. Li. Comment Staytime Prediction "
@@ -146,7 +146,7 @@ def _join(builder: DatasetBuilder, stays: Stays, touches: Spill, lists: DailyLis
         edges = np.searchsorted(visit[order], np.arange(len(visits["visit_id"]) + 1))
         for rows in in_parts(len(visits["visit_id"])):
             some = {name: column[rows] for name, column in visits.items()}
-            shown, counts = lists.of(some["item_id"], shanghai.local_day(some["request_ms"]))
+            shown, counts = lists.of(some["item_id"], shanghai_time.local_day(some["request_ms"]))
             offsets = np.concatenate([[0], np.cumsum((shown >= 0).sum(axis=1))])
             of_rows = edges[rows.start : rows.stop + 1]
             lines = {
@@ -261,14 +261,14 @@ class _Source:
                 "domain": np.full(part.rows, _VIDEO, np.int8),
                 "exit_ms": request_ms + play_ms,
                 "play_ms": play_ms,
-                "hour": shanghai.hour_code(request_ms),
-                "weekday": shanghai.weekday_code(request_ms),
+                "hour": shanghai_time.hour_code(request_ms),
+                "weekday": shanghai_time.weekday_code(request_ms),
             }
             for behaviour, column in BEHAVIOURS.items():
                 happens = 0 if behaviour == "click" else play_ms
                 visits[f"delay_{behaviour}"] = np.where(part.numbers(column) > 0, happens, -1).astype(np.int32)
             self.rows += part.rows
-            for day in shanghai.local_day(request_ms[[request_ms.argmin(), request_ms.argmax()]]).tolist():
+            for day in shanghai_time.local_day(request_ms[[request_ms.argmin(), request_ms.argmax()]]).tolist():
                 self._days = min(self._days[0], day), max(self._days[1], day)
             yield pa.table(visits), keys | {"staytime_ms": part.milliseconds("comment_stay_time")}
 
@@ -290,7 +290,7 @@ class _Source:
             happened = (part.numbers("is_like") > 0) | (part.numbers("is_reply") > 0)
             columns = {"user_id": part.ids("user_id"), "item_id": item, "time_ms": time_ms, "comment_id": comment}
             touches.add({name: column[happened] for name, column in columns.items()})
-            met.append((comment[happened], shanghai.local_day(time_ms[happened])))
+            met.append((comment[happened], shanghai_time.local_day(time_ms[happened])))
         touched, day = (np.concatenate(column) for column in zip(*met, strict=True))
         comment_id, item_id = (np.concatenate(column) for column in zip(*self._comments, strict=True))
         return DailyLists(comment_id, item_id, touched, day, *self._days)
@@ -306,10 +306,10 @@ def _times(part: Part, name: str, late_ms: int = 0) -> np.ndarray:
     """Seconds or milliseconds since 1970 as milliseconds, ``[rows] int64``; ``late_ms`` is added to seconds."""
 
     def read(values: pa.Array) -> pa.Array:
-        numbers = fields.numbers(values).to_numpy(zero_copy_only=False)
+        numbers = field_parsers.numbers(values).to_numpy(zero_copy_only=False)
         seconds = numbers < _SECONDS_BELOW
         times_ms = np.where(seconds, 1_000 * numbers + late_ms, numbers)
-        return fields.times_ms(pa.array(times_ms), "ms", shanghai.TIMEZONE)
+        return field_parsers.times_ms(pa.array(times_ms), "ms", shanghai_time.TIMEZONE)
 
     return part.convert(name, read, "a time between 2000 and 2100, in milliseconds or seconds since 1970")
 
@@ -325,7 +325,7 @@ def _spec(source: _Source, partitions: int) -> DatasetSpec:
         source=SOURCE,
         licence=LICENCE,
         partitions=partitions,
-        timezone=shanghai.TIMEZONE,
+        timezone=shanghai_time.TIMEZONE,
         behaviours=tuple(BEHAVIOURS),
         applies={behaviour: ("video",) for behaviour in BEHAVIOURS},
         candidates=("video",),

@@ -37,19 +37,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.build import DatasetBuilder, Progress
-from trainer.data.checks import Columns
-from trainer.data.id_index import IdIndex
-from trainer.data.importers import shanghai, views
-from trainer.data.importers.categories import distinct, encode, vocabulary
-from trainer.data.importers.id_values import IdValues, first_met
-from trainer.data.importers.part import Reading, read_parts
-from trainer.data.importers.scratch import scratch_folder
-from trainer.data.importers.sessions import EventJoin, add_joined, no_behaviours
-from trainer.data.importers.tables import column_names
-from trainer.data.importers.vectors import ITEM_VECTORS, title_file, write_titles
-from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature, SideOwner
-from trainer.errors import UserError
+from trainer.console.errors import UserError
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature, SideOwner
+from trainer.data.format.validation import Columns
+from trainer.data.importers import shanghai_time, view_thresholds
+from trainer.data.importers.category_codes import distinct, encode, vocabulary
+from trainer.data.importers.columns import Reading, read_parts
+from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
+from trainer.data.importers.id_lookup import IdValues, first_met
+from trainer.data.importers.published_vectors import ITEM_VECTORS, title_file, write_titles
+from trainer.data.importers.scratch_dir import scratch_folder
+from trainer.data.importers.table_files import column_names
+from trainer.data.writing.builder import DatasetBuilder, Progress
 
 SOURCE = "KuaiLive, 5 to 25 May 2025: https://imgkkk574.github.io/KuaiLive, https://zenodo.org/records/16565801"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
@@ -186,7 +186,7 @@ class _Source:
         known = IdIndex()
         types = {**dict.fromkeys(numbers, pa.int64()), **dict.fromkeys(_ROOM_CATEGORIES)}
         for part in self._reading.parts(self.files["room"], types):
-            ids, start_ms = part.ids("live_id"), part.times("start_timestamp", shanghai.TIMEZONE)
+            ids, start_ms = part.ids("live_id"), part.times("start_timestamp", shanghai_time.TIMEZONE)
             first = first_met(known, ids)
             title = part.convert("live_name_id", lambda values: values.fill_null(-1), "a whole number")
             self._room_start.add(ids[first], start_ms[first])
@@ -205,7 +205,7 @@ class _Source:
         if clicked:
             types["watch_live_time"] = pa.float64()
         for part in self._reading.parts(self.files[name], types):
-            request_ms = part.times("timestamp", shanghai.TIMEZONE)
+            request_ms = part.times("timestamp", shanghai_time.TIMEZONE)
             play_ms = part.milliseconds("watch_live_time") if clicked else np.zeros(part.rows, np.int64)
             user_id, author_id, item_id = part.ids("user_id"), part.ids(author), part.ids("live_id")
             self._shown.add(item_id)
@@ -219,14 +219,14 @@ class _Source:
                 "exit_ms": request_ms + play_ms,
                 "play_ms": play_ms,
                 **no_behaviours(BEHAVIOURS, part.rows),
-                "hour": shanghai.hour_code(request_ms),
-                "weekday": shanghai.weekday_code(request_ms),
-                "log_room_age_s": shanghai.log_seconds_since(self._room_start.of(item_id), request_ms),
+                "hour": shanghai_time.hour_code(request_ms),
+                "weekday": shanghai_time.weekday_code(request_ms),
+                "log_room_age_s": shanghai_time.log_seconds_since(self._room_start.of(item_id), request_ms),
                 **self._ages(user_id, author_id, request_ms),
             }
             if clicked:
                 columns["delay_click"] = np.zeros(part.rows, np.int32)
-                columns |= views.live_view_delays(play_ms)
+                columns |= view_thresholds.live_view_delays(play_ms)
             self.exposed += part.rows
             yield columns
 
@@ -237,7 +237,7 @@ class _Source:
             types["gift_price"] = pa.float64()
         for part in self._reading.parts(self.files[behaviour], types):
             columns = {"user_id": part.ids("user_id"), "item_id": part.ids("live_id")}
-            columns["time_ms"] = part.times("timestamp", shanghai.TIMEZONE)
+            columns["time_ms"] = part.times("timestamp", shanghai_time.TIMEZONE)
             if behaviour == "gift":
                 columns["value"] = part.numbers("gift_price").astype(np.float32)
             yield columns
@@ -254,7 +254,7 @@ class _Source:
         return other if other in names and column not in names else column
 
     def _ages(self, user_id: np.ndarray, author_id: np.ndarray, request_ms: np.ndarray) -> Columns:
-        today = shanghai.local_day(request_ms)
+        today = shanghai_time.local_day(request_ms)
         ages = {}
         for age, (name, _) in _AGES.items():
             day = self._days[age].of(user_id if name == "user" else author_id)
@@ -273,7 +273,7 @@ def _spec(source: _Source, vocabularies: dict[str, tuple[str, ...]], partitions:
         source=SOURCE,
         licence=LICENCE,
         partitions=partitions,
-        timezone=shanghai.TIMEZONE,
+        timezone=shanghai_time.TIMEZONE,
         behaviours=BEHAVIOURS,
         applies={behaviour: ("live",) for behaviour in BEHAVIOURS},
         candidates=("live",),
@@ -291,7 +291,7 @@ def _spec(source: _Source, vocabularies: dict[str, tuple[str, ...]], partitions:
             "files": [*(file.name for file in source.files.values()), source.titles.name],
             "vocabularies": {feature: list(values) for feature, values in vocabularies.items()},
             "codes": "0 is unknown; 1 + position in `vocabularies`; hour + 1; weekday 1 (Monday) to 7",
-            "views": views.FACTS,
+            "views": view_thresholds.FACTS,
         },
     )
 

@@ -46,18 +46,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainer.data.build import DatasetBuilder, Progress
-from trainer.data.checks import Columns
-from trainer.data.id_index import IdIndex
-from trainer.data.importers import shanghai, views
-from trainer.data.importers.categories import distinct, encode, vocabulary
-from trainer.data.importers.id_values import IdValues, first_met
-from trainer.data.importers.part import Part, Reading, read_parts
-from trainer.data.importers.scratch import scratch_folder
-from trainer.data.importers.sessions import EventJoin, add_joined, no_behaviours
-from trainer.data.importers.vectors import ITEM_VECTORS, SEGMENT_VECTORS, vectors_of, write_vectors
-from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
-from trainer.errors import UserError
+from trainer.console.errors import UserError
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
+from trainer.data.format.validation import Columns
+from trainer.data.importers import shanghai_time, view_thresholds
+from trainer.data.importers.category_codes import distinct, encode, vocabulary
+from trainer.data.importers.columns import Part, Reading, read_parts
+from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
+from trainer.data.importers.id_lookup import IdValues, first_met
+from trainer.data.importers.published_vectors import ITEM_VECTORS, SEGMENT_VECTORS, vectors_of, write_vectors
+from trainer.data.importers.scratch_dir import scratch_folder
+from trainer.data.writing.builder import DatasetBuilder, Progress
 
 SOURCE = "KuaiLive-M3: https://github.com/imgkkk574/KuaiLive-M3, https://huggingface.co/datasets/imgkkk2004/KuaiLive-M3"
 LICENCE = "not stated with the data's description: see the dataset's page before you use or share it"
@@ -195,7 +195,7 @@ class _Source:
         known = IdIndex()
         types = dict.fromkeys(("live_id", "author_id", "start_timestamp", "live_name"))
         for part in self._reading.parts(self.files["rooms"], types):
-            item_id, start_ms = _items(part, "live_id", _LIVE), part.times("start_timestamp", shanghai.TIMEZONE)
+            item_id, start_ms = _items(part, "live_id", _LIVE), part.times("start_timestamp", shanghai_time.TIMEZONE)
             first = first_met(known, item_id)
             self._room_start.add(item_id[first], start_ms[first])
             nothing = np.zeros(part.rows, np.int64)
@@ -231,14 +231,14 @@ class _Source:
         start, end = "live_play_start_timestamp", "live_play_end_timestamp"
         columns = ("user_id", "author_id", "live_id", start, end, "is_auto_play", "play_duration", "send_gift_num")
         for part in self._reading.parts(self.files["sessions"], dict.fromkeys((*columns, *_COUNTED.values()))):
-            request_ms, end_ms = part.times(start, shanghai.TIMEZONE), part.times(end, shanghai.TIMEZONE)
+            request_ms, end_ms = part.times(start, shanghai_time.TIMEZONE), part.times(end, shanghai_time.TIMEZONE)
             part.require(end_ms >= request_ms, end, f"no earlier than {start}")
             play_ms = part.milliseconds("play_duration")
             exit_ms = np.maximum(end_ms, request_ms + play_ms)
             length = exit_ms - request_ms
             part.require(length < 1 << 31, end, f"less than 2^31 ms after {start}")
             visits = self._visits(part, "live_id", _LIVE, request_ms) | {"exit_ms": exit_ms, "play_ms": play_ms}
-            visits |= views.live_view_delays(play_ms)
+            visits |= view_thresholds.live_view_delays(play_ms)
             visits["delay_click"] = np.where(part.numbers("is_auto_play") > 0, -1, 0).astype(np.int32)
             for behaviour, count in _COUNTED.items():
                 visits[f"delay_{behaviour}"] = np.where(part.numbers(count) > 0, length, -1).astype(np.int32)
@@ -249,7 +249,7 @@ class _Source:
         """Rooms that were shown and not entered, part by part."""
         types = dict.fromkeys(("user_id", "author_id", "live_id", "show_timestamp"))
         for part in self._reading.parts(self.files["shows"], types):
-            request_ms = part.times("show_timestamp", shanghai.TIMEZONE)
+            request_ms = part.times("show_timestamp", shanghai_time.TIMEZONE)
             yield self._visits(part, "live_id", _LIVE, request_ms)
 
     def plays(self) -> Iterator[Columns]:
@@ -258,13 +258,13 @@ class _Source:
         flags = ("is_complete_play", "is_follow_before_play", "is_follow_after_play")
         types = dict.fromkeys(("user_id", "author_id", "photo_id", start, end, *flags))
         for part in self._reading.parts(self.files["plays"], types):
-            request_ms, exit_ms = part.times(start, shanghai.TIMEZONE), part.times(end, shanghai.TIMEZONE)
+            request_ms, exit_ms = part.times(start, shanghai_time.TIMEZONE), part.times(end, shanghai_time.TIMEZONE)
             part.require(exit_ms >= request_ms, end, f"no earlier than {start}")
             play_ms = exit_ms - request_ms
             part.require(play_ms < 1 << 31, end, f"less than 2^31 ms after {start}")
             visits = self._visits(part, "photo_id", _VIDEO, request_ms) | {"exit_ms": exit_ms, "play_ms": play_ms}
             complete, before, after = (part.numbers(flag) > 0 for flag in flags)
-            visits |= views.video_view_delays(play_ms, self._duration.of(visits["item_id"]), complete)
+            visits |= view_thresholds.video_view_delays(play_ms, self._duration.of(visits["item_id"]), complete)
             visits["delay_follow"] = np.where(after & ~before, play_ms, -1).astype(np.int32)
             yield visits
 
@@ -274,7 +274,7 @@ class _Source:
         types = dict.fromkeys(("user_id", room, time, *(["is_share_success"] if behaviour == "share" else [])))
         for part in self._reading.parts(self.files[behaviour], types, multiline=behaviour == "comment"):
             columns = {"user_id": part.ids("user_id"), "item_id": _items(part, room, _LIVE)}
-            columns["time_ms"] = part.times(time, shanghai.TIMEZONE)
+            columns["time_ms"] = part.times(time, shanghai_time.TIMEZONE)
             if behaviour == "share":
                 happened = part.numbers("is_share_success") > 0
                 columns = {name: column[happened] for name, column in columns.items()}
@@ -291,7 +291,7 @@ class _Source:
                     "comment_id": np.arange(first, first + part.rows),
                     "item_id": _items(part, room, _LIVE),
                     "user_id": part.ids("user_id"),
-                    "time_ms": part.times(time, shanghai.TIMEZONE),
+                    "time_ms": part.times(time, shanghai_time.TIMEZONE),
                     "likes": np.zeros(part.rows, np.int64),
                     "text": _text(part.column("content")),
                 }
@@ -304,7 +304,7 @@ class _Source:
             for part in self._reading.parts(file, dict.fromkeys(("live_stream_id", "timestamp"))):
                 item_id = _items(part, "live_stream_id", _LIVE)
                 vector = np.arange(first, first + part.rows)
-                known_ms = part.times("timestamp", shanghai.TIMEZONE)
+                known_ms = part.times("timestamp", shanghai_time.TIMEZONE)
                 yield pa.table({"item_id": item_id, "vector": vector, "known_ms": known_ms})
                 first += part.rows
 
@@ -339,9 +339,9 @@ class _Source:
             "exit_ms": request_ms,
             "play_ms": np.zeros(part.rows, np.int64),
             **no_behaviours(BEHAVIOURS, part.rows),
-            "hour": shanghai.hour_code(request_ms),
-            "weekday": shanghai.weekday_code(request_ms),
-            "log_room_age_s": shanghai.log_seconds_since(self._room_start.of(item_id), request_ms),
+            "hour": shanghai_time.hour_code(request_ms),
+            "weekday": shanghai_time.weekday_code(request_ms),
+            "log_room_age_s": shanghai_time.log_seconds_since(self._room_start.of(item_id), request_ms),
         }
 
 
@@ -352,7 +352,7 @@ def _spec(source: _Source, vocabularies: dict[str, tuple[str, ...]], partitions:
         source=SOURCE,
         licence=LICENCE,
         partitions=partitions,
-        timezone=shanghai.TIMEZONE,
+        timezone=shanghai_time.TIMEZONE,
         behaviours=BEHAVIOURS,
         applies={name: DOMAINS if name in _OF_VIDEOS else ("live",) for name in BEHAVIOURS},
         candidates=("live",),
@@ -370,7 +370,7 @@ def _spec(source: _Source, vocabularies: dict[str, tuple[str, ...]], partitions:
             "vocabularies": {feature: list(values) for feature, values in vocabularies.items()},
             "codes": "0 is unknown; 1 + position in `vocabularies`; hour + 1; weekday 1 (Monday) to 7",
             "ids": "item_id = 2 * photo_id, or 2 * live_id + 1",
-            "views": views.FACTS,
+            "views": view_thresholds.FACTS,
         },
     )
 

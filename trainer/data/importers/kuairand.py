@@ -24,15 +24,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.build import DatasetBuilder, Progress
-from trainer.data.importers import shanghai
-from trainer.data.importers.categories import distinct, encode, vocabulary
-from trainer.data.importers.id_values import IdValues
-from trainer.data.importers.scratch import scratch_folder
-from trainer.data.importers.stays import KEY, Stays, write_stays
-from trainer.data.importers.tables import read_batches, refuse
-from trainer.data.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
-from trainer.errors import UserError
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
+from trainer.data.importers import shanghai_time
+from trainer.data.importers.category_codes import distinct, encode, vocabulary
+from trainer.data.importers.id_lookup import IdValues
+from trainer.data.importers.scratch_dir import scratch_folder
+from trainer.data.importers.staytime_spill import KEY, Stays, write_stays
+from trainer.data.importers.table_files import read_batches, refuse
+from trainer.data.writing.builder import DatasetBuilder, Progress
 
 SOURCE = (
     "{name}: C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang, X. He. KuaiRand: An Unbiased Sequential "
@@ -203,7 +203,7 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
         source=SOURCE.format(name=name),
         licence=LICENCE,
         partitions=partitions,
-        timezone=shanghai.TIMEZONE,
+        timezone=shanghai_time.TIMEZONE,
         behaviours=tuple(BEHAVIOURS),
         applies={behaviour: ("video",) for behaviour in BEHAVIOURS},
         candidates=("video",),
@@ -331,10 +331,10 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
             happens = 0 if behaviour == "click" else end
             visits[f"delay_{behaviour}"] = np.where(column[name] > 0, happens, -1).astype(np.int32)
         visits["tab"] = np.where((tab >= 0) & (tab < _TABS), tab + 1, 0).astype(np.int32)
-        visits["hour"] = shanghai.hour_code(time_ms)
-        visits["weekday"] = shanghai.weekday_code(time_ms)
+        visits["hour"] = shanghai_time.hour_code(time_ms)
+        visits["weekday"] = shanghai_time.weekday_code(time_ms)
         # Midnight has no edge here, unlike in the hours.
-        angle = 2 * np.pi * (shanghai.local_ms(time_ms) % shanghai.DAY_MS / shanghai.DAY_MS)
+        angle = 2 * np.pi * (shanghai_time.local_ms(time_ms) % shanghai_time.DAY_MS / shanghai_time.DAY_MS)
         visits["day_sin"] = np.sin(angle).astype(np.float32)
         visits["day_cos"] = np.cos(angle).astype(np.float32)
         if random:

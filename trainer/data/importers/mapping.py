@@ -8,8 +8,8 @@ from zoneinfo import available_timezones
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from trainer.data.schema import VISIT_EVENTS
-from trainer.toml_file import read_toml, validate
+from trainer.config.toml import read_toml, validate
+from trainer.data.format.schema import VISIT_EVENTS
 
 DomainName = Literal["video", "live"]
 IdColumn = Literal["user_id", "author_id", "item_id", "visit_id"]

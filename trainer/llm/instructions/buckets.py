@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from trainer.errors import UserError
+from trainer.console.errors import UserError
 
 
 def fit_edges(staytime_ms: np.ndarray, buckets: int) -> tuple[float, ...]:

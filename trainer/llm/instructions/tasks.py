@@ -22,7 +22,7 @@ import numpy as np
 from trainer.llm.instructions.buckets import bucket_of, ranges
 from trainer.llm.instructions.past import Past
 from trainer.llm.instructions.visits import Texts, Visits
-from trainer.llm.templates import Template
+from trainer.llm.models.prompt_templates import Template
 
 TASKS: tuple[str, ...] = ("staytime", "top_comment", "user_comment")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.text_schema import flat_lists, read_texts
+from trainer.data.format.text_schema import flat_lists, read_texts
 
 
 @dataclass(frozen=True)

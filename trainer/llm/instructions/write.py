@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import parse_time
-from trainer.data.schema import DatasetSpec
-from trainer.errors import UserError
+from trainer.config.ranker import parse_time
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
 from trainer.llm.instructions.tasks import LETTERS, PLACES, TASKS, Record, Tasks
 from trainer.llm.instructions.visits import Visits
-from trainer.llm.templates import Template
+from trainer.llm.models.prompt_templates import Template
 
 MANIFEST = "manifest.json"
 GENERAL = "general.jsonl"

@@ -1,0 +1,1 @@
+"""The report policies: time to react, ranking, calibration."""

@@ -1,0 +1,122 @@
+"""How old what a model learns is: by the rules of a policy alone, and in real time; for :mod:`benchmarks.moment`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.moment.run import train_on
+from benchmarks.moment.world import BEHAVIOURS
+from trainer.config.ranker import JobConfig, parse_time
+from trainer.data.format.schema import Rows
+from trainer.data.format.validation import Columns
+from trainer.ranking.training_stream import Stream
+from trainer.runtime.distributed import World
+from trainer.stream.labels.assembled_rows import END_OF_TIME, FIRST_BEHAVIOUR, concatenate
+from trainer.stream.labels.batch_assembler import assemble_batch
+from trainer.stream.labels.event_log import EventLog
+from trainer.stream.live.freshness import Freshness
+from trainer.stream.live.visit_facts import NEVER
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+
+
+def quantiles(seconds: np.ndarray) -> dict[str, float | int | None]:
+    """The ``count`` of delays, and ``p10``, ``p25`` and so on; null of nothing."""
+    values = np.quantile(seconds, QUANTILES).round(1).tolist() if len(seconds) else [None] * len(QUANTILES)
+    names = [f"p{round(100 * quantile)}" for quantile in QUANTILES]
+    return {"count": len(seconds), **dict(zip(names, values, strict=True))}
+
+
+def label_delays(config: JobConfig) -> dict[str, Any]:
+    """From behaviours to the rows that tell of them, over a log from where its stream begins: no machine
+    can better that.
+
+    Returns:
+        ``rows`` of the policy, and per behaviour: ``yes``, :func:`quantiles` from when it first happened to the first
+        row with that label; ``untold``, the share of which no row ever tells; and ``no``, quantiles from the request to
+        the last row that says that it has not happened, of visits in which it did not.
+    """
+    log = EventLog(config.data.path)
+    begin_ms = parse_time(config.data.train_until, log.spec.timezone, "data.train_until")
+    rows, events = [], []
+    for partition in range(log.spec.partitions):
+        part = log.read(partition)
+        inside = part["time_ms"] >= begin_ms
+        part = {name: column[inside] for name, column in part.items()}
+        rows.append(assemble_batch(log.spec, config.labels.make_policy(), config.labels.patience, part).rows)
+        events.append(part)
+    joined, happened = concatenate(rows), concatenate(events)
+    of_behaviours = {name: _delays(joined, happened, k) for k, name in enumerate(log.spec.behaviours)}
+    return {"rows": len(joined["visit_id"]), **of_behaviours}
+
+
+def _delays(rows: Rows, events: Columns, behaviour: int) -> dict[str, Any]:
+    visits = int(max(rows["visit_id"].max(), events["visit_id"].max())) + 1
+    shown = np.zeros(visits, bool)
+    shown[rows["visit_id"]] = True
+    first_ms, yes_ms = np.full(visits, END_OF_TIME), np.full(visits, END_OF_TIME)
+    no_ms, request_ms = np.zeros(visits, np.int64), np.zeros(visits, np.int64)
+    it = events["event"] == FIRST_BEHAVIOUR + behaviour
+    np.minimum.at(first_ms, events["visit_id"][it], events["time_ms"][it])
+    told = rows["mask"][:, behaviour] > 0
+    yes = told & (rows["label"][:, behaviour] > 0)
+    np.minimum.at(yes_ms, rows["visit_id"][yes], rows["emit_ms"][yes])
+    np.maximum.at(no_ms, rows["visit_id"][told & ~yes], rows["emit_ms"][told & ~yes])
+    request_ms[rows["visit_id"]] = rows["request_ms"]
+    positive = shown & (first_ms != END_OF_TIME)
+    known = positive & (yes_ms != END_OF_TIME)
+    negative = shown & (first_ms == END_OF_TIME) & (no_ms > 0)
+    return {
+        "yes": quantiles((yes_ms[known] - first_ms[known]) / 1000),
+        "untold": float(1 - known.sum() / max(positive.sum(), 1)),
+        "no": quantiles((no_ms[negative] - request_ms[negative]) / 1000),
+    }
+
+
+def play(config: JobConfig, world: World) -> dict[str, Any]:
+    """Play a stream at its speed: from behaviours to steps that have learnt them, by the clock.
+
+    What is learnt because the stream has ended does not count: it would have come later.
+
+    Returns:
+        Behaviour -> :func:`quantiles`; and from a complete row to the step that learns it the ``least`` and ``most``
+        seconds that the settings allow: rows wait for ``disorder_seconds`` twice, for the end of their slice, and for
+        the next of the steps that are made every ``flush_seconds``.
+    """
+    delays = _Delays()
+    train_on(config, world, delays.listen_to)
+    settings = config.stream
+    assert settings is not None
+    waits = 2 * config.labels.disorder_seconds
+    return {
+        "least": waits,
+        "most": waits + settings.slice_seconds + settings.flush_seconds,
+        **delays.by_behaviour(BEHAVIOURS),
+    }
+
+
+class _Delays(Freshness):
+    """Keeps every delay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stream: Stream | None = None
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def listen_to(self, stream: Stream) -> None:
+        """Take the place of the stream's own."""
+        self._stream, stream.freshness = stream, self
+
+    def add(self, arrived_ms: np.ndarray, counts: np.ndarray, now_ms: int) -> None:
+        """See :meth:`Freshness.add`."""
+        assert self._stream is not None
+        if self._stream.seen_until_ms != END_OF_TIME:
+            row, behaviour = np.nonzero(counts & (arrived_ms != NEVER))
+            self._kept.append((behaviour, (now_ms - arrived_ms[row, behaviour]) / 1000))
+
+    def by_behaviour(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Quantiles of each behaviour, of this rank."""
+        behaviour, seconds = (np.concatenate(column) for column in zip(*self._kept, strict=True))
+        return {name: quantiles(seconds[behaviour == k]) for k, name in enumerate(names)}

@@ -1,0 +1,123 @@
+"""One training on the stream of a simulated world, listened to; for :mod:`benchmarks.moment`.
+
+The parts of ``trainer.rank`` that train on a stream, put together so that the stream can be given other ears.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+
+from benchmarks.moment.world import WorldSize
+from trainer.checkpoint.manifest import DatasetEntry
+from trainer.config.ranker import JobConfig, load_config
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.fit import fit_features
+from trainer.data.format.dataset import Data, fingerprint
+from trainer.data.simulator.config import START_MS, TIMEZONE
+from trainer.ranking.checkpoints import Checkpoints, Identity
+from trainer.ranking.setup import build_engine, split_in_time
+from trainer.ranking.stream_train_loop import train_stream
+from trainer.ranking.training_state import TrainingState
+from trainer.ranking.training_stream import Stream, open_stream
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
+from trainer.stream.live.live_stream import Answered
+
+POLICIES = ("full", "fast_slow", "realtime", "realtime_naive")
+
+JOB = (
+    "features.history={}",
+    "model.kind=cgc",
+    "model.task_experts=1",
+    "model.shared_experts=1",
+    "model.expert_layers=[[64, 32]]",
+    "model.tower=[16]",
+    "stream.slice_seconds=5",
+    "stream.flush_seconds=10",
+    "labels.idle_minutes=30",
+    "train.batch_size=8192",
+    "train.device=cpu",
+    "checkpoint.every_minutes=0",
+)
+"""Changes to ``configs/moment.toml`` that all trainings share: a small network, and a step every 10 s of event time."""
+
+
+def stream_job(dataset: Path, size: WorldSize, policy: str, seed: int, settings: Sequence[str]) -> JobConfig:
+    """The job of one training on a world; ``settings`` as of the command line."""
+    begin_ms = START_MS + 1000 * size.warm_up_s
+    own = (
+        f"data.path={dataset}",
+        f"data.train_until={_moment(begin_ms)}",
+        f"stream.until={_moment(begin_ms + 1000 * size.stream_s)}",
+        f"labels.policy={policy}",
+        f"run.seed={seed}",
+    )
+    return load_config("configs/moment.toml", [*JOB, *own, *settings])
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was predicted of the exposures of a stream when they were requested, in any order; n of them.
+
+    Attributes:
+        visit_id: ``[n]`` int64.
+        probability: ``[n, behaviours]`` float32.
+        facts: of the training: ``steps``, ``rows`` and what ``Stream.summary`` tells.
+    """
+
+    visit_id: np.ndarray
+    probability: np.ndarray
+    facts: dict[str, Any]
+
+
+def predict_stream(config: JobConfig, world: World) -> Predicted:
+    """Train on a stream from its beginning to its end, on one rank, and keep what was predicted on the way."""
+    answers: list[Answered] = []
+
+    def listen(stream: Stream) -> None:
+        stream.observe = answers.append
+
+    facts = train_on(config, world, listen)
+    visit_id = np.concatenate([answer.rows["visit_id"] for answer in answers])
+    logits = np.concatenate([answer.logits for answer in answers])
+    return Predicted(visit_id, (1 / (1 + np.exp(-logits))).astype(np.float32), facts)
+
+
+def train_on(config: JobConfig, world: World, prepare: Callable[[Stream], None]) -> dict[str, Any]:
+    """Train on the stream of a job, on one rank, and keep nothing; ``prepare`` is given the stream before it begins.
+
+    Returns:
+        ``steps``, ``rows`` trained on, and what ``Stream.summary`` tells.
+    """
+    data = Data.open(config.data.path, config.data.on_corrupt)
+    split = split_in_time(config, data.spec)
+    fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
+    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        engine = build_engine(config, features, config.model.kind, world)
+        stream = open_stream(config, data, split, features, world, home)
+        prepare(stream)
+        dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
+        identity = Identity(config, config.model.kind, features.behaviours, dataset)
+        checkpoints = Checkpoints(home / "checkpoints", identity, world)
+        state = TrainingState.at_start(features.behaviours, stream)
+        common: dict[str, Any] = {"config": config, "world": world, "preemption": Preemption(), "home": home}
+        with stream.open(None) as reader:
+            train_stream(engine, stream, reader, state, checkpoints, **common)
+        facts = {"steps": state.step, "rows": state.rows_done, **stream.summary(world, state.progressive)}
+        checkpoints.close()
+        engine.close()
+    return facts
+
+
+def _moment(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, ZoneInfo(TIMEZONE)).isoformat()

@@ -1,0 +1,182 @@
+"""Does the small model answer LCU's three tasks better than the baselines, and how near does it come to what words say?
+
+    python -m benchmarks.quality.instructions --work build/instructions --out benchmarks/results/instructions.json
+
+A simulated world of 3,000 users and ten days, the last two held out; the samples and the job are those of
+``configs/finetune_small.toml``, whose settings were chosen on the day before. For every seed (of weights, adapters and
+order) a fine-tuning on one rank. Beside the model stand the untuned one, the majority and popularity baselines, and
+``words``: a logit on features made by hand from the same prompts, which knows the world's lists of words.
+
+A run that is done is kept in ``--work``; the same command goes on with those that are not, and ``--minutes`` starts no
+further one. Intervals are Student's t over the seeds; the popularity baseline is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.instruction_word_baseline import accuracy_of_words
+from benchmarks.quality.staytime_report import mean_and_half_width
+from trainer.checkpoint.run_directory import environment, write_json
+from trainer.config.finetune import load_finetune
+from trainer.console.text_table import text_table
+from trainer.data.simulator.write_dataset import simulate
+from trainer.finetune import run_job
+from trainer.llm.finetuning.option_evaluation import MODELS
+from trainer.llm.finetuning.samples import ReadCounts, read_samples
+from trainer.llm.instructions.write import Plan, write_instructions
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
+
+JOB = "configs/finetune_small.toml"
+USERS, DAYS = 3000, 10
+PLAN = Plan(
+    evaluate_from="2024-03-12",
+    evaluate_samples=1_000,
+    samples=30_000,
+    most={"staytime": 8_000},
+)
+BASELINES = ("majority", "popularity")
+
+
+def prepare(work: Path, users: int, plan: Plan) -> Path:
+    """The samples, made where they are not there."""
+    world, samples = work / f"world-{users}", work / f"samples-{users}"
+    if not world.exists():
+        simulate(world, users, DAYS, 8, 1, texts=True)
+    if not samples.exists():
+        write_instructions(world, samples, plan)
+    return samples
+
+
+def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """The metrics of a run, which is trained if it is not there or not done."""
+    settings = [f"run.directory={directory}", f"run.seed={seed}", "train.device=cpu"]
+    settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate", "general")]
+    if not (directory / "metrics.json").exists():
+        config = load_finetune(JOB, [*settings, *overrides])
+        with World.join("cpu") as world:
+            run_job(config, world, Preemption())
+    metrics: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
+    return metrics
+
+
+def words(samples: Path) -> dict[str, float]:
+    """Task -> accuracy of the reader by hand."""
+    train, held_out = (
+        list(read_samples([str(samples / f"{name}.jsonl")], ReadCounts())) for name in ("train", "evaluate")
+    )
+    tasks = dict.fromkeys(sample.task for sample in held_out)
+    return {
+        task: accuracy_of_words(*([sample for sample in some if sample.task == task] for some in (train, held_out)))
+        for task in tasks
+    }
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], read_by_hand: Mapping[str, float]) -> dict[str, Any]:
+    """Task -> means over the seeds and half-widths of their 95 % intervals.
+
+    ``gain`` is of the model over the better one of the baselines, seed by seed.
+    """
+    summary: dict[str, Any] = {}
+    for task, first in runs[0].items():
+        of_task: dict[str, Any] = {"samples": first["samples"], "words": read_by_hand.get(task)}
+        for name in MODELS:
+            of_task[name] = mean_and_half_width([run[task][name]["accuracy"] for run in runs])
+        for metric in ("log_loss", "auc"):
+            of_task[metric] = mean_and_half_width([run[task]["model"][metric] for run in runs])
+        of_task["gain"] = mean_and_half_width(
+            [run[task]["model"]["accuracy"] - max(run[task][name]["accuracy"] for name in BASELINES) for run in runs]
+        )
+        summary[task] = of_task
+    return summary
+
+
+def learning(directory: Path) -> dict[str, Any]:
+    """What of a run's job decides what it learns, without its files."""
+    config = json.loads((directory / "config.json").read_text())
+    return {
+        **{name: config[name] for name in ("small", "lora", "optimizer")},
+        "general_share": config["data"]["general_share"],
+        **{name: config["train"][name] for name in ("batch_size", "epochs", "answer_weight")},
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Share of right choices, by task."""
+
+    def cell(value: Any) -> str:
+        mean, half = value
+        return f"{mean:.3f}" if half is None or half < 5e-4 else f"{mean:.3f} ± {half:.3f}"
+
+    columns = ("model", "untuned", *BASELINES)
+    lines = [
+        [task, f"{row['samples']:,}", *(cell(row[name]) for name in columns), f"{row['words']:.3f}", cell(row["gain"])]
+        for task, row in summary.items()
+    ]
+    return text_table(["task", "samples", *columns, "words", "gain over the better baseline"], lines)
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Right choices as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    shown = ("untuned", *BASELINES, "model", "words")
+    for place, name in enumerate(shown):
+        values = [(row[name], None) if name == "words" else row[name] for row in summary.values()]
+        at = [task + (place - 2) * 0.16 for task in range(len(values))]
+        axes.bar(at, [mean for mean, _ in values], 0.15, yerr=[half or 0 for _, half in values], label=name, capsize=2)
+    axes.set_xticks(range(len(summary)), list(summary))
+    axes.set_ylabel("share of right choices")
+    figure.legend(loc="outside upper center", ncols=len(shown))
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where data and runs are kept")
+    parser.add_argument("--users", type=int, default=USERS, help="of the simulated world (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--out", type=Path, help="JSON file to write; the picture goes beside it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    samples = prepare(options.work, options.users, PLAN)
+    deadline, runs, metrics = time.monotonic() + 60 * options.minutes, [], []
+    for seed in range(1, options.seeds + 1):
+        directory = options.work / f"run-{options.users}-{seed}"
+        if time.monotonic() < deadline or (directory / "metrics.json").exists():
+            metrics.append(run_seed(samples, directory, seed, options.overrides))
+            runs.append(metrics[-1]["evaluation"])
+    summary = summarise(runs, words(samples))
+    print(table(summary))
+    if options.out:
+        document = {
+            "question": "whether the small model beats the majority and popularity baselines on LCU's three tasks",
+            "users": options.users,
+            "days": DAYS,
+            "seeds": len(runs),
+            "settings": learning(options.work / f"run-{options.users}-1"),
+            "steps": metrics[0]["training"]["steps"],
+            "samples": metrics[0]["samples"],
+            "tokens_per_second": [run["training"]["tokens_per_second"] for run in metrics],
+            "tasks": summary,
+            "environment": environment(1),
+        }
+        write_json(options.out, document)
+        draw(summary, options.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

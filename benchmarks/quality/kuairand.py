@@ -1,0 +1,197 @@
+"""How good is the ranker on a real log? PLE against gradient-boosted trees on KuaiRand-Pure, paired by user.
+
+    python -m benchmarks.quality.kuairand --source KuaiRand-Pure --out benchmarks/results/kuairand.json
+
+Trains ``configs/kuairand.toml`` with three seeds on the days before ``--from``, predicts the requests from ``--from``
+until ``--until`` with statistics and histories frozen at the end of training, and compares with two LightGBM models
+that are given the same rows, the same side features and the same frozen statistics:
+
+* ``lightgbm-own``: 300 trees of 63 leaves, per behaviour, with the statistics of that behaviour;
+* ``lightgbm-all``: 150 trees of 15 leaves, per behaviour, with the statistics of all behaviours.
+
+The difference to each is bootstrapped over users (all rows of a user drawn together, both models on the same draw).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pyarrow.parquet as pq
+
+from benchmarks.bootstrap import Resampled, draw_users, interval, resample_auc, resample_gauc
+from trainer.checkpoint.run_directory import environment, write_json
+from trainer.config.ranker import JobConfig, load_config
+from trainer.data.features.dense_inputs import DenseInputs
+from trainer.data.format.dataset import Data, freeze_statistics
+from trainer.data.format.schema import DatasetSpec, Rows
+from trainer.data.format.shards import read_rows
+from trainer.ranking.setup import Split, split_in_time
+
+JOB = "configs/kuairand.toml"
+BEHAVIOURS = ("click", "long_view", "like", "profile_enter", "comment", "follow")
+RESAMPLES = 1000
+
+TREES: dict[str, dict[str, Any]] = {
+    "lightgbm-own": {"n_estimators": 300, "num_leaves": 63},
+    "lightgbm-all": {"n_estimators": 150, "num_leaves": 15},
+}
+
+Scores = dict[str, np.ndarray]
+"""Behaviour -> score of each held-out row, in order of ``visit_id``."""
+
+
+def train_ranker(data: Path, home: Path, seed: int, options: argparse.Namespace) -> Scores:
+    """Train and predict with one seed by the commands that a user types; scores in order of ``visit_id``."""
+    run, predictions = home / f"seed-{seed}", home / f"seed-{seed}.parquet"
+    window = [f"data.eval_from={options.since}", f"data.eval_until={options.until}"]
+    settings = [f"data.path={data}", f"run.directory={run}", f"run.seed={seed}", *window, *options.overrides]
+    limelight = [sys.executable, "-m", "launch.cli.main"]
+    subprocess.run([*limelight, "train", JOB, *settings, f"--ranks={options.ranks}"], check=True)
+    subprocess.run([*limelight, "evaluate", str(run), f"--predictions={predictions}"], check=True)
+    table = pq.read_table(predictions).sort_by("visit_id")
+    return {behaviour: table[f"p_{behaviour}"].to_numpy() for behaviour in BEHAVIOURS}
+
+
+def tree_inputs(spec: DatasetSpec, data: Data, split: Split, path: Path) -> tuple[Rows, Rows]:
+    """Training rows, and held-out rows in order of ``visit_id`` with the statistics of the end of training."""
+    training = read_rows(path, spec, emit_until=split.train_until)
+    held_out = read_rows(path, spec, request_from=split.eval_from, request_until=split.eval_until)
+    order = np.argsort(held_out["visit_id"])
+    held_out = {name: column[order] for name, column in held_out.items()}
+    held_out["stat"] = freeze_statistics(data, split.train_until).lookup(held_out)
+    return training, held_out
+
+
+def fit_trees(name: str, config: JobConfig, spec: DatasetSpec, training: Rows, held_out: Rows) -> Scores:
+    """Scores of one LightGBM setting."""
+    inputs = DenseInputs(spec, config.features)
+    prior = np.clip(training["label"].mean(axis=0), 1e-6, 1 - 1e-6)
+    dense = [inputs.raw(rows, prior) for rows in (training, held_out)]
+    scores = {}
+    for behaviour in BEHAVIOURS:
+        columns = [
+            k
+            for k, column in enumerate(inputs.names)
+            if name == "lightgbm-all" or not column.startswith("stat:") or column.endswith((f":{behaviour}", ":rows"))
+        ]
+        matrices = [
+            np.concatenate([rows["side"].astype(np.float32), values[:, columns]], axis=1)
+            for rows, values in zip((training, held_out), dense, strict=True)
+        ]
+        model = lightgbm.LGBMClassifier(
+            **TREES[name], learning_rate=0.05, min_child_samples=50, n_jobs=os.cpu_count(), random_state=1, verbose=-1
+        )
+        categories = [k for k, side in enumerate(spec.side) if side.rows <= 256]
+        label = training["label"][:, spec.behaviours.index(behaviour)]
+        model.fit(matrices[0], label, categorical_feature=categories)
+        scores[behaviour] = model.predict_proba(matrices[1])[:, 1]
+    return scores
+
+
+def compare(models: dict[str, list[Scores]], held_out: Rows, spec: DatasetSpec) -> dict[str, Any]:
+    """Metrics of every model, mean over its seeds, with the bootstrapped difference of the first to the others."""
+    index, counts = draw_users(held_out["user_id"], RESAMPLES, seed=1)
+    result: dict[str, Any] = {}
+    for behaviour in BEHAVIOURS:
+        labels = held_out["label"][:, spec.behaviours.index(behaviour)]
+        result[behaviour] = {"positives": int(labels.sum()), "rows": len(labels)}
+        for metric, resample in (("auc", resample_auc), ("gauc", resample_gauc)):
+            found = {
+                name: _mean([resample(index, counts, scores[behaviour], labels) for scores in seeds])
+                for name, seeds in models.items()
+            }
+            first, *others = found.items()
+            result[behaviour][metric] = {
+                name: {"mean": value.value, "standard_error": float(np.nanstd(value.draws))}
+                for name, value in found.items()
+            }
+            result[behaviour][f"{metric}_difference"] = {
+                name: {
+                    "mean": first[1].value - other.value,
+                    "interval_95": interval(first[1].draws - other.draws),
+                    "standard_error": float(np.nanstd(first[1].draws - other.draws)),
+                }
+                for name, other in others
+            }
+    return result
+
+
+def _mean(resampled: Sequence[Resampled]) -> Resampled:
+    return Resampled(float(np.mean([r.value for r in resampled])), np.mean([r.draws for r in resampled], axis=0))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as text."""
+    lines = [f"{'behaviour':<15}{'metric':<7}{'model':<14}{'mean':>8}{'s.e.':>8}{'PLE - it':>10}   95 % interval"]
+    for behaviour, found in result.items():
+        for metric in ("auc", "gauc"):
+            for name, value in found[metric].items():
+                line = f"{behaviour:<15}{metric:<7}{name:<14}{value['mean']:>8.4f}{value['standard_error']:>8.4f}"
+                difference = found[f"{metric}_difference"].get(name)
+                if difference:
+                    low, high = difference["interval_95"]
+                    line += f"{difference['mean']:>+10.4f}   {low:+.4f} to {high:+.4f}"
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="an imported dataset; default: import --source")
+    parser.add_argument("--source", type=Path, default=os.environ.get("LIMELIGHT_KUAIRAND"), help="KuaiRand's folder")
+    parser.add_argument("--from", dest="since", default="2022-05-04", help="first held-out day (default: %(default)s)")
+    parser.add_argument("--until", default="2022-05-06", help="end of the held-out days (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of a training (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
+    options = parser.parse_args()
+    if not options.data and not options.source:
+        sys.exit("no data: give --data or --source, or set LIMELIGHT_KUAIRAND to a folder of KuaiRand-Pure")
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        path = options.data or home / "kuairand"
+        if not options.data:
+            source = [
+                sys.executable,
+                "-m",
+                "launch.cli.main",
+                "data",
+                "import",
+                "kuairand",
+                str(options.source),
+                str(path),
+            ]
+            subprocess.run(source, check=True)
+        window = [f"data.eval_from={options.since}", f"data.eval_until={options.until}"]
+        config = load_config(JOB, [f"data.path={path}", *window, *options.overrides])
+        data = Data.open(str(path))
+        split = split_in_time(config, data.spec)
+        training, held_out = tree_inputs(data.spec, data, split, path)
+        models: dict[str, list[Scores]] = {
+            "ple": [train_ranker(path, home, seed, options) for seed in range(1, options.seeds + 1)],
+            **{name: [fit_trees(name, config, data.spec, training, held_out)] for name in TREES},
+        }
+        result = compare(models, held_out, data.spec)
+    print(table(result))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"question": "PLE against LightGBM on KuaiRand-Pure", "from": options.since, "until": options.until}
+        facts |= {"seeds": options.seeds, "training_rows": len(training["visit_id"]), "resamples": RESAMPLES}
+        write_json(options.out, {**facts, "environment": environment(options.ranks), "result": result})
+        print(json.dumps({"written": str(options.out)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""How many events a second do the label assemblers take, and how many rows does each policy make of them?
+
+    python -m benchmarks.speed.assembler --out benchmarks/results/assembler.json
+    python -m benchmarks.speed.assembler --kuairand downloads/KuaiRand-Pure --users 5000
+
+Worlds: the simulated one with its live rooms as candidates, as it comes; the same with short videos as candidates too,
+so that every event counts; and KuaiRand, if its folder is given. One thread, and per second of CPU time, so that what
+else the machine does has no part in it. Events are in memory; ``read`` is what reading and checking them costs before
+that. They arrive in some disorder, to the incremental assembler in portions of ``--portion`` events; both assemblers'
+rows are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.checkpoint.run_directory import environment, write_json
+from trainer.console.text_table import text_table
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.validation import Columns
+from trainer.data.importers.kuairand import import_kuairand
+from trainer.data.simulator.write_dataset import simulate
+from trainer.stream.labels.assembled_rows import Assembled, concatenate
+from trainer.stream.labels.batch_assembler import assemble_batch
+from trainer.stream.labels.event_log import EventLog
+from trainer.stream.labels.policy import POLICIES, Patience, Policy
+from trainer.stream.labels.streaming_assembler import StreamAssembler
+from trainer.stream.labels.visit_grouping import of_domains
+
+TARGETS = {"batch": 500_000, "incremental": 100_000}
+"""Events per second and core that are asked of each."""
+
+Domains = tuple[str, ...]
+
+
+def fastest(work: Callable[[], Any], repeats: int) -> float:
+    """CPU seconds of the fastest of several runs."""
+    seconds = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        work()
+        seconds.append(time.process_time() - begin)
+    return min(seconds)
+
+
+def in_portions(
+    spec: DatasetSpec, policy: Policy, patience: Patience, events: Columns, domains: Domains, portion: int
+) -> Iterator[Assembled]:
+    """The incremental assembler's answers."""
+    assembler = StreamAssembler(spec, policy, patience, domains)
+    for first in range(0, len(events["time_ms"]), portion):
+        yield assembler.push({name: column[first : first + portion] for name, column in events.items()})
+    yield assembler.advance()
+
+
+def arriving(events: Columns, disorder_ms: int) -> Columns:
+    """Events as they would arrive if each took up to ``disorder_ms``."""
+    delay = np.random.default_rng(0).integers(0, disorder_ms + 1, len(events["time_ms"]))
+    order = np.argsort(events["time_ms"] + delay, kind="stable")
+    return {name: column[order] for name, column in events.items()}
+
+
+def measure(
+    log: EventLog, world: str, domains: Domains, disorder_ms: int, portion: int, repeats: int
+) -> dict[str, Any]:
+    """Rates and row volumes of a log, every partition by itself."""
+    patience = Patience()
+    begin = time.process_time()
+    partitions = [log.read(partition) for partition in range(log.spec.partitions)]
+    reading = time.process_time() - begin
+    partitions = [arriving(part, disorder_ms) for part in partitions]
+    events = sum(len(part["time_ms"]) for part in partitions)
+    counted = sum(int(of_domains(log.spec, part["domain"], domains).sum()) for part in partitions)
+    policies: dict[str, Any] = {}
+    for name, make in POLICIES.items():
+        policy = make()
+
+        def batch(policy: Policy = policy) -> list[Assembled]:
+            return [assemble_batch(log.spec, policy, patience, part, domains) for part in partitions]
+
+        def incremental(policy: Policy = policy) -> list[Assembled]:
+            return [
+                answer
+                for part in partitions
+                for answer in in_portions(log.spec, policy, patience, part, domains, portion)
+            ]
+
+        whole, pieces = (concatenate([made.rows for made in work()]) for work in (batch, incremental))
+        if not all(np.array_equal(whole[column], pieces[column]) for column in whole):
+            raise AssertionError(f"{world}, {name}: the two assemblers differ")
+        policies[name] = {
+            "rows": len(whole["kind"]),
+            "events_per_second": {work.__name__: events / fastest(work, repeats) for work in (batch, incremental)},
+        }
+    return {
+        "world": world,
+        "candidates": list(domains),
+        "events": events,
+        "candidate_events": counted,
+        "read_events_per_second": events / reading,
+        "policies": policies,
+    }
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """The results as a table."""
+    lines = []
+    for result in results:
+        fast_slow = result["policies"]["fast_slow"]["rows"]
+        for name, found in result["policies"].items():
+            rates = found["events_per_second"]
+            lines.append(
+                [
+                    result["world"],
+                    name,
+                    f"{rates['batch'] / 1e6:.1f} M",
+                    f"{rates['incremental'] / 1e3:,.0f} k",
+                    f"{found['rows']:,}",
+                    f"{found['rows'] / fast_slow:.2f}",
+                ]
+            )
+    header = ["events", "policy", "batch events/s", "incremental events/s", "rows", "to fast_slow"]
+    return text_table(header, lines, texts=2)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=2_000, help="of the simulated world (default: %(default)s)")
+    parser.add_argument("--days", type=int, default=5, help="of the simulated world (default: %(default)s)")
+    parser.add_argument("--kuairand", metavar="FOLDER", help="KuaiRand-Pure, -1K or -27K as it is published")
+    parser.add_argument(
+        "--disorder-seconds",
+        type=int,
+        default=10,
+        metavar="S",
+        help="events arrive up to so late (default: %(default)s)",
+    )
+    parser.add_argument("--portion", type=int, default=4096, help="events pushed at once (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the fastest counts")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    options = parser.parse_args(argv)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        world = Path(scratch) / "world"
+        simulate(world, options.users, options.days, partitions=2, seed=1)
+        logs = [(EventLog(world), "simulated, live", ("live",)), (EventLog(world), "simulated, all", ("video", "live"))]
+        if options.kuairand:
+            imported = Path(scratch) / "kuairand"
+            import_kuairand(options.kuairand, imported, 2)
+            logs.append((EventLog(imported), "KuaiRand", ("video",)))
+        disorder_ms = options.disorder_seconds * 1000
+        results = [
+            measure(log, name, domains, disorder_ms, options.portion, options.repeats) for log, name, domains in logs
+        ]
+
+    print(report(results))
+    slowest = {
+        work: min(found["events_per_second"][work] for result in results for found in result["policies"].values())
+        for work in TARGETS
+    }
+    for work, target in TARGETS.items():
+        print(f"{work}: slowest {slowest[work]:,.0f} events/s a core, asked for {target:,}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"targets": TARGETS, "slowest": slowest, "disorder_ms": disorder_ms}
+        facts |= {"portion": options.portion, "repeats": options.repeats}
+        write_json(options.out, {**facts, "results": results, "environment": environment(1)})
+
+
+if __name__ == "__main__":
+    main()

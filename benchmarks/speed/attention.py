@@ -1,0 +1,203 @@
+"""What does it save to attend to five sequences without projecting or padding their entries?
+
+    python -m benchmarks.speed.attention --out benchmarks/results/attention.json
+
+Rows of a batch have five sequences of at most 100 entries: all full, of random lengths, or of random lengths with every
+other row empty. Compared are three ways, forward and backward by turns on the same data, the fastest round of each:
+
+* ``ours``: ``modules/esu.py``, one call for all sequences;
+* ``padded``: the same attention with the same weights as it is written down, sequence by sequence on padded entries;
+  results and gradients must be the same;
+* ``din``: the Deep Interest Network's attention of ``modules/din.py``, which is another function of the same entries.
+
+One thread, float32; time is the processor's, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modules.din import TargetAttention
+from modules.esu import SequenceAttention
+from trainer.checkpoint.run_directory import environment, write_json
+from trainer.console.text_table import text_table
+
+SEQUENCES, LONGEST = 5, 100
+PARTS, QUERY_DIM, HEADS, HEAD_DIM = (16, 16, 32), 64, 4, 16
+LENGTHS = ("full", "random", "half empty")
+TOLERANCE = 1e-4
+"""Largest difference between the first two ways, as a share of the largest value."""
+
+Way = Callable[[], Tensor]
+
+
+class Batch(NamedTuple):
+    """What is attended to: a candidate a row, and parts and lengths of each sequence."""
+
+    query: Tensor
+    sequences: list[list[Tensor]]
+    lengths: list[Tensor]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All that gets gradients."""
+        return [self.query, *(part for sequence in self.sequences for part in sequence)]
+
+
+def make_batch(rows: int, kind: str) -> Batch:
+    """Random entries, in sequences of ``kind`` lengths."""
+    lengths = []
+    for _ in range(SEQUENCES):
+        length = torch.full((rows,), LONGEST) if kind == "full" else torch.randint(LONGEST + 1, (rows,))
+        lengths.append(length * (torch.arange(rows) % 2) if kind == "half empty" else length)
+    sequences = [[torch.randn(int(each.sum()), dim).requires_grad_() for dim in PARTS] for each in lengths]
+    return Batch(torch.randn(rows, QUERY_DIM).requires_grad_(), sequences, lengths)
+
+
+def padded(attention: SequenceAttention, batch: Batch) -> Tensor:
+    """Equation 7 of Moment&Cross as it stands, on ``[rows, 100, dim]``; as :meth:`SequenceAttention.forward`."""
+    found = []
+    for index, (parts, lengths) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
+        rows = len(lengths)
+        # The newest entries stand at the end.
+        inside = torch.arange(LONGEST) >= LONGEST - lengths[:, None]
+        entries = batch.query.new_zeros(rows, LONGEST, sum(PARTS))
+        entries[inside] = torch.cat(list(parts), 1)
+        query = (batch.query @ attention.query[index]).view(rows, HEADS, 1, HEAD_DIM) / HEAD_DIM**0.5
+        keys = torch.einsum("bld,hed->bhle", entries, attention.key[index])
+        values = torch.einsum("bld,hde->bhle", entries, attention.value[index])
+        scores = torch.matmul(query, keys.transpose(2, 3)) + attention.place[index][:, None]
+        outside = ~inside[:, None, None]
+        scores = scores.masked_fill(outside, torch.finfo(scores.dtype).min)
+        shares = scores.softmax(3).masked_fill(outside, 0)
+        mass = functional.softplus(scores.logsumexp(3, keepdim=True))
+        found.append(torch.cat([torch.matmul(shares, values), mass], 3).flatten(1))
+    return torch.cat(found, 1)
+
+
+def deep_interest(networks: nn.ModuleList, batch: Batch) -> Tensor:
+    """The Deep Interest Network's attention, sequence by sequence."""
+    return torch.cat(
+        [
+            network(batch.query, torch.cat(list(parts), 1), lengths, LONGEST)
+            for network, parts, lengths in zip(networks, batch.sequences, batch.lengths, strict=True)
+        ],
+        1,
+    )
+
+
+def difference(one: Way, other: Way, gradients_of: Sequence[Tensor]) -> float:
+    """The largest difference of results and gradients, as a share of the largest value."""
+    both = []
+    for way in (one, other):
+        result = way()
+        both.append([result.detach(), *torch.autograd.grad(result.square().sum(), gradients_of)])
+    return max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in zip(*both, strict=True))
+
+
+def time_of(way: Way, gradients_of: Sequence[Tensor]) -> tuple[float, float]:
+    """Processor seconds forward and backward."""
+    begin = time.process_time()
+    result = way()
+    between = time.process_time()
+    torch.autograd.grad(result, gradients_of, torch.ones_like(result))
+    return between - begin, time.process_time() - between
+
+
+def compare(rows: int, kind: str, rounds: int) -> list[dict[str, Any]]:
+    """Times of all ways for sequences of ``kind`` lengths.
+
+    Raises:
+        SystemExit: the first two ways do not agree.
+    """
+    batch = make_batch(rows, kind)
+    attention = SequenceAttention(QUERY_DIM, PARTS, [LONGEST] * SEQUENCES, HEADS, HEAD_DIM)
+    nn.init.normal_(attention.place)
+    networks = nn.ModuleList(TargetAttention(QUERY_DIM, sum(PARTS)) for _ in range(SEQUENCES))
+    ways: dict[str, tuple[Way, list[Tensor]]] = {
+        "ours": (
+            lambda: attention(batch.query, batch.sequences, batch.lengths),
+            [*batch.inputs, *attention.parameters()],
+        ),
+        "padded": (lambda: padded(attention, batch), [*batch.inputs, *attention.parameters()]),
+        "din": (lambda: deep_interest(networks, batch), [*batch.inputs, *networks.parameters()]),
+    }
+    apart = difference(ways["ours"][0], ways["padded"][0], ways["ours"][1])
+    if apart > TOLERANCE:
+        raise SystemExit(f"{kind}: ours and padded differ by {apart:.1e} of the largest value")
+    fastest = dict.fromkeys(ways, (float("inf"), float("inf")))
+    for _ in range(rounds):
+        for name, (way, gradients_of) in ways.items():
+            forward, backward = time_of(way, gradients_of)
+            fastest[name] = (min(fastest[name][0], forward), min(fastest[name][1], backward))
+    entries = sum(int(each.sum()) for each in batch.lengths)
+    return [
+        {
+            "lengths": kind,
+            "entries": entries,
+            "way": name,
+            "forward_seconds": forward,
+            "backward_seconds": backward,
+            "times_ours": (forward + backward) / sum(fastest["ours"]),
+            "difference": apart if name == "padded" else None,
+        }
+        for name, (forward, backward) in fastest.items()
+    ]
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A line for each way."""
+    lines = [
+        [
+            row["lengths"],
+            row["way"],
+            f"{row['entries']:,}",
+            f"{row['forward_seconds']:.3f}",
+            f"{row['backward_seconds']:.3f}",
+            f"{row['times_ours']:.2f}",
+        ]
+        for row in rows
+    ]
+    return text_table(["lengths", "way", "entries", "forward s", "backward s", "times ours"], lines, texts=2)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m benchmarks.speed.attention``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024, help="of a batch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="of which the fastest counts (%(default)s)")
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    rows = [row for kind in LENGTHS for row in compare(given.rows, kind, given.rounds)]
+    print(report(rows))
+    if given.out:
+        document = {
+            "attention": rows,
+            "settings": {
+                "rows": given.rows,
+                "sequences": SEQUENCES,
+                "longest": LONGEST,
+                "entry_dims": PARTS,
+                "query_dim": QUERY_DIM,
+                "heads": HEADS,
+                "head_dim": HEAD_DIM,
+            },
+            "load_average": os.getloadavg()[0],
+            "environment": environment(1),
+        }
+        write_json(given.out, document)
+
+
+if __name__ == "__main__":
+    main()

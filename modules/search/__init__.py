@@ -1,0 +1,1 @@
+"""The five searches (GSU): definition, CPU kernels, GPU kernel."""

@@ -1,0 +1,291 @@
+"""Loops of the searches over rows of a batch, compiled by numba: what is read is read once, and no score is kept.
+
+Entries are looked at from the latest to the oldest. Those that may still be among the best go, as one 64-bit key of
+score and place, into a short list, which is cut to the best whenever it is full. Keys are all different and larger
+where the score is larger or, for the same score, the entry later.
+
+A row's result is written to the end of its line of ``out``, oldest entry first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+from modules.search.cpu_intrinsics import CACHE_LINE, GROUP, LANES, above, dots_byte, dots_half, lowest_bit, prefetch
+
+AHEAD = 6
+"""Groups of entries whose vectors are on their way from memory: more than a core can wait for at once gains nothing."""
+
+_TOP_BIT = np.uint32(1 << 31)
+_PLACE_BITS = np.uint64(32)
+
+
+@numba.njit(nogil=True)
+def key_of_float(score: np.float32, place: int) -> np.uint64:
+    """Float bits, as an integer that grows with the float, then the place; scores are never NaN or -0."""
+    bits = np.float32(score).view(np.uint32)
+    ordered = ~bits if bits & _TOP_BIT else bits | _TOP_BIT
+    return (np.uint64(ordered) << _PLACE_BITS) | np.uint64(place)
+
+
+@numba.njit(nogil=True)
+def float_of_key(key: np.uint64) -> np.float32:
+    """The score in a key of :func:`key_of_float`."""
+    ordered = np.uint32(key >> _PLACE_BITS)
+    return np.uint32(ordered ^ _TOP_BIT if ordered & _TOP_BIT else ~ordered).view(np.float32)
+
+
+@numba.njit(nogil=True)
+def key_of_int(score: np.int32, place: int) -> np.uint64:
+    """The key of an integer score."""
+    return (np.uint64(np.uint32(score) ^ _TOP_BIT) << _PLACE_BITS) | np.uint64(place)
+
+
+@numba.njit(nogil=True)
+def int_of_key(key: np.uint64) -> np.int32:
+    """The score in a key of :func:`key_of_int`."""
+    return np.int32(np.uint32(key >> _PLACE_BITS) ^ _TOP_BIT)
+
+
+@numba.njit(nogil=True)
+def place_of(key: np.uint64) -> np.int64:
+    """The place in a key."""
+    return np.int64(key & np.uint64(0xFFFFFFFF))
+
+
+@numba.njit(nogil=True)
+def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
+    """The n-th largest, from 0, of the first ``count`` different keys; reorders them (Hoare's selection)."""
+    low, last = 0, count - 1
+    while low < last:
+        middle = (low + last) >> 1
+        pivot = keys[middle]
+        keys[middle], keys[last] = keys[last], pivot
+        # Lomuto's partition without a branch, which would go the wrong way half of the time.
+        place = low
+        for i in range(low, last):
+            key = keys[i]
+            keys[i] = keys[place]
+            keys[place] = key
+            place += int(key > pivot)
+        keys[last], keys[place] = keys[place], pivot
+        if n == place:
+            break
+        if n < place:
+            last = place - 1
+        else:
+            low = place + 1
+    return keys[n]
+
+
+@numba.njit(nogil=True)
+def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.uint64:
+    """Cut a list to its ``keep`` largest, their order unchanged; returns the smallest of them."""
+    spare[:count] = keys[:count]
+    least = nth_largest(spare, count, keep - 1)
+    kept = 0
+    for i in range(count):
+        key = keys[i]
+        keys[kept] = key
+        kept += int(key >= least)
+    return least
+
+
+@numba.njit(nogil=True)
+def write_all(first: int, stop: int, out: np.ndarray) -> None:
+    """All entries of a run are the result."""
+    end = len(out) - (stop - first)
+    for i in range(stop - first):
+        out[end + i] = first + i
+
+
+@numba.njit(nogil=True)
+def row_of(column: np.ndarray, at: int, shift: int, rows: int) -> int:
+    """The vector of an entry; 0 for one that has none."""
+    # Unsigned: places are never counted from the end, and negative rows are beyond the table as well.
+    row = column[np.uintp(at)] + shift
+    return row if np.uint64(row) < np.uint64(rows) else 0
+
+
+@numba.njit(nogil=True)
+def fetch(base: int, offset: int, row_bytes: int) -> None:
+    """Have a vector brought. Its first lines are asked for without a loop, whose count would take as long."""
+    address = np.uintp(base + offset)
+    prefetch(address)
+    if row_bytes > CACHE_LINE:
+        prefetch(address + np.uintp(CACHE_LINE))
+        for line in range(2 * CACHE_LINE, row_bytes, CACHE_LINE):
+            prefetch(address + np.uintp(line))
+
+
+@numba.njit(nogil=True)
+def seek(
+    latest: int,
+    low: int,
+    column: np.ndarray,
+    shift: int,
+    rows: int,
+    base: int,
+    row_bytes: int,
+    offsets: np.ndarray,
+    slot: int,
+) -> None:
+    """Where the vectors of a group lie, from entry ``latest`` backwards, the first one's for those before it."""
+    for i in range(GROUP):
+        offsets[slot, i] = row_of(column, max(latest - i, low), shift, rows) * row_bytes
+    for i in range(GROUP):
+        fetch(base, offsets[slot, i], row_bytes)
+
+
+def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.float32 | np.int32) -> Callable:
+    """The search for the largest dot products, for one type of vectors.
+
+    Args:
+        dots: ``(address of the vectors, address of offsets, address of the query, blocks, address of the scores)``.
+        key_of: ``(score, place) -> key``.
+        score_of: the score in a key.
+        lowest: below every score.
+
+    Returns:
+        ``top(begin, end, first, stop, parts, column, shift, vectors, query, column_2, shift_2, vectors_2, query_2, out,
+        lengths)``, compiled. With 2 parts a score is the sum of two dot products; with 1 the arguments of the second
+        are not used.
+    """
+    score_type = type(lowest)
+
+    @numba.njit(nogil=True)
+    def top(
+        begin: int,
+        end: int,
+        first: np.ndarray,
+        stop: np.ndarray,
+        parts: int,
+        column: np.ndarray,
+        shift: int,
+        vectors: np.ndarray,
+        query: np.ndarray,
+        column_2: np.ndarray,
+        shift_2: int,
+        vectors_2: np.ndarray,
+        query_2: np.ndarray,
+        out: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        rows, width = vectors.shape
+        base, row_bytes, blocks = vectors.ctypes.data, width * vectors.itemsize, width // LANES
+        rows_2, width_2 = vectors_2.shape
+        base_2, row_bytes_2, blocks_2 = vectors_2.ctypes.data, width_2 * vectors_2.itemsize, width_2 // LANES
+        both, length = parts == 2, out.shape[1]
+        keys = np.empty(4 * length + 64, np.uint64)
+        spare = np.empty_like(keys)
+        offsets, offsets_2 = np.empty((AHEAD, GROUP), np.int64), np.empty((AHEAD, GROUP), np.int64)
+        scores, scores_2 = np.empty(GROUP, score_type), np.empty(GROUP, score_type)
+        # Addresses, as views of arrays are counted each time.
+        group_bytes = GROUP * offsets.itemsize
+        at_offsets, at_offsets_2 = offsets.ctypes.data, offsets_2.ctypes.data
+        at_scores, at_scores_2 = scores.ctypes.data, scores_2.ctypes.data
+        for row in range(begin, end):
+            low, high = first[row], stop[row]
+            lengths[row] = min(high - low, length)
+            if high - low <= length:
+                write_all(low, high, out[row])
+                continue
+            address, address_2 = query[row].ctypes.data, query_2[row].ctypes.data
+            count, floor, slot = 0, lowest, 0
+            for latest in range(high - 1, low - 1 - AHEAD * GROUP, -GROUP):
+                # The loop runs ahead of itself: a group that was asked for is scored, and another one takes its place.
+                here = latest + AHEAD * GROUP
+                if here < high:
+                    dots(base, at_offsets + slot * group_bytes, address, blocks, at_scores)
+                    if both:
+                        dots(base_2, at_offsets_2 + slot * group_bytes, address_2, blocks_2, at_scores_2)
+                        for i in range(GROUP):
+                            scores[i] += scores_2[i]
+                    # Not where it equals the worst of those that stay: they are all later.
+                    found = above(at_scores, floor)
+                    while found:
+                        i = lowest_bit(found)
+                        found &= found - 1
+                        if scores[i] > floor and here - i >= low:
+                            keys[count] = key_of(scores[i], here - i - low)
+                            count += 1
+                            if count == len(keys):
+                                floor = score_of(keep_best(keys, spare, count, length))
+                                count = length
+                if latest >= low:
+                    seek(latest, low, column, shift, rows, base, row_bytes, offsets, slot)
+                    if both:
+                        seek(latest, low, column_2, shift_2, rows_2, base_2, row_bytes_2, offsets_2, slot)
+                slot = (slot + 1) % AHEAD
+            if count > length:
+                keep_best(keys, spare, count, length)
+            for i in range(length):
+                out[row, length - 1 - i] = low + place_of(keys[i])
+
+    return top
+
+
+top_half = make_top(dots_half, key_of_float, float_of_key, np.float32(-np.inf))
+"""Of float16 vectors as uint16, for queries in float32."""
+
+top_byte = make_top(dots_byte, key_of_int, int_of_key, np.int32(-(1 << 31)))
+"""Of int8 vectors and queries."""
+
+
+@numba.njit(nogil=True)
+def same_author(
+    begin: int,
+    end: int,
+    first: np.ndarray,
+    stop: np.ndarray,
+    author_id: np.ndarray,
+    candidate_author: np.ndarray,
+    out: np.ndarray,
+    lengths: np.ndarray,
+) -> None:
+    """The latest entries of the candidate's author."""
+    length = out.shape[1]
+    for row in range(begin, end):
+        free = length
+        for at in range(stop[row] - 1, first[row] - 1, -1):
+            if author_id[at] == candidate_author[row]:
+                free -= 1
+                out[row, free] = at
+                if free == 0:
+                    break
+        lengths[row] = length - free
+
+
+@numba.njit(nogil=True)
+def latest_of_all(
+    begin: int,
+    end: int,
+    first: np.ndarray,
+    stop: np.ndarray,
+    ordinal: np.ndarray,
+    bits: np.ndarray,
+    require: int,
+    out: np.ndarray,
+    lengths: np.ndarray,
+) -> None:
+    """The latest entries, by ``ordinal``, of several runs of each user that have one of the bits; all with 0."""
+    length = out.shape[1]
+    ends = np.empty(first.shape[1], np.int64)
+    for row in range(begin, end):
+        ends[:] = stop[row]
+        free = length
+        while free:
+            latest, place = -1, -1
+            for run in range(len(ends)):
+                if ends[run] > first[row, run] and ordinal[ends[run] - 1] > place:
+                    latest, place = run, ordinal[ends[run] - 1]
+            if latest < 0:
+                break
+            ends[latest] -= 1
+            if require == 0 or bits[ends[latest]] & require:
+                free -= 1
+                out[row, free] = ends[latest]
+        lengths[row] = length - free

@@ -1,0 +1,1 @@
+"""Staytime bases, losses, networks, backbones."""

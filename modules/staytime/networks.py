@@ -1,0 +1,287 @@
+"""Networks for the seconds that a user stays in the comment area of a video, with and without LCU's second stage.
+
+A base is a backbone over the embeddings of fields. LCU puts further tokens beside the fields: the text of the video and
+its comments, mixed with them by self-attention, and two heads that rank the comments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modules.staytime.backbones import BackboneKind, build_backbone
+
+
+@dataclass(frozen=True)
+class StaytimeInputs:
+    """A batch.
+
+    Attributes:
+        fields: ``[batch, fields]`` int64, rows of the packed table: every field has a range of its own.
+        dense: ``[batch, n_dense]`` float32.
+        item_text: ``[batch, width]`` float32, embedding of the video's text; zeros where there is none.
+        comment: ``[batch, comments]`` int64, rows of the table of comments; row 0 is the unknown one.
+        comment_text: ``[batch, comments, width]`` float32, embeddings of their texts; zeros where there is none.
+        present: ``[batch, comments]`` bool, False for padding.
+    """
+
+    fields: Tensor
+    dense: Tensor
+    item_text: Tensor
+    comment: Tensor
+    comment_text: Tensor
+    present: Tensor
+
+
+@dataclass(frozen=True)
+class StaytimeOutput:
+    """What a network says of a batch.
+
+    Attributes:
+        logits: ``[batch, outputs]``, for the base loss.
+        popular: ``[batch, comments]``, scores by which comments are popular with all users; None without LCU.
+        touched: ``[batch, comments]``, logits of this user touching each comment; None without LCU.
+    """
+
+    logits: Tensor
+    popular: Tensor | None = None
+    touched: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """Which backbone, and its sizes: the arguments of :func:`modules.staytime.backbones.build_backbone`."""
+
+    kind: BackboneKind
+    widths: Sequence[int]
+    depth: int
+    heads: int
+    dropout: float
+
+
+class StaytimeNetwork(nn.Module):
+    """Fields, optionally LCU, then a backbone and a linear layer for the base's logits.
+
+    Args:
+        rows: of the packed table.
+        fields: number of fields.
+        n_dense: number of dense features, which together are one more token if there are any.
+        dim: of an embedding.
+        backbone: feature interaction.
+        start: ``[outputs]``, first logits: the last layer begins with these biases and no weights.
+        lcu: the comments' part; None for the base alone.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        fields: int,
+        n_dense: int,
+        dim: int,
+        backbone: BackboneShape,
+        start: Tensor,
+        lcu: CommentUnderstanding | ReleasedCommentUnderstanding | None = None,
+    ) -> None:
+        super().__init__()
+        self.table = _table(rows, dim)
+        self.dense = nn.Linear(n_dense, dim) if n_dense else None
+        self.lcu = lcu
+        tokens = fields + (n_dense > 0) + (lcu.tokens if lcu is not None else 0)
+        self.backbone = build_backbone(
+            backbone.kind,
+            tokens,
+            dim,
+            widths=backbone.widths,
+            depth=backbone.depth,
+            heads=backbone.heads,
+            dropout=backbone.dropout,
+        )
+        self.logits = nn.Linear(self.backbone.out_features, len(start))
+        nn.init.zeros_(self.logits.weight)
+        with torch.no_grad():
+            self.logits.bias.copy_(start)
+
+    def forward(self, inputs: StaytimeInputs) -> StaytimeOutput:
+        """Logits, and the comments' scores where there is LCU."""
+        tokens = self.table(inputs.fields)
+        if self.dense is not None:
+            tokens = torch.cat([tokens, self.dense(inputs.dense)[:, None]], 1)
+        if self.lcu is None:
+            return StaytimeOutput(self.logits(self.backbone(tokens)))
+        tokens, popular, touched = self.lcu(tokens, inputs)
+        return StaytimeOutput(self.logits(self.backbone(tokens)), popular, touched)
+
+
+class CommentUnderstanding(nn.Module):
+    """LCU's second stage: texts and comments as tokens, self-attention with the fields, and two heads.
+
+    The backbone gets the fields, the video's text and the mean of the comments after attention; a head scores every
+    comment by itself, from its token and the mean of the fields. So nothing depends on the comments' order or number.
+
+    Args:
+        dim: of a token.
+        item_width: width of the video's embedding; 0 for none.
+        comment_width: width of a comment's embedding; 0 for none.
+        comment_rows: of the table of comment ids, row 0 included; 0 for none.
+        heads: of attention.
+        hidden: width of the heads that rank.
+        dropout: in attention and heads.
+
+    Attributes:
+        tokens: how many it adds to those of the fields.
+
+    Raises:
+        ValueError: nothing tells one comment from another, or the heads do not divide the dimension.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        item_width: int,
+        comment_width: int,
+        comment_rows: int,
+        heads: int,
+        hidden: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not (comment_width or comment_rows):
+            raise ValueError("comments need an embedding of their text or of their id")
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide a dimension of {dim}")
+        self.item_text = TextToken(item_width, dim) if item_width else None
+        self.comment_text = TextToken(comment_width, dim) if comment_width else None
+        self.comment_id = _table(comment_rows, dim) if comment_rows else None
+        self.norm = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.popular = _scorer(2 * dim, hidden, dropout)
+        self.touched = _scorer(2 * dim, hidden, dropout)
+        self.tokens = 1 + (item_width > 0)
+
+    def forward(self, fields: Tensor, inputs: StaytimeInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix the tokens and score the comments.
+
+        Args:
+            fields: ``[batch, fields, dim]``.
+            inputs: the batch.
+
+        Returns:
+            Tokens ``[batch, fields + tokens, dim]`` for the backbone, scores by popularity and logits of being touched,
+            both ``[batch, comments]``.
+        """
+        comments = inputs.present.new_zeros((), dtype=fields.dtype)
+        if self.comment_text is not None:
+            comments = comments + self.comment_text(inputs.comment_text)
+        if self.comment_id is not None:
+            comments = comments + self.comment_id(inputs.comment)
+        video = [self.item_text(inputs.item_text)[:, None]] if self.item_text is not None else []
+        tokens = torch.cat([fields, *video, comments], 1)
+        count = inputs.present.shape[1]
+        absent = functional.pad(~inputs.present, (tokens.shape[1] - count, 0), value=False)
+        normal = self.norm(tokens)
+        tokens = tokens + self.attention(normal, normal, normal, key_padding_mask=absent, need_weights=False)[0]
+        features, comments = tokens.split([tokens.shape[1] - count, count], 1)
+        comments = comments * inputs.present[..., None]
+        mean = comments.sum(1, keepdim=True) / inputs.present.sum(1).clamp(min=1)[:, None, None]
+        context = features[:, : fields.shape[1]].mean(1, keepdim=True).expand_as(comments)
+        scored = torch.cat([comments, context], 2)
+        return torch.cat([features, mean], 1), self.popular(scored)[..., 0], self.touched(scored)[..., 0]
+
+
+class ReleasedCommentUnderstanding(nn.Module):
+    """The same place in the network as LCU's released code fills it.
+
+    A text embedding goes through one linear layer; attention has neither residual nor norm nor mask; all tokens, each
+    comment in its place, go on to the backbone and, side by side, to the heads; comment ids are not used.
+
+    Args:
+        fields: number of tokens before LCU's.
+        dim: of a token.
+        item_width: width of the video's embedding.
+        comment_width: width of a comment's embedding.
+        comments: number of comments.
+        heads: of attention.
+        hidden: width of the heads' two hidden layers.
+        dropout: of attention.
+
+    Attributes:
+        tokens: how many it adds to those of the fields.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        dim: int,
+        *,
+        item_width: int,
+        comment_width: int,
+        comments: int,
+        heads: int,
+        hidden: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.item_text, self.comment_text = nn.Linear(item_width, dim), nn.Linear(comment_width, dim)
+        self.attention = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.tokens = 1 + comments
+        width = (fields + self.tokens) * dim
+        self.popular, self.touched = (
+            nn.Sequential(
+                nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, comments)
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, fields: Tensor, inputs: StaytimeInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`CommentUnderstanding.forward`, with all comments among the tokens for the backbone."""
+        video = self.item_text(inputs.item_text)[:, None]
+        tokens = torch.cat([fields, video, self.comment_text(inputs.comment_text)], 1)
+        tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return tokens, self.popular(tokens.flatten(1)), self.touched(tokens.flatten(1))
+
+
+class SeparateOpening(nn.Module):
+    """Two networks that share nothing, as in LCU's released code: one for the odds of seconds, one for the opening.
+
+    The scores of comments come from the first, so their losses never reach the second.
+    """
+
+    def __init__(self, staytime: nn.Module, opening: nn.Module) -> None:
+        super().__init__()
+        self.staytime, self.opening = staytime, opening
+
+    def forward(self, inputs: StaytimeInputs) -> StaytimeOutput:
+        """The two logits of weighted logistic regression, side by side."""
+        said: StaytimeOutput = self.staytime(inputs)
+        opening: StaytimeOutput = self.opening(inputs)
+        return StaytimeOutput(torch.cat([said.logits, opening.logits], 1), said.popular, said.touched)
+
+
+class TextToken(nn.Module):
+    """A text embedding as a token: normalised, for language models have single huge dimensions, then an MLP."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` -> ``[..., dim]``."""
+        token: Tensor = self.layers(x)
+        return token
+
+
+def _table(rows: int, dim: int) -> nn.Embedding:
+    table = nn.Embedding(rows, dim)
+    nn.init.normal_(table.weight, std=0.05)
+    return table
+
+
+def _scorer(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))

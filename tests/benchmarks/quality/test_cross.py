@@ -1,0 +1,107 @@
+"""The benchmark of Cross: its variants are jobs, its differences are paired by seed, a run is done once."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import cross
+from benchmarks.quality.cross_report import (
+    FULL,
+    GROUPS,
+    NO_VIDEOS,
+    WITHOUT_CROSS,
+    Figures,
+    Measured,
+    draw,
+    summarise,
+    tables,
+    with_interval,
+)
+from trainer.data.simulator.cross.write_dataset import simulate_cross
+from trainer.runtime.distributed import World
+
+SEARCHES = {"short", "long", "author", "live_long", "mixed"}
+
+
+def test_a_variant_changes_one_thing(tmp_path: Path) -> None:
+    jobs = {variant: cross.job_of(variant, tmp_path, 7) for variant in cross.VARIANTS}
+    full = jobs[FULL]
+    assert set(full.features.history) == SEARCHES and full.model.kind == "ple" and full.alignment.anchor == "mixed"
+    assert {job.run.seed for job in jobs.values()} == {7}
+    for name in SEARCHES:
+        assert set(jobs[f"no {name}"].features.history) == SEARCHES - {name}
+        assert jobs[f"no {name}"].alignment.anchor == ("" if name == "mixed" else "mixed")
+    assert jobs["CGC"].model.kind == "cgc" and jobs["CGC"].features == full.features
+    assert jobs[WITHOUT_CROSS].model.kind == "cgc" and not jobs[WITHOUT_CROSS].features.history
+    assert jobs["no alignment"].features == full.features and not jobs["no alignment"].alignment.anchor
+    assert {history.domain for history in jobs[NO_VIDEOS].features.history.values()} == {"live"}
+    for job in jobs.values():
+        assert (job.optimizer, job.train, job.data) == (full.optimizer, full.train, full.data)
+
+
+def figures(auc: float | None) -> Figures:
+    of_click = {"auc": auc, "gauc": auc, "best_auc": 0.9, "best_gauc": 0.8, "positives": 5, "rows": 50}
+    return {group: {"click": of_click} for group in ("all", *GROUPS)}
+
+
+def test_differences_are_of_the_same_seed(tmp_path: Path) -> None:
+    full = {1: 0.70, 2: 0.74, 3: 0.72}
+    lost = {1: 0.01, 2: 0.02, 3: 0.03}
+    runs = [Measured(FULL, seed, 1.0, figures(auc)) for seed, auc in full.items()]
+    runs += [Measured("CGC", seed, 1.0, figures(full[seed] - lost[seed])) for seed in (3, 1, 2)]
+    # A seed whose full model is not done is left out, and so is what is undefined.
+    runs += [Measured("CGC", 4, 1.0, figures(0.1)), Measured(NO_VIDEOS, 1, 1.0, figures(None))]
+    result = summarise(runs, [FULL, "CGC", NO_VIDEOS])
+    click = result["table_2"]["click"]
+    assert click["best_auc"] == pytest.approx(90) and click[FULL]["auc"]["mean"] == pytest.approx(72)
+    found = click["difference"]["CGC"]["auc"]
+    assert (found["mean"], found["seeds"]) == (pytest.approx(-2), 3)
+    # Student's t with two degrees of freedom, standard deviation 1.
+    assert found["half_width_95"] == pytest.approx(4.302653 / np.sqrt(3), rel=1e-5)
+    assert result["table_4"]["click"]["low"] == {"mean": None, "half_width_95": None, "seeds": 0}
+    text = tables(result)
+    assert "-2.00 ±2.48" in text and "72.00" in text and "best possible" in text
+    draw(result, tmp_path / "picture.svg")
+    panels = (tmp_path / "picture.svg").read_text().count('id="axes_')
+    assert panels == 2, "one of variants and one of groups of users, for the one behaviour"
+
+
+def test_interval_of_one_seed_is_none() -> None:
+    assert with_interval([2.0]) == {"mean": 2.0, "half_width_95": None, "seeds": 1}
+
+
+def test_a_run_is_done_once_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[tuple[str, int]] = []
+
+    def fake(config: object, variant: str, world: World) -> Measured:
+        seed = config.run.seed  # type: ignore[attr-defined]
+        done.append((variant, seed))
+        return Measured(variant, seed, 1.0, figures(0.7))
+
+    monkeypatch.setattr(cross, "run", fake)
+    monkeypatch.setattr(cross, "VARIANTS", {FULL: {}, "CGC": {"model.kind": "cgc"}})
+    options = argparse.Namespace(home=tmp_path, seeds=[1, 2], minutes=0.0)
+    cross.do_missing(options, tmp_path / "world")
+    assert done == [], "there was no time for any"
+    options.minutes = 9.0
+    (tmp_path / "results").mkdir()
+    cross.write_json(cross.result_file(tmp_path, FULL, 1), vars(Measured(FULL, 1, 1.0, figures(0.7))))
+    cross.do_missing(options, tmp_path / "world")
+    assert done == [("CGC", 1), (FULL, 2), ("CGC", 2)]
+    cross.do_missing(options, tmp_path / "world")
+    assert len(done) == 3
+
+
+@pytest.mark.slow
+def test_a_small_run(tmp_path: Path) -> None:
+    simulate_cross(tmp_path / "world", users=8, days=60, partitions=2, seed=3)
+    with World.join("cpu") as world:
+        measured = cross.run(cross.job_of(NO_VIDEOS, tmp_path / "world", 1), NO_VIDEOS, world)
+    rows = [measured.groups[group]["click"]["rows"] for group in ("all", *GROUPS)]
+    assert rows[0] == sum(rows[1:]) > 100
+    click = measured.groups["all"]["click"]
+    assert click["auc"] is not None and click["best_auc"] is not None and 0.4 < click["auc"] < click["best_auc"] < 1

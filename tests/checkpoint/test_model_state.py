@@ -1,0 +1,93 @@
+"""The state of a model in blocks on disk, and what differs between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+from trainer.checkpoint import model_state as trainer_state
+from trainer.checkpoint.model_state import LISTED, in_blocks, list_differences, read_state, write_state
+from trainer.console.errors import UserError
+from trainer.runtime.distributed import World
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    with World.join("cpu") as alone:
+        yield alone.control
+
+
+def sharded(whole: Tensor) -> DTensor:
+    """A table as TorchRec has it on a single rank."""
+    mesh = init_device_mesh("cpu", (1,))
+    held = LocalShardsWrapper([whole], [(0,) * whole.dim()])
+    return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+@pytest.mark.parametrize("shape", [(37, 8), (37,), (5, 100), (0, 8)])
+def test_shards_are_written_in_blocks(
+    shape: tuple[int, ...], group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_state, "BLOCK_BYTES", 200)
+    values, plain = torch.randn(shape), torch.randn(1000)
+    write_state(in_blocks({"table": sharded(values), "plain": {"x": plain}}, copy=False), tmp_path / "model", group)
+    stored = FileSystemReader(tmp_path / "model").read_metadata().state_dict_metadata
+    table = stored["table"]
+    assert isinstance(table, TensorStorageMetadata)
+    row = shape[1] * 4 if len(shape) > 1 else 4
+    for chunk in table.chunks:
+        assert chunk.sizes.numel() * 4 <= max(200, row)
+    assert sum(chunk.sizes.numel() for chunk in table.chunks) == values.numel()
+    assert len(stored["plain.x"].chunks) == 1
+    into = {"table": sharded(torch.full(shape, torch.nan)), "plain": {"x": torch.zeros(1000)}}
+    read_state(into, tmp_path / "model", group)
+    (shard,) = into["table"].to_local().local_shards()  # type: ignore[attr-defined]
+    assert torch.equal(shard, values) and torch.equal(into["plain"]["x"], plain)  # type: ignore[index]
+
+
+def test_a_copy_does_not_change_with_what_it_was_taken_of(
+    group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_state, "BLOCK_BYTES", 64)
+    values, plain = torch.randn(9, 4), torch.randn(3)
+    before = values.clone(), plain.clone()
+    copied = in_blocks({"table": sharded(values), "plain": plain}, copy=True)
+    values.fill_(123.0), plain.fill_(123.0)
+    write_state(copied, tmp_path / "model", group)
+    into = {"table": sharded(torch.zeros(9, 4)), "plain": torch.zeros(3)}
+    read_state(into, tmp_path / "model", group)
+    assert torch.equal(into["table"].to_local().local_shards()[0], before[0])  # type: ignore[attr-defined]
+    assert torch.equal(into["plain"], before[1])
+
+
+def test_nothing_is_dropped_and_nothing_is_left_as_it_was(group: dist.ProcessGroup, tmp_path: Path) -> None:
+    write_state({"a": torch.ones(3), "b": torch.ones(2, 2)}, tmp_path / "model", group)
+    for state, told in (
+        ({"a": torch.zeros(3)}, "b 2 x 2 only there"),
+        ({"a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(())}, "c (a number) only here"),
+        ({"a": torch.zeros(4), "b": torch.zeros(2, 2)}, "a 3 there, 4 here"),
+    ):
+        with pytest.raises(UserError) as refused:
+            read_state(state, tmp_path / "model", group)
+        assert str(refused.value) == f"{tmp_path / 'model'}: a checkpoint of another model: {told}"
+        assert not any(tensor.any() for tensor in state.values()), "nothing was loaded"
+
+
+def test_many_differences_are_counted() -> None:
+    there = {f"t{i:02d}": (i,) for i in range(LISTED + 3)}
+    assert list_differences(there, there) == ""
+    told = list_differences(there, {})
+    assert told.count("only there") == LISTED and told.endswith("; and 3 more")
+    assert list_differences({"x": (1000, 2)}, {"x": (1000, 3), "y": ()}) == (
+        "y (a number) only here; x 1,000 x 2 there, 1,000 x 3 here"
+    )

@@ -1,0 +1,230 @@
+"""The run directory, and what people see: progress lines, the table, the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint.manifest import DatasetEntry
+from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, make_directory, write_json
+from trainer.config.ranker import JobConfig, ResumeConfig, load_deepspeed, parse_config
+from trainer.console.errors import UserError
+from trainer.console.progress import Progress
+from trainer.ranking.report import PHASES, metrics_table, write_report
+from trainer.runtime.run_lock import locked
+
+CONFIG = parse_config({"data": {"path": "d"}, "run": {"name": "n"}}, "test")
+
+
+DATA = DatasetEntry(path="d", fingerprint="abc")
+
+
+def changed(**sections: dict[str, Any]) -> JobConfig:
+    """``CONFIG`` with other keys."""
+    raw = CONFIG.model_dump(mode="json")
+    for name, keys in sections.items():
+        raw[name] |= keys
+    return parse_config(raw, "test")
+
+
+def test_a_run_reads_back_and_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "one"
+    make_directory(run)
+    begin_run(run, CONFIG, world=2, dataset=DATA)
+    begin_run(run, CONFIG, world=1, dataset=DATA)
+    assert [start["ranks"] for start in json.loads((run / "environment.json").read_text())["starts"]] == [2, 1]
+    loaded = load_run(run)
+    assert loaded == changed(train={"deepspeed": str(run / "deepspeed.json")})
+    assert load_deepspeed(loaded.train.deepspeed) == load_deepspeed(CONFIG.train.deepspeed)
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"train": {"batch_size": 64}}, "train.batch_size = 2048 then, 64 now"),
+        ({"run": {"seed": 7}}, "run.seed = 1 then, 7 now"),
+        ({"model": {"dropout": 0.5}, "train": {"epochs": 3}}, "model.dropout = 0.0 then, 0.5 now; train.epochs"),
+        ({"train": {"weights": {"like": 2.0}}}, "train.weights.like = unset then, 2.0 now"),
+        ({"resume": {"enabled": False}}, "a run is already here"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path, sections: dict[str, Any], told: str) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    with pytest.raises(UserError) as refused:
+        begin_run(tmp_path, changed(**sections), world=1, dataset=DATA)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert load_run(tmp_path).train.batch_size == CONFIG.train.batch_size
+
+
+def test_a_run_goes_on_with_what_changes_no_result(tmp_path: Path) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    zero2 = tmp_path / "zero2.json"
+    settings = load_deepspeed(CONFIG.train.deepspeed) | {"zero_optimization": {"stage": 2}}
+    zero2.write_text(json.dumps(settings))
+    raw = CONFIG.model_dump(mode="json")
+    raw["features"]["item"]["sharding"] = "row_wise"
+    raw["train"] |= {"deepspeed": str(zero2), "log_every": 7, "device": "cpu"}
+    raw["checkpoint"] |= {"every_steps": 3}
+    begin_run(tmp_path, parse_config(raw, "test"), world=2, dataset=DATA)
+    assert load_run(tmp_path).train.log_every == 7
+    zero2.write_text(json.dumps(settings | {"gradient_clipping": 0.5}))
+    with pytest.raises(UserError, match=r"deepspeed gradient_clipping = 1\.0 then, 0\.5 now"):
+        begin_run(tmp_path, parse_config(raw, "test"), world=2, dataset=DATA)
+
+
+def test_another_dataset_must_be_allowed(tmp_path: Path) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    other = DatasetEntry(path="e", fingerprint="abd")
+    with pytest.raises(UserError, match="began with another dataset"):
+        begin_run(tmp_path, CONFIG, world=1, dataset=other)
+    begin_run(tmp_path, changed(resume={"allow_new_data": True}), world=1, dataset=other)
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run here"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_run(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        make_directory(tmp_path / "file" / "run")
+
+
+def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deepspeed = {"deepspeed": str(Path(CONFIG.train.deepspeed).resolve())}
+    config = changed(train=deepspeed)
+    monkeypatch.chdir(tmp_path)
+    fresh = choose_directory(config)
+    assert fresh.parent == Path("runs") and fresh.name.startswith("n-2")
+    for name, job in (
+        ("n-1", config),
+        ("n-2", config),
+        ("n-3", config),
+        ("n-4", changed(run={"seed": 9}, train=deepspeed)),
+    ):
+        make_directory(Path("runs") / name)
+        begin_run(Path("runs") / name, job, world=1, dataset=DATA)
+    (Path("runs") / "n-5").mkdir()
+    assert choose_directory(config) == Path("runs/n-3")
+    write_json(Path("runs/n-3/metrics.json"), {})
+    assert choose_directory(config) == Path("runs/n-2")
+    with_baseline = config.model_copy(update={"train": config.train.model_copy(update={"baselines": ("logistic",)})})
+    assert choose_directory(with_baseline) == Path("runs/n-3"), "its baseline is not finished"
+    started = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, "runs/n-2"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert started.stdout is not None and started.stdout.readline() == "locked\n"
+        assert choose_directory(config) == Path("runs/n-1"), "another process runs in the one before"
+        told = pytest.raises(UserError, match=f"another job is running here .process {started.pid} on ")
+        with told, locked(Path("runs/n-2")):
+            pass
+    finally:
+        started.kill()
+        started.wait()
+    assert choose_directory(config) == Path("runs/n-2"), "a lock does not outlive its owner"
+    assert choose_directory(config.model_copy(update={"resume": ResumeConfig(enabled=False)})).name.startswith("n-2")
+    given = config.model_copy(update={"run": config.run.model_copy(update={"directory": "a/b"})})
+    assert choose_directory(given) == Path("a/b")
+
+
+HOLD_LOCK = """
+import os, sys, time
+from pathlib import Path
+from trainer.runtime.run_lock import locked
+with locked(Path(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        time.sleep(2)  # A forked loader process: it outlives its parent for a while, and must not keep the lock.
+        os._exit(0)
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_progress_elsewhere_than_on_a_terminal_is_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainer.console.progress.time.monotonic", lambda: now[0])
+    with Progress("train", 1000, "rows") as progress:
+        for _ in range(10):
+            now[0] += 2.0
+            progress.advance(50, "loss 0.5")
+    lines = capsys.readouterr().out.splitlines()
+    # A line every five seconds at most, and one at the end.
+    assert lines[0] == "train: 150/1,000 rows (15 %), 25 rows/s, 0:06 so far, ETA 0:34, loss 0.5"
+    assert len(lines) == 4
+    assert lines[-1].startswith("train: 500/1,000 rows (50 %), 25 rows/s, 0:20 so far, ETA 0:20")
+    with Progress("train", 10, "rows", quiet=True) as progress:
+        now[0] += 100
+        progress.advance(10)
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_goes_on_where_an_earlier_process_stopped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainer.console.progress.time.monotonic", lambda: now[0])
+    with Progress("train", 1000, "rows", done=400) as progress:
+        now[0] += 10
+        progress.advance(100)
+    assert capsys.readouterr().out.startswith("train: 500/1,000 rows (50 %), 10 rows/s, 0:10 so far, ETA 0:50\n")
+
+
+METRICS = {"auc": 0.71234, "gauc": None, "uauc": 0.6, "logloss": 0.5, "ne": 0.9, "calibration": 1.01, "positives": 1234}
+
+
+def test_undefined_is_a_dash_and_models_share_a_table() -> None:
+    report = {"click": {**METRICS, "rows": 99}, "like": {**METRICS, "rows": 99}}
+    alone = metrics_table({"ple": report}).splitlines()
+    assert alone[0].split() == ["behaviour", "auc", "gauc", "uauc", "logloss", "ne", "calibration", "positives", "rows"]
+    assert alone[1].split() == ["click", "0.7123", "-", "0.6000", "0.5000", "0.9000", "1.0100", "1,234", "99"]
+    both = metrics_table({"ple": report, "mmoe": {"click": {**METRICS, "best_auc": 0.8}, "like": METRICS}}).splitlines()
+    assert [line.split()[:2] for line in both[1:]] == [
+        ["click", "ple"],
+        ["click", "mmoe"],
+        ["like", "ple"],
+        ["like", "mmoe"],
+    ]
+    assert both[0].split()[-1] == "best_auc"
+    assert len({len(line) for line in both}) == 1
+
+
+def test_the_report_is_one_file_with_its_pictures(tmp_path: Path) -> None:
+    entry = {"loss": 0.5, "rows_per_second": 100.0, "auc": {"click": 0.6}, **dict.fromkeys(PHASES, 1.0)}
+    write_report(
+        tmp_path / "report.html",
+        title="a <run>",
+        config={"data": {"path": "d"}},
+        models={"ple": {"click": {**METRICS, "rows": 99}}},
+        trace=[{"step": step, **entry} for step in (1, 2)],
+        plan=[{"table": "user", "sharding": "row_wise"}],
+        calibration={"click": [(0.1, 0.2, 10), (0.3, 0.25, 10)]},
+    )
+    text = (tmp_path / "report.html").read_text()
+    assert "a &lt;run&gt;" in text
+    assert text.count("data:image/svg+xml;base64,") == 4
+    assert "http" not in text.replace("http-equiv", "")
+    assert "row_wise" in text and "0.7123" in text
+
+
+def test_a_report_without_rows_or_metrics_is_still_one(tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", title="empty", config={}, models={}, trace=[], plan=[], calibration={})
+    assert "no held-out range" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,125 @@
+"""The job file: defaults, overrides, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from tests.paths import ROOT
+from trainer.config.embed import EmbeddingJob
+from trainer.config.finetune import FinetuneConfig
+from trainer.config.ranker import JobConfig, load_config, load_deepspeed, load_job, parse_time, reference
+from trainer.config.staytime import StaytimeConfig
+from trainer.console.errors import UserError
+
+OTHER_JOBS: dict[str, type[BaseModel]] = {
+    "embed.toml": EmbeddingJob,
+    "staytime.toml": StaytimeConfig,
+    "finetune_small.toml": FinetuneConfig,
+    "qwen2_7b_lora.toml": FinetuneConfig,
+}
+"""Shipped job files that are not a ranker's, and what they are."""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "job.toml"
+    file.write_text(text)
+    return file
+
+
+def test_overrides_are_toml_values_and_bare_words_are_strings(tmp_path: Path) -> None:
+    file = write(tmp_path, '[data]\npath = "d"\n')
+    config = load_config(
+        file,
+        ["train.epochs=3", "model.kind=mmoe", "data.frozen=true", "tables.learning_rate=1e-2", "model.tower=[8, 4]"],
+    )
+    assert (config.train.epochs, config.model.kind, config.data.frozen) == (3, "mmoe", True)
+    assert config.tables.learning_rate == 0.01
+    assert config.model.tower == (8, 4)
+
+
+def test_dates_need_no_quotes(tmp_path: Path) -> None:
+    file = write(tmp_path, "[data]\npath = 'd'\neval_from = 2022-05-04\n")
+    config = load_config(file, ["data.eval_until=2022-05-06T12:00:00+08:00"])
+    assert (config.data.eval_from, config.data.eval_until) == ("2022-05-04", "2022-05-06T12:00:00+08:00")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("[data]\npath = 'd'\n[train]\nepoch = 2\n", [], "unknown key train.epoch; did you mean train.epochs?"),
+        ("[data]\npath = 'd'\n[trian]\nepochs = 2\n", [], "unknown key trian; did you mean train?"),
+        ("[data]\npath = 'd'\n", ["model.kinds=ple"], "unknown key model.kinds; did you mean model.kind?"),
+        ("[data]\npath = 'd'\n", ["model.kind=plee"], "model.kind = 'plee': input should be 'ple', 'cgc'"),
+        ("[data]\npath = 'd'\n", ["train.epochs=0"], "train.epochs = 0: input should be greater than or equal to 1"),
+        ("[data]\npath = 'd'\n", ["train.epochs=many"], "train.epochs = 'many': input should be a valid integer"),
+        ("[data]\npath = 'd'\n", ["tables.learning_rate=-1"], "tables.learning_rate = -1: input should be greater"),
+        ("[data]\npath = 'd'\n", ["epochs"], "override 'epochs': write section.key=value"),
+        ("[data]\npath = 'd'\n", ["data.path.x=1"], "data.path is a value, not a section"),
+        ("[train]\nepochs = 2\n", [], "data is missing"),
+        ("[data]\n", [], "data.path is missing"),
+        ("[data\n", [], "not valid TOML"),
+    ],
+)
+def test_mistakes_are_one_line_with_file_key_and_value(
+    tmp_path: Path, text: str, overrides: list[str], expected: str
+) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+    if not expected.startswith("override") and "not a section" not in expected:
+        assert str(file) in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml: no such job file"):
+        load_config(tmp_path / "nowhere.toml")
+
+
+def test_the_config_is_frozen(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "[data]\npath = 'd'\n"))
+    with pytest.raises(Exception, match="frozen"):
+        config.train.epochs = 2  # type: ignore[misc]
+
+
+def test_a_resolved_config_reads_back(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, "[data]\npath = 'd'\n"), ["model.expert_layers=[[8,4]]", "score.exponents.gift=2"]
+    )
+    assert JobConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_job_is_valid(file: Path) -> None:
+    config = load_job(OTHER_JOBS.get(file.name, JobConfig), file)
+    if isinstance(config, JobConfig | FinetuneConfig):
+        load_deepspeed(str(ROOT / config.train.deepspeed))
+
+
+def test_times_are_taken_in_the_datasets_time_zone() -> None:
+    assert parse_time("2022-05-04", "Asia/Shanghai", "data.eval_from") == 1_651_593_600_000
+    assert parse_time("2022-05-04T00:00+00:00", "Asia/Shanghai", "data.eval_from") == 1_651_622_400_000
+    with pytest.raises(UserError, match=r"data\.eval_from = 'noon': not a time"):
+        parse_time("noon", "UTC", "data.eval_from")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("[1]", "is a list"), ("{", "not valid JSON")])
+def test_deepspeed_settings_must_be_an_object(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        load_deepspeed(str(file))
+    with pytest.raises(UserError, match="no such file"):
+        load_deepspeed(str(tmp_path / "none.json"))
+
+
+def test_the_readme_has_the_current_reference() -> None:
+    readme = (ROOT / "README.md").read_text()
+    _, _, rest = readme.partition("<!-- config reference: python -m trainer.config.ranker -->\n")
+    printed, _, _ = rest.partition("\n<!-- end of config reference -->")
+    assert printed.strip() == reference().strip()

@@ -1,0 +1,91 @@
+"""``limelight data``: every command has help with an example, runs, and answers a mistake in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli.main import main
+from trainer.data.format.schema import DatasetSpec
+
+MAPPING = """
+layout = "exposures"
+[columns]
+user_id = "u"
+author_id = "a"
+item_id = "i"
+time = "t"
+[domain]
+constant = "live"
+[behaviours]
+like = {column = "l"}
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["simulate"],
+        ["import", "kuairand"],
+        ["import", "kuailive"],
+        ["import", "kuailive-m3"],
+        ["import", "events"],
+        ["describe"],
+    ],
+    ids=" ".join,
+)
+def test_help_has_an_example_that_parses(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.cli.main import build_parser
+
+    with pytest.raises(SystemExit) as end:
+        main(["data", *command, "--help"])
+    assert end.value.code == 0
+    example = capsys.readouterr().out.split("example:\n")[1].strip()
+    assert example.startswith(f"limelight data {' '.join(command)} ")
+    assert callable(build_parser().parse_args(example.split()[1:]).run)
+
+
+def test_import_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "map.toml").write_text(MAPPING)
+    (tmp_path / "log.csv").write_text("u,a,i,t,l\n1,2,3,1650000000000,1\n2,2,3,1650000000001,0\n")
+    arguments = ["data", "import", "events", str(tmp_path / "log.csv"), str(tmp_path / "out")]
+    arguments += ["--mapping", str(tmp_path / "map.toml"), "--partitions", "3"]
+    assert main(arguments) == 0
+    spec = DatasetSpec.load(tmp_path / "out")
+    assert (spec.rows, spec.partitions) == (2, 3)
+    assert "2 training rows of 2 users in 3 partitions" in capsys.readouterr().out
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error == f"limelight: error: {tmp_path / 'out'}: exists already; choose another directory or remove it\n"
+
+
+def test_simulate(tmp_path: Path) -> None:
+    arguments = ["--users", "60", "--days", "1", "--partitions", "2", "--seed", "3"]
+    assert main(["data", "simulate", str(tmp_path / "world"), *arguments]) == 0
+    spec = DatasetSpec.load(tmp_path / "world")
+    assert spec.partitions == 2 and 0 < spec.rows <= spec.exposures
+
+
+def test_simulate_cross(tmp_path: Path) -> None:
+    arguments = ["--world", "cross", "--users", "5", "--days", "2", "--partitions", "2"]
+    assert main(["data", "simulate", str(tmp_path / "world"), *arguments]) == 0
+    spec = DatasetSpec.load(tmp_path / "world")
+    assert (spec.name, spec.tag, spec.ids["item"].count) == ("simulated-cross", "item_niche", 144 * (2 + 5 + 5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "kuairand", "{}/none", "{}/out"], "no such folder"),
+        (["import", "events", "{}", "{}/out", "--mapping", "{}/none.toml"], "none.toml: no such mapping file"),
+        (["simulate", "{}/out", "--users", "0"], "users is 0"),
+        (["simulate", "{}/out", "--world", "cross", "--days", "0"], "days is 0"),
+        (["simulate", "{}/out", "--world", "cross", "--texts"], "the world `cross` has no texts"),
+        (["describe", "{}/none"], "no dataset here"),
+    ],
+)
+def test_mistakes(tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("limelight: error: ") and printed.err.count("\n") == 1 and message in printed.err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,59 @@
+"""Choosing among options: by the model's probabilities, by frequency and by popularity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+
+from tests.llm.tiny import samples
+from trainer.console.errors import UserError
+from trainer.llm.finetuning.option_evaluation import Options, baseline_scores, report_of, report_table
+from trainer.llm.finetuning.samples import Sample
+from trainer.llm.models.base_model import Base
+
+
+def made(answer: str, options: str, popularity: tuple[float, ...] = (), task: str = "t") -> Sample:
+    return Sample("p", answer, task, tuple(options), popularity)
+
+
+def test_baselines_choose_by_hand() -> None:
+    given = [made("a", "ab", (1, 2)), made("b", "ab", (1, 2)), made("b", "ab", (3, 3)), made("c", "cd", task="u")]
+    majority, popularity = baseline_scores(given, {"t": {"a": 9, "b": 4}})
+    report = report_of(given, {"majority": majority, "popularity": popularity})
+    # Majority: a, a, a; popularity: b, b, and a tie that is half right.
+    assert report["t"]["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert report["t"]["popularity"] == {"accuracy": pytest.approx(0.5)}
+    share = 10 / 15
+    assert report["t"]["majority"]["log_loss"] == pytest.approx(-(np.log(share) + 2 * np.log(1 - share)) / 3)
+    # Nothing is known of the other task: all options are as good, and nothing says which is popular.
+    assert report["u"]["majority"]["accuracy"] == 0.5
+    assert report["u"]["popularity"] is None
+    assert "0.3333" in report_table(report)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    given = [made(str(generator.choice(list("abc"))), "abc") for _ in range(200)]
+    scores = [generator.normal(size=3) for _ in given]
+    report = report_of(given, {"model": scores})["t"]["model"]
+    probabilities = torch.tensor(np.array(scores)).softmax(-1).numpy()
+    answers = ["abc".index(sample.answer) for sample in given]
+    assert report["accuracy"] == np.mean(probabilities.argmax(1) == answers)
+    assert report["log_loss"] == pytest.approx(log_loss(answers, probabilities, labels=[0, 1, 2]))
+    right = np.eye(3)[answers]
+    assert report["auc"] == pytest.approx(roc_auc_score(right.ravel(), probabilities.ravel()))
+
+
+def test_options_become_samples_and_their_values_go_back(base: Base) -> None:
+    given = [made("a", "abc"), made("d", "de"), made("f", "f")]
+    options = Options.of(given, base.tokenizer, 64)
+    assert options.tokens.counts.samples == 6
+    split = options.split(np.arange(6.0))
+    assert [values.tolist() for values in split] == [[0, 1, 2], [3, 4], [5]]
+    with pytest.raises(UserError, match=r"sample 2 .task 'u'. has no options"):
+        Options.of([samples(1)[0], Sample("p", "a", "u")], base.tokenizer, 64)
+    with pytest.raises(UserError, match="1 options leave no room"):
+        Options.of([Sample("p", "a", "t", ("a", "river " * 30))], base.tokenizer, 8)

@@ -1,0 +1,122 @@
+"""Short lists against plain NumPy; with one that is long enough the search is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modules.search import search
+from modules.search.search import Found, SearchPart, SearchVectors
+from modules.search.shortlists import Clusters, HashCodes
+
+N, RUNS = 3000, 4
+
+
+def make(seed: int, groups: int = 12) -> tuple[np.ndarray, np.ndarray, SearchPart]:
+    """Histories of items in groups that are alike, and a candidate of each."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((groups, 32))
+    values = (centres[rng.integers(0, groups, 800)] + 0.4 * rng.standard_normal((800, 32))).astype(np.float16)
+    values[0] = 0
+    vectors = SearchVectors(values, shift=1)
+    first = np.arange(RUNS) * (N // RUNS)
+    part = SearchPart(rng.integers(-1, 799, N), rng.integers(0, 799, RUNS), vectors)
+    return first, first + N // RUNS, part
+
+
+def rows(found: Found) -> list[list[int]]:
+    return [each.tolist() for each in np.split(found.at, np.cumsum(found.lengths)[:-1])]
+
+
+@pytest.mark.parametrize(("bits", "oversample"), [(64, 1), (192, 3)])
+def test_codes_are_the_sides_of_planes_and_the_nearest_win(bits, oversample):
+    first, stop, part = make(0)
+    codes = HashCodes.of(part.vectors, bits, seed=3, oversample=oversample)
+    assert codes.codes.shape == (800, bits // 64)
+    planes = np.unpackbits(codes.codes.view(np.uint8), axis=1)
+    expected = []
+    for row in range(RUNS):
+        items = part.vectors.rows(part.column[first[row] : stop[row]])
+        apart = (planes[items] != planes[part.vectors.rows(part.candidate)[row]]).sum(axis=1)
+        nearest = np.lexsort((-np.arange(len(items)), apart))[: 20 * oversample]
+        expected.append(sorted((first[row] + nearest).tolist()))
+    assert rows(codes.shortlist(first, stop, 20, part)) == expected
+    found = search.top(first, stop, 20, part, shortlist=codes)
+    exact = search.top(first, stop, 20, part)
+    assert all(set(mine) <= set(listed) for mine, listed in zip(rows(found), expected, strict=True))
+    recall = len(np.intersect1d(found.at, exact.at)) / len(exact.at)
+    assert recall > 0.2
+
+
+@pytest.mark.parametrize("size", [1, 20, 10_000])
+def test_every_entry_is_in_one_cluster_with_its_mean(size):
+    first, stop, part = make(1)
+    clusters = Clusters.of(first, stop, part.column, part.vectors, size)
+    np.testing.assert_array_equal(np.sort(clusters.members), np.arange(N))
+    lengths = np.diff(clusters.member)
+    assert lengths.min() > 0 and lengths.max() <= size
+    values = part.vectors.values[part.vectors.rows(part.column)].astype(np.float32)
+    for run in range(RUNS):
+        for each in range(clusters.cluster[run], clusters.cluster[run + 1]):
+            mine = clusters.members[clusters.member[each] : clusters.member[each + 1]]
+            assert (np.diff(mine) > 0).all() and first[run] <= mine[0] and mine[-1] < stop[run]
+            np.testing.assert_allclose(clusters.means[each], values[mine].mean(axis=0), atol=2e-3)
+
+
+def test_the_best_clusters_are_listed_with_what_came_since():
+    first, stop, part = make(2)
+    until = stop - 100
+    clusters = Clusters.of(first, until, part.column, part.vectors, 15, oversample=2)
+    listed = rows(clusters.shortlist(first, stop, 30, part))
+    query = part.vectors.values[part.vectors.rows(part.candidate)].astype(np.float32)
+    for run in range(RUNS):
+        mine = range(clusters.cluster[run], clusters.cluster[run + 1])
+        order = np.argsort(-(clusters.means[mine.start : mine.stop].astype(np.float32) @ query[run]))
+        expected: list[int] = []
+        for each in mine.start + order:
+            if len(expected) >= 60:
+                break
+            expected += clusters.members[clusters.member[each] : clusters.member[each + 1]].tolist()
+        assert listed[run] == [*sorted(expected), *range(until[run], stop[run])]
+    exact, found = search.top(first, stop, 30, part), search.top(first, stop, 30, part, shortlist=clusters)
+    assert len(np.intersect1d(found.at, exact.at)) / len(exact.at) > 0.6
+
+
+def test_long_enough_lists_are_exact():
+    first, stop, part = make(3)
+    exact = search.top(first, stop, 25, part)
+    for shortlist in (
+        HashCodes.of(part.vectors, 64, seed=0, oversample=N),
+        Clusters.of(first, stop, part.column, part.vectors, 20, oversample=N),
+    ):
+        found = search.top(first, stop, 25, part, shortlist=shortlist)
+        assert (found.at.tolist(), found.lengths.tolist()) == (exact.at.tolist(), exact.lengths.tolist())
+
+
+def test_clusters_made_of_the_future_are_not_used():
+    """A run that is read as of a time before it was clustered is searched exactly, whatever its clusters hold."""
+    first, stop, part = make(4)
+    clusters = Clusters.of(first, stop, part.column, part.vectors, 20, oversample=1)
+    before = stop - np.array([1, 50, 400, 0])
+    found, exact = (search.top(first, before, 25, part, shortlist=each) for each in (clusters, None))
+    assert rows(found)[:3] == rows(exact)[:3]
+    # The limit on a history's length has moved on: what lies before is not listed.
+    later = first + 300
+    listed = rows(clusters.shortlist(later, stop, 25, part))
+    assert all(min(mine) >= low for mine, low in zip(listed, later.tolist(), strict=True))
+
+
+def test_runs_of_others_have_no_clusters():
+    first, stop, part = make(5)
+    clusters = Clusters.of(first[1:2], stop[1:2], part.column, part.vectors, 20, oversample=1)
+    found, exact = (search.top(first, stop, 25, part, shortlist=each) for each in (clusters, None))
+    assert [rows(found)[run] == rows(exact)[run] for run in (0, 2, 3)] == [True] * 3
+    empty = np.zeros(0, np.int64)
+    none = Clusters.of(empty, empty, part.column, part.vectors, 20)
+    assert rows(search.top(first, stop, 25, part, shortlist=none)) == rows(exact)
+
+
+@pytest.mark.parametrize("bits", [0, 100])
+def test_codes_of_other_lengths_are_refused(bits):
+    with pytest.raises(ValueError, match="multiple of 64"):
+        HashCodes.of(make(0)[2].vectors, bits, seed=0)

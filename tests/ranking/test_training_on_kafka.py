@@ -1,0 +1,111 @@
+"""A live topic: trained on as it comes, stopped by SIGTERM, gone on with to its end; every row once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launches import ENVIRONMENT, ROOT
+from tests.distributed.stream_ranks import JOB
+from tests.stream.conftest import Cluster
+from trainer.checkpoint.manifest import checkpoints_at, read_manifest
+from trainer.config.ranker import parse_time
+from trainer.config.stream import LabelConfig, StreamConfig
+from trainer.console.job_arguments import PREEMPTED_STATUS
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.simulator.write_dataset import simulate
+from trainer.stream.labels.batch_assembler import assemble_batch
+from trainer.stream.labels.event_log import EventLog
+from trainer.stream.sources.kafka_topic import Topic
+from trainer.stream.sources.replay import FilesSource
+
+PATIENCE = 200.0
+SINCE = "2024-03-05"
+
+
+def publish(config: StreamConfig, world: Path, spec: DatasetSpec, hours: tuple[float, float]) -> None:
+    """Put the events of some hours of the stream on its topic, with what is logged with them."""
+    begin = parse_time(SINCE, spec.timezone, "t")
+    since, until = (begin + round(hour * 3_600_000) for hour in hours)
+    topic = Topic(config, spec, 4, append=True)
+    with FilesSource(world, StreamConfig(), since, until).open(range(spec.partitions)) as reader:
+        for batch in reader:
+            topic.publish(batch.events, 100, batch.logged)
+    topic.flush()
+
+
+def expected_rows(world: Path, spec: DatasetSpec, hours: float) -> int:
+    begin = parse_time(SINCE, spec.timezone, "t")
+    rows = 0
+    for partition in range(spec.partitions):
+        events = EventLog(world).read(partition)
+        inside = (events["time_ms"] >= begin) & (events["time_ms"] < begin + hours * 3_600_000)
+        events = {name: column[inside] for name, column in events.items()}
+        labels = LabelConfig()
+        rows += len(assemble_batch(spec, labels.make_policy(), labels.patience, events).rows["user_id"])
+    return rows
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    simulate(tmp_path / "world", users=120, days=2, partitions=4, seed=6)
+    return tmp_path / "world"
+
+
+def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, tmp_path: Path) -> None:
+    spec, run = DatasetSpec.load(world), tmp_path / "run"
+    config = cluster.config(cluster.topic(), format="arrow")
+    settings = [
+        *(setting for setting in JOB if not setting.startswith(("stream.until", "checkpoint.every_steps"))),
+        f"data.path={world}",
+        f"run.directory={run}",
+        "stream.source=kafka",
+        "stream.format=arrow",
+        f"stream.brokers={config.brokers}",
+        f"stream.topic={config.topic}",
+        "stream.idle_seconds=0.2",
+        "checkpoint.every_steps=2",
+    ]
+    command = [sys.executable, "-m", "launch.cli.main", "train", "configs/moment.toml", *settings]
+    publish(config, world, spec, (0, 6))
+
+    with (tmp_path / "out").open("w") as out:
+        live = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("step-*")):
+                assert live.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
+                time.sleep(0.1)
+            publish(config, world, spec, (6, 10))
+            os.kill(live.pid, signal.SIGTERM)
+            assert live.wait(PATIENCE) == PREEMPTED_STATUS, (tmp_path / "out").read_text()
+        finally:
+            live.kill()
+            live.wait()
+    saved = read_manifest(checkpoints_at(run)[-1])
+    assert not saved.finished and saved.rows_done > 0
+
+    publish(config, world, spec, (10, 14))
+    ended = subprocess.run(
+        [*command, "stream.until_end=true"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "going on from" in ended.stdout
+    last, rows = read_manifest(checkpoints_at(run)[-1]), expected_rows(world, spec, 14)
+    assert last.finished and last.rows_done == rows > saved.rows_done
+    stream = json.loads((run / "metrics.json").read_text())["stream"]
+    assert stream["counts"]["unanswered"] == stream["counts"]["without_features"] == stream["counts"]["late"] == 0
+    assert stream["counts"]["requests"] == stream["progressive"]["click"]["rows"] > 0
+    assert stream["freshness_seconds"]["count"] > 0

@@ -1,0 +1,56 @@
+"""Mistakes in `[init_from]` that are found before anything is fitted; what is taken is in tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint.stored_checkpoint import write_checkpoint
+from trainer.config.ranker import JobConfig, parse_config
+from trainer.console.errors import UserError
+from trainer.ranking.warm_start import check_source
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of users of dimension 16, rooms of 8, and nothing else."""
+    write_checkpoint(tmp_path / "run", {"user": torch.ones(5, 16), "room": torch.ones(4, 8)}, {}, {})
+    return tmp_path / "run"
+
+
+def config_of(run: Path | str, tables: tuple[str, ...] = (), **features: Any) -> JobConfig:
+    init_from = {"run": str(run), "tables": tables}
+    return parse_config({"data": {"path": "d"}, "features": features, "init_from": init_from}, "test")
+
+
+def test_what_fits_passes(run: Path) -> None:
+    check_source(config_of(run))
+    check_source(config_of(run, ("user",)))
+    check_source(config_of(run / "checkpoints" / "step-00000007"))
+
+
+@pytest.mark.parametrize(
+    ("tables", "features", "told"),
+    [
+        (("usr",), {}, "step-00000007 has no table 'usr'; it has room, user"),
+        (("room",), {}, "this model has no table 'room'; it has author, item, side, user"),
+        (("item",), {}, "step-00000007 has no table 'item'"),
+        ((), {"user": {"dim": 8}}, "table 'user' had dim = 16 and has 8 now; set features.user.dim = 16"),
+        (("user",), {"exclude": ["user_id"]}, "this model has no table 'user'; it has author, item, side"),
+        ((), {"exclude": ["user_id"], "user": {"dim": 8}}, "has no table in common with this model"),
+    ],
+)
+def test_what_does_not_is_told(run: Path, tables: tuple[str, ...], features: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_source(config_of(run, tables, **features))
+    assert told in str(error.value)
+
+
+def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint and no run with checkpoints here"):
+        check_source(config_of(tmp_path / "none"))
+    with pytest.raises(UserError, match="need a `run` to take them from"):
+        config_of("", ("user",))

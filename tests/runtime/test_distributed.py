@@ -1,0 +1,74 @@
+"""Joining the ranks of a job, and what is said when that fails."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trainer.console.errors import UserError
+from trainer.runtime.distributed import World, choose_device
+
+JOIN = """
+import sys
+from trainer.console.job_arguments import exit_status
+from trainer.runtime.distributed import World
+
+def job():
+    with World.join("cpu", timeout_seconds=20) as world:
+        print(world.rank, world.size, world.agree(f"from {world.rank}"), world.gather(world.rank))
+        print(world.sum(world.rank + 1), world.max(world.rank))
+
+sys.exit(exit_status(job))
+"""
+
+
+def join(**environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return subprocess.run(
+        [sys.executable, "-c", JOIN], env={**inherited, **environment}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_one_process_needs_no_launcher_and_no_port() -> None:
+    done = join()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0 1 from 0 [0]\n1 0\n"
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = join(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 2
+    told = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
+    assert len(told) == 1 and f"127.0.0.1:{port}" in told[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rank_that_is_no_number_is_told() -> None:
+    done = join(RANK="first", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+    assert done.returncode == 2
+    assert "RANK='first'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none() -> None:
+    with pytest.raises(UserError, match=r"train\.device=cpu"):
+        choose_device("cuda", 0)
+    with pytest.raises(UserError):
+        World.join("cuda")
+    assert choose_device("auto", 0).type == "cpu"
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    assert choose_device("cpu", 7).type == "cpu"
+    with pytest.raises(UserError, match="there are 2"):
+        choose_device("auto", 2)

@@ -1,0 +1,58 @@
+"""Exports are streamed: no table is in memory as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.checkpoint.stored_checkpoint import write_checkpoint
+from trainer.checkpoint.diff import diff_checkpoints
+from trainer.serving.export import export_checkpoint
+
+MB = 1 << 20
+
+
+def memory(key: str) -> int:
+    """Of this process in bytes: ``VmRSS`` now, ``VmHWM`` at most since :func:`reset_peak`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> int:
+    """Let the peak begin again; memory in use."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A table of 192 MB, cut into pieces of less than 5 MB, by rows and by columns."""
+    home = tmp_path / "run"
+    weight = torch.arange(3 * (1 << 20) * 16, dtype=torch.float32).view(-1, 16)
+    cuts = {"tables.collections.0.embeddings.user.weight": [list(range(0, len(weight), 100_000)), [0, 12]]}
+    write_checkpoint(home, {"user": weight}, {}, {"w": torch.ones(2)}, cuts=cuts)
+    (home / "features").mkdir()
+    (home / "deepspeed.json").write_text("{}")
+    return home
+
+
+def test_exporting_takes_the_memory_of_a_piece(run: Path, tmp_path: Path) -> None:
+    before = reset_peak()
+    export_checkpoint(run, tmp_path / "out")
+    assert memory("VmHWM") - before < 96 * MB
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
+        found = opened.get_slice("tables.user")
+        assert found.get_shape() == [3 * (1 << 20), 16]
+        for row in (0, 99_999, 100_000, 3 * (1 << 20) - 1):
+            expected = torch.arange(row * 16, (row + 1) * 16, dtype=torch.float32)
+            assert torch.equal(found[row : row + 1][0], expected)
+
+
+def test_comparing_takes_the_memory_of_a_block(run: Path) -> None:
+    before = reset_peak()
+    assert diff_checkpoints(run, run, block_bytes=8 * MB)["equal"]
+    # One of the two tables; the allocator keeps some of what pieces and blocks have taken.
+    assert memory("VmHWM") - before < 192 * MB

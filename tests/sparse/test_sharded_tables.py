@@ -1,0 +1,150 @@
+"""Sharded tables in one process; on several ranks they are tested by tests/distributed/test_engine.py."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from modules.embeddings import Dynamic, Lookup, Table, initial_rows
+from trainer.console.errors import UserError
+from trainer.runtime.distributed import World
+from trainer.runtime.phase_timer import PhaseClock
+from trainer.sparse import sharded_tables as tables_module
+from trainer.sparse.planner import TableOptimizer
+from trainer.sparse.sharded_tables import ShardedTables
+
+TABLES = [Table("user", 10, 4, sharding="row_wise"), Table("item", 7, 4), Table("wide", 5, 8)]
+LOOKUPS = [
+    Lookup("user", "user", 1),
+    Lookup("item", "item", 1),
+    Lookup("seen", "item", None),
+    Lookup("wide", "wide", 1),
+]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with World.join("cpu") as alone:
+        yield alone
+
+
+def make(world: World, optimizer: TableOptimizer, declared: list[Table] = TABLES) -> ShardedTables:
+    lookups = [lookup for lookup in LOOKUPS if lookup.table in {table.name for table in declared}]
+    return ShardedTables(
+        declared,
+        lookups,
+        optimizer,
+        device=world.device,
+        local_size=1,
+        batch_size=4,
+        seed=3,
+        clock=PhaseClock(world.device),
+        control=world.control,
+    )
+
+
+def ids(**of_key: list[int]) -> KeyedJaggedTensor:
+    rows = len(of_key["user"])
+    lengths = [1] * rows + [1] * rows + [len(of_key["seen"]), *[0] * (rows - 1)]
+    return KeyedJaggedTensor(
+        keys=["user", "item", "seen"],
+        values=torch.tensor([*of_key["user"], *of_key["item"], *of_key["seen"]]),
+        lengths=torch.tensor(lengths),
+    )
+
+
+WIDE = KeyedJaggedTensor(keys=["wide"], values=torch.tensor([4, 0]), lengths=torch.tensor([1, 1]))
+
+
+@pytest.mark.parametrize("path", ["flat", "torchrec"])
+def test_rows_are_the_initial_ones_and_learn(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "torchrec":
+        monkeypatch.setattr(tables_module, "flat_exchange_serves", lambda device, shardings: False)
+    sharded = make(world, TableOptimizer("sgd", 0.5))
+    user, item, wide = (initial_rows(table, 3, 0, table.rows) for table in TABLES)
+    exchanges = sharded.start([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])
+    found = {}
+    for exchange in exchanges:
+        exchange.send()
+        found |= exchange.rows()
+    assert found.keys() == {"user", "item", "seen", "wide"}
+    for name, expected in (
+        ("user", user[[9, 2]]),
+        ("item", item[[6, 6]]),
+        ("seen", item[[0, 6, 0]]),
+        ("wide", wide[[4, 0]]),
+    ):
+        assert torch.equal(found[name], expected)
+        assert not found[name].requires_grad
+
+    gradients = {name: [torch.ones_like(rows[:1]), torch.ones_like(rows[1:])] for name, rows in found.items()}
+    for exchange in exchanges:
+        exchange.update(gradients, 2.0)
+    after = {name: shard for name, shard, _, _ in sharded.shards()}
+    user[[9, 2]] -= 0.5 * 2.0
+    item[0] -= 0.5 * 2.0 * 2
+    item[6] -= 0.5 * 2.0 * 3
+    wide[[4, 0]] -= 0.5 * 2.0
+    for name, rows in (("user", user), ("item", item), ("wide", wide)):
+        torch.testing.assert_close(after[name], rows)
+
+
+@pytest.mark.parametrize(("user", "bad"), [([10, 0], 10), ([0, -1], -1)])
+def test_an_id_outside_its_table_is_told(world: World, user: list[int], bad: int) -> None:
+    sharded = make(world, TableOptimizer("rowwise_adagrad", 0.1))
+    with pytest.raises(UserError) as told:
+        sharded.start([ids(user=user, item=[0, 0], seen=[]), WIDE])
+    for word in ("'user'", f"id {bad} ", "10"):
+        assert word in str(told.value)
+
+
+def test_a_refused_sharding_is_told_before_anything_is_allocated(world: World) -> None:
+    with pytest.raises(UserError, match="data_parallel"):
+        make(world, TableOptimizer("sgd", 0.1), [Table("user", 1 << 40, 4, sharding="data_parallel")])
+
+
+def test_tables_that_do_not_fit_are_told(world: World) -> None:
+    with pytest.raises(UserError, match=r"no sharding of 17,592\.2 GB of tables on 1 ranks") as told:
+        make(world, TableOptimizer("sgd", 0.1), [Table("user", 1 << 40, 4)])
+    assert "\n" not in str(told.value)
+
+
+def test_learning_rate(world: World) -> None:
+    sharded = make(world, TableOptimizer("sgd", 0.5), TABLES[:1])
+    keyed = KeyedJaggedTensor(keys=["user"], values=torch.tensor([1]), lengths=torch.tensor([1]))
+    ((_, table, _, _),) = sharded.shards()
+    for rate in (0.25, 0.0):
+        before = table.clone()
+        sharded.set_learning_rate(rate)
+        (exchange,) = sharded.start([keyed])
+        exchange.send()
+        exchange.rows()
+        exchange.update({"user": [torch.ones(1, 4)]}, 1.0)
+        torch.testing.assert_close(before - table, torch.zeros(10, 4).index_fill(0, torch.tensor([1]), rate))
+
+
+def test_dynamic_ids_need_the_flat_exchange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, and on a CPU a table of the same width that is cut by columns."""
+    monkeypatch.setattr(tables_module, "flat_exchange_serves", lambda device, shardings: False)
+    declared = [replace(TABLES[0], dynamic=Dynamic(1, "recency")), *TABLES[1:]]
+    with pytest.raises(UserError, match="table 'user': dynamic ids work on a CPU, with all tables of the same width"):
+        make(world, TableOptimizer("sgd", 0.5), declared)
+
+
+def test_a_dynamic_table_takes_any_id_and_reads_row_0_of_those_without_a_row(world: World) -> None:
+    declared = [replace(TABLES[0], dynamic=Dynamic(2, "recency")), *TABLES[1:]]
+    sharded = make(world, TableOptimizer("sgd", 0.5), declared)
+    whole = initial_rows(TABLES[0], 3, 0, 10)
+    far = -(2**63)
+    for step, served in ((1, False), (2, True), (None, True)):
+        found = {}
+        for exchange in sharded.start([ids(user=[far, far], item=[0, 0], seen=[]), WIDE]):
+            exchange.send()
+            found |= exchange.rows(step)
+        assert torch.equal(found["user"][0], found["user"][1])
+        assert torch.equal(found["user"][0], whole[0]) is not served
+        assert bool((found["user"][0] == whole).all(1).any())
+    counts = sharded.dynamic.counts()["user"]
+    assert (counts.looked_up, counts.unserved, counts.admitted, counts.evicted) == (2, 1, 1, 0)

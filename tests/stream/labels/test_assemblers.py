@@ -1,0 +1,224 @@
+"""Both assemblers against the reference, on random logs, and the invariants of the policies."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.stream import reference
+from tests.stream.random_logs import (
+    BEHAVIOURS,
+    LIVE_ONLY,
+    PATIENCE,
+    POLICIES,
+    SPEC,
+    aside_as_tuples,
+    begun_as_tuples,
+    columns_of,
+    logs,
+    portions,
+    rows_as_tuples,
+)
+from tests.stream.reference import Event, Row
+from trainer.data.format.schema import row_columns
+from trainer.stream.labels.assembled_rows import BEGUN_COLUMNS, Assembled
+from trainer.stream.labels.batch_assembler import assemble_batch
+from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime, RealtimeNaive
+from trainer.stream.labels.streaming_assembler import State, StreamAssembler
+
+VISIT = ("user_id", "visit_id", "request_ms")
+EVENTS_SHUFFLED_FREELY = Patience(idle_ms=100, disorder_ms=10_000)
+
+many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(many, max_examples=100)
+
+
+def by_reference(events: list[Event], policy: Policy, patience: Patience = PATIENCE) -> list[Row]:
+    return reference.assemble(events, policy, patience, BEHAVIOURS, SPEC.applies, SPEC.candidates)[0]
+
+
+def as_tuples(parts: list[Assembled]) -> tuple[list[Row], list[reference.Aside]]:
+    rows = [row for part in parts for row in rows_as_tuples(part.rows)]
+    return rows, sorted(aside for part in parts for aside in aside_as_tuples(part.aside))
+
+
+def through_a_file(state: State) -> State:
+    """A state written and read as arrays that are not pickled."""
+    file = io.BytesIO()
+    np.savez(file, **state)
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+@many
+@given(events=logs(), data=st.data())
+def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], data: st.DataObject) -> None:
+    """Whatever the portions in which the stream comes, with the state saved and restored between two of them."""
+    columns = columns_of(events)
+    cuts = data.draw(st.lists(st.integers(0, len(events)), max_size=6))
+    restored = data.draw(st.integers(0, len(cuts)))
+    domains = data.draw(st.sampled_from([None, LIVE_ONLY]))
+    for policy in POLICIES:
+        wanted = domains or SPEC.candidates
+        rows, aside = reference.assemble(events, policy, PATIENCE, BEHAVIOURS, SPEC.applies, wanted)
+
+        batch = assemble_batch(SPEC, policy, PATIENCE, columns, domains)
+        assert as_tuples([batch]) == (rows, sorted(aside))
+        begun = reference.begun(events, PATIENCE, wanted)
+        assert begun_as_tuples(batch.begun) == begun
+
+        stream = StreamAssembler(SPEC, policy, PATIENCE, domains)
+        parts = []
+        for number, portion in enumerate(portions(columns, cuts)):
+            if number == restored:
+                state = through_a_file(stream.state_dict())
+                stream = StreamAssembler(SPEC, policy, PATIENCE, domains)
+                stream.load_state_dict(state)
+            parts.append(stream.push(portion))
+            assert (parts[-1].rows["emit_ms"] < stream.watermark_ms).all()
+            told = [visit for part in parts for visit in begun_as_tuples(part.begun)]
+            assert told == [visit for visit in begun if visit.request_ms < stream.watermark_ms], "as soon as can be"
+        parts.append(stream.advance())
+        assert as_tuples(parts) == (rows, sorted(aside))
+        assert [visit for part in parts for visit in begun_as_tuples(part.begun)] == begun
+        assert stream.open_visits == stream.waiting_events == 0
+        for name, column in batch.rows.items():
+            assert all(part.rows[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
+        for name, column in batch.begun.items():
+            assert all(part.begun[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
+        assert all(part.begun.keys() == batch.begun.keys() == set(BEGUN_COLUMNS) for part in parts)
+
+
+@some
+@given(events=logs())
+def test_realtime_tells_every_behaviour_of_a_visit_once(events: list[Event]) -> None:
+    columns = columns_of(events)
+    rows = rows_as_tuples(assemble_batch(SPEC, Realtime(30), PATIENCE, columns).rows)
+    full = rows_as_tuples(assemble_batch(SPEC, Full(), PATIENCE, columns).rows)
+    told: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    positive: dict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(len(BEHAVIOURS), np.int64))
+    for row in rows:
+        visit = tuple(getattr(row, name) for name in VISIT)
+        told[visit].update(k for k, unmasked in enumerate(row.mask) if unmasked)
+        positive[visit] += row.label
+        negatives = [unmasked and not label for label, unmasked in zip(row.label, row.mask, strict=True)]
+        assert row.kind == "exit" or not any(negatives)
+    assert {tuple(getattr(row, name) for name in VISIT) for row in full} == told.keys()
+    for row in full:
+        visit = tuple(getattr(row, name) for name in VISIT)
+        assert told[visit] == {k: 1 for k, applies in enumerate(row.mask) if applies}
+        assert tuple(positive[visit]) == row.label
+        ends = [
+            other.emit_ms for other in rows if other.kind == "exit" and tuple(getattr(other, n) for n in VISIT) == visit
+        ]
+        assert all(emit == row.emit_ms for emit in ends)
+
+
+@some
+@given(events=logs())
+def test_slow_rows_hold_only_what_the_fast_row_denied(events: list[Event]) -> None:
+    rows = rows_as_tuples(assemble_batch(SPEC, FastSlow(50, 120), PATIENCE, columns_of(events)).rows)
+    fast = {tuple(getattr(row, name) for name in VISIT): row for row in rows if row.kind == "fast"}
+    slow = [row for row in rows if row.kind == "slow"]
+    assert len(fast) + len(slow) == len(rows) and len(slow) == len(
+        {(row.user_id, row.visit_id, row.request_ms) for row in slow}
+    )
+    for row in slow:
+        denied = fast[row.user_id, row.visit_id, row.request_ms]
+        assert row.label == row.mask and sum(row.label) > 0
+        assert all(denied.mask[k] and not denied.label[k] for k, late in enumerate(row.label) if late)
+
+
+@some
+@given(events=logs(), until=st.integers(0, 450))
+def test_rows_know_nothing_of_what_happens_after_they_are_emitted(events: list[Event], until: int) -> None:
+    """And so, of what happens after the request they know the labels alone: ids are those of the first event."""
+    past = [event for event in events if event.time_ms <= until]
+    for policy in POLICIES:
+        everything = assemble_batch(SPEC, policy, EVENTS_SHUFFLED_FREELY, columns_of(events))
+        known = assemble_batch(SPEC, policy, EVENTS_SHUFFLED_FREELY, columns_of(past))
+        rows, rows_then = rows_as_tuples(everything.rows), rows_as_tuples(known.rows)
+        assert [row for row in rows if row.emit_ms <= until] == [row for row in rows_then if row.emit_ms <= until]
+        assert set(everything.rows) == {*VISIT, "author_id", "item_id", "domain", "kind", "emit_ms", "label", "mask"}
+        for row in rows:
+            begun = (row.user_id, row.visit_id, row.request_ms, row.author_id, row.item_id)
+            assert begun in {
+                (event.user_id, event.visit_id, event.time_ms, event.author_id, event.item_id)
+                for event in events
+                if event.event in ("exposure", "enter")
+            }
+            assert row.emit_ms >= row.request_ms
+
+
+@some
+@given(events=logs(), data=st.data())
+def test_duplicates_change_nothing(events: list[Event], data: st.DataObject) -> None:
+    again = data.draw(st.lists(st.sampled_from(events), max_size=5)) if events else []
+    for policy in POLICIES:
+        once = assemble_batch(SPEC, policy, EVENTS_SHUFFLED_FREELY, columns_of(events))
+        twice = assemble_batch(SPEC, policy, EVENTS_SHUFFLED_FREELY, columns_of(events + again))
+        assert rows_as_tuples(once.rows) == rows_as_tuples(twice.rows)
+
+
+def log_of(*events: tuple[str, int]) -> list[Event]:
+    return [Event(1, 7, 2, 3, "live", name, time_ms) for name, time_ms in events]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Full(), [("full", 95, "111", "111")]),
+        (FastSlow(50, 120), [("fast", 50, "100", "111"), ("slow", 120, "011", "011")]),
+        (
+            Realtime(30),
+            [("report", 30, "100", "100"), ("report", 60, "010", "010"), ("exit", 95, "001", "001")],
+        ),
+        (
+            RealtimeNaive(30),
+            [
+                ("report", 30, "100", "111"),
+                ("report", 60, "110", "111"),
+                ("report", 90, "000", "111"),
+                ("exit", 95, "001", "111"),
+            ],
+        ),
+    ],
+)
+def test_a_visit_by_hand(policy: Policy, expected: list[tuple[str, int, str, str]]) -> None:
+    """Click at once and again at 55, like at 51, gift at the very exit, and another like after it."""
+    events = log_of(
+        ("exposure", 0),
+        ("enter", 0),
+        ("click", 0),
+        ("like", 51),
+        ("click", 55),
+        ("exit", 95),
+        ("gift", 95),
+        ("like", 96),
+    )
+    made = assemble_batch(SPEC, policy, PATIENCE, columns_of(events))
+    assert [
+        (row.kind, row.emit_ms, "".join(map(str, row.label)), "".join(map(str, row.mask)))
+        for row in rows_as_tuples(made.rows)
+    ] == expected
+    assert [(aside.reason, aside.event.event) for aside in aside_as_tuples(made.aside)] == [("no_open_visit", "like")]
+    assert rows_as_tuples(made.rows) == by_reference(events, policy)
+
+
+def test_a_visit_without_an_exit_ends_when_it_has_been_idle() -> None:
+    stream = StreamAssembler(SPEC, Realtime(30), Patience(idle_ms=100, disorder_ms=0))
+    first = stream.push(columns_of(log_of(("exposure", 0), ("click", 40))))
+    assert rows_as_tuples(first.rows) == []
+    assert [row.kind for row in rows_as_tuples(stream.advance(140).rows)] == ["report"]
+    ended = stream.advance(141)
+    assert [(row.kind, row.emit_ms) for row in rows_as_tuples(ended.rows)] == [("exit", 140)]
+    assert stream.counts == {"events": 2, "late": 0, "no_open_visit": 0, "visits": 1, "timed_out": 1}
+    late = stream.push(columns_of(log_of(("exit", 139), ("like", 141))))
+    assert [aside.reason for aside in aside_as_tuples(late.aside)] == ["late"]
+    assert [aside.reason for aside in aside_as_tuples(stream.advance().aside)] == ["no_open_visit"]

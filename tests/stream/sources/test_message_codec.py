@@ -1,0 +1,335 @@
+"""Messages: what is an event comes back as it was, whichever parser reads it; what is none is told with its reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.stream.event_logs import as_tuples, assert_logged, logged_of, random_events
+from tests.stream.random_logs import SPEC
+from trainer.data.format.schema import EVENT_COLUMNS, partition_of
+from trainer.stream.sources import json_events, message_codec
+from trainer.stream.sources.logged_features import FEATURES
+from trainer.stream.sources.message_codec import Codec, Decoded
+
+NOW_MS = 1_800_000_000_000
+HOUR_MS = 3_600_000
+EVENTS = random_events(seed=5, events=300)
+GOOD = {
+    "user_id": 17,
+    "author_id": 3,
+    "item_id": 90,
+    "domain": "live",
+    "visit_id": 5,
+    "event": "like",
+    "time_ms": 1_700_000_000_000,
+    "value": 0.5,
+}
+
+
+OPEN = {**GOOD, "event": "exposure", "side": [49, 7], "dense": [0.5], "stat": [3, 1, 0, 0, 9, 2.0, 0, 1]}
+"""An event that carries features."""
+
+
+def codec(format: str) -> Codec:
+    return Codec(format, SPEC, HOUR_MS)
+
+
+def line(**changes: object) -> bytes:
+    return json.dumps({name: value for name, value in {**GOOD, **changes}.items() if value is not ...}).encode()
+
+
+def opening(**changes: object) -> bytes:
+    return line(**{**OPEN, **changes})
+
+
+def content(decoded: Decoded) -> tuple:
+    return (
+        as_tuples(decoded.events),
+        decoded.message.tolist(),
+        decoded.inside.tolist(),
+        [column.tolist() for column in vars(decoded.logged).values()],
+        decoded.sizes.tolist(),
+        decoded.rejected,
+    )
+
+
+@pytest.mark.parametrize("format", ["json", "arrow"])
+@pytest.mark.parametrize("per_message", [1, 7, 300])
+def test_events_come_back_as_they_were(format, per_message):
+    coded = codec(format)
+    parts = [{name: column[k : k + per_message] for name, column in EVENTS.items()} for k in range(0, 300, per_message)]
+    if per_message == 1:
+        sent = coded.encode(EVENTS, logged_of(EVENTS))
+    else:
+        sent = [coded.encode_together(part, logged_of(part)) for part in parts]
+    decoded = coded.decode(sent, NOW_MS)
+    assert_logged(decoded.events, decoded.logged)
+    assert 20 < len(decoded.logged) < 60
+    assert as_tuples(decoded.events) == as_tuples(EVENTS)
+    assert decoded.message.tolist() == [k // per_message for k in range(300)]
+    assert decoded.inside.tolist() == [k % per_message for k in range(300)]
+    assert decoded.sizes.tolist() == [len(part["value"]) for part in parts]
+    assert decoded.rejected == []
+
+
+BROKEN = [
+    (b"", "not JSON: Expecting value"),
+    (b"{}", "event is missing"),
+    (b"[1]", "not a JSON object but list"),
+    (b"\xff{", "not text in UTF-8"),
+    (line()[:-1], "not JSON: "),
+    (line() + b"}", "not JSON: Extra data"),
+    (line(user_id=...), "user_id is missing"),
+    (line(user_id=None), "user_id is missing"),
+    (line(user_id="17"), "user_id is '17', not a 64-bit integer"),
+    (line(user_id=17.0), "user_id is 17.0, not a 64-bit integer"),
+    (line(user_id=True), "user_id is True, not a 64-bit integer"),
+    (line(user_id=1 << 63), "user_id is 9223372036854775808, not a 64-bit integer"),
+    (line(user_id=-1), "user_id is negative"),
+    (line(visit_id=-1), "visit_id is negative"),
+    (line(time_ms=-1), "time_ms is negative"),
+    (line(time_ms=NOW_MS + HOUR_MS + 1), "time_ms is more than 1 h ahead of the clock"),
+    (line(event="poke"), "event 'poke' is unknown; known are exposure, enter, exit, click, like, gift"),
+    (line(event=5), "event is 5, not a string"),
+    (line(event="\ud800"), "event is '\\ud800', not a string"),
+    (line(domain="tv"), "domain 'tv' is unknown; known are video, live"),
+    (line(value="1"), "value is '1', not a number"),
+    (line(value=float("nan")), "value is not a finite float32"),
+    (line(value=1e39), "value is not a finite float32"),
+    (line(value=10**400), "value is not a finite float32"),
+    (opening(side=...), "side is missing: side, dense and stat come all or not at all"),
+    (opening(dense=None), "dense is missing"),
+    (opening(stat=..., dense=...), "stat is missing"),
+    (opening(side=[1]), "side has 1 values; it must have 2"),
+    (opening(dense=[]), "dense has 0 values; it must have 1"),
+    (opening(stat=[0] * 9), "stat has 9 values; it must have 8"),
+    (opening(side=[50, 0]), "side has a value that is none of its feature's"),
+    (opening(side=[0, -1]), "side has a value that is none of its feature's"),
+    (opening(side=[0, None]), "side has a value that is none of its feature's"),
+    (opening(side=[0, 1 << 62]), "side has a value that is none of its feature's"),
+    (opening(side=[0, 1.0]), "side is [0, 1.0], not a list of 64-bit integers"),
+    (opening(side=7), "side is 7, not a list of 64-bit integers"),
+    (opening(dense=[True]), "dense is [True], not a list of numbers"),
+    (opening(dense=["1"]), "dense is ['1'], not a list of numbers"),
+    (opening(dense=[[1]]), "dense is [[1]], not a list of numbers"),
+    (opening(dense=[None]), "dense has a value that is not a finite float32"),
+    (opening(dense=[1e39]), "dense has a value that is not a finite float32"),
+    (opening(dense=[float("nan")]), "dense has a value that is not a finite float32"),
+    (opening(dense=[10**400]), "dense has a value that is not a finite float32"),
+    (opening(stat=[-1, 0, 0, 0, 0, 0, 0, 0]), "stat has a value that is no count"),
+    (opening(stat=[None] * 8), "stat has a value that is no count"),
+    (opening(user_id=-1, side=[1]), "user_id is negative"),
+]
+
+
+@pytest.mark.parametrize(("value", "reason"), BROKEN)
+def test_what_is_no_event_is_told_with_its_reason(value, reason):
+    decoded = codec("json").decode([line(), value, line(user_id=18)], NOW_MS)
+    assert decoded.events["user_id"].tolist() == [17, 18]
+    (bad,) = decoded.rejected
+    assert bad.reason.startswith(reason)
+    assert (bad.message, bad.inside, bad.content) == (1, 0, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        line(value=...),
+        line(value=None),
+        line(value=3),
+        line(more={"a": [1, "}"]}),
+        line(time_ms=NOW_MS + HOUR_MS),
+        b" " + line() + b" ",
+        line() + b"\n",
+        line(more="ü").replace(b"\\u00fc", "ü".encode()),
+        opening(),
+        opening(side=None, dense=None, stat=...),
+        opening(event="enter"),
+        # What is not the opening of a visit has no features to be looked at.
+        opening(event="like", side=[1, 2, 3], stat=None),
+    ],
+)
+def test_what_is_an_event(value):
+    decoded = codec("json").decode([value], NOW_MS)
+    assert decoded.rejected == []
+    assert decoded.sizes.tolist() == [1]
+
+
+def test_features_are_those_of_the_opening_of_a_visit_in_a_candidate_domain():
+    events = [("exposure", "live"), ("like", "live"), ("exposure", "video"), ("enter", "live"), ("exit", "live")]
+    lines = [opening(event=event, domain=domain, side=[k, 0]) for k, (event, domain) in enumerate(events)]
+    decoded = Codec("json", replace(SPEC, candidates=("live",)), HOUR_MS).decode(lines, NOW_MS)
+    assert decoded.rejected == []
+    assert decoded.logged.at.tolist() == [0, 3]
+    assert decoded.logged.side.tolist() == [[0, 0], [3, 0]]
+    assert decoded.logged.dense.tolist() == [[0.5]] * 2
+    assert decoded.logged.stat.tolist() == [[3, 1, 0, 0, 9, 2, 0, 1]] * 2
+
+
+def test_a_bad_line_takes_nothing_else_of_its_message():
+    value = b"\n".join([line(user_id=1), b"x", line(user_id=2), line(event="poke"), line(user_id=3)])
+    decoded = codec("json").decode([line(), value], NOW_MS)
+    assert decoded.events["user_id"].tolist() == [17, 1, 2, 3]
+    assert decoded.inside.tolist() == [0, 0, 2, 4]
+    assert decoded.sizes.tolist() == [1, 5]
+    assert [(bad.message, bad.inside, bad.content) for bad in decoded.rejected] == [
+        (1, 1, b"x"),
+        (1, 3, line(event="poke")),
+    ]
+
+
+VALUES = st.sampled_from(
+    [..., None, 0, -1, 17, 1 << 62, 1 << 63, 1.5, 1e40, True, "", "live", "like", "exit", "5", [], {}, float("nan")]
+)
+NUMBERS = st.sampled_from([None, 0, 1, 1.5, -3, 1 << 40, 1 << 70, 1e40, float("nan"), True, "1", [2]])
+WIDTHS = {name: len(OPEN[name]) for name in FEATURES}
+LISTS = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.one_of(
+            st.lists(st.integers(0, 9) if name == "side" else NUMBERS, min_size=width, max_size=width),
+            st.lists(NUMBERS, max_size=3),
+            VALUES,
+        )
+        for name, width in WIDTHS.items()
+    },
+)
+LINES = st.one_of(
+    st.just(line()),
+    st.just(opening()),
+    LISTS.map(lambda changes: opening(**changes)),
+    st.dictionaries(st.sampled_from([*GOOD, "more"]), VALUES, max_size=3).map(lambda changes: line(**changes)),
+    st.sampled_from([value for value, _ in BROKEN]),
+    st.tuples(st.just(line()), st.integers(0, 120), st.binary(max_size=2)).map(
+        lambda parts: parts[0][: parts[1]] + parts[2] + parts[0][parts[1] + 1 :]
+    ),
+    st.sampled_from(
+        [
+            *(line() + line(), line() + b"\n" + line(), b"\n", line() + b"\r", line()[:-1] + b', "user_id": 4}'),
+            *(opening()[:-1] + b', "side": [4, 5]}', opening(side=...)[:-1] + b', "\\u0073ide": [4, 5]}'),
+        ]
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(LINES, max_size=60))
+# As many objects as lines, but not one a line.
+@example([line() + line(), b""])
+# Rounded to 32 bits at once it is another number than by way of 64.
+@example([line().replace(b"0.5", b"1.000000059604644775390626")])
+def test_the_fast_parser_takes_what_the_plain_one_takes(values):
+    fast = content(codec("json").decode(values, NOW_MS))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (message_codec, json_events):
+            patch.setattr(module, "parse_together", lambda parts, lines: None)
+        plain = content(codec("json").decode(values, NOW_MS))
+    assert fast == plain
+
+
+def test_users_of_another_partition_are_rejected():
+    at = partition_of(EVENTS["user_id"], 4)
+    sent = codec("json").encode(EVENTS)
+    claimed = at.copy()
+    claimed[[3, 8]] = (claimed[[3, 8]] + 1) % 4
+    decoded = codec("json").decode(sent, NOW_MS, claimed, 4)
+    assert [bad.message for bad in decoded.rejected] == [3, 8]
+    assert decoded.rejected[0].reason == f"a user of partition {at[3]} in partition {claimed[3]}"
+    assert decoded.rejected[0].content == sent[3]
+
+
+def test_arrow_rejects_single_events_and_whole_messages():
+    coded = codec("arrow")
+    bad = {name: column[:5].copy() for name, column in EVENTS.items()}
+    bad["time_ms"][1], bad["value"][3], bad["user_id"][4] = -1, np.inf, -7
+    table = pa.table({"a": [1]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    good = coded.encode_together({name: column[:2] for name, column in EVENTS.items()})
+    decoded = coded.decode([good, b"", coded.encode_together(bad), sink.getvalue().to_pybytes(), good], NOW_MS)
+    assert decoded.message.tolist() == [0, 0, 2, 2, 4, 4]
+    assert decoded.inside.tolist() == [0, 1, 0, 2, 0, 1]
+    assert decoded.sizes.tolist() == [2, 1, 5, 1, 2]
+    assert [(bad.message, bad.inside, bad.reason[:34]) for bad in decoded.rejected] == [
+        (1, 0, "not an Arrow stream of events: Tri"),
+        (2, 1, "time_ms is negative"),
+        (2, 3, "value is not a finite float32"),
+        (2, 4, "user_id is negative"),
+        (3, 0, "not an Arrow stream of events: it "),
+    ]
+    alone = coded.decode([decoded.rejected[1].content], NOW_MS).rejected
+    assert [entry.reason for entry in alone] == ["time_ms is negative"]
+
+
+def arrow(*rows: dict[str, object], **types: pa.DataType) -> bytes:
+    """A message of a producer that makes tables from Python's objects."""
+    table = pa.Table.from_pylist(list(rows))
+    for name, type in types.items():
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(type))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def test_arrow_features_of_a_producer_of_its_own():
+    row = {**OPEN, "domain": 1}
+    other = {**row, "side": [0, 1], "stat": [0.0] * 8}
+    types = {"side": pa.list_(pa.int8(), 2), "dense": pa.large_list(pa.float64()), "domain": pa.int8()}
+    for sent in (arrow(row, other), arrow(row, other, **types)):
+        decoded = codec("arrow").decode([sent, arrow({**GOOD, "domain": 1})], NOW_MS)
+        assert decoded.rejected == []
+        assert decoded.message.tolist() == [0, 0, 1]
+        assert decoded.logged.at.tolist() == [0, 1]
+        assert decoded.logged.side.tolist() == [[49, 7], [0, 1]]
+        assert decoded.logged.stat.tolist() == [[3, 1, 0, 0, 9, 2, 0, 1], [0] * 8]
+    decoded = codec("arrow").decode([arrow({**row, "dense": [float("inf")]}, {**row, "side": [1]}, row)], NOW_MS)
+    assert [(bad.inside, bad.reason) for bad in decoded.rejected] == [
+        (0, "dense has a value that is not a finite float32"),
+        (1, "side has 1 values; it must have 2"),
+    ]
+    assert decoded.logged.at.tolist() == [0]
+    alone = codec("arrow").decode([bad.content for bad in decoded.rejected], NOW_MS)
+    assert [bad.reason for bad in alone.rejected] == [bad.reason for bad in decoded.rejected]
+    (text,) = codec("arrow").decode([arrow({**row, "side": "none"})], NOW_MS).rejected
+    assert text.reason.startswith("not an Arrow stream of events: ")
+
+
+def test_a_message_of_one_event_is_as_large_as_its_own_features():
+    one = {name: column[:1] for name, column in EVENTS.items()}
+    one["event"][:], one["visit_id"][:] = 0, 1
+    many = {name: np.repeat(column, 1000) for name, column in one.items()}
+    sent = codec("arrow").encode(many, logged_of(many))
+    assert {len(value) for value in sent} == {len(codec("arrow").encode(one, logged_of(one))[0])}
+
+
+def test_arrow_that_is_cut_or_scribbled_on_is_no_error():
+    coded = codec("arrow")
+    nine = {name: column[:9] for name, column in EVENTS.items()}
+    whole = coded.encode_together(nine, logged_of(nine))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        broken = bytearray(whole[: rng.integers(0, len(whole) + 1)])
+        for at in rng.integers(0, max(len(broken), 1), 3):
+            broken[at : at + 1] = bytes([rng.integers(0, 256)])
+        decoded = coded.decode([bytes(broken), whole], NOW_MS)
+        assert decoded.sizes[1] == 9
+        assert (decoded.message == 1).sum() == 9
+
+
+def test_arrow_events_may_be_plain_text_in_other_columns_order():
+    table = pa.table({name: [value] for name, value in {**GOOD, "domain": 1, "more": "x"}.items()})
+    assert table.schema != EVENT_COLUMNS
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    decoded = codec("arrow").decode([sink.getvalue().to_pybytes()], NOW_MS)
+    assert as_tuples(decoded.events) == as_tuples(codec("json").decode([line()], NOW_MS).events)

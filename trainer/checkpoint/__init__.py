@@ -1,0 +1,1 @@
+"""Checkpoints and run directories of any model."""

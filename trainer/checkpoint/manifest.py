@@ -1,0 +1,267 @@
+"""What makes a directory a checkpoint: its manifest, and how checkpoints are found and checked. Files only, no ranks.
+
+::
+
+    checkpoints/step-00000120/
+        model/           tables, dense network and their optimizers (torch.distributed.checkpoint)
+        rank-00000.pt    what only that rank has: random states, progressive metrics, sums of the trace's open window
+        job.json         the resolved job, and the trace so far
+        manifest.json    written last: what is in it, with the size and CRC-32 of every file, and one of itself
+
+A directory is written under another name and renamed when all of it is on disk. Whoever reads takes only a directory
+whose manifest is valid, and whose files are what the manifest says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trainer.console.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MODEL = "model"
+JOB = "job.json"
+
+ADAPTER = "lora"
+"""Kind of the checkpoints of a fine-tuning, whose model is an adapter."""
+
+_STEP = re.compile(r"step-(\d{8,})")
+_CHUNK_BYTES = 16 << 20
+
+
+class NewerSchema(UserError):
+    """A checkpoint that a later version has written: whole, but not for this one to judge."""
+
+
+class FileEntry(BaseModel):
+    """One file of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    crc32: int
+
+
+class TableEntry(BaseModel):
+    """One embedding table, as ``trainer.sparse.planner.describe_plan`` tells of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: str
+    rows: int
+    dim: int
+    module: str
+    sharding: str
+    kernel: str
+    ranks: tuple[int, ...]
+    shards: tuple[tuple[int, int], ...]
+
+
+class DatasetEntry(BaseModel):
+    """The dataset that the run reads; the fingerprint is of its schema and of the index of its rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    fingerprint: str
+
+
+class Manifest(BaseModel):
+    """What is in a checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        number: of this save in its run, from 1.
+        finished: training has reached its end.
+        created: local time, ISO.
+        ranks: that wrote it.
+        zero_stage: of DeepSpeed, for the record; any other can load it.
+        rows_done: rows of all ranks trained on.
+        rows_total: rows of all ranks over all epochs; 0 of a stream, which does not tell.
+        kind: of the ranker.
+        behaviours: that it predicts, in order.
+        table_optimizer: whose state the tables have.
+        tables: in order.
+        dense: parameter -> shape.
+        buffers: buffer -> shape.
+        dataset: that the positions count in.
+        positions: partition -> ``[epoch, window, offset]`` of stored rows, see ``trainer.data.loading.batch.Position``,
+            or ``[place, inside, latest_ms, rejected]`` of a stream, see ``trainer.stream.sources.source``.
+        files: path below the directory -> size and checksum; all files but the manifest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA
+    step: int
+    number: int
+    finished: bool
+    created: str
+    ranks: int
+    zero_stage: int
+    rows_done: int
+    rows_total: int
+    kind: str
+    behaviours: tuple[str, ...]
+    table_optimizer: str
+    tables: tuple[TableEntry, ...]
+    dense: dict[str, tuple[int, ...]]
+    buffers: dict[str, tuple[int, ...]]
+    dataset: DatasetEntry
+    positions: dict[int, tuple[int, ...]]
+    files: dict[str, FileEntry]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def directory_name(step: int) -> str:
+    """Name of the checkpoint after ``step`` steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(directory: Path) -> int | None:
+    """The step that a directory's name tells; None if it is not named as a checkpoint is."""
+    match = _STEP.fullmatch(directory.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Directories named as checkpoints below ``RUN/checkpoints``, whole or not, by ascending step."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(step_of(entry), entry) for entry in checkpoints.iterdir() if entry.is_dir()]
+    return [entry for _, entry in sorted((step, entry) for step, entry in found if step is not None)]
+
+
+def checkpoints_at(path: str | Path) -> list[Path]:
+    """The checkpoints, whole or not, that a user's path has: itself, or those of a run or of its ``checkpoints/``."""
+    given = Path(path)
+    if (given / MANIFEST).exists() or (step_of(given) is not None and given.is_dir()):
+        return [given]
+    return list_checkpoints(given if given.name == "checkpoints" else given / "checkpoints")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a user means by a path: a checkpoint itself, or a run, whose newest whole one it is.
+
+    Whole means: its manifest is valid, and every file is there with its size. Checksums are not read.
+
+    Raises:
+        UserError: neither, or none is whole; each with its reason.
+    """
+    found = checkpoints_at(path)
+    if found == [Path(path)]:
+        return found[0]
+    reasons = []
+    for directory in reversed(found):
+        try:
+            problems = check_files(directory, read_manifest(directory), checksums=False)
+        except UserError as error:
+            problems = [str(error)]
+        if not problems:
+            return directory
+        reasons.append(f"{directory.name}: {problems[0]}")
+    if reasons:
+        raise UserError(f"{found[0].parent}: no whole checkpoint ({'; '.join(reasons)})")
+    raise UserError(f"{path}: no checkpoint and no run with checkpoints here")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest and sync it and the directory; the last thing before the rename."""
+    content = manifest.model_dump(mode="json")
+    path = directory / MANIFEST
+    with path.open("w") as file:
+        json.dump({**content, "crc32": _crc_of(content)}, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(directory)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        UserError: it is missing, damaged, cannot be read, or of a newer version (:class:`NewerSchema`).
+    """
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        schema, crc = int(content["schema_version"]), content.pop("crc32")
+    except FileNotFoundError:
+        raise UserError(f"{directory}: not a whole checkpoint ({MANIFEST} is missing)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: damaged (not a manifest)") from None
+    if schema > SCHEMA:
+        raise NewerSchema(f"{path}: written by a newer version (schema {schema}; this one reads up to {SCHEMA})")
+    if crc != _crc_of(content):
+        raise UserError(f"{path}: damaged (its checksum does not match)")
+    try:
+        # From text: JSON has no integer keys, and only then are they taken as such.
+        return Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def check_files(
+    directory: Path, manifest: Manifest, names: Iterable[str] | None = None, *, checksums: bool = True
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line each; empty if they are as the manifest says.
+
+    Args:
+        directory: of the checkpoint.
+        manifest: of it.
+        names: of the files to look at; all by default.
+        checksums: read the files; otherwise only their sizes are compared.
+    """
+    problems = []
+    for name in manifest.files if names is None else names:
+        path, expected = directory / name, manifest.files[name]
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                problems.append(f"{name} has {size:,} bytes instead of {expected.bytes:,}")
+            elif checksums and file_entry(path) != expected:
+                problems.append(f"{name} has another content than was written")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    return problems
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return FileEntry(bytes=size, crc32=crc)
+
+
+def sync(path: Path) -> None:
+    """Have what a file holds, or the names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _crc_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())

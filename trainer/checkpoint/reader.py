@@ -1,0 +1,341 @@
+"""Reads a checkpoint in a single process: what it is of, and the rows of its tensors a stored piece at a time.
+
+The model in a checkpoint is a ``torch.distributed.checkpoint``. Here it is opened without ranks and without that
+library's planner, which would have the caller hold whole tables. Nothing in the files can run code: the index is
+unpickled with the few types that it is made of, the tensors with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, find_checkpoint, read_manifest
+from trainer.checkpoint.writer import rank_file
+from trainer.config.ranker import JobConfig, parse_config
+from trainer.console.errors import UserError
+from trainer.data.features.fit import FittedFeatures
+
+BLOCK_BYTES = 64 << 20
+"""Rows are handed out in blocks of about this size."""
+
+_INDEX = ".metadata"
+_INDEX_TYPES = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored part of a tensor.
+
+    Attributes:
+        offsets: its first element.
+        sizes: its shape.
+        file: that holds it.
+        start, length: bytes of the file.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: Path
+    start: int
+    length: int
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where it belongs in its tensor."""
+        return tuple(slice(at, at + size) for at, size in zip(self.offsets, self.sizes, strict=True))
+
+    def read(self) -> Tensor:
+        """Its values.
+
+        Raises:
+            UserError: the file is not what was written.
+        """
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.start)
+                content = file.read(self.length)
+            values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if tuple(values.shape) != self.sizes:
+                raise ValueError
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
+        except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
+            raise UserError(f"{self.file}: damaged; `limelight checkpoint verify` tells which files are") from None
+        return values
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint, not read yet.
+
+    Attributes:
+        shape: whole.
+        dtype: of its elements.
+        pieces: in the order of their first elements; together the whole tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @property
+    def elements(self) -> int:
+        """Their number."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return self.elements * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The whole tensor; for small ones."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for piece in self.pieces:
+            whole[piece.place] = piece.read()
+        return whole
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """First row and values ``[rows, ...]`` of consecutive blocks of rows; a tensor without rows is one block.
+
+        At a time there are in memory a block and the stored pieces that have rows of it.
+        """
+        if not self.shape:
+            yield 0, self.read()
+            return
+        rows = max(1, block_bytes * self.shape[0] // max(1, self.bytes))
+        held: dict[Piece, Tensor] = {}
+        for first in range(0, self.shape[0], rows):
+            last = min(first + rows, self.shape[0])
+            here = [piece for piece in self.pieces if piece.offsets[0] < last and first < _end(piece)]
+            held = {piece: held[piece] for piece in here if piece in held}
+            block = torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
+            for piece in here:
+                if piece not in held:
+                    held[piece] = piece.read()
+                start = piece.offsets[0]
+                low, high = max(first, start), min(last, _end(piece))
+                place = (slice(low - first, high - first), *piece.place[1:])
+                block[place] = held[piece][low - start : high - start]
+            yield first, block
+
+
+def _end(piece: Piece) -> int:
+    return piece.offsets[0] + piece.sizes[0]
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """An embedding table.
+
+    Attributes:
+        weight: ``[rows, dim]``.
+        states: of its optimizer, by name; ``[rows]`` or ``[rows, dim]``.
+        ids: of a dynamic table: its columns ``[rows]``, and its counts; see ``trainer.sparse.dynamic_tables``.
+    """
+
+    weight: StoredTensor
+    states: dict[str, StoredTensor] = field(default_factory=dict)
+    ids: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+class StoredModel:
+    """The tensors of a checkpoint's model.
+
+    Args:
+        directory: ``CHECKPOINT/model``.
+
+    Attributes:
+        tables: by name.
+        dense: parameter, of the dense network or an adapter -> ``parameter``, and the moments of its optimizer.
+        buffers: of the dense network.
+        counters: numbers of steps.
+
+    Raises:
+        UserError: no model there, or its index is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.tables: dict[str, StoredTable] = {}
+        self.dense: dict[str, dict[str, StoredTensor]] = {}
+        self.buffers: dict[str, StoredTensor] = {}
+        self.counters: dict[str, StoredTensor] = {}
+        tensors = sorted(_read_index(directory).items())
+        # Tables first: their optimizer's states go to them.
+        for key, tensor in sorted(tensors, key=lambda item: not item[0].startswith("tables.")):
+            section, _, rest = key.partition(".")
+            owner, _, last = rest.rpartition(".")
+            match section:
+                case "tables":
+                    self.tables[owner.rpartition(".")[2]] = StoredTable(tensor)
+                case "table_optimizer":
+                    self.tables[owner.rpartition(".")[2]].states[last] = tensor
+                case "dynamic":
+                    self.tables[owner].ids[last] = tensor
+                case "dense" | "adapter":
+                    self.dense.setdefault(owner, {})[last] = tensor
+                case "buffers":
+                    self.buffers[rest] = tensor
+                case _:
+                    self.counters[key] = tensor
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All of them, by a name that tells what they are."""
+        found: dict[str, StoredTensor] = {}
+        for name, table in self.tables.items():
+            found[f"table {name}"] = table.weight
+            found |= {f"table {name}: {state}": tensor for state, tensor in table.states.items()}
+            found |= {f"table {name}: ids, {column}": tensor for column, tensor in table.ids.items()}
+        for name, slots in self.dense.items():
+            found[f"dense {name}"] = slots["parameter"]
+            found |= {f"dense {name}: {slot}": tensor for slot, tensor in slots.items() if slot != "parameter"}
+        found |= {f"buffer {name}": tensor for name, tensor in self.buffers.items()}
+        return found | self.counters
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, opened. Its files are there with their sizes; checksums are not looked at."""
+
+    directory: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: str | Path) -> Checkpoint:
+        """The checkpoint that a path means, see :func:`trainer.checkpoint.manifest.find_checkpoint`.
+
+        Raises:
+            UserError: there is none, or it is not whole.
+        """
+        directory = find_checkpoint(path)
+        manifest = read_manifest(directory)
+        problems = check_files(directory, manifest, checksums=False)
+        if problems:
+            raise UserError(f"{directory}: not a whole checkpoint ({problems[0]})")
+        return Checkpoint(directory, manifest)
+
+    @cached_property
+    def model(self) -> StoredModel:
+        """Its tensors."""
+        return StoredModel(self.directory / MODEL)
+
+    @cached_property
+    def config(self) -> JobConfig:
+        """The job, its network being the one that the checkpoint is of.
+
+        Raises:
+            UserError: another version's.
+        """
+        file = self.directory / JOB
+        raw: dict[str, Any] = json.loads(file.read_text())["config"]
+        raw["model"]["kind"] = self.manifest.kind
+        return parse_config(raw, str(file))
+
+    @cached_property
+    def run(self) -> Path:
+        """The run that it is of: there are the fitted features, and DeepSpeed's settings.
+
+        Raises:
+            UserError: it was taken out of its run.
+        """
+        home = self.directory.resolve().parent.parent
+        # A baseline's home lies in that of its run.
+        for run in (home, home.parent.parent):
+            if (run / "features").is_dir():
+                return run
+        raise UserError(f"{self.directory}: the features/ of its run are not beside its checkpoints/")
+
+    @cached_property
+    def fitted(self) -> FittedFeatures:
+        """What the features learned from the training range.
+
+        Raises:
+            UserError: see :attr:`run`.
+        """
+        return FittedFeatures.load(self.run / "features")
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes nothing but what the index of a torch.distributed.checkpoint is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _INDEX_TYPES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _read_index(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor under the name that it was saved as."""
+    file = directory / _INDEX
+    try:
+        with file.open("rb") as opened:
+            index = _IndexUnpickler(opened).load()
+        if not isinstance(index, Metadata) or index.storage_data is None:
+            raise ValueError
+        tensors = {}
+        for key, entry in index.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError
+            pieces = []
+            for chunk in entry.chunks:
+                stored = index.storage_data[MetadataIndex(key, chunk.offsets)]
+                where = directory / stored.relative_path, stored.offset, stored.length
+                pieces.append(Piece(tuple(chunk.offsets), tuple(chunk.sizes), *where))
+            pieces.sort(key=lambda piece: piece.offsets)
+            tensors[key] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(pieces))
+            if sum(prod(piece.sizes) for piece in pieces) != tensors[key].elements:
+                raise ValueError
+        return tensors
+    except FileNotFoundError:
+        raise UserError(f"{directory}: no model here ({_INDEX} is missing)") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except Exception as error:
+        # Whatever unpickling a damaged file may lead to.
+        raise UserError(f"{file}: damaged ({type(error).__name__} while reading it)") from None
+
+
+def stored_search(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """The search vectors in a checkpoint, see ``trainer.data.features.search_vectors.SearchSpace.state_dict``.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        return torch.load(directory / rank_file(0), weights_only=True)["search"]
+    except KeyError:
+        raise UserError(
+            f"{directory}: has no search vectors, which features.history.* with search = 'top' needs"
+        ) from None

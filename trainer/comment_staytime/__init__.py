@@ -1,0 +1,1 @@
+"""The staytime job's library."""

@@ -1,0 +1,235 @@
+"""From a dataset with visits to comment areas to the inputs and labels of the staytime model.
+
+All of it lies in memory: about 300 bytes a visit, a third of them its comments. What is fitted (which ids have rows of
+their own, the scale of dense features, how popular comments are) comes from training visits only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.comment_staytime.comment_texts import StaytimeComments, check_unique, load_comments
+from trainer.config.ranker import parse_time
+from trainer.config.staytime import DataConfig, InputConfig, LcuConfig
+from trainer.console.errors import UserError
+from trainer.console.run_log import say
+from trainer.data.format import storage
+from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.text_schema import read_texts
+
+IDS = ("user_id", "item_id", "author_id")
+
+CLIP = 6.0
+"""Dense features are cut at so many deviations."""
+
+
+@dataclass(frozen=True)
+class StaytimeData:
+    """Visits as columns, in order of request.
+
+    Attributes:
+        visit_id: ``[n]`` int64, as are ``user_id`` and ``item_id``.
+        user_id: see there.
+        item_id: see there.
+        seconds: ``[n]`` float32, the stay; 0 where the area was not opened.
+        duration: ``[n]`` float32, seconds of the video; 0 where not known.
+        fields: ``[n, fields]`` int32, rows of the packed table.
+        field_names: what they are.
+        rows: of the packed table.
+        unknown_item: column of ``fields`` with the video, and the row of unknown ones; None where it is excluded.
+        dense: ``[n, n_dense]`` float32, standardised.
+        dense_names: what they are.
+        exposures: ``[n]`` int64, training visits to the row's video.
+        training: ``[k]`` int64, positions of the training visits.
+        held_out: ``[m]`` int64, positions of the held-out visits.
+        comments: None for a base alone.
+    """
+
+    visit_id: np.ndarray
+    user_id: np.ndarray
+    item_id: np.ndarray
+    seconds: np.ndarray
+    duration: np.ndarray
+    fields: np.ndarray
+    field_names: tuple[str, ...]
+    rows: int
+    unknown_item: tuple[int, int] | None
+    dense: np.ndarray
+    dense_names: tuple[str, ...]
+    exposures: np.ndarray
+    training: np.ndarray
+    held_out: np.ndarray
+    comments: StaytimeComments | None
+
+
+def load_staytime(data: DataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
+    """Read what a job needs.
+
+    Raises:
+        UserError: a table or embedding table is missing, a staytime is below 0, an id of a comment, video or visit
+            comes twice, a range of time is empty, nothing was opened in training, or a feature to exclude is not there.
+    """
+    spec = DatasetSpec.load(data.path)
+    visits = _read_visits(data.path)
+    request = visits.column("request_ms").to_numpy()
+    left = request + visits.column("staytime_ms").to_numpy()
+    training, held_out = _split(data, spec, request, left)
+    seconds = (visits.column("staytime_ms").to_numpy() / 1000).astype(np.float32)
+    if not (seconds[training] > 0).any():
+        raise UserError(f"{data.path}: no comment area was opened in the training range; there is nothing to learn")
+    author, duration = _of_items(data.path, visits.column("item_id").to_numpy())
+    ids = {
+        "user_id": visits.column("user_id").to_numpy(),
+        "item_id": visits.column("item_id").to_numpy(),
+        "author_id": author,
+    }
+    side, side_names, side_rows, dense, dense_names = _features(data.path, spec, ids)
+    _check_excluded(inputs.exclude, (*IDS, *side_names, *dense_names))
+    columns, sizes, names = [], [], []
+    for name in IDS:
+        if name not in inputs.exclude:
+            column, size = _id_rows(ids[name], training, inputs.min_count)
+            columns.append(column)
+            sizes.append(size)
+            names.append(name)
+    for place, name in enumerate(side_names):
+        if name not in inputs.exclude:
+            columns.append(side[:, place])
+            sizes.append(side_rows[place])
+            names.append(name)
+    if not columns:
+        raise UserError("input.exclude leaves no feature")
+    kept = [place for place, name in enumerate(dense_names) if name not in inputs.exclude]
+    first = np.cumsum([0, *sizes])
+    return StaytimeData(
+        visit_id=visits.column("visit_id").to_numpy(),
+        user_id=ids["user_id"],
+        item_id=ids["item_id"],
+        seconds=seconds,
+        duration=duration,
+        fields=(np.stack(columns, 1) + first[:-1]).astype(np.int32),
+        field_names=tuple(names),
+        rows=int(first[-1]),
+        unknown_item=(at := names.index("item_id"), int(first[at])) if "item_id" in names else None,
+        dense=_standardised(dense[:, kept], training),
+        dense_names=tuple(dense_names[place] for place in kept),
+        exposures=_exposures(ids["item_id"], training),
+        training=training,
+        held_out=held_out,
+        comments=load_comments(data.path, visits, training, held_out, inputs.min_count, lcu, seed)
+        if lcu.enabled
+        else None,
+    )
+
+
+def _read_visits(path: str) -> pa.Table:
+    """The visits in order of time, the first of each (user, video, time)."""
+    visits = read_texts(path, "visits")
+    stay = visits.column("staytime_ms").to_numpy()
+    if len(stay) and stay.min() < 0:
+        bad = int(np.argmin(stay))
+        visit = visits.column("visit_id")[bad].as_py()
+        raise UserError(f"{path}: texts/visits: visit {visit} has staytime_ms = {stay[bad]}; it must be 0 or more")
+    check_unique(path, "visits", "visit_id", visits.column("visit_id").to_numpy())
+    user, item, time = (visits.column(name).to_numpy() for name in ("user_id", "item_id", "request_ms"))
+    order = np.lexsort((item, user, time))
+    same = (np.diff(time[order]) == 0) & (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
+    kept = np.ones(len(user), bool)
+    kept[order[1:][same]] = False
+    if not kept.all():
+        say(f"{int((~kept).sum()):,} visits repeat user, video and time of another and are left out")
+        visits = visits.filter(pa.array(kept))
+    return visits.combine_chunks()
+
+
+def _split(data: DataConfig, spec: DatasetSpec, request: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the held-out visits."""
+
+    def moment(key: str, otherwise: int) -> int:
+        text = getattr(data, key)
+        return parse_time(text, spec.timezone, f"data.{key}") if text else otherwise
+
+    eval_from, eval_until = moment("eval_from", 0), moment("eval_until", 1 << 62)
+    train_from, train_until = moment("train_from", 0), moment("train_until", eval_from)
+    if train_until > eval_from:
+        raise UserError(f"data.train_until = {data.train_until!r} is after data.eval_from = {data.eval_from!r}")
+    training = np.flatnonzero((request >= train_from) & (left < train_until))
+    held_out = np.flatnonzero((request >= eval_from) & (request < eval_until))
+    for what, rows, keys in (
+        ("training", training, "data.train_from and data.train_until"),
+        ("held-out", held_out, "data.eval_from and data.eval_until"),
+    ):
+        if not len(rows):
+            raise UserError(f"{data.path}: no visit lies in the {what} range; change {keys}")
+    return training, held_out
+
+
+def _of_items(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Author (-1 where not known) and duration in seconds (0 where not known) of each visit's video."""
+    items = read_texts(path, "items", ["item_id", "author_id", "duration_ms"])
+    known, author, duration = (items.column(name).to_numpy() for name in items.column_names)
+    check_unique(path, "items", "item_id", known)
+    order = np.argsort(known)
+    at = order[np.minimum(np.searchsorted(known, item_id, sorter=order), len(known) - 1)] if len(known) else item_id
+    there = known[at] == item_id if len(known) else np.zeros(len(item_id), bool)
+    if not there.any():
+        return np.full(len(item_id), -1), np.zeros(len(item_id), np.float32)
+    return np.where(there, author[at], -1), np.where(there, duration[at] / 1000, 0).astype(np.float32)
+
+
+def _features(
+    path: str, spec: DatasetSpec, ids: dict[str, np.ndarray]
+) -> tuple[np.ndarray, list[str], list[int], np.ndarray, list[str]]:
+    """Side features with names and sizes, and dense features with names, of user, author and video; not of context."""
+    side = tuple(feature for feature in spec.side if feature.of != "context")
+    dense = tuple(feature for feature in spec.dense if feature.of != "context")
+    join = FeatureJoin(replace(spec, side=side, dense=dense))
+    owners = {feature.of for feature in side} | {feature.of for feature in dense}
+    for owner, table in TABLE_OF.items():
+        if owner in owners:
+            file = storage.join(path, f"{table}.parquet")
+            source = pa.BufferReader(storage.read_bytes(file)) if storage.is_remote(file) else file
+            join.add(owner, pq.read_table(source))
+    join.check()
+    side_values, dense_values = join.features(ids)
+    return (
+        side_values,
+        [feature.name for feature in side],
+        [feature.rows for feature in side],
+        dense_values,
+        [feature.name for feature in dense],
+    )
+
+
+def _check_excluded(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"input.exclude: no feature {name!r}; there are {', '.join(known)}")
+
+
+def _id_rows(ids: np.ndarray, training: np.ndarray, min_count: int) -> tuple[np.ndarray, int]:
+    """Row of each id, and how many rows there are; 0 is for ids with fewer than ``min_count`` training rows."""
+    known, count = np.unique(ids[training], return_counts=True)
+    known = known[count >= min_count]
+    if not len(known):
+        return np.zeros(len(ids), np.int64), 1
+    at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.where(known[at] == ids, at + 1, 0), len(known) + 1
+
+
+def _standardised(dense: np.ndarray, training: np.ndarray) -> np.ndarray:
+    mean, deviation = dense[training].mean(0, dtype=np.float64), dense[training].std(0, dtype=np.float64)
+    scaled = (dense - mean) / np.where(deviation > 0, deviation, 1)
+    return np.clip(scaled, -CLIP, CLIP).astype(np.float32)
+
+
+def _exposures(item_id: np.ndarray, training: np.ndarray) -> np.ndarray:
+    known, count = np.unique(item_id[training], return_counts=True)
+    at = np.minimum(np.searchsorted(known, item_id), len(known) - 1)
+    return np.where(known[at] == item_id, count[at], 0)

@@ -1,0 +1,238 @@
+"""The staytime model of a job: its network, its loss, its batches, and the two loops over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modules.staytime.base_losses import Base, fit_base
+from modules.staytime.comment_losses import (
+    listmle,
+    mean_over,
+    ranked_rows,
+    released_listmle,
+    released_touched_bce,
+    touched_bce,
+)
+from modules.staytime.networks import (
+    BackboneShape,
+    CommentUnderstanding,
+    ReleasedCommentUnderstanding,
+    SeparateOpening,
+    StaytimeInputs,
+    StaytimeNetwork,
+    StaytimeOutput,
+)
+from trainer.comment_staytime.comment_texts import StaytimeComments
+from trainer.comment_staytime.inputs import StaytimeData
+from trainer.config.staytime import LcuConfig, StaytimeConfig
+from trainer.console.errors import UserError
+from trainer.console.progress import Progress
+from trainer.engine.lr_schedule import learning_rate_factor
+
+ROWS_AT_ONCE = 8192
+"""Rows of a batch that is only predicted."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a batch is trained on.
+
+    Attributes:
+        seconds: ``[batch]`` float32.
+        duration: ``[batch]`` float32.
+        popular: ``[batch, comments]`` float32, popularity in training; None without LCU.
+        touched: ``[batch, comments]`` bool; None without LCU.
+    """
+
+    seconds: Tensor
+    duration: Tensor
+    popular: Tensor | None
+    touched: Tensor | None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model says of some rows, in their order.
+
+    Attributes:
+        seconds: ``[n]`` float64.
+        score: ``[n]`` float64, by which a user's rows are ranked: the seconds, or what a separate network says of the
+            opening.
+        popular: ``[n, comments]`` float32; None without LCU.
+        touched: ``[n, comments]`` float32; None without LCU.
+    """
+
+    seconds: np.ndarray
+    score: np.ndarray
+    popular: np.ndarray | None
+    touched: np.ndarray | None
+
+
+def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> Base:
+    """The base loss of a job, fitted on its training rows."""
+    rows = data.training
+    if "fit_on_all" in config.lcu.peculiar:
+        rows = np.concatenate([data.training, data.held_out])
+    base = config.base
+    return fit_base(
+        base.loss,
+        data.seconds[rows],
+        data.duration[rows],
+        duration_groups=base.duration_groups,
+        leaves=base.leaves,
+    )
+
+
+def build_network(config: StaytimeConfig, data: StaytimeData, base: Base) -> nn.Module:
+    """The network of a job, from ``StaytimeInputs`` to ``StaytimeOutput``. Takes torch's seed as it is."""
+    if "separate_opening" in config.lcu.peculiar:
+        return SeparateOpening(*(_one_network(config, data, start) for start in base.start.split(1)))
+    return _one_network(config, data, base.start)
+
+
+def _one_network(config: StaytimeConfig, data: StaytimeData, start: Tensor) -> StaytimeNetwork:
+    base, dim = config.base, config.input.dim
+    fields_, n_dense = len(data.field_names), len(data.dense_names)
+    lcu = None if data.comments is None else _lcu(config.lcu, data.comments, fields_ + (n_dense > 0), dim)
+    shape = BackboneShape(base.backbone, base.widths, base.depth, base.heads, base.dropout)
+    return StaytimeNetwork(data.rows, fields_, n_dense, dim, shape, start, lcu)
+
+
+def _lcu(
+    lcu: LcuConfig, comments: StaytimeComments, tokens: int, dim: int
+) -> CommentUnderstanding | ReleasedCommentUnderstanding:
+    item_width, comment_width = (
+        0 if texts is None else texts.vectors.shape[1] for texts in (comments.item_text, comments.comment_text)
+    )
+    sizes = {"item_width": item_width, "comment_width": comment_width, "heads": lcu.heads, "hidden": lcu.hidden}
+    if "bare_network" in lcu.peculiar:
+        return ReleasedCommentUnderstanding(tokens, dim, comments=lcu.comments, dropout=lcu.dropout, **sizes)
+    return CommentUnderstanding(
+        dim, comment_rows=comments.id_rows if lcu.with_comment_ids else 0, dropout=lcu.dropout, **sizes
+    )
+
+
+def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tuple[StaytimeInputs, Labels]:
+    """Inputs and labels of some rows."""
+    comments = data.comments
+    if comments is None:
+        nothing = np.zeros((len(rows), 0), np.float32)
+        chosen = np.zeros((len(rows), 0), np.int64)
+        arrays = [nothing, chosen, nothing[..., None], chosen >= 0]
+    else:
+        chosen = comments.chosen[rows]
+        item, comment = comments.item_text, comments.comment_text
+        arrays = [
+            np.zeros((len(rows), 0), np.float32) if item is None else item.gather(rows),
+            np.where(chosen >= 0, comments.id_row[chosen], 0),
+            np.zeros((*chosen.shape, 0), np.float32) if comment is None else comment.gather(chosen),
+            chosen >= 0,
+        ]
+    tensors = [torch.from_numpy(array) for array in (data.fields[rows].astype(np.int64), data.dense[rows], *arrays)]
+    inputs = StaytimeInputs(*(tensor.to(device) for tensor in tensors))
+    popular, touched = (None, None)
+    if comments is not None:
+        popular = torch.from_numpy(comments.popular[chosen]).to(device)
+        touched = torch.from_numpy(comments.touched[rows]).to(device)
+    seconds, duration = (torch.from_numpy(column[rows]).to(device) for column in (data.seconds, data.duration))
+    return inputs, Labels(seconds, duration, popular, touched)
+
+
+def joint_loss(said: StaytimeOutput, base: Base, labels: Labels, present: Tensor, lcu: LcuConfig) -> dict[str, Tensor]:
+    """``L = L_staytime + lambda1 L_R1 + lambda2 L_R2``, each the mean over the rows that it speaks of.
+
+    R1 ranks the comments by popularity, in rows where that differs; R2 tells which ones the user touched, in rows where
+    there is one.
+
+    Returns:
+        ``loss`` and its parts ``staytime``, and with LCU ``popular`` and ``touched``.
+    """
+    parts = {"staytime": base.loss(said.logits, labels.seconds, labels.duration).mean()}
+    total = parts["staytime"]
+    if said.popular is not None and said.touched is not None:
+        assert labels.popular is not None and labels.touched is not None
+        by_popularity = released_listmle if "softmax_listmle" in lcu.peculiar else listmle
+        by_touch = released_touched_bce if "softmax_touched" in lcu.peculiar else touched_bce
+        parts["popular"] = mean_over(
+            by_popularity(said.popular, labels.popular, present), ranked_rows(labels.popular, present)
+        )
+        parts["touched"] = mean_over(by_touch(said.touched, labels.touched, present), labels.touched.any(1))
+        weights = (lcu.lambda1, lcu.lambda2)
+        popular, touched = reversed(weights) if "swapped_weights" in lcu.peculiar else weights
+        total = total + popular * parts["popular"] + touched * parts["touched"]
+    return {"loss": total, **parts}
+
+
+def train(
+    config: StaytimeConfig, data: StaytimeData, base: Base, network: nn.Module, device: torch.device, *, quiet: bool
+) -> list[dict[str, float]]:
+    """Train a network in place; returns the mean losses of each epoch.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    settings, generator = config.train, np.random.default_rng(config.run.seed)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    steps_of_epoch = -(-len(data.training) // settings.batch_size)
+    total, step = settings.epochs * steps_of_epoch, 0
+    network.train()
+    epochs = []
+    with Progress("train", settings.epochs * len(data.training), "rows", quiet=quiet) as progress:
+        for _ in range(settings.epochs):
+            sums: dict[str, float] = {}
+            for rows in _portions(generator.permutation(data.training), settings.batch_size):
+                factor = learning_rate_factor(step, total, settings.warmup, settings.decay)
+                for group in optimizer.param_groups:
+                    group["lr"] = factor * settings.learning_rate
+                inputs, labels = make_batch(data, rows, device)
+                if data.unknown_item is not None:
+                    column, unknown = data.unknown_item
+                    hidden = generator.random(len(rows)) < config.input.hide_items
+                    inputs.fields[torch.from_numpy(hidden).to(device), column] = unknown
+                losses = joint_loss(network(inputs), base, labels, inputs.present, config.lcu)
+                value = losses["loss"].item()
+                if not np.isfinite(value):
+                    raise UserError(
+                        f"the loss of step {step} is {value}; lower train.learning_rate = {settings.learning_rate:g}"
+                    )
+                optimizer.zero_grad()
+                losses["loss"].backward()
+                optimizer.step()
+                step += 1
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss.item() / steps_of_epoch
+                progress.advance(len(rows), f"loss {value:.4f}")
+            epochs.append(sums)
+    return epochs
+
+
+@torch.no_grad()
+def predict(
+    config: StaytimeConfig, data: StaytimeData, base: Base, network: nn.Module, device: torch.device, rows: np.ndarray
+) -> Predictions:
+    """Predict some rows."""
+    network.eval()
+    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(Predictions)}
+    for portion in _portions(rows, ROWS_AT_ONCE):
+        inputs, labels = make_batch(data, portion, device)
+        said = network(inputs)
+        seconds = base.seconds(said.logits, labels.duration)
+        separate = "separate_opening" in config.lcu.peculiar
+        parts["seconds"].append(seconds.double().cpu())
+        parts["score"].append((said.logits[:, 1] if separate else seconds).double().cpu())
+        for name, scores in (("popular", said.popular), ("touched", said.touched)):
+            if scores is not None:
+                parts[name].append(scores.float().cpu())
+    return Predictions(**{name: torch.cat(part).numpy() if part else None for name, part in parts.items()})  # type: ignore[arg-type]
+
+
+def _portions(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

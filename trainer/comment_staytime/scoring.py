@@ -1,0 +1,129 @@
+"""Predict visits of a range of time with the model of a finished staytime run.
+
+limelight staytime score runs/staytime predictions.parquet --from 2024-03-10
+
+The inputs are made again by the run's own job, so the dataset must still have the visits of its training range: which
+id has which row, and how popular comments are, is fitted on them. It may have grown since. That they are the same is
+checked by ``fitted.json``. The same range on the same machine gives the run's predictions again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import nn
+
+from trainer.comment_staytime.inputs import load_staytime
+from trainer.comment_staytime.model import build_network, fit_base_on, predict
+from trainer.config.ranker import parse_time
+from trainer.config.staytime import DataConfig, StaytimeConfig
+from trainer.config.toml import validate
+from trainer.console.errors import UserError
+from trainer.console.run_log import say
+from trainer.data.format.schema import DatasetSpec
+from trainer.runtime.distributed import choose_device
+from trainer.staytime import evaluate, fitted, metrics_table, write_predictions
+
+
+def score_range(
+    run: Path, out: Path, *, data: str | None = None, time_from: str | None = None, time_until: str | None = None
+) -> None:
+    """Write predictions of a range of time as the run's predictions.parquet has them, and print their metrics.
+
+    Args:
+        run: directory of a finished run.
+        out: Parquet file to write.
+        data: dataset; None for the run's own.
+        time_from: first request; None for the start of the run's held-out range.
+        time_until: end of the range, itself not part of it; None for that of the run's held-out range.
+
+    Raises:
+        UserError: no finished run there, the range reaches into training, the dataset's training range is not what the
+            run was trained on, or ``out`` cannot be written.
+    """
+    config = load_staytime_run(run)
+    # The earliest mistakes first: reading takes longest.
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: cannot be written, there is no directory {out.parent}")
+    ranged = _in_range(config.data, data or config.data.path, time_from, time_until)
+    config = config.model_copy(update={"data": ranged})
+    columns = load_staytime(config.data, config.input, config.lcu, config.run.seed)
+    device = choose_device(config.train.device, 0)
+    base = fit_base_on(config, columns)
+    _check_same(run, config.data.path, fitted(columns, base.facts))
+    network = build_network(config, columns, base)
+    _load(network, run)
+    said = predict(config, columns, base.to(device), network.to(device), device, columns.held_out)
+    write_predictions(out, columns, said)
+    say(metrics_table(evaluate(config, columns, said)))
+    say(f"\npredictions: {out}")
+
+
+def load_staytime_run(run: Path) -> StaytimeConfig:
+    """The job of a finished run of ``limelight staytime``.
+
+    Raises:
+        UserError: no such run, or it has not finished.
+    """
+    raw = _read(run / "config.json")
+    if "lcu" not in raw:
+        raise UserError(f"{run}: not a run of limelight staytime")
+    if not (run / "metrics.json").exists():
+        raise UserError(f"{run}: this run has not finished (metrics.json is missing); its command begins it anew")
+    return validate(StaytimeConfig, raw, str(run / "config.json"))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file.parent}: no run here ({file.name} is missing)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    return raw
+
+
+def _in_range(data: DataConfig, path: str, time_from: str | None, time_until: str | None) -> DataConfig:
+    """The job's data with another range to predict; the range of training stays."""
+    start, until, trained = (
+        time_from or data.eval_from,
+        time_until or data.eval_until,
+        data.train_until or data.eval_from,
+    )
+    timezone = DatasetSpec.load(path).timezone
+    first = parse_time(start, timezone, "--from")
+    if first < parse_time(trained, timezone, "data.train_until"):
+        raise UserError(f"--from = {start!r}: the run was trained on visits until {trained}; choose that or later")
+    if until and parse_time(until, timezone, "--until") <= first:
+        raise UserError(f"--until = {until!r}: must be later than --from = {start!r}")
+    changes = {"path": path, "train_until": trained, "eval_from": start, "eval_until": until}
+    return data.model_copy(update=changes)
+
+
+def _check_same(run: Path, path: str, now: dict[str, Any]) -> None:
+    then = _read(run / "fitted.json")
+    # As JSON has it: tuples are lists.
+    now = json.loads(json.dumps(now))
+    changed = [name for name in now if now[name] != then.get(name)]
+    if changed:
+        raise UserError(
+            f"{path}: its training range is not what {run} was trained on; of fitted.json, {', '.join(changed)} "
+            f"{'differs' if len(changed) == 1 else 'differ'}"
+        )
+
+
+def _load(network: nn.Module, run: Path) -> None:
+    file = run / "model.safetensors"
+    try:
+        load_model(network, file)
+    except FileNotFoundError:
+        raise UserError(f"{run}: no run here ({file.name} is missing)") from None
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"{file}: does not fit the run's job: {reason}; is an embedding table another than in training?"
+        ) from None

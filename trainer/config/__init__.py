@@ -1,0 +1,1 @@
+"""The schema of every job file, and how one is read."""

@@ -1,0 +1,369 @@
+"""The job file: one TOML file, parsed into typed, frozen objects before any process is started.
+
+``load_config`` is the only way in. It names the file, the key and the value of a mistake, and what would be accepted.
+``python -m trainer.config.ranker`` prints the reference that stands in the README.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+from zoneinfo import ZoneInfo
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from trainer.config.features import FeatureConfig
+from trainer.config.stream import LabelConfig, StreamConfig
+from trainer.config.toml import Model, fields, read_toml, section_of, validate
+from trainer.console.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the job file. Unknown keys are rejected, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """Where a run is written and what it is called."""
+
+    name: str = Field("run", description="Name of the run, part of its directory's default name.", min_length=1)
+    directory: str = Field(
+        "",
+        description="Directory of the run. Empty: that of the newest unfinished run of the same job, else "
+        "`runs/<name>-<date>-<time>`.",
+    )
+    seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
+
+
+class DataConfig(Section):
+    """Which rows are trained on and which are held out. Times are ISO dates or times, in the dataset's time zone."""
+
+    path: str = Field(..., description="Dataset directory, or any fsspec URL of one.", min_length=1)
+    behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
+    train_from: str = Field("", description="First moment of training. Empty: the dataset's first.")
+    train_until: str = Field(
+        "", description="End of training: only rows whose labels were complete before it. Empty: `eval_from`."
+    )
+    eval_from: str = Field("", description="First request of the held-out range. Empty: no evaluation.")
+    eval_until: str = Field("", description="End of the held-out range. Empty: the dataset's end.")
+    frozen: bool = Field(
+        False,
+        description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",
+    )
+    shuffle_minutes: Rate = Field(60.0, description="Rows are shuffled inside windows of this length, never across.")
+    workers: int = Field(1, description="Loader processes per rank; 0 reads in the training process.", ge=0)
+    prefetch: Positive = Field(4, description="Batches that each loader process prepares ahead.")
+    on_corrupt: Literal["error", "skip"] = Field(
+        "error",
+        description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`).",
+    )
+
+
+class TableOptimizerConfig(Section):
+    """The optimizer fused into the embedding tables' backward pass."""
+
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = Field(
+        "rowwise_adagrad", description="`rowwise_adagrad` keeps one accumulator a row; column-wise tables need another."
+    )
+    learning_rate: Rate = Field(0.02, description="Peak learning rate of the tables.")
+    eps: Rate = Field(1e-8, description="Added to the root of Adagrad's accumulator.")
+    deduplicate: bool = Field(
+        True, description="Look each id up and send it to its rank once in a step, however often a batch has it."
+    )
+
+
+class ModelConfig(Section):
+    """The dense network over the embeddings."""
+
+    kind: Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"] = Field(
+        "ple", description="Multi-task network; `logistic` is a logistic regression on the same inputs."
+    )
+    task_experts: Positive = Field(2, description="Experts of each behaviour (PLE, CGC); MMoE shares as many in all.")
+    shared_experts: Positive = Field(2, description="Experts that all behaviours share.")
+    expert_layers: tuple[tuple[Positive, ...], ...] = Field(
+        ((256, 128), (128, 64)),
+        description="Widths of the experts, one list an extraction layer. PLE uses all, the others the first.",
+        min_length=1,
+    )
+    tower: tuple[Positive, ...] = Field((64,), description="Hidden widths of each behaviour's tower.")
+    attention_kind: Literal["din", "multi_head", "twin"] = Field(
+        "din",
+        description="How histories are read: by a small network on candidate and entry (`din`), by multi-head target "
+        "attention of all that describes the candidate (`multi_head`), or so with TWIN's split of item and cross "
+        "features (`twin`).",
+    )
+    attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of the network of `din`.")
+    heads: Positive = Field(4, description="Heads of `multi_head` and `twin`.")
+    head_dim: Positive = Field(16, description="Width of a head.")
+    dropout: Share = Field(0.0, description="Dropout in experts and towers.")
+
+
+class AlignmentConfig(Section):
+    """A contrastive loss that draws a user's histories towards one of them, Moment&Cross equation 6."""
+
+    anchor: str = Field("", description="History that each other one is aligned with, such as `mixed`. Empty: none.")
+    weight: Rate = Field(0.05, description="Weight of the loss beside that of the behaviours.")
+    temperature: Rate = Field(0.1, description="Divides the cosines of two sides.")
+    symmetric: bool = Field(
+        True, description="Both directions, each with half the weight; false: from the anchor to the others."
+    )
+    detached: Literal["none", "anchor", "others"] = Field("none", description="Sides that the loss does not move.")
+
+
+class OptimizerConfig(Section):
+    """AdamW on the dense network, and the schedule that both optimizers follow."""
+
+    learning_rate: Rate = Field(1e-3, description="Peak learning rate of the dense network.")
+    weight_decay: float = Field(0.0, description="Decoupled weight decay of the dense network.", ge=0)
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's moment decays.")
+    warmup: Share = Field(0.0, description="Share of all steps over which learning rates rise from 0.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How learning rates go on after warm-up; linear and cosine end at 0."
+    )
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    batch_size: Positive = Field(2048, description="Rows of all ranks together in one optimizer step.")
+    epochs: Positive = Field(1, description="Passes over the training range.")
+    deepspeed: str = Field(
+        "configs/deepspeed/zero1.json", description="DeepSpeed's own settings: ZeRO stage, precision, clipping."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
+    overlap: bool = Field(True, description="Exchange the next batch's ids while the dense network works.")
+    baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
+        (), description="Networks to train after `model.kind` on the same data, for the same table of metrics."
+    )
+    weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
+    log_every: Positive = Field(20, description="Steps between two progress lines and scalars.")
+    watchdog_seconds: float = Field(
+        600.0, description="End the job when a rank makes no step for so long; 0 waits for ever.", ge=0
+    )
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved to `RUN/checkpoints`. It is always saved at the end, and on SIGTERM."""
+
+    every_minutes: float = Field(10.0, description="Minutes between two saves; 0 goes by steps alone.", ge=0)
+    every_steps: int = Field(0, description="Steps between two saves; 0 goes by time alone.", ge=0)
+    keep: Positive = Field(3, description="Newest checkpoints to keep.")
+    keep_every: int = Field(0, description="Keep every Nth save for good as well; 0 keeps none so.", ge=0)
+    background: bool = Field(
+        True,
+        description="Write while training goes on, from a copy in host memory; false stops for it and needs no copy.",
+    )
+
+
+class ResumeConfig(Section):
+    """How the same command, given again, goes on with a run that has not finished."""
+
+    enabled: bool = Field(True, description="Go on with it; false starts a new run, in a directory of its own.")
+    allow_new_data: bool = Field(
+        False, description="Accept that the dataset has changed, such as by later days; positions must still fit it."
+    )
+
+
+class ScoreConfig(Section):
+    """The ranking score."""
+
+    exponents: dict[str, float] = Field(
+        {}, description="Exponent of (1 + p) per behaviour, Moment&Cross equation 4; the others have 1."
+    )
+
+
+class InitFromConfig(Section):
+    """An old run whose tables a new model starts from."""
+
+    run: str = Field("", description="A run, or one of its checkpoints. Empty: start anew.")
+    tables: tuple[str, ...] = Field(
+        (), description="Tables to take: `user`, `author`, `item`, `side`. Empty: all that both models have."
+    )
+    dense: bool = Field(False, description="Take the dense network too, which must have the same inputs and outputs.")
+
+    @model_validator(mode="after")
+    def _of_a_run(self) -> InitFromConfig:
+        if (self.tables or self.dense) and not self.run:
+            raise ValueError("`tables` and `dense` need a `run` to take them from")
+        return self
+
+
+class JobConfig(Section):
+    """One training job."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    data: DataConfig
+    features: FeatureConfig = Field(default_factory=FeatureConfig)
+    stream: StreamConfig | None = None
+    labels: LabelConfig = Field(default_factory=LabelConfig)
+    init_from: InitFromConfig = Field(default_factory=InitFromConfig)
+    tables: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+
+    @model_validator(mode="after")
+    def _fits_a_stream(self) -> JobConfig:
+        if self.stream is None:
+            if self.labels != LabelConfig():
+                raise ValueError("[labels] is of a stream, and there is no section [stream]")
+            return self
+        if not self.data.train_until:
+            raise ValueError(
+                "[stream] needs data.train_until: features are fitted on what was known before, and the stream begins "
+                "there"
+            )
+        for key, value, needed in (
+            ("train.epochs", self.train.epochs, 1),
+            ("optimizer.decay", self.optimizer.decay, "constant"),
+            ("optimizer.warmup", self.optimizer.warmup, 0),
+            ("data.frozen", self.data.frozen, False),
+        ):
+            if value != needed:
+                raise ValueError(f"{key} = {value!r}: a stream has no end that is known; it needs {needed!r}")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read the job file of a ranker, as :func:`load_job` does."""
+    return load_job(JobConfig, path, overrides)
+
+
+def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+    """Read a job file and apply ``section.key=value`` overrides, whose values are TOML (bare words are strings).
+
+    Args:
+        model: the job's config object.
+        path: the file.
+        overrides: as typed.
+
+    Raises:
+        UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
+    """
+    raw = read_toml(path, "job file")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(model, _times_as_text(raw), str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
+    """Validate a nested mapping; ``origin`` is named in errors."""
+    return validate(JobConfig, raw, origin)
+
+
+def load_deepspeed(path: str) -> dict[str, Any]:
+    """DeepSpeed's JSON settings as given; batch sizes are filled in by the engine.
+
+    Raises:
+        UserError: missing file or not a JSON object.
+    """
+    try:
+        settings = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"train.deepspeed = {path!r}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: DeepSpeed settings are a JSON object, this is a {type(settings).__name__}")
+    return settings
+
+
+def parse_time(text: str, timezone: str, key: str) -> int:
+    """Milliseconds UTC of an ISO date or time; one without an offset is taken in ``timezone``.
+
+    Raises:
+        UserError: not an ISO time.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{key} = {text!r}: not a time; write 2022-05-04 or 2022-05-04T12:00+08:00") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=ZoneInfo(timezone))
+    return round(moment.timestamp() * 1000)
+
+
+def _times_as_text(value: Any) -> Any:
+    """TOML's own dates and times as the ISO strings that the config has: 2022-05-04 needs no quotes."""
+    if isinstance(value, dict):
+        return {key: _times_as_text(inner) for key, inner in value.items()}
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    node = raw
+    for depth, section in enumerate(sections, 1):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {'.'.join(sections[:depth])} is a value, not a section")
+    node[last] = value
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as the reference shows it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " \\| ".join(json.dumps(choice) for choice in arguments)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is tuple:
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return f"list of {_type_name(inner[0])}"
+    if origin is dict:
+        return f"table of {_type_name(arguments[1])}"
+    if arguments:
+        return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
+    names = {str: "string", int: "integer", float: "number", bool: "true \\| false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True)
+    return "unset" if value is None else f"`{json.dumps(value)}`"
+
+
+def reference(job: type[BaseModel] = JobConfig) -> str:
+    """Every key of a job with type, default and meaning, as Markdown tables: the README's config reference."""
+    lines: list[str] = []
+    for section, info in job.model_fields.items():
+        model = section_of(info.annotation)
+        assert model is not None
+        summary = (model.__doc__ or "").strip().split("\n")[0]
+        lines += [f"**`[{section}]`** {summary}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        same: dict[int, tuple[list[str], FieldInfo]] = {}
+        for name, field in fields(model):
+            same.setdefault(id(field), ([], field))[0].append(f"`{name}`")
+        lines += [
+            f"| {', '.join(names)} | {_type_name(field.annotation)} | {_default(field)} | {field.description} |"
+            for names, field in same.values()
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+if __name__ == "__main__":
+    print(reference())

@@ -1,0 +1,102 @@
+"""TOML files as typed objects: a mistake is told with its file, key and value, and what would be accepted."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from trainer.console.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The content of a file; ``what`` it is, such as ``job file``, is named in errors.
+
+    Raises:
+        UserError: missing file, or not TOML.
+    """
+    file = Path(path)
+    try:
+        return tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such {what}") from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise UserError(f"{file}: not a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not valid TOML: {error}") from None
+
+
+def validate(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
+    """``raw`` as a ``model``; ``origin`` is named in errors.
+
+    Raises:
+        UserError: unknown key (the nearest known one is named), wrong type or range.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error, raw, model)}") from None
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted name and field of every key of a section, depth first; ``NAME`` stands for a free key."""
+    for name, info in model.model_fields.items():
+        inner, free = _section_and_keys(info.annotation)
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.{'NAME.' if free else ''}")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Whether a field's type is a section of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a type holds, if any."""
+    return _section_and_keys(annotation)[0]
+
+
+def _section_and_keys(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a type holds, if any, and whether under free keys."""
+    if is_section(annotation):
+        return annotation, False
+    free = get_origin(annotation) is dict
+    # The values of dict[str, Section], or the one section of Section | None.
+    inner = [argument for argument in get_args(annotation) if is_section(argument)]
+    return (inner[0] if inner else None), free
+
+
+def _explain(error: ValidationError, raw: dict[str, Any], model: type[BaseModel]) -> str:
+    """The first mistake in one line; an unknown key is told with the nearest known one."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _ in fields(model)] + list(model.model_fields)
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        return f"unknown key {key}; did you mean {nearest}?"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    said = first["msg"].removeprefix("Value error, ")
+    said = f"{said[0].lower()}{said[1:]}"
+    value: Any = raw
+    for part in first["loc"]:
+        value = _item(value, part)
+    if isinstance(value, dict) and first["type"] == "value_error":
+        return f"[{key}]: {said}" if key else said
+    return f"{key} = {value!r}: {said}"
+
+
+def _item(container: Any, key: str | int) -> Any:
+    try:
+        return container[key]
+    except (KeyError, IndexError, TypeError):
+        return None

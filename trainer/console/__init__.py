@@ -1,0 +1,1 @@
+"""What a person reads: errors, log, progress, tables, exit statuses."""

@@ -1,0 +1,108 @@
+"""Progress of long work: a bar with an ETA on a terminal, one line every few seconds elsewhere and in the log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from tqdm import tqdm
+
+from trainer.console.run_log import note, say
+
+LINE_EVERY_SECONDS = 5.0
+"""Pause between two plain lines."""
+
+
+class Progress:
+    """Shows ``done`` of ``total``; use as a context manager.
+
+    Args:
+        label: what is going on, such as ``train``.
+        total: amount of work in ``unit``.
+        unit: what is counted, such as ``rows``.
+        done: what an earlier process has done of it.
+        quiet: show nothing (every rank but the first); the lines are in the rank's log all the same.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, quiet: bool = False) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self._done_before = done
+        self.started = time.monotonic()
+        self._quiet = quiet
+        self._said = self.started
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if error is None:
+            self._line("", time.monotonic())
+
+    def advance(self, amount: int, remark: str = "") -> None:
+        """Count ``amount`` more; ``remark`` is shown beside the figures."""
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+            self._bar.set_postfix_str(remark, refresh=False)
+        now = time.monotonic()
+        if now - self._said >= LINE_EVERY_SECONDS:
+            self._said = now
+            self._line(remark, now)
+
+    def _line(self, remark: str, now: float) -> None:
+        seconds = max(now - self.started, 1e-9)
+        rate = (self.done - self._done_before) / seconds
+        left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
+        share = 100 * self.done / self.total if self.total else 100.0
+        line = (
+            f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {rate:,.0f} {self.unit}/s, "
+            f"{_duration(seconds)} so far, ETA {_duration(left)}" + (f", {remark}" if remark else "")
+        )
+        if self._quiet or self._bar is not None:
+            note(line)
+        else:
+            say(line)
+
+
+class Phases:
+    """Shows work that goes in phases, each with its own bar; called with what is done, how much of it, and of how much.
+
+    Args:
+        units: phase -> what is counted.
+        other: what the other phases count.
+    """
+
+    def __init__(self, units: Mapping[str, str], other: str = "parts") -> None:
+        self._units, self._other = units, other
+        self._phase: Progress | None = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._phase is None or self._phase.label != what:
+            self.__exit__(None, None, None)
+            self._phase = Progress(what, total, self._units.get(what, self._other))
+        self._phase.advance(done - self._phase.done)
+
+    def __enter__(self) -> Phases:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._phase is not None:
+            self._phase.__exit__(kind, error, trace)
+            self._phase = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,67 @@
+"""Side features of the authors of past visits, as a model keeps them.
+
+Histories hold the author of a visit and not what the author is. ``features.author_side`` names features that the visits
+of a history carry. Their values are read from the dataset's table of authors when the features are fitted, and saved
+with them, so scoring sees those that training saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.console.errors import UserError
+from trainer.data.format import storage, validation
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DatasetSpec
+
+
+@dataclass(frozen=True)
+class AuthorSide:
+    """Values of some side features by author.
+
+    Attributes:
+        author_id: ``[authors]`` int64, each once.
+        values: ``[authors, features]`` int32.
+    """
+
+    author_id: np.ndarray
+    values: np.ndarray
+    _index: IdIndex = field(default_factory=IdIndex, init=False, repr=False, compare=False)
+    _lines: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Line 0 is of authors that are not there; the others follow the numbers of the index.
+        lines = np.zeros((len(self.author_id) + 1, self.values.shape[1]), np.int32)
+        lines[self._index.add(self.author_id) + 1] = self.values
+        object.__setattr__(self, "_lines", lines)
+
+    def of(self, author_id: np.ndarray) -> np.ndarray:
+        """Values of authors ``[n]``, ``[n, features]`` int32; 0 (unknown) for those that are not there."""
+        return self._lines[self._index.find(author_id) + 1]
+
+
+def read_author_side(path: str, spec: DatasetSpec, names: Sequence[str]) -> AuthorSide:
+    """Side features of all authors of a dataset.
+
+    Args:
+        path: of the dataset.
+        spec: its description.
+        names: of the features, each one of an author.
+
+    Raises:
+        UserError: the dataset has no table of authors, or it lacks one of the features or has bad values of it.
+    """
+    file = storage.join(path, "authors.parquet")
+    try:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(file)))
+    except FileNotFoundError:
+        raise UserError(f"features.author_side: the dataset has no table of authors ({file})") from None
+    schema = pa.schema([("author_id", pa.int64()), *((name, pa.int32()) for name in names)])
+    columns = validation.columns_of(table.select([n for n in schema.names if n in table.column_names]), schema, file)
+    validation.check_side(columns, tuple(side for side in spec.side if side.name in names), file)
+    return AuthorSide(columns["author_id"], np.stack([columns[name] for name in names], axis=1))

@@ -1,0 +1,88 @@
+"""The dense inputs before standardisation: float columns of the rows and rates of the time-ordered statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trainer.config.features import FeatureConfig
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec, Rows
+from trainer.data.format.statistics import smoothed_rates
+
+
+def statistic_name(key: tuple[str, ...]) -> str:
+    """Name of a key of the statistics, such as ``stat:user*author``."""
+    return "stat:" + "*".join(key)
+
+
+def smoothing_strength(prior: np.ndarray, smoothing: float) -> np.ndarray:
+    """Rows that the overall rate of each behaviour is worth: ``smoothing / (2 sqrt(p0 (1 - p0)))``, ``[behaviours]``.
+
+    A row says little about a rare behaviour, so its rates are drawn more strongly towards the overall rate; where half
+    of the rows have the behaviour, it is by ``smoothing`` rows.
+
+    Args:
+        prior: ``[behaviours]``, overall rates p0, strictly between 0 and 1.
+        smoothing: above 0.
+    """
+    return smoothing / (2 * np.sqrt(prior * (1 - prior)))
+
+
+class DenseInputs:
+    """Which dense inputs a model has, and their raw values.
+
+    Args:
+        spec: of the dataset.
+        config: which of them, and how rates are smoothed.
+
+    Attributes:
+        names: of the columns: the dense features, then ``stat:KEY:BEHAVIOUR`` (a logit) by key and behaviour, then
+            ``stat:KEY:rows`` (a logarithm) by key.
+    """
+
+    def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
+        exclude = config.exclude
+        self._features = [k for k, feature in enumerate(spec.dense) if feature.name not in exclude]
+        self._keys = [
+            k for k, key in enumerate(spec.statistics) if statistic_name(key) not in exclude and "stat:*" not in exclude
+        ]
+        rates = config.rates or spec.behaviours
+        self._rates = [spec.behaviours.index(behaviour) for behaviour in rates]
+        self._spec, self._smoothing = spec, config.smoothing
+        keys = [statistic_name(spec.statistics[k]) for k in self._keys]
+        self.names: tuple[str, ...] = (
+            *(spec.dense[k].name for k in self._features),
+            *(f"{key}:{behaviour}" for key in keys for behaviour in rates),
+            *(f"{key}:rows" for key in keys),
+        )
+
+    def raw(self, rows: Rows, prior: np.ndarray) -> np.ndarray:
+        """Values of the inputs, ``[n, len(names)]`` float32.
+
+        Args:
+            rows: need ``dense``, ``stat`` and, for messages, ``visit_id``.
+            prior: ``[behaviours]``, overall rate of each behaviour.
+
+        Raises:
+            UserError: a value is NaN or infinite.
+        """
+        n = len(rows["visit_id"])
+        out = np.empty((n, len(self.names)), np.float32)
+        features = len(self._features)
+        out[:, :features] = rows["dense"][:, self._features]
+        if self._keys and n:
+            counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
+            chosen = counts[:, self._keys][:, :, [0, *(1 + k for k in self._rates)]]
+            rates = prior[self._rates]
+            strength = smoothing_strength(rates, self._smoothing)
+            out[:, features:] = smoothed_rates(chosen.reshape(n, -1), rates, strength)
+        if not np.isfinite(out).all():
+            self._refuse(out, rows)
+        return out
+
+    def _refuse(self, values: np.ndarray, rows: Rows) -> None:
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise UserError(
+            f"dense feature {self.names[column]!r} is {values[row, column]} in visit {rows['visit_id'][row]} "
+            f"(request_ms {rows['request_ms'][row]}); features must be finite, write 0 where a value is missing"
+        )

@@ -1,0 +1,362 @@
+"""From canonical rows and histories to model inputs: which tables there are, who reads them, and the ids of a batch.
+
+Every feature is as of a time that the caller gives, by default the request; histories have no other kind of read, and
+the statistics of a row were counted when it was made (statistics.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from modules.embeddings import Lookup, Table, group_lookups
+from trainer.config.features import FeatureConfig
+from trainer.console.errors import UserError
+from trainer.data.features.author_features import AuthorSide
+from trainer.data.features.dense_inputs import DenseInputs, statistic_name
+from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
+from trainer.data.features.history_sequences import Sequences, Space
+from trainer.data.features.id_map import IdMap
+from trainer.data.features.packed_batch import BatchLayout, PackedBatch
+from trainer.data.format.history import Histories, HistorySlice
+from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows, SideFeature
+
+ACTION_BITS = 12
+"""A visit of a history tells which of the dataset's first so many behaviours happened in it."""
+
+GAP_BUCKETS = 64
+
+DOMAIN_RANGE, ACTIONS_RANGE, AGE_RANGE = "domain", "behaviours of a past visit", "age of a past visit"
+PAST_DOMAIN_RANGE = "domain of a past visit"
+"""Ranges of the table ``side`` that belong to no side feature."""
+
+
+class HistorySequence(NamedTuple):
+    """The lookups of one history.
+
+    Attributes:
+        name: of the history.
+        keys: lookups with one id an entry, then the context with :func:`context_ids` ids an entry.
+        query: lookups of the candidate with the meaning of the keys, context left out.
+        max_length: most entries.
+        alike: features of the candidate that its context has too: lookup of the candidate, which of its ids, lookup of
+            an entry, which of its ids.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    query: tuple[str, ...]
+    max_length: int
+    alike: tuple[tuple[str, int, str, int], ...] = ()
+
+
+class FeatureMap:
+    """Declares the tables and lookups of a model once, and makes its batches.
+
+    The table ``side`` is packed: each side feature, the domain (where candidates have more than one) and the contexts
+    of a history's entries own a range of its rows; row 0 belongs to none.
+
+    Args:
+        spec: of the dataset to read.
+        config: of the features.
+        fitted: what was learned from the training range.
+        behaviours: to predict, in this order; empty means all of the dataset.
+
+    Attributes:
+        spec: of the dataset.
+        fitted: as given.
+        tables: ``user``, ``author``, ``item`` and ``side``, less those that nothing reads.
+        lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_context``.
+        sequences: the histories.
+        behaviours: columns of ``label`` and ``mask``.
+        label_columns: where they are among the behaviours of the dataset.
+        base_rates: ``[behaviours]`` float64, in the training range.
+        author_side: features of their authors that visits of histories carry.
+        needs_space: whether a history searches by dot product.
+        dense_names: columns of ``dense``.
+        n_dense: how many they are.
+        layout: of its batches.
+
+    Raises:
+        UserError: an unknown feature or behaviour, or the dataset differs from the one that was fitted on.
+    """
+
+    def __init__(
+        self, spec: DatasetSpec, config: FeatureConfig, fitted: FittedFeatures, behaviours: Sequence[str] = ()
+    ) -> None:
+        check_names(spec, config, behaviours)
+        _check_layout(spec, fitted)
+        self.spec = spec
+        self.behaviours: tuple[str, ...] = tuple(behaviours) or spec.behaviours
+        self.label_columns = [spec.behaviours.index(behaviour) for behaviour in self.behaviours]
+        self.base_rates = fitted.prior[self.label_columns]
+        self.fitted, self._clip = fitted, config.clip
+        self._inputs = DenseInputs(spec, config)
+        self.dense_names, self.n_dense = self._inputs.names, len(self._inputs.names)
+
+        self._side = _PackedSide(spec, config, fitted.author_side)
+        self._ids = {
+            name: IdMap(name, getattr(config, name).ids, fitted.table_rows[name], fitted.vocabularies.get(name))
+            for name in ID_TABLES
+            if not (name == "user" and "user_id" in config.exclude)
+        }
+        self._sequences = Sequences(spec, config, self._ids)
+        self.author_side, self.needs_space = config.author_side, config.needs_space
+        lookups = [Lookup(name, name, 1) for name in self._ids]
+        if self._side.width:
+            lookups.append(Lookup("side", "side", self._side.width))
+        for name in config.history:
+            lookups += [Lookup(f"{name}_{key}", key, None) for key in ("item", "author")]
+            lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=self._side.context_ids))
+        self.lookups: tuple[Lookup, ...] = tuple(lookups)
+        rows = {**fitted.table_rows, "side": self._side.rows}
+        self.tables: tuple[Table, ...] = tuple(
+            Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding, getattr(own, "dynamic", None))
+            for name in (*ID_TABLES, "side")
+            if any(lookup.table == name for lookup in lookups)
+            for own in (getattr(config, name),)
+        )
+        self.sequences: tuple[HistorySequence, ...] = tuple(
+            HistorySequence(
+                name,
+                (f"{name}_item", f"{name}_author", f"{name}_context"),
+                ("item", "author"),
+                history.length,
+                tuple(("side", own, f"{name}_context", other) for own, other in self._side.alike),
+            )
+            for name, history in config.history.items()
+        )
+        groups = group_lookups(self.tables, self.lookups)
+        self.layout = BatchLayout(
+            tuple(tuple(lookup.name for lookup in members) for _, members in groups),
+            self.n_dense,
+            len(self.label_columns),
+        )
+
+    def prepare(self, histories: Histories, space: Space | None = None) -> None:
+        """Make ready to pack in this process and in those that it forks; not needed, and slower without."""
+        self._sequences.prepare(histories, space)
+
+    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
+        """Model inputs of some rows, as two flat tensors.
+
+        Args:
+            rows: n canonical rows.
+            histories: of the dataset.
+            as_of_ms: ``[n]`` int64; histories hold what was known before, and the age of their entries counts from it.
+            space: search vectors, for histories that search by dot product.
+
+        Raises:
+            UserError: an id beyond a directly mapped table, a side value beyond its feature, or a dense value that is
+                NaN or infinite.
+        """
+        n = len(rows["visit_id"])
+        slices = self.read_histories(rows, histories, as_of_ms, space)
+        lengths = self._lengths(n, slices)
+        ids_per_key = {key: int(each.sum()) for key, each in lengths.items()}
+        integers = torch.empty(sum(self.layout.integer_sizes(n, ids_per_key)), dtype=torch.int64)
+        places = _split(integers.numpy(), self.layout.integer_sizes(n, ids_per_key))
+        ids = {}
+        for keys in self.layout.keys:
+            ids.update({key: next(places) for key in keys})
+            np.concatenate([lengths[key] for key in keys], out=next(places))
+        for column in ("user_id", "visit_id", "request_ms"):
+            next(places)[:] = rows[column]
+
+        for name, table in self._ids.items():
+            table(rows[f"{name}_id"], ids[name])
+        if self._side.width:
+            self._side.fill(rows, ids["side"].reshape(n, self._side.width))
+        for name, visits in slices.items():
+            self._ids["item"](visits.item_id, ids[f"{name}_item"])
+            self._ids["author"](visits.author_id, ids[f"{name}_author"])
+            age_ms = np.repeat(as_of_ms, visits.lengths) - visits.request_ms
+            self._side.fill_context(visits, age_ms, ids[f"{name}_context"].reshape(-1, self._side.context_ids))
+
+        floats = torch.empty(sum(self.layout.float_sizes(n)))
+        dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
+        standardised = dense.reshape(n, self.n_dense)
+        np.subtract(self._inputs.raw(rows, self.fitted.prior), self.fitted.mean, out=standardised)
+        standardised /= self.fitted.deviation
+        np.clip(standardised, -self._clip, self._clip, out=standardised)
+        label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
+        mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
+        return PackedBatch(integers, floats, n, ids_per_key)
+
+    def read_histories(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None
+    ) -> dict[str, HistorySlice]:
+        """The entries of each history of some rows, by name, as :meth:`pack` makes them inputs; arguments as there."""
+        return self._sequences.read(rows, histories, as_of_ms, space)
+
+    def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:
+        """Lookup -> ids of each row, ``[rows]`` int64."""
+        lengths = {}
+        for lookup in self.lookups:
+            if lookup.length is not None:
+                lengths[lookup.name] = np.full(rows, lookup.length)
+            else:
+                history, _, key = lookup.name.rpartition("_")
+                entries = slices[history].lengths
+                lengths[lookup.name] = entries * self._side.context_ids if key == "context" else entries
+        return lengths
+
+
+class _PackedSide:
+    """The ranges of the table ``side``.
+
+    Attributes:
+        rows: of the table.
+        width: ids of a row of the batch.
+        context_ids: ids of a history entry's context: its behaviours, how long ago it was, and where histories have
+            them, its domain, its item's tag and its author's features.
+        alike: pairs of an id of a row and an id of a context that are the same feature.
+    """
+
+    def __init__(self, spec: DatasetSpec, config: FeatureConfig, author_side: AuthorSide | None) -> None:
+        self._columns = [k for k, side in enumerate(spec.side) if side.name not in config.exclude]
+        self._features: list[SideFeature] = [spec.side[k] for k in self._columns]
+        ranges = side_ranges(feature_layout(spec), config)
+        self._has_domain = DOMAIN_RANGE in ranges
+        self.width = len(self._features) + self._has_domain
+        self._offsets = np.array([rows.start for rows in ranges.values()], np.int64)
+        self.rows = max((rows.stop for rows in ranges.values()), default=1)
+        self._limits = np.array([feature.rows for feature in self._features])
+        self._actions, self._age, self._past_domain = (
+            np.int64(ranges[name].start if name in ranges else 0)
+            for name in (ACTIONS_RANGE, AGE_RANGE, PAST_DOMAIN_RANGE)
+        )
+        # The tag of a past visit and its author's features are embedded as those of the candidate.
+        self._tag = np.int64(ranges[f"feature {spec.tag}"].start if config.tags else 0)
+        self._author_side = author_side if config.author_side else None
+        self._author_offsets = np.array([ranges[f"feature {name}"].start for name in config.author_side], np.int64)
+        self._tag_place = 2 + (PAST_DOMAIN_RANGE in ranges)
+        self.context_ids = self._tag_place + config.tags + len(config.author_side)
+        names = [feature.name for feature in self._features]
+        shared = [spec.tag] * config.tags + list(config.author_side)
+        self.alike = [(names.index(name), self._tag_place + place) for place, name in enumerate(shared)]
+
+    def fill(self, rows: Rows, out: np.ndarray) -> None:
+        """Write the ids of each row into ``[n, width]`` int64."""
+        features = len(self._features)
+        values = rows["side"] if features == rows["side"].shape[1] else rows["side"][:, self._columns]
+        if len(values) and features and (values.min() < 0 or (values.max(axis=0) >= self._limits).any()):
+            row, column = np.argwhere((values < 0) | (values >= self._limits))[0]
+            feature = self._features[column]
+            raise UserError(
+                f"side feature {feature.name!r} is {values[row, column]} in visit {rows['visit_id'][row]}; the dataset "
+                f"declares values 0 to {feature.rows - 1}"
+            )
+        np.add(values, self._offsets[:features], out=out[:, :features])
+        if self._has_domain:
+            np.add(rows["domain"], self._offsets[features], out=out[:, features])
+
+    def fill_context(self, visits: HistorySlice, age_ms: np.ndarray, out: np.ndarray) -> None:
+        """Write the context ids of each history entry into ``[n, context_ids]`` int64."""
+        np.bitwise_and(visits.bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
+        out[:, 0] += self._actions
+        np.add(gap_bucket(age_ms), self._age, out=out[:, 1])
+        if self._past_domain:
+            np.add(visits.domain, self._past_domain, out=out[:, 2])
+        if self._tag:
+            np.add(visits.tag, self._tag, out=out[:, self._tag_place])
+        if self._author_side is not None:
+            own = out[:, -len(self._author_offsets) :]
+            np.add(self._author_side.of(visits.author_id), self._author_offsets, out=own)
+
+
+def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, range]:
+    """Which rows of the table ``side`` belong to what, in order; row 0 to none.
+
+    Args:
+        layout: of the dataset, see :func:`trainer.data.features.fit.feature_layout`.
+        config: of the features.
+
+    Returns:
+        ``feature NAME`` for each side feature, :data:`DOMAIN_RANGE`, :data:`ACTIONS_RANGE`, :data:`AGE_RANGE` and
+        :data:`PAST_DOMAIN_RANGE`, those that the model has.
+    """
+    sizes = {f"feature {name}": rows for name, rows in layout["side"] if name not in config.exclude}
+    if len(layout["candidates"]) > 1 and "domain" not in config.exclude:
+        sizes[DOMAIN_RANGE] = len(DOMAINS)
+    if config.history:
+        sizes |= {ACTIONS_RANGE: 1 << min(len(layout["behaviours"]), ACTION_BITS), AGE_RANGE: GAP_BUCKETS}
+    if any(history.domain == "both" for history in config.history.values()):
+        sizes[PAST_DOMAIN_RANGE] = len(DOMAINS)
+    ends = itertools.accumulate(sizes.values(), initial=1)
+    return {name: range(end, end + size) for (name, size), end in zip(sizes.items(), ends, strict=False)}
+
+
+def gap_bucket(age_ms: np.ndarray) -> np.ndarray:
+    """Bucket of an age, in half octaves of seconds: edges at 0, 0.5, 1, 2, 3, 5, 7, 11, ... seconds.
+
+    Args:
+        age_ms: ``[n]`` int64, milliseconds; below 0 counts as 0.
+
+    Returns:
+        ``[n]`` int32 in ``[0, GAP_BUCKETS)``.
+    """
+    seconds = (np.maximum(age_ms, 0) * np.float32(0.001)).astype(np.float32) + np.float32(1)
+    # Exponent and first bit of the mantissa: the same on every machine, which a logarithm at an edge need not be.
+    return np.minimum((seconds.view(np.int32) >> 22) - (127 << 1), GAP_BUCKETS - 1)
+
+
+def _split(flat: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
+    edges = np.cumsum([0, *sizes]).tolist()
+    return (flat[start:stop] for start, stop in itertools.pairwise(edges))
+
+
+def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[str]) -> None:
+    """Every feature and behaviour that a job names is one of the dataset's.
+
+    Raises:
+        UserError: one is not; the nearest that is.
+    """
+    required = {name: history.require for name, history in config.history.items()}
+    for key, names in (
+        ("data.behaviours", behaviours),
+        ("features.rates", config.rates),
+        *((f"features.history.{name}.require", names) for name, names in required.items()),
+    ):
+        for name in names:
+            if name not in spec.behaviours:
+                raise UserError(f"{key}: the dataset has no behaviour {name!r}; it has {', '.join(spec.behaviours)}")
+    known = [
+        "user_id",
+        "domain",
+        "stat:*",
+        *(side.name for side in spec.side),
+        *(dense.name for dense in spec.dense),
+        *map(statistic_name, spec.statistics),
+    ]
+    for name in config.exclude:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"features.exclude: the dataset has no feature {name!r}; did you mean {nearest!r}?")
+    if config.tags and (not spec.tag or spec.tag in config.exclude):
+        why = f"{spec.tag!r} is excluded" if spec.tag else "the dataset was built without `tag`"
+        raise UserError(f"features.tags = true: histories have no tags, {why}")
+    of_authors = [side.name for side in spec.side if side.of == "author"]
+    for name in config.author_side:
+        if name not in of_authors:
+            raise UserError(
+                f"features.author_side: {name!r} is no side feature of the dataset's authors; "
+                f"they have {', '.join(of_authors) or 'none'}"
+            )
+        if name in config.exclude:
+            raise UserError(f"features.author_side: {name!r} is excluded")
+
+
+def _check_layout(spec: DatasetSpec, fitted: FittedFeatures) -> None:
+    ours = feature_layout(spec)
+    for part, theirs in fitted.layout.items():
+        if ours.get(part) != theirs:
+            raise UserError(
+                f"dataset {spec.name!r} does not fit the model's features: its {part} are {ours.get(part)}, the model "
+                f"was trained with {theirs}"
+            )

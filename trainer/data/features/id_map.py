@@ -1,0 +1,112 @@
+"""From ids to rows of a table: direct, hashed, or looked up; row 0 is the unknown id. Dynamic ids stay as they are."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from trainer.config.features import IdMapping, TableConfig
+from trainer.console.errors import UserError
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DatasetSpec
+
+
+class IdMap:
+    """Maps the ids of one table to its rows, vectorised.
+
+    Args:
+        name: of the table, for messages; it also salts the hash, so that tables collide differently.
+        mapping: see ``feature_config.TableConfig.ids``.
+        rows: of the table.
+        vocabulary: known ids, ascending and distinct; for ``lookup`` only. The k-th has row ``k + 1``.
+    """
+
+    def __init__(self, name: str, mapping: IdMapping, rows: int, vocabulary: np.ndarray | None = None) -> None:
+        self.name, self.mapping, self.rows = name, mapping, rows
+        self._salt = hash_salt(name)
+        self._index = IdIndex()
+        if vocabulary is not None:
+            self._index.add(vocabulary)
+
+    def __call__(self, ids: np.ndarray, out: np.ndarray) -> None:
+        """Write the row of each id, in ``[0, rows)``; of a dynamic table the id, whose row the table itself knows.
+
+        Args:
+            ids: ``[n]`` int64.
+            out: ``[n]`` int64, contiguous.
+
+        Raises:
+            UserError: ``direct`` and an id is negative or has no row.
+        """
+        if not len(ids):
+            return
+        if self.mapping == "direct":
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high + 1 >= self.rows:
+                wrong = low if low < 0 else high
+                raise UserError(
+                    f"{self.name} id {wrong} is outside table {self.name!r}, whose {self.rows} rows take ids 0 to "
+                    f"{self.rows - 2}; give it more rows, or map its ids by 'hash' or 'lookup'"
+                )
+            np.add(ids, 1, out=out)
+        elif self.mapping == "hash":
+            hash_rows(ids, self._salt, self.rows, out)
+        elif self.mapping == "dynamic":
+            out[:] = ids
+        else:
+            np.add(self._index.find(ids), 1, out=out)
+
+
+def hash_salt(table: str) -> np.uint64:
+    """What a table's hash mixes into ids, so that tables collide differently."""
+    return np.uint64(zlib.crc32(table.encode()) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+
+
+def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> None:
+    """splitmix64's finaliser of the salted id; its upper half scaled to ``[1, rows)`` (Lemire, 2019).
+
+    Args:
+        ids: ``[n]`` int64.
+        salt: of the table.
+        rows: of the table, row 0 included.
+        out: ``[n]`` int64, contiguous; written.
+    """
+    mixed = out.view(np.uint64)
+    np.bitwise_xor(ids.view(np.uint64), salt, out=mixed)
+    scratch = np.empty_like(mixed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(mixed, np.uint64(shift), out=scratch)
+        mixed ^= scratch
+        mixed *= np.uint64(factor)
+    # The finaliser's last step, mixed ^ mixed >> 31, leaves the upper 31 bits as they are.
+    mixed >>= np.uint64(32)
+    mixed *= np.uint64(rows - 1)
+    mixed >>= np.uint64(32)
+    mixed += np.uint64(1)
+
+
+def table_rows(name: str, config: TableConfig, spec: DatasetSpec, known_ids: int) -> int:
+    """Rows of a table, row 0 included.
+
+    Args:
+        name: ``user``, ``author`` or ``item``.
+        config: of the table.
+        spec: of the training data.
+        known_ids: size of its vocabulary, for ``lookup``.
+
+    Raises:
+        UserError: ``direct`` and the dataset's ids do not fit, or there are no ids known of.
+    """
+    if config.ids == "lookup":
+        return known_ids + 1
+    if config.ids in ("hash", "dynamic"):
+        assert config.rows is not None
+        return config.rows
+    needed = spec.ids[name].max + 2
+    if config.rows is not None and config.rows < needed:
+        raise UserError(
+            f"features.{name}.rows = {config.rows}: the {name} ids of this dataset reach {spec.ids[name].max}, so "
+            f"direct ids need {needed} rows; or map them by 'hash' or 'lookup'"
+        )
+    return config.rows or needed

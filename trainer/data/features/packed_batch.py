@@ -1,0 +1,100 @@
+"""The two flat buffers in which a batch travels between processes, and what lies where in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What a batch is made of, known to its sender and to its receiver.
+
+    Attributes:
+        keys: names of the lookups of each embedding dimension.
+        n_dense: columns of ``dense``.
+        behaviours: columns of ``label`` and ``mask``.
+    """
+
+    keys: tuple[tuple[str, ...], ...]
+    n_dense: int
+    behaviours: int
+
+    def integer_sizes(self, rows: int, ids_per_key: dict[str, int]) -> list[int]:
+        """Lengths of the parts of :attr:`PackedBatch.integers`, in order."""
+        sizes: list[int] = []
+        for keys in self.keys:
+            sizes += [ids_per_key[key] for key in keys]
+            sizes.append(len(keys) * rows)
+        return [*sizes, rows, rows, rows]
+
+    def float_sizes(self, rows: int) -> list[int]:
+        """Lengths of the parts of :attr:`PackedBatch.floats`, in order."""
+        return [rows * self.n_dense, rows * self.behaviours, rows * self.behaviours]
+
+
+class PackedIds(NamedTuple):
+    """Ids of one embedding dimension, views of a packed batch.
+
+    Attributes:
+        keys: names of the lookups.
+        values: ``[ids]`` int64, key by key.
+        lengths: ``[keys * rows]`` int64, key by key: ids of each row.
+        offsets: where in ``values`` the ids of each key begin, and their end.
+    """
+
+    keys: tuple[str, ...]
+    values: Tensor
+    lengths: Tensor
+    offsets: list[int]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch as two flat tensors: what crosses from a worker process costs two handles, whatever is in it.
+
+    Attributes:
+        integers: int64; for each embedding dimension the ids key by key and then the lengths key by key; then
+            ``user_id``, ``visit_id`` and ``request_ms``.
+        floats: float32; ``dense``, ``label`` and ``mask``, each row by row.
+        rows: number of rows.
+        ids_per_key: lookup name -> number of ids.
+        skipped_rows: see :class:`trainer.data.loading.batch.Batch`.
+    """
+
+    integers: Tensor
+    floats: Tensor
+    rows: int
+    ids_per_key: dict[str, int]
+    skipped_rows: int = 0
+
+    def pin_memory(self) -> PackedBatch:
+        """The buffers in page-locked memory; ``DataLoader`` calls this."""
+        return replace(self, integers=self.integers.pin_memory(), floats=self.floats.pin_memory())
+
+    def ids(self, layout: BatchLayout) -> list[PackedIds]:
+        """The ids of each embedding dimension."""
+        bounds = np.cumsum([0, *layout.integer_sizes(self.rows, self.ids_per_key)]).tolist()
+        groups, at = [], 0
+        for keys in layout.keys:
+            offsets = [bound - bounds[at] for bound in bounds[at : at + len(keys) + 1]]
+            values, lengths = bounds[at + len(keys)], bounds[at + len(keys) + 1]
+            groups.append(PackedIds(keys, self.integers[bounds[at] : values], self.integers[values:lengths], offsets))
+            at += len(keys) + 1
+        return groups
+
+    def columns(self, layout: BatchLayout) -> dict[str, Tensor]:
+        """``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask``; see ``batch.Batch``."""
+        user_id, visit_id, request_ms = self.integers[len(self.integers) - 3 * self.rows :].view(3, self.rows)
+        dense, label, mask = self.floats.split(layout.float_sizes(self.rows))
+        return {
+            "user_id": user_id,
+            "visit_id": visit_id,
+            "request_ms": request_ms,
+            "dense": dense.view(self.rows, layout.n_dense),
+            "label": label.view(self.rows, layout.behaviours),
+            "mask": mask.view(self.rows, layout.behaviours),
+        }

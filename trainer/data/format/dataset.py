@@ -1,0 +1,56 @@
+"""A dataset, opened: its description, rows and histories."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.data.format import storage
+from trainer.data.format.history import Histories
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.shards import FOLDER, RowStore, index_name
+from trainer.data.format.statistics import FrozenStatistics
+from trainer.data.format.time_selection import Selection
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened dataset."""
+
+    spec: DatasetSpec
+    store: RowStore
+    histories: Histories
+
+    @staticmethod
+    def open(path: str, on_corrupt: Any = "error") -> Data:
+        """Open the dataset at ``path``.
+
+        Raises:
+            UserError: none there, another schema version, or an unreadable index.
+        """
+        spec = DatasetSpec.load(path)
+        return Data(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
+
+
+def fingerprint(path: str, spec: DatasetSpec) -> str:
+    """Of the schema of a dataset and the index of its rows, which has a checksum of every record."""
+    digest = hashlib.blake2b(spec.to_json().encode(), digest_size=16)
+    for partition in range(spec.partitions):
+        digest.update(storage.read_bytes(storage.join(path, f"{FOLDER}/{index_name(partition)}")))
+    return digest.hexdigest()
+
+
+def freeze_statistics(data: Data, until_ms: int) -> FrozenStatistics:
+    """Statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
+    known = Selection(emit_until=until_ms)
+    frozen = FrozenStatistics(data.spec)
+    for partition in range(data.store.partitions):
+        for record in np.flatnonzero(known.touches(data.store.records(partition))).tolist():
+            rows = data.store.read(partition, record)
+            if rows is not None:
+                kept = known.mask(rows)
+                frozen.remember({name: column[kept] for name, column in rows.items()})
+    return frozen

@@ -1,0 +1,266 @@
+"""Histories that grow as a stream goes: those stored before it began, and the visits that it brings.
+
+The same columns and the same reads as stored histories (``trainer.data.format.history``), in memory: the entries of a
+user in a domain stay one run, which moves to a larger place when it is full. What the stream has brought is the state;
+the stored part is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from trainer.data.format.history import ENTRY_COLUMNS, HISTORY_LIMIT, Histories
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DOMAINS
+from trainer.data.format.sorting import stable_order
+from trainer.data.format.validation import Columns
+
+VISIT_COLUMNS = ("user_id", "domain", *(name for name in ENTRY_COLUMNS if name != "ordinal"))
+"""What is told of a visit that has ended; ``known_ms`` is its end."""
+
+SLACK = HISTORY_LIMIT // 4
+"""Entries of a user beyond the limit before the oldest are dropped: reads of earlier moments look back on as many."""
+
+_SPARE = 1_000
+"""Entries that may lie idle whatever is kept."""
+
+_NOBODY = -1
+"""Owner of users that the stream has not brought yet."""
+
+
+class GrowingHistories(Histories):
+    """The histories of a rank's users, in memory: about 60 bytes a visit.
+
+    Args:
+        stored: histories of the dataset.
+        mine: which of some users ``[n]`` may be of this rank, ``[n]`` bool; the stored histories of the others are left
+            out.
+        partitions: of the stream that this rank reads.
+        since_ms: beginning of the stream. Of the stored visits those that were requested before it are taken; what
+            came of them is known when the stream has passed their end.
+    """
+
+    def __init__(
+        self, stored: Histories, mine: Callable[[np.ndarray], np.ndarray], partitions: Iterable[int], since_ms: int
+    ) -> None:
+        self._since_ms = since_ms
+        self._matches = {}
+        self._users = IdIndex()
+        self._begin = self._end = self._room = np.zeros((0, len(DOMAINS)), np.int64)
+        self._owner = np.zeros(0, np.int64)
+        self._entries = {name: np.zeros(0, dtype) for name, dtype in ENTRY_COLUMNS.items()}
+        self._used = self._live = 0
+        self._passed = dict.fromkeys(sorted(partitions), since_ms)
+        self._still_open = _stored_visits(stored, mine, since_ms)
+        self._append(self._ended_by_now())
+
+    def append(self, partition: int, visits: Columns, until_ms: int) -> None:
+        """Add visits of a partition, in order of their end.
+
+        Args:
+            partition: of their users.
+            visits: ``VISIT_COLUMNS``.
+            until_ms: all visits of the partition that have ended before this have been added, with these.
+        """
+        self._passed[partition] = until_ms
+        self._append(_joined([self._ended_by_now(), visits]))
+        self._owner[self._users.find(visits["user_id"])] = partition
+
+    def state_dict(self) -> dict[int, Columns]:
+        """Partition -> the visits that were added, ``VISIT_COLUMNS``, and ``until_ms``."""
+        state = {}
+        for partition, until_ms in self._passed.items():
+            visits = self._visits(np.flatnonzero(self._owner[: len(self._users)] == partition))
+            added = visits["request_ms"] >= self._since_ms
+            state[partition] = {name: column[added] for name, column in visits.items()}
+            state[partition]["until_ms"] = np.array([until_ms], np.int64)
+        return state
+
+    def load_state_dict(self, states: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+        """Go on from what was saved of this rank's partitions; to be called before anything is added.
+
+        Args:
+            states: partition -> as of :meth:`state_dict`; other partitions are passed over.
+        """
+        saved = {partition: states[partition] for partition in self._passed}
+        self._passed = {partition: int(state["until_ms"][0]) for partition, state in saved.items()}
+        parts = [{name: np.asarray(state[name]) for name in VISIT_COLUMNS} for state in saved.values()]
+        self._append(_joined([self._ended_by_now(), *parts]))
+        for partition, part in zip(saved, parts, strict=True):
+            self._owner[self._users.find(part["user_id"])] = partition
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Histories.lengths``; users in order of their first visit here."""
+        return self._users.ids, (self._end - self._begin)[: len(self._users)]
+
+    def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        number = self._users.find(user_id)
+        known = np.flatnonzero(number >= 0)
+        begin, end = np.zeros((len(number), len(DOMAINS)), np.int64), np.zeros((len(number), len(DOMAINS)), np.int64)
+        begin[known], end[known] = self._begin[number[known]], self._end[number[known]]
+        return begin, end
+
+    def _append(self, visits: Columns) -> None:
+        if not len(visits["user_id"]):
+            return
+        self._matches = {}
+        number = self._users.add(visits["user_id"])
+        self._add_users()
+        by_time = stable_order(visits["known_ms"])
+        by_user = by_time[stable_order(number[by_time])]
+        users, counts = np.unique(number, return_counts=True)
+        had = (self._end[users] - self._begin[users]).sum(axis=1)
+        ordinal = np.empty(len(number), np.int64)
+        ordinal[by_user] = np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts - had, counts)
+
+        behind = users[visits["known_ms"][by_user[np.cumsum(counts) - counts]] < self._last_known_ms(users)]
+
+        run = number * len(DOMAINS) + visits["domain"]
+        order = by_time[stable_order(run[by_time])]
+        runs, grown = np.unique(run, return_counts=True)
+        self._make_room(runs, grown)
+        ends = self._end.reshape(-1)
+        place = np.arange(len(run)) + np.repeat(ends[runs] - (np.cumsum(grown) - grown), grown)
+        for name, column in self._entries.items():
+            column[place] = (ordinal if name == "ordinal" else visits[name])[order]
+        ends[runs] += grown
+        self._live += len(run)
+        for user in behind.tolist():
+            self._restore_order(user)
+        self._drop_oldest(users)
+
+    def _last_known_ms(self, users: np.ndarray) -> np.ndarray:
+        """End of the latest visit of each user, ``[n]``; that of users without one is before all times."""
+        begin, end = self._begin[users], self._end[users]
+        if not end.any():
+            return np.full(len(users), np.iinfo(np.int64).min)
+        last = self._entries["known_ms"][np.maximum(end - 1, 0)]
+        return np.where(end > begin, last, np.iinfo(np.int64).min).max(axis=1)
+
+    def _restore_order(self, user: int) -> None:
+        """Sort the visits of a user, of which some were added behind later ones.
+
+        A visit that was open when the stream began is added once all partitions have passed its end, and those of a
+        live stream do not at the same moment.
+        """
+        at = _ranges(self._begin[user], self._end[user] - self._begin[user])
+        domain = np.repeat(np.arange(len(DOMAINS)), self._end[user] - self._begin[user])
+        order = np.argsort(self._entries["known_ms"][at], kind="stable")
+        self._entries["ordinal"][at[order]] = np.arange(len(at))
+        within = at[order[stable_order(domain[order])]]
+        for column in self._entries.values():
+            column[at] = column[within]
+
+    def _add_users(self) -> None:
+        if len(self._users) > len(self._begin):
+            # Doubled, so that users who come one by one cost no copy each.
+            more = 2 * len(self._users) - len(self._begin)
+            self._begin, self._end, self._room = (
+                np.concatenate([column, np.zeros((more, len(DOMAINS)), np.int64)])
+                for column in (self._begin, self._end, self._room)
+            )
+            self._owner = np.concatenate([self._owner, np.full(more, _NOBODY)])
+
+    def _ended_by_now(self) -> Columns:
+        """Those of the visits that were open when the stream began that have ended; they are given once."""
+        waiting, now_ms = self._still_open, min(self._passed.values(), default=self._since_ms)
+        ended = waiting["known_ms"] < now_ms
+        self._still_open = {name: column[~ended] for name, column in waiting.items()}
+        return {name: column[ended] for name, column in waiting.items()}
+
+    def _make_room(self, runs: np.ndarray, more: np.ndarray) -> None:
+        """Move the runs that cannot take ``more`` entries to places of twice the size that they need."""
+        if self._used > 4 * self._live + _SPARE:
+            self._compact()
+        begin, end, room = (column.reshape(-1) for column in (self._begin, self._end, self._room))
+        full = end[runs] + more > room[runs]
+        runs, more = runs[full], more[full]
+        lengths = end[runs] - begin[runs]
+        # What is there for the first time is taken to stay as it is: most stored histories do.
+        sizes = np.where(lengths > 0, 2 * (lengths + more), more)
+        needed = int(sizes.sum())
+        first = self._used + np.cumsum(sizes) - sizes
+        self._used += needed
+        self._reserve(self._used)
+        source, target = _ranges(begin[runs], lengths), _ranges(first, lengths)
+        for column in self._entries.values():
+            column[target] = column[source]
+        self._entries["bits"][source] = 0
+        begin[runs], end[runs], room[runs] = first, first + lengths, first + sizes
+
+    def _reserve(self, size: int) -> None:
+        capacity = len(self._entries["item_id"])
+        if size > capacity:
+            for name, column in self._entries.items():
+                grown = np.zeros(max(size, capacity + capacity // 2), column.dtype)
+                grown[: len(column)] = column
+                self._entries[name] = grown
+
+    def _drop_oldest(self, users: np.ndarray) -> None:
+        """Forget what no read looks back on any more."""
+        total = (self._end[users] - self._begin[users]).sum(axis=1)
+        users, total = users[total > HISTORY_LIMIT + SLACK], total[total > HISTORY_LIMIT + SLACK]
+        for user, drop in zip(users.tolist(), (total - HISTORY_LIMIT).tolist(), strict=True):
+            for domain in range(len(DOMAINS)):
+                begin, end = int(self._begin[user, domain]), int(self._end[user, domain])
+                ordinal = self._entries["ordinal"][begin:end]
+                gone = int(np.searchsorted(ordinal, drop))
+                ordinal -= drop
+                self._entries["bits"][begin : begin + gone] = 0
+                self._begin[user, domain] += gone
+                self._live -= gone
+
+    def _compact(self) -> None:
+        """Lay all runs one behind the other."""
+        lengths = (self._end - self._begin).reshape(-1)
+        source = _ranges(self._begin.reshape(-1), lengths)
+        self._entries = {name: column[source] for name, column in self._entries.items()}
+        self._end = np.cumsum(lengths).reshape(self._end.shape)
+        self._begin, self._room = self._end - lengths.reshape(self._end.shape), self._end.copy()
+        self._used = self._live = len(source)
+
+    def _visits(self, users: np.ndarray) -> Columns:
+        """All entries of some users (numbers) as ``VISIT_COLUMNS``, those of each user in order of their end."""
+        begin, lengths = self._begin[users].reshape(-1), (self._end - self._begin)[users].reshape(-1)
+        at = _ranges(begin, lengths)
+        columns = {name: self._entries[name][at] for name in ENTRY_COLUMNS}
+        columns["user_id"] = np.repeat(np.repeat(self._users.ids[users], len(DOMAINS)), lengths)
+        columns["domain"] = np.repeat(np.tile(np.arange(len(DOMAINS), dtype=np.uint8), len(users)), lengths)
+        user = np.repeat(np.repeat(np.arange(len(users)), len(DOMAINS)), lengths)
+        order = np.lexsort((columns["ordinal"], user))
+        return {name: columns[name][order] for name in VISIT_COLUMNS}
+
+
+def _stored_visits(stored: Histories, mine: Callable[[np.ndarray], np.ndarray], since_ms: int) -> Columns:
+    """The stored visits of some users that were requested before a time, as ``VISIT_COLUMNS`` in order of their end."""
+    user_id, _ = stored.lengths()
+    user_id = user_id[mine(user_id)]
+    parts = []
+    for domain in range(len(DOMAINS)):
+        begin, end = (ends[:, domain] for ends in stored._runs(user_id))
+        at = _ranges(begin, end - begin)
+        user = np.repeat(user_id, end - begin)
+        before = stored.column("request_ms")[at] < since_ms
+        at, user = at[before], user[before]
+        parts.append(
+            {
+                "user_id": user,
+                "domain": np.full(len(at), domain, np.uint8),
+                **{name: stored.column(name)[at] for name in ENTRY_COLUMNS if name != "ordinal"},
+            }
+        )
+    visits = _joined(parts)
+    order = np.argsort(visits["known_ms"], kind="stable")
+    return {name: column[order] for name, column in visits.items()}
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in VISIT_COLUMNS}
+
+
+def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The positions ``first[k], first[k] + 1, ...`` of all k, ``lengths[k]`` each, ``[lengths.sum()]``."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)

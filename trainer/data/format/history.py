@@ -1,0 +1,344 @@
+"""User histories: everything a user has visited, read as of a moment.
+
+``history/*.npy`` are flat columns, one entry a visit that was watched or acted upon, memory-mapped. Entries lie
+partition after partition and in it sorted by (user, domain, ``known_ms``), so the latest visits of a user in a domain
+are one run of entries. ``user_id.npy`` (sorted) and ``offsets.npy`` ``[users, domains + 1]`` say where the runs are.
+Datasets of before there were tags have no ``tag.npy``.
+
+A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and sees only entries with
+``known_ms < as_of_ms``; no call returns anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trainer.console.errors import UserError
+from trainer.data.format import storage
+from trainer.data.format.schema import DOMAINS, DatasetSpec
+from trainer.data.format.sorting import stable_order
+
+FOLDER = "history"
+
+HISTORY_LIMIT = 10_000
+"""Visits of a user, of all domains, that a read looks back on."""
+
+MAX_BEHAVIOURS = 31
+"""Behaviours that fit an entry's ``bits``."""
+
+ENTRY_COLUMNS: dict[str, np.dtype] = {
+    "item_id": np.dtype(np.int64),
+    "author_id": np.dtype(np.int64),
+    "request_ms": np.dtype(np.int64),
+    "play_ms": np.dtype(np.int64),
+    "bits": np.dtype(np.int32),
+    "known_ms": np.dtype(np.int64),
+    # Position among the user's entries of all domains, for HISTORY_LIMIT.
+    "ordinal": np.dtype(np.int32),
+    "tag": np.dtype(np.int32),
+}
+_USER_COLUMNS = ("user_id", "offsets")
+_LATER_COLUMNS = frozenset({"tag"})
+"""Columns that older datasets lack; all of their entries are 0."""
+_RESULT_COLUMNS = ("item_id", "author_id", "request_ms", "play_ms", "bits", "tag")
+
+
+@dataclass(frozen=True)
+class HistorySlice:
+    """Part of the histories of n users: ``lengths`` entries of each, one user after the other, oldest first.
+
+    Attributes:
+        lengths: ``[n] int64``.
+        item_id: ``[lengths.sum()] int64``, as all that follow.
+        author_id: int64.
+        request_ms: int64, when the visit began.
+        play_ms: int64, time watched.
+        bits: int32, bit k set where ``spec.behaviours[k]`` happened during the visit.
+        tag: int32, value of the item's feature ``spec.tag``; 0 where there is none.
+        domain: uint8, code of the domain.
+    """
+
+    lengths: np.ndarray
+    item_id: np.ndarray
+    author_id: np.ndarray
+    request_ms: np.ndarray
+    play_ms: np.ndarray
+    bits: np.ndarray
+    tag: np.ndarray
+    domain: np.ndarray
+
+
+class Histories:
+    """The histories of a dataset, memory-mapped; picklable, and safe in forked processes.
+
+    Histories on a URL are first copied to a cache directory of this machine (``LIMELIGHT_CACHE``, by default
+    ``~/.cache/limelight``), once for each version of the dataset.
+
+    Args:
+        path: the dataset, a local path or an fsspec URL.
+        spec: its description.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    def __init__(self, path: str | Path, spec: DatasetSpec) -> None:
+        folder = _cached(str(path), spec) if storage.is_remote(path) else Path(path) / FOLDER
+        self._open(folder)
+
+    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
+        return _reopen, (self._folder,)
+
+    def latest(
+        self, user_id: np.ndarray, as_of_ms: np.ndarray, *, domain: int, length: int, require: int = 0
+    ) -> HistorySlice:
+        """The latest visits of each user in one domain, as known before a time.
+
+        Of the user's last ``HISTORY_LIMIT`` visits (all domains) that ended before ``as_of_ms``, strictly, the latest
+        ``length`` of the domain are given.
+
+        Args:
+            user_id: ``[n] int64``; unknown users have an empty history.
+            as_of_ms: ``[n] int64``, milliseconds UTC.
+            domain: code of the domain.
+            length: most visits per user.
+            require: only visits with at least one of these behaviour bits; 0 takes all.
+        """
+        first, stop = (ends[:, 0] for ends in self._known(user_id, as_of_ms, (domain,)))
+        if require:
+            matching = self._matching(require)
+            stop = _search(matching, stop)
+            first = _bisect(matching, np.maximum(stop - length, 0), stop, first)
+        first = np.maximum(first, stop - length)
+        lengths = stop - first
+        ends = np.cumsum(lengths)
+        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)
+        if require:
+            at = matching[at]
+        return self.take(at, lengths, np.full(len(at), domain, np.uint8))
+
+    def runs(self, user_id: np.ndarray, as_of_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the histories of users lie in the columns, as known before a time.
+
+        Entries ``[first, stop)`` of :meth:`column` are a user's visits of one domain, in order of their end, that ended
+        before ``as_of_ms``, strictly, and are among the user's last ``HISTORY_LIMIT`` of all domains.
+
+        Args:
+            user_id: ``[n] int64``; unknown users have empty runs.
+            as_of_ms: ``[n] int64``, milliseconds UTC.
+
+        Returns:
+            ``first`` and ``stop``, each ``[n, domains] int64``.
+        """
+        return self._known(user_id, as_of_ms, range(len(DOMAINS)))
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of all entries, ``[entries]``, read-only: ``item_id``, ``author_id``, ``request_ms``, ``play_ms``,
+        ``bits``, ``tag`` as in :class:`HistorySlice`, or ``ordinal`` (int32), the place of an entry among the visits of
+        its user in all domains.
+
+        Only what lies in :meth:`runs` was known at a time.
+        """
+        return self._entries[name]
+
+    def take(self, at: np.ndarray, lengths: np.ndarray, domain: np.ndarray) -> HistorySlice:
+        """Entries by their place in the columns: ``at [lengths.sum()]`` int64, ``domain`` their codes, uint8."""
+        return HistorySlice(
+            lengths=lengths,
+            **{name: np.take(self._entries[name], at, mode="clip") for name in _RESULT_COLUMNS},
+            domain=domain,
+        )
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Users ``[users] int64`` and how many entries each has by domain ``[users, domains] int64``.
+
+        Of all time, for descriptions of the dataset: not a feature of anything.
+        """
+        return self._user_id, np.diff(self._offsets, axis=1)
+
+    def _known(
+        self, user_id: np.ndarray, as_of_ms: np.ndarray, domains: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """``first`` and ``stop``, each ``[n, len(domains)]``, see :meth:`runs`."""
+        begin, end = self._runs(user_id)
+        first = begin[:, list(domains)]
+        stop = np.stack([self._known_until(begin, end, domain, as_of_ms) for domain in domains], axis=1)
+        # Only users with more than the limit pay for knowing how many visits of the other domains came before.
+        long = np.flatnonzero((end - begin).sum(axis=1) > HISTORY_LIMIT)
+        if len(long):
+            b, e = begin[long], end[long]
+            known = sum(self._known_until(b, e, d, as_of_ms[long]) - b[:, d] for d in range(len(DOMAINS)))
+            ordinal = self._entries["ordinal"]
+            for place in range(len(domains)):
+                first[long, place] = _bisect(ordinal, first[long, place], stop[long, place], known - HISTORY_LIMIT)
+        return first, stop
+
+    def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each user's entries of all time begin and end, ``[n, domains]`` each; nothing for unknown users."""
+        runs = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
+        if len(self._user_id):
+            place = np.minimum(_search(self._user_id, user_id), len(self._user_id) - 1)
+            known = self._user_id[place] == user_id
+            runs[known] = self._offsets[place[known]]
+        return runs[:, :-1], runs[:, 1:]
+
+    def _known_until(self, begin: np.ndarray, end: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
+        return _bisect(self._entries["known_ms"], begin[:, domain], end[:, domain], as_of_ms)
+
+    def _matching(self, require: int) -> np.ndarray:
+        if require not in self._matches:
+            self._matches[require] = np.flatnonzero(self._entries["bits"] & require)
+        return self._matches[require]
+
+    def _open(self, folder: Path) -> None:
+        self._folder = folder
+        self._matches: dict[int, np.ndarray] = {}
+        try:
+            # Plain arrays over the mapped memory: indexing np.memmap itself costs a subclass instance each time.
+            columns = {
+                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+                for name in (*ENTRY_COLUMNS, *_USER_COLUMNS)
+                if name not in _LATER_COLUMNS or (folder / f"{name}.npy").exists()
+            }
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: histories cannot be read ({error})") from None
+        self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
+        for name in _LATER_COLUMNS - columns.keys():
+            columns[name] = np.broadcast_to(np.zeros(1, ENTRY_COLUMNS[name]), columns["item_id"].shape)
+        self._entries = columns
+
+
+class HistoryWriter:
+    """Writes ``history/*.npy``, one partition after the other.
+
+    Args:
+        folder: the ``history`` directory, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = {name: _GrowingColumn(folder / f"{name}.npy", dtype) for name, dtype in ENTRY_COLUMNS.items()}
+        self._users: list[np.ndarray] = []
+        self._offsets: list[np.ndarray] = []
+        self._entries = 0
+
+    def append(self, visits: dict[str, np.ndarray]) -> None:
+        """Add the visits of a partition, in any order: ``user_id``, ``domain`` and the columns of an entry.
+
+        ``tag`` may be left out: 0, unknown.
+        """
+        visits = {"tag": np.zeros(len(visits["user_id"]), np.int32), **visits}
+        user_id, number = np.unique(visits["user_id"], return_inverse=True)
+        run = number * len(DOMAINS) + visits["domain"]
+        by_time = stable_order(visits["known_ms"])
+        by_user = by_time[stable_order(number[by_time])]
+        counts = np.bincount(number, minlength=len(user_id))
+        ordinal = np.empty(len(run), np.int64)
+        ordinal[by_user] = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = by_time[stable_order(run[by_time])]
+        for name, file in self._files.items():
+            file.append((ordinal if name == "ordinal" else visits[name])[order])
+        per_run = np.bincount(run, minlength=len(user_id) * len(DOMAINS)).reshape(-1, len(DOMAINS))
+        offsets = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
+        ends = self._entries + np.cumsum(per_run.reshape(-1)).reshape(per_run.shape)
+        offsets[:, 1:] = ends
+        offsets[:, 0] = ends[:, 0] - per_run[:, 0]
+        self._users.append(user_id)
+        self._offsets.append(offsets)
+        self._entries += len(run)
+
+    def close(self) -> None:
+        """Write the users' offsets and complete the files."""
+        for file in self._files.values():
+            file.close()
+        user_id = np.concatenate([np.empty(0, np.int64), *self._users])
+        offsets = np.concatenate([np.empty((0, len(DOMAINS) + 1), np.int64), *self._offsets])
+        order = stable_order(user_id)
+        np.save(self._folder / "user_id.npy", user_id[order])
+        np.save(self._folder / "offsets.npy", offsets[order])
+
+
+class _GrowingColumn:
+    """A one-dimensional .npy file whose length is known only at the end."""
+
+    def __init__(self, file: Path, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._rows = 0
+        self._file: BinaryIO = open(file, "wb")  # noqa: SIM115 (closed by close)
+        self._write_header()
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values, self._dtype).data)
+        self._rows += len(values)
+
+    def close(self) -> None:
+        # numpy leaves room in the header for the length to grow, so it can be written over.
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows,)}
+        np.lib.format.write_array_header_1_0(self._file, description)
+
+
+def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """In each run ``[first, stop)`` of a column sorted within runs, where the values below ``value`` end. ``[n]``."""
+    low, high = first.copy(), stop.copy()
+    for _ in range(int((stop - first).max(initial=0)).bit_length()):
+        middle = (low + high) >> 1
+        # Where a run is exhausted, low == high and the column is read behind it, or behind its end.
+        below = (np.take(column, middle, mode="clip") < value) & (low < high)
+        low = np.where(below, middle + 1, low)
+        high = np.where(below, high, middle)
+    return low
+
+
+def _search(column: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``np.searchsorted(column, values)``, looked up in order: twice as fast in a long column. ``[n] int64``."""
+    order = np.argsort(values)
+    places = np.empty(len(values), np.int64)
+    places[order] = np.searchsorted(column, values[order])
+    return places
+
+
+def _reopen(folder: Path) -> Histories:
+    histories = Histories.__new__(Histories)
+    histories._open(folder)
+    return histories
+
+
+def _cached(url: str, spec: DatasetSpec) -> Path:
+    """Local copy of a remote dataset's histories, made if there is none."""
+    root = Path(os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight"))
+    copy = root / hashlib.sha256(f"{url}\n{spec.to_json()}".encode()).hexdigest()[:32] / FOLDER
+    if copy.exists():
+        return copy
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=copy.parent))
+    try:
+        filesystem, inside = storage.open_url(storage.join(url, FOLDER))
+        try:
+            for name in (*ENTRY_COLUMNS, *_USER_COLUMNS):
+                if name not in _LATER_COLUMNS or filesystem.exists(f"{inside}/{name}.npy"):
+                    filesystem.get_file(f"{inside}/{name}.npy", str(aside / f"{name}.npy"))
+        except FileNotFoundError as error:
+            raise UserError(f"{url}: the dataset has no histories ({error})") from None
+        try:
+            aside.rename(copy)
+        except OSError:
+            # Another process was faster; its copy is as good.
+            if not copy.exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return copy

@@ -1,0 +1,340 @@
+"""Training rows on disk: WebDataset tars of whole column batches, and an index beside them.
+
+``rows/part-00003-000000.tar`` holds records of one partition in emission order, each a member
+``<partition>-<record>.safetensors`` (records.py) that any WebDataset reader can read. ``rows/part-00003.index.json``
+is the list of the partition's records::
+
+    {"shard": "part-00003-000000.tar", "offset": 512, "size": 483000, "rows": 1024,
+     "request_ms": [first, last], "emit_ms": [first, last], "crc32": 907060870}
+
+``offset`` and ``size`` are those of the member's bytes, so that one record is one range read.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+
+from trainer.console.errors import UserError
+from trainer.data.format import record as records
+from trainer.data.format import storage
+from trainer.data.format.schema import DatasetSpec, Rows, partition_of, row_columns
+from trainer.data.format.sorting import time_order
+
+FOLDER = "rows"
+HOUR_MS = 3_600_000
+
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class RecordIndex:
+    """Size and times of the records of a partition, each ``[records] int64``; times are milliseconds UTC, inclusive."""
+
+    rows: np.ndarray
+    request_min: np.ndarray
+    request_max: np.ndarray
+    emit_min: np.ndarray
+    emit_max: np.ndarray
+
+
+class RowStore:
+    """Reads the training rows of a dataset, one record at a time.
+
+    Holds no open file, so it can be pickled, forked and used by several processes.
+
+    Args:
+        path: the dataset, a local path or an fsspec URL.
+        spec: its description.
+        on_corrupt: what a record that is damaged, cut short or missing does: ``error`` raises, ``skip`` leaves it out
+            and adds its rows to ``skipped_rows``.
+    """
+
+    def __init__(self, path: str | Path, spec: DatasetSpec, on_corrupt: Literal["error", "skip"] = "error") -> None:
+        self.path = str(path)
+        self.partitions = spec.partitions
+        self.on_corrupt = on_corrupt
+        self.skipped_rows = 0
+        self._index: dict[int, _Index] = {}
+
+    def records(self, partition: int) -> RecordIndex:
+        """Size and times of the partition's records, in emission order.
+
+        Raises:
+            UserError: the index is missing or damaged.
+        """
+        return self._open(partition).records
+
+    def read(self, partition: int, record: int, columns: Sequence[str] | None = None) -> Rows | None:
+        """Rows of one record, as read-only views of the bytes read.
+
+        Args:
+            partition: in ``[0, partitions)``.
+            record: position in ``records(partition)``.
+            columns: which columns, all by default.
+
+        Returns:
+            The rows; ``None`` where the record is corrupt and ``on_corrupt`` is ``skip``.
+
+        Raises:
+            UserError: the record is corrupt, cut short or missing and ``on_corrupt`` is ``error``; names the shard.
+        """
+        index = self._open(partition)
+        file = storage.join(self.path, f"{FOLDER}/{index.shard[record]}")
+        offset, size, rows = int(index.offset[record]), int(index.size[record]), int(index.records.rows[record])
+        try:
+            data = storage.read_bytes(file, offset, size)
+        except FileNotFoundError:
+            wrong = "the shard is missing"
+        except OSError as error:
+            wrong = error.strerror or str(error)
+        else:
+            if len(data) == size and zlib.crc32(data) == index.crc32[record]:
+                return records.decode(data, columns)
+            wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
+        if self.on_corrupt == "error":
+            raise UserError(
+                f"{file}: record {record} at byte {offset} ({rows} rows) cannot be read, {wrong}; restore the file, or "
+                f'leave such records out with data.on_corrupt = "skip"'
+            )
+        self.skipped_rows += rows
+        return None
+
+    def _open(self, partition: int) -> _Index:
+        if partition not in self._index:
+            file = storage.join(self.path, f"{FOLDER}/{index_name(partition)}")
+            try:
+                self._index[partition] = _Index.parse(storage.read_bytes(file))
+            except FileNotFoundError:
+                raise UserError(f"{file}: the index of partition {partition} is missing") from None
+            except OSError as error:
+                wrong = error.strerror or str(error)
+                raise UserError(f"{file}: the index of partition {partition} cannot be read ({wrong})") from None
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise UserError(f"{file}: not a valid shard index ({error!r})") from None
+        return self._index[partition]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A partition's index: ``records`` and where each lies, arrays of one entry a record."""
+
+    records: RecordIndex
+    shard: list[str]
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+
+    @staticmethod
+    def parse(text: bytes) -> _Index:
+        entries = json.loads(text)
+
+        def column(values: Iterable[int]) -> np.ndarray:
+            return np.fromiter(values, np.int64, len(entries))
+
+        ends = ((name, end) for name in ("request_ms", "emit_ms") for end in (0, 1))
+        return _Index(
+            RecordIndex(
+                column(entry["rows"] for entry in entries),
+                *(column(entry[name][end] for entry in entries) for name, end in ends),
+            ),
+            [entry["shard"] for entry in entries],
+            *(column(entry[name] for entry in entries) for name in ("offset", "size", "crc32")),
+        )
+
+
+class ShardWriter:
+    """Writes the training rows of one partition, given in emission order.
+
+    A record ends after ``rows_per_record`` rows, and from a quarter of that on also where the hour (UTC) of emission
+    changes: a window of time then consists of whole records, or nearly.
+
+    Args:
+        folder: the ``rows`` directory, which exists.
+        partition: number of the partition.
+        rows_per_record: most rows of a record.
+        records_per_shard: most records of a tar.
+    """
+
+    def __init__(
+        self, folder: Path, partition: int, *, rows_per_record: int = 1024, records_per_shard: int = 256
+    ) -> None:
+        self._folder = folder
+        self._partition = partition
+        self._rows_per_record = rows_per_record
+        self._records_per_shard = records_per_shard
+        self._waiting: list[Rows] = []
+        self._entries: list[dict] = []
+        self._shard: _Shard | None = None
+
+    def append(self, rows: Rows) -> None:
+        """Add rows, none emitted before a row already added. The arrays are kept until they are written."""
+        if len(rows["emit_ms"]):
+            self._waiting.append(rows)
+            if sum(len(waiting["emit_ms"]) for waiting in self._waiting) >= self._rows_per_record:
+                self._write(last=False)
+
+    def close(self) -> None:
+        """Write what is left and the index."""
+        if self._waiting:
+            self._write(last=True)
+        if self._shard is not None:
+            self._shard.close()
+        (self._folder / index_name(self._partition)).write_text(json.dumps(self._entries))
+
+    def _write(self, last: bool) -> None:
+        rows = {name: np.concatenate([part[name] for part in self._waiting]) for name in self._waiting[0]}
+        emit = rows["emit_ms"]
+        hour = emit // HOUR_MS
+        turns = np.flatnonzero(hour[1:] != hour[:-1]) + 1
+        start = 0
+        while start < len(emit):
+            stop = start + self._rows_per_record
+            turn = np.searchsorted(turns, start + max(self._rows_per_record // 4, 1))
+            if turn < len(turns):
+                stop = min(stop, int(turns[turn]))
+            if stop > len(emit):
+                if not last:
+                    break
+                stop = len(emit)
+            self._write_record({name: column[start:stop] for name, column in rows.items()})
+            start = stop
+        self._waiting = [{name: column[start:] for name, column in rows.items()}] if start < len(emit) else []
+
+    def _write_record(self, rows: Rows) -> None:
+        number = len(self._entries)
+        if number % self._records_per_shard == 0:
+            if self._shard is not None:
+                self._shard.close()
+            name = f"part-{self._partition:05d}-{number // self._records_per_shard:06d}.tar"
+            self._shard = _Shard(self._folder / name)
+        data = records.encode(rows)
+        assert self._shard is not None
+        offset = self._shard.add(f"{self._partition:05d}-{number:08d}", data)
+        request, emit = rows["request_ms"], rows["emit_ms"]
+        self._entries.append(
+            {
+                "shard": self._shard.name,
+                "offset": offset,
+                "size": len(data),
+                "rows": len(emit),
+                "request_ms": [int(request.min()), int(request.max())],
+                "emit_ms": [int(emit[0]), int(emit[-1])],
+                "crc32": zlib.crc32(data),
+            }
+        )
+
+
+class _Shard:
+    """A tar being written. The file is open only while a record is written: partitions can outnumber open files."""
+
+    def __init__(self, file: Path) -> None:
+        import webdataset
+
+        self.name = file.name
+        self._file = file
+        self._blocks: list[bytes] = []
+        sink = SimpleNamespace(write=self._blocks.append)
+        # Fixed times and owners: the same rows give the same bytes.
+        self._tar = webdataset.TarWriter(sink, user="", group="", encoder=False, compress=False, mtime=0)
+
+    def add(self, key: str, data: bytes) -> int:
+        """Append one member; returns where its bytes begin in the file."""
+        self._tar.write({"__key__": key, records.SUFFIX: data})
+        self._flush()
+        return self._tar.tarstream.offset + len(data) // -_TAR_BLOCK * _TAR_BLOCK
+
+    def close(self) -> None:
+        self._tar.close()
+        self._flush()
+
+    def _flush(self) -> None:
+        with open(self._file, "ab", buffering=0) as file:
+            file.write(b"".join(self._blocks))
+        self._blocks.clear()
+
+
+def read_rows(
+    path: str | Path,
+    spec: DatasetSpec,
+    *,
+    columns: Sequence[str] | None = None,
+    request_from: int | None = None,
+    request_until: int | None = None,
+    emit_until: int | None = None,
+) -> Rows:
+    """All rows of a dataset in a time range, partition after partition, in emission order within each.
+
+    Args:
+        path: the dataset, a local path or an fsspec URL.
+        spec: its description.
+        columns: which columns, all by default.
+        request_from: rows requested at this time or later, milliseconds UTC.
+        request_until: rows requested before this time.
+        emit_until: rows emitted before this time.
+
+    Returns:
+        The columns, and ``partition`` (int64).
+    """
+    store = RowStore(path, spec)
+    layout = row_columns(spec)
+    wanted = list(layout if columns is None else columns)
+    parts: dict[str, list[np.ndarray]] = {name: [np.empty((0, *layout[name][1]), layout[name][0])] for name in wanted}
+    partition_rows = np.zeros(spec.partitions, np.int64)
+    for partition in range(spec.partitions):
+        index = store.records(partition)
+        inside = np.ones(len(index.rows), bool)
+        if request_from is not None:
+            inside &= index.request_max >= request_from
+        if request_until is not None:
+            inside &= index.request_min < request_until
+        if emit_until is not None:
+            inside &= index.emit_min < emit_until
+        for record in np.flatnonzero(inside):
+            rows = store.read(partition, int(record), list(dict.fromkeys([*wanted, "request_ms", "emit_ms"])))
+            assert rows is not None
+            kept = np.ones(len(rows["request_ms"]), bool)
+            if request_from is not None:
+                kept &= rows["request_ms"] >= request_from
+            if request_until is not None:
+                kept &= rows["request_ms"] < request_until
+            if emit_until is not None:
+                kept &= rows["emit_ms"] < emit_until
+            for name in wanted:
+                parts[name].append(rows[name][kept])
+            partition_rows[partition] += kept.sum()
+    result = {name: np.concatenate(part) for name, part in parts.items()}
+    result["partition"] = np.repeat(np.arange(spec.partitions), partition_rows)
+    return result
+
+
+def write_rows(
+    path: str | Path, spec: DatasetSpec, rows: Rows, *, rows_per_record: int = 1024, records_per_shard: int = 256
+) -> None:
+    """Write rows, in any order, as the shards of the local dataset directory ``path`` (its ``rows`` must not exist).
+
+    Raises:
+        FileExistsError: there are rows already.
+    """
+    folder = Path(path) / FOLDER
+    folder.mkdir(parents=True)
+    owner = partition_of(rows["user_id"], spec.partitions)
+    names = row_columns(spec)
+    for partition in range(spec.partitions):
+        mine = np.flatnonzero(owner == partition)
+        mine = mine[time_order(rows["emit_ms"][mine], rows["request_ms"][mine])]
+        writer = ShardWriter(folder, partition, rows_per_record=rows_per_record, records_per_shard=records_per_shard)
+        writer.append({name: rows[name][mine] for name in names})
+        writer.close()
+
+
+def index_name(partition: int) -> str:
+    """File name of a partition's index."""
+    return f"part-{partition:05d}.index.json"

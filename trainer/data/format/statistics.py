@@ -1,0 +1,369 @@
+"""Time-ordered statistics: how often a key was shown before, and how often each behaviour followed.
+
+A key is one or more of ``user``, ``author``, ``item`` and side features (``DatasetSpec.statistics``). Crosses are
+exact: two different combinations never share a count. A row counts for others from its emission on: the statistics of
+a row are over the rows with ``emit_ms < request_ms``, strictly, so nothing later than the request can be in them.
+
+``Statistics`` walks through time in slices, ``statistics_as_of`` gives the same numbers of a whole array at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DatasetSpec, Rows
+from trainer.data.format.sorting import stable_order
+
+_ID_COLUMNS = {"user": "user_id", "author": "author_id", "item": "item_id"}
+
+# Counts of a chunk are added up in 16-bit lanes, four to a uint64: a chunk has fewer than 2^16 events. Half of that
+# leaves the rows it writes in the cache.
+_LANES = 4
+_CHUNK = (1 << 15) - 1
+
+
+class Statistics:
+    """Counts per key up to a moment that only moves forward. Memory grows with the distinct keys, not with the rows.
+
+    Args:
+        spec: names the keys and the behaviours.
+    """
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self._keys = _Keys(spec)
+        self._width = 1 + len(spec.behaviours)
+        self._counts = [_Counts(self._width) for _ in spec.statistics]
+        self._pending = _Outcomes.of(spec, {}, self._keys)
+        self._now: int | None = None
+        self._spec = spec
+
+    def advance(self, rows: Rows) -> np.ndarray:
+        """Statistics of the next rows, as of the request of each; then remembers them.
+
+        Args:
+            rows: any number of rows sorted by ``request_ms``, none before a row of an earlier call. Needs the columns
+                of the keys, ``label``, ``mask``, ``request_ms`` and ``emit_ms``.
+
+        Returns:
+            ``[n, keys * (1 + behaviours)] float32``: per key the number of earlier rows, then of those with each
+            behaviour (labels that are masked do not count).
+
+        Raises:
+            ValueError: the rows are not in time order.
+        """
+        request = rows["request_ms"]
+        n = len(request)
+        out = np.zeros((n, len(self._counts), self._width), np.float32)
+        if n == 0:
+            return _flat(out)
+        if (self._now is not None and request[0] < self._now) or np.any(request[1:] < request[:-1]):
+            raise ValueError("statistics need rows in order of request_ms, none before those already seen")
+        self._now = int(request[-1])
+
+        new = _Outcomes.of(self._spec, rows, self._keys)
+        known = _Outcomes.join(self._pending, new)
+        due = known.emit_ms < self._now
+        self._pending = known.take(np.flatnonzero(~due))
+        passed = np.flatnonzero(due)
+        past = known.take(passed[stable_order(known.emit_ms[passed])])
+
+        # Outcomes and requests as one sequence in time, an outcome before a request only if it is strictly earlier.
+        outcome_at = np.arange(len(past.emit_ms)) + np.searchsorted(request, past.emit_ms, side="right")
+        request_at = np.arange(n) + np.searchsorted(past.emit_ms, request, side="left")
+        for first in range(0, len(outcome_at) + n, _CHUNK):
+            o0, o1 = np.searchsorted(outcome_at, (first, first + _CHUNK))
+            r0, r1 = np.searchsorted(request_at, (first, first + _CHUNK))
+            self._chunk(
+                past.slice(o0, o1),
+                new.codes[:, r0:r1],
+                outcome_at[o0:o1] - first,
+                request_at[r0:r1] - first,
+                out[r0:r1],
+            )
+        return _flat(out)
+
+    def freeze(self, until_ms: int) -> FrozenStatistics:
+        """The counts of the rows with ``emit_ms < until_ms``, as a copy that later rows do not change.
+
+        Raises:
+            ValueError: ``until_ms`` lies before a request that was already served.
+        """
+        if self._now is not None and until_ms < self._now:
+            raise ValueError(f"statistics have advanced to {self._now} and cannot be frozen at {until_ms}")
+        due = self._pending.take(np.flatnonzero(self._pending.emit_ms < until_ms))
+        frozen = FrozenStatistics(self._spec)
+        frozen._keys = self._keys.copy()
+        frozen._counts = [counts.copy() for counts in self._counts]
+        frozen._remember(due)
+        return frozen
+
+    def _chunk(
+        self, past: _Outcomes, codes: np.ndarray, past_at: np.ndarray, asked_at: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Serve and remember fewer than 2^16 outcomes and requests; ``*_at`` are their places in time."""
+        size = len(past_at) + len(asked_at)
+        weight = np.zeros((len(past.weight), size), np.uint64)
+        weight[:, past_at] = past.weight
+        row_at = np.full(size, -1, np.int64)
+        row_at[asked_at] = np.arange(len(asked_at))
+        at = np.concatenate([past_at, asked_at])
+        result = _items(out)
+        for key, counts in enumerate(self._counts):
+            # Sorted by code and then by place in time, in one sort of plain integers.
+            sequence = np.concatenate([past.codes[key], codes[key]])
+            sequence <<= 16
+            sequence |= at
+            sequence.sort()
+            place = sequence & 0xFFFF
+            code = sequence >> 16
+            head = np.flatnonzero(np.append(True, code[1:] != code[:-1]))
+            last = np.append(head[1:], size) - 1
+            row = np.take(row_at, place)
+            asked = np.flatnonzero(row >= 0)
+            total = np.empty((len(head), len(weight)), np.uint64)
+            earlier = np.empty((len(asked), len(weight)), np.uint64)
+            for lane in range(len(weight)):
+                carried = np.take(weight[lane], place)
+                summed = np.cumsum(carried)
+                # Sums wrap around and spill between lanes, but their differences are exact: each lane's is below 2^16.
+                before = summed[head] - carried[head]
+                total[:, lane] = summed[last] - before
+                summed -= np.repeat(before, last - head + 1)
+                earlier[:, lane] = np.take(summed, asked)
+            counts.reserve(int(code[-1]) + 1)
+            seen = np.take(counts.values, np.take(code, asked), axis=0)
+            seen += _lanes(earlier, self._width)
+            result[np.take(row, asked), key] = _items(seen.astype(np.float32))
+            touched = np.flatnonzero(total[:, 0])
+            counts.add(code[head[touched]], _lanes(total[touched], self._width))
+
+
+class FrozenStatistics:
+    """Counts per key at one moment, looked up for any rows. Picklable.
+
+    Args:
+        spec: names the keys and the behaviours.
+    """
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self._spec = spec
+        self._keys = _Keys(spec)
+        self._width = 1 + len(spec.behaviours)
+        self._counts = [_Counts(self._width) for _ in spec.statistics]
+
+    def remember(self, rows: Rows) -> None:
+        """Count these rows too, whatever their times; the caller picks those that are known at the moment."""
+        self._remember(_Outcomes.of(self._spec, rows, self._keys))
+
+    def lookup(self, rows: Rows) -> np.ndarray:
+        """Counts of the rows' keys, ``[n, keys * (1 + behaviours)] float32``; zeros for keys never seen."""
+        codes = self._keys.codes(rows, add=False)
+        n = len(rows["user_id"])
+        out = np.zeros((n, len(self._counts), self._width), np.float32)
+        for key, counts in enumerate(self._counts):
+            known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
+            out[known, key] = counts.values[codes[key][known]]
+        return _flat(out)
+
+    def _remember(self, past: _Outcomes) -> None:
+        for first in range(0, len(past.emit_ms), _CHUNK):
+            part = past.slice(first, first + _CHUNK)
+            for key, counts in enumerate(self._counts):
+                order = stable_order(part.codes[key])
+                code = part.codes[key][order]
+                head = np.flatnonzero(np.append(True, code[1:] != code[:-1]))
+                code = code[head]
+                total = np.stack([np.add.reduceat(weight[order], head) for weight in part.weight], axis=1)
+                counts.reserve(int(code[-1]) + 1)
+                counts.add(code, _lanes(total, self._width))
+
+
+def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.ndarray:
+    """Statistics of each row over the rows with ``emit_ms < as_of_ms[row]``; the batch form of ``Statistics``.
+
+    Args:
+        spec: names the keys and the behaviours.
+        rows: all rows, in any order.
+        as_of_ms: ``[n] int64``, any times.
+
+    Returns:
+        ``[n, keys * (1 + behaviours)] float32``.
+    """
+    past = _Outcomes.of(spec, rows, _Keys(spec))
+    n = len(as_of_ms)
+    width = 1 + len(spec.behaviours)
+    outcome = np.ones((n, width), np.int64)
+    outcome[:, 1:] = rows["label"] & rows["mask"]
+    by_time = stable_order(past.emit_ms)
+    earlier = np.searchsorted(past.emit_ms[by_time], as_of_ms, side="left")
+    out = np.empty((n, len(spec.statistics), width), np.float32)
+    for key, code in enumerate(past.codes):
+        order = by_time[stable_order(code[by_time])]
+        # Rows in order of (key, emission): the place of a row in time is its rank by emission.
+        rank = np.empty(n, np.int64)
+        rank[by_time] = np.arange(n)
+        sequence = code[order] * (n + 1) + rank[order]
+        total = np.concatenate([np.zeros((1, width), np.int64), np.cumsum(outcome[order], axis=0)])
+        start = np.searchsorted(sequence, code * (n + 1))
+        stop = np.searchsorted(sequence, code * (n + 1) + earlier)
+        out[:, key] = total[stop] - total[start]
+    return _flat(out)
+
+
+def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.ndarray) -> np.ndarray:
+    """Features from counts: smoothed behaviour rates as logits, and how much they rest on.
+
+    Args:
+        counts: ``[n, keys * (1 + behaviours)]`` as ``Statistics`` gives them.
+        prior: ``[behaviours]``, base rate of each behaviour, strictly between 0 and 1.
+        strength: number of rows a that the prior p0 is worth, above 0; one, or ``[behaviours]``.
+
+    Returns:
+        ``[n, keys * behaviours + keys] float32``: ``logit((positives + a p0) / (rows + a))`` per key and behaviour,
+        then ``log(1 + rows)`` per key.
+
+    Raises:
+        ValueError: ``prior`` or ``strength`` out of range.
+    """
+    prior, strength = np.asarray(prior, np.float32), np.asarray(strength, np.float32)
+    if np.any(strength <= 0) or np.any(prior <= 0) or np.any(prior >= 1):
+        raise ValueError("smoothed rates need a strength above 0 and priors strictly between 0 and 1")
+    n = len(counts)
+    keys = counts.shape[1] // (1 + len(prior))
+    by_key = counts.reshape(n, keys, 1 + len(prior)).astype(np.float32, copy=False)
+    shown, positives = by_key[:, :, :1], by_key[:, :, 1:]
+    out = np.empty((n, keys * len(prior) + keys), np.float32)
+    # The logit of a ratio of counts is a difference of logarithms: no rounding where the rate is close to 0 or 1.
+    logit = np.log(positives + strength * prior) - np.log(shown - positives + strength * (1 - prior))
+    out[:, : keys * len(prior)] = _flat(logit)
+    out[:, keys * len(prior) :] = np.log1p(shown[:, :, 0])
+    return out
+
+
+class _Keys:
+    """Numbers the values of every key 0, 1, 2, ...; a cross is numbered by the pair of its first parts and its last."""
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self._keys = spec.statistics
+        self._side = {side.name: column for column, side in enumerate(spec.side)}
+        self._index: dict[tuple[str, ...], IdIndex] = {}
+
+    def codes(self, rows: Rows, add: bool) -> np.ndarray:
+        """``[keys, n] int64``; with ``add`` new values are numbered, without they are -1."""
+        if not rows:
+            return np.empty((len(self._keys), 0), np.int64)
+        done: dict[tuple[str, ...], np.ndarray] = {}
+        codes = [self._codes(key, rows, add, done) for key in self._keys]
+        return np.stack(codes) if codes else np.empty((0, len(rows["user_id"])), np.int64)
+
+    def copy(self) -> _Keys:
+        """An independent copy."""
+        other = _Keys.__new__(_Keys)
+        other._keys, other._side = self._keys, self._side
+        other._index = {key: index.copy() for key, index in self._index.items()}
+        return other
+
+    def _codes(
+        self, key: tuple[str, ...], rows: Rows, add: bool, done: dict[tuple[str, ...], np.ndarray]
+    ) -> np.ndarray:
+        if key in done:
+            return done[key]
+        if len(key) == 1 and key[0] in self._side:
+            return rows["side"][:, self._side[key[0]]].astype(np.int64)
+        if len(key) == 1:
+            values, known = rows[_ID_COLUMNS[key[0]]], None
+        else:
+            first, last = (self._codes(part, rows, add, done) for part in (key[:-1], key[-1:]))
+            values = (first << 32) | last
+            known = (first >= 0) & (last >= 0)
+        index = self._index.setdefault(key, IdIndex())
+        done[key] = index.add(values) if add else index.find(values)
+        if known is not None and not add:
+            done[key] = np.where(known, done[key], -1)
+        return done[key]
+
+
+class _Counts:
+    """A growing ``[codes, 1 + behaviours]`` table of counts."""
+
+    def __init__(self, width: int) -> None:
+        self.values = np.zeros((0, width), np.uint32)
+
+    def reserve(self, codes: int) -> None:
+        """Make room for so many codes."""
+        if codes > len(self.values):
+            grown = np.zeros((max(codes, 2 * len(self.values)), self.values.shape[1]), np.uint32)
+            grown[: len(self.values)] = self.values
+            self.values = grown
+
+    def add(self, codes: np.ndarray, more: np.ndarray) -> None:
+        """Add ``more [n, 1 + behaviours]`` to the counts of n distinct codes."""
+        grown = np.take(self.values, codes, axis=0)
+        grown += more
+        _items(self.values)[codes] = _items(grown)
+
+    def copy(self) -> _Counts:
+        other = _Counts(self.values.shape[1])
+        other.values = self.values.copy()
+        return other
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """Rows as the statistics remember them: when they count, for which codes, and what they add.
+
+    Attributes:
+        emit_ms: ``[n]``.
+        codes: ``[keys, n]``.
+        weight: ``[lanes, n] uint64``: 1 and the labels, each in 16 bits.
+    """
+
+    emit_ms: np.ndarray
+    codes: np.ndarray
+    weight: np.ndarray
+
+    @staticmethod
+    def of(spec: DatasetSpec, rows: Rows, keys: _Keys) -> _Outcomes:
+        n = len(rows["emit_ms"]) if rows else 0
+        words = -(-(1 + len(spec.behaviours)) // _LANES)
+        lanes = np.zeros((n, words * _LANES), np.uint16)
+        lanes[:, 0] = 1
+        if rows:
+            lanes[:, 1 : 1 + len(spec.behaviours)] = rows["label"] & rows["mask"]
+        emit_ms = rows["emit_ms"] if rows else np.empty(0, np.int64)
+        return _Outcomes(emit_ms, keys.codes(rows, add=True), np.ascontiguousarray(lanes.view(np.uint64).T))
+
+    @staticmethod
+    def join(first: _Outcomes, second: _Outcomes) -> _Outcomes:
+        return _Outcomes(
+            np.concatenate([first.emit_ms, second.emit_ms]),
+            np.concatenate([first.codes, second.codes], axis=1),
+            np.concatenate([first.weight, second.weight], axis=1),
+        )
+
+    def take(self, order: np.ndarray) -> _Outcomes:
+        return _Outcomes(
+            np.take(self.emit_ms, order), np.take(self.codes, order, axis=1), np.take(self.weight, order, axis=1)
+        )
+
+    def slice(self, first: int, last: int) -> _Outcomes:
+        return _Outcomes(self.emit_ms[first:last], self.codes[:, first:last], self.weight[:, first:last])
+
+
+def _lanes(words: np.ndarray, width: int) -> np.ndarray:
+    """``[n, words] uint64 -> [n, width] uint16``, the lanes in order."""
+    return np.ascontiguousarray(words).astype("<u8", copy=False).view("<u2")[:, :width]
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """``[n, a, b] -> [n, a * b]``, also where there is nothing."""
+    return values.reshape(len(values), values.shape[1] * values.shape[2])
+
+
+def _items(values: np.ndarray) -> np.ndarray:
+    """The last axis as one opaque item, so that numpy moves it as a block: four times faster to scatter."""
+    block = np.dtype((np.void, values.shape[-1] * values.itemsize))
+    return values.view(block)[..., 0]

@@ -1,0 +1,195 @@
+"""The lines of a user's own log as canonical columns, file after file in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DOMAINS
+from trainer.data.format.validation import Columns
+from trainer.data.importers import field_parsers
+from trainer.data.importers.category_codes import distinct, encode, vocabulary
+from trainer.data.importers.columns import Part, read_parts
+from trainer.data.importers.mapping import EventMapping
+from trainer.data.importers.table_files import convert, is_table, read_batches, refuse
+
+MOST_CATEGORIES = 1_000_000
+"""A column of more distinct values is no category."""
+
+
+def source_files(src: Path, pattern: str, others: set[Path]) -> tuple[Path, ...]:
+    """The tables of a log: ``src`` itself, or those in the folder ``src`` that match ``pattern``, without ``others``.
+
+    Raises:
+        UserError: there is none.
+    """
+    if src.is_file() and is_table(src):
+        return (src,)
+    found = sorted(src.glob(pattern)) if src.is_dir() else []
+    files = tuple(file for file in found if is_table(file) and file.resolve() not in others)
+    if not files:
+        raise UserError(f"{src}: no .csv, .csv.gz or .parquet file here that matches files = {pattern!r}")
+    return files
+
+
+def vocabularies_of(files: tuple[Path, ...], side: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The values of each category column over all files.
+
+    Raises:
+        UserError: a column is missing, or has more than ``MOST_CATEGORIES`` values.
+    """
+    values: dict[str, set[str]] = {name: set() for name in side}
+    for file in files if side else ():
+        for batch in read_batches(file, dict.fromkeys(side)):
+            for name in side:
+                values[name] |= distinct([batch.column(name)])
+                if len(values[name]) > MOST_CATEGORIES:
+                    raise UserError(
+                        f"{file}: column {name!r} has more than {MOST_CATEGORIES:,} values, too many for `side`"
+                    )
+    return {name: vocabulary(found) for name, found in values.items()}
+
+
+class Ids:
+    """Id columns as int64: whole numbers, or text where the mapping's ``hash_ids`` names the column."""
+
+    def __init__(self, mapping: EventMapping) -> None:
+        self._hashes = {name: field_parsers.IdHash() for name in mapping.hash_ids}
+
+    def of(self, name: str, values: pa.Array, file: Path, column: str, first_row: int) -> np.ndarray:
+        """Ids of a part of a column; ``name`` is canonical, ``column`` what the file calls it."""
+        if name in self._hashes:
+            return convert(values, self._hashes[name].ids, file, column, first_row, "a text").to_numpy()
+        accepted = f'a whole number, 0 or more (ids that are text: hash_ids = ["{name}"] in the mapping)'
+        return convert(values, field_parsers.integer_ids, file, column, first_row, accepted).to_numpy()
+
+    @property
+    def collisions(self) -> dict[str, int]:
+        """Hashed column -> texts that met another text in one id, so far."""
+        return {name: hashing.collisions for name, hashing in self._hashes.items()}
+
+
+class Log:
+    """Reads the files of a log.
+
+    Args:
+        files: in reading order.
+        mapping: what their columns mean.
+        ids: turns id columns into numbers.
+        vocabularies: of the context's side features.
+    """
+
+    def __init__(
+        self, files: tuple[Path, ...], mapping: EventMapping, ids: Ids, vocabularies: dict[str, tuple[str, ...]]
+    ) -> None:
+        self.rows = 0
+        self._files = files
+        self._mapping = mapping
+        self._ids = ids
+        self._vocabularies = vocabularies
+        self._first_rows: list[int] = []
+        names, rule = mapping.columns, mapping.domain
+        own = [names.user_id, names.author_id, names.item_id, names.time, names.visit_id, names.play_ms, rule.column]
+        own += [names.event, names.value] if mapping.layout == "events" else []
+        own += [column for behaviour in mapping.behaviours.values() for column in (behaviour.column, behaviour.delay)]
+        own += [*mapping.features.context.side, *mapping.features.context.dense]
+        self._types: dict[str, pa.DataType | None] = dict.fromkeys(name for name in own if name is not None)
+        named = [(canonical, own_name) for canonical, own_names in mapping.event_names() for own_name in own_names]
+        self._event_names = [own_name for _, own_name in named]
+        order = [canonical for canonical, _ in mapping.event_names()]
+        self._event_codes = np.array([order.index(canonical) for canonical, _ in named], np.int8)
+        self._ignored = order.index("ignore")
+
+    def parts(self, report: Callable[[int, int], None]) -> Iterator[Columns]:
+        """The lines, some ten thousands at a time.
+
+        Columns: ``row`` (running number over all files), ``user_id, author_id, item_id, visit_id`` (the running number
+        where the log has none), ``domain``, ``time_ms``, the context's features, and by layout ``code`` and ``value``,
+        or ``play_ms``, ``happened_B`` (value of the outcome) and ``delay_B`` where a column gives one.
+
+        Args:
+            report: told how many of how many bytes are read.
+
+        Raises:
+            UserError: a column is missing or a value is bad; names file, row, column and value.
+        """
+        sizes = [file.stat().st_size for file in self._files]
+        for number, file in enumerate(self._files):
+            report(sum(sizes[:number]), sum(sizes))
+            self._first_rows.append(self.rows)
+            latest = field_parsers.EARLIEST_MS
+            for part in read_parts(file, self._types):
+                columns = self._columns(part, latest)
+                latest = int(columns["time_ms"][-1])
+                self.rows += part.rows
+                if "code" in columns:
+                    kept = columns["code"] != self._ignored
+                    columns = {name: column[kept] for name, column in columns.items()}
+                yield columns
+        report(sum(sizes), sum(sizes))
+
+    def refuse(self, row: int, column: str, value: object, accepted: str) -> None:
+        """Raise the error of a bad value in the line with running number ``row``."""
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        refuse(self._files[number], row - self._first_rows[number] + 1, column, value, accepted)
+
+    def _columns(self, part: Part, latest_ms: int) -> Columns:
+        mapping, names = self._mapping, self._mapping.columns
+        columns: Columns = {"row": np.arange(self.rows, self.rows + part.rows)}
+        own = {"user_id": names.user_id, "author_id": names.author_id, "item_id": names.item_id}
+        own |= {} if names.visit_id is None else {"visit_id": names.visit_id}
+        for name, column in own.items():
+            columns[name] = self._ids.of(name, part.column(column), part.file, column, part.first_row)
+        columns.setdefault("visit_id", columns["row"])
+        columns["time_ms"] = self._times(part, latest_ms)
+        columns["domain"] = self._domain(part)
+        for name in mapping.features.context.side:
+            columns[name] = encode(part.column(name), self._vocabularies[name])
+        for name in mapping.features.context.dense:
+            columns[name] = part.numbers(name).astype(np.float32)
+        if mapping.layout == "events":
+            assert names.event is not None
+            accepted = f"one of {', '.join(self._event_names)} (ignore others: events.ignore in the mapping)"
+            known = part.convert(names.event, partial(field_parsers.codes, names=self._event_names), accepted)
+            columns["code"] = self._event_codes[known]
+            columns["value"] = np.zeros(part.rows) if names.value is None else part.numbers(names.value)
+            return columns
+        columns["play_ms"] = np.zeros(part.rows, np.int64)
+        if names.play_ms is not None:
+            columns["play_ms"] = part.milliseconds(names.play_ms)
+        for name, behaviour in mapping.behaviours.items():
+            assert behaviour.column is not None
+            columns[f"happened_{name}"] = part.numbers(behaviour.column)
+            if behaviour.delay is not None:
+                columns[f"delay_{name}"] = part.milliseconds(behaviour.delay)
+        return columns
+
+    def _times(self, part: Part, latest_ms: int) -> np.ndarray:
+        mapping = self._mapping
+        accepted = (
+            f"a time between 2000 and 2100: {mapping.time_unit} since 1970 (time_unit in the mapping says which), "
+            "or ISO 8601, with an offset in all lines or in none"
+        )
+        read = partial(field_parsers.times_ms, unit=mapping.time_unit, timezone=mapping.timezone)
+        times = part.convert(mapping.columns.time, read, accepted)
+        if mapping.out_of_order == "error":
+            earlier = np.flatnonzero(np.diff(times, prepend=latest_ms) < 0)
+            if len(earlier):
+                accepted = 'no earlier than the line before; sort the file, or set out_of_order = "sort" in the mapping'
+                part.refuse(mapping.columns.time, int(earlier[0]), accepted)
+        return times
+
+    def _domain(self, part: Part) -> np.ndarray:
+        rule = self._mapping.domain
+        if rule.column is None:
+            return np.full(part.rows, DOMAINS.index(rule.constant or ""), np.int8)
+        own = {"video": rule.video, "live": rule.live}
+        names = [name for domain in DOMAINS for name in own[domain]]
+        accepted = f"one of {', '.join(names)} (domain.video and domain.live in the mapping)"
+        known = part.convert(rule.column, partial(field_parsers.codes, names=names), accepted)
+        return np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(own[domain]) for domain in DOMAINS])[known]

@@ -1,0 +1,141 @@
+"""From single events to visits: which events belong to one exposure, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.data.format.validation import Columns
+
+_LONGEST_MS = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class EventCodes:
+    """Which event a code stands for: positions in ``(exposure, enter, exit, *behaviours)``."""
+
+    behaviours: tuple[str, ...]
+    begin: int
+
+    EXPOSURE = 0
+    ENTER = 1
+    EXIT = 2
+    FIRST_BEHAVIOUR = 3
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Visits, the events that belong to them, and the positions of events that belong to none."""
+
+    visits: Columns
+    events: Columns
+    orphans: np.ndarray
+
+
+def assemble_visits(events: Columns, codes: EventCodes, *, by_visit_id: bool, has_value: bool) -> Assembled:
+    """Join the events of some users to visits.
+
+    A visit begins with an event ``codes.begin``. With ``by_visit_id`` all events of a (user, visit_id) are one visit,
+    from its first beginning on; otherwise an event belongs to the latest beginning of its (user, item), and the visit
+    gets the beginning's ``row`` as ``visit_id``. Events of one millisecond are taken as begin, others, exit. An event
+    without a beginning before it, or more than 2^31 ms after it, is an orphan.
+
+    A visit ends with its last event. ``play_ms`` is the ``value`` of its last exit, or without ``has_value`` the time
+    from enter (else begin) to that exit, or 0 without an exit.
+
+    Args:
+        events: ``user_id, author_id, item_id, visit_id, time_ms, row`` int64, ``domain`` and ``code`` int8, ``value``
+            float64, and any other columns, which a visit takes from its beginning.
+        codes: the meaning of ``code``.
+        by_visit_id: whether the log names its visits.
+        has_value: whether ``value`` of an exit is the time watched.
+
+    Returns:
+        ``visits``: ``visit_id, user_id, author_id, item_id, domain, request_ms, exit_ms, play_ms, delay_B,
+        value_gift`` and the other columns. ``events``: the columns of the canonical log with ``code``, complete: every
+        visit has an exposure and an exit. ``orphans``: positions in ``events`` as given.
+    """
+    group = ("user_id", "visit_id") if by_visit_id else ("user_id", "item_id")
+    code = events["code"]
+    rank = np.where(code == codes.begin, 0, np.where(code == codes.EXIT, 2, 1))
+    order = np.lexsort((events["row"], rank, events["time_ms"], *(events[name] for name in reversed(group))))
+    event = {name: column[order] for name, column in events.items()}
+
+    place = np.arange(len(order))
+    new_group = place == 0
+    for name in group:
+        new_group[1:] |= event[name][1:] != event[name][:-1]
+    group_first = np.maximum.accumulate(np.where(new_group, place, 0))
+    begins = event["code"] == codes.begin
+    if by_visit_id:
+        count = np.cumsum(begins)
+        before_group = (count - begins)[group_first]
+        begins &= count - before_group == 1
+    begin_at = np.maximum.accumulate(np.where(begins, place, -1))
+    orphan = (begin_at < group_first) | (event["time_ms"] - event["time_ms"][begin_at] > _LONGEST_MS)
+
+    orphans = order[orphan]
+    event = {name: column[~orphan] for name, column in event.items()}
+    visit = np.cumsum(begins[~orphan]) - 1
+    first = np.flatnonzero(begins[~orphan])
+    start_ms = event["time_ms"][first]
+
+    visits = {name: column[first] for name, column in event.items() if name not in ("time_ms", "row", "code", "value")}
+    if not by_visit_id:
+        visits["visit_id"] = event["row"][first]
+    visits["request_ms"] = start_ms
+    last = np.append(first[1:], len(visit)) - 1
+    visits["exit_ms"] = event["time_ms"][last] if len(first) else start_ms
+    visits["play_ms"] = _play(event, codes, visit, start_ms, has_value)
+    for k, behaviour in enumerate(codes.behaviours, codes.FIRST_BEHAVIOUR):
+        at = np.flatnonzero(event["code"] == k)
+        of, earliest = np.unique(visit[at], return_index=True)
+        delay = np.full(len(first), -1, np.int32)
+        delay[of] = event["time_ms"][at[earliest]] - start_ms[of]
+        visits[f"delay_{behaviour}"] = delay
+        if behaviour == "gift":
+            visits["value_gift"] = np.zeros(len(first), np.float32)
+            visits["value_gift"][of] = event["value"][at[earliest]]
+    return Assembled(visits, _complete_log(event, codes, visit, visits), orphans)
+
+
+def _play(event: Columns, codes: EventCodes, visit: np.ndarray, start_ms: np.ndarray, has_value: bool) -> np.ndarray:
+    """Milliseconds watched of each visit."""
+    play = np.zeros(len(start_ms), np.int64)
+    exits = np.flatnonzero(event["code"] == codes.EXIT)
+    # Of several exits the last one is assigned last.
+    if has_value:
+        play[visit[exits]] = event["value"][exits]
+        return np.maximum(play, 0)
+    entered = start_ms.copy()
+    enters = np.flatnonzero(event["code"] == codes.ENTER)[::-1]
+    entered[visit[enters]] = event["time_ms"][enters]
+    play[visit[exits]] = event["time_ms"][exits] - entered[visit[exits]]
+    return np.maximum(play, 0)
+
+
+def _complete_log(event: Columns, codes: EventCodes, visit: np.ndarray, visits: Columns) -> Columns:
+    """The canonical events: an exposure and an exit are added to visits whose log has none."""
+    count = len(visits["visit_id"])
+    names = ("user_id", "author_id", "item_id", "domain", "visit_id")
+    of = [visit]
+    code, time_ms = [event["code"]], [event["time_ms"]]
+    for missing, when in ((codes.EXPOSURE, "request_ms"), (codes.EXIT, "exit_ms")):
+        without = np.setdiff1d(np.arange(count), visit[event["code"] == missing])
+        of.append(without)
+        code.append(np.full(len(without), missing, np.int8))
+        time_ms.append(visits[when][without])
+    whose, all_codes = np.concatenate(of), np.concatenate(code)
+    value = np.zeros(len(whose), np.float32)
+    exits = all_codes == codes.EXIT
+    value[exits] = visits["play_ms"][whose[exits]]
+    if "gift" in codes.behaviours:
+        gifts = np.flatnonzero(event["code"] == codes.FIRST_BEHAVIOUR + codes.behaviours.index("gift"))
+        value[gifts] = event["value"][gifts]
+    return {
+        **{name: visits[name][whose] for name in names},
+        "code": all_codes,
+        "time_ms": np.concatenate(time_ms),
+        "value": value,
+    }

@@ -1,0 +1,1 @@
+"""Batches in an exact, restorable order."""

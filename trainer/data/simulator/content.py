@@ -1,0 +1,157 @@
+"""What there is to watch: short videos, and live rooms made of 30 s segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.data.format.schema import DOMAINS
+from trainer.data.simulator.config import DAY_MS, HOUR_MS, MINUTE_MS, SEGMENT_MS, START_MS, WorldConfig
+from trainer.data.simulator.population import GENRES, GENRES_PER_CATEGORY, TOPICS, Authors
+
+VIDEO, LIVE = DOMAINS.index("video"), DOMAINS.index("live")
+SHELF_DAYS = 7
+"""A video is recommended for so long after its publication."""
+VIDEOS_PER_AUTHOR_DAY = 1.0
+MEAN_VIDEO_MS, MEAN_ROOM_MS = 55_000, HOUR_MS
+DURATION_BANDS = 8
+
+Phase = tuple[str, int, int, float, float]
+PHASES: tuple[tuple[Phase, ...], ...] = (
+    (("chat", 6, 20, 0.05, 0.25), ("dance", 4, 10, 0.7, 1.0)),
+    (("lobby", 3, 8, 0.0, 0.15), ("match", 10, 24, 0.2, 0.5), ("climax", 2, 6, 0.8, 1.0)),
+    (("pitch", 3, 8, 0.05, 0.2), ("demonstration", 4, 10, 0.25, 0.5), ("link", 1, 3, 0.75, 1.0)),
+)
+"""A room goes round the phases of its category: topic, fewest and most segments, lowest and highest intensity."""
+
+ROOMS_AT_A_TIME = 8_192
+
+
+@dataclass(frozen=True)
+class Items:
+    """Videos, then rooms, each in order of start; an item's id is its position.
+
+    Attributes:
+        videos: number of videos; ids from here on are rooms.
+        author: ``[n] int64``.
+        start_ms: ``[n] int64``, publication of a video, opening of a room.
+        end_ms: ``[n] int64``, start plus length.
+        vector: ``[n, DIM] float32``.
+        popularity, quality, bait: ``[n] float32``, the author's, with the item's own deviation.
+        genre: ``[n] int64``.
+        first_segment: ``[n + 1] int64``, offsets into the segment columns; videos have none.
+        topic: ``[segments] int8``, position in ``TOPICS``.
+        intensity: ``[segments] float32`` in [0, 1], the true highlight curve.
+    """
+
+    videos: int
+    author: np.ndarray
+    start_ms: np.ndarray
+    end_ms: np.ndarray
+    vector: np.ndarray
+    popularity: np.ndarray
+    quality: np.ndarray
+    bait: np.ndarray
+    genre: np.ndarray
+    first_segment: np.ndarray
+    topic: np.ndarray
+    intensity: np.ndarray
+
+    def segment(self, item: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
+        """Position in the segment columns of what a room shows at a time within it."""
+        return self.first_segment[item] + (time_ms - self.start_ms[item]) // SEGMENT_MS
+
+
+def make_items(config: WorldConfig, authors: Authors) -> Items:
+    """Draw every video and every room, with the segments of the rooms."""
+    video_author, video_start, video_end = _videos(config)
+    room_author, room_start, room_end = _rooms(config, authors)
+    author = np.concatenate([video_author, room_author])
+    n, videos = len(author), len(video_author)
+    rng = config.generator("items")
+    genre = authors.genre[author]
+    # a video may be off the author's genre; a room is what the author is known for
+    stray = np.flatnonzero(rng.random(videos) < 0.12)
+    genre[stray] = rng.integers(0, GENRES, len(stray))
+    counts = np.concatenate([np.zeros(videos, np.int64), (room_end - room_start) // SEGMENT_MS])
+    topic, intensity = _segments(config, authors.genre[room_author] // GENRES_PER_CATEGORY, counts[videos:])
+
+    def of_author(trait: np.ndarray, deviation: float) -> np.ndarray:
+        return trait[author] + deviation * rng.standard_normal((n, *trait.shape[1:]), np.float32)
+
+    return Items(
+        videos=videos,
+        author=author,
+        start_ms=np.concatenate([video_start, room_start]),
+        end_ms=np.concatenate([video_end, room_end]),
+        vector=of_author(authors.vector, 0.35),
+        popularity=of_author(authors.popularity, 0.4),
+        quality=of_author(authors.quality, 0.4),
+        bait=of_author(authors.bait, 0.4),
+        genre=genre,
+        first_segment=np.concatenate([[0], np.cumsum(counts)]),
+        topic=topic,
+        intensity=intensity,
+    )
+
+
+def _videos(config: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Authors, publication and end of the videos, in order of publication; the shelf is full when the log starts."""
+    rng = config.generator("videos")
+    days = SHELF_DAYS + config.days
+    n = int(config.authors * days * VIDEOS_PER_AUTHOR_DAY)
+    start = START_MS - SHELF_DAYS * DAY_MS + np.sort(rng.integers(0, days * DAY_MS, n))
+    length = rng.lognormal(np.log(MEAN_VIDEO_MS) - 0.32, 0.8, n).clip(5_000, 600_000).astype(np.int64)
+    return rng.integers(0, config.authors, n), start, start + length
+
+
+def _rooms(config: WorldConfig, authors: Authors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Authors, start and end of the rooms, in order of start. An author opens at most one a day, at a usual hour."""
+    rng = config.generator("rooms")
+    live = np.flatnonzero(authors.goes_live)
+    habit = rng.uniform(0.5, 1.0, len(live))
+    habit[0] = 1.0
+    days = np.arange(-1, config.days)
+    shape = (len(days), len(live))
+    hour = authors.live_hour[live] + 0.7 * rng.standard_normal(shape)
+    start = START_MS + ((days[:, None] + hour / 24) * DAY_MS).astype(np.int64)
+    length = rng.lognormal(np.log(MEAN_ROOM_MS) - 0.125, 0.5, shape).clip(15 * MINUTE_MS, 4 * HOUR_MS)
+    end = start + length.astype(np.int64) // SEGMENT_MS * SEGMENT_MS
+    held = (rng.random(shape) < habit) & (end > START_MS) & (start < config.end_ms)
+    author, start, end = np.broadcast_to(live, shape)[held], start[held], end[held]
+    order = np.argsort(start, kind="stable")
+    return author[order], start[order], end[order]
+
+
+def _segments(config: WorldConfig, category: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Topic and intensity of every segment of rooms with ``count`` segments each, room after room."""
+    topic = np.empty(int(count.sum()), np.int8)
+    intensity = np.empty(len(topic), np.float32)
+    first = np.concatenate([[0], np.cumsum(count)])
+    for chunk in range(0, len(count), ROOMS_AT_A_TIME):
+        rng = config.generator("segments", chunk)
+        for code, phases in enumerate(PHASES):
+            rooms = chunk + np.flatnonzero(category[chunk : chunk + ROOMS_AT_A_TIME] == code)
+            if len(rooms) == 0:
+                continue
+            values, levels = _phase_runs(rng, phases, count[rooms])
+            starts = np.repeat(first[rooms] - np.concatenate([[0], np.cumsum(count[rooms])[:-1]]), count[rooms])
+            at = starts + np.arange(len(values))
+            topic[at], intensity[at] = values, levels
+    return topic, intensity
+
+
+def _phase_runs(
+    rng: np.random.Generator, phases: tuple[Phase, ...], count: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The phases of rooms of one category, from a random one on, cut at each room's number of segments."""
+    names, shortest, longest, low, high = (np.array(column) for column in zip(*phases, strict=True))
+    turns = len(phases) * (int(count.max()) // int(shortest.sum()) + 2)
+    phase = (rng.integers(0, len(phases), (len(count), 1)) + np.arange(turns)) % len(phases)
+    ends = np.minimum(np.cumsum(rng.integers(shortest[phase], longest[phase] + 1), axis=1), count[:, None])
+    run = np.diff(ends, axis=1, prepend=0).ravel()
+    level = np.repeat(rng.uniform(low[phase], high[phase]).ravel(), run)
+    codes = np.array([TOPICS.index(name) for name in names], np.int8)
+    wobble = 0.04 * rng.standard_normal(len(level))
+    return np.repeat(codes[phase].ravel(), run), np.clip(level + wobble, 0, 1).astype(np.float32)

@@ -1,0 +1,108 @@
+"""What a world's dataset says of itself, and the tables of who and what is in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
+from trainer.data.simulator import population
+from trainer.data.simulator.config import BEHAVIOURS, SEGMENT_MS, TIMEZONE, WorldConfig
+from trainer.data.simulator.content import DURATION_BANDS
+from trainer.data.simulator.exposure import SCENES
+from trainer.data.simulator.user_days import POSITIONS
+from trainer.data.simulator.world import World
+
+
+def describe_world(config: WorldConfig, partitions: int) -> DatasetSpec:
+    """What ``dataset.json`` says before the log is written."""
+    return DatasetSpec(
+        name="simulated",
+        source="Limelight's simulated world (`limelight data simulate`)",
+        licence="Apache-2.0",
+        partitions=partitions,
+        timezone=TIMEZONE,
+        behaviours=BEHAVIOURS,
+        applies={name: ("live",) if name == "gift" else DOMAINS for name in BEHAVIOURS},
+        candidates=("live",),
+        side=(
+            SideFeature("age_band", "user", 1 + population.AGE_BANDS),
+            SideFeature("gender", "user", 1 + population.GENDERS),
+            SideFeature("city_tier", "user", 1 + population.CITY_TIERS),
+            SideFeature("device", "user", 1 + population.DEVICES),
+            SideFeature("activity_band", "user", 1 + population.BANDS),
+            SideFeature("spend_band", "user", 1 + population.BANDS),
+            SideFeature("user_tenure", "user", 1 + population.TENURE_BANDS),
+            SideFeature("author_category", "author", 1 + len(population.CATEGORIES)),
+            SideFeature("author_genre", "author", 1 + population.GENRES),
+            SideFeature("fans_band", "author", 1 + population.BANDS),
+            SideFeature("author_tenure", "author", 1 + population.TENURE_BANDS),
+            SideFeature("item_genre", "item", 1 + population.GENRES),
+            SideFeature("duration_band", "item", 1 + DURATION_BANDS),
+            SideFeature("scene", "context", len(SCENES)),
+            SideFeature("position", "context", 1 + POSITIONS),
+            SideFeature("hour", "context", 1 + 24),
+            SideFeature("weekday", "context", 1 + 7),
+        ),
+        dense=(DenseFeature("log_room_age_s", "context"), DenseFeature("log_viewers", "context")),
+        statistics=(
+            ("user",),
+            ("author",),
+            ("item",),
+            ("user", "author"),
+            ("user", "author_category"),
+            ("user", "author_genre"),
+            ("author", "hour"),
+            ("scene", "author_category"),
+        ),
+        tag="item_genre",
+        extra={
+            "users": config.users,
+            "days": config.days,
+            "seed": config.seed,
+            "exposures_per_day": config.exposures_per_day,
+            "categories": population.CATEGORIES,
+            "topics": population.TOPICS,
+            "scenes": SCENES,
+        },
+    )
+
+
+def tables(world: World) -> dict[str, pa.Table]:
+    """``users``, ``authors``, ``items`` and ``segments``.
+
+    ``items``: ``item_id, author_id, domain, start_ms, end_ms`` and side features; the end of a room and the segments
+    are the future to whoever ranks it. ``segments``: ``item_id, segment, start_ms, topic, intensity``, the topic as a
+    position in ``extra["topics"]``, the intensity in [0, 1].
+    """
+    items = world.items
+    n, rooms = len(items.author), np.arange(items.videos, len(items.author))
+    length = np.diff(items.first_segment)[rooms]
+    segment = np.arange(len(items.topic)) - np.repeat(items.first_segment[rooms], length)
+    seconds = (items.end_ms - items.start_ms) / 1_000
+    band = 1 + np.searchsorted([8, 15, 25, 40, 60, 100, 180], seconds)
+    return {
+        "users": pa.table({"user_id": np.arange(world.config.users), **world.users.side}),
+        "authors": pa.table({"author_id": np.arange(world.config.authors), **world.authors.side}),
+        "items": pa.table(
+            {
+                "item_id": np.arange(n),
+                "author_id": items.author,
+                "domain": (np.arange(n) >= items.videos).astype(np.int8),
+                "start_ms": items.start_ms,
+                "end_ms": items.end_ms,
+                "item_genre": (1 + items.genre).astype(np.int32),
+                # how long a room lasts is not known before it ends
+                "duration_band": np.where(np.arange(n) < items.videos, band, 0).astype(np.int32),
+            }
+        ),
+        "segments": pa.table(
+            {
+                "item_id": np.repeat(rooms, length),
+                "segment": segment.astype(np.int32),
+                "start_ms": np.repeat(items.start_ms[rooms], length) + segment * SEGMENT_MS,
+                "topic": items.topic,
+                "intensity": items.intensity,
+            }
+        ),
+    }

@@ -1,0 +1,382 @@
+"""From visits to a dataset: the one place where a dataset directory is made.
+
+``DatasetBuilder`` takes tables and visits in any order, sets the visits aside by partition, and ``finish`` writes
+events, histories, truth and training rows. Everything happens in a directory beside the final one, which gets its name
+at the end: a dataset exists whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.console.errors import UserError
+from trainer.data.format import history as histories
+from trainer.data.format import shards, storage, validation
+from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
+from trainer.data.format.sorting import first_of_each, stable_order, time_order
+from trainer.data.format.validation import Columns
+from trainer.data.format.visit_events import behaviour_bits, derive_events, event_codes, event_names, event_table
+from trainer.data.writing.partition_spill import BatchFile, Spill
+from trainer.data.writing.text_writer import TextWriter
+from trainer.data.writing.training_rows import assemble
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is."""
+
+_OTHER_TABLES = ("segments", "comments")
+
+# Sorted by time, ids and times are small differences: delta coding leaves a general compressor nothing to do.
+_DELTA = "DELTA_BINARY_PACKED"
+_EVENTS_PARQUET = {
+    "use_dictionary": ["event"],
+    "column_encoding": {name: _DELTA for name in ("user_id", "author_id", "item_id", "visit_id", "time_ms")},
+    "compression": {name: "snappy" for name in ("domain", "event", "value")},
+    "write_statistics": ["time_ms"],
+}
+_TRUTH_PARQUET = {
+    "use_dictionary": False,
+    "column_encoding": {name: _DELTA for name in ("visit_id", "user_id", "request_ms")},
+    "compression": "none",
+    "write_statistics": ["request_ms"],
+}
+
+
+class DatasetBuilder:
+    """Builds a dataset directory.
+
+    Use it as a context manager: leaving it without ``finish`` removes what was written. Memory is bounded by the
+    largest partition, the tables of users, authors and items, and the distinct keys of the statistics.
+
+    Args:
+        out: the directory to make; must not exist.
+        spec: its description; ``ids``, ``span_ms``, ``rows``, ``exposures`` and ``events`` are filled in by ``finish``.
+        rows_per_record: most rows of a record of the training shards.
+        records_per_shard: most records of a shard.
+        deduplicate: columns, ``user_id`` among them, that name a visit: of several visits with the same values the one
+            that came first stays. How many were dropped is written to ``spec.extra["duplicates_dropped"]``.
+
+    Raises:
+        UserError: ``out`` exists or cannot be made, or the description is inconsistent.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        spec: DatasetSpec,
+        *,
+        rows_per_record: int = 1024,
+        records_per_shard: int = 256,
+        deduplicate: tuple[str, ...] = (),
+    ) -> None:
+        validation.check_spec(spec, histories.MAX_BEHAVIOURS)
+        if storage.is_remote(out):
+            raise UserError(f"{out}: datasets are built on a local disk; build there and copy the directory")
+        self._out = Path(out)
+        if self._out.exists():
+            raise UserError(f"{out}: exists already; choose another directory or remove it")
+        self._aside = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}")
+        self._work = self._aside / "work"
+        self._spec = spec
+        self._record_limits = {"rows_per_record": rows_per_record, "records_per_shard": records_per_shard}
+        self._deduplicate = deduplicate
+        self._join = FeatureJoin(spec)
+        self._tables: dict[str, pq.ParquetWriter] = {}
+        self._spills: dict[str, Spill] = {}
+        self._texts = TextWriter(self._aside)
+        self._ids = {name: IdIndex() for name in ("user", "author", "item")}
+        with self._writing():
+            self._work.mkdir(parents=True)
+
+    def __enter__(self) -> DatasetBuilder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def table(self, name: str, table: pa.Table) -> None:
+        """Add lines to ``users``, ``authors``, ``items``, ``segments`` or ``comments``.
+
+        ``users``, ``authors`` and ``items`` have a column ``user_id``, ``author_id`` or ``item_id`` and one for each
+        side and dense feature of theirs; more columns are kept as they are. A table can be given in several parts with
+        the same columns. Ids that visits name but the table lacks have side values and dense features 0.
+
+        Raises:
+            UserError: an unknown table, or a column is missing or has a bad value.
+        """
+        owner = {table_name: owner for owner, table_name in TABLE_OF.items()}.get(name)
+        if owner is None and name not in _OTHER_TABLES:
+            raise UserError(
+                f"{name!r} is no table of a dataset; tables are {', '.join((*TABLE_OF.values(), *_OTHER_TABLES))}"
+            )
+        with self._writing():
+            if owner is not None:
+                self._ids[owner].add(self._join.add(owner, table))
+            if name not in self._tables:
+                self._tables[name] = pq.ParquetWriter(self._aside / f"{name}.parquet", table.schema)
+            elif table.schema != self._tables[name].schema:
+                raise UserError(f"{name}: the parts of a table must have the same columns")
+            self._tables[name].write_table(table)
+
+    def folder(self, name: str) -> Path:
+        """A folder of the dataset for what its source has beside the log, such as ``embeddings/items``; made here."""
+        folder = self._aside / name
+        with self._writing():
+            folder.mkdir(parents=True)
+        return folder
+
+    def visits(self, table: pa.Table) -> None:
+        """Add visits (``schema.visit_schema``), of any users in any order.
+
+        Raises:
+            UserError: a column is missing or a value is not possible; names column, row and value.
+        """
+        schema = visit_schema(self._spec)
+        optional = frozenset(name for name in schema.names if name.startswith("value_"))
+        with self._writing():
+            columns = validation.columns_of(table, schema, "visits", optional)
+            validation.check_visits(self._spec, columns)
+            self._spill("visits", schema).add(columns)
+
+    def events(self, table: pa.Table) -> None:
+        """Add events (``schema.EVENT_COLUMNS``) of any users; those of one millisecond stay in the order they came in.
+
+        If this is never called, the events are derived from the visits; otherwise all of them must come this way.
+
+        Raises:
+            UserError: a column is missing, or an event has an unknown name or a negative id or time.
+        """
+        self._add_events("events", table)
+
+    def repeats(self, table: pa.Table) -> None:
+        """Add events beside those that are derived from the visits: behaviours after the first of their kind.
+
+        Raises:
+            UserError: as ``events``.
+        """
+        self._add_events("repeats", table)
+
+    def truth(self, table: pa.Table) -> None:
+        """Add true probabilities: ``visit_id``, ``user_id``, ``request_ms`` and ``p_B`` for each behaviour B.
+
+        Raises:
+            UserError: a column is missing or unknown.
+        """
+        schema = pa.schema(
+            [
+                *((name, pa.int64()) for name in ("visit_id", "user_id", "request_ms")),
+                *((f"p_{behaviour}", pa.float32()) for behaviour in self._spec.behaviours),
+            ]
+        )
+        with self._writing():
+            self._spill("truth", schema).add(validation.columns_of(table, schema, "truth"))
+
+    def texts(self, name: str, table: pa.Table) -> None:
+        """Add lines to a text table (``text_schema.SCHEMAS``); comments come before the visits that name them.
+
+        Raises:
+            UserError: an unknown table, or a column is missing or has a bad value.
+        """
+        with self._writing():
+            self._texts.add(name, table)
+
+    def text_truth(self, name: str, table: pa.Table) -> None:
+        """Add lines to a table of what the texts were drawn from (``text_schema.TRUTHS``)."""
+        with self._writing():
+            self._texts.add_truth(name, table)
+
+    def finish(self, progress: Progress | None = None, extra: Mapping[str, Any] | None = None) -> DatasetSpec:
+        """Write the dataset and give it its name.
+
+        Args:
+            progress: told about the work as it goes.
+            extra: more facts for ``DatasetSpec.extra``.
+
+        Returns:
+            The description as written.
+
+        Raises:
+            UserError: there are no visits, a table is missing, or the disk is full.
+        """
+        report = progress or (lambda what, done, total: None)
+        try:
+            with self._writing():
+                return self._finish(report, extra or {})
+        finally:
+            self._remove()
+
+    def _finish(self, report: Progress, extra: Mapping[str, Any]) -> DatasetSpec:
+        if "visits" not in self._spills:
+            raise UserError(f"{self._out}: there are no visits to build a dataset from")
+        if {"events", "repeats"} <= self._spills.keys():
+            raise UserError(f"{self._out}: give either all events or the repeats beside those of the visits")
+        self._join.check()
+        for writer in self._tables.values():
+            writer.close()
+        self._texts.finish()
+        for spill in self._spills.values():
+            spill.flush()
+        for folder in ("events", *(["truth"] if "truth" in self._spills else []), histories.FOLDER, shards.FOLDER):
+            (self._aside / folder).mkdir(exist_ok=True)
+
+        spec = self._spec
+        totals = _Totals()
+        history = histories.HistoryWriter(self._aside / histories.FOLDER)
+        with BatchFile(self._work / "exposures.arrow") as sorted_exposures:
+            for partition in range(spec.partitions):
+                report("sorting visits", partition, spec.partitions)
+                sorted_exposures.append(self._sort_partition(partition, history, totals))
+            report("sorting visits", spec.partitions, spec.partitions)
+        exposures = sorted_exposures.read()
+        history.close()
+
+        writers = [
+            shards.ShardWriter(self._aside / shards.FOLDER, partition, **self._record_limits)
+            for partition in range(spec.partitions)
+        ]
+        assemble(spec, self._join, exposures, writers, lambda done, total: report("writing rows", done, total))
+        for shard_writer in writers:
+            shard_writer.close()
+
+        if self._deduplicate:
+            dropped = self._spills["visits"].rows - totals.exposures
+            extra = {**extra, "duplicates_dropped": dropped}
+        spec = replace(
+            spec,
+            ids={name: IdSpace(len(index), int(index.ids.max(initial=-1))) for name, index in self._ids.items()},
+            span_ms=(totals.first_ms, totals.last_ms),
+            rows=sum(len(part["visit_id"]) for part in exposures),
+            exposures=totals.exposures,
+            events=totals.events,
+            extra={**spec.extra, **extra},
+        )
+        shutil.rmtree(self._work)
+        (self._aside / "dataset.json").write_text(spec.to_json())
+        os.rename(self._aside, self._out)
+        return spec
+
+    def _sort_partition(self, partition: int, history: histories.HistoryWriter, totals: _Totals) -> Columns:
+        """Write events, history and truth of a partition; returns its exposures that become rows."""
+        visits = self._spills["visits"].pop(partition)
+        if self._deduplicate:
+            first = first_of_each([visits[name] for name in self._deduplicate])
+            visits = {name: column[first] for name, column in visits.items()}
+        totals.exposures += len(visits["visit_id"])
+        order = time_order(visits["request_ms"], visits["visit_id"])
+        visits = {name: np.take(column, order) for name, column in visits.items()}
+        for name, index in self._ids.items():
+            index.add(visits[f"{name}_id"])
+        totals.span(visits["request_ms"])
+        totals.events += self._write_events(partition, visits)
+        self._write_truth(partition)
+
+        bits = behaviour_bits(self._spec, visits)
+        kept = np.flatnonzero((visits["play_ms"] > 0) | (bits != 0))
+        entry = {**visits, "bits": bits, "known_ms": visits["exit_ms"]}
+        names = ("user_id", "domain", "item_id", "author_id", "request_ms", "play_ms", "bits", "known_ms")
+        history.append({name: entry[name][kept] for name in names} | {"tag": self._join.tags(visits["item_id"][kept])})
+
+        candidates = [DOMAINS.index(name) for name in self._spec.candidates]
+        shown = np.flatnonzero(np.isin(visits["domain"], candidates))
+        rows = {name: visits[name][shown] for name in ("visit_id", "user_id", "author_id", "item_id", "request_ms")}
+        rows["domain"] = visits["domain"][shown].astype(np.uint8)
+        rows["emit_ms"] = visits["exit_ms"][shown]
+        rows["bits"] = bits[shown]
+        rows.update({name: visits[name][shown] for name in validation.context_features(self._spec)})
+        return rows
+
+    def _add_events(self, name: str, table: pa.Table) -> None:
+        at = EVENT_COLUMNS.get_field_index("event")
+        stored = EVENT_COLUMNS.set(at, pa.field("event", pa.int8()))
+        with self._writing():
+            if "event" in table.column_names:
+                code = event_codes(self._spec, table.column("event"))
+                if (code < 0).any():
+                    row = int(np.argmax(code < 0))
+                    accepted = ", ".join(event_names(self._spec))
+                    raise UserError(
+                        f"{name}: column 'event' is {table['event'][row]} in row {row}; known are {accepted}"
+                    )
+                table = table.set_column(table.column_names.index("event"), "event", [pa.array(code)])
+            columns = validation.columns_of(table, stored, name)
+            validation.check_ids(columns, ("user_id", "author_id", "item_id", "visit_id", "time_ms"), name)
+            self._spill(name, stored).add(columns)
+
+    def _write_events(self, partition: int, visits: Columns) -> int:
+        given = {name: self._spills[name].pop(partition) for name in ("events", "repeats") if name in self._spills}
+        if "events" in given:
+            order = stable_order(given["events"]["time_ms"])
+            parts = iter([{name: np.take(column, order) for name, column in given["events"].items()}])
+        else:
+            parts = derive_events(self._spec, visits, given.get("repeats"))
+        count = 0
+        file = self._aside / "events" / f"part-{partition:05d}.parquet"
+        with pq.ParquetWriter(file, EVENT_COLUMNS, **_EVENTS_PARQUET) as writer:
+            for events in parts:
+                writer.write_table(event_table(self._spec, events))
+                count += len(events["event"])
+        return count
+
+    def _write_truth(self, partition: int) -> None:
+        if "truth" in self._spills:
+            truth = self._spills["truth"].pop(partition)
+            order = time_order(truth["request_ms"], truth["visit_id"])
+            table = pa.table({name: np.take(column, order) for name, column in truth.items()})
+            pq.write_table(table, self._aside / "truth" / f"part-{partition:05d}.parquet", **_TRUTH_PARQUET)
+
+    def _spill(self, name: str, schema: pa.Schema) -> Spill:
+        if name not in self._spills:
+            self._spills[name] = Spill(self._work / name, schema, self._spec.partitions)
+        return self._spills[name]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors of the file system become the user's; after any error nothing is left."""
+        try:
+            yield
+        except OSError as error:
+            self._remove()
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UserError(f"{self._out}: cannot be written ({reason})") from error
+        except BaseException:
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
+        for writer in (*self._tables.values(), self._texts):
+            # Where the disk is full, closing fails again; what is in the file no longer matters.
+            with suppress(OSError):
+                writer.close()
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+
+class _Totals:
+    """What is counted while the partitions go by."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.exposures = 0
+        self.first_ms = 0
+        self.last_ms = 0
+        self._any = False
+
+    def span(self, request_ms: np.ndarray) -> None:
+        if len(request_ms):
+            first, last = int(request_ms[0]), int(request_ms[-1])
+            self.first_ms = min(self.first_ms, first) if self._any else first
+            self.last_ms = max(self.last_ms, last)
+            self._any = True

@@ -1,0 +1,121 @@
+"""Columns set aside on disk by partition, until a partition is read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.data.format.schema import partition_of
+
+_ROWS_IN_MEMORY = 1 << 18
+_ROWS_PER_PARTITION = 1024
+
+
+class Spill:
+    """Takes rows of any users and gives them back by partition, in the order in which they came.
+
+    Each partition is one file, open only while it is written or read: blocks of rows, column after column in each. At
+    most about 2^18 rows, or 1,024 a partition, are in memory.
+
+    Args:
+        folder: where the files go; made here.
+        schema: fixed-width columns without nulls, ``user_id`` among them.
+        partitions: number of partitions.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, partitions: int) -> None:
+        folder.mkdir(parents=True)
+        self._dtypes = {field.name: np.dtype(field.type.to_pandas_dtype()) for field in schema}
+        self._folder = folder
+        self._partitions = partitions
+        self._blocks: list[list[int]] = [[] for _ in range(partitions)]
+        self._waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
+        self._waiting_rows = 0
+        self._limit = max(_ROWS_IN_MEMORY, _ROWS_PER_PARTITION * partitions)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were written so far, of all partitions."""
+        return sum(sum(blocks) for blocks in self._blocks)
+
+    def add(self, columns: dict[str, np.ndarray]) -> None:
+        """Add rows."""
+        rows = len(columns["user_id"])
+        for first in range(0, rows, self._limit):
+            part = {name: columns[name][first : first + self._limit] for name in self._dtypes}
+            # numpy sorts 16-bit keys by counting.
+            owner = partition_of(part["user_id"], self._partitions).astype(np.uint16)
+            order = np.argsort(owner, kind="stable")
+            edges = np.append(0, np.cumsum(np.bincount(owner, minlength=self._partitions)))
+            self._waiting.append(({name: np.take(column, order) for name, column in part.items()}, edges))
+            self._waiting_rows += len(order)
+            if self._waiting_rows >= self._limit:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is in memory."""
+        for partition, blocks in enumerate(self._blocks):
+            spans = [(columns, slice(*edges[partition : partition + 2])) for columns, edges in self._waiting]
+            spans = [(columns, span) for columns, span in spans if span.start < span.stop]
+            if not spans:
+                continue
+            with open(self._file(partition), "ab") as file:
+                for columns, span in spans:
+                    blocks.append(int(span.stop - span.start))
+                    for name, dtype in self._dtypes.items():
+                        file.write(np.ascontiguousarray(columns[name][span], dtype).data)
+        self._waiting, self._waiting_rows = [], 0
+
+    def pop(self, partition: int) -> dict[str, np.ndarray]:
+        """All rows of a partition; its file is deleted. ``flush`` first."""
+        blocks = self._blocks[partition]
+        columns = {name: np.empty(sum(blocks), dtype) for name, dtype in self._dtypes.items()}
+        if blocks:
+            with open(self._file(partition), "rb") as file:
+                first = 0
+                for rows in blocks:
+                    for column in columns.values():
+                        file.readinto(column[first : first + rows].data)
+                    first += rows
+            self._file(partition).unlink()
+        return columns
+
+    def _file(self, partition: int) -> Path:
+        return self._folder / f"part-{partition:05d}.columns"
+
+
+class BatchFile:
+    """Batches of the same columns in one file, memory-mapped when it is complete: any number, one open file.
+
+    Args:
+        file: written here.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+
+    def __enter__(self) -> BatchFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def append(self, columns: dict[str, np.ndarray]) -> None:
+        """Write one batch; empty ones count too."""
+        batch = pa.record_batch({name: pa.array(column) for name, column in columns.items()})
+        if self._writer is None:
+            self._writer = pa.ipc.new_file(str(self._file), batch.schema)
+        self._writer.write_batch(batch)
+
+    def read(self) -> list[dict[str, np.ndarray]]:
+        """The batches in the order in which they were written, memory-mapped."""
+        reader = pa.ipc.open_file(pa.memory_map(str(self._file)))
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        return [{name: batch.column(name).to_numpy() for name in batch.schema.names} for batch in batches]

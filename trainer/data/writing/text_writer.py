@@ -1,0 +1,175 @@
+"""Writing the text tables of a dataset, checked: a bad value is named by table, column, row and value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trainer.console.errors import UserError
+from trainer.data.format.schema import DOMAINS
+from trainer.data.format.text_schema import FOLDER, SCHEMAS, TRUTHS, UNKNOWN_TIME, UNKNOWN_USER, flat_lists
+
+_KEYS = {"items": "item_id", "authors": "author_id", "comments": "comment_id", "visits": "visit_id"}
+"""Unique in its table."""
+_LOWEST = {"user_id": UNKNOWN_USER, "time_ms": UNKNOWN_TIME}
+"""Of comments; every other number is 0 or more."""
+
+
+class TextWriter:
+    """Writes the text tables of a dataset, each in one or more parts; comments come before the visits that name them.
+
+    Args:
+        dataset: the directory that the dataset is being written in.
+    """
+
+    def __init__(self, dataset: Path) -> None:
+        self._dataset = dataset
+        self._files: dict[str, pq.ParquetWriter] = {}
+        self._keys: dict[str, list[np.ndarray]] = {name: [] for name in _KEYS}
+        self._item_of: tuple[np.ndarray, np.ndarray] | None = None
+
+    def add(self, name: str, table: pa.Table) -> None:
+        """Add lines to the table ``name`` of ``SCHEMAS``, columns in any order.
+
+        Raises:
+            UserError: a column is missing or has a bad value, an id comes twice in a part, or a visit names a comment
+                that is not there or is of another item.
+        """
+        table = checked(name, table)
+        if name == "comments" and self._item_of is not None:
+            raise UserError("texts/comments: comments are added before the visits that name them")
+        if name == "visits":
+            self._check_comments(table)
+        elif name in _KEYS:
+            self._keys[name].append(table.column(_KEYS[name]).to_numpy())
+        self._write(f"{FOLDER}/{name}", table)
+
+    def add_truth(self, name: str, table: pa.Table) -> None:
+        """Add lines to the table ``name`` of ``TRUTHS``."""
+        self._write(f"truth/{name}", table.select(TRUTHS[name].names).cast(TRUTHS[name]))
+
+    def close(self) -> None:
+        """End the files."""
+        for writer in self._files.values():
+            writer.close()
+
+    def finish(self) -> None:
+        """End the files of tables that are complete.
+
+        Raises:
+            UserError: an id comes twice in a table; those of visits, which may be too many to remember, are checked
+                part by part.
+        """
+        self.close()
+        for name, parts in self._keys.items():
+            _check_unique(name, np.concatenate([np.empty(0, np.int64), *parts]))
+
+    def _write(self, place: str, table: pa.Table) -> None:
+        if place not in self._files:
+            file = self._dataset / f"{place}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._files[place] = pq.ParquetWriter(file, table.schema, compression="zstd")
+        self._files[place].write_table(table)
+
+    def _comments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the comments in order, and the item of each."""
+        writer = self._files.get(f"{FOLDER}/comments")
+        if writer is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        writer.close()
+        stored = pq.read_table(self._dataset / FOLDER / "comments.parquet", columns=["comment_id", "item_id"])
+        ids, items = (stored.column(column).to_numpy() for column in ("comment_id", "item_id"))
+        order = np.argsort(ids, kind="stable")
+        return ids[order], items[order]
+
+    def _check_comments(self, visits: pa.Table) -> None:
+        if self._item_of is None:
+            self._item_of = self._comments()
+        known, item_of = self._item_of
+        item = visits.column("item_id").to_numpy()
+        for name in ("shown", "interacted"):
+            ids, offsets = flat_lists(visits.column(name))
+            owner = np.repeat(np.arange(len(item)), np.diff(offsets))
+            at = np.minimum(np.searchsorted(known, ids), max(len(known) - 1, 0))
+            there = known[at] == ids if len(known) else np.zeros(len(ids), bool)
+            if not there.all():
+                first = int(np.argmin(there))
+                raise UserError(
+                    f"texts/visits: column {name!r} in row {owner[first]} names comment {ids[first]}, "
+                    "which is not in texts/comments; comments are added before visits"
+                )
+            other = item_of[at] != item[owner]
+            if other.any():
+                first = int(np.argmax(other))
+                raise UserError(
+                    f"texts/visits: column {name!r} in row {owner[first]} names comment {ids[first]} of item "
+                    f"{item_of[at[first]]}; the visit is to item {item[owner[first]]}"
+                )
+
+
+def checked(name: str, table: pa.Table) -> pa.Table:
+    """``table`` with the columns and types of ``SCHEMAS[name]``.
+
+    Raises:
+        UserError: an unknown table; a column is missing, unknown, has no value or another type; a number is negative
+            (a staytime, a count of likes, an id), a domain unknown, an id twice in the table, or ``shown_likes`` of
+            another length than ``shown``. Names table, column, row and value.
+    """
+    if name not in SCHEMAS:
+        raise UserError(f"{name!r} is no text table; text tables are {', '.join(SCHEMAS)}")
+    what, schema = f"texts/{name}", SCHEMAS[name]
+    for column in table.column_names:
+        if column not in schema.names:
+            raise UserError(f"{what}: unknown column {column!r}; known are {', '.join(schema.names)}")
+    for field in schema:
+        if field.name not in table.column_names:
+            raise UserError(f"{what}: column {field.name!r} is missing")
+    try:
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{what}: a column has another type than it should ({error})") from None
+    for field in schema:
+        _check_column(what, field, table.column(field.name))
+    if name in _KEYS:
+        _check_unique(name, table.column(_KEYS[name]).to_numpy())
+    if name == "visits":
+        shown, likes = (pc.list_value_length(table.column(column)).to_numpy() for column in ("shown", "shown_likes"))
+        bad = (likes > 0) & (likes != shown)
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise UserError(
+                f"{what}: column 'shown_likes' has {likes[row]} values in row {row}; it must have as many as 'shown', "
+                f"{shown[row]}, or none"
+            )
+    return table
+
+
+def _check_column(what: str, field: pa.Field, column: pa.ChunkedArray) -> None:
+    if column.null_count:
+        row = int(np.argmax(column.is_null().to_numpy()))
+        raise UserError(f"{what}: column {field.name!r} has no value in row {row}")
+    if pa.types.is_string(field.type):
+        return
+    values = flat_lists(column)[0] if pa.types.is_list(field.type) else column.to_numpy()
+    lowest = _LOWEST.get(field.name, 0) if what.endswith("comments") else 0
+    bad = values < lowest
+    if field.name == "domain":
+        bad |= values >= len(DOMAINS)
+    if bad.any():
+        place = int(np.argmax(bad))
+        row = place
+        if pa.types.is_list(field.type):
+            row = int(np.searchsorted(flat_lists(column)[1], place, side="right")) - 1
+        accepted = f"in [0, {len(DOMAINS)})" if field.name == "domain" else f"{lowest} or more"
+        raise UserError(f"{what}: column {field.name!r} is {values[place]} in row {row}; it must be {accepted}")
+
+
+def _check_unique(name: str, keys: np.ndarray) -> None:
+    ordered = np.sort(keys)
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(twice):
+        raise UserError(f"texts/{name}: {_KEYS[name]} {ordered[twice[0]]} comes twice; every {_KEYS[name]} comes once")

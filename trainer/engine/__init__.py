@@ -1,0 +1,1 @@
+"""Sparse and dense as one model."""

@@ -1,0 +1,53 @@
+"""The dense network of a job."""
+
+from __future__ import annotations
+
+import torch
+
+from modules.ranker import Ranker, RankerKind
+from trainer.config.ranker import JobConfig
+from trainer.data.features.dense_inputs import statistic_name
+from trainer.data.features.feature_map import FeatureMap
+
+_CANDIDATE = ("author", "item")
+
+
+def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> Ranker:
+    """The ranker over these features, with the initial values that ``run.seed`` gives."""
+    torch.manual_seed(config.run.seed)
+    model = config.model
+    ranker = Ranker(
+        behaviours=len(features.behaviours),
+        lookups=features.lookups,
+        dims={table.name: table.dim for table in features.tables},
+        n_dense=features.n_dense,
+        sequences=features.sequences,
+        kind=kind,
+        task_experts=model.task_experts,
+        shared_experts=model.shared_experts,
+        expert_layers=model.expert_layers,
+        tower=model.tower,
+        attention_kind=model.attention_kind,
+        attention=model.attention,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        query_ids={"side": candidate_side(config, features)},
+        query_dense=candidate_dense(features),
+        dropout=model.dropout,
+    )
+    ranker.start_at(torch.from_numpy(features.base_rates).float())
+    return ranker
+
+
+def candidate_side(config: JobConfig, features: FeatureMap) -> list[int]:
+    """Which ids of the lookup ``side`` are features of the candidate, its author or its item."""
+    seen = [side for side in features.spec.side if side.name not in config.features.exclude]
+    return [place for place, side in enumerate(seen) if side.of in _CANDIDATE]
+
+
+def candidate_dense(features: FeatureMap) -> list[int]:
+    """Which dense features are of the candidate: those of its author or its item, and rates of either or both."""
+    spec = features.spec
+    named = {dense.name for dense in spec.dense if dense.of in _CANDIDATE}
+    rates = tuple(f"{statistic_name(key)}:" for key in spec.statistics if set(key) <= set(_CANDIDATE))
+    return [place for place, name in enumerate(features.dense_names) if name in named or name.startswith(rates)]

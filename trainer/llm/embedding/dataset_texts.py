@@ -1,0 +1,68 @@
+"""The texts of a dataset that become vectors: ids, hashes that tell whether a text has changed, and the texts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.data.format.text_schema import read_texts, segment_ids
+
+_KEYS = {"items": "item_id", "comments": "comment_id", "authors": "author_id"}
+
+
+@dataclass(frozen=True)
+class KindTexts:
+    """The texts of one kind, the longest first, so that neighbours have about the same length.
+
+    Attributes:
+        ids: ``[n] int64``.
+        hashes: ``[n] uint64``, of the texts.
+        texts: ``[n]`` strings, none of which is blank.
+        empty: number of ids without a text, which get no vector.
+    """
+
+    ids: np.ndarray
+    hashes: np.ndarray
+    texts: pa.Array
+    empty: int
+
+    @staticmethod
+    def read(path: str | Path, kind: str) -> KindTexts:
+        """Those of the dataset at ``path``.
+
+        Raises:
+            UserError: it has none of this kind.
+        """
+        keys = ["item_id", "segment"] if kind == "segments" else [_KEYS[kind]]
+        table = read_texts(path, kind, [*keys, "text"])
+        columns = [table.column(key).to_numpy() for key in keys]
+        ids = segment_ids(columns[0], columns[1]) if kind == "segments" else columns[0]
+        # 32-bit offsets end at 2 GB of text
+        texts = table.column("text").cast(pa.large_string()).combine_chunks()
+        told = pc.utf8_length(pc.utf8_trim_whitespace(texts)).to_numpy(zero_copy_only=False) > 0
+        ids, texts = ids[told], texts.filter(pa.array(told))
+        sizes = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+        order = np.lexsort((ids, -sizes))
+        ids, texts = ids[order], texts.take(pa.array(order))
+        return KindTexts(ids, _hashes(texts), texts, int((~told).sum()))
+
+    def of(self, rows: np.ndarray) -> list[str]:
+        """The texts at positions ``rows``."""
+        texts: list[str] = self.texts.take(pa.array(rows)).to_pylist()
+        return texts
+
+    def only(self, rows: np.ndarray) -> KindTexts:
+        """These of the texts, in the same order."""
+        return KindTexts(self.ids[rows], self.hashes[rows], self.texts.take(pa.array(rows)), self.empty)
+
+
+def _hashes(texts: pa.Array) -> np.ndarray:
+    digests = bytearray()
+    for text in texts:
+        digests += hashlib.blake2b(text.as_buffer(), digest_size=8).digest()
+    return np.frombuffer(bytes(digests), "<u8").astype(np.uint64)

@@ -1,0 +1,1 @@
+"""LoRA under ZeRO."""

@@ -1,0 +1,141 @@
+"""Checkpoints of a fine-tuning run: the adapter and its optimizer, whole or not there, for any number of ranks.
+
+The base model is not in them. The ranks gather what is trained and write a share of it each; whoever reads takes what
+its own ZeRO stage and rank need.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.manifest import ADAPTER, JOB, MODEL, DatasetEntry, Manifest
+from trainer.checkpoint.store import CheckpointStore, agreed
+from trainer.checkpoint.writer import Save, rank_file
+from trainer.config.finetune import FinetuneConfig
+from trainer.console.errors import UserError
+from trainer.console.run_log import say
+from trainer.llm.finetuning.adapter_engine import AdapterEngine
+from trainer.llm.finetuning.training_state import TrainingState
+from trainer.runtime.distributed import World
+from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must share with the run that goes on from it.
+
+    Attributes:
+        config: the job.
+        base: fingerprint of the model that is adapted.
+        samples: the tokens that are trained on.
+    """
+
+    config: FinetuneConfig
+    base: str
+    samples: DatasetEntry
+
+
+class AdapterCheckpoints(CheckpointStore):
+    """The checkpoints of an adapter.
+
+    Args:
+        directory: that holds them, on a file system that all ranks share; made if it is not there.
+        identity: of the run.
+        world: its ranks.
+    """
+
+    def __init__(self, directory: Path, identity: Identity, world: World) -> None:
+        super().__init__(directory, identity.config.checkpoint, world)
+        self._identity = identity
+
+    def save(self, engine: AdapterEngine, state: TrainingState, *, wait: bool = False) -> None:
+        """Save the adapter and how far its training is. The save before it is waited for.
+
+        Args:
+            engine: with the adapter.
+            state: of its training.
+            wait: return when it is on disk; otherwise it is written in the background, if the job says so.
+
+        Raises:
+            UserError: this save or the one before could not be written, with the reason.
+        """
+        self._put(lambda copy: self._take(engine, state, copy), wait)
+
+    def restore(self, engine: AdapterEngine, state: TrainingState) -> bool:
+        """Go on from the newest whole checkpoint, if there is one.
+
+        Random states go on on the same number of ranks; on another number they start anew, from the seed and the step.
+
+        Raises:
+            UserError: none of those that are there is whole; or it is of another adapter, base model or samples.
+        """
+        found = self._newest_whole()
+        seed, rank, size = self._identity.config.run.seed, self._world.rank, self._world.size
+        if found is None:
+            start_random_states(seed, 0, rank)
+            return False
+        directory, manifest = found
+        job = agreed(self._world, lambda: json.loads((directory / JOB).read_text()))
+        if manifest.kind != ADAPTER or job["base"] != self._identity.base:
+            raise UserError(f"{directory}: a checkpoint of an adapter for another base model")
+        if manifest.dataset.fingerprint != self._identity.samples.fingerprint:
+            raise UserError(f"{directory}: trained on other samples than those in {self._identity.samples.path}")
+        engine.load(directory / MODEL, manifest.step)
+        self._number = manifest.number
+        state.step, state.sequences_done = manifest.step, manifest.rows_done
+        state.finished = manifest.finished
+        state.trace[:] = job["trace"]
+        # The sums of the open window are the same on all ranks.
+        same = manifest.ranks == size
+        saved = torch.load(directory / rank_file(rank if same else 0), weights_only=True)
+        state.window.load_state_dict(saved["window"])
+        if same:
+            restore_random_states(saved["random"])
+        else:
+            start_random_states(seed, manifest.step, rank)
+        ranks = "" if same else f", saved by {manifest.ranks} ranks, now {size}"
+        say(f"going on from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
+        return True
+
+    def _take(self, engine: AdapterEngine, state: TrainingState, copy: bool) -> Save:
+        model = engine.state(copy=copy)
+        job: dict[str, Any] = {
+            "config": self._identity.config.model_dump(mode="json"),
+            "base": self._identity.base,
+            "trace": list(state.trace),
+        }
+        return Save(
+            directory=self._directory,
+            model=model,
+            own={"random": random_states(), "window": state.window.state_dict()},
+            job=job,
+            manifest=Manifest(
+                step=state.step,
+                number=self._number,
+                finished=state.finished,
+                created=time.strftime("%FT%T%z"),
+                ranks=self._world.size,
+                zero_stage=engine.zero_stage,
+                rows_done=state.sequences_done,
+                rows_total=state.sequences_total,
+                kind=ADAPTER,
+                behaviours=(),
+                table_optimizer="none",
+                tables=(),
+                dense={name: tuple(saved["parameter"].shape) for name, saved in model["adapter"].items()},
+                buffers={},
+                dataset=self._identity.samples,
+                positions={},
+                files={},
+            ),
+            position={},
+            settings=self._settings,
+            rank=self._world.rank,
+            group=self._group,
+        )

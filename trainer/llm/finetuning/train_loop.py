@@ -1,0 +1,114 @@
+"""The loop of a fine-tuning, from wherever it stands to its last step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.config.finetune import FinetuneConfig
+from trainer.console.errors import UserError
+from trainer.console.progress import Progress
+from trainer.console.run_log import set_step
+from trainer.engine.lr_schedule import learning_rate_factor
+from trainer.llm.finetuning.adapter_engine import AdapterEngine
+from trainer.llm.finetuning.checkpoints import AdapterCheckpoints
+from trainer.llm.finetuning.packed_batch import Batch, answer_weights
+from trainer.llm.finetuning.packing import Packs, Schedule, share_of_rank
+from trainer.llm.finetuning.token_files import Tokens
+from trainer.llm.finetuning.training_state import TrainingState, Window
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preempted, Preemption
+from trainer.runtime.watchdog import Watchdog
+
+
+def train(
+    engine: AdapterEngine,
+    tokens: Tokens,
+    schedule: Schedule,
+    state: TrainingState,
+    checkpoints: AdapterCheckpoints,
+    *,
+    config: FinetuneConfig,
+    world: World,
+    preemption: Preemption,
+) -> None:
+    """One optimizer step after another.
+
+    Args:
+        engine: the model with its adapter.
+        tokens: of all samples.
+        schedule: which of them each step has.
+        state: of the training so far; advanced.
+        checkpoints: to save to; at the end, in intervals, and when the job is asked to stop.
+        config: the job.
+        world: its ranks.
+        preemption: whether this process has been asked to stop.
+
+    Raises:
+        UserError: the loss is not finite; a checkpoint cannot be written.
+        Preempted: a rank was asked to stop; the state is saved.
+    """
+    quiet = world.rank > 0
+    with (
+        preemption.deferred(),
+        Watchdog(world, config.train.watchdog_seconds) as watchdog,
+        Progress("finetune", state.sequences_total, "sequences", done=state.sequences_done, quiet=quiet) as progress,
+    ):
+        while state.step < state.steps_total:
+            packs = schedule.step(state.step)
+            rate = learning_rate(config, state)
+            engine.set_learning_rate(rate)
+            batches = batches_of(packs, tokens, config, world, engine.parts)
+            answer_tokens = tokens.answers[np.concatenate(packs)]
+            answers = int(answer_tokens.sum())
+            weight = float(answer_weights(answer_tokens, config.train.answer_weight).sum())
+            loss = engine.backward(batches, weight)
+
+            # One exchange a step: what it cost, and what the ranks are asked for.
+            asked = checkpoints.ask(state.step + 1), preemption.asked
+            sums = torch.tensor([loss, sum(batch.ids.numel() for batch in batches), *asked], dtype=torch.float64)
+            dist.all_reduce(sums, group=world.control)
+            loss, places, save, stop = sums.tolist()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of step {state.step + 1} is not finite; nothing has learnt from it, and the same "
+                    "command goes on from the last checkpoint"
+                )
+            engine.step()
+
+            state.step += 1
+            state.sequences_done += len(packs)
+            state.window.add(loss, answers, sum(int(tokens.lengths[samples].sum()) for samples in packs), round(places))
+            set_step(state.step)
+            if state.step % config.train.log_every == 0 or state.step == state.steps_total:
+                state.trace.append(state.window.entry(state.step, rate))
+                state.window = Window()
+            progress.advance(len(packs), f"step {state.step}/{state.steps_total}, loss {loss / answers:.4f}")
+            checkpoints.check()
+            # After the last step comes a save of its own.
+            if stop or (save and state.step < state.steps_total):
+                with watchdog.busy("saving a checkpoint"):
+                    checkpoints.save(engine, state, wait=bool(stop))
+            if stop:
+                raise Preempted
+            watchdog.beat(state.step)
+        with watchdog.busy("saving the last checkpoint"):
+            state.finished = True
+            checkpoints.save(engine, state, wait=True)
+
+
+def learning_rate(config: FinetuneConfig, state: TrainingState) -> float:
+    """Of the step that comes next: a function of how many there were and will be."""
+    optimizer = config.optimizer
+    return optimizer.learning_rate * learning_rate_factor(
+        state.step, state.steps_total, optimizer.warmup, optimizer.decay
+    )
+
+
+def batches_of(packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, parts: int) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    shares = share_of_rank(packs, batch_size=config.train.batch_size, rank=world.rank, world=world.size, parts=parts)
+    return [Batch.of(share, tokens, world.device, weight=config.train.answer_weight) for share in shares]

@@ -1,0 +1,94 @@
+"""Templates: text files that a user edits, with the places of what varies in braces.
+
+A file has sections; a line ``[name]`` begins one, and what is before the first is a comment. Files that come with
+Limelight are in ``configs/templates``; their hash is written down with whatever was made from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.console.errors import UserError
+
+_SECTION = re.compile(r"\[([a-z_]+)\]\s*")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A file's sections.
+
+    Attributes:
+        file: it was read from.
+        hash: of its content.
+        sections: name -> text, without the line breaks at its end.
+    """
+
+    file: Path
+    hash: str
+    sections: dict[str, str]
+
+    @staticmethod
+    def read(file: str | Path, places: Mapping[str, frozenset[str]]) -> Template:
+        """Read a file.
+
+        Args:
+            file: to read.
+            places: section -> names that may stand in braces there. All sections must be there, and no other.
+
+        Raises:
+            UserError: no such file, a section is missing or unknown, or a name in braces is.
+        """
+        path = Path(file)
+        try:
+            content = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such template; those of Limelight are in configs/templates") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
+        sections = _sections(path, content)
+        for name in sections:
+            if name not in places:
+                raise UserError(f"{path}: unknown section [{name}]; known are {_listed(places)}")
+        for name, known in places.items():
+            if name not in sections:
+                raise UserError(f"{path}: section [{name}] is missing")
+            _check(path, name, sections[name], known)
+        return Template(path, hashlib.blake2b(content.encode(), digest_size=8).hexdigest(), sections)
+
+    def fill(self, section: str, **values: object) -> str:
+        """A section with values in the places of their names."""
+        return self.sections[section].format(**values)
+
+
+def _sections(path: Path, content: str) -> dict[str, str]:
+    lines: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in content.splitlines():
+        if match := _SECTION.fullmatch(line):
+            if match[1] in lines:
+                raise UserError(f"{path}: section [{match[1]}] comes twice")
+            current = lines[match[1]] = []
+        elif current is not None:
+            current.append(line)
+    return {name: "\n".join(text).rstrip() for name, text in lines.items()}
+
+
+def _check(path: Path, section: str, text: str, known: frozenset[str]) -> None:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise UserError(f"{path}: section [{section}]: {error}; write {{{{ and }}}} for braces") from None
+    for name in names:
+        if name not in known:
+            raise UserError(f"{path}: section [{section}]: unknown {{{name}}}; known are {_listed(known)}")
+    if not text.strip():
+        raise UserError(f"{path}: section [{section}] is empty")
+
+
+def _listed(names: Mapping[str, object] | frozenset[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,1 @@
+"""AUC and its kin; metrics of seconds."""

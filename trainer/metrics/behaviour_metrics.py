@@ -1,0 +1,385 @@
+"""Metrics of binary behaviours, the same on one process and on many.
+
+For each behaviour, over its unmasked rows:
+
+=============== ================================================================================================
+``auc``         P(score of a positive > score of a negative), ties counted half
+``gauc``        mean over users with both classes of the user's own AUC, weighted by the user's rows
+``uauc``        the same mean, every user counted once
+``logloss``     mean of ``-log p`` of what happened; probabilities are clipped to [1.2e-7, 1 - 1.2e-7]
+``calibration`` sum of probabilities over number of positives
+``ne``          normalised entropy: logloss over the entropy of the base rate (He et al. 2014, section 2)
+``positives``   number of positives
+``rows``        number of rows
+=============== ================================================================================================
+
+What is undefined (no row, one class only, no user with both classes) is ``None``, never 0 or 0.5.
+
+`BehaviourMetrics` keeps every score and is exact; `ProgressiveMetrics` has a bounded size, for a stream without end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.console.errors import UserError
+from trainer.data.format.schema import partition_of
+
+Report = dict[str, dict[str, float | int | None]]
+"""Behaviour -> metric -> value; ``None`` where undefined."""
+
+_EPSILON = float(np.finfo(np.float32).eps)
+_LOGIT_LIMIT = 16.0
+_USER_BUCKETS = (1 << 31) - 1
+_CHUNK_ROWS = 1 << 16
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Area under the ROC curve of ``scores [n]`` against ``labels [n]`` (0 or 1); None when a class is absent."""
+    positive = np.asarray(labels) > 0
+    positives, negatives = np.sort(scores[positive]), np.sort(scores[~positive])
+    if not len(positives) or not len(negatives):
+        return None
+    return _double_wins(positives, negatives) / (2 * len(positives) * len(negatives))
+
+
+def user_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """AUC of every user that has both classes.
+
+    Args:
+        user_id: ``[n] int64``, in any order.
+        scores: ``[n] float``.
+        labels: ``[n]``, 0 or 1.
+
+    Returns:
+        users ``[u] int64`` ascending, their AUC ``[u] float64`` and their number of rows ``[u] int64``.
+    """
+    positive = np.asarray(labels) > 0
+    # A user without a positive cannot count, and for rare behaviours that is nearly everyone: sort only the others.
+    rows = np.flatnonzero(np.isin(user_id, np.unique(user_id[positive])))
+    rows = rows[np.lexsort((scores[rows], user_id[rows]))]
+    user_id, scores, positive = user_id[rows], scores[rows], positive[rows]
+    if not len(rows):
+        return user_id.astype(np.int64), np.zeros(0), np.zeros(0, np.int64)
+    new_user = np.append(True, user_id[1:] != user_id[:-1])
+    ties = np.flatnonzero(new_user | np.append(True, scores[1:] != scores[:-1]))
+    tie_positives = np.add.reduceat(positive, ties, dtype=np.int64)
+    tie_negatives = np.diff(np.append(ties, len(rows))) - tie_positives
+    users = np.flatnonzero(new_user[ties])
+    tie_user = np.cumsum(new_user[ties]) - 1
+    negatives_before = np.cumsum(tie_negatives) - tie_negatives
+    negatives_before -= negatives_before[users][tie_user]
+    wins = np.add.reduceat(tie_positives * (2 * negatives_before + tie_negatives), users)
+    positives, negatives = np.add.reduceat(tie_positives, users), np.add.reduceat(tie_negatives, users)
+    both = negatives > 0
+    area = wins[both] / (2 * positives[both] * negatives[both])
+    return user_id[ties[users]][both], area, (positives + negatives)[both]
+
+
+def grouped_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray, *, weighted: bool = True) -> float | None:
+    """GAUC (``weighted`` by rows) or UAUC of ``[n]`` rows; None when no user has both classes."""
+    _, area, rows = user_auc(user_id, scores, labels)
+    return float(np.average(area, weights=rows if weighted else None)) if len(area) else None
+
+
+def _double_wins(positives: np.ndarray, negatives: np.ndarray) -> int:
+    """Twice the number of (positive, negative) pairs in the right order, ties half; both arrays sorted."""
+    left = np.searchsorted(negatives, positives, side="left").sum(dtype=np.int64)
+    return int(left + np.searchsorted(negatives, positives, side="right").sum(dtype=np.int64))
+
+
+def _summary(rows: float, positives: float, probability: float, loss: float) -> dict[str, float | int | None]:
+    """The metrics that are functions of four sums over rows."""
+    rate = positives / rows if rows else 0.0
+    entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate) if 0 < rate < 1 else 0.0
+    return {
+        "logloss": loss / rows if rows else None,
+        "calibration": probability / positives if positives else None,
+        "ne": loss / rows / entropy if entropy else None,
+        "positives": int(positives),
+        "rows": int(rows),
+    }
+
+
+def _losses(probability: Tensor, label: Tensor) -> Tensor:
+    """Negative log likelihood of each element, float64."""
+    clipped = probability.double().clamp(_EPSILON, 1 - _EPSILON)
+    return -torch.where(label > 0, clipped, 1 - clipped).log()
+
+
+def _refuse_not_finite(behaviour: str, probability_sum: float) -> None:
+    if not math.isfinite(probability_sum):
+        raise UserError(
+            f"metrics: some predictions of {behaviour} are NaN or infinite; training diverged: lower the learning rates"
+        )
+
+
+def _user_bucket(user_id: np.ndarray | Tensor) -> np.ndarray:
+    """A hash of each user in ``[0, 2**31 - 1)``; the modulus is prime so that a sample crosses all partitions."""
+    return partition_of(np.asarray(user_id), _USER_BUCKETS)
+
+
+class _Ranks:
+    """The few collectives the metrics need; without a process group, one rank that talks to itself."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+        self.world = 1 if self.alone else dist.get_world_size(group)
+        self.rank = 0 if self.alone else dist.get_rank(group)
+        nccl = not self.alone and dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """``[world, *shape]``: the equally shaped ``values`` of every rank, in rank order."""
+        if self.alone:
+            return values[None]
+        local = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        parts = [torch.empty_like(local) for _ in range(self.world)]
+        dist.all_gather(parts, local, group=self.group)
+        return torch.stack(parts).cpu().numpy()
+
+    def exchange(self, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Send ``counts[r]`` consecutive elements of ``values [n]`` to rank r; returns what came in, by sender."""
+        if self.alone:
+            return values
+        incoming = self.gather(counts.astype(np.int64))[:, self.rank]
+        local = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        received = local.new_empty(int(incoming.sum()))
+        dist.all_to_all_single(received, local, incoming.tolist(), counts.tolist(), group=self.group)
+        return received.cpu().numpy()
+
+    def auc(self, scores: np.ndarray, labels: np.ndarray) -> float | None:
+        """AUC over the rows of all ranks, exact, each rank holding about its share of the scores.
+
+        Rank r receives the r-th range of score values, so equal scores meet on one rank; a positive wins over the
+        negatives below it on its own rank, found by search, and over all negatives of lower ranks, found by counting.
+        """
+        sorted_classes = [np.sort(scores[labels > 0]), np.sort(scores[labels <= 0])]
+        sample = np.full(16 * self.world, np.nan, scores.dtype)
+        if len(scores):
+            sample = np.quantile(scores, np.linspace(0, 1, len(sample)), method="nearest").astype(scores.dtype)
+        samples = np.sort(self.gather(sample), axis=None)
+        samples = samples[~np.isnan(samples)]
+        if not len(samples):
+            return None
+        cuts = samples[np.arange(1, self.world) * len(samples) // self.world]
+        received = []
+        for values in sorted_classes:
+            counts = np.diff(np.searchsorted(values, cuts), prepend=0, append=len(values))
+            received.append(np.sort(self.exchange(values, counts)))
+        counts = np.array([len(received[0]), len(received[1]), _double_wins(*received)], np.int64)
+        positives, negatives, wins = self.gather(counts).T
+        total = int(wins.sum()) + 2 * int((positives * (np.cumsum(negatives) - negatives)).sum())
+        pairs = int(positives.sum()) * int(negatives.sum())
+        return total / (2 * pairs) if pairs else None
+
+
+_Columns = tuple[Tensor, Tensor, Tensor, Tensor]
+"""user_id, probability, label and mask of some rows."""
+
+
+def _four(columns: Iterable[Tensor]) -> _Columns:
+    user_id, probability, label, mask = columns
+    return user_id, probability, label, mask
+
+
+class BehaviourMetrics:
+    """Exact metrics of K behaviours over all rows given to all ranks. Keeps 8 + 6 K bytes a row in main memory.
+
+    A user's rows must all be given to one rank, which holds when the data is partitioned by user.
+    """
+
+    def __init__(self, behaviours: Sequence[str]) -> None:
+        self.behaviours = tuple(behaviours)
+        self._batches: list[_Columns] = []
+
+    def update(self, user_id: Tensor, probability: Tensor, label: Tensor, mask: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            user_id: ``[B] int64``.
+            probability: ``[B, K]`` in [0, 1], kept as float32.
+            label: ``[B, K]``, 0 or 1.
+            mask: ``[B, K]``; rows with 0 do not count for that behaviour.
+        """
+        columns = (user_id, probability.float(), label.to(torch.uint8), mask.to(torch.uint8))
+        batches = self._batches
+        batches.append(_four(column.detach().cpu() for column in columns))
+        # Small batches are merged pairwise as they come: thousands of tiny tensors would outweigh the rows in them.
+        while len(batches) > 1 and len(batches[-2][0]) < _CHUNK_ROWS and len(batches[-1][0]) >= len(batches[-2][0]):
+            last = batches.pop()
+            batches[-1] = _four(torch.cat(pair) for pair in zip(batches[-1], last, strict=True))
+
+    def compute(self, group: dist.ProcessGroup | None = None) -> Report:
+        """The metrics over all ranks of ``group`` (None: the default group), identical on every rank. Collective.
+
+        Raises:
+            UserError: on every rank, when any prediction is NaN or infinite.
+        """
+        ranks = _Ranks(group)
+        user_id, probability, label, mask = self._columns()
+        report: Report = {}
+        for k, behaviour in enumerate(self.behaviours):
+            kept = mask[:, k] > 0
+            users, scores, labels = user_id[kept].numpy(), probability[kept, k], label[kept, k]
+            _, area, weight = user_auc(users, scores.numpy(), labels.numpy())
+            sums = [len(users), int(labels.sum()), float(scores.double().sum()), float(_losses(scores, labels).sum())]
+            sums += [float(area @ weight), float(weight.sum()), float(area.sum()), len(area)]
+            *totals, weighted, weights, unweighted, users_counted = ranks.gather(np.array(sums)).sum(axis=0).tolist()
+            _refuse_not_finite(behaviour, totals[2])
+            report[behaviour] = {
+                "auc": ranks.auc(scores.numpy(), labels.numpy()),
+                "gauc": weighted / weights if weights else None,
+                "uauc": unweighted / users_counted if users_counted else None,
+                **_summary(*totals),
+            }
+        return report
+
+    @property
+    def rows(self) -> int:
+        """Number of rows held on this rank."""
+        return sum(len(batch[0]) for batch in self._batches)
+
+    def keep_users(self, limit: int) -> None:
+        """Forget the users whose hash is not below ``limit``; of ``2**31 - 1`` equally likely values."""
+        kept = torch.from_numpy(_user_bucket(self._columns()[0]) < limit)
+        self._batches = [_four(column[kept] for column in self._columns())]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's rows as four tensors."""
+        return dict(zip(("user_id", "probability", "label", "mask"), self._columns(), strict=True))
+
+    def load_state_dict(self, *states: dict[str, Tensor]) -> None:
+        """Replace the rows by those of ``states``: one state, or several when ranks are fewer than they were."""
+        self._batches = [(state["user_id"], state["probability"], state["label"], state["mask"]) for state in states]
+
+    def _columns(self) -> _Columns:
+        if len(self._batches) != 1:
+            none = torch.zeros(0, len(self.behaviours))
+            empty = (torch.zeros(0, dtype=torch.int64), none, none.to(torch.uint8), none.to(torch.uint8))
+            self._batches = [_four(torch.cat(parts) for parts in zip(empty, *self._batches, strict=True))]
+        return self._batches[0]
+
+
+class ProgressiveMetrics:
+    """The metrics of `BehaviourMetrics` over a stream of any length, in bounded memory; sums and counts stay exact.
+
+    AUC comes from a histogram of the logit, ``bins`` equal bins in [-16, 16]: 0.002 wide by default. It is wrong by at
+    most half the share of (positive, negative) pairs that fall into one bin, ``resolution()``.
+
+    GAUC and UAUC are exact until a rank has seen ``sampled_rows`` rows. From then on they are those of a sample of
+    users, chosen by a hash of the id, which is halved whenever it would hold more rows; all ranks together report on
+    at most ``sampled_rows`` rows, of the same users at any number of ranks.
+
+    Memory and state: ``16 K bins + (8 + 6 K) sampled_rows`` bytes.
+    """
+
+    def __init__(self, behaviours: Sequence[str], *, bins: int = 16384, sampled_rows: int = 1 << 18) -> None:
+        self.behaviours = tuple(behaviours)
+        self.bins = bins
+        self.sampled_rows = sampled_rows
+        self.load_state_dict()
+
+    def update(self, user_id: Tensor, probability: Tensor, label: Tensor, mask: Tensor) -> None:
+        """Add rows; arguments as in `BehaviourMetrics.update`."""
+        user_id, probability = user_id.detach().cpu(), probability.detach().float().cpu()
+        label, mask = label.detach().cpu() > 0, mask.detach().cpu() > 0
+        # A NaN counts in the sums, where compute() finds it; in the histogram it needs some bin.
+        logit = torch.logit(torch.nan_to_num(probability), _EPSILON)
+        place = ((logit + _LOGIT_LIMIT) * (self.bins / (2 * _LOGIT_LIMIT))).long().clamp(0, self.bins - 1)
+        place += (label.long() + 2 * torch.arange(len(self.behaviours))) * self.bins
+        self._histogram += torch.bincount(place[mask], minlength=self._histogram.numel()).view_as(self._histogram)
+        self._probability += torch.where(mask, probability, 0).double().sum(0)
+        self._loss += torch.where(mask, _losses(probability, label), 0).sum(0)
+        kept = torch.from_numpy(_user_bucket(user_id) < self._user_limit)
+        self._sample.update(user_id[kept], probability[kept], label[kept], mask[kept])
+        while self._sample.rows > self.sampled_rows:
+            self._user_limit //= 2
+            self._sample.keep_users(self._user_limit)
+
+    def compute(self, group: dist.ProcessGroup | None = None) -> Report:
+        """The metrics over all ranks of ``group`` (None: the default group), identical on every rank. Collective.
+
+        Raises:
+            UserError: on every rank, when any prediction is NaN or infinite.
+        """
+        ranks = _Ranks(group)
+        histogram = ranks.gather(self._histogram.numpy()).sum(axis=0)
+        sums = ranks.gather(np.stack([self._probability.numpy(), self._loss.numpy()])).sum(axis=0)
+        sample = self._shared_sample(ranks)
+        report: Report = {}
+        for k, behaviour in enumerate(self.behaviours):
+            _refuse_not_finite(behaviour, sums[0, k])
+            negatives, positives = histogram[k]
+            double_wins = int((positives * (2 * (np.cumsum(negatives) - negatives) + negatives)).sum())
+            pairs = int(positives.sum()) * int(negatives.sum())
+            user_id, probability, label, mask = sample
+            kept = mask[:, k] > 0
+            _, area, weight = user_auc(user_id[kept], probability[kept, k], label[kept, k])
+            report[behaviour] = {
+                "auc": double_wins / (2 * pairs) if pairs else None,
+                "gauc": float(np.average(area, weights=weight)) if len(area) else None,
+                "uauc": float(area.mean()) if len(area) else None,
+                **_summary(float(histogram[k].sum()), float(positives.sum()), sums[0, k], sums[1, k]),
+            }
+        return report
+
+    def resolution(self) -> dict[str, float | None]:
+        """For each behaviour the largest possible error of this rank's AUC; None where AUC is undefined."""
+        negatives, positives = self._histogram.double().unbind(1)
+        pairs, tied = positives.sum(1) * negatives.sum(1), (positives * negatives).sum(1)
+        shares = zip(self.behaviours, tied.tolist(), pairs.tolist(), strict=True)
+        return {behaviour: part / (2 * whole) if whole else None for behaviour, part, whole in shares}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's histograms, sums and sampled rows, as tensors and one integer."""
+        return {
+            "histogram": self._histogram.clone(),
+            "probability": self._probability.clone(),
+            "loss": self._loss.clone(),
+            "user_limit": self._user_limit,
+            "sample": self._sample.state_dict(),
+        }
+
+    def load_state_dict(self, *states: dict[str, Any]) -> None:
+        """Replace the state by the sum of ``states``.
+
+        When the number of ranks changes, give each saved state to exactly one of the new ranks, whichever; a rank
+        that gets none starts empty.
+        """
+        behaviours = len(self.behaviours)
+        self._histogram = torch.zeros(behaviours, 2, self.bins, dtype=torch.int64)  # class 0 is negative
+        self._probability = torch.zeros(behaviours, dtype=torch.float64)
+        self._loss = torch.zeros(behaviours, dtype=torch.float64)
+        self._user_limit = min((state["user_limit"] for state in states), default=_USER_BUCKETS)
+        self._sample = BehaviourMetrics(self.behaviours)
+        self._sample.load_state_dict(*(state["sample"] for state in states))
+        self._sample.keep_users(self._user_limit)
+        for state in states:
+            self._histogram += state["histogram"]
+            self._probability += state["probability"]
+            self._loss += state["loss"]
+
+    def _shared_sample(self, ranks: _Ranks) -> tuple[np.ndarray, ...]:
+        """The rows of all ranks' users below one common limit, on every rank; columns as in `BehaviourMetrics`."""
+        columns = [column.numpy() for column in self._sample.state_dict().values()]
+        buckets = _user_bucket(columns[0])
+        limits = int(ranks.gather(np.array([self._user_limit])).min()) >> np.arange(32)
+        rows = ranks.gather((buckets[:, None] < limits).sum(axis=0)).sum(axis=0)
+        kept = buckets < limits[np.argmax(rows <= self.sampled_rows)]
+        counts = ranks.gather(np.array([kept.sum()]))[:, 0]
+        shared = []
+        for column in columns:
+            padded = np.zeros((counts.max(), *column.shape[1:]), column.dtype)
+            padded[: kept.sum()] = column[kept]
+            parts = zip(ranks.gather(padded), counts, strict=True)
+            shared.append(np.concatenate([part[:count] for part, count in parts]))
+        return tuple(shared)

@@ -1,0 +1,1 @@
+"""What trains, streams and evaluates a ranker."""

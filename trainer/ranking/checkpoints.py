@@ -1,0 +1,218 @@
+"""Checkpoints of a ranker: saved while training goes on, whole or not there, loaded by any number of ranks.
+
+A save takes a copy of the model, and a thread writes it (``trainer.checkpoint.store``).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.manifest import JOB, MODEL, DatasetEntry, Manifest, TableEntry
+from trainer.checkpoint.model_state import list_differences
+from trainer.checkpoint.reader import stored_search
+from trainer.checkpoint.store import CheckpointStore, agreed
+from trainer.checkpoint.writer import Save, rank_file
+from trainer.config.ranker import JobConfig
+from trainer.console.errors import UserError
+from trainer.console.run_log import say
+from trainer.engine.batch_pipeline import Ask
+from trainer.engine.hybrid_engine import HybridEngine
+from trainer.ranking.training_state import TrainingState
+from trainer.runtime.distributed import World
+from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must share with the run that goes on from it.
+
+    Attributes:
+        config: the job.
+        kind: of the ranker; a baseline's differs from the job's.
+        behaviours: that it predicts.
+        dataset: that it reads.
+    """
+
+    config: JobConfig
+    kind: str
+    behaviours: tuple[str, ...]
+    dataset: DatasetEntry
+
+
+class Checkpoints(CheckpointStore):
+    """The checkpoints of a ranker.
+
+    Args:
+        directory: that holds them, on a file system that all ranks share; made if it is not there.
+        identity: of the run.
+        world: its ranks.
+        after_save: see :class:`CheckpointStore`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        world: World,
+        after_save: Callable[[Path], None] = lambda directory: None,
+    ) -> None:
+        super().__init__(directory, identity.config.checkpoint, world, after_save)
+        self._identity = identity
+
+    def save(self, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
+        """Save the model and how far its training is. The save before it is waited for.
+
+        Args:
+            engine: the model.
+            state: of its training.
+            wait: return when it is on disk; otherwise it is written in the background, if the job says so.
+
+        Raises:
+            UserError: this save or the one before could not be written, with the reason.
+        """
+        self._put(lambda copy: self._take(engine, state, copy), wait)
+
+    def restore(self, engine: HybridEngine, state: TrainingState) -> Mapping[int, tuple[int, ...]] | None:
+        """Go on from the newest whole checkpoint: fill the model and the state of its training.
+
+        Random states go on on the same number of ranks; on another number they start anew, from the seed and the step.
+
+        Returns:
+            The read position of all partitions; None if there is no checkpoint.
+
+        Raises:
+            UserError: none of those that are there is whole; or it is of another model or dataset: what differs is
+                listed.
+        """
+        found = self._newest_whole()
+        if found is None:
+            start_random_states(self._identity.config.run.seed, 0, self._world.rank)
+            return None
+        directory, manifest = found
+        self._compare(directory, manifest, engine)
+        engine.load(directory / MODEL)
+        self._number = manifest.number
+        job = agreed(self._world, lambda: _read_json(directory / JOB))
+        state.step, state.rows_done, state.finished = manifest.step, manifest.rows_done, manifest.finished
+        state.trace[:] = job["trace"]
+        self._restore_own(directory, manifest, state)
+        ranks = (
+            "" if manifest.ranks == self._world.size else f", saved by {manifest.ranks} ranks, now {self._world.size}"
+        )
+        say(f"going on from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
+        return manifest.positions
+
+    def _take(self, engine: HybridEngine, state: TrainingState, copy: bool) -> Save:
+        return Save(
+            directory=self._directory,
+            model=engine.state(copy=copy),
+            own=own_state(state) | (search_state(state) if self._world.rank == 0 else {}),
+            job={"config": self._identity.config.model_dump(mode="json"), "trace": list(state.trace)},
+            manifest=Manifest(
+                step=state.step,
+                number=self._number,
+                finished=state.finished,
+                created=time.strftime("%FT%T%z"),
+                ranks=self._world.size,
+                zero_stage=engine.zero_stage,
+                rows_done=state.rows_done,
+                rows_total=state.rows_total,
+                dataset=self._identity.dataset,
+                positions={},
+                files={},
+                **self._model_facts(engine),
+            ),
+            position={partition: tuple(at) for partition, at in state.position.items()},
+            settings=self._settings,
+            rank=self._world.rank,
+            group=self._group,
+        )
+
+    def _restore_own(self, directory: Path, manifest: Manifest, state: TrainingState) -> None:
+        rank, size = self._world.rank, self._world.size
+        # Whoever wrote them: each rank's metrics are added to exactly one of the new ranks.
+        states = [
+            torch.load(directory / rank_file(saved), weights_only=True) for saved in range(rank, manifest.ranks, size)
+        ]
+        state.progressive.load_state_dict(*(saved["progressive"] for saved in states))
+        if state.stream is not None:
+            # A rank goes on with partitions of any rank that saved.
+            everyone = [torch.load(directory / rank_file(saved), weights_only=True) for saved in range(manifest.ranks)]
+            mine = range(rank, manifest.ranks, size)
+            state.stream.load_state_dicts([saved["stream"] for saved in everyone], mine)
+        if state.space is not None:
+            state.space.load_state_dict(stored_search(directory))
+        if states:
+            state.window.load_state_dict(states[0]["window"])
+        if manifest.ranks == size:
+            restore_random_states(states[0]["random"])
+        else:
+            start_random_states(self._identity.config.run.seed, manifest.step, rank)
+
+    def _compare(self, directory: Path, manifest: Manifest, engine: HybridEngine) -> None:
+        mine = self._model_facts(engine)
+        for what in ("kind", "behaviours", "table_optimizer"):
+            there, here = getattr(manifest, what), mine[what]
+            if there != here:
+                raise UserError(f"{directory}: a checkpoint of another model: {what} {there} there, {here} here")
+        differences = list_differences(
+            _shapes(manifest.tables, manifest.dense, manifest.buffers),
+            _shapes(mine["tables"], mine["dense"], mine["buffers"]),
+        )
+        if differences:
+            raise UserError(f"{directory}: a checkpoint of another model: {differences}")
+        then, now = manifest.dataset, self._identity.dataset
+        if then.fingerprint != now.fingerprint and not self._identity.config.resume.allow_new_data:
+            raise UserError(
+                f"{directory}: trained on another dataset ({then.path} then, {now.path} now, or its rows have "
+                "changed); resume.allow_new_data=true goes on with this one"
+            )
+
+    def _model_facts(self, engine: HybridEngine) -> dict[str, Any]:
+        """What a manifest tells of the model, and the model must share with it."""
+        parameters, buffers = engine.dense_shapes
+        return {
+            "kind": self._identity.kind,
+            "behaviours": self._identity.behaviours,
+            "table_optimizer": engine.table_optimizer.kind,
+            "tables": tuple(TableEntry.model_validate(entry) for entry in engine.plan),
+            "dense": parameters,
+            "buffers": buffers,
+        }
+
+
+def ask_of(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], Ask]:
+    """What a rank asks for after a step: a save when one is due, and to stop when ``stop`` says so."""
+    return lambda step: Ask(save=checkpoints.ask(step), stop=stop())
+
+
+def own_state(state: TrainingState) -> dict[str, Any]:
+    """What only this rank has, as tensors, numbers and strings."""
+    return {
+        "random": random_states(),
+        "progressive": state.progressive.state_dict(),
+        "window": state.window.state_dict(),
+        **({} if state.stream is None else {"stream": state.stream.state_dict()}),
+    }
+
+
+def search_state(state: TrainingState) -> dict[str, Any]:
+    """The vectors that histories are searched with; the first rank has them for all."""
+    return {} if state.space is None else {"search": state.space.state_dict()}
+
+
+def _shapes(
+    tables: Sequence[TableEntry], dense: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    return {**{f"table {table.table}": (table.rows, table.dim) for table in tables}, **dense, **buffers}
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,149 @@
+"""Which rows of a new embedding table mean the same as rows of an old one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.config.features import FeatureConfig
+from trainer.console.errors import UserError
+from trainer.data.features.feature_map import ACTIONS_RANGE, side_ranges
+from trainer.data.features.fit import ID_TABLES, FittedFeatures
+
+
+class RowMap(Protocol):
+    """Pairs of rows, ascending on both sides."""
+
+    @property
+    def taken(self) -> int:
+        """Number of pairs."""
+
+    def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs whose old row is in ``[first, last)``: old rows and new rows, ``[pairs]`` int64."""
+
+
+@dataclass(frozen=True)
+class RangeMap:
+    """Ranges of rows that keep their order.
+
+    Attributes:
+        ranges: first old row, first new row and number of rows of each; ascending and disjoint.
+    """
+
+    ranges: Sequence[tuple[int, int, int]]
+
+    @property
+    def taken(self) -> int:
+        """See :class:`RowMap`."""
+        return sum(rows for _, _, rows in self.ranges)
+
+    def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`RowMap`."""
+        old, new = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for theirs, ours, rows in self.ranges:
+            part = np.arange(max(first, theirs), min(last, theirs + rows))
+            old.append(part)
+            new.append(part + (ours - theirs))
+        return np.concatenate(old), np.concatenate(new)
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """Rows of the ids that two vocabularies share, and row 0, that of all other ids.
+
+    Attributes:
+        theirs, ours: known ids, ascending; the k-th has row ``k + 1``.
+    """
+
+    theirs: np.ndarray
+    ours: np.ndarray
+
+    @property
+    def taken(self) -> int:
+        """See :class:`RowMap`."""
+        return 1 + len(np.intersect1d(self.theirs, self.ours, assume_unique=True))
+
+    def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`RowMap`."""
+        start = max(first, 1)
+        ids = self.theirs[start - 1 : max(last, 1) - 1]
+        place = np.searchsorted(self.ours, ids)
+        known = np.flatnonzero(place < len(self.ours))
+        known = known[self.ours[place[known]] == ids[known]]
+        old, new = known + start, place[known] + 1
+        if first == 0 < last:
+            old, new = np.concatenate([[0], old]), np.concatenate([[0], new])
+        return old, new
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two models knows about its features."""
+
+    config: FeatureConfig
+    fitted: FittedFeatures
+
+
+def map_rows(table: str, old: Side, new: Side, old_rows: int, new_rows: int) -> RowMap:
+    """The rows of a table that mean the same in both models.
+
+    Rows of ids that are looked up go by the ids. Rows of direct ids, and of a value of a side feature, keep their
+    place; a table or feature may have got more of them. Hashed ids need the same number of rows, and dynamic ones are
+    not taken over.
+
+    Raises:
+        UserError: rows would mean something else, or there are fewer than before.
+    """
+    where = f"init_from: table {table!r}"
+    if table not in ID_TABLES:
+        return _map_side(where, old, new)
+    theirs, ours = getattr(old.config, table), getattr(new.config, table)
+    if "dynamic" in (theirs.ids, ours.ids):
+        raise UserError(
+            f"{where}: dynamic ids are not taken over, since a run counts sightings from its own first step; name the "
+            "tables to take in init_from.tables, without it"
+        )
+    if theirs.ids != ours.ids:
+        raise UserError(
+            f"{where}: its ids were mapped by {theirs.ids!r} and are now by {ours.ids!r}, so rows would mean other "
+            f"ids; set features.{table}.ids = {theirs.ids!r}, or leave it out of init_from.tables"
+        )
+    if ours.ids == "lookup":
+        return VocabularyMap(old.fitted.vocabularies[table], new.fitted.vocabularies[table])
+    if ours.ids == "hash" and old_rows != new_rows:
+        raise UserError(
+            f"{where}: hashed ids have other rows in a table of another size, and it had {old_rows:,} rows where it "
+            f"has {new_rows:,} now; set features.{table}.rows = {old_rows}"
+        )
+    if new_rows < old_rows:
+        raise UserError(f"{where}: it had {old_rows:,} rows and has {new_rows:,} now; a table can only grow")
+    return RangeMap([(0, 0, old_rows)])
+
+
+def _map_side(where: str, old: Side, new: Side) -> RowMap:
+    theirs, ours = (side_ranges(side.fitted.layout, side.config) for side in (old, new))
+    pairs = [(0, 0, 1)]
+    for name, rows in theirs.items():
+        if name not in ours:
+            continue
+        if len(ours[name]) < len(rows):
+            raise UserError(f"{where}: {name} had {len(rows)} values and has {len(ours[name])} now; it can only grow")
+        if name == ACTIONS_RANGE:
+            _check_actions(where, old.fitted.layout, new.fitted.layout)
+        pairs.append((rows.start, ours[name].start, len(rows)))
+    if sorted(start for _, start, _ in pairs) != [start for _, start, _ in pairs]:
+        raise UserError(f"{where}: the dataset has its features in another order than before")
+    return RangeMap(pairs)
+
+
+def _check_actions(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """A row of the actions is a set of behaviours, one bit each: new behaviours may follow the old ones."""
+    before, now = old["behaviours"], new["behaviours"]
+    if now[: len(before)] != before:
+        raise UserError(
+            f"{where}: past visits had the behaviours {', '.join(before)} and now have {', '.join(now)}; new ones must "
+            "follow the old ones, or leave the table out of init_from.tables"
+        )

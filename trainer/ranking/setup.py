@@ -1,0 +1,278 @@
+"""What the jobs share: the split in time, the loaders, the model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modules.ranker import RankerKind
+from trainer.config.ranker import JobConfig, load_deepspeed, parse_time
+from trainer.console.errors import UserError
+from trainer.data.features.feature_map import FeatureMap, check_names
+from trainer.data.features.fit import FittedFeatures, fit_features
+from trainer.data.features.search_vectors import SearchSpace
+from trainer.data.format.dataset import Data, freeze_statistics
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.statistics import FrozenStatistics
+from trainer.data.format.time_selection import Selection
+from trainer.data.loading.batch_plan import partitions_of_rank
+from trainer.data.loading.loader import Loader
+from trainer.engine.build_ranker import build_ranker
+from trainer.engine.history_alignment import Alignment
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.runtime.distributed import World
+
+_MINUTE_MS = 60_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training and the held-out range, in milliseconds UTC; both half-open.
+
+    Attributes:
+        train_from: first emission of a training row.
+        fit_until: features are fitted on rows whose labels were complete before this.
+        stream_from: first event of a stream, no earlier.
+        train_until: every label of the training rows was complete before this; a stream ends here.
+        eval_from: first request of the held-out range; None without evaluation.
+        eval_until: end of the held-out range.
+    """
+
+    train_from: int
+    fit_until: int
+    stream_from: int
+    train_until: int
+    eval_from: int | None
+    eval_until: int
+
+    @property
+    def fitting(self) -> Selection:
+        """Rows to fit features on."""
+        return Selection(emit_from=self.train_from, emit_until=self.fit_until)
+
+    @property
+    def training(self) -> Selection:
+        """Rows to train on."""
+        return Selection(emit_from=self.train_from, emit_until=self.train_until)
+
+    @property
+    def held_out(self) -> Selection:
+        """Rows to evaluate on.
+
+        Raises:
+            ValueError: there is no held-out range.
+        """
+        if self.eval_from is None:
+            raise ValueError("this split has no held-out range")
+        return Selection(request_from=self.eval_from, request_until=self.eval_until)
+
+
+def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
+    """The split that a job asks for.
+
+    Raises:
+        UserError: a time that is none, or ranges that are empty or overlap.
+    """
+    data, stream = config.data, config.stream
+
+    def moment(section: str, key: str, otherwise: int) -> int:
+        text = getattr(getattr(config, section), key)
+        return parse_time(text, spec.timezone, f"{section}.{key}") if text else otherwise
+
+    # Labels of the last requests are complete a visit later; an open end takes them too.
+    end = 1 << 62
+    eval_from = moment("data", "eval_from", end)
+    begin = fit_until = train_until = moment("data", "train_until", eval_from)
+    if stream is not None:
+        begin, train_until = moment("stream", "since", fit_until), moment("stream", "until", eval_from)
+        if begin < fit_until:
+            raise UserError(
+                f"stream.since = {stream.since!r} is before data.train_until = {data.train_until!r}: features would be "
+                "fitted on what the stream is still to bring"
+            )
+        if begin >= train_until:
+            raise UserError(f"stream.until = {stream.until!r} is not after the beginning of the stream")
+    split = Split(
+        train_from=moment("data", "train_from", 0),
+        fit_until=fit_until,
+        stream_from=begin,
+        train_until=train_until,
+        eval_from=eval_from if data.eval_from else None,
+        eval_until=moment("data", "eval_until", end),
+    )
+    if split.train_from >= split.fit_until:
+        raise UserError(f"data.train_from = {data.train_from!r} is not before the end of training")
+    if split.eval_from is not None:
+        if split.eval_from < split.train_until:
+            key, value = ("data.train_until", data.train_until) if stream is None else ("stream.until", stream.until)
+            raise UserError(f"data.eval_from = {data.eval_from!r} is before {key} = {value!r}")
+        if split.eval_from >= split.eval_until:
+            raise UserError(f"data.eval_until = {data.eval_until!r} is not after data.eval_from = {data.eval_from!r}")
+        if split.eval_from > spec.span_ms[1]:
+            raise UserError(f"data.eval_from = {data.eval_from!r} is after the dataset's last request")
+    return split
+
+
+def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world: World) -> FittedFeatures:
+    """Fit the features on the training range, once in a run: the first rank does, the others read what it wrote."""
+    if world.rank == 0 and not directory.exists():
+        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
+        aside = directory.with_name(f".{directory.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        fitted.save(aside)
+        aside.rename(directory)
+    world.barrier()
+    return FittedFeatures.load(directory)
+
+
+def training_loader(
+    config: JobConfig,
+    data: Data,
+    split: Split,
+    features: FeatureMap,
+    world: World,
+    position: Mapping[int, Sequence[int]] | None = None,
+    *,
+    space: SearchSpace | None = None,
+    first_step: int = 0,
+) -> Loader:
+    """This rank's training batches, shuffled inside time windows; from a position of all partitions on.
+
+    ``first_step`` steps were done up to there; they say which version of the ``space`` a batch is made with.
+    """
+    return Loader(
+        data.store,
+        data.histories,
+        features,
+        selection=split.training,
+        epochs=config.train.epochs,
+        shuffle_ms=round(config.data.shuffle_minutes * _MINUTE_MS),
+        state=position,
+        space=space,
+        first_step=first_step,
+        **_reading(config, world),
+    )
+
+
+def held_out_loader(
+    config: JobConfig,
+    data: Data,
+    split: Split,
+    features: FeatureMap,
+    world: World,
+    frozen: FrozenStatistics | None,
+    space: SearchSpace | None = None,
+) -> Loader:
+    """This rank's held-out batches in stored order; with ``frozen`` nothing after the end of training is looked at."""
+    return Loader(
+        data.store,
+        data.histories,
+        features,
+        selection=split.held_out,
+        as_of_limit_ms=None if frozen is None else split.train_until,
+        frozen_statistics=frozen,
+        space=space,
+        **_reading(config, world),
+    )
+
+
+def _reading(config: JobConfig, world: World) -> dict[str, Any]:
+    """How any loader of a job reads."""
+    return {
+        "rank": world.rank,
+        "world": world.size,
+        "batch_size": rows_per_rank(config, world),
+        "seed": config.run.seed,
+        "workers": config.data.workers,
+        "prefetch": config.data.prefetch,
+        "pin_memory": world.device.type == "cuda",
+    }
+
+
+def freeze_at_end_of_training(config: JobConfig, data: Data, split: Split) -> FrozenStatistics | None:
+    """The statistics at the end of training, if the job evaluates with frozen ones."""
+    if not config.data.frozen:
+        return None
+    return freeze_statistics(data, split.train_until)
+
+
+def rows_per_rank(config: JobConfig, world: World) -> int:
+    """Rows of one rank in an optimizer step.
+
+    Raises:
+        UserError: the batch cannot be divided by the ranks.
+    """
+    rows, rest = divmod(config.train.batch_size, world.size)
+    if rest:
+        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {world.size} ranks")
+    return rows
+
+
+def check_settings(config: JobConfig, spec: DatasetSpec, world: World) -> None:
+    """Find what would only be noticed after the features are fitted, before anything is written.
+
+    Raises:
+        UserError: a batch that the ranks cannot share, more ranks than partitions, a behaviour that is not predicted,
+            a feature or history that is not there, or no DeepSpeed settings.
+    """
+    rows_per_rank(config, world)
+    partitions_of_rank(spec.partitions, world.rank, world.size)
+    check_names(spec, config.features, config.data.behaviours)
+    predicted = config.data.behaviours or spec.behaviours
+    for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):
+        for name in names:
+            if name not in predicted:
+                raise UserError(f"{key}: no behaviour {name!r}; the model predicts {', '.join(predicted)}")
+    anchor, histories = config.alignment.anchor, list(config.features.history)
+    if anchor and (anchor not in histories or len(histories) < 2):
+        have = ", ".join(histories) or "none"
+        raise UserError(f"alignment.anchor = {anchor!r}: must be one of two or more histories; the job has {have}")
+    load_deepspeed(config.train.deepspeed)
+
+
+def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None:
+    """How the histories of a job are aligned; None if they are not."""
+    wanted = config.alignment
+    if not wanted.anchor:
+        return None
+    lookups = {lookup.name: lookup for lookup in features.lookups}
+    anchor_first = sorted(features.sequences, key=lambda history: history.name != wanted.anchor)
+    return Alignment(
+        [[lookups[name] for name in history.keys] for history in anchor_first],
+        wanted.weight,
+        wanted.temperature,
+        wanted.symmetric,
+        wanted.detached,
+    )
+
+
+def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, world: World) -> HybridEngine:
+    """The model of a job: sharded tables and the dense network, with their optimizers.
+
+    Raises:
+        UserError: settings that the engine refuses, with the reason.
+    """
+    ranker = build_ranker(config, features, kind)
+    return HybridEngine(
+        features.tables,
+        features.lookups,
+        ranker,
+        table_optimizer=TableOptimizer(config.tables.optimizer, config.tables.learning_rate, config.tables.eps),
+        dense_optimizer=DenseOptimizer(
+            config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.betas
+        ),
+        deepspeed=load_deepspeed(config.train.deepspeed),
+        behaviour_weights=torch.tensor([config.train.weights.get(name, 1.0) for name in features.behaviours]),
+        batch_size=rows_per_rank(config, world),
+        device=world.device,
+        seed=config.run.seed,
+        overlap=config.train.overlap,
+        alignment=build_alignment(config, features),
+        deduplicate=config.tables.deduplicate,
+    )

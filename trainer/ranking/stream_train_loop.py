@@ -1,0 +1,264 @@
+"""Training on a stream: predict what is requested, learn what is known, save where both stand.
+
+Event time passes in slices that all ranks share. After a slice visits have begun and ended, and rows have become
+complete. When there are enough rows for a step, or they have waited for long enough, the requests so far are predicted
+by the model as it is, outcomes are compared with what was predicted of them, and then the model is trained. So every
+prediction is made by a model that has learnt nothing of that moment or later, with histories as of the request.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.config.ranker import JobConfig
+from trainer.console.errors import UserError
+from trainer.console.progress import Progress
+from trainer.console.run_log import set_step
+from trainer.data.format.schema import Rows
+from trainer.data.loading.batch import Batch, unpack
+from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
+from trainer.ranking.checkpoints import Checkpoints
+from trainer.ranking.search_refresh import Searching
+from trainer.ranking.setup import rows_per_rank
+from trainer.ranking.train_loop import keep_batch, write_scalars
+from trainer.ranking.training_state import TrainingState, Window
+from trainer.ranking.training_stream import Stream
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preempted, Preemption
+from trainer.runtime.watchdog import Watchdog
+from trainer.stream.labels.assembled_rows import END_OF_TIME, SLOW
+from trainer.stream.sources.source import Reader
+from trainer.stream.sources.time_slices import Slices
+
+
+def train_stream(
+    engine: HybridEngine,
+    stream: Stream,
+    reader: Reader,
+    state: TrainingState,
+    checkpoints: Checkpoints,
+    *,
+    config: JobConfig,
+    world: World,
+    preemption: Preemption,
+    home: Path,
+    searching: Searching | None = None,
+) -> None:
+    """Slice after slice, until the stream of every rank has ended.
+
+    Args:
+        engine: the model.
+        stream: as this rank has it, from where ``state`` stands; advanced.
+        reader: of this rank's partitions, from there on.
+        state: of the training so far; advanced.
+        checkpoints: to save to; at the end, in intervals, and when the job is asked to stop.
+        config: the job.
+        world: its ranks.
+        preemption: whether this process has been asked to stop.
+        home: of the model's files.
+        searching: keeps the vectors up to date that histories are searched with.
+
+    Raises:
+        UserError: the stream cannot be read on; the loss is not finite; a checkpoint cannot be written.
+        Preempted: a rank was asked to stop; the state is saved.
+    """
+    settings = config.stream
+    assert settings is not None
+    slices = Slices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
+    learner = _Learner(engine, stream, state, config, world, home, searching)
+    engine.set_learning_rate(config.tables.learning_rate, config.optimizer.learning_rate)
+    saved_step, pushed = state.step, 0
+    with (
+        preemption.deferred(),
+        Watchdog(world, config.train.watchdog_seconds) as watchdog,
+        Progress("stream", 0, "events", quiet=world.rank > 0) as progress,
+    ):
+        while True:
+            due = any([checkpoints.ask(step) for step in range(saved_step + 1, state.step + 1)])
+            saved_step, lag = state.step, reader.lag()
+            told = (*learner.waiting(), due, preemption.asked, pushed, lag.waiting, lag.event_ms)
+            agreed = slices.agree(tuple(map(int, told)))
+            rows, pending, by_clock, save, stop, events, behind, _ = agreed.told.sum(axis=0).tolist()
+            progress.total = progress.done + events + behind
+            progress.advance(events, learner.remark(behind, int(agreed.told[:, -1].max())))
+            if agreed.finished:
+                break
+            if pending and learner.is_due(rows, agreed.number, by_clock > 0):
+                learner.flush(rows, agreed.number)
+            checkpoints.check()
+            if save or stop:
+                state.position = slices.position
+                with watchdog.busy("saving a checkpoint"):
+                    checkpoints.save(engine, state, wait=stop > 0)
+            if stop:
+                raise Preempted
+            pushed = 0
+            if agreed.number is not None:
+                batches = slices.take(agreed.number)
+                pushed = stream.take(batches, slices.seen_until_ms(agreed.number))
+            watchdog.beat(state.step)
+        stream.take([], END_OF_TIME)
+        with watchdog.busy("learning what was open at the end"):
+            learner.flush(world.sum(stream.live.trainable(END_OF_TIME)), None)
+        with watchdog.busy("saving the last checkpoint"):
+            state.finished, state.position = True, slices.position
+            checkpoints.save(engine, state, wait=True)
+    learner.close()
+
+
+class _Learner:
+    """Predicts and trains on what has come together."""
+
+    def __init__(
+        self,
+        engine: HybridEngine,
+        stream: Stream,
+        state: TrainingState,
+        config: JobConfig,
+        world: World,
+        home: Path,
+        searching: Searching | None,
+    ) -> None:
+        assert config.stream is not None
+        self._engine, self._stream, self._state, self._config, self._world = engine, stream, state, config, world
+        self._home, self._searching = home, searching
+        self._flush_ms = round(config.stream.flush_seconds * 1000)
+        self._batch_rows = rows_per_rank(config, world)
+        self._endless = config.stream.endless
+        self._flushed_at = time.monotonic()
+        self._lag = (0, 0)
+        self._loss = float("nan")
+        self._scalars = None
+        if world.rank == 0:
+            self._scalars = SummaryWriter(str(home / "tensorboard"), purge_step=state.step + 1)
+
+    def close(self) -> None:
+        """Write the entry of the trace that is begun, and the scalars."""
+        if self._state.window.rows:
+            self._trace()
+        if self._scalars is not None:
+            self._scalars.close()
+
+    def waiting(self) -> tuple[int, int, bool]:
+        """Of this rank: rows to train on, all that a flush would take, and whether the clock says that it is time."""
+        live = self._stream.live
+        rows = live.trainable(self._trainable_ms)
+        late = time.monotonic() - self._flushed_at >= self._flush_ms / 1000
+        return rows, rows + live.unpredicted, self._endless and late and self._world.rank == 0
+
+    def is_due(self, rows: int, number: int | None, by_clock: bool) -> bool:
+        """Whether the ranks, with so many rows in all, train before the slice ``number``."""
+        if rows >= self._config.train.batch_size or by_clock:
+            return True
+        return number is not None and number * self._stream.slice_ms - self._stream.flushed_ms >= self._flush_ms
+
+    def flush(self, rows: int, number: int | None) -> None:
+        """Predict, compare and train. Collective.
+
+        Args:
+            rows: to train on, of all ranks.
+            number: of the slice that comes next; None where the stream stands still or has ended.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        self._predict()
+        try:
+            self._train(-(-rows // self._config.train.batch_size))
+        except NotFiniteLoss as stopped:
+            raise UserError(keep_batch(stopped, self._home, self._world.rank)) from None
+        if self._searching is not None:
+            self._searching.catch_up(self._state.step)
+        if number is not None:
+            self._stream.flushed_ms = number * self._stream.slice_ms
+        self._flushed_at = time.monotonic()
+
+    def remark(self, behind: int, lag_ms: int) -> str:
+        """What the progress line says beside the events."""
+        self._lag = behind, lag_ms
+        return f"step {self._state.step}, loss {self._loss:.4f}, lag {behind:,} events and {lag_ms / 1000:,.0f} s"
+
+    @property
+    def _trainable_ms(self) -> int:
+        """Rows whose labels were complete before this are trained on.
+
+        Requests have been predicted up to the watermark, ``disorder_ms`` behind what has been seen; what trains the
+        model now could have been known ``disorder_ms`` earlier still.
+        """
+        seen_until_ms = self._stream.seen_until_ms
+        if seen_until_ms == END_OF_TIME:
+            return END_OF_TIME
+        return seen_until_ms - 2 * self._config.labels.patience.disorder_ms
+
+    def _predict(self) -> None:
+        stream = self._stream
+        requests = stream.live.take_requests()
+        cuts = range(self._batch_rows, len(requests["user_id"]), self._batch_rows)
+        parts = _split(requests, np.array(cuts, np.int64))
+        predictions = self._engine.predict(self._batch(part) for part in parts if len(part["user_id"]))
+        logits = [logits.cpu().numpy() for _, logits in predictions]
+        stream.live.predicted(requests, np.concatenate([np.empty((0, len(stream.features.behaviours))), *logits]))
+        answered = stream.live.take_answered()
+        columns = stream.features.label_columns
+        mask = answered.rows["mask"][:, columns]
+        self._state.progressive.update(
+            torch.from_numpy(answered.rows["user_id"]),
+            torch.sigmoid(torch.from_numpy(answered.logits)),
+            torch.from_numpy(answered.rows["label"][:, columns] & mask),
+            torch.from_numpy(mask),
+        )
+        stream.observe(answered)
+
+    def _train(self, steps: int) -> None:
+        if not steps:
+            return
+        rows = self._stream.live.take_rows(self._trainable_ms)
+        n = len(rows["user_id"])
+        parts = _split(rows, np.array([n * step // steps for step in range(1, steps)], np.int64))
+        batches = (self._batch(part) for part in parts)
+        for part, result in zip(parts, self._engine.steps(batches), strict=True):
+            self._count(part, result)
+
+    def _count(self, rows: Rows, result: StepResult) -> None:
+        state, freshness = self._state, self._stream.freshness
+        state.advance(result)
+        set_step(state.step)
+        self._loss = float(result.loss)
+        if freshness is not None:
+            learnt = (rows["label"] & rows["mask"]) > 0
+            freshness.add(self._stream.live.arrived_ms(rows), learnt, round(time.time() * 1000))
+        if state.step % self._config.train.log_every == 0:
+            self._trace()
+
+    def _trace(self) -> None:
+        state = self._state
+        entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
+        lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
+        state.trace.append(entry | lag)
+        state.window = Window()
+        if self._scalars is not None:
+            write_scalars(self._scalars, state.trace[-1])
+            for name, value in lag.items():
+                self._scalars.add_scalar(name, value, state.step)
+
+    def _batch(self, rows: Rows) -> Batch:
+        stream = self._stream
+        space = self._state.space
+        vectors = None if space is None else space.at(space.newest)
+        packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
+        batch = unpack(packed, stream.features.layout, {})
+        slow = rows["kind"] == SLOW
+        return replace(batch, slow=torch.from_numpy(slow)) if self._config.labels.policy == "fast_slow" else batch
+
+
+def _split(rows: Rows, cuts: np.ndarray) -> list[Rows]:
+    """Rows before, between and behind the cuts."""
+    edges = [0, *cuts.tolist(), len(rows["user_id"])]
+    return [{name: column[start:stop] for name, column in rows.items()} for start, stop in pairwise(edges)]

@@ -1,0 +1,154 @@
+"""The training loop of one model, from wherever it stands to its last row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.config.ranker import JobConfig
+from trainer.console.errors import UserError
+from trainer.console.progress import Progress
+from trainer.console.run_log import say, set_step
+from trainer.data.loading.loader import Loader
+from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
+from trainer.engine.lr_schedule import learning_rate_factor
+from trainer.ranking.checkpoints import Checkpoints, ask_of
+from trainer.ranking.report import PHASES
+from trainer.ranking.search_refresh import Searching
+from trainer.ranking.setup import rows_per_rank
+from trainer.ranking.training_state import TrainingState, Window
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preempted, Preemption
+from trainer.runtime.watchdog import Watchdog
+
+
+def train(
+    engine: HybridEngine,
+    loader: Loader,
+    state: TrainingState,
+    checkpoints: Checkpoints,
+    *,
+    config: JobConfig,
+    world: World,
+    preemption: Preemption,
+    home: Path,
+    searching: Searching | None = None,
+) -> None:
+    """One optimizer step after another until all ranks are out of rows; every batch is predicted before it is learnt.
+
+    Args:
+        engine: the model.
+        loader: of this rank, from where ``state`` stands.
+        state: of the training so far; advanced.
+        checkpoints: to save to; at the end, in intervals, and when the job is asked to stop.
+        config: the job.
+        world: its ranks.
+        preemption: whether this process has been asked to stop.
+        home: of the model's files.
+        searching: keeps the vectors up to date that histories are searched with.
+
+    Raises:
+        UserError: there are no rows in the training range; the loss is not finite; a checkpoint cannot be written.
+        Preempted: a rank was asked to stop; the state is saved.
+    """
+    state.rows_total = world.sum(loader.rows_total)
+    if not state.rows_total:
+        raise UserError(f"{config.data.path}: no training rows in the range that data.train_from and train_until give")
+    left = -(-(loader.rows_total - loader.rows_done) // rows_per_rank(config, world))
+    steps_total = state.step + world.max(left)
+    state.position = loader.position
+    scalars = None
+    if world.rank == 0:
+        # What was written after the checkpoint that training goes on from happens again.
+        scalars = SummaryWriter(str(home / "tensorboard"), purge_step=state.step + 1)
+    with (
+        preemption.deferred(),
+        Watchdog(world, config.train.watchdog_seconds) as watchdog,
+        Progress("train", state.rows_total, "rows", done=state.rows_done, quiet=world.rank > 0) as progress,
+    ):
+        _set_learning_rate(engine, config, state)
+        try:
+            for result in engine.steps(iter(loader), ask_of(checkpoints, lambda: preemption.asked)):
+                batch = result.batch
+                state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
+                state.advance(result)
+                set_step(state.step)
+                if searching is not None:
+                    with watchdog.busy("renewing the search vectors"):
+                        searching.after_step(state.step)
+                if state.step % config.train.log_every == 0 or state.step == steps_total:
+                    state.trace.append(state.window.entry(state.step, state.progressive.compute(), engine.id_counts()))
+                    state.window = Window()
+                    if scalars is not None:
+                        write_scalars(scalars, state.trace[-1])
+                progress.advance(result.rows_global, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
+                _set_learning_rate(engine, config, state)
+                checkpoints.check()
+                # After the last step comes a save of its own.
+                if result.stop or (result.save and state.step < steps_total):
+                    if scalars is not None:
+                        scalars.flush()
+                    with watchdog.busy("saving a checkpoint"):
+                        checkpoints.save(engine, state, wait=result.stop)
+                if result.stop:
+                    raise Preempted
+                watchdog.beat(state.step)
+        except NotFiniteLoss as stopped:
+            raise UserError(keep_batch(stopped, home, world.rank)) from None
+        with watchdog.busy("saving the last checkpoint"):
+            if searching is not None:
+                searching.finish()
+            state.finished = True
+            checkpoints.save(engine, state, wait=True)
+    for table, counts in engine.id_counts().items():
+        say(f"ids of {table}: {counts}")
+    if scalars is not None:
+        scalars.close()
+
+
+def _set_learning_rate(engine: HybridEngine, config: JobConfig, state: TrainingState) -> None:
+    schedule, rows = config.optimizer, config.train.batch_size
+    factor = learning_rate_factor(state.rows_done / rows, state.rows_total / rows, schedule.warmup, schedule.decay)
+    engine.set_learning_rate(config.tables.learning_rate * factor, schedule.learning_rate * factor)
+
+
+def keep_batch(stopped: NotFiniteLoss, home: Path, rank: int) -> str:
+    """Write this rank's batch of a step without a loss; what to tell of it."""
+    directory = home / "not-finite" / f"step-{stopped.step:08d}"
+    batch = stopped.batch
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(
+        {
+            "ids": [
+                {key: (keyed[key].values(), keyed[key].lengths()) for key in keyed.keys()}  # noqa: SIM118
+                for keyed in batch.ids
+            ],
+            **{name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)},
+            "logits": stopped.logits,
+            "loss": stopped.loss,
+        },
+        directory / f"rank-{rank:05d}.pt",
+    )
+    return (
+        f"{stopped}; nothing has learnt from it, and the rows of each rank are in {directory}; the same command goes "
+        "on from the last checkpoint"
+    )
+
+
+def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:
+    """An entry of the trace as TensorBoard scalars."""
+    step = entry["step"]
+    for name in ("loss", "alignment", "rows_per_second"):
+        scalars.add_scalar(name, entry[name], step)
+    for phase in PHASES:
+        scalars.add_scalar(f"seconds/{phase}", entry[phase], step)
+    for metric in ("auc", "gauc"):
+        for behaviour, value in entry[metric].items():
+            if value is not None:
+                scalars.add_scalar(f"progressive_{metric}/{behaviour}", value, step)
+    for table, counts in entry["ids"].items():
+        for name, value in counts.items():
+            scalars.add_scalar(f"ids_{name}/{table}", value, step)

@@ -1,0 +1,197 @@
+"""The stream that a model is trained on, as a rank has it: where it comes from, and all that it has brought so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from trainer.config.ranker import JobConfig
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.format import storage
+from trainer.data.format.dataset import Data
+from trainer.data.format.growing_history import GrowingHistories
+from trainer.data.format.schema import DatasetSpec, partition_of
+from trainer.data.loading.batch_plan import partitions_of_rank
+from trainer.metrics.behaviour_metrics import ProgressiveMetrics
+from trainer.ranking.setup import Split
+from trainer.runtime.distributed import World
+from trainer.stream.live.freshness import Freshness
+from trainer.stream.live.live_stream import Answered, LiveStream
+from trainer.stream.live.unused_events import AsideLog
+from trainer.stream.sources.open_source import connect
+from trainer.stream.sources.source import EventBatch, Reader, Source, check_identity
+
+Observe = Callable[[Answered], None]
+"""Told on each rank of outcomes and of what was predicted of them, as they become known."""
+
+
+@dataclass
+class Stream:
+    """The stream of a model's training, as a rank has it.
+
+    Attributes:
+        source: that it comes from.
+        partitions: of it that this rank reads.
+        since_ms: events before this are left out.
+        slice_ms: of event time that all ranks take together.
+        features: makes batches.
+        histories: of this rank's users.
+        live: what the rank knows of the stream.
+        aside: where events go that change no row.
+        freshness: from events to what has learnt from them; None where that has no meaning.
+        observe: is told of outcomes.
+        seen_until_ms: all events of this rank before this time have come.
+        flushed_ms: event time of the last training; the same on all ranks.
+    """
+
+    source: Source
+    partitions: Sequence[int]
+    since_ms: int
+    slice_ms: int
+    features: FeatureMap
+    histories: GrowingHistories
+    live: LiveStream
+    aside: AsideLog
+    freshness: Freshness | None
+    observe: Observe = field(default=lambda answered: None)
+    seen_until_ms: int = 0
+    flushed_ms: int = 0
+
+    def take(self, batches: Sequence[EventBatch], until_ms: int) -> int:
+        """Take the next events, after which all before ``until_ms`` have come. How many they were."""
+        for batch in batches:
+            self.aside.write(self.live.push(batch.since(self.since_ms)))
+        self.aside.write(self.live.advance(until_ms))
+        self.seen_until_ms = until_ms
+        return sum(map(len, batches))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank, as tensors, numbers and strings."""
+        return {
+            "identity": self.source.identity,
+            "seen_until_ms": self.seen_until_ms,
+            "flushed_ms": self.flushed_ms,
+            "live": as_tensors(self.live.state_dict()),
+        }
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]], counted: Sequence[int]) -> None:
+        """Go on from what any number of ranks have saved; see :meth:`LiveStream.load_state_dict`.
+
+        Raises:
+            UserError: the source is another one, or the open visits were assembled under other rules.
+        """
+        check_identity(states[0]["identity"], self.source.identity)
+        self.seen_until_ms = min(state["seen_until_ms"] for state in states)
+        self.flushed_ms = states[0]["flushed_ms"]
+        self.live.load_state_dict([as_arrays(state["live"]) for state in states], counted)
+
+    def open(self, position: Mapping[int, Sequence[int]] | None) -> Reader:
+        """Read this rank's partitions, from a position of all partitions on; None begins anew.
+
+        Raises:
+            UserError: the position does not fit the source, or is no longer there.
+        """
+        return self.source.open(self.partitions, position, self.slice_ms)
+
+    def summary(self, world: World, progressive: ProgressiveMetrics) -> dict[str, Any]:
+        """What ``metrics.json`` tells of the stream. Collective.
+
+        Returns:
+            ``progressive``, metrics of the predictions that were made as requests came; ``counts`` over all ranks, see
+            ``live.COUNTS``; ``freshness_seconds``, see :class:`Freshness`, or null.
+        """
+        return {
+            "progressive": progressive.compute(world.control),
+            "counts": {name: world.sum(count) for name, count in self.live.counts.items()},
+            "freshness_seconds": None if self.freshness is None else self.freshness.summary(world),
+        }
+
+
+def open_stream(config: JobConfig, data: Data, split: Split, features: FeatureMap, world: World, home: Path) -> Stream:
+    """The stream of a job, at its beginning.
+
+    Args:
+        config: the job, with a section ``[stream]``.
+        data: the dataset that it is made for.
+        split: where the stream begins and ends.
+        features: of the model.
+        world: the ranks.
+        home: of the model's files.
+
+    Raises:
+        UserError: the source cannot be opened, or has fewer partitions than there are ranks.
+    """
+    settings = config.stream
+    assert settings is not None
+    source = connect(settings, data.spec, config.data.path, split.stream_from, split.train_until)
+    partitions = partitions_of_rank(source.partitions, world.rank, world.size)
+
+    def mine(user_id: np.ndarray) -> np.ndarray:
+        if settings.source == "kafka" and settings.partitioner == "producer":
+            # Which users a partition has is known when they come.
+            return np.ones(len(user_id), bool)
+        return np.isin(partition_of(user_id, source.partitions), partitions)
+
+    histories = GrowingHistories(data.histories, mine, partitions, split.stream_from)
+    # Replayed as fast as possible, an event arrives when it is wanted.
+    in_time = settings.source == "kafka" or settings.speed > 0
+    live = LiveStream(
+        data.spec,
+        config.labels,
+        partitions,
+        histories,
+        _tags(config.data.path, data.spec),
+        len(features.behaviours),
+        in_time,
+    )
+    return Stream(
+        source=source,
+        partitions=partitions,
+        since_ms=split.stream_from,
+        slice_ms=round(settings.slice_seconds * 1000),
+        features=features,
+        histories=histories,
+        live=live,
+        aside=AsideLog(home, data.spec, world.rank),
+        freshness=Freshness() if in_time else None,
+    )
+
+
+def _tags(path: str, spec: DatasetSpec) -> Callable[[np.ndarray], np.ndarray]:
+    """Item ids to the tags that histories keep; 0 for items that the dataset does not have."""
+    if not spec.tag:
+        return lambda item_id: np.zeros(len(item_id), np.int32)
+    file = pa.BufferReader(storage.read_bytes(storage.join(path, "items.parquet")))
+    table = pq.read_table(file, columns=["item_id", spec.tag])
+    item, tag = (table.column(name).to_numpy() for name in ("item_id", spec.tag))
+    order = np.argsort(item)
+    item, tag = item[order], tag[order].astype(np.int32)
+
+    def look_up(item_id: np.ndarray) -> np.ndarray:
+        if not len(item):
+            return np.zeros(len(item_id), np.int32)
+        place = np.minimum(np.searchsorted(item, item_id), len(item) - 1)
+        return np.where(item[place] == item_id, tag[place], 0).astype(np.int32)
+
+    return look_up
+
+
+def as_tensors(state: Any) -> Any:
+    """Arrays in nested mappings as tensors that share their memory."""
+    if isinstance(state, dict):
+        return {key: as_tensors(value) for key, value in state.items()}
+    return torch.from_numpy(np.ascontiguousarray(state)) if isinstance(state, np.ndarray) else state
+
+
+def as_arrays(state: Any) -> Any:
+    """Tensors in nested mappings as arrays: :func:`as_tensors` the other way round."""
+    if isinstance(state, dict):
+        return {key: as_arrays(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, torch.Tensor) else state

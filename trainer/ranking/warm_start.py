@@ -1,0 +1,251 @@
+"""A new model that starts from tables of an old one, and from its dense network if that is asked for.
+
+A rank reads the stored pieces that its own shards have rows of, one at a time, whatever ranks and shardings wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modules.ranker import RankerKind
+from trainer.checkpoint.manifest import check_files
+from trainer.checkpoint.model_state import list_differences
+from trainer.checkpoint.reader import Checkpoint, Piece, StoredTensor
+from trainer.config.ranker import InitFromConfig, JobConfig
+from trainer.console.errors import UserError
+from trainer.console.text_table import text_table
+from trainer.data.features.feature_map import FeatureMap, side_ranges
+from trainer.data.features.fit import ID_TABLES
+from trainer.engine.hybrid_engine import HybridEngine
+from trainer.ranking.row_mapping import RowMap, Side, map_rows
+from trainer.runtime.distributed import World
+from trainer.sparse.sharded_tables import Shard
+
+_ROWS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TakenTable:
+    """What became of a table of the new model.
+
+    Attributes:
+        table: its name.
+        rows: of the new table.
+        taken: rows that have their values from the old one; the others have the values of a new model.
+        left: rows of the old table that have no place in the new one.
+        optimizer: the state of the optimizer was taken for these rows; otherwise it starts anew.
+    """
+
+    table: str
+    rows: int
+    taken: int
+    left: int
+    optimizer: bool
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a new model has from an old one.
+
+    Attributes:
+        checkpoint: of the old one.
+        step: of the checkpoint.
+        tables: that were taken.
+        fresh: tables of the new model that were not.
+        unused: tables of the old model that were not taken.
+        dense: parameters of the dense network that were taken: all or none. Their optimizer starts anew.
+        optimizers: of the tables, then and now.
+    """
+
+    checkpoint: Path
+    step: int
+    tables: tuple[TakenTable, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+    dense: tuple[str, ...]
+    optimizers: tuple[str, str]
+
+
+def check_source(config: JobConfig) -> None:
+    """Find what :func:`take_from` would refuse, as far as it is known before the features are fitted.
+
+    Raises:
+        UserError: no checkpoint there; a table that one of the models does not have, or that has another dimension.
+    """
+    tables = [name for name in (*ID_TABLES, "side") if not (name == "user" and "user_id" in config.features.exclude)]
+    dims = {name: getattr(config.features, name).dim for name in tables}
+    _choose(config.init_from, Checkpoint.open(config.init_from.run), dims)
+
+
+def take_from(engine: HybridEngine, config: JobConfig, kind: RankerKind, features: FeatureMap, world: World) -> Taken:
+    """Fill a new model from ``init_from``. Collective.
+
+    What the old model does not have keeps its fresh values: further rows of a table, tables that are not named, and
+    the dense network without ``init_from.dense``, or where it is a baseline's.
+
+    Args:
+        engine: not trained yet.
+        config: of the new job; ``init_from.run`` is set.
+        kind: of the new network.
+        features: of the new model.
+        world: its ranks.
+
+    Raises:
+        UserError: no checkpoint there, or it is damaged; a table that one of the models does not have, that has
+            another dimension, or whose rows would mean something else; another dense network.
+    """
+    wanted, old = config.init_from, Checkpoint.open(config.init_from.run)
+    _verify(old, world)
+    there = {entry.table: entry for entry in old.manifest.tables}
+    here = {table.name: table for table in features.tables}
+    sides = Side(old.config.features, old.fitted), Side(config.features, features.fitted)
+    names = _choose(wanted, old, {table.name: table.dim for table in features.tables})
+    maps = {name: map_rows(name, *sides, there[name].rows, here[name].rows) for name in names}
+    dense = wanted.dense and kind == config.model.kind
+    if dense:
+        _check_dense(old, engine, config, features)
+
+    same_optimizer = old.manifest.table_optimizer == engine.table_optimizer.kind
+    shards, states = list(engine.table_shards()), list(engine.table_optimizer_shards())
+    for name, rows in maps.items():
+        stored = old.model.tables[name]
+        _fill(stored.weight, [shard for shard in shards if shard.table == name], rows)
+        for state, tensor in stored.states.items() if same_optimizer else ():
+            _fill(tensor, [shard for key, shard in states if (key, shard.table) == (state, name)], rows)
+    if dense:
+        engine.set_dense_parameters({name: slots["parameter"].read() for name, slots in old.model.dense.items()})
+    return Taken(
+        checkpoint=old.directory,
+        step=old.manifest.step,
+        tables=tuple(
+            TakenTable(name, here[name].rows, rows.taken, there[name].rows - rows.taken, same_optimizer)
+            for name, rows in maps.items()
+        ),
+        fresh=tuple(name for name in here if name not in maps),
+        unused=tuple(name for name in there if name not in maps),
+        dense=tuple(old.model.dense) if dense else (),
+        optimizers=(old.manifest.table_optimizer, engine.table_optimizer.kind),
+    )
+
+
+def format_taken(taken: Taken) -> str:
+    """What was taken, for a person."""
+    then, now = taken.optimizers
+    lines = [
+        [
+            entry.table,
+            "taken" if entry.optimizer else "anew",
+            f"{entry.rows:,}",
+            f"{entry.taken:,}",
+            f"{entry.rows - entry.taken:,}",
+            f"{entry.left:,}",
+        ]
+        for entry in taken.tables
+    ]
+    text = [f"starting from {taken.checkpoint} (step {taken.step:,})"]
+    text.append(text_table(["table", "optimizer", "rows", "taken", "fresh", "left behind"], lines, texts=2))
+    if then != now:
+        text.append(f"the tables' optimizer starts anew: it was {then} and is {now}")
+    if taken.fresh:
+        text.append(f"fresh tables: {', '.join(taken.fresh)}")
+    if taken.unused:
+        text.append(f"tables of the old model that were not taken: {', '.join(taken.unused)}")
+    dense = f"{len(taken.dense)} parameters taken, their optimizer starts anew" if taken.dense else "fresh"
+    text.append(f"dense network: {dense}")
+    return "\n".join(text)
+
+
+def _verify(old: Checkpoint, world: World) -> None:
+    """Read every file once, each rank its share, and compare the checksums."""
+    mine = sorted(old.manifest.files)[world.rank :: world.size]
+    found = world.agree(world.gather(check_files(old.directory, old.manifest, mine))) or []
+    problems = [problem for of_rank in found for problem in of_rank]
+    if problems:
+        raise UserError(f"init_from.run: {old.directory} is damaged ({'; '.join(problems)})")
+
+
+def _choose(wanted: InitFromConfig, old: Checkpoint, dims: Mapping[str, int]) -> list[str]:
+    """The tables to take; ``dims`` are those of the new model."""
+    there = {entry.table: entry.dim for entry in old.manifest.tables}
+    for name in wanted.tables:
+        for has, who in ((there, f"{old.directory}"), (dims, "this model")):
+            if name not in has:
+                raise UserError(f"init_from.tables: {who} has no table {name!r}; it has {', '.join(sorted(has))}")
+    names = list(dict.fromkeys(wanted.tables)) or sorted(there.keys() & dims.keys())
+    if not names:
+        raise UserError(f"init_from: {old.directory} has no table in common with this model")
+    for name in names:
+        if there[name] != dims[name]:
+            raise UserError(
+                f"init_from: table {name!r} had dim = {there[name]} and has {dims[name]} now; set "
+                f"features.{name}.dim = {there[name]}, or leave it out of init_from.tables"
+            )
+    return names
+
+
+def _check_dense(old: Checkpoint, engine: HybridEngine, config: JobConfig, features: FeatureMap) -> None:
+    """Equal shapes are not enough: columns of the inputs and outputs must mean the same."""
+    before = _meaning(old.config, old.fitted.layout, old.manifest.behaviours)
+    now = _meaning(config, features.fitted.layout, features.behaviours)
+    for what, value in before.items():
+        if value != now[what]:
+            raise UserError(
+                f"init_from.dense: the old network has {what} {value}, this one {now[what]}; make them equal, or leave "
+                "init_from.dense out and take tables only"
+            )
+    parameters, _ = engine.dense_shapes
+    differences = list_differences(old.manifest.dense, parameters)
+    if differences:
+        raise UserError(f"init_from.dense: the old network is another one: {differences}")
+
+
+def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[str]) -> dict[str, Any]:
+    """What the columns of a network's inputs and outputs stand for."""
+    features = config.features
+    return {
+        "model.kind": config.model.kind,
+        "behaviours": list(behaviours),
+        "side features": list(side_ranges(layout, features)),
+        "dense features": layout["dense"],
+        "statistics": layout["statistics"],
+        "rates": list(features.rates or layout["behaviours"]),
+        "histories": {
+            name: history.domain if history.search == "latest" else f"{history.search} of {history.domain}"
+            for name, history in features.history.items()
+        },
+        "features.tags": features.tags,
+        "features.author_side": list(features.author_side),
+        "features.exclude": sorted(features.exclude),
+    }
+
+
+def _fill(stored: StoredTensor, shards: list[Shard], rows: RowMap) -> None:
+    """Copy rows into the live memory of shards; a piece is read if one of them has rows of it."""
+    for piece in stored.pieces:
+        read = cache(piece.read)
+        first, last = piece.offsets[0], piece.offsets[0] + piece.sizes[0]
+        for start in range(first, last, _ROWS_AT_ONCE):
+            old, new = rows.of(start, min(start + _ROWS_AT_ONCE, last))
+            for shard in shards:
+                mine = (new >= shard.row) & (new < shard.row + len(shard.values))
+                if mine.any():
+                    _copy(read, piece, old[mine] - first, shard, new[mine] - shard.row)
+
+
+def _copy(read: Callable[[], torch.Tensor], piece: Piece, old: np.ndarray, shard: Shard, new: np.ndarray) -> None:
+    source, target = torch.from_numpy(old), torch.from_numpy(new).to(shard.values.device)
+    if shard.values.ndim == 1:
+        shard.values[target] = read()[source].to(shard.values.device)
+        return
+    left = max(piece.offsets[1], shard.column)
+    right = min(piece.offsets[1] + piece.sizes[1], shard.column + shard.values.shape[1])
+    if left < right:
+        values = read()[source, left - piece.offsets[1] : right - piece.offsets[1]]
+        shard.values[target, left - shard.column : right - shard.column] = values.to(shard.values.device)

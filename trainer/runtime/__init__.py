@@ -1,0 +1,1 @@
+"""Processes and machines: ranks, rendezvous, watchdog, locks, clocks."""

@@ -1,0 +1,109 @@
+"""An explanation as a picture: for each history its entries in order of time, and their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trainer.console.errors import UserError
+from trainer.data.format.history import HistorySlice
+from trainer.data.format.schema import DOMAINS
+
+_COLOURS = {"video": "#1f6f8b", "live": "#c8553d"}
+_SHADES = ("#3c3c3c", "#8a6fae", "#c9a227")
+_UNITS = (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000))
+_AGES = 6
+"""Entries of a history whose age is told."""
+
+
+class Found(Protocol):
+    """See :class:`trainer.explain.Found`."""
+
+    @property
+    def entries(self) -> HistorySlice: ...
+    @property
+    def attention(self) -> np.ndarray: ...
+    @property
+    def alike(self) -> Mapping[str, np.ndarray]: ...
+
+
+class Explanation(Protocol):
+    """See :class:`trainer.explain.Explanation`."""
+
+    @property
+    def user_id(self) -> int: ...
+    @property
+    def item_id(self) -> int: ...
+    @property
+    def author_id(self) -> int: ...
+    @property
+    def at_ms(self) -> int: ...
+    @property
+    def histories(self) -> Mapping[str, Found]: ...
+
+
+def write_picture(file: Path, explanation: Explanation) -> None:
+    """Write a PNG.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    histories = explanation.histories
+    figure = Figure(figsize=(9, 0.9 + 1.5 * max(1, len(histories))), layout="constrained")
+    figure.suptitle(
+        f"user {explanation.user_id}, candidate {explanation.item_id} of author {explanation.author_id}", fontsize=11
+    )
+    for axes, (name, found) in zip(
+        np.atleast_1d(figure.subplots(max(1, len(histories)), 1)), histories.items(), strict=False
+    ):
+        _draw(axes, name, found, explanation)
+    try:
+        figure.savefig(file, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None:
+    """A stem for each entry, the latest at the right, with ages under some; rings around the candidate's author, and
+    a row of dots for each feature that entries may have in common with the candidate."""
+    entries, attention = found.entries, found.attention
+    place = np.arange(len(attention))
+    axes.set_title(f"{name}: {len(attention)} found", loc="left", fontsize=9)
+    axes.set_ylabel("attention", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for code, domain in enumerate(DOMAINS):
+        own = entries.domain == code
+        if own.any():
+            axes.vlines(place[own], 0, attention[own], color=_COLOURS[domain], linewidth=1.5)
+            axes.scatter(place[own], attention[own], s=10, color=_COLOURS[domain], label=domain)
+    same = entries.author_id == explanation.author_id
+    if same.any():
+        label = "candidate's author"
+        axes.scatter(place[same], attention[same], s=60, facecolors="none", edgecolors="black", label=label)
+    told = np.unique(np.linspace(0, max(0, len(place) - 1), _AGES).round().astype(int))[: len(place)]
+    axes.set_xticks(told, [age_text(explanation.at_ms - int(entries.request_ms[at])) for at in told])
+    axes.tick_params(labelsize=8)
+    axes.set_xlim(-1, max(1, len(place)))
+    highest = max(0.01, 1.15 * float(attention.max(initial=0)))
+    for row, (feature, alike) in enumerate(found.alike.items()):
+        below = np.full(int(alike.sum()), -(0.08 + 0.1 * row) * highest)
+        axes.scatter(place[alike], below, s=6, marker="s", color=_SHADES[row % len(_SHADES)], label=f"same {feature}")
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set_ylim(-0.1 * (len(found.alike) + 0.3) * highest if found.alike else 0, highest)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= highest])
+    if len(attention):
+        # Beside the entries, since any of them may be high.
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def age_text(age_ms: int) -> str:
+    """How long ago, in the largest unit of which it has one, such as ``3.2 h``."""
+    for unit, size in _UNITS:
+        if age_ms >= size:
+            return f"{age_ms / size:.1f} {unit}"
+    return "now"

@@ -1,0 +1,137 @@
+"""A checkpoint as a plain model: one safetensors file with whole tables, its settings and its fitted features.
+
+A table goes into the file a stored piece at a time, through a memory map of its place there; it is never in memory as
+a whole. ``trainer/serving/exported_model.py`` reads the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.checkpoint.manifest import ADAPTER, check_files, sync
+from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
+from trainer.checkpoint.run_directory import write_json
+from trainer.config.ranker import load_deepspeed
+from trainer.console.errors import UserError
+from trainer.serving.exported_model import CONFIG, FEATURES, ORIGIN, SCHEMA, SEARCH, SERVED, WEIGHTS
+
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names that safetensors has for types of elements."""
+
+
+def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
+    """Write the model of a checkpoint to a new directory, which is complete or not there.
+
+    Args:
+        path: a checkpoint, or a run, whose newest one is taken.
+        out: directory to make.
+
+    Returns:
+        The content of its ``export.json``: what it came from.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, or ``out`` is there already or cannot be written.
+    """
+    checkpoint, target = Checkpoint.open(path), Path(out)
+    if target.exists():
+        raise UserError(f"{target}: is there already; choose another directory or remove it")
+    if checkpoint.manifest.kind == ADAPTER:
+        raise UserError(f"{checkpoint.directory}: of an adapter; `limelight finetune merge` writes its model")
+    problems = check_files(checkpoint.directory, checkpoint.manifest)
+    if problems:
+        raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")
+    origin = _origin(checkpoint)
+    aside = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")
+    try:
+        aside.mkdir(parents=True)
+        _write_weights(aside / WEIGHTS, checkpoint.model)
+        write_json(aside / CONFIG, checkpoint.config.model_dump(mode="json"))
+        shutil.copytree(checkpoint.run / "features", aside / FEATURES)
+        if checkpoint.config.features.needs_space:
+            torch.save(stored_search(checkpoint.directory), aside / SEARCH)
+        write_json(aside / ORIGIN, origin)
+        sync(aside)
+        aside.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return origin
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    # The network computes in this type, from the float32 parameters that the checkpoint has.
+    bf16 = load_deepspeed(str(checkpoint.run / "deepspeed.json")).get("bf16", {}).get("enabled", False)
+    return {
+        "schema_version": SCHEMA,
+        "checkpoint": str(checkpoint.directory.resolve()),
+        **manifest.model_dump(
+            mode="json", include={"step", "finished", "created", "rows_done", "rows_total", "kind", "behaviours"}
+        ),
+        "dataset": manifest.dataset.model_dump(mode="json"),
+        "precision": "bfloat16" if bf16 else "float32",
+        "tables": {name: list(table.weight.shape) for name, table in checkpoint.model.tables.items()},
+    }
+
+
+def _write_weights(file: Path, model: StoredModel) -> None:
+    tensors = {f"tables.{name}": table.weight for name, table in model.tables.items()}
+    for name, table in model.tables.items():
+        tensors |= {f"ids.{name}.{column}": table.ids[column] for column in SERVED if table.ids}
+    tensors |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
+    tensors |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
+    header, size = _header(tensors)
+    with file.open("wb") as opened:
+        opened.write(header)
+        opened.truncate(len(header) + size)
+    start = len(header)
+    for tensor in tensors.values():
+        _copy(tensor, file, start)
+        start += tensor.bytes
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, int]:
+    """The head of a safetensors file, and the size of the data that follow: 8 bytes of length, then JSON."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        place = [end, end + tensor.bytes]
+        entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1]
+    text = json.dumps(entries).encode()
+    # The data begin at a multiple of 8, so that a reader can map them.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, end
+
+
+def _copy(tensor: StoredTensor, file: Path, start: int) -> None:
+    """Write a tensor to its place in a file, as integers of the same width: numpy does not know bfloat16."""
+    for piece in tensor.pieces:
+        values = piece.read()
+        if not values.numel():
+            continue
+        plain = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+        # A map of its own for each piece: what was written does not stay in this process's memory.
+        mapped = np.memmap(file, np.uint8, "r+", start, (tensor.bytes,))
+        whole = mapped.view(f"V{tensor.dtype.itemsize}").reshape(tensor.shape)
+        whole[piece.place] = plain.view(f"V{tensor.dtype.itemsize}").reshape(piece.sizes)
+        mapped.flush()

@@ -1,0 +1,159 @@
+"""An exported model, opened to score in one process; needs neither TorchRec nor DeepSpeed.
+
+::
+
+    model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network; of a dynamic table
+                        ids.NAME.id and ids.NAME.seen [rows], which id each row has (none where seen is 0)
+    config.json         the job, readable by trainer.config.ranker.parse_config
+    features/           vocabularies and standardisation (trainer/data/features/fit.py)
+    search.pt           search vectors, of models with histories that are searched by dot product
+    export.json         what it came from
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from modules.ranker import Ranker
+from trainer.checkpoint.model_state import list_differences
+from trainer.config.ranker import JobConfig, parse_config
+from trainer.console.errors import UserError
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.packed_batch import PackedBatch
+from trainer.data.features.search_vectors import SearchSpace, stored_space
+from trainer.data.format.dataset import Data
+from trainer.engine.build_ranker import build_ranker
+from trainer.sparse.dynamic_ids import DynamicIds
+
+SCHEMA = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FEATURES = "features"
+SEARCH = "search.pt"
+ORIGIN = "export.json"
+SERVED = ("id", "seen")
+"""Columns of a dynamic table's ids that tell which id has which row."""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model with whole tables, on the CPU.
+
+    Attributes:
+        config: of the job that trained it.
+        data: the dataset that features, histories and statistics come from.
+        features: of the model.
+        tables: name -> ``[rows, dim]`` float32, mapped from the file.
+        ranker: the dense network, in the type that it was trained in.
+        served: name of a dynamic table -> which ids have its rows; the others read row 0.
+        space: vectors that histories are searched with; None if there are no such histories.
+    """
+
+    config: JobConfig
+    data: Data
+    features: FeatureMap
+    tables: dict[str, Tensor]
+    ranker: Ranker
+    served: dict[str, DynamicIds]
+    space: SearchSpace | None
+
+    @torch.no_grad()
+    def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
+        """``[rows, behaviours]`` float32 of each batch."""
+        lookups = {lookup.name: lookup for lookup in self.features.lookups}
+        layout = self.features.layout
+        for packed in batches:
+            embedded, lengths = {}, {}
+            for group in packed.ids(layout):
+                of_rows = group.lengths.view(len(group.keys), packed.rows)
+                for place, key in enumerate(group.keys):
+                    ids = group.values[group.offsets[place] : group.offsets[place + 1]]
+                    table = lookups[key].table
+                    if table in self.served:
+                        ids = self.served[table].find(ids).clamp(min=0)
+                    embedded[key] = self.tables[table][ids]
+                    if lookups[key].length is None:
+                        lengths[key] = of_rows[place]
+            yield self.ranker(embedded, lengths, packed.columns(layout)["dense"])
+
+
+def is_export(directory: str | Path) -> bool:
+    """Whether a directory is an exported model rather than a run."""
+    return (Path(directory) / ORIGIN).is_file()
+
+
+def open_export(directory: str | Path) -> ExportedModel:
+    """Open what ``limelight checkpoint export`` wrote, over the dataset that the model was trained on.
+
+    Raises:
+        UserError: a file is missing, damaged or of a newer version, or the dataset does not fit.
+    """
+    home = Path(directory)
+    origin = _read_json(home / ORIGIN)
+    if origin["schema_version"] > SCHEMA:
+        raise UserError(f"{home / ORIGIN}: written by a newer version (schema {origin['schema_version']})")
+    config = parse_config(_read_json(home / CONFIG), str(home / CONFIG))
+    data = Data.open(config.data.path, config.data.on_corrupt)
+    features = FeatureMap(data.spec, config.features, FittedFeatures.load(home / FEATURES), config.data.behaviours)
+    ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, origin["precision"])).eval()
+    found = _read_weights(home / WEIGHTS)
+    tensors: dict[str, Tensor] = {f"dense.{name}": parameter for name, parameter in ranker.named_parameters()}
+    tensors |= {f"buffers.{name}": buffer for name, buffer in ranker.named_buffers()}
+    expected: dict[str, tuple[int, ...]] = {
+        f"tables.{table.name}": (table.rows, table.dim) for table in features.tables
+    }
+    dynamic = [table for table in features.tables if table.dynamic]
+    expected |= {f"ids.{table.name}.{column}": (table.rows,) for table in dynamic for column in SERVED}
+    expected |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    differences = list_differences({name: tuple(tensor.shape) for name, tensor in found.items()}, expected)
+    if differences:
+        raise UserError(f"{home / WEIGHTS}: not the model that {CONFIG} describes: {differences}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])
+    tables = {table.name: found[f"tables.{table.name}"] for table in features.tables}
+    served = {table.name: DynamicIds(table, 0, table.rows) for table in dynamic}
+    for name, ids in served.items():
+        for column in SERVED:
+            ids.columns[column].copy_(found[f"ids.{name}.{column}"])
+    return ExportedModel(
+        config, data, features, tables, ranker, served, _read_space(home / SEARCH) if features.needs_space else None
+    )
+
+
+def _read_space(file: Path) -> SearchSpace:
+    try:
+        return stored_space(torch.load(file, weights_only=True))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{file}: damaged; export the checkpoint again") from None
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged ({' '.join(str(error).split())})") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, ValueError):
+        raise UserError(f"{file}: damaged (not JSON)") from None

@@ -1,0 +1,1 @@
+"""Sharded and dynamic tables, and how ids and rows travel."""

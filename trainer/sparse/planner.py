@@ -1,0 +1,207 @@
+"""Which rank holds which shard of which table: what may be asked for, TorchRec's planner, and its answer in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import ShardingPlan, ShardMetadata
+
+from modules.embeddings import Table
+from modules.table_set import TableSet
+from trainer.console.errors import UserError
+from trainer.sparse.dynamic_ids import BUCKET_ROWS
+
+OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+
+COLUMN_MULTIPLE = 4
+"""fbgemm reads rows in vectors of four floats."""
+
+
+@dataclass(frozen=True)
+class TableOptimizer:
+    """The optimizer that is fused into the tables' backward pass.
+
+    Attributes:
+        kind: ``sgd``; ``adagrad``, one accumulator an element; or ``rowwise_adagrad``, one a row, of the mean square
+            of the row's gradient.
+        learning_rate: at the start; ``HybridEngine.set_learning_rate`` changes it.
+        eps: added to the root of Adagrad's accumulator.
+    """
+
+    kind: Literal["sgd", "adagrad", "rowwise_adagrad"]
+    learning_rate: float
+    eps: float = 1e-8
+
+
+def sharding_types(table: Table, optimizer: TableOptimizer, world: int) -> list[str]:
+    """What the planner may choose for a table.
+
+    Returns:
+        The sharding that the table asks for; for ``auto`` those that train it exactly: ``table_wise`` on one rank,
+        where cutting gains nothing, else ``table_wise`` and ``row_wise``.
+
+    Raises:
+        UserError: the table asks for a sharding that cannot train it, with the reason.
+    """
+    if table.sharding == "auto":
+        return ["table_wise"] if world == 1 else ["table_wise", "row_wise"]
+    reason = None
+    if table.sharding == "data_parallel":
+        reason = (
+            "TorchRec has no fused kernel for it (its gradient would bypass the tables' optimizer), and on a CPU "
+            "its kernel pools the rows of a sequence"
+        )
+    elif table.sharding == "column_wise" and optimizer.kind == "rowwise_adagrad":
+        reason = (
+            "each part of a row would keep an accumulator of its own, so that results and checkpoints would depend "
+            "on the number of ranks; use sgd, or another sharding"
+        )
+    elif table.sharding == "column_wise" and world > 1 and _column_parts(table.dim, world) == 1:
+        reason = f"{table.dim} columns cannot be cut into equal parts of a multiple of {COLUMN_MULTIPLE}"
+    elif table.sharding == "column_wise" and table.dynamic:
+        reason = "the ids of a dynamic table belong to whole rows; use row_wise"
+    if reason:
+        raise UserError(f"table {table.name!r}: sharding = {table.sharding!r} with {optimizer.kind}: {reason}")
+    return [table.sharding]
+
+
+def make_sharder(optimizer: TableOptimizer, *, index_dedup: bool = False) -> EmbeddingCollectionSharder:
+    """TorchRec's sharder with the fused optimizer, and its own index deduplication, which has no CPU kernel."""
+    fused = {"optimizer": OPTIMIZERS[optimizer.kind], "learning_rate": optimizer.learning_rate, "eps": optimizer.eps}
+    return EmbeddingCollectionSharder(fused_params=fused, use_index_dedup=index_dedup)
+
+
+def make_plan(
+    tables: TableSet,
+    sharder: EmbeddingCollectionSharder,
+    optimizer: TableOptimizer,
+    *,
+    device: torch.device,
+    local_size: int,
+    batch_size: int,
+    control: dist.ProcessGroup,
+) -> ShardingPlan:
+    """TorchRec's plan for the tables, the same on every rank. Collective.
+
+    Args:
+        tables: on the meta device.
+        sharder: of :func:`make_sharder`.
+        optimizer: of the tables.
+        device: that the ranks compute on.
+        local_size: ranks on one machine.
+        batch_size: rows of one rank in a step.
+        control: a gloo group of all ranks.
+
+    Raises:
+        UserError: a sharding is refused, or the tables do not fit into memory.
+    """
+    world = dist.get_world_size(control)
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=sharding_types(table, optimizer, world),
+            # On a GPU the planner may keep a table that is too large for it in host memory, behind a cache.
+            compute_kernels=["fused"] if device.type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"],
+            min_partition=table.dim // _column_parts(table.dim, world),
+        )
+        for table in tables.tables
+    }
+    answer: list[Any] = [None]
+    if dist.get_rank(control) == 0:
+        planner = EmbeddingShardingPlanner(
+            topology=Topology(
+                world_size=world,
+                local_world_size=local_size,
+                compute_device=device.type,
+                ddr_cap=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_size,
+                hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+            ),
+            batch_size=batch_size,
+            constraints=constraints,
+            storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+        )
+        try:
+            answer[0] = planner.plan(tables, [sharder])
+        except PlannerError as error:
+            size = sum(table.rows * table.dim for table in tables.tables) * 4 / 1e9
+            answer[0] = UserError(f"no sharding of {size:,.1f} GB of tables on {world} ranks: {_first_line(error)}")
+    # The planner's own collective leaves the other ranks waiting for ever when the first one fails.
+    dist.broadcast_object_list(answer, src=0, group=control)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    dynamic = {table.name for table in tables.tables if table.dynamic}
+    for parameters in answer[0].plan.values():
+        for name, parameter in parameters.items():
+            if name in dynamic and parameter.sharding_type == "row_wise":
+                _cut_between_buckets(parameter.sharding_spec.shards)
+            if not parameter.compute_kernel.startswith("fused"):
+                raise RuntimeError(f"table {name!r} got kernel {parameter.compute_kernel!r}: it would never be trained")
+    return answer[0]
+
+
+def _cut_between_buckets(shards: Sequence[ShardMetadata]) -> None:
+    """Move the cuts of a dynamic table that is sharded by rows to where its buckets begin."""
+    rows, first = sum(shard.shard_sizes[0] for shard in shards), 0
+    buckets = -(-rows // BUCKET_ROWS)
+    block = -(-buckets // len(shards)) * BUCKET_ROWS
+    for shard in shards:
+        shard.shard_offsets[0], shard.shard_sizes[0] = first, min(block, rows - first)
+        first += shard.shard_sizes[0]
+
+
+def describe_plan(plan: ShardingPlan, tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """The plan as JSON: for each table its size, module, sharding, kernel, and the shard of each rank."""
+    chosen = {name: (path, p) for path, parameters in plan.plan.items() for name, p in parameters.items()}
+    described = []
+    for table in tables:
+        path, parameter = chosen[table.name]
+        described.append(
+            {
+                "table": table.name,
+                "rows": table.rows,
+                "dim": table.dim,
+                "module": path,
+                "sharding": parameter.sharding_type,
+                "kernel": parameter.compute_kernel,
+                "ranks": list(parameter.ranks),
+                "shards": [list(shard.shard_sizes) for shard in parameter.sharding_spec.shards],
+            }
+        )
+    return described
+
+
+def format_plan(described: Sequence[dict[str, Any]]) -> str:
+    """:func:`describe_plan` as text, a line a table."""
+    lines = []
+    for table in described:
+        shards = ", ".join(
+            f"rank {rank}: {rows:,} x {columns}"
+            for rank, (rows, columns) in zip(table["ranks"], table["shards"], strict=True)
+        )
+        lines.append(
+            f"{table['table']:12} {table['rows']:>12,} x {table['dim']:<4} {table['sharding']:12} "
+            f"{table['kernel']:8} {shards}"
+        )
+    return "\n".join(lines)
+
+
+def _column_parts(dim: int, world: int) -> int:
+    """The most equal parts, up to one a rank, into which the columns can be cut."""
+    return max(n for n in range(1, world + 1) if n == 1 or (dim % n == 0 and dim // n % COLUMN_MULTIPLE == 0))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,240 @@
+"""The TorchRec side of the engine: all embedding tables of a model, sharded over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from modules.embeddings import Lookup, Table, initial_rows
+from modules.table_set import TableSet
+from trainer.console.errors import UserError
+from trainer.runtime.phase_timer import PhaseClock
+from trainer.sparse.cpu_exchange import FlatExchange, FlatRouting
+from trainer.sparse.dedup_exchange import DeduplicatedExchange
+from trainer.sparse.dynamic_exchange import DynamicExchange, DynamicRouting
+from trainer.sparse.dynamic_tables import DynamicTables
+from trainer.sparse.exchange import Exchange, TorchRecExchange
+from trainer.sparse.planner import TableOptimizer, describe_plan, make_plan, make_sharder
+
+_INITIALISE_ELEMENTS = 1 << 24
+"""Initial values are made in parts of so many elements, 64 MB: a shard is never held twice."""
+
+
+class Shard(NamedTuple):
+    """What this rank holds of a table, or of a state of its optimizer.
+
+    Attributes:
+        table: its name.
+        values: live memory, ``[rows, columns]``; ``[rows]`` of a state that has one number a row.
+        row, column: the first ones.
+    """
+
+    table: str
+    values: Tensor
+    row: int
+    column: int
+
+
+class ShardedTables:
+    """The tables of a model, each in shards on the ranks of the default process group, with fused optimizers.
+
+    Args:
+        tables: their declarations.
+        lookups: their declarations.
+        optimizer: fused into the backward pass of every table.
+        device: of this rank.
+        local_size: ranks on one machine.
+        batch_size: rows of one rank in a step, for the planner.
+        seed: of the initial values, which do not depend on the sharding.
+        clock: counts waiting for other ranks.
+        control: a gloo group of all ranks.
+        deduplicate: look each id up, and send it, once in a step, whatever lookups and rows it stands in.
+
+    Attributes:
+        plan: see :func:`trainer.sparse.planner.describe_plan`.
+        dynamic: the tables whose ids come and go.
+
+    Raises:
+        UserError: a sharding is refused, or the tables do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        lookups: Sequence[Lookup],
+        optimizer: TableOptimizer,
+        *,
+        device: torch.device,
+        local_size: int,
+        batch_size: int,
+        seed: int,
+        clock: PhaseClock,
+        control: dist.ProcessGroup,
+        deduplicate: bool = True,
+    ) -> None:
+        self._deduplicate = deduplicate
+        self._declared = {table.name: table for table in tables}
+        self._clock = clock
+        table_set = TableSet(tables, lookups, device="meta")
+        self.keys = [[lookup.name for lookup in members] for _, members in table_set.groups]
+        # TorchRec's own deduplication has kernels for GPUs only; on a CPU it is ours.
+        sharder = make_sharder(optimizer, index_dedup=deduplicate and device.type == "cuda")
+        plan = make_plan(
+            table_set,
+            sharder,
+            optimizer,
+            device=device,
+            local_size=local_size,
+            batch_size=batch_size,
+            control=control,
+        )
+        self.plan = describe_plan(plan, tables)
+        group = dist.group.WORLD
+        assert group is not None
+        self._sharded = DistributedModelParallel(
+            table_set,
+            # Sharded tensors as DTensors: torch.distributed.checkpoint can then also save them while training goes on.
+            env=ShardingEnv(dist.get_world_size(), dist.get_rank(), group, output_dtensor=True),
+            device=device,
+            plan=plan,
+            sharders=[sharder],
+            init_data_parallel=False,
+        )
+        self._collections: list[ShardedEmbeddingCollection] = list(self._sharded.module.collections)
+        self._initialise(seed)
+        self.dynamic = DynamicTables(tables, self._held(), seed, control)
+        self._routings = [
+            _routings(c, keys, group, self.dynamic) for c, keys in zip(self._collections, self.keys, strict=True)
+        ]
+
+    def start(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
+        """Begin the exchange of a batch's ids, one ``KeyedJaggedTensor`` a collection; what does it depends on where.
+
+        Raises:
+            UserError: an id outside its table (on a CPU; on a GPU fbgemm reports it).
+        """
+        started: list[Exchange] = []
+        for collection, routings, keyed in zip(self._collections, self._routings, ids, strict=True):
+            if not routings:
+                started.append(TorchRecExchange(collection, keyed, self._clock))
+            elif self._deduplicate:
+                tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
+                started.append(DeduplicatedExchange(keyed, tables, partial(self._start_flat, routings)))
+            else:
+                started += self._start_flat(routings, keyed)
+        return started
+
+    def _start_flat(self, routings: Sequence[FlatRouting], ids: KeyedJaggedTensor) -> list[FlatExchange]:
+        return [_exchange(routing, ids, self._clock) for routing in routings]
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Learning rate of all tables from now on."""
+        optimizer = self._sharded.fused_optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Gradients were applied in the backward pass; this only hands the learning rate to the kernels.
+        optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """Shards, their optimizer's state and that of dynamic tables' ids, for ``torch.distributed.checkpoint``.
+
+        DTensors over the live memory. Collective.
+        """
+        tables = self._sharded.state_dict()
+        state = {"tables": tables, "table_optimizer": self._optimizer_state()}
+        if self.dynamic.names:
+            state["dynamic"] = self.dynamic.state({path.split(".")[-2]: table for path, table in tables.items()})
+        return state
+
+    def loaded(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state` gave has been filled from a checkpoint."""
+        if self.dynamic.names:
+            self.dynamic.loaded(state["dynamic"])
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        for name, shard, row, column in self.shards():
+            table, (rows, columns) = self._declared[name], shard.shape
+            step = max(1, _INITIALISE_ELEMENTS // max(1, columns))
+            for start in range(0, rows, step):
+                part = shard[start : start + step]
+                part.copy_(initial_rows(table, seed, row + start, len(part), column, columns))
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's shards of the tables."""
+        for path, tensor in self._sharded.state_dict().items():
+            yield from _local_shards(path.split(".")[-2], tensor)
+
+    def optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
+        """Name of the state, such as ``momentum1``, and this rank's shards of it."""
+        for states in self._optimizer_state().values():
+            for name, tensor in states.items():
+                table, state = name.split(".")
+                yield from ((state, shard) for shard in _local_shards(table, tensor))
+
+    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        return self._sharded.fused_optimizer.state_dict()["state"]
+
+    def _held(self) -> dict[str, tuple[int, Tensor, list[Tensor]]]:
+        """Table -> first row, values and states of the optimizer, live, of the shard that this rank has."""
+        states: dict[str, list[Tensor]] = {}
+        for _, state in self.optimizer_shards():
+            states.setdefault(state.table, []).append(state.values)
+        return {shard.table: (shard.row, shard.values, states.get(shard.table, [])) for shard in self.shards()}
+
+
+def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
+    assert isinstance(tensor, DTensor), table
+    held: Any = tensor.to_local()
+    # Of a table that this rank has no shard of there is still an offset.
+    for shard, offset in zip(held.local_shards(), held.local_offsets(), strict=False):
+        yield Shard(table, shard, offset[0], offset[1] if len(offset) > 1 else 0)
+
+
+def _routings(
+    collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup, dynamic: DynamicTables
+) -> list[FlatRouting]:
+    """How a collection's ids travel flat; none where they have to take TorchRec's own path.
+
+    Raises:
+        UserError: that path would have to carry ids of a dynamic table.
+    """
+    tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
+    coming = frozenset(key for key in keys if tables[key] in dynamic.names)
+    shardings = {parameter.sharding_type for parameter in collection.module_sharding_plan.values()}
+    if not flat_exchange_serves(collection._device, shardings):
+        if coming:
+            raise UserError(
+                f"table {tables[min(coming)]!r}: dynamic ids work on a CPU, with all tables of the same width "
+                "table_wise or row_wise; set train.device = 'cpu' and features.*.sharding = 'auto'"
+            )
+        return []
+    routings: list[FlatRouting] = []
+    for sharding in sorted(shardings):
+        alike = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
+        if staying := frozenset(alike - coming):
+            routings.append(FlatRouting(collection, sharding, keys, group, staying))
+        if served := frozenset(alike & coming):
+            routings.append(DynamicRouting(collection, sharding, keys, group, served, dynamic.rows))
+    return routings
+
+
+def _exchange(routing: FlatRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> FlatExchange:
+    if isinstance(routing, DynamicRouting):
+        return DynamicExchange(routing, ids, clock)
+    return FlatExchange(routing, ids, clock)
+
+
+def flat_exchange_serves(device: torch.device, shardings: set[str]) -> bool:
+    """Whether :class:`FlatExchange` can serve a collection: on a CPU, every table whole or cut by rows."""
+    return device.type == "cpu" and shardings <= {"table_wise", "row_wise"}

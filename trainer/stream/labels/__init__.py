@@ -1,0 +1,1 @@
+"""When a behaviour becomes a label."""

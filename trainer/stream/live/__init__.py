@@ -1,0 +1,1 @@
+"""A live stream: open visits, predictions, features, freshness."""

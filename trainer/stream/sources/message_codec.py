@@ -1,0 +1,302 @@
+"""Events as messages of a topic, and back: what is no event is told apart with its reason, and never an error.
+
+``json``: one event or several, each a JSON object on a line of its own (a message of one event is one object)::
+
+    {"user_id": 17, "author_id": 3, "item_id": 90, "domain": "live", "visit_id": 5, "event": "like",
+     "time_ms": 1700000000000, "value": 0}
+
+``arrow``: one event or several as an Arrow IPC stream with the columns of ``trainer.data.format.schema.EVENT_COLUMNS``,
+and those of the features where it has any.
+
+============  =====================  =============================================================================
+field         json                   meaning
+============  =====================  =============================================================================
+user_id       integer                0 or more, as ``author_id``, ``item_id`` and ``visit_id``, which are needed too
+domain        "video", "live"        an int8 position in ``schema.DOMAINS`` in Arrow
+event         string                 exposure, enter, exit, or one of the job's behaviours
+time_ms       integer                milliseconds UTC; not negative, not far ahead of the clock
+value         number, null or none   float32 in Arrow; milliseconds watched of an exit, price of a gift, else 0
+side          list, null or none     integers, int32 in Arrow: each in ``[0, rows)`` of its ``DatasetSpec.side``
+dense         list, null or none     numbers, float32 in Arrow: those of ``DatasetSpec.dense``
+stat          list, null or none     numbers, float32 in Arrow: counts as ``schema.row_columns`` has them
+============  =====================  =============================================================================
+
+``side``, ``dense`` and ``stat`` are what was known of the visit when it was requested, in the order of the job's
+dataset: all three or none of them. They are those of the exposure in a candidate domain, or of the enter where a
+producer has no exposures, and of other events are passed over, as other fields are. Events of one message belong to one
+partition and come in the order of the log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.config.stream import MessageFormat
+from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, partition_of
+from trainer.data.format.validation import Columns
+from trainer.data.format.visit_events import event_names, event_table
+from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES
+from trainer.stream.labels.visit_grouping import of_domains
+from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together
+from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.sources.message_features import FeatureLists
+
+_LISTS = pa.schema(
+    [("side", pa.list_(pa.int32())), ("dense", pa.list_(pa.float32())), ("stat", pa.list_(pa.float32()))]
+)
+_NAMED_EVENTS = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.field("event", pa.string()))
+# What no int32 can hold is told apart event by event.
+_READ = pa.schema([*_NAMED_EVENTS, *_LISTS.set(0, pa.field("side", pa.list_(pa.int64())))])
+_NOT_ARROW = (pa.ArrowException, OSError, ValueError)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """What is no event.
+
+    Attributes:
+        message: place of its message among those given.
+        inside: which event of the message.
+        reason: for a person.
+        content: a message of the same format with this event alone, or with what else it is.
+    """
+
+    message: int
+    inside: int
+    reason: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Events of some messages.
+
+    Attributes:
+        events: columns of ``EVENT_TYPES``, each ``[n]``, in the order of the messages.
+        message: ``[n]`` int64, place of each event's message.
+        inside: ``[n]`` int64, which event of the message it is, the rejected ones counted too.
+        logged: features of the events that carry them.
+        sizes: ``[messages]`` int64, events of each message, rejected ones too.
+        rejected: the others, in order.
+    """
+
+    events: Columns
+    message: np.ndarray
+    inside: np.ndarray
+    logged: Logged
+    sizes: np.ndarray
+    rejected: list[Rejected]
+
+
+class Codec:
+    """Reads and writes messages.
+
+    Args:
+        format: of the messages.
+        spec: names the behaviours, which are events, and the features.
+        ahead_ms: how far an event may be ahead of the clock.
+    """
+
+    def __init__(self, format: MessageFormat, spec: DatasetSpec, ahead_ms: int) -> None:
+        self._format, self._spec, self._ahead_ms = format, spec, ahead_ms
+        self._names, self._features = event_names(spec), FeatureLists(spec)
+
+    def decode(
+        self, values: Sequence[bytes], now_ms: int, partition: np.ndarray | None = None, partitions: int = 0
+    ) -> Decoded:
+        """The events of messages.
+
+        Args:
+            values: of the messages.
+            now_ms: the time by the clock.
+            partition: ``[messages]`` where each came from, to be compared with ``schema.partition_of`` its users; None
+                does not look.
+            partitions: of the topic.
+        """
+        table, message, inside, sizes, rejected = _from_json(values) if self._format == "json" else _from_arrow(values)
+        events, reasons = self._checked(table, now_ms)
+        opens = (events["event"] <= ENTER) & of_domains(self._spec, events["domain"], None)
+        logged, no_features = self._features.read(table, opens)
+        reasons = no_features | reasons
+        if partition is not None:
+            owner = partition_of(events["user_id"], partitions)
+            for row in np.flatnonzero(owner != partition[message]).tolist():
+                reasons.setdefault(row, f"a user of partition {owner[row]} in partition {partition[message[row]]}")
+        for row, reason in reasons.items():
+            at = int(message[row]), int(inside[row])
+            content = _line(values[at[0]], at[1]) if self._format == "json" else _stream(table.slice(row, 1))
+            rejected.append(Rejected(*at, reason, content))
+        if reasons:
+            kept = np.ones(len(message), bool)
+            kept[list(reasons)] = False
+            events, logged = {name: column[kept] for name, column in events.items()}, logged.take(np.flatnonzero(kept))
+            message, inside = message[kept], inside[kept]
+        rejected.sort(key=lambda bad: (bad.message, bad.inside))
+        return Decoded(events, message, inside, logged, sizes, rejected)
+
+    def encode(self, events: Columns, logged: Logged | None = None) -> list[bytes]:
+        """Each event as a message; ``logged`` with some of them, or nothing is."""
+        if self._format == "json":
+            return self._lines(events, logged)
+        table = self._table(events, logged)
+        return [_stream(table.slice(row, 1)) for row in range(table.num_rows)]
+
+    def encode_together(self, events: Columns, logged: Logged | None = None) -> bytes:
+        """All events as one message."""
+        if self._format == "json":
+            return b"\n".join(self._lines(events, logged))
+        return _stream(self._table(events, logged))
+
+    def _lines(self, events: Columns, logged: Logged | None) -> list[bytes]:
+        template = ", ".join(
+            [*(f'"{name}": %d' for name in IDS), '"domain": %s, "event": %s, "time_ms": %d, "value": %r']
+        )
+        domains, names = [json.dumps(name) for name in DOMAINS], [json.dumps(name) for name in self._names]
+        columns = [
+            *(events[name].tolist() for name in IDS),
+            [domains[code] for code in events["domain"].tolist()],
+            [names[code] for code in events["event"].tolist()],
+            events["time_ms"].tolist(),
+            events["value"].tolist(),
+        ]
+        lines = ["{" + template % row + "}" for row in zip(*columns, strict=True)]
+        if logged is not None:
+            for at, features in zip(logged.at.tolist(), self._features.lines(logged), strict=True):
+                lines[at] = f"{lines[at][:-1]}, {features}}}"
+        return [line.encode() for line in lines]
+
+    def _table(self, events: Columns, logged: Logged | None) -> pa.Table:
+        table = event_table(self._spec, events)
+        if logged is not None:
+            for name, column in self._features.arrays(logged, table.num_rows).items():
+                table = table.append_column(_LISTS.field(name), column)
+        return table
+
+    def _checked(self, table: pa.Table, now_ms: int) -> tuple[Columns, dict[int, str]]:
+        """Columns of a table, and why rows of it are no events; values of those rows mean nothing."""
+        reasons: dict[int, str] = {}
+
+        def refuse(bad: np.ndarray, reason: str) -> None:
+            # Later checks are of the more basic kind.
+            reasons.update((row, reason) for row in np.flatnonzero(bad).tolist())
+
+        value = table["value"].cast(pa.float64()).fill_null(0.0).to_numpy()
+        columns: Columns = {name: table[name].fill_null(0).to_numpy() for name in INTEGERS}
+        time_ms = columns["time_ms"]
+        refuse(~(np.abs(value) <= _LARGEST_FLOAT32), "value is not a finite float32")
+        refuse(
+            time_ms > now_ms + self._ahead_ms, f"time_ms is more than {self._ahead_ms / 3.6e6:g} h ahead of the clock"
+        )
+        for name in INTEGERS:
+            refuse(columns[name] < 0, f"{name} is negative")
+        columns["value"] = np.where(np.abs(value) <= _LARGEST_FLOAT32, value, 0).astype(np.float32)
+        for name, known in (("event", self._names), ("domain", DOMAINS)):
+            codes = table[name]
+            if not pa.types.is_integer(codes.type):
+                codes = pc.index_in(codes, value_set=pa.array(known))
+            code = codes.fill_null(-1).to_numpy()
+            outside = (code < 0) | (code >= len(known))
+            for row in np.flatnonzero(outside).tolist():
+                reasons[row] = f"{name} {table[name][row].as_py()!r:.80} is unknown; known are {', '.join(known)}"
+            columns[name] = np.where(outside, 0, code).astype(np.int8)
+        for name in (*INTEGERS, "domain", "event"):
+            if table[name].null_count:
+                refuse(table[name].is_null().to_numpy(), f"{name} is missing")
+        return {name: columns[name].astype(dtype, copy=False) for name, dtype in EVENT_TYPES.items()}, reasons
+
+
+_Read = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[Rejected]]
+"""A table of what may be events, ``message``, ``inside`` and ``sizes`` as in :class:`Decoded`, and what is none."""
+
+
+def _from_json(values: Sequence[bytes]) -> _Read:
+    """Lines of messages as columns of ``json_lines.JSON_SCHEMA``."""
+    values = [value.removesuffix(b"\n") for value in values]
+    sizes = np.array([value.count(b"\n") + 1 for value in values], np.int64)
+    table = parse_together(values, int(sizes.sum()))
+    if table is not None:
+        return table, *_places(sizes, np.ones(len(values), bool)), sizes, []
+    # Something in it is not plain: line by line, as far as that is needed.
+    text = np.array([is_text(value) for value in values], bool)
+    sizes[~text] = 1
+    rejected = [Rejected(place, 0, "not text in UTF-8", values[place]) for place in np.flatnonzero(~text).tolist()]
+    lines = list(chain.from_iterable(values[place].split(b"\n") for place in np.flatnonzero(text).tolist()))
+    message, inside = _places(sizes, text)
+    table, bad = parse_lines(lines)
+    rejected += [Rejected(int(message[row]), int(inside[row]), reason, lines[row]) for row, reason in bad.items()]
+    kept = np.ones(len(lines), bool)
+    kept[list(bad)] = False
+    return table, message[kept], inside[kept], sizes, rejected
+
+
+def _places(sizes: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Message of every event, and which event of it, of the messages where ``whole`` is set."""
+    sizes = sizes[whole]
+    message = np.repeat(np.flatnonzero(whole), sizes)
+    return message, np.arange(len(message)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _from_arrow(values: Sequence[bytes]) -> _Read:
+    """IPC streams as one table of events."""
+    tables: list[pa.Table] = [_READ.empty_table()]
+    rejected: list[Rejected] = []
+    sizes = np.ones(len(values), np.int64)
+    whole = np.ones(len(values), bool)
+    opened: list[pa.Table] = []
+    for place, value in enumerate(values):
+        try:
+            with pa.ipc.open_stream(value) as stream:
+                opened.append(stream.read_all())
+        except _NOT_ARROW as error:
+            opened.append(pa.table({}))
+            rejected.append(_not_arrow(place, value, error))
+            whole[place] = False
+    try:
+        # Most messages share a schema: what is done with all of them at once costs little.
+        tables.append(_named(pa.concat_tables([opened[place] for place in np.flatnonzero(whole).tolist()])))
+        sizes[whole] = [opened[place].num_rows for place in np.flatnonzero(whole).tolist()]
+    except _NOT_ARROW:
+        for place in np.flatnonzero(whole).tolist():
+            try:
+                tables.append(_named(opened[place]))
+                sizes[place] = opened[place].num_rows
+            except _NOT_ARROW as error:
+                rejected.append(_not_arrow(place, values[place], error))
+                whole[place] = False
+    return pa.concat_tables(tables).combine_chunks(), *_places(sizes, whole), sizes, rejected
+
+
+def _named(table: pa.Table) -> pa.Table:
+    """A table that was read, in the columns of ``_READ``."""
+    table.validate(full=True)
+    missing = [name for name in EVENT_COLUMNS.names if name not in table.column_names]
+    if missing:
+        raise pa.ArrowInvalid(f"it has no column {missing[0]}")
+    for name in FEATURES:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, _READ.field(name).type))
+    return table.select(_READ.names).cast(_READ)
+
+
+def _not_arrow(place: int, value: bytes, error: Exception) -> Rejected:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return Rejected(place, 0, f"not an Arrow stream of events: {said:.120}", value)
+
+
+def _line(value: bytes, inside: int) -> bytes:
+    return value.split(b"\n")[inside]
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,259 @@
+"""Replays the events of a stored dataset in event time order, as fast as possible or at a chosen speed.
+
+Nothing to install and nothing to run: what a live stream would bring, from files, with the features of the stored
+training rows. Positions count rows of each partition's ``events/part-*.parquet``. At a speed, batches end at fixed
+times of the events and not of the clock, so the same batches come at any load and after any restart; the clock decides
+only when.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.config.stream import StreamConfig
+from trainer.console.errors import UserError
+from trainer.data.format import storage
+from trainer.data.format.dataset import fingerprint
+from trainer.data.format.schema import EVENT_COLUMNS, DatasetSpec
+from trainer.data.format.validation import Columns
+from trainer.data.format.visit_events import event_codes
+from trainer.stream.labels.assembled_rows import EVENT_TYPES
+from trainer.stream.sources.replay_features import StoredFeatures
+from trainer.stream.sources.source import EventBatch, Identity, Position, Reader, starting_position
+from trainer.stream.sources.time_merge import TimeMerge
+
+_PAGE_BYTES = 1 << 20
+_MOST_ROWS = 1 << 16
+
+
+class FilesSource:
+    """The events of a dataset as a stream.
+
+    Args:
+        path: dataset, a directory or an fsspec URL.
+        config: of the stream.
+        since_ms: leave out events before this time, as of the beginning; a position to go on from may be anywhere.
+        until_ms: end before the first event of this time or later.
+
+    Attributes:
+        spec: of the dataset.
+
+    Raises:
+        UserError: no dataset there.
+    """
+
+    def __init__(
+        self, path: str | Path, config: StreamConfig, since_ms: int | None = None, until_ms: int | None = None
+    ) -> None:
+        self.spec = DatasetSpec.load(path)
+        self._path, self._config, self._since_ms, self._until_ms = path, config, since_ms, until_ms
+
+    @property
+    def partitions(self) -> int:
+        """As of the dataset."""
+        return self.spec.partitions
+
+    @property
+    def identity(self) -> Identity:
+        """The dataset by its description and its files' own: it may lie elsewhere."""
+        digest = hashlib.blake2b(self.spec.to_json().encode(), digest_size=16)
+        if self.spec.rows:
+            digest.update(fingerprint(str(self._path), self.spec).encode())
+        for partition in range(self.partitions):
+            digest.update(PartitionLog(self._path, self.spec, partition).digest)
+        return {"source": "files", "events": digest.hexdigest()}
+
+    def open(
+        self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
+    ) -> Reader:
+        """Read some partitions; see :class:`trainer.stream.sources.source.Source`."""
+        logs = {partition: PartitionLog(self._path, self.spec, partition) for partition in sorted(partitions)}
+
+        def beginning(partition: int) -> Sequence[int]:
+            return (0, 0, 0, 0) if self._since_ms is None else (logs[partition].rows_before(self._since_ms), 0, 0, 0)
+
+        start = starting_position(partitions, position, self.partitions, beginning)
+        for partition, (place, *_) in start.items():
+            if place > logs[partition].rows:
+                raise UserError(
+                    f"the saved stream position of partition {partition} is event {place:,}, {self._path} has "
+                    f"{logs[partition].rows:,}: replay the dataset that the run began with"
+                )
+        # All ranks agree on the moment at which the replay goes on, whatever their own partitions hold next.
+        everyone = start if position is None else position
+        anchor_ms = max((int(at[2]) for at in everyone.values()), default=0) or self._since_ms or self.spec.span_ms[0]
+        features = {partition: StoredFeatures(self._path, self.spec, partition) for partition in logs}
+        feed = _Replay(logs, features, start, self._config, anchor_ms, self._until_ms, slice_ms)
+        return Reader(feed, self._config.queue_batches)
+
+
+class PartitionLog:
+    """The event log of one partition.
+
+    Args:
+        path: dataset.
+        spec: of it.
+        partition: which.
+
+    Attributes:
+        rows: events in it.
+        last_ms: time of the last one, 0 where the file does not tell.
+        digest: what the file says of its columns: sizes, places and ranges.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path, spec: DatasetSpec, partition: int) -> None:
+        self._spec, self._name = spec, storage.join(path, f"events/part-{partition:05d}.parquet")
+        remote = storage.is_remote(self._name)
+        self._filesystem: Any
+        self._filesystem, self._inside = storage.open_url(self._name) if remote else (None, self._name)
+        try:
+            with self._open() as file:
+                metadata = file.metadata
+        except FileNotFoundError:
+            raise UserError(f"{self._name}: no such file; the dataset has no event log of this partition") from None
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from None
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        self.digest = repr([group.to_dict() for group in groups]).encode()
+        self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        self.rows = int(self._starts[-1])
+        last = [group.column(EVENT_COLUMNS.get_field_index("time_ms")).statistics for group in groups[-1:]]
+        self.last_ms = int(last[0].max) if last and last[0] is not None and last[0].has_min_max else 0
+
+    def chunks(self, place: int, most: int = _MOST_ROWS) -> Iterator[Columns]:
+        """Events from a row on, in portions that stream from the file: columns of ``EVENT_TYPES`` and ``place``.
+
+        Args:
+            place: row to begin with.
+            most: rows of a portion.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if place >= self.rows:
+            return
+        first = int(np.searchsorted(self._starts, place, "right")) - 1
+        at = int(self._starts[first])
+        try:
+            with self._open() as file:
+                groups = list(range(first, file.num_row_groups))
+                for batch in file.iter_batches(most, groups, list(EVENT_TYPES), use_threads=False):
+                    skipped = min(max(place - at, 0), batch.num_rows)
+                    at += batch.num_rows
+                    if skipped < batch.num_rows:
+                        yield self._columns(batch.slice(skipped), at)
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from None
+
+    def rows_before(self, time_ms: int) -> int:
+        """Events before a time."""
+        rows = 0
+        for columns in self.chunks(0):
+            inside = int(np.searchsorted(columns["time_ms"], time_ms))
+            rows += inside
+            if inside < len(columns["time_ms"]):
+                break
+        return rows
+
+    def _columns(self, batch: pa.RecordBatch, stop: int) -> Columns:
+        columns: Columns = {}
+        for name, dtype in EVENT_TYPES.items():
+            column = batch.column(batch.schema.get_field_index(name))
+            if name == "event":
+                columns[name] = event_codes(self._spec, pa.chunked_array([column]))
+                if (columns[name] < 0).any():
+                    row = int(np.argmax(columns[name] < 0))
+                    raise UserError(f"{self._name}: column 'event' is {column[row].as_py()!r}, no event of the dataset")
+            elif column.type != EVENT_COLUMNS.field(name).type or column.null_count:
+                expected = EVENT_COLUMNS.field(name).type
+                raise UserError(f"{self._name}: column {name!r} is {column.type}; it must be {expected} without nulls")
+            else:
+                columns[name] = column.to_numpy().astype(dtype, copy=False)
+        columns["place"] = np.arange(stop - batch.num_rows + 1, stop + 1)
+        return columns
+
+    def _open(self) -> pq.ParquetFile:
+        # Reading through a buffer decodes page by page, where a whole row group would be taken into memory otherwise.
+        return pq.ParquetFile(self._inside, filesystem=self._filesystem, buffer_size=_PAGE_BYTES)
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"{self._name}: not a readable Parquet file ({str(error).splitlines()[0]})")
+
+
+class _Replay:
+    """Some partitions of a dataset, merged."""
+
+    def __init__(
+        self,
+        logs: Mapping[int, PartitionLog],
+        features: Mapping[int, StoredFeatures],
+        position: Position,
+        config: StreamConfig,
+        anchor_ms: int,
+        until_ms: int | None,
+        slice_ms: int,
+    ) -> None:
+        self._logs, self._features, self._slice_ms = logs, features, slice_ms
+        self.position, self._config, self._until_ms = position, config, until_ms
+        self._anchor_ms, self._began = anchor_ms, time.time()
+        self._last_ms = max((log.last_ms for log in logs.values()), default=0)
+        if until_ms is not None:
+            self._last_ms = min(self._last_ms, until_ms)
+
+    def batches(self, stop: threading.Event) -> Generator[EventBatch]:
+        """See :class:`trainer.stream.sources.source.Feed`."""
+        merge = TimeMerge(self.position)
+        most = min(_MOST_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
+        chunks = {partition: self._logs[partition].chunks(at[0], most) for partition, at in self.position.items()}
+        played_ms = max(1, round(self._config.linger_seconds * 1000 * self._config.speed)) if self._config.speed else 0
+        ticks_ms = [tick_ms for tick_ms in (played_ms, self._slice_ms) if tick_ms]
+        while not stop.is_set():
+            for partition in [partition for partition in chunks if not merge.held(partition)]:
+                columns = self._until(next(chunks[partition], None))
+                if columns is None:
+                    merge.wait_for(partition, False)
+                    del chunks[partition]
+                else:
+                    merge.append(partition, columns, self._features[partition].of(columns))
+            while (batch := merge.take(self._config.batch_events, ticks_ms=ticks_ms, rest=not chunks)) is not None:
+                yield self._arrived(batch, stop)
+            if not chunks:
+                return
+
+    def ahead(self, position: Position) -> tuple[int, int]:
+        """See ``trainer.stream.sources.source.Feed``; events after ``until_ms`` count as rows, being in the files."""
+        waiting = sum(self._logs[partition].rows - at[0] for partition, at in position.items())
+        newest = self._last_ms
+        if self._config.speed:
+            newest = min(newest, self._anchor_ms + int((time.time() - self._began) * 1000 * self._config.speed))
+        return waiting, newest
+
+    def _until(self, columns: Columns | None) -> Columns | None:
+        """What of a portion is to be replayed; None at the end."""
+        if columns is None or self._until_ms is None or columns["time_ms"][-1] < self._until_ms:
+            return columns
+        stop = int(np.searchsorted(columns["time_ms"], self._until_ms))
+        # The next portion lies behind the end as a whole.
+        return {name: column[:stop] for name, column in columns.items()} if stop else None
+
+    def _arrived(self, batch: EventBatch, stop: threading.Event) -> EventBatch:
+        """The batch when it is due."""
+        if not self._config.speed:
+            return replace(batch, arrived_ms=np.full(len(batch), round(time.time() * 1000)))
+        since = (batch.events["time_ms"] - self._anchor_ms) / (1000 * self._config.speed)
+        due = self._began + since
+        stop.wait(max(0.0, float(due[-1]) - time.time()))
+        return replace(batch, arrived_ms=(np.maximum(due, self._began) * 1000).astype(np.int64))
