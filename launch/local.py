@@ -23,7 +23,7 @@ from typing import IO
 
 from launch.machine import available_cores, free_port, port_in_use
 from trainer.console.errors import UserError, is_lost_peer
-from trainer.console.job_arguments import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.console.run_log import LOG_NOTE_VARIABLE
 
 SETTLE_SECONDS = 1.0

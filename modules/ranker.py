@@ -149,7 +149,7 @@ class Ranker(nn.Module):
         self.network = nn.Sequential(network, Towers(network.out_features, behaviours, tower, dropout))
 
     @torch.no_grad()
-    def start_at(self, base_rates: Tensor) -> None:
+    def init_output_bias(self, base_rates: Tensor) -> None:
         """Let the first predictions be about these rates ``[behaviours]``, in (0, 1): the last bias is their logit.
 
         Otherwise rare behaviours spend their first hundred steps on learning how rare they are.

@@ -18,16 +18,16 @@ from typing import Any
 
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
-from trainer.checkpoint.run_directory import begin_run, choose_directory, homes, make_directory, write_json
+from trainer.checkpoint.run_directory import begin_run, choose_directory, homes, make_directory
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import add_train_arguments, rank_parser
 from trainer.console.run_log import open_log, say, set_step
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Data, fingerprint
-from trainer.evaluate import calibration_curve, evaluate, predict, read_truth
 from trainer.metrics.behaviour_metrics import Report
 from trainer.ranking.checkpoints import Checkpoints, Identity
-from trainer.ranking.report import PHASES, metrics_table, write_report
+from trainer.ranking.evaluation import calibration_curve, evaluate, metrics_document, predict, read_truth
+from trainer.ranking.report import metrics_table, write_report
 from trainer.ranking.search_refresh import Searching, make_space
 from trainer.ranking.setup import (
     Split,
@@ -41,10 +41,11 @@ from trainer.ranking.setup import (
 )
 from trainer.ranking.stream_train_loop import train_stream
 from trainer.ranking.train_loop import train
-from trainer.ranking.training_state import Trace, TrainingState
+from trainer.ranking.training_state import TrainingState
 from trainer.ranking.training_stream import open_stream
-from trainer.ranking.warm_start import check_source, format_taken, take_from
+from trainer.ranking.warm_start import check_source, format_taken, warm_start
 from trainer.runtime.distributed import World, run_rank
+from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.run_lock import locked
 from trainer.serving.publish import publisher
@@ -139,7 +140,7 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     state = TrainingState.at_start(features.behaviours, stream, space)
     position = checkpoints.restore(engine, state)
     if position is None and config.init_from.run:
-        say(format_taken(take_from(engine, config, kind, features, world)))
+        say(format_taken(warm_start(engine, config, kind, features, world)))
     searching = None if space is None else Searching(space, config, features, engine, world)
     if searching is not None:
         searching.begin()
@@ -185,27 +186,6 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     checkpoints.close()
     engine.close()
     return document
-
-
-def metrics_document(
-    config: JobConfig, kind: str, report: Report | None, trace: Trace, stalls: Sequence[float]
-) -> dict[str, Any]:
-    """The content of ``metrics.json``; undefined metrics are null. ``stalls`` are of the last start of the job."""
-    seconds = {phase: sum(entry[phase] for entry in trace) for phase in PHASES}
-    total = sum(seconds.values())
-    rows = sum(entry["rows"] for entry in trace)
-    return {
-        "behaviours": report or {},
-        "model": kind,
-        "held_out": {"from": config.data.eval_from, "until": config.data.eval_until, "frozen": config.data.frozen},
-        "training": {
-            "rows": rows,
-            "skipped_rows": sum(entry["skipped_rows"] for entry in trace),
-            "rows_per_second": rows / sum(entry["rows"] / entry["rows_per_second"] for entry in trace),
-            "share_of_time": {phase: value / total for phase, value in seconds.items()},
-            "checkpoint_stalls_seconds": list(stalls),
-        },
-    }
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ from benchmarks.moment.plots import plot_reactions, plot_room
 from benchmarks.moment.reactions import AGES_S, by_age, response, room_jumps, times
 from benchmarks.moment.run import JOB, POLICIES, Predicted, predict_stream, stream_job
 from benchmarks.moment.world import BEHAVIOURS, Shown, WorldSize, levels, shown, write_world
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 SIZE = WorldSize()
 JUDGED_FROM_S = 3600.0

@@ -8,7 +8,8 @@ import numpy as np
 
 from benchmarks.moment.run import train_on
 from benchmarks.moment.world import BEHAVIOURS
-from trainer.config.ranker import JobConfig, parse_time
+from trainer.config.load import parse_time
+from trainer.config.ranker import JobConfig
 from trainer.data.format.schema import Rows
 from trainer.data.format.validation import Columns
 from trainer.ranking.training_stream import Stream
@@ -16,8 +17,9 @@ from trainer.runtime.distributed import World
 from trainer.stream.labels.assembled_rows import END_OF_TIME, FIRST_BEHAVIOUR, concatenate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
+from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.live.freshness import Freshness
-from trainer.stream.live.visit_facts import NEVER
+from trainer.stream.live.visit_features import NEVER
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -45,7 +47,7 @@ def label_delays(config: JobConfig) -> dict[str, Any]:
         part = log.read(partition)
         inside = part["time_ms"] >= begin_ms
         part = {name: column[inside] for name, column in part.items()}
-        rows.append(assemble_batch(log.spec, config.labels.make_policy(), config.labels.patience, part).rows)
+        rows.append(assemble_batch(log.spec, report_policy(config.labels), event_timeouts(config.labels), part).rows)
         events.append(part)
     joined, happened = concatenate(rows), concatenate(events)
     of_behaviours = {name: _delays(joined, happened, k) for k, name in enumerate(log.spec.behaviours)}
@@ -82,14 +84,14 @@ def play(config: JobConfig, world: World) -> dict[str, Any]:
 
     Returns:
         Behaviour -> :func:`quantiles`; and from a complete row to the step that learns it the ``least`` and ``most``
-        seconds that the settings allow: rows wait for ``disorder_seconds`` twice, for the end of their slice, and for
-        the next of the steps that are made every ``flush_seconds``.
+        seconds that the settings allow: rows wait for ``max_out_of_orderness_seconds`` twice, for the end of their
+        slice, and for the next of the steps that are made every ``flush_seconds``.
     """
     delays = _Delays()
     train_on(config, world, delays.listen_to)
     settings = config.stream
     assert settings is not None
-    waits = 2 * config.labels.disorder_seconds
+    waits = 2 * config.labels.max_out_of_orderness_seconds
     return {
         "least": waits,
         "most": waits + settings.slice_seconds + settings.flush_seconds,

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.cross_report import FULL, GROUPS, NO_VIDEOS, WITHOUT_CROSS, Measured, draw, summarise, tables
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.progress import Progress
 from trainer.data.features.feature_map import FeatureMap
@@ -40,10 +39,12 @@ from trainer.data.loading.loader import Loader
 from trainer.data.simulator.cross.write_dataset import ITEM_VECTORS, simulate_cross
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.lr_schedule import learning_rate_factor
-from trainer.evaluate import Predictions, evaluate, predict, read_truth
+from trainer.ranking.evaluation import Predictions, evaluate, predict, read_truth
 from trainer.ranking.search_refresh import Searching, make_space
 from trainer.ranking.setup import build_engine, fit_once, held_out_loader, split_in_time, training_loader
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 JOB = "benchmarks/quality/cross.toml"
 USERS, DAYS, PARTITIONS, WORLD_SEED = 400, 60, 8, 1

@@ -29,12 +29,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.quality.dynamic_stream import N_DENSE, Exposures, PassingRooms
 from modules.embeddings import Dynamic, Lookup, Table
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.progress import Progress
 from trainer.console.text_table import text_table
 from trainer.data.features.id_map import IdMap
 from trainer.metrics.behaviour_metrics import auc
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables

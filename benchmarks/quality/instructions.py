@@ -24,7 +24,6 @@ import torch
 
 from benchmarks.quality.instruction_word_baseline import accuracy_of_words
 from benchmarks.quality.staytime_report import mean_and_half_width
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.finetune import load_finetune
 from trainer.console.text_table import text_table
 from trainer.data.simulator.write_dataset import simulate
@@ -33,6 +32,8 @@ from trainer.llm.finetuning.option_evaluation import MODELS
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.write import Plan, write_instructions
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"

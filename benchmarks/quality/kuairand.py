@@ -29,13 +29,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.bootstrap import Resampled, draw_users, interval, resample_auc, resample_gauc
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.dense_inputs import DenseInputs
 from trainer.data.format.dataset import Data, freeze_statistics
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import read_rows
 from trainer.ranking.setup import Split, split_in_time
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 JOB = "configs/kuairand.toml"
 BEHAVIOURS = ("click", "long_view", "like", "profile_enter", "comment", "follow")

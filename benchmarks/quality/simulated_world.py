@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from trainer.checkpoint.run_directory import environment, write_json
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 JOB = "configs/simulated.toml"
 MODELS = ("ple", "cgc", "mmoe", "shared_bottom", "logistic")

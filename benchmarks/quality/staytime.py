@@ -35,14 +35,15 @@ import numpy as np
 import torch
 
 from benchmarks.quality.staytime_report import print_tables, summarise, write_pictures
-from trainer.checkpoint.run_directory import environment, write_json
+from trainer.comment_staytime.evaluation import train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
-from trainer.config.ranker import load_job
+from trainer.config.load import load_job
 from trainer.config.staytime import PECULIARITIES, DataConfig, InputConfig, LcuConfig, StaytimeConfig
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
-from trainer.staytime import train_and_evaluate
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 JOB = "configs/staytime.toml"
 LOSSES = ("vr", "wlr", "d2q", "ndt", "pcr", "tpm")
@@ -172,7 +173,7 @@ def word_tables(world: Path, directory: Path) -> None:
             for word in {word for text in texts for word in text}
         }
         vectors = np.stack([sum((known[word] for word in text), np.zeros(WORD_WIDTH)) for text in texts])
-        EmbeddingTable.write(directory / name, table[column].to_numpy(), vectors)
+        ContentVectors.write(directory / name, table[column].to_numpy(), vectors)
 
 
 def run_cells(cells: Sequence[Cell], paths: dict[str, Path], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.text_table import text_table
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.validation import Columns
 from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.stream.labels.assembled_rows import Assembled, concatenate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
-from trainer.stream.labels.policy import POLICIES, Patience, Policy
+from trainer.stream.labels.policy import POLICIES, EventTimeouts, Policy
 from trainer.stream.labels.streaming_assembler import StreamAssembler
 from trainer.stream.labels.visit_grouping import of_domains
 
@@ -51,31 +52,31 @@ def fastest(work: Callable[[], Any], repeats: int) -> float:
 
 
 def in_portions(
-    spec: DatasetSpec, policy: Policy, patience: Patience, events: Columns, domains: Domains, portion: int
+    spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, events: Columns, domains: Domains, portion: int
 ) -> Iterator[Assembled]:
     """The incremental assembler's answers."""
-    assembler = StreamAssembler(spec, policy, patience, domains)
+    assembler = StreamAssembler(spec, policy, timeouts, domains)
     for first in range(0, len(events["time_ms"]), portion):
         yield assembler.push({name: column[first : first + portion] for name, column in events.items()})
     yield assembler.advance()
 
 
-def arriving(events: Columns, disorder_ms: int) -> Columns:
-    """Events as they would arrive if each took up to ``disorder_ms``."""
-    delay = np.random.default_rng(0).integers(0, disorder_ms + 1, len(events["time_ms"]))
+def arriving(events: Columns, max_out_of_orderness_ms: int) -> Columns:
+    """Events as they would arrive if each took up to ``max_out_of_orderness_ms``."""
+    delay = np.random.default_rng(0).integers(0, max_out_of_orderness_ms + 1, len(events["time_ms"]))
     order = np.argsort(events["time_ms"] + delay, kind="stable")
     return {name: column[order] for name, column in events.items()}
 
 
 def measure(
-    log: EventLog, world: str, domains: Domains, disorder_ms: int, portion: int, repeats: int
+    log: EventLog, world: str, domains: Domains, max_out_of_orderness_ms: int, portion: int, repeats: int
 ) -> dict[str, Any]:
     """Rates and row volumes of a log, every partition by itself."""
-    patience = Patience()
+    timeouts = EventTimeouts()
     begin = time.process_time()
     partitions = [log.read(partition) for partition in range(log.spec.partitions)]
     reading = time.process_time() - begin
-    partitions = [arriving(part, disorder_ms) for part in partitions]
+    partitions = [arriving(part, max_out_of_orderness_ms) for part in partitions]
     events = sum(len(part["time_ms"]) for part in partitions)
     counted = sum(int(of_domains(log.spec, part["domain"], domains).sum()) for part in partitions)
     policies: dict[str, Any] = {}
@@ -83,13 +84,13 @@ def measure(
         policy = make()
 
         def batch(policy: Policy = policy) -> list[Assembled]:
-            return [assemble_batch(log.spec, policy, patience, part, domains) for part in partitions]
+            return [assemble_batch(log.spec, policy, timeouts, part, domains) for part in partitions]
 
         def incremental(policy: Policy = policy) -> list[Assembled]:
             return [
                 answer
                 for part in partitions
-                for answer in in_portions(log.spec, policy, patience, part, domains, portion)
+                for answer in in_portions(log.spec, policy, timeouts, part, domains, portion)
             ]
 
         whole, pieces = (concatenate([made.rows for made in work()]) for work in (batch, incremental))
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--days", type=int, default=5, help="of the simulated world (default: %(default)s)")
     parser.add_argument("--kuairand", metavar="FOLDER", help="KuaiRand-Pure, -1K or -27K as it is published")
     parser.add_argument(
-        "--disorder-seconds",
+        "--max-out-of-orderness-seconds",
         type=int,
         default=10,
         metavar="S",
@@ -156,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             imported = Path(scratch) / "kuairand"
             import_kuairand(options.kuairand, imported, 2)
             logs.append((EventLog(imported), "KuaiRand", ("video",)))
-        disorder_ms = options.disorder_seconds * 1000
+        max_out_of_orderness_ms = options.max_out_of_orderness_seconds * 1000
         results = [
-            measure(log, name, domains, disorder_ms, options.portion, options.repeats) for log, name, domains in logs
+            measure(log, name, domains, max_out_of_orderness_ms, options.portion, options.repeats)
+            for log, name, domains in logs
         ]
 
     print(report(results))
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{work}: slowest {slowest[work]:,.0f} events/s a core, asked for {target:,}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"targets": TARGETS, "slowest": slowest, "disorder_ms": disorder_ms}
+        facts = {"targets": TARGETS, "slowest": slowest, "max_out_of_orderness_ms": max_out_of_orderness_ms}
         facts |= {"portion": options.portion, "repeats": options.repeats}
         write_json(options.out, {**facts, "results": results, "environment": environment(1)})
 

@@ -28,8 +28,9 @@ from torch.nn import functional
 
 from modules.din import TargetAttention
 from modules.esu import SequenceAttention
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.text_table import text_table
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 SEQUENCES, LONGEST = 5, 100
 PARTS, QUERY_DIM, HEADS, HEAD_DIM = (16, 16, 32), 64, 4, 16

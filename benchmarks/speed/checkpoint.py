@@ -33,15 +33,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.manifest import MODEL, DatasetEntry, directory_name, find_checkpoint
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.ranker import parse_config
 from trainer.console.text_table import text_table
 from trainer.data.loading.batch import Batch
-from trainer.engine.batch_pipeline import Ask
+from trainer.engine.batch_pipeline import StepRequest
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 DIM = 16
 SHARES = {"user": 0.6, "item": 0.4}
@@ -185,7 +186,7 @@ def measure_save(engine: HybridEngine, world: World, own: int, home: Path, gigab
     def save_and_train() -> None:
         behind.save(engine, state)
         written = home / directory_name(state.step)
-        training = engine.steps(batches(world, gigabytes), lambda step: Ask(stop=written.exists()))
+        training = engine.steps(batches(world, gigabytes), lambda step: StepRequest(stop=written.exists()))
         during.extend(step_seconds(training))
         behind.wait()
 

@@ -32,9 +32,10 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World, control_group
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables
@@ -176,7 +177,7 @@ def measure_rank(rows: int, length: int, out: Path) -> None:
         result = {
             "ranks": world.size,
             "ids": ids / STEPS,
-            "different_ids": different / STEPS,
+            "unique_ids": different / STEPS,
             "largest_difference_of_tables": world.max(round(apart * 1e9)) / 1e9,
             "ways": {
                 way: {
@@ -217,7 +218,7 @@ def describe(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for result in results:
         for way, found in result["ways"].items():
-            ids = result["different_ids"] if WAYS[way] else result["ids"]
+            ids = result["unique_ids"] if WAYS[way] else result["ids"]
             times = [*found["milliseconds"].values(), found["milliseconds_in_all"], found["processor_milliseconds"]]
             sent = f"{found['megabytes_to_other_ranks']:.1f}"
             lines.append([str(result["ranks"]), way, f"{ids:,.0f}", sent, *(f"{time:.1f}" for time in times)])

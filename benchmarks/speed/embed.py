@@ -33,7 +33,6 @@ import pyarrow.parquet as pq
 import torch
 
 from modules.text_pooling import pool
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.finetune import SmallConfig
 from trainer.console.text_table import text_table
 from trainer.data.format.text_schema import read_texts
@@ -44,6 +43,8 @@ from trainer.llm.models.adapter import load_adapter
 from trainer.llm.models.base_model import Base
 from trainer.llm.models.prompt_templates import Template
 from trainer.llm.models.small_model import write_small_model
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 KINDS = ("items", "comments", "segments", "authors")
 RIDGE = (0.1, 1.0, 10.0, 100.0)

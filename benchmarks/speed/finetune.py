@@ -43,7 +43,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import LoraConfig, OptimizerConfig
 from trainer.console.text_table import text_table
@@ -53,6 +52,8 @@ from trainer.llm.finetuning.packing import Packs, Schedule
 from trainer.llm.finetuning.token_files import TokenCounts, Tokens
 from trainer.llm.models.base_model import add_adapter, empty_model, quiet_libraries
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {

@@ -26,9 +26,10 @@ from torchrec.modules.mc_modules import LRU_EvictionPolicy, MCHManagedCollisionM
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from modules.embeddings import Dynamic, Table
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.progress import Progress
 from trainer.console.text_table import text_table
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.sparse import dynamic_ids
 from trainer.sparse.dynamic_ids import DynamicIds
 

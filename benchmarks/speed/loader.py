@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.features import FeatureConfig
 from trainer.config.ranker import load_config
 from trainer.data.features.feature_map import FeatureMap
@@ -40,6 +39,8 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch_plan import ReadPlan
 from trainer.data.loading.block_reader import BlockReader
 from trainer.data.loading.loader import Loader
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 HOUR_MS = 3_600_000
 START_MS = 1_700_000_000_000

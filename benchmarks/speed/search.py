@@ -35,9 +35,10 @@ from modules.search import search as gsu
 from modules.search.cpu_kernels import fetch
 from modules.search.search import SearchPart, SearchVectors
 from modules.search.shortlists import Clusters, HashCodes
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.console.text_table import text_table
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

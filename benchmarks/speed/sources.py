@@ -24,17 +24,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.config.stream import StreamConfig
 from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature, partition_of, row_columns
 from trainer.data.format.shards import write_rows
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names, event_table
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.stream.labels.assembled_rows import EXPOSURE
 from trainer.stream.sources.kafka_client import library
 from trainer.stream.sources.kafka_source import KafkaSource
 from trainer.stream.sources.kafka_topic import Topic
-from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.replay import FilesSource
 from trainer.stream.sources.source import Source
 
@@ -72,17 +73,17 @@ def random_events(events: int) -> Columns:
     }
 
 
-def random_features(events: Columns) -> Logged:
+def random_features(events: Columns) -> RequestFeatures:
     """Features of the exposures of live rooms."""
     rng = np.random.default_rng(1)
     at = np.flatnonzero((events["event"] == EXPOSURE) & (events["domain"] == 1))
     shape = {name: (len(at), *row_columns(SPEC)[name][1]) for name in FEATURES}
     side = rng.integers(0, 1000, shape["side"]).astype(np.int32)
     stat = rng.geometric(0.05, shape["stat"]).astype(np.float32)
-    return Logged(at, side, rng.random(shape["dense"], np.float32), stat)
+    return RequestFeatures(at, side, rng.random(shape["dense"], np.float32), stat)
 
 
-def stored_rows(events: Columns, logged: Logged) -> dict[str, np.ndarray]:
+def stored_rows(events: Columns, logged: RequestFeatures) -> dict[str, np.ndarray]:
     """Training rows with these features, of visits of up to half an hour."""
     rng = np.random.default_rng(2)
     layout = row_columns(SPEC).items()
@@ -94,7 +95,7 @@ def stored_rows(events: Columns, logged: Logged) -> dict[str, np.ndarray]:
     return rows
 
 
-def store(path: Path, events: Columns, logged: Logged | None) -> None:
+def store(path: Path, events: Columns, logged: RequestFeatures | None) -> None:
     """Write the events as a dataset has them, with or without training rows."""
     (path / "events").mkdir(parents=True)
     owner = partition_of(events["user_id"], PARTITIONS)
@@ -121,7 +122,7 @@ def drain(source: Source) -> int:
         return sum(len(batch) for batch in reader)
 
 
-def publish(topic: Topic, events: Columns, logged: Logged | None, per_message: int) -> int:
+def publish(topic: Topic, events: Columns, logged: RequestFeatures | None, per_message: int) -> int:
     """Write events to a topic and wait for the brokers."""
     count = len(events["time_ms"])
     for first in range(0, count, 20_000):

@@ -32,7 +32,6 @@ import torch
 from benchmarks.speed.loader import HOUR_MS, START_MS
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
-from trainer.checkpoint.run_directory import environment, write_json
 from trainer.data.features.feature_map import HistorySequence
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.format.history import FOLDER, Histories, HistoryWriter
@@ -41,8 +40,10 @@ from trainer.data.format.shards import RowStore, write_rows
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics
-from trainer.ranking.report import PHASES
 from trainer.runtime.distributed import World
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
+from trainer.runtime.phase_timer import PHASES
 
 ROWS, USERS, AUTHORS, ITEMS, DIM, LENGTH, DENSE = 131_072, 1_000_000, 100_000, 1_000_000, 16, 50, 8
 BATCH = 2048

@@ -14,10 +14,8 @@ from launch.cli.checkpoint import add_checkpoint_parser
 from launch.cli.data import add_data_parser
 from launch.cli.instructions import add_instructions_parser
 from launch.cli.stream import add_stream_parser
+from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS, exit_status
 from trainer.console.job_arguments import (
-    HUNG_STATUS,
-    PREEMPTED_STATUS,
-    USER_ERROR_STATUS,
     add_command,
     add_evaluate_arguments,
     add_explain_arguments,
@@ -25,7 +23,6 @@ from trainer.console.job_arguments import (
     add_score_arguments,
     add_staytime_score_arguments,
     add_train_arguments,
-    exit_status,
 )
 
 MERGE, STAYTIME_SCORE = "finetune merge", "staytime score"
@@ -230,7 +227,7 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _staytime(options: argparse.Namespace) -> None:
-    from trainer.config.ranker import load_job
+    from trainer.config.load import load_job
     from trainer.config.staytime import StaytimeConfig
     from trainer.staytime import run_job
 

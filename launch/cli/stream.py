@@ -11,7 +11,7 @@ from types import TracebackType
 from launch.cli.stream_publish import add_publish_parser
 from trainer.console.job_arguments import add_command
 from trainer.console.progress import Progress
-from trainer.stream.labels.policy import POLICIES, Patience, make_policy
+from trainer.stream.labels.policy import POLICIES, EventTimeouts, make_policy
 
 _ASSEMBLE_DESCRIPTION = """\
 Write the training rows that a report policy makes of a dataset's event log, partition after partition, each in order
@@ -59,12 +59,12 @@ def add_stream_parser(subparsers: argparse._SubParsersAction) -> None:
         )
     _add_idle(assemble)
     assemble.add_argument(
-        "--disorder-seconds",
+        "--max-out-of-orderness-seconds",
         type=_milliseconds,
-        default=Patience().disorder_ms,
+        default=EventTimeouts().max_out_of_orderness_ms,
         metavar="S",
         help="an event that comes more than so long after a later one is late "
-        f"(default: {Patience().disorder_ms / 1000:g})",
+        f"(default: {EventTimeouts().max_out_of_orderness_ms / 1000:g})",
     )
     assemble.set_defaults(run=_assemble)
 
@@ -87,9 +87,9 @@ def _add_idle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--idle-seconds",
         type=_milliseconds,
-        default=Patience().idle_ms,
+        default=EventTimeouts().idle_ms,
         metavar="S",
-        help=f"a visit without an exit ends so long after its last event (default: {Patience().idle_ms / 1000:g})",
+        help=f"a visit without an exit ends so long after its last event (default: {EventTimeouts().idle_ms / 1000:g})",
     )
 
 
@@ -108,9 +108,9 @@ def _assemble(options: argparse.Namespace) -> int:
 
     given = {f"{name}_ms": getattr(options, f"{name}_seconds") for name in ("fast", "slow", "tick")}
     policy = make_policy(options.policy, **{name: value for name, value in given.items() if value is not None})
-    patience = Patience(options.idle_seconds, options.disorder_seconds)
+    timeouts = EventTimeouts(options.idle_seconds, options.max_out_of_orderness_seconds)
     with _EventsBar("assembling") as progress:
-        written = assemble_dataset(options.dataset, policy, patience, Path(options.out), options.mode, progress.reached)
+        written = assemble_dataset(options.dataset, policy, timeouts, Path(options.out), options.mode, progress.reached)
     rows, kinds = sum(written.rows.values()), ", ".join(f"{count:,} {kind}" for kind, count in written.rows.items())
     print(f"{options.out}: {rows:,} rows of {written.visits:,} visits" + (f" ({kinds})" if kinds else ""))
     if written.fast_slow_rows:

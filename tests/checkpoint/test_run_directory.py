@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, make_directory, write_json
-from trainer.config.ranker import JobConfig, ResumeConfig, load_deepspeed, parse_config
+from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, make_directory
+from trainer.config.load import load_deepspeed
+from trainer.config.ranker import JobConfig, parse_config
+from trainer.config.sections import ResumeConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
-from trainer.ranking.report import PHASES, metrics_table, write_report
+from trainer.ranking.report import metrics_table, write_report
+from trainer.runtime.files import write_json
+from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.run_lock import locked
 
 CONFIG = parse_config({"data": {"path": "d"}, "run": {"name": "n"}}, "test")

@@ -27,17 +27,18 @@ from modules.staytime.comment_losses import (
 )
 from modules.staytime.networks import StaytimeOutput
 from tests.paths import ROOT
+from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.comment_staytime.model import Labels, Predictions, build_network, fit_base_on, joint_loss, train
-from trainer.config.ranker import load_job
+from trainer.config.load import load_job
 from trainer.config.staytime import PECULIARITIES, StaytimeConfig
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import flat_lists, list_column, read_texts
 from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
 from trainer.metrics.staytime_metrics import staytime_metrics
-from trainer.staytime import evaluate, read_truth, run_job, train_and_evaluate
+from trainer.staytime import run_job
 
 JOB = ROOT / "configs" / "staytime.toml"
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def embeddings(world: Path) -> list[str]:
     for name, column in (("items", "item_id"), ("comments", "comment_id")):
         ids = read_texts(world, name, [column]).column(column).to_numpy()
         ids = ids[: len(ids) // (2 if name == "comments" else 1)]
-        EmbeddingTable.write(world.parent / name, ids, random.standard_normal((len(ids), 12)))
+        ContentVectors.write(world.parent / name, ids, random.standard_normal((len(ids), 12)))
         settings.append(f"lcu.{name[:-1]}_embeddings={world.parent / name}")
     return settings
 
@@ -177,7 +178,7 @@ def test_what_is_loaded_is_what_the_tables_say(world: Path, embeddings: list[str
     comments = data.comments
     assert comments is not None and comments.item_text is not None and comments.comment_text is not None
     ids = np.sort(read_texts(world, "comments", ["comment_id"])["comment_id"].to_numpy())
-    items, texts = (EmbeddingTable.open(setting.split("=")[1]) for setting in embeddings)
+    items, texts = (ContentVectors.open(setting.split("=")[1]) for setting in embeddings)
     for row in np.random.default_rng(1).choice(len(data.visit_id), 50):
         visit = visits[data.visit_id[row]]
         assert data.seconds[row] == pytest.approx(visit["staytime_ms"] / 1000)
@@ -241,7 +242,7 @@ def test_text_and_comments_are_worth_something(world: Path) -> None:
     table = pq.read_table(world / "truth" / "comments.parquet")
     kind = table["kind"].to_numpy()
     vectors = np.concatenate([table["quality"].to_numpy()[:, None], kind[:, None] == np.arange(6)], 1)
-    EmbeddingTable.write(world.parent / "truth", table["comment_id"].to_numpy(), vectors.astype(np.float32))
+    ContentVectors.write(world.parent / "truth", table["comment_id"].to_numpy(), vectors.astype(np.float32))
     text = [f"lcu.comment_embeddings={world.parent / 'truth'}", "lcu.comment_ids=false"]
     config = job(world, "train.epochs=4", "train.learning_rate=0.01", *text)
     with_comments = train_and_evaluate(config, load(config), CPU, quiet=True)
@@ -386,7 +387,7 @@ def test_bad_ranges_and_names_are_told_in_one_line(world: Path, overrides: list[
 
 
 def test_an_embedding_table_of_other_things_is_refused(world: Path, tmp_path: Path) -> None:
-    EmbeddingTable.write(tmp_path / "other", np.array([1 << 40]), np.ones((1, 4)))
+    ContentVectors.write(tmp_path / "other", np.array([1 << 40]), np.ones((1, 4)))
     with pytest.raises(UserError, match="has none of the ids that the dataset has"):
         load(job(world, f"lcu.comment_embeddings={tmp_path / 'other'}"))
 

@@ -13,7 +13,7 @@ import pytest
 
 from launch.cli.main import main
 from tests.paths import ROOT
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
 
@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(1)
     for name, column in (("items", "item_id"), ("comments", "comment_id")):
         ids = read_texts(out, name, [column]).column(column).to_numpy()
-        EmbeddingTable.write(out.parent / name, ids, random.standard_normal((len(ids), 12)))
+        ContentVectors.write(out.parent / name, ids, random.standard_normal((len(ids), 12)))
     return out
 
 
@@ -141,7 +141,7 @@ def test_bad_runs_are_told_in_one_line(
     shutil.copytree(run, changed, dirs_exist_ok=True)
     (changed / "model.safetensors").unlink()
     assert "model.safetensors is missing" in refused(changed)
-    EmbeddingTable.write(tmp_path / "comments", np.arange(5), np.ones((5, 3)))
+    ContentVectors.write(tmp_path / "comments", np.arange(5), np.ones((5, 3)))
     config = json.loads((run / "config.json").read_text())
     config["lcu"]["comment_embeddings"] = str(tmp_path / "comments")
     shutil.copytree(run, changed, dirs_exist_ok=True)

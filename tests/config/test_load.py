@@ -10,7 +10,9 @@ from pydantic import BaseModel
 from tests.paths import ROOT
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
-from trainer.config.ranker import JobConfig, load_config, load_deepspeed, load_job, parse_time, reference
+from trainer.config.load import load_deepspeed, load_job, parse_time
+from trainer.config.ranker import JobConfig, load_config
+from trainer.config.reference import reference
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.errors import UserError
 
@@ -122,4 +124,4 @@ def test_the_readme_has_the_current_reference() -> None:
     readme = (ROOT / "README.md").read_text()
     _, _, rest = readme.partition("<!-- config reference: python -m trainer.config.ranker -->\n")
     printed, _, _ = rest.partition("\n<!-- end of config reference -->")
-    assert printed.strip() == reference().strip()
+    assert printed.strip() == reference(JobConfig).strip()

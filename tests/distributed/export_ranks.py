@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from trainer.checkpoint.manifest import MODEL, find_checkpoint
 from trainer.checkpoint.run_directory import homes
 from trainer.config.ranker import load_config
-from trainer.evaluate import open_run
 from trainer.rank import run_job
 from trainer.ranking.setup import build_engine
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
-from trainer.score import read_candidates, score_candidates
+from trainer.serving.scoring import read_candidates, score_candidates
+from trainer.serving.trained_run import open_run
 
 SETTINGS = (
     "model.expert_layers=[[16], [8]]",

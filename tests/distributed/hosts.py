@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-PATIENCE = 60.0
+TIMEOUTS = 60.0
 ADDRESSES = ("10.71.0.1", "10.71.0.2")
 
 
@@ -28,7 +28,7 @@ class Host:
     def run(self, command: str) -> str:
         """Run a command to its end: its output."""
         done = subprocess.run(
-            [*self.prefix, *shlex.split(command)], capture_output=True, text=True, timeout=PATIENCE, check=True
+            [*self.prefix, *shlex.split(command)], capture_output=True, text=True, timeout=TIMEOUTS, check=True
         )
         return done.stdout
 

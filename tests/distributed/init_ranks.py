@@ -21,7 +21,7 @@ from trainer.checkpoint.reader import Piece
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.ranking.setup import build_engine
-from trainer.ranking.warm_start import format_taken, take_from
+from trainer.ranking.warm_start import format_taken, warm_start
 from trainer.runtime.distributed import World
 
 
@@ -91,7 +91,7 @@ def begin(start: Start, changes: dict[str, Any], world: World, out: Path, spec: 
     features = features_of(spec, config, vocabularies(start.seed)[1])
     engine = build_engine(config, features, config.model.kind, world)
     try:
-        return engine, take_from(engine, config, config.model.kind, features, world)
+        return engine, warm_start(engine, config, config.model.kind, features, world)
     except UserError:
         engine.close()
         raise

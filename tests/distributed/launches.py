@@ -38,7 +38,7 @@ ENVIRONMENT = {
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LIMELIGHT = (sys.executable, "-m", "launch.cli.main")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
-PATIENCE = 280.0
+TIMEOUTS = 280.0
 
 
 def simulate(path: Path) -> Path:
@@ -71,7 +71,7 @@ def end(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[str]:
     printed = []
     try:
         for process in processes:
-            printed.append(process.communicate(timeout=PATIENCE)[0])
+            printed.append(process.communicate(timeout=TIMEOUTS)[0])
     finally:
         for process in processes:
             if process.poll() is None:

@@ -20,10 +20,11 @@ from tests.distributed.resume_ranks import STOP_AFTER, run
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.engine.hybrid_engine import HybridEngine
-from trainer.evaluate import evaluate, open_run, predict
+from trainer.ranking.evaluation import evaluate, predict
 from trainer.ranking.search_refresh import Searching
 from trainer.ranking.setup import held_out_loader, split_in_time
 from trainer.runtime.distributed import World
+from trainer.serving.trained_run import open_run
 
 JOB = (
     "data.eval_from=2024-03-06",

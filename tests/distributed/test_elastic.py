@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from launch.machine import free_port
-from tests.distributed.launches import PATIENCE, TORCHRUN, end, job, last_checkpoint, metrics, start
+from tests.distributed.launches import TIMEOUTS, TORCHRUN, end, job, last_checkpoint, metrics, start
 from trainer.checkpoint.manifest import list_checkpoints, read_manifest
 
 
 def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[str]]) -> None:
     """Wait until so many ranks have saved their state twice: the older one stays while its manifest is read."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUTS
     while True:
         saved = list_checkpoints(directory / "checkpoints")[:-1]
         if saved and read_manifest(saved[-1]).ranks == ranks:

@@ -26,8 +26,8 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
-from trainer.score import read_candidates, score_candidates
 from trainer.serving.exported_model import open_export
+from trainer.serving.scoring import read_candidates, score_candidates
 from trainer.sparse.dynamic_ids import IdCounts
 
 MODELS = [(precision, kind) for precision, kinds in RUNS.items() for kind in kinds]

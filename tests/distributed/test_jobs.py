@@ -17,7 +17,7 @@ from tests.paths import ROOT
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.rank import main as train_one_rank
-from trainer.score import ranking_score
+from trainer.serving.scoring import ranking_score
 
 SETTINGS = (
     "configs/simulated.toml",

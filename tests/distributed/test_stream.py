@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
-from trainer.config.ranker import parse_time
+from trainer.config.load import parse_time
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
@@ -21,6 +21,7 @@ from trainer.data.simulator.write_dataset import simulate
 from trainer.serving.exported_model import open_export
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
+from trainer.stream.labels.policy import event_timeouts, report_policy
 
 STARTS: dict[str, tuple[str, ...]] = {"2a": (), "1a": ("2a",)}
 
@@ -70,7 +71,7 @@ def test_every_row_of_the_log_is_trained_on_once(outcomes: dict[str, Any], polic
         events = log.read(partition)
         inside = (events["time_ms"] >= since) & (events["time_ms"] < until)
         events = {name: column[inside] for name, column in events.items()}
-        rows = assemble_batch(log.spec, config.labels.make_policy(), config.labels.patience, events).rows
+        rows = assemble_batch(log.spec, report_policy(config.labels), event_timeouts(config.labels), events).rows
         expected.update(rows["visit_id"].tolist())
     assert expected and max(expected.values()) > 1
     found = outcomes["2a"][policy]
@@ -105,7 +106,7 @@ def test_what_was_predicted_of_each_request_is_compared_with_its_outcome(outcome
         events = EventLog(dataset).read(partition)
         inside = (events["time_ms"] >= since) & (events["time_ms"] < until)
         events = {name: column[inside] for name, column in events.items()}
-        full = assemble_batch(spec, config.labels.make_policy(), config.labels.patience, events).rows
+        full = assemble_batch(spec, report_policy(config.labels), event_timeouts(config.labels), events).rows
         click = spec.behaviours.index("click")
         rows += int(full["mask"][:, click].sum())
         positives += int(np.sum(full["label"][:, click] & full["mask"][:, click]))

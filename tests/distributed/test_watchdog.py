@@ -16,7 +16,7 @@ import pytest
 from launch.local import rank_environment
 from launch.machine import free_port
 from tests.distributed import watchdog_ranks
-from trainer.console.job_arguments import HUNG_STATUS
+from trainer.console.exit_status import HUNG_STATUS
 from trainer.runtime.watchdog import State, find_culprits, main_thread_state, report
 
 TIMEOUT = 90.0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.data.loading.batch import Batch
-from trainer.engine.micro_batches import cut_batch
+from trainer.engine.micro_batches import split_micro_batches
 
 
 @settings(deadline=None)
@@ -29,7 +29,7 @@ def test_parts_follow_each_other(lengths: list[int], parts: int, fixed: int) -> 
     index = torch.arange(rows)
     batch = Batch([keyed], dense, label, mask, index, index, index, rows)
 
-    cut = cut_batch(batch, embedded, {"seen": None, "side": fixed}, parts)
+    cut = split_micro_batches(batch, embedded, {"seen": None, "side": fixed}, parts)
 
     sizes = [len(part.dense) for part in cut]
     assert len(cut) == parts and max(sizes) - min(sizes) <= 1
@@ -48,7 +48,7 @@ def test_gradients_of_what_is_not_used_are_zero() -> None:
     index = torch.arange(2)
     keyed = KeyedJaggedTensor(keys=["user"], values=index, lengths=torch.ones(2, dtype=torch.int64), stride=2)
     batch = Batch([keyed], *[torch.zeros(2, 1)] * 3, index, index, index, 2)
-    (part,) = cut_batch(batch, {"user": torch.ones(2, 3)}, {"user": 1}, 1)
+    (part,) = split_micro_batches(batch, {"user": torch.ones(2, 3)}, {"user": 1}, 1)
     part.embedded["user"].requires_grad_()
     assert torch.equal(part.gradient("user"), torch.zeros(2, 3))
     (part.embedded["user"] * 5).sum().backward()

@@ -26,8 +26,8 @@ from tests.faults import kinds
 from tests.faults.harness import LIMIT_SECONDS, Ending, Job, differences, small_world
 from tests.faults.nursery import Nursery
 from tests.paths import ROOT
-from trainer.checkpoint.run_directory import environment
 from trainer.console.progress import Progress
+from trainer.runtime.environment import environment
 
 RESULTS = ROOT / "benchmarks" / "results"
 MOST_FAULTS = 4

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.faults.faulty_rank import Fault, damage
 from tests.faults.harness import RANKS, Ending, Job
 from trainer.checkpoint.manifest import read_manifest
-from trainer.console.job_arguments import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 
 KILLED = 128 + signal.SIGKILL
 SAVE_FILES = {

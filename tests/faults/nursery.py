@@ -171,7 +171,7 @@ def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str,
 
 def _launch(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: str) -> int:
     from launch import local
-    from trainer.console.job_arguments import exit_status
+    from trainer.console.exit_status import exit_status
 
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)

@@ -17,7 +17,7 @@ from tests.faults import kinds
 from tests.faults.command import Command
 from tests.faults.harness import RANKS, Job, differences, small_world, state_differences, trained_rows
 from tests.faults.nursery import Nursery
-from trainer.console.job_arguments import PREEMPTED_STATUS
+from trainer.console.exit_status import PREEMPTED_STATUS
 
 SLOW = pytest.mark.slow
 FILES = [*kinds.SAVE_FILES[0], *kinds.SAVE_FILES[1], "rename-before", "rename-after"]

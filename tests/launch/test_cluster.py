@@ -24,7 +24,7 @@ from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import add_train_arguments, rank_parser
 
 CLUSTER = ROOT / "launch" / "cluster"
-PATIENCE = 60.0
+TIMEOUTS = 60.0
 
 
 def job_of(arguments: list[str]) -> JobConfig:
@@ -100,12 +100,12 @@ def run_batch(directory: Path, *arguments: str, ends: str, status: int) -> int:
         },
     )
     if ends == "asked":
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUTS
         while not (directory / "started").exists():
             assert time.monotonic() < deadline and script.poll() is None
             time.sleep(0.02)
         script.send_signal(signal.SIGTERM)
-    return script.wait(timeout=PATIENCE)
+    return script.wait(timeout=TIMEOUTS)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_the_slurm_command_is_one_that_torchrun_and_the_job_take(
 
 def test_the_slurm_script_is_sound() -> None:
     script = str(CLUSTER / "slurm.sbatch")
-    subprocess.run(["bash", "-n", script], check=True, timeout=PATIENCE)
+    subprocess.run(["bash", "-n", script], check=True, timeout=TIMEOUTS)
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--exclude=SC1091", script], check=True, timeout=PATIENCE)
+        subprocess.run(["shellcheck", "--exclude=SC1091", script], check=True, timeout=TIMEOUTS)
     lines = Path(script).read_text().splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     known = ("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "requeue", "signal")
@@ -264,7 +264,7 @@ print(json.dumps([fetch_hostfile(sys.argv[1]), given]))
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUTS,
     )
     assert done.returncode == 0, done.stderr
     hosts, read_commands = json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,7 @@ from launch.local import rank_environment, rendezvous_port
 from tests.paths import ROOT
 from trainer.console.errors import UserError
 
-PATIENCE = 60.0
+TIMEOUTS = 60.0
 
 LAUNCHER = """
 import sys
@@ -69,7 +69,7 @@ def launch(tmp_path: Path) -> Launch:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for ``condition``; a machine under load may take its time."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUTS
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
@@ -93,7 +93,7 @@ def test_ranks_are_told_who_and_where_they_are(launch: Launch, tmp_path: Path) -
         f"(here / f'told{{rank}}').write_text(json.dumps([os.environ[name] for name in {names}]))\nprint(sys.argv[2:])"
     )
     process = launch(body, 3)
-    stdout, _ = process.communicate(timeout=PATIENCE)
+    stdout, _ = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 0
     assert stdout == "[]\n", "rank 0 alone writes to the terminal"
     told = [json.loads((tmp_path / f"told{rank}").read_text()) for rank in range(3)]
@@ -116,7 +116,7 @@ if rank == 1:
 wait()
 """
     process = launch(body, 3)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 7
     lines = stderr.splitlines()
     assert lines[-3:] == ["limelight: rank 1 exited with status 7; its last lines:", "on stdout", "the reason"]
@@ -125,7 +125,7 @@ wait()
 
 def test_a_rank_that_lost_one_which_was_preempted_is_no_failure(launch: Launch) -> None:
     process = launch("if rank == 1: sys.exit(75)\ntime.sleep(0.2); recorded(LOST)")
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 75
 
 
@@ -137,7 +137,7 @@ while not (here / "pid1").exists(): time.sleep(0.01)
 print("rank 1 does not answer"); sys.exit(70)
 """
     process = launch(body, 3, launcher=LAUNCHER.replace("0.5", "600"))
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 70
     assert "exited with status 70" in stderr and "SIGKILL" not in stderr
     assert all(gone(int(path.read_text())) for path in tmp_path.glob("pid?"))
@@ -154,7 +154,7 @@ time.sleep({600 if late else 0.5})
 recorded("KeyError: 12")
 """
     process = launch(body, 3)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 1
     last = ["limelight: rank 1 exited with status 1; its last lines:", "Traceback (most recent call last):"]
     assert stderr.splitlines()[-53:] == [*last, *["  deep"] * 50, "KeyError: 12"], "all of the traceback is shown"
@@ -168,7 +168,7 @@ sys.exit = lambda status: wait()
 if rank == 2: os.kill(os.getpid(), signal.SIGABRT)
 recorded(LOST if rank == {lost} else "KeyError: 12")
 """
-    _, stderr = launch(body, 3).communicate(timeout=PATIENCE)
+    _, stderr = launch(body, 3).communicate(timeout=TIMEOUTS)
     cause = 1 - lost
     assert [line for line in stderr.splitlines() if line.startswith("limelight")] == [
         f"limelight: rank {cause} exited with status 1" + ("; its last lines:" if cause else "")
@@ -183,7 +183,7 @@ if rank == {rank}:
     os.kill(os.getpid(), signal.SIGSEGV)
 wait()
 """
-    _, stderr = launch(body).communicate(timeout=PATIENCE)
+    _, stderr = launch(body).communicate(timeout=TIMEOUTS)
     named = f"limelight: rank {rank} was ended by SIGSEGV; its log is runs/a/logs/rank-00000.log"
     assert stderr.splitlines()[-1] == named
 
@@ -199,28 +199,28 @@ print("a warning", file=sys.stderr)
 print("limelight: error: id 12 is beyond table item", file=sys.stderr); sys.exit(2)
 """
     process = launch(body)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 2
     assert stderr.splitlines()[-1] == "limelight: error: id 12 is beyond table item"
 
 
 def test_the_same_user_error_on_all_ranks_is_told_once(launch: Launch) -> None:
     process = launch('print("limelight: error: no dataset", file=sys.stderr); sys.exit(2)', 3)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert (process.returncode, stderr) == (2, "limelight: error: no dataset\n")
 
 
 def test_a_killed_rank_is_named_with_its_signal(launch: Launch) -> None:
     body = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.2)\nsys.exit(1)"
     process = launch(body)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 128 + signal.SIGKILL
     assert stderr.splitlines()[-1] == "limelight: rank 1 was ended by SIGKILL (out of memory?)"
 
 
 def test_only_the_last_lines_are_shown(launch: Launch) -> None:
     body = "if rank == 1:\n    print(*range(1000), sep='\\n')\n    sys.exit(3)\nwait()"
-    _, stderr = launch(body).communicate(timeout=PATIENCE)
+    _, stderr = launch(body).communicate(timeout=TIMEOUTS)
     assert stderr.splitlines()[-local.LAST_LINES :] == [str(number) for number in range(1000 - local.LAST_LINES, 1000)]
     assert "969" not in stderr.splitlines()
 
@@ -237,7 +237,7 @@ wait()
     process = launch(body)
     ready_pids(tmp_path, 2)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     if number == signal.SIGINT:
         assert (process.returncode, stderr) == (130, ""), "ctrl-C needs no explanation"
     else:
@@ -249,7 +249,7 @@ def test_ranks_that_stop_in_good_order_on_a_signal_are_a_success(launch: Launch,
     process = launch("signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))\nwait()")
     ready_pids(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 0
 
 
@@ -257,7 +257,7 @@ def test_ranks_that_a_signal_ends_are_not_explained(launch: Launch, tmp_path: Pa
     process = launch("wait()")
     ready_pids(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert (process.returncode, stderr) == (128 + signal.SIGTERM, "")
 
 
@@ -274,7 +274,7 @@ wait()
     process = launch(body)
     pids = ready_pids(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert (process.returncode, stderr) == (75, "")
     until(lambda: all(gone(pid) for pid in pids))
 
@@ -290,7 +290,7 @@ wait()
     process = launch(body)
     ready_pids(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=PATIENCE)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 1 and stderr.endswith("No space left on device\n")
 
 
@@ -305,7 +305,7 @@ while True: time.sleep(1)
     process.send_signal(signal.SIGINT)
     until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(2)))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 130
     until(lambda: all(gone(pid) for pid in pids))
 
@@ -321,7 +321,7 @@ if rank == 1:
 """
     process = launch(body)
     (pid,) = ready_pids(tmp_path, 1)
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 4
     until(lambda: gone(pid))
 
@@ -330,7 +330,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(launch: Launch, tmp_path: Path) 
     process = launch("wait()")
     pids = ready_pids(tmp_path, 2)
     process.kill()
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=TIMEOUTS)
     until(lambda: all(gone(pid) for pid in pids))
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launches import LIMELIGHT, SETTINGS, end, start
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 
 SMALL_STAYTIME = (
@@ -58,7 +58,7 @@ def test_texts_become_vectors_that_both_jobs_learn_from(tmp_path: Path) -> None:
             *("embed", "configs/embed.toml", "--ranks", 1, f"data.path={world}", 'data.kinds=["items","comments"]'),
             *(f"model.path={model}", f"model.adapter={adapter}", f"embed.directory={tables[name]}", "embed.device=cpu"),
         )
-    of_comments = {name: EmbeddingTable.open(path / "comments") for name, path in tables.items()}
+    of_comments = {name: ContentVectors.open(path / "comments") for name, path in tables.items()}
     ids = read_texts(world, "comments", ["comment_id"]).column("comment_id").to_numpy()
     vectors = {name: np.asarray(table.vectors[table.lookup(ids)], np.float32) for name, table in of_comments.items()}
     np.testing.assert_allclose(vectors["adapter"], vectors["merged"], atol=0.02)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.config.finetune import FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
+from trainer.config.finetune import AnswerWeight, FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
 from trainer.llm.finetuning.answer_loss import AnswerModel
-from trainer.llm.finetuning.packed_batch import AnswerWeight, Batch
+from trainer.llm.finetuning.packed_batch import Batch
 from trainer.llm.finetuning.packing import Schedule, share_of_rank
 from trainer.llm.finetuning.samples import Sample
 from trainer.llm.finetuning.token_files import Tokens

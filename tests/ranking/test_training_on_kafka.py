@@ -16,17 +16,18 @@ from tests.distributed.launches import ENVIRONMENT, ROOT
 from tests.distributed.stream_ranks import JOB
 from tests.stream.conftest import Cluster
 from trainer.checkpoint.manifest import checkpoints_at, read_manifest
-from trainer.config.ranker import parse_time
+from trainer.config.load import parse_time
 from trainer.config.stream import LabelConfig, StreamConfig
-from trainer.console.job_arguments import PREEMPTED_STATUS
+from trainer.console.exit_status import PREEMPTED_STATUS
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
+from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.sources.kafka_topic import Topic
 from trainer.stream.sources.replay import FilesSource
 
-PATIENCE = 200.0
+TIMEOUTS = 200.0
 SINCE = "2024-03-05"
 
 
@@ -49,7 +50,7 @@ def expected_rows(world: Path, spec: DatasetSpec, hours: float) -> int:
         inside = (events["time_ms"] >= begin) & (events["time_ms"] < begin + hours * 3_600_000)
         events = {name: column[inside] for name, column in events.items()}
         labels = LabelConfig()
-        rows += len(assemble_batch(spec, labels.make_policy(), labels.patience, events).rows["user_id"])
+        rows += len(assemble_batch(spec, report_policy(labels), event_timeouts(labels), events).rows["user_id"])
     return rows
 
 
@@ -79,13 +80,13 @@ def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, t
     with (tmp_path / "out").open("w") as out:
         live = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
         try:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUTS
             while not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("step-*")):
                 assert live.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
                 time.sleep(0.1)
             publish(config, world, spec, (6, 10))
             os.kill(live.pid, signal.SIGTERM)
-            assert live.wait(PATIENCE) == PREEMPTED_STATUS, (tmp_path / "out").read_text()
+            assert live.wait(TIMEOUTS) == PREEMPTED_STATUS, (tmp_path / "out").read_text()
         finally:
             live.kill()
             live.wait()
@@ -99,7 +100,7 @@ def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, t
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUTS,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "going on from" in ended.stdout

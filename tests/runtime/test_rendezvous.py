@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from trainer.runtime.rendezvous import fresh_part
 
-PATIENCE = timedelta(seconds=60)
+TIMEOUTS = timedelta(seconds=60)
 
 
 def meet(store: dist.Store, size: int) -> list[str]:
     """One start: what each rank reads of a key that the first one writes, once all have met."""
 
     def rank(number: int) -> str:
-        part = fresh_part(store, number, size, PATIENCE)
+        part = fresh_part(store, number, size, TIMEOUTS)
         if number == 0:
             part.set("who", f"start of {size}")
         return part.get("who").decode()

@@ -13,7 +13,7 @@ import pytest
 
 from trainer.console.errors import UserError
 from trainer.data.format.history import HistorySlice
-from trainer.explain import Explanation, Found, author_of, text_of
+from trainer.serving.explanation import Explanation, Found, author_of, text_of
 from trainer.serving.explanation_plot import age_text, write_picture
 
 AT = 1_709_956_800_000

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.sparse.dedup_exchange import DeduplicatedExchange, different_ids
+from trainer.sparse.dedup_exchange import DeduplicatedExchange, unique_ids
 from trainer.sparse.exchange import Gradients
 
 LARGEST = 2**63 - 1
@@ -23,14 +23,14 @@ TABLE_OF = {"item": "item", "user": "user", "seen": "item", "mixed": "item"}
 @settings(max_examples=60, deadline=None)
 @given(st.lists(IDS, min_size=1, max_size=4))
 def test_different_ids_are_each_id_once_and_places_lead_back(lists: list[list[int]]) -> None:
-    unique, places = different_ids([torch.tensor(ids, dtype=torch.int64) for ids in lists])
+    unique, places = unique_ids([torch.tensor(ids, dtype=torch.int64) for ids in lists])
     assert unique.tolist() == list(dict.fromkeys(id_ for ids in lists for id_ in ids))
     assert [unique[place.long()].tolist() for place in places] == lists
 
 
 def test_many_ids_that_the_hash_puts_near_each_other() -> None:
     ids = np.random.default_rng(0).integers(0, 1 << 12, 20_000) << 48
-    unique, (places,) = different_ids([torch.from_numpy(ids)])
+    unique, (places,) = unique_ids([torch.from_numpy(ids)])
     assert len(set(unique.tolist())) == len(unique) == len(np.unique(ids))
     assert torch.equal(unique[places.long()], torch.from_numpy(ids))
 

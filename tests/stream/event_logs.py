@@ -18,7 +18,7 @@ from trainer.data.format.shards import write_rows
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names, event_table
 from trainer.stream.labels.assembled_rows import EVENT_TYPES, EXPOSURE
-from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.source import EventBatch, Position
 
 START_MS = 1_700_000_000_000
@@ -48,17 +48,17 @@ def by_partition(events: Columns, partitions: int = SPEC.partitions) -> dict[int
     return {p: {name: column[owner == p] for name, column in events.items()} for p in range(partitions)}
 
 
-def logged_of(events: Columns) -> Logged:
+def logged_of(events: Columns) -> RequestFeatures:
     """What is logged with events: with four of five exposures."""
     at = np.flatnonzero((events["event"] == EXPOSURE) & (events["visit_id"] % 5 != 0))
     visit = events["visit_id"][at, None]
     side = visit * [3, 7] % [side.rows for side in SPEC.side]
     dense = np.sin(visit * np.arange(1, 1 + len(SPEC.dense)))
     stat = visit * (1 + np.arange(*row_columns(SPEC)["stat"][1])) % 101
-    return Logged(at, side.astype(np.int32), dense.astype(np.float32), stat.astype(np.float32))
+    return RequestFeatures(at, side.astype(np.int32), dense.astype(np.float32), stat.astype(np.float32))
 
 
-def assert_logged(events: Columns, logged: Logged) -> None:
+def assert_logged(events: Columns, logged: RequestFeatures) -> None:
     """The events carry what was logged with them, and nothing else."""
     for name, found in vars(logged).items():
         expected = getattr(logged_of(events), name)

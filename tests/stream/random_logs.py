@@ -12,7 +12,7 @@ from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, DenseFeature
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names
 from trainer.stream.labels.assembled_rows import EVENT_TYPES, REASONS
-from trainer.stream.labels.policy import FastSlow, Full, Patience, Realtime, RealtimeNaive
+from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Realtime, RealtimeNaive
 
 BEHAVIOURS = ("click", "like", "gift")
 SPEC = DatasetSpec(
@@ -31,7 +31,7 @@ SPEC = DatasetSpec(
 LIVE_ONLY = ("live",)
 
 POLICIES = (Full(), FastSlow(fast_ms=50, slow_ms=120), Realtime(tick_ms=30), RealtimeNaive(tick_ms=30))
-PATIENCE = Patience(idle_ms=100, disorder_ms=20)
+TIMEOUTS = EventTimeouts(idle_ms=100, max_out_of_orderness_ms=20)
 
 _NAMES = ("exposure", "enter", "exit", *BEHAVIOURS)
 # Edges of all windows, and a millisecond to either side.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime
+from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, Realtime
 
 
 class Event(NamedTuple):
@@ -64,14 +64,14 @@ class Visit:
     times: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
 
-def split_late(events: Sequence[Event], disorder_ms: int) -> tuple[list[Event], list[Event]]:
+def split_late(events: Sequence[Event], max_out_of_orderness_ms: int) -> tuple[list[Event], list[Event]]:
     """Events that came in time, and those that were behind the watermark."""
     in_time: list[Event] = []
     late: list[Event] = []
     latest = -(10**18)
     for event in events:
         latest = max(latest, event.time_ms)
-        (late if event.time_ms < latest - disorder_ms else in_time).append(event)
+        (late if event.time_ms < latest - max_out_of_orderness_ms else in_time).append(event)
     return in_time, late
 
 
@@ -165,24 +165,24 @@ def rows_of(visit: Visit, policy: Policy, behaviours: Sequence[str], applies: di
 def assemble(
     events: Sequence[Event],
     policy: Policy,
-    patience: Patience,
+    timeouts: EventTimeouts,
     behaviours: Sequence[str],
     applies: dict[str, tuple[str, ...]],
     domains: Sequence[str],
 ) -> tuple[list[Row], list[Aside]]:
     """Rows in their order, and what was set aside in any order, of events in order of arrival."""
-    in_time, late = split_late(events, patience.disorder_ms)
-    visits, orphans = visits_of([event for event in in_time if event.domain in domains], patience.idle_ms)
+    in_time, late = split_late(events, timeouts.max_out_of_orderness_ms)
+    visits, orphans = visits_of([event for event in in_time if event.domain in domains], timeouts.idle_ms)
     rows = [row for visit in visits for row in rows_of(visit, policy, behaviours, applies)]
     aside = [Aside("late", event) for event in late if event.domain in domains]
     aside += [Aside("no_open_visit", event) for event in orphans]
     return sorted(rows, key=lambda row: row[:4]), aside
 
 
-def begun(events: Sequence[Event], patience: Patience, domains: Sequence[str]) -> list[Begun]:
+def begun(events: Sequence[Event], timeouts: EventTimeouts, domains: Sequence[str]) -> list[Begun]:
     """Visits in order of request, user and visit, of events in order of arrival."""
-    in_time, _ = split_late(events, patience.disorder_ms)
-    visits, _ = visits_of([event for event in in_time if event.domain in domains], patience.idle_ms)
+    in_time, _ = split_late(events, timeouts.max_out_of_orderness_ms)
+    visits, _ = visits_of([event for event in in_time if event.domain in domains], timeouts.idle_ms)
     firsts = [visit.first for visit in visits]
     return sorted(
         Begun(first.time_ms, first.user_id, first.visit_id, first.author_id, first.item_id, first.domain)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.reader import BLOCK_BYTES, Checkpoint, StoredTensor
-from trainer.checkpoint.run_directory import flat_settings
+from trainer.config.diff import flat_settings
 from trainer.console.text_table import shape_text, text_table
 
 _RECORD = ("step", "rows_done", "finished", "ranks", "zero_stage", "kind", "behaviours", "table_optimizer", "dataset")

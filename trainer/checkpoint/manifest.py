@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.console.errors import UserError
+from trainer.runtime.files import sync
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -252,15 +253,6 @@ def file_entry(path: Path) -> FileEntry:
         while chunk := file.read(_CHUNK_BYTES):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return FileEntry(bytes=size, crc32=crc)
-
-
-def sync(path: Path) -> None:
-    """Have what a file holds, or the names in a directory, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc_of(content: dict[str, Any]) -> int:

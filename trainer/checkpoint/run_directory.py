@@ -7,8 +7,8 @@
     environment.json   of every start: versions, machine, command line, dataset
     lock               held while a job runs here
     features/          vocabularies and standardisation, fitted on the training range
-    checkpoints/       the model and the state of its training (trainer/checkpoint/manifest.py); the newest one is the
-    run's model published/         models for scoring while a stream is trained on (trainer/serving/publish.py)
+    checkpoints/       the model and the state of its training; the newest one is the run's model
+    published/         models for scoring while a stream is trained on (trainer/serving/publish.py)
     aside/             events of a stream that changed no row (trainer/stream/live/unused_events.py)
     logs/              what each rank said
     tensorboard/       scalars
@@ -21,26 +21,20 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.config.ranker import JobConfig, load_deepspeed, parse_config
+from trainer.config.diff import differences, flat_settings
+from trainer.config.load import load_deepspeed
+from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked
-
-PACKAGES = (
-    *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "webdataset", "numpy", "pyarrow"),
-    *("transformers", "peft", "accelerate", "tokenizers"),
-)
 
 CHANGEABLE = (
     "run.name",
@@ -195,60 +189,3 @@ def _changes(directory: Path, config: JobConfig) -> list[str]:
     deepspeed_then, deepspeed_now = (flat_settings(load_deepspeed(job.train.deepspeed)) for job in (then, now))
     deepspeed = differences(deepspeed_then, deepspeed_now, CHANGEABLE_DEEPSPEED)
     return changes + [f"deepspeed {line}" for line in deepspeed]
-
-
-def differences(then: dict[str, Any], now: dict[str, Any], but: tuple[str, ...]) -> list[str]:
-    """Settings of :func:`flat_settings` that are not the same, a line each; those below the keys ``but`` are free."""
-    return [
-        f"{key} = {_shown(then, key)} then, {_shown(now, key)} now"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in but)
-    ]
-
-
-def _shown(settings: dict[str, Any], key: str) -> str:
-    return json.dumps(settings[key]) if key in settings else "unset"
-
-
-def flat_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value, over all depths."""
-    return dict(_walk(section, ""))
-
-
-def _walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def environment(world: int) -> dict[str, Any]:
-    """Versions and machine, for the record of a run or of a benchmark."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "packages": versions,
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "ranks": world,
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-
-
-def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
-    """Write JSON aside, sync it and rename, so that a reader never sees half of it."""
-    text = json.dumps(value, indent=1) + "\n"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

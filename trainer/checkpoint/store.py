@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint.manifest import Manifest, NewerSchema, check_files, list_checkpoints, read_manifest
 from trainer.checkpoint.writer import Save, clear
-from trainer.config.ranker import CheckpointConfig
+from trainer.config.sections import CheckpointConfig
 from trainer.console.errors import UserError, is_lost_peer, one_line
 from trainer.console.run_log import say
 from trainer.console.text_table import size_text

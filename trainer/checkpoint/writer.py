@@ -27,13 +27,12 @@ from trainer.checkpoint.manifest import (
     file_entry,
     list_checkpoints,
     read_manifest,
-    sync,
     write_manifest,
 )
 from trainer.checkpoint.model_state import State, write_state
-from trainer.checkpoint.run_directory import write_json
-from trainer.config.ranker import CheckpointConfig
+from trainer.config.sections import CheckpointConfig
 from trainer.console.errors import UserError, one_line
+from trainer.runtime.files import sync, write_json
 
 T = TypeVar("T")
 
@@ -143,7 +142,7 @@ class Save:
 
 
 def rank_file(rank: int) -> str:
-    """File of :func:`own_state` of a rank."""
+    """File of :func:`rank_state` of a rank."""
     return f"rank-{rank:05d}.pt"
 
 

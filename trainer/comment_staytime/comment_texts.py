@@ -17,7 +17,7 @@ from trainer.comment_staytime.comment_selection import (
 from trainer.config.staytime import LcuConfig
 from trainer.console.errors import UserError
 from trainer.console.run_log import say
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import flat_lists, has_texts, pad_lists, read_texts
 
 
@@ -134,7 +134,7 @@ def load_comments(
 def _texts(key: str, path: str, ids: np.ndarray) -> Texts | None:
     if not path:
         return None
-    table = EmbeddingTable.open(path)
+    table = ContentVectors.open(path)
     row = table.lookup(ids)
     missing = float((row < 0).mean()) if len(row) else 0.0
     if missing == 1:

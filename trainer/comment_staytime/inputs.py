@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.comment_staytime.comment_texts import StaytimeComments, check_unique, load_comments
-from trainer.config.ranker import parse_time
+from trainer.config.load import parse_time
 from trainer.config.staytime import DataConfig, InputConfig, LcuConfig
 from trainer.console.errors import UserError
 from trainer.console.run_log import say

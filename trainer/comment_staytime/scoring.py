@@ -17,16 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
+from trainer.comment_staytime.evaluation import evaluate, fitted, metrics_table, write_predictions
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.comment_staytime.model import build_network, fit_base_on, predict
-from trainer.config.ranker import parse_time
+from trainer.config.load import parse_time
 from trainer.config.staytime import DataConfig, StaytimeConfig
 from trainer.config.toml import validate
 from trainer.console.errors import UserError
 from trainer.console.run_log import say
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import choose_device
-from trainer.staytime import evaluate, fitted, metrics_table, write_predictions
 
 
 def score_range(

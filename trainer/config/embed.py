@@ -9,7 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from modules.text_pooling import Pooling
-from trainer.config.ranker import Positive, Section, load_job, reference
+from trainer.config.load import load_job
+from trainer.config.reference import reference
+from trainer.config.sections import Positive, Section
 
 Kind = Literal["items", "comments", "segments", "authors"]
 
@@ -76,7 +78,7 @@ def load_embedding(path: str | Path, overrides: Sequence[str] = ()) -> Embedding
     """Read a job file of ``limelight embed``.
 
     Raises:
-        UserError: as :func:`trainer.config.ranker.load_job`.
+        UserError: as :func:`trainer.config.load.load_job`.
     """
     return load_job(EmbeddingJob, path, overrides)
 

@@ -8,9 +8,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.ranker import CheckpointConfig, Positive, Rate, ResumeConfig, Section, Share, load_job, reference
-from trainer.config.ranker import RunConfig as RankerRunConfig
-from trainer.llm.finetuning.packed_batch import AnswerWeight
+from trainer.config.load import load_job
+from trainer.config.reference import reference
+from trainer.config.sections import CheckpointConfig, Positive, Rate, ResumeConfig, Section, Share
+from trainer.config.sections import RunConfig as RankerRunConfig
 
 
 class RunConfig(RankerRunConfig):
@@ -127,10 +128,14 @@ def load_finetune(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneCo
     """Read a job file of ``limelight finetune``.
 
     Raises:
-        UserError: as :func:`trainer.config.ranker.load_job`.
+        UserError: as :func:`trainer.config.load.load_job`.
     """
     return load_job(FinetuneConfig, path, overrides)
 
 
 if __name__ == "__main__":
     print(reference(FinetuneConfig))
+
+
+AnswerWeight = Literal["tokens", "root", "one"]
+"""What an answer of n tokens counts for: n, the root of n, or 1."""

@@ -6,43 +6,27 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Sequence
-from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
-from zoneinfo import ZoneInfo
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
 from trainer.config.features import FeatureConfig
+from trainer.config.load import load_job
+from trainer.config.reference import reference
+from trainer.config.sections import (
+    CheckpointConfig,
+    OptimizerConfig,
+    Positive,
+    Rate,
+    ResumeConfig,
+    RunConfig,
+    Section,
+    Share,
+)
 from trainer.config.stream import LabelConfig, StreamConfig
-from trainer.config.toml import Model, fields, read_toml, section_of, validate
-from trainer.console.errors import UserError
-
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the job file. Unknown keys are rejected, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RunConfig(Section):
-    """Where a run is written and what it is called."""
-
-    name: str = Field("run", description="Name of the run, part of its directory's default name.", min_length=1)
-    directory: str = Field(
-        "",
-        description="Directory of the run. Empty: that of the newest unfinished run of the same job, else "
-        "`runs/<name>-<date>-<time>`.",
-    )
-    seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
+from trainer.config.toml import validate
 
 
 class DataConfig(Section):
@@ -120,18 +104,6 @@ class AlignmentConfig(Section):
     detached: Literal["none", "anchor", "others"] = Field("none", description="Sides that the loss does not move.")
 
 
-class OptimizerConfig(Section):
-    """AdamW on the dense network, and the schedule that both optimizers follow."""
-
-    learning_rate: Rate = Field(1e-3, description="Peak learning rate of the dense network.")
-    weight_decay: float = Field(0.0, description="Decoupled weight decay of the dense network.", ge=0)
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's moment decays.")
-    warmup: Share = Field(0.0, description="Share of all steps over which learning rates rise from 0.")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How learning rates go on after warm-up; linear and cosine end at 0."
-    )
-
-
 class TrainConfig(Section):
     """The loop."""
 
@@ -149,28 +121,6 @@ class TrainConfig(Section):
     log_every: Positive = Field(20, description="Steps between two progress lines and scalars.")
     watchdog_seconds: float = Field(
         600.0, description="End the job when a rank makes no step for so long; 0 waits for ever.", ge=0
-    )
-
-
-class CheckpointConfig(Section):
-    """When the state of training is saved to `RUN/checkpoints`. It is always saved at the end, and on SIGTERM."""
-
-    every_minutes: float = Field(10.0, description="Minutes between two saves; 0 goes by steps alone.", ge=0)
-    every_steps: int = Field(0, description="Steps between two saves; 0 goes by time alone.", ge=0)
-    keep: Positive = Field(3, description="Newest checkpoints to keep.")
-    keep_every: int = Field(0, description="Keep every Nth save for good as well; 0 keeps none so.", ge=0)
-    background: bool = Field(
-        True,
-        description="Write while training goes on, from a copy in host memory; false stops for it and needs no copy.",
-    )
-
-
-class ResumeConfig(Section):
-    """How the same command, given again, goes on with a run that has not finished."""
-
-    enabled: bool = Field(True, description="Go on with it; false starts a new run, in a directory of its own.")
-    allow_new_data: bool = Field(
-        False, description="Accept that the dataset has changed, such as by later days; positions must still fit it."
     )
 
 
@@ -243,127 +193,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     return load_job(JobConfig, path, overrides)
 
 
-def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """Read a job file and apply ``section.key=value`` overrides, whose values are TOML (bare words are strings).
-
-    Args:
-        model: the job's config object.
-        path: the file.
-        overrides: as typed.
-
-    Raises:
-        UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
-    """
-    raw = read_toml(path, "job file")
-    for override in overrides:
-        _apply_override(raw, override)
-    return validate(model, _times_as_text(raw), str(path))
-
-
 def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
     """Validate a nested mapping; ``origin`` is named in errors."""
     return validate(JobConfig, raw, origin)
 
 
-def load_deepspeed(path: str) -> dict[str, Any]:
-    """DeepSpeed's JSON settings as given; batch sizes are filled in by the engine.
-
-    Raises:
-        UserError: missing file or not a JSON object.
-    """
-    try:
-        settings = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"train.deepspeed = {path!r}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: DeepSpeed settings are a JSON object, this is a {type(settings).__name__}")
-    return settings
-
-
-def parse_time(text: str, timezone: str, key: str) -> int:
-    """Milliseconds UTC of an ISO date or time; one without an offset is taken in ``timezone``.
-
-    Raises:
-        UserError: not an ISO time.
-    """
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UserError(f"{key} = {text!r}: not a time; write 2022-05-04 or 2022-05-04T12:00+08:00") from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=ZoneInfo(timezone))
-    return round(moment.timestamp() * 1000)
-
-
-def _times_as_text(value: Any) -> Any:
-    """TOML's own dates and times as the ISO strings that the config has: 2022-05-04 needs no quotes."""
-    if isinstance(value, dict):
-        return {key: _times_as_text(inner) for key, inner in value.items()}
-    return value.isoformat() if isinstance(value, date) else value
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.split(".")
-    node = raw
-    for depth, section in enumerate(sections, 1):
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {'.'.join(sections[:depth])} is a value, not a section")
-    node[last] = value
-
-
-def _type_name(annotation: Any) -> str:
-    """A type as the reference shows it."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " \\| ".join(json.dumps(choice) for choice in arguments)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin is tuple:
-        inner = [argument for argument in arguments if argument is not Ellipsis]
-        return f"list of {_type_name(inner[0])}"
-    if origin is dict:
-        return f"table of {_type_name(arguments[1])}"
-    if arguments:
-        return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
-    names = {str: "string", int: "integer", float: "number", bool: "true \\| false"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _default(info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    value = info.get_default(call_default_factory=True)
-    return "unset" if value is None else f"`{json.dumps(value)}`"
-
-
-def reference(job: type[BaseModel] = JobConfig) -> str:
-    """Every key of a job with type, default and meaning, as Markdown tables: the README's config reference."""
-    lines: list[str] = []
-    for section, info in job.model_fields.items():
-        model = section_of(info.annotation)
-        assert model is not None
-        summary = (model.__doc__ or "").strip().split("\n")[0]
-        lines += [f"**`[{section}]`** {summary}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        same: dict[int, tuple[list[str], FieldInfo]] = {}
-        for name, field in fields(model):
-            same.setdefault(id(field), ([], field))[0].append(f"`{name}`")
-        lines += [
-            f"| {', '.join(names)} | {_type_name(field.annotation)} | {_default(field)} | {field.description} |"
-            for names, field in same.values()
-        ]
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
 if __name__ == "__main__":
-    print(reference())
+    print(reference(JobConfig))

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from modules.staytime.backbones import BackboneKind
 from modules.staytime.base_losses import BaseKind
-from trainer.config.ranker import Positive, Rate, RunConfig, Section, Share, reference
+from trainer.config.reference import reference
+from trainer.config.sections import Positive, Rate, RunConfig, Section, Share
 
 Peculiarity = Literal[
     "swapped_weights",

@@ -6,9 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from trainer.console.errors import UserError
-from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime, RealtimeNaive
-
 MessageFormat = Literal["json", "arrow"]
 
 
@@ -123,31 +120,43 @@ class LabelConfig(BaseModel):
     idle_minutes: float = Field(
         120.0, description="A visit without an exit has ended so long after its last event.", gt=0
     )
-    disorder_seconds: float = Field(
+    max_out_of_orderness_seconds: float = Field(
         10.0, description="Events of a partition may come so much behind later ones; rows wait as long.", ge=0
     )
 
-    @model_validator(mode="after")
-    def _is_a_policy(self) -> LabelConfig:
-        try:
-            self.make_policy()
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-    def make_policy(self) -> Policy:
-        """The report policy."""
-        match self.policy:
-            case "full":
-                return Full()
-            case "fast_slow":
-                return FastSlow(round(self.fast_minutes * 60_000), round(self.slow_minutes * 60_000))
-            case "realtime":
-                return Realtime(round(self.tick_seconds * 1000))
-            case "realtime_naive":
-                return RealtimeNaive(round(self.tick_seconds * 1000))
+    @property
+    def fast_ms(self) -> int:
+        """``fast_minutes`` in milliseconds."""
+        return round(self.fast_minutes * 60_000)
 
     @property
-    def patience(self) -> Patience:
-        """How long to wait."""
-        return Patience(round(self.idle_minutes * 60_000), round(self.disorder_seconds * 1000))
+    def slow_ms(self) -> int:
+        """``slow_minutes`` in milliseconds."""
+        return round(self.slow_minutes * 60_000)
+
+    @property
+    def tick_ms(self) -> int:
+        """``tick_seconds`` in milliseconds."""
+        return round(self.tick_seconds * 1000)
+
+    @property
+    def idle_ms(self) -> int:
+        """``idle_minutes`` in milliseconds."""
+        return round(self.idle_minutes * 60_000)
+
+    @property
+    def max_out_of_orderness_ms(self) -> int:
+        """``max_out_of_orderness_seconds`` in milliseconds."""
+        return round(self.max_out_of_orderness_seconds * 1000)
+
+    @model_validator(mode="after")
+    def _windows_are_ordered(self) -> LabelConfig:
+        if self.policy == "fast_slow" and not 0 < self.fast_ms < self.slow_ms:
+            raise ValueError(
+                f"fast_minutes = {self.fast_minutes:g} must be shorter than slow_minutes = {self.slow_minutes:g}, "
+                "by a millisecond or more"
+            )
+        for name in ("tick", "idle"):
+            if getattr(self, f"{name}_ms") == 0:
+                raise ValueError(f"the {name} time must be a millisecond or more")
+        return self

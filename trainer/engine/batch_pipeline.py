@@ -21,14 +21,14 @@ from trainer.sparse.exchange import Gradients, on_stream
 from trainer.sparse.sharded_tables import ShardedTables
 
 
-class Ask(NamedTuple):
+class StepRequest(NamedTuple):
     """What a rank would have all ranks do together after a step."""
 
     save: bool = False
     stop: bool = False
 
 
-NOTHING = Ask()
+NOTHING = StepRequest()
 
 
 class Count(NamedTuple):
@@ -40,7 +40,7 @@ class Count(NamedTuple):
     stop: int
 
 
-class Arriving:
+class InFlightBatch:
     """A batch whose ids are on their way to the ranks that hold their rows.
 
     Args:
@@ -65,7 +65,7 @@ class Arriving:
         control: dist.ProcessGroup,
         *,
         out: bool,
-        ask: Ask,
+        ask: StepRequest,
     ) -> None:
         self.batch = batch
         self._stream, self._clock = stream, clock
@@ -143,7 +143,7 @@ class BatchPipeline:
         keys = tuple(tuple(names) for names in tables.keys)
         self._empty = empty_batch(BatchLayout(keys, int(n_dense), behaviours))
 
-    def fetch(self, ask: Ask = NOTHING) -> Arriving:
+    def fetch(self, ask: StepRequest = NOTHING) -> InFlightBatch:
         """The next batch of this rank, on its way; ``ask`` is for after its step."""
         with self._clock.phase("data"):
             batch = self._first if self._first is not None else next(self._batches, None)
@@ -156,4 +156,4 @@ class BatchPipeline:
             if self._stream is not None:
                 with on_stream(self._stream):
                     batch = batch.to(self._clock.device, non_blocking=True)
-            return Arriving(batch, self._tables, self._stream, self._clock, self._control, out=out, ask=ask)
+            return InFlightBatch(batch, self._tables, self._stream, self._clock, self._control, out=out, ask=ask)

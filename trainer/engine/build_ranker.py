@@ -35,7 +35,7 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         query_dense=candidate_dense(features),
         dropout=model.dropout,
     )
-    ranker.start_at(torch.from_numpy(features.base_rates).float())
+    ranker.init_output_bias(torch.from_numpy(features.base_rates).float())
     return ranker
 
 

@@ -27,10 +27,10 @@ from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
 from trainer.config.deepspeed import complete_settings
 from trainer.data.loading.batch import Batch
-from trainer.engine.batch_pipeline import NOTHING, Arriving, Ask, BatchPipeline
+from trainer.engine.batch_pipeline import NOTHING, BatchPipeline, InFlightBatch, StepRequest
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
 from trainer.engine.history_alignment import Alignment
-from trainer.engine.micro_batches import Part, cut_batch, row_lengths
+from trainer.engine.micro_batches import MicroBatch, row_lengths, split_micro_batches
 from trainer.runtime.distributed import control_group, local_size
 from trainer.runtime.phase_timer import PhaseClock, PhaseSeconds
 from trainer.sparse.dynamic_ids import IdCounts
@@ -164,7 +164,9 @@ class HybridEngine:
         self._tables.set_learning_rate(tables)
         self._dense.set_learning_rate(dense)
 
-    def steps(self, batches: Iterator[Batch], ask: Callable[[int], Ask] = lambda step: NOTHING) -> Iterator[StepResult]:
+    def steps(
+        self, batches: Iterator[Batch], ask: Callable[[int], StepRequest] = lambda step: NOTHING
+    ) -> Iterator[StepResult]:
         """Train a step on each batch until all ranks are out of batches. Collective.
 
         Args:
@@ -214,7 +216,7 @@ class HybridEngine:
         assert isinstance(ranker, Ranker)
         return self._look(batches, lambda part: ranker.shares(part.embedded, part.lengths, part.dense))
 
-    def _look(self, batches: Iterator[Batch], look: Callable[[Part], Seen]) -> Iterator[tuple[Batch, Seen]]:
+    def _look(self, batches: Iterator[Batch], look: Callable[[MicroBatch], Seen]) -> Iterator[tuple[Batch, Seen]]:
         self._dense.module.eval()
         pipeline = self._pipeline(batches)
         arriving = pipeline.fetch()
@@ -224,7 +226,7 @@ class HybridEngine:
                 embedded = arriving.rows()
                 following = pipeline.fetch()
                 following.send()
-                (part,) = cut_batch(arriving.batch, embedded, self._fixed_lengths, 1)
+                (part,) = split_micro_batches(arriving.batch, embedded, self._fixed_lengths, 1)
                 seen = look(part)
             self._clock.lap()
             try:
@@ -301,10 +303,12 @@ class HybridEngine:
     def _state(self) -> dict[str, Any]:
         return {**self._tables.state(), **self._dense.state(), "steps": torch.tensor(self.steps_done)}
 
-    def _train(self, arriving: Arriving, embedded: Mapping[str, Tensor], following: Arriving | None) -> StepResult:
+    def _train(
+        self, arriving: InFlightBatch, embedded: Mapping[str, Tensor], following: InFlightBatch | None
+    ) -> StepResult:
         batch, count = arriving.batch, arriving.count()
         rows = count.rows
-        parts = cut_batch(batch, embedded, self._fixed_lengths, self._dense.parts)
+        parts = split_micro_batches(batch, embedded, self._fixed_lengths, self._dense.parts)
         aligned, given = self._align(batch, embedded, rows)
         # DeepSpeed divides by ranks and parts what is to be divided by the rows of all ranks.
         scale = self._world * len(parts) / max(rows, 1)
@@ -352,5 +356,5 @@ class HybridEngine:
             loss, gradients = self._alignment.gradients(embedded, lengths, batch.user_id, self._control)
             # Tables divide by the ranks what is to be divided by the rows of all ranks.
             scaled = {name: gradient.mul_(self._world / max(rows, 1)) for name, gradient in gradients.items()}
-            parts = cut_batch(batch, scaled, self._fixed_lengths, self._dense.parts)
+            parts = split_micro_batches(batch, scaled, self._fixed_lengths, self._dense.parts)
         return loss, [part.embedded for part in parts]

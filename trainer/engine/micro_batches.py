@@ -13,7 +13,7 @@ from trainer.data.loading.batch import Batch
 
 
 @dataclass(frozen=True)
-class Part:
+class MicroBatch:
     """Consecutive rows of a batch, as the dense network takes them.
 
     Attributes:
@@ -38,9 +38,9 @@ class Part:
         return torch.zeros_like(self.embedded[name]) if gradient is None else gradient
 
 
-def cut_batch(
+def split_micro_batches(
     batch: Batch, embedded: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], parts: int
-) -> list[Part]:
+) -> list[MicroBatch]:
     """Cut a batch into ``parts`` parts whose rows differ by one at most; they share the batch's memory.
 
     Args:
@@ -60,7 +60,7 @@ def cut_batch(
             else:
                 ends[name] = [fixed * bound for bound in bounds]
     return [
-        Part(
+        MicroBatch(
             embedded={name: rows[ends[name][part] : ends[name][part + 1]] for name, rows in embedded.items()},
             lengths={name: of_key[start:stop] for name, of_key in lengths.items()},
             dense=batch.dense[start:stop],

@@ -20,11 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.checkpoint.run_directory import CHANGEABLE_DEEPSPEED, differences, environment, flat_settings, write_json
+from trainer.checkpoint.run_directory import CHANGEABLE_DEEPSPEED
+from trainer.config.diff import differences, flat_settings
 from trainer.config.finetune import FinetuneConfig
-from trainer.config.ranker import load_deepspeed
+from trainer.config.load import load_deepspeed
 from trainer.config.toml import validate
 from trainer.console.errors import UserError
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked
 
 CHANGEABLE = (

@@ -22,7 +22,7 @@ from trainer.checkpoint.writer import Save, rank_file
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.run_log import say
-from trainer.engine.batch_pipeline import Ask
+from trainer.engine.batch_pipeline import StepRequest
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
@@ -113,7 +113,7 @@ class Checkpoints(CheckpointStore):
         return Save(
             directory=self._directory,
             model=engine.state(copy=copy),
-            own=own_state(state) | (search_state(state) if self._world.rank == 0 else {}),
+            own=rank_state(state) | (search_state(state) if self._world.rank == 0 else {}),
             job={"config": self._identity.config.model_dump(mode="json"), "trace": list(state.trace)},
             manifest=Manifest(
                 step=state.step,
@@ -188,12 +188,12 @@ class Checkpoints(CheckpointStore):
         }
 
 
-def ask_of(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], Ask]:
+def step_request(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], StepRequest]:
     """What a rank asks for after a step: a save when one is due, and to stop when ``stop`` says so."""
-    return lambda step: Ask(save=checkpoints.ask(step), stop=stop())
+    return lambda step: StepRequest(save=checkpoints.ask(step), stop=stop())
 
 
-def own_state(state: TrainingState) -> dict[str, Any]:
+def rank_state(state: TrainingState) -> dict[str, Any]:
     """What only this rank has, as tensors, numbers and strings."""
     return {
         "random": random_states(),

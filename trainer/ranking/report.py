@@ -14,12 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.console.text_table import text_table
+from trainer.runtime.phase_timer import PHASES
 
 COLUMNS = ("auc", "gauc", "uauc", "logloss", "ne", "calibration", "positives", "rows")
 """Metrics of the table, in order; ``best auc`` follows where the truth is known."""
 
-PHASES = ("data", "tables", "dense", "communication")
-"""Where the seconds of a step go."""
 
 Metrics = Mapping[str, Mapping[str, float | int | None]]
 """Behaviour -> metric -> value, None where undefined."""

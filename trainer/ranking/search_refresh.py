@@ -18,7 +18,7 @@ from trainer.console.run_log import say
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.runtime.distributed import World, control_group
 
@@ -144,7 +144,7 @@ class Searching:
         self.space.newest = version
 
 
-def put_content(space: SearchSpace, table: EmbeddingTable, item: IdMap) -> int:
+def put_content(space: SearchSpace, table: ContentVectors, item: IdMap) -> int:
     """Put version 0 from content embeddings; ids that share a row have the vector of the largest.
 
     Args:
@@ -188,8 +188,8 @@ def put_content(space: SearchSpace, table: EmbeddingTable, item: IdMap) -> int:
     return int((~known[1:]).sum())
 
 
-def _open_embeddings(path: str) -> EmbeddingTable:
+def _open_embeddings(path: str) -> ContentVectors:
     try:
-        return EmbeddingTable.open(path)
+        return ContentVectors.open(path)
     except UserError as error:
         raise UserError(f"features.search.embedding: {error}") from None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from modules.ranker import RankerKind
-from trainer.config.ranker import JobConfig, load_deepspeed, parse_time
+from trainer.config.load import load_deepspeed, parse_time
+from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features

@@ -189,13 +189,13 @@ class _Learner:
     def _trainable_ms(self) -> int:
         """Rows whose labels were complete before this are trained on.
 
-        Requests have been predicted up to the watermark, ``disorder_ms`` behind what has been seen; what trains the
-        model now could have been known ``disorder_ms`` earlier still.
+        Requests have been predicted up to the watermark, ``max_out_of_orderness_ms`` behind what has been seen; what
+        trains the model now could have been known ``max_out_of_orderness_ms`` earlier still.
         """
         seen_until_ms = self._stream.seen_until_ms
         if seen_until_ms == END_OF_TIME:
             return END_OF_TIME
-        return seen_until_ms - 2 * self._config.labels.patience.disorder_ms
+        return seen_until_ms - 2 * self._config.labels.max_out_of_orderness_ms
 
     def _predict(self) -> None:
         stream = self._stream

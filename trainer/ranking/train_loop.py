@@ -15,12 +15,12 @@ from trainer.console.run_log import say, set_step
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
-from trainer.ranking.checkpoints import Checkpoints, ask_of
-from trainer.ranking.report import PHASES
+from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.search_refresh import Searching
 from trainer.ranking.setup import rows_per_rank
 from trainer.ranking.training_state import TrainingState, Window
 from trainer.runtime.distributed import World
+from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.watchdog import Watchdog
 
@@ -71,7 +71,7 @@ def train(
     ):
         _set_learning_rate(engine, config, state)
         try:
-            for result in engine.steps(iter(loader), ask_of(checkpoints, lambda: preemption.asked)):
+            for result in engine.steps(iter(loader), step_request(checkpoints, lambda: preemption.asked)):
                 batch = result.batch
                 state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)

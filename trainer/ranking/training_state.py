@@ -11,7 +11,7 @@ from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.loading.batch import Position
 from trainer.engine.hybrid_engine import StepResult
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics, Report
-from trainer.ranking.report import PHASES
+from trainer.runtime.phase_timer import PHASES
 from trainer.sparse.dynamic_ids import IdCounts
 
 Trace = list[dict[str, Any]]

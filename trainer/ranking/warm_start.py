@@ -51,7 +51,7 @@ class TakenTable:
 
 
 @dataclass(frozen=True)
-class Taken:
+class WarmStartSummary:
     """What a new model has from an old one.
 
     Attributes:
@@ -74,7 +74,7 @@ class Taken:
 
 
 def check_source(config: JobConfig) -> None:
-    """Find what :func:`take_from` would refuse, as far as it is known before the features are fitted.
+    """Find what :func:`warm_start` would refuse, as far as it is known before the features are fitted.
 
     Raises:
         UserError: no checkpoint there; a table that one of the models does not have, or that has another dimension.
@@ -84,7 +84,9 @@ def check_source(config: JobConfig) -> None:
     _choose(config.init_from, Checkpoint.open(config.init_from.run), dims)
 
 
-def take_from(engine: HybridEngine, config: JobConfig, kind: RankerKind, features: FeatureMap, world: World) -> Taken:
+def warm_start(
+    engine: HybridEngine, config: JobConfig, kind: RankerKind, features: FeatureMap, world: World
+) -> WarmStartSummary:
     """Fill a new model from ``init_from``. Collective.
 
     What the old model does not have keeps its fresh values: further rows of a table, tables that are not named, and
@@ -121,7 +123,7 @@ def take_from(engine: HybridEngine, config: JobConfig, kind: RankerKind, feature
             _fill(tensor, [shard for key, shard in states if (key, shard.table) == (state, name)], rows)
     if dense:
         engine.set_dense_parameters({name: slots["parameter"].read() for name, slots in old.model.dense.items()})
-    return Taken(
+    return WarmStartSummary(
         checkpoint=old.directory,
         step=old.manifest.step,
         tables=tuple(
@@ -135,7 +137,7 @@ def take_from(engine: HybridEngine, config: JobConfig, kind: RankerKind, feature
     )
 
 
-def format_taken(taken: Taken) -> str:
+def format_taken(taken: WarmStartSummary) -> str:
     """What was taken, for a person."""
     then, now = taken.optimizers
     lines = [

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from trainer.console.errors import UserError, is_lost_peer
-from trainer.console.job_arguments import exit_status
+from trainer.console.exit_status import exit_status
 from trainer.console.run_log import note
 from trainer.runtime.malloc import keep_freed_memory
 from trainer.runtime.network_interfaces import interface_towards, loopback_interface

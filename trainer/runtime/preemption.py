@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from trainer.console.job_arguments import PREEMPTED_STATUS
+from trainer.console.exit_status import PREEMPTED_STATUS
 from trainer.console.run_log import say
 
 

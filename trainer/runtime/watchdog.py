@@ -25,7 +25,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from trainer.console.job_arguments import HUNG_STATUS
+from trainer.console.exit_status import HUNG_STATUS
 from trainer.console.run_log import note
 from trainer.runtime.distributed import World, local_size
 

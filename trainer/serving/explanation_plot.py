@@ -22,7 +22,7 @@ _AGES = 6
 
 
 class Found(Protocol):
-    """See :class:`trainer.explain.Found`."""
+    """See :class:`trainer.serving.explanation.Found`."""
 
     @property
     def entries(self) -> HistorySlice: ...
@@ -33,7 +33,7 @@ class Found(Protocol):
 
 
 class Explanation(Protocol):
-    """See :class:`trainer.explain.Explanation`."""
+    """See :class:`trainer.serving.explanation.Explanation`."""
 
     @property
     def user_id(self) -> int: ...

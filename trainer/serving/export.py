@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint.manifest import ADAPTER, check_files, sync
+from trainer.checkpoint.manifest import ADAPTER, check_files
 from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
-from trainer.checkpoint.run_directory import write_json
-from trainer.config.ranker import load_deepspeed
+from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
+from trainer.runtime.files import sync, write_json
 from trainer.serving.exported_model import CONFIG, FEATURES, ORIGIN, SCHEMA, SEARCH, SERVED, WEIGHTS
 
 _TYPES = {

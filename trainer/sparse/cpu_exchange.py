@@ -17,11 +17,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.console.errors import UserError
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse.cpu_kernel import FlatKernel, flat_kernel
+from trainer.sparse.cpu_kernel import CpuKernel, flat_kernel
 from trainer.sparse.exchange import Gradients
 
 
-class FlatRouting:
+class CpuRouting:
     """Which rank has the rows of which lookups, of one collection, whose tables are sharded alike.
 
     Args:
@@ -57,10 +57,10 @@ class FlatRouting:
         self.block_rows = torch.tensor(
             [plans[key].sharding_spec.shards[0].shard_sizes[0] for key in self.keys], dtype=torch.int64
         )
-        self.kernel: FlatKernel | None = flat_kernel(collection, sharding)
+        self.kernel: CpuKernel | None = flat_kernel(collection, sharding)
 
 
-class FlatExchange:
+class CpuExchange:
     """The part of one step; see :class:`trainer.sparse.exchange.Exchange`.
 
     Args:
@@ -72,7 +72,7 @@ class FlatExchange:
         UserError: an id outside its table.
     """
 
-    def __init__(self, routing: FlatRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> None:
+    def __init__(self, routing: CpuRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> None:
         self._routing, self._clock = routing, clock
         pieces, sizes = ids.values().split(ids.length_per_key()), ids.length_per_key()
         pieces = [pieces[i] for i in routing.positions]

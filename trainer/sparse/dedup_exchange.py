@@ -47,7 +47,7 @@ class DeduplicatedExchange:
         different = dict.fromkeys(keys, torch.empty(0, dtype=torch.int64))
         for members in self._members.values():
             # The first lookup of a table stands for all.
-            different[members[0]], places = different_ids([pieces[key] for key in members])
+            different[members[0]], places = unique_ids([pieces[key] for key in members])
             self._places.update(zip(members, places, strict=True))
         self._sizes = {key: len(unique) for key, unique in different.items()}
         lengths = list(self._sizes.values())
@@ -96,7 +96,7 @@ class DeduplicatedExchange:
             exchange.drain()
 
 
-def different_ids(pieces: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def unique_ids(pieces: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The different ids of some lists, in the order in which they first appear, and where each id stands among them.
 
     Args:

@@ -15,15 +15,15 @@ from torch import Tensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from trainer.data.features.id_map import hash_rows, hash_salt
-from trainer.sparse.cpu_exchange import FlatExchange, FlatRouting
+from trainer.sparse.cpu_exchange import CpuExchange, CpuRouting
 from trainer.sparse.dynamic_tables import DynamicRows
 
 
-class DynamicRouting(FlatRouting):
+class DynamicRouting(CpuRouting):
     """Which rank has the buckets of which lookups.
 
     Args:
-        collection, sharding, keys, group: see :class:`trainer.sparse.cpu_exchange.FlatRouting`.
+        collection, sharding, keys, group: see :class:`trainer.sparse.cpu_exchange.CpuRouting`.
         served: those of the lookups that this is for, at least one; their tables are dynamic and have this sharding.
         rows: name -> this rank's rows of the tables.
     """
@@ -48,7 +48,7 @@ class DynamicRouting(FlatRouting):
         self.borrows = self.cut and not self.lends
 
 
-class DynamicExchange(FlatExchange):
+class DynamicExchange(CpuExchange):
     """The part of one step; see :class:`trainer.sparse.exchange.Exchange`.
 
     Args:

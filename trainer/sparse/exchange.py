@@ -2,7 +2,7 @@
 
 An exchange serves one collection in one step. Its stages are explicit, so that a pipeline can put other work between
 them. :class:`TorchRecExchange` is TorchRec's own path and the definition of what is right.
-:class:`trainer.sparse.cpu_exchange.FlatExchange` does the same on a CPU with fewer copies and collectives.
+:class:`trainer.sparse.cpu_exchange.CpuExchange` does the same on a CPU with fewer copies and collectives.
 """
 
 from __future__ import annotations

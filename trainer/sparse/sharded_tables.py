@@ -19,7 +19,7 @@ from modules.embeddings import Lookup, Table, initial_rows
 from modules.table_set import TableSet
 from trainer.console.errors import UserError
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse.cpu_exchange import FlatExchange, FlatRouting
+from trainer.sparse.cpu_exchange import CpuExchange, CpuRouting
 from trainer.sparse.dedup_exchange import DeduplicatedExchange
 from trainer.sparse.dynamic_exchange import DynamicExchange, DynamicRouting
 from trainer.sparse.dynamic_tables import DynamicTables
@@ -129,12 +129,12 @@ class ShardedTables:
                 started.append(TorchRecExchange(collection, keyed, self._clock))
             elif self._deduplicate:
                 tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
-                started.append(DeduplicatedExchange(keyed, tables, partial(self._start_flat, routings)))
+                started.append(DeduplicatedExchange(keyed, tables, partial(self._start_cpu, routings)))
             else:
-                started += self._start_flat(routings, keyed)
+                started += self._start_cpu(routings, keyed)
         return started
 
-    def _start_flat(self, routings: Sequence[FlatRouting], ids: KeyedJaggedTensor) -> list[FlatExchange]:
+    def _start_cpu(self, routings: Sequence[CpuRouting], ids: KeyedJaggedTensor) -> list[CpuExchange]:
         return [_exchange(routing, ids, self._clock) for routing in routings]
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -203,7 +203,7 @@ def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
 
 def _routings(
     collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup, dynamic: DynamicTables
-) -> list[FlatRouting]:
+) -> list[CpuRouting]:
     """How a collection's ids travel flat; none where they have to take TorchRec's own path.
 
     Raises:
@@ -219,22 +219,22 @@ def _routings(
                 "table_wise or row_wise; set train.device = 'cpu' and features.*.sharding = 'auto'"
             )
         return []
-    routings: list[FlatRouting] = []
+    routings: list[CpuRouting] = []
     for sharding in sorted(shardings):
         alike = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
         if staying := frozenset(alike - coming):
-            routings.append(FlatRouting(collection, sharding, keys, group, staying))
+            routings.append(CpuRouting(collection, sharding, keys, group, staying))
         if served := frozenset(alike & coming):
             routings.append(DynamicRouting(collection, sharding, keys, group, served, dynamic.rows))
     return routings
 
 
-def _exchange(routing: FlatRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> FlatExchange:
+def _exchange(routing: CpuRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> CpuExchange:
     if isinstance(routing, DynamicRouting):
         return DynamicExchange(routing, ids, clock)
-    return FlatExchange(routing, ids, clock)
+    return CpuExchange(routing, ids, clock)
 
 
 def flat_exchange_serves(device: torch.device, shardings: set[str]) -> bool:
-    """Whether :class:`FlatExchange` can serve a collection: on a CPU, every table whole or cut by rows."""
+    """Whether :class:`CpuExchange` can serve a collection: on a CPU, every table whole or cut by rows."""
     return device.type == "cpu" and shardings <= {"table_wise", "row_wise"}

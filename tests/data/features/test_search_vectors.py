@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainer.console.errors import UserError
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable, stored_space
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.ranking.search_refresh import put_content
 
 TABLES = {"item": SpaceTable(5, 20), "author": SpaceTable(3, 16)}
@@ -113,9 +113,9 @@ def test_values_keep_their_proportions(dtype):
     assert np.isfinite(make_space().quantised(np.full((1, 20), 1e6, np.float32), 1e6)).all()
 
 
-def content(path: Path, ids: list[int], dim: int = 20, **write: object) -> EmbeddingTable:
+def content(path: Path, ids: list[int], dim: int = 20, **write: object) -> ContentVectors:
     vectors = np.random.default_rng(1).standard_normal((len(ids), dim)).astype(np.float32)
-    return EmbeddingTable.write(path / "table", np.array(ids), vectors, **write)
+    return ContentVectors.write(path / "table", np.array(ids), vectors, **write)
 
 
 @pytest.mark.parametrize("mapping", ["direct", "lookup"])
@@ -142,4 +142,4 @@ def test_content_that_cannot_be_used_is_told_in_a_line(tmp_path):
     (file,) = (tmp_path / "table").glob("vectors-*.npy")
     np.save(file, broken)
     with pytest.raises(UserError, match="the embedding of item 2 is not finite"):
-        put_content(make_space(), EmbeddingTable.open(tmp_path / "table"), item)
+        put_content(make_space(), ContentVectors.open(tmp_path / "table"), item)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import MANIFEST, EmbeddingTable, Origin, finite_rows, write_parts
+from trainer.data.format.content_vectors import MANIFEST, ContentVectors, Origin, finite_rows, write_parts
 
 
 def some(seed: int, n: int = 50, dim: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +26,7 @@ def test_lookup_is_that_of_a_dictionary(
 ) -> None:
     path = tmp_path_factory.mktemp("table")
     vectors = np.array(list(known.values()), np.float32).reshape(-1, 1).repeat(dim, axis=1)
-    table = EmbeddingTable.write(path, np.array(list(known), np.int64), vectors)
+    table = ContentVectors.write(path, np.array(list(known), np.int64), vectors)
     asked = np.arange(-2, 43).reshape(9, 5)
     rows = table.lookup(asked)
     assert rows.shape == asked.shape and len(table) == len(known) and table.dim == dim
@@ -42,8 +42,8 @@ def test_what_was_written_is_opened(tmp_path: Path, dtype: str) -> None:
     ids, vectors = some(1)
     texts = np.arange(50, dtype=np.uint64)
     origin = Origin("qwen", "lora", {"item": "Video: {text}"}, "last", "abc", {"empty": 2})
-    EmbeddingTable.write(tmp_path / "t", ids, vectors, texts=texts, origin=origin, dtype=dtype)
-    table = EmbeddingTable.open(tmp_path / "t")
+    ContentVectors.write(tmp_path / "t", ids, vectors, texts=texts, origin=origin, dtype=dtype)
+    table = ContentVectors.open(tmp_path / "t")
     rows = table.lookup(ids)
     assert isinstance(table.vectors, np.memmap) and table.vectors.dtype == dtype and table.origin == origin
     np.testing.assert_array_equal(table.vectors[rows], vectors.astype(dtype))
@@ -54,7 +54,7 @@ def test_parts_in_any_order_give_the_same_table(tmp_path: Path) -> None:
     ids, vectors = some(2)
     texts = np.zeros(50, np.uint64)
     cuts = [(ids[order], vectors[order]) for order in np.array_split(np.random.default_rng(0).permutation(50), 4)]
-    whole = EmbeddingTable.write(tmp_path / "a", ids, vectors)
+    whole = ContentVectors.write(tmp_path / "a", ids, vectors)
     parts = write_parts(tmp_path / "b", ids, texts, cuts, 3)
     assert whole.hash == parts.hash
     again = [(part.copy(), rows.copy()) for part, rows in whole.parts(whole.lookup(ids))]
@@ -63,17 +63,17 @@ def test_parts_in_any_order_give_the_same_table(tmp_path: Path) -> None:
 
 def test_a_table_is_replaced_as_a_whole_and_an_open_one_stays(tmp_path: Path) -> None:
     ids, vectors = some(3)
-    old = EmbeddingTable.write(tmp_path, ids, vectors)
+    old = ContentVectors.write(tmp_path, ids, vectors)
     before = old.vectors[:].copy()
-    new = EmbeddingTable.write(tmp_path, ids[:9], -vectors[:9])
+    new = ContentVectors.write(tmp_path, ids[:9], -vectors[:9])
     np.testing.assert_array_equal(old.vectors, before)
-    assert len(new) == 9 and len(EmbeddingTable.open(tmp_path)) == 9
+    assert len(new) == 9 and len(ContentVectors.open(tmp_path)) == 9
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_write_that_fails_leaves_the_old_table_and_nothing_else(tmp_path: Path) -> None:
     ids, vectors = some(4)
-    old = EmbeddingTable.write(tmp_path, ids, vectors)
+    old = ContentVectors.write(tmp_path, ids, vectors)
     files = sorted(tmp_path.iterdir())
 
     def breaks() -> object:
@@ -82,7 +82,7 @@ def test_a_write_that_fails_leaves_the_old_table_and_nothing_else(tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         write_parts(tmp_path, ids, np.zeros(50, np.uint64), breaks(), 3)
-    assert sorted(tmp_path.iterdir()) == files and EmbeddingTable.open(tmp_path).hash == old.hash
+    assert sorted(tmp_path.iterdir()) == files and ContentVectors.open(tmp_path).hash == old.hash
 
 
 def test_vectors_that_are_not_finite_are_counted_and_refused(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_vectors_that_are_not_finite_are_counted_and_refused(tmp_path: Path) -> 
     vectors[7, 1], vectors[9, 0], vectors[11, 2] = np.nan, np.inf, 1e6
     assert np.flatnonzero(~finite_rows(vectors, "float32")).tolist() == [7, 9]
     with pytest.raises(UserError, match=rf"3 of 50 vectors are not finite in float16, the first that of id {ids[7]};"):
-        EmbeddingTable.write(tmp_path, ids, vectors)
+        ContentVectors.write(tmp_path, ids, vectors)
     assert not (tmp_path / MANIFEST).exists() and list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +103,7 @@ def test_vectors_that_are_not_finite_are_counted_and_refused(tmp_path: Path) -> 
 )
 def test_bad_ids_are_refused(tmp_path: Path, ids: list[int], width: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        EmbeddingTable.write(tmp_path, np.array(ids), np.zeros((2, width)))
+        ContentVectors.write(tmp_path, np.array(ids), np.zeros((2, width)))
 
 
 def test_bad_parts_are_refused(tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_bad_parts_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_table_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no embedding table here"):
-        EmbeddingTable.open(tmp_path / "none")
-    table = EmbeddingTable.write(tmp_path / "t", *some(6))
+        ContentVectors.open(tmp_path / "none")
+    table = ContentVectors.write(tmp_path / "t", *some(6))
     manifest = json.loads((tmp_path / "t" / MANIFEST).read_text())
     for changed, said in [({"version": 9}, "version 9"), ({"count": 3}, "tells of 3 vectors of 3")]:
         (tmp_path / "t" / MANIFEST).write_text(json.dumps({**manifest, **changed}))
         with pytest.raises(UserError, match=said):
-            EmbeddingTable.open(table.path)
+            ContentVectors.open(table.path)
     (tmp_path / "t" / MANIFEST).write_text(json.dumps(manifest))
     (tmp_path / "t" / manifest["files"]["vectors"]).unlink()
     with pytest.raises(UserError, match="names are missing"):
-        EmbeddingTable.open(table.path)
+        ContentVectors.open(table.path)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
@@ -186,7 +186,7 @@ def test_title_vectors_become_those_of_the_rooms(tmp_path: Path, suffix: str) ->
         (source / "title_embeddings.npy").unlink()
         np.savez(source / "title_embeddings.npz", vectors=TITLES)
     spec = import_kuailive(source, tmp_path / "out", 2)
-    table = EmbeddingTable.open(tmp_path / "out" / "embeddings" / "items")
+    table = ContentVectors.open(tmp_path / "out" / "embeddings" / "items")
     # Room 72 names a title that the file lacks.
     assert table.ids.tolist() == [70, 71] and spec.extra["items_without_embedding"] == 1
     np.testing.assert_allclose(table.vectors, TITLES[[1, 0]], atol=2e-3)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
@@ -295,13 +295,13 @@ def test_texts(source: Path, tmp_path: Path) -> None:
 
 def test_vectors(source: Path, tmp_path: Path) -> None:
     import_kuailive_m3(source, tmp_path / "out", 2)
-    videos = EmbeddingTable.open(tmp_path / "out" / "embeddings" / "items")
+    videos = ContentVectors.open(tmp_path / "out" / "embeddings" / "items")
     assert videos.ids.tolist() == [14, 16]
     np.testing.assert_allclose(videos.vectors, PHOTO_VECTORS[::-1], atol=2e-3)
     segments = pq.read_table(tmp_path / "out" / "segments.parquet").to_pydict()
     assert segments["item_id"] == [17, 15, 15]
     assert segments["known_ms"] == [T0 + 230_000, T0 + 25_000, T0 + 50_000], "a segment is known from its end on"
-    table = EmbeddingTable.open(tmp_path / "out" / "embeddings" / "segments")
+    table = ContentVectors.open(tmp_path / "out" / "embeddings" / "segments")
     np.testing.assert_allclose(table.vectors[table.lookup(np.array(segments["vector"]))], SEGMENT_VECTORS, atol=2e-3)
 
 
@@ -322,7 +322,7 @@ def test_blocks_and_partitions_change_nothing(source: Path, tmp_path: Path, monk
     for table in ("items", "comments"):
         assert read_texts(tmp_path / "whole", table).equals(read_texts(tmp_path / "blocks", table))
     for name in ("items", "segments"):
-        pair = [EmbeddingTable.open(tmp_path / where / "embeddings" / name) for where in ("whole", "blocks")]
+        pair = [ContentVectors.open(tmp_path / where / "embeddings" / name) for where in ("whole", "blocks")]
         np.testing.assert_array_equal(pair[0].vectors, pair[1].vectors)
 
 

@@ -18,7 +18,7 @@ from tests.stream.stored_logs import Edit, with_column, write_log
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
-from trainer.stream.labels.policy import POLICIES, FastSlow, Patience
+from trainer.stream.labels.policy import POLICIES, EventTimeouts, FastSlow
 
 MINUTE = 60_000
 
@@ -89,8 +89,8 @@ def test_rows_in_the_file_are_those_of_the_reference(tmp_path: Path, capsys: pyt
     log, out = write_log(tmp_path / "log", events), tmp_path / "rows.parquet"
     windows = ("--fast-seconds", 5, "--slow-seconds", 8.5)
     assert stream("assemble", log, out, "--policy", "fast_slow", *windows, "--idle-seconds", 20) == 0
-    policy, patience = FastSlow(5_000, 8_500), Patience(20_000, 10_000)
-    expected, aside = assemble(events, policy, patience, BEHAVIOURS, SPEC.applies, SPEC.candidates)
+    policy, timeouts = FastSlow(5_000, 8_500), EventTimeouts(20_000, 10_000)
+    expected, aside = assemble(events, policy, timeouts, BEHAVIOURS, SPEC.applies, SPEC.candidates)
     table = pq.read_table(out)
     assert table.column_names == [
         *("visit_id", "user_id", "author_id", "item_id", "kind", "request_ms", "emit_ms"),

@@ -23,12 +23,13 @@ from tests.paths import ROOT
 from trainer.config.embed import load_embedding
 from trainer.config.finetune import LoraConfig, SmallConfig
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import SCHEMAS, read_texts, segment_ids
 from trainer.data.writing.text_writer import TextWriter
-from trainer.embed import PARTS, embed
+from trainer.embed import embed
 from trainer.llm.embedding.learned_query import fit_query
 from trainer.llm.embedding.text_encoder import Encoder, batches_by_length
+from trainer.llm.embedding.vector_table_update import PARTS
 from trainer.llm.models.adapter import save_adapter
 from trainer.llm.models.base_model import Base, add_adapter
 from trainer.llm.models.prompt_templates import Template
@@ -38,7 +39,7 @@ from trainer.runtime.distributed import World
 TEMPLATE = ROOT / "configs/templates/embed.txt"
 WEIGHTS = "model.safetensors"
 DIM = 32
-PATIENCE = 280
+TIMEOUTS = 280
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
 """Of float32 vectors in other batches."""
 
@@ -127,7 +128,7 @@ def environment() -> dict[str, str]:
 
 
 def table_of(out: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    table = EmbeddingTable.open(out / kind)
+    table = ContentVectors.open(out / kind)
     return np.array(table.ids), np.array(table.vectors)
 
 
@@ -155,12 +156,12 @@ def test_every_kind_has_a_vector_for_every_text(dataset: Path, tables: Path) -> 
 
 
 def test_the_manifest_says_what_made_them(tables: Path, dataset: Path) -> None:
-    origin = EmbeddingTable.open(tables / "items").origin
+    origin = ContentVectors.open(tables / "items").origin
     assert (origin.model, origin.adapter, origin.pooling) == ("model", "", "last")
     assert origin.template == {"items": "Video title: {text}"}
     assert origin.counts == {"kept": 0, "embedded": 58, "refused": 0, "truncated": 0, "empty": 2}
-    assert EmbeddingTable.open(tables / "comments").origin.counts["truncated"] == 1
-    assert origin.hash != EmbeddingTable.open(tables / "comments").origin.hash
+    assert ContentVectors.open(tables / "comments").origin.counts["truncated"] == 1
+    assert origin.hash != ContentVectors.open(tables / "comments").origin.hash
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -203,11 +204,11 @@ def test_batches_change_nothing(
 @pytest.mark.slow
 def test_two_ranks_write_the_same_tables_as_one(dataset: Path, model: Path, tables: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "launch.cli.main", "embed", *settings(dataset, model, tmp_path), "--ranks", "2"]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment(), timeout=PATIENCE, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(), timeout=TIMEOUTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "58 vectors of 32 (58 embedded, 2 empty)" in done.stdout
     for kind in ("items", "comments", "segments", "authors"):
-        assert EmbeddingTable.open(tmp_path / kind).hash == EmbeddingTable.open(tables / kind).hash
+        assert ContentVectors.open(tmp_path / kind).hash == ContentVectors.open(tables / kind).hash
 
 
 def test_an_interrupted_job_goes_on_with_the_missing_parts(
@@ -234,7 +235,7 @@ def test_an_interrupted_job_goes_on_with_the_missing_parts(
     monkeypatch.setattr(Encoder, "vectors", counted)
     run(*given)
     assert sum(read) == 90 and len(read) == 6
-    assert EmbeddingTable.open(tmp_path / "comments").hash == EmbeddingTable.open(tables / "comments").hash
+    assert ContentVectors.open(tmp_path / "comments").hash == ContentVectors.open(tables / "comments").hash
     assert not (tmp_path / PARTS).exists()
 
 
@@ -243,11 +244,11 @@ def test_a_killed_job_leaves_whole_parts_and_goes_on(dataset: Path, model: Path,
     # parts of one text are slow enough to be caught in the middle
     given = settings(dataset, model, tmp_path, **{"data.kinds": '["comments"]', "embed.part": 1})
     killed = subprocess.Popen([sys.executable, "-m", "trainer.embed", *given], cwd=ROOT, env=environment())
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUTS
     while not parts_of(tmp_path) and time.monotonic() < until and killed.poll() is None:
         time.sleep(0.005)
     killed.kill()
-    killed.wait(PATIENCE)
+    killed.wait(TIMEOUTS)
     assert not (tmp_path / "comments").exists() and 0 < len(parts_of(tmp_path)) < 90
     run(*given)
     (ids, again), (expected_ids, expected) = table_of(tmp_path, "comments"), table_of(tables, "comments")
@@ -354,9 +355,9 @@ def test_a_learnt_query_brings_comments_closer_to_their_video(dataset: Path, mod
     stored = list(tmp_path.glob("query-*.npy"))
     assert len(stored) == 1 and np.load(stored[0]).shape == (DIM,)
     # it is kept: the same recipe, so nothing is read again
-    hash_before = EmbeddingTable.open(tmp_path / "items").origin.hash
+    hash_before = ContentVectors.open(tmp_path / "items").origin.hash
     run(*settings(dataset, model, tmp_path, **{"embed.pooling": "query", "data.kinds": '["items"]'}))
-    assert EmbeddingTable.open(tmp_path / "items").origin.hash == hash_before
+    assert ContentVectors.open(tmp_path / "items").origin.hash == hash_before
 
 
 def test_a_query_needs_comments(dataset: Path, model: Path, tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ from tests.llm.tiny import (
 )
 from trainer.checkpoint.model_state import write_state
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
+from trainer.config.finetune import AnswerWeight
 from trainer.finetune import run_job
 from trainer.llm.finetuning.adapter_engine import AdapterEngine, in_shares
-from trainer.llm.finetuning.packed_batch import AnswerWeight, answer_weights
+from trainer.llm.finetuning.packed_batch import answer_weights
 from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.models.base_model import Base
 from trainer.runtime.distributed import World

@@ -19,9 +19,9 @@ from tests.llm.finetuning.engine_ranks import CASES, HALF, JOB_STOPS, RESUMED, r
 from tests.llm.tiny import LORA, SMALL, STEPS, job, plain_training, samples, write_samples
 from trainer.checkpoint.describe import describe_checkpoint, format_checkpoint
 from trainer.checkpoint.manifest import list_checkpoints, read_manifest
+from trainer.config.finetune import AnswerWeight
 from trainer.console.errors import UserError
 from trainer.finetune import run_job
-from trainer.llm.finetuning.packed_batch import AnswerWeight
 from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.models.base_model import Base
 from trainer.runtime.distributed import World

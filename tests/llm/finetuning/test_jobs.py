@@ -21,8 +21,8 @@ from tests.llm.tiny import samples, write_samples
 from trainer.checkpoint.manifest import list_checkpoints
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.errors import UserError
-from trainer.console.job_arguments import PREEMPTED_STATUS, USER_ERROR_STATUS
-from trainer.finetune import all_samples, deepspeed_settings, draw, prepare_base
+from trainer.console.exit_status import PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.llm.finetuning.prepare import all_samples, deepspeed_settings, draw, prepare_base
 from trainer.llm.finetuning.samples import ReadCounts, Sample
 from trainer.llm.models.base_model import Base
 from trainer.llm.run import begin_run, choose_directory

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.llm.tiny import CPU, adapted, samples
+from trainer.config.finetune import AnswerWeight
 from trainer.llm.finetuning.answer_loss import AnswerModel, likelihood_of_samples
-from trainer.llm.finetuning.packed_batch import IGNORED, PADDING, AnswerWeight, Batch, answer_weights
+from trainer.llm.finetuning.packed_batch import IGNORED, PADDING, Batch, answer_weights
 from trainer.llm.finetuning.packing import epoch_packs
 from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.models.base_model import Base

@@ -14,9 +14,9 @@ from tests.stream import reference
 from tests.stream.random_logs import (
     BEHAVIOURS,
     LIVE_ONLY,
-    PATIENCE,
     POLICIES,
     SPEC,
+    TIMEOUTS,
     aside_as_tuples,
     begun_as_tuples,
     columns_of,
@@ -28,18 +28,18 @@ from tests.stream.reference import Event, Row
 from trainer.data.format.schema import row_columns
 from trainer.stream.labels.assembled_rows import BEGUN_COLUMNS, Assembled
 from trainer.stream.labels.batch_assembler import assemble_batch
-from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime, RealtimeNaive
+from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, Realtime, RealtimeNaive
 from trainer.stream.labels.streaming_assembler import State, StreamAssembler
 
 VISIT = ("user_id", "visit_id", "request_ms")
-EVENTS_SHUFFLED_FREELY = Patience(idle_ms=100, disorder_ms=10_000)
+EVENTS_SHUFFLED_FREELY = EventTimeouts(idle_ms=100, max_out_of_orderness_ms=10_000)
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 some = settings(many, max_examples=100)
 
 
-def by_reference(events: list[Event], policy: Policy, patience: Patience = PATIENCE) -> list[Row]:
-    return reference.assemble(events, policy, patience, BEHAVIOURS, SPEC.applies, SPEC.candidates)[0]
+def by_reference(events: list[Event], policy: Policy, timeouts: EventTimeouts = TIMEOUTS) -> list[Row]:
+    return reference.assemble(events, policy, timeouts, BEHAVIOURS, SPEC.applies, SPEC.candidates)[0]
 
 
 def as_tuples(parts: list[Assembled]) -> tuple[list[Row], list[reference.Aside]]:
@@ -66,19 +66,19 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
     domains = data.draw(st.sampled_from([None, LIVE_ONLY]))
     for policy in POLICIES:
         wanted = domains or SPEC.candidates
-        rows, aside = reference.assemble(events, policy, PATIENCE, BEHAVIOURS, SPEC.applies, wanted)
+        rows, aside = reference.assemble(events, policy, TIMEOUTS, BEHAVIOURS, SPEC.applies, wanted)
 
-        batch = assemble_batch(SPEC, policy, PATIENCE, columns, domains)
+        batch = assemble_batch(SPEC, policy, TIMEOUTS, columns, domains)
         assert as_tuples([batch]) == (rows, sorted(aside))
-        begun = reference.begun(events, PATIENCE, wanted)
+        begun = reference.begun(events, TIMEOUTS, wanted)
         assert begun_as_tuples(batch.begun) == begun
 
-        stream = StreamAssembler(SPEC, policy, PATIENCE, domains)
+        stream = StreamAssembler(SPEC, policy, TIMEOUTS, domains)
         parts = []
         for number, portion in enumerate(portions(columns, cuts)):
             if number == restored:
                 state = through_a_file(stream.state_dict())
-                stream = StreamAssembler(SPEC, policy, PATIENCE, domains)
+                stream = StreamAssembler(SPEC, policy, TIMEOUTS, domains)
                 stream.load_state_dict(state)
             parts.append(stream.push(portion))
             assert (parts[-1].rows["emit_ms"] < stream.watermark_ms).all()
@@ -99,8 +99,8 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
 @given(events=logs())
 def test_realtime_tells_every_behaviour_of_a_visit_once(events: list[Event]) -> None:
     columns = columns_of(events)
-    rows = rows_as_tuples(assemble_batch(SPEC, Realtime(30), PATIENCE, columns).rows)
-    full = rows_as_tuples(assemble_batch(SPEC, Full(), PATIENCE, columns).rows)
+    rows = rows_as_tuples(assemble_batch(SPEC, Realtime(30), TIMEOUTS, columns).rows)
+    full = rows_as_tuples(assemble_batch(SPEC, Full(), TIMEOUTS, columns).rows)
     told: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     positive: dict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(len(BEHAVIOURS), np.int64))
     for row in rows:
@@ -123,7 +123,7 @@ def test_realtime_tells_every_behaviour_of_a_visit_once(events: list[Event]) -> 
 @some
 @given(events=logs())
 def test_slow_rows_hold_only_what_the_fast_row_denied(events: list[Event]) -> None:
-    rows = rows_as_tuples(assemble_batch(SPEC, FastSlow(50, 120), PATIENCE, columns_of(events)).rows)
+    rows = rows_as_tuples(assemble_batch(SPEC, FastSlow(50, 120), TIMEOUTS, columns_of(events)).rows)
     fast = {tuple(getattr(row, name) for name in VISIT): row for row in rows if row.kind == "fast"}
     slow = [row for row in rows if row.kind == "slow"]
     assert len(fast) + len(slow) == len(rows) and len(slow) == len(
@@ -202,7 +202,7 @@ def test_a_visit_by_hand(policy: Policy, expected: list[tuple[str, int, str, str
         ("gift", 95),
         ("like", 96),
     )
-    made = assemble_batch(SPEC, policy, PATIENCE, columns_of(events))
+    made = assemble_batch(SPEC, policy, TIMEOUTS, columns_of(events))
     assert [
         (row.kind, row.emit_ms, "".join(map(str, row.label)), "".join(map(str, row.mask)))
         for row in rows_as_tuples(made.rows)
@@ -212,7 +212,7 @@ def test_a_visit_by_hand(policy: Policy, expected: list[tuple[str, int, str, str
 
 
 def test_a_visit_without_an_exit_ends_when_it_has_been_idle() -> None:
-    stream = StreamAssembler(SPEC, Realtime(30), Patience(idle_ms=100, disorder_ms=0))
+    stream = StreamAssembler(SPEC, Realtime(30), EventTimeouts(idle_ms=100, max_out_of_orderness_ms=0))
     first = stream.push(columns_of(log_of(("exposure", 0), ("click", 40))))
     assert rows_as_tuples(first.rows) == []
     assert [row.kind for row in rows_as_tuples(stream.advance(140).rows)] == ["report"]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stream.random_logs import (
-    PATIENCE,
     POLICIES,
     SPEC,
+    TIMEOUTS,
     begun_as_tuples,
     columns_of,
     logs,
@@ -23,14 +23,14 @@ from tests.stream.reference import Event
 from trainer.console.errors import UserError
 from trainer.stream.labels.open_visit import OpenVisit
 from trainer.stream.labels.partition_assemblers import PartitionAssemblers
-from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime, RealtimeNaive
+from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, Realtime, RealtimeNaive
 from trainer.stream.labels.streaming_assembler import StreamAssembler
 
 PARTITIONS = 4
 
 
 def of_ranks(world: int, policy: Policy) -> list[PartitionAssemblers]:
-    return [PartitionAssemblers(SPEC, policy, PATIENCE, range(rank, PARTITIONS, world)) for rank in range(world)]
+    return [PartitionAssemblers(SPEC, policy, TIMEOUTS, range(rank, PARTITIONS, world)) for rank in range(world)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -59,7 +59,7 @@ def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[lis
         for partition, events in enumerate(by_partition):
             last = ranks[partition % 3].advance(partition)
             rows[partition] += rows_as_tuples(last.rows)
-            alone = StreamAssembler(SPEC, policy, PATIENCE)
+            alone = StreamAssembler(SPEC, policy, TIMEOUTS)
             expected = [alone.push(columns_of(events)), alone.advance()]
             begun[partition] += begun_as_tuples(last.begun)
             assert begun[partition] == [visit for made in expected for visit in begun_as_tuples(made.begun)]
@@ -72,7 +72,7 @@ def visit_events(visit: int, start: int) -> list[Event]:
 
 
 def test_a_state_is_a_copy_of_plain_arrays() -> None:
-    stream = StreamAssembler(SPEC, Realtime(30), PATIENCE)
+    stream = StreamAssembler(SPEC, Realtime(30), TIMEOUTS)
     stream.push(columns_of([event for visit in range(5) for event in visit_events(visit, 10 * visit)]))
     state = stream.state_dict()
     assert {column.dtype.kind for column in state.values()} <= {"i", "f"}
@@ -80,7 +80,7 @@ def test_a_state_is_a_copy_of_plain_arrays() -> None:
     assert len(state["event.time_ms"]) == stream.waiting_events > 0
     before = {name: column.copy() for name, column in state.items()}
     rows = rows_as_tuples(stream.advance().rows)
-    again = StreamAssembler(SPEC, Realtime(30), PATIENCE)
+    again = StreamAssembler(SPEC, Realtime(30), TIMEOUTS)
     again.load_state_dict(state)
     assert all(np.array_equal(column, before[name]) for name, column in state.items())
     assert rows_as_tuples(again.advance().rows) == rows != []
@@ -91,10 +91,10 @@ def test_simultaneous_events_stay_in_order_of_arrival() -> None:
     """Two exposures of a visit at one millisecond: the first to arrive gives the ids, also after a restore."""
     first = Event(1, 7, 11, 12, "live", "exposure", 50)
     second = [Event(1, 8, 0, 0, "live", "exposure", 40), first._replace(author_id=99)]
-    stream = StreamAssembler(SPEC, Full(), PATIENCE)
+    stream = StreamAssembler(SPEC, Full(), TIMEOUTS)
     stream.push(columns_of([first]))
     stream.push(columns_of(second))
-    restored = StreamAssembler(SPEC, Full(), PATIENCE)
+    restored = StreamAssembler(SPEC, Full(), TIMEOUTS)
     restored.load_state_dict(stream.state_dict())
     for assembler in (stream, restored):
         assert [row.author_id for row in rows_as_tuples(assembler.advance().rows)] == [0, 11]
@@ -108,7 +108,7 @@ def test_memory_is_that_of_the_open_visits(policy: Policy) -> None:
     events = [event for visit in range(10_000) for event in visit_events(visit, visit)]
     events += [Event(visit % 50, visit, 1, 2, "live", "exit", visit + 100) for visit in range(10_000)]
     columns = columns_of(sorted(events, key=lambda event: event.time_ms))
-    stream = StreamAssembler(SPEC, policy, Patience(idle_ms=10**9, disorder_ms=20))
+    stream = StreamAssembler(SPEC, policy, EventTimeouts(idle_ms=10**9, max_out_of_orderness_ms=20))
     rows, most = 0, 0
     for portion in portions(columns, np.searchsorted(columns["time_ms"], range(500, 10_000, 500)).tolist()):
         rows += len(stream.push(portion).rows["kind"])
@@ -120,7 +120,7 @@ def test_memory_is_that_of_the_open_visits(policy: Policy) -> None:
 
 @pytest.mark.parametrize("exit_ms", [20, 50, 60])
 def test_a_visit_that_ended_with_nothing_to_correct_does_not_wait_for_its_slow_row(exit_ms: int) -> None:
-    stream = StreamAssembler(SPEC, FastSlow(50, 120), PATIENCE)
+    stream = StreamAssembler(SPEC, FastSlow(50, 120), TIMEOUTS)
     visit = [
         Event(1, 7, 2, 3, "live", name, time_ms) for name, time_ms in (("enter", 0), ("like", 9), ("exit", exit_ms))
     ]
@@ -130,19 +130,19 @@ def test_a_visit_that_ended_with_nothing_to_correct_does_not_wait_for_its_slow_r
 
 
 @pytest.mark.parametrize(
-    ("policy", "patience"),
+    ("policy", "timeouts"),
     [
-        (Realtime(60), PATIENCE),
-        (RealtimeNaive(30), PATIENCE),
-        (Full(), PATIENCE),
-        (FastSlow(30, 60), PATIENCE),
-        (Realtime(30), Patience(idle_ms=101, disorder_ms=20)),
+        (Realtime(60), TIMEOUTS),
+        (RealtimeNaive(30), TIMEOUTS),
+        (Full(), TIMEOUTS),
+        (FastSlow(30, 60), TIMEOUTS),
+        (Realtime(30), EventTimeouts(idle_ms=101, max_out_of_orderness_ms=20)),
     ],
 )
-def test_open_visits_of_other_rules_are_refused(policy: Policy, patience: Patience) -> None:
-    state = StreamAssembler(SPEC, Realtime(30), PATIENCE).state_dict()
+def test_open_visits_of_other_rules_are_refused(policy: Policy, timeouts: EventTimeouts) -> None:
+    state = StreamAssembler(SPEC, Realtime(30), TIMEOUTS).state_dict()
     with pytest.raises(UserError, match=r"assembled under realtime \[30, 100, 20\]; the job asks for"):
-        StreamAssembler(SPEC, policy, patience).load_state_dict(state)
+        StreamAssembler(SPEC, policy, timeouts).load_state_dict(state)
 
 
 def test_partitions_are_neither_lost_nor_doubled() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.console.errors import UserError
-from trainer.stream.labels.policy import POLICIES, FastSlow, Full, Patience, Realtime, RealtimeNaive, make_policy
+from trainer.stream.labels.policy import POLICIES, EventTimeouts, FastSlow, Full, Realtime, RealtimeNaive, make_policy
 
 
 def test_policies_have_the_windows_of_the_paper() -> None:
@@ -33,6 +33,6 @@ def test_mistakes(name: str, settings: dict[str, int], message: str) -> None:
 
 def test_nobody_waits_for_less_than_nothing() -> None:
     with pytest.raises(UserError, match="idle_ms is 0"):
-        Patience(idle_ms=0)
-    with pytest.raises(UserError, match="disorder_ms is -1"):
-        Patience(disorder_ms=-1)
+        EventTimeouts(idle_ms=0)
+    with pytest.raises(UserError, match="max_out_of_orderness_ms is -1"):
+        EventTimeouts(max_out_of_orderness_ms=-1)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from trainer.stream.live import freshness as module
 from trainer.stream.live.freshness import Freshness
-from trainer.stream.live.visit_facts import NEVER
+from trainer.stream.live.visit_features import NEVER
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -20,6 +20,7 @@ from trainer.ranking.training_stream import as_arrays, as_tensors
 from trainer.stream.labels.assembled_rows import END_OF_TIME, concatenate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
+from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.live.live_stream import LiveStream
 from trainer.stream.sources.replay import FilesSource
 
@@ -103,8 +104,10 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
     for partition in owned:
         events = log.read(partition)
         events = {name: column[events["time_ms"] >= since_ms(spec)] for name, column in events.items()}
-        expected.append(assemble_batch(spec, labels.make_policy(), labels.patience, events).rows)
-        full.append(assemble_batch(spec, LabelConfig(policy="full").make_policy(), labels.patience, events).rows)
+        expected.append(assemble_batch(spec, report_policy(labels), event_timeouts(labels), events).rows)
+        full.append(
+            assemble_batch(spec, report_policy(LabelConfig(policy="full")), event_timeouts(labels), events).rows
+        )
     stored = read_rows(world, spec)
     check_rows(concatenate(rows), concatenate(expected), stored)
     check_rows(concatenate(answered), concatenate(full), None)
@@ -164,7 +167,7 @@ def test_histories_grow_into_those_of_the_dataset(world):
             now = max(place[2] for place in batch.position.values()) // slice_ms * slice_ms
             live.advance(now)
             # What ended before the watermark is known; nothing later is.
-            as_of = now - labels.patience.disorder_ms - rng.integers(0, 20 * HOUR_MS, len(users))
+            as_of = now - labels.max_out_of_orderness_ms - rng.integers(0, 20 * HOUR_MS, len(users))
             for domain in (0, 1):
                 for require in (0, 1):
                     ours, theirs = (

@@ -35,7 +35,7 @@ from trainer.data.format.schema import partition_of
 from trainer.data.format.validation import Columns
 from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.stream.sources import kafka_source
-from trainer.stream.sources.kafka_client import Trouble
+from trainer.stream.sources.kafka_client import BrokerStatus
 from trainer.stream.sources.kafka_source import KafkaSource, without_gaps
 from trainer.stream.sources.kafka_topic import Topic
 from trainer.stream.sources.message_codec import Codec
@@ -373,7 +373,7 @@ def test_what_is_delivered_again_is_not_given_again():
     config = kafka_source.StreamConfig(
         source="kafka", brokers="b", topic="t", until_end=True, partitioner="producer", batch_events=100
     )
-    feed = kafka_source._Feed(Repeating(), Trouble(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
+    feed = kafka_source._Feed(Repeating(), BrokerStatus(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
     assert given(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
 
 

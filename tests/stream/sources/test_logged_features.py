@@ -7,20 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stream.random_logs import SPEC
-from trainer.stream.sources.logged_features import FEATURES, Logged, none_logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, none_logged
 
 CARRIES = st.lists(st.booleans(), max_size=12)
 
 
-def logged(carries: list[bool], first: int = 0) -> Logged:
+def logged(carries: list[bool], first: int = 0) -> RequestFeatures:
     """Event k of those that carry features has those of ``first + k``."""
     at = np.flatnonzero(np.array(carries, bool))
     none = none_logged(SPEC)
     columns = [getattr(none, name) for name in FEATURES]
-    return Logged(at, *(np.repeat(at[:, None] + first, c.shape[1], axis=1).astype(c.dtype) for c in columns))
+    return RequestFeatures(at, *(np.repeat(at[:, None] + first, c.shape[1], axis=1).astype(c.dtype) for c in columns))
 
 
-def seen(found: Logged) -> list[tuple[int, int]]:
+def seen(found: RequestFeatures) -> list[tuple[int, int]]:
     """(position, whose features) of all, which agree in all columns."""
     for name in FEATURES:
         column = getattr(found, name)
@@ -45,7 +45,7 @@ def test_a_part_and_any_choice(carries: list[bool], data: st.DataObject) -> None
 @given(parts=st.lists(CARRIES, min_size=1, max_size=5))
 def test_parts_behind_one_another_are_the_whole(parts: list[list[bool]]) -> None:
     starts = np.cumsum([0, *map(len, parts)]).tolist()
-    whole = Logged.join(
+    whole = RequestFeatures.join(
         [logged(part, start) for part, start in zip(parts, starts[:-1], strict=True)], list(map(len, parts))
     )
     assert seen(whole) == seen(logged([carries for part in parts for carries in part]))

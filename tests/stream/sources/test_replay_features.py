@@ -15,7 +15,7 @@ from trainer.data.format.schema import Rows, row_columns
 from trainer.data.format.shards import RowStore, write_rows
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES, EXPOSURE
-from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.replay_features import StoredFeatures
 
 SPEC = replace(BOTH, partitions=1, candidates=("live",))
@@ -66,7 +66,7 @@ def first_rows(rows: Rows) -> dict[Key, set[int]]:
     return found
 
 
-def check(events: Columns, logged: Logged, known: dict[Key, set[int]]) -> int:
+def check(events: Columns, logged: RequestFeatures, known: dict[Key, set[int]]) -> int:
     """Exposures of the candidate domain carry the features of the row with their key; how many do."""
     keys = list(zip(*(events[name].tolist() for name in ("visit_id", "user_id", "time_ms")), strict=True))
     counts = (events["event"] == EXPOSURE) & (events["domain"] == LIVE)

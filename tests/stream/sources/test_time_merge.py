@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tests.stream.event_logs import assert_logged, logged_of
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import EVENT_TYPES
-from trainer.stream.sources.logged_features import Logged
+from trainer.stream.sources.logged_features import RequestFeatures
 from trainer.stream.sources.time_merge import TimeMerge
 
 LANES = st.lists(st.lists(st.integers(0, 12), max_size=12), min_size=1, max_size=4)
 
 
-def columns(times: list[int], first: int) -> tuple[Columns, Logged]:
+def columns(times: list[int], first: int) -> tuple[Columns, RequestFeatures]:
     """Events, and what is logged with them: every one is an exposure."""
     n = len(times)
     events = {name: np.zeros(n, dtype) for name, dtype in EVENT_TYPES.items()}

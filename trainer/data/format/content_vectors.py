@@ -61,7 +61,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class EmbeddingTable:
+class ContentVectors:
     """An opened table.
 
     Attributes:
@@ -89,7 +89,7 @@ class EmbeddingTable:
         return int(self.vectors.shape[1])
 
     @staticmethod
-    def open(path: str | Path) -> EmbeddingTable:
+    def open(path: str | Path) -> ContentVectors:
         """Open the table at ``path``.
 
         Raises:
@@ -113,7 +113,7 @@ class EmbeddingTable:
         shape = (manifest["count"], manifest["dim"])
         if ids.shape != shape[:1] or texts.shape != shape[:1] or vectors.shape != shape:
             raise UserError(f"{folder}: {MANIFEST} tells of {shape[0]} vectors of {shape[1]}, the files hold others")
-        return EmbeddingTable(folder, ids, vectors, texts, Origin(**manifest["origin"]), manifest["hash"])
+        return ContentVectors(folder, ids, vectors, texts, Origin(**manifest["origin"]), manifest["hash"])
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
         """Rows of the ids, -1 where the table has none. Any shape, int64 -> the same shape, int64."""
@@ -137,7 +137,7 @@ class EmbeddingTable:
         texts: np.ndarray | None = None,
         origin: Origin | None = None,
         dtype: str = "float16",
-    ) -> EmbeddingTable:
+    ) -> ContentVectors:
         """Write a table from arrays; ``ids [n]`` in any order, ``vectors [n, dim]``.
 
         Raises:
@@ -156,7 +156,7 @@ def write_parts(
     *,
     origin: Origin | None = None,
     dtype: str = "float16",
-) -> EmbeddingTable:
+) -> ContentVectors:
     """Write a table, or replace the one that is there, from parts that come one after the other.
 
     Args:
@@ -209,7 +209,7 @@ def write_parts(
         for old in folder.glob(f"{part}-*.npy"):
             if old.name != files[part]:
                 old.unlink(missing_ok=True)
-    return EmbeddingTable.open(folder)
+    return ContentVectors.open(folder)
 
 
 def finite_rows(vectors: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The comments at the top of a video, where a log tells of interactions with comments but not which were shown.
 
-Taken for shown are the comments of a video with most interactions before the day of the request, at most ``SHOWN``; of
+The comments of a video with most interactions before the day of the request count as shown, at most ``SHOWN``; of
 equals, and of those without any, the ones with the lowest ids. What a list says was known when its day began.
 """
 

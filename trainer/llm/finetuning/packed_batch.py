@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.config.finetune import AnswerWeight
 from trainer.llm.finetuning.packing import Packs
 from trainer.llm.finetuning.token_files import Tokens
 
@@ -17,9 +17,6 @@ IGNORED = -100
 
 PADDING = -1
 """Segment of what is no token."""
-
-AnswerWeight = Literal["tokens", "root", "one"]
-"""What an answer of n tokens counts for: n, the root of n, or 1."""
 
 
 def answer_weights(tokens: np.ndarray, weight: AnswerWeight) -> np.ndarray:

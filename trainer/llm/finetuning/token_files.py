@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.checkpoint.run_directory import write_json
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.samples import Sample
+from trainer.runtime.files import write_json
 
 _CHUNK = 4096
 """Samples that are tokenised together."""

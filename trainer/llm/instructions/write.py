@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.ranker import parse_time
+from trainer.config.load import parse_time
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges

@@ -6,19 +6,17 @@ Any adapter of peft can be read; one that this package wrote is refused on anoth
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trainer.checkpoint.model_state import list_differences
-from trainer.checkpoint.run_directory import write_json
 from trainer.console.errors import UserError, one_line
 from trainer.llm.models.base_model import Base, empty_model
 from trainer.llm.run import base_path, load_run
+from trainer.runtime.files import write_json, write_whole
 
 RECORD = "limelight.json"
 """File beside peft's own with the fingerprint of the base model, and what else is known of the adapter."""
@@ -138,26 +136,3 @@ def merge_run(run: Path, out: Path) -> None:
     if not (run / "adapter").is_dir():
         raise UserError(f"{run}: has not finished; the command that began it goes on with it")
     write_merged(Base.open(base_path(config, run), config.model.tokenizer), run / "adapter", out)
-
-
-def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
-    """Have a directory written aside and renamed, so that half of it is never seen; what was there is replaced.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        if directory.exists():
-            replaced = directory.with_name(f".{directory.name}.replaced")
-            directory.rename(replaced)
-            aside.rename(directory)
-            shutil.rmtree(replaced)
-        else:
-            aside.rename(directory)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({one_line(error)})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

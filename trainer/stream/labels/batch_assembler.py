@@ -10,23 +10,23 @@ from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.sorting import time_order
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import END_OF_TIME, EXIT_ROW, FAST, FULL, REPORT, SLOW, Assembled, concatenate
-from trainer.stream.labels.policy import FastSlow, Full, Patience, Policy, Realtime
+from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, Realtime
 from trainer.stream.labels.visit_grouping import Visits, group_visits
 
 
 def assemble_batch(
-    spec: DatasetSpec, policy: Policy, patience: Patience, events: Columns, domains: Sequence[str] | None = None
+    spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, events: Columns, domains: Sequence[str] | None = None
 ) -> Assembled:
     """All rows of a partition's events, as if the log went on for ever without another event.
 
     Args:
         spec: of the dataset.
         policy: which rows.
-        patience: what is late, and when a visit without an exit has ended.
+        timeouts: what is late, and when a visit without an exit has ended.
         events: columns of ``rows.EVENT_TYPES``, in the order in which they arrived.
         domains: those whose visits become rows, ``spec.candidates`` by default.
     """
-    visits = group_visits(spec, events, patience, domains)
+    visits = group_visits(spec, events, timeouts, domains)
     return Assembled(visit_rows(visits, policy), visits.begun(), concatenate(visits.aside))
 
 

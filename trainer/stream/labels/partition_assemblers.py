@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import END_OF_TIME, Assembled
-from trainer.stream.labels.policy import Patience, Policy
+from trainer.stream.labels.policy import EventTimeouts, Policy
 from trainer.stream.labels.streaming_assembler import State, StreamAssembler
 
 
@@ -20,7 +20,7 @@ class PartitionAssemblers:
     Args:
         spec: of the dataset, or of what the stream carries.
         policy: which rows.
-        patience: what is late, and when a visit without an exit has ended.
+        timeouts: what is late, and when a visit without an exit has ended.
         partitions: those of this rank.
         domains: those whose visits become rows, ``spec.candidates`` by default.
     """
@@ -29,12 +29,12 @@ class PartitionAssemblers:
         self,
         spec: DatasetSpec,
         policy: Policy,
-        patience: Patience,
+        timeouts: EventTimeouts,
         partitions: Iterable[int],
         domains: Sequence[str] | None = None,
     ) -> None:
         self._assemblers = {
-            partition: StreamAssembler(spec, policy, patience, domains) for partition in sorted(partitions)
+            partition: StreamAssembler(spec, policy, timeouts, domains) for partition in sorted(partitions)
         }
 
     def __getitem__(self, partition: int) -> StreamAssembler:
@@ -60,7 +60,7 @@ class PartitionAssemblers:
 
         Raises:
             ValueError: a partition of this rank is in none of them, or in two.
-            UserError: a state was made under another policy or patience.
+            UserError: a state was made under another policy or timeouts.
         """
         found: dict[int, State] = {}
         for state in states:

@@ -31,8 +31,8 @@ no slow row where the fast row missed nothing.
 
 **Order.** Rows of a partition are in order of ``(emit_ms, user_id, visit_id, request_ms)``, which no two rows share.
 
-**Late events.** The watermark follows the latest event of the partition at a distance of ``disorder_ms``. An event
-before the watermark at its arrival is late: it is set aside and counted, and changes no row.
+**Late events.** The watermark follows the latest event of the partition at a distance of ``max_out_of_orderness_ms``.
+An event before the watermark at its arrival is late: it is set aside and counted, and changes no row.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from trainer.config.stream import LabelConfig
 from trainer.console.errors import UserError
 
 SECOND_MS, MINUTE_MS, HOUR_MS = 1_000, 60_000, 3_600_000
@@ -102,23 +103,42 @@ POLICIES: dict[str, type[Full] | type[FastSlow] | type[Realtime] | type[Realtime
 
 
 @dataclass(frozen=True)
-class Patience:
+class EventTimeouts:
     """How long to wait.
 
     Attributes:
         idle_ms: for another event of a visit, before it is taken to have ended.
-        disorder_ms: for events that come after later ones of the same partition; rows are handed out as much later.
+        max_out_of_orderness_ms: for events that come after later ones of the same partition; rows are handed out as
+            much later.
     """
 
     idle_ms: int = 2 * HOUR_MS
-    disorder_ms: int = 10 * SECOND_MS
+    max_out_of_orderness_ms: int = 10 * SECOND_MS
 
     def __post_init__(self) -> None:
-        """Raises: UserError: ``idle_ms`` is not above 0, or ``disorder_ms`` is negative."""
+        """Raises: UserError: ``idle_ms`` is not above 0, or ``max_out_of_orderness_ms`` is negative."""
         if self.idle_ms <= 0:
             raise UserError(f"idle_ms is {self.idle_ms}; it must be above 0")
-        if self.disorder_ms < 0:
-            raise UserError(f"disorder_ms is {self.disorder_ms}; it must be 0 or more")
+        if self.max_out_of_orderness_ms < 0:
+            raise UserError(f"max_out_of_orderness_ms is {self.max_out_of_orderness_ms}; it must be 0 or more")
+
+
+def report_policy(labels: LabelConfig) -> Policy:
+    """The report policy of the ``[labels]`` section of a job."""
+    match labels.policy:
+        case "full":
+            return Full()
+        case "fast_slow":
+            return FastSlow(labels.fast_ms, labels.slow_ms)
+        case "realtime":
+            return Realtime(labels.tick_ms)
+        case "realtime_naive":
+            return RealtimeNaive(labels.tick_ms)
+
+
+def event_timeouts(labels: LabelConfig) -> EventTimeouts:
+    """The waiting times of the ``[labels]`` section of a job."""
+    return EventTimeouts(labels.idle_ms, labels.max_out_of_orderness_ms)
 
 
 def make_policy(name: str, **settings: int) -> Policy:

@@ -12,7 +12,7 @@ from trainer.console.text_table import text_table
 from trainer.stream.labels.assembled_rows import END_OF_TIME
 from trainer.stream.labels.batch_assembler import visit_rows
 from trainer.stream.labels.event_log import EventLog
-from trainer.stream.labels.policy import HOUR_MS, MINUTE_MS, POLICIES, Patience
+from trainer.stream.labels.policy import HOUR_MS, MINUTE_MS, POLICIES, EventTimeouts
 from trainer.stream.labels.visit_grouping import Visits, group_visits
 
 PAPER: dict[str, float] = {
@@ -47,14 +47,14 @@ def consistency(path: str | Path, idle_ms: int, progress: Callable[[int, int], N
     """
     log = EventLog(path)
     # The whole log is here: no event of it is late.
-    patience = Patience(idle_ms, disorder_ms=END_OF_TIME)
+    timeouts = EventTimeouts(idle_ms, max_out_of_orderness_ms=END_OF_TIME)
     names = [*log.spec.behaviours, *(["gift price"] if "gift" in log.spec.behaviours else [])]
     early, within = np.zeros((2, len(names)))
     rows = {name: {"all": 0, "active": 0} for name in POLICIES}
     done = visits = active = 0
     for partition in range(log.spec.partitions):
         events = log.read(partition)
-        grouped = group_visits(log.spec, events, patience)
+        grouped = group_visits(log.spec, events, timeouts)
         visits += len(grouped.end_ms)
         active += len(np.unique(grouped.visit))
         early += _happened_by(grouped, names, FAST_MS)

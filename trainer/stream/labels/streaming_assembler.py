@@ -34,7 +34,7 @@ from trainer.stream.labels.assembled_rows import (
     take_aside,
 )
 from trainer.stream.labels.open_visit import OpenVisit, Report, reporter_of
-from trainer.stream.labels.policy import POLICIES, Patience, Policy
+from trainer.stream.labels.policy import POLICIES, EventTimeouts, Policy
 from trainer.stream.labels.visit_grouping import is_late, of_domains, simultaneous_rank
 
 State = dict[str, np.ndarray]
@@ -52,24 +52,24 @@ class StreamAssembler:
     """Turns the events of one partition into rows as they arrive.
 
     Memory is bounded by the open visits, the rows of ended visits that are not yet due, and the events of the last
-    ``disorder_ms``.
+    ``max_out_of_orderness_ms``.
 
     Args:
         spec: of the dataset, or of what the stream carries.
         policy: which rows.
-        patience: what is late, and when a visit without an exit has ended.
+        timeouts: what is late, and when a visit without an exit has ended.
         domains: those whose visits become rows, ``spec.candidates`` by default; events of others move the watermark.
     """
 
     def __init__(
-        self, spec: DatasetSpec, policy: Policy, patience: Patience, domains: Sequence[str] | None = None
+        self, spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, domains: Sequence[str] | None = None
     ) -> None:
-        self._spec, self._policy, self._patience, self._domains = spec, policy, patience, domains
+        self._spec, self._policy, self._timeouts, self._domains = spec, policy, timeouts, domains
         self._reporter = reporter_of(policy)
         of_domain = masks(spec, np.arange(len(DOMAINS)))
         self._applies = [_bits(mask) for mask in of_domain]
         self._settings = np.array(
-            [list(POLICIES).index(policy.name), *asdict(policy).values(), *asdict(patience).values()], np.int64
+            [list(POLICIES).index(policy.name), *asdict(policy).values(), *asdict(timeouts).values()], np.int64
         )
         self.watermark_ms = -END_OF_TIME
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -109,8 +109,8 @@ class StreamAssembler:
         """
         watermark = self.watermark_ms
         if len(events["time_ms"]):
-            self.watermark_ms = max(watermark, int(events["time_ms"].max()) - self._patience.disorder_ms)
-        late = is_late(events["time_ms"], self._patience.disorder_ms, watermark)
+            self.watermark_ms = max(watermark, int(events["time_ms"].max()) - self._timeouts.max_out_of_orderness_ms)
+        late = is_late(events["time_ms"], self._timeouts.max_out_of_orderness_ms, watermark)
         counted = of_domains(self._spec, events["domain"], self._domains)
         aside = [take_aside(events, np.flatnonzero(late & counted), LATE)]
         self._wait(events, np.flatnonzero(counted & ~late))
@@ -145,7 +145,7 @@ class StreamAssembler:
         """Go on from where ``state_dict`` was called, in place of all that this assembler has seen.
 
         Raises:
-            UserError: the state was made under another policy or patience.
+            UserError: the state was made under another policy or timeouts.
         """
         if not np.array_equal(state["settings"], self._settings):
             raise UserError(
@@ -242,7 +242,7 @@ class StreamAssembler:
         self._live += 1
         self._begun.append((visit_id, user_id, author_id, item_id, domain, time_ms))
         self.counts["visits"] += 1
-        self._mark(visit, min(visit.report_ms, time_ms + self._patience.idle_ms))
+        self._mark(visit, min(visit.report_ms, time_ms + self._timeouts.idle_ms))
 
     def _mark(self, visit: OpenVisit, due_ms: int) -> None:
         """Look at the visit at ``due_ms``, and at no mark of it that is in the queue already."""
@@ -260,7 +260,7 @@ class StreamAssembler:
                 self._look(visit, due_ms)
 
     def _look(self, visit: OpenVisit, now_ms: int) -> None:
-        if visit.exit_ms == END_OF_TIME and visit.last_ms + self._patience.idle_ms == now_ms:
+        if visit.exit_ms == END_OF_TIME and visit.last_ms + self._timeouts.idle_ms == now_ms:
             visit.exit_ms = now_ms
             self.counts["timed_out"] += 1
         if visit.exit_ms == now_ms:
@@ -271,7 +271,7 @@ class StreamAssembler:
             self._emit(visit, now_ms, self._reporter.due(visit))
         next_ms = visit.report_ms
         if not visit.ended:
-            next_ms = min(next_ms, visit.last_ms + self._patience.idle_ms)
+            next_ms = min(next_ms, visit.last_ms + self._timeouts.idle_ms)
         if next_ms == END_OF_TIME:
             visit.due_ms = END_OF_TIME
             self._live -= 1

@@ -21,7 +21,7 @@ from trainer.stream.labels.assembled_rows import (
     NO_OPEN_VISIT,
     take_aside,
 )
-from trainer.stream.labels.policy import Patience
+from trainer.stream.labels.policy import EventTimeouts
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,17 @@ class Visits:
 
 
 def group_visits(
-    spec: DatasetSpec, events: Columns, patience: Patience, domains: Sequence[str] | None = None
+    spec: DatasetSpec, events: Columns, timeouts: EventTimeouts, domains: Sequence[str] | None = None
 ) -> Visits:
     """Put the events of a partition together to visits.
 
     Args:
         spec: of the dataset.
         events: columns of ``rows.EVENT_TYPES``, in the order in which they arrived.
-        patience: what is late, and when a visit without an exit has ended.
+        timeouts: what is late, and when a visit without an exit has ended.
         domains: those whose events count, ``spec.candidates`` by default; events of others move the watermark only.
     """
-    late = is_late(events["time_ms"], patience.disorder_ms)
+    late = is_late(events["time_ms"], timeouts.max_out_of_orderness_ms)
     counted = of_domains(spec, events["domain"], domains)
     if counted.all() and not late.any():
         asides, event = [], events
@@ -104,7 +104,7 @@ def group_visits(
 
     code, time_ms = event["event"], event["time_ms"]
     opens = code <= ENTER
-    begins, within = _segments(event, opens, patience.idle_ms)
+    begins, within = _segments(event, opens, timeouts.idle_ms)
     asides.append(take_aside(event, np.flatnonzero(~within), NO_OPEN_VISIT))
 
     first = np.flatnonzero(begins)
@@ -112,7 +112,7 @@ def group_visits(
     # Events between two visits carry the number of the first one: the last event of a visit is the last one within.
     inside = np.flatnonzero(within)
     last = inside[np.flatnonzero(np.diff(visit[inside], append=len(first)))] if len(inside) else inside
-    end_ms = time_ms[last] + np.where(code[last] == EXIT, 0, patience.idle_ms)
+    end_ms = time_ms[last] + np.where(code[last] == EXIT, 0, timeouts.idle_ms)
 
     columns = {name: event[name][first] for name in ID_COLUMNS}
     columns["domain"] = event["domain"][first].astype(np.uint8)
@@ -134,11 +134,11 @@ def group_visits(
     )
 
 
-def is_late(time_ms: np.ndarray, disorder_ms: int, watermark_ms: int = -END_OF_TIME) -> np.ndarray:
+def is_late(time_ms: np.ndarray, max_out_of_orderness_ms: int, watermark_ms: int = -END_OF_TIME) -> np.ndarray:
     """Which events were behind the watermark when they arrived, ``[n] bool``; ``watermark_ms`` is that of before."""
     if not len(time_ms):
         return np.zeros(0, bool)
-    return time_ms < np.maximum(np.maximum.accumulate(time_ms) - disorder_ms, watermark_ms)
+    return time_ms < np.maximum(np.maximum.accumulate(time_ms) - max_out_of_orderness_ms, watermark_ms)
 
 
 def of_domains(spec: DatasetSpec, domain: np.ndarray, domains: Sequence[str] | None) -> np.ndarray:

@@ -19,7 +19,7 @@ from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import REASONS, Assembled, aside_table, concatenate, no_rows, row_table
 from trainer.stream.labels.batch_assembler import visit_rows
 from trainer.stream.labels.event_log import EventLog
-from trainer.stream.labels.policy import FastSlow, Patience, Policy
+from trainer.stream.labels.policy import EventTimeouts, FastSlow, Policy
 from trainer.stream.labels.streaming_assembler import StreamAssembler
 from trainer.stream.labels.visit_grouping import group_visits
 
@@ -51,7 +51,7 @@ class Written:
 def assemble_dataset(
     path: str | Path,
     policy: Policy,
-    patience: Patience,
+    timeouts: EventTimeouts,
     out: str | Path,
     mode: Mode = "batch",
     progress: Callable[[int, int], None] | None = None,
@@ -64,7 +64,7 @@ def assemble_dataset(
     Args:
         path: dataset, a directory or an fsspec URL.
         policy: which rows.
-        patience: what is late, and when a visit without an exit has ended.
+        timeouts: what is late, and when a visit without an exit has ended.
         out: Parquet file; one that exists is replaced.
         mode: the assembler; both write the same rows.
         progress: told the events done, and how many there are.
@@ -81,14 +81,14 @@ def assemble_dataset(
         write_rows(row_table(log.spec, no_rows(log.spec)))
         for partition in range(log.spec.partitions):
             events = log.read(partition)
-            grouped = group_visits(log.spec, events, patience)
+            grouped = group_visits(log.spec, events, timeouts)
             visits += len(grouped.end_ms)
             fast_slow_rows += len(visit_rows(grouped, FastSlow())["kind"])
             if mode == "batch":
                 whole = Assembled(visit_rows(grouped, policy), grouped.begun(), concatenate(grouped.aside))
                 made = iter([(whole, len(events["time_ms"]))])
             else:
-                made = _stream(log.spec, policy, patience, events)
+                made = _stream(log.spec, policy, timeouts, events)
             for part, taken in made:
                 kinds += np.bincount(part.rows["kind"], minlength=len(KINDS))
                 reasons += np.bincount(part.aside["reason"], minlength=len(REASONS))
@@ -110,9 +110,11 @@ def assemble_dataset(
     )
 
 
-def _stream(spec: DatasetSpec, policy: Policy, patience: Patience, events: Columns) -> Iterator[tuple[Assembled, int]]:
+def _stream(
+    spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, events: Columns
+) -> Iterator[tuple[Assembled, int]]:
     """The events of a partition through the incremental assembler, with the number of events of each portion."""
-    assembler = StreamAssembler(spec, policy, patience)
+    assembler = StreamAssembler(spec, policy, timeouts)
     for first in range(0, len(events["time_ms"]), _EVENTS_AT_ONCE):
         portion = {name: column[first : first + _EVENTS_AT_ONCE] for name, column in events.items()}
         yield assembler.push(portion), len(portion["time_ms"])

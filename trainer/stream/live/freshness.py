@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.runtime.distributed import World
-from trainer.stream.live.visit_facts import NEVER
+from trainer.stream.live.visit_features import NEVER
 
 _PER_OCTAVE = 16
 """Bins of a factor of two: quantiles are right to 4.4 %."""

@@ -27,8 +27,8 @@ from trainer.stream.labels.assembled_rows import (
     take_aside,
 )
 from trainer.stream.labels.partition_assemblers import PartitionAssemblers
-from trainer.stream.labels.policy import Full
-from trainer.stream.live.visit_facts import VisitFacts
+from trainer.stream.labels.policy import Full, event_timeouts, report_policy
+from trainer.stream.live.visit_features import VisitFeatureStore
 from trainer.stream.sources.source import EventBatch
 
 COUNTS = ("events", "late", "no_open_visit", "requests", "without_features", "unanswered")
@@ -61,7 +61,7 @@ class Answered(NamedTuple):
 class _Partition:
     """Of one partition: rows to train on, requests to predict, ended visits, and what was predicted of open ones."""
 
-    facts: VisitFacts
+    facts: VisitFeatureStore
     rows: Rows
     requests: Rows
     ended: Rows
@@ -73,7 +73,7 @@ class LiveStream:
 
     Args:
         spec: of the dataset, or of what the stream carries.
-        labels: report policy and patience.
+        labels: report policy and timeouts.
         partitions: those of this rank.
         histories: of this rank's users; visits are added as they end.
         tags: item ids ``[n]`` -> their tags ``[n]`` int32.
@@ -95,12 +95,12 @@ class LiveStream:
         keep_arrivals: bool,
     ) -> None:
         self._spec, self._histories, self._tags, self._behaviours = spec, histories, tags, behaviours
-        self._patience = labels.patience
+        self._timeouts = event_timeouts(labels)
         self._candidates = [DOMAINS.index(domain) for domain in spec.candidates]
-        self._labels = PartitionAssemblers(spec, labels.make_policy(), self._patience, partitions)
-        self._outcomes = PartitionAssemblers(spec, Full(), self._patience, partitions, DOMAINS)
+        self._labels = PartitionAssemblers(spec, report_policy(labels), self._timeouts, partitions)
+        self._outcomes = PartitionAssemblers(spec, Full(), self._timeouts, partitions, DOMAINS)
         self._parts = {
-            partition: _Partition(VisitFacts(spec, keep_arrivals), no_rows(spec), no_rows(spec), no_rows(spec))
+            partition: _Partition(VisitFeatureStore(spec, keep_arrivals), no_rows(spec), no_rows(spec), no_rows(spec))
             for partition in sorted(partitions)
         }
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -120,7 +120,7 @@ class LiveStream:
 
     def advance(self, until_ms: int = END_OF_TIME) -> Columns:
         """Take it that all events before ``until_ms`` have come; histories grow. Gives what :meth:`push` does."""
-        watermark_ms = END_OF_TIME if until_ms == END_OF_TIME else until_ms - self._patience.disorder_ms
+        watermark_ms = END_OF_TIME if until_ms == END_OF_TIME else until_ms - self._timeouts.max_out_of_orderness_ms
         aside = []
         for partition, part in self._parts.items():
             ended = self._outcomes.advance(partition, watermark_ms)
@@ -192,7 +192,7 @@ class LiveStream:
         return Answered({name: column[order] for name, column in joined.items()}, np.concatenate(logits)[order])
 
     def arrived_ms(self, rows: Rows) -> np.ndarray:
-        """When each behaviour of each row arrived, see ``VisitFacts.arrived_ms``; of rows that have just been taken."""
+        """Arrival time of each behaviour of rows that have just been taken, see ``VisitFeatureStore.arrived_ms``."""
         out = np.empty(rows["label"].shape, np.int64)
         for partition, part in self._parts.items():
             at = np.flatnonzero(rows["partition"] == partition)
@@ -230,7 +230,7 @@ class LiveStream:
             counted: those of them whose counts this rank goes on with; each of them is some rank's.
 
         Raises:
-            UserError: the open visits were assembled under another policy or patience.
+            UserError: the open visits were assembled under another policy or timeouts.
             ValueError: a partition of this rank is in none of the states, or in two.
         """
         self._labels.load_state_dict(_named(states, "labels"))
@@ -254,9 +254,9 @@ class LiveStream:
         visits = self._visits(part.facts, ended.rows)
         self._histories.append(partition, visits, self._outcomes[partition].watermark_ms)
 
-    def _visits(self, facts: VisitFacts, rows: Rows) -> Columns:
+    def _visits(self, facts: VisitFeatureStore, rows: Rows) -> Columns:
         """The visits that ended, were watched or acted upon, as histories take them."""
-        watched_ms = facts.watched_ms(rows, self._patience.idle_ms)
+        watched_ms = facts.watched_ms(rows, self._timeouts.idle_ms)
         bits = label_bits(rows["label"])
         kept = np.flatnonzero((watched_ms > 0) | (bits != 0))
         columns = {

@@ -1,4 +1,4 @@
-"""What reading from and writing to Kafka share: the library, its settings, and patience with brokers and topics."""
+"""What reading from and writing to Kafka share: the library, its settings, and timeouts with brokers and topics."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def client_properties(config: StreamConfig) -> dict[str, Any]:
 
 
 @dataclass
-class Trouble:
+class BrokerStatus:
     """The last error that a client has told, and since when it has reached no broker.
 
     Attributes:
@@ -96,7 +96,7 @@ class Trouble:
             self.said = error.str()
 
 
-def make_client(kind: Callable[..., Any], properties: dict[str, Any], trouble: Trouble, origin: str) -> Any:
+def make_client(kind: Callable[..., Any], properties: dict[str, Any], trouble: BrokerStatus, origin: str) -> Any:
     """A consumer, producer or admin client.
 
     Raises:
@@ -111,7 +111,7 @@ def make_client(kind: Callable[..., Any], properties: dict[str, Any], trouble: T
     return client
 
 
-def make_consumer(config: StreamConfig, trouble: Trouble) -> Any:
+def make_consumer(config: StreamConfig, trouble: BrokerStatus) -> Any:
     """A consumer that commits nothing, resets nothing, and tells the ends of partitions."""
     properties = {
         # The library demands one; nothing is ever stored under it.
@@ -128,7 +128,7 @@ def make_consumer(config: StreamConfig, trouble: Trouble) -> Any:
     return make_client(library().Consumer, properties, trouble, config.properties)
 
 
-def make_producer(config: StreamConfig, trouble: Trouble) -> Any:
+def make_producer(config: StreamConfig, trouble: BrokerStatus) -> Any:
     """A producer that writes every message once and in order, though it sends it again when it must."""
     properties = {
         "linger.ms": 20,
@@ -140,7 +140,7 @@ def make_producer(config: StreamConfig, trouble: Trouble) -> Any:
     return make_client(library().Producer, properties, trouble, config.properties)
 
 
-def patiently(ask: Callable[[float], T], config: StreamConfig, trouble: Trouble) -> T:
+def retry(ask: Callable[[float], T], config: StreamConfig, trouble: BrokerStatus) -> T:
     """``ask(timeout)`` until it answers, with a line now and then.
 
     Args:
@@ -195,7 +195,7 @@ def topic_partitions(consumer: Any, topic: str, timeout: float) -> tuple[int, st
 
 
 def watermarks(
-    consumer: Any, partitions: Iterable[int], config: StreamConfig, trouble: Trouble
+    consumer: Any, partitions: Iterable[int], config: StreamConfig, trouble: BrokerStatus
 ) -> dict[int, tuple[int, int]]:
     """First offset that the topic holds of each partition, and the one that its next message will have.
 
@@ -210,7 +210,7 @@ def watermarks(
             raise kafka.KafkaException(kafka.KafkaError(kafka.KafkaError._TIMED_OUT))
         return int(held[0]), int(held[1])
 
-    return {partition: patiently(partial(ask, partition), config, trouble) for partition in partitions}
+    return {partition: retry(partial(ask, partition), config, trouble) for partition in partitions}
 
 
 def produce(producer: Any, topic: str, **message: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
 from trainer.console.run_log import say
-from trainer.stream.sources.kafka_client import Trouble, make_producer, produce
+from trainer.stream.sources.kafka_client import BrokerStatus, make_producer, produce
 
 _LINE_SECONDS = 30.0
 _WINDOW = 1000
@@ -52,7 +52,7 @@ class DeadLetters:
     """
 
     def __init__(self, config: StreamConfig) -> None:
-        self._config, self._trouble = config, Trouble()
+        self._config, self._trouble = config, BrokerStatus()
         self._producer: Any = None
         self._topic = config.dead_letter or f"{config.topic}-dead-letters"
         self._recent: list[tuple[int, int]] = []

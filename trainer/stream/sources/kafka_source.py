@@ -31,10 +31,10 @@ from trainer.console.run_log import say
 from trainer.data.format.schema import DatasetSpec
 from trainer.stream.labels.assembled_rows import no_events
 from trainer.stream.sources.kafka_client import (
-    Trouble,
+    BrokerStatus,
     library,
     make_consumer,
-    patiently,
+    retry,
     topic_partitions,
     watermarks,
 )
@@ -62,10 +62,10 @@ class KafkaSource:
 
     def __init__(self, config: StreamConfig, spec: DatasetSpec) -> None:
         self._config, self._spec = config, spec
-        trouble = Trouble()
+        trouble = BrokerStatus()
         consumer = make_consumer(config, trouble)
         try:
-            self._partitions, self._cluster = patiently(
+            self._partitions, self._cluster = retry(
                 lambda timeout: topic_partitions(consumer, config.topic, timeout), config, trouble
             )
         finally:
@@ -85,7 +85,7 @@ class KafkaSource:
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
     ) -> Reader:
         """Read some partitions; see :class:`trainer.stream.sources.source.Source`."""
-        trouble = Trouble()
+        trouble = BrokerStatus()
         consumer = make_consumer(self._config, trouble)
         try:
             held = watermarks(consumer, sorted(partitions), self._config, trouble)
@@ -140,7 +140,7 @@ class _Feed:
     def __init__(
         self,
         consumer: Any,
-        trouble: Trouble,
+        trouble: BrokerStatus,
         position: Position,
         held: Mapping[int, tuple[int, int]],
         partitions: int,
@@ -353,7 +353,7 @@ class _Feed:
             )
             if cached is not None:
                 self._high[p] = max(self._high[p], int(cached[1]))
-        count, _ = patiently(
+        count, _ = retry(
             lambda timeout: topic_partitions(self._consumer, self._config.topic, timeout), self._config, self._trouble
         )
         if count != self._partitions:

@@ -12,18 +12,18 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec, partition_of
 from trainer.data.format.validation import Columns
 from trainer.stream.sources.kafka_client import (
-    Trouble,
+    BrokerStatus,
     client_properties,
     library,
     make_client,
     make_consumer,
     make_producer,
-    patiently,
     produce,
+    retry,
     topic_partitions,
     watermarks,
 )
-from trainer.stream.sources.logged_features import Logged
+from trainer.stream.sources.logged_features import RequestFeatures
 from trainer.stream.sources.message_codec import Codec
 
 
@@ -31,7 +31,7 @@ class Topic:
     """A topic to publish to; it is made if it is not there.
 
     Args:
-        config: brokers, topic, format and patience.
+        config: brokers, topic, format and timeouts.
         spec: of the dataset whose events are published.
         partitions: of a topic that is made.
         append: write to a topic that has messages already.
@@ -44,15 +44,15 @@ class Topic:
     """
 
     def __init__(self, config: StreamConfig, spec: DatasetSpec, partitions: int, append: bool = False) -> None:
-        self._config, self._codec, self._trouble = config, Codec(config.format, spec, 0), Trouble()
+        self._config, self._codec, self._trouble = config, Codec(config.format, spec, 0), BrokerStatus()
         self._failures: list[str] = []
         self._producer = make_producer(config, self._trouble)
         consumer = make_consumer(config, self._trouble)
         try:
-            known = patiently(lambda timeout: consumer.list_topics(timeout=timeout), config, self._trouble).topics
+            known = retry(lambda timeout: consumer.list_topics(timeout=timeout), config, self._trouble).topics
             if config.topic not in known:
                 self._make(partitions)
-            self.partitions = patiently(
+            self.partitions = retry(
                 lambda timeout: topic_partitions(consumer, config.topic, timeout), config, self._trouble
             )[0]
             held = watermarks(consumer, range(self.partitions), config, self._trouble)
@@ -64,7 +64,7 @@ class Topic:
                 f"topic {config.topic} has {messages:,} messages already; name a new topic, or --append to add to them"
             )
 
-    def publish(self, events: Columns, per_message: int, logged: Logged | None = None) -> None:
+    def publish(self, events: Columns, per_message: int, logged: RequestFeatures | None = None) -> None:
         """Hand events to the producer, which sends them in the background; ``logged`` with some of them.
 
         Raises:
@@ -92,7 +92,7 @@ class Topic:
         self._check()
 
     def _messages(
-        self, events: Columns, logged: Logged | None, per_message: int
+        self, events: Columns, logged: RequestFeatures | None, per_message: int
     ) -> Iterator[tuple[bytes | None, bytes]]:
         """Keys and values; what holds events of several users has no key, but their partition."""
         if per_message == 1:

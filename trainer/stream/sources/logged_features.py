@@ -18,7 +18,7 @@ FEATURES = ("side", "dense", "stat")
 
 
 @dataclass(frozen=True)
-class Logged:
+class RequestFeatures:
     """Features of the events of a batch that carry them.
 
     These are events that open a visit in a candidate domain: its exposure, or where a producer has none its enter.
@@ -38,16 +38,16 @@ class Logged:
     def __len__(self) -> int:
         return len(self.at)
 
-    def rows(self, which: np.ndarray | slice, at: np.ndarray) -> Logged:
+    def rows(self, which: np.ndarray | slice, at: np.ndarray) -> RequestFeatures:
         """The rows ``which``, of events that are now at positions ``at``."""
-        return Logged(at, self.side[which], self.dense[which], self.stat[which])
+        return RequestFeatures(at, self.side[which], self.dense[which], self.stat[which])
 
-    def part(self, first: int, stop: int) -> Logged:
+    def part(self, first: int, stop: int) -> RequestFeatures:
         """Of the events ``[first, stop)`` of the batch."""
         inside = slice(*np.searchsorted(self.at, [first, stop]).tolist())
         return self.rows(inside, self.at[inside] - first)
 
-    def take(self, events: np.ndarray) -> Logged:
+    def take(self, events: np.ndarray) -> RequestFeatures:
         """Of a batch that has these events of this one, ``[n]`` distinct positions in any order, in their order."""
         if not len(self):
             return self
@@ -59,16 +59,18 @@ class Logged:
         return self.rows(which[at], at)
 
     @staticmethod
-    def join(parts: Sequence[Logged], events: Sequence[int]) -> Logged:
+    def join(parts: Sequence[RequestFeatures], events: Sequence[int]) -> RequestFeatures:
         """Of batches behind one another, at least one, of so many ``events`` each."""
         if len(parts) == 1:
             return parts[0]
         first = np.cumsum([0, *events[:-1]]).tolist()
         at = np.concatenate([part.at + start for part, start in zip(parts, first, strict=True)])
-        return Logged(at, *(np.concatenate([getattr(part, name) for part in parts]) for name in FEATURES))
+        return RequestFeatures(at, *(np.concatenate([getattr(part, name) for part in parts]) for name in FEATURES))
 
 
-def none_logged(spec: DatasetSpec) -> Logged:
+def none_logged(spec: DatasetSpec) -> RequestFeatures:
     """Of events that carry no features."""
     layout = row_columns(spec)
-    return Logged(np.empty(0, np.int64), *(np.empty((0, *layout[name][1]), layout[name][0]) for name in FEATURES))
+    return RequestFeatures(
+        np.empty(0, np.int64), *(np.empty((0, *layout[name][1]), layout[name][0]) for name in FEATURES)
+    )

@@ -45,7 +45,7 @@ from trainer.data.format.visit_events import event_names, event_table
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES
 from trainer.stream.labels.visit_grouping import of_domains
 from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together
-from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.message_features import FeatureLists
 
 _LISTS = pa.schema(
@@ -91,7 +91,7 @@ class Decoded:
     events: Columns
     message: np.ndarray
     inside: np.ndarray
-    logged: Logged
+    logged: RequestFeatures
     sizes: np.ndarray
     rejected: list[Rejected]
 
@@ -142,20 +142,20 @@ class Codec:
         rejected.sort(key=lambda bad: (bad.message, bad.inside))
         return Decoded(events, message, inside, logged, sizes, rejected)
 
-    def encode(self, events: Columns, logged: Logged | None = None) -> list[bytes]:
+    def encode(self, events: Columns, logged: RequestFeatures | None = None) -> list[bytes]:
         """Each event as a message; ``logged`` with some of them, or nothing is."""
         if self._format == "json":
             return self._lines(events, logged)
         table = self._table(events, logged)
         return [_stream(table.slice(row, 1)) for row in range(table.num_rows)]
 
-    def encode_together(self, events: Columns, logged: Logged | None = None) -> bytes:
+    def encode_together(self, events: Columns, logged: RequestFeatures | None = None) -> bytes:
         """All events as one message."""
         if self._format == "json":
             return b"\n".join(self._lines(events, logged))
         return _stream(self._table(events, logged))
 
-    def _lines(self, events: Columns, logged: Logged | None) -> list[bytes]:
+    def _lines(self, events: Columns, logged: RequestFeatures | None) -> list[bytes]:
         template = ", ".join(
             [*(f'"{name}": %d' for name in IDS), '"domain": %s, "event": %s, "time_ms": %d, "value": %r']
         )
@@ -173,7 +173,7 @@ class Codec:
                 lines[at] = f"{lines[at][:-1]}, {features}}}"
         return [line.encode() for line in lines]
 
-    def _table(self, events: Columns, logged: Logged | None) -> pa.Table:
+    def _table(self, events: Columns, logged: RequestFeatures | None) -> pa.Table:
         table = event_table(self._spec, events)
         if logged is not None:
             for name, column in self._features.arrays(logged, table.num_rows).items():

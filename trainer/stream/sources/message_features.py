@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.data.format.schema import DatasetSpec, row_columns
-from trainer.stream.sources.logged_features import FEATURES, Logged, none_logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, none_logged
 
 
 class FeatureLists:
@@ -25,7 +25,7 @@ class FeatureLists:
         self._width = {name: layout[name][1][0] for name in FEATURES}
         self._side_rows = np.array([side.rows for side in spec.side], np.int64)
 
-    def read(self, table: pa.Table, asked: np.ndarray) -> tuple[Logged, dict[int, str]]:
+    def read(self, table: pa.Table, asked: np.ndarray) -> tuple[RequestFeatures, dict[int, str]]:
         """Features of rows of a table, and why those of others are none.
 
         Args:
@@ -56,7 +56,7 @@ class FeatureLists:
             reasons |= dict.fromkeys(rows[bad].tolist(), reason)
             good &= ~bad
         kept = np.flatnonzero(good)
-        return Logged(rows, **read).rows(kept, rows[kept]), reasons
+        return RequestFeatures(rows, **read).rows(kept, rows[kept]), reasons
 
     def _checked(self, name: str, values: pa.Array, rows: int) -> tuple[np.ndarray, np.ndarray, str]:
         """A column of features ``[rows, width]``, in which of them a value cannot be, and why."""
@@ -73,7 +73,7 @@ class FeatureLists:
                 wrong, reason = wrong | (found < 0), "stat has a value that is no count"
         return found.astype(getattr(self._none, name).dtype, copy=False), np.any(wrong | null, axis=1), reason
 
-    def lines(self, logged: Logged) -> list[str]:
+    def lines(self, logged: RequestFeatures) -> list[str]:
         """Of each event that carries features the fields of its JSON object."""
         columns = (getattr(logged, name).tolist() for name in FEATURES)
         return [
@@ -81,7 +81,7 @@ class FeatureLists:
             for row in zip(*columns, strict=True)
         ]
 
-    def arrays(self, logged: Logged, events: int) -> dict[str, pa.Array]:
+    def arrays(self, logged: RequestFeatures, events: int) -> dict[str, pa.Array]:
         """Arrow columns of a batch of so many events, null where one carries no features."""
         carries = np.zeros(events, bool)
         carries[logged.at] = True

@@ -16,7 +16,7 @@ from trainer.data.format.shards import RowStore
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import EXPOSURE
 from trainer.stream.labels.visit_grouping import of_domains
-from trainer.stream.sources.logged_features import FEATURES, Logged, none_logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, none_logged
 
 _KEY = ("visit_id", "user_id", "request_ms")
 
@@ -37,7 +37,7 @@ class StoredFeatures:
         self._index = self._store.records(partition) if spec.rows else None
         self._records: dict[int, Rows] = {}
 
-    def of(self, events: Columns) -> Logged:
+    def of(self, events: Columns) -> RequestFeatures:
         """What was logged with events.
 
         An exposure carries the features of the row of its user, visit and request time; where the dataset has none, it
@@ -72,7 +72,7 @@ class StoredFeatures:
             self._records[record] = rows
         return self._records[record]
 
-    def _gathered(self, records: list[Rows], which: np.ndarray, none: Logged) -> Logged:
+    def _gathered(self, records: list[Rows], which: np.ndarray, none: RequestFeatures) -> RequestFeatures:
         """Features of the rows ``which [n]``, counted through all ``records``."""
         edges = np.cumsum([0, *(len(rows["visit_id"]) for rows in records)])
         of_record = np.searchsorted(edges, which, "right") - 1
@@ -81,7 +81,7 @@ class StoredFeatures:
             at = np.flatnonzero(of_record == record)
             for column, name in zip(out, FEATURES, strict=True):
                 column[at] = records[record][name][which[at] - edges[record]]
-        return Logged(which, *out)
+        return RequestFeatures(which, *out)
 
 
 def _first_equal(keys: list[np.ndarray], asked: list[np.ndarray]) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 
 from trainer.console.errors import UserError
 from trainer.data.format.validation import Columns
-from trainer.stream.sources.logged_features import Logged
+from trainer.stream.sources.logged_features import RequestFeatures
 
 Position = dict[int, list[int]]
 """Partition -> ``[place, inside, latest_ms, rejected]``, see above; JSON-able."""
@@ -52,7 +52,7 @@ class PartEvents:
     """
 
     events: Columns
-    logged: Logged
+    logged: RequestFeatures
     arrived_ms: np.ndarray
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class EventBatch:
     """
 
     events: Columns
-    logged: Logged
+    logged: RequestFeatures
     partition: np.ndarray
     arrived_ms: np.ndarray
     position: Position

@@ -11,7 +11,7 @@ import numpy as np
 from trainer.data.format.sorting import stable_order
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import EVENT_TYPES, concatenate
-from trainer.stream.sources.logged_features import Logged
+from trainer.stream.sources.logged_features import RequestFeatures
 from trainer.stream.sources.source import EventBatch, Position
 
 PLACES = ("place", "inside", "latest_ms", "rejected")
@@ -23,7 +23,7 @@ class _Block:
     """Events behind one another, and the features of those that carry them."""
 
     columns: Columns
-    logged: Logged
+    logged: RequestFeatures
 
     def __len__(self) -> int:
         return len(self.columns["latest_ms"])
@@ -37,7 +37,7 @@ class _Block:
 
     @staticmethod
     def join(blocks: Sequence[_Block]) -> _Block:
-        logged = Logged.join([block.logged for block in blocks], [len(block) for block in blocks])
+        logged = RequestFeatures.join([block.logged for block in blocks], [len(block) for block in blocks])
         return _Block(concatenate([block.columns for block in blocks]), logged)
 
 
@@ -112,7 +112,7 @@ class TimeMerge:
         """Events of a partition that wait for others."""
         return self._lanes[partition].rows
 
-    def append(self, partition: int, columns: Columns, logged: Logged) -> None:
+    def append(self, partition: int, columns: Columns, logged: RequestFeatures) -> None:
         """Add the next events of a partition.
 
         Args:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data.format.content_vectors import EmbeddingTable
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
@@ -64,7 +64,7 @@ def _read_sequences(path: Path, spec: DatasetSpec, columns: dict[str, np.ndarray
     history = Histories(path, spec)
     first, stop = history.runs(columns["user_id"], columns["request_ms"])
     item, author, bits, ordinal = (history.column(name) for name in ("item_id", "author_id", "bits", "ordinal"))
-    vector = EmbeddingTable.open(path / ITEM_VECTORS).vectors.astype(np.float32)
+    vector = ContentVectors.open(path / ITEM_VECTORS).vectors.astype(np.float32)
     said: dict[str, list[float]] = {name: [] for name in SEQUENCES}
     for row, (candidate, whose) in enumerate(zip(columns["item_id"], columns["author_id"], strict=True)):
         video, live = (np.arange(first[row, domain], stop[row, domain]) for domain in range(2))
@@ -173,7 +173,7 @@ def test_items_have_a_tag_and_a_vector(path: Path) -> None:
     assert spec.tag == "item_niche"
     niche = pq.read_table(path / "items.parquet")["item_niche"].to_numpy()
     assert niche.min() == 1 and niche.max() == NICHES
-    table = EmbeddingTable.open(path / ITEM_VECTORS)
+    table = ContentVectors.open(path / ITEM_VECTORS)
     assert table.ids.tolist() == list(range(len(niche)))
     vectors = table.vectors[:2_000].astype(np.float32)
     similar = vectors @ vectors.T

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import EmbeddingTable, Origin
+from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.cross.config import CrossConfig
 from trainer.data.simulator.cross.description import describe_world, tables, visit_table
@@ -55,7 +55,7 @@ def simulate_cross(
         for name, table in tables(config, catalogue, people).items():
             builder.table(name, table)
         origin = Origin(pooling="content vectors of the simulated world")
-        EmbeddingTable.write(builder.folder(ITEM_VECTORS), np.arange(config.items), catalogue.vector, origin=origin)
+        ContentVectors.write(builder.folder(ITEM_VECTORS), np.arange(config.items), catalogue.vector, origin=origin)
         report("simulating", 0, blocks)
         for block, visits in enumerate(visits_of(config, catalogue, people)):
             builder.visits(visit_table(spec, catalogue, visits, config.generator("log", block)))

@@ -7,8 +7,8 @@ import pytest
 
 from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature
 from trainer.stream.labels.assembled_rows import EXPOSURE, no_events
-from trainer.stream.live.visit_facts import VisitFacts
-from trainer.stream.sources.logged_features import FEATURES, Logged
+from trainer.stream.live.visit_features import VisitFeatureStore
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.source import PartEvents
 
 
@@ -34,13 +34,13 @@ def test_features_are_the_same_behind_a_checkpoint(side: int, dense: int, keys: 
     spec, rng = dataset(side, dense, keys), np.random.default_rng(visits)
     events = {name: np.zeros(visits, column.dtype) for name, column in no_events().items()}
     events |= {"visit_id": np.arange(visits), "event": np.full(visits, EXPOSURE, np.int8)}
-    logged = Logged(
+    logged = RequestFeatures(
         np.arange(visits),
         rng.integers(0, 10, (visits, side)).astype(np.int32),
         rng.random((visits, dense)).astype(np.float32),
         rng.random((visits, 2 * keys)).astype(np.float32),
     )
-    facts, again = VisitFacts(spec, True), VisitFacts(spec, True)
+    facts, again = VisitFeatureStore(spec, True), VisitFeatureStore(spec, True)
     facts.add(PartEvents(events, logged, np.zeros(visits, np.int64)))
     again.load_state_dict(facts.state_dict())
     rows = {name: events[name] for name in ("user_id", "visit_id")} | {"request_ms": events["time_ms"]}

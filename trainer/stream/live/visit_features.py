@@ -22,7 +22,7 @@ _Visit = tuple[int, int]
 """``user_id, visit_id``."""
 
 
-class VisitFacts:
+class VisitFeatureStore:
     """Facts of the visits of a partition, by ``(user_id, visit_id)``.
 
     Args:

@@ -1,0 +1,188 @@
+"""Training and evaluating one staytime model: metrics, baselines, predictions on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_model
+
+from trainer.comment_staytime.inputs import StaytimeData
+from trainer.comment_staytime.model import Predictions, build_network, fit_base_on, predict, train
+from trainer.config.staytime import StaytimeConfig
+from trainer.console.text_table import text_table
+from trainer.data.format import storage
+from trainer.metrics.staytime_metrics import (
+    Values,
+    comment_metrics,
+    metrics_by_exposure,
+    regression_metrics,
+    released_metrics,
+    staytime_metrics,
+)
+from trainer.runtime.files import write_json
+
+COLUMNS = ("rmse", "mae", "rmse_opened", "mae_opened", "bias", "xauc", "gauc", "ndcg@1", "ndcg@3", "ndcg@5", "mrr")
+"""Metrics of the printed table; all of them are in metrics.json."""
+
+
+def train_and_evaluate(
+    config: StaytimeConfig,
+    data: StaytimeData,
+    device: torch.device,
+    directory: Path | None = None,
+    *,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train a model and evaluate it on the held-out visits.
+
+    Args:
+        config: of the job.
+        data: as :func:`load_staytime` read it for this job.
+        device: to compute on.
+        directory: of the run; with None nothing is written.
+        quiet: show no progress.
+
+    Returns:
+        ``all`` metrics of the held-out visits, the same by ``exposures`` of the video in training, what constant
+        predictions and (in a simulated world) the true expectation reach, how well ``comments`` are ranked, and the
+        ``losses`` of each epoch.
+    """
+    torch.manual_seed(config.run.seed)
+    base = fit_base_on(config, data)
+    network = build_network(config, data, base).to(device)
+    base = base.to(device)
+    started = time.monotonic()
+    losses = train(config, data, base, network, device, quiet=quiet)
+    seconds = time.monotonic() - started
+    said = predict(config, data, base, network, device, data.held_out)
+    if directory is not None:
+        write_json(directory / "fitted.json", fitted(data, base.facts))
+        save_model(network, str(directory / "model.safetensors"))
+        write_predictions(directory / "predictions.parquet", data, said)
+    return {
+        **evaluate(config, data, said),
+        "losses": losses,
+        "train_seconds": round(seconds, 2),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+    }
+
+
+def evaluate(config: StaytimeConfig, data: StaytimeData, said: Predictions) -> dict[str, Any]:
+    """Metrics of predictions of the held-out visits."""
+    rows = data.held_out
+    user, seconds = data.user_id[rows], data.seconds[rows].astype(np.float64)
+    mean = float(data.seconds[data.training].mean(dtype=np.float64))
+    result: dict[str, Any] = {
+        "all": staytime_metrics(user, seconds, said.seconds, said.score),
+        "exposures": metrics_by_exposure(data.exposures[rows], user, seconds, said.seconds, said.score),
+        "constant": {
+            "zero": regression_metrics(seconds, np.zeros(len(rows))),
+            "training mean": regression_metrics(seconds, np.full(len(rows), mean)),
+        },
+    }
+    truth = read_truth(config.data.path, data.visit_id[rows])
+    if truth is not None:
+        result["truth"] = staytime_metrics(user, seconds, truth, truth)
+    if config.lcu.mode == "released":
+        result["released_definitions"] = released_metrics(user, seconds, said.seconds, said.score)
+    comments = data.comments
+    if comments is not None and said.popular is not None and said.touched is not None:
+        chosen = comments.chosen[rows]
+        result["comments"] = {
+            **comment_metrics(
+                {"popular": said.popular, "touched": said.touched},
+                {"popular": comments.popular_later[chosen], "touched": comments.touched[rows]},
+                chosen >= 0,
+            ),
+            "share_touched": comments.share_touched,
+        }
+    return result
+
+
+def read_truth(path: str, visit_id: np.ndarray) -> np.ndarray | None:
+    """The true expected seconds of visits of a simulated world, ``[n]`` float64; None for other datasets.
+
+    Nothing that trains calls this.
+    """
+    try:
+        stored = storage.read_bytes(storage.join(path, "truth/staytime.parquet"))
+    except FileNotFoundError:
+        return None
+    table = pq.read_table(pa.BufferReader(stored), columns=["visit_id", "p_open", "seconds_if_open"])
+    ids = table.column("visit_id").to_numpy()
+    order = np.argsort(ids)
+    at = order[np.searchsorted(ids, visit_id, sorter=order)]
+    opened, stayed = (table.column(name).to_numpy()[at].astype(np.float64) for name in ("p_open", "seconds_if_open"))
+    return opened * stayed
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """A run's metrics as text: held-out visits in all and by exposure, and what they are compared with."""
+    lines: list[tuple[str, Values]] = [("all", metrics["all"])]
+    lines += [(f"{name} exposures", values) for name, values in metrics["exposures"].items()]
+    lines += [(f"constant: {name}", values) for name, values in metrics["constant"].items()]
+    lines += [("true expectation", metrics["truth"])] if "truth" in metrics else []
+    return text_table(
+        ["held-out visits", *COLUMNS, "visits"],
+        [
+            [
+                name,
+                *(_cell(values.get(column)) for column in COLUMNS),
+                f"{values.get('rows', metrics['all']['rows']):,}",
+            ]
+            for name, values in lines
+        ],
+    )
+
+
+def _cell(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def fitted(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job's training range was like, as fitted.json has it: a model fits the inputs that are alike in this."""
+    return {
+        "base": facts,
+        "fields": list(data.field_names),
+        "dense": list(data.dense_names),
+        "rows": data.rows,
+        "training_visits": len(data.training),
+        "opened_in_training": float((data.seconds[data.training] > 0).mean()),
+        "comments_with_id": data.comments.id_rows - 1 if data.comments is not None else 0,
+        "digest": _digest(data),
+    }
+
+
+def _digest(data: StaytimeData) -> str:
+    """Of the training visits: who, what, the inputs and labels that were made of them, and their comments' rows."""
+    rows, digest = data.training, hashlib.blake2b(digest_size=16)
+    columns = [data.user_id, data.item_id, data.fields, data.dense, data.seconds, data.duration]
+    for column in columns:
+        digest.update(column[rows].tobytes())
+    if data.comments is not None:
+        chosen = data.comments.chosen[rows]
+        # Sorted, for their order is drawn at random.
+        digest.update(np.sort(np.where(chosen >= 0, data.comments.id_row[chosen], -1), 1).tobytes())
+    return digest.hexdigest()
+
+
+def write_predictions(file: Path, data: StaytimeData, said: Predictions) -> None:
+    """Predictions of the held-out visits as a table: predictions.parquet."""
+    rows = data.held_out
+    columns = {
+        "visit_id": data.visit_id[rows],
+        "user_id": data.user_id[rows],
+        "item_id": data.item_id[rows],
+        "seconds": data.seconds[rows],
+        "predicted": said.seconds.astype(np.float32),
+        "score": said.score.astype(np.float32),
+    }
+    pq.write_table(pa.table(columns), file)

@@ -1,0 +1,87 @@
+"""Reads a job file, applies overrides from the command line, and validates it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from trainer.config.toml import Model, read_toml, validate
+from trainer.console.errors import UserError
+
+
+def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+    """Read a job file and apply ``section.key=value`` overrides, whose values are TOML (bare words are strings).
+
+    Args:
+        model: the job's config object.
+        path: the file.
+        overrides: as typed.
+
+    Raises:
+        UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
+    """
+    raw = read_toml(path, "job file")
+    for override in overrides:
+        _apply_override(raw, override)
+    return validate(model, _times_as_text(raw), str(path))
+
+
+def load_deepspeed(path: str) -> dict[str, Any]:
+    """DeepSpeed's JSON settings as given; batch sizes are filled in by the engine.
+
+    Raises:
+        UserError: missing file or not a JSON object.
+    """
+    try:
+        settings = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"train.deepspeed = {path!r}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: DeepSpeed settings are a JSON object, this is a {type(settings).__name__}")
+    return settings
+
+
+def parse_time(text: str, timezone: str, key: str) -> int:
+    """Milliseconds UTC of an ISO date or time; one without an offset is taken in ``timezone``.
+
+    Raises:
+        UserError: not an ISO time.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{key} = {text!r}: not a time; write 2022-05-04 or 2022-05-04T12:00+08:00") from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=ZoneInfo(timezone))
+    return round(moment.timestamp() * 1000)
+
+
+def _times_as_text(value: Any) -> Any:
+    """TOML's own dates and times as the ISO strings that the config has: 2022-05-04 needs no quotes."""
+    if isinstance(value, dict):
+        return {key: _times_as_text(inner) for key, inner in value.items()}
+    return value.isoformat() if isinstance(value, date) else value
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.split(".")
+    node = raw
+    for depth, section in enumerate(sections, 1):
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {'.'.join(sections[:depth])} is a value, not a section")
+    node[last] = value

@@ -1,0 +1,67 @@
+"""Sections and value types that several kinds of job files share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the job file. Unknown keys are rejected, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """Where a run is written and what it is called."""
+
+    name: str = Field("run", description="Name of the run, part of its directory's default name.", min_length=1)
+    directory: str = Field(
+        "",
+        description="Directory of the run. Empty: that of the newest unfinished run of the same job, else "
+        "`runs/<name>-<date>-<time>`.",
+    )
+    seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
+
+
+class OptimizerConfig(Section):
+    """AdamW on the dense network, and the schedule that both optimizers follow."""
+
+    learning_rate: Rate = Field(1e-3, description="Peak learning rate of the dense network.")
+    weight_decay: float = Field(0.0, description="Decoupled weight decay of the dense network.", ge=0)
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's moment decays.")
+    warmup: Share = Field(0.0, description="Share of all steps over which learning rates rise from 0.")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How learning rates go on after warm-up; linear and cosine end at 0."
+    )
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved to `RUN/checkpoints`. It is always saved at the end, and on SIGTERM."""
+
+    every_minutes: float = Field(10.0, description="Minutes between two saves; 0 goes by steps alone.", ge=0)
+    every_steps: int = Field(0, description="Steps between two saves; 0 goes by time alone.", ge=0)
+    keep: Positive = Field(3, description="Newest checkpoints to keep.")
+    keep_every: int = Field(0, description="Keep every Nth save for good as well; 0 keeps none so.", ge=0)
+    background: bool = Field(
+        True,
+        description="Write while training goes on, from a copy in host memory; false stops for it and needs no copy.",
+    )
+
+
+class ResumeConfig(Section):
+    """How the same command, given again, goes on with a run that has not finished."""
+
+    enabled: bool = Field(True, description="Go on with it; false starts a new run, in a directory of its own.")
+    allow_new_data: bool = Field(
+        False, description="Accept that the dataset has changed, such as by later days; positions must still fit it."
+    )

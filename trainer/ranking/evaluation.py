@@ -1,0 +1,163 @@
+"""Predictions of a ranker on a range of time, and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.config.ranker import JobConfig
+from trainer.console.progress import Progress
+from trainer.data.format import storage
+from trainer.data.format.schema import DatasetSpec, partition_of
+from trainer.data.loading.loader import Loader
+from trainer.engine.hybrid_engine import HybridEngine
+from trainer.metrics.behaviour_metrics import BehaviourMetrics, Report
+from trainer.ranking.training_state import Trace
+from trainer.runtime.distributed import World
+from trainer.runtime.phase_timer import PHASES
+
+CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
+"""Edges of the predicted probabilities between which the calibration curve takes its means."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """This rank's rows of a held-out range.
+
+    Attributes:
+        user_id, visit_id, request_ms: ``[rows]`` int64.
+        probability: ``[rows, behaviours]`` float32.
+        label, mask: ``[rows, behaviours]`` float32.
+    """
+
+    user_id: Tensor
+    visit_id: Tensor
+    request_ms: Tensor
+    probability: Tensor
+    label: Tensor
+    mask: Tensor
+
+
+def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "evaluate") -> Predictions:
+    """Predict every row of a loader. Collective: all ranks call it, whatever they have to read."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
+    with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
+        for batch, logits in engine.predict(iter(loader)):
+            for name in ("user_id", "visit_id", "request_ms", "label", "mask"):
+                parts[name].append(getattr(batch, name).cpu().clone())
+            parts["probability"].append(torch.sigmoid(logits.float()).cpu())
+            progress.advance(batch.rows)
+    return Predictions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+
+
+def evaluate(predictions: Predictions, behaviours: Sequence[str], truth: Tensor | None = None) -> Report:
+    """Metrics over all ranks, with ``best_auc`` and ``best_gauc`` of the true probabilities where they are known.
+
+    Args:
+        predictions: of this rank.
+        behaviours: names of the K columns.
+        truth: ``[rows, K]`` true probabilities of this rank's rows, see :func:`read_truth`.
+    """
+    report = _metrics(predictions, predictions.probability, behaviours)
+    if truth is not None:
+        best = _metrics(predictions, truth, behaviours)
+        for behaviour in behaviours:
+            report[behaviour]["best_auc"] = best[behaviour]["auc"]
+            report[behaviour]["best_gauc"] = best[behaviour]["gauc"]
+    return report
+
+
+def _metrics(predictions: Predictions, probability: Tensor, behaviours: Sequence[str]) -> Report:
+    metrics = BehaviourMetrics(behaviours)
+    metrics.update(predictions.user_id, probability, predictions.label, predictions.mask)
+    return metrics.compute()
+
+
+def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -> Tensor | None:
+    """True probabilities of the rows, ``[rows, K]`` float32; None for a dataset without truth. Nothing that trains
+    calls this.
+
+    Args:
+        path: the dataset.
+        predictions: the rows of this rank.
+        behaviours: the K columns.
+    """
+    spec = DatasetSpec.load(path)
+    columns = ["visit_id", *(f"p_{behaviour}" for behaviour in behaviours)]
+    truth = np.full((len(predictions.visit_id), len(behaviours)), np.nan, np.float32)
+    home = partition_of(predictions.user_id.numpy(), spec.partitions)
+    for partition in range(spec.partitions):
+        file = storage.join(path, f"truth/part-{partition:05d}.parquet")
+        mine = np.flatnonzero(home == partition)
+        if partition and not len(mine):
+            continue
+        try:
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(file)), columns=columns)
+        except FileNotFoundError:
+            return None
+        visits = table["visit_id"].to_numpy()
+        order = np.argsort(visits)
+        line = order[np.searchsorted(visits, predictions.visit_id.numpy()[mine], sorter=order)]
+        for column, behaviour in enumerate(behaviours):
+            truth[mine, column] = table[f"p_{behaviour}"].to_numpy()[line]
+    return torch.from_numpy(truth)
+
+
+def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> dict[str, list[tuple[float, float, int]]]:
+    """Mean predicted probability, share observed and rows between :data:`CALIBRATION_EDGES`, over all ranks."""
+    bins = len(CALIBRATION_EDGES) + 1
+    sums = torch.zeros(len(behaviours), 3, bins, dtype=torch.float64)
+    for column in range(len(behaviours)):
+        kept = predictions.mask[:, column] > 0
+        predicted = predictions.probability[kept, column].double()
+        place = torch.bucketize(predicted, torch.from_numpy(CALIBRATION_EDGES))
+        for row, values in enumerate((predicted, predictions.label[kept, column].double(), torch.ones_like(predicted))):
+            sums[column, row].index_add_(0, place, values)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return {
+        behaviour: [(p / n, y / n, int(n)) for p, y, n in sums[column].T.tolist() if n]
+        for column, behaviour in enumerate(behaviours)
+    }
+
+
+def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence[str], world: World) -> None:
+    """Write all ranks' rows to one Parquet file: ids, time, and per behaviour ``p_B``, ``label_B``, ``mask_B``."""
+    columns = {name: getattr(predictions, name).numpy() for name in ("user_id", "visit_id", "request_ms")}
+    for k, behaviour in enumerate(behaviours):
+        columns[f"p_{behaviour}"] = predictions.probability[:, k].numpy()
+        columns[f"label_{behaviour}"] = predictions.label[:, k].to(torch.uint8).numpy()
+        columns[f"mask_{behaviour}"] = predictions.mask[:, k].to(torch.uint8).numpy()
+    tables = world.gather(pa.table(columns))
+    if tables is not None:
+        pq.write_table(pa.concat_tables(tables), file)
+
+
+def metrics_document(
+    config: JobConfig, kind: str, report: Report | None, trace: Trace, stalls: Sequence[float]
+) -> dict[str, Any]:
+    """The content of ``metrics.json``; undefined metrics are null. ``stalls`` are of the last start of the job."""
+    seconds = {phase: sum(entry[phase] for entry in trace) for phase in PHASES}
+    total = sum(seconds.values())
+    rows = sum(entry["rows"] for entry in trace)
+    return {
+        "behaviours": report or {},
+        "model": kind,
+        "held_out": {"from": config.data.eval_from, "until": config.data.eval_until, "frozen": config.data.frozen},
+        "training": {
+            "rows": rows,
+            "skipped_rows": sum(entry["skipped_rows"] for entry in trace),
+            "rows_per_second": rows / sum(entry["rows"] / entry["rows_per_second"] for entry in trace),
+            "share_of_time": {phase: value / total for phase, value in seconds.items()},
+            "checkpoint_stalls_seconds": list(stalls),
+        },
+    }

@@ -1,0 +1,180 @@
+"""Attention of a trained ranker to the entries of a user's histories, for one candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from trainer.console.errors import UserError
+from trainer.console.text_table import text_table
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.format import storage
+from trainer.data.format.dataset import Data
+from trainer.data.format.history import HistorySlice
+from trainer.data.format.schema import DOMAINS, Rows
+from trainer.data.loading.batch import unpack
+from trainer.serving.explanation_plot import age_text
+from trainer.serving.scoring import rows_of_candidates
+from trainer.serving.trained_run import TrainedModel
+
+SHOWN = 10
+"""Entries of a history that the text shows, those with the most attention."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A history, and what the model made of it.
+
+    Attributes:
+        entries: of the one row, n of them, oldest first.
+        shares: ``[n, heads]`` float32, attention of each entry; 1 in all for a head.
+        alike: feature that entries carry -> ``[n]`` bool, which have the candidate's value.
+    """
+
+    entries: HistorySlice
+    shares: np.ndarray
+    alike: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> np.ndarray:
+        """Mean over the heads, ``[n]``."""
+        return self.shares.mean(1)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One user, one candidate, one time.
+
+    Attributes:
+        user_id, item_id, author_id: of the user and the candidate.
+        at_ms: the time, UTC.
+        probabilities: behaviour -> predicted probability.
+        histories: name -> what was found.
+    """
+
+    user_id: int
+    item_id: int
+    author_id: int
+    at_ms: int
+    probabilities: dict[str, float]
+    histories: dict[str, Found]
+
+
+def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Explanation:
+    """Score a candidate and keep what the model looked at. Collective of a single rank.
+
+    Raises:
+        UserError: the dataset knows nothing of the user before the time, or has no such candidate.
+    """
+    data, features = model.data, model.features
+    first, stop = data.histories.runs(np.array([user_id]), np.array([at_ms]))
+    if not (stop > first).any():
+        ever = (stop - first).any() or user_id in data.histories.lengths()[0]
+        what = "has seen nothing before that time" if ever else "is not in the histories of the dataset"
+        raise UserError(f"--user {user_id}: {what} ({model.config.data.path})")
+    author_id = author_of(data, model.config.data.path, item_id)
+    candidate = {"user_id": user_id, "item_id": item_id, "author_id": author_id, "request_ms": at_ms}
+    columns = {name: np.array([value]) for name, value in candidate.items()}
+    # Of the request itself nothing is known.
+    columns |= {side.name: np.zeros(1, np.int32) for side in data.spec.side if side.of == "context"}
+    columns |= {dense.name: np.zeros(1, np.float32) for dense in data.spec.dense if dense.of == "context"}
+    rows = rows_of_candidates(model, model.config.data.path, columns)
+    space = None if model.space is None else model.space.at(model.space.newest)
+    packed = features.pack(rows, data.histories, rows["request_ms"], space)
+    entries = features.read_histories(rows, data.histories, rows["request_ms"], space)
+    (logits,) = model.logits([packed])
+    ((_, shares),) = model.engine.attention(iter([unpack(packed, features.layout, {})]))
+    return Explanation(
+        user_id,
+        item_id,
+        author_id,
+        at_ms,
+        dict(zip(features.behaviours, torch.sigmoid(logits[0]).tolist(), strict=True)),
+        {
+            name: Found(found, shares[name].cpu().numpy(), _alike(features, rows, found))
+            for name, found in entries.items()
+        },
+    )
+
+
+def _alike(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str, np.ndarray]:
+    """Which entries have the tag of the one row, and which its author's features; what is unknown is not alike."""
+    spec, known = features.spec, features.fitted.author_side
+    values = {spec.tag: entries.tag} if spec.tag else {}
+    if known is not None:
+        values |= dict(zip(features.author_side, known.of(entries.author_id).T, strict=True))
+    own = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
+    return {name: (column == own[name]) & (column > 0) for name, column in values.items()}
+
+
+def author_of(data: Data, path: str, item_id: int) -> int:
+    """The author of a candidate: from the dataset's table of items, or else from anybody's history.
+
+    Raises:
+        UserError: neither has the item, or it is of a domain that has no candidates.
+    """
+    try:
+        items = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(path, "items.parquet"))))
+    except FileNotFoundError:
+        items = pa.table({"item_id": np.empty(0, np.int64)})
+    place = np.flatnonzero(items["item_id"].to_numpy() == item_id)
+    if len(place) and "author_id" in items.column_names:
+        item = {name: items[name][int(place[0])].as_py() for name in items.column_names}
+        domain = DOMAINS[item["domain"]] if "domain" in item else data.spec.candidates[0]
+        if domain not in data.spec.candidates:
+            expected = " or ".join(data.spec.candidates)
+            raise UserError(f"--candidate {item_id}: a {domain} item; the dataset's candidates are {expected}")
+        return int(item["author_id"])
+    place = np.flatnonzero(data.histories.column("item_id") == item_id)
+    if not len(place):
+        raise UserError(f"--candidate {item_id}: the dataset has no such item ({path})")
+    return int(data.histories.column("author_id")[place[0]])
+
+
+def text_of(explanation: Explanation, behaviours: Sequence[str], timezone: str, shown: int = SHOWN) -> str:
+    """An explanation as a person reads it.
+
+    Args:
+        explanation: to tell.
+        behaviours: of the dataset, in the order of the bits.
+        timezone: of times.
+        shown: most entries of a history.
+    """
+    own = explanation
+    at = datetime.fromtimestamp(own.at_ms / 1000, UTC).astimezone(ZoneInfo(timezone)).isoformat(timespec="seconds")
+    lines = [f"user {own.user_id}, candidate {own.item_id} of author {own.author_id}, as of {at}"]
+    lines.append(", ".join(f"{behaviour} {p:.4f}" for behaviour, p in own.probabilities.items()))
+    for name, found in own.histories.items():
+        n, attention = len(found.attention), found.attention
+        if not n:
+            lines += ["", f"{name}: found nothing"]
+            continue
+        # In order of attention; of equal ones the latest first.
+        order = np.lexsort((-np.arange(n), -attention))[:shown]
+        told = f" the {len(order)} with the most attention, {attention[order].sum():.0%} of it:" if n > shown else ""
+        lines += ["", f"{name}: found {n};{told}" if told else f"{name}: found {n}:"]
+        entries = found.entries
+        cells = [
+            [
+                f"{attention[place]:.1%}",
+                DOMAINS[entries.domain[place]],
+                str(entries.item_id[place]),
+                str(entries.author_id[place]) + (" *" if entries.author_id[place] == own.author_id else ""),
+                age_text(own.at_ms - int(entries.request_ms[place])),
+                " ".join(b for bit, b in enumerate(behaviours) if entries.bits[place] >> bit & 1),
+                *([" ".join(feature for feature, same in found.alike.items() if same[place])] if found.alike else []),
+            ]
+            for place in order
+        ]
+        titles = ["attention", "domain", "item", "author", "ago", "did", *(["as the candidate"] if found.alike else [])]
+        lines.append(text_table(titles, cells, texts=len(titles)))
+    if any((found.entries.author_id == own.author_id).any() for found in own.histories.values()):
+        lines += ["", "* the candidate's author"]
+    return "\n".join(lines)
