@@ -12,7 +12,6 @@ from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed, load_job, parse_time
 from trainer.config.ranker import JobConfig, load_config
-from trainer.config.reference import reference
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.errors import UserError
 
@@ -118,10 +117,3 @@ def test_deepspeed_settings_must_be_an_object(tmp_path: Path, text: str, expecte
         load_deepspeed(str(file))
     with pytest.raises(UserError, match="no such file"):
         load_deepspeed(str(tmp_path / "none.json"))
-
-
-def test_the_readme_has_the_current_reference() -> None:
-    readme = (ROOT / "README.md").read_text()
-    _, _, rest = readme.partition("<!-- config reference: python -m trainer.config.ranker -->\n")
-    printed, _, _ = rest.partition("\n<!-- end of config reference -->")
-    assert printed.strip() == reference(JobConfig).strip()
