@@ -16,6 +16,14 @@ from tests.paths import ROOT
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def messages_on_the_terminal() -> None:
+    """Show messages as every command does."""
+    from trainer.console.run_log import start_log
+
+    start_log()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
 

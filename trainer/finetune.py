@@ -8,6 +8,7 @@ The same command again goes on where the last one stopped.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 from trainer.checkpoint.run_directory import make_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.job_arguments import add_train_arguments, rank_parser
-from trainer.console.run_log import open_log, say, set_step
+from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, Identity
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
@@ -34,6 +35,8 @@ from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.rng_state import start_random_states
 from trainer.runtime.run_lock import locked
+
+logger = logging.getLogger("trainer.finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +107,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
                 rows=rows,
                 world=world,
             )
-            say(report_table(report))
+            logger.info(report_table(report))
         values = engine.adapter()
         document = metrics_document(config, base, engine, tokens, state, report, checkpoints.stalls)
         if world.rank == 0:
@@ -114,7 +117,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
             write_json(directory / "metrics.json", document)
         checkpoints.close()
         engine.close()
-    say(f"\nrun: {directory}")
+    logger.info(f"\nrun: {directory}")
     return document
 
 

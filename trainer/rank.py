@@ -9,6 +9,7 @@ The same command again goes on where the last one stopped.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
 from trainer.checkpoint.run_directory import begin_run, choose_directory, homes, make_directory
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import add_train_arguments, rank_parser
-from trainer.console.run_log import open_log, say, set_step
+from trainer.console.run_log import open_log, set_step
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Data, fingerprint
 from trainer.metrics.behaviour_metrics import Report
@@ -50,6 +51,8 @@ from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.run_lock import locked
 from trainer.serving.publish import publisher
 from trainer.sparse.planner import format_plan
+
+logger = logging.getLogger("trainer.rank")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +89,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         world.barrier()
         open_log(directory / "logs", world.rank)
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
-            say(f"going on with the unfinished run {directory}; resume.enabled=false starts a new one")
+            logger.info(f"going on with the unfinished run {directory}; resume.enabled=false starts a new one")
         fitted = fit_once(config, data, split, directory / "features", world)
         features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
         job = Job(config, data, split, features, dataset, world, preemption)
@@ -97,8 +100,8 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
             if report["behaviours"]:
                 reports[kind] = report["behaviours"]
     if reports:
-        say("\n" + metrics_table(reports))
-    say(f"\nrun: {directory}")
+        logger.info("\n" + metrics_table(reports))
+    logger.info(f"\nrun: {directory}")
     return reports
 
 
@@ -120,7 +123,7 @@ def finished_report(home: Path, world: World) -> dict[str, Any] | None:
     document = None
     if world.rank == 0 and (home / "metrics.json").exists():
         document = json.loads((home / "metrics.json").read_text())
-        say(f"{document['model']}: finished already, in {home}")
+        logger.info(f"{document['model']}: finished already, in {home}")
     return world.agree(document)
 
 
@@ -129,7 +132,7 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     config, data, split, features, world = job.config, job.data, job.split, job.features, job.world
     stream = None if config.stream is None else open_stream(config, data, split, features, world, home)
     engine = build_engine(config, features, kind, world)
-    say(f"{kind}: tables as TorchRec lays them out\n{format_plan(engine.plan)}")
+    logger.info(f"{kind}: tables as TorchRec lays them out\n{format_plan(engine.plan)}")
     checkpoints = Checkpoints(
         home / "checkpoints",
         Identity(config, kind, features.behaviours, job.dataset),
@@ -140,7 +143,7 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     state = TrainingState.at_start(features.behaviours, stream, space)
     position = checkpoints.restore(engine, state)
     if position is None and config.init_from.run:
-        say(format_taken(warm_start(engine, config, kind, features, world)))
+        logger.info(format_taken(warm_start(engine, config, kind, features, world)))
     searching = None if space is None else Searching(space, config, features, engine, world)
     if searching is not None:
         searching.begin()
@@ -169,7 +172,7 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     document = metrics_document(config, kind, report, state.trace, checkpoints.stalls)
     if stream is not None:
         document["stream"] = stream.summary(world, state.progressive)
-        say(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
+        logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
     if world.rank == 0:
         write_json(home / "plan.json", engine.plan)
         write_report(

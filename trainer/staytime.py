@@ -18,6 +18,7 @@ predicts other visits by ``limelight staytime score`` (``trainer/comment_staytim
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -27,11 +28,13 @@ from trainer.comment_staytime.evaluation import metrics_table, train_and_evaluat
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import open_log, say
+from trainer.console.run_log import open_log
 from trainer.runtime.distributed import choose_device
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import locked
+
+logger = logging.getLogger("trainer.staytime")
 
 
 def run_job(config: StaytimeConfig) -> None:
@@ -48,5 +51,5 @@ def run_job(config: StaytimeConfig) -> None:
         write_json(directory / "environment.json", {"command": sys.argv, **environment(1)})
         metrics = train_and_evaluate(config, data, device, directory)
         write_json(directory / "metrics.json", metrics)
-    say("\n" + metrics_table(metrics))
-    say(f"\nrun: {directory}")
+    logger.info("\n" + metrics_table(metrics))
+    logger.info(f"\nrun: {directory}")

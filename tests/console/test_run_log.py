@@ -20,7 +20,9 @@ from trainer.console.run_log import open_log
 LINE = re.compile(r"(?P<time>\S+) rank (?P<rank>\d+) step (?P<step>\d+) \|(?: (?P<text>.*))?")
 HEAD = """
 import logging, os, pathlib, sys, threading, warnings
-from trainer.console.run_log import note, open_log, say, set_step
+from trainer.console.run_log import open_log, set_step, start_log
+logger = logging.getLogger("trainer.test")
+start_log()
 logs = pathlib.Path(sys.argv[1])
 rank = int(os.environ["RANK"])
 """
@@ -58,11 +60,11 @@ def texts(logs: Path, rank: int = 0) -> list[str]:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_terminal_is_the_first_ranks_and_each_rank_has_a_file(rank: int, tmp_path: Path) -> None:
     body = """
-say("before the directory is known")
+logger.info("before the directory is known")
 open_log(logs, rank)
-say("first\\nsecond\\n")
-set_step(12); say("a loss of é"); note("for the file \\udcff")
-set_step(0); say("")
+logger.info("first\\nsecond\\n")
+set_step(12); logger.info("a loss of é"); logger.debug("for the file \\udcff")
+set_step(0); logger.info("")
 """
     done = talk(body, tmp_path / "run" / "logs", rank)
     if rank:
@@ -84,7 +86,7 @@ set_step(0); say("")
 
 def test_a_restart_continues_the_file_and_says_who_goes_on(tmp_path: Path) -> None:
     for number in range(2):
-        talk(f"open_log(logs, rank); say('start {number}')", tmp_path)
+        talk(f"open_log(logs, rank); logger.info('start {number}')", tmp_path)
     assert texts(tmp_path) == ["start 0", "start 1"]
     assert sum(text.startswith("process ") for _, _, text in read(tmp_path)) == 2
 
@@ -141,7 +143,7 @@ def test_threads_and_forked_processes_do_not_break_each_others_lines(tmp_path: P
     body = """
 open_log(logs, rank)
 def work(name):
-    for number in range(300): note(f"{name} {number} " + "x" * 200)
+    for number in range(300): logger.debug(f"{name} {number} " + "x" * 200)
 child = os.fork()
 threads = [threading.Thread(target=work, args=(f"{bool(child)}{n}",)) for n in range(2)]
 for thread in threads: thread.start()
@@ -160,7 +162,11 @@ else: os._exit(0)
 
 
 def test_a_second_log_takes_over(tmp_path: Path) -> None:
-    talk("open_log(logs / 'a', rank); say('one'); open_log(logs / 'b', rank); say('two'); 1 / 0", tmp_path, status=1)
+    talk(
+        "open_log(logs / 'a', rank); logger.info('one'); open_log(logs / 'b', rank); logger.info('two'); 1 / 0",
+        tmp_path,
+        status=1,
+    )
     assert texts(tmp_path / "a") == ["one"]
     assert texts(tmp_path / "b")[0] == "two" and texts(tmp_path / "b")[-1].startswith("ZeroDivisionError")
 
@@ -169,7 +175,7 @@ def test_a_full_disk_is_told_once_and_does_not_end_the_job(tmp_path: Path) -> No
     body = """
 open_log(logs, rank)
 os.dup2(os.open("/dev/full", os.O_WRONLY), 3 if os.readlink("/proc/self/fd/3").endswith(".log") else 4)
-say("one"); say("two")
+logger.info("one"); logger.info("two")
 """
     done = talk(body, tmp_path)
     assert done.stdout == "one\ntwo\n"
@@ -194,7 +200,7 @@ def test_a_progress_bar_lets_lines_pass_and_is_lines_in_the_file(tmp_path: Path)
 from trainer.console.progress import Progress
 open_log(logs, rank)
 with Progress("train", 10, "rows") as progress:
-    progress.advance(5); say("in between"); progress.advance(5)
+    progress.advance(5); logger.info("in between"); progress.advance(5)
 """
     )
     ours, theirs = pty.openpty()

@@ -13,7 +13,7 @@ from trainer.runtime.distributed import World, choose_device
 
 JOIN = """
 import sys
-from trainer.console.job_arguments import exit_status
+from trainer.console.exit_status import exit_status
 from trainer.runtime.distributed import World
 
 def job():

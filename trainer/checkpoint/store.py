@@ -6,6 +6,7 @@ meanwhile (``trainer.checkpoint.writer``).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from trainer.checkpoint.manifest import Manifest, NewerSchema, check_files, list
 from trainer.checkpoint.writer import Save, clear
 from trainer.config.sections import CheckpointConfig
 from trainer.console.errors import UserError, is_lost_peer, one_line
-from trainer.console.run_log import say
 from trainer.console.text_table import size_text
 from trainer.runtime.distributed import World
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -125,7 +127,7 @@ class CheckpointStore:
                 problem = next((problems[0] for problems in found if problems), None)
                 if problem is None:
                     return directory, manifest
-            say(f"{directory}: damaged, going back to the one before it ({problem})")
+            logger.info(f"{directory}: damaged, going back to the one before it ({problem})")
         if candidates:
             raise UserError(
                 f"{self._directory}: none of {len(candidates)} checkpoints is whole; remove them to train from the "
@@ -145,7 +147,7 @@ class CheckpointStore:
                 error if lost else UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")
             )
         else:
-            say(f"saved {directory}: {size_text(size)} in {time.monotonic() - started:.1f} s{remark}")
+            logger.info(f"saved {directory}: {size_text(size)} in {time.monotonic() - started:.1f} s{remark}")
             if self._world.rank == 0:
                 self._after_save(directory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,10 @@ from trainer.comment_staytime.comment_selection import (
 )
 from trainer.config.staytime import LcuConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import flat_lists, has_texts, pad_lists, read_texts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def load_comments(
     touched = touched_among(chosen, met)
     few = float((chosen[held_out] == ABSENT).any(1).mean())
     if few:
-        say(f"{few:.0%} of the held-out visits have fewer than {lcu.comments} comments; the rest is masked")
+        logger.info(f"{few:.0%} of the held-out visits have fewer than {lcu.comments} comments; the rest is masked")
     counts = np.bincount(chosen[training][chosen[training] >= 0], minlength=len(ids))
     known = counts >= min_count
     of_training, of_held_out = (np.zeros(len(chosen), bool) for _ in range(2))
@@ -140,7 +142,7 @@ def _texts(key: str, path: str, ids: np.ndarray) -> Texts | None:
     if missing == 1:
         raise UserError(f"{key} = {path!r}: has none of the ids that the dataset has; is it a table of other things?")
     if missing:
-        say(f"{key}: {missing:.1%} of the ids have no embedding; they are zeros")
+        logger.info(f"{key}: {missing:.1%} of the ids have no embedding; they are zeros")
     return Texts(table.vectors, row)
 
 

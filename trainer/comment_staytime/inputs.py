@@ -6,6 +6,7 @@ their own, the scale of dense features, how popular comments are) comes from tra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +18,12 @@ from trainer.comment_staytime.comment_texts import StaytimeComments, check_uniqu
 from trainer.config.load import parse_time
 from trainer.config.staytime import DataConfig, InputConfig, LcuConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.data.format import storage
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.text_schema import read_texts
+
+logger = logging.getLogger(__name__)
 
 IDS = ("user_id", "item_id", "author_id")
 
@@ -143,7 +145,7 @@ def _read_visits(path: str) -> pa.Table:
     kept = np.ones(len(user), bool)
     kept[order[1:][same]] = False
     if not kept.all():
-        say(f"{int((~kept).sum()):,} visits repeat user, video and time of another and are left out")
+        logger.info(f"{int((~kept).sum()):,} visits repeat user, video and time of another and are left out")
         visits = visits.filter(pa.array(kept))
     return visits.combine_chunks()
 

@@ -10,6 +10,7 @@ checked by ``fitted.json``. The same range on the same machine gives the run's p
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from trainer.config.load import parse_time
 from trainer.config.staytime import DataConfig, StaytimeConfig
 from trainer.config.toml import validate
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import choose_device
+
+logger = logging.getLogger(__name__)
 
 
 def score_range(
@@ -59,8 +61,8 @@ def score_range(
     _load(network, run)
     said = predict(config, columns, base.to(device), network.to(device), device, columns.held_out)
     write_predictions(out, columns, said)
-    say(metrics_table(evaluate(config, columns, said)))
-    say(f"\npredictions: {out}")
+    logger.info(metrics_table(evaluate(config, columns, said)))
+    logger.info(f"\npredictions: {out}")
 
 
 def load_staytime_run(run: Path) -> StaytimeConfig:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from trainer.console.errors import UserError
+from trainer.console.run_log import start_log
 
 USER_ERROR_STATUS = 2
 """Exit status after a mistake of the user's, told in one line."""
@@ -25,6 +26,7 @@ HUNG_STATUS = 70
 
 def exit_status(job: Callable[[], int | None]) -> int:
     """Run a command and give its exit status; a UserError is told in one line, ctrl-C in none."""
+    start_log()
     try:
         return job() or 0
     except UserError as error:

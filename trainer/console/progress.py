@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from trainer.console.run_log import note, say
+logger = logging.getLogger(__name__)
+
 
 LINE_EVERY_SECONDS = 5.0
 """Pause between two plain lines."""
@@ -68,9 +70,9 @@ class Progress:
             f"{_duration(seconds)} so far, ETA {_duration(left)}" + (f", {remark}" if remark else "")
         )
         if self._quiet or self._bar is not None:
-            note(line)
+            logger.debug(line)
         else:
-            say(line)
+            logger.info(line)
 
 
 class Phases:

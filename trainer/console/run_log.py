@@ -1,11 +1,13 @@
-"""What a job says: the first rank on the terminal, every rank in a file of its own.
+"""The log of a job: messages on the first rank's terminal, and all records of every rank in a file of its own.
 
-On the terminal stands the text alone. In ``RUN/logs/rank-00000.log``, which is continued over restarts, every line has
-time, rank and step, so that the files of all ranks can be merged by sorting::
+Modules log through the standard library: ``logger = logging.getLogger(__name__)``. :func:`start_log` adds the handlers
+to the project's logger. A record of level INFO or above is shown on the terminal of the first rank, as its text alone;
+DEBUG goes to the file only. In ``RUN/logs/rank-00000.log``, which is continued over restarts, every line has time,
+rank and step, so that the files of all ranks can be merged by sorting::
 
     2024-03-05T12:00:07.315+00:00 rank 0 step 120 | train: 61,440/98,304 rows (62 %), ...
 
-The file also gets what passes by the terminal of a large job unseen: warnings, records of ``logging``, tracebacks of
+The file also holds what the terminal of a large job does not show: warnings, records of other libraries, tracebacks of
 the process and of its threads, and the Python stack of a crash in native code.
 """
 
@@ -21,37 +23,118 @@ import threading
 import traceback
 import warnings
 from collections import deque
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 from trainer.console.errors import UserError
 
 LOG_NOTE_VARIABLE = "LIMELIGHT_LOG_NOTE"
-"""Environment variable naming a file that is to hold the path of this rank's log, for who reports a dead rank."""
+"""Environment variable with the name of a file to which a rank writes its log's path, for the report of a dead rank."""
 
 EARLIER_TEXTS = 1000
-"""Texts kept until there is a file to put them into; a job that never opens one must not collect them for ever."""
+"""Records kept until the file is opened; a command without a run directory never opens one."""
+
+logger = logging.getLogger(__name__)
+_project = logging.getLogger("trainer")
 
 
-@dataclass
-class _State:
-    rank: int
-    step: int = 0
-    path: Path | None = None
-    descriptor: int | None = None
-    earlier: deque[bytes] = field(default_factory=lambda: deque(maxlen=EARLIER_TEXTS))
-    unwritable: bool = False
+class _Position(logging.Filter):
+    """Adds rank and step to each record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0
+        self.step = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Pass every record on."""
+        record.rank, record.step = self.rank, self.step
+        return True
 
 
-_state = _State(int(os.environ["RANK"]) if os.environ.get("RANK", "").isdecimal() else 0)
+class _Terminal(logging.Handler):
+    """Shows messages on the first rank's standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        if record.__dict__["rank"] == 0:
+            from tqdm import tqdm
+
+            # tqdm's own call, since a progress bar may stand on the terminal.
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+
+class _RunFile(logging.Handler):
+    """Writes records into the rank's file, and keeps them until there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: Path | None = None
+        self.descriptor: int | None = None
+        self.earlier: deque[bytes] = deque(maxlen=EARLIER_TEXTS)
+        self._reported = False
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write without a lock: the watchdog and signal handlers must not wait for a thread that hangs in a write."""
+        if passed := bool(self.filter(record)):
+            self.emit(record)
+        return passed
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, each of its lines with time, rank and step."""
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+        head = f"{time} rank {record.__dict__['rank']} step {record.__dict__['step']} |"
+        lines = "".join(f"{head} {line}".rstrip() + "\n" for line in self.format(record).splitlines() or [""])
+        self.write(lines.encode(errors="backslashreplace"))
+
+    def open(self, path: Path, descriptor: int) -> int:
+        """Write to a file from now on, beginning with the records kept so far. Returns the descriptor in use."""
+        if self.descriptor is not None:
+            # The number stays: faulthandler knows it.
+            os.dup2(descriptor, self.descriptor, inheritable=False)
+            os.close(descriptor)
+            descriptor = self.descriptor
+        self.path, self.descriptor, self._reported = path, descriptor, False
+        while self.earlier:
+            self.write(self.earlier.popleft())
+        return descriptor
+
+    def write(self, lines: bytes) -> None:
+        """Append whole lines by one call: threads and forked processes need no lock between them."""
+        if self.descriptor is None:
+            self.earlier.append(lines)
+            return
+        try:
+            os.write(self.descriptor, lines)
+        except OSError as error:
+            # The checkpoint reports a full disk; a run does not end because of its log.
+            if not self._reported:
+                print(
+                    f"limelight: {self.path}: lines of the log are lost ({error.strerror})", file=sys.stderr, flush=True
+                )
+            self._reported = True
+
+
+_position, _file = _Position(), _RunFile()
+
+
+def start_log() -> None:
+    """Add the handlers of the terminal and of the file to the project's logger. Later calls change nothing."""
+    if _file in _project.handlers:
+        return
+    terminal = _Terminal(logging.INFO)
+    for handler in (terminal, _file):
+        handler.addFilter(_position)
+        _project.addHandler(handler)
+    _project.setLevel(logging.DEBUG)
+    # A library that configures the root logger would show every message a second time.
+    _project.propagate = False
 
 
 def open_log(directory: Path, rank: int) -> None:
-    """From now on everything also goes to ``directory/rank-00000.log``, with what was said before at its head.
+    """Write all records to ``directory/rank-00000.log`` from now on, those logged before at its head.
 
     Args:
         directory: the run's ``logs``; made if it is not there.
@@ -60,72 +143,35 @@ def open_log(directory: Path, rank: int) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    start_log()
     path = directory / f"rank-{rank:05d}.log"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(f"{path}: the log cannot be written ({error.strerror})") from None
-    first = _state.descriptor is None
-    if _state.descriptor is not None:
-        # The number stays: faulthandler knows it.
-        os.dup2(descriptor, _state.descriptor, inheritable=False)
-        os.close(descriptor)
-        descriptor = _state.descriptor
-    _state.rank, _state.path, _state.descriptor, _state.unwritable = rank, path, descriptor, False
-    while _state.earlier:
-        _write(_state.earlier.popleft())
-    note(f"process {os.getpid()} on {platform.node()}: {shlex.join(sys.argv)}")
+    first = _file.descriptor is None
+    _position.rank = rank
+    descriptor = _file.open(path, descriptor)
+    logger.debug(f"process {os.getpid()} on {platform.node()}: {shlex.join(sys.argv)}")
     if first:
-        _listen()
+        _record_failures()
     faulthandler.enable(file=descriptor)
     if LOG_NOTE_VARIABLE in os.environ:
         Path(os.environ[LOG_NOTE_VARIABLE]).write_text(str(path))
 
 
 def set_step(step: int) -> None:
-    """Lines from now on belong to optimizer step ``step``; a further model of the run starts again from 0."""
-    _state.step = step
+    """Set the optimizer step of the records to come; a further model of the run starts again from 0."""
+    _position.step = step
 
 
-def say(text: str) -> None:
-    """Say something to the user: on the first rank's terminal, and in every rank's file."""
-    if _state.rank == 0:
-        # Past a progress bar, if one stands there.
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-    note(text)
-
-
-def note(text: str) -> None:
-    """Put something into this rank's file only."""
-    head = f"{datetime.now().astimezone().isoformat(timespec='milliseconds')} rank {_state.rank} step {_state.step} |"
-    lines = "".join(f"{head} {line}".rstrip() + "\n" for line in text.splitlines() or [""])
-    _write(lines.encode(errors="backslashreplace"))
-
-
-def _write(lines: bytes) -> None:
-    """Append whole lines by one call: threads, signal handlers and forked processes need no lock between them."""
-    if _state.descriptor is None:
-        _state.earlier.append(lines)
-        return
-    try:
-        os.write(_state.descriptor, lines)
-    except OSError as error:
-        # A full disk is for the checkpoint to report; a run does not end over its log.
-        if not _state.unwritable:
-            print(
-                f"limelight: {_state.path}: lines of the log are lost ({error.strerror})", file=sys.stderr, flush=True
-            )
-        _state.unwritable = True
-
-
-class _Handler(logging.Handler):
-    """Copies records into the file, and leaves the terminal as it would be without it."""
+class _OtherLibraries(logging.Handler):
+    """Copies records of other libraries into the file, and leaves the terminal as it would be without it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note the record; what no other handler shows is shown as Python does by itself."""
-        note(self.format(record))
+        """Write the record; what no other handler shows is shown as Python does by itself."""
+        _project.debug(self.format(record))
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None:
             if any(handler is not self for handler in logger.handlers):
@@ -135,14 +181,14 @@ class _Handler(logging.Handler):
             logging.lastResort.handle(record)
 
 
-def _listen() -> None:
-    """Note what libraries and Python itself report, once per process."""
+def _record_failures() -> None:
+    """Copy into the file what libraries and Python itself report. Called once per process."""
     # Some libraries send events of their own machinery through loggers that let everything pass.
-    handler = _Handler(logging.WARNING)
+    handler = _OtherLibraries(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
-    for logger in (logging.root, *(logger for logger in known if not logger.propagate)):
-        logger.addHandler(handler)
+    for other in (logging.root, *(logger for logger in known if not logger.propagate and logger is not _project)):
+        other.addHandler(handler)
 
     show_warning, show_error, show_thread_error = warnings.showwarning, sys.excepthook, threading.excepthook
 
@@ -154,17 +200,17 @@ def _listen() -> None:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        note(warnings.formatwarning(message, category, filename, lineno, line))
+        _project.debug(warnings.formatwarning(message, category, filename, lineno, line))
         show_warning(message, category, filename, lineno, file, line)
 
     def fail(kind: type[BaseException], error: BaseException, trace: object) -> None:
-        note("".join(traceback.format_exception(error)))
+        _project.debug("".join(traceback.format_exception(error)))
         show_error(kind, error, error.__traceback__)
 
     def fail_thread(arguments: threading.ExceptHookArgs) -> None:
         name = arguments.thread.name if arguments.thread is not None else "a thread that has gone"
         if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
-            note(f"in {name}:\n" + "".join(traceback.format_exception(arguments.exc_value)))
+            _project.debug(f"in {name}:\n" + "".join(traceback.format_exception(arguments.exc_value)))
         show_thread_error(arguments)
 
     warnings.showwarning = warn

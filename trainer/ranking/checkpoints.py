@@ -6,6 +6,7 @@ A save takes a copy of the model, and a thread writes it (``trainer.checkpoint.s
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from trainer.checkpoint.store import CheckpointStore, agreed
 from trainer.checkpoint.writer import Save, rank_file
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.engine.batch_pipeline import StepRequest
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Checkpoints(CheckpointStore):
         ranks = (
             "" if manifest.ranks == self._world.size else f", saved by {manifest.ranks} ranks, now {self._world.size}"
         )
-        say(f"going on from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
+        logger.info(f"going on from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
         return manifest.positions
 
     def _take(self, engine: HybridEngine, state: TrainingState, copy: bool) -> Save:

@@ -6,6 +6,7 @@ are stored in the space.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,14 @@ import torch.distributed as dist
 
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.runtime.distributed import World, control_group
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 1 << 16
 
@@ -96,7 +98,9 @@ class Searching:
         )
         missing = put_content(self.space, _open_embeddings(embedding), item)
         if self._world.rank == 0:
-            say(f"search vectors from {embedding}: {missing:,} of {item.rows - 1:,} items have none and score 0")
+            logger.info(
+                f"search vectors from {embedding}: {missing:,} of {item.rows - 1:,} items have none and score 0"
+            )
 
     def after_step(self, step: int) -> None:
         """Put the next version when it is due; ``step`` steps are done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
-from trainer.console.run_log import say, set_step
+from trainer.console.run_log import set_step
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
@@ -23,6 +24,8 @@ from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -104,7 +107,7 @@ def train(
             state.finished = True
             checkpoints.save(engine, state, wait=True)
     for table, counts in engine.id_counts().items():
-        say(f"ids of {table}: {counts}")
+        logger.info(f"ids of {table}: {counts}")
     if scalars is not None:
         scalars.close()
 

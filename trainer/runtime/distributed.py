@@ -20,10 +20,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from trainer.console.errors import UserError, is_lost_peer
 from trainer.console.exit_status import exit_status
-from trainer.console.run_log import note
 from trainer.runtime.malloc import keep_freed_memory
 from trainer.runtime.network_interfaces import interface_towards, loopback_interface
 from trainer.runtime.rendezvous import fresh_part, shared_store
+
+logger = logging.getLogger(__name__)
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
@@ -160,7 +161,7 @@ def run_rank(job: Callable[[], int | None]) -> int:
         try:
             return job()
         except UserError as error:
-            note(f"limelight: error: {error}")
+            logger.debug(f"limelight: error: {error}")
             raise
 
     try:
@@ -168,7 +169,7 @@ def run_rank(job: Callable[[], int | None]) -> int:
     except Exception as error:
         if not is_lost_peer(f"{type(error).__name__}: {error}"):
             raise
-        note(traceback.format_exc())
+        logger.debug(traceback.format_exc())
         # gloo begins with a line of its own source, and ends with advice.
         reason = " ".join(str(error).split()).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(error)
         rank = _from_environment("RANK", 0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from trainer.console.exit_status import PREEMPTED_STATUS
-from trainer.console.run_log import say
+
+logger = logging.getLogger(__name__)
 
 
 class Preempted(Exception):
@@ -56,6 +58,6 @@ def until_preempted(job: Callable[[], object]) -> int:
         if preempted.__context__ is not None:
             # A launcher ends the ranks that are left when one has failed; what it did to this one is told.
             raise preempted.__context__ from None
-        say("asked to end by SIGTERM; the same command goes on from here")
+        logger.info("asked to end by SIGTERM; the same command goes on from here")
         return PREEMPTED_STATUS
     return 0

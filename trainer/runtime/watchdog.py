@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import linecache
+import logging
 import os
 import secrets
 import select
@@ -26,8 +27,9 @@ from types import FrameType, TracebackType
 import torch
 
 from trainer.console.exit_status import HUNG_STATUS
-from trainer.console.run_log import note
 from trainer.runtime.distributed import World, local_size
+
+logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 """Longest pause between two looks at the main thread."""
@@ -321,5 +323,5 @@ def _listen(ranks: int) -> tuple[socket.socket, tuple[str, int]]:
 
 
 def _say(text: str) -> None:
-    note(text)
+    logger.debug(text)
     print(text, file=sys.stderr, flush=True)

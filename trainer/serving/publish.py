@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -18,8 +19,9 @@ from pathlib import Path
 
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.serving.export import export_checkpoint
+
+logger = logging.getLogger(__name__)
 
 FOLDER, CURRENT = "published", "current"
 
@@ -55,9 +57,9 @@ class Publisher:
             for old in sorted(self._home.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old)
         except (OSError, UserError) as error:
-            say(f"{model}: could not be published ({error})")
+            logger.info(f"{model}: could not be published ({error})")
         else:
-            say(f"published {model}")
+            logger.info(f"published {model}")
 
 
 def publisher(config: JobConfig, home: Path) -> Callable[[Path], None]:

@@ -194,23 +194,23 @@ def test_a_disk_that_is_full(tmp_path, stage):
 import functools, resource, sys
 import pyarrow as pa
 from tests.data.small_visits import SPEC, make_tables, make_visits
-from trainer.data import assemble, build
 from trainer.console.errors import UserError
+from trainer.data.writing import builder, training_rows
 
 def reach(stage, done=1, total=1):
     if stage == {stage!r} and done:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
-build.assemble = functools.partial(assemble.assemble, rows_per_slice=500)
+builder.assemble = functools.partial(training_rows.assemble, rows_per_slice=500)
 visits = make_visits(0, n=3000)
 try:
-    with build.DatasetBuilder(sys.argv[1], SPEC) as builder:
+    with builder.DatasetBuilder(sys.argv[1], SPEC) as opened:
         reach("taking tables")
         for name, table in make_tables().items():
-            builder.table(name, table)
+            opened.table(name, table)
         reach("taking visits")
-        builder.visits(pa.table(visits))
-        builder.finish(reach)
+        opened.visits(pa.table(visits))
+        opened.finish(reach)
 except UserError as error:
     print(error)
 """

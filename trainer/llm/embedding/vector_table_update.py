@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ import torch
 from trainer.config.embed import EmbeddingJob, Kind
 from trainer.console.errors import UserError, one_line
 from trainer.console.progress import Progress
-from trainer.console.run_log import say
 from trainer.data.format.content_vectors import MANIFEST, ContentVectors, Origin, Part, finite_rows, write_parts
 from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.learned_query import fit_query
@@ -26,6 +26,8 @@ from trainer.llm.models.adapter import load_adapter
 from trainer.llm.models.base_model import Base
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World
+
+logger = logging.getLogger(__name__)
 
 PARTS = ".parts"
 """Folder of the parts of a table that is not whole yet, beside the tables."""
@@ -88,7 +90,7 @@ def stored_query(config: EmbeddingJob, encoder: Encoder, template: Template, nam
     """The learnt query ``[dim]``: learnt once for a model and kept beside the tables, so that they can grow."""
     file = Path(config.embed.directory) / f"query-{name}.npy"
     if not file.exists():
-        say("learning the query")
+        logger.info("learning the query")
         query = fit_query(encoder, config.data.path, template, config.embed.seed)
         _write(file, lambda stream: np.save(stream, query))
     stored: np.ndarray = np.load(file, allow_pickle=False)
@@ -178,7 +180,7 @@ def merge(plan: Plan, dim: int) -> None:
     """
     folder = plan.folder.parent
     if plan.old is not None and not len(plan.new) and len(plan.kept) == len(plan.old):
-        say(f"{plan.table}: {len(plan.old):,} vectors, nothing has changed")
+        logger.info(f"{plan.table}: {len(plan.old):,} vectors, nothing has changed")
         shutil.rmtree(folder, ignore_errors=True)
         return
     old_ids = np.empty(0, np.int64) if plan.old is None else plan.old.ids[plan.kept]
@@ -214,7 +216,7 @@ def merge(plan: Plan, dim: int) -> None:
     )
     shutil.rmtree(folder, ignore_errors=True)
     told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    say(f"{plan.table}: {len(table):,} vectors of {table.dim} ({told})")
+    logger.info(f"{plan.table}: {len(table):,} vectors of {table.dim} ({told})")
 
 
 def _all_parts(plan: Plan) -> Iterator[Part]:

@@ -7,6 +7,7 @@ its own ZeRO stage and rank need.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from trainer.checkpoint.store import CheckpointStore, agreed
 from trainer.checkpoint.writer import Save, rank_file
 from trainer.config.finetune import FinetuneConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class AdapterCheckpoints(CheckpointStore):
         else:
             start_random_states(seed, manifest.step, rank)
         ranks = "" if same else f", saved by {manifest.ranks} ranks, now {size}"
-        say(f"going on from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
+        logger.info(f"going on from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
         return True
 
     def _take(self, engine: AdapterEngine, state: TrainingState, copy: bool) -> Save:

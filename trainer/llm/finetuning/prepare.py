@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.llm.finetuning.adapter_engine import AdapterEngine, in_shares
 from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
@@ -27,6 +27,8 @@ from trainer.llm.models.small_model import write_small_model
 from trainer.llm.run import base_path
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
+
+logger = logging.getLogger(__name__)
 
 _WORDS_FROM = 100_000
 """Samples that the small model's tokenizer is trained on."""
@@ -73,7 +75,7 @@ def prepare_tokens(config: FinetuneConfig, base: Base, directory: Path, world: W
         counts = write_tokens(all_samples(config, read), base.tokenizer, config.data.length, aside)
         write_json(aside / "sources.json", sources(config))
         aside.rename(home)
-        say(
+        logger.info(
             f"samples: {counts.samples:,} with {counts.tokens:,} tokens, {counts.answer_tokens:,} of them answers; "
             f"{counts.truncated:,} lost the beginning of their prompt, {counts.left_out:,} left out without room for "
             f"one, {read.empty:,} left out without text"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -168,7 +170,7 @@ def retry(ask: Callable[[float], T], config: StreamConfig, trouble: BrokerStatus
         if left <= 0:
             raise UserError(f"{reason}; gave up after {config.retry_seconds:g} s (stream.retry_seconds)")
         if told == began or now - told >= LINE_SECONDS:
-            say(f"stream: {reason}; trying for another {left:.0f} s")
+            logger.info(f"stream: {reason}; trying for another {left:.0f} s")
             told = now
         time.sleep(min(0.5, left))
 

@@ -8,6 +8,7 @@ since its last checkpoint again; the headers tell that it is the same. The count
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any
 
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.stream.sources.kafka_client import BrokerStatus, make_producer, produce
+
+logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 30.0
 _WINDOW = 1000
@@ -68,7 +70,7 @@ class DeadLetters:
             self._write(letters)
             self._untold += len(letters)
             if time.monotonic() - self._told >= _LINE_SECONDS:
-                say(
+                logger.info(
                     f"stream: {self._untold:,} of topic {self._config.topic} are no events (such as {letters[0]}); "
                     f"they are in topic {self._topic}"
                 )

@@ -18,6 +18,7 @@ when messages come; with ``until_end`` they never do.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -27,7 +28,6 @@ import numpy as np
 
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
-from trainer.console.run_log import say
 from trainer.data.format.schema import DatasetSpec
 from trainer.stream.labels.assembled_rows import no_events
 from trainer.stream.sources.kafka_client import (
@@ -43,6 +43,8 @@ from trainer.stream.sources.logged_features import none_logged
 from trainer.stream.sources.message_codec import Codec, Decoded
 from trainer.stream.sources.source import EventBatch, Identity, Position, Reader, starting_position
 from trainer.stream.sources.time_merge import TimeMerge
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _MOST_MESSAGES = 10_000
@@ -129,7 +131,7 @@ def without_gaps(position: Position, held: Mapping[int, tuple[int, int]], config
         gap += f"; and {len(gone) - 8} more"
     if config.on_gap == "error":
         raise UserError(f'{gap}; stream.on_gap = "earliest" goes on without them')
-    say(f"stream: {gap}; going on without them")
+    logger.info(f"stream: {gap}; going on without them")
     moved = {p: [held[p][0], 0, *position[p][2:]] for p in gone}
     return {**position, **moved}
 
