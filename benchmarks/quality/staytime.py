@@ -38,7 +38,7 @@ from benchmarks.quality.staytime_report import print_tables, summarise, write_pi
 from trainer.comment_staytime.evaluation import train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.config.load import load_job
-from trainer.config.staytime import PECULIARITIES, DataConfig, InputConfig, LcuConfig, StaytimeConfig
+from trainer.config.staytime import PECULIARITIES, InputConfig, LcuConfig, StaytimeConfig, StaytimeDataConfig
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
@@ -159,7 +159,7 @@ def run_cell(config: StaytimeConfig) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def _load(data: DataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
+def _load(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
     return load_staytime(data, inputs, lcu, seed)
 
 

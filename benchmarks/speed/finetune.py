@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
-from trainer.config.finetune import LoraConfig, OptimizerConfig
+from trainer.config.finetune import FinetuneOptimizerConfig, LoraConfig
 from trainer.console.text_table import text_table
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.packed_batch import IGNORED, Batch
@@ -169,7 +169,9 @@ def run_ours(cell: Cell, shape: str, tokens: Tokens, world: World) -> dict[str, 
     given = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": shape == "7b"}, "gradient_clipping": 1.0}
     settings = complete_settings(given, cell.rows, world.size, LANGUAGE_MODEL)
     model = make_model(shape, cell.length, world.device)
-    engine = AdapterEngine(model, OptimizerConfig(), settings, device=world.device, checkpointing=cell.checkpointing)
+    engine = AdapterEngine(
+        model, FinetuneOptimizerConfig(), settings, device=world.device, checkpointing=cell.checkpointing
+    )
     schedule = Schedule.of(tokens.lengths, cell.length, seed=1, epochs=1, batch_size=cell.rows, packing=cell.packing)
     before = peak_bytes(world.device)
     times, packs, places = [seconds(world.device)], [], 0

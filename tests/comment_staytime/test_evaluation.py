@@ -359,7 +359,7 @@ def test_bad_tables_are_told_in_one_line(
         (["lcu.comment_ids=false"], "comments need lcu.comment_embeddings or lcu.comment_ids"),
         (["lcu.mode=released"], "`bare_network` needs lcu.item_embeddings"),
         (["lcu.enabled=false", "lcu.peculiarities=['softmax_listmle']"], "peculiarities of LCU need lcu.enabled"),
-        (["lcu.peculiarities=['separate_opening']", "base.loss=vr"], "is for base.loss = 'wlr'"),
+        (["lcu.peculiarities=['separate_opening']", "base.loss=vr"], "need base.loss = 'wlr'"),
     ],
 )
 def test_bad_jobs_are_told_in_one_line(world: Path, overrides: list[str], expected: str) -> None:

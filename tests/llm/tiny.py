@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.config.finetune import AnswerWeight, FinetuneConfig, LoraConfig, OptimizerConfig, SmallConfig
+from trainer.config.finetune import AnswerWeight, FinetuneConfig, FinetuneOptimizerConfig, LoraConfig, SmallConfig
 from trainer.llm.finetuning.answer_loss import AnswerModel
 from trainer.llm.finetuning.packed_batch import Batch
 from trainer.llm.finetuning.packing import Schedule, share_of_rank
@@ -29,7 +29,7 @@ STEPS = 10
 PARTS = 2
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8.0)
-OPTIMIZER = OptimizerConfig(learning_rate=2e-3, weight_decay=0.01)
+OPTIMIZER = FinetuneOptimizerConfig(learning_rate=2e-3, weight_decay=0.01)
 SMALL = SmallConfig(vocabulary=300, hidden=64, layers=2, heads=4)
 
 

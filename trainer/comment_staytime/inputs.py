@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from trainer.comment_staytime.comment_texts import StaytimeComments, check_unique, load_comments
 from trainer.config.load import parse_time
-from trainer.config.staytime import DataConfig, InputConfig, LcuConfig
+from trainer.config.staytime import InputConfig, LcuConfig, StaytimeDataConfig
 from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
@@ -70,7 +70,7 @@ class StaytimeData:
     comments: StaytimeComments | None
 
 
-def load_staytime(data: DataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
+def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
     """Read what a job needs.
 
     Raises:
@@ -150,7 +150,9 @@ def _read_visits(path: str) -> pa.Table:
     return visits.combine_chunks()
 
 
-def _split(data: DataConfig, spec: DatasetSpec, request: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split(
+    data: StaytimeDataConfig, spec: DatasetSpec, request: np.ndarray, left: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and of the held-out visits."""
 
     def moment(key: str, otherwise: int) -> int:

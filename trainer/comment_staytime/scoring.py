@@ -22,7 +22,7 @@ from trainer.comment_staytime.evaluation import evaluate, fitted, metrics_table,
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.comment_staytime.model import build_network, fit_base_on, predict
 from trainer.config.load import parse_time
-from trainer.config.staytime import DataConfig, StaytimeConfig
+from trainer.config.staytime import StaytimeConfig, StaytimeDataConfig
 from trainer.config.toml import validate
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
@@ -89,7 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _in_range(data: DataConfig, path: str, time_from: str | None, time_until: str | None) -> DataConfig:
+def _in_range(data: StaytimeDataConfig, path: str, time_from: str | None, time_until: str | None) -> StaytimeDataConfig:
     """The job's data with another range to predict; the range of training stays."""
     start, until, trained = (
         time_from or data.eval_from,

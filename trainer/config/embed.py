@@ -1,4 +1,4 @@
-"""The job file of ``limelight embed``. ``python -m trainer.config.embed`` prints its reference."""
+"""Schema of a ``limelight embed`` job file. ``limelight config embed`` prints its reference."""
 
 from __future__ import annotations
 
@@ -10,67 +10,79 @@ from pydantic import Field
 
 from modules.text_pooling import Pooling
 from trainer.config.load import load_job
-from trainer.config.reference import reference
-from trainer.config.sections import Positive, Section
+from trainer.config.sections import Device, Positive, Section
 
 Kind = Literal["items", "comments", "segments", "authors"]
 
 
-class DataConfig(Section):
-    """Which texts become vectors."""
+class EmbedDataConfig(Section):
+    """The texts that become vectors."""
 
-    path: str = Field(..., description="Dataset directory with texts, or any fsspec URL of one.", min_length=1)
+    path: str = Field(..., description="Dataset directory with texts, or an fsspec URL of one.", min_length=1)
     kinds: tuple[Kind, ...] = Field(
         ("items", "comments"),
-        description="Videos and rooms (`items`), comments, 30-second segments of rooms, authors.",
+        description="Kinds of text to embed: videos and rooms (`items`), `comments`, 30-second `segments` of rooms, "
+        "`authors`.",
         min_length=1,
     )
 
 
-class ModelConfig(Section):
-    """The model that reads them."""
+class EmbedModelConfig(Section):
+    """The language model that encodes the texts."""
 
     path: str = Field(
-        ..., description="Directory of a Qwen2-family model and its tokenizer, or a hub id.", min_length=1
+        ...,
+        description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id.",
+        min_length=1,
     )
-    tokenizer: str = Field("", description="Directory or hub id of another tokenizer. Empty: the model's own.")
-    adapter: str = Field("", description="Directory of a peft adapter, such as a run's `adapter`. Empty: none.")
+    tokenizer: str = Field(
+        "", description="Directory or hub id of another tokenizer. Empty: the model's own tokenizer."
+    )
+    adapter: str = Field("", description="Directory of a peft adapter, such as `RUN/adapter`. Empty: no adapter.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of weights and activations; `auto`: bfloat16 on a GPU, float32 on a CPU."
+        "auto", description="Type of weights and activations. `auto`: bfloat16 on a GPU, float32 on a CPU."
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Implementation of attention in transformers.")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
 
 
 class EmbedConfig(Section):
-    """How a text becomes a vector, and the tables that are written."""
+    """Encoding of texts into vectors, and the tables to write."""
 
     directory: str = Field(
-        ..., description="Where the tables go, one a kind: `DIRECTORY/items` and so on.", min_length=1
+        ...,
+        description="Output directory. Each kind has its own table in it, such as `DIRECTORY/items`.",
+        min_length=1,
     )
-    template: str = Field("configs/templates/embed.txt", description="Text file with a section for each kind.")
+    template: str = Field(
+        "configs/templates/embed.txt", description="Prompt template: a text file with one section for each kind."
+    )
     pooling: Pooling = Field(
         "last",
-        description="`last` token, `mean` of all tokens, or their mean weighted by a learnt `query`: one vector, "
-        "fitted so that comments are close to their own video.",
+        description="Pooling of the token states into one vector: state of the `last` token, `mean` of all tokens, or "
+        "a mean weighted by a learned `query` vector, which is fitted so that comments are close to their own video.",
     )
-    length: Positive = Field(128, description="Most tokens of a text with its template; its first ones are taken.")
-    tokens: Positive = Field(16_384, description="Most tokens of a batch, padding included.")
+    length: Positive = Field(
+        128, description="Maximum tokens of a text with its template; a longer text is truncated at its end."
+    )
+    tokens: Positive = Field(16_384, description="Maximum tokens of a batch, including padding.")
     part: Positive = Field(
-        8_192, description="Texts that are written together; a kill loses no more than one part of each rank."
+        8_192,
+        description="Texts that are written to disk together. A killed job loses at most one such part on each rank.",
     )
-    dtype: Literal["float16", "float32"] = Field("float16", description="In which vectors are stored.")
+    dtype: Literal["float16", "float32"] = Field("float16", description="Type of the stored vectors.")
     incremental: bool = Field(
-        True, description="Keep vectors of unchanged texts, if model, adapter and template are the same."
+        True,
+        description="Keep the vectors of unchanged texts if model, adapter and template are the same as before.",
     )
-    seed: int = Field(1, description="Of the sample that the learnt query is fitted on.", ge=0)
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
+    seed: int = Field(1, description="Seed of the sample that the learned query is fitted on.", ge=0)
+    device: Device = "auto"
 
 
 class EmbeddingJob(Section):
-    """One embedding job."""
+    """An embedding job."""
 
-    data: DataConfig
-    model: ModelConfig
+    data: EmbedDataConfig
+    model: EmbedModelConfig
     embed: EmbedConfig
 
 
@@ -81,7 +93,3 @@ def load_embedding(path: str | Path, overrides: Sequence[str] = ()) -> Embedding
         UserError: as :func:`trainer.config.load.load_job`.
     """
     return load_job(EmbeddingJob, path, overrides)
-
-
-if __name__ == "__main__":
-    print(reference(EmbeddingJob))

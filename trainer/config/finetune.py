@@ -1,4 +1,4 @@
-"""The job file of ``limelight finetune``. ``python -m trainer.config.finetune`` prints its reference."""
+"""Schema of a ``limelight finetune`` job file. ``limelight config finetune`` prints its reference."""
 
 from __future__ import annotations
 
@@ -9,117 +9,141 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trainer.config.load import load_job
-from trainer.config.reference import reference
-from trainer.config.sections import CheckpointConfig, Positive, Rate, ResumeConfig, Section, Share
-from trainer.config.sections import RunConfig as RankerRunConfig
+from trainer.config.sections import (
+    CheckpointConfig,
+    Decay,
+    DeepSpeedFile,
+    DistributedTrainConfig,
+    LogEvery,
+    Positive,
+    Rate,
+    ResumeConfig,
+    RunConfig,
+    Section,
+    Share,
+    WatchdogSeconds,
+)
+
+AnswerWeight = Literal["tokens", "root", "one"]
+"""Weight of an answer of n tokens in the loss: n, the square root of n, or 1."""
 
 
-class RunConfig(RankerRunConfig):
-    """Where a run is written and what it is called."""
+class FinetuneRunConfig(RunConfig):
+    """Name, directory and seed of a run."""
 
-    name: str = Field("finetune", description="Name of the run, part of its directory's default name.", min_length=1)
-    seed: int = Field(1, description="Seed of adapters, the order of samples and dropout.", ge=0)
-
-
-class DataConfig(Section):
-    """Instructions to learn from: files of JSON lines, see `trainer/llm/finetuning/samples.py`."""
-
-    train: tuple[str, ...] = Field(..., description="Files of samples to train on.", min_length=1)
-    evaluate: tuple[str, ...] = Field(
-        (), description="Files of samples with `options`, of later days. Empty: no evaluation."
+    name: str = Field(
+        "finetune", description="Name of the run. It is part of the default directory name.", min_length=1
     )
-    general: tuple[str, ...] = Field((), description="Files of general samples, mixed in against forgetting.")
-    general_share: Share = Field(0.0, description="Share of general samples among all, drawn once by the seed.")
-    length: int = Field(1024, description="Tokens of a sequence; a longer sample loses its prompt's beginning.", ge=8)
-    packing: bool = Field(True, description="Put several samples into a sequence, apart in attention and positions.")
+    seed: int = Field(1, description="Seed of adapter initialisation, sample order and dropout.", ge=0)
+
+
+class FinetuneDataConfig(Section):
+    """Instruction samples: JSON Lines files, in the format of `trainer/llm/finetuning/samples.py`."""
+
+    train: tuple[str, ...] = Field(..., description="Sample files to train on.", min_length=1)
+    evaluate: tuple[str, ...] = Field(
+        (), description="Sample files with `options`, of later days, to evaluate on. Empty: no evaluation."
+    )
+    general: tuple[str, ...] = Field(
+        (), description="Files of general-purpose samples that are mixed in to prevent forgetting."
+    )
+    general_share: Share = Field(
+        0.0, description="Share of general samples among all samples. The seed decides which ones are drawn."
+    )
+    length: int = Field(
+        1024, description="Tokens of a sequence. A longer sample loses the beginning of its prompt.", ge=8
+    )
+    packing: bool = Field(
+        True, description="Pack several samples into one sequence, with separate attention masks and positions."
+    )
 
     @model_validator(mode="after")
-    def _general_in_full(self) -> DataConfig:
+    def _general_in_full(self) -> FinetuneDataConfig:
         if bool(self.general) != bool(self.general_share):
-            raise ValueError("`general` and `general_share` need each other")
+            raise ValueError("`general` and `general_share` must be set together")
         return self
 
 
-class ModelConfig(Section):
-    """The model that is adapted."""
+class FinetuneModelConfig(Section):
+    """The base model that the adapter is trained for."""
 
     path: str = Field(
         "",
-        description="Directory of a Qwen2-family model and its tokenizer, or a hub id. Empty: a small one with random "
-        "weights, see `[small]`.",
+        description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id. Empty: a small "
+        "model with random weights, see `[small]`.",
     )
-    tokenizer: str = Field("", description="Directory or hub id of another tokenizer. Empty: the model's own.")
-    gradient_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Implementation of attention in transformers.")
+    tokenizer: str = Field(
+        "", description="Directory or hub id of another tokenizer. Empty: the model's own tokenizer."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
 
 
 class SmallConfig(Section):
-    """The model that is made where `model.path` is empty; its tokenizer is trained on the samples' texts."""
+    """The small random model that is used if `model.path` is empty; its tokenizer is trained on the samples."""
 
-    vocabulary: int = Field(2048, description="Most entries of the tokenizer (byte-level BPE).", ge=300)
-    hidden: Positive = Field(128, description="Width; a multiple of `heads`.")
+    vocabulary: int = Field(2048, description="Maximum vocabulary size of the tokenizer (byte-level BPE).", ge=300)
+    hidden: Positive = Field(128, description="Hidden size; a multiple of 2 x `heads`.")
     layers: Positive = Field(2, description="Number of layers.")
-    heads: Positive = Field(4, description="Attention heads; half as many for keys and values if that is whole.")
+    heads: Positive = Field(
+        4, description="Attention heads. Keys and values have half as many heads if this number is even."
+    )
 
 
 class LoraConfig(Section):
-    """The adapter (Hu et al., 2021), as peft has it."""
+    """The LoRA adapter (Hu et al., 2021), with the parameters of peft."""
 
-    rank: Positive = Field(16, description="Rank r.")
+    rank: Positive = Field(16, description="Rank r of the adapter matrices.")
     alpha: Rate = Field(32.0, description="The adapter's output is scaled by alpha / r.")
-    dropout: Share = Field(0.0, description="Dropout before the adapter.")
+    dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        description="Names of the linear layers that get one.",
+        description="Names of the linear layers that get an adapter.",
         min_length=1,
     )
     modules_to_save: tuple[str, ...] = Field(
-        (), description="Names of modules that are trained whole and saved with the adapter, such as `lm_head`."
+        (),
+        description="Names of modules, such as `lm_head`, that are trained in full and saved with the adapter.",
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW on the adapter's parameters, and its schedule."""
+class FinetuneOptimizerConfig(Section):
+    """AdamW on the adapter's parameters, and the learning-rate schedule."""
 
     learning_rate: Rate = Field(2e-4, description="Peak learning rate.")
     weight_decay: float = Field(0.0, description="Decoupled weight decay.", ge=0)
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's moment decays.")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay rates of Adam's first and second moment.")
     warmup: Share = Field(0.03, description="Share of all steps over which the learning rate rises from 0.")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How it goes on after warm-up; linear and cosine end at 0."
-    )
+    decay: Decay = Field("cosine", description="Schedule after the warm-up; `linear` and `cosine` end at 0.")
 
 
-class TrainConfig(Section):
-    """The loop."""
+class FinetuneTrainConfig(DistributedTrainConfig):
+    """The fine-tuning loop."""
 
-    batch_size: Positive = Field(32, description="Sequences of all ranks together in one optimizer step.")
+    batch_size: Positive = Field(32, description="Sequences of one optimizer step, over all ranks.")
     epochs: Positive = Field(1, description="Passes over the samples.")
     answer_weight: AnswerWeight = Field(
         "tokens",
-        description="What an answer of n tokens counts for in the loss: n (`tokens`), its root (`root`), or 1 (`one`).",
+        description="Weight of an answer of n tokens in the loss: n (`tokens`), the square root of n (`root`), or 1 "
+        "(`one`).",
     )
-    deepspeed: str = Field(
-        "configs/deepspeed/zero2.json",
-        description="DeepSpeed's own settings: ZeRO stage 1 to 3, offload, precision, clipping, accumulation.",
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
-    log_every: Positive = Field(10, description="Steps between two entries of the trace.")
-    watchdog_seconds: float = Field(
-        1800.0, description="End the job when a rank makes no step for so long; 0 waits for ever.", ge=0
-    )
+    deepspeed: DeepSpeedFile = "configs/deepspeed/zero2.json"
+    log_every: LogEvery = 10
+    watchdog_seconds: WatchdogSeconds = 1800.0
 
 
 class FinetuneConfig(Section):
-    """One fine-tuning job."""
+    """A fine-tuning job."""
 
-    run: RunConfig = Field(default_factory=RunConfig)
-    data: DataConfig
-    model: ModelConfig = Field(default_factory=ModelConfig)
+    run: FinetuneRunConfig = Field(default_factory=FinetuneRunConfig)
+    data: FinetuneDataConfig
+    model: FinetuneModelConfig = Field(default_factory=FinetuneModelConfig)
     small: SmallConfig = Field(default_factory=SmallConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: FinetuneOptimizerConfig = Field(default_factory=FinetuneOptimizerConfig)
+    train: FinetuneTrainConfig = Field(default_factory=FinetuneTrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     resume: ResumeConfig = Field(default_factory=ResumeConfig)
 
@@ -131,11 +155,3 @@ def load_finetune(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneCo
         UserError: as :func:`trainer.config.load.load_job`.
     """
     return load_job(FinetuneConfig, path, overrides)
-
-
-if __name__ == "__main__":
-    print(reference(FinetuneConfig))
-
-
-AnswerWeight = Literal["tokens", "root", "one"]
-"""What an answer of n tokens counts for: n, the root of n, or 1."""

@@ -17,6 +17,7 @@ from trainer.config.load import load_job
 from trainer.config.reference import reference
 from trainer.config.sections import (
     CheckpointConfig,
+    DistributedTrainConfig,
     OptimizerConfig,
     Positive,
     Rate,
@@ -104,24 +105,16 @@ class AlignmentConfig(Section):
     detached: Literal["none", "anchor", "others"] = Field("none", description="Sides that the loss does not move.")
 
 
-class TrainConfig(Section):
-    """The loop."""
+class TrainConfig(DistributedTrainConfig):
+    """The training loop of the ranker."""
 
     batch_size: Positive = Field(2048, description="Rows of all ranks together in one optimizer step.")
     epochs: Positive = Field(1, description="Passes over the training range.")
-    deepspeed: str = Field(
-        "configs/deepspeed/zero1.json", description="DeepSpeed's own settings: ZeRO stage, precision, clipping."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
     overlap: bool = Field(True, description="Exchange the next batch's ids while the dense network works.")
     baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
         (), description="Networks to train after `model.kind` on the same data, for the same table of metrics."
     )
     weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
-    log_every: Positive = Field(20, description="Steps between two progress lines and scalars.")
-    watchdog_seconds: float = Field(
-        600.0, description="End the job when a rank makes no step for so long; 0 waits for ever.", ge=0
-    )
 
 
 class ScoreConfig(Section):

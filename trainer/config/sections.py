@@ -7,12 +7,23 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
-
-
 Rate = Annotated[float, Field(gt=0)]
-
-
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+# Keys that several jobs have with defaults of their own: type and description are here, the default is in the section.
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], Field(description="`auto` uses the GPU if the machine has one, else the CPU.")
+]
+Decay = Literal["constant", "linear", "cosine"]
+DeepSpeedFile = Annotated[
+    str, Field(description="JSON file of DeepSpeed settings: ZeRO stage, precision, clipping, gradient accumulation.")
+]
+LogEvery = Annotated[
+    int, Field(ge=1, description="Steps between two records of the loss and the rates in the metric history.")
+]
+WatchdogSeconds = Annotated[
+    float, Field(ge=0, description="End the job if a rank finishes no step for this long; 0 waits forever.")
+]
 
 
 class Section(BaseModel):
@@ -33,6 +44,15 @@ class RunConfig(Section):
     seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
 
 
+class DistributedTrainConfig(Section):
+    """Keys of every training loop that runs on several ranks under DeepSpeed."""
+
+    deepspeed: DeepSpeedFile = "configs/deepspeed/zero1.json"
+    device: Device = "auto"
+    log_every: LogEvery = 20
+    watchdog_seconds: WatchdogSeconds = 600.0
+
+
 class OptimizerConfig(Section):
     """AdamW on the dense network, and the schedule that both optimizers follow."""
 
@@ -40,9 +60,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, description="Decoupled weight decay of the dense network.", ge=0)
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's moment decays.")
     warmup: Share = Field(0.0, description="Share of all steps over which learning rates rise from 0.")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How learning rates go on after warm-up; linear and cosine end at 0."
-    )
+    decay: Decay = Field("constant", description="How learning rates go on after warm-up; linear and cosine end at 0.")
 
 
 class CheckpointConfig(Section):

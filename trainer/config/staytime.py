@@ -1,7 +1,4 @@
-"""The job file of ``limelight staytime``: typed, frozen, checked before anything is read.
-
-``python -m trainer.config.staytime`` prints every key.
-"""
+"""Schema of a ``limelight staytime`` job file. ``limelight config staytime`` prints its reference."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from pydantic import Field, model_validator
 
 from modules.staytime.backbones import BackboneKind
 from modules.staytime.base_losses import BaseKind
-from trainer.config.reference import reference
-from trainer.config.sections import Positive, Rate, RunConfig, Section, Share
+from trainer.config.sections import Decay, Device, Positive, Rate, RunConfig, Section, Share
 
 Peculiarity = Literal[
     "swapped_weights",
@@ -26,8 +22,8 @@ Peculiarity = Literal[
 PECULIARITIES: tuple[Peculiarity, ...] = get_args(Peculiarity)
 
 
-class DataConfig(Section):
-    """Which visits are trained on and which are held out. Times are ISO dates or times, in the dataset's time zone."""
+class StaytimeDataConfig(Section):
+    """The visits to train and to evaluate on. Times are ISO dates or times, in the dataset's time zone."""
 
     path: str = Field(..., description="Dataset directory with `texts/visits.parquet`.", min_length=1)
     train_from: str = Field("", description="First request of training. Empty: the dataset's first.")
@@ -39,111 +35,117 @@ class DataConfig(Section):
 
 
 class InputConfig(Section):
-    """What is known of user and video."""
+    """Features of user and video."""
 
-    dim: Positive = Field(16, description="Width of an embedding.")
+    dim: Positive = Field(16, description="Embedding dimension.")
     min_count: Positive = Field(
-        3, description="Ids of fewer training rows than this share the row of unknown ids: those of users, items, ..."
+        3,
+        description="Minimum number of training rows for an id (user, video, author, comment) to get its own "
+        "embedding; rarer ids share the row of unknown ids.",
     )
     hide_items: Share = Field(
         0.25,
-        description="Share of the training rows whose video is taken as an unknown one. That row of the table then "
-        "learns what new videos are like; it would know only unpopular old ones otherwise.",
+        description="Share of the training rows in which the video's id is replaced by the unknown id. It teaches the "
+        "unknown row what new videos are like; without it, the row would only learn from unpopular old videos.",
     )
     exclude: tuple[str, ...] = Field(
         (),
-        description="Features that the model must not see: names of side or dense features, `user_id`, `item_id` or "
-        "`author_id`.",
+        description="Features to leave out: names of side or dense features, `user_id`, `item_id` or `author_id`.",
     )
 
 
 class BaseConfig(Section):
-    """The base model: what the logits say, and the backbone that makes them."""
+    """The base model: its loss, which defines the meaning of the logits, and the backbone that computes them."""
 
     loss: BaseKind = Field(
         "wlr",
-        description="`vr` value regression, `wlr` weighted logistic regression, `d2q` quantiles of duration groups, "
-        "`ndt` normalised dwell time, `pcr` share of the duration, `tpm` tree of ranges.",
+        description="`vr` value regression, `wlr` weighted logistic regression, `d2q` quantiles within groups of "
+        "similar duration, `ndt` normalised dwell time, `pcr` share of the duration, `tpm` tree of ranges.",
     )
-    backbone: BackboneKind = Field("dcn", description="Feature interaction.")
-    widths: tuple[Positive, ...] = Field((64, 64), description="Hidden layers of the MLP.", min_length=1)
-    depth: Positive = Field(2, description="Cross layers of DCN, attention layers of AutoInt.")
-    heads: Positive = Field(2, description="Heads of AutoInt.")
+    backbone: BackboneKind = Field("dcn", description="Feature-interaction network.")
+    widths: tuple[Positive, ...] = Field((64, 64), description="Hidden widths of the MLP.", min_length=1)
+    depth: Positive = Field(2, description="Number of cross layers (DCN) or attention layers (AutoInt).")
+    heads: Positive = Field(2, description="Attention heads of AutoInt.")
     dropout: Share = Field(0.0, description="Dropout in the backbone.")
-    duration_groups: Positive = Field(10, description="`d2q`: quantile groups of the videos' duration.")
-    leaves: int = Field(16, description="`tpm`: ranges of seconds, that of no stay included.", ge=2)
+    duration_groups: Positive = Field(10, description="`d2q` only: number of quantile groups of video duration.")
+    leaves: int = Field(
+        16, description="`tpm` only: number of ranges of seconds, including the range of no stay.", ge=2
+    )
 
 
 class LcuConfig(Section):
-    """LCU's second stage on top of the base: texts, comments, and two tasks of ranking them."""
+    """LCU, the second stage on top of the base model: texts, comments, and two comment-ranking tasks."""
 
-    enabled: bool = Field(True, description="False trains the base alone.")
+    enabled: bool = Field(True, description="Train with LCU; false trains the base model alone.")
     mode: Literal["corrected", "released"] = Field(
         "corrected",
-        description="`released` has all peculiarities of the paper's released code, in the metrics too; it is for "
-        "base.loss = 'wlr'.",
+        description="`released` reproduces all peculiarities of the paper's released code, including its metrics. It "
+        "needs base.loss = 'wlr'.",
     )
     peculiarities: tuple[Peculiarity, ...] = Field(
         (),
-        description="Single ones of the released code. `swapped_weights`: lambda1 is the weight of the user's own "
-        "comments and lambda2 of the popular ones. `softmax_listmle`, `softmax_touched`: that loss after a softmax. "
-        "`separate_opening`: a second network learns the opening and gives the ranking. `bare_network`: attention "
-        "without residual, norm and mask, comments by place, no comment ids. `fit_on_all`: the base is fitted on held-"
-        "out rows too.",
+        description="Single peculiarities of the released code to reproduce. `swapped_weights`: lambda1 weights the "
+        "user's own comments and lambda2 the popular ones. `softmax_listmle`, `softmax_touched`: that loss is computed "
+        "after a softmax. `separate_opening`: a second network learns the opening and provides the ranking score. "
+        "`bare_network`: attention without residual, norm and mask; comments are told apart by position, without "
+        "comment ids. `fit_on_all`: the base loss is fitted on held-out rows too.",
     )
-    lambda1: float = Field(0.01, description="Weight of ranking comments by popularity (ListMLE).", ge=0)
-    lambda2: float = Field(0.3, description="Weight of telling which comments this user touches.", ge=0)
-    item_embeddings: str = Field("", description="Embedding table of the videos' texts. Empty: none.")
-    comment_embeddings: str = Field("", description="Embedding table of the comments' texts. Empty: none.")
+    lambda1: float = Field(
+        0.01, description="Weight of the popularity task: rank comments by popularity (ListMLE).", ge=0
+    )
+    lambda2: float = Field(
+        0.3, description="Weight of the interaction task: predict which comments the user interacts with.", ge=0
+    )
+    item_embeddings: str = Field("", description="Table of text embeddings of the videos. Empty: none.")
+    comment_embeddings: str = Field("", description="Table of text embeddings of the comments. Empty: none.")
     comment_ids: bool | None = Field(
         None,
-        description="Comments have an embedding of their id. Unset: where they have none of their text; beside one, it "
-        "learns the popularity of training's comments by heart.",
+        description="Give each comment an embedding of its id. Unset: only if there are no text embeddings of "
+        "comments. With both, the id embedding memorises the popularity of the training comments.",
     )
-    comments: Positive = Field(6, description="Comments of a row; fewer are padded and masked.")
+    comments: Positive = Field(6, description="Comments of a row. Shorter lists are padded and masked.")
     candidates: Literal["known", "touched"] = Field(
         "known",
-        description="Which comments. `known`: what the user touched here before, then the most popular, all as of the "
-        "request. `touched`: those that are touched in this very visit come first, which tells the outcome.",
+        description="Selection of a row's comments. `known`: comments of the video that the user interacted with in "
+        "earlier visits, then the most popular ones, all as of the request. `touched`: comments that the user "
+        "interacts with in this very visit come first, which leaks the label.",
     )
-    heads: Positive = Field(4, description="Heads of the attention over all tokens.")
-    hidden: Positive = Field(32, description="Hidden width of the heads that rank comments.")
-    dropout: Share = Field(0.0, description="Dropout in attention and heads.")
+    heads: Positive = Field(4, description="Attention heads over all tokens.")
+    hidden: Positive = Field(32, description="Hidden width of the two comment-ranking heads.")
+    dropout: Share = Field(0.0, description="Dropout in attention and ranking heads.")
 
     @property
     def with_comment_ids(self) -> bool:
-        """Whether a comment has an embedding of its id."""
+        """True if a comment has an embedding of its id."""
         return not self.comment_embeddings if self.comment_ids is None else self.comment_ids
 
     @property
     def peculiar(self) -> frozenset[Peculiarity]:
-        """The peculiarities that hold."""
+        """Peculiarities of the released code that are active."""
         return frozenset(PECULIARITIES if self.mode == "released" else self.peculiarities)
 
 
-class TrainConfig(Section):
-    """The loop: AdamW, dense and embeddings alike."""
+class StaytimeTrainConfig(Section):
+    """The training loop: AdamW on dense weights and embeddings alike."""
 
     batch_size: Positive = Field(1024, description="Rows of an optimizer step.")
     epochs: Positive = Field(2, description="Passes over the training range.")
     learning_rate: Rate = Field(1e-3, description="Peak learning rate.")
     weight_decay: float = Field(0.0, description="Decoupled weight decay.", ge=0)
     warmup: Share = Field(0.05, description="Share of all steps over which the learning rate rises from 0.")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How it goes on; all but constant to 0."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU if there is one.")
+    decay: Decay = Field("cosine", description="Schedule after the warm-up; `linear` and `cosine` end at 0.")
+    device: Device = "auto"
 
 
 class StaytimeConfig(Section):
-    """One job of ``limelight staytime``."""
+    """A ``limelight staytime`` job."""
 
     run: RunConfig = Field(default_factory=lambda: RunConfig(name="staytime"))
-    data: DataConfig
+    data: StaytimeDataConfig
     input: InputConfig = Field(default_factory=InputConfig)
     base: BaseConfig = Field(default_factory=BaseConfig)
     lcu: LcuConfig = Field(default_factory=LcuConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: StaytimeTrainConfig = Field(default_factory=StaytimeTrainConfig)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> StaytimeConfig:
@@ -156,15 +158,11 @@ class StaytimeConfig(Section):
         elif self.input.dim % lcu.heads:
             raise ValueError(f"lcu.heads = {lcu.heads} must divide input.dim = {self.input.dim}")
         elif not (lcu.with_comment_ids or lcu.comment_embeddings):
-            raise ValueError("comments need lcu.comment_embeddings or lcu.comment_ids = true, to be told apart")
+            raise ValueError("LCU cannot tell comments apart: set lcu.comment_embeddings or lcu.comment_ids = true")
         elif "bare_network" in lcu.peculiar and not (lcu.item_embeddings and lcu.comment_embeddings):
             raise ValueError(
-                "`bare_network` needs lcu.item_embeddings and lcu.comment_embeddings: it knows no comment ids"
+                "`bare_network` needs lcu.item_embeddings and lcu.comment_embeddings, because it has no comment ids"
             )
         if "separate_opening" in lcu.peculiar and base.loss != "wlr":
-            raise ValueError("`separate_opening`, and so lcu.mode = 'released', is for base.loss = 'wlr'")
+            raise ValueError("`separate_opening` and lcu.mode = 'released' need base.loss = 'wlr'")
         return self
-
-
-if __name__ == "__main__":
-    print(reference(StaytimeConfig))

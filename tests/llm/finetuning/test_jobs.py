@@ -169,7 +169,7 @@ def test_general_samples_are_drawn_to_their_share(tmp_path: Path) -> None:
     taken = list(all_samples(config, ReadCounts()))
     assert len(taken) == 150 + 17
     assert taken == list(all_samples(config, ReadCounts()))
-    with pytest.raises(UserError, match="`general` and `general_share` need each other"):
+    with pytest.raises(UserError, match="`general` and `general_share` must be set together"):
         small_job(tmp_path, "data.general_share=0.1")
     numbered = [Sample(str(number), "a", "t") for number in range(20)]
     drawn = [int(sample.prompt) for seed in range(400) for sample in draw(numbered, 5, seed)]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.checkpoint.model_state import State, in_blocks, read_state
-from trainer.config.finetune import OptimizerConfig
+from trainer.config.finetune import FinetuneOptimizerConfig
 from trainer.engine.dense_engine import check_settings, start_deepspeed
 from trainer.llm.finetuning.answer_loss import AnswerModel
 from trainer.llm.finetuning.packed_batch import Batch
@@ -67,7 +67,7 @@ class AdapterEngine:
     def __init__(
         self,
         model: Any,
-        optimizer: OptimizerConfig,
+        optimizer: FinetuneOptimizerConfig,
         settings: Mapping[str, Any],
         *,
         device: torch.device,
