@@ -31,10 +31,10 @@ import numba
 import numpy as np
 import torch
 
+from benchmarks.speed.shortlists import Clusters, HashCodes, Shortlist, top_of_shortlist
 from modules.search import search as gsu
 from modules.search.cpu_kernels import fetch
 from modules.search.search import SearchPart, SearchVectors
-from modules.search.shortlists import Clusters, HashCodes
 from trainer.console.text_table import text_table
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 from trainer.runtime.environment import environment
@@ -221,10 +221,12 @@ def recall(users: int, repeats: int) -> list[dict[str, Any]]:
         }
         for bits, own in codes.items():
             for oversample in (1, 4, 16):
-                listed = partial(exactly, part, shortlist=own._replace(oversample=oversample))
+                shortlist: Shortlist = own._replace(oversample=oversample)
+                listed = partial(top_of_shortlist, first, stop, LENGTH, part, shortlist)
                 searches[f"codes of {bits} bits, x{oversample}"] = listed
         for oversample in (1, 2, 4):
-            listed = partial(exactly, part, shortlist=clusters._replace(oversample=oversample))
+            shortlist = clusters._replace(oversample=oversample)
+            listed = partial(top_of_shortlist, first, stop, LENGTH, part, shortlist)
             searches[f"clusters of 20, x{oversample}"] = listed
         for name, search in searches.items():
             found = search()

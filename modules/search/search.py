@@ -29,7 +29,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,13 +81,6 @@ class SearchPart(NamedTuple):
     column: np.ndarray
     candidate: np.ndarray
     vectors: SearchVectors
-
-
-class Shortlist(Protocol):
-    """Entries that may be the best, found faster than by looking at each of them: ``modules/search/shortlists.py``."""
-
-    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> Found:
-        """Entries to look for the best ``length`` of each run among, ascending in each row."""
 
 
 def padded_width(dim: int) -> int:
@@ -143,9 +136,7 @@ def latest_of_all(
     return search(cpu_kernels.latest_of_all, length, first, stop, ordinal, bits, require)
 
 
-def top(
-    first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart, shortlist: Shortlist | None = None
-) -> Found:
+def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> Found:
     """The entries of each run with the largest scores.
 
     Args:
@@ -154,17 +145,10 @@ def top(
         length: likewise.
         parts: one, or two whose dot products are added, say of items and of their authors. The vectors of both have the
             same type.
-        shortlist: only the entries of this list are scored; None scores all. It takes one part.
 
     Raises:
         ValueError: vectors of another type or width, or more parts.
     """
-    if shortlist is not None:
-        (part,) = parts
-        at, lengths = shortlist.shortlist(first, stop, length, part)
-        ends = np.cumsum(lengths)
-        found = top(ends - lengths, ends, length, part._replace(column=part.column[at]))
-        return Found(at[found.at], found.lengths)
     dtypes = {part.vectors.values.dtype for part in parts}
     if len(parts) not in (1, 2) or len(dtypes) > 1:
         raise ValueError(f"a search has one or two parts of one type, not {len(parts)} of {len(dtypes)}")

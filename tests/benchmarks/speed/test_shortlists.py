@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.speed.shortlists import Clusters, HashCodes, top_of_shortlist
 from modules.search import search
 from modules.search.search import Found, SearchPart, SearchVectors
-from modules.search.shortlists import Clusters, HashCodes
 
 N, RUNS = 3000, 4
 
@@ -41,7 +41,7 @@ def test_codes_are_the_sides_of_planes_and_the_nearest_win(bits, oversample):
         nearest = np.lexsort((-np.arange(len(items)), apart))[: 20 * oversample]
         expected.append(sorted((first[row] + nearest).tolist()))
     assert rows(codes.shortlist(first, stop, 20, part)) == expected
-    found = search.top(first, stop, 20, part, shortlist=codes)
+    found = top_of_shortlist(first, stop, 20, part, codes)
     exact = search.top(first, stop, 20, part)
     assert all(set(mine) <= set(listed) for mine, listed in zip(rows(found), expected, strict=True))
     recall = len(np.intersect1d(found.at, exact.at)) / len(exact.at)
@@ -78,7 +78,7 @@ def test_the_best_clusters_are_listed_with_what_came_since():
                 break
             expected += clusters.members[clusters.member[each] : clusters.member[each + 1]].tolist()
         assert listed[run] == [*sorted(expected), *range(until[run], stop[run])]
-    exact, found = search.top(first, stop, 30, part), search.top(first, stop, 30, part, shortlist=clusters)
+    exact, found = search.top(first, stop, 30, part), top_of_shortlist(first, stop, 30, part, clusters)
     assert len(np.intersect1d(found.at, exact.at)) / len(exact.at) > 0.6
 
 
@@ -89,7 +89,7 @@ def test_long_enough_lists_are_exact():
         HashCodes.of(part.vectors, 64, seed=0, oversample=N),
         Clusters.of(first, stop, part.column, part.vectors, 20, oversample=N),
     ):
-        found = search.top(first, stop, 25, part, shortlist=shortlist)
+        found = top_of_shortlist(first, stop, 25, part, shortlist)
         assert (found.at.tolist(), found.lengths.tolist()) == (exact.at.tolist(), exact.lengths.tolist())
 
 
@@ -98,7 +98,7 @@ def test_clusters_made_of_the_future_are_not_used():
     first, stop, part = make(4)
     clusters = Clusters.of(first, stop, part.column, part.vectors, 20, oversample=1)
     before = stop - np.array([1, 50, 400, 0])
-    found, exact = (search.top(first, before, 25, part, shortlist=each) for each in (clusters, None))
+    found, exact = top_of_shortlist(first, before, 25, part, clusters), search.top(first, before, 25, part)
     assert rows(found)[:3] == rows(exact)[:3]
     # The limit on a history's length has moved on: what lies before is not listed.
     later = first + 300
@@ -109,11 +109,11 @@ def test_clusters_made_of_the_future_are_not_used():
 def test_runs_of_others_have_no_clusters():
     first, stop, part = make(5)
     clusters = Clusters.of(first[1:2], stop[1:2], part.column, part.vectors, 20, oversample=1)
-    found, exact = (search.top(first, stop, 25, part, shortlist=each) for each in (clusters, None))
+    found, exact = top_of_shortlist(first, stop, 25, part, clusters), search.top(first, stop, 25, part)
     assert [rows(found)[run] == rows(exact)[run] for run in (0, 2, 3)] == [True] * 3
     empty = np.zeros(0, np.int64)
     none = Clusters.of(empty, empty, part.column, part.vectors, 20)
-    assert rows(search.top(first, stop, 25, part, shortlist=none)) == rows(exact)
+    assert rows(top_of_shortlist(first, stop, 25, part, none)) == rows(exact)
 
 
 @pytest.mark.parametrize("bits", [0, 100])

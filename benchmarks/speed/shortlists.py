@@ -1,16 +1,17 @@
-"""Faster searches of long histories: a short list of entries that may be the best, which alone are scored exactly.
+"""Approximate searches of long histories: only the entries of a short list are scored exactly.
 
-* :class:`HashCodes`, after ETA (Chen et al., 2021): a code of random hyperplanes for each item; entries whose codes
-  differ from the candidate's in the fewest bits. Reads a few bytes an entry in place of a vector.
-* :class:`Clusters`, after TWIN-V2 (Si et al., 2024): each history is cut into clusters of items alike, ahead of time;
-  entries of the clusters whose means have the largest dot products. Reads a vector a cluster.
+* :class:`HashCodes`, after ETA (Chen et al., 2021): each item has a code of random hyperplanes; the list holds the
+  entries whose codes differ from the candidate's in the fewest bits. It reads a few bytes an entry, not a vector.
+* :class:`Clusters`, after TWIN-V2 (Si et al., 2024): each history is cut into clusters of similar items, ahead of time;
+  the list holds the entries of the clusters whose means have the largest dot products. It reads a vector a cluster.
 
-Neither is exact; ``benchmarks/speed/search.py`` measures what they find.
+``benchmarks/speed/search.py`` measures their recall and time. They stand here and not in ``modules/search``, since
+neither beats the exact search below 100,000 visits on a CPU, and a job reads 10,000.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numba
 import numpy as np
@@ -28,11 +29,34 @@ from modules.search.cpu_kernels import (
     row_of,
     write_all,
 )
-from modules.search.search import Found, SearchPart, SearchVectors, arguments_of, search
+from modules.search.search import Found, SearchPart, SearchVectors, arguments_of, search, top
 
 _CHUNK_ROWS = 1 << 16
 _LLOYD_STEPS = 4
 _WORD = 64
+
+
+class Shortlist(Protocol):
+    """Finds entries that may be the best faster than a look at each of them."""
+
+    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> Found:
+        """Return the entries among which the best ``length`` of each run are looked for, ascending in each row."""
+
+
+def top_of_shortlist(first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart, shortlist: Shortlist) -> Found:
+    """Return the entries of each run with the largest scores among those of a short list.
+
+    Args:
+        first: ``[n]`` int64: where the runs begin.
+        stop: ``[n]`` int64: where they end.
+        length: most entries of a row.
+        part: the dot products.
+        shortlist: chooses the entries that are scored.
+    """
+    at, lengths = shortlist.shortlist(first, stop, length, part)
+    ends = np.cumsum(lengths)
+    found = top(ends - lengths, ends, length, part._replace(column=part.column[at]))
+    return Found(at[found.at], found.lengths)
 
 
 class HashCodes(NamedTuple):
