@@ -107,8 +107,11 @@ def test_evaluating_again_gives_the_same_metrics(run: Path, ranks: int) -> None:
     first = json.loads((run / "metrics.json").read_text())["behaviours"]
     assert again.keys() == first.keys()
     for behaviour, metrics in first.items():
+        # Batches of other sizes round otherwise, and one pair of nearly equal scores may change its order.
+        pair = 1 / (metrics["positives"] * (metrics["rows"] - metrics["positives"]))
         for name, value in metrics.items():
-            assert again[behaviour][name] == pytest.approx(value, rel=1e-4), f"{behaviour} {name}"
+            close = pytest.approx(value, rel=1e-4, abs=3 * pair if name == "auc" else 0)
+            assert again[behaviour][name] == close, f"{behaviour} {name}"
 
 
 def test_a_range_with_offsets_narrows_the_rows(run: Path) -> None:
