@@ -24,7 +24,7 @@ from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import add_train_arguments, rank_parser
 from trainer.console.run_log import open_log, set_step
 from trainer.data.features.feature_map import FeatureMap
-from trainer.data.format.dataset import Data, fingerprint
+from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.metrics.behaviour_metrics import Report
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.evaluation import calibration_curve, evaluate, metrics_document, predict, read_truth
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str, Report]:
     """Train the model of a job and its baselines, evaluate them, and write the run. Returns metrics by model."""
     directory = Path(world.agree(str(choose_directory(config))))
-    data = Data.open(config.data.path, config.data.on_corrupt)
+    data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     check_settings(config, data.spec, world)
     begun = any(list_checkpoints(home / "checkpoints") for home in homes(directory, config).values())
@@ -110,7 +110,7 @@ class Job:
     """What every model of a job has in common."""
 
     config: JobConfig
-    data: Data
+    data: Dataset
     split: Split
     features: FeatureMap
     dataset: DatasetEntry

@@ -20,7 +20,7 @@ from trainer.checkpoint.manifest import DatasetEntry
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
-from trainer.data.format.dataset import Data, fingerprint
+from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.data.simulator.config import START_MS, TIMEZONE
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.setup import build_engine, split_in_time
@@ -97,7 +97,7 @@ def train_on(config: JobConfig, world: World, prepare: Callable[[Stream], None])
     Returns:
         ``steps``, ``rows`` trained on, and what ``Stream.summary`` tells.
     """
-    data = Data.open(config.data.path, config.data.on_corrupt)
+    data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)

@@ -34,7 +34,7 @@ from benchmarks.quality.cross_report import FULL, GROUPS, NO_VIDEOS, WITHOUT_CRO
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.progress import Progress
 from trainer.data.features.feature_map import FeatureMap
-from trainer.data.format.dataset import Data
+from trainer.data.format.dataset import Dataset
 from trainer.data.loading.loader import Loader
 from trainer.data.simulator.cross.write_dataset import ITEM_VECTORS, simulate_cross
 from trainer.engine.hybrid_engine import HybridEngine
@@ -93,7 +93,7 @@ def job_of(variant: str, world: Path, seed: int) -> JobConfig:
 def run(config: JobConfig, variant: str, world: World) -> Measured:
     """Train one variant, and judge it on the days after."""
     started = time.process_time()
-    data = Data.open(config.data.path)
+    data = Dataset.open(config.data.path)
     split = split_in_time(config, data.spec)
     with tempfile.TemporaryDirectory() as folder:
         fitted = fit_once(config, data, split, Path(folder) / "features", world)

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from benchmarks.bootstrap import Resampled, draw_users, interval, resample_auc, resample_gauc
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.dense_inputs import DenseInputs
-from trainer.data.format.dataset import Data, freeze_statistics
+from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import read_rows
 from trainer.ranking.setup import Split, split_in_time
@@ -63,7 +63,7 @@ def train_ranker(data: Path, home: Path, seed: int, options: argparse.Namespace)
     return {behaviour: table[f"p_{behaviour}"].to_numpy() for behaviour in BEHAVIOURS}
 
 
-def tree_inputs(spec: DatasetSpec, data: Data, split: Split, path: Path) -> tuple[Rows, Rows]:
+def tree_inputs(spec: DatasetSpec, data: Dataset, split: Split, path: Path) -> tuple[Rows, Rows]:
     """Training rows, and held-out rows in order of ``visit_id`` with the statistics of the end of training."""
     training = read_rows(path, spec, emit_until=split.train_until)
     held_out = read_rows(path, spec, request_from=split.eval_from, request_until=split.eval_until)
@@ -177,7 +177,7 @@ def main() -> None:
             subprocess.run(source, check=True)
         window = [f"data.eval_from={options.since}", f"data.eval_until={options.until}"]
         config = load_config(JOB, [f"data.path={path}", *window, *options.overrides])
-        data = Data.open(str(path))
+        data = Dataset.open(str(path))
         split = split_in_time(config, data.spec)
         training, held_out = tree_inputs(data.spec, data, split, path)
         models: dict[str, list[Scores]] = {

@@ -35,7 +35,7 @@ from modules.ranker import Ranker
 from trainer.checkpoint.manifest import MODEL, DatasetEntry, directory_name, find_checkpoint
 from trainer.config.ranker import parse_config
 from trainer.console.text_table import text_table
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import StepRequest
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.ranking.checkpoints import Checkpoints, Identity
@@ -85,7 +85,7 @@ def make_engine(world: World, gigabytes: float, sharding: str) -> HybridEngine:
     )
 
 
-def batches(world: World, gigabytes: float) -> Iterator[Batch]:
+def batches(world: World, gigabytes: float) -> Iterator[RankingBatch]:
     """Random ids without end."""
     rows, random = BATCH // world.size, torch.Generator().manual_seed(world.rank)
     sizes = {table.name: table.rows for table in tables_of(gigabytes, "auto")}
@@ -100,7 +100,7 @@ def batches(world: World, gigabytes: float) -> Iterator[Batch]:
         index = torch.arange(rows)
         label = (torch.rand(rows, 1, generator=random) < 0.2).float()
         dense, mask = torch.zeros(rows, 1), torch.ones(rows, 1)
-        yield Batch([keyed], dense, label, mask, index, index, index, rows, {0: [0, 0, 0]})
+        yield RankingBatch([keyed], dense, label, mask, index, index, index, rows, {0: [0, 0, 0]})
 
 
 def memory(key: str) -> int:

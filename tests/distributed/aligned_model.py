@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from modules.embeddings import Lookup, Table, initial_rows
 from modules.esu import SequenceAttention
 from tests.modules.alignment_reference import alignment_loss
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 from trainer.engine.history_alignment import Alignment
 
 SEED, STEPS, MOST, LONGEST = 3, 6, 8, 3
@@ -71,7 +71,7 @@ class Rows:
     label: Tensor
     user_id: Tensor
 
-    def batch(self, start: int, stop: int) -> Batch:
+    def batch(self, start: int, stop: int) -> RankingBatch:
         flat = [ids for name in KEYS for ids in self.ids[name][start:stop]]
         keyed = KeyedJaggedTensor(
             keys=list(KEYS),
@@ -82,7 +82,9 @@ class Rows:
         )
         label = self.label[start:stop]
         user = self.user_id[start:stop]
-        return Batch([keyed], self.dense[start:stop], label, torch.ones_like(label), user, user, user, stop - start)
+        return RankingBatch(
+            [keyed], self.dense[start:stop], label, torch.ones_like(label), user, user, user, stop - start
+        )
 
 
 def steps() -> list[Rows]:
@@ -106,7 +108,7 @@ def steps() -> list[Rows]:
     return found
 
 
-def batches_of(rank: int, world: int) -> Iterator[Batch]:
+def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:
     """Of two ranks the second has fewer rows each step, then none, and then is out before the other."""
     for step, rows in enumerate(steps()):
         n = len(rows.dense)

@@ -22,7 +22,7 @@ from tests.distributed.small_model import (
     tables,
 )
 from tests.sparse.dynamic_reference import ReferenceIds
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 from trainer.sparse.dynamic_ids import BUCKET_ROWS
 
 SIZES = {"item": 70, "room": 70}
@@ -89,7 +89,7 @@ def dynamic_steps() -> list[Rows]:
     return [passing_ids(make_rows(step, rows), step) for step, rows in enumerate(sizes)]
 
 
-def dynamic_batches(rank: int, world: int) -> Iterator[Batch]:
+def dynamic_batches(rank: int, world: int) -> Iterator[RankingBatch]:
     """What a rank of one or two gets, as ``small_model.batches_of``."""
     for step, rows in enumerate(dynamic_steps()):
         cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))

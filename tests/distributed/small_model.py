@@ -12,7 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table
 from modules.table_set import TableSet
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.runtime.distributed import World
 
@@ -96,7 +96,7 @@ class Rows:
     label: Tensor
     mask: Tensor
 
-    def batch(self, start: int, stop: int) -> Batch:
+    def batch(self, start: int, stop: int) -> RankingBatch:
         keyed = []
         for names in (("user", "item", "side", "seen"), ("room",)):
             chosen = {name: self.ids[name][start:stop] for name in names}
@@ -112,7 +112,7 @@ class Rows:
             )
         index = torch.arange(start, stop)
         inputs = self.dense[start:stop], self.label[start:stop], self.mask[start:stop]
-        return Batch(keyed, *inputs, index, index, index, stop - start, {0: [0, 0, stop]})
+        return RankingBatch(keyed, *inputs, index, index, index, stop - start, {0: [0, 0, stop]})
 
     def __len__(self) -> int:
         return len(self.dense)
@@ -152,7 +152,7 @@ def steps() -> list[Rows]:
     return [make_rows(step, ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1) for step in range(STEPS)]
 
 
-def batches_of(rank: int, world: int) -> Iterator[Batch]:
+def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:
     """What a rank of one or two gets. The first of two runs out of batches before the other."""
     for step, rows in enumerate(steps()):
         cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))

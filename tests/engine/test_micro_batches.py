@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 from trainer.engine.micro_batches import split_micro_batches
 
 
@@ -27,7 +27,7 @@ def test_parts_follow_each_other(lengths: list[int], parts: int, fixed: int) -> 
     embedded = {"seen": torch.randn(sum(lengths), 2), "side": torch.randn(rows * fixed, 3)}
     dense, label, mask = torch.randn(rows, 2), torch.randn(rows, 3), torch.randn(rows, 3)
     index = torch.arange(rows)
-    batch = Batch([keyed], dense, label, mask, index, index, index, rows)
+    batch = RankingBatch([keyed], dense, label, mask, index, index, index, rows)
 
     cut = split_micro_batches(batch, embedded, {"seen": None, "side": fixed}, parts)
 
@@ -47,7 +47,7 @@ def test_parts_follow_each_other(lengths: list[int], parts: int, fixed: int) -> 
 def test_gradients_of_what_is_not_used_are_zero() -> None:
     index = torch.arange(2)
     keyed = KeyedJaggedTensor(keys=["user"], values=index, lengths=torch.ones(2, dtype=torch.int64), stride=2)
-    batch = Batch([keyed], *[torch.zeros(2, 1)] * 3, index, index, index, 2)
+    batch = RankingBatch([keyed], *[torch.zeros(2, 1)] * 3, index, index, index, 2)
     (part,) = split_micro_batches(batch, {"user": torch.ones(2, 3)}, {"user": 1}, 1)
     part.embedded["user"].requires_grad_()
     assert torch.equal(part.gradient("user"), torch.zeros(2, 3))

@@ -5,7 +5,7 @@ What is logged with an exposure is a function of its visit, so that it is known 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +118,12 @@ def content(batch: EventBatch) -> tuple[list[Event], list[int], Position]:
     assert len(batch) == len(batch.arrived_ms) == len(batch.events["time_ms"])
     assert all(batch.events[name].dtype == dtype for name, dtype in EVENT_TYPES.items())
     return as_tuples(batch.events), batch.partition.tolist(), batch.position
+
+
+def merge_positions(positions: Iterable[Mapping[int, Sequence[int]]]) -> Position:
+    """Return the position of a job from those of its ranks, which share no partition."""
+    merged: Position = {}
+    for position in positions:
+        assert not merged.keys() & position.keys(), "two ranks own the same partition"
+        merged |= {int(partition): list(at) for partition, at in position.items()}
+    return dict(sorted(merged.items()))

@@ -95,8 +95,9 @@ class Manifest(BaseModel):
         dense: parameter -> shape.
         buffers: buffer -> shape.
         dataset: that the positions count in.
-        positions: partition -> ``[epoch, window, offset]`` of stored rows, see ``trainer.data.loading.batch.Position``,
-            or ``[place, inside, latest_ms, rejected]`` of a stream, see ``trainer.stream.sources.source``.
+        positions: partition -> ``[epoch, window, offset]`` of stored rows, see ``ReadPosition`` in
+            ``trainer.data.loading.batch``, or ``[place, inside, latest_ms, rejected]`` of a stream, see
+            ``trainer.stream.sources.source``.
         files: path below the directory -> size and checksum; all files but the manifest.
     """
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.data.features.packed_batch import BatchLayout
-from trainer.data.loading.batch import Batch, empty_batch
+from trainer.data.loading.batch import RankingBatch, empty_batch
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.exchange import Gradients, on_stream
 from trainer.sparse.sharded_tables import ShardedTables
@@ -58,7 +58,7 @@ class InFlightBatch:
 
     def __init__(
         self,
-        batch: Batch,
+        batch: RankingBatch,
         tables: ShardedTables,
         stream: torch.cuda.Stream | None,
         clock: PhaseClock,
@@ -127,7 +127,7 @@ class BatchPipeline:
 
     def __init__(
         self,
-        batches: Iterator[Batch],
+        batches: Iterator[RankingBatch],
         tables: ShardedTables,
         behaviours: int,
         clock: PhaseClock,

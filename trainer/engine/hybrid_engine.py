@@ -26,7 +26,7 @@ from modules.losses import masked_bce, report_loss
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
 from trainer.config.deepspeed import complete_settings
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import NOTHING, BatchPipeline, InFlightBatch, StepRequest
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
 from trainer.engine.history_alignment import Alignment
@@ -57,7 +57,7 @@ class StepResult:
         stop: a rank asked to end after this step; the same on all ranks.
     """
 
-    batch: Batch
+    batch: RankingBatch
     logits: Tensor
     loss: Tensor
     alignment: Tensor
@@ -82,7 +82,7 @@ class NotFiniteLoss(Exception):
         logits: ``[rows, behaviours]`` float32, of this rank.
     """
 
-    def __init__(self, step: int, loss: float, batch: Batch, logits: Tensor) -> None:
+    def __init__(self, step: int, loss: float, batch: RankingBatch, logits: Tensor) -> None:
         super().__init__(f"the loss of step {step} is {loss}")
         self.step, self.loss, self.batch, self.logits = step, loss, batch, logits
 
@@ -165,7 +165,7 @@ class HybridEngine:
         self._dense.set_learning_rate(dense)
 
     def steps(
-        self, batches: Iterator[Batch], ask: Callable[[int], StepRequest] = lambda step: NOTHING
+        self, batches: Iterator[RankingBatch], ask: Callable[[int], StepRequest] = lambda step: NOTHING
     ) -> Iterator[StepResult]:
         """Train a step on each batch until all ranks are out of batches. Collective.
 
@@ -197,7 +197,7 @@ class HybridEngine:
             arriving = following
         arriving.drain()
 
-    def predict(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    def predict(self, batches: Iterator[RankingBatch]) -> Iterator[tuple[RankingBatch, Tensor]]:
         """Batches of this rank with their logits ``[rows, behaviours]`` float32; nothing is trained. Collective.
 
         A rank that runs out goes on with empty batches until all are out.
@@ -207,7 +207,7 @@ class HybridEngine:
         """
         return self._look(batches, lambda part: self._dense(part.embedded, part.lengths, part.dense).float())
 
-    def attention(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    def attention(self, batches: Iterator[RankingBatch]) -> Iterator[tuple[RankingBatch, dict[str, Tensor]]]:
         """Batches of this rank with the attention of their histories' entries. Collective, as :meth:`predict` is.
 
         What it gives is that of ``modules.ranker.Ranker.shares``.
@@ -216,7 +216,9 @@ class HybridEngine:
         assert isinstance(ranker, Ranker)
         return self._look(batches, lambda part: ranker.shares(part.embedded, part.lengths, part.dense))
 
-    def _look(self, batches: Iterator[Batch], look: Callable[[MicroBatch], Seen]) -> Iterator[tuple[Batch, Seen]]:
+    def _look(
+        self, batches: Iterator[RankingBatch], look: Callable[[MicroBatch], Seen]
+    ) -> Iterator[tuple[RankingBatch, Seen]]:
         self._dense.module.eval()
         pipeline = self._pipeline(batches)
         arriving = pipeline.fetch()
@@ -296,7 +298,7 @@ class HybridEngine:
         """Let go of what libraries keep of the model, so that its memory can be freed."""
         self._dense.close()
 
-    def _pipeline(self, batches: Iterator[Batch]) -> BatchPipeline:
+    def _pipeline(self, batches: Iterator[RankingBatch]) -> BatchPipeline:
         self._clock.lap()
         return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self._control)
 
@@ -346,7 +348,7 @@ class HybridEngine:
         return StepResult(batch, predicted, loss, alignment, rows, count.save > 0, count.stop > 0, laps)
 
     def _align(
-        self, batch: Batch, embedded: Mapping[str, Tensor], rows: int
+        self, batch: RankingBatch, embedded: Mapping[str, Tensor], rows: int
     ) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
         """The alignment's loss of this rank, and what it gives to the looked-up rows of each part. Collective."""
         if self._alignment is None:

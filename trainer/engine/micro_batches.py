@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trainer.data.loading.batch import Batch
+from trainer.data.loading.batch import RankingBatch
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MicroBatch:
         dense: ``[rows, n_dense]``.
         label: ``[rows, behaviours]``.
         mask: ``[rows, behaviours]``.
-        slow: ``[rows]``, see :class:`trainer.data.loading.batch.Batch`.
+        slow: ``[rows]``, see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     embedded: dict[str, Tensor]
@@ -39,7 +39,7 @@ class MicroBatch:
 
 
 def split_micro_batches(
-    batch: Batch, embedded: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], parts: int
+    batch: RankingBatch, embedded: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], parts: int
 ) -> list[MicroBatch]:
     """Cut a batch into ``parts`` parts whose rows differ by one at most; they share the batch's memory.
 
@@ -72,7 +72,7 @@ def split_micro_batches(
     ]
 
 
-def row_lengths(batch: Batch, fixed_lengths: Mapping[str, int | None]) -> dict[str, Tensor]:
+def row_lengths(batch: RankingBatch, fixed_lengths: Mapping[str, int | None]) -> dict[str, Tensor]:
     """Lookup name -> ids of each row, ``[rows]`` int64; only of lookups whose rows differ."""
     return {
         name: of_key

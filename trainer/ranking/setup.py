@@ -17,7 +17,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.search_vectors import SearchSpace
-from trainer.data.format.dataset import Data, freeze_statistics
+from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.statistics import FrozenStatistics
 from trainer.data.format.time_selection import Selection
@@ -119,7 +119,7 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
     return split
 
 
-def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world: World) -> FittedFeatures:
+def fit_once(config: JobConfig, data: Dataset, split: Split, directory: Path, world: World) -> FittedFeatures:
     """Fit the features on the training range, once in a run: the first rank does, the others read what it wrote."""
     if world.rank == 0 and not directory.exists():
         fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
@@ -134,7 +134,7 @@ def fit_once(config: JobConfig, data: Data, split: Split, directory: Path, world
 
 def training_loader(
     config: JobConfig,
-    data: Data,
+    data: Dataset,
     split: Split,
     features: FeatureMap,
     world: World,
@@ -163,7 +163,7 @@ def training_loader(
 
 def held_out_loader(
     config: JobConfig,
-    data: Data,
+    data: Dataset,
     split: Split,
     features: FeatureMap,
     world: World,
@@ -196,7 +196,7 @@ def _reading(config: JobConfig, world: World) -> dict[str, Any]:
     }
 
 
-def freeze_at_end_of_training(config: JobConfig, data: Data, split: Split) -> FrozenStatistics | None:
+def freeze_at_end_of_training(config: JobConfig, data: Dataset, split: Split) -> FrozenStatistics | None:
     """The statistics at the end of training, if the job evaluates with frozen ones."""
     if not config.data.frozen:
         return None

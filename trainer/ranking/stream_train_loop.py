@@ -22,7 +22,7 @@ from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
 from trainer.data.format.schema import Rows
-from trainer.data.loading.batch import Batch, unpack
+from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import Searching
@@ -248,7 +248,7 @@ class _Learner:
             for name, value in lag.items():
                 self._scalars.add_scalar(name, value, state.step)
 
-    def _batch(self, rows: Rows) -> Batch:
+    def _batch(self, rows: Rows) -> RankingBatch:
         stream = self._stream
         space = self._state.space
         vectors = None if space is None else space.at(space.newest)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from trainer.data.features.search_vectors import SearchSpace
-from trainer.data.loading.batch import Position
+from trainer.data.loading.batch import ReadPosition
 from trainer.engine.hybrid_engine import StepResult
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics, Report
 from trainer.runtime.phase_timer import PHASES
@@ -106,7 +106,7 @@ class TrainingState:
     rows_total: int = 0
     step: int = 0
     rows_done: int = 0
-    position: Position = field(default_factory=dict)
+    position: ReadPosition = field(default_factory=dict)
     trace: Trace = field(default_factory=list)
     window: Window = field(default_factory=Window)
     finished: bool = False

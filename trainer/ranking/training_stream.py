@@ -15,7 +15,7 @@ import torch
 from trainer.config.ranker import JobConfig
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format import storage
-from trainer.data.format.dataset import Data
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.growing_history import GrowingHistories
 from trainer.data.format.schema import DatasetSpec, partition_of
 from trainer.data.loading.batch_plan import partitions_of_rank
@@ -114,7 +114,9 @@ class Stream:
         }
 
 
-def open_stream(config: JobConfig, data: Data, split: Split, features: FeatureMap, world: World, home: Path) -> Stream:
+def open_stream(
+    config: JobConfig, data: Dataset, split: Split, features: FeatureMap, world: World, home: Path
+) -> Stream:
     """The stream of a job, at its beginning.
 
     Args:

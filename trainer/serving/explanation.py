@@ -16,7 +16,7 @@ from trainer.console.errors import UserError
 from trainer.console.text_table import text_table
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format import storage
-from trainer.data.format.dataset import Data
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.loading.batch import unpack
@@ -114,7 +114,7 @@ def _alike(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str,
     return {name: (column == own[name]) & (column > 0) for name, column in values.items()}
 
 
-def author_of(data: Data, path: str, item_id: int) -> int:
+def author_of(data: Dataset, path: str, item_id: int) -> int:
     """The author of a candidate: from the dataset's table of items, or else from anybody's history.
 
     Raises:

@@ -6,10 +6,8 @@ a whole. ``trainer/serving/exported_model.py`` reads the result.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from trainer.checkpoint.manifest import ADAPTER, check_files
 from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
+from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.files import sync, write_json
 from trainer.serving.exported_model import CONFIG, FEATURES, ORIGIN, SCHEMA, SEARCH, SERVED, WEIGHTS
 
@@ -98,7 +97,7 @@ def _write_weights(file: Path, model: StoredModel) -> None:
         tensors |= {f"ids.{name}.{column}": table.ids[column] for column in SERVED if table.ids}
     tensors |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
     tensors |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
-    header, size = _header(tensors)
+    header, size = encode_header((name, _TYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items())
     with file.open("wb") as opened:
         opened.write(header)
         opened.truncate(len(header) + size)
@@ -108,19 +107,6 @@ def _write_weights(file: Path, model: StoredModel) -> None:
         start += tensor.bytes
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
-
-
-def _header(tensors: Mapping[str, StoredTensor]) -> tuple[bytes, int]:
-    """The head of a safetensors file, and the size of the data that follow: 8 bytes of length, then JSON."""
-    entries, end = {}, 0
-    for name, tensor in tensors.items():
-        place = [end, end + tensor.bytes]
-        entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        end = place[1]
-    text = json.dumps(entries).encode()
-    # The data begin at a multiple of 8, so that a reader can map them.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
 
 
 def _copy(tensor: StoredTensor, file: Path, start: int) -> None:

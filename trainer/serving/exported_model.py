@@ -31,7 +31,7 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
-from trainer.data.format.dataset import Data
+from trainer.data.format.dataset import Dataset
 from trainer.engine.build_ranker import build_ranker
 from trainer.sparse.dynamic_ids import DynamicIds
 
@@ -60,7 +60,7 @@ class ExportedModel:
     """
 
     config: JobConfig
-    data: Data
+    data: Dataset
     features: FeatureMap
     tables: dict[str, Tensor]
     ranker: Ranker
@@ -103,7 +103,7 @@ def open_export(directory: str | Path) -> ExportedModel:
     if origin["schema_version"] > SCHEMA:
         raise UserError(f"{home / ORIGIN}: written by a newer version (schema {origin['schema_version']})")
     config = parse_config(_read_json(home / CONFIG), str(home / CONFIG))
-    data = Data.open(config.data.path, config.data.on_corrupt)
+    data = Dataset.open(config.data.path, config.data.on_corrupt)
     features = FeatureMap(data.spec, config.features, FittedFeatures.load(home / FEATURES), config.data.behaviours)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, origin["precision"])).eval()
     found = _read_weights(home / WEIGHTS)

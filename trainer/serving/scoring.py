@@ -19,7 +19,7 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format import storage, validation
-from trainer.data.format.dataset import Data, freeze_statistics
+from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
 
@@ -42,7 +42,7 @@ class Scorer(Protocol):
     @property
     def config(self) -> JobConfig: ...
     @property
-    def data(self) -> Data: ...
+    def data(self) -> Dataset: ...
     @property
     def features(self) -> FeatureMap: ...
     @property

@@ -18,7 +18,7 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
-from trainer.data.format.dataset import Data
+from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch import unpack
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.setup import build_engine
@@ -30,7 +30,7 @@ class TrainedModel:
     """A finished run, opened again."""
 
     config: JobConfig
-    data: Data
+    data: Dataset
     features: FeatureMap
     engine: HybridEngine
     space: SearchSpace | None
@@ -48,7 +48,7 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
         UserError: no finished run there, or a dataset that the model does not fit.
     """
     config = load_run(directory)
-    data = Data.open(data_path or config.data.path, config.data.on_corrupt)
+    data = Dataset.open(data_path or config.data.path, config.data.on_corrupt)
     features = FeatureMap(
         data.spec, config.features, FittedFeatures.load(Path(directory) / "features"), config.data.behaviours
     )

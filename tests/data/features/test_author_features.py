@@ -16,7 +16,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.author_features import AuthorSide, read_author_side
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
-from trainer.data.format.dataset import Data
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import read_rows
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import unpack
@@ -46,7 +46,7 @@ def test_unknown_authors_have_unknown_values() -> None:
 
 
 def test_every_entry_carries_its_authors_features_and_its_tag(path: Path, tmp_path: Path) -> None:
-    data = Data.open(str(path))
+    data = Dataset.open(str(path))
     fitted = fit_features(data.spec, data.store, data.histories, CONFIG, Selection())
     (tmp_path / "kept").mkdir()
     fitted.save(tmp_path / "kept")
@@ -81,7 +81,7 @@ def test_every_entry_carries_its_authors_features_and_its_tag(path: Path, tmp_pa
 
 def test_without_the_option_nothing_is_read(path: Path) -> None:
     (path / "authors.parquet").unlink()
-    data = Data.open(str(path))
+    data = Dataset.open(str(path))
     config = CONFIG.model_copy(update={"author_side": ()})
     assert fit_features(data.spec, data.store, data.histories, config, Selection()).author_side is None
 

@@ -14,7 +14,7 @@ from trainer.data.features.fit import FittedFeatures, feature_layout
 from trainer.data.features.id_map import IdMap
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DOMAINS, Rows
-from trainer.data.loading.batch import Batch, empty_batch, unpack
+from trainer.data.loading.batch import RankingBatch, empty_batch, unpack
 
 HISTORY = {
     "short": HistoryConfig(domain="video", length=5),
@@ -49,7 +49,7 @@ def fitted_by_hand(dataset, config: FeatureConfig, inputs: int) -> FittedFeature
     )
 
 
-def batch_of(features: FeatureMap, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> Batch:
+def batch_of(features: FeatureMap, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> RankingBatch:
     return unpack(features.pack(rows, histories, as_of_ms), features.layout, {})
 
 
@@ -118,7 +118,7 @@ def reference_row(dataset, config: FeatureConfig, fitted: FittedFeatures, place:
     return {"ids": ids, "dense": np.clip(scaled, -config.clip, config.clip)}
 
 
-def unpack_ids(batch: Batch) -> dict[str, list[list[int]]]:
+def unpack_ids(batch: RankingBatch) -> dict[str, list[list[int]]]:
     """Lookup -> ids of each row."""
     found = {}
     for keyed in batch.ids:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from modules.search import reference
 from tests.data.format.test_history import make_visits, spec, write
 from trainer.config.features import FeatureConfig, HistoryConfig
-from trainer.data.features.history_sequences import Sequences, Space
+from trainer.data.features.history_sequences import HistoryReader, Space
 from trainer.data.features.id_map import IdMap
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import Rows
@@ -99,11 +99,11 @@ def test_histories_are_their_definitions(tmp_path: Path, mapping: str, seed: int
     histories, maps = write(tmp_path, visits), id_maps(mapping)
     rows, as_of, space = make_rows(rng, 50), rng.integers(250, 950, 50), make_space(rng, maps)
     settings = config()
-    sequences = Sequences(spec(), settings, maps)
+    sequences = HistoryReader(spec(), settings, maps)
     unprepared = sequences.read(rows, histories, as_of, space)
     sequences.prepare(histories, space)
     prepared = sequences.read(rows, histories, as_of, space)
-    growing = Sequences(spec(), settings, maps).read(rows, Growing(tmp_path, spec()), as_of, space)
+    growing = HistoryReader(spec(), settings, maps).read(rows, Growing(tmp_path, spec()), as_of, space)
     for name, read in settings.history.items():
         expected = by_definition(visits, rows, as_of, read, maps, space)
         lengths = [len(each) for each in expected]
@@ -134,7 +134,7 @@ def test_no_search_sees_the_future(tmp_path_factory, seed, moment, length):
 
     maps = id_maps("direct")
     space, rows = make_space(rng, maps), make_rows(rng, 40)
-    sequences = Sequences(spec(), config(length), maps)
+    sequences = HistoryReader(spec(), config(length), maps)
     reads = []
     for each in (visits, other):
         histories = write(tmp_path_factory.mktemp("history"), each)
@@ -153,7 +153,7 @@ def test_the_leak_would_be_seen(tmp_path: Path) -> None:
     other["item_id"][later] = rng.integers(0, ITEMS, len(later))
     maps = id_maps("direct")
     space, rows = make_space(rng, maps), make_rows(rng, 40)
-    sequences = Sequences(spec(), config(), maps)
+    sequences = HistoryReader(spec(), config(), maps)
     reads = [
         sequences.read(rows, write(tmp_path / name, each), np.full(40, 60), space)
         for name, each in (("before", visits), ("after", other))

@@ -43,12 +43,3 @@ def test_grows_over_any_pattern_of_ids(make):
     assert len(index) == len(np.unique(values))
     np.testing.assert_array_equal(index.find(values), numbers)
     assert (index.find(np.array([-5, 2**62 + 1])) == -1).all()
-
-
-def test_a_copy_goes_its_own_way():
-    index = IdIndex()
-    index.add(np.array([3, 4]))
-    copy = index.copy()
-    copy.add(np.array([5]))
-    assert (len(index), len(copy)) == (2, 3)
-    assert index.find(np.array([5])).tolist() == [-1]

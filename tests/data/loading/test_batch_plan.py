@@ -16,8 +16,8 @@ from trainer.console.errors import UserError
 from trainer.data.format.shards import RecordIndex
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading import batch_plan as plan_module
-from trainer.data.loading.batch import Position
-from trainer.data.loading.batch_plan import Piece, PlannedBatch, ReadPlan, partitions_of_rank
+from trainer.data.loading.batch import ReadPosition
+from trainer.data.loading.batch_plan import BlockSlice, PlannedBatch, ReadPlan, partitions_of_rank
 
 Row = tuple[int, int, int, int]
 """epoch, partition, record, row of the record."""
@@ -60,7 +60,7 @@ def random_store(rng: np.random.Generator, partitions: int, most_records: int = 
     return MemoryStore(contents)
 
 
-def rows_of(store: MemoryStore, selection: Selection, pieces: list[Piece]) -> Iterator[Row]:
+def rows_of(store: MemoryStore, selection: Selection, pieces: list[BlockSlice]) -> Iterator[Row]:
     """Rows of pieces, each block's in one fixed random order."""
     for piece in pieces:
         rows = [
@@ -84,18 +84,28 @@ def selected_rows(store: MemoryStore, selection: Selection, epochs: int) -> Coun
 
 
 def make_plan(
-    store: MemoryStore, rank: int, world: int, selection: Selection, state: Position | None = None, **settings: object
+    store: MemoryStore,
+    rank: int,
+    world: int,
+    selection: Selection,
+    state: ReadPosition | None = None,
+    **settings: object,
 ) -> ReadPlan:
     options = {"batch_size": 7, "seed": 3, "epochs": 2, "shuffle_ms": 100, **settings}
     return ReadPlan(store, partitions_of_rank(store.partitions, rank, world), selection, state=state, **options)
 
 
 def run_ranks(
-    store: MemoryStore, world: int, selection: Selection, state: Position | None, batches: list[int | None], **settings
-) -> tuple[list[Row], Position]:
+    store: MemoryStore,
+    world: int,
+    selection: Selection,
+    state: ReadPosition | None,
+    batches: list[int | None],
+    **settings,
+) -> tuple[list[Row], ReadPosition]:
     """Rows that the ranks consume in so many batches each (None: all), and the position of the job after them."""
     rows: list[Row] = []
-    position: Position = {}
+    position: ReadPosition = {}
     for rank in range(world):
         plan = make_plan(store, rank, world, selection, state, **settings)
         position.update(
@@ -141,7 +151,7 @@ def test_the_same_ranks_go_on_with_identical_batches(seed, shuffle_ms):
     store = random_store(np.random.default_rng(seed), 5, most_records=30)
     selection = Selection(emit_from=150, emit_until=900)
 
-    def content(planned: PlannedBatch) -> tuple[list[Row], Position]:
+    def content(planned: PlannedBatch) -> tuple[list[Row], ReadPosition]:
         return list(rows_of(store, selection, planned.pieces)), planned.position
 
     whole = [content(planned) for planned in make_plan(store, 1, 2, selection, shuffle_ms=shuffle_ms).batches()]
@@ -209,7 +219,7 @@ def test_a_window_larger_than_the_pool_is_shuffled_in_blocks(monkeypatch):
     monkeypatch.setattr(plan_module, "_MIN_BLOCK_ROWS", 1)
     store = random_store(np.random.default_rng(0), 2, most_records=60)
     plan = make_plan(store, 0, 1, Selection(), shuffle_ms=5000)
-    blocks: dict[tuple[int, ...], Piece] = {}
+    blocks: dict[tuple[int, ...], BlockSlice] = {}
     order: dict[int, list[tuple[int, ...]]] = {}
     rows: list[Row] = []
     for planned in plan.batches():

@@ -20,12 +20,12 @@ from trainer.config.features import FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
+from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import Rows
 from trainer.data.format.shards import RowStore, index_name
-from trainer.data.format.statistics import Statistics
 from trainer.data.format.time_selection import Selection
-from trainer.data.loading.batch import Batch, Position, unpack
+from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
 from trainer.data.loading.loader import Loader
 
 HOUR_MS = 3_600_000
@@ -50,11 +50,11 @@ class Ranks:
         defaults = {"rank": 0, "world": 1, "batch_size": 100, "seed": 5, "shuffle_ms": 6 * HOUR_MS, "prefetch": 2}
         return Loader(self.store, self.histories, self.features, **{**defaults, **options})
 
-    def batch(self, rows: Rows, as_of_ms: np.ndarray) -> Batch:
+    def batch(self, rows: Rows, as_of_ms: np.ndarray) -> RankingBatch:
         return unpack(self.features.pack(rows, self.histories, as_of_ms), self.features.layout, {})
 
 
-def content(batch: Batch) -> tuple:
+def content(batch: RankingBatch) -> tuple:
     """All of a batch, comparable."""
     tensors = [
         *(part for keyed in batch.ids for part in (keyed.values(), keyed.lengths())),
@@ -107,9 +107,9 @@ def test_another_number_of_ranks_takes_over_each_row_once(write_dataset, worlds)
     dataset = write_dataset(rows=1500, partitions=6)
     ranks = Ranks(dataset)
     seen: list[int] = []
-    state: Position | None = None
+    state: ReadPosition | None = None
     for world, last in zip(worlds, [False] * (len(worlds) - 1) + [True], strict=True):
-        reached: Position = {}
+        reached: ReadPosition = {}
         for rank in range(world):
             # Ranks stop after unequal numbers of batches, and one has not begun.
             loader = ranks.loader(world=world, rank=rank, batch_size=70, epochs=2, state=state)
@@ -175,9 +175,7 @@ def test_statistics_and_histories_can_be_frozen(write_dataset):
     dataset = write_dataset(rows=900)
     ranks = Ranks(dataset)
     limit = int(np.median(dataset.rows["request_ms"]))
-    statistics = Statistics(dataset.spec)
-    statistics.advance({name: column[dataset.rows["emit_ms"] < limit] for name, column in dataset.rows.items()})
-    frozen = statistics.freeze(limit)
+    frozen = freeze_statistics(Dataset(dataset.spec, dataset.store(), dataset.histories()), limit)
     rows = dataset.rows
     place = np.argsort(rows["visit_id"])
     changed = 0

@@ -25,6 +25,7 @@ from tests.stream.event_logs import (
     content,
     given,
     logged_of,
+    merge_positions,
     merged,
     random_events,
     store,
@@ -41,7 +42,7 @@ from trainer.stream.sources.kafka_topic import Topic
 from trainer.stream.sources.message_codec import Codec
 from trainer.stream.sources.open_source import connect
 from trainer.stream.sources.replay import FilesSource
-from trainer.stream.sources.source import EventBatch, Position, check_identity, merge_positions
+from trainer.stream.sources.source import EventBatch, Position, check_identity
 
 EVENTS = random_events(seed=7, events=3000)
 ALL = range(PARTITIONS)

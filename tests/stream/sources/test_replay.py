@@ -20,6 +20,7 @@ from tests.stream.event_logs import (
     by_partition,
     content,
     given,
+    merge_positions,
     merged,
     random_events,
     rows_of,
@@ -34,7 +35,7 @@ from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.stream.sources import replay
 from trainer.stream.sources.open_source import connect
 from trainer.stream.sources.replay import FilesSource
-from trainer.stream.sources.source import EventBatch, check_identity, merge_positions
+from trainer.stream.sources.source import EventBatch, check_identity
 
 EVENTS = random_events(seed=3, events=4000)
 ALL = range(SPEC.partitions)

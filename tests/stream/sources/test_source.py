@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 import numpy as np
 import pytest
 
+from tests.stream.event_logs import merge_positions
 from tests.stream.random_logs import SPEC
 from trainer.console.errors import UserError
 from trainer.stream.labels.assembled_rows import EVENT_TYPES
@@ -18,7 +19,6 @@ from trainer.stream.sources.source import (
     Position,
     Reader,
     check_identity,
-    merge_positions,
     starting_position,
 )
 

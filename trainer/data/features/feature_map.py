@@ -20,7 +20,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.author_features import AuthorSide
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
-from trainer.data.features.history_sequences import Sequences, Space
+from trainer.data.features.history_sequences import HistoryReader, Space
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.format.history import Histories, HistorySlice
@@ -105,7 +105,7 @@ class FeatureMap:
             for name in ID_TABLES
             if not (name == "user" and "user_id" in config.exclude)
         }
-        self._sequences = Sequences(spec, config, self._ids)
+        self._sequences = HistoryReader(spec, config, self._ids)
         self.author_side, self.needs_space = config.author_side, config.needs_space
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:

@@ -31,7 +31,7 @@ class _Read(NamedTuple):
     require: int
 
 
-class Sequences:
+class HistoryReader:
     """Reads the histories that a job declares.
 
     Args:

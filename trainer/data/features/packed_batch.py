@@ -62,7 +62,7 @@ class PackedBatch:
         floats: float32; ``dense``, ``label`` and ``mask``, each row by row.
         rows: number of rows.
         ids_per_key: lookup name -> number of ids.
-        skipped_rows: see :class:`trainer.data.loading.batch.Batch`.
+        skipped_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     integers: Tensor
@@ -87,7 +87,7 @@ class PackedBatch:
         return groups
 
     def columns(self, layout: BatchLayout) -> dict[str, Tensor]:
-        """``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask``; see ``batch.Batch``."""
+        """``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask``; see ``batch.RankingBatch``."""
         user_id, visit_id, request_ms = self.integers[len(self.integers) - 3 * self.rows :].view(3, self.rows)
         dense, label, mask = self.floats.split(layout.float_sizes(self.rows))
         return {

@@ -35,7 +35,7 @@ _CHUNK_ROWS = 1 << 16
 _CHUNK_BYTES = 16 << 20
 _OPEN_TRIES = 10
 
-Part = tuple[np.ndarray, np.ndarray]
+VectorPart = tuple[np.ndarray, np.ndarray]
 """Ids ``[n] int64`` and their vectors ``[n, dim]``."""
 
 
@@ -122,7 +122,7 @@ class ContentVectors:
         row = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where(self.ids[row] == ids, row, -1)
 
-    def parts(self, rows: np.ndarray) -> Iterator[Part]:
+    def parts(self, rows: np.ndarray) -> Iterator[VectorPart]:
         """Ids and vectors of ``rows``, some ten thousands at a time."""
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
@@ -151,7 +151,7 @@ def write_parts(
     path: str | Path,
     ids: np.ndarray,
     texts: np.ndarray,
-    parts: Iterable[Part],
+    parts: Iterable[VectorPart],
     dim: int,
     *,
     origin: Origin | None = None,
@@ -226,7 +226,7 @@ def _check_ids(folder: Path, ids: np.ndarray) -> None:
         raise UserError(f"{folder}: id {ids[twice[0]]} comes twice; every id has one vector")
 
 
-def _fill(folder: Path, ids: np.ndarray, parts: Iterable[Part], vectors: np.ndarray) -> None:
+def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: np.ndarray) -> None:
     written = np.zeros(len(ids), bool)
     refused, first_refused = 0, -1
     for part_ids, part in parts:

@@ -17,7 +17,7 @@ from trainer.data.format.time_selection import Selection
 
 
 @dataclass(frozen=True)
-class Data:
+class Dataset:
     """An opened dataset."""
 
     spec: DatasetSpec
@@ -25,14 +25,14 @@ class Data:
     histories: Histories
 
     @staticmethod
-    def open(path: str, on_corrupt: Any = "error") -> Data:
+    def open(path: str, on_corrupt: Any = "error") -> Dataset:
         """Open the dataset at ``path``.
 
         Raises:
             UserError: none there, another schema version, or an unreadable index.
         """
         spec = DatasetSpec.load(path)
-        return Data(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
+        return Dataset(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
 
 
 def fingerprint(path: str, spec: DatasetSpec) -> str:
@@ -43,7 +43,7 @@ def fingerprint(path: str, spec: DatasetSpec) -> str:
     return digest.hexdigest()
 
 
-def freeze_statistics(data: Data, until_ms: int) -> FrozenStatistics:
+def freeze_statistics(data: Dataset, until_ms: int) -> FrozenStatistics:
     """Statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
     known = Selection(emit_until=until_ms)
     frozen = FrozenStatistics(data.spec)

@@ -51,14 +51,6 @@ class IdIndex:
             self._append(new)
         return number
 
-    def copy(self) -> IdIndex:
-        """An independent copy."""
-        other = IdIndex()
-        other.__dict__ = {
-            name: value.copy() if isinstance(value, np.ndarray) else value for name, value in self.__dict__.items()
-        }
-        return other
-
     def _append(self, new: np.ndarray) -> None:
         first, self._count = self._count, self._count + len(new)
         if self._count > len(self._ids):

@@ -85,21 +85,6 @@ class Statistics:
             )
         return _flat(out)
 
-    def freeze(self, until_ms: int) -> FrozenStatistics:
-        """The counts of the rows with ``emit_ms < until_ms``, as a copy that later rows do not change.
-
-        Raises:
-            ValueError: ``until_ms`` lies before a request that was already served.
-        """
-        if self._now is not None and until_ms < self._now:
-            raise ValueError(f"statistics have advanced to {self._now} and cannot be frozen at {until_ms}")
-        due = self._pending.take(np.flatnonzero(self._pending.emit_ms < until_ms))
-        frozen = FrozenStatistics(self._spec)
-        frozen._keys = self._keys.copy()
-        frozen._counts = [counts.copy() for counts in self._counts]
-        frozen._remember(due)
-        return frozen
-
     def _chunk(
         self, past: _Outcomes, codes: np.ndarray, past_at: np.ndarray, asked_at: np.ndarray, out: np.ndarray
     ) -> None:
@@ -156,19 +141,7 @@ class FrozenStatistics:
 
     def remember(self, rows: Rows) -> None:
         """Count these rows too, whatever their times; the caller picks those that are known at the moment."""
-        self._remember(_Outcomes.of(self._spec, rows, self._keys))
-
-    def lookup(self, rows: Rows) -> np.ndarray:
-        """Counts of the rows' keys, ``[n, keys * (1 + behaviours)] float32``; zeros for keys never seen."""
-        codes = self._keys.codes(rows, add=False)
-        n = len(rows["user_id"])
-        out = np.zeros((n, len(self._counts), self._width), np.float32)
-        for key, counts in enumerate(self._counts):
-            known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
-            out[known, key] = counts.values[codes[key][known]]
-        return _flat(out)
-
-    def _remember(self, past: _Outcomes) -> None:
+        past = _Outcomes.of(self._spec, rows, self._keys)
         for first in range(0, len(past.emit_ms), _CHUNK):
             part = past.slice(first, first + _CHUNK)
             for key, counts in enumerate(self._counts):
@@ -179,6 +152,16 @@ class FrozenStatistics:
                 total = np.stack([np.add.reduceat(weight[order], head) for weight in part.weight], axis=1)
                 counts.reserve(int(code[-1]) + 1)
                 counts.add(code, _lanes(total, self._width))
+
+    def lookup(self, rows: Rows) -> np.ndarray:
+        """Counts of the rows' keys, ``[n, keys * (1 + behaviours)] float32``; zeros for keys never seen."""
+        codes = self._keys.codes(rows, add=False)
+        n = len(rows["user_id"])
+        out = np.zeros((n, len(self._counts), self._width), np.float32)
+        for key, counts in enumerate(self._counts):
+            known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
+            out[known, key] = counts.values[codes[key][known]]
+        return _flat(out)
 
 
 def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.ndarray:
@@ -259,13 +242,6 @@ class _Keys:
         codes = [self._codes(key, rows, add, done) for key in self._keys]
         return np.stack(codes) if codes else np.empty((0, len(rows["user_id"])), np.int64)
 
-    def copy(self) -> _Keys:
-        """An independent copy."""
-        other = _Keys.__new__(_Keys)
-        other._keys, other._side = self._keys, self._side
-        other._index = {key: index.copy() for key, index in self._index.items()}
-        return other
-
     def _codes(
         self, key: tuple[str, ...], rows: Rows, add: bool, done: dict[tuple[str, ...], np.ndarray]
     ) -> np.ndarray:
@@ -304,11 +280,6 @@ class _Counts:
         grown = np.take(self.values, codes, axis=0)
         grown += more
         _items(self.values)[codes] = _items(grown)
-
-    def copy(self) -> _Counts:
-        other = _Counts(self.values.shape[1])
-        other.values = self.values.copy()
-        return other
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import Origin, write_parts
-from trainer.data.format.content_vectors import Part as Vectors
+from trainer.data.format.content_vectors import Origin, VectorPart, write_parts
 from trainer.data.importers.columns import Part
 
 ITEM_VECTORS, SEGMENT_VECTORS = "embeddings/items", "embeddings/segments"
@@ -84,7 +83,7 @@ def write_titles(folder: Path, file: Path, item_id: np.ndarray, title: np.ndarra
     titles = _load_titles(file)
     known = np.flatnonzero((title >= 0) & (title < len(titles)))
 
-    def parts() -> Iterator[Vectors]:
+    def parts() -> Iterator[VectorPart]:
         for first in range(0, len(known), _BLOCK):
             rows = known[first : first + _BLOCK]
             vectors = titles[title[rows]].astype(np.float32)

@@ -11,13 +11,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 
-Position = dict[int, list[int]]
+ReadPosition = dict[int, list[int]]
 """Partition -> ``[epoch, window, offset]``: rows consumed so far. The keys are the partitions of one rank; the union
 over the ranks is the position of the job (plan.py)."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class RankingBatch:
     """Inputs and labels of some exposures.
 
     Attributes:
@@ -43,21 +43,21 @@ class Batch:
     visit_id: Tensor
     request_ms: Tensor
     rows: int
-    position: Position = field(default_factory=dict)
+    position: ReadPosition = field(default_factory=dict)
     skipped_rows: int = 0
     slow: Tensor | None = None
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device, non_blocking: bool = False) -> RankingBatch:
         """The batch on a device; ``non_blocking`` copies overlap with the host when the batch is pinned."""
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
         }
         return replace(self, ids=[keyed.to(device, non_blocking=non_blocking) for keyed in self.ids], **moved)
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> RankingBatch:
         """The batch in page-locked memory."""
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         return replace(self, ids=[keyed.pin_memory() for keyed in self.ids], **pinned)
@@ -70,7 +70,7 @@ class Batch:
             tensor.record_stream(stream)
 
 
-def unpack(packed: PackedBatch, layout: BatchLayout, position: Position) -> Batch:
+def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> RankingBatch:
     """The batch as views of the two buffers."""
     ids = [
         # The sizes of the keys are known here; without them TorchRec would sum lengths on the device and wait.
@@ -84,7 +84,7 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: Position) -> Batc
         )
         for group in packed.ids(layout)
     ]
-    return Batch(
+    return RankingBatch(
         ids=ids,
         **packed.columns(layout),
         rows=packed.rows,
@@ -93,7 +93,7 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: Position) -> Batc
     )
 
 
-def empty_batch(layout: BatchLayout) -> Batch:
+def empty_batch(layout: BatchLayout) -> RankingBatch:
     """A batch of no rows, for a rank that has run out while others go on."""
     no_ids = {key: 0 for keys in layout.keys for key in keys}
     return unpack(PackedBatch(torch.empty(0, dtype=torch.int64), torch.empty(0), 0, no_ids), layout, {})

@@ -21,7 +21,7 @@ import numpy as np
 from trainer.console.errors import UserError
 from trainer.data.format.shards import RowStore
 from trainer.data.format.time_selection import Selection
-from trainer.data.loading.batch import Position
+from trainer.data.loading.batch import ReadPosition
 
 SHUFFLE_POOL = 1 << 18
 """Rows among which a row is mixed at random, over all partitions; about 100 MiB of decoded rows."""
@@ -39,7 +39,7 @@ class BlockKey(NamedTuple):
     block: int
 
 
-class Piece(NamedTuple):
+class BlockSlice(NamedTuple):
     """A run of a block's rows that goes into one batch.
 
     Attributes:
@@ -60,8 +60,8 @@ class Piece(NamedTuple):
 class PlannedBatch(NamedTuple):
     """The pieces of a batch, and where the rank stands after it."""
 
-    pieces: list[Piece]
-    position: Position
+    pieces: list[BlockSlice]
+    position: ReadPosition
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ReadPlan:
         self._partitions: dict[int, PartitionWindows] = {
             partition: _windows(store, partition, selection, shuffle_ms) for partition in partitions
         }
-        self._start: Position = {partition: [0, 0, 0] for partition in partitions}
+        self._start: ReadPosition = {partition: [0, 0, 0] for partition in partitions}
         if state is not None:
             self._start = {partition: self._checked(partition, state) for partition in partitions}
 
@@ -141,7 +141,7 @@ class ReadPlan:
         return self._epochs * sum(int(part.window_rows.sum()) for part in self._partitions.values())
 
     @property
-    def position(self) -> Position:
+    def position(self) -> ReadPosition:
         """Where this plan starts."""
         return {partition: list(at) for partition, at in self._start.items()}
 
@@ -158,7 +158,7 @@ class ReadPlan:
     def batches(self) -> Iterator[PlannedBatch]:
         """The batches in order, planned as they are asked for."""
         position = self.position
-        pieces: list[Piece] = []
+        pieces: list[BlockSlice] = []
         wanted = self._batch_size
         for epoch, window, owners, partitions in self._walk():
             blocks = _BlockCursor(self._blocks, epoch, window)
@@ -237,7 +237,7 @@ class _BlockCursor:
         self._blocks, self._epoch, self._window = blocks, epoch, window
         self._open: dict[int, tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]] = {}
 
-    def pieces(self, partition: int, start: int, stop: int) -> Iterator[Piece]:
+    def pieces(self, partition: int, start: int, stop: int) -> Iterator[BlockSlice]:
         """Rows ``[start, stop)`` of the partition's window as pieces of blocks."""
         if partition not in self._open:
             blocks = self._blocks(partition, self._epoch, self._window)
@@ -248,7 +248,7 @@ class _BlockCursor:
             begin, end = int(edges[block]), int(edges[block + 1])
             records, rows = blocks[block]
             key = BlockKey(partition, self._epoch, self._window, block)
-            yield Piece(key, records, rows, start - begin, min(stop, end) - begin)
+            yield BlockSlice(key, records, rows, start - begin, min(stop, end) - begin)
             start, block = end, block + 1
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from trainer.data.format.schema import DatasetSpec, Rows, row_columns
 from trainer.data.format.shards import RowStore
 from trainer.data.format.time_selection import Selection
-from trainer.data.loading.batch_plan import BlockKey, Piece
+from trainer.data.loading.batch_plan import BlockKey, BlockSlice
 
 
 class Gathered(NamedTuple):
@@ -21,7 +21,7 @@ class Gathered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Block:
+class _DecodedBlock:
     """Decoded rows of a block; ``order[k]`` is the row that comes k-th, or -1 where its record is corrupt."""
 
     key: BlockKey
@@ -41,9 +41,9 @@ class BlockReader:
 
     def __init__(self, store: RowStore, spec: DatasetSpec, selection: Selection, seed: int | None) -> None:
         self._store, self._columns, self._selection, self._seed = store, row_columns(spec), selection, seed
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int, _DecodedBlock] = {}
 
-    def gather(self, pieces: list[Piece]) -> Gathered:
+    def gather(self, pieces: list[BlockSlice]) -> Gathered:
         """Rows of the pieces, in their order.
 
         Raises:
@@ -69,13 +69,13 @@ class BlockReader:
                 start = stop
         return Gathered(rows, skipped)
 
-    def _block(self, piece: Piece) -> _Block:
+    def _block(self, piece: BlockSlice) -> _DecodedBlock:
         block = self._blocks.get(piece.key.partition)
         if block is None or block.key != piece.key:
             block = self._blocks[piece.key.partition] = self._read(piece)
         return block
 
-    def _read(self, piece: Piece) -> _Block:
+    def _read(self, piece: BlockSlice) -> _DecodedBlock:
         parts, place, at = [], [], 0
         for record, planned in zip(piece.records.tolist(), piece.rows.tolist(), strict=True):
             rows = self._store.read(piece.key.partition, record)
@@ -90,4 +90,4 @@ class BlockReader:
         if self._seed is not None:
             order = np.random.default_rng([self._seed, *piece.key]).permutation(order)
         columns = {name: np.concatenate([part[name] for part in parts]) for name in self._columns} if parts else {}
-        return _Block(piece.key, columns, order)
+        return _DecodedBlock(piece.key, columns, order)

@@ -32,8 +32,8 @@ from trainer.data.format.history import Histories
 from trainer.data.format.shards import RowStore
 from trainer.data.format.statistics import FrozenStatistics
 from trainer.data.format.time_selection import Selection
-from trainer.data.loading.batch import Batch, Position, unpack
-from trainer.data.loading.batch_plan import Piece, ReadPlan, partitions_of_rank
+from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
+from trainer.data.loading.batch_plan import BlockSlice, ReadPlan, partitions_of_rank
 from trainer.data.loading.block_reader import BlockReader
 
 _PR_SET_PDEATHSIG = 1
@@ -126,7 +126,7 @@ class Loader:
         return self._plan.rows_total
 
     @property
-    def position(self) -> Position:
+    def position(self) -> ReadPosition:
         """Where reading starts."""
         return self._plan.position
 
@@ -135,14 +135,14 @@ class Loader:
         """Rows of :attr:`rows_total` that lie before the first batch."""
         return self._plan.rows_done
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[RankingBatch]:
         """The batches, from ``state`` on each time.
 
         Raises:
             UserError: a corrupt record, a value that is not finite, or an id beyond its table; named. A worker process
                 that was killed; with its number and the signal.
         """
-        positions: deque[Position] = deque()
+        positions: deque[ReadPosition] = deque()
         self._maker.prepare()
 
         def plan() -> Iterator[_Order]:
@@ -200,7 +200,7 @@ class Loader:
 class _Order(NamedTuple):
     """What a worker is told of a batch: where its rows are, and the version of the search vectors."""
 
-    pieces: list[Piece]
+    pieces: list[BlockSlice]
     version: int
 
 

@@ -18,7 +18,7 @@ import torch
 from trainer.config.embed import EmbeddingJob, Kind
 from trainer.console.errors import UserError, one_line
 from trainer.console.progress import Progress
-from trainer.data.format.content_vectors import MANIFEST, ContentVectors, Origin, Part, finite_rows, write_parts
+from trainer.data.format.content_vectors import MANIFEST, ContentVectors, Origin, VectorPart, finite_rows, write_parts
 from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.learned_query import fit_query
 from trainer.llm.embedding.text_encoder import Encoder
@@ -219,7 +219,7 @@ def merge(plan: Plan, dim: int) -> None:
     logger.info(f"{plan.table}: {len(table):,} vectors of {table.dim} ({told})")
 
 
-def _all_parts(plan: Plan) -> Iterator[Part]:
+def _all_parts(plan: Plan) -> Iterator[VectorPart]:
     if plan.old is not None:
         yield from plan.old.parts(plan.kept)
     for file in plan.files:

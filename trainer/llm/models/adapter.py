@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.checkpoint.model_state import list_differences
 from trainer.console.errors import UserError, one_line
+from trainer.data.format.safetensors_header import read_header
 from trainer.llm.models.base_model import Base, empty_model
 from trainer.llm.run import base_path, load_run
 from trainer.runtime.files import write_json, write_whole
@@ -72,7 +73,6 @@ def check_adapter(base: Base, directory: Path) -> None:
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict
-    from safetensors import safe_open
 
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file() or not (directory / "adapter_config.json").is_file():
@@ -93,10 +93,8 @@ def check_adapter(base: Base, directory: Path) -> None:
     except ValueError as error:
         raise UserError(f"{directory}: an adapter for another base model ({one_line(error)})") from None
     try:
-        with safe_open(weights, "pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        # Again an error of safetensors' own.
+        there = {name: tensor.shape for name, tensor in read_header(weights).items()}
+    except (OSError, ValueError) as error:
         raise UserError(f"{weights}: damaged ({one_line(error)})") from None
     differences = list_differences(there, {name: tuple(value.shape) for name, value in expected.items()})
     if differences:

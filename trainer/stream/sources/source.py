@@ -298,15 +298,6 @@ def check_identity(saved: Identity, now: Identity) -> None:
             )
 
 
-def merge_positions(positions: Iterable[Mapping[int, Sequence[int]]]) -> Position:
-    """The position of the job from those of its ranks, which share no partition."""
-    merged: Position = {}
-    for position in positions:
-        assert not merged.keys() & position.keys(), "two ranks own the same partition"
-        merged |= {int(partition): list(at) for partition, at in position.items()}
-    return dict(sorted(merged.items()))
-
-
 def _ranges(partitions: Iterable[int]) -> str:
     ordered = sorted(partitions)
     if ordered == list(range(len(ordered))):

@@ -1,0 +1,117 @@
+"""Header of a safetensors file: names, element types, shapes and places of its tensors.
+
+A file is 8 bytes with the length of the header (little endian), the header as JSON, and the values of all tensors.
+Records of a dataset, exported models and adapters are such files; https://github.com/huggingface/safetensors describes
+the format. The safetensors library reads and writes whole files only from memory: here a header is made before the
+values exist, and read without them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+_LENGTH_BYTES = 8
+
+# The values begin at a multiple of this, so that a reader can map them as aligned arrays.
+_ALIGNMENT = 8
+
+_ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of the file.
+
+    Attributes:
+        dtype: element type by the name that safetensors gives it, such as ``F32``.
+        shape: sizes of its dimensions.
+        start: first byte, counted from the end of the header.
+        stop: the byte after its last one.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """Return the first bytes of a file whose tensors follow one another, and the number of bytes of their values.
+
+    Args:
+        tensors: name, element type (such as ``F32``) and shape of each tensor, in the order of their values.
+    """
+    entries, start = {}, 0
+    for name, dtype, shape in tensors:
+        stop = start + prod(shape) * _ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, start
+
+
+def header_bytes(first: bytes) -> int:
+    """Return where the values begin in a file: the size of the length and of the header, from the file's first bytes.
+
+    Raises:
+        ValueError: fewer than 8 bytes.
+    """
+    if len(first) < _LENGTH_BYTES:
+        raise ValueError("a safetensors file begins with 8 bytes that give the length of its header")
+    return _LENGTH_BYTES + int.from_bytes(first[:_LENGTH_BYTES], "little")
+
+
+def decode_header(header: bytes) -> dict[str, TensorEntry]:
+    """Return the tensors of a file by name, in the order of the header.
+
+    Args:
+        header: the first bytes of the file up to its values, with the 8 bytes of the length.
+
+    Raises:
+        ValueError: the bytes are not the header of a safetensors file.
+    """
+    if len(header) < _LENGTH_BYTES or len(header) != header_bytes(header):
+        raise ValueError("the header of a safetensors file is cut short")
+    try:
+        return {
+            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in json.loads(header[_LENGTH_BYTES:]).items()
+            if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not the header of a safetensors file ({error!r})") from None
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Read the header of a file, and check that the file is as long as its tensors need.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a safetensors file, or it is cut short.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = header_bytes(opened.read(_LENGTH_BYTES))
+        if start > size:
+            raise ValueError(f"its header should end at byte {start}, the file has {size} bytes")
+        opened.seek(0)
+        tensors = decode_header(opened.read(start))
+    expected = start + max((tensor.stop for tensor in tensors.values()), default=0)
+    if size != expected:
+        raise ValueError(f"it should have {expected} bytes, it has {size}")
+    return tensors
