@@ -29,7 +29,7 @@ from trainer.metrics.behaviour_metrics import Report
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.evaluation import calibration_curve, evaluate, metrics_document, predict, read_truth
 from trainer.ranking.report import metrics_table, write_report
-from trainer.ranking.search_refresh import Searching, make_space
+from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import (
     Split,
     build_engine,
@@ -144,7 +144,7 @@ def train_and_evaluate(job: Job, kind: RankerKind, home: Path) -> dict[str, Any]
     position = checkpoints.restore(engine, state)
     if position is None and config.init_from.run:
         logger.info(format_taken(warm_start(engine, config, kind, features, world)))
-    searching = None if space is None else Searching(space, config, features, engine, world)
+    searching = None if space is None else SearchSpaceRefresher(space, config, features, engine, world)
     if searching is not None:
         searching.begin()
     set_step(state.step)

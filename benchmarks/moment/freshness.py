@@ -12,7 +12,7 @@ from trainer.config.load import parse_time
 from trainer.config.ranker import JobConfig
 from trainer.data.format.schema import Rows
 from trainer.data.format.validation import Columns
-from trainer.ranking.training_stream import Stream
+from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
 from trainer.stream.labels.assembled_rows import END_OF_TIME, FIRST_BEHAVIOUR, concatenate
 from trainer.stream.labels.batch_assembler import assemble_batch
@@ -104,10 +104,10 @@ class _Delays(Freshness):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stream: Stream | None = None
+        self._stream: TrainingStream | None = None
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def listen_to(self, stream: Stream) -> None:
+    def listen_to(self, stream: TrainingStream) -> None:
         """Take the place of the stream's own."""
         self._stream, stream.freshness = stream, self
 

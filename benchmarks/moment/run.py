@@ -26,10 +26,10 @@ from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.setup import build_engine, split_in_time
 from trainer.ranking.stream_train_loop import train_stream
 from trainer.ranking.training_state import TrainingState
-from trainer.ranking.training_stream import Stream, open_stream
+from trainer.ranking.training_stream import TrainingStream, open_stream
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
-from trainer.stream.live.live_stream import Answered
+from trainer.stream.live.live_stream import PredictedOutcomes
 
 POLICIES = ("full", "fast_slow", "realtime", "realtime_naive")
 
@@ -70,7 +70,7 @@ class Predicted:
     Attributes:
         visit_id: ``[n]`` int64.
         probability: ``[n, behaviours]`` float32.
-        facts: of the training: ``steps``, ``rows`` and what ``Stream.summary`` tells.
+        facts: of the training: ``steps``, ``rows`` and what ``TrainingStream.summary`` tells.
     """
 
     visit_id: np.ndarray
@@ -80,9 +80,9 @@ class Predicted:
 
 def predict_stream(config: JobConfig, world: World) -> Predicted:
     """Train on a stream from its beginning to its end, on one rank, and keep what was predicted on the way."""
-    answers: list[Answered] = []
+    answers: list[PredictedOutcomes] = []
 
-    def listen(stream: Stream) -> None:
+    def listen(stream: TrainingStream) -> None:
         stream.observe = answers.append
 
     facts = train_on(config, world, listen)
@@ -91,11 +91,11 @@ def predict_stream(config: JobConfig, world: World) -> Predicted:
     return Predicted(visit_id, (1 / (1 + np.exp(-logits))).astype(np.float32), facts)
 
 
-def train_on(config: JobConfig, world: World, prepare: Callable[[Stream], None]) -> dict[str, Any]:
+def train_on(config: JobConfig, world: World, prepare: Callable[[TrainingStream], None]) -> dict[str, Any]:
     """Train on the stream of a job, on one rank, and keep nothing; ``prepare`` is given the stream before it begins.
 
     Returns:
-        ``steps``, ``rows`` trained on, and what ``Stream.summary`` tells.
+        ``steps``, ``rows`` trained on, and what ``TrainingStream.summary`` tells.
     """
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)

@@ -40,7 +40,7 @@ from trainer.data.simulator.cross.write_dataset import ITEM_VECTORS, simulate_cr
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.evaluation import Predictions, evaluate, predict, read_truth
-from trainer.ranking.search_refresh import Searching, make_space
+from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import build_engine, fit_once, held_out_loader, split_in_time, training_loader
 from trainer.runtime.distributed import World
 from trainer.runtime.environment import environment
@@ -101,7 +101,7 @@ def run(config: JobConfig, variant: str, world: World) -> Measured:
     engine = build_engine(config, features, config.model.kind, world)
     space = make_space(config, features)
     if space is not None:
-        Searching(space, config, features, engine, world).begin()
+        SearchSpaceRefresher(space, config, features, engine, world).begin()
     train(engine, training_loader(config, data, split, features, world, space=space), config)
     held_out = predict(engine, held_out_loader(config, data, split, features, world, None, space), quiet=True)
     engine.close()

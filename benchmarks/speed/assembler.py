@@ -28,12 +28,12 @@ from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
-from trainer.stream.labels.assembled_rows import Assembled, concatenate
+from trainer.stream.labels.assembled_rows import AssembledRows, concatenate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
 from trainer.stream.labels.policy import POLICIES, EventTimeouts, Policy
 from trainer.stream.labels.streaming_assembler import StreamAssembler
-from trainer.stream.labels.visit_grouping import of_domains
+from trainer.stream.labels.visit_grouping import in_domains
 
 TARGETS = {"batch": 500_000, "incremental": 100_000}
 """Events per second and core that are asked of each."""
@@ -53,7 +53,7 @@ def fastest(work: Callable[[], Any], repeats: int) -> float:
 
 def in_portions(
     spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, events: Columns, domains: Domains, portion: int
-) -> Iterator[Assembled]:
+) -> Iterator[AssembledRows]:
     """The incremental assembler's answers."""
     assembler = StreamAssembler(spec, policy, timeouts, domains)
     for first in range(0, len(events["time_ms"]), portion):
@@ -78,15 +78,15 @@ def measure(
     reading = time.process_time() - begin
     partitions = [arriving(part, max_out_of_orderness_ms) for part in partitions]
     events = sum(len(part["time_ms"]) for part in partitions)
-    counted = sum(int(of_domains(log.spec, part["domain"], domains).sum()) for part in partitions)
+    counted = sum(int(in_domains(log.spec, part["domain"], domains).sum()) for part in partitions)
     policies: dict[str, Any] = {}
     for name, make in POLICIES.items():
         policy = make()
 
-        def batch(policy: Policy = policy) -> list[Assembled]:
+        def batch(policy: Policy = policy) -> list[AssembledRows]:
             return [assemble_batch(log.spec, policy, timeouts, part, domains) for part in partitions]
 
-        def incremental(policy: Policy = policy) -> list[Assembled]:
+        def incremental(policy: Policy = policy) -> list[AssembledRows]:
             return [
                 answer
                 for part in partitions

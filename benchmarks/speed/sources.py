@@ -34,9 +34,9 @@ from trainer.runtime.files import write_json
 from trainer.stream.labels.assembled_rows import EXPOSURE
 from trainer.stream.sources.kafka_client import library
 from trainer.stream.sources.kafka_source import KafkaSource
-from trainer.stream.sources.kafka_topic import Topic
+from trainer.stream.sources.kafka_topic import TopicPublisher
 from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
-from trainer.stream.sources.replay import FilesSource
+from trainer.stream.sources.replay import ReplaySource
 from trainer.stream.sources.source import Source
 
 PARTITIONS = 4
@@ -122,7 +122,7 @@ def drain(source: Source) -> int:
         return sum(len(batch) for batch in reader)
 
 
-def publish(topic: Topic, events: Columns, logged: RequestFeatures | None, per_message: int) -> int:
+def publish(topic: TopicPublisher, events: Columns, logged: RequestFeatures | None, per_message: int) -> int:
     """Write events to a topic and wait for the brokers."""
     count = len(events["time_ms"])
     for first in range(0, count, 20_000):
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, carried in (("files", None), ("files, features", logged)):
             path = Path(scratch) / name
             store(path, events, carried)
-            source = FilesSource(path, StreamConfig())
+            source = ReplaySource(path, StreamConfig())
             results[name] = {"read": best([measure(partial(drain, source)) for _ in range(options.repeats)])}
     plain, joined = (options.events / results[name]["read"]["events_per_cpu_second"] for name in results)
     results["files, features"] |= {"rows": len(logged), "seconds_a_million_rows": (joined - plain) / len(logged) * 1e6}
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"{format}-{uuid.uuid4().hex[:8]}"
         cluster.list_topics(name, timeout=20)
         config = StreamConfig(source="kafka", brokers=brokers, topic=name, format=format, until_end=True)
-        topic = Topic(config, SPEC, PARTITIONS)
+        topic = TopicPublisher(config, SPEC, PARTITIONS)
         written = measure(partial(publish, topic, few, carried, per_message))
         kafka = KafkaSource(config, SPEC)
         runs = [measure(partial(drain, kafka)) for _ in range(options.repeats)]

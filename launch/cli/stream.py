@@ -16,7 +16,7 @@ from trainer.stream.labels.policy import POLICIES, EventTimeouts, make_policy
 _ASSEMBLE_DESCRIPTION = """\
 Write the training rows that a report policy makes of a dataset's event log, partition after partition, each in order
 of emit_ms. Columns: visit_id, user_id, author_id, item_id, kind, request_ms, emit_ms, and label_B and mask_B for each
-behaviour B. Events that change no row are kept in OUT.aside.parquet, with the reason.
+behaviour B. Events that change no row are kept in OUT.unused_events.parquet, with the reason.
 
   full            one row at the end of the visit
   fast_slow       one row after --fast-seconds, one after --slow-seconds with the positives that the first one denied
@@ -115,9 +115,9 @@ def _assemble(options: argparse.Namespace) -> int:
     print(f"{options.out}: {rows:,} rows of {written.visits:,} visits" + (f" ({kinds})" if kinds else ""))
     if written.fast_slow_rows:
         print(f"rows to those of fast_slow: {rows / written.fast_slow_rows:.2f}")
-    if written.aside_file is not None:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in written.aside.items() if count)
-        print(f"{written.aside_file}: {sum(written.aside.values()):,} events that change no row ({reasons})")
+    if written.unused_file is not None:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in written.unused_events.items() if count)
+        print(f"{written.unused_file}: {sum(written.unused_events.values()):,} events that change no row ({reasons})")
     return 0
 
 

@@ -52,8 +52,8 @@ def _publish(options: argparse.Namespace) -> int:
     from trainer.config.toml import validate
     from trainer.console.progress import Progress
     from trainer.data.format.schema import DatasetSpec
-    from trainer.stream.sources.kafka_topic import Topic
-    from trainer.stream.sources.replay import FilesSource
+    from trainer.stream.sources.kafka_topic import TopicPublisher
+    from trainer.stream.sources.replay import ReplaySource
 
     spec = DatasetSpec.load(options.dataset)
     config = validate(
@@ -64,9 +64,9 @@ def _publish(options: argparse.Namespace) -> int:
         },
         "limelight stream publish",
     )
-    topic = Topic(config, spec, options.partitions or spec.partitions, append=options.append)
+    topic = TopicPublisher(config, spec, options.partitions or spec.partitions, append=options.append)
     per_message = options.events_per_message or (1 if options.format == "json" else 1000)
-    source = FilesSource(options.dataset, config)
+    source = ReplaySource(options.dataset, config)
     with source.open(range(source.partitions)) as reader, Progress("publishing", spec.events, "events") as progress:
         for batch in reader:
             topic.publish(batch.events, per_message, batch.logged)

@@ -21,7 +21,7 @@ from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.evaluation import evaluate, predict
-from trainer.ranking.search_refresh import Searching
+from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import held_out_loader, split_in_time
 from trainer.runtime.distributed import World
 from trainer.serving.trained_run import open_run
@@ -56,19 +56,19 @@ def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
 @contextmanager
 def recorded_versions(world: World) -> Iterator[list[tuple[int, bool, float]]]:
     """Versions that are put, whether all ranks have the rows of the tables in them, and a sum of their values."""
-    put = Searching._put
+    put = SearchSpaceRefresher._put
     found: list[tuple[int, bool, float]] = []
 
-    def recording(self: Searching, version: int) -> None:
+    def recording(self: SearchSpaceRefresher, version: int) -> None:
         put(self, version)
         same = all(_is_copy(self.space, version, self._engine, world, name) for name in ("item", "author"))
         found.append((version, same, float(self.space.at(version)["author"].astype(np.float64).sum())))
 
-    Searching._put = recording  # type: ignore[method-assign]
+    SearchSpaceRefresher._put = recording  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Searching._put = put  # type: ignore[method-assign]
+        SearchSpaceRefresher._put = put  # type: ignore[method-assign]
 
 
 def _is_copy(space: SearchSpace, version: int, engine: HybridEngine, world: World, name: str) -> bool:

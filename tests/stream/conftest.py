@@ -14,7 +14,7 @@ from tests.stream.event_logs import logged_of
 from tests.stream.random_logs import SPEC
 from trainer.config.stream import StreamConfig
 from trainer.data.format.validation import Columns
-from trainer.stream.sources.kafka_topic import Topic
+from trainer.stream.sources.kafka_topic import TopicPublisher
 
 BROKERS_VARIABLE = "LIMELIGHT_KAFKA_BROKERS"
 PARTITIONS = 4
@@ -57,7 +57,7 @@ class Cluster:
     def published(self, events: Columns, per_message: int = 1, **options: Any) -> StreamConfig:
         """A new topic that holds the events, and what is logged with them."""
         config = self.config(self.topic(), **options)
-        topic = Topic(config, SPEC, PARTITIONS)
+        topic = TopicPublisher(config, SPEC, PARTITIONS)
         topic.publish(events, per_message, logged_of(events))
         topic.flush()
         return config

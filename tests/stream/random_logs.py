@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import strategies as st
 
-from tests.stream.reference import Aside, Begun, Event, Row
+from tests.stream.reference import Event, Row, StartedVisit, UnusedEvent
 from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, DenseFeature, Rows, SideFeature
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names
@@ -101,28 +101,28 @@ def rows_as_tuples(rows: Rows) -> list[Row]:
     ]
 
 
-def begun_as_tuples(begun: Rows) -> list[Begun]:
+def started_as_tuples(started: Rows) -> list[StartedVisit]:
     """Visits that an assembler says began, in the reference's form."""
-    columns = {name: begun[name].tolist() for name in Begun._fields}
+    columns = {name: started[name].tolist() for name in StartedVisit._fields}
     columns["domain"] = [DOMAINS[code] for code in columns["domain"]]
-    return [Begun(*values) for values in zip(*columns.values(), strict=True)]
+    return [StartedVisit(*values) for values in zip(*columns.values(), strict=True)]
 
 
-def aside_as_tuples(aside: Columns) -> list[Aside]:
-    """What an assembler set aside in the reference's form."""
+def unused_as_tuples(unused: Columns) -> list[UnusedEvent]:
+    """Unused events of an assembler in the reference's form."""
     names = event_names(SPEC)
     return [
-        Aside(
-            REASONS[aside["reason"][place]],
+        UnusedEvent(
+            REASONS[unused["reason"][place]],
             Event(
-                int(aside["user_id"][place]),
-                int(aside["visit_id"][place]),
-                int(aside["author_id"][place]),
-                int(aside["item_id"][place]),
-                DOMAINS[aside["domain"][place]],
-                names[aside["event"][place]],
-                int(aside["time_ms"][place]),
+                int(unused["user_id"][place]),
+                int(unused["visit_id"][place]),
+                int(unused["author_id"][place]),
+                int(unused["item_id"][place]),
+                DOMAINS[unused["domain"][place]],
+                names[unused["event"][place]],
+                int(unused["time_ms"][place]),
             ),
         )
-        for place in range(len(aside["time_ms"]))
+        for place in range(len(unused["time_ms"]))
     ]

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     mask: tuple[int, ...]
 
 
-class Begun(NamedTuple):
+class StartedVisit(NamedTuple):
     """A visit that began."""
 
     request_ms: int
@@ -48,7 +48,7 @@ class Begun(NamedTuple):
     domain: str
 
 
-class Aside(NamedTuple):
+class UnusedEvent(NamedTuple):
     """An event that belongs to no visit."""
 
     reason: str
@@ -76,7 +76,7 @@ def split_late(events: Sequence[Event], max_out_of_orderness_ms: int) -> tuple[l
 
 
 def visits_of(events: Sequence[Event], idle_ms: int) -> tuple[list[Visit], list[Event]]:
-    """Visits, and events that belong to none, of events that came in time."""
+    """GroupedVisits, and events that belong to none, of events that came in time."""
     groups: dict[tuple[int, int], list[Event]] = defaultdict(list)
     for event in events:
         groups[event.user_id, event.visit_id].append(event)
@@ -169,22 +169,22 @@ def assemble(
     behaviours: Sequence[str],
     applies: dict[str, tuple[str, ...]],
     domains: Sequence[str],
-) -> tuple[list[Row], list[Aside]]:
-    """Rows in their order, and what was set aside in any order, of events in order of arrival."""
+) -> tuple[list[Row], list[UnusedEvent]]:
+    """Rows in their order, and the unused events in any order, of events in order of arrival."""
     in_time, late = split_late(events, timeouts.max_out_of_orderness_ms)
     visits, orphans = visits_of([event for event in in_time if event.domain in domains], timeouts.idle_ms)
     rows = [row for visit in visits for row in rows_of(visit, policy, behaviours, applies)]
-    aside = [Aside("late", event) for event in late if event.domain in domains]
-    aside += [Aside("no_open_visit", event) for event in orphans]
-    return sorted(rows, key=lambda row: row[:4]), aside
+    unused = [UnusedEvent("late", event) for event in late if event.domain in domains]
+    unused += [UnusedEvent("no_open_visit", event) for event in orphans]
+    return sorted(rows, key=lambda row: row[:4]), unused
 
 
-def begun(events: Sequence[Event], timeouts: EventTimeouts, domains: Sequence[str]) -> list[Begun]:
+def started(events: Sequence[Event], timeouts: EventTimeouts, domains: Sequence[str]) -> list[StartedVisit]:
     """Visits in order of request, user and visit, of events in order of arrival."""
     in_time, _ = split_late(events, timeouts.max_out_of_orderness_ms)
     visits, _ = visits_of([event for event in in_time if event.domain in domains], timeouts.idle_ms)
     firsts = [visit.first for visit in visits]
     return sorted(
-        Begun(first.time_ms, first.user_id, first.visit_id, first.author_id, first.item_id, first.domain)
+        StartedVisit(first.time_ms, first.user_id, first.visit_id, first.author_id, first.item_id, first.domain)
         for first in firsts
     )

@@ -24,8 +24,8 @@ from trainer.data.simulator.write_dataset import simulate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
 from trainer.stream.labels.policy import event_timeouts, report_policy
-from trainer.stream.sources.kafka_topic import Topic
-from trainer.stream.sources.replay import FilesSource
+from trainer.stream.sources.kafka_topic import TopicPublisher
+from trainer.stream.sources.replay import ReplaySource
 
 TIMEOUTS = 200.0
 SINCE = "2024-03-05"
@@ -35,8 +35,8 @@ def publish(config: StreamConfig, world: Path, spec: DatasetSpec, hours: tuple[f
     """Put the events of some hours of the stream on its topic, with what is logged with them."""
     begin = parse_time(SINCE, spec.timezone, "t")
     since, until = (begin + round(hour * 3_600_000) for hour in hours)
-    topic = Topic(config, spec, 4, append=True)
-    with FilesSource(world, StreamConfig(), since, until).open(range(spec.partitions)) as reader:
+    topic = TopicPublisher(config, spec, 4, append=True)
+    with ReplaySource(world, StreamConfig(), since, until).open(range(spec.partitions)) as reader:
         for batch in reader:
             topic.publish(batch.events, 100, batch.logged)
     topic.flush()

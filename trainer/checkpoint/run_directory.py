@@ -9,7 +9,7 @@
     features/          vocabularies and standardisation, fitted on the training range
     checkpoints/       the model and the state of its training; the newest one is the run's model
     published/         models for scoring while a stream is trained on (trainer/serving/publish.py)
-    aside/             events of a stream that changed no row (trainer/stream/live/unused_events.py)
+    unused_events/     events of a stream that changed no row (trainer/stream/live/unused_events.py)
     logs/              what each rank said
     tensorboard/       scalars
     plan.json          how TorchRec laid out each table

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _CHUNK_ROWS = 1 << 16
 
 
-class _Place(NamedTuple):
+class _ShardPlace(NamedTuple):
     """Where a rank's shard lies in its table."""
 
     table: str
@@ -60,7 +60,7 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
     return SearchSpace(first, later, search.dtype, search.refresh_steps, forked)
 
 
-class Searching:
+class SearchSpaceRefresher:
     """Keeps a job's search space up to date while its model is trained. Calls are collective.
 
     Args:
@@ -119,13 +119,13 @@ class Searching:
 
     def _put(self, version: int) -> None:
         shards = [
-            (_Place(shard.table, shard.row, shard.column, *shard.values.shape), shard.values.detach())
+            (_ShardPlace(shard.table, shard.row, shard.column, *shard.values.shape), shard.values.detach())
             for shard in self._engine.table_shards()
             if shard.table in self.space.tables(version)
         ]
         largest = torch.tensor([float(values.abs().max()) for _, values in shards if values.numel()] or [0.0]).max()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._control)
-        everyone: list[list[_Place]] = [[] for _ in range(self._world.size)]
+        everyone: list[list[_ShardPlace]] = [[] for _ in range(self._world.size)]
         dist.all_gather_object(everyone, [place for place, _ in shards], group=self._control)
         target = self.space.at(version)
         mine = dict(shards)

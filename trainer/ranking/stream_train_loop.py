@@ -25,23 +25,23 @@ from trainer.data.format.schema import Rows
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
-from trainer.ranking.search_refresh import Searching
+from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import rows_per_rank
 from trainer.ranking.train_loop import keep_batch, write_scalars
 from trainer.ranking.training_state import TrainingState, Window
-from trainer.ranking.training_stream import Stream
+from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.watchdog import Watchdog
 from trainer.stream.labels.assembled_rows import END_OF_TIME, SLOW
-from trainer.stream.sources.source import Reader
-from trainer.stream.sources.time_slices import Slices
+from trainer.stream.sources.source import StreamReader
+from trainer.stream.sources.time_slices import TimeSlices
 
 
 def train_stream(
     engine: HybridEngine,
-    stream: Stream,
-    reader: Reader,
+    stream: TrainingStream,
+    reader: StreamReader,
     state: TrainingState,
     checkpoints: Checkpoints,
     *,
@@ -49,7 +49,7 @@ def train_stream(
     world: World,
     preemption: Preemption,
     home: Path,
-    searching: Searching | None = None,
+    searching: SearchSpaceRefresher | None = None,
 ) -> None:
     """Slice after slice, until the stream of every rank has ended.
 
@@ -71,8 +71,8 @@ def train_stream(
     """
     settings = config.stream
     assert settings is not None
-    slices = Slices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
-    learner = _Learner(engine, stream, state, config, world, home, searching)
+    slices = TimeSlices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
+    learner = _StreamTrainer(engine, stream, state, config, world, home, searching)
     engine.set_learning_rate(config.tables.learning_rate, config.optimizer.learning_rate)
     saved_step, pushed = state.step, 0
     with (
@@ -113,18 +113,18 @@ def train_stream(
     learner.close()
 
 
-class _Learner:
+class _StreamTrainer:
     """Predicts and trains on what has come together."""
 
     def __init__(
         self,
         engine: HybridEngine,
-        stream: Stream,
+        stream: TrainingStream,
         state: TrainingState,
         config: JobConfig,
         world: World,
         home: Path,
-        searching: Searching | None,
+        searching: SearchSpaceRefresher | None,
     ) -> None:
         assert config.stream is not None
         self._engine, self._stream, self._state, self._config, self._world = engine, stream, state, config, world
@@ -205,7 +205,7 @@ class _Learner:
         predictions = self._engine.predict(self._batch(part) for part in parts if len(part["user_id"]))
         logits = [logits.cpu().numpy() for _, logits in predictions]
         stream.live.predicted(requests, np.concatenate([np.empty((0, len(stream.features.behaviours))), *logits]))
-        answered = stream.live.take_answered()
+        answered = stream.live.take_outcomes()
         columns = stream.features.label_columns
         mask = answered.rows["mask"][:, columns]
         self._state.progressive.update(

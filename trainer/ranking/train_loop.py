@@ -17,7 +17,7 @@ from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
-from trainer.ranking.search_refresh import Searching
+from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import rows_per_rank
 from trainer.ranking.training_state import TrainingState, Window
 from trainer.runtime.distributed import World
@@ -38,7 +38,7 @@ def train(
     world: World,
     preemption: Preemption,
     home: Path,
-    searching: Searching | None = None,
+    searching: SearchSpaceRefresher | None = None,
 ) -> None:
     """One optimizer step after another until all ranks are out of rows; every batch is predicted before it is learnt.
 

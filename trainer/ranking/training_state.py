@@ -19,7 +19,7 @@ Trace = list[dict[str, Any]]
 
 
 class StreamState(Protocol):
-    """What a stream of training must keep beside its position: ``trainer.ranking.stream_train_loop.Stream``."""
+    """What a stream of training must keep beside its position: ``trainer.ranking.training_stream.TrainingStream``."""
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank, as tensors, numbers and strings."""

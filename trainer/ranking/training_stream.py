@@ -23,17 +23,17 @@ from trainer.metrics.behaviour_metrics import ProgressiveMetrics
 from trainer.ranking.setup import Split
 from trainer.runtime.distributed import World
 from trainer.stream.live.freshness import Freshness
-from trainer.stream.live.live_stream import Answered, LiveStream
-from trainer.stream.live.unused_events import AsideLog
-from trainer.stream.sources.open_source import connect
-from trainer.stream.sources.source import EventBatch, Reader, Source, check_identity
+from trainer.stream.live.live_stream import LiveStream, PredictedOutcomes
+from trainer.stream.live.unused_events import UnusedEventLog
+from trainer.stream.sources.open_source import open_source
+from trainer.stream.sources.source import EventBatch, Source, StreamReader, check_identity
 
-Observe = Callable[[Answered], None]
+Observe = Callable[[PredictedOutcomes], None]
 """Told on each rank of outcomes and of what was predicted of them, as they become known."""
 
 
 @dataclass
-class Stream:
+class TrainingStream:
     """The stream of a model's training, as a rank has it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stream:
         features: makes batches.
         histories: of this rank's users.
         live: what the rank knows of the stream.
-        aside: where events go that change no row.
+        unused_events: where events go that change no row.
         freshness: from events to what has learnt from them; None where that has no meaning.
         observe: is told of outcomes.
         seen_until_ms: all events of this rank before this time have come.
@@ -58,7 +58,7 @@ class Stream:
     features: FeatureMap
     histories: GrowingHistories
     live: LiveStream
-    aside: AsideLog
+    unused_events: UnusedEventLog
     freshness: Freshness | None
     observe: Observe = field(default=lambda answered: None)
     seen_until_ms: int = 0
@@ -67,8 +67,8 @@ class Stream:
     def take(self, batches: Sequence[EventBatch], until_ms: int) -> int:
         """Take the next events, after which all before ``until_ms`` have come. How many they were."""
         for batch in batches:
-            self.aside.write(self.live.push(batch.since(self.since_ms)))
-        self.aside.write(self.live.advance(until_ms))
+            self.unused_events.write(self.live.push(batch.since(self.since_ms)))
+        self.unused_events.write(self.live.advance(until_ms))
         self.seen_until_ms = until_ms
         return sum(map(len, batches))
 
@@ -92,7 +92,7 @@ class Stream:
         self.flushed_ms = states[0]["flushed_ms"]
         self.live.load_state_dict([as_arrays(state["live"]) for state in states], counted)
 
-    def open(self, position: Mapping[int, Sequence[int]] | None) -> Reader:
+    def open(self, position: Mapping[int, Sequence[int]] | None) -> StreamReader:
         """Read this rank's partitions, from a position of all partitions on; None begins anew.
 
         Raises:
@@ -116,7 +116,7 @@ class Stream:
 
 def open_stream(
     config: JobConfig, data: Dataset, split: Split, features: FeatureMap, world: World, home: Path
-) -> Stream:
+) -> TrainingStream:
     """The stream of a job, at its beginning.
 
     Args:
@@ -132,7 +132,7 @@ def open_stream(
     """
     settings = config.stream
     assert settings is not None
-    source = connect(settings, data.spec, config.data.path, split.stream_from, split.train_until)
+    source = open_source(settings, data.spec, config.data.path, split.stream_from, split.train_until)
     partitions = partitions_of_rank(source.partitions, world.rank, world.size)
 
     def mine(user_id: np.ndarray) -> np.ndarray:
@@ -153,7 +153,7 @@ def open_stream(
         len(features.behaviours),
         in_time,
     )
-    return Stream(
+    return TrainingStream(
         source=source,
         partitions=partitions,
         since_ms=split.stream_from,
@@ -161,7 +161,7 @@ def open_stream(
         features=features,
         histories=histories,
         live=live,
-        aside=AsideLog(home, data.spec, world.rank),
+        unused_events=UnusedEventLog(home, data.spec, world.rank),
         freshness=Freshness() if in_time else None,
     )
 

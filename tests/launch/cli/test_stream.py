@@ -60,7 +60,9 @@ def test_full_rows_are_the_training_rows_of_the_dataset(world: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_both_modes_write_the_same_rows_and_set_the_same_aside(world: Path, tmp_path: Path, policy: str) -> None:
+def test_both_modes_write_the_same_rows_and_find_the_same_unused_events(
+    world: Path, tmp_path: Path, policy: str
+) -> None:
     """Of a log that arrives in disorder, some of it too late."""
     log = tmp_path / "log"
     shutil.copytree(world, log, ignore=shutil.ignore_patterns("rows", "history", "truth"))
@@ -69,15 +71,15 @@ def test_both_modes_write_the_same_rows_and_set_the_same_aside(world: Path, tmp_
         table = pq.read_table(file)
         delay = np.where(rng.random(table.num_rows) < 0.3, rng.integers(0, 90_000, table.num_rows), 0)
         pq.write_table(table.take(pa.array(np.argsort(table["time_ms"].to_numpy() + delay, kind="stable"))), file)
-    asides = []
+    unused_by_mode = []
     for mode in ("batch", "incremental"):
         assert stream("assemble", log, "--policy", policy, tmp_path / f"{mode}.parquet", "--mode", mode) == 0
-        aside = pq.read_table(tmp_path / f"{mode}.aside.parquet")
-        names = aside.column_names
-        asides.append(sorted(zip(*(aside[name].to_pylist() for name in names), strict=True)))
+        unused = pq.read_table(tmp_path / f"{mode}.unused_events.parquet")
+        names = unused.column_names
+        unused_by_mode.append(sorted(zip(*(unused[name].to_pylist() for name in names), strict=True)))
     written = [pq.read_table(tmp_path / f"{mode}.parquet") for mode in ("batch", "incremental")]
     assert written[0].equals(written[1]) and written[0].num_rows > 900
-    assert asides[0] == asides[1] != []
+    assert unused_by_mode[0] == unused_by_mode[1] != []
     assert names == [*pq.read_table(file).column_names, "reason"]
 
 
@@ -90,7 +92,7 @@ def test_rows_in_the_file_are_those_of_the_reference(tmp_path: Path, capsys: pyt
     windows = ("--fast-seconds", 5, "--slow-seconds", 8.5)
     assert stream("assemble", log, out, "--policy", "fast_slow", *windows, "--idle-seconds", 20) == 0
     policy, timeouts = FastSlow(5_000, 8_500), EventTimeouts(20_000, 10_000)
-    expected, aside = assemble(events, policy, timeouts, BEHAVIOURS, SPEC.applies, SPEC.candidates)
+    expected, unused = assemble(events, policy, timeouts, BEHAVIOURS, SPEC.applies, SPEC.candidates)
     table = pq.read_table(out)
     assert table.column_names == [
         *("visit_id", "user_id", "author_id", "item_id", "kind", "request_ms", "emit_ms"),
@@ -106,7 +108,7 @@ def test_rows_in_the_file_are_those_of_the_reference(tmp_path: Path, capsys: pyt
     counted = f"{kinds.count('fast')} fast, {kinds.count('slow')} slow"
     assert lines[0] == f"{out}: {len(expected)} rows of 40 visits ({counted})"
     assert lines[1].startswith("rows to those of fast_slow: 1.")
-    assert lines[2].endswith(f"{len(aside)} events that change no row ({len(aside)} no_open_visit)")
+    assert lines[2].endswith(f"{len(unused)} events that change no row ({len(unused)} no_open_visit)")
 
 
 def test_consistency_counts_what_is_known_at_five_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +177,7 @@ GOOD = [Event(1, 5, 2, 3, "live", name, time_ms) for name, time_ms in (("exposur
         (with_column("domain", pa.array([1, 1, 2], pa.int8())), "column 'domain' is 2 in row 2"),
         (with_column("value", pa.array([0, 0, float("nan")])), "column 'value' is nan in row 2; it must be finite"),
         (lambda table: table.drop_columns("item_id"), "column 'item_id' is missing"),
-        (with_column("time_ms", pa.array([10, 11, 9])), "visit 5 of user 1 exits at 9 before it begins at 10"),
+        (with_column("time_ms", pa.array([10, 11, 9])), "visit 5 of user 1 exits at 9 before it starts at 10"),
     ],
 )
 @pytest.mark.parametrize("command", ["assemble", "consistency"])
@@ -218,10 +220,10 @@ def test_mistakes(tmp_path: Path, arguments: list[str], message: str, capsys: py
     assert printed.out == "" and sorted(tmp_path.iterdir()) == there
 
 
-def test_what_was_set_aside_before_does_not_stay(tmp_path: Path) -> None:
+def test_unused_events_of_an_earlier_command_do_not_stay(tmp_path: Path) -> None:
     orphan = Event(1, 9, 2, 3, "live", "like", 11)
-    out, aside = tmp_path / "rows.parquet", tmp_path / "rows.aside.parquet"
+    out, unused = tmp_path / "rows.parquet", tmp_path / "rows.unused_events.parquet"
     assert stream("assemble", write_log(tmp_path / "first", [*GOOD, orphan]), out, "--policy", "full") == 0
-    assert pq.read_table(aside).to_pylist()[0]["reason"] == "no_open_visit"
+    assert pq.read_table(unused).to_pylist()[0]["reason"] == "no_open_visit"
     assert stream("assemble", write_log(tmp_path / "second", GOOD), out, "--policy", "full") == 0
-    assert not aside.exists() and pq.read_table(out).num_rows == 1
+    assert not unused.exists() and pq.read_table(out).num_rows == 1

@@ -17,16 +17,16 @@ from tests.stream.random_logs import (
     POLICIES,
     SPEC,
     TIMEOUTS,
-    aside_as_tuples,
-    begun_as_tuples,
     columns_of,
     logs,
     portions,
     rows_as_tuples,
+    started_as_tuples,
+    unused_as_tuples,
 )
 from tests.stream.reference import Event, Row
 from trainer.data.format.schema import row_columns
-from trainer.stream.labels.assembled_rows import BEGUN_COLUMNS, Assembled
+from trainer.stream.labels.assembled_rows import STARTED_COLUMNS, AssembledRows
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, Realtime, RealtimeNaive
 from trainer.stream.labels.streaming_assembler import State, StreamAssembler
@@ -42,9 +42,9 @@ def by_reference(events: list[Event], policy: Policy, timeouts: EventTimeouts = 
     return reference.assemble(events, policy, timeouts, BEHAVIOURS, SPEC.applies, SPEC.candidates)[0]
 
 
-def as_tuples(parts: list[Assembled]) -> tuple[list[Row], list[reference.Aside]]:
+def as_tuples(parts: list[AssembledRows]) -> tuple[list[Row], list[reference.UnusedEvent]]:
     rows = [row for part in parts for row in rows_as_tuples(part.rows)]
-    return rows, sorted(aside for part in parts for aside in aside_as_tuples(part.aside))
+    return rows, sorted(unused for part in parts for unused in unused_as_tuples(part.unused))
 
 
 def through_a_file(state: State) -> State:
@@ -66,12 +66,12 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
     domains = data.draw(st.sampled_from([None, LIVE_ONLY]))
     for policy in POLICIES:
         wanted = domains or SPEC.candidates
-        rows, aside = reference.assemble(events, policy, TIMEOUTS, BEHAVIOURS, SPEC.applies, wanted)
+        rows, unused = reference.assemble(events, policy, TIMEOUTS, BEHAVIOURS, SPEC.applies, wanted)
 
         batch = assemble_batch(SPEC, policy, TIMEOUTS, columns, domains)
-        assert as_tuples([batch]) == (rows, sorted(aside))
-        begun = reference.begun(events, TIMEOUTS, wanted)
-        assert begun_as_tuples(batch.begun) == begun
+        assert as_tuples([batch]) == (rows, sorted(unused))
+        started = reference.started(events, TIMEOUTS, wanted)
+        assert started_as_tuples(batch.started) == started
 
         stream = StreamAssembler(SPEC, policy, TIMEOUTS, domains)
         parts = []
@@ -82,17 +82,17 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
                 stream.load_state_dict(state)
             parts.append(stream.push(portion))
             assert (parts[-1].rows["emit_ms"] < stream.watermark_ms).all()
-            told = [visit for part in parts for visit in begun_as_tuples(part.begun)]
-            assert told == [visit for visit in begun if visit.request_ms < stream.watermark_ms], "as soon as can be"
+            told = [visit for part in parts for visit in started_as_tuples(part.started)]
+            assert told == [visit for visit in started if visit.request_ms < stream.watermark_ms], "as soon as can be"
         parts.append(stream.advance())
-        assert as_tuples(parts) == (rows, sorted(aside))
-        assert [visit for part in parts for visit in begun_as_tuples(part.begun)] == begun
+        assert as_tuples(parts) == (rows, sorted(unused))
+        assert [visit for part in parts for visit in started_as_tuples(part.started)] == started
         assert stream.open_visits == stream.waiting_events == 0
         for name, column in batch.rows.items():
             assert all(part.rows[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
-        for name, column in batch.begun.items():
-            assert all(part.begun[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
-        assert all(part.begun.keys() == batch.begun.keys() == set(BEGUN_COLUMNS) for part in parts)
+        for name, column in batch.started.items():
+            assert all(part.started[name].dtype == column.dtype == row_columns(SPEC)[name][0] for part in parts)
+        assert all(part.started.keys() == batch.started.keys() == set(STARTED_COLUMNS) for part in parts)
 
 
 @some
@@ -147,8 +147,8 @@ def test_rows_know_nothing_of_what_happens_after_they_are_emitted(events: list[E
         assert [row for row in rows if row.emit_ms <= until] == [row for row in rows_then if row.emit_ms <= until]
         assert set(everything.rows) == {*VISIT, "author_id", "item_id", "domain", "kind", "emit_ms", "label", "mask"}
         for row in rows:
-            begun = (row.user_id, row.visit_id, row.request_ms, row.author_id, row.item_id)
-            assert begun in {
+            started = (row.user_id, row.visit_id, row.request_ms, row.author_id, row.item_id)
+            assert started in {
                 (event.user_id, event.visit_id, event.time_ms, event.author_id, event.item_id)
                 for event in events
                 if event.event in ("exposure", "enter")
@@ -207,7 +207,9 @@ def test_a_visit_by_hand(policy: Policy, expected: list[tuple[str, int, str, str
         (row.kind, row.emit_ms, "".join(map(str, row.label)), "".join(map(str, row.mask)))
         for row in rows_as_tuples(made.rows)
     ] == expected
-    assert [(aside.reason, aside.event.event) for aside in aside_as_tuples(made.aside)] == [("no_open_visit", "like")]
+    assert [(unused.reason, unused.event.event) for unused in unused_as_tuples(made.unused)] == [
+        ("no_open_visit", "like")
+    ]
     assert rows_as_tuples(made.rows) == by_reference(events, policy)
 
 
@@ -220,5 +222,5 @@ def test_a_visit_without_an_exit_ends_when_it_has_been_idle() -> None:
     assert [(row.kind, row.emit_ms) for row in rows_as_tuples(ended.rows)] == [("exit", 140)]
     assert stream.counts == {"events": 2, "late": 0, "no_open_visit": 0, "visits": 1, "timed_out": 1}
     late = stream.push(columns_of(log_of(("exit", 139), ("like", 141))))
-    assert [aside.reason for aside in aside_as_tuples(late.aside)] == ["late"]
-    assert [aside.reason for aside in aside_as_tuples(stream.advance().aside)] == ["no_open_visit"]
+    assert [unused.reason for unused in unused_as_tuples(late.unused)] == ["late"]
+    assert [unused.reason for unused in unused_as_tuples(stream.advance().unused)] == ["no_open_visit"]

@@ -13,11 +13,11 @@ from tests.stream.random_logs import (
     POLICIES,
     SPEC,
     TIMEOUTS,
-    begun_as_tuples,
     columns_of,
     logs,
     portions,
     rows_as_tuples,
+    started_as_tuples,
 )
 from tests.stream.reference import Event
 from trainer.console.errors import UserError
@@ -39,7 +39,7 @@ def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[lis
     """2 ranks, then 1, then 3: each partition gives what it gives alone."""
     for policy in POLICIES:
         rows: list[list[object]] = [[] for _ in range(PARTITIONS)]
-        begun: list[list[object]] = [[] for _ in range(PARTITIONS)]
+        started: list[list[object]] = [[] for _ in range(PARTITIONS)]
         parts = [
             portions(columns_of(events), data.draw(st.lists(st.integers(0, len(events)), min_size=2, max_size=2)))
             for events in by_partition
@@ -53,7 +53,7 @@ def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[lis
                 rank = ranks[partition % world]
                 made = rank.push(partition, parts[partition][phase])
                 rows[partition] += rows_as_tuples(made.rows)
-                begun[partition] += begun_as_tuples(made.begun)
+                started[partition] += started_as_tuples(made.started)
             states = [rank.state_dict() for rank in ranks]
             assert sorted(partition for state in states for partition in state) == list(range(PARTITIONS))
         for partition, events in enumerate(by_partition):
@@ -61,8 +61,8 @@ def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[lis
             rows[partition] += rows_as_tuples(last.rows)
             alone = StreamAssembler(SPEC, policy, TIMEOUTS)
             expected = [alone.push(columns_of(events)), alone.advance()]
-            begun[partition] += begun_as_tuples(last.begun)
-            assert begun[partition] == [visit for made in expected for visit in begun_as_tuples(made.begun)]
+            started[partition] += started_as_tuples(last.started)
+            assert started[partition] == [visit for made in expected for visit in started_as_tuples(made.started)]
             assert rows[partition] == [row for made in expected for row in rows_as_tuples(made.rows)]
 
 

@@ -22,7 +22,7 @@ from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
 from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.live.live_stream import LiveStream
-from trainer.stream.sources.replay import FilesSource
+from trainer.stream.sources.replay import ReplaySource
 
 HOUR_MS = 3_600_000
 FEATURES = ("side", "dense", "stat")
@@ -68,7 +68,7 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
     spec, labels = DatasetSpec.load(world), LabelConfig(policy=policy)
     owned, slice_ms = [0, 2], slice_minutes * 60_000
     live = open_live(world, spec, labels, owned)
-    source = FilesSource(world, StreamConfig(batch_events=300), since_ms(spec))
+    source = ReplaySource(world, StreamConfig(batch_events=300), since_ms(spec))
     rows: list[Rows] = []
     requests: list[Rows] = []
     answered: list[Rows] = []
@@ -85,7 +85,7 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
             requests.append(taken)
             # The logits say of which request they are.
             live.predicted(taken, np.stack([taken["visit_id"], taken["request_ms"] % 1000], axis=1).astype(np.float32))
-            outcome = live.take_answered()
+            outcome = live.take_outcomes()
             np.testing.assert_array_equal(outcome.logits[:, 0], outcome.rows["visit_id"].astype(np.float32))
             answered.append(outcome.rows)
             rows.append(live.take_rows(now - int(rng.integers(0, HOUR_MS))))
@@ -95,7 +95,7 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
     last = live.take_requests()
     live.predicted(last, np.stack([last["visit_id"], last["visit_id"]], axis=1).astype(np.float32))
     requests.append(last)
-    answered.append(live.take_answered().rows)
+    answered.append(live.take_outcomes().rows)
     rows.append(live.take_rows(END_OF_TIME))
     assert live.counts["without_features"] == live.counts["unanswered"] == live.counts["late"] == 0
 
@@ -138,7 +138,7 @@ def check_features(found: Rows, stored: Rows) -> None:
 def test_rows_come_in_order_and_no_earlier_than_asked(world):
     spec, labels = DatasetSpec.load(world), LabelConfig()
     live = open_live(world, spec, labels, [0, 1, 2])
-    with FilesSource(world, StreamConfig(), since_ms(spec)).open(range(3)) as reader:
+    with ReplaySource(world, StreamConfig(), since_ms(spec)).open(range(3)) as reader:
         for batch in reader:
             live.push(batch)
     live.advance()
@@ -162,7 +162,7 @@ def test_histories_grow_into_those_of_the_dataset(world):
     users = np.unique(read_rows(world, spec)["user_id"])
     slice_ms, rng = 30 * 60_000, np.random.default_rng(1)
     asked = 0
-    with FilesSource(world, StreamConfig(), since_ms(spec)).open(owned, slice_ms=slice_ms) as reader:
+    with ReplaySource(world, StreamConfig(), since_ms(spec)).open(owned, slice_ms=slice_ms) as reader:
         for batch in reader:
             now = max(place[2] for place in batch.position.values()) // slice_ms * slice_ms
             live.advance(now)

@@ -11,19 +11,19 @@ import pytest
 from tests.stream.random_logs import SPEC, columns_of
 from tests.stream.reference import Event
 from trainer.console.errors import UserError
-from trainer.stream.labels.assembled_rows import LATE, NO_OPEN_VISIT, take_aside
-from trainer.stream.live.unused_events import AsideLog
+from trainer.stream.labels.assembled_rows import LATE, NO_OPEN_VISIT, select_unused
+from trainer.stream.live.unused_events import UnusedEventLog
 
 EVENTS = [Event(1, 2, 3, 4, "live", "gift", 500), Event(5, 6, 7, 8, "video", "exit", 900)]
 
 
 def test_events_are_kept_with_their_reason_behind_those_before(tmp_path: Path) -> None:
-    log = AsideLog(tmp_path, SPEC, 3)
-    log.write(take_aside(columns_of(EVENTS), np.array([], np.int64), LATE))
-    assert not list(tmp_path.iterdir()), "nothing was set aside"
-    log.write(take_aside(columns_of(EVENTS), np.array([0]), LATE))
-    AsideLog(tmp_path, SPEC, 3).write(take_aside(columns_of(EVENTS), np.array([1]), NO_OPEN_VISIT))
-    lines = (tmp_path / "aside" / "rank-00003.jsonl").read_text().splitlines()
+    log = UnusedEventLog(tmp_path, SPEC, 3)
+    log.write(select_unused(columns_of(EVENTS), np.array([], np.int64), LATE))
+    assert not list(tmp_path.iterdir()), "nothing was written"
+    log.write(select_unused(columns_of(EVENTS), np.array([0]), LATE))
+    UnusedEventLog(tmp_path, SPEC, 3).write(select_unused(columns_of(EVENTS), np.array([1]), NO_OPEN_VISIT))
+    lines = (tmp_path / "unused_events" / "rank-00003.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {**event._asdict(), "value": 0.0, "reason": reason}
         for event, reason in zip(EVENTS, ("late", "no_open_visit"), strict=True)
@@ -31,6 +31,6 @@ def test_events_are_kept_with_their_reason_behind_those_before(tmp_path: Path) -
 
 
 def test_a_file_that_cannot_be_written_is_a_line(tmp_path: Path) -> None:
-    (tmp_path / "aside").write_text("in the way")
-    with pytest.raises(UserError, match=r"aside.*cannot be written"):
-        AsideLog(tmp_path, SPEC, 0).write(take_aside(columns_of(EVENTS), np.array([0]), LATE))
+    (tmp_path / "unused_events").write_text("in the way")
+    with pytest.raises(UserError, match=r"unused_events.*cannot be written"):
+        UnusedEventLog(tmp_path, SPEC, 0).write(select_unused(columns_of(EVENTS), np.array([0]), LATE))

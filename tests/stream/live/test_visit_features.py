@@ -9,7 +9,7 @@ from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature
 from trainer.stream.labels.assembled_rows import EXPOSURE, no_events
 from trainer.stream.live.visit_features import VisitFeatureStore
 from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
-from trainer.stream.sources.source import PartEvents
+from trainer.stream.sources.source import PartitionEvents
 
 
 def dataset(side: int, dense: int, keys: int) -> DatasetSpec:
@@ -41,7 +41,7 @@ def test_features_are_the_same_behind_a_checkpoint(side: int, dense: int, keys: 
         rng.random((visits, 2 * keys)).astype(np.float32),
     )
     facts, again = VisitFeatureStore(spec, True), VisitFeatureStore(spec, True)
-    facts.add(PartEvents(events, logged, np.zeros(visits, np.int64)))
+    facts.add(PartitionEvents(events, logged, np.zeros(visits, np.int64)))
     again.load_state_dict(facts.state_dict())
     rows = {name: events[name] for name in ("user_id", "visit_id")} | {"request_ms": events["time_ms"]}
     for found in (facts, again):

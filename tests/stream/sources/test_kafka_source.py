@@ -38,10 +38,10 @@ from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.stream.sources import kafka_source
 from trainer.stream.sources.kafka_client import BrokerStatus
 from trainer.stream.sources.kafka_source import KafkaSource, without_gaps
-from trainer.stream.sources.kafka_topic import Topic
-from trainer.stream.sources.message_codec import Codec
-from trainer.stream.sources.open_source import connect
-from trainer.stream.sources.replay import FilesSource
+from trainer.stream.sources.kafka_topic import TopicPublisher
+from trainer.stream.sources.message_codec import MessageCodec
+from trainer.stream.sources.open_source import open_source
+from trainer.stream.sources.replay import ReplaySource
 from trainer.stream.sources.source import EventBatch, Position, check_identity
 
 EVENTS = random_events(seed=7, events=3000)
@@ -104,7 +104,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest(topic):
             owned = partitions_of_rank(PARTITIONS, rank, world)
             taken = read(replace_batch(topic, 90), owned, position, batches)
             for batch in taken:
-                for p, own in batch.of_partitions():
+                for p, own in batch.by_partition():
                     assert_logged(own.events, own.logged)
                     seen[p] += as_tuples(own.events)
             at.append(taken[-1].position)
@@ -139,10 +139,10 @@ def test_nothing_is_stored_at_the_broker(cluster, topic):
 def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     config = cluster.config(cluster.topic(), batch_events=400)
     cluster.send(config.topic, 0, [b"early"])
-    topic = Topic(config, SPEC, PARTITIONS, append=True)
+    topic = TopicPublisher(config, SPEC, PARTITIONS, append=True)
     topic.publish(EVENTS, 5, logged_of(EVENTS))
     topic.flush()
-    good = Codec("json", SPEC, 0).encode(part(by_partition(EVENTS)[1], 0, 1))[0]
+    good = MessageCodec("json", SPEC, 0).encode(part(by_partition(EVENTS)[1], 0, 1))[0]
     cluster.send(config.topic, 1, [b"nonsense", None, good + b"\n" + good.replace(b'"time_ms": 1', b'"time_ms": -1')])
     cluster.send(config.topic, 2, [good])
     batches = read(config)
@@ -191,7 +191,7 @@ def test_positions_count_what_was_rejected_before_them(cluster):
     config = cluster.config(cluster.topic(), batch_events=37)
     bad: dict[int, list[tuple[int, int]]] = {p: [] for p in ALL}
     for p, events in by_partition(part(EVENTS, 0, 450)).items():
-        lines = Codec("json", SPEC, 0).encode(events, logged_of(events))
+        lines = MessageCodec("json", SPEC, 0).encode(events, logged_of(events))
         sent: list[bytes] = []
         while lines:
             message = []
@@ -216,7 +216,7 @@ def test_positions_count_what_was_rejected_before_them(cluster):
 
 def test_a_partitioner_of_the_producers_is_trusted_when_asked_to(cluster):
     config = cluster.config(cluster.topic(), partitioner="producer")
-    values = Codec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
+    values = MessageCodec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
     owner = (EVENTS["user_id"] * 7 + 1) % PARTITIONS
     for p in ALL:
         cluster.send(config.topic, p, [values[k] for k in np.flatnonzero(owner == p)])
@@ -282,7 +282,7 @@ def test_messages_that_the_broker_has_dropped_are_a_gap(cluster, capsys):
     assert f"stream: {gap}{place:,} and begins at {low:,}; going on without them" in capsys.readouterr().out
     others = [p for p in ALL if p != 2]
     kept = [
-        [e for batch in [first, *rest] for q, own in batch.of_partitions() if q == p for e in as_tuples(own.events)]
+        [e for batch in [first, *rest] for q, own in batch.by_partition() if q == p for e in as_tuples(own.events)]
         for p in others
     ]
     assert kept == [as_tuples(by_partition(EVENTS)[p]) for p in others]
@@ -350,7 +350,7 @@ class Delivered:
 
     def value(self) -> bytes:
         event = part(EVENTS, self._offset, self._offset + 1)
-        return Codec("json", SPEC, 0).encode(event, logged_of(event))[0]
+        return MessageCodec("json", SPEC, 0).encode(event, logged_of(event))[0]
 
 
 class Repeating:
@@ -374,7 +374,7 @@ def test_what_is_delivered_again_is_not_given_again():
     config = kafka_source.StreamConfig(
         source="kafka", brokers="b", topic="t", until_end=True, partitioner="producer", batch_events=100
     )
-    feed = kafka_source._Feed(Repeating(), BrokerStatus(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
+    feed = kafka_source._KafkaFeed(Repeating(), BrokerStatus(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
     assert given(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
 
 
@@ -434,7 +434,7 @@ def test_a_topic_with_other_partitions_is_refused(cluster, monkeypatch):
 
 def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(cluster):
     config = cluster.config(cluster.topic(), until_end=False, linger_seconds=0.05, idle_seconds=0.1)
-    topic = Topic(config, SPEC, PARTITIONS)
+    topic = TopicPublisher(config, SPEC, PARTITIONS)
     one = by_partition(EVENTS)[3]
     source = KafkaSource(config, SPEC)
     with source.open(ALL) as reader:
@@ -473,19 +473,19 @@ def test_memory_is_bounded_when_partitions_are_far_apart(cluster, per_message, m
     config = cluster.published(events, per_message, batch_events=100, queue_batches=1, buffer_events=2000)
     held = []
 
-    class Watched(kafka_source._Feed):
+    class Watched(kafka_source._KafkaFeed):
         def _poll(self) -> None:
             super()._poll()
             held.append(self._merge.events)
 
-    monkeypatch.setattr(kafka_source, "_Feed", Watched)
+    monkeypatch.setattr(kafka_source, "_KafkaFeed", Watched)
     assert given(read(config)) == merged(events, ALL)
     assert 700 < max(held) <= 2000 + 100
 
 
 def test_the_source_of_a_config_and_its_identity(cluster):
     config = cluster.published(EVENTS, 1)
-    source = connect(config, SPEC, "unused")
+    source = open_source(config, SPEC, "unused")
     assert source.partitions == PARTITIONS
     identity = source.identity
     assert identity["topic"] == config.topic
@@ -521,7 +521,7 @@ def test_publish_puts_a_dataset_on_a_topic(cluster, tmp_path, capsys):
     messages = cluster.messages(topic)
     assert [message.key() for message in messages[:1]] == [str(by_user(messages[0])).encode()]
     config = cluster.config(topic, batch_events=170)
-    with FilesSource(path, config).open(ALL) as reader:
+    with ReplaySource(path, config).open(ALL) as reader:
         replayed = [content(batch) for batch in reader]
     assert [content(batch) for batch in read(config)] == replayed, "both sources give the same batches"
     assert main(command) == 2
@@ -531,7 +531,7 @@ def test_publish_puts_a_dataset_on_a_topic(cluster, tmp_path, capsys):
 
 
 def by_user(message) -> int:
-    decoded = Codec("json", SPEC, 0).decode([message.value()], START_MS * 2)
+    decoded = MessageCodec("json", SPEC, 0).decode([message.value()], START_MS * 2)
     return int(decoded.events["user_id"][0])
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stream.random_logs import SPEC
-from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, none_logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, empty_features
 
 CARRIES = st.lists(st.booleans(), max_size=12)
 
@@ -15,7 +15,7 @@ CARRIES = st.lists(st.booleans(), max_size=12)
 def logged(carries: list[bool], first: int = 0) -> RequestFeatures:
     """Event k of those that carry features has those of ``first + k``."""
     at = np.flatnonzero(np.array(carries, bool))
-    none = none_logged(SPEC)
+    none = empty_features(SPEC)
     columns = [getattr(none, name) for name in FEATURES]
     return RequestFeatures(at, *(np.repeat(at[:, None] + first, c.shape[1], axis=1).astype(c.dtype) for c in columns))
 
@@ -24,7 +24,7 @@ def seen(found: RequestFeatures) -> list[tuple[int, int]]:
     """(position, whose features) of all, which agree in all columns."""
     for name in FEATURES:
         column = getattr(found, name)
-        assert column.shape == (len(found), getattr(none_logged(SPEC), name).shape[1])
+        assert column.shape == (len(found), getattr(empty_features(SPEC), name).shape[1])
         assert (column == column[:, :1]).all()
         np.testing.assert_array_equal(column[:, 0], found.side[:, 0])
     return list(zip(found.at.tolist(), found.side[:, 0].tolist(), strict=True))

@@ -16,7 +16,7 @@ from tests.stream.random_logs import SPEC
 from trainer.data.format.schema import EVENT_COLUMNS, partition_of
 from trainer.stream.sources import json_events, message_codec
 from trainer.stream.sources.logged_features import FEATURES
-from trainer.stream.sources.message_codec import Codec, Decoded
+from trainer.stream.sources.message_codec import DecodedMessages, MessageCodec
 
 NOW_MS = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -37,8 +37,8 @@ OPEN = {**GOOD, "event": "exposure", "side": [49, 7], "dense": [0.5], "stat": [3
 """An event that carries features."""
 
 
-def codec(format: str) -> Codec:
-    return Codec(format, SPEC, HOUR_MS)
+def codec(format: str) -> MessageCodec:
+    return MessageCodec(format, SPEC, HOUR_MS)
 
 
 def line(**changes: object) -> bytes:
@@ -49,7 +49,7 @@ def opening(**changes: object) -> bytes:
     return line(**{**OPEN, **changes})
 
 
-def content(decoded: Decoded) -> tuple:
+def content(decoded: DecodedMessages) -> tuple:
     return (
         as_tuples(decoded.events),
         decoded.message.tolist(),
@@ -165,7 +165,7 @@ def test_what_is_an_event(value):
 def test_features_are_those_of_the_opening_of_a_visit_in_a_candidate_domain():
     events = [("exposure", "live"), ("like", "live"), ("exposure", "video"), ("enter", "live"), ("exit", "live")]
     lines = [opening(event=event, domain=domain, side=[k, 0]) for k, (event, domain) in enumerate(events)]
-    decoded = Codec("json", replace(SPEC, candidates=("live",)), HOUR_MS).decode(lines, NOW_MS)
+    decoded = MessageCodec("json", replace(SPEC, candidates=("live",)), HOUR_MS).decode(lines, NOW_MS)
     assert decoded.rejected == []
     assert decoded.logged.at.tolist() == [0, 3]
     assert decoded.logged.side.tolist() == [[0, 0], [3, 0]]

@@ -33,8 +33,8 @@ from trainer.data.format.shards import write_rows
 from trainer.data.format.visit_events import event_table
 from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.stream.sources import replay
-from trainer.stream.sources.open_source import connect
-from trainer.stream.sources.replay import FilesSource
+from trainer.stream.sources.open_source import open_source
+from trainer.stream.sources.replay import ReplaySource
 from trainer.stream.sources.source import EventBatch, check_identity
 
 EVENTS = random_events(seed=3, events=4000)
@@ -46,7 +46,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store(tmp_path_factory.mktemp("log") / "log", EVENTS)
 
 
-def read(source: FilesSource, partitions, position=None, batches: int | None = None) -> list[EventBatch]:
+def read(source: ReplaySource, partitions, position=None, batches: int | None = None) -> list[EventBatch]:
     taken = []
     with source.open(partitions, position) as reader:
         while (batches is None or len(taken) < batches) and (batch := reader.take()) is not None:
@@ -58,7 +58,7 @@ def read(source: FilesSource, partitions, position=None, batches: int | None = N
 @pytest.mark.parametrize("batch_events", [1, 97, 1000, 9999])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_event_once_in_one_order_of_each_rank(path, batch_events, world):
-    source = FilesSource(path, StreamConfig(batch_events=batch_events))
+    source = ReplaySource(path, StreamConfig(batch_events=batch_events))
     for rank in range(world):
         owned = partitions_of_rank(SPEC.partitions, rank, world)
         batches = read(source, owned)
@@ -74,7 +74,7 @@ def test_every_event_once_in_one_order_of_each_rank(path, batch_events, world):
 @pytest.mark.parametrize("speed", [0, 1e6])
 def test_it_goes_on_from_any_position_as_if_it_had_never_stopped(path, speed):
     config = StreamConfig(batch_events=150, speed=speed, linger_seconds=0.005)
-    source = FilesSource(path, config)
+    source = ReplaySource(path, config)
     whole = [content(batch) for batch in read(source, ALL)]
     assert len(whole) > 20
     for cut, (_, _, position) in enumerate(whole[:-1], 1):
@@ -83,7 +83,7 @@ def test_it_goes_on_from_any_position_as_if_it_had_never_stopped(path, speed):
 
 def test_another_number_of_ranks_goes_on_with_the_rest(path):
     config = StreamConfig(batch_events=130)
-    source = FilesSource(path, config)
+    source = ReplaySource(path, config)
     seen: dict[int, list] = {p: [] for p in ALL}
     position = None
     for world, batches in ((2, 4), (1, 7), (4, 2), (3, None)):
@@ -92,7 +92,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest(path):
             owned = partitions_of_rank(SPEC.partitions, rank, world)
             taken = read(source, owned, position, batches)
             for batch in taken:
-                for p, part in batch.of_partitions():
+                for p, part in batch.by_partition():
                     assert_logged(part.events, part.logged)
                     assert len(part) == len(part.arrived_ms)
                     seen[p] += as_tuples(part.events)
@@ -105,7 +105,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest(path):
 @pytest.mark.parametrize("batch_events", [40, 9999])
 def test_slices_of_time_end_batches(path, speed, batch_events):
     config = StreamConfig(batch_events=batch_events, speed=speed, linger_seconds=0.003)
-    source = FilesSource(path, config)
+    source = ReplaySource(path, config)
     with source.open(ALL, None, slice_ms=700) as reader:
         batches = list(reader)
     assert given(batches) == merged(EVENTS, ALL)
@@ -120,7 +120,7 @@ def test_slices_of_time_end_batches(path, speed, batch_events):
 
 def test_a_range_of_time(path):
     since_ms, until_ms = START_MS + 20_000, START_MS + 41_230
-    source = FilesSource(path, StreamConfig(batch_events=100), since_ms, until_ms)
+    source = ReplaySource(path, StreamConfig(batch_events=100), since_ms, until_ms)
     inside = (EVENTS["time_ms"] >= since_ms) & (EVENTS["time_ms"] < until_ms)
     batches = read(source, ALL)
     assert given(batches) == merged({name: column[inside] for name, column in EVENTS.items()}, ALL)
@@ -131,7 +131,7 @@ def test_a_replay_comes_when_it_is_due_in_the_same_batches(path):
     # A minute of events in 0.3 s: a batch every 10 ms, which is 2 s of events.
     config = StreamConfig(speed=200, linger_seconds=0.01)
     began = time.monotonic()
-    batches = read(FilesSource(path, config), ALL)
+    batches = read(ReplaySource(path, config), ALL)
     assert time.monotonic() - began >= 0.28, "a replay is never early"
     assert given(batches) == merged(EVENTS, ALL)
     for batch in batches:
@@ -153,12 +153,12 @@ def test_memory_is_bounded(path, monkeypatch):
             held.append(self.events)
 
     monkeypatch.setattr(replay, "TimeMerge", Watched)
-    assert given(read(FilesSource(path, StreamConfig(batch_events=50, buffer_events=400)), ALL)) == merged(EVENTS, ALL)
+    assert given(read(ReplaySource(path, StreamConfig(batch_events=50, buffer_events=400)), ALL)) == merged(EVENTS, ALL)
     assert 300 < max(held) <= 400 + 50
 
 
 def test_lag_counts_what_was_not_taken(path):
-    with FilesSource(path, StreamConfig(batch_events=1000)).open(ALL) as reader:
+    with ReplaySource(path, StreamConfig(batch_events=1000)).open(ALL) as reader:
         assert reader.lag().waiting == 4000
         batch = reader.take()
         assert batch is not None
@@ -172,9 +172,9 @@ def test_lag_counts_what_was_not_taken(path):
 def test_from_a_url(path):
     memory = fsspec.filesystem("memory")
     memory.put(str(path), "/replayed/log", recursive=True)
-    source = FilesSource("memory://replayed/log", StreamConfig())
+    source = ReplaySource("memory://replayed/log", StreamConfig())
     assert given(read(source, ALL)) == merged(EVENTS, ALL)
-    check_identity(source.identity, FilesSource(path, StreamConfig()).identity)
+    check_identity(source.identity, ReplaySource(path, StreamConfig()).identity)
     memory.rm("/replayed", recursive=True)
 
 
@@ -183,8 +183,8 @@ def test_another_log_has_another_identity(path, tmp_path):
     other["item_id"][17] += 1 << 30
     with pytest.raises(UserError, match=r"is of events '.*', the stream now has '"):
         check_identity(
-            FilesSource(path, StreamConfig()).identity,
-            FilesSource(store(tmp_path / "other", other), StreamConfig()).identity,
+            ReplaySource(path, StreamConfig()).identity,
+            ReplaySource(store(tmp_path / "other", other), StreamConfig()).identity,
         )
 
 
@@ -194,12 +194,12 @@ def test_other_rows_have_another_identity(path, tmp_path):
     rows = rows_of(EVENTS)
     rows["stat"][5] += 1
     write_rows(other, SPEC, rows, rows_per_record=20)
-    assert FilesSource(other, StreamConfig()).identity != FilesSource(path, StreamConfig()).identity
+    assert ReplaySource(other, StreamConfig()).identity != ReplaySource(path, StreamConfig()).identity
 
 
 def test_partitions_without_events(tmp_path):
     few = random_events(seed=1, events=3, users=1)
-    source = FilesSource(store(tmp_path / "few", few), StreamConfig())
+    source = ReplaySource(store(tmp_path / "few", few), StreamConfig())
     assert given(read(source, ALL)) == as_tuples(few)
     empty = {name: column[:0] for name, column in few.items()}
     for p in ALL:
@@ -234,25 +234,25 @@ def with_event(table: pa.Table, name: str) -> pa.Table:
 def test_mistakes_are_told_in_a_line(path, tmp_path, change, told):
     broken = tmp_path / "broken"
     shutil.copytree(path, broken)
-    end = read(FilesSource(path, StreamConfig()), ALL)[-1].position
+    end = read(ReplaySource(path, StreamConfig()), ALL)[-1].position
     change(broken)
     with pytest.raises(UserError, match=told):
-        read(FilesSource(broken, StreamConfig()), ALL, end if "replay" in told else None)
+        read(ReplaySource(broken, StreamConfig()), ALL, end if "replay" in told else None)
 
 
 def test_the_source_of_a_config(path, tmp_path):
-    assert given(read(connect(StreamConfig(), SPEC, str(path)), ALL)) == merged(EVENTS, ALL)
+    assert given(read(open_source(StreamConfig(), SPEC, str(path)), ALL)) == merged(EVENTS, ALL)
     other = (tmp_path / "other") / "dataset.json"
     other.parent.mkdir()
     other.write_text(SPEC.to_json().replace("gift", "share"))
     with pytest.raises(UserError, match=r"behaviours are click, like, share, those of .* are click, like, gift"):
-        connect(StreamConfig(path=str(other.parent)), SPEC, str(path))
+        open_source(StreamConfig(path=str(other.parent)), SPEC, str(path))
     for changed, told in (
         (replace(SPEC, side=SPEC.side[:1]), "its side features are tab of 50 rows, age of 8 rows, those of"),
         (replace(SPEC, dense=()), "its dense features are load, those of .* are none"),
         (replace(SPEC, statistics=SPEC.statistics[::-1]), "its statistics are user, item x tab, those of .* are item"),
     ):
         with pytest.raises(UserError, match=told):
-            connect(StreamConfig(path=str(path)), changed, "elsewhere")
+            open_source(StreamConfig(path=str(path)), changed, "elsewhere")
     with pytest.raises(ValueError, match="needs `brokers` and `topic`"):
         StreamConfig(source="kafka", topic="watch")

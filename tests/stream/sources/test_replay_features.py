@@ -16,7 +16,7 @@ from trainer.data.format.shards import RowStore, write_rows
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES, EXPOSURE
 from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
-from trainer.stream.sources.replay_features import StoredFeatures
+from trainer.stream.sources.replay_features import ReplayFeatures
 
 SPEC = replace(BOTH, partitions=1, candidates=("live",))
 LIVE = 1
@@ -37,9 +37,9 @@ def random_rows(seed: int, rows: int, longest_ms: int = 3_000, span_ms: int = 20
     return columns
 
 
-def write(path: Path, rows: Rows, spec=SPEC) -> StoredFeatures:
+def write(path: Path, rows: Rows, spec=SPEC) -> ReplayFeatures:
     write_rows(path, spec, rows, rows_per_record=16, records_per_shard=5)
-    return StoredFeatures(path, replace(spec, rows=len(rows["visit_id"])), 0)
+    return ReplayFeatures(path, replace(spec, rows=len(rows["visit_id"])), 0)
 
 
 def random_events(rows: Rows, seed: int, events: int) -> Columns:
@@ -123,7 +123,7 @@ def test_an_enter_carries_nothing_where_every_visit_has_an_exposure(tmp_path: Pa
 
 def test_a_dataset_of_events_alone_logs_nothing(tmp_path: Path) -> None:
     events = random_events(random_rows(1, 60), 1, 60)
-    assert len(StoredFeatures(tmp_path, SPEC, 0).of(events)) == 0
+    assert len(ReplayFeatures(tmp_path, SPEC, 0).of(events)) == 0
 
 
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
@@ -135,4 +135,4 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
         features.of(events)
     (tmp_path / "rows" / "part-00000.index.json").unlink()
     with pytest.raises(UserError, match="the index of partition 0 is missing"):
-        StoredFeatures(tmp_path, replace(SPEC, rows=100), 0)
+        ReplayFeatures(tmp_path, replace(SPEC, rows=100), 0)

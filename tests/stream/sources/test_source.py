@@ -13,11 +13,11 @@ from tests.stream.event_logs import merge_positions
 from tests.stream.random_logs import SPEC
 from trainer.console.errors import UserError
 from trainer.stream.labels.assembled_rows import EVENT_TYPES
-from trainer.stream.sources.logged_features import none_logged
+from trainer.stream.sources.logged_features import empty_features
 from trainer.stream.sources.source import (
     EventBatch,
     Position,
-    Reader,
+    StreamReader,
     check_identity,
     starting_position,
 )
@@ -38,7 +38,7 @@ class Counting:
                 events = {name: np.full(1, self.made, dtype) for name, dtype in EVENT_TYPES.items()}
                 position = {0: [self.made, 0, self.made, 0]}
                 arrived_ms = np.full(1, round(time.time() * 1000))
-                yield EventBatch(events, none_logged(SPEC), np.zeros(1, np.int32), arrived_ms, position)
+                yield EventBatch(events, empty_features(SPEC), np.zeros(1, np.int32), arrived_ms, position)
             if self._fails:
                 raise UserError("the stream broke")
         finally:
@@ -57,7 +57,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_a_slow_consumer_holds_the_stream_back():
     feed = Counting(1000)
-    with Reader(feed, queue_batches=3) as reader:
+    with StreamReader(feed, queue_batches=3) as reader:
         # Those in the queue, and the one that waits for room.
         until(lambda: feed.made == 4)
         time.sleep(0.3)
@@ -75,12 +75,12 @@ def test_a_slow_consumer_holds_the_stream_back():
 
 
 def test_the_end_and_an_error_come_behind_the_batches():
-    with Reader(Counting(5), 2) as reader:
+    with StreamReader(Counting(5), 2) as reader:
         assert len(list(reader)) == 5
         assert reader.finished
         assert reader.take() is None
         assert reader.lag().wait_ms == 0
-    with Reader(Counting(5, fails=True), 2) as reader:
+    with StreamReader(Counting(5, fails=True), 2) as reader:
         for _ in range(5):
             assert reader.take() is not None
         with pytest.raises(UserError, match="the stream broke"):
@@ -93,7 +93,7 @@ def test_nothing_in_time_is_no_end():
             stop.wait(20)
             yield from ()
 
-    with Reader(Silent(1), 2) as reader:
+    with StreamReader(Silent(1), 2) as reader:
         assert reader.take(timeout=0.05) is None
         assert not reader.finished
 

@@ -1,1 +1,1 @@
-"""When a behaviour becomes a label."""
+"""Label assembly: turns the events of visits into training rows under a report policy."""

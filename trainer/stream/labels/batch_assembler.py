@@ -1,4 +1,4 @@
-"""The vectorised assembler: all rows of a stored log at once."""
+"""Vectorised assembler: computes all rows of a stored log at once."""
 
 from __future__ import annotations
 
@@ -9,29 +9,38 @@ import numpy as np
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.sorting import time_order
 from trainer.data.format.validation import Columns
-from trainer.stream.labels.assembled_rows import END_OF_TIME, EXIT_ROW, FAST, FULL, REPORT, SLOW, Assembled, concatenate
+from trainer.stream.labels.assembled_rows import (
+    END_OF_TIME,
+    EXIT_ROW,
+    FAST,
+    FULL,
+    REPORT,
+    SLOW,
+    AssembledRows,
+    concatenate,
+)
 from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, Realtime
-from trainer.stream.labels.visit_grouping import Visits, group_visits
+from trainer.stream.labels.visit_grouping import GroupedVisits, group_visits
 
 
 def assemble_batch(
     spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, events: Columns, domains: Sequence[str] | None = None
-) -> Assembled:
-    """All rows of a partition's events, as if the log went on for ever without another event.
+) -> AssembledRows:
+    """Assemble all rows of a partition; visits without an exit end after the idle timeout.
 
     Args:
-        spec: of the dataset.
-        policy: which rows.
-        timeouts: what is late, and when a visit without an exit has ended.
-        events: columns of ``rows.EVENT_TYPES``, in the order in which they arrived.
-        domains: those whose visits become rows, ``spec.candidates`` by default.
+        spec: description of the dataset.
+        policy: report policy.
+        timeouts: limits for late events and for idle visits.
+        events: columns of ``EVENT_TYPES``, in order of arrival.
+        domains: domains whose visits become rows, ``spec.candidates`` by default.
     """
     visits = group_visits(spec, events, timeouts, domains)
-    return Assembled(visit_rows(visits, policy), visits.begun(), concatenate(visits.aside))
+    return AssembledRows(visit_rows(visits, policy), visits.started(), concatenate(visits.unused))
 
 
-def visit_rows(visits: Visits, policy: Policy) -> Rows:
-    """The rows of visits under a policy, as ``rows.Assembled`` describes them."""
+def visit_rows(visits: GroupedVisits, policy: Policy) -> Rows:
+    """Return the rows of visits under a policy, in the form and order of ``AssembledRows.rows``."""
     if isinstance(policy, Full):
         parts = [_full(visits)]
     elif isinstance(policy, FastSlow):
@@ -41,15 +50,17 @@ def visit_rows(visits: Visits, policy: Policy) -> Rows:
     else:
         parts = [_ticks(visits, policy.tick_ms)]
     rows = concatenate(parts)
-    seen = rows["mask"].any(axis=1)
-    # Visits are in order of user, visit and request, which breaks the ties.
-    at = np.flatnonzero(seen)
+    # A row without an unmasked behaviour would train nothing.
+    at = np.flatnonzero(rows["mask"].any(axis=1))
+    # Visits are sorted by user, visit and request, and the sort by time is stable: this breaks the ties.
     order = at[time_order(rows["emit_ms"][at], rows["at"][at])]
     return {name: np.take(column, order, axis=0) for name, column in rows.items() if name != "at"}
 
 
-def _rows(visits: Visits, at: np.ndarray, kind: int, emit_ms: np.ndarray, label: np.ndarray, mask: np.ndarray) -> Rows:
-    """Rows of the visits at positions ``at``; ``label`` and ``mask`` are ``[n, behaviours]``, bool or 0 and 1."""
+def _rows(
+    visits: GroupedVisits, at: np.ndarray, kind: int, emit_ms: np.ndarray, label: np.ndarray, mask: np.ndarray
+) -> Rows:
+    """Return rows of the visits at positions ``at``; ``label`` and ``mask`` are ``[n, behaviours]``, bool or 0/1."""
     return {
         "at": at,
         **{name: column[at] for name, column in visits.columns.items()},
@@ -61,12 +72,14 @@ def _rows(visits: Visits, at: np.ndarray, kind: int, emit_ms: np.ndarray, label:
     }
 
 
-def _full(visits: Visits) -> Rows:
+def _full(visits: GroupedVisits) -> Rows:
+    """Return one row for every visit, at its end."""
     every = np.arange(len(visits.end_ms))
     return _rows(visits, every, FULL, visits.end_ms, visits.first_ms() < END_OF_TIME, visits.applies)
 
 
-def _fast_slow(visits: Visits, policy: FastSlow) -> list[Rows]:
+def _fast_slow(visits: GroupedVisits, policy: FastSlow) -> list[Rows]:
+    """Return the fast rows, and the slow rows with the positives that the fast rows denied."""
     every = np.arange(len(visits.end_ms))
     first_ms = visits.first_ms()
     fast_ms, slow_ms = visits.request_ms + policy.fast_ms, visits.request_ms + policy.slow_ms
@@ -78,7 +91,8 @@ def _fast_slow(visits: Visits, policy: FastSlow) -> list[Rows]:
     ]
 
 
-def _realtime(visits: Visits, policy: Realtime) -> list[Rows]:
+def _realtime(visits: GroupedVisits, policy: Realtime) -> list[Rows]:
+    """Return the report rows of first positives, and the exit rows of the remaining behaviours."""
     every = np.arange(len(visits.end_ms))
     first_ms = visits.first_ms()
     happened = first_ms < END_OF_TIME
@@ -87,6 +101,7 @@ def _realtime(visits: Visits, policy: Realtime) -> list[Rows]:
     before_end = np.flatnonzero(reported_ms < visits.end_ms[visit])
     visit, behaviour, reported_ms = visit[before_end], behaviour[before_end], reported_ms[before_end]
 
+    # First positives of one tick of a visit share a report row.
     order = np.lexsort((reported_ms, visit))
     same = (np.diff(visit[order]) == 0) & (np.diff(reported_ms[order]) == 0)
     new = np.append(np.ones(min(len(order), 1), bool), ~same)
@@ -95,6 +110,7 @@ def _realtime(visits: Visits, policy: Realtime) -> list[Rows]:
     fresh[row, behaviour[order]] = 1
     report = order[new]
 
+    # The exit row holds only behaviours that no report has unmasked.
     rest = visits.applies > 0
     rest[visit, behaviour] = False
     return [
@@ -103,8 +119,8 @@ def _realtime(visits: Visits, policy: Realtime) -> list[Rows]:
     ]
 
 
-def _ticks(visits: Visits, tick_ms: int) -> Rows:
-    """A row for every tick of every visit, the last one at its end."""
+def _ticks(visits: GroupedVisits, tick_ms: int) -> Rows:
+    """Return a row for every tick of every visit; the last tick ends with the visit."""
     length = visits.end_ms - visits.request_ms
     ticks = np.maximum(-(-length // tick_ms), 1)
     first_row = np.cumsum(ticks) - ticks
@@ -114,14 +130,14 @@ def _ticks(visits: Visits, tick_ms: int) -> Rows:
     emit_ms = np.where(last, visits.end_ms[visit], visits.request_ms[visit] + tick * tick_ms)
 
     happened_by = _tick_end(visits.request_ms[visits.visit], visits.time_ms, tick_ms)
-    of_tick = (happened_by - visits.request_ms[visits.visit]) // tick_ms
+    tick_of_event = (happened_by - visits.request_ms[visits.visit]) // tick_ms
     label = np.zeros((len(visit), visits.applies.shape[1]), np.uint8)
-    label[first_row[visits.visit] + of_tick - 1, visits.behaviour] = 1
+    label[first_row[visits.visit] + tick_of_event - 1, visits.behaviour] = 1
     rows = _rows(visits, visit, REPORT, emit_ms, label, visits.applies[visit])
     rows["kind"][last] = EXIT_ROW
     return rows
 
 
 def _tick_end(request_ms: np.ndarray, time_ms: np.ndarray, tick_ms: int) -> np.ndarray:
-    """End of the tick in which a time lies."""
+    """Return the end of the tick in which each time lies."""
     return request_ms + np.maximum(-(-(time_ms - request_ms) // tick_ms), 1) * tick_ms

@@ -1,4 +1,4 @@
-"""The stored event log of a dataset, read by partition and checked."""
+"""Stored event log of a dataset: reads a partition and validates its events."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from trainer.stream.labels.assembled_rows import ENTER, EXIT
 from trainer.stream.labels.visit_grouping import simultaneous_rank
 
 AHEAD_MS = 86_400_000
-"""An event may be ahead of this machine's clock by so much: clocks differ, days do not."""
+"""Largest time of an event ahead of this machine's clock; clocks differ by less than a day."""
 
 _CODED = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.field("event", pa.int8()))
 _ENDS = ("user_id", "visit_id")
 
 
 class EventLog:
-    """The events of a dataset.
+    """Event log of a stored dataset.
 
     Args:
         path: dataset, a directory or an fsspec URL.
 
     Attributes:
-        spec: its description.
+        spec: description of the dataset.
 
     Raises:
-        UserError: no dataset there.
+        UserError: there is no dataset at ``path``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,10 +42,10 @@ class EventLog:
         self._path = path
 
     def read(self, partition: int) -> Columns:
-        """All events of a partition in stored order: columns of ``rows.EVENT_TYPES``.
+        """Read all events of a partition in stored order: columns of ``EVENT_TYPES``.
 
         Raises:
-            UserError: the file cannot be read, or an event cannot be; names file, column, row and value.
+            UserError: the file cannot be read, or an event is invalid; names file, column, row and value.
         """
         file = storage.join(self._path, f"events/part-{partition:05d}.parquet")
         events = coded_events(self.spec, _read_table(file), file)
@@ -58,7 +58,7 @@ class EventLog:
 
 
 def coded_events(spec: DatasetSpec, table: pa.Table, what: str) -> Columns:
-    """Columns of a table of events, the event's name as its code.
+    """Return the columns of a table of events, with each event name as its code.
 
     Raises:
         UserError: a column is missing or unknown, has a null or another type, or an event's name is unknown.
@@ -74,16 +74,16 @@ def coded_events(spec: DatasetSpec, table: pa.Table, what: str) -> Columns:
 
 
 def check_events(spec: DatasetSpec, events: Columns, what: str, now_ms: int) -> None:
-    """Events that can be: ids and times not negative, known domains, finite values, nothing ahead of the clock.
+    """Check that ids and times are not negative, domains known, values finite, and no event is ahead of the clock.
 
     Args:
-        spec: of the dataset.
-        events: columns of ``rows.EVENT_TYPES``.
-        what: where they come from, for the message.
-        now_ms: the time now; events may be ``AHEAD_MS`` later.
+        spec: description of the dataset.
+        events: columns of ``EVENT_TYPES``.
+        what: file or source of the events, for the message.
+        now_ms: the current time; events may be ``AHEAD_MS`` later.
 
     Raises:
-        UserError: an event cannot be; names column, row and value.
+        UserError: an event is invalid; names column, row and value.
     """
     check_ids(events, ("user_id", "author_id", "item_id", "visit_id", "time_ms"), what)
     domain = events["domain"]
@@ -93,33 +93,35 @@ def check_events(spec: DatasetSpec, events: Columns, what: str, now_ms: int) -> 
 
 
 def check_order_of_ends(events: Columns, what: str) -> None:
-    """No visit has its exit before its first exposure or enter.
+    """Check that no visit has its exit before its first exposure or enter.
 
-    Visits of which the log has only one of the two are not mistaken: a log begins and ends somewhere.
+    A visit with only one of the two is valid, because a log may begin or end in the middle of a visit.
 
     Raises:
-        UserError: one has; names the visit and both times.
+        UserError: a visit exits before it starts; names the visit and both times.
     """
     ends = np.flatnonzero((events["event"] <= ENTER) | (events["event"] == EXIT))
     event = {name: events[name][ends] for name in (*_ENDS, "time_ms", "event")}
     order = np.lexsort((simultaneous_rank(event["event"]), event["time_ms"], event["visit_id"], event["user_id"]))
     event = {name: column[order] for name, column in event.items()}
+    # Events are sorted by visit: ``first`` are the positions where a visit's events begin.
     new = np.ones(len(order), bool)
     new[1:] = np.any([np.diff(event[name]) != 0 for name in _ENDS], axis=0)
     first = np.flatnonzero(new)
     opens = np.flatnonzero(event["event"] <= ENTER)
     place = np.append(opens, len(order))[np.searchsorted(opens, first)]
-    begins_in_it = place < np.append(first[1:], len(order))
-    wrong = np.flatnonzero((event["event"][first] == EXIT) & begins_in_it)
+    starts_in_log = place < np.append(first[1:], len(order))
+    wrong = np.flatnonzero((event["event"][first] == EXIT) & starts_in_log)
     if len(wrong):
-        at, begin = first[wrong[0]], place[wrong[0]]
+        at, start = first[wrong[0]], place[wrong[0]]
         raise UserError(
             f"{what}: visit {event['visit_id'][at]} of user {event['user_id'][at]} exits at {event['time_ms'][at]} "
-            f"before it begins at {event['time_ms'][begin]}; an exit must come after its exposure or enter"
+            f"before it starts at {event['time_ms'][start]}; an exit must come after its exposure or enter"
         )
 
 
 def _read_table(file: str) -> pa.Table:
+    """Read a Parquet file from a path or an fsspec URL."""
     try:
         if storage.is_remote(file):
             filesystem, inside = storage.open_url(file)

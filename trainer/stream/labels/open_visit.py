@@ -1,6 +1,6 @@
-"""What each policy makes of one open visit: the state machines of the incremental assembler.
+"""State machines of the streaming assembler: the rows that each policy reports for one open visit.
 
-Behaviours are bits of an int, behaviour k being ``1 << k``.
+A set of behaviours is an int of bits; behaviour k is ``1 << k``.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from trainer.stream.labels.policy import FastSlow, Full, Policy, Realtime
 
 
 class OpenVisit:
-    """A visit that may still give a row.
+    """State of a visit that may still give a row.
 
     Attributes:
-        user_id, visit_id, author_id, item_id, domain: of its first event.
-        request_ms: its beginning.
-        last_ms: its latest event.
-        exit_ms: its end, once it is known: an exit came, or it was idle for too long; else ``END_OF_TIME``.
-        applies: bits of the behaviours that can happen in its domain.
-        seen: bits of those that happened, under ``realtime_naive`` since the last tick.
-        reported: bits of those that some row has told of.
-        report_ms: when its next row is due that is not that of its end, ``END_OF_TIME`` for never.
-        due_ms: when it is to be looked at again; earlier marks in the queue have lost their meaning.
-        ended: its end has passed, and only ``report_ms`` keeps it.
+        user_id, visit_id, author_id, item_id, domain: fields of the first event.
+        request_ms: time of the first event.
+        last_ms: time of the latest event.
+        exit_ms: end of the visit once it is known, by an exit or by the idle timeout; ``END_OF_TIME`` before that.
+        applies: bits of the behaviours that can happen in the domain.
+        seen: bits of the behaviours that happened; under ``realtime_naive`` only since the last tick.
+        reported: bits of the behaviours that a row has reported.
+        report_ms: due time of the next row before the end row, ``END_OF_TIME`` for none.
+        due_ms: time of the visit's valid timer; timers in the queue with another time are stale.
+        ended: True if the visit has ended and only ``report_ms`` keeps it.
     """
 
     __slots__ = (
@@ -45,7 +45,7 @@ class OpenVisit:
 
 
 class Report(NamedTuple):
-    """A row of a visit: its kind, and bits of its labels and of what is unmasked."""
+    """Row of a visit: its kind, bits of its positive labels and bits of its unmasked behaviours."""
 
     kind: int
     label: int
@@ -53,31 +53,35 @@ class Report(NamedTuple):
 
 
 class Reporter(ABC):
-    """A policy's rules for one visit at a time. Behaviours are given in time order; ``END_OF_TIME`` is never."""
+    """Rules of a policy for one visit. Behaviours come in time order; ``END_OF_TIME`` means never."""
 
     def first_report_ms(self, visit: OpenVisit) -> int:
-        """``report_ms`` of a visit that begins."""
+        """Return ``report_ms`` of a visit that starts."""
         return END_OF_TIME
 
     def happened(self, visit: OpenVisit, behaviour: int, time_ms: int) -> None:
-        """A behaviour that applies (its bit) happened; may bring ``report_ms`` forward."""
+        """Record a behaviour that applies, given by its bit; may set an earlier ``report_ms``."""
         visit.seen |= behaviour
 
     def due(self, visit: OpenVisit) -> Report | None:
-        """The row of ``report_ms``, which is moved on."""
-        raise AssertionError("a policy without rows before the end was asked for one")
+        """Return the row due at ``report_ms``, and set the next ``report_ms``."""
+        raise AssertionError("this policy makes no row before the end of a visit")
 
     @abstractmethod
     def end(self, visit: OpenVisit) -> Report | None:
-        """The row of the end of the visit."""
+        """Return the row of the end of the visit, or None."""
 
 
 class _FullReporter(Reporter):
+    """Reports all labels at the end."""
+
     def end(self, visit: OpenVisit) -> Report | None:
         return Report(FULL, visit.seen, visit.applies)
 
 
 class _FastSlowReporter(Reporter):
+    """Reports all labels after the fast window, and the missed positives after the slow window."""
+
     def __init__(self, policy: FastSlow) -> None:
         self._fast_ms, self._slow_ms = policy.fast_ms, policy.slow_ms
 
@@ -87,7 +91,7 @@ class _FastSlowReporter(Reporter):
     def due(self, visit: OpenVisit) -> Report | None:
         if visit.report_ms == visit.request_ms + self._fast_ms:
             visit.reported = visit.seen
-            # Of a visit that has ended nothing more can be seen.
+            # A visit that has ended has no missed positives, so it needs no slow row.
             visit.report_ms = END_OF_TIME if visit.ended else visit.request_ms + self._slow_ms
             return Report(FAST, visit.seen, visit.applies)
         missed = visit.seen & ~visit.reported
@@ -95,13 +99,16 @@ class _FastSlowReporter(Reporter):
         return Report(SLOW, missed, missed)
 
     def end(self, visit: OpenVisit) -> Report | None:
-        fast_is_out = visit.report_ms != visit.request_ms + self._fast_ms
-        if fast_is_out and visit.seen == visit.reported:
+        fast_row_is_out = visit.report_ms != visit.request_ms + self._fast_ms
+        # Without a missed positive the slow row would be empty.
+        if fast_row_is_out and visit.seen == visit.reported:
             visit.report_ms = END_OF_TIME
         return None
 
 
 class _RealtimeReporter(Reporter):
+    """Reports first positives at the end of their tick, and the remaining behaviours at the end."""
+
     def __init__(self, policy: Realtime) -> None:
         self._tick_ms = policy.tick_ms
 
@@ -124,6 +131,8 @@ class _RealtimeReporter(Reporter):
 
 
 class _NaiveReporter(Reporter):
+    """Reports all behaviours at every tick, repeated positives and false negatives included."""
+
     def __init__(self, tick_ms: int) -> None:
         self._tick_ms = tick_ms
 
@@ -141,7 +150,7 @@ class _NaiveReporter(Reporter):
 
 
 def reporter_of(policy: Policy) -> Reporter:
-    """The rules of a policy."""
+    """Return the reporter of a policy."""
     if isinstance(policy, Full):
         return _FullReporter()
     if isinstance(policy, FastSlow):

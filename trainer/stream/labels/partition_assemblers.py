@@ -1,4 +1,4 @@
-"""The assemblers of the partitions that a rank holds."""
+"""Assemblers of the partitions of a rank."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.validation import Columns
-from trainer.stream.labels.assembled_rows import END_OF_TIME, Assembled
+from trainer.stream.labels.assembled_rows import END_OF_TIME, AssembledRows
 from trainer.stream.labels.policy import EventTimeouts, Policy
 from trainer.stream.labels.streaming_assembler import State, StreamAssembler
 
 
 class PartitionAssemblers:
-    """One ``StreamAssembler`` a partition, each with its own watermark.
+    """One ``StreamAssembler`` for each partition, each with its own watermark.
 
-    What a partition gives depends on its own events alone: not on which rank holds it, nor on what else that rank
-    holds. The state is a map from partition to plain arrays, so a change of ranks is a change of who loads what.
+    The rows of a partition depend on its own events only, not on the rank that reads it or on the rank's other
+    partitions. The state maps each partition to plain arrays, so that another number of ranks can load it.
 
     Args:
-        spec: of the dataset, or of what the stream carries.
-        policy: which rows.
-        timeouts: what is late, and when a visit without an exit has ended.
-        partitions: those of this rank.
-        domains: those whose visits become rows, ``spec.candidates`` by default.
+        spec: description of the dataset, or of the data in the stream.
+        policy: report policy.
+        timeouts: limits for late events and for idle visits.
+        partitions: partitions of this rank.
+        domains: domains whose visits become rows, ``spec.candidates`` by default.
     """
 
     def __init__(
@@ -40,27 +40,27 @@ class PartitionAssemblers:
     def __getitem__(self, partition: int) -> StreamAssembler:
         return self._assemblers[partition]
 
-    def push(self, partition: int, events: Columns) -> Assembled:
-        """``StreamAssembler.push`` of a partition."""
+    def push(self, partition: int, events: Columns) -> AssembledRows:
+        """Call ``StreamAssembler.push`` of a partition."""
         return self._assemblers[partition].push(events)
 
-    def advance(self, partition: int, until_ms: int = END_OF_TIME) -> Assembled:
-        """``StreamAssembler.advance`` of a partition."""
+    def advance(self, partition: int, until_ms: int = END_OF_TIME) -> AssembledRows:
+        """Call ``StreamAssembler.advance`` of a partition."""
         return self._assemblers[partition].advance(until_ms)
 
     def state_dict(self) -> dict[int, State]:
-        """State of each partition of this rank."""
+        """Return the state of each partition of this rank."""
         return {partition: assembler.state_dict() for partition, assembler in self._assemblers.items()}
 
     def load_state_dict(self, states: Iterable[Mapping[int, State]]) -> None:
-        """Take over the partitions of this rank from what any number of ranks have saved.
+        """Load the partitions of this rank from the states of any number of ranks.
 
         Args:
-            states: ``state_dict`` of every rank that saved; partitions of other ranks are passed over.
+            states: ``state_dict`` of every rank that saved; partitions of other ranks are ignored.
 
         Raises:
-            ValueError: a partition of this rank is in none of them, or in two.
-            UserError: a state was made under another policy or timeouts.
+            ValueError: a partition of this rank is in none of the states, or a partition is in two.
+            UserError: a state was saved under another policy or other timeouts.
         """
         found: dict[int, State] = {}
         for state in states:

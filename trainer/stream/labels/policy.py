@@ -1,16 +1,17 @@
-"""Report policies: which training rows a visit gives, and when (Moment&Cross, label streams of 5 minutes and of 30 s).
+"""Report policies: the rows that a visit gives and their times (Moment&Cross: label streams of 5 min and of 30 s).
 
-**Visits.** A visit is what has one ``(user_id, visit_id)``, from its first exposure or enter, ``request_ms``, to its
-end. Several visits of a user may be open at once. A visit ends with its first exit; where none comes, ``idle_ms`` after
-its last event. Its ids and domain are those of its first event. Everything at the millisecond of the end still belongs
-to it: events of one millisecond are simultaneous. What comes later, or before the beginning, belongs to no visit and is
-set aside; an exposure or enter after the end begins another visit with the same id.
+**Visits.** A visit is all events with one ``(user_id, visit_id)``, from its first exposure or enter, ``request_ms``, to
+its end. A user may have several open visits at once. A visit ends with its first exit; without an exit it ends
+``idle_ms`` after its last event. Its ids and domain are those of its first event. All events at the millisecond of the
+end still belong to it, because events of one millisecond are simultaneous. A later event, or one before the start,
+belongs to no visit and changes no row; an exposure or enter after the end starts another visit with the same id.
 
-**Behaviours.** The first one of its kind counts; ``realtime_naive`` alone counts repeated ones too. A behaviour that
-does not apply in the visit's domain is no label, only a sign of life. The same event twice is one.
+**Behaviours.** Only the first event of each behaviour counts, except under ``realtime_naive``, which counts repeated
+ones too. A behaviour that does not apply in the visit's domain gives no label; it only shows that the visit is not
+idle. A duplicate of an event changes nothing.
 
-**Rows.** With ``t = 0`` at the request and windows that hold their right edge, as the paper has them (and the first
-window its left edge, where a behaviour may lie as well):
+**Rows.** With ``t = 0`` at the request. As in the paper, windows include their right edge; the first window also
+includes its left edge, because a behaviour may happen there:
 
 ==================  ======  =============================  =========================  =====================
 policy              kind    ``emit_ms``                    label 1                    unmasked
@@ -24,15 +25,15 @@ policy              kind    ``emit_ms``                    label 1              
                     exit    the end                        since the last tick        all
 ==================  ======  =============================  =========================  =====================
 
-Tick m is ``((m - 1) tick_ms, m tick_ms]``; the first one also holds 0. "All" are the behaviours that apply in the
-domain. Fast and slow rows come at their time whether the visit has ended or not. ``realtime`` reports a tick only where
-something happened first in it, ``realtime_naive`` every one. A row in which nothing is unmasked is not made: there is
-no slow row where the fast row missed nothing.
+Tick m is ``((m - 1) tick_ms, m tick_ms]``; the first tick also includes 0. "All" means all behaviours that apply in the
+domain. Fast and slow rows come at their time, even if the visit has ended. ``realtime`` makes a report row only for a
+tick with a first positive, ``realtime_naive`` for every tick. A row without an unmasked behaviour is not made: there is
+no slow row if the fast row missed no positive.
 
 **Order.** Rows of a partition are in order of ``(emit_ms, user_id, visit_id, request_ms)``, which no two rows share.
 
-**Late events.** The watermark follows the latest event of the partition at a distance of ``max_out_of_orderness_ms``.
-An event before the watermark at its arrival is late: it is set aside and counted, and changes no row.
+**Late events.** The watermark is ``max_out_of_orderness_ms`` behind the latest event of the partition. An event that is
+before the watermark when it arrives is late: it changes no row and is counted.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ SECOND_MS, MINUTE_MS, HOUR_MS = 1_000, 60_000, 3_600_000
 
 @dataclass(frozen=True)
 class Full:
-    """One row at the end of the visit: the yardstick, with the delay that it really has."""
+    """One row at the end of the visit: complete labels, with their real delay."""
 
     name: ClassVar[str] = "full"
 
 
 @dataclass(frozen=True)
 class FastSlow:
-    """A row after ``fast_ms``, and one after ``slow_ms`` with the positives that the first one denied."""
+    """One row after ``fast_ms``, and one after ``slow_ms`` with the positives that the fast row denied."""
 
     name: ClassVar[str] = "fast_slow"
     fast_ms: int = 5 * MINUTE_MS
     slow_ms: int = HOUR_MS
 
     def __post_init__(self) -> None:
-        """Raises: UserError: not ``0 < fast_ms < slow_ms``."""
+        """Raises: UserError: ``0 < fast_ms < slow_ms`` does not hold."""
         if not 0 < self.fast_ms < self.slow_ms:
             raise UserError(
                 f"fast_slow: windows of {self.fast_ms} and {self.slow_ms} ms; "
@@ -72,7 +73,7 @@ class FastSlow:
 
 @dataclass(frozen=True)
 class Realtime:
-    """First positives every ``tick_ms``, the rest at the end: the first-only mask."""
+    """First positives every ``tick_ms``, the other labels at the end: the paper's first-only mask."""
 
     name: ClassVar[str] = "realtime"
     tick_ms: int = 30 * SECOND_MS
@@ -84,7 +85,7 @@ class Realtime:
 
 @dataclass(frozen=True)
 class RealtimeNaive:
-    """Positives and negatives every ``tick_ms``: false negatives and repeated positives, for comparison only."""
+    """All labels every ``tick_ms``, with false negatives and repeated positives; for comparison only."""
 
     name: ClassVar[str] = "realtime_naive"
     tick_ms: int = 30 * SECOND_MS
@@ -99,17 +100,17 @@ Policy = Full | FastSlow | Realtime | RealtimeNaive
 POLICIES: dict[str, type[Full] | type[FastSlow] | type[Realtime] | type[RealtimeNaive]] = {
     policy.name: policy for policy in (Full, FastSlow, Realtime, RealtimeNaive)
 }
-"""Policies by the name that a config gives."""
+"""Policy classes by the name in a config."""
 
 
 @dataclass(frozen=True)
 class EventTimeouts:
-    """How long to wait.
+    """Waiting times for events.
 
     Attributes:
-        idle_ms: for another event of a visit, before it is taken to have ended.
-        max_out_of_orderness_ms: for events that come after later ones of the same partition; rows are handed out as
-            much later.
+        idle_ms: a visit without an exit ends this long after its last event.
+        max_out_of_orderness_ms: an event may come this much behind a later event of its partition; rows are delayed
+            by the same time.
     """
 
     idle_ms: int = 2 * HOUR_MS
@@ -124,7 +125,7 @@ class EventTimeouts:
 
 
 def report_policy(labels: LabelConfig) -> Policy:
-    """The report policy of the ``[labels]`` section of a job."""
+    """Return the report policy of the ``[labels]`` section of a job."""
     match labels.policy:
         case "full":
             return Full()
@@ -137,15 +138,15 @@ def report_policy(labels: LabelConfig) -> Policy:
 
 
 def event_timeouts(labels: LabelConfig) -> EventTimeouts:
-    """The waiting times of the ``[labels]`` section of a job."""
+    """Return the waiting times of the ``[labels]`` section of a job."""
     return EventTimeouts(labels.idle_ms, labels.max_out_of_orderness_ms)
 
 
 def make_policy(name: str, **settings: int) -> Policy:
-    """The policy of a name, with its settings in milliseconds.
+    """Return the policy of a name, with settings in milliseconds.
 
     Raises:
-        UserError: an unknown name, a setting that the policy does not have, or a value that it cannot have.
+        UserError: the name is unknown, the policy does not have a setting, or a value is out of range.
     """
     if name not in POLICIES:
         raise UserError(f"no report policy {name!r}; known are {', '.join(POLICIES)}")

@@ -1,4 +1,4 @@
-"""Table 1 of Moment&Cross, and how many rows each policy makes: what a log says of the report policies."""
+"""Comparison of the report policies on a log: Table 1 of Moment&Cross, and the number of rows of each policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.stream.labels.assembled_rows import END_OF_TIME
 from trainer.stream.labels.batch_assembler import visit_rows
 from trainer.stream.labels.event_log import EventLog
 from trainer.stream.labels.policy import HOUR_MS, MINUTE_MS, POLICIES, EventTimeouts
-from trainer.stream.labels.visit_grouping import Visits, group_visits
+from trainer.stream.labels.visit_grouping import GroupedVisits, group_visits
 
 PAPER: dict[str, float] = {
     "click": 0.96,
@@ -23,30 +23,30 @@ PAPER: dict[str, float] = {
     "gift": 0.68,
     "gift price": 0.34,
 }
-"""Share of the positives of an hour that is visible at 5 minutes: Table 1 of Moment&Cross."""
+"""Share of an hour's positives that is known after 5 minutes: Table 1 of Moment&Cross."""
 
 FAST_MS, SLOW_MS = 5 * MINUTE_MS, HOUR_MS
 
 
 def consistency(path: str | Path, idle_ms: int, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """What a log says of the policies, as JSON-ready values.
+    """Compare the report policies on a log; returns values that are ready for JSON.
 
-    Keys: ``path``, ``name``, ``visits``, ``active_visits`` (in which a behaviour happened); ``behaviours``: for each,
-    and for ``gift price`` (the money of all gifts) where there are gifts, the ``positives`` within an hour of the
-    request, how many of them are ``early``, within 5 minutes, their ``share`` (None without positives) and the
-    ``paper``'s (None where it has none); ``rows``: for each policy with its windows of the paper the number of rows of
-    ``all`` visits and of the ``active`` ones.
+    Keys: ``path``, ``name``, ``visits``, ``active_visits`` (visits with a behaviour). ``behaviours`` has an entry for
+    each behaviour, and for ``gift price`` (the money of all gifts) if there are gifts: the ``positives`` within an hour
+    of the request, the number of them within 5 minutes as ``early``, their ``share`` (None without positives) and the
+    paper's share as ``paper`` (None if the paper has none). ``rows`` has for each policy, with the paper's windows, the
+    number of rows of ``all`` visits and of the ``active`` visits.
 
     Args:
         path: dataset, a directory or an fsspec URL.
-        idle_ms: a visit without an exit has ended so long after its last event.
-        progress: told the events done, and how many there are.
+        idle_ms: a visit without an exit ends this long after its last event.
+        progress: called with the number of events done and the number of all events.
 
     Raises:
-        UserError: no dataset there, or an event that cannot be.
+        UserError: there is no dataset at ``path``, or an event is invalid.
     """
     log = EventLog(path)
-    # The whole log is here: no event of it is late.
+    # The whole log is available, so no event is late.
     timeouts = EventTimeouts(idle_ms, max_out_of_orderness_ms=END_OF_TIME)
     names = [*log.spec.behaviours, *(["gift price"] if "gift" in log.spec.behaviours else [])]
     early, within = np.zeros((2, len(names)))
@@ -82,7 +82,7 @@ def consistency(path: str | Path, idle_ms: int, progress: Callable[[int, int], N
 
 
 def format_consistency(figures: dict[str, Any]) -> str:
-    """The figures as text for a person."""
+    """Format the figures of ``consistency`` as text tables."""
     table_1 = text_table(
         ["behaviour", "within 1 h", "within 5 min", "share", "paper"],
         [
@@ -107,36 +107,37 @@ def format_consistency(figures: dict[str, Any]) -> str:
     head = f"{figures['path']} ({figures['name']}): {figures['visits']:,} visits, {figures['active_visits']:,} active"
     return "\n\n".join(
         [
-            f"{head}\nactive: with a behaviour. The paper has about 2 rows of realtime for one of fast_slow.",
-            f"positives within an hour of the request that are visible at 5 minutes\n{table_1}",
+            f"{head}\nactive: visits with a behaviour. In the paper, realtime makes about 2 rows per row of fast_slow.",
+            f"positives within an hour of the request that are known after 5 minutes\n{table_1}",
             f"rows by policy\n{volumes}",
         ]
     )
 
 
-def _happened_by(visits: Visits, names: list[str], window_ms: int) -> np.ndarray:
-    """Positives within a window from the request on, and the money of all gifts, ``[names] float64``."""
-    found = (visits.first_ms() <= visits.request_ms[:, None] + window_ms).sum(axis=0).astype(np.float64)
+def _happened_by(visits: GroupedVisits, names: list[str], window_ms: int) -> np.ndarray:
+    """Return positives within a window after the request, and the money of all gifts, ``[names] float64``."""
+    totals = (visits.first_ms() <= visits.request_ms[:, None] + window_ms).sum(axis=0).astype(np.float64)
     if "gift price" in names:
         by_then = visits.time_ms <= visits.request_ms[visits.visit] + window_ms
         at = np.flatnonzero(by_then & (visits.behaviour == names.index("gift")))
-        # The same event twice is one.
+        # A duplicate event counts once.
         gifts = np.unique(np.stack([visits.visit[at], visits.time_ms[at], visits.value[at].astype(np.float64)]), axis=1)
-        found = np.append(found, gifts[2].sum())
-    return found
+        totals = np.append(totals, gifts[2].sum())
+    return totals
 
 
-def _count_rows(visits: Visits, counts: dict[str, dict[str, int]]) -> None:
+def _count_rows(visits: GroupedVisits, counts: dict[str, dict[str, int]]) -> None:
+    """Add the number of rows of each policy to ``counts``."""
     active = np.zeros(len(visits.end_ms), bool)
     active[visits.visit] = True
     for name, policy in POLICIES.items():
         counts[name]["all"] += len(visit_rows(visits, policy())["kind"])
-        counts[name]["active"] += len(visit_rows(visits.only(active), policy())["kind"])
+        counts[name]["active"] += len(visit_rows(visits.select(active), policy())["kind"])
 
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def _ratio(rows: int, to: int) -> str:
-    return f"{rows / to:.2f}" if to else "-"
+def _ratio(rows: int, reference_rows: int) -> str:
+    return f"{rows / reference_rows:.2f}" if reference_rows else "-"

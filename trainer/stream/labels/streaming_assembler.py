@@ -1,8 +1,8 @@
-"""The incremental assembler: rows of a live stream, with the open visits as keyed state.
+"""Streaming assembler: turns the events of a live stream into rows, with the open visits as keyed state.
 
-Events wait until the watermark has passed them, and are then taken in time order: the order in which they arrived, and
-in what portions, changes nothing. Every visit stands in a queue of times at which it is to be looked at again: its next
-report, its exit, or the moment at which it has been idle for too long.
+Events are buffered until the watermark has passed them, and are then applied in time order. So the rows do not depend
+on the order or the portions in which events arrive, as long as they are not late. Every visit has a timer in a queue:
+its next report, its exit, or its idle timeout, whichever comes first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from trainer.data.format.sorting import stable_order
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import labels, masks
 from trainer.stream.labels.assembled_rows import (
-    BEGUN_COLUMNS,
     END_OF_TIME,
     ENTER,
     EVENT_TYPES,
@@ -28,24 +27,25 @@ from trainer.stream.labels.assembled_rows import (
     LATE,
     NO_OPEN_VISIT,
     ROW_COLUMNS,
-    Assembled,
+    STARTED_COLUMNS,
+    AssembledRows,
     concatenate,
     no_events,
-    take_aside,
+    select_unused,
 )
 from trainer.stream.labels.open_visit import OpenVisit, Report, reporter_of
 from trainer.stream.labels.policy import POLICIES, EventTimeouts, Policy
-from trainer.stream.labels.visit_grouping import is_late, of_domains, simultaneous_rank
+from trainer.stream.labels.visit_grouping import in_domains, is_late, simultaneous_rank
 
 State = dict[str, np.ndarray]
-"""State of an assembler: plain arrays of integers and floats, none of them objects."""
+"""State of an assembler: plain arrays of integers and floats, no Python objects."""
 
 COUNTS: tuple[str, ...] = ("events", "late", "no_open_visit", "visits", "timed_out")
-"""What is counted of the domains that become rows: events that arrived, those set aside by reason, visits that began,
-and those that ended without an exit."""
+"""Counters over the domains that become rows: events that arrived, unused events by reason, visits that started, and
+visits that ended by the idle timeout."""
 
-_Mark = tuple[int, int, int, int, int, OpenVisit]
-"""A time in the queue, what orders visits of the same time, a running number, and the visit."""
+_Timer = tuple[int, int, int, int, int, OpenVisit]
+"""Timer in the queue: ``due_ms, user_id, visit_id, request_ms`` (the order of rows), a serial number, the visit."""
 
 
 class StreamAssembler:
@@ -55,10 +55,10 @@ class StreamAssembler:
     ``max_out_of_orderness_ms``.
 
     Args:
-        spec: of the dataset, or of what the stream carries.
-        policy: which rows.
-        timeouts: what is late, and when a visit without an exit has ended.
-        domains: those whose visits become rows, ``spec.candidates`` by default; events of others move the watermark.
+        spec: description of the dataset, or of the data in the stream.
+        policy: report policy.
+        timeouts: limits for late events and for idle visits.
+        domains: domains whose visits become rows, ``spec.candidates`` by default; other events only move the watermark.
     """
 
     def __init__(
@@ -66,70 +66,70 @@ class StreamAssembler:
     ) -> None:
         self._spec, self._policy, self._timeouts, self._domains = spec, policy, timeouts, domains
         self._reporter = reporter_of(policy)
-        of_domain = masks(spec, np.arange(len(DOMAINS)))
-        self._applies = [_bits(mask) for mask in of_domain]
+        mask_by_domain = masks(spec, np.arange(len(DOMAINS)))
+        self._applies = [_bits(mask) for mask in mask_by_domain]
         self._settings = np.array(
             [list(POLICIES).index(policy.name), *asdict(policy).values(), *asdict(timeouts).values()], np.int64
         )
         self.watermark_ms = -END_OF_TIME
         self.counts = dict.fromkeys(COUNTS, 0)
-        # Portions of events that wait, each in time order: the first time in it, its number, its columns.
-        self._waiting: list[tuple[int, int, Columns]] = []
+        # Heap of buffered portions, each in time order: first time, serial number, columns.
+        self._buffered: list[tuple[int, int, Columns]] = []
         self._open: dict[tuple[int, int], OpenVisit] = {}
-        self._queue: list[_Mark] = []
-        self._live = 0
+        self._queue: list[_Timer] = []
+        self._open_count = 0
         self._serial = 0
         self._rows: list[tuple[int, ...]] = []
-        self._begun: list[tuple[int, ...]] = []
+        self._started: list[tuple[int, ...]] = []
 
     @property
     def open_visits(self) -> int:
-        """Visits that have not ended, or whose last row is not due yet."""
-        return self._live
+        """Number of visits that have not ended, or whose last row is not due yet."""
+        return self._open_count
 
     @property
     def waiting_events(self) -> int:
-        """Events that the watermark has not passed."""
-        return sum(len(part["time_ms"]) for _, _, part in self._waiting)
+        """Number of buffered events, which the watermark has not passed."""
+        return sum(len(part["time_ms"]) for _, _, part in self._buffered)
 
     def unfinished(self) -> Iterator[tuple[int, int]]:
-        """``user_id, visit_id`` of the visits that can still give a row: open, due, or waiting to begin."""
-        yield from {(mark[-1].user_id, mark[-1].visit_id) for mark in self._queue if mark[-1].due_ms == mark[0]}
-        for _, _, part in self._waiting:
+        """Yield ``user_id, visit_id`` of the visits that can still give a row: open, due, or with buffered events."""
+        yield from {(timer[-1].user_id, timer[-1].visit_id) for timer in self._queue if timer[-1].due_ms == timer[0]}
+        for _, _, part in self._buffered:
             yield from zip(part["user_id"].tolist(), part["visit_id"].tolist(), strict=True)
 
-    def push(self, events: Columns) -> Assembled:
-        """Take events in the order in which they arrive; gives the rows that have become final, and visits that began.
+    def push(self, events: Columns) -> AssembledRows:
+        """Add events in order of arrival; return the rows that have become final and the visits that have started.
 
-        A row is final once the watermark is later than its ``emit_ms``. All rows that are ever given are in order, and
-        they are the same however the stream is cut into portions.
+        A row is final once the watermark is later than its ``emit_ms``. The rows of all calls together are in order,
+        and they do not depend on how the stream is cut into portions.
 
         Args:
-            events: columns of ``rows.EVENT_TYPES``.
+            events: columns of ``EVENT_TYPES``.
         """
         watermark = self.watermark_ms
         if len(events["time_ms"]):
             self.watermark_ms = max(watermark, int(events["time_ms"].max()) - self._timeouts.max_out_of_orderness_ms)
         late = is_late(events["time_ms"], self._timeouts.max_out_of_orderness_ms, watermark)
-        counted = of_domains(self._spec, events["domain"], self._domains)
-        aside = [take_aside(events, np.flatnonzero(late & counted), LATE)]
-        self._wait(events, np.flatnonzero(counted & ~late))
+        counted = in_domains(self._spec, events["domain"], self._domains)
+        unused = [select_unused(events, np.flatnonzero(late & counted), LATE)]
+        self._buffer(events, np.flatnonzero(counted & ~late))
         self.counts["events"] += int(counted.sum())
-        return self._release(aside)
+        return self._release(unused)
 
-    def advance(self, until_ms: int = END_OF_TIME) -> Assembled:
-        """Take it that no event before ``until_ms`` will come any more; gives the rows that this makes final.
+    def advance(self, until_ms: int = END_OF_TIME) -> AssembledRows:
+        """Advance the watermark to ``until_ms``; return the rows that become final.
 
-        For a partition that has fallen silent, and, without ``until_ms``, for the end of a stream: visits that are
-        still open then end when they have been idle for long enough.
+        Call it for a silent partition, and without ``until_ms`` at the end of a stream: visits that are still open then
+        end by the idle timeout.
         """
         self.watermark_ms = max(self.watermark_ms, until_ms)
-        return self._release([take_aside(no_events(), np.empty(0, np.int64), LATE)])
+        return self._release([select_unused(no_events(), np.empty(0, np.int64), LATE)])
 
     def state_dict(self) -> State:
-        """All that the rows to come depend on, between two calls; to be given to ``load_state_dict``."""
-        visits = {id(mark[-1]): mark[-1] for mark in self._queue if mark[-1].due_ms == mark[0]}
-        waiting = [part for _, _, part in sorted(self._waiting, key=lambda entry: entry[1])]
+        """Return the complete state between two calls, for ``load_state_dict``."""
+        visits = {id(timer[-1]): timer[-1] for timer in self._queue if timer[-1].due_ms == timer[0]}
+        buffered = [part for _, _, part in sorted(self._buffered, key=lambda entry: entry[1])]
         return {
             "settings": self._settings.copy(),
             "watermark_ms": np.array([self.watermark_ms], np.int64),
@@ -138,14 +138,14 @@ class StreamAssembler:
                 f"visit.{name}": np.array([getattr(visit, name) for visit in visits.values()], np.int64)
                 for name in OpenVisit.__slots__
             },
-            **{f"event.{name}": column.copy() for name, column in concatenate([no_events(), *waiting]).items()},
+            **{f"event.{name}": column.copy() for name, column in concatenate([no_events(), *buffered]).items()},
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from where ``state_dict`` was called, in place of all that this assembler has seen.
+        """Replace the state of this assembler by a saved one.
 
         Raises:
-            UserError: the state was made under another policy or timeouts.
+            UserError: the state was saved under another policy or other timeouts.
         """
         if not np.array_equal(state["settings"], self._settings):
             raise UserError(
@@ -154,7 +154,7 @@ class StreamAssembler:
             )
         self.watermark_ms = int(state["watermark_ms"][0])
         self.counts = dict(zip(COUNTS, state["counts"].tolist(), strict=True))
-        self._open, self._queue, self._waiting, self._live = {}, [], [], 0
+        self._open, self._queue, self._buffered, self._open_count = {}, [], [], 0
         columns = [state[f"visit.{name}"].tolist() for name in OpenVisit.__slots__]
         for values in zip(*columns, strict=True):
             visit = OpenVisit.__new__(OpenVisit)
@@ -162,104 +162,106 @@ class StreamAssembler:
                 setattr(visit, name, value)
             if not visit.ended:
                 self._open[visit.user_id, visit.visit_id] = visit
-            self._live += 1
-            self._mark(visit, visit.due_ms)
+            self._open_count += 1
+            self._set_timer(visit, visit.due_ms)
         events = {name: np.asarray(state[f"event.{name}"], dtype) for name, dtype in EVENT_TYPES.items()}
-        self._wait(events, np.arange(len(events["time_ms"])))
+        self._buffer(events, np.arange(len(events["time_ms"])))
 
-    def _wait(self, events: Columns, at: np.ndarray) -> None:
-        """Let the events at positions ``at`` wait for the watermark."""
+    def _buffer(self, events: Columns, at: np.ndarray) -> None:
+        """Buffer the events at positions ``at`` until the watermark has passed them."""
         if not len(at):
             return
         time_ms = events["time_ms"][at]
         order = at[stable_order(time_ms * 4 + simultaneous_rank(events["event"][at]))]
         part = {name: events[name][order].astype(dtype, copy=False) for name, dtype in EVENT_TYPES.items()}
         self._serial += 1
-        heapq.heappush(self._waiting, (int(part["time_ms"][0]), self._serial, part))
+        heapq.heappush(self._buffered, (int(part["time_ms"][0]), self._serial, part))
 
-    def _release(self, aside: list[Columns]) -> Assembled:
-        """Take the events that the watermark has passed, and the marks before it."""
+    def _release(self, unused: list[Columns]) -> AssembledRows:
+        """Apply the buffered events before the watermark, and fire the timers before it."""
         ready: list[tuple[int, Columns]] = []
-        while self._waiting and self._waiting[0][0] < self.watermark_ms:
-            _, serial, part = heapq.heappop(self._waiting)
+        while self._buffered and self._buffered[0][0] < self.watermark_ms:
+            _, serial, part = heapq.heappop(self._buffered)
             stop = int(np.searchsorted(part["time_ms"], self.watermark_ms))
             ready.append((serial, {name: column[:stop] for name, column in part.items()}))
             if stop < len(part["time_ms"]):
                 rest = {name: column[stop:] for name, column in part.items()}
-                heapq.heappush(self._waiting, (int(rest["time_ms"][0]), serial, rest))
+                heapq.heappush(self._buffered, (int(rest["time_ms"][0]), serial, rest))
         if ready:
-            # Simultaneous events of a kind stay in the order in which they arrived.
+            # Simultaneous events of a kind keep their order of arrival, so a portion's serial number decides.
             events = concatenate([part for _, part in sorted(ready, key=lambda entry: entry[0])])
             order = stable_order(events["time_ms"] * 4 + simultaneous_rank(events["event"]))
             events = {name: column[order] for name, column in events.items()}
-            aside.append(take_aside(events, self._take(events), NO_OPEN_VISIT))
-        self._look_before(self.watermark_ms)
-        if len(self._queue) > 3 * self._live + 64:
-            # Marks that have lost their meaning would keep visits that are over.
-            newest = {id(mark[-1]): mark for mark in self._queue if mark[-1].due_ms == mark[0]}
+            unused.append(select_unused(events, self._apply(events), NO_OPEN_VISIT))
+        self._fire_timers_before(self.watermark_ms)
+        if len(self._queue) > 3 * self._open_count + 64:
+            # Stale timers would keep finished visits in memory.
+            newest = {id(timer[-1]): timer for timer in self._queue if timer[-1].due_ms == timer[0]}
             self._queue = list(newest.values())
             heapq.heapify(self._queue)
-        set_aside = concatenate(aside)
-        self.counts["late"] += int((set_aside["reason"] == LATE).sum())
-        self.counts["no_open_visit"] += int((set_aside["reason"] == NO_OPEN_VISIT).sum())
-        return Assembled(self._take_rows(), self._take_begun(), set_aside)
+        all_unused = concatenate(unused)
+        self.counts["late"] += int((all_unused["reason"] == LATE).sum())
+        self.counts["no_open_visit"] += int((all_unused["reason"] == NO_OPEN_VISIT).sum())
+        return AssembledRows(self._take_rows(), self._take_started(), all_unused)
 
-    def _take(self, events: Columns) -> np.ndarray:
-        """Apply events in time order; positions of those that belong to no open visit."""
-        orphans = []
+    def _apply(self, events: Columns) -> np.ndarray:
+        """Apply events in time order; return the positions of events without an open visit."""
+        without_visit = []
         queue, open_visits, happened = self._queue, self._open, self._reporter.happened
         columns = (events[name].tolist() for name in ("time_ms", "event", "user_id", "visit_id"))
         for place, (time_ms, code, user_id, visit_id) in enumerate(zip(*columns, strict=True)):
-            # What is due at this very time waits: simultaneous events are part of it.
+            # Timers due at this same time must wait, because simultaneous events still count.
             if queue and queue[0][0] < time_ms:
-                self._look_before(time_ms)
+                self._fire_timers_before(time_ms)
             visit = open_visits.get((user_id, visit_id))
             if visit is None:
                 if code <= ENTER:
-                    self._begin(events, place)
+                    self._start_visit(events, place)
                 else:
-                    orphans.append(place)
+                    without_visit.append(place)
                 continue
             visit.last_ms = time_ms
             if code == EXIT:
                 if visit.exit_ms == END_OF_TIME:
                     visit.exit_ms = time_ms
-                    self._mark(visit, time_ms)
+                    self._set_timer(visit, time_ms)
             elif code >= FIRST_BEHAVIOUR:
                 behaviour = 1 << (code - FIRST_BEHAVIOUR)
                 if visit.applies & behaviour:
                     happened(visit, behaviour, time_ms)
                     if visit.report_ms < visit.due_ms:
-                        self._mark(visit, visit.report_ms)
-        return np.array(orphans, np.int64)
+                        self._set_timer(visit, visit.report_ms)
+        return np.array(without_visit, np.int64)
 
-    def _begin(self, events: Columns, place: int) -> None:
+    def _start_visit(self, events: Columns, place: int) -> None:
+        """Open the visit of the event at ``place``."""
         names = ("user_id", "visit_id", "author_id", "item_id", "domain", "time_ms")
         user_id, visit_id, author_id, item_id, domain, time_ms = (int(events[name][place]) for name in names)
         visit = OpenVisit(user_id, visit_id, author_id, item_id, domain, time_ms, self._applies[domain])
         visit.report_ms = self._reporter.first_report_ms(visit)
         self._open[user_id, visit_id] = visit
-        self._live += 1
-        self._begun.append((visit_id, user_id, author_id, item_id, domain, time_ms))
+        self._open_count += 1
+        self._started.append((visit_id, user_id, author_id, item_id, domain, time_ms))
         self.counts["visits"] += 1
-        self._mark(visit, min(visit.report_ms, time_ms + self._timeouts.idle_ms))
+        self._set_timer(visit, min(visit.report_ms, time_ms + self._timeouts.idle_ms))
 
-    def _mark(self, visit: OpenVisit, due_ms: int) -> None:
-        """Look at the visit at ``due_ms``, and at no mark of it that is in the queue already."""
+    def _set_timer(self, visit: OpenVisit, due_ms: int) -> None:
+        """Set the timer of a visit; its earlier timers in the queue become stale."""
         visit.due_ms = due_ms
         self._serial += 1
-        mark = (due_ms, visit.user_id, visit.visit_id, visit.request_ms, self._serial, visit)
-        heapq.heappush(self._queue, mark)
+        timer = (due_ms, visit.user_id, visit.visit_id, visit.request_ms, self._serial, visit)
+        heapq.heappush(self._queue, timer)
 
-    def _look_before(self, until_ms: int) -> None:
-        """Look at all visits whose time is earlier than ``until_ms``, in the order of the rows."""
+    def _fire_timers_before(self, until_ms: int) -> None:
+        """Fire all timers before ``until_ms``, in the order of the rows."""
         queue = self._queue
         while queue and queue[0][0] < until_ms:
             due_ms, *_, visit = heapq.heappop(queue)
             if visit.due_ms == due_ms:
-                self._look(visit, due_ms)
+                self._on_timer(visit, due_ms)
 
-    def _look(self, visit: OpenVisit, now_ms: int) -> None:
+    def _on_timer(self, visit: OpenVisit, now_ms: int) -> None:
+        """Handle the timer of a visit: end it, emit its due rows, and set the next timer."""
         if visit.exit_ms == END_OF_TIME and visit.last_ms + self._timeouts.idle_ms == now_ms:
             visit.exit_ms = now_ms
             self.counts["timed_out"] += 1
@@ -274,11 +276,12 @@ class StreamAssembler:
             next_ms = min(next_ms, visit.last_ms + self._timeouts.idle_ms)
         if next_ms == END_OF_TIME:
             visit.due_ms = END_OF_TIME
-            self._live -= 1
+            self._open_count -= 1
         else:
-            self._mark(visit, next_ms)
+            self._set_timer(visit, next_ms)
 
     def _emit(self, visit: OpenVisit, emit_ms: int, report: Report | None) -> None:
+        """Add a row unless nothing is unmasked in it."""
         if report is not None and report.mask:
             self._rows.append(
                 (
@@ -295,18 +298,18 @@ class StreamAssembler:
                 )
             )
 
-    def _take_begun(self) -> Rows:
-        """The visits that have begun since the last call, as columns."""
-        columns = _columns(BEGUN_COLUMNS, self._begun)
-        self._begun = []
-        # Those of one millisecond are in the order in which they arrived; none can begin before them any more.
+    def _take_started(self) -> Rows:
+        """Return the visits that have started since the last call, as columns."""
+        columns = _columns(STARTED_COLUMNS, self._started)
+        self._started = []
+        # Visits of one millisecond are in order of arrival. No earlier visit can follow, so sorting here is enough.
         order = np.lexsort((columns["visit_id"], columns["user_id"], columns["request_ms"]))
-        begun = {name: column[order] for name, column in columns.items()}
-        return begun | {"domain": begun["domain"].astype(np.uint8)}
+        started = {name: column[order] for name, column in columns.items()}
+        return started | {"domain": started["domain"].astype(np.uint8)}
 
     def _take_rows(self) -> Rows:
-        """The rows made since the last call, as columns."""
-        # In the order of _emit, label and mask as bits.
+        """Return the rows since the last call, as columns."""
+        # Labels and masks are still bits here.
         rows = _columns(ROW_COLUMNS, self._rows)
         self._rows = []
         rows |= {name: rows[name].astype(np.uint8) for name in ("domain", "kind")}
@@ -314,14 +317,17 @@ class StreamAssembler:
 
 
 def _columns(names: Sequence[str], lines: Sequence[tuple[int, ...]]) -> Columns:
+    """Return tuples as int64 columns."""
     table = np.array(lines, np.int64).reshape(-1, len(names))
     return dict(zip(names, np.ascontiguousarray(table.T), strict=True))
 
 
 def _bits(mask: np.ndarray) -> int:
+    """Return a mask of behaviours as bits."""
     return sum(1 << k for k, unmasked in enumerate(mask.tolist()) if unmasked)
 
 
 def _described(settings: np.ndarray) -> str:
+    """Return saved settings as text for a message."""
     policy, *milliseconds = settings.tolist()
     return f"{list(POLICIES)[policy]} {milliseconds}"

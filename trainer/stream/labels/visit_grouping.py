@@ -1,4 +1,4 @@
-"""Which events of a stored log make a visit."""
+"""Groups the events of a stored log into visits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from trainer.stream.labels.assembled_rows import (
     ID_COLUMNS,
     LATE,
     NO_OPEN_VISIT,
-    take_aside,
+    select_unused,
 )
 from trainer.stream.labels.policy import EventTimeouts
 
 
 @dataclass(frozen=True)
-class Visits:
+class GroupedVisits:
     """Visits as ``trainer.stream.labels.policy`` defines them, in order of user, visit and request.
 
     Attributes:
@@ -33,11 +33,11 @@ class Visits:
         request_ms: ``[n] int64``.
         end_ms: ``[n] int64``.
         applies: ``[n, behaviours] uint8``, 1 where the behaviour can happen in the visit's domain.
-        visit: position of the visit of every behaviour that happened and applies, ``[m] int64``, increasing.
-        behaviour: its position in ``spec.behaviours``, ``[m] int64``.
-        time_ms: ``[m] int64``, increasing within a visit.
-        value: ``[m] float32``.
-        aside: events that belong to no visit, in the form of ``rows.Assembled.aside``.
+        visit: position of the visit of each behaviour that happened and applies, ``[m] int64``, increasing.
+        behaviour: position of the behaviour in ``spec.behaviours``, ``[m] int64``.
+        time_ms: time of the behaviour, ``[m] int64``, increasing within a visit.
+        value: value of the behaviour's event, ``[m] float32``.
+        unused: events that belong to no visit, in the form of ``AssembledRows.unused``.
     """
 
     columns: Columns
@@ -48,24 +48,24 @@ class Visits:
     behaviour: np.ndarray
     time_ms: np.ndarray
     value: np.ndarray
-    aside: tuple[Columns, ...]
+    unused: tuple[Columns, ...]
 
-    def begun(self) -> Rows:
-        """The visits as they began, in the form and order of ``rows.Assembled.begun``."""
+    def started(self) -> Rows:
+        """Return the starts of the visits, in the form and order of ``AssembledRows.started``."""
         order = stable_order(self.request_ms)
         return {name: column[order] for name, column in {**self.columns, "request_ms": self.request_ms}.items()}
 
     def first_ms(self) -> np.ndarray:
-        """When each behaviour happened first, ``[n, behaviours] int64``, ``END_OF_TIME`` for never."""
+        """Return the first time of each behaviour, ``[n, behaviours] int64``, ``END_OF_TIME`` for never."""
         first = np.full(self.applies.shape, END_OF_TIME, np.int64)
         np.minimum.at(first, (self.visit, self.behaviour), self.time_ms)
         return first
 
-    def only(self, keep: np.ndarray) -> Visits:
-        """The visits where ``keep [n] bool`` is set; nothing is set aside in them."""
+    def select(self, keep: np.ndarray) -> GroupedVisits:
+        """Return the visits where ``keep [n] bool`` is set, without unused events."""
         place = np.cumsum(keep) - 1
         kept = keep[self.visit]
-        return Visits(
+        return GroupedVisits(
             columns={name: column[keep] for name, column in self.columns.items()},
             request_ms=self.request_ms[keep],
             end_ms=self.end_ms[keep],
@@ -74,29 +74,29 @@ class Visits:
             behaviour=self.behaviour[kept],
             time_ms=self.time_ms[kept],
             value=self.value[kept],
-            aside=(),
+            unused=(),
         )
 
 
 def group_visits(
     spec: DatasetSpec, events: Columns, timeouts: EventTimeouts, domains: Sequence[str] | None = None
-) -> Visits:
-    """Put the events of a partition together to visits.
+) -> GroupedVisits:
+    """Group the events of a partition into visits.
 
     Args:
-        spec: of the dataset.
-        events: columns of ``rows.EVENT_TYPES``, in the order in which they arrived.
-        timeouts: what is late, and when a visit without an exit has ended.
-        domains: those whose events count, ``spec.candidates`` by default; events of others move the watermark only.
+        spec: description of the dataset.
+        events: columns of ``EVENT_TYPES``, in order of arrival.
+        timeouts: limits for late events and for idle visits.
+        domains: domains whose events count, ``spec.candidates`` by default; other events only move the watermark.
     """
     late = is_late(events["time_ms"], timeouts.max_out_of_orderness_ms)
-    counted = of_domains(spec, events["domain"], domains)
+    counted = in_domains(spec, events["domain"], domains)
     if counted.all() and not late.any():
-        asides, event = [], events
+        unused, event = [], events
     else:
-        asides = [take_aside(events, np.flatnonzero(late & counted), LATE)]
+        unused = [select_unused(events, np.flatnonzero(late & counted), LATE)]
         event = {name: column[counted & ~late] for name, column in events.items()}
-    # Simultaneous events are taken as exposure, enter, behaviours, exit.
+    # Simultaneous events are ordered as exposure, enter, behaviours, exit.
     order = stable_order(event["time_ms"] * 4 + simultaneous_rank(event["event"]))
     for name in ("visit_id", "user_id"):
         order = order[stable_order(event[name][order])]
@@ -105,11 +105,11 @@ def group_visits(
     code, time_ms = event["event"], event["time_ms"]
     opens = code <= ENTER
     begins, within = _segments(event, opens, timeouts.idle_ms)
-    asides.append(take_aside(event, np.flatnonzero(~within), NO_OPEN_VISIT))
+    unused.append(select_unused(event, np.flatnonzero(~within), NO_OPEN_VISIT))
 
     first = np.flatnonzero(begins)
     visit = np.cumsum(begins) - 1
-    # Events between two visits carry the number of the first one: the last event of a visit is the last one within.
+    # An event between two visits has the number of the earlier one, so only events inside can be the last of a visit.
     inside = np.flatnonzero(within)
     last = inside[np.flatnonzero(np.diff(visit[inside], append=len(first)))] if len(inside) else inside
     end_ms = time_ms[last] + np.where(code[last] == EXIT, 0, timeouts.idle_ms)
@@ -121,7 +121,7 @@ def group_visits(
     behaviour = code[at].astype(np.int64) - FIRST_BEHAVIOUR
     can_happen = applies[visit[at], behaviour] > 0
     at, behaviour = at[can_happen], behaviour[can_happen]
-    return Visits(
+    return GroupedVisits(
         columns=columns,
         request_ms=time_ms[first],
         end_ms=end_ms,
@@ -130,40 +130,43 @@ def group_visits(
         behaviour=behaviour,
         time_ms=time_ms[at],
         value=event["value"][at],
-        aside=tuple(asides),
+        unused=tuple(unused),
     )
 
 
 def is_late(time_ms: np.ndarray, max_out_of_orderness_ms: int, watermark_ms: int = -END_OF_TIME) -> np.ndarray:
-    """Which events were behind the watermark when they arrived, ``[n] bool``; ``watermark_ms`` is that of before."""
+    """Return a mask of the events behind the watermark at their arrival, ``[n] bool``.
+
+    ``watermark_ms`` is the watermark before the first of these events.
+    """
     if not len(time_ms):
         return np.zeros(0, bool)
     return time_ms < np.maximum(np.maximum.accumulate(time_ms) - max_out_of_orderness_ms, watermark_ms)
 
 
-def of_domains(spec: DatasetSpec, domain: np.ndarray, domains: Sequence[str] | None) -> np.ndarray:
-    """Which events are of ``domains`` (``spec.candidates`` if None), ``[n] bool``."""
+def in_domains(spec: DatasetSpec, domain: np.ndarray, domains: Sequence[str] | None) -> np.ndarray:
+    """Return a mask of the events in ``domains`` (``spec.candidates`` if None), ``[n] bool``."""
     wanted = spec.candidates if domains is None else domains
     return np.array([name in wanted for name in DOMAINS])[domain]
 
 
 def simultaneous_rank(code: np.ndarray) -> np.ndarray:
-    """Order of event codes within a millisecond, ``[n] int64``: exposure, enter, behaviours, exit."""
+    """Return the rank of event codes within a millisecond, ``[n] int64``: exposure, enter, behaviours, exit."""
     return np.where(code <= ENTER, code, np.where(code == EXIT, 3, 2)).astype(np.int64)
 
 
 def _segments(event: Columns, opens: np.ndarray, idle_ms: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which events begin a visit and which belong to one, ``[n] bool`` each.
+    """Return two masks, ``[n] bool`` each: events that start a visit, and events that belong to a visit.
 
-    ``event`` is in order of user, visit and time. The visit of an event is open if the latest of what opened and what
-    closed it opened it.
+    ``event`` is in order of user, visit and time. An event belongs to a visit if the last opening event before it (or
+    the event itself) is not earlier than the last position at which the visit was closed.
     """
     place = np.arange(len(opens))
     time_ms = event["time_ms"]
     closed = place == 0
     closed[1:] |= (np.diff(event["user_id"]) != 0) | (np.diff(event["visit_id"]) != 0)
     gap = np.diff(time_ms)
-    # An exit is the last of its millisecond: it closes the visit for what comes after that.
+    # An exit is the last event of its millisecond: it closes the visit for all later events.
     closed[1:] |= (gap > idle_ms) | ((event["event"][:-1] == EXIT) & (gap > 0))
     last_opened = np.maximum.accumulate(np.where(opens, place, -1))
     last_closed = np.maximum.accumulate(np.where(closed, place, -1))

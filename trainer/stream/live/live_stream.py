@@ -20,11 +20,11 @@ from trainer.data.format.visit_events import label_bits
 from trainer.stream.labels.assembled_rows import (
     END_OF_TIME,
     REASONS,
-    Assembled,
+    AssembledRows,
     concatenate,
     no_events,
     no_rows,
-    take_aside,
+    select_unused,
 )
 from trainer.stream.labels.partition_assemblers import PartitionAssemblers
 from trainer.stream.labels.policy import Full, event_timeouts, report_policy
@@ -32,7 +32,7 @@ from trainer.stream.live.visit_features import VisitFeatureStore
 from trainer.stream.sources.source import EventBatch
 
 COUNTS = ("events", "late", "no_open_visit", "requests", "without_features", "unanswered")
-"""What is counted: events that arrived, those set aside by reason, requests predicted, those whose features were not
+"""What is counted: events that arrived, those unused by reason, requests predicted, those whose features were not
 logged, and requests whose outcome came without a prediction to compare it with."""
 
 _ORDER = ("request_ms", "visit_id", "user_id", "emit_ms")
@@ -45,11 +45,11 @@ _Request = tuple[int, int, int]
 """``user_id, visit_id, request_ms``."""
 
 
-class Answered(NamedTuple):
+class PredictedOutcomes(NamedTuple):
     """Outcomes of visits beside what was predicted when they were requested.
 
     Attributes:
-        rows: of kind ``full``: ``rows.ROW_COLUMNS``.
+        rows: of kind ``full``: ``ROW_COLUMNS``.
         logits: ``[n, predicted behaviours]`` float32.
     """
 
@@ -58,7 +58,7 @@ class Answered(NamedTuple):
 
 
 @dataclass
-class _Partition:
+class _PartitionState:
     """Of one partition: rows to train on, requests to predict, ended visits, and what was predicted of open ones."""
 
     facts: VisitFeatureStore
@@ -100,34 +100,36 @@ class LiveStream:
         self._labels = PartitionAssemblers(spec, report_policy(labels), self._timeouts, partitions)
         self._outcomes = PartitionAssemblers(spec, Full(), self._timeouts, partitions, DOMAINS)
         self._parts = {
-            partition: _Partition(VisitFeatureStore(spec, keep_arrivals), no_rows(spec), no_rows(spec), no_rows(spec))
+            partition: _PartitionState(
+                VisitFeatureStore(spec, keep_arrivals), no_rows(spec), no_rows(spec), no_rows(spec)
+            )
             for partition in sorted(partitions)
         }
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def push(self, batch: EventBatch) -> Columns:
-        """Take the next events; gives those that changed no row, with the reason (``rows.Assembled.aside``)."""
-        aside = []
-        for partition, part in batch.of_partitions():
+        """Take the next events; gives those that changed no row, with the reason (``AssembledRows.unused``)."""
+        unused = []
+        for partition, part in batch.by_partition():
             self._parts[partition].facts.add(part)
             assembled = self._labels.push(partition, part.events)
-            # Of both domains, and so all that the other one sets aside.
+            # Of both domains, and so all that the other one sets unused.
             ended = self._outcomes.push(partition, part.events)
-            aside.append(ended.aside)
+            unused.append(ended.unused)
             self._keep(partition, assembled, ended)
         self.counts["events"] += len(batch)
-        return self._counted(aside)
+        return self._counted(unused)
 
     def advance(self, until_ms: int = END_OF_TIME) -> Columns:
         """Take it that all events before ``until_ms`` have come; histories grow. Gives what :meth:`push` does."""
         watermark_ms = END_OF_TIME if until_ms == END_OF_TIME else until_ms - self._timeouts.max_out_of_orderness_ms
-        aside = []
+        unused = []
         for partition, part in self._parts.items():
             ended = self._outcomes.advance(partition, watermark_ms)
-            aside.append(ended.aside)
+            unused.append(ended.unused)
             self._keep(partition, self._labels.advance(partition, watermark_ms), ended)
             self._let_go(partition, part)
-        return self._counted(aside)
+        return self._counted(unused)
 
     def trainable(self, before_ms: int) -> int:
         """Rows whose labels were complete before a time."""
@@ -135,7 +137,7 @@ class LiveStream:
 
     @property
     def unpredicted(self) -> int:
-        """Requests and outcomes that :meth:`take_requests` and :meth:`take_answered` would give."""
+        """Requests and outcomes that :meth:`take_requests` and :meth:`take_outcomes` would give."""
         return sum(len(part.requests["user_id"]) + len(part.ended["user_id"]) for part in self._parts.values())
 
     def take_rows(self, before_ms: int) -> Rows:
@@ -177,7 +179,7 @@ class LiveStream:
         for partition, key, logit in zip(requests["partition"].tolist(), _requests(requests), logits, strict=True):
             self._parts[partition].predicted[key] = logit
 
-    def take_answered(self) -> Answered:
+    def take_outcomes(self) -> PredictedOutcomes:
         """The candidates' visits that have ended since the last call, with what was predicted of them, in order."""
         rows, logits = [], [np.empty((0, self._behaviours), np.float32)]
         for part in self._parts.values():
@@ -189,7 +191,9 @@ class LiveStream:
             logits += [logit[None] for logit in found if logit is not None]
         joined = concatenate(rows)
         order = np.lexsort([joined[name] for name in _ORDER])
-        return Answered({name: column[order] for name, column in joined.items()}, np.concatenate(logits)[order])
+        return PredictedOutcomes(
+            {name: column[order] for name, column in joined.items()}, np.concatenate(logits)[order]
+        )
 
     def arrived_ms(self, rows: Rows) -> np.ndarray:
         """Arrival time of each behaviour of rows that have just been taken, see ``VisitFeatureStore.arrived_ms``."""
@@ -245,10 +249,10 @@ class LiveStream:
             part.predicted = dict(zip(keys, saved["predicted"]["logits"], strict=True))
         self.counts = {name: sum(states[rank]["counts"][name] for rank in counted) for name in COUNTS}
 
-    def _keep(self, partition: int, assembled: Assembled, ended: Assembled) -> None:
+    def _keep(self, partition: int, assembled: AssembledRows, ended: AssembledRows) -> None:
         part = self._parts[partition]
         part.rows = concatenate([part.rows, assembled.rows])
-        part.requests = concatenate([part.requests, _requested(self._spec, assembled.begun)])
+        part.requests = concatenate([part.requests, _requested(self._spec, assembled.started)])
         of_candidates = np.isin(ended.rows["domain"], self._candidates)
         part.ended = concatenate([part.ended, {name: column[of_candidates] for name, column in ended.rows.items()}])
         visits = self._visits(part.facts, ended.rows)
@@ -268,7 +272,7 @@ class LiveStream:
         }
         return {name: columns[name] for name in VISIT_COLUMNS}
 
-    def _let_go(self, partition: int, part: _Partition) -> None:
+    def _let_go(self, partition: int, part: _PartitionState) -> None:
         """Forget the facts of visits that nothing more can come of."""
         needed = [self._labels[partition], self._outcomes[partition]]
         waiting = [part.rows, part.requests, part.ended]
@@ -280,19 +284,19 @@ class LiveStream:
         part.facts.forget(live)
         part.predicted = {key: logit for key, logit in part.predicted.items() if key[:2] in live}
 
-    def _counted(self, aside: Sequence[Columns]) -> Columns:
-        joined = concatenate(list(aside)) if aside else take_aside(no_events(), np.empty(0, np.int64), 0)
+    def _counted(self, unused: Sequence[Columns]) -> Columns:
+        joined = concatenate(list(unused)) if unused else select_unused(no_events(), np.empty(0, np.int64), 0)
         for code, reason in enumerate(REASONS):
             self.counts[reason] += int((joined["reason"] == code).sum())
         return joined
 
 
-def _requested(spec: DatasetSpec, begun: Rows) -> Rows:
+def _requested(spec: DatasetSpec, started: Rows) -> Rows:
     """Visits that began as rows without labels."""
     rows = no_rows(spec)
-    n = len(begun["user_id"])
+    n = len(started["user_id"])
     blank = {name: np.zeros((n, *column.shape[1:]), column.dtype) for name, column in rows.items()}
-    return blank | begun | {"emit_ms": begun["request_ms"]}
+    return blank | started | {"emit_ms": started["request_ms"]}
 
 
 def _requests(rows: Mapping[str, np.ndarray]) -> list[_Request]:

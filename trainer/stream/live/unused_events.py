@@ -13,11 +13,11 @@ from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names
 from trainer.stream.labels.assembled_rows import EVENT_TYPES, REASONS
 
-FOLDER = "aside"
+DIRECTORY = "unused_events"
 
 
-class AsideLog:
-    """``RUN/aside/rank-00000.jsonl``: an event a line, as messages have it, with its ``reason``.
+class UnusedEventLog:
+    """``RUN/unused_events/rank-00000.jsonl``: an event a line, as messages have it, with its ``reason``.
 
     A run that goes on from a checkpoint meets the events behind it again and writes them again; the counts in the
     checkpoint are exact.
@@ -29,18 +29,18 @@ class AsideLog:
     """
 
     def __init__(self, home: Path, spec: DatasetSpec, rank: int) -> None:
-        self._path = home / FOLDER / f"rank-{rank:05d}.jsonl"
+        self._path = home / DIRECTORY / f"rank-{rank:05d}.jsonl"
         self._names = {"domain": DOMAINS, "event": event_names(spec), "reason": REASONS}
 
-    def write(self, aside: Columns) -> None:
-        """Append events: columns of ``rows.Assembled.aside``.
+    def write(self, events: Columns) -> None:
+        """Append events: columns of ``AssembledRows.unused``.
 
         Raises:
             UserError: the file cannot be written.
         """
-        if not len(aside["reason"]):
+        if not len(events["reason"]):
             return
-        columns = [self._readable(name, aside[name]) for name in (*EVENT_TYPES, "reason")]
+        columns = [self._readable(name, events[name]) for name in (*EVENT_TYPES, "reason")]
         names = (*EVENT_TYPES, "reason")
         lines = [json.dumps(dict(zip(names, values, strict=True))) + "\n" for values in zip(*columns, strict=True)]
         try:

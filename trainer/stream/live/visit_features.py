@@ -14,7 +14,7 @@ from trainer.data.format.schema import DatasetSpec, Rows, row_columns
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import EXIT, FIRST_BEHAVIOUR
 from trainer.stream.sources.logged_features import FEATURES
-from trainer.stream.sources.source import PartEvents
+from trainer.stream.sources.source import PartitionEvents
 
 NEVER = -1
 
@@ -39,7 +39,7 @@ class VisitFeatureStore:
         self._watched: dict[_Visit, dict[int, float]] = {}
         self._arrived: dict[_Visit, dict[int, int]] = {}
 
-    def add(self, part: PartEvents) -> None:
+    def add(self, part: PartitionEvents) -> None:
         """Remember what events tell, in the order in which they arrive."""
         events, logged = part.events, part.logged
         at = logged.at.tolist()

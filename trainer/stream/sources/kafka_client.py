@@ -146,7 +146,7 @@ def retry(ask: Callable[[float], T], config: StreamConfig, trouble: BrokerStatus
     """``ask(timeout)`` until it answers, with a line now and then.
 
     Args:
-        ask: raises ``KafkaException`` if no broker answered, or :class:`NotThere`.
+        ask: raises ``KafkaException`` if no broker answered, or :class:`TopicNotFound`.
         config: how long.
         trouble: of the client that asks.
 
@@ -159,7 +159,7 @@ def retry(ask: Callable[[float], T], config: StreamConfig, trouble: BrokerStatus
         left = config.retry_seconds - (time.monotonic() - began)
         try:
             return ask(min(_ASK_SECONDS, max(left / 2, 0.1)))
-        except NotThere as error:
+        except TopicNotFound as error:
             reason = str(error)
         except kafka.KafkaException as error:
             if trouble.serve is not None:
@@ -175,7 +175,7 @@ def retry(ask: Callable[[float], T], config: StreamConfig, trouble: BrokerStatus
         time.sleep(min(0.5, left))
 
 
-class NotThere(Exception):
+class TopicNotFound(Exception):
     """Brokers answer, but do not have what is asked for: it may come."""
 
 
@@ -183,7 +183,7 @@ def topic_partitions(consumer: Any, topic: str, timeout: float) -> tuple[int, st
     """Number of partitions of a topic, and the id of its cluster.
 
     Raises:
-        NotThere: no such topic.
+        TopicNotFound: no such topic.
         KafkaException: no broker answers.
     """
     metadata = consumer.list_topics(topic, timeout=timeout)
@@ -192,7 +192,7 @@ def topic_partitions(consumer: Any, topic: str, timeout: float) -> tuple[int, st
         others = [name for name in consumer.list_topics(timeout=timeout).topics if name != topic]
         near = difflib.get_close_matches(topic, others, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {len(others)} others"
-        raise NotThere(f"no topic {topic!r} on the Kafka brokers ({hint})")
+        raise TopicNotFound(f"no topic {topic!r} on the Kafka brokers ({hint})")
     return len(entry.partitions), metadata.cluster_id
 
 

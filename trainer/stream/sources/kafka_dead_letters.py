@@ -33,7 +33,7 @@ class DeadLetter:
         offset: of the message.
         inside: which event of the message.
         reason: for a person.
-        content: see ``trainer.stream.sources.message_codec.Rejected``.
+        content: see ``trainer.stream.sources.message_codec.RejectedEvent``.
     """
 
     partition: int
@@ -46,7 +46,7 @@ class DeadLetter:
         return f"partition {self.partition} offset {self.offset}: {self.reason}"
 
 
-class DeadLetters:
+class DeadLetterProducer:
     """Sends rejected events away, says so, and gives up where most of a stream is none.
 
     Args:
@@ -58,7 +58,7 @@ class DeadLetters:
         self._producer: Any = None
         self._topic = config.dead_letter or f"{config.topic}-dead-letters"
         self._recent: list[tuple[int, int]] = []
-        self._untold, self._told = 0, -_LINE_SECONDS
+        self._unreported, self._last_report = 0, -_LINE_SECONDS
 
     def send(self, letters: Sequence[DeadLetter], good: int) -> None:
         """Have rejected events on their topic, and count them beside the ``good`` ones that came with them.
@@ -68,13 +68,13 @@ class DeadLetters:
         """
         if letters:
             self._write(letters)
-            self._untold += len(letters)
-            if time.monotonic() - self._told >= _LINE_SECONDS:
+            self._unreported += len(letters)
+            if time.monotonic() - self._last_report >= _LINE_SECONDS:
                 logger.info(
-                    f"stream: {self._untold:,} of topic {self._config.topic} are no events (such as {letters[0]}); "
+                    f"stream: {self._unreported:,} of topic {self._config.topic} are no events (such as {letters[0]}); "
                     f"they are in topic {self._topic}"
                 )
-                self._untold, self._told = 0, time.monotonic()
+                self._unreported, self._last_report = 0, time.monotonic()
         self._recent.append((good, len(letters)))
         total = sum(good + bad for good, bad in self._recent)
         if total >= _WINDOW:

@@ -38,10 +38,10 @@ from trainer.stream.sources.kafka_client import (
     topic_partitions,
     watermarks,
 )
-from trainer.stream.sources.kafka_dead_letters import DeadLetter, DeadLetters
-from trainer.stream.sources.logged_features import none_logged
-from trainer.stream.sources.message_codec import Codec, Decoded
-from trainer.stream.sources.source import EventBatch, Identity, Position, Reader, starting_position
+from trainer.stream.sources.kafka_dead_letters import DeadLetter, DeadLetterProducer
+from trainer.stream.sources.logged_features import empty_features
+from trainer.stream.sources.message_codec import DecodedMessages, MessageCodec
+from trainer.stream.sources.source import EventBatch, Position, SourceIdentity, StreamReader, starting_position
 from trainer.stream.sources.time_merge import TimeMerge
 
 logger = logging.getLogger(__name__)
@@ -79,13 +79,13 @@ class KafkaSource:
         return self._partitions
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> SourceIdentity:
         """The topic and its cluster: offsets of a copy elsewhere differ."""
         return {"source": "kafka", "topic": self._config.topic, "cluster": self._cluster}
 
     def open(
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
-    ) -> Reader:
+    ) -> StreamReader:
         """Read some partitions; see :class:`trainer.stream.sources.source.Source`."""
         trouble = BrokerStatus()
         consumer = make_consumer(self._config, trouble)
@@ -99,8 +99,8 @@ class KafkaSource:
         except BaseException:
             consumer.close()
             raise
-        feed = _Feed(consumer, trouble, start, held, self._partitions, self._config, self._spec, slice_ms)
-        return Reader(feed, self._config.queue_batches)
+        feed = _KafkaFeed(consumer, trouble, start, held, self._partitions, self._config, self._spec, slice_ms)
+        return StreamReader(feed, self._config.queue_batches)
 
 
 def without_gaps(position: Position, held: Mapping[int, tuple[int, int]], config: StreamConfig) -> Position:
@@ -136,7 +136,7 @@ def without_gaps(position: Position, held: Mapping[int, tuple[int, int]], config
     return {**position, **moved}
 
 
-class _Feed:
+class _KafkaFeed:
     """Some partitions of a topic, merged. All but :meth:`ahead` runs in the thread of the reader."""
 
     def __init__(
@@ -152,10 +152,10 @@ class _Feed:
     ) -> None:
         self._kafka = library()
         self._consumer, self._trouble, self.position, self._config = consumer, trouble, position, config
-        self._partitions, self._none = partitions, none_logged(spec)
+        self._partitions, self._none = partitions, empty_features(spec)
         self._ticks_ms = [slice_ms] if slice_ms else []
-        self._codec = Codec(config.format, spec, round(config.future_hours * 3_600_000))
-        self._dead = DeadLetters(config)
+        self._codec = MessageCodec(config.format, spec, round(config.future_hours * 3_600_000))
+        self._dead = DeadLetterProducer(config)
         self._merge = TimeMerge(position)
         self._next = {p: at[0] for p, at in position.items()}
         self._inside = {p: (at[0], at[1]) for p, at in position.items() if at[1]}
@@ -174,7 +174,7 @@ class _Feed:
         self._looked = self._handed_out = now
 
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
-        """See :class:`trainer.stream.sources.source.Feed`."""
+        """See :class:`trainer.stream.sources.source.EventFeed`."""
         try:
             self._trouble.serve = None
             self._assign(self._next)
@@ -200,7 +200,7 @@ class _Feed:
         return self._merge.take(self._config.batch_events, ticks_ms=self._ticks_ms, rest=rest)
 
     def ahead(self, position: Position) -> tuple[int, int]:
-        """See :class:`trainer.stream.sources.source.Feed`."""
+        """See :class:`trainer.stream.sources.source.EventFeed`."""
         return sum(max(0, self._high[p] - at[0]) for p, at in position.items()), self._newest_ms
 
     def _assign(self, offsets: Mapping[int, int]) -> None:
@@ -248,7 +248,7 @@ class _Feed:
         self._dead.send(letters, len(decoded.message))
 
     def _append_partition(
-        self, p: int, offset: np.ndarray, arrived: np.ndarray, decoded: Decoded, start: int, stop: int
+        self, p: int, offset: np.ndarray, arrived: np.ndarray, decoded: DecodedMessages, start: int, stop: int
     ) -> list[DeadLetter]:
         """Add what messages ``start`` to ``stop`` of a chunk have to a partition; the rejected, which is to be sent."""
         first, last = np.searchsorted(decoded.message, [start, stop])

@@ -24,10 +24,10 @@ from trainer.stream.sources.kafka_client import (
     watermarks,
 )
 from trainer.stream.sources.logged_features import RequestFeatures
-from trainer.stream.sources.message_codec import Codec
+from trainer.stream.sources.message_codec import MessageCodec
 
 
-class Topic:
+class TopicPublisher:
     """A topic to publish to; it is made if it is not there.
 
     Args:
@@ -44,7 +44,7 @@ class Topic:
     """
 
     def __init__(self, config: StreamConfig, spec: DatasetSpec, partitions: int, append: bool = False) -> None:
-        self._config, self._codec, self._trouble = config, Codec(config.format, spec, 0), BrokerStatus()
+        self._config, self._codec, self._trouble = config, MessageCodec(config.format, spec, 0), BrokerStatus()
         self._failures: list[str] = []
         self._producer = make_producer(config, self._trouble)
         consumer = make_consumer(config, self._trouble)

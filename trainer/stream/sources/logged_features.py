@@ -68,7 +68,7 @@ class RequestFeatures:
         return RequestFeatures(at, *(np.concatenate([getattr(part, name) for part in parts]) for name in FEATURES))
 
 
-def none_logged(spec: DatasetSpec) -> RequestFeatures:
+def empty_features(spec: DatasetSpec) -> RequestFeatures:
     """Of events that carry no features."""
     layout = row_columns(spec)
     return RequestFeatures(

@@ -43,10 +43,10 @@ from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, part
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names, event_table
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES
-from trainer.stream.labels.visit_grouping import of_domains
+from trainer.stream.labels.visit_grouping import in_domains
 from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together
 from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
-from trainer.stream.sources.message_features import FeatureLists
+from trainer.stream.sources.message_features import FeatureListCodec
 
 _LISTS = pa.schema(
     [("side", pa.list_(pa.int32())), ("dense", pa.list_(pa.float32())), ("stat", pa.list_(pa.float32()))]
@@ -59,7 +59,7 @@ _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedEvent:
     """What is no event.
 
     Attributes:
@@ -76,7 +76,7 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedMessages:
     """Events of some messages.
 
     Attributes:
@@ -93,10 +93,10 @@ class Decoded:
     inside: np.ndarray
     logged: RequestFeatures
     sizes: np.ndarray
-    rejected: list[Rejected]
+    rejected: list[RejectedEvent]
 
 
-class Codec:
+class MessageCodec:
     """Reads and writes messages.
 
     Args:
@@ -107,11 +107,11 @@ class Codec:
 
     def __init__(self, format: MessageFormat, spec: DatasetSpec, ahead_ms: int) -> None:
         self._format, self._spec, self._ahead_ms = format, spec, ahead_ms
-        self._names, self._features = event_names(spec), FeatureLists(spec)
+        self._names, self._features = event_names(spec), FeatureListCodec(spec)
 
     def decode(
         self, values: Sequence[bytes], now_ms: int, partition: np.ndarray | None = None, partitions: int = 0
-    ) -> Decoded:
+    ) -> DecodedMessages:
         """The events of messages.
 
         Args:
@@ -123,7 +123,7 @@ class Codec:
         """
         table, message, inside, sizes, rejected = _from_json(values) if self._format == "json" else _from_arrow(values)
         events, reasons = self._checked(table, now_ms)
-        opens = (events["event"] <= ENTER) & of_domains(self._spec, events["domain"], None)
+        opens = (events["event"] <= ENTER) & in_domains(self._spec, events["domain"], None)
         logged, no_features = self._features.read(table, opens)
         reasons = no_features | reasons
         if partition is not None:
@@ -133,14 +133,14 @@ class Codec:
         for row, reason in reasons.items():
             at = int(message[row]), int(inside[row])
             content = _line(values[at[0]], at[1]) if self._format == "json" else _stream(table.slice(row, 1))
-            rejected.append(Rejected(*at, reason, content))
+            rejected.append(RejectedEvent(*at, reason, content))
         if reasons:
             kept = np.ones(len(message), bool)
             kept[list(reasons)] = False
             events, logged = {name: column[kept] for name, column in events.items()}, logged.take(np.flatnonzero(kept))
             message, inside = message[kept], inside[kept]
         rejected.sort(key=lambda bad: (bad.message, bad.inside))
-        return Decoded(events, message, inside, logged, sizes, rejected)
+        return DecodedMessages(events, message, inside, logged, sizes, rejected)
 
     def encode(self, events: Columns, logged: RequestFeatures | None = None) -> list[bytes]:
         """Each event as a message; ``logged`` with some of them, or nothing is."""
@@ -213,8 +213,8 @@ class Codec:
         return {name: columns[name].astype(dtype, copy=False) for name, dtype in EVENT_TYPES.items()}, reasons
 
 
-_Read = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[Rejected]]
-"""A table of what may be events, ``message``, ``inside`` and ``sizes`` as in :class:`Decoded`, and what is none."""
+_Read = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[RejectedEvent]]
+"""Table of candidate events; ``message``, ``inside`` and ``sizes`` as in :class:`DecodedMessages`; rejected events."""
 
 
 def _from_json(values: Sequence[bytes]) -> _Read:
@@ -227,11 +227,11 @@ def _from_json(values: Sequence[bytes]) -> _Read:
     # Something in it is not plain: line by line, as far as that is needed.
     text = np.array([is_text(value) for value in values], bool)
     sizes[~text] = 1
-    rejected = [Rejected(place, 0, "not text in UTF-8", values[place]) for place in np.flatnonzero(~text).tolist()]
+    rejected = [RejectedEvent(place, 0, "not text in UTF-8", values[place]) for place in np.flatnonzero(~text).tolist()]
     lines = list(chain.from_iterable(values[place].split(b"\n") for place in np.flatnonzero(text).tolist()))
     message, inside = _places(sizes, text)
     table, bad = parse_lines(lines)
-    rejected += [Rejected(int(message[row]), int(inside[row]), reason, lines[row]) for row, reason in bad.items()]
+    rejected += [RejectedEvent(int(message[row]), int(inside[row]), reason, lines[row]) for row, reason in bad.items()]
     kept = np.ones(len(lines), bool)
     kept[list(bad)] = False
     return table, message[kept], inside[kept], sizes, rejected
@@ -247,7 +247,7 @@ def _places(sizes: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _from_arrow(values: Sequence[bytes]) -> _Read:
     """IPC streams as one table of events."""
     tables: list[pa.Table] = [_READ.empty_table()]
-    rejected: list[Rejected] = []
+    rejected: list[RejectedEvent] = []
     sizes = np.ones(len(values), np.int64)
     whole = np.ones(len(values), bool)
     opened: list[pa.Table] = []
@@ -286,9 +286,9 @@ def _named(table: pa.Table) -> pa.Table:
     return table.select(_READ.names).cast(_READ)
 
 
-def _not_arrow(place: int, value: bytes, error: Exception) -> Rejected:
+def _not_arrow(place: int, value: bytes, error: Exception) -> RejectedEvent:
     said = (str(error).splitlines() or [type(error).__name__])[0]
-    return Rejected(place, 0, f"not an Arrow stream of events: {said:.120}", value)
+    return RejectedEvent(place, 0, f"not an Arrow stream of events: {said:.120}", value)
 
 
 def _line(value: bytes, inside: int) -> bytes:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.data.format.schema import DatasetSpec, row_columns
-from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, none_logged
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, empty_features
 
 
-class FeatureLists:
+class FeatureListCodec:
     """Reads and writes the features of a dataset's description.
 
     Args:
@@ -20,7 +20,7 @@ class FeatureLists:
     """
 
     def __init__(self, spec: DatasetSpec) -> None:
-        self._none = none_logged(spec)
+        self._none = empty_features(spec)
         layout = row_columns(spec)
         self._width = {name: layout[name][1][0] for name in FEATURES}
         self._side_rows = np.array([side.rows for side in spec.side], np.int64)

@@ -6,11 +6,11 @@ from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.stream.sources.kafka_source import KafkaSource
-from trainer.stream.sources.replay import FilesSource
+from trainer.stream.sources.replay import ReplaySource
 from trainer.stream.sources.source import Source
 
 
-def connect(
+def open_source(
     config: StreamConfig, spec: DatasetSpec, path: str, since_ms: int | None = None, until_ms: int | None = None
 ) -> Source:
     """Open a source.
@@ -28,7 +28,7 @@ def connect(
     """
     if config.source == "kafka":
         return KafkaSource(config, spec)
-    source = FilesSource(config.path or path, config, since_ms, until_ms)
+    source = ReplaySource(config.path or path, config, since_ms, until_ms)
     expected = _carried(spec)
     for what, replayed in _carried(source.spec).items():
         if replayed != expected[what]:

@@ -28,15 +28,15 @@ from trainer.data.format.schema import EVENT_COLUMNS, DatasetSpec
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_codes
 from trainer.stream.labels.assembled_rows import EVENT_TYPES
-from trainer.stream.sources.replay_features import StoredFeatures
-from trainer.stream.sources.source import EventBatch, Identity, Position, Reader, starting_position
+from trainer.stream.sources.replay_features import ReplayFeatures
+from trainer.stream.sources.source import EventBatch, Position, SourceIdentity, StreamReader, starting_position
 from trainer.stream.sources.time_merge import TimeMerge
 
 _PAGE_BYTES = 1 << 20
 _MOST_ROWS = 1 << 16
 
 
-class FilesSource:
+class ReplaySource:
     """The events of a dataset as a stream.
 
     Args:
@@ -64,7 +64,7 @@ class FilesSource:
         return self.spec.partitions
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> SourceIdentity:
         """The dataset by its description and its files' own: it may lie elsewhere."""
         digest = hashlib.blake2b(self.spec.to_json().encode(), digest_size=16)
         if self.spec.rows:
@@ -75,7 +75,7 @@ class FilesSource:
 
     def open(
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
-    ) -> Reader:
+    ) -> StreamReader:
         """Read some partitions; see :class:`trainer.stream.sources.source.Source`."""
         logs = {partition: PartitionLog(self._path, self.spec, partition) for partition in sorted(partitions)}
 
@@ -92,9 +92,9 @@ class FilesSource:
         # All ranks agree on the moment at which the replay goes on, whatever their own partitions hold next.
         everyone = start if position is None else position
         anchor_ms = max((int(at[2]) for at in everyone.values()), default=0) or self._since_ms or self.spec.span_ms[0]
-        features = {partition: StoredFeatures(self._path, self.spec, partition) for partition in logs}
-        feed = _Replay(logs, features, start, self._config, anchor_ms, self._until_ms, slice_ms)
-        return Reader(feed, self._config.queue_batches)
+        features = {partition: ReplayFeatures(self._path, self.spec, partition) for partition in logs}
+        feed = _ReplayFeed(logs, features, start, self._config, anchor_ms, self._until_ms, slice_ms)
+        return StreamReader(feed, self._config.queue_batches)
 
 
 class PartitionLog:
@@ -193,13 +193,13 @@ class PartitionLog:
         return UserError(f"{self._name}: not a readable Parquet file ({str(error).splitlines()[0]})")
 
 
-class _Replay:
+class _ReplayFeed:
     """Some partitions of a dataset, merged."""
 
     def __init__(
         self,
         logs: Mapping[int, PartitionLog],
-        features: Mapping[int, StoredFeatures],
+        features: Mapping[int, ReplayFeatures],
         position: Position,
         config: StreamConfig,
         anchor_ms: int,
@@ -214,7 +214,7 @@ class _Replay:
             self._last_ms = min(self._last_ms, until_ms)
 
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
-        """See :class:`trainer.stream.sources.source.Feed`."""
+        """See :class:`trainer.stream.sources.source.EventFeed`."""
         merge = TimeMerge(self.position)
         most = min(_MOST_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
         chunks = {partition: self._logs[partition].chunks(at[0], most) for partition, at in self.position.items()}
@@ -234,7 +234,7 @@ class _Replay:
                 return
 
     def ahead(self, position: Position) -> tuple[int, int]:
-        """See ``trainer.stream.sources.source.Feed``; events after ``until_ms`` count as rows, being in the files."""
+        """See ``source.EventFeed``. Events after ``until_ms`` count as rows, because they are in the files."""
         waiting = sum(self._logs[partition].rows - at[0] for partition, at in position.items())
         newest = self._last_ms
         if self._config.speed:

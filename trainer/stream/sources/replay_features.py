@@ -15,13 +15,13 @@ from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import RowStore
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import EXPOSURE
-from trainer.stream.labels.visit_grouping import of_domains
-from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, none_logged
+from trainer.stream.labels.visit_grouping import in_domains
+from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, empty_features
 
 _KEY = ("visit_id", "user_id", "request_ms")
 
 
-class StoredFeatures:
+class ReplayFeatures:
     """Features of the exposures of one partition, asked for in about the order of time.
 
     Args:
@@ -44,13 +44,13 @@ class StoredFeatures:
         carries nothing.
 
         Args:
-            events: columns of ``rows.EVENT_TYPES``, the next ones of the partition. Other orders cost more reading.
+            events: columns of ``EVENT_TYPES``, the next ones of the partition. Other orders cost more reading.
 
         Raises:
             UserError: rows cannot be read.
         """
-        none = none_logged(self._spec)
-        exposure = np.flatnonzero((events["event"] == EXPOSURE) & of_domains(self._spec, events["domain"], None))
+        none = empty_features(self._spec)
+        exposure = np.flatnonzero((events["event"] == EXPOSURE) & in_domains(self._spec, events["domain"], None))
         if self._index is None or not len(exposure):
             return none
         asked = [events[name][exposure] for name in ("visit_id", "user_id", "time_ms")]

@@ -33,7 +33,7 @@ from trainer.stream.sources.logged_features import RequestFeatures
 Position = dict[int, list[int]]
 """Partition -> ``[place, inside, latest_ms, rejected]``, see above; JSON-able."""
 
-Identity = dict[str, str | int | None]
+SourceIdentity = dict[str, str | int | None]
 """What positions count in, such as a dataset or a topic; JSON-able."""
 
 BEGINNING = (0, 0, 0, 0)
@@ -42,11 +42,11 @@ _WAKE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class PartEvents:
+class PartitionEvents:
     """Events of one partition, in the order of the log.
 
     Attributes:
-        events: columns of ``rows.EVENT_TYPES``, each ``[n]``.
+        events: columns of ``EVENT_TYPES``, each ``[n]``.
         logged: features of those that carry them; positions are among these events.
         arrived_ms: ``[n]`` int64, as of :class:`EventBatch`.
     """
@@ -64,7 +64,7 @@ class EventBatch:
     """Events of one rank, in order.
 
     Attributes:
-        events: columns of ``rows.EVENT_TYPES``, each ``[n]``.
+        events: columns of ``EVENT_TYPES``, each ``[n]``.
         logged: features of those that carry them.
         partition: ``[n]`` int32.
         arrived_ms: ``[n]`` int64, milliseconds UTC by the clock when each event came to the source: when its message
@@ -95,12 +95,12 @@ class EventBatch:
             logged=self.logged.take(at),
         )
 
-    def of_partitions(self) -> Iterator[tuple[int, PartEvents]]:
+    def by_partition(self) -> Iterator[tuple[int, PartitionEvents]]:
         """The events of each partition that has any."""
         for partition in np.unique(self.partition).tolist():
             at = np.flatnonzero(self.partition == partition)
             events = {name: column[at] for name, column in self.events.items()}
-            yield partition, PartEvents(events, self.logged.take(at), self.arrived_ms[at])
+            yield partition, PartitionEvents(events, self.logged.take(at), self.arrived_ms[at])
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Lag:
         )
 
 
-class Feed(Protocol):
-    """What a kind of source does for a :class:`Reader`, whose thread runs it."""
+class EventFeed(Protocol):
+    """What a kind of source does for a :class:`StreamReader`, whose thread runs it."""
 
     @property
     def position(self) -> Position:
@@ -149,12 +149,12 @@ class Source(Protocol):
         """Number of partitions."""
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> SourceIdentity:
         """What its positions count in; to be saved with them, and compared by :func:`check_identity`."""
 
     def open(
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
-    ) -> Reader:
+    ) -> StreamReader:
         """Read some partitions.
 
         Args:
@@ -168,7 +168,7 @@ class Source(Protocol):
         """
 
 
-class Reader:
+class StreamReader:
     """Reads a stream in a thread, at most ``queue_batches`` batches ahead of who takes them.
 
     Use it as a context manager, or call :meth:`close`: it stops the thread and what that holds.
@@ -178,7 +178,7 @@ class Reader:
         finished: all of the stream was taken.
     """
 
-    def __init__(self, feed: Feed, queue_batches: int) -> None:
+    def __init__(self, feed: EventFeed, queue_batches: int) -> None:
         self._feed = feed
         self._batches: queue.Queue[EventBatch | BaseException | None] = queue.Queue(queue_batches)
         self._stop = threading.Event()
@@ -230,7 +230,7 @@ class Reader:
         self._thread.join()
         self.finished = True
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> StreamReader:
         return self
 
     def __exit__(
@@ -284,7 +284,7 @@ def starting_position(
     return {partition: [int(part) for part in position[partition]] for partition in sorted(partitions)}
 
 
-def check_identity(saved: Identity, now: Identity) -> None:
+def check_identity(saved: SourceIdentity, now: SourceIdentity) -> None:
     """A position counts in what it was saved of.
 
     Raises:

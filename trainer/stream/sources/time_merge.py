@@ -19,7 +19,7 @@ PLACES = ("place", "inside", "latest_ms", "rejected")
 
 
 @dataclass(frozen=True)
-class _Block:
+class _EventBlock:
     """Events behind one another, and the features of those that carry them."""
 
     columns: Columns
@@ -28,32 +28,32 @@ class _Block:
     def __len__(self) -> int:
         return len(self.columns["latest_ms"])
 
-    def part(self, first: int, stop: int) -> _Block:
+    def part(self, first: int, stop: int) -> _EventBlock:
         columns = {name: column[first:stop] for name, column in self.columns.items()}
-        return _Block(columns, self.logged.part(first, stop))
+        return _EventBlock(columns, self.logged.part(first, stop))
 
-    def take(self, order: np.ndarray) -> _Block:
-        return _Block({name: column[order] for name, column in self.columns.items()}, self.logged.take(order))
+    def take(self, order: np.ndarray) -> _EventBlock:
+        return _EventBlock({name: column[order] for name, column in self.columns.items()}, self.logged.take(order))
 
     @staticmethod
-    def join(blocks: Sequence[_Block]) -> _Block:
+    def join(blocks: Sequence[_EventBlock]) -> _EventBlock:
         logged = RequestFeatures.join([block.logged for block in blocks], [len(block) for block in blocks])
-        return _Block(concatenate([block.columns for block in blocks]), logged)
+        return _EventBlock(concatenate([block.columns for block in blocks]), logged)
 
 
 class _Fifo:
     """Blocks that are appended, and events that are taken from the front."""
 
     def __init__(self) -> None:
-        self._blocks: deque[_Block] = deque()
+        self._blocks: deque[_EventBlock] = deque()
         self.rows = 0
 
-    def append(self, block: _Block) -> None:
+    def append(self, block: _EventBlock) -> None:
         if len(block):
             self._blocks.append(block)
             self.rows += len(block)
 
-    def take(self, rows: int) -> list[_Block]:
+    def take(self, rows: int) -> list[_EventBlock]:
         """The first ``rows`` rows, in blocks."""
         taken = []
         self.rows -= rows
@@ -126,7 +126,7 @@ class TimeMerge:
             latest_ms = np.maximum.accumulate(np.maximum(time_ms, self._latest[partition]))
             self._latest[partition] = int(latest_ms[-1])
             owner = np.full(len(time_ms), partition, np.int32)
-            self._lanes[partition].append(_Block({**columns, "latest_ms": latest_ms, "partition": owner}, logged))
+            self._lanes[partition].append(_EventBlock({**columns, "latest_ms": latest_ms, "partition": owner}, logged))
 
     def wait_for(self, partition: int, awaited: bool) -> None:
         """Whether the others wait for a partition that has no events here: not if it has ended or is silent."""
@@ -153,7 +153,7 @@ class TimeMerge:
             end_ms = min((self._ready.first_ms() // tick_ms + 1) * tick_ms for tick_ms in ticks_ms)
             inside = self._ready.before(end_ms, inclusive=False)
             complete, size = complete or inside < self._ready.rows, min(size, inside)
-        return self._batch(_Block.join(self._ready.take(size))) if complete and size else None
+        return self._batch(_EventBlock.join(self._ready.take(size))) if complete and size else None
 
     def _advance(self) -> None:
         """Merge the events that nothing can come before any more."""
@@ -164,10 +164,10 @@ class TimeMerge:
             safe = lane.rows if bound is None else lane.before(bound[0], inclusive=partition <= bound[1])
             taken += lane.take(safe)
         if taken:
-            block = _Block.join(taken)
+            block = _EventBlock.join(taken)
             self._ready.append(block.take(stable_order(block.columns["latest_ms"])))
 
-    def _batch(self, block: _Block) -> EventBatch:
+    def _batch(self, block: _EventBlock) -> EventBatch:
         columns, rows = block.columns, len(block)
         owner = columns["partition"]
         for partition in np.unique(owner).tolist():

@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from trainer.runtime.distributed import World
 from trainer.stream.labels.assembled_rows import END_OF_TIME
-from trainer.stream.sources.source import EventBatch, Position, Reader
+from trainer.stream.sources.source import EventBatch, Position, StreamReader
 
 _NOTHING_NOW = END_OF_TIME - 1
 """Slice of a rank to which no event has come."""
 
 
-class Agreed(NamedTuple):
+class SliceAgreement(NamedTuple):
     """What the ranks have told each other before a slice.
 
     Attributes:
@@ -35,7 +35,7 @@ class Agreed(NamedTuple):
     told: np.ndarray
 
 
-class Slices:
+class TimeSlices:
     """The events of a rank by slices that all ranks share. All methods but :attr:`position` are collective.
 
     Args:
@@ -48,13 +48,13 @@ class Slices:
         position: after the last batch that was handed out.
     """
 
-    def __init__(self, reader: Reader, world: World, slice_ms: int, wait_seconds: float | None) -> None:
+    def __init__(self, reader: StreamReader, world: World, slice_ms: int, wait_seconds: float | None) -> None:
         self._reader, self._world, self._slice_ms, self._wait = reader, world, slice_ms, wait_seconds
         self.position: Position = reader.position
         self._ahead: EventBatch | None = None
         self._now_ms = 0
 
-    def agree(self, told: tuple[int, ...]) -> Agreed:
+    def agree(self, told: tuple[int, ...]) -> SliceAgreement:
         """Which slice comes next, and what every rank tells the others on the way.
 
         Raises:
@@ -66,7 +66,7 @@ class Slices:
         dist.all_gather(everyone, mine, group=self._world.control)
         table = torch.stack(everyone).numpy()
         number = int(table[:, 0].min())
-        return Agreed(number if number < _NOTHING_NOW else None, number == END_OF_TIME, table[:, 1:])
+        return SliceAgreement(number if number < _NOTHING_NOW else None, number == END_OF_TIME, table[:, 1:])
 
     def take(self, number: int) -> list[EventBatch]:
         """This rank's batches of a slice; not collective.
