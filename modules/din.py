@@ -58,7 +58,7 @@ class TargetAttention(nn.Module):
         of_key, of_product = (of_key - of_difference).contiguous(), of_product.contiguous()
         return _Attention.apply(query, keys, bias, of_key, of_product, self.score, lengths, max_length, *layers)
 
-    def shares(self, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+    def attention_weights(self, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
         """How much attention each entry gets, ``[entries, 1]``, 1 in all for a row.
 
         For looking at few rows; arguments as of :meth:`forward`.

@@ -111,7 +111,7 @@ class SequenceAttention(nn.Module):
         found = torch.cat([found, mass.transpose(1, 2)[..., None]], 3)
         return found.permute(2, 0, 1, 3).flatten(1)
 
-    def shares(self, query: Tensor, sequences: Sequence[Parts], lengths: Sequence[Tensor]) -> list[Tensor]:
+    def attention_weights(self, query: Tensor, sequences: Sequence[Parts], lengths: Sequence[Tensor]) -> list[Tensor]:
         """How much attention each entry gets, for each sequence ``[entries, heads]``: 1 in all for a row and head.
 
         For looking at few rows; arguments as of :meth:`forward`.

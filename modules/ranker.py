@@ -173,7 +173,9 @@ class Ranker(nn.Module):
         return self.network(_join([*rows.values(), *self._read(embedded, lengths, rows, dense), dense])).float()
 
     @torch.no_grad()
-    def shares(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> dict[str, Tensor]:
+    def attention_weights(
+        self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor
+    ) -> dict[str, Tensor]:
         """How much attention each entry of each history gets, ``[entries, heads]`` float32: 1 in all for row and head.
 
         For looking at few rows; arguments as of :meth:`forward`. Where histories are averaged, all entries of a row get
@@ -183,7 +185,7 @@ class Ranker(nn.Module):
         counts = [lengths[history.keys[0]] for history in self.sequences]
         entries = [self._entries(history, embedded) for history in self.sequences]
         if isinstance(self.attention, SequenceAttention):
-            found = self.attention.shares(self._query(rows, dense), entries, counts)
+            found = self.attention.attention_weights(self._query(rows, dense), entries, counts)
         elif self.attention is None:
             found = [(1 / count.repeat_interleave(count))[:, None] for count in counts]
         else:
@@ -192,7 +194,7 @@ class Ranker(nn.Module):
                 attention = self.attention[index]
                 assert isinstance(attention, TargetAttention)
                 query = _join([rows[name] for name in history.query])
-                found.append(attention.shares(query, _join(entries[index]).to(dense.dtype), counts[index]))
+                found.append(attention.attention_weights(query, _join(entries[index]).to(dense.dtype), counts[index]))
         return {history.name: share.float() for history, share in zip(self.sequences, found, strict=True)}
 
     def _rows(

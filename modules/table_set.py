@@ -10,27 +10,28 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from modules.embeddings import Lookup, Table, group_lookups, initial_rows
+from modules.embeddings import Lookup, Table, group_lookups
 
 
 class TableSet(nn.Module):
-    """All tables of a model: one TorchRec ``EmbeddingCollection`` per embedding dimension.
+    """All tables of a model: one TorchRec ``EmbeddingCollection`` for each embedding dimension.
 
-    On the meta device no memory is taken until a sharding plan says which rank holds which shard.
+    On the meta device the tables take no memory until a sharding plan assigns the shards to ranks.
 
-    Collections are few because each of them costs its own exchange of ids and of rows between ranks.
+    Tables of one dimension share a collection, because each collection costs one exchange of ids and of rows.
 
     Args:
-        tables: their declarations.
-        lookups: their declarations.
-        device: ``meta`` to be sharded later; a real device holds every table whole, at zero until
-            :meth:`initialise`.
+        tables: declarations of the tables.
+        lookups: declarations of the lookups.
+        device: ``meta`` for tables that are sharded later; a real device holds every table whole, filled with zeros.
 
     Attributes:
+        tables: the declarations as given.
         groups: ``((dim, lookups), ...)``, see :func:`group_lookups`.
+        collections: one ``EmbeddingCollection`` for each group, in the same order.
 
     Raises:
-        ValueError: see :func:`group_lookups`.
+        ValueError: wrong declarations, see :func:`group_lookups`.
     """
 
     def __init__(self, tables: Sequence[Table], lookups: Sequence[Lookup], device: torch.device | str = "meta") -> None:
@@ -56,23 +57,14 @@ class TableSet(nn.Module):
         )
 
     def forward(self, ids: Sequence[KeyedJaggedTensor]) -> dict[str, JaggedTensor]:
-        """Look all ids up.
+        """Look up all ids.
 
         Args:
-            ids: for each group, the int64 rows of its lookups.
+            ids: for each group the int64 row numbers of its lookups.
 
         Returns:
-            lookup name -> values ``[ids of the batch, dim]`` float32 in the order of the ids, lengths ``[batch]``.
+            Lookup name -> values ``[ids of the batch, dim]`` float32 in the order of the ids, lengths ``[batch]``.
         """
-        # Every collection starts its exchange before the first result is waited for.
+        # Sharded collections return awaitables: all of them start their exchange before the first one is waited for.
         found = [collection(keyed) for collection, keyed in zip(self.collections, ids, strict=True)]
         return {name: jagged for embedded in found for name, jagged in embedded.items()}
-
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Fill tables that are held whole (not sharded, not on meta) with :func:`initial_rows`."""
-        declared = {table.name: table for table in self.tables}
-        for collection in self.collections:
-            assert isinstance(collection, EmbeddingCollection)
-            for name, module in collection.embeddings.items():
-                module.weight.copy_(initial_rows(declared[name], seed, 0, declared[name].rows))

@@ -128,7 +128,9 @@ def train(
     scores, milliseconds = [], []
     for step, (ids, exposures) in enumerate(zip(ids_of(stream, declared, variant), stream, strict=True), 1):
         started = time.thread_time()
-        exchanges = tables.start([ids])
+        exchanges = tables.exchanges([ids])
+        for exchange in exchanges:
+            exchange.start()
         for exchange in exchanges:
             exchange.send()
         found = {name: rows for exchange in exchanges for name, rows in exchange.rows(step).items()}

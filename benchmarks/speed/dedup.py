@@ -140,7 +140,8 @@ def step(tables: ShardedTables, ids: KeyedJaggedTensor, gradient: float) -> dict
         busy += time.process_time() - before
         return result
 
-    exchanges = timed("start", lambda: tables.start([ids]))
+    exchanges: list[Any] = list(tables.exchanges([ids]))
+    timed("start", lambda: [exchange.start() for exchange in exchanges])
     timed("send", lambda: [exchange.send() for exchange in exchanges])
     for rows in timed("rows", lambda: [exchange.rows() for exchange in exchanges]):
         found |= rows

@@ -36,9 +36,9 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
     }
     if combination.accumulate_in:
         settings["data_types"] = {"grad_accum_dtype": combination.accumulate_in}
-    serves = engine_tables.flat_exchange_serves
+    serves = engine_tables.cpu_exchange_serves
     if combination.torchrec_path:
-        engine_tables.flat_exchange_serves = lambda device, shardings: False
+        engine_tables.cpu_exchange_serves = lambda device, shardings: False
     try:
         return HybridEngine(
             tables(combination.sharding),
@@ -55,7 +55,7 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
             deduplicate=combination.deduplicate,
         )
     finally:
-        engine_tables.flat_exchange_serves = serves
+        engine_tables.cpu_exchange_serves = serves
 
 
 def whole(sharded: dict[str, Tensor], world: World) -> dict[str, Tensor]:

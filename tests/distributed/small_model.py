@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table
 from modules.table_set import TableSet
+from tests.modules.whole_tables import fill_tables
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.runtime.distributed import World
@@ -175,7 +176,7 @@ class PlainTraining:
 
     def __init__(self, optimizer: str, clipping: float, declared: Sequence[Table] = ()) -> None:
         self.tables = TableSet(declared or tables("auto"), LOOKUPS, device="cpu")
-        self.tables.initialise(SEED)
+        fill_tables(self.tables, SEED)
         self.ranker = ranker()
         self.adam = torch.optim.AdamW(
             self.ranker.parameters(), self.DENSE_RATE, self.BETAS, weight_decay=self.WEIGHT_DECAY

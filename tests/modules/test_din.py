@@ -88,7 +88,7 @@ def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
     attention = TargetAttention(5, 4, (6, 3)).double()
     lengths = some_lengths(kind, 8, 5)
     query, keys = torch.randn(8, 5).double(), torch.randn(int(lengths.sum()), 4).double()
-    shares = attention.shares(query, keys, lengths)
+    shares = attention.attention_weights(query, keys, lengths)
     assert shares.shape == (len(keys), 1)
     row = torch.repeat_interleave(lengths)
     summed = torch.zeros(8, 4, dtype=torch.float64).index_add(0, row, shares * keys)

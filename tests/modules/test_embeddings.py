@@ -12,6 +12,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table, group_lookups, initial_rows
 from modules.table_set import TableSet
+from tests.modules.whole_tables import fill_tables
 
 TABLES = (Table("user", 7, 4), Table("item", 5, 4), Table("side", 9, 8))
 LOOKUPS = (
@@ -53,7 +54,7 @@ def test_tables_take_no_memory_until_they_are_sharded() -> None:
 def test_values_are_rows_of_the_tables_in_order_of_the_ids(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tables = TableSet(TABLES, LOOKUPS, device="cpu")
-    tables.initialise(seed)
+    fill_tables(tables, seed)
     batch = 6
     lengths = {
         "user": torch.ones(batch, dtype=torch.int64),

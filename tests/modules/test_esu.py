@@ -147,7 +147,7 @@ def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
     lengths = make_lengths(kind, 6)
     sequences, query = make_sequences(lengths), torch.randn(6, 5, dtype=torch.float64)
     parts = []
-    shares = attention.shares(query, sequences, lengths)
+    shares = attention.attention_weights(query, sequences, lengths)
     for s, (share, of_row) in enumerate(zip(shares, lengths, strict=True)):
         assert share.shape == (int(of_row.sum()), 3)
         entries = torch.cat(sequences[s], 1)
@@ -175,7 +175,7 @@ def test_attention_begins_with_what_is_like_the_candidate() -> None:
     torch.manual_seed(0)
     attention = SequenceAttention(8, (8,), (4,), heads=2, alike=[(column, column) for column in range(8)])
     vectors = 3 * functional.normalize(torch.randn(4, 8), dim=1)
-    (shares,) = attention.shares(vectors, [[vectors.repeat(4, 1)]], [torch.full((4,), 4)])
+    (shares,) = attention.attention_weights(vectors, [[vectors.repeat(4, 1)]], [torch.full((4,), 4)])
     assert shares.mean(1).view(4, 4).argmax(1).tolist() == [0, 1, 2, 3]
 
 
@@ -226,7 +226,7 @@ def test_cross_features_score_the_same_whatever_the_candidate() -> None:
     torch.testing.assert_close(found, others)
     assert attention.cross is not None
     expected = (sequences[0][2][:7] @ attention.cross[0].t()).softmax(0)
-    torch.testing.assert_close(attention.shares(torch.randn(4, 5), sequences, lengths)[0][:7], expected)
+    torch.testing.assert_close(attention.attention_weights(torch.randn(4, 5), sequences, lengths)[0][:7], expected)
 
 
 def test_places_count_from_the_end_of_each_row() -> None:
@@ -239,7 +239,7 @@ def test_places_count_from_the_end_of_each_row() -> None:
     lengths = [torch.tensor([2, 0, 5]), torch.tensor([5, 1, 0]), torch.tensor([0, 0, 6])]
     sequences = make_sequences(lengths, torch.float32)
     newest = [[1, 6], [4, 5], [5]]
-    for share, entries in zip(attention.shares(torch.zeros(3, 5), sequences, lengths), newest, strict=True):
+    for share, entries in zip(attention.attention_weights(torch.zeros(3, 5), sequences, lengths), newest, strict=True):
         assert share.min(1).values.gt(0.99).nonzero().flatten().tolist() == entries
 
 

@@ -169,7 +169,7 @@ def test_shares_of_each_history_are_one_in_all(kind: RankerKind) -> None:
     torch.manual_seed(1)
     embedded, lengths, dense = make_inputs(9)
     ranker = make_ranker(kind)
-    shares = ranker.shares(embedded, lengths, dense)
+    shares = ranker.attention_weights(embedded, lengths, dense)
     assert list(shares) == ["items", "live"]
     for name, key in (("items", "past_item"), ("live", "live_item")):
         count = lengths[key]
@@ -272,7 +272,7 @@ def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kin
     )
     expected = ranker.network(torch.cat([embedded["user"], embedded["item"], side.flatten(1), read, dense], 1))
     torch.testing.assert_close(ranker(embedded, lengths, dense), expected.float())
-    shares = ranker.shares(embedded, lengths, dense)
+    shares = ranker.attention_weights(embedded, lengths, dense)
     for name, count in entries.items():
         assert shares[name].shape == (int(count.sum()), 2)
         summed = torch.zeros(7, 2).index_add(0, torch.repeat_interleave(count), shares[name])

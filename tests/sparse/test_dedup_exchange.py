@@ -44,6 +44,9 @@ class WholeTables:
         self.calls: list[str] = []
         self.gradient = {name: torch.zeros_like(table) for name, table in tables.items()}
 
+    def start(self) -> None:
+        self.calls.append("start")
+
     def send(self) -> None:
         self.calls.append("send")
 
@@ -76,11 +79,13 @@ def test_an_exchange_gives_and_takes_the_same_and_sends_each_id_of_a_table_once(
     plain = WholeTables(tables, keyed(ids))
     inner: list[WholeTables] = []
 
-    def start(given: KeyedJaggedTensor) -> list[WholeTables]:
-        inner.append(WholeTables(tables, given))
+    def make_exchanges(unique: KeyedJaggedTensor) -> list[WholeTables]:
+        inner.append(WholeTables(tables, unique))
         return inner
 
-    exchange = DeduplicatedExchange(keyed(ids), TABLE_OF, start)
+    exchange = DeduplicatedExchange(keyed(ids), TABLE_OF, make_exchanges)
+    assert not inner
+    exchange.start()
     sent = [(TABLE_OF[key], id_) for key, of_key in inner[0].ids.items() for id_ in of_key.tolist()]
     assert len(sent) == len(set(sent))
     assert set(sent) == {(TABLE_OF[key], id_) for key, of_key in ids.items() for id_ in of_key}
@@ -95,4 +100,4 @@ def test_an_exchange_gives_and_takes_the_same_and_sends_each_id_of_a_table_once(
     for name, gradient in plain.gradient.items():
         torch.testing.assert_close(inner[0].gradient[name], gradient, rtol=1e-5, atol=1e-6)
     exchange.drain()
-    assert inner[0].calls == ["send", "rows 7", "update 0.5", "drain"]
+    assert inner[0].calls == ["start", "send", "rows 7", "update 0.5", "drain"]

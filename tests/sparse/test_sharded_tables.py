@@ -61,11 +61,13 @@ WIDE = KeyedJaggedTensor(keys=["wide"], values=torch.tensor([4, 0]), lengths=tor
 @pytest.mark.parametrize("path", ["flat", "torchrec"])
 def test_rows_are_the_initial_ones_and_learn(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "torchrec":
-        monkeypatch.setattr(tables_module, "flat_exchange_serves", lambda device, shardings: False)
+        monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
     sharded = make(world, TableOptimizer("sgd", 0.5))
     user, item, wide = (initial_rows(table, 3, 0, table.rows) for table in TABLES)
-    exchanges = sharded.start([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])
+    exchanges = sharded.exchanges([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])
     found = {}
+    for exchange in exchanges:
+        exchange.start()
     for exchange in exchanges:
         exchange.send()
         found |= exchange.rows()
@@ -94,8 +96,9 @@ def test_rows_are_the_initial_ones_and_learn(world: World, path: str, monkeypatc
 @pytest.mark.parametrize(("user", "bad"), [([10, 0], 10), ([0, -1], -1)])
 def test_an_id_outside_its_table_is_told(world: World, user: list[int], bad: int) -> None:
     sharded = make(world, TableOptimizer("rowwise_adagrad", 0.1))
+    exchanges = sharded.exchanges([ids(user=user, item=[0, 0], seen=[]), WIDE])
     with pytest.raises(UserError) as told:
-        sharded.start([ids(user=user, item=[0, 0], seen=[]), WIDE])
+        exchanges[0].start()
     for word in ("'user'", f"id {bad} ", "10"):
         assert word in str(told.value)
 
@@ -118,16 +121,17 @@ def test_learning_rate(world: World) -> None:
     for rate in (0.25, 0.0):
         before = table.clone()
         sharded.set_learning_rate(rate)
-        (exchange,) = sharded.start([keyed])
+        (exchange,) = sharded.exchanges([keyed])
+        exchange.start()
         exchange.send()
         exchange.rows()
         exchange.update({"user": [torch.ones(1, 4)]}, 1.0)
         torch.testing.assert_close(before - table, torch.zeros(10, 4).index_fill(0, torch.tensor([1]), rate))
 
 
-def test_dynamic_ids_need_the_flat_exchange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dynamic_ids_need_the_cpu_exchange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU, and on a CPU a table of the same width that is cut by columns."""
-    monkeypatch.setattr(tables_module, "flat_exchange_serves", lambda device, shardings: False)
+    monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
     declared = [replace(TABLES[0], dynamic=Dynamic(1, "recency")), *TABLES[1:]]
     with pytest.raises(UserError, match="table 'user': dynamic ids work on a CPU, with all tables of the same width"):
         make(world, TableOptimizer("sgd", 0.5), declared)
@@ -140,7 +144,8 @@ def test_a_dynamic_table_takes_any_id_and_reads_row_0_of_those_without_a_row(wor
     far = -(2**63)
     for step, served in ((1, False), (2, True), (None, True)):
         found = {}
-        for exchange in sharded.start([ids(user=[far, far], item=[0, 0], seen=[]), WIDE]):
+        for exchange in sharded.exchanges([ids(user=[far, far], item=[0, 0], seen=[]), WIDE]):
+            exchange.start()
             exchange.send()
             found |= exchange.rows(step)
         assert torch.equal(found["user"][0], found["user"][1])

@@ -1,12 +1,12 @@
-"""The batches of all ranks in step: fetched, announced to the other ranks, and their ids on the way before they count.
+"""Prefetches batches and starts the exchange of their ids early, in step on all ranks.
 
-The exchange of ids needs no table, so that of the next batch can go on while the dense network works on this one. Rows
-are looked up only after the tables have learnt from this batch: overlapping changes no number.
+The exchange of ids needs no table, so the ids of the next batch can be sent while the dense network works on this one.
+Rows are looked up only after the tables have been trained on this batch: overlapping changes no number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,22 +17,34 @@ from torch import Tensor
 from trainer.data.features.packed_batch import BatchLayout
 from trainer.data.loading.batch import RankingBatch, empty_batch
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse.exchange import Gradients, on_stream
+from trainer.sparse.exchange import Exchange, Gradients, on_stream
 from trainer.sparse.sharded_tables import ShardedTables
 
 
 class StepRequest(NamedTuple):
-    """What a rank would have all ranks do together after a step."""
+    """Request of one rank for what all ranks do together after a step.
+
+    Attributes:
+        save: write a checkpoint.
+        stop: end the training.
+    """
 
     save: bool = False
     stop: bool = False
 
 
-NOTHING = StepRequest()
+NO_REQUEST = StepRequest()
 
 
-class Count(NamedTuple):
-    """Rows of a step on all ranks, and the number of ranks that still had a batch, or that asked for something."""
+class StepTotals(NamedTuple):
+    """Sums over all ranks for one step.
+
+    Attributes:
+        rows: rows of all batches.
+        ranks: ranks that still had a batch.
+        save: ranks that requested a checkpoint.
+        stop: ranks that requested to stop.
+    """
 
     rows: int
     ranks: int
@@ -41,59 +53,72 @@ class Count(NamedTuple):
 
 
 class InFlightBatch:
-    """A batch whose ids are on their way to the ranks that hold their rows.
+    """Batch whose ids are sent to the ranks that hold their rows.
+
+    The constructor starts no network traffic. The methods are collective: every rank calls :meth:`start`,
+    :meth:`send`, :meth:`rows` and :meth:`update` in this order, or :meth:`drain` after :meth:`send`.
 
     Args:
-        batch: on its device, or on its way there.
-        tables: that its ids are rows of.
-        stream: on which it travels; None without a GPU.
-        clock: of the steps.
+        batch: the batch, on its device or being copied there on ``stream``.
+        exchanges: exchanges of its ids, in the same order on all ranks.
+        stream: CUDA stream that the batch is copied on; None without a GPU.
+        clock: counts the phases of a step.
         control: a gloo group of all ranks.
-        out: this rank has no more batches; this one is empty.
-        ask: what this rank would have done after the step; it travels with the count of rows.
+        exhausted: True if this rank has no more batches; ``batch`` is then empty.
+        request: request of this rank; it is summed over the ranks together with the number of rows.
 
     Attributes:
-        batch: as given.
+        batch: the batch as given.
     """
 
     def __init__(
         self,
         batch: RankingBatch,
-        tables: ShardedTables,
+        exchanges: Sequence[Exchange],
         stream: torch.cuda.Stream | None,
         clock: PhaseClock,
         control: dist.ProcessGroup,
         *,
-        out: bool,
-        ask: StepRequest,
+        exhausted: bool,
+        request: StepRequest,
     ) -> None:
         self.batch = batch
-        self._stream, self._clock = stream, clock
-        self._count = torch.tensor([batch.rows, not out, *ask], dtype=torch.int64)
+        self._exchanges = exchanges
+        self._stream, self._clock, self._control = stream, clock, control
+        self._totals = torch.tensor([batch.rows, not exhausted, *request], dtype=torch.int64)
         self._work: dist.Work | None = None
-        if dist.get_world_size(control) > 1:
-            self._work = dist.all_reduce(self._count, group=control, async_op=True)
-        with on_stream(stream):
-            self._exchanges = tables.start(batch.ids)
+
+    def start(self) -> None:
+        """Start to sum the totals of the step over the ranks, and start the exchanges of the ids.
+
+        Raises:
+            UserError: an id is outside its table.
+        """
+        with self._clock.phase("tables"):
+            if dist.get_world_size(self._control) > 1:
+                self._work = dist.all_reduce(self._totals, group=self._control, async_op=True)
+            with on_stream(self._stream):
+                for exchange in self._exchanges:
+                    exchange.start()
 
     def send(self) -> None:
-        """Send the ids off, once it is known how many come from where."""
+        """Start to send the ids, as soon as the number of ids from every rank is known."""
         with self._clock.phase("tables"), on_stream(self._stream):
             for exchange in self._exchanges:
                 exchange.send()
 
-    def count(self) -> Count:
-        """What all ranks have of this step."""
+    def totals(self) -> StepTotals:
+        """Return the sums of this step over all ranks."""
         if self._work is not None:
             with self._clock.phase("communication"):
                 self._work.wait()
             self._work = None
-        return Count(*self._count.tolist())
+        return StepTotals(*self._totals.tolist())
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
-        """Lookup name -> ``[ids, dim]`` float32, as the tables are now; outside of autograd.
+        """Return lookup name -> ``[ids, dim]`` float32 rows of the tables as they are now, outside of autograd.
 
-        ``step`` is the number of the training step that this is for; see :meth:`trainer.sparse.exchange.Exchange.rows`.
+        ``step`` is the number of the training step; see :meth:`trainer.sparse.exchange.Exchange.rows`.
         """
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -108,20 +133,22 @@ class InFlightBatch:
                 exchange.update(gradients, scale)
 
     def drain(self) -> None:
-        """Let what is on its way arrive, and forget it."""
-        self.count()
+        """Wait for the transfers in progress and discard their data."""
+        self.totals()
         for exchange in self._exchanges:
             exchange.drain()
 
 
 class BatchPipeline:
-    """Fetches batches and starts their exchange; all ranks fetch equally often, with empty batches when out of others.
+    """Fetches batches and prepares their exchange.
+
+    All ranks fetch equally often; a rank that has no more batches gets empty ones. The constructor is collective.
 
     Args:
-        batches: of this rank.
-        tables: that their ids are rows of.
-        behaviours: columns of the labels.
-        clock: of the steps.
+        batches: batches of this rank.
+        tables: tables that their ids refer to.
+        behaviours: number of columns of the labels.
+        clock: counts the phases of a step.
         control: a gloo group of all ranks.
     """
 
@@ -143,17 +170,25 @@ class BatchPipeline:
         keys = tuple(tuple(names) for names in tables.keys)
         self._empty = empty_batch(BatchLayout(keys, int(n_dense), behaviours))
 
-    def fetch(self, ask: StepRequest = NOTHING) -> InFlightBatch:
-        """The next batch of this rank, on its way; ``ask`` is for after its step."""
+    def fetch(self, request: StepRequest = NO_REQUEST) -> InFlightBatch:
+        """Return the next batch of this rank, not yet started; ``request`` is for the end of its step."""
         with self._clock.phase("data"):
             batch = self._first if self._first is not None else next(self._batches, None)
         self._first = None
-        out = batch is None
+        exhausted = batch is None
         batch = self._empty if batch is None else batch
-        # Where this rank stands does not change any more when it has run out.
+        # An exhausted rank goes on to report the position of its last batch, which a checkpoint stores.
         self._empty = replace(self._empty, position=batch.position)
         with self._clock.phase("tables"):
             if self._stream is not None:
                 with on_stream(self._stream):
                     batch = batch.to(self._clock.device, non_blocking=True)
-            return InFlightBatch(batch, self._tables, self._stream, self._clock, self._control, out=out, ask=ask)
+            return InFlightBatch(
+                batch,
+                self._tables.exchanges(batch.ids),
+                self._stream,
+                self._clock,
+                self._control,
+                exhausted=exhausted,
+                request=request,
+            )

@@ -1,12 +1,12 @@
-"""Sparse and dense as one model: TorchRec's sharded tables and DeepSpeed's dense network, trained together.
+"""Hybrid engine: TorchRec's sharded tables and DeepSpeed's dense network, trained together as one model.
 
-Between the two runs a cut. The rows of all ids of a step are looked up once; the dense network trains on leaves that
-hold them, in as many parts as gradients are accumulated over; the leaves' gradients then go back into the tables in one
-exchange. Losses and parameters are those of one process with plain PyTorch, up to rounding:
+Autograd is cut between the two. The rows of all ids of a step are looked up once. The dense network trains on leaf
+tensors that hold these rows, one micro-batch after the other. The leaves' gradients are then sent back to the tables in
+one exchange. Losses and parameters equal those of one process with plain PyTorch, up to rounding:
 
-* the loss of a step is the sum over the rows of all ranks divided by their number, whatever each rank had of them;
-* where DeepSpeed clips the dense gradient, the gradient of the tables is scaled by the same factor (the norm is the
-  dense one: that of all rows touched would need a collective, and differs by what the tables add to it).
+* the loss of a step is the sum over the rows of all ranks divided by their number, however the ranks share them;
+* where DeepSpeed clips the dense gradient, the gradient of the tables is scaled by the same factor. The norm is that of
+  the dense gradient alone: the norm over the tables' rows as well would need one more collective.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
 from trainer.config.deepspeed import complete_settings
 from trainer.data.loading.batch import RankingBatch
-from trainer.engine.batch_pipeline import NOTHING, BatchPipeline, InFlightBatch, StepRequest
+from trainer.engine.batch_pipeline import NO_REQUEST, BatchPipeline, InFlightBatch, StepRequest
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.micro_batches import MicroBatch, row_lengths, split_micro_batches
@@ -37,24 +37,25 @@ from trainer.sparse.dynamic_ids import IdCounts
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import Shard, ShardedTables
 
-Seen = TypeVar("Seen")
+Output = TypeVar("Output")
 
 __all__ = ["DenseOptimizer", "HybridEngine", "StepResult", "TableOptimizer"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """Result of one training step.
 
     Attributes:
-        batch: this rank's rows; none where it had run out while others had not.
-        logits: ``[rows, behaviours]`` float32, predicted before the step learnt from them.
+        batch: this rank's rows; empty if this rank has no more batches but another one has.
+        logits: ``[rows, behaviours]`` float32, predicted before the step trained on these rows.
         loss: scalar, weighted binary cross-entropy summed over behaviours, mean over the rows of all ranks.
         alignment: scalar, contrastive loss of the histories without its weight, summed over histories, mean over the
-            rows of all ranks; 0 where they are not aligned.
-        rows_global: rows of all ranks.
-        save: a rank asked for a checkpoint after this step; the same on all ranks.
-        stop: a rank asked to end after this step; the same on all ranks.
+            rows of all ranks; 0 if the histories are not aligned.
+        rows_global: number of rows of all ranks.
+        save: True if a rank requested a checkpoint after this step; the same on all ranks.
+        stop: True if a rank requested to end after this step; the same on all ranks.
+        laps: time of this rank in each phase, see :attr:`seconds`.
     """
 
     batch: RankingBatch
@@ -68,17 +69,17 @@ class StepResult:
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds of this rank in each phase (``trainer.runtime.phase_timer``); on a GPU this waits for the step."""
+        """Seconds of this rank in each phase of ``trainer.runtime.phase_timer``; on a GPU this waits for the step."""
         return self.laps.total()
 
 
 class NotFiniteLoss(Exception):
-    """The loss of a step is NaN or infinite; neither tables nor dense network have learnt from it.
+    """The loss of a step is NaN or infinite; neither the tables nor the dense network were trained on it.
 
     Attributes:
-        step: its number.
-        loss: of all ranks.
-        batch: of this rank.
+        step: number of the step.
+        loss: loss over all ranks.
+        batch: batch of this rank.
         logits: ``[rows, behaviours]`` float32, of this rank.
     """
 
@@ -88,32 +89,32 @@ class NotFiniteLoss(Exception):
 
 
 class HybridEngine:
-    """A model on the ranks of the default process group (``trainer.runtime.distributed.World.join`` first).
+    """Model on the ranks of the default process group; call ``trainer.runtime.distributed.World.join`` first.
 
     Args:
         tables: embedding tables.
-        lookups: that read them; the keys of the batches' ids.
-        ranker: the dense network, ``(rows of lookups, lengths, dense) -> logits``; the first rank's initial values
-            count. See ``modules.ranker.Ranker``.
-        table_optimizer: of the tables.
-        dense_optimizer: of the ranker.
+        lookups: lookups that read the tables; the keys of the batches' ids.
+        ranker: the dense network, ``(rows of lookups, lengths, dense) -> logits``; all ranks start from the initial
+            values of the first rank. See ``modules.ranker.Ranker``.
+        table_optimizer: optimizer of the tables.
+        dense_optimizer: optimizer of the ranker.
         deepspeed: DeepSpeed's settings as given in its JSON.
         behaviour_weights: ``[behaviours]``, weights of the losses.
         batch_size: rows of one rank in an optimizer step.
-        device: of this rank.
-        seed: of the tables' initial values, which do not depend on ranks or sharding.
+        device: device of this rank.
+        seed: seed of the tables' initial values, which do not depend on ranks or sharding.
         overlap: exchange the ids of the next batch while the dense network works on this one.
-        alignment: of the histories; None for none.
+        alignment: alignment of the histories; None for none.
         deduplicate: see :class:`trainer.sparse.sharded_tables.ShardedTables`.
 
     Attributes:
-        plan: where each table lies, see :func:`trainer.sparse.planner.describe_plan`.
+        plan: placement of each table, see :func:`trainer.sparse.planner.describe_plan`.
         table_optimizer: as given.
-        zero_stage: of DeepSpeed.
-        steps_done: optimizer steps so far.
+        zero_stage: DeepSpeed's ZeRO stage.
+        steps_done: number of optimizer steps so far.
 
     Raises:
-        UserError: settings that cannot be combined, with the reason; tables that do not fit into memory.
+        UserError: settings that cannot be combined, with the reason; or tables that do not fit into memory.
     """
 
     def __init__(
@@ -160,108 +161,117 @@ class HybridEngine:
         self.steps_done = 0
 
     def set_learning_rate(self, tables: float, dense: float) -> None:
-        """Learning rates from the next step on."""
+        """Set the learning rates, from the next step on."""
         self._tables.set_learning_rate(tables)
         self._dense.set_learning_rate(dense)
 
     def steps(
-        self, batches: Iterator[RankingBatch], ask: Callable[[int], StepRequest] = lambda step: NOTHING
+        self, batches: Iterator[RankingBatch], request: Callable[[int], StepRequest] = lambda step: NO_REQUEST
     ) -> Iterator[StepResult]:
-        """Train a step on each batch until all ranks are out of batches. Collective.
+        """Train one step on each batch until no rank has batches left. Collective.
 
         Args:
-            batches: of this rank, each the rows of one optimizer step.
-            ask: what this rank would have all ranks do after a step, given its number; asked ahead of the step.
+            batches: batches of this rank, each the rows of one optimizer step.
+            request: returns this rank's request for the end of a step, given the step's number; called before the step.
 
         Raises:
-            UserError: an id outside its table.
-            NotFiniteLoss: on all ranks, before anything has learnt from the step.
+            UserError: an id is outside its table.
+            NotFiniteLoss: raised on all ranks, before anything is trained on the step.
         """
         self._dense.module.train()
         pipeline = self._pipeline(batches)
-        arriving = pipeline.fetch(ask(self.steps_done + 1))
-        arriving.send()
-        while arriving.count().ranks:
-            embedded = arriving.rows(self.steps_done + 1)
-            following = pipeline.fetch(ask(self.steps_done + 2)) if self._overlap else None
-            result = self._train(arriving, embedded, following)
+        current = pipeline.fetch(request(self.steps_done + 1))
+        current.start()
+        current.send()
+        while current.totals().ranks:
+            embedded = current.rows(self.steps_done + 1)
+            following = None
+            if self._overlap:
+                following = pipeline.fetch(request(self.steps_done + 2))
+                following.start()
+            result = self._train(current, embedded, following)
             try:
                 yield result
             except GeneratorExit:
+                # All ranks stop after the same step, so all of them complete the exchange of the next batch.
                 if following is not None:
                     following.drain()
                 raise
             if following is None:
-                following = pipeline.fetch(ask(self.steps_done + 1))
+                following = pipeline.fetch(request(self.steps_done + 1))
+                following.start()
                 following.send()
-            arriving = following
-        arriving.drain()
+            current = following
+        current.drain()
 
     def predict(self, batches: Iterator[RankingBatch]) -> Iterator[tuple[RankingBatch, Tensor]]:
-        """Batches of this rank with their logits ``[rows, behaviours]`` float32; nothing is trained. Collective.
+        """Yield batches of this rank with their logits ``[rows, behaviours]`` float32, without training. Collective.
 
-        A rank that runs out goes on with empty batches until all are out.
+        A rank without more batches goes on with empty ones until no rank has any.
 
         Raises:
-            UserError: an id outside its table.
+            UserError: an id is outside its table.
         """
-        return self._look(batches, lambda part: self._dense(part.embedded, part.lengths, part.dense).float())
+        return self._forward(batches, lambda part: self._dense(part.embedded, part.lengths, part.dense).float())
 
     def attention(self, batches: Iterator[RankingBatch]) -> Iterator[tuple[RankingBatch, dict[str, Tensor]]]:
-        """Batches of this rank with the attention of their histories' entries. Collective, as :meth:`predict` is.
+        """Yield batches of this rank with the attention weights of their histories' entries. Collective.
 
-        What it gives is that of ``modules.ranker.Ranker.shares``.
+        The weights are those of ``modules.ranker.Ranker.attention_weights``; ranks take part as in :meth:`predict`.
         """
         ranker = self._dense.module
         assert isinstance(ranker, Ranker)
-        return self._look(batches, lambda part: ranker.shares(part.embedded, part.lengths, part.dense))
+        return self._forward(batches, lambda part: ranker.attention_weights(part.embedded, part.lengths, part.dense))
 
-    def _look(
-        self, batches: Iterator[RankingBatch], look: Callable[[MicroBatch], Seen]
-    ) -> Iterator[tuple[RankingBatch, Seen]]:
+    def _forward(
+        self, batches: Iterator[RankingBatch], compute: Callable[[MicroBatch], Output]
+    ) -> Iterator[tuple[RankingBatch, Output]]:
+        """Yield each batch with the output that ``compute`` returns for it in evaluation mode, without gradients."""
         self._dense.module.eval()
         pipeline = self._pipeline(batches)
-        arriving = pipeline.fetch()
-        arriving.send()
-        while arriving.count().ranks:
+        current = pipeline.fetch()
+        current.start()
+        current.send()
+        while current.totals().ranks:
             with torch.no_grad():
-                embedded = arriving.rows()
+                embedded = current.rows()
                 following = pipeline.fetch()
+                following.start()
                 following.send()
-                (part,) = split_micro_batches(arriving.batch, embedded, self._fixed_lengths, 1)
-                seen = look(part)
+                (part,) = split_micro_batches(current.batch, embedded, self._fixed_lengths, 1)
+                output = compute(part)
             self._clock.lap()
             try:
-                yield arriving.batch, seen
+                yield current.batch, output
             except GeneratorExit:
                 following.drain()
                 raise
-            arriving = following
-        arriving.drain()
+            current = following
+        current.drain()
 
     def save(self, path: str | Path) -> None:
-        """Write the whole model and its optimizers to a directory, each rank its shards. Collective.
+        """Write the whole model and its optimizers to a directory; each rank writes its shards. Collective.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the directory cannot be written.
         """
         write_state(self.state(copy=False), path, self._control)
 
     def state(self, *, copy: bool) -> State:
-        """What :meth:`save` writes, for ``trainer.checkpoint.model_state.write_state``. Collective.
+        """Return the state that :meth:`save` writes, for ``trainer.checkpoint.model_state.write_state``. Collective.
 
-        It holds no learning rates, which are a function of how much has been trained on.
+        It holds no learning rates: they are a function of the number of rows trained on.
 
         Args:
-            copy: into host memory, so that training can go on while it is written.
+            copy: copy the state into host memory, so that training can go on while it is written.
         """
         return in_blocks(self._state(), copy=copy)
 
     def load(self, path: str | Path) -> None:
-        """Continue from :meth:`save`, also of another number of ranks, another plan or ZeRO stage. Collective.
+        """Load the model of :meth:`save`, also with another number of ranks, sharding plan or ZeRO stage. Collective.
 
         Raises:
-            UserError: there is no model, or another one: what differs is listed.
+            UserError: the directory holds no model, or a different one; the message lists the differences.
         """
         state = self._state()
         read_state(state, path, self._control)
@@ -271,7 +281,7 @@ class HybridEngine:
 
     @property
     def dense_shapes(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """Shapes of the dense network's parameters, and of its buffers, by name."""
+        """Shapes of the dense network's parameters and of its buffers, each by name."""
         module = self._dense.module
         return (
             {name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
@@ -279,48 +289,51 @@ class HybridEngine:
         )
 
     def table_shards(self) -> Iterator[Shard]:
-        """This rank's shards of the tables, live."""
+        """Yield this rank's shards of the tables; their values are live memory."""
         return self._tables.shards()
 
     def table_optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
-        """This rank's shards of the states of the tables' optimizer, live; see :class:`ShardedTables`."""
+        """Yield the name and this rank's shard of each state of the tables' optimizer; live memory."""
         return self._tables.optimizer_shards()
 
     def id_counts(self) -> dict[str, IdCounts]:
-        """Dynamic table -> what happened to its ids so far, on all ranks. Collective."""
+        """Return dynamic table -> counts of its ids so far, over all ranks. Collective."""
         return self._tables.dynamic.counts()
 
     def set_dense_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Give every parameter of the dense network a value, float32; its optimizer stays as it is. Collective."""
+        """Set every parameter of the dense network, float32; its optimizer's state does not change. Collective."""
         self._dense.set_parameters(values)
 
     def close(self) -> None:
-        """Let go of what libraries keep of the model, so that its memory can be freed."""
+        """Remove the references that libraries keep to the model, so that its memory can be freed."""
         self._dense.close()
 
     def _pipeline(self, batches: Iterator[RankingBatch]) -> BatchPipeline:
+        """Return a pipeline over the batches; the time before it counts for no step."""
         self._clock.lap()
         return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self._control)
 
     def _state(self) -> dict[str, Any]:
+        """Return the state of tables and dense network over live memory. Collective."""
         return {**self._tables.state(), **self._dense.state(), "steps": torch.tensor(self.steps_done)}
 
     def _train(
-        self, arriving: InFlightBatch, embedded: Mapping[str, Tensor], following: InFlightBatch | None
+        self, current: InFlightBatch, embedded: Mapping[str, Tensor], following: InFlightBatch | None
     ) -> StepResult:
-        batch, count = arriving.batch, arriving.count()
-        rows = count.rows
+        """Train one step on a batch whose rows are ``embedded``, and send the ids of ``following`` meanwhile."""
+        batch, totals = current.batch, current.totals()
+        rows = totals.rows
         parts = split_micro_batches(batch, embedded, self._fixed_lengths, self._dense.parts)
-        aligned, given = self._align(batch, embedded, rows)
-        # DeepSpeed divides by ranks and parts what is to be divided by the rows of all ranks.
+        aligned, alignment_gradients = self._align(batch, embedded, rows)
+        # DeepSpeed divides the loss by the numbers of ranks and micro-batches; this makes it a mean over all rows.
         scale = self._world * len(parts) / max(rows, 1)
         logits, losses = [], torch.stack([torch.zeros_like(aligned), aligned])
         with self._clock.phase("dense"):
-            for part, of_part in zip(parts, given, strict=True):
+            for part, gradients in zip(parts, alignment_gradients, strict=True):
                 for name, leaf in part.embedded.items():
                     leaf.requires_grad_()
-                    # The backward pass adds to what the alignment gives.
-                    leaf.grad = of_part.get(name)
+                    # The backward pass adds the network's gradient to the alignment's.
+                    leaf.grad = gradients.get(name)
                 logits.append(self._dense(part.embedded, part.lengths, part.dense))
                 if part.slow is None:
                     loss, _ = masked_bce(logits[-1], part.label, part.mask, self._weights)
@@ -330,6 +343,7 @@ class HybridEngine:
                 last = part is parts[-1]
                 if last:
                     summed = dist.all_reduce(losses, async_op=True)
+                    # Before the last backward pass: the ids of the next batch are sent while it runs.
                     if following is not None:
                         following.send()
                 self._dense.backward(loss * scale, last=last)
@@ -341,22 +355,22 @@ class HybridEngine:
             raise NotFiniteLoss(self.steps_done + 1, float(losses.sum()), batch, predicted)
         with self._clock.phase("dense"):
             factor = self._dense.step()
-        arriving.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
+        current.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
         self.steps_done += 1
         loss, alignment = losses.unbind()
         laps = self._clock.lap()
-        return StepResult(batch, predicted, loss, alignment, rows, count.save > 0, count.stop > 0, laps)
+        return StepResult(batch, predicted, loss, alignment, rows, totals.save > 0, totals.stop > 0, laps)
 
     def _align(
         self, batch: RankingBatch, embedded: Mapping[str, Tensor], rows: int
     ) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
-        """The alignment's loss of this rank, and what it gives to the looked-up rows of each part. Collective."""
+        """Return this rank's alignment loss and its gradients of the looked-up rows of each micro-batch. Collective."""
         if self._alignment is None:
             return torch.zeros((), device=batch.dense.device), [{}] * self._dense.parts
         with self._clock.phase("dense"):
             lengths = row_lengths(batch, self._fixed_lengths)
             loss, gradients = self._alignment.gradients(embedded, lengths, batch.user_id, self._control)
-            # Tables divide by the ranks what is to be divided by the rows of all ranks.
+            # The tables divide the summed gradients by the number of ranks; this makes it a mean over all rows.
             scaled = {name: gradient.mul_(self._world / max(rows, 1)) for name, gradient in gradients.items()}
             parts = split_micro_batches(batch, scaled, self._fixed_lengths, self._dense.parts)
         return loss, [part.embedded for part in parts]

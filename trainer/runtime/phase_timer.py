@@ -76,7 +76,3 @@ def _seconds_between(since: float | torch.cuda.Event, until: float | torch.cuda.
     assert isinstance(since, torch.cuda.Event) and isinstance(until, torch.cuda.Event)
     until.synchronize()
     return since.elapsed_time(until) / 1000
-
-
-PHASES = ("data", "tables", "dense", "communication")
-"""Where the seconds of a step go."""

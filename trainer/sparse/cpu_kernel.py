@@ -1,4 +1,4 @@
-"""The tables that one fbgemm kernel holds on a CPU, read and trained as if they were one table."""
+"""CPU kernel that reads and trains all tables of one fbgemm kernel as if they were one table."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 
 class CpuKernel:
-    """Looks rows up by their number in the kernel, and trains them in the backward pass, fused as before.
+    """Looks up rows by their number in the kernel; its backward pass trains them with the fused optimizer.
 
-    fbgemm's CPU kernel for unpooled rows takes 130 to 300 ms to train 110,000 rows of width 16, the one for pooled
-    rows 7 to 16 ms. A row is its own sum, so this is a second, pooling kernel over the same memory: weights, optimizer
-    state and learning rate are those of TorchRec's kernel, which goes on to own and to save them.
+    fbgemm's CPU kernel for unpooled rows takes 130 to 300 ms to train 110,000 rows of width 16; the kernel for pooled
+    rows takes 7 to 16 ms. The sum over one row is the row itself, so this is a second kernel, a pooling one, over the
+    same memory: weights, optimizer state and learning rate are those of TorchRec's kernel, which still owns and saves
+    them.
 
     Args:
-        kernel: TorchRec's, on a CPU; its tables lie one after the other.
+        kernel: TorchRec's kernel on a CPU; its tables are contiguous.
 
     Attributes:
-        first_row: name of each lookup -> number of its table's first row.
+        first_row: lookup name -> number of the first row of its table.
+        dim: width of the rows.
     """
 
     def __init__(self, kernel: BatchedFusedEmbedding) -> None:
@@ -50,17 +52,17 @@ class CpuKernel:
         self._bounds = torch.arange(1)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """``[n]`` int64 row numbers, at least one -> ``[n, dim]`` float32, whose backward pass trains the rows."""
+        """Return rows ``[n, dim]`` float32, whose backward pass trains them, for ``[n]`` int64 row numbers, n > 0."""
         if len(self._bounds) <= len(rows):
             self._bounds = torch.arange(2 * len(rows) + 1)
         return self._pooling(rows, self._bounds[: len(rows) + 1])
 
     def number_rows(self, ids: Tensor, counts: Tensor, keys: Sequence[str]) -> Tensor:
-        """Row numbers of ids of this rank's parts of the tables.
+        """Turn row numbers within this rank's shards of the tables into row numbers of the kernel.
 
         Args:
             ids: ``[n]`` int64, sorted by sender, then by lookup.
-            counts: ``[senders, lookups]`` int64, how many there are of each.
+            counts: ``[senders, lookups]`` int64, number of ids of each.
             keys: names of the lookups.
 
         Returns:
@@ -75,8 +77,8 @@ class CpuKernel:
         return rows
 
 
-def flat_kernel(collection: ShardedEmbeddingCollection, sharding: str) -> CpuKernel | None:
-    """The kernel of this rank's parts of a collection's tables with one sharding; None if it has none of them."""
+def cpu_kernel(collection: ShardedEmbeddingCollection, sharding: str) -> CpuKernel | None:
+    """Return the kernel of this rank's shards of a collection's tables with one sharding; None if it has no shard."""
     lookup = collection._lookups[collection._sharding_types.index(sharding)]
     kernels = [module for module in lookup.modules() if isinstance(module, BatchedFusedEmbedding)]
     if len(kernels) > 1:

@@ -1,9 +1,9 @@
-"""An exchange in which every id travels once: from a rank to its owner, its row back, and the row's gradient there.
+"""Exchange that sends every id once per step: one id to the owner, one row back, one gradient to the owner.
 
-The histories of a batch hold the same items, authors and contexts many times over, in different lookups and in
-different rows. Before anything is sent, all ids of a table, whatever lookups they stand in, become the list of the
-different ones; rows are spread out again when they are back, and gradients of the same row summed before they go.
-TorchRec's own index deduplication has kernels for GPUs only.
+The histories of a batch hold the same items, authors and contexts many times, in different lookups and in different
+rows. Before anything is sent, the ids of all lookups of a table are reduced to the list of unique ids. Rows are copied
+to every place of their id when they return, and the gradients of one row are summed before they are sent. TorchRec's
+own index deduplication has kernels for GPUs only.
 """
 
 from __future__ import annotations
@@ -20,63 +20,56 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from trainer.sparse.exchange import Exchange, Gradients
 
 _GOLDEN = 0x9E3779B97F4A7C15
-"""2 ** 64 over the golden ratio: the high bits of a product with it are spread evenly (Knuth, volume 3, 6.4)."""
+"""2 ** 64 divided by the golden ratio: it spreads the high bits of a product evenly (Knuth, volume 3, 6.4)."""
 
 
 class DeduplicatedExchange:
-    """The part of one step; see :class:`trainer.sparse.exchange.Exchange`.
+    """Exchange of the unique ids of one step; see :class:`trainer.sparse.exchange.Exchange`.
 
     Args:
-        ids: of this rank, for all lookups of a collection.
+        ids: ids of this rank, for all lookups of a collection.
         tables: lookup name -> name of its table.
-        start: begins the exchange of the ids that it is given, which have the same keys.
+        make_exchanges: makes the exchanges that carry the unique ids, which it gets with the same keys as ``ids``.
     """
 
     def __init__(
         self,
         ids: KeyedJaggedTensor,
         tables: Mapping[str, str],
-        start: Callable[[KeyedJaggedTensor], Sequence[Exchange]],
+        make_exchanges: Callable[[KeyedJaggedTensor], Sequence[Exchange]],
     ) -> None:
-        keys = ids.keys()
-        pieces = dict(zip(keys, ids.values().split(ids.length_per_key()), strict=True))
+        self._ids, self._make_exchanges = ids, make_exchanges
         self._members: dict[str, list[str]] = {}
+        keys: list[str] = ids.keys()
         for key in keys:
             self._members.setdefault(tables[key], []).append(key)
-        self._places: dict[str, Tensor] = {}
-        different = dict.fromkeys(keys, torch.empty(0, dtype=torch.int64))
-        for members in self._members.values():
-            # The first lookup of a table stands for all.
-            different[members[0]], places = unique_ids([pieces[key] for key in members])
-            self._places.update(zip(members, places, strict=True))
-        self._sizes = {key: len(unique) for key, unique in different.items()}
-        lengths = list(self._sizes.values())
-        self._exchanges = start(
-            KeyedJaggedTensor(
-                keys=keys,
-                values=torch.cat(list(different.values())),
-                lengths=torch.tensor(lengths),
-                stride=1,
-                length_per_key=lengths,
-            )
-        )
+
+    def start(self) -> None:
+        """Find the unique ids of every table and start the exchanges that carry them.
+
+        Raises:
+            UserError: an id is outside its table.
+        """
+        self._exchanges = self._make_exchanges(self._find_unique_ids())
+        for exchange in self._exchanges:
+            exchange.start()
 
     def send(self) -> None:
-        """See :class:`trainer.sparse.exchange.Exchange`."""
+        """Start to send the unique ids."""
         for exchange in self._exchanges:
             exchange.send()
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
-        """See :class:`trainer.sparse.exchange.Exchange`."""
-        found = {key: rows for exchange in self._exchanges for key, rows in exchange.rows(step).items()}
+        """Receive the rows of the unique ids and copy each one to all places of its id."""
+        unique_rows = {key: rows for exchange in self._exchanges for key, rows in exchange.rows(step).items()}
         return {
-            key: found[members[0]].index_select(0, self._places[key])
+            key: unique_rows[members[0]].index_select(0, self._places[key])
             for members in self._members.values()
             for key in members
         }
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
-        """See :class:`trainer.sparse.exchange.Exchange`."""
+        """Sum the gradients of each unique id on this rank and train the tables on the sums."""
         summed: dict[str, Sequence[Tensor]] = {}
         for members in self._members.values():
             dim = gradients[members[0]][0].shape[1]
@@ -91,28 +84,50 @@ class DeduplicatedExchange:
             exchange.update(summed, scale)
 
     def drain(self) -> None:
-        """See :class:`trainer.sparse.exchange.Exchange`."""
+        """Wait for the unique ids and discard them."""
         for exchange in self._exchanges:
             exchange.drain()
 
+    def _find_unique_ids(self) -> KeyedJaggedTensor:
+        """Return the unique ids of each table under the key of its first lookup; its other lookups are empty."""
+        keys = self._ids.keys()
+        by_lookup = dict(zip(keys, self._ids.values().split(self._ids.length_per_key()), strict=True))
+        self._places: dict[str, Tensor] = {}
+        unique = dict.fromkeys(keys, torch.empty(0, dtype=torch.int64))
+        for members in self._members.values():
+            unique[members[0]], places = unique_ids([by_lookup[key] for key in members])
+            self._places.update(zip(members, places, strict=True))
+        self._sizes = {key: len(ids) for key, ids in unique.items()}
+        lengths = list(self._sizes.values())
+        return KeyedJaggedTensor(
+            keys=keys,
+            values=torch.cat(list(unique.values())),
+            lengths=torch.tensor(lengths),
+            stride=1,
+            length_per_key=lengths,
+        )
 
-def unique_ids(pieces: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The different ids of some lists, in the order in which they first appear, and where each id stands among them.
+
+def unique_ids(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the unique ids of some lists, in order of first appearance, and the place of each id among them.
 
     Args:
-        pieces: int64 each, on the CPU.
+        lists: int64 tensors on the CPU.
 
     Returns:
-        ``[different]`` int64, and for each list ``[ids]`` int32, places in it.
+        The unique ids ``[unique]`` int64; and for each list ``[ids]`` int32, index of each id in the unique ids.
     """
-    ids = torch.cat(list(pieces))
-    unique, places = _different(ids.numpy())
-    return torch.from_numpy(unique), list(torch.from_numpy(places).split([len(piece) for piece in pieces]))
+    ids = torch.cat(list(lists))
+    unique, places = _unique(ids.numpy())
+    return torch.from_numpy(unique), list(torch.from_numpy(places).split([len(of_list) for of_list in lists]))
 
 
 @numba.njit(cache=True, nogil=True)
-def _different(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A hash table with open addressing, at most half full, whose slots hold places among the different ids."""
+def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the unique ids ``[unique]`` int64 and the index of each id among them, ``[ids]`` int32.
+
+    It uses a hash table with open addressing, at most half full, whose slots hold indices into the unique ids.
+    """
     bits = 4
     while (1 << bits) < 2 * len(ids):
         bits += 1
@@ -132,7 +147,7 @@ def _different(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @numba.njit(cache=True, nogil=True)
 def _add_rows(total: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
-    """``total[places[i]] += rows[i]``, in order."""
+    """Add ``rows[i]`` to ``total[places[i]]`` for every ``i``, in order."""
     for i in range(len(places)):
         place = places[i]
         for column in range(total.shape[1]):

@@ -62,12 +62,12 @@ class DynamicExchange(CpuExchange):
     def _sort(self, pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         routing, ids = self._routing, torch.cat(list(pieces))
         if not routing.cut:
-            return self._counts_of_owners(), ids
+            return self._whole_table_counts(), ids
         hashed = torch.empty_like(ids)
         for table, piece, into in zip(routing.tables, pieces, hashed.split(self._sizes), strict=True):
             hash_rows(piece.numpy(), hash_salt(table.name), table.num_embeddings, into.numpy())
         counts, _ = self._bucketize(hashed)
-        return counts, ids.index_select(0, torch.ops.fbgemm.invert_permute(self._sent_to))
+        return counts, ids.index_select(0, torch.ops.fbgemm.invert_permute(self._sent_place))
 
     def _look_up(self, step: int | None) -> Tensor:
         routing = self._routing
@@ -103,14 +103,14 @@ class DynamicExchange(CpuExchange):
         """The values at places of this rank's parts of the tables; row 0 is looked up too where it is lent."""
         kernel = self._routing.kernel
         if kernel is None or not (len(places) or self._routing.lends):
-            self._held = torch.empty(0, self._routing.dim)
-            return self._held
+            self._looked_up = torch.empty(0, self._routing.dim)
+            return self._looked_up
         first = torch.tensor([kernel.first_row[key] for key in self._routing.first_keys])
         numbers = first[self._of_table] + places
         if self._routing.lends:
             numbers = torch.cat([numbers, first])
-        self._held = kernel(numbers)
-        return self._held.detach()[: len(places)]
+        self._looked_up = kernel(numbers)
+        return self._looked_up.detach()[: len(places)]
 
     def _train(self, gradients: Tensor) -> None:
         routing = self._routing
@@ -124,4 +124,4 @@ class DynamicExchange(CpuExchange):
             if routing.lends:
                 gradients = torch.cat([gradients, of_row_0])
         if len(gradients):
-            self._held.backward(gradients)
+            self._looked_up.backward(gradients)

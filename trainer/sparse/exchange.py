@@ -1,7 +1,7 @@
-"""How ids reach the ranks that hold their rows, how rows come back, and gradients go the same way again.
+"""Exchange of ids, rows and gradients with the ranks that hold the rows.
 
-An exchange serves one collection in one step. Its stages are explicit, so that a pipeline can put other work between
-them. :class:`TorchRecExchange` is TorchRec's own path and the definition of what is right.
+One exchange serves one collection in one step. Its stages are explicit, so that a pipeline can run other work between
+them. :class:`TorchRecExchange` is TorchRec's own path and the reference for correct results.
 :class:`trainer.sparse.cpu_exchange.CpuExchange` does the same on a CPU with fewer copies and collectives.
 """
 
@@ -19,84 +19,95 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from trainer.runtime.phase_timer import PhaseClock
 
 Gradients = Mapping[str, Sequence[Tensor]]
-"""Lookup name -> gradients of consecutive parts of its rows, in order."""
+"""Lookup name -> gradients of consecutive micro-batches, in order."""
 
 
 class Exchange(Protocol):
-    """One collection's part in one step. The stages are collective and come in this order."""
+    """Exchange of one collection in one step.
+
+    The constructor starts no network traffic. The stages are collective: every rank calls them in this order.
+    """
+
+    def start(self) -> None:
+        """Start to tell every rank the number of ids that this rank will send to it; returns without waiting."""
 
     def send(self) -> None:
-        """Learn how many ids come from where, and send the ids off."""
+        """Wait for the numbers of ids from all ranks and start to send the ids."""
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
-        """Lookup name -> ``[ids, dim]`` float32 rows in the order of the ids, outside of autograd.
+        """Return lookup name -> ``[ids, dim]`` float32 rows in the order of the ids, outside of autograd.
 
-        ``step`` is the number of the training step that this is for, in which dynamic tables admit ids.
+        ``step`` is the number of the training step, in which dynamic tables admit ids; None if nothing is trained.
         """
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
-        """Train the tables on ``scale`` times the sum of the gradients of all ranks, divided by their number."""
+        """Train the tables on ``scale`` times the gradients, summed over all ranks and divided by their number."""
 
     def drain(self) -> None:
-        """Instead of ``rows``: let what is on its way arrive, and forget it."""
+        """Wait for the transfers in progress and discard their data; called instead of ``rows``."""
 
 
 class TorchRecExchange:
-    """TorchRec's input distribution, lookup and output distribution; any device, any sharding.
+    """TorchRec's input distribution, lookup and output distribution, for any device and any sharding.
 
     Args:
-        collection: as TorchRec sharded it.
-        ids: of this rank; their keys are the collection's lookups.
-        clock: waiting for other ranks is counted as communication.
+        collection: the collection, sharded by TorchRec.
+        ids: ids of this rank; their keys are the collection's lookups.
+        clock: counts the time of waiting for other ranks as communication.
     """
 
     def __init__(self, collection: ShardedEmbeddingCollection, ids: KeyedJaggedTensor, clock: PhaseClock) -> None:
-        self._collection, self._clock = collection, clock
-        self._stream = torch.cuda.current_stream() if clock.device.type == "cuda" else None
+        self._collection, self._ids, self._clock = collection, ids, clock
         self._context = collection.create_context()
-        self._arriving = collection.input_dist(self._context, _at_least_one_row(ids))
-        self._found: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Start TorchRec's input distribution; see :meth:`Exchange.start`."""
+        self._stream = torch.cuda.current_stream() if self._clock.device.type == "cuda" else None
+        self._incoming = self._collection.input_dist(self._context, _at_least_one_row(self._ids))
 
     def send(self) -> None:
-        """See :class:`Exchange`."""
+        """Start to send the ids; see :meth:`Exchange.send`."""
         with self._clock.phase("communication"):
-            self._arriving = self._arriving.wait()
+            # The first wait of TorchRec's awaitable gives the sizes; the second one, in ``rows``, gives the ids.
+            self._incoming = self._incoming.wait()
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
-        """See :class:`Exchange`."""
+        """Look up the received ids and return the rows of this rank's ids; see :meth:`Exchange.rows`."""
         with self._clock.phase("communication"), on_stream(self._stream):
-            received = self._arriving.wait()
+            received = self._incoming.wait()
         if self._stream is not None:
-            # What came in on another stream must outlive what this one does with it.
+            # These tensors were allocated on the copy stream. Their memory may not be reused before the current
+            # stream has finished with them.
             current = torch.cuda.current_stream()
             current.wait_stream(self._stream)
             received.record_stream(current)
             self._context.record_stream(current)
         returning = self._collection.compute_and_output_dist(self._context, received)
         with self._clock.phase("communication"):
-            self._found = {name: jagged.values() for name, jagged in returning.wait().items()}
-        return {name: values.detach() for name, values in self._found.items()}
+            self._rows = {name: jagged.values() for name, jagged in returning.wait().items()}
+        return {name: values.detach() for name, values in self._rows.items()}
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
-        """See :class:`Exchange`; it is TorchRec that divides by the number of ranks, on the way back."""
-        trained = {name: values for name, values in self._found.items() if values.requires_grad}
-        given = [torch.cat(list(gradients[name])) * scale for name in trained]
-        torch.autograd.backward(list(trained.values()), given)
-        self._found = {}
+        """Train the tables; see :meth:`Exchange.update`. TorchRec divides by the number of ranks in its backward."""
+        trained = {name: values for name, values in self._rows.items() if values.requires_grad}
+        row_gradients = [torch.cat(list(gradients[name])) * scale for name in trained]
+        torch.autograd.backward(list(trained.values()), row_gradients)
+        self._rows = {}
 
     def drain(self) -> None:
-        """See :class:`Exchange`."""
+        """Receive the ids and discard them; see :meth:`Exchange.drain`."""
         with on_stream(self._stream):
-            self._arriving.wait()
+            self._incoming.wait()
 
 
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """Queue what is inside on a stream; None, without a GPU, changes nothing."""
+    """Return a context that queues GPU work on ``stream``; with None (no GPU) it does nothing."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _at_least_one_row(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The ids, where there are no rows those of one without ids: TorchRec divides by the rows when they return."""
+    """Return the ids, with one row that has no ids if the batch is empty: TorchRec divides by the number of rows."""
     if ids.stride():
         return ids
     keys = ids.keys()

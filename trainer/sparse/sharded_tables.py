@@ -117,25 +117,33 @@ class ShardedTables:
             _routings(c, keys, group, self.dynamic) for c, keys in zip(self._collections, self.keys, strict=True)
         ]
 
-    def start(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
-        """Begin the exchange of a batch's ids, one ``KeyedJaggedTensor`` a collection; what does it depends on where.
+    def exchanges(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
+        """Return the exchanges of a batch, to be started in this order on every rank.
 
-        Raises:
-            UserError: an id outside its table (on a CPU; on a GPU fbgemm reports it).
+        Their ``start`` raises a UserError for an id outside its table on a CPU; on a GPU fbgemm reports it.
+
+        Args:
+            ids: ids of this rank, one ``KeyedJaggedTensor`` for each collection.
         """
-        started: list[Exchange] = []
+        exchanges: list[Exchange] = []
         for collection, routings, keyed in zip(self._collections, self._routings, ids, strict=True):
             if not routings:
-                started.append(TorchRecExchange(collection, keyed, self._clock))
+                exchanges.append(TorchRecExchange(collection, keyed, self._clock))
             elif self._deduplicate:
                 tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
-                started.append(DeduplicatedExchange(keyed, tables, partial(self._start_cpu, routings)))
+                exchanges.append(DeduplicatedExchange(keyed, tables, partial(self._cpu_exchanges, routings)))
             else:
-                started += self._start_cpu(routings, keyed)
-        return started
+                exchanges += self._cpu_exchanges(routings, keyed)
+        return exchanges
 
-    def _start_cpu(self, routings: Sequence[CpuRouting], ids: KeyedJaggedTensor) -> list[CpuExchange]:
-        return [_exchange(routing, ids, self._clock) for routing in routings]
+    def _cpu_exchanges(self, routings: Sequence[CpuRouting], ids: KeyedJaggedTensor) -> list[CpuExchange]:
+        """Return one exchange for each routing of a collection."""
+        return [
+            DynamicExchange(routing, ids, self._clock)
+            if isinstance(routing, DynamicRouting)
+            else CpuExchange(routing, ids, self._clock)
+            for routing in routings
+        ]
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Learning rate of all tables from now on."""
@@ -212,7 +220,7 @@ def _routings(
     tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
     coming = frozenset(key for key in keys if tables[key] in dynamic.names)
     shardings = {parameter.sharding_type for parameter in collection.module_sharding_plan.values()}
-    if not flat_exchange_serves(collection._device, shardings):
+    if not cpu_exchange_serves(collection._device, shardings):
         if coming:
             raise UserError(
                 f"table {tables[min(coming)]!r}: dynamic ids work on a CPU, with all tables of the same width "
@@ -229,12 +237,6 @@ def _routings(
     return routings
 
 
-def _exchange(routing: CpuRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> CpuExchange:
-    if isinstance(routing, DynamicRouting):
-        return DynamicExchange(routing, ids, clock)
-    return CpuExchange(routing, ids, clock)
-
-
-def flat_exchange_serves(device: torch.device, shardings: set[str]) -> bool:
-    """Whether :class:`CpuExchange` can serve a collection: on a CPU, every table whole or cut by rows."""
+def cpu_exchange_serves(device: torch.device, shardings: set[str]) -> bool:
+    """True if :class:`CpuExchange` can serve a collection: on a CPU, all tables table-wise or row-wise sharded."""
     return device.type == "cpu" and shardings <= {"table_wise", "row_wise"}
