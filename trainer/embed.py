@@ -20,7 +20,7 @@ from trainer.config.embed import EmbeddingJob, Kind, load_embedding
 from trainer.console.job_arguments import add_train_arguments, rank_parser
 from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.vector_table_update import make_plan, merge, open_reader, write_missing_parts
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.run_lock import locked
@@ -51,7 +51,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
             other; a template is wrong; or no text of a kind gives a finite vector.
     """
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
-    base = Base.open(config.model.path, config.model.tokenizer)
+    base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
     directory = Path(config.embed.directory)
     if world.rank == 0:
         make_directory(directory)

@@ -20,13 +20,13 @@ from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.job_arguments import add_train_arguments, rank_parser
 from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
-from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, Identity
+from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, AdapterIdentity
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
 from trainer.llm.finetuning.packing import Schedule
 from trainer.llm.finetuning.prepare import deepspeed_settings, load_base, metrics_document, prepare_base, prepare_tokens
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.finetuning.train_loop import train
-from trainer.llm.finetuning.training_state import TrainingState
+from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.adapter import save_adapter
 from trainer.llm.models.base_model import add_adapter
 from trainer.llm.run import base_path, begin_run, choose_directory
@@ -87,8 +87,8 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
             batch_size=config.train.batch_size,
             packing=config.data.packing,
         )
-        state = TrainingState(schedule.steps, sum(map(len, schedule.epochs)))
-        identity = Identity(config, base.fingerprint, samples)
+        state = FinetuneState(schedule.steps, sum(map(len, schedule.epochs)))
+        identity = AdapterIdentity(config, base.fingerprint, samples)
         checkpoints = AdapterCheckpoints(directory / "checkpoints", identity, world)
         checkpoints.restore(engine, state)
         set_step(state.step)

@@ -40,7 +40,7 @@ from trainer.data.simulator.write_dataset import simulate
 from trainer.llm.embedding.learned_query import fit_query
 from trainer.llm.embedding.text_encoder import EncodeCounts, Encoder, batches_by_length
 from trainer.llm.models.adapter import load_adapter
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.environment import environment
@@ -134,11 +134,11 @@ def renewal_table(rows: list[dict[str, Any]]) -> str:
     return text_table(("texts changed", "embedded", "processor s", "peak MB"), lines)
 
 
-def open_base(path: str, small: Path, texts: list[str]) -> Base:
+def open_base(path: str, small: Path, texts: list[str]) -> BaseModelFiles:
     """The model at ``path``, or a small one made at ``small``."""
     if not path:
         write_small_model(small, texts, SmallConfig(), seed=1, length=512)
-    return Base.open(path or str(small))
+    return BaseModelFiles.open(path or str(small))
 
 
 def rows_of_texts(texts: list[str], count: int) -> list[str]:
@@ -242,7 +242,7 @@ def moves(encoder: Encoder, alone: Encoder, texts: list[str]) -> dict[str, float
     }
 
 
-def renewal(base: Base, adapter: str, world: Path, directory: Path) -> list[dict[str, Any]]:
+def renewal(base: BaseModelFiles, adapter: str, world: Path, directory: Path) -> list[dict[str, Any]]:
     """A table of all comments made anew, and renewed after shares of their texts have changed."""
     job = directory.with_suffix(".toml")
     job.write_text(

@@ -47,7 +47,7 @@ from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneOptimizerConfig, LoraConfig
 from trainer.console.text_table import text_table
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
-from trainer.llm.finetuning.packed_batch import IGNORED, Batch
+from trainer.llm.finetuning.packed_batch import IGNORED, TokenBatch
 from trainer.llm.finetuning.packing import Packs, Schedule
 from trainer.llm.finetuning.token_files import TokenCounts, Tokens
 from trainer.llm.models.base_model import add_adapter, empty_model, quiet_libraries
@@ -177,7 +177,7 @@ def run_ours(cell: Cell, shape: str, tokens: Tokens, world: World) -> dict[str, 
     times, packs, places = [seconds(world.device)], [], 0
     for step in range(WARM_UP_STEPS + STEPS):
         packs.append(schedule.step(step))
-        batch = Batch.of(packs[-1], tokens, world.device)
+        batch = TokenBatch.of(packs[-1], tokens, world.device)
         engine.backward([batch], int(batch.answered.sum()))
         engine.step()
         times.append(seconds(world.device))
@@ -196,7 +196,7 @@ def run_trainer(cell: Cell, shape: str, tokens: Tokens, world: World) -> dict[st
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         packs: Packs = [np.array([row["sample"]]) for row in rows]
-        batch = Batch.of(packs, tokens, torch.device("cpu"), multiple=1)
+        batch = TokenBatch.of(packs, tokens, torch.device("cpu"), multiple=1)
         labels = torch.full_like(batch.ids, IGNORED)
         # The model shifts labels by itself.
         labels[:, 1:] = batch.labels[:, :-1]

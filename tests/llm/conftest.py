@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.llm.tiny import write_base
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelFiles:
     return write_base(tmp_path_factory.mktemp("llm") / "base")

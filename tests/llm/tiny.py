@@ -15,11 +15,11 @@ from torch import nn
 
 from trainer.config.finetune import AnswerWeight, FinetuneConfig, FinetuneOptimizerConfig, LoraConfig, SmallConfig
 from trainer.llm.finetuning.answer_loss import AnswerModel
-from trainer.llm.finetuning.packed_batch import Batch
+from trainer.llm.finetuning.packed_batch import TokenBatch
 from trainer.llm.finetuning.packing import Schedule, share_of_rank
 from trainer.llm.finetuning.samples import Sample
 from trainer.llm.finetuning.token_files import Tokens
-from trainer.llm.models.base_model import Base, add_adapter
+from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.preemption import Preemption
 
@@ -46,14 +46,14 @@ def samples(number: int, seed: int = 0) -> list[Sample]:
     return made
 
 
-def write_base(directory: Path, seed: int = 1) -> Base:
+def write_base(directory: Path, seed: int = 1) -> BaseModelFiles:
     """A tiny model in a directory."""
     texts = [sample.prompt + sample.answer for sample in samples(200)]
     write_small_model(directory, texts, SMALL, seed=seed, length=LENGTH)
-    return Base.open(str(directory))
+    return BaseModelFiles.open(str(directory))
 
 
-def adapted(base: Base, *, bf16: bool = False, lora: LoraConfig = LORA) -> Any:
+def adapted(base: BaseModelFiles, *, bf16: bool = False, lora: LoraConfig = LORA) -> Any:
     """The model with an adapter whose second matrix, too, is not zero: all gradients count from the first step on."""
     torch.manual_seed(7)
     model = add_adapter(base.load(bf16=bf16), lora, str(base.directory))
@@ -113,10 +113,10 @@ def schedule_of(tokens: Tokens) -> Schedule:
 
 def batches(
     tokens: Tokens, step: int, rank: int, world: int, parts: int = PARTS, weight: AnswerWeight = "tokens"
-) -> list[Batch]:
+) -> list[TokenBatch]:
     packs = schedule_of(tokens).step(step)
     shares = share_of_rank(packs, batch_size=BATCH, rank=rank, world=world, parts=parts)
-    return [Batch.of(share, tokens, CPU, weight=weight) for share in shares]
+    return [TokenBatch.of(share, tokens, CPU, weight=weight) for share in shares]
 
 
 def answers_of(tokens: Tokens, step: int) -> np.ndarray:
@@ -125,7 +125,7 @@ def answers_of(tokens: Tokens, step: int) -> np.ndarray:
 
 
 def plain_training(
-    base: Base, tokens: Tokens, steps: int, clipping: float, weight: AnswerWeight
+    base: BaseModelFiles, tokens: Tokens, steps: int, clipping: float, weight: AnswerWeight
 ) -> tuple[list[float], dict[str, Any]]:
     """Losses and final adapter of a loop without DeepSpeed, every sample in a forward pass of its own.
 
@@ -142,7 +142,7 @@ def plain_training(
         total, weighted, counted = 0.0, torch.zeros(()), 0
         for samples_ in schedule_of(tokens).step(step):
             for sample in samples_:
-                of_sample = network(Batch.of([np.array([sample])], tokens, CPU, multiple=1))
+                of_sample = network(TokenBatch.of([np.array([sample])], tokens, CPU, multiple=1))
                 total += float(of_sample.detach().sum())
                 weighted = weighted + (of_sample.sum() if weight == "tokens" else of_sample.mean())
                 counted += len(of_sample) if weight == "tokens" else 1

@@ -31,7 +31,7 @@ from trainer.llm.embedding.learned_query import fit_query
 from trainer.llm.embedding.text_encoder import Encoder, batches_by_length
 from trainer.llm.embedding.vector_table_update import PARTS
 from trainer.llm.models.adapter import save_adapter
-from trainer.llm.models.base_model import Base, add_adapter
+from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.prompt_templates import Template
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.distributed import World
@@ -90,10 +90,10 @@ def model(dataset: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(model: Path) -> Path:
-    return make_adapter(Base.open(str(model)), model.parent / "adapter")
+    return make_adapter(BaseModelFiles.open(str(model)), model.parent / "adapter")
 
 
-def make_adapter(base: Base, path: Path) -> Path:
+def make_adapter(base: BaseModelFiles, path: Path) -> Path:
     torch.manual_seed(1)
     adapted = add_adapter(base.load(bf16=False), LoraConfig(rank=4), str(base.directory))
     values = {name: torch.randn_like(value) / 10 for name, value in adapted.named_parameters() if value.requires_grad}
@@ -364,7 +364,7 @@ def test_a_query_needs_comments(dataset: Path, model: Path, tmp_path: Path) -> N
     copy = tmp_path / "dataset"
     shutil.copytree(dataset, copy)
     pq.write_table(read_texts(copy, "comments").slice(0, 0), copy / "texts/comments.parquet")
-    base = Base.open(str(model))
+    base = BaseModelFiles.open(str(model))
     encoder = Encoder(base.load(bf16=False), base.tokenizer, torch.device("cpu"), length=9, tokens=99)
     template = Template.read(TEMPLATE, dict.fromkeys(("items", "comments", "segments", "authors"), frozenset({"text"})))
     with pytest.raises(UserError, match="learnt on videos with comments, and there are none"):

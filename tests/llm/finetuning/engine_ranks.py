@@ -34,10 +34,10 @@ from trainer.checkpoint.model_state import write_state
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import AnswerWeight
 from trainer.finetune import run_job
-from trainer.llm.finetuning.adapter_engine import AdapterEngine, in_shares
+from trainer.llm.finetuning.adapter_engine import AdapterEngine, partitioned_loading
 from trainer.llm.finetuning.packed_batch import answer_weights
 from trainer.llm.finetuning.token_files import Tokens
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted
 
@@ -64,7 +64,7 @@ def weight_of(case: str) -> AnswerWeight:
     return "one" if case.endswith("-one") else "tokens"
 
 
-def make_engine(base: Base, case: str, world: World) -> AdapterEngine:
+def make_engine(base: BaseModelFiles, case: str, world: World) -> AdapterEngine:
     bf16 = "bf16" in case
     given = {
         "zero_optimization": CASES[case],
@@ -74,7 +74,7 @@ def make_engine(base: Base, case: str, world: World) -> AdapterEngine:
     }
     settings = complete_settings(given, BATCH // world.size, world.size, LANGUAGE_MODEL)
     # The job loads a model in shares where ZeRO 3 is asked for; one that was loaded whole trains as well.
-    with nullcontext() if "whole" in case else in_shares(settings):
+    with nullcontext() if "whole" in case else partitioned_loading(settings):
         model = adapted(base, bf16=bf16)
     return AdapterEngine(model, OPTIMIZER, settings, device=world.device, checkpointing="checkpointing" in case)
 
@@ -96,7 +96,7 @@ def clone(engine: AdapterEngine) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in engine.adapter().items()}
 
 
-def run_case(base: Base, tokens: Tokens, case: str, world: World, out: Path) -> dict[str, Any]:
+def run_case(base: BaseModelFiles, tokens: Tokens, case: str, world: World, out: Path) -> dict[str, Any]:
     engine = make_engine(base, case, world)
     frozen = {name for name, value in engine.network.named_parameters() if not value.requires_grad}
     outcome: dict[str, Any] = {"names": engine.names}
@@ -117,7 +117,7 @@ def run_case(base: Base, tokens: Tokens, case: str, world: World, out: Path) -> 
     return outcome
 
 
-def resume(base: Base, tokens: Tokens, case: str, world: World, path: Path) -> dict[str, Any]:
+def resume(base: BaseModelFiles, tokens: Tokens, case: str, world: World, path: Path) -> dict[str, Any]:
     engine = make_engine(base, case, world)
     engine.load(path, HALF)
     losses = train(engine, tokens, world, HALF, STEPS, weight_of(case))
@@ -126,7 +126,7 @@ def resume(base: Base, tokens: Tokens, case: str, world: World, path: Path) -> d
     return outcome
 
 
-def run_cases(base: Base, out: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
+def run_cases(base: BaseModelFiles, out: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
     """Outcomes of the cases, and of what goes on from the checkpoints that are there."""
     tokens = Tokens.of(samples(150), base.tokenizer, 64)
     outcomes: dict[str, Any] = {}
@@ -141,7 +141,7 @@ def run_cases(base: Base, out: Path, cases: Sequence[str], world: World) -> dict
 
 def main(base: str, out: Path, cases: list[str]) -> None:
     with World.join("cpu") as world:
-        outcomes = run_cases(Base.open(base), out, cases, world)
+        outcomes = run_cases(BaseModelFiles.open(base), out, cases, world)
         if world.rank == 0:
             torch.save(outcomes, out / f"{world.size}.pt")
         if world.size > 1:

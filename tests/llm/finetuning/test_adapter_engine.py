@@ -23,7 +23,7 @@ from trainer.config.finetune import AnswerWeight
 from trainer.console.errors import UserError
 from trainer.finetune import run_job
 from trainer.llm.finetuning.token_files import Tokens
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 from trainer.serving.export import export_checkpoint
@@ -49,7 +49,7 @@ Plains = dict[AnswerWeight, Plain]
 
 
 @pytest.fixture(scope="module")
-def plains(base: Base) -> Plains:
+def plains(base: BaseModelFiles) -> Plains:
     tokens = Tokens.of(samples(150), base.tokenizer, 64)
     assert len(set(tokens.answers)) > 1, "or answers would weigh the same"
     weights: tuple[AnswerWeight, ...] = ("tokens", "one")
@@ -112,7 +112,7 @@ def check_shown(run: Path, steps: int) -> None:
 
 
 def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
-    base: Base, plains: Plains, tmp_path: Path, run_ranks: RunRanks
+    base: BaseModelFiles, plains: Plains, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
     assert all(plain.losses[0] - plain.losses[-1] > 0.3 for plain in plains.values())
     assert abs(plains["one"].losses[-1] - plains["tokens"].losses[-1]) > 1e-3, "weights make a difference"
@@ -146,7 +146,7 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
 
 @pytest.mark.slow
 def test_every_case_on_two_ranks_goes_on_from_one(
-    base: Base, plains: Plains, tmp_path: Path, run_ranks: RunRanks
+    base: BaseModelFiles, plains: Plains, tmp_path: Path, run_ranks: RunRanks
 ) -> None:
     write_samples(tmp_path)
     cases = QUICK + SLOW

@@ -24,7 +24,7 @@ from trainer.console.errors import UserError
 from trainer.console.exit_status import PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.llm.finetuning.prepare import all_samples, deepspeed_settings, draw, prepare_base
 from trainer.llm.finetuning.samples import ReadCounts, Sample
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.run import begin_run, choose_directory
 from trainer.runtime.distributed import World
 
@@ -112,7 +112,7 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
 
     end([start(*LIMELIGHT, "finetune", "merge", str(stopped), str(tmp_path / "merged"))])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    base = Base.open(str(tmp_path / "merged"))
+    base = BaseModelFiles.open(str(tmp_path / "merged"))
     sample = samples(1, seed=3)[0]
     ids = torch.tensor([base.tokenizer(sample.prompt)["input_ids"]])
     answers = [base.tokenizer(option)["input_ids"][0] for option in sample.options]

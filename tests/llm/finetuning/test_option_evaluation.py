@@ -11,7 +11,7 @@ from tests.llm.tiny import samples
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.option_evaluation import Options, baseline_scores, report_of, report_table
 from trainer.llm.finetuning.samples import Sample
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 
 
 def made(answer: str, options: str, popularity: tuple[float, ...] = (), task: str = "t") -> Sample:
@@ -47,7 +47,7 @@ def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
     assert report["auc"] == pytest.approx(roc_auc_score(right.ravel(), probabilities.ravel()))
 
 
-def test_options_become_samples_and_their_values_go_back(base: Base) -> None:
+def test_options_become_samples_and_their_values_go_back(base: BaseModelFiles) -> None:
     given = [made("a", "abc"), made("d", "de"), made("f", "f")]
     options = Options.of(given, base.tokenizer, 64)
     assert options.tokens.counts.samples == 6

@@ -11,19 +11,19 @@ from tests.llm.tiny import samples
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.samples import Sample
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 
 
 def ids_of(tokens: Tokens, number: int) -> list[int]:
     return tokens.ids[tokens.starts[number] : tokens.starts[number + 1]].tolist()
 
 
-def plain(base: Base, text: str) -> list[int]:
+def plain(base: BaseModelFiles, text: str) -> list[int]:
     ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
-def test_a_sample_is_prompt_answer_and_end(base: Base) -> None:
+def test_a_sample_is_prompt_answer_and_end(base: BaseModelFiles) -> None:
     tokens = Tokens.of([Sample("stone cloud ? ", "yes", "t"), Sample("fire", "no", "t")], base.tokenizer, 64)
     end = base.tokenizer.eos_token_id
     assert ids_of(tokens, 0) == [*plain(base, "stone cloud ? "), *plain(base, "yes"), end]
@@ -31,7 +31,7 @@ def test_a_sample_is_prompt_answer_and_end(base: Base) -> None:
     assert base.tokenizer.decode(ids_of(tokens, 1)) == "fireno<|endoftext|>"
 
 
-def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_sample(base: Base) -> None:
+def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_sample(base: BaseModelFiles) -> None:
     long = "river stone cloud fire green seven " * 10
     given = [
         Sample(long, "yes", "a"),
@@ -50,7 +50,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_sample(base: Ba
     assert counts.answer_tokens == tokens.answers.sum()
 
 
-def test_files_hold_what_memory_does(base: Base, tmp_path: Path) -> None:
+def test_files_hold_what_memory_does(base: BaseModelFiles, tmp_path: Path) -> None:
     memory = Tokens.of(samples(50), base.tokenizer, 8)
     counts = write_tokens(samples(50), base.tokenizer, 8, tmp_path / "tokens")
     mapped = Tokens.open(tmp_path / "tokens")
@@ -60,6 +60,6 @@ def test_files_hold_what_memory_does(base: Base, tmp_path: Path) -> None:
     assert counts.truncated > 0
 
 
-def test_no_samples_are_an_error(base: Base, tmp_path: Path) -> None:
+def test_no_samples_are_an_error(base: BaseModelFiles, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no samples to train on; 1 left no room"):
         write_tokens([Sample("p", "fire " * 20, "t")], base.tokenizer, 8, tmp_path / "tokens")

@@ -16,7 +16,7 @@ from tests.llm.tiny import LENGTH, LORA, SMALL, adapted, samples, write_base
 from trainer.config.finetune import LoraConfig, SmallConfig
 from trainer.console.errors import UserError
 from trainer.llm.models.adapter import RECORD, check_adapter, load_adapter, save_adapter, write_merged
-from trainer.llm.models.base_model import Base, add_adapter
+from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.small_model import write_small_model
 
 
@@ -24,7 +24,7 @@ def trained_values(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def logits_of(model: Any, base: Base) -> torch.Tensor:
+def logits_of(model: Any, base: BaseModelFiles) -> torch.Tensor:
     ids = torch.tensor([base.tokenizer(samples(1)[0].prompt)["input_ids"]])
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(input_ids=ids).logits
@@ -32,7 +32,7 @@ def logits_of(model: Any, base: Base) -> torch.Tensor:
 
 
 @pytest.fixture
-def copy(base: Base, tmp_path: Path) -> Path:
+def copy(base: BaseModelFiles, tmp_path: Path) -> Path:
     """A copy of the base model to spoil."""
     shutil.copytree(base.directory, tmp_path / "copy")
     return tmp_path / "copy"
@@ -43,7 +43,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("whole", [(), ("lm_head", "embed_tokens")], ids=["lora", "whole modules"])
-def test_an_adapter_is_peft_s_own_and_merges(base: Base, tmp_path: Path, whole: tuple[str, ...]) -> None:
+def test_an_adapter_is_peft_s_own_and_merges(base: BaseModelFiles, tmp_path: Path, whole: tuple[str, ...]) -> None:
     lora = LORA.model_copy(update={"modules_to_save": whole})
     model = adapted(base, lora=lora)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_an_adapter_is_peft_s_own_and_merges(base: Base, tmp_path: Path, whole: 
         write_merged(base, tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_an_adapter_for_another_model_is_refused(base: Base, tmp_path: Path) -> None:
+def test_an_adapter_for_another_model_is_refused(base: BaseModelFiles, tmp_path: Path) -> None:
     model = adapted(base)
     save_adapter(model, trained_values(model), tmp_path / "adapter", {"base": base.fingerprint})
     check_adapter(base, tmp_path / "adapter")
@@ -84,7 +84,7 @@ def test_an_adapter_for_another_model_is_refused(base: Base, tmp_path: Path) -> 
     wide = SmallConfig(vocabulary=300, hidden=96, layers=2, heads=4)
     write_small_model(tmp_path / "wide", ["river stone"], wide, seed=1, length=LENGTH)
     with pytest.raises(UserError, match=r"for another base model than .*4 x 64 there, 4 x 96 here"):
-        check_adapter(Base.open(str(tmp_path / "wide")), tmp_path / "adapter")
+        check_adapter(BaseModelFiles.open(str(tmp_path / "wide")), tmp_path / "adapter")
     with pytest.raises(UserError, match="no adapter here"):
         check_adapter(base, base.directory)
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"nothing")
@@ -92,11 +92,11 @@ def test_an_adapter_for_another_model_is_refused(base: Base, tmp_path: Path) -> 
         check_adapter(base, tmp_path / "adapter")
 
 
-def test_the_small_model_depends_on_the_seed_alone(base: Base, tmp_path: Path) -> None:
+def test_the_small_model_depends_on_the_seed_alone(base: BaseModelFiles, tmp_path: Path) -> None:
     texts = [sample.prompt + sample.answer for sample in samples(200)]
     torch.manual_seed(99)
     write_small_model(tmp_path / "again", texts, SMALL, seed=1, length=LENGTH)
-    assert Base.open(str(tmp_path / "again")).fingerprint == base.fingerprint
+    assert BaseModelFiles.open(str(tmp_path / "again")).fingerprint == base.fingerprint
     assert write_base(tmp_path / "other", seed=2).fingerprint != base.fingerprint
     # Nothing of a text is lost, whatever it is written in.
     text = "naïve 直播 🎁\n"
@@ -105,7 +105,7 @@ def test_the_small_model_depends_on_the_seed_alone(base: Base, tmp_path: Path) -
         write_small_model(tmp_path / "odd", texts, SmallConfig(hidden=60), seed=1, length=LENGTH)
 
 
-def test_tokens_of_the_small_model_look_at_their_like_at_first(base: Base) -> None:
+def test_tokens_of_the_small_model_look_at_their_like_at_first(base: BaseModelFiles) -> None:
     model = base.load(bf16=False)
     torch.testing.assert_close(model.lm_head.weight, model.model.embed_tokens.weight)
     states = torch.randn(50, SMALL.hidden, generator=torch.Generator().manual_seed(0))
@@ -118,44 +118,46 @@ def test_tokens_of_the_small_model_look_at_their_like_at_first(base: Base) -> No
         assert (fits.argmax(-1) == torch.arange(50)).float().mean() > 0.9
 
 
-def test_a_tokenizer_that_is_missing_or_of_another_model_is_told(base: Base, copy: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_missing_or_of_another_model_is_told(
+    base: BaseModelFiles, copy: Path, tmp_path: Path
+) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer here"):
-        Base.open(str(copy))
-    assert Base.open(str(copy), str(base.directory)).fingerprint == base.fingerprint
+        BaseModelFiles.open(str(copy))
+    assert BaseModelFiles.open(str(copy), str(base.directory)).fingerprint == base.fingerprint
 
     many = [f"{word}{number}" for word in ("ab", "cd", "ef") for number in range(400)]
     write_small_model(tmp_path / "large", many * 2, SmallConfig(vocabulary=600), seed=1, length=LENGTH)
     with pytest.raises(UserError, match=r"tokenizer of another model: it has 600 entries, the model embeds"):
-        Base.open(str(base.directory), str(tmp_path / "large"))
+        BaseModelFiles.open(str(base.directory), str(tmp_path / "large"))
     edit(copy / "config.json", eos_token_id=5)
     with pytest.raises(UserError, match="its end of text is 0, the model's 5"):
-        Base.open(str(copy), str(base.directory))
+        BaseModelFiles.open(str(copy), str(base.directory))
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="the tokenizer cannot be read"):
-        Base.open(str(copy))
+        BaseModelFiles.open(str(copy))
 
 
-def test_a_directory_without_a_usable_model_is_told(base: Base, copy: Path, tmp_path: Path) -> None:
+def test_a_directory_without_a_usable_model_is_told(base: BaseModelFiles, copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory, and not a hub id such as"):
-        Base.open(str(tmp_path / "nowhere"))
+        BaseModelFiles.open(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no model of transformers here"):
-        Base.open(str(tmp_path / "empty"))
+        BaseModelFiles.open(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="'no_proj' in this model; it has"):
         add_adapter(base.load(bf16=False), LoraConfig(targets=("no_proj",)), "base")
     edit(copy / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
     with pytest.raises(UserError, match=r"weights are missing, the first is model.layers.2"):
-        Base.open(str(copy)).load(bf16=False)
+        BaseModelFiles.open(str(copy)).load(bf16=False)
     (copy / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="the weights cannot be read"):
-        Base.open(str(copy)).load(bf16=False)
+        BaseModelFiles.open(str(copy)).load(bf16=False)
     edit(copy / "config.json", model_type="llama")
     with pytest.raises(UserError, match="type 'llama'; use one of the Qwen2 family"):
-        Base.open(str(copy))
+        BaseModelFiles.open(str(copy))
 
 
 def test_a_hub_id_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model.path = 'nobody/nothing': .* not to be had from the hub"):
-        Base.open("nobody/nothing")
+        BaseModelFiles.open("nobody/nothing")

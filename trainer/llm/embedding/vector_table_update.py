@@ -23,7 +23,7 @@ from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.learned_query import fit_query
 from trainer.llm.embedding.text_encoder import Encoder
 from trainer.llm.models.adapter import load_adapter
-from trainer.llm.models.base_model import Base
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World
 
@@ -57,7 +57,7 @@ class Reader:
         return Origin(*self.names, {kind: section}, self.pooling, _hash(self.identity, section))
 
 
-def open_reader(config: EmbeddingJob, base: Base, template: Template, world: World) -> Reader:
+def open_reader(config: EmbeddingJob, base: BaseModelFiles, template: Template, world: World) -> Reader:
     """Load the model with its adapter onto this rank's device. Collective.
 
     Raises:

@@ -1,1 +1,1 @@
-"""LoRA under ZeRO."""
+"""LoRA fine-tuning of a language model under DeepSpeed's ZeRO."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter under DeepSpeed's ZeRO: one optimizer step over any number of ranks, and its whole state."""
+"""Training engine of a LoRA adapter under DeepSpeed's ZeRO: optimizer steps, saving and loading the full state."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from trainer.checkpoint.model_state import State, in_blocks, read_state
 from trainer.config.finetune import FinetuneOptimizerConfig
 from trainer.engine.dense_engine import check_settings, start_deepspeed
 from trainer.llm.finetuning.answer_loss import AnswerModel
-from trainer.llm.finetuning.packed_batch import Batch
+from trainer.llm.finetuning.packed_batch import TokenBatch
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @contextmanager
-def in_shares(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, transformers loads a model in the shares of the ranks where ZeRO 3 is asked for: no rank holds it whole.
+def partitioned_loading(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Make transformers load a model partitioned over the ranks under ZeRO 3, so that no rank holds the whole model.
 
     Args:
-        settings: of :func:`trainer.config.deepspeed.complete_settings`.
+        settings: DeepSpeed settings from :func:`trainer.config.deepspeed.complete_settings`. Under ZeRO 1 and 2 the
+            context manager does nothing.
     """
     if settings["zero_optimization"]["stage"] != 3:
         yield
@@ -35,33 +36,33 @@ def in_shares(settings: Mapping[str, Any]) -> Iterator[None]:
     from transformers.integrations import HfDeepSpeedConfig
 
     start_deepspeed()
-    # transformers knows of it for as long as it lives.
-    asked = HfDeepSpeedConfig(dict(settings))
+    # transformers keeps a weak reference to this object: partitioned loading is on while the object is alive.
+    keep_alive = HfDeepSpeedConfig(dict(settings))
     try:
         yield
     finally:
-        del asked
+        del keep_alive
 
 
 class AdapterEngine:
-    """A model with an adapter in a DeepSpeed engine, trained with AdamW on the ranks of the default process group.
+    """DeepSpeed engine around a model with an adapter, trained with AdamW on the ranks of the default process group.
 
     Args:
-        model: of :func:`trainer.llm.models.base_model.add_adapter`, with the same initial values on all ranks; what
-            requires a gradient is trained, and nothing else is in the optimizer or in a checkpoint.
-        optimizer: AdamW's hyper-parameters.
-        settings: of :func:`trainer.config.deepspeed.complete_settings`.
-        device: of this rank.
-        checkpointing: compute the layers' activations again in the backward pass.
+        model: model from :func:`trainer.llm.models.base_model.add_adapter`, with the same initial values on all
+            ranks. Only parameters that require a gradient are trained, kept in the optimizer and saved in checkpoints.
+        optimizer: AdamW hyper-parameters.
+        settings: DeepSpeed settings from :func:`trainer.config.deepspeed.complete_settings`.
+        device: device of this rank.
+        checkpointing: recompute the layers' activations in the backward pass (gradient checkpointing).
 
     Attributes:
-        parts: micro-batches of a step (``gradient_accumulation_steps``).
-        network: as DeepSpeed trains it.
-        zero_stage: over how much the ranks share the memory.
+        parts: number of micro-batches in a step (``gradient_accumulation_steps``).
+        network: the module that DeepSpeed trains.
+        zero_stage: ZeRO stage: 1 partitions optimizer states, 2 also gradients, 3 also parameters.
 
     Raises:
-        UserError: a setting that DeepSpeed refuses.
-        RuntimeError: what came out is not the DeepSpeed engine that was asked for.
+        UserError: DeepSpeed refuses a setting.
+        RuntimeError: DeepSpeed returned another engine or ZeRO stage than requested.
     """
 
     def __init__(
@@ -82,14 +83,14 @@ class AdapterEngine:
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self._model = model
         self._world = dist.get_world_size()
-        # torch's own: DeepSpeed's would compile a kernel first, minutes of work that need a compiler.
+        # AdamW of torch, because DeepSpeed's AdamW compiles a kernel first, which takes minutes and needs a compiler.
         self._adam = torch.optim.AdamW(
             trained, lr=optimizer.learning_rate, betas=optimizer.betas, weight_decay=optimizer.weight_decay
         )
         completed = {
             **settings,
-            # DeepSpeed makes a buffer of the first size, by default of 500 million elements; and would insist on its
-            # own Adam where the optimizer is kept in host memory.
+            # DeepSpeed allocates a buffer of reduce_bucket_size elements, 500 million by default. With optimizer
+            # offload it requires its own Adam unless zero_force_ds_cpu_optimizer is false.
             "zero_optimization": {
                 "reduce_bucket_size": sum(map(torch.numel, trained)),
                 **settings["zero_optimization"],
@@ -97,31 +98,35 @@ class AdapterEngine:
             "zero_force_ds_cpu_optimizer": False,
         }
         check_settings(deepspeed, completed)
-        # One of DeepSpeed's optimizers prints its memory usage, whatever the level of its log.
+        # One of DeepSpeed's optimizers prints its memory usage to stdout at any log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(model=network.to(device), optimizer=self._adam, config=completed)
         if not isinstance(self._engine, deepspeed.DeepSpeedEngine) or (
             self._engine.zero_optimization_stage() != self.zero_stage
         ):
-            raise RuntimeError(f"asked for ZeRO {self.zero_stage} of DeepSpeed, got {type(self._engine).__name__}")
+            raise RuntimeError(f"requested DeepSpeed ZeRO {self.zero_stage}, got {type(self._engine).__name__}")
         self.network: nn.Module = self._engine.module
 
     @property
     def names(self) -> tuple[str, str]:
-        """Class of the engine and of its optimizer, for the record."""
+        """Class names of the DeepSpeed engine and its optimizer, for ``metrics.json``."""
         return type(self._engine).__name__, type(self._engine.optimizer).__name__
 
-    def backward(self, batches: Sequence[Batch], weight: float) -> float:
-        """Gradients of this rank's micro-batches: the weighted mean of the losses of all answer tokens of the step.
+    def backward(self, batches: Sequence[TokenBatch], weight: float) -> float:
+        """Accumulate the gradients of this rank's micro-batches.
+
+        The loss of a step is the weighted mean over all its answer tokens, on all ranks.
 
         Args:
-            batches: ``parts`` of them.
-            weight: of all answers in the step, of all ranks; their tokens if every token counts for 1.
+            batches: ``parts`` micro-batches.
+            weight: sum of the weights of all answers in the step, over all ranks. It is the number of answer tokens
+                if every token has weight 1.
 
         Returns:
-            Sum of the losses of this rank's answer tokens, each counted once.
+            Unweighted sum of the losses of this rank's answer tokens.
         """
-        # DeepSpeed averages over ranks and over micro-batches, which may have any numbers of answer tokens.
+        # DeepSpeed averages over ranks and micro-batches, but these have different numbers of answer tokens: undo its
+        # average and divide by the total weight of the step instead.
         scale = self._world * self.parts / weight
         total = 0.0
         for part, batch in enumerate(batches):
@@ -134,18 +139,18 @@ class AdapterEngine:
         return total
 
     def step(self) -> None:
-        """Update the adapter; :meth:`backward` came before it."""
+        """Update the adapter with the gradients of :meth:`backward`."""
         self._engine.step()
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Learning rate from now on."""
+        """Set the learning rate of the following steps."""
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
 
     @torch.no_grad()
-    def answer_losses(self, batch: Batch) -> Tensor:
-        """``[answer tokens]`` negative log-likelihoods without dropout. Collective under ZeRO 3."""
-        # DeepSpeed's forward pass expects a backward pass to follow.
+    def answer_losses(self, batch: TokenBatch) -> Tensor:
+        """Compute negative log-likelihoods ``[answer tokens]`` without dropout. Collective under ZeRO 3."""
+        # Not self._engine(batch): DeepSpeed's forward pass expects a backward pass to follow.
         self.network.eval()
         try:
             losses: Tensor = self.network(batch)
@@ -154,16 +159,16 @@ class AdapterEngine:
         return losses
 
     def adapter(self) -> dict[str, Tensor]:
-        """Whole float32 values of what is trained, by peft's names; the same on all ranks. Collective."""
+        """Return full float32 values of the trained parameters by peft's names, the same on all ranks. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(parameter) for name, parameter in self._trained()}
 
     def state(self, *, copy: bool = False) -> dict[str, Any]:
-        """What is trained, with its moments, whole and in float32, and Adam's step. Collective.
+        """Return the trained parameters and their Adam moments in full and float32, and Adam's step. Collective.
 
         Args:
-            copy: into host memory of its own.
+            copy: copy the tensors into separate host memory.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -176,14 +181,14 @@ class AdapterEngine:
         return in_blocks({"adapter": adapter, "adapter_step": steps[0].cpu().clone()}, copy=copy)
 
     def load(self, path: Path, steps: int) -> None:
-        """Take over a :meth:`state` from a checkpoint of any number of ranks and ZeRO stage. Collective.
+        """Load a :meth:`state` from a checkpoint, written by any number of ranks under any ZeRO stage. Collective.
 
         Args:
-            path: of the checkpoint's model.
-            steps: that it has been trained.
+            path: model directory of the checkpoint.
+            steps: number of optimizer steps of the checkpoint.
 
         Raises:
-            UserError: it cannot be read, or is of another adapter.
+            UserError: the checkpoint cannot be read, or belongs to another adapter.
         """
         state = self.state()
         group = dist.group.WORLD
@@ -201,7 +206,7 @@ class AdapterEngine:
             safe_set_full_fp32_param(parameter, saved[name]["parameter"])
             for key in _MOMENTS:
                 safe_set_full_optimizer_state(parameter, saved[name][key], key)
-        # DeepSpeed's setter leaves the copy that the network computes with as it was.
+        # DeepSpeed's setters change the float32 master copy only; update the copy that the network computes with too.
         trained = [parameter for _, parameter in self._trained()]
         with deepspeed.zero.GatheredParameters(trained, modifier_rank=0, enabled=self.zero_stage == 3):
             for name, parameter in self._trained():
@@ -214,14 +219,14 @@ class AdapterEngine:
         self._engine.global_samples = steps * self._engine.train_batch_size()
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the network."""
+        """Remove DeepSpeed's hooks from the network."""
         self._engine.destroy()
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, value) for name, value in self._model.named_parameters() if value.requires_grad)
 
     def _materialise_moments(self) -> None:
-        """Adam has no moments before its first step; make them, so that there is something to save or to load into."""
+        """Create Adam's moments, which do not exist before the first step, so that they can be saved or loaded into."""
         zero = self._engine.optimizer
         if self.zero_stage == 3:
             flat = zero.fp32_partitioned_groups_flat

@@ -1,4 +1,4 @@
-"""A causal language model as what training needs of it: the loss of the answers' tokens, and nothing of the others'."""
+"""Loss of a causal language model on the tokens of the answers only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.llm.finetuning.packed_batch import Batch
+from trainer.llm.finetuning.packed_batch import TokenBatch
 
 
 class AnswerModel(nn.Module):
-    """Negative log-likelihood of answers.
+    """Module that returns the negative log-likelihood of answer tokens.
 
-    The head, whose output has a number for every entry of the vocabulary, is applied where the loss counts only: for
-    Qwen2-7B's 152,064 entries the logits of a whole sequence would be the largest tensor of the step.
+    The output head is applied to answer positions only. Its output has one number per vocabulary entry: with the
+    152,064 entries of Qwen2-7B, logits of all positions would be the largest tensor of a step.
 
     Args:
         model: a causal model of transformers, or peft's wrapper of one.
@@ -25,8 +25,8 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> Tensor:
-        """``[answer tokens]`` float32 negative log-likelihood of each, row after row."""
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Compute the float32 negative log-likelihoods ``[answer tokens]``, row after row."""
         causal = self.causal
         hidden = causal.model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
@@ -37,11 +37,11 @@ class AnswerModel(nn.Module):
 
     @property
     def causal(self) -> Any:
-        """The model of transformers inside peft's wrapper."""
+        """The transformers model inside peft's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
 
-def likelihood_of_samples(losses: Tensor, batch: Batch) -> Tensor:
-    """``[samples]`` float32 log-likelihood of each sample's answer, from the losses of its tokens."""
+def likelihood_of_samples(losses: Tensor, batch: TokenBatch) -> Tensor:
+    """Sum token losses into the float32 log-likelihood of each sample's answer, ``[samples]``."""
     samples = batch.segments[batch.answered]
     return -torch.zeros(len(batch.samples), device=losses.device).index_add(0, samples, losses)

@@ -21,7 +21,7 @@ from trainer.checkpoint.writer import Save, rank_file
 from trainer.config.finetune import FinetuneConfig
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
-from trainer.llm.finetuning.training_state import TrainingState
+from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Identity:
+class AdapterIdentity:
     """What a checkpoint must share with the run that goes on from it.
 
     Attributes:
@@ -52,11 +52,11 @@ class AdapterCheckpoints(CheckpointStore):
         world: its ranks.
     """
 
-    def __init__(self, directory: Path, identity: Identity, world: World) -> None:
+    def __init__(self, directory: Path, identity: AdapterIdentity, world: World) -> None:
         super().__init__(directory, identity.config.checkpoint, world)
         self._identity = identity
 
-    def save(self, engine: AdapterEngine, state: TrainingState, *, wait: bool = False) -> None:
+    def save(self, engine: AdapterEngine, state: FinetuneState, *, wait: bool = False) -> None:
         """Save the adapter and how far its training is. The save before it is waited for.
 
         Args:
@@ -69,7 +69,7 @@ class AdapterCheckpoints(CheckpointStore):
         """
         self._put(lambda copy: self._take(engine, state, copy), wait)
 
-    def restore(self, engine: AdapterEngine, state: TrainingState) -> bool:
+    def restore(self, engine: AdapterEngine, state: FinetuneState) -> bool:
         """Go on from the newest whole checkpoint, if there is one.
 
         Random states go on on the same number of ranks; on another number they start anew, from the seed and the step.
@@ -92,7 +92,7 @@ class AdapterCheckpoints(CheckpointStore):
         self._number = manifest.number
         state.step, state.sequences_done = manifest.step, manifest.rows_done
         state.finished = manifest.finished
-        state.trace[:] = job["trace"]
+        state.metric_history[:] = job["trace"]
         # The sums of the open window are the same on all ranks.
         same = manifest.ranks == size
         saved = torch.load(directory / rank_file(rank if same else 0), weights_only=True)
@@ -105,12 +105,12 @@ class AdapterCheckpoints(CheckpointStore):
         logger.info(f"going on from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
         return True
 
-    def _take(self, engine: AdapterEngine, state: TrainingState, copy: bool) -> Save:
+    def _take(self, engine: AdapterEngine, state: FinetuneState, copy: bool) -> Save:
         model = engine.state(copy=copy)
         job: dict[str, Any] = {
             "config": self._identity.config.model_dump(mode="json"),
             "base": self._identity.base,
-            "trace": list(state.trace),
+            "trace": list(state.metric_history),
         }
         return Save(
             directory=self._directory,

@@ -21,7 +21,7 @@ from trainer.console.progress import Progress
 from trainer.console.text_table import text_table
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.answer_loss import likelihood_of_samples
-from trainer.llm.finetuning.packed_batch import Batch
+from trainer.llm.finetuning.packed_batch import TokenBatch
 from trainer.llm.finetuning.packing import epoch_packs
 from trainer.llm.finetuning.samples import Sample
 from trainer.llm.finetuning.token_files import Tokens
@@ -89,7 +89,7 @@ def score_options(
     found: list[tuple[np.ndarray, np.ndarray]] = []
     with Progress(label, passes, "passes", quiet=world.rank > 0) as progress:
         for number in range(passes):
-            batch = Batch.of(mine[number * rows : (number + 1) * rows], options.tokens, world.device)
+            batch = TokenBatch.of(mine[number * rows : (number + 1) * rows], options.tokens, world.device)
             likelihoods = likelihood_of_samples(engine.answer_losses(batch), batch)
             found.append((batch.samples, likelihoods.double().cpu().numpy()))
             progress.advance(1)

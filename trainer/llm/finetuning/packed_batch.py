@@ -25,7 +25,7 @@ def answer_weights(tokens: np.ndarray, weight: AnswerWeight) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Sequences of one forward pass.
 
     Attributes:
@@ -51,7 +51,7 @@ class Batch:
     @staticmethod
     def of(
         packs: Packs, tokens: Tokens, device: torch.device, *, multiple: int = 8, weight: AnswerWeight = "tokens"
-    ) -> Batch:
+    ) -> TokenBatch:
         """Put sequences side by side, padded at their end; no sequences at all are one of padding.
 
         Args:
@@ -81,7 +81,7 @@ class Batch:
                 at, number = end, number + 1
         drawn = np.concatenate([*packs, np.empty(0, np.int64)])
         shares = answer_weights(tokens.answers[drawn], weight) / tokens.answers[drawn]
-        return Batch(
+        return TokenBatch(
             ids=torch.from_numpy(ids).to(device),
             positions=torch.from_numpy(positions).to(device),
             segments=torch.from_numpy(segments).to(device),

@@ -18,11 +18,11 @@ from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
-from trainer.llm.finetuning.adapter_engine import AdapterEngine, in_shares
+from trainer.llm.finetuning.adapter_engine import AdapterEngine, partitioned_loading
 from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
-from trainer.llm.finetuning.training_state import TrainingState
-from trainer.llm.models.base_model import Base
+from trainer.llm.finetuning.training_state import FinetuneState
+from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.small_model import write_small_model
 from trainer.llm.run import base_path
 from trainer.runtime.distributed import World
@@ -47,7 +47,7 @@ def deepspeed_settings(config: FinetuneConfig, world: World) -> dict[str, Any]:
     return complete_settings({"zero_optimization": {"stage": 2}, **given}, rows, world.size, LANGUAGE_MODEL)
 
 
-def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> Base:
+def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseModelFiles:
     """The model that is adapted; the small one is made by the first rank, once in a run."""
     if not config.model.path and world.rank == 0:
         samples = itertools.islice(read_samples(config.data.train, ReadCounts()), _WORDS_FROM)
@@ -55,9 +55,9 @@ def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> Base:
         write_small_model(directory / "base", texts, config.small, seed=config.run.seed, length=config.data.length)
     elif world.rank == 0:
         # One rank downloads what is not here yet.
-        Base.open(config.model.path, config.model.tokenizer)
+        BaseModelFiles.open(config.model.path, config.model.tokenizer)
     world.barrier()
-    base = Base.open(base_path(config, directory), config.model.tokenizer)
+    base = BaseModelFiles.open(base_path(config, directory), config.model.tokenizer)
     if config.data.length > base.config.max_position_embeddings:
         raise UserError(
             f"data.length = {config.data.length}: the model takes {base.config.max_position_embeddings} tokens at most"
@@ -65,7 +65,9 @@ def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> Base:
     return base
 
 
-def prepare_tokens(config: FinetuneConfig, base: Base, directory: Path, world: World) -> tuple[Tokens, DatasetEntry]:
+def prepare_tokens(
+    config: FinetuneConfig, base: BaseModelFiles, directory: Path, world: World
+) -> tuple[Tokens, DatasetEntry]:
     """The samples as tokens, and what they are known by; the first rank makes them, once in a run."""
     home = directory / "tokens"
     if world.rank == 0 and not home.exists():
@@ -120,25 +122,25 @@ def draw(samples: Iterable[Sample], number: int, seed: int) -> list[Sample]:
     return drawn
 
 
-def load_base(config: FinetuneConfig, base: Base, settings: dict[str, Any]) -> Any:
+def load_base(config: FinetuneConfig, base: BaseModelFiles, settings: dict[str, Any]) -> Any:
     """The model with its weights, in the precision of DeepSpeed's settings."""
-    with in_shares(settings):
+    with partitioned_loading(settings):
         return base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
 
 
 def metrics_document(
     config: FinetuneConfig,
-    base: Base,
+    base: BaseModelFiles,
     engine: AdapterEngine,
     tokens: Tokens,
-    state: TrainingState,
+    state: FinetuneState,
     report: dict[str, Any],
     stalls: Sequence[float],
 ) -> dict[str, Any]:
     """The content of ``metrics.json``; ``stalls`` are of the last start of the job."""
     counts, (kind, optimizer) = tokens.counts, engine.names
-    seconds = sum(entry["seconds"] for entry in state.trace)
-    total = sum(entry["tokens"] for entry in state.trace)
+    seconds = sum(entry["seconds"] for entry in state.metric_history)
+    total = sum(entry["tokens"] for entry in state.metric_history)
     return {
         "tasks": counts.tasks,
         "evaluation": report,
@@ -154,9 +156,10 @@ def metrics_document(
         },
         "training": {
             "steps": state.step,
-            "loss": [entry["loss"] for entry in state.trace],
+            "loss": [entry["loss"] for entry in state.metric_history],
             "tokens_per_second": total / seconds,
-            "padding_share": 1 - total / sum(entry["tokens"] / (1 - entry["padding_share"]) for entry in state.trace),
+            "padding_share": 1
+            - total / sum(entry["tokens"] / (1 - entry["padding_share"]) for entry in state.metric_history),
             "checkpoint_stalls_seconds": list(stalls),
         },
     }

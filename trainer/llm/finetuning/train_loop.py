@@ -15,10 +15,10 @@ from trainer.console.run_log import set_step
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints
-from trainer.llm.finetuning.packed_batch import Batch, answer_weights
+from trainer.llm.finetuning.packed_batch import TokenBatch, answer_weights
 from trainer.llm.finetuning.packing import Packs, Schedule, share_of_rank
 from trainer.llm.finetuning.token_files import Tokens
-from trainer.llm.finetuning.training_state import TrainingState, Window
+from trainer.llm.finetuning.training_state import FinetuneState, LossWindow
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.watchdog import Watchdog
@@ -28,7 +28,7 @@ def train(
     engine: AdapterEngine,
     tokens: Tokens,
     schedule: Schedule,
-    state: TrainingState,
+    state: FinetuneState,
     checkpoints: AdapterCheckpoints,
     *,
     config: FinetuneConfig,
@@ -84,8 +84,8 @@ def train(
             state.window.add(loss, answers, sum(int(tokens.lengths[samples].sum()) for samples in packs), round(places))
             set_step(state.step)
             if state.step % config.train.log_every == 0 or state.step == state.steps_total:
-                state.trace.append(state.window.entry(state.step, rate))
-                state.window = Window()
+                state.metric_history.append(state.window.entry(state.step, rate))
+                state.window = LossWindow()
             progress.advance(len(packs), f"step {state.step}/{state.steps_total}, loss {loss / answers:.4f}")
             checkpoints.check()
             # After the last step comes a save of its own.
@@ -100,7 +100,7 @@ def train(
             checkpoints.save(engine, state, wait=True)
 
 
-def learning_rate(config: FinetuneConfig, state: TrainingState) -> float:
+def learning_rate(config: FinetuneConfig, state: FinetuneState) -> float:
     """Of the step that comes next: a function of how many there were and will be."""
     optimizer = config.optimizer
     return optimizer.learning_rate * learning_rate_factor(
@@ -108,7 +108,7 @@ def learning_rate(config: FinetuneConfig, state: TrainingState) -> float:
     )
 
 
-def batches_of(packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, parts: int) -> list[Batch]:
+def batches_of(packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, parts: int) -> list[TokenBatch]:
     """This rank's micro-batches of a step."""
     shares = share_of_rank(packs, batch_size=config.train.batch_size, rank=world.rank, world=world.size, parts=parts)
-    return [Batch.of(share, tokens, world.device, weight=config.train.answer_weight) for share in shares]
+    return [TokenBatch.of(share, tokens, world.device, weight=config.train.answer_weight) for share in shares]

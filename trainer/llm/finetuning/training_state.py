@@ -1,4 +1,4 @@
-"""How far a fine-tuning is, and what it has seen since the last entry of its trace."""
+"""Progress of a fine-tuning run, and its sums since the last record of the metric history."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-class Window:
-    """Sums over the steps since the last entry of the trace; the same on all ranks but for the seconds."""
+class LossWindow:
+    """Sums over the steps since the last record of the metric history; the same on all ranks except for the seconds."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -16,13 +16,13 @@ class Window:
         self._answer_tokens = self._tokens = self._places = 0
 
     def add(self, loss: float, answer_tokens: int, tokens: int, places: int) -> None:
-        """Count a step.
+        """Add a step to the sums.
 
         Args:
-            loss: sum over its answer tokens.
-            answer_tokens: whose loss counts.
-            tokens: of all its samples.
-            places: tokens and padding.
+            loss: sum of the losses of its answer tokens.
+            answer_tokens: number of tokens that the loss is computed on.
+            tokens: number of tokens of all its samples.
+            places: number of positions in its batches: tokens and padding.
         """
         self._loss += loss
         self._answer_tokens += answer_tokens
@@ -30,7 +30,7 @@ class Window:
         self._places += places
 
     def entry(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """An entry of the trace; the loss is that of a token, tokens are without padding."""
+        """Return a record of the metric history: mean loss of an answer token, token counts without padding, rates."""
         seconds = time.perf_counter() - self._started
         return {
             "step": step,
@@ -44,34 +44,34 @@ class Window:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, and the seconds that they took."""
+        """Return the sums and the elapsed seconds."""
         sums = (self._loss, self._answer_tokens, self._tokens, self._places)
         return {"sums": list(sums), "elapsed": time.perf_counter() - self._started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore the sums and the elapsed seconds from :meth:`state_dict`."""
         self._loss, self._answer_tokens, self._tokens, self._places = state["sums"]
         self._started = time.perf_counter() - state["elapsed"]
 
 
 @dataclass
-class TrainingState:
-    """How far a fine-tuning is.
+class FinetuneState:
+    """Progress of a fine-tuning run.
 
     Attributes:
         steps_total: optimizer steps of all epochs.
-        sequences_total: in them, of all ranks.
-        step: steps done.
-        sequences_done: in them.
-        trace: entries so far, see :meth:`Window.entry`.
-        window: towards the next entry.
-        finished: all steps are done and saved.
+        sequences_total: sequences of all epochs, over all ranks.
+        step: optimizer steps done.
+        sequences_done: sequences done, over all ranks.
+        metric_history: records so far, see :meth:`LossWindow.entry`. Checkpoints store it under the key ``trace``.
+        window: sums for the next record.
+        finished: True if all steps are done and saved.
     """
 
     steps_total: int
     sequences_total: int
     step: int = 0
     sequences_done: int = 0
-    trace: list[dict[str, Any]] = field(default_factory=list)
-    window: Window = field(default_factory=Window)
+    metric_history: list[dict[str, Any]] = field(default_factory=list)
+    window: LossWindow = field(default_factory=LossWindow)
     finished: bool = False

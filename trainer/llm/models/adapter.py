@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.checkpoint.model_state import list_differences
 from trainer.console.errors import UserError, one_line
 from trainer.data.format.safetensors_header import read_header
-from trainer.llm.models.base_model import Base, empty_model
+from trainer.llm.models.base_model import BaseModelFiles, empty_model
 from trainer.llm.run import base_path, load_run
 from trainer.runtime.files import write_json, write_whole
 
@@ -41,7 +41,7 @@ def save_adapter(model: Any, values: Mapping[str, Tensor], directory: Path, reco
     write_whole(directory, write)
 
 
-def load_adapter(base: Base, model: Any, directory: Path) -> Any:
+def load_adapter(base: BaseModelFiles, model: Any, directory: Path) -> Any:
     """A model with a trained adapter on it.
 
     Args:
@@ -65,7 +65,7 @@ def load_adapter(base: Base, model: Any, directory: Path) -> Any:
         raise UserError(f"{directory}: the adapter cannot be read ({one_line(error)})") from None
 
 
-def check_adapter(base: Base, directory: Path) -> None:
+def check_adapter(base: BaseModelFiles, directory: Path) -> None:
     """Whether an adapter is for a model, by its record and by the shapes of its weights; none of them are loaded.
 
     Raises:
@@ -101,7 +101,7 @@ def check_adapter(base: Base, directory: Path) -> None:
         raise UserError(f"{directory}: an adapter for another base model than {base.directory}: {differences}")
 
 
-def write_merged(base: Base, adapter: Path, out: Path) -> None:
+def write_merged(base: BaseModelFiles, adapter: Path, out: Path) -> None:
     """Write the model with an adapter's changes in its own weights, as a directory that transformers loads by itself.
 
     Args:
@@ -133,4 +133,4 @@ def merge_run(run: Path, out: Path) -> None:
     config = load_run(run)
     if not (run / "adapter").is_dir():
         raise UserError(f"{run}: has not finished; the command that began it goes on with it")
-    write_merged(Base.open(base_path(config, run), config.model.tokenizer), run / "adapter", out)
+    write_merged(BaseModelFiles.open(base_path(config, run), config.model.tokenizer), run / "adapter", out)

@@ -20,7 +20,7 @@ _ENDS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModelFiles:
     """A model that adapters are for.
 
     Attributes:
@@ -36,7 +36,7 @@ class Base:
     fingerprint: str
 
     @staticmethod
-    def open(path: str, tokenizer: str = "") -> Base:
+    def open(path: str, tokenizer: str = "") -> BaseModelFiles:
         """Find a model and check that it and its tokenizer fit; no weights are loaded.
 
         Args:
@@ -51,7 +51,7 @@ class Base:
         config = _read_config(directory)
         words = _read_tokenizer(find_directory(tokenizer, "model.tokenizer") if tokenizer else directory)
         _check_tokenizer(words, config, tokenizer or path)
-        return Base(directory, config, words, fingerprint_of(directory))
+        return BaseModelFiles(directory, config, words, fingerprint_of(directory))
 
     def load(self, *, bf16: bool, attention: str = "sdpa") -> Any:
         """The model with its weights, in bfloat16 or float32, in evaluation mode, on the CPU.
@@ -133,7 +133,7 @@ def add_adapter(model: Any, lora: LoraConfig, base: str) -> Any:
     """Put a LoRA adapter onto a model; everything else is frozen.
 
     Args:
-        model: of :meth:`Base.load`.
+        model: of :meth:`BaseModelFiles.load`.
         lora: its shape; initial values are drawn from torch's generator.
         base: name of the model, which the saved adapter gives.
 
