@@ -26,7 +26,7 @@ from trainer.ranking.setup import Split, build_engine, freeze_at_end_of_training
 from trainer.ranking.stream_train_loop import train_stream
 from trainer.ranking.train_loop import train
 from trainer.ranking.training_state import TrainingState
-from trainer.ranking.training_stream import Stream, open_stream
+from trainer.ranking.training_stream import TrainingStream, open_stream
 from trainer.ranking.warm_start import format_taken, warm_start
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
@@ -71,7 +71,7 @@ class ModelTraining:
     state: TrainingState
     position: Any
     checkpoints: Checkpoints
-    stream: Stream | None
+    stream: TrainingStream | None
     space: SearchSpace | None
     searching: SearchSpaceRefresher | None
 
