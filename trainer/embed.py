@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trainer.checkpoint.run_directory import make_directory
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
-from trainer.console.job_arguments import add_train_arguments, rank_parser
+from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.vector_table_update import make_plan, merge, open_reader, write_missing_parts
 from trainer.llm.models.base_model import BaseModelFiles
@@ -31,9 +31,9 @@ KINDS: tuple[Kind, ...] = ("items", "comments", "segments", "authors")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m trainer.embed``."""
-    parser = rank_parser("trainer.embed", "Make vectors of a dataset's texts; one process per rank.")
-    add_train_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parse_rank_arguments(
+        "trainer.embed", "Make vectors of a dataset's texts; one process per rank.", TRAIN_ARGUMENTS, arguments
+    )
 
     def job() -> None:
         config = load_embedding(given.config, given.overrides)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.console.errors import UserError
-from trainer.console.job_arguments import add_evaluate_arguments, rank_parser
+from trainer.console.job_arguments import EVALUATE_ARGUMENTS, parse_rank_arguments
 from trainer.ranking.evaluation import evaluate, predict, read_truth, write_predictions
 from trainer.ranking.report import metrics_table
 from trainer.ranking.setup import freeze_at_end_of_training, held_out_loader, split_in_time
@@ -23,9 +23,7 @@ from trainer.serving.trained_run import open_run, with_range
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight evaluate`` and ``python -m trainer.evaluate``."""
-    parser = rank_parser("trainer.evaluate", "Evaluate a finished run.")
-    add_evaluate_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parse_rank_arguments("trainer.evaluate", "Evaluate a finished run.", EVALUATE_ARGUMENTS, arguments)
 
     def job() -> None:
         with World.join("auto") as world:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.load import parse_time
-from trainer.console.job_arguments import add_explain_arguments, rank_parser
+from trainer.console.job_arguments import EXPLAIN_ARGUMENTS, parse_rank_arguments
 from trainer.runtime.distributed import World, run_rank
 from trainer.serving.explanation import explain, text_of
 from trainer.serving.explanation_plot import write_picture
@@ -22,9 +22,7 @@ from trainer.serving.trained_run import open_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight explain`` and ``python -m trainer.explain``."""
-    parser = rank_parser("trainer.explain", "What a run's model looked at.")
-    add_explain_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parse_rank_arguments("trainer.explain", "What a run's model looked at.", EXPLAIN_ARGUMENTS, arguments)
 
     def job() -> None:
         with World.join("auto") as world:

@@ -15,9 +15,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.run_directory import base_path, begin_run, choose_directory, make_directory
+from trainer.checkpoint.run_directory import make_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
-from trainer.console.job_arguments import add_train_arguments, rank_parser
+from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, AdapterIdentity
@@ -29,6 +29,7 @@ from trainer.llm.finetuning.train_loop import train
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.adapter import save_adapter
 from trainer.llm.models.base_model import add_adapter
+from trainer.llm.run import base_path, begin_run, choose_directory
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
@@ -40,9 +41,9 @@ logger = logging.getLogger("trainer.finetune")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m trainer.finetune``."""
-    parser = rank_parser("trainer.finetune", "Fine-tune a language model; one process per rank.")
-    add_train_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parse_rank_arguments(
+        "trainer.finetune", "Fine-tune a language model; one process per rank.", TRAIN_ARGUMENTS, arguments
+    )
 
     def job() -> None:
         config = load_finetune(given.config, given.overrides)
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dict[str, Any]:
     """Train an adapter, evaluate it, and write the run. Returns the content of ``metrics.json``."""
     directory = Path(world.agree(str(choose_directory(config))))
-    settings = deepspeed_settings(config, world)
+    settings = deepspeed_settings(config, world.size)
     held_out = list(read_samples(config.data.evaluate, ReadCounts()))
     if world.rank == 0:
         make_directory(directory)

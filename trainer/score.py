@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.console.job_arguments import add_score_arguments, rank_parser
+from trainer.console.job_arguments import SCORE_ARGUMENTS, parse_rank_arguments
 from trainer.runtime.distributed import World, run_rank
 from trainer.serving.exported_model import is_export, open_export
 from trainer.serving.scoring import score_file
@@ -21,9 +21,7 @@ from trainer.serving.scoring import score_file
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight score`` and ``python -m trainer.score``."""
-    parser = rank_parser("trainer.score", "Score candidates with a run.")
-    add_score_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parse_rank_arguments("trainer.score", "Score candidates with a run.", SCORE_ARGUMENTS, arguments)
 
     def job() -> None:
         if is_export(given.directory):

@@ -5,7 +5,7 @@ limelight staytime configs/staytime.toml base.loss=d2q
 One process. The tables are those of users, videos and comments with some training rows, a few hundred MB at most, and
 an epoch over a few million visits takes minutes: sharding them by TorchRec or the optimizer by DeepSpeed would cost
 more than it saves, so this is a plain PyTorch loop on one device. A run that was ended begins anew. A finished one
-predicts other visits by ``limelight staytime score`` (``trainer/comment_staytime/scoring.py``). It leaves::
+predicts other visits by ``limelight score`` (``trainer/comment_staytime/scoring.py``). It leaves::
 
     config.json          the resolved job
     environment.json     versions, machine, command line

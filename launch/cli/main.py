@@ -1,183 +1,85 @@
-"""The ``limelight`` command. Imports of a verb's work wait until that verb is asked for."""
+"""The ``limelight`` command. A command imports its work when it runs, so that ``--help`` loads nothing heavy."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import os
 import select
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
 
-from launch.cli.checkpoint import add_checkpoint_parser
-from launch.cli.data import add_data_parser
-from launch.cli.instructions import add_instructions_parser
-from launch.cli.stream import add_stream_parser
-from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS, exit_status
-from trainer.console.job_arguments import (
-    add_command,
-    add_evaluate_arguments,
-    add_explain_arguments,
-    add_merge_arguments,
-    add_score_arguments,
-    add_staytime_score_arguments,
-    add_train_arguments,
+import click
+
+from launch.cli import checkpoint, config, data, doctor, jobs, models, stream
+from launch.cli.command import Group
+from trainer.console.errors import UserError
+from trainer.console.exit_status import BROKEN_PIPE_STATUS, exit_status
+from trainer.console.job_arguments import usage_message
+
+COMPLETE_VARIABLE = "_LIMELIGHT_COMPLETE"
+"""Environment variable by which the completion script asks for completions."""
+
+RENAMED = {
+    ("instructions",): "limelight data instructions DATASET OUT",
+    ("checkpoint", "export"): "limelight export RUN OUT",
+    ("finetune", "merge"): "limelight export RUN OUT",
+    ("staytime", "score"): "limelight score RUN OUT.parquet",
+}
+"""First words of an earlier spelling -> the present one."""
+
+RENAMED_OPTIONS = {"--disorder-seconds": "--max-out-of-orderness-seconds"}
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    example="limelight train configs/simulated.toml --ranks 2",
 )
-
-MERGE, STAYTIME_SCORE = "finetune merge", "staytime score"
-"""Verbs of two words: `limelight finetune` and `limelight staytime` take a job file otherwise."""
-
-BROKEN_PIPE_STATUS = 141
-"""128 + SIGPIPE: whoever read our output has gone."""
+def limelight() -> None:
+    """Train live-streaming recommenders."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake in one line, and takes option names only in full."""
+for command in (
+    data.data,
+    stream.stream,
+    jobs.train,
+    jobs.finetune,
+    jobs.embed,
+    jobs.staytime,
+    models.evaluate,
+    models.score,
+    models.explain,
+    models.export,
+    checkpoint.checkpoint,
+    config.config,
+    doctor.doctor,
+):
+    limelight.add_command(command)
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
 
-    def error(self, message: str) -> NoReturn:
-        """Print the mistake and exit."""
-        print(f"limelight: error: {message} ({self.prog} --help shows what is accepted)", file=sys.stderr)
-        sys.exit(USER_ERROR_STATUS)
+@limelight.command(short_help="Print the completion script of a shell.", example='eval "$(limelight completion bash)"')
+@click.argument("shell", type=click.Choice(["bash", "zsh"]), help="Shell that completes.")
+def completion(shell: str) -> None:
+    """Print the script that completes commands and options in a shell.
 
+    Put the example's line, with the name of your shell, into ~/.bashrc or ~/.zshrc.
+    """
+    from click.shell_completion import get_completion_class
 
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of all verbs; ``arguments.run(arguments)`` does the verb and may return an exit status."""
-    parser = Parser(prog="limelight", description="Trains live-streaming recommenders.")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-
-    add_data_parser(verbs)
-    add_stream_parser(verbs)
-    add_instructions_parser(verbs)
-
-    train = add_command(
-        verbs,
-        "train",
-        "train the model of a job file",
-        "Train on this machine, and evaluate. The same command again goes on with a run that has not finished.\n"
-        f"Exit status {PREEMPTED_STATUS}: SIGTERM has come and the state is saved. {HUNG_STATUS}: a rank made no "
-        "progress.",
-        "limelight train configs/kuairand.toml --ranks 2 train.epochs=1",
-    )
-    add_train_arguments(train)
-    train.set_defaults(run=_train)
-
-    evaluate = add_command(
-        verbs,
-        "evaluate",
-        "metrics of a trained run on a range of time",
-        "Predict a range of time with a run's model, and print AUC, GAUC and more of each behaviour.",
-        "limelight evaluate runs/kuairand --from 2022-05-05 --until 2022-05-06 --json",
-    )
-    add_evaluate_arguments(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    finetune = add_command(
-        verbs,
-        "finetune",
-        "adapt a language model by a job file",
-        "Fine-tune a Qwen2-family model with LoRA under DeepSpeed's ZeRO on this machine, and evaluate it. The same\n"
-        f"command again goes on with a run that has not finished. Exit statuses {PREEMPTED_STATUS} and {HUNG_STATUS} "
-        "as of train.\n`limelight finetune merge RUN OUT` makes a model without an adapter of it.",
-        "limelight finetune configs/finetune_small.toml --ranks 2 train.epochs=1",
-    )
-    add_train_arguments(finetune)
-    finetune.set_defaults(run=_finetune)
-
-    merge = add_command(
-        verbs,
-        MERGE,
-        "write the model of a fine-tuning run without its adapter",
-        "Write the model with the adapter's changes in its own weights, as a directory that transformers loads.",
-        "limelight finetune merge runs/qwen2-7b models/qwen2-7b-tuned",
-    )
-    add_merge_arguments(merge)
-    merge.set_defaults(run=_merge)
-
-    embed = add_command(
-        verbs,
-        "embed",
-        "vectors of a dataset's texts, by a language model",
-        "Read videos, comments, segments of rooms or authors with a Qwen2-family model, with or without an adapter,\n"
-        "and write a table of vectors for each. The same command again goes on with what is missing; where a table is\n"
-        "there, only new and changed texts are read, and the table is replaced as a whole.",
-        "limelight embed configs/embed.toml --ranks 2 embed.pooling=mean",
-    )
-    add_train_arguments(embed)
-    embed.set_defaults(run=_embed)
-
-    for verb in (train, evaluate, finetune, embed):
-        verb.add_argument("--ranks", type=_positive, default=1, metavar="N", help="processes to start (default: 1)")
-
-    score = add_command(
-        verbs,
-        "score",
-        "probabilities and ranking score of candidates",
-        "Predict each behaviour of each candidate, with its ranking score (Moment&Cross equation 4).",
-        "limelight score runs/kuairand candidates.parquet scores.parquet",
-    )
-    add_score_arguments(score)
-    score.set_defaults(run=_score)
-
-    explain = add_command(
-        verbs,
-        "explain",
-        "what each history held for a candidate, and how much attention each entry got",
-        "For one user and one candidate: which items each history holds as of a time, and how much attention the\n"
-        "model gives each of them, as text and as a picture.",
-        "limelight explain runs/simulated --user 17 --candidate 4021 --at 2024-03-12T20:00",
-    )
-    add_explain_arguments(explain)
-    explain.set_defaults(run=_explain)
-
-    staytime = add_command(
-        verbs,
-        "staytime",
-        "seconds in the comment area, with or without LCU",
-        "Train a model of the seconds that users stay in the comment area of a video, and evaluate it on later days.\n"
-        "A run that was ended begins anew. `limelight staytime score RUN OUT.parquet` predicts more days by its model.",
-        "limelight staytime configs/staytime.toml base.loss=d2q lcu.enabled=false",
-    )
-    add_train_arguments(staytime)
-    staytime.set_defaults(run=_staytime)
-
-    staytime_score = add_command(
-        verbs,
-        STAYTIME_SCORE,
-        "predicted seconds of visits, by the model of a staytime run",
-        "Predict the visits of a range of time after training, write them as the run's predictions.parquet is, and\n"
-        "print their metrics. Without a range it is the run's held-out one. The dataset may have grown since.",
-        "limelight staytime score runs/staytime predictions.parquet --from 2024-03-10 --until 2024-03-11",
-    )
-    add_staytime_score_arguments(staytime_score)
-    staytime_score.set_defaults(run=_staytime_score)
-
-    add_checkpoint_parser(verbs)
-
-    doctor = add_command(
-        verbs,
-        "doctor",
-        "what on this machine is wrong, and what to type",
-        "Check packages, accelerator, process groups, ports, shared memory and disk.",
-        "limelight doctor --json",
-    )
-    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
-    doctor.set_defaults(run=_doctor)
-    return parser
+    script = get_completion_class(shell)
+    assert script is not None
+    print(script(limelight, {}, "limelight", COMPLETE_VARIABLE).source())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return its exit status: trainer/console/exit_status.py has the table."""
     try:
         try:
             return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _reader_has_gone():
+        if not _stdout_has_no_reader():
             raise
         # Python flushes stdout once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -185,97 +87,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int | None:
-    # --ranks may stand among the overrides, where argparse would not look for it.
-    ranks = Parser(prog="limelight", add_help=False)
-    ranks.add_argument("--ranks")
-    found, rest = ranks.parse_known_args(arguments)
-    given = [] if found.ranks is None else [f"--ranks={found.ranks}"]
-    if (two := " ".join(rest[:2])) in (MERGE, STAYTIME_SCORE):
-        rest[:2] = [two]
-    options = build_parser().parse_args([*rest[:1], *given, *rest[1:]])
-    options.forwarded = rest[1:]
-    status: int | None = options.run(options)
-    return status
+    # Not click's own main(): it prints usage errors in several lines and has other exit statuses.
+    if COMPLETE_VARIABLE in os.environ:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(limelight, {}, "limelight", COMPLETE_VARIABLE, os.environ[COMPLETE_VARIABLE])
+    _refuse_renamed(arguments)
+    try:
+        with limelight.make_context("limelight", arguments) as context:
+            status: int | None = limelight.invoke(context)
+            return status
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.UsageError as error:
+        raise UserError(_usage_message(error)) from None
 
 
-def _train(options: argparse.Namespace) -> int:
-    from launch.local import start_ranks
-    from trainer.config.ranker import load_config
-
-    load_config(options.config, options.overrides)
-    return start_ranks("trainer.rank", options.forwarded, options.ranks)
-
-
-def _embed(options: argparse.Namespace) -> int:
-    from launch.local import start_ranks
-    from trainer.config.embed import load_embedding
-
-    load_embedding(options.config, options.overrides)
-    return start_ranks("trainer.embed", options.forwarded, options.ranks)
+def _refuse_renamed(arguments: Sequence[str]) -> None:
+    """Answer an earlier spelling with the present one."""
+    for words, present in RENAMED.items():
+        if tuple(arguments[: len(words)]) == words:
+            raise UserError(f"`limelight {' '.join(words)}` is now `{present}`")
+    for argument in arguments:
+        option = argument.split("=")[0]
+        if option in RENAMED_OPTIONS:
+            raise UserError(f"{option} is now {RENAMED_OPTIONS[option]}")
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from launch.local import start_ranks
-
-    return start_ranks("trainer.evaluate", options.forwarded, options.ranks)
-
-
-def _score(options: argparse.Namespace) -> int:
-    from launch.local import start_ranks
-
-    return start_ranks("trainer.score", options.forwarded, 1)
-
-
-def _staytime(options: argparse.Namespace) -> None:
-    from trainer.config.load import load_job
-    from trainer.config.staytime import StaytimeConfig
-    from trainer.staytime import run_job
-
-    run_job(load_job(StaytimeConfig, options.config, options.overrides))
+def _usage_message(error: click.UsageError) -> str:
+    """Return a mistake in the arguments as one line, with the nearest command."""
+    if not isinstance(error, click.NoSuchCommand) or error.ctx is None:
+        return usage_message(error)
+    assert isinstance(error.ctx.command, click.Group)
+    known = _commands(error.ctx.command)
+    # A sub-command without its group is answered with both words.
+    known.update({path.split()[-1]: path for path in known.values() if path.split()[-1] not in known})
+    nearest = difflib.get_close_matches(error.command_name, known, n=1)
+    meant = f"; did you mean {known[nearest[0]]}?" if nearest else ""
+    path = error.ctx.command_path
+    return f"no command {error.command_name!r}{meant} ({path} --help shows what is accepted)"
 
 
-def _staytime_score(options: argparse.Namespace) -> None:
-    from trainer.comment_staytime.scoring import score_range
-
-    run, out = Path(options.directory), Path(options.out)
-    score_range(run, out, data=options.data, time_from=options.time_from, time_until=options.time_until)
-
-
-def _finetune(options: argparse.Namespace) -> int:
-    from launch.local import start_ranks
-    from trainer.config.finetune import load_finetune
-
-    load_finetune(options.config, options.overrides)
-    return start_ranks("trainer.finetune", options.forwarded, options.ranks)
+def _commands(group: click.Group) -> dict[str, str]:
+    """Return the commands of a group and of the groups in it, each as words separated by spaces."""
+    paths = {}
+    for name, member in group.commands.items():
+        paths[name] = name
+        if isinstance(member, click.Group):
+            paths |= {f"{name} {path}": f"{name} {path}" for path in _commands(member)}
+    return paths
 
 
-def _merge(options: argparse.Namespace) -> None:
-    from trainer.llm.models.adapter import merge_run
-
-    merge_run(Path(options.directory), Path(options.out))
-    print(f"merged: {options.out}")
-
-
-def _explain(options: argparse.Namespace) -> int:
-    from launch.local import start_ranks
-
-    return start_ranks("trainer.explain", options.forwarded, 1)
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from launch.doctor.report import examine
-
-    return examine(as_json=options.json)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes, 1 or more")
-    return int(text)
-
-
-def _reader_has_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more; another broken pipe is an error like any."""
+def _stdout_has_no_reader() -> bool:
+    """True if stdout is a pipe whose reader has gone; another broken pipe is an error of the work."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

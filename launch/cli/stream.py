@@ -1,139 +1,169 @@
-"""``limelight stream``: the label stream of a log. Imports of a command's work wait until it is asked for."""
+"""``limelight stream``: assemble the label stream of a log, measure it, and publish its events."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
 
-from launch.cli.stream_publish import add_publish_parser
-from trainer.console.job_arguments import add_command
-from trainer.console.progress import Progress
-from trainer.stream.labels.policy import POLICIES, EventTimeouts, make_policy
+import click
 
-_ASSEMBLE_DESCRIPTION = """\
-Write the training rows that a report policy makes of a dataset's event log, partition after partition, each in order
-of emit_ms. Columns: visit_id, user_id, author_id, item_id, kind, request_ms, emit_ms, and label_B and mask_B for each
-behaviour B. Events that change no row are kept in OUT.unused_events.parquet, with the reason.
+from launch.cli.command import Group, json_option, print_json
+from launch.cli.stream_publish import publish
 
-  full            one row at the end of the visit
-  fast_slow       one row after --fast-seconds, one after --slow-seconds with the positives that the first one denied
-  realtime        first positives every --tick-seconds, the rest at the end
-  realtime_naive  positives and negatives every --tick-seconds, for comparison
-"""
+if TYPE_CHECKING:
+    from trainer.console.progress import Progress
+    from trainer.stream.labels.policy import EventTimeouts
 
-_CONSISTENCY_DESCRIPTION = """\
-Print Table 1 of Moment&Cross for a dataset: the share of the positives of an hour that is visible at 5 minutes, with
-the paper's figures beside it; and the number of rows that each report policy makes.
-"""
+# Names and defaults of trainer/stream/labels/policy.py, repeated since that file loads pydantic. A test compares.
+POLICIES = ("full", "fast_slow", "realtime", "realtime_naive")
+DEFAULT_SECONDS = {"fast": 300, "slow": 3600, "tick": 30, "idle": 7200, "max-out-of-orderness": 10}
 
 
-def add_stream_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add the verb ``stream`` and its commands; ``run(arguments)`` of the parsed arguments returns the exit status."""
-    stream = subparsers.add_parser(
-        "stream", help="the label stream of a log", description="Look at the label stream of a log."
-    )
-    commands = stream.add_subparsers(metavar="COMMAND", required=True)
-
-    assemble = add_command(
-        commands,
-        "assemble",
-        "training rows under a report policy",
-        _ASSEMBLE_DESCRIPTION,
-        "limelight stream assemble data/world --policy realtime rows.parquet",
-    )
-    assemble.add_argument("dataset", metavar="DATASET", help="dataset, a directory or an fsspec URL")
-    assemble.add_argument("out", metavar="OUT.parquet", help="file to write; one that exists is replaced")
-    assemble.add_argument("--policy", required=True, metavar="P", help=f"one of {', '.join(POLICIES)}")
-    assemble.add_argument(
-        "--mode",
-        choices=("batch", "incremental"),
-        default="batch",
-        help="which assembler: that of stored logs or that of live streams; the rows are the same (default: batch)",
-    )
-    for setting, default in (("fast", 300), ("slow", 3600), ("tick", 30)):
-        assemble.add_argument(
-            f"--{setting}-seconds", type=_milliseconds, metavar="S", help=f"window of the policy (default: {default})"
-        )
-    _add_idle(assemble)
-    assemble.add_argument(
-        "--max-out-of-orderness-seconds",
-        type=_milliseconds,
-        default=EventTimeouts().max_out_of_orderness_ms,
-        metavar="S",
-        help="an event that comes more than so long after a later one is late "
-        f"(default: {EventTimeouts().max_out_of_orderness_ms / 1000:g})",
-    )
-    assemble.set_defaults(run=_assemble)
-
-    consistency = add_command(
-        commands,
-        "consistency",
-        "how much of an hour's labels is known at 5 minutes",
-        _CONSISTENCY_DESCRIPTION,
-        "limelight stream consistency data/world --json",
-    )
-    consistency.add_argument("dataset", metavar="DATASET", help="dataset, a directory or an fsspec URL")
-    _add_idle(consistency)
-    consistency.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    consistency.set_defaults(run=_consistency)
-
-    add_publish_parser(commands)
-
-
-def _add_idle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--idle-seconds",
-        type=_milliseconds,
-        default=EventTimeouts().idle_ms,
-        metavar="S",
-        help=f"a visit without an exit ends so long after its last event (default: {EventTimeouts().idle_ms / 1000:g})",
-    )
-
-
-def _milliseconds(text: str) -> int:
+def _milliseconds(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    if text is None:
+        return None
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        raise click.BadParameter(f"{text!r} is not a number of seconds")
     return round(seconds * 1000)
 
 
-def _assemble(options: argparse.Namespace) -> int:
+def _seconds(name: str, help_text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        f"--{name}-seconds",
+        callback=_milliseconds,
+        metavar="S",
+        help=f"{help_text} (default: {DEFAULT_SECONDS[name]}).",
+    )
+
+
+dataset_argument = click.argument(
+    "dataset", metavar="DATASET", type=click.Path(), help="Dataset: a directory or an fsspec URL."
+)
+idle_option = _seconds("idle", "A visit without an exit event ends so long after its last event")
+
+
+@click.group(cls=Group, example="limelight stream consistency data/world")
+def stream() -> None:
+    """Turn a log into a stream of labels or of events."""
+
+
+@stream.command(
+    short_help="Write training rows under a report policy.",
+    example="limelight stream assemble data/world --policy realtime rows.parquet",
+)
+@dataset_argument
+@click.argument("out", metavar="OUT.parquet", type=click.Path(), help="File to write; an existing one is replaced.")
+@click.option("--policy", required=True, type=click.Choice(POLICIES), help="Report policy, see above.")
+@click.option(
+    "--mode",
+    type=click.Choice(["batch", "incremental"]),
+    default="batch",
+    show_default=True,
+    help="Assembler of stored logs, or that of live streams; both write the same rows.",
+)
+@_seconds("fast", "Window of the first row of fast_slow")
+@_seconds("slow", "Window of the second row of fast_slow")
+@_seconds("tick", "Interval of realtime and realtime_naive")
+@idle_option
+@_seconds("max-out-of-orderness", "An event that comes more than so long after a later one is late")
+@json_option
+def assemble(
+    dataset: str,
+    out: str,
+    policy: str,
+    mode: Literal["batch", "incremental"],
+    fast_seconds: int | None,
+    slow_seconds: int | None,
+    tick_seconds: int | None,
+    idle_seconds: int | None,
+    max_out_of_orderness_seconds: int | None,
+    as_json: bool,
+) -> None:
+    """Write the training rows that a report policy makes of a dataset's event log.
+
+    Partitions follow each other, each in order of emit_ms. Columns: visit_id, user_id, author_id, item_id, kind,
+    request_ms, emit_ms, and label_B and mask_B for each behaviour B. Events that change no row are kept in
+    OUT.unused_events.parquet, with the reason.
+
+    \b
+    full            one row at the end of the visit
+    fast_slow       one row after --fast-seconds, and one after --slow-seconds
+                    with the positives that the first row had as negatives
+    realtime        first positives every --tick-seconds, the rest at the end
+    realtime_naive  positives and negatives every --tick-seconds
+    """
+    from trainer.stream.labels.policy import make_policy
     from trainer.stream.labels.write_rows import assemble_dataset
 
-    given = {f"{name}_ms": getattr(options, f"{name}_seconds") for name in ("fast", "slow", "tick")}
-    policy = make_policy(options.policy, **{name: value for name, value in given.items() if value is not None})
-    timeouts = EventTimeouts(options.idle_seconds, options.max_out_of_orderness_seconds)
-    with _EventsBar("assembling") as progress:
-        written = assemble_dataset(options.dataset, policy, timeouts, Path(options.out), options.mode, progress.reached)
-    rows, kinds = sum(written.rows.values()), ", ".join(f"{count:,} {kind}" for kind, count in written.rows.items())
-    print(f"{options.out}: {rows:,} rows of {written.visits:,} visits" + (f" ({kinds})" if kinds else ""))
+    windows = {"fast_ms": fast_seconds, "slow_ms": slow_seconds, "tick_ms": tick_seconds}
+    report_policy = make_policy(policy, **{name: value for name, value in windows.items() if value is not None})
+    timeouts = _timeouts(idle_seconds, max_out_of_orderness_seconds)
+    with _EventsBar("assembling", quiet=as_json) as progress:
+        written = assemble_dataset(dataset, report_policy, timeouts, Path(out), mode, progress.reached)
+    rows = sum(written.rows.values())
+    if as_json:
+        print_json(
+            {
+                "out": out,
+                "visits": written.visits,
+                "rows": written.rows,
+                "fast_slow_rows": written.fast_slow_rows,
+                "unused_events": {reason: count for reason, count in written.unused_events.items() if count},
+                "unused_events_file": None if written.unused_file is None else str(written.unused_file),
+            }
+        )
+        return
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in written.rows.items())
+    print(f"{out}: {rows:,} rows of {written.visits:,} visits" + (f" ({kinds})" if kinds else ""))
     if written.fast_slow_rows:
         print(f"rows to those of fast_slow: {rows / written.fast_slow_rows:.2f}")
     if written.unused_file is not None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in written.unused_events.items() if count)
         print(f"{written.unused_file}: {sum(written.unused_events.values()):,} events that change no row ({reasons})")
-    return 0
 
 
-def _consistency(options: argparse.Namespace) -> int:
-    from trainer.stream.labels.policy_consistency import consistency, format_consistency
+@stream.command(
+    short_help="Print the share of labels known at 5 minutes.",
+    example="limelight stream consistency data/world --json",
+)
+@dataset_argument
+@idle_option
+@json_option
+def consistency(dataset: str, idle_seconds: int | None, as_json: bool) -> None:
+    """Print Table 1 of Moment&Cross for a dataset.
 
-    with _EventsBar("reading", quiet=options.json) as progress:
-        figures = consistency(options.dataset, options.idle_seconds, progress.reached)
-    print(json.dumps(figures, indent=1) if options.json else format_consistency(figures))
-    return 0
+    It is the share of an hour's positives that is visible at 5 minutes, with the paper's figures beside it, and the
+    number of rows that each report policy makes.
+    """
+    from trainer.stream.labels.policy_consistency import consistency as measure
+    from trainer.stream.labels.policy_consistency import format_consistency
+
+    with _EventsBar("reading", quiet=as_json) as progress:
+        figures = measure(dataset, _timeouts(idle_seconds).idle_ms, progress.reached)
+    print_json(figures) if as_json else print(format_consistency(figures))
+
+
+stream.add_command(publish)
+
+
+def _timeouts(idle_ms: int | None, max_out_of_orderness_ms: int | None = None) -> EventTimeouts:
+    from trainer.stream.labels.policy import EventTimeouts
+
+    settings = {"idle_ms": idle_ms, "max_out_of_orderness_ms": max_out_of_orderness_ms}
+    return EventTimeouts(**{name: value for name, value in settings.items() if value is not None})
 
 
 class _EventsBar:
-    """Shows how many events are done; the bar begins when their number is known."""
+    """Progress over events; the bar starts when their number is known."""
 
-    def __init__(self, label: str, quiet: bool = False) -> None:
+    def __init__(self, label: str, quiet: bool) -> None:
         self._label, self._quiet = label, quiet
         self._bar: Progress | None = None
 
@@ -141,8 +171,10 @@ class _EventsBar:
         return self
 
     def reached(self, done: int, total: int) -> None:
-        """``done`` events of ``total`` are done."""
+        """Show that ``done`` events of ``total`` are done."""
         if self._bar is None:
+            from trainer.console.progress import Progress
+
             self._bar = Progress(self._label, total, "events", quiet=self._quiet)
         self._bar.advance(done - self._bar.done)
 

@@ -1,53 +1,74 @@
-"""``limelight stream publish``: puts the events of a dataset on a Kafka topic, in event time order."""
+"""``limelight stream publish``: write the events of a dataset to a Kafka topic, in event time order."""
 
 from __future__ import annotations
 
-import argparse
+from typing import Any
 
-from trainer.console.job_arguments import add_command
+import click
 
-
-def add_publish_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command ``publish``; ``run(arguments)`` of the parsed arguments returns the exit status."""
-    publish = add_command(
-        commands,
-        "publish",
-        "put a dataset's events on a Kafka topic",
-        "Put the events of a dataset on a Kafka topic, each in the partition of its user and in event time order, and\n"
-        "with each exposure the features of its training row, as of its request.\n"
-        "The topic is made if it is not there. The messages are described at the top of\n"
-        "trainer/stream/sources/message_codec.py.",
-        "limelight stream publish data/world --brokers localhost:9092 --topic watch --speed 60",
-    )
-    publish.add_argument("dataset", metavar="DATASET", help="dataset, a directory or an fsspec URL")
-    publish.add_argument("--brokers", required=True, metavar="HOST:PORT,...", help="Kafka brokers to begin with")
-    publish.add_argument("--topic", required=True, metavar="T", help="topic to write to")
-    publish.add_argument(
-        "--speed", type=float, default=0.0, metavar="X", help="60 plays an hour in a minute; 0: as fast as possible"
-    )
-    publish.add_argument("--format", choices=("json", "arrow"), default="json", help="of the messages (default: json)")
-    publish.add_argument(
-        "--partitions", type=int, metavar="N", help="of a topic that is made (default: those of the dataset)"
-    )
-    publish.add_argument(
-        "--events-per-message",
-        type=int,
-        metavar="N",
-        help="most events of a message (default: 1 of JSON, 1000 of Arrow); those of a message share a partition",
-    )
-    publish.add_argument("--append", action="store_true", help="write to a topic that has messages already")
-    publish.add_argument("--properties", default="", metavar="FILE", help="librdkafka properties, such as for TLS")
-    publish.add_argument(
-        "--retry-seconds",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="give up on silent brokers (default: %(default)s)",
-    )
-    publish.set_defaults(run=_publish)
+from launch.cli.command import Command, json_option, print_json
 
 
-def _publish(options: argparse.Namespace) -> int:
+@click.command(
+    cls=Command,
+    short_help="Publish a dataset's events to a Kafka topic.",
+    example="limelight stream publish data/world --brokers localhost:9092 --topic watch --speed 60",
+)
+@click.argument("dataset", metavar="DATASET", type=click.Path(), help="Dataset: a directory or an fsspec URL.")
+@click.option("--brokers", required=True, metavar="HOST:PORT,...", help="Kafka bootstrap brokers.")
+@click.option("--topic", required=True, metavar="T", help="Topic to write to.")
+@click.option(
+    "--speed",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="Replay speed: 60 replays an hour in a minute; 0, the default, as fast as possible.",
+)
+@click.option(
+    "--format",
+    "message_format",
+    type=click.Choice(["json", "arrow"]),
+    default="json",
+    show_default=True,
+    help="Format of the messages.",
+)
+@click.option(
+    "--partitions", type=int, metavar="N", help="Partitions of a topic that is created (default: the dataset's)."
+)
+@click.option(
+    "--events-per-message",
+    type=int,
+    metavar="N",
+    help="Most events of a message (default: 1 of JSON, 1000 of Arrow); all are of one partition.",
+)
+@click.option("--append", is_flag=True, help="Write to a topic that has messages already.")
+@click.option(
+    "--properties", default="", metavar="FILE", type=click.Path(), help="librdkafka properties, such as for TLS."
+)
+@click.option(
+    "--retry-seconds",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="Give up on brokers that do not answer for so long.",
+)
+@json_option
+def publish(
+    dataset: str,
+    message_format: str,
+    partitions: int | None,
+    events_per_message: int | None,
+    append: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Publish the events of a dataset to a Kafka topic.
+
+    Each event goes to the partition of its user, in event time order, and each exposure carries the features of its
+    training row as of its request. A topic that does not exist is created. The messages are described at the top of
+    trainer/stream/sources/message_codec.py.
+    """
     from trainer.config.stream import StreamConfig
     from trainer.config.toml import validate
     from trainer.console.progress import Progress
@@ -55,22 +76,20 @@ def _publish(options: argparse.Namespace) -> int:
     from trainer.stream.sources.kafka_topic import TopicPublisher
     from trainer.stream.sources.replay import ReplaySource
 
-    spec = DatasetSpec.load(options.dataset)
-    config = validate(
-        StreamConfig,
-        {
-            name: getattr(options, name)
-            for name in ("brokers", "topic", "speed", "format", "properties", "retry_seconds")
-        },
-        "limelight stream publish",
-    )
-    topic = TopicPublisher(config, spec, options.partitions or spec.partitions, append=options.append)
-    per_message = options.events_per_message or (1 if options.format == "json" else 1000)
-    source = ReplaySource(options.dataset, config)
-    with source.open(range(source.partitions)) as reader, Progress("publishing", spec.events, "events") as progress:
+    spec = DatasetSpec.load(dataset)
+    config = validate(StreamConfig, {**settings, "format": message_format}, "limelight stream publish")
+    topic = TopicPublisher(config, spec, partitions or spec.partitions, append=append)
+    per_message = events_per_message or (1 if message_format == "json" else 1000)
+    source = ReplaySource(dataset, config)
+    with (
+        source.open(range(source.partitions)) as reader,
+        Progress("publishing", spec.events, "events", quiet=as_json) as progress,
+    ):
         for batch in reader:
             topic.publish(batch.events, per_message, batch.logged)
             progress.advance(len(batch))
     topic.flush()
-    print(f"{spec.events:,} events are on topic {options.topic} in {topic.partitions} partitions")
-    return 0
+    if as_json:
+        print_json({"events": spec.events, "topic": config.topic, "partitions": topic.partitions})
+        return
+    print(f"{spec.events:,} events are on topic {config.topic} in {topic.partitions} partitions")

@@ -27,9 +27,7 @@ from launch.doctor.packages import (
     pinned_versions,
 )
 from launch.machine import has_nvidia_driver
-
-FAILED_STATUS = 1
-"""Exit status when a check failed; warnings leave it at 0."""
+from trainer.console.exit_status import CHECK_FAILED_STATUS
 
 
 def all_checks() -> Iterator[Check]:
@@ -69,4 +67,4 @@ def examine(*, as_json: bool) -> int:
         print(json.dumps({"ok": failures == 0, "checks": [asdict(check) for check in checks]}, indent=1))
     else:
         print(f"{len(checks)} checks: {failures} failed, {warnings} warned")
-    return FAILED_STATUS if failures else 0
+    return CHECK_FAILED_STATUS if failures else 0

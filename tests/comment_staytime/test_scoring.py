@@ -1,4 +1,4 @@
-"""``limelight staytime score``: a finished run predicts visits again, and those of other ranges."""
+"""``limelight score``: a finished run predicts visits again, and those of other ranges."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_run_predicts_its_own_range_bit_for_bit(
     settings = [setting for given in overrides for setting in (texts if given == "texts" else [given])]
     run = train(world, tmp_path / "run", *settings)
     table = capsys.readouterr().out.split("\n\n")[1]
-    assert main(["staytime", "score", str(run), str(tmp_path / "again.parquet")]) == 0
+    assert main(["score", str(run), str(tmp_path / "again.parquet")]) == 0
     assert pq.read_table(tmp_path / "again.parquet").equals(pq.read_table(run / "predictions.parquet"))
     assert "true expectation" in table and table.strip() in capsys.readouterr().out
 
@@ -75,10 +75,7 @@ def predicted(file: Path) -> dict[int, float]:
 
 def test_a_part_of_the_range_is_that_part(world: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "part.parquet"
-    assert (
-        main(["staytime", "score", str(run), str(out), "--from", "2024-03-06T08:00", "--until", "2024-03-06T16:00"])
-        == 0
-    )
+    assert main(["score", str(run), str(out), "--from", "2024-03-06T08:00", "--until", "2024-03-06T16:00"]) == 0
     part, whole = (predicted(file) for file in (out, run / "predictions.parquet"))
     assert 0 < len(part) < len(whole)
     assert part == pytest.approx({visit: whole[visit] for visit in part}, rel=1e-5)
@@ -94,7 +91,7 @@ def test_a_dataset_that_has_grown_gives_the_same(world: Path, run: Path, tmp_pat
     pq.write_table(visits.filter(pa.array(visits.column("request_ms").to_numpy() < noon)), file)
     old = train(short, tmp_path / "run", "base.loss=wlr")
     out = tmp_path / "out.parquet"
-    assert main(["staytime", "score", str(old), str(out), "--data", str(world)]) == 0
+    assert main(["score", str(old), str(out), "--data", str(world)]) == 0
     later, first = (predicted(file) for file in (out, old / "predictions.parquet"))
     assert len(later) > len(first) > 0
     assert first == pytest.approx({visit: later[visit] for visit in first}, rel=1e-5)
@@ -113,7 +110,7 @@ def test_a_dataset_that_has_grown_gives_the_same(world: Path, run: Path, tmp_pat
 def test_bad_ranges_are_told_in_one_line(
     run: Path, tmp_path: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["staytime", "score", str(run), str(tmp_path / "out.parquet"), *arguments]) == 2
+    assert main(["score", str(run), str(tmp_path / "out.parquet"), *arguments]) == 2
     said = capsys.readouterr().err
     assert expected in said and len(said.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -124,7 +121,7 @@ def test_bad_runs_are_told_in_one_line(
 ) -> None:
     def refused(directory: Path, *arguments: str) -> str:
         capsys.readouterr()
-        assert main(["staytime", "score", str(directory), str(tmp_path / "out.parquet"), *arguments]) == 2
+        assert main(["score", str(directory), str(tmp_path / "out.parquet"), *arguments]) == 2
         assert not (tmp_path / "out.parquet").exists()
         said = capsys.readouterr().err
         assert len(said.strip().splitlines()) == 1
@@ -136,7 +133,7 @@ def test_bad_runs_are_told_in_one_line(
     (changed / "metrics.json").unlink()
     assert "has not finished" in refused(changed)
     (changed / "config.json").write_text(json.dumps({"model": {}}))
-    assert "not a run of limelight staytime" in refused(changed)
+    assert "is a ranker, which takes two files" in refused(changed)
 
     shutil.copytree(run, changed, dirs_exist_ok=True)
     (changed / "model.safetensors").unlink()

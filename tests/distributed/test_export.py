@@ -45,7 +45,7 @@ def out(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_ranks("tests.distributed.export_ranks", home, home / "world", home / "candidates.parquet")
         for precision, kind in MODELS:
             run = home / precision if kind == "ple" else home / precision / "baselines" / kind
-            assert main(["checkpoint", "export", str(run), str(home / f"{precision}-{kind}")]) == 0
+            assert main(["export", str(run), str(home / f"{precision}-{kind}")]) == 0
         _made.append(home)
     return _made[0]
 
@@ -164,7 +164,7 @@ def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
         (tmp_path, target, "no checkpoint and no run with checkpoints here"),
         (out / "float32", tmp_path / "file" / "model", "cannot be written (Not a directory)"),
     ):
-        assert main(["checkpoint", "export", str(source), str(place)]) == 2
+        assert main(["export", str(source), str(place)]) == 2
         (error,) = capsys.readouterr().err.splitlines()
         assert told in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]

@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 
 from tests.paths import ROOT
 from trainer.config.ranker import JobConfig, load_config
-from trainer.console.job_arguments import add_train_arguments, rank_parser
+from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 
 CLUSTER = ROOT / "launch" / "cluster"
 TIMEOUTS = 60.0
@@ -29,9 +29,7 @@ TIMEOUTS = 60.0
 
 def job_of(arguments: list[str]) -> JobConfig:
     """The job that a template starts, as ``trainer.rank`` understands it."""
-    parser = rank_parser("trainer.rank", "")
-    add_train_arguments(parser)
-    given = parser.parse_args(arguments)
+    given = parse_rank_arguments("trainer.rank", "", TRAIN_ARGUMENTS, arguments)
     return load_config(ROOT / given.config, given.overrides)
 
 

@@ -1,6 +1,6 @@
 """Predict visits of a range of time with the model of a finished staytime run.
 
-limelight staytime score runs/staytime predictions.parquet --from 2024-03-10
+limelight score runs/staytime predictions.parquet --from 2024-03-10
 
 The inputs are made again by the run's own job, so the dataset must still have the visits of its training range: which
 id has which row, and how popular comments are, is fitted on them. It may have grown since. That they are the same is
@@ -10,7 +10,6 @@ checked by ``fitted.json``. The same range on the same machine gives the run's p
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from trainer.comment_staytime.evaluation import evaluate, fitted, metrics_table, write_predictions
+from trainer.comment_staytime.evaluation import evaluate, fitted, write_predictions
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.comment_staytime.model import build_network, fit_base_on, predict
 from trainer.config.load import parse_time
 from trainer.config.staytime import StaytimeConfig, StaytimeDataConfig
-from trainer.config.toml import validate_stored
+from trainer.config.toml import validate
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import choose_device
 
-logger = logging.getLogger(__name__)
-
 
 def score_range(
     run: Path, out: Path, *, data: str | None = None, time_from: str | None = None, time_until: str | None = None
-) -> None:
-    """Write predictions of a range of time as the run's predictions.parquet has them, and print their metrics.
+) -> dict[str, Any]:
+    """Write predictions of a range of time as the run's predictions.parquet has them, and return their metrics.
 
     Args:
         run: directory of a finished run.
@@ -61,8 +58,7 @@ def score_range(
     _load(network, run)
     said = predict(config, columns, base.to(device), network.to(device), device, columns.held_out)
     write_predictions(out, columns, said)
-    logger.info(metrics_table(evaluate(config, columns, said)))
-    logger.info(f"\npredictions: {out}")
+    return evaluate(config, columns, said)
 
 
 def load_staytime_run(run: Path) -> StaytimeConfig:
@@ -76,7 +72,7 @@ def load_staytime_run(run: Path) -> StaytimeConfig:
         raise UserError(f"{run}: not a run of limelight staytime")
     if not (run / "metrics.json").exists():
         raise UserError(f"{run}: this run has not finished (metrics.json is missing); its command begins it anew")
-    return validate_stored(StaytimeConfig, raw, str(run / "config.json"))
+    return validate(StaytimeConfig, raw, str(run / "config.json"))
 
 
 def _read(file: Path) -> dict[str, Any]:

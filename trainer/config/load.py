@@ -25,10 +25,20 @@ def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()
     Raises:
         UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
     """
+    return validate(model, read_job(path, overrides), str(path))
+
+
+def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a job file and apply overrides, without a check of the keys.
+
+    Raises:
+        UserError: missing file, not TOML, or an override without a key.
+    """
     raw = read_toml(path, "job file")
     for override in overrides:
         _apply_override(raw, override)
-    return validate(model, _times_as_text(raw), str(path))
+    raw = _times_as_text(raw)
+    return raw
 
 
 def load_deepspeed(path: str) -> dict[str, Any]:

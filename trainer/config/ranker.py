@@ -1,7 +1,7 @@
 """The job file: one TOML file, parsed into typed, frozen objects before any process is started.
 
 ``load_config`` is the only way in. It names the file, the key and the value of a mistake, and what would be accepted.
-``python -m trainer.config.ranker`` prints the reference that stands in the README.
+``limelight config train`` prints every key.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.features import FeatureConfig
 from trainer.config.load import load_job
-from trainer.config.reference import reference
 from trainer.config.sections import (
-    MAY_CHANGE,
     CheckpointConfig,
     DistributedTrainConfig,
     OptimizerConfig,
@@ -34,9 +32,7 @@ from trainer.config.toml import validate
 class DataConfig(Section):
     """Which rows are trained on and which are held out. Times are ISO dates or times, in the dataset's time zone."""
 
-    path: str = Field(
-        ..., description="Dataset directory, or any fsspec URL of one.", min_length=1, json_schema_extra=MAY_CHANGE
-    )
+    path: str = Field(..., description="Dataset directory, or any fsspec URL of one.", min_length=1)
     behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
     train_from: str = Field("", description="First moment of training. Empty: the dataset's first.")
     train_until: str = Field(
@@ -49,16 +45,11 @@ class DataConfig(Section):
         description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",
     )
     shuffle_minutes: Rate = Field(60.0, description="Rows are shuffled inside windows of this length, never across.")
-    workers: int = Field(
-        1, description="Loader processes per rank; 0 reads in the training process.", ge=0, json_schema_extra=MAY_CHANGE
-    )
-    prefetch: Positive = Field(
-        4, description="Batches that each loader process prepares ahead.", json_schema_extra=MAY_CHANGE
-    )
+    workers: int = Field(1, description="Loader processes per rank; 0 reads in the training process.", ge=0)
+    prefetch: Positive = Field(4, description="Batches that each loader process prepares ahead.")
     on_corrupt: Literal["error", "skip"] = Field(
         "error",
         description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`).",
-        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -71,9 +62,7 @@ class TableOptimizerConfig(Section):
     learning_rate: Rate = Field(0.02, description="Peak learning rate of the tables.")
     eps: Rate = Field(1e-8, description="Added to the root of Adagrad's accumulator.")
     deduplicate: bool = Field(
-        True,
-        description="Look each id up and send it to its rank once in a step, however often a batch has it.",
-        json_schema_extra=MAY_CHANGE,
+        True, description="Look each id up and send it to its rank once in a step, however often a batch has it."
     )
 
 
@@ -120,13 +109,9 @@ class TrainConfig(DistributedTrainConfig):
 
     batch_size: Positive = Field(2048, description="Rows of all ranks together in one optimizer step.")
     epochs: Positive = Field(1, description="Passes over the training range.")
-    overlap: bool = Field(
-        True, description="Exchange the next batch's ids while the dense network works.", json_schema_extra=MAY_CHANGE
-    )
+    overlap: bool = Field(True, description="Exchange the next batch's ids while the dense network works.")
     baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
-        (),
-        description="Networks to train after `model.kind` on the same data, for the same table of metrics.",
-        json_schema_extra=MAY_CHANGE,
+        (), description="Networks to train after `model.kind` on the same data, for the same table of metrics."
     )
     weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
 
@@ -169,9 +154,9 @@ class JobConfig(Section):
     alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, json_schema_extra=MAY_CHANGE)
-    resume: ResumeConfig = Field(default_factory=ResumeConfig, json_schema_extra=MAY_CHANGE)
-    score: ScoreConfig = Field(default_factory=ScoreConfig, json_schema_extra=MAY_CHANGE)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
 
     @model_validator(mode="after")
     def _fits_a_stream(self) -> JobConfig:
@@ -203,7 +188,3 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
     """Validate a nested mapping; ``origin`` is named in errors."""
     return validate(JobConfig, raw, origin)
-
-
-if __name__ == "__main__":
-    print(reference(JobConfig))

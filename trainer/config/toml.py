@@ -10,6 +10,7 @@ from typing import Any, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from trainer.console.errors import UserError
 
@@ -42,32 +43,16 @@ def validate(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error, raw, model)}") from None
+        raise UserError(f"{origin}: {_explain(error.errors()[0], raw, model)}") from None
 
 
-def validate_stored(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
-    """Validate a job that an earlier version may have written, with keys that were renamed since.
-
-    Raises:
-        UserError: as :func:`validate`.
-    """
-    return validate(model, _with_new_names(model, raw), origin)
-
-
-def _with_new_names(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
-    new_names = {former_name(info): name for name, info in model.model_fields.items() if former_name(info)}
-    named = {new_names.get(key, key): value for key, value in raw.items()}
-    for name, info in model.model_fields.items():
-        if is_section(section := section_of(info.annotation)) and isinstance(named.get(name), dict):
-            named[name] = _with_new_names(section, named[name])
-    return named
-
-
-def former_name(info: FieldInfo) -> str | None:
-    """Return the earlier name of a key that was renamed, given by ``json_schema_extra={"formerly": ...}``."""
-    extra = info.json_schema_extra
-    name = extra.get("formerly") if isinstance(extra, dict) else None
-    return name if isinstance(name, str) else None
+def list_mistakes(model: type[BaseModel], raw: dict[str, Any]) -> list[str]:
+    """Return every mistake of ``raw`` as one line; :func:`validate` raises the first of them."""
+    try:
+        model.model_validate(raw)
+    except ValidationError as error:
+        return [_explain(details, raw, model) for details in error.errors()]
+    return []
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -100,25 +85,21 @@ def _section_and_keys(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return (inner[0] if inner else None), free
 
 
-def _explain(error: ValidationError, raw: dict[str, Any], model: type[BaseModel]) -> str:
-    """The first mistake in one line; an unknown key is told with the nearest known one."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        for name, info in fields(model):
-            if (former := former_name(info)) and key == ".".join([*name.split(".")[:-1], former]):
-                return f"{key} is called {name} now"
+def _explain(mistake: ErrorDetails, raw: dict[str, Any], model: type[BaseModel]) -> str:
+    """Return a mistake as one line; for an unknown key it names the nearest known one."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
         known = [name for name, _ in fields(model)] + list(model.model_fields)
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         return f"unknown key {key}; did you mean {nearest}?"
-    if first["type"] == "missing":
+    if mistake["type"] == "missing":
         return f"{key} is missing"
-    said = first["msg"].removeprefix("Value error, ")
+    said = mistake["msg"].removeprefix("Value error, ")
     said = f"{said[0].lower()}{said[1:]}"
     value: Any = raw
-    for part in first["loc"]:
+    for part in mistake["loc"]:
         value = _item(value, part)
-    if isinstance(value, dict) and first["type"] == "value_error":
+    if isinstance(value, dict) and mistake["type"] == "value_error":
         return f"[{key}]: {said}" if key else said
     return f"{key} = {value!r}: {said}"
 

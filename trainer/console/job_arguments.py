@@ -1,87 +1,117 @@
-"""Command lines of the jobs, defined once for ``limelight <verb>`` and ``torchrun -m trainer.<job>``.
+"""Arguments of the jobs, defined once for ``limelight VERB`` and for ``torchrun -m trainer.JOB``.
 
 Light to import: the ``limelight`` command reads it before it knows which job is meant.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import click
+
+from trainer.console.exit_status import USER_ERROR_STATUS
+
+Parameters = tuple[click.Parameter, ...]
+
+OVERRIDES = click.Argument(
+    ["overrides"],
+    nargs=-1,
+    metavar="[section.key=value]...",
+    help="Keys that replace those of the file, such as train.epochs=2.",
+)
+
+TRAIN_ARGUMENTS: Parameters = (
+    click.Argument(["config"], metavar="CONFIG", type=click.Path(), help="Job file, such as configs/simulated.toml."),
+    OVERRIDES,
+)
+"""``CONFIG [section.key=value ...]``."""
+
+RANGE_OPTIONS: Parameters = (
+    click.Option(
+        ["--from", "time_from"], metavar="T", help="First request, such as 2022-05-06 (default: the run's own range)."
+    ),
+    click.Option(["--until", "time_until"], metavar="T", help="End of the range; requests at this time are left out."),
+)
+"""``[--from T] [--until T]``."""
+
+EVALUATE_ARGUMENTS: Parameters = (
+    click.Argument(["directory"], metavar="RUN", type=click.Path(), help="Directory of a finished run."),
+    click.Option(
+        ["--data"], metavar="PATH", type=click.Path(), help="Dataset to evaluate on (default: the run's own)."
+    ),
+    *RANGE_OPTIONS,
+    click.Option(
+        ["--predictions"],
+        metavar="OUT.parquet",
+        type=click.Path(),
+        help="Also write the probabilities and labels of each row to this file.",
+    ),
+    click.Option(["--json"], is_flag=True, help="Print the metrics as JSON instead of a table."),
+)
+"""``RUN [--data PATH] [--from T] [--until T] [--predictions OUT.parquet] [--json]``."""
+
+SCORE_ARGUMENTS: Parameters = (
+    click.Argument(["directory"], metavar="RUN", type=click.Path(), help="Directory of a run or of an exported model."),
+    click.Argument(["candidates"], metavar="CANDIDATES.parquet", type=click.Path(), help="Candidates to score."),
+    click.Argument(["out"], metavar="OUT.parquet", type=click.Path(), help="File to write, one row per candidate."),
+)
+"""``RUN CANDIDATES.parquet OUT.parquet``."""
+
+EXPLAIN_ARGUMENTS: Parameters = (
+    click.Argument(
+        ["directory"], metavar="RUN", type=click.Path(), help="Directory of a run; its newest checkpoint is read."
+    ),
+    click.Option(["--user"], type=int, required=True, metavar="U", help="Id of the user."),
+    click.Option(["--candidate"], type=int, required=True, metavar="C", help="Item id of the candidate."),
+    click.Option(
+        ["--at"], metavar="T", help="Time of the request, such as 2024-03-12T20:00 (default: the dataset's last)."
+    ),
+    click.Option(
+        ["--top"], type=int, default=10, show_default=True, metavar="N", help="Entries of each history to print."
+    ),
+    click.Option(
+        ["--out"], metavar="PICTURE.png", type=click.Path(), help="Picture to write (default: RUN/explain-U-C.png)."
+    ),
+)
+"""``RUN --user U --candidate C [--at T] [--top N] [--out PICTURE.png]``."""
 
 
-def rank_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """Parser of ``python -m module``, as a launcher starts it on every rank."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, allow_abbrev=False)
-    # deepspeed's launcher gives this, beside LOCAL_RANK in the environment.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    return parser
+def parse_rank_arguments(
+    module: str, description: str, parameters: Parameters, arguments: Sequence[str] | None
+) -> SimpleNamespace:
+    """Parse the arguments of ``python -m module``, which a launcher starts on every rank.
+
+    Args:
+        module: name after ``-m``, for the usage line.
+        description: for ``--help``.
+        parameters: of the job.
+        arguments: as typed; None for those of this process.
+
+    Returns:
+        An attribute for each parameter. The process ends after ``--help``, and with status 2 after a mistake.
+    """
+    # DeepSpeed's launcher passes --local_rank in addition to LOCAL_RANK in the environment.
+    local_rank = click.Option(["--local_rank"], hidden=True)
+    command = click.Command(module, params=[*parameters, local_rank], help=description)
+    try:
+        context = command.make_context(f"python -m {module}", list(sys.argv[1:] if arguments is None else arguments))
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.UsageError as error:
+        print(f"limelight: error: {usage_message(error)}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_STATUS)
+    return SimpleNamespace(**context.params)
 
 
-def add_command(
-    commands: argparse._SubParsersAction, name: str, summary: str, description: str, example: str
-) -> argparse.ArgumentParser:
-    """Add a command to a verb; its help ends with an example."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """``CONFIG [section.key=value ...]``."""
-    parser.add_argument("config", metavar="CONFIG", help="job file, such as configs/simulated.toml")
-    parser.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="keys to set otherwise, such as train.epochs=2"
-    )
-
-
-def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
-    """``RUN OUT``."""
-    parser.add_argument("directory", metavar="RUN", help="directory of a finished fine-tuning run")
-    parser.add_argument("out", metavar="OUT", help="directory to make")
-
-
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """``RUN --data PATH --from T --until T [--json]``."""
-    parser.add_argument("directory", metavar="RUN", help="directory of a finished run")
-    parser.add_argument("--data", metavar="PATH", help="dataset to evaluate on (default: the run's own)")
-    _add_range(parser)
-    parser.add_argument(
-        "--predictions", metavar="OUT.parquet", help="write each row's probabilities and labels as well"
-    )
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of a table")
-
-
-def _add_range(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="time_from", metavar="T", help="first request, such as 2022-05-06")
-    parser.add_argument("--until", dest="time_until", metavar="T", help="end of the range, itself not part of it")
-
-
-def add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    """``RUN CANDIDATES.parquet OUT.parquet``."""
-    parser.add_argument("directory", metavar="RUN", help="directory of a finished run, or of an exported model")
-    parser.add_argument("candidates", metavar="CANDIDATES.parquet", help="requests and candidates to score")
-    parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a candidate in the same order")
-
-
-def add_staytime_score_arguments(parser: argparse.ArgumentParser) -> None:
-    """``RUN OUT.parquet [--data PATH] [--from T] [--until T]``."""
-    parser.add_argument("directory", metavar="RUN", help="directory of a finished run of limelight staytime")
-    parser.add_argument("out", metavar="OUT.parquet", help="file to write, one line a visit")
-    parser.add_argument("--data", default="", metavar="PATH", help="dataset, if the run's own was moved")
-    _add_range(parser)
-
-
-def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
-    """``RUN --user U --candidate C [--at TIME] [--top N] [--out PICTURE.png]``."""
-    parser.add_argument("directory", metavar="RUN", help="directory of a run; its newest checkpoint is taken")
-    parser.add_argument("--user", type=int, required=True, metavar="U", help="id of the user")
-    parser.add_argument("--candidate", type=int, required=True, metavar="C", help="item id of the candidate")
-    parser.add_argument(
-        "--at", metavar="T", help="time of the request, such as 2024-03-12T20:00 (default: the dataset's last)"
-    )
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="entries of a history to tell (default: 10)")
-    parser.add_argument("--out", metavar="PICTURE.png", help="picture to write (default: RUN/explain-U-C.png)")
+def usage_message(error: click.UsageError) -> str:
+    """Return a mistake in the arguments as one line that names the nearest option and the help to read."""
+    if isinstance(error, click.NoSuchOption):
+        nearest = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+        message = f"no option {error.option_name!r}{nearest}"
+    else:
+        text = " ".join(error.format_message().split())
+        message = text[:1].lower() + text[1:].rstrip(".")
+    path = error.ctx.command_path if error.ctx else "limelight"
+    return f"{message} ({path} --help shows what is accepted)"

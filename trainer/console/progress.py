@@ -81,16 +81,17 @@ class Phases:
     Args:
         units: phase -> what is counted.
         other: what the other phases count.
+        quiet: show nothing.
     """
 
-    def __init__(self, units: Mapping[str, str], other: str = "parts") -> None:
-        self._units, self._other = units, other
+    def __init__(self, units: Mapping[str, str], other: str = "parts", *, quiet: bool = False) -> None:
+        self._units, self._other, self._quiet = units, other, quiet
         self._phase: Progress | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if self._phase is None or self._phase.label != what:
             self.__exit__(None, None, None)
-            self._phase = Progress(what, total, self._units.get(what, self._other))
+            self._phase = Progress(what, total, self._units.get(what, self._other), quiet=self._quiet)
         self._phase.advance(done - self._phase.done)
 
     def __enter__(self) -> Phases:

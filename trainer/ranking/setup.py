@@ -188,7 +188,7 @@ def _reading(config: JobConfig, world: World) -> dict[str, Any]:
     return {
         "rank": world.rank,
         "world": world.size,
-        "batch_size": rows_per_rank(config, world),
+        "batch_size": rows_per_rank(config, world.size),
         "seed": config.run.seed,
         "workers": config.data.workers,
         "prefetch": config.data.prefetch,
@@ -203,27 +203,27 @@ def freeze_at_end_of_training(config: JobConfig, data: Dataset, split: Split) ->
     return freeze_statistics(data, split.train_until)
 
 
-def rows_per_rank(config: JobConfig, world: World) -> int:
+def rows_per_rank(config: JobConfig, ranks: int) -> int:
     """Rows of one rank in an optimizer step.
 
     Raises:
         UserError: the batch cannot be divided by the ranks.
     """
-    rows, rest = divmod(config.train.batch_size, world.size)
+    rows, rest = divmod(config.train.batch_size, ranks)
     if rest:
-        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {world.size} ranks")
+        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {ranks} ranks")
     return rows
 
 
-def check_settings(config: JobConfig, spec: DatasetSpec, world: World) -> None:
+def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> None:
     """Find what would only be noticed after the features are fitted, before anything is written.
 
     Raises:
         UserError: a batch that the ranks cannot share, more ranks than partitions, a behaviour that is not predicted,
             a feature or history that is not there, or no DeepSpeed settings.
     """
-    rows_per_rank(config, world)
-    partitions_of_rank(spec.partitions, world.rank, world.size)
+    rows_per_rank(config, ranks)
+    partitions_of_rank(spec.partitions, 0, ranks)
     check_names(spec, config.features, config.data.behaviours)
     predicted = config.data.behaviours or spec.behaviours
     for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):
@@ -270,7 +270,7 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         ),
         deepspeed=load_deepspeed(config.train.deepspeed),
         behaviour_weights=torch.tensor([config.train.weights.get(name, 1.0) for name in features.behaviours]),
-        batch_size=rows_per_rank(config, world),
+        batch_size=rows_per_rank(config, world.size),
         device=world.device,
         seed=config.run.seed,
         overlap=config.train.overlap,

@@ -51,7 +51,10 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
     if target.exists():
         raise UserError(f"{target}: is there already; choose another directory or remove it")
     if checkpoint.manifest.kind == ADAPTER:
-        raise UserError(f"{checkpoint.directory}: of an adapter; `limelight finetune merge` writes its model")
+        raise UserError(
+            f"{checkpoint.directory}: a checkpoint of an adapter; `limelight export RUN OUT` writes the model of a "
+            "finished fine-tuning run"
+        )
     problems = check_files(checkpoint.directory, checkpoint.manifest)
     if problems:
         raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")

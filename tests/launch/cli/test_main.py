@@ -1,161 +1,141 @@
-"""The ``limelight`` command: light to start, one line for a mistake, statuses that shells know."""
+"""The ``limelight`` command: light to start, one line for a mistake, the nearest name, statuses that shells know."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
+import click
 import pytest
 
-from launch import local
-from launch.cli.main import main
+from launch.cli import main as main_module
+from launch.cli.command import Command
+from launch.cli.main import RENAMED, main
+from tests.launch.cli.parsing import every_command, parse
 from tests.paths import ROOT
-from trainer.console.errors import UserError
+from trainer.console.exit_status import BROKEN_PIPE_STATUS
 
-HEAVY = ("torch", "torchrec", "deepspeed", "fbgemm_gpu", "numpy", "pyarrow", "pydantic", "matplotlib", "webdataset")
+HEAVY = ("torch", "torchrec", "deepspeed", "numpy", "pyarrow", "pydantic", "matplotlib", "transformers", "tqdm")
 
-JOB = """
-[data]
-path = "nowhere"
-"""
+COMMANDS = dict(every_command())
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], int]]:
-    """What would have been started, instead of starting it."""
-    calls: list[tuple[str, list[str], int]] = []
-
-    def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
-        calls.append((module, list(arguments), ranks))
-        return 0
-
-    monkeypatch.setattr(local, "start_ranks", start_ranks)
-    return calls
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> str:
-    file = tmp_path / "job.toml"
-    file.write_text(JOB)
-    return str(file)
-
-
-def limelight(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli.main", *arguments],
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program],
         cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+        capture_output=True,
         text=True,
+        timeout=60,
+        check=False,
     )
 
 
-def test_help_and_mistakes_load_nothing_heavy() -> None:
-    call = (
-        f"import sys; from launch.cli.main import build_parser; build_parser(); print({HEAVY!r} & sys.modules.keys())"
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["trian"], ["stream", "assemble", "--help"], ["train"]], ids=" ".join
+)
+def test_help_and_mistakes_load_nothing_heavy(arguments: list[str]) -> None:
+    done = run_python(
+        f"import sys; from launch.cli.main import main; main({arguments!r}); "
+        f"print('loaded', sorted(set({HEAVY!r}) & sys.modules.keys()))"
     )
-    call = call.replace(repr(HEAVY), f"set({HEAVY!r})")
-    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout.splitlines()[-1] == "loaded []", done
 
 
-def test_help_names_every_verb() -> None:
-    process = limelight("--help")
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0 and not stderr
-    assert all(verb in stdout for verb in ("data", "train", "evaluate", "score", "doctor"))
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_ends_with_an_example_that_parses(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = COMMANDS[words]
+    assert main([*words.split(), "--help"]) == 0
+    example = capsys.readouterr().out.partition("Example:\n")[2]
+    assert example.strip() == command.example
+    if isinstance(command, Command) and words != "completion":
+        assert command.example.startswith(f"limelight {words} ".rstrip())
+        assert parse(command.example).command is command
+    assert command.get_short_help_str(60) and not command.get_short_help_str(60).endswith("..."), words
+    for parameter in command.params:
+        assert parameter.help, (words, parameter.name)  # type: ignore[attr-defined]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = {line.split()[0] for line in capsys.readouterr().out.split("Commands:\n")[1].splitlines() if line.strip()}
+    assert shown >= {words for words in COMMANDS if words and " " not in words}
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "the following arguments are required: VERB"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["train"], "the following arguments are required: CONFIG"),
+        ([], "missing command (limelight --help"),
+        (["data"], "missing command (limelight data --help"),
+        (["train"], "missing argument 'CONFIG' (limelight train --help"),
+        (["trian"], "no command 'trian'; did you mean train? (limelight --help"),
+        (["expornt", "a", "b"], "did you mean export?"),
+        (["checkpoints"], "did you mean checkpoint?"),
+        (["checkpoint", "verfy"], "no command 'verfy'; did you mean verify? (limelight checkpoint --help"),
+        (["data", "import", "kuairnd"], "did you mean kuairand? (limelight data import --help"),
+        (["simulate", "out"], "no command 'simulate'; did you mean data simulate?"),
+        (["verify", "run"], "did you mean checkpoint verify?"),
+        (["kuairand", "a", "b"], "did you mean data import kuairand?"),
+        (["xyzzy"], "no command 'xyzzy' (limelight --help"),
+        (["train", "x.toml", "--rank", "2"], "no option '--rank'; did you mean --ranks? (limelight train --help"),
+        (["data", "describe", "d", "--jsn"], "did you mean --json?"),
+        (["evaluate", "run", "--form", "2024"], "did you mean --from?"),
         (["train", "x.toml", "--ranks", "0"], "'0' is not a number of processes, 1 or more"),
         (["train", "x.toml", "--ranks", "two"], "'two' is not a number of processes"),
-        (["train", "x.toml", "--rank", "2"], "unrecognized arguments: --rank"),
-        (["score", "run"], "the following arguments are required: CANDIDATES.parquet, OUT.parquet"),
-        (["doctor", "--ranks", "2"], "unrecognized arguments: --ranks=2"),
+        (["staytime", "x.toml", "--ranks", "2"], "no option '--ranks'"),
+        (["doctor", "--ranks", "2"], "no option '--ranks'"),
+        (["doctor", "now"], "unexpected extra argument (now)"),
+        (["evaluate"], "missing argument 'RUN'"),
+        (["explain", "run", "--user", "x", "--candidate", "1"], "'x' is not a valid integer"),
+        (["stream", "assemble", "d", "o"], "missing option '--policy'. Choose from: full, fast_slow"),
+        (["data", "simulate", "o", "--world", "cros"], "'cros' is not one of 'everyday', 'cross'"),
+        (["stream", "consistency", "d", "--idle-seconds", "nan"], "'nan' is not a number of seconds"),
+        (["data", "instructions", "d", "o", "--evaluate-from", "x", "--most", "a"], "'a': write TASK=N"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_mistake_is_told_in_one_line(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], started: list[object]
+def test_a_mistake_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("limelight: error: ") and told in line and line.endswith("--help shows what is accepted)")
+    assert not printed.out
+
+
+@pytest.mark.parametrize("words", RENAMED, ids=" ".join)
+def test_an_earlier_spelling_is_answered_with_the_present_one(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main.main(arguments)
-    assert stop.value.code == 2 and not started
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("limelight: error: ") and told in line and "--help shows what is accepted" in line
+    assert main([*words, "a", "b"]) == 2
+    assert capsys.readouterr().err == f"limelight: error: `limelight {' '.join(words)}` is now `{RENAMED[words]}`\n"
+    command = parse(RENAMED[words] + (" --evaluate-from T" if "instructions" in words else "")).command
+    assert isinstance(command, Command)
 
 
-@pytest.mark.parametrize("place", [1, 2, 3])
-def test_ranks_may_stand_anywhere(place: int, job: str, started: list[tuple[str, list[str], int]]) -> None:
-    arguments = [job, "train.epochs=2", "data.workers=0"]
-    assert main.main(["train", *arguments[:place], "--ranks", "3", *arguments[place:]]) == 0
-    assert started == [("trainer.rank", arguments, 3)]
-
-
-def test_one_rank_unless_asked(job: str, started: list[tuple[str, list[str], int]]) -> None:
-    assert main.main(["train", job]) == 0
-    assert started == [("trainer.rank", [job], 1)]
-
-
-def test_a_mistake_in_the_job_starts_nothing(
-    job: str, started: list[object], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", [["--disorder-seconds", "3"], ["--disorder-seconds=3"]], ids=" ".join)
+def test_an_earlier_option_is_answered_with_the_present_one(
+    option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["train", job, "train.epoch=2"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("limelight: error: ") and "unknown key train.epoch" in line and "train.epochs" in line
-    assert not started
-
-
-def test_evaluate_and_score_hand_their_arguments_on(started: list[tuple[str, list[str], int]]) -> None:
-    asked = ["runs/a", "--data", "d", "--from", "2022-05-04", "--until", "2022-05-06", "--json"]
-    assert main.main(["evaluate", *asked, "--ranks=2"]) == 0
-    assert main.main(["score", "runs/a", "in.parquet", "out.parquet"]) == 0
-    assert started == [("trainer.evaluate", asked, 2), ("trainer.score", ["runs/a", "in.parquet", "out.parquet"], 1)]
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "told"),
-    [
-        (UserError("disk: full"), 2, "limelight: error: disk: full\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_errors_end_as_statuses(
-    error: BaseException,
-    status: int,
-    told: str,
-    job: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
-        raise error
-
-    monkeypatch.setattr(local, "start_ranks", start_ranks)
-    assert main.main(["train", job]) == status
+    assert main(["stream", "assemble", "d", "o", "--policy", "full", *option]) == 2
+    told = "limelight: error: --disorder-seconds is now --max-out-of-orderness-seconds\n"
     assert capsys.readouterr().err == told
-
-
-def test_a_status_is_passed_through(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "start_ranks", lambda module, arguments, ranks: 137)
-    assert main.main(["train", job]) == 137
+    parse("limelight stream assemble d o --policy full --max-out-of-orderness-seconds 3")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("size", [1, 100_000])
-def test_a_reader_that_left_is_no_matter(size: int, unbuffered: str) -> None:
-    call = f"import sys; from launch import cli; cli._doctor = lambda options: print('x' * {size})"
+def test_a_reader_that_left_is_no_error(size: int, unbuffered: str) -> None:
+    program = (
+        "import sys; from launch.cli.main import main; from launch.doctor import report\n"
+        f"report.examine = lambda as_json: print('x' * {size})\n"
+        "sys.exit(main(['doctor']))"
+    )
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-c", f"{call}; sys.exit(cli.main(['doctor']))"],
+        [sys.executable, "-c", program],
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdout=writer,
@@ -165,13 +145,13 @@ def test_a_reader_that_left_is_no_matter(size: int, unbuffered: str) -> None:
         check=False,
     )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (main.BROKEN_PIPE_STATUS, "")
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE_STATUS, "")
 
 
-def test_a_broken_pipe_elsewhere_is_an_error(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
+def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(context: click.Context) -> None:
         raise BrokenPipeError("to a worker")
 
-    monkeypatch.setattr(local, "start_ranks", start_ranks)
+    monkeypatch.setattr(main_module.limelight, "invoke", fail)
     with pytest.raises(BrokenPipeError, match="to a worker"):
-        main.main(["train", job])
+        main(["doctor"])

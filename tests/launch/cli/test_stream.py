@@ -11,14 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launch.cli.main import build_parser, main
+from launch.cli import stream as stream_module
+from launch.cli.main import main
 from tests.stream.random_logs import BEHAVIOURS, SPEC
 from tests.stream.reference import Event, assemble
 from tests.stream.stored_logs import Edit, with_column, write_log
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
-from trainer.stream.labels.policy import POLICIES, EventTimeouts, FastSlow
+from trainer.stream.labels.policy import POLICIES, EventTimeouts, FastSlow, Realtime
 
 MINUTE = 60_000
 
@@ -34,14 +35,11 @@ def stream(*arguments: object) -> int:
     return main(["stream", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("command", ["assemble", "consistency"])
-def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        stream(command, "--help")
-    assert end.value.code == 0
-    example = capsys.readouterr().out.split("example:\n")[1].strip()
-    assert example.startswith(f"limelight stream {command} ")
-    assert callable(build_parser().parse_args(example.split()[1:]).run)
+def test_help_names_the_policies_and_defaults_of_the_assembler() -> None:
+    policies = (FastSlow(), Realtime(), EventTimeouts())
+    defaults = {name.removesuffix("_ms"): ms / 1000 for part in policies for name, ms in vars(part).items()}
+    assert defaults == {name.replace("-", "_"): s for name, s in stream_module.DEFAULT_SECONDS.items()}
+    assert tuple(POLICIES) == stream_module.POLICIES
 
 
 def test_full_rows_are_the_training_rows_of_the_dataset(world: Path, tmp_path: Path) -> None:
@@ -197,7 +195,7 @@ def test_malformed_events(
     ("arguments", "message"),
     [
         (["{}/none", "--policy", "full", "{}/out.parquet"], "no dataset here"),
-        (["{}/log", "--policy", "fully", "{}/out.parquet"], "no report policy 'fully'; known are full, fast_slow"),
+        (["{}/log", "--policy", "fully", "{}/out.parquet"], "'fully' is not one of 'full', 'fast_slow', 'realtime'"),
         (
             ["{}/log", "--policy", "full", "{}/out.parquet", "--tick-seconds", "3"],
             "policy full has no setting 'tick_ms'",

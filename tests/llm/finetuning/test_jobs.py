@@ -19,13 +19,13 @@ from launch.machine import free_port
 from tests.distributed.launches import DEEPSPEED, LIMELIGHT, ROOT, TORCHRUN, end, start
 from tests.llm.tiny import samples, write_samples
 from trainer.checkpoint.manifest import list_checkpoints
-from trainer.checkpoint.run_directory import begin_run, choose_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.errors import UserError
 from trainer.console.exit_status import PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.llm.finetuning.prepare import all_samples, deepspeed_settings, draw, prepare_base
 from trainer.llm.finetuning.samples import ReadCounts, Sample
 from trainer.llm.models.base_model import BaseModelFiles
+from trainer.llm.run import begin_run, choose_directory
 from trainer.runtime.distributed import World
 
 JOB = f"{ROOT}/configs/finetune_small.toml"
@@ -182,7 +182,7 @@ def test_mistakes_are_told_before_a_rank_is_started(tmp_path: Path, capsys: pyte
     for arguments, expected in [
         (["finetune", "nowhere.toml"], "no such job file"),
         (["finetune", JOB, "lora.rnk=3"], "did you mean lora.rank"),
-        (["finetune", "merge", str(tmp_path), str(tmp_path / "out")], "no run here"),
+        (["export", str(tmp_path), str(tmp_path / "out")], "no checkpoint and no run with checkpoints here"),
     ]:
         assert main(arguments) == USER_ERROR_STATUS
         told = capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_a_job_that_does_not_fit_is_told(tmp_path: Path) -> None:
         accumulated = tmp_path / "two.json"
         accumulated.write_text('{"gradient_accumulation_steps": 2}')
         with pytest.raises(UserError, match="gradient_accumulation_steps = 2 does not divide the 7 rows"):
-            deepspeed_settings(small_job(tmp_path, "train.batch_size=7", f"train.deepspeed={accumulated}"), world)
+            deepspeed_settings(small_job(tmp_path, "train.batch_size=7", f"train.deepspeed={accumulated}"), 1)
         base = prepare_base(small_job(tmp_path), tmp_path, world)
         assert base.config.max_position_embeddings == 64
         with pytest.raises(UserError, match=r"data.length = 128: the model takes 64 tokens at most"):

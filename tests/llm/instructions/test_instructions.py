@@ -315,7 +315,7 @@ def test_long_texts_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["instructions", str(world), str(tmp_path / "out"), "--evaluate-from", "2024-03-06"]
+    command = ["data", "instructions", str(world), str(tmp_path / "out"), "--evaluate-from", "2024-03-06"]
     sizes = ["--samples", "5", "--most", "staytime=3", "--evaluate-samples", "4"]
     assert main([*command, *sizes, "--templates", str(TEMPLATES)]) == 0
     assert f"{tmp_path}/out/train.jsonl: 3 staytime, 5 top_comment, 5 user_comment" in capsys.readouterr().out

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from trainer.checkpoint.manifest import DatasetEntry, file_entry
-from trainer.checkpoint.run_directory import base_path
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
@@ -25,6 +24,7 @@ from trainer.llm.finetuning.token_files import Tokens, write_tokens
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.small_model import write_small_model
+from trainer.llm.run import base_path
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 
@@ -34,17 +34,17 @@ _WORDS_FROM = 100_000
 """Samples that the small model's tokenizer is trained on."""
 
 
-def deepspeed_settings(config: FinetuneConfig, world: World) -> dict[str, Any]:
+def deepspeed_settings(config: FinetuneConfig, ranks: int) -> dict[str, Any]:
     """DeepSpeed's settings, checked, with the batch sizes filled in.
 
     Raises:
         UserError: the batch cannot be divided by ranks and micro-batches, or a setting that is not supported.
     """
-    rows, rest = divmod(config.train.batch_size, world.size)
+    rows, rest = divmod(config.train.batch_size, ranks)
     if rest:
-        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {world.size} ranks")
+        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {ranks} ranks")
     given = load_deepspeed(config.train.deepspeed)
-    return complete_settings({"zero_optimization": {"stage": 2}, **given}, rows, world.size, LANGUAGE_MODEL)
+    return complete_settings({"zero_optimization": {"stage": 2}, **given}, rows, ranks, LANGUAGE_MODEL)
 
 
 def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseModelFiles:
@@ -58,11 +58,20 @@ def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseM
         BaseModelFiles.open(config.model.path, config.model.tokenizer)
     world.barrier()
     base = BaseModelFiles.open(base_path(config, directory), config.model.tokenizer)
+    check_length(config, base)
+    return base
+
+
+def check_length(config: FinetuneConfig, base: BaseModelFiles) -> None:
+    """Check that the model takes sequences of the job's length.
+
+    Raises:
+        UserError: it takes fewer tokens.
+    """
     if config.data.length > base.config.max_position_embeddings:
         raise UserError(
             f"data.length = {config.data.length}: the model takes {base.config.max_position_embeddings} tokens at most"
         )
-    return base
 
 
 def prepare_tokens(
@@ -92,7 +101,7 @@ def prepare_tokens(
 def sources(config: FinetuneConfig) -> dict[str, Any]:
     """What is known of where the samples come from: size and checksum of each file, and the manifest beside it.
 
-    The manifest of ``limelight instructions`` has the templates and the edges of the staytime ranges.
+    The manifest of ``limelight data instructions`` has the templates and the edges of the staytime ranges.
     """
     known = {}
     for path in map(Path, (*config.data.train, *config.data.general, *config.data.evaluate)):

@@ -99,7 +99,7 @@ def find_directory(path: str, key: str) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise UserError(f"{key} = {path!r}: no such directory, and not a hub id such as Qwen/Qwen2-7B")
     from huggingface_hub import snapshot_download
 
@@ -110,6 +110,11 @@ def find_directory(path: str, key: str) -> Path:
         raise UserError(
             f"{key} = {path!r}: no such directory, and not to be had from the hub ({one_line(error)})"
         ) from None
+
+
+def is_hub_id(path: str) -> bool:
+    """True if a path has the form of a hub id, ``owner/name``, and no directory has that name."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).is_dir()
 
 
 def fingerprint_of(directory: Path) -> str:

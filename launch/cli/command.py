@@ -1,0 +1,56 @@
+"""Base classes of all commands: help that ends with an example, and options that several commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any
+
+import click
+
+
+class Command(click.Command):
+    """A command with an example at the end of its help.
+
+    Args:
+        example: a command line that works.
+    """
+
+    def __init__(self, *arguments: Any, example: str, **options: Any) -> None:
+        super().__init__(*arguments, **{"epilog": _epilog(example), **options})
+        self.example = example
+
+
+class Group(click.Group):
+    """A group of commands, listed in the order in which they were added, with an example at the end of its help."""
+
+    command_class = Command
+    group_class = type
+
+    def __init__(self, *arguments: Any, example: str, **options: Any) -> None:
+        # Without a command the answer is one line, as after every mistake.
+        super().__init__(*arguments, **{"epilog": _epilog(example), "no_args_is_help": False, **options})
+        self.example = example
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
+
+
+def _epilog(example: str) -> str:
+    # \b keeps click from wrapping the lines that follow.
+    return f"\b\nExample:\n  {example}"
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def messages_on_stderr(wanted: bool) -> AbstractContextManager[Any]:
+    """Return a context in which the messages of the work go to stderr, so that stdout holds a JSON document alone."""
+    return redirect_stdout(sys.stderr) if wanted else nullcontext()
+
+
+def print_json(document: Any) -> None:
+    """Print a document as indented JSON."""
+    print(json.dumps(document, indent=1))

@@ -1,0 +1,183 @@
+"""``limelight evaluate``, ``score``, ``explain`` and ``export``: the use of trained models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from launch.cli.command import Command, json_option, messages_on_stderr, print_json
+from launch.cli.jobs import forwarded, ranks_option
+from trainer.console.errors import UserError
+from trainer.console.job_arguments import EVALUATE_ARGUMENTS, EXPLAIN_ARGUMENTS
+
+
+@click.command(
+    cls=Command,
+    params=list(EVALUATE_ARGUMENTS),
+    short_help="Print metrics of a ranker on a range of time.",
+    help="Predict a range of time with the model of a ranker's run, and print AUC, GAUC and more for each behaviour.",
+    example="limelight evaluate runs/kuairand --from 2022-05-05 --until 2022-05-06 --json",
+)
+@ranks_option
+@click.pass_context
+def evaluate(context: click.Context, ranks: int, **arguments: object) -> int:
+    """Start the ranks of ``trainer.evaluate``."""
+    from launch.local import start_ranks
+
+    return start_ranks("trainer.evaluate", forwarded(context), ranks)
+
+
+@click.command(
+    cls=Command,
+    short_help="Score candidates or visits with a trained model.",
+    help="""Score with a trained model. MODEL decides what is predicted.
+
+\b
+limelight score MODEL CANDIDATES.parquet OUT.parquet
+  MODEL is a ranker's run or an exported model: the probability of each
+  behaviour of each candidate, and its ranking score (Moment&Cross
+  equation 4). CANDIDATES has user_id, item_id, author_id and request_ms.
+
+\b
+limelight score RUN OUT.parquet [--data PATH] [--from T] [--until T]
+  RUN is a run of limelight staytime: the predicted seconds of the visits
+  of a range of time after training, and their metrics. Without a range it
+  is the run's held-out one. The dataset may have grown since.""",
+    example="limelight score runs/kuairand candidates.parquet scores.parquet",
+)
+@click.argument("model", metavar="MODEL", type=click.Path(), help="Directory of a run or of an exported model.")
+@click.argument(
+    "files",
+    metavar="[CANDIDATES.parquet] OUT.parquet",
+    nargs=-1,
+    required=True,
+    type=click.Path(),
+    help="Candidates to score (of a ranker only), and the file to write.",
+)
+@click.option("--data", metavar="PATH", type=click.Path(), help="Staytime: dataset, if the run's own was moved.")
+@click.option("--from", "time_from", metavar="T", help="Staytime: first request, such as 2024-03-10.")
+@click.option("--until", "time_until", metavar="T", help="Staytime: end of the range; this time is left out.")
+@click.option("--json", "as_json", is_flag=True, help="Staytime: print the metrics as JSON instead of a table.")
+def score(
+    model: str,
+    files: tuple[str, ...],
+    data: str | None,
+    time_from: str | None,
+    time_until: str | None,
+    as_json: bool,
+) -> int:
+    """Score in the way that fits the directory."""
+    kind = _kind_of(model)
+    if kind is None:
+        raise UserError(f"{model}: no run here (config.json is missing), and no exported model")
+    if kind == "finetune":
+        raise UserError(f"{model}: a fine-tuning run scores nothing; its metrics are in {Path(model) / 'metrics.json'}")
+    if kind == "staytime":
+        if len(files) != 1:
+            raise UserError(f"{model} is a staytime run, which takes one file: limelight score {model} OUT.parquet")
+        _score_staytime(Path(model), Path(files[0]), data, time_from, time_until, as_json)
+        return 0
+    for option, value in (("--data", data), ("--from", time_from), ("--until", time_until), ("--json", as_json)):
+        if value:
+            raise UserError(f"{option} is for a staytime run, and {model} is none; a ranker scores CANDIDATES.parquet")
+    if len(files) != 2:
+        raise UserError(
+            f"{model} is a ranker, which takes two files: limelight score {model} CANDIDATES.parquet OUT.parquet"
+        )
+    from launch.local import start_ranks
+
+    return start_ranks("trainer.score", [model, *files], 1)
+
+
+@click.command(
+    cls=Command,
+    params=list(EXPLAIN_ARGUMENTS),
+    short_help="Show the attention to each history entry.",
+    help="Show, for one user and one candidate, which items each history holds at a time, and how much attention a "
+    "ranker gives each of them, as text and as a picture.",
+    example="limelight explain runs/simulated --user 17 --candidate 4021 --at 2024-03-12T20:00",
+)
+@click.pass_context
+def explain(context: click.Context, **arguments: object) -> int:
+    """Start the one rank of ``trainer.explain``."""
+    from launch.local import start_ranks
+
+    return start_ranks("trainer.explain", forwarded(context), 1)
+
+
+@click.command(
+    cls=Command,
+    short_help="Write a trained model as plain files.",
+    help="""Write a trained model to a new directory. RUN decides the format.
+
+A ranker's run, or one of its checkpoints: whole tables and the network as safetensors, with settings and features.
+`limelight score` takes the directory in place of a run, without TorchRec and DeepSpeed.
+
+A finished fine-tuning run: the model with the adapter merged into its weights, which transformers loads by itself.""",
+    example="limelight export runs/first exported/first",
+)
+@click.argument(
+    "run", metavar="RUN", type=click.Path(), help="A run, whose newest checkpoint is taken, or a ranker's checkpoint."
+)
+@click.argument("out", metavar="OUT", type=click.Path(), help="Directory to make; it must not exist.")
+@json_option
+def export(run: str, out: str, as_json: bool) -> None:
+    """Export in the format that fits the run."""
+    kind = _kind_of(run)
+    if kind == "staytime":
+        raise UserError(f"{run}: a staytime run has nothing to export; its model is {Path(run) / 'model.safetensors'}")
+    if kind == "export":
+        raise UserError(f"{run}: this is an exported model already; name the run that it came from")
+    if kind == "finetune":
+        from trainer.llm.models.adapter import merge_run
+
+        merge_run(Path(run), Path(out))
+        if as_json:
+            print_json({"kind": "merged", "out": out})
+        else:
+            print(f"{out}: the model of {run} with its adapter merged")
+        return
+    from trainer.serving.export import export_checkpoint
+
+    origin = export_checkpoint(run, out)
+    if as_json:
+        print_json({"out": out, **origin})
+        return
+    print(f"{out}: {origin['kind']} of step {origin['step']:,}, from {origin['checkpoint']}")
+    print(f"score with it: limelight score {out} CANDIDATES.parquet OUT.parquet")
+
+
+def _score_staytime(
+    run: Path, out: Path, data: str | None, time_from: str | None, time_until: str | None, as_json: bool
+) -> None:
+    from trainer.comment_staytime.evaluation import metrics_table
+    from trainer.comment_staytime.scoring import score_range
+
+    with messages_on_stderr(as_json):
+        metrics = score_range(run, out, data=data, time_from=time_from, time_until=time_until)
+    if as_json:
+        print_json({"out": str(out), **metrics})
+    else:
+        print(f"{metrics_table(metrics)}\n\npredictions: {out}")
+
+
+def _kind_of(directory: str) -> Literal["export", "finetune", "ranker", "staytime"] | None:
+    """Return the job that wrote a run, or ``export``; None if the directory is neither a run nor an exported model.
+
+    Raises:
+        UserError: the run's settings are not JSON.
+    """
+    if (Path(directory) / "export.json").is_file():
+        return "export"
+    file = Path(directory) / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    # The section that only this job has.
+    return "staytime" if "lcu" in config else "finetune" if "lora" in config else "ranker"
