@@ -1,1 +1,1 @@
-"""Sparse and dense as one model."""
+"""Hybrid engine: sharded tables and a dense network trained as one model."""

@@ -1,4 +1,4 @@
-"""The dense network of a job."""
+"""Builds the dense network of a job from its configuration and features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CANDIDATE = ("author", "item")
 
 
 def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> Ranker:
-    """The ranker over these features, with the initial values that ``run.seed`` gives."""
+    """Return the ranker over these features, with initial values from ``run.seed``."""
     torch.manual_seed(config.run.seed)
     model = config.model
     ranker = Ranker(
@@ -40,13 +40,13 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
 
 
 def candidate_side(config: JobConfig, features: FeatureMap) -> list[int]:
-    """Which ids of the lookup ``side`` are features of the candidate, its author or its item."""
-    seen = [side for side in features.spec.side if side.name not in config.features.exclude]
-    return [place for place, side in enumerate(seen) if side.of in _CANDIDATE]
+    """Return the places in lookup ``side`` of the ids that are features of the candidate's author or item."""
+    included = [side for side in features.spec.side if side.name not in config.features.exclude]
+    return [place for place, side in enumerate(included) if side.of in _CANDIDATE]
 
 
 def candidate_dense(features: FeatureMap) -> list[int]:
-    """Which dense features are of the candidate: those of its author or its item, and rates of either or both."""
+    """Return the columns of the candidate's dense features: features and past rates of its author or item."""
     spec = features.spec
     named = {dense.name for dense in spec.dense if dense.of in _CANDIDATE}
     rates = tuple(f"{statistic_name(key)}:" for key in spec.statistics if set(key) <= set(_CANDIDATE))

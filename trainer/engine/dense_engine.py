@@ -1,4 +1,4 @@
-"""The DeepSpeed side of the engine: the dense network and its optimizer."""
+"""DeepSpeed side of the engine: the dense network and its optimizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from trainer.console.errors import UserError
 from trainer.runtime.phase_timer import PhaseClock
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's moments of a parameter."""
 
 
 @dataclass(frozen=True)
 class DenseOptimizer:
-    """AdamW of the dense network (Loshchilov and Hutter, 2019)."""
+    """Hyper-parameters of the dense network's AdamW (Loshchilov and Hutter, 2019)."""
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -30,19 +31,19 @@ class DenseOptimizer:
 
 
 class DenseNetwork:
-    """A module in a DeepSpeed engine, trained with AdamW on the ranks of the default process group.
+    """Module in a DeepSpeed engine, trained with AdamW on the ranks of the default process group.
 
     Args:
-        module: the first rank's initial values are sent to the others.
-        optimizer: its hyper-parameters.
-        settings: of :func:`trainer.config.deepspeed.complete_settings`.
-        device: of this rank.
-        clock: the reduction of gradients is counted as communication.
+        module: the dense network; the initial values of the first rank are sent to the others.
+        optimizer: hyper-parameters of AdamW.
+        settings: settings of :func:`trainer.config.deepspeed.complete_settings`.
+        device: device of this rank.
+        clock: counts the reduction of gradients as communication.
 
     Attributes:
-        parts: into how many parts the rows of a step are cut (``gradient_accumulation_steps``).
-        module: as DeepSpeed trains it.
-        zero_stage: over how much of the optimizer the ranks share the memory.
+        parts: number of micro-batches of a step (``gradient_accumulation_steps``).
+        module: the module as DeepSpeed trains it.
+        zero_stage: DeepSpeed's ZeRO stage: 0 shares no memory among ranks, 1 the optimizer's, 2 the gradients' too.
 
     Raises:
         UserError: a setting that DeepSpeed refuses.
@@ -60,14 +61,14 @@ class DenseNetwork:
         deepspeed = start_deepspeed()
         settings = dict(settings)
         if "zero_optimization" in settings:
-            # DeepSpeed makes a buffer of this size in every step, by default of 500 million elements.
+            # DeepSpeed allocates a buffer of this size in every step; its default is 500 million elements.
             elements = sum(parameter.numel() for parameter in module.parameters())
             settings["zero_optimization"] = {"reduce_bucket_size": elements, **settings["zero_optimization"]}
         self.parts: int = settings["gradient_accumulation_steps"]
         self._clipping = float(settings.get("gradient_clipping", 0.0))
         self.zero_stage: int = settings.get("zero_optimization", {}).get("stage", 0)
         self._zero = self.zero_stage > 0
-        # torch's own: DeepSpeed's would compile a kernel first, minutes of work that need a compiler.
+        # PyTorch's AdamW: DeepSpeed's would first compile a kernel for minutes, and needs a compiler.
         self._adam = torch.optim.AdamW(
             module.to(device).parameters(),
             lr=optimizer.learning_rate,
@@ -76,15 +77,16 @@ class DenseNetwork:
             fused=True,
         )
         check_settings(deepspeed, settings)
-        # One of DeepSpeed's optimizers prints its memory usage, whatever the level of its log.
+        # One of DeepSpeed's optimizers prints its memory usage to stdout, whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=settings)
         self.module: nn.Module = self._engine.module
         if dist.get_world_size() == 1 and not self._zero:
-            # There is nothing to reduce, and DeepSpeed would copy all gradients to do so.
+            # There is nothing to reduce, but DeepSpeed would still copy all gradients.
             self._engine.enable_backward_allreduce = False
         reduce = self._engine.allreduce_gradients
 
+        # DeepSpeed calls this method in its backward pass, so wrapping it times the reduction alone.
         def timed_reduce(*arguments: Any, **options: Any) -> None:
             with clock.phase("communication"):
                 reduce(*arguments, **options)
@@ -92,22 +94,22 @@ class DenseNetwork:
         self._engine.allreduce_gradients = timed_reduce
 
     def __call__(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> Tensor:
-        """Logits ``[rows, behaviours]``. The module gets float32, whatever the type of its parameters."""
+        """Return logits ``[rows, behaviours]``. The inputs are float32, whatever the type of the parameters."""
         # DeepSpeed's forward pass expects a backward pass to follow.
         module = self._engine if self.module.training else self.module
         return module(embedded, lengths, dense)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients of one part of a step; after the ``last`` they are averaged over the ranks."""
+        """Add the gradients of one micro-batch; after the ``last`` one they are averaged over the ranks."""
         self._engine.backward(loss)
         if not last:
             self._engine.step()
 
     def step(self) -> float | Tensor:
-        """Update the parameters; returns the factor by which clipping has scaled the gradient, 1 without."""
+        """Update the parameters and return the factor by which clipping scaled the gradient, 1 without clipping."""
         norm = None
         if self._clipping and not self._zero:
-            # DeepSpeed clips without telling the norm; every rank has the whole averaged gradient here.
+            # DeepSpeed clips but does not return the norm. Without ZeRO every rank holds the whole averaged gradient.
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self._engine.step()
         if not self._clipping:
@@ -117,16 +119,19 @@ class DenseNetwork:
         return (self._clipping / (norm + 1e-6)).clamp(max=1.0)
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Learning rate from now on."""
+        """Set the learning rate."""
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the module."""
+        """Remove DeepSpeed's hooks from the module."""
         self._engine.destroy()
 
     def state(self) -> dict[str, Any]:
-        """Whole float32 parameters and moments by name, buffers, and Adam's step; the same on all ranks. Collective."""
+        """Return whole float32 parameters and moments by name, buffers, and Adam's step. Collective.
+
+        The state is the same on all ranks.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._materialise_moments()
@@ -143,7 +148,7 @@ class DenseNetwork:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any], steps: int) -> None:
-        """Take over a :meth:`state` of this or another number of ranks or ZeRO stage, ``steps`` steps into training."""
+        """Load a :meth:`state`, also of another number of ranks or ZeRO stage, that was taken after ``steps`` steps."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self.set_parameters({name: saved["parameter"] for name, saved in state["dense"].items()})
@@ -164,18 +169,18 @@ class DenseNetwork:
 
     @torch.no_grad()
     def set_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Give every parameter a whole float32 value; the optimizer's moments stay. Collective."""
+        """Set every parameter to a whole float32 value; the optimizer's moments do not change. Collective."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         self._materialise_moments()
         for name, parameter in self.module.named_parameters():
-            # DeepSpeed's setter leaves the copy that the network computes with as it was.
+            # DeepSpeed's setter only sets its float32 copy, not the parameter that the network computes with.
             parameter.copy_(values[name])
             if self._zero:
                 safe_set_full_fp32_param(parameter, values[name])
 
     def _materialise_moments(self) -> None:
-        """Adam has no moments before its first step; make them, so that there is something to save or to load into."""
+        """Create Adam's moments, which do not exist before its first step, so that they can be saved or loaded."""
         for group in self._adam.param_groups:
             for parameter in group["params"]:
                 state = self._adam.state[parameter]
@@ -187,10 +192,10 @@ class DenseNetwork:
 
 
 def check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
-    """DeepSpeed's own check of its settings, told in a line.
+    """Let DeepSpeed check its settings.
 
     Raises:
-        UserError: a setting that it refuses.
+        UserError: a setting that DeepSpeed refuses, in one line.
     """
     try:
         deepspeed.DeepSpeedConfig(settings)
@@ -203,12 +208,15 @@ def check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
 
 
 def start_deepspeed() -> Any:
-    """DeepSpeed on the default process group; imported late, since ``World.join`` decides which device it finds."""
+    """Return the module ``deepspeed``, initialised on the default process group.
+
+    It is imported late because ``World.join`` decides which device DeepSpeed finds.
+    """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Nothing is compiled: among the ops is an all-reduce for inference on CPUs, which would be built when the process
-    # group is taken over, and only looking which ops could be built starts compilers.
+    # Prevent compilation: DeepSpeed would build an all-reduce for inference on CPUs when it takes over the process
+    # group, and even its check of which ops could be built starts compilers.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     return deepspeed

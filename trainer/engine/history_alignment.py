@@ -1,12 +1,12 @@
 """Alignment of the histories in the engine: a loss on the looked-up rows, with negatives from all ranks.
 
-The loss has no parameters but the tables' (``modules/alignment.py``), so it is taken before the dense network has its
-turn, on the whole batch of a step whatever its micro-batches: negatives are the rows of all ranks. What it gives the
-looked-up rows joins what the network gives them, and both go back into the tables together.
+The loss has no parameters but the tables (``modules/alignment.py``). So it is computed before the dense network runs,
+on the whole batch of a step and not on micro-batches: the negatives are the rows of all ranks. Its gradients of the
+looked-up rows are added to the network's, and both go back into the tables together.
 
-The ranks need two collectives more. Every rank gives its sides and gets those of all; it works out the loss of its own
-rows; and the gradients of all sides are summed over the ranks. None of this runs inside a backward pass, so a rank
-without rows takes the same steps as the others.
+The ranks need two more collectives. Every rank gathers the sides of all ranks and computes the loss of its own rows;
+then the gradients of all sides are summed over the ranks. None of this runs inside a backward pass, so a rank without
+rows takes the same steps as the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from modules.pooling import mean_by_row
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the histories of a model are aligned.
+    """Settings of the alignment of a model's histories.
 
     Attributes:
-        histories: lookups of each one's entries, the anchor's first; the first lookup has one id an entry.
-        weight: of the loss beside that of the behaviours.
+        histories: lookups of the entries of each history, the anchor's first; the first lookup of a history has one id
+            for each entry.
+        weight: weight of the loss relative to the loss of the behaviours.
         temperature, symmetric, detached: see :func:`modules.alignment.contrastive_loss`.
     """
 
@@ -46,17 +47,17 @@ class Alignment:
         user_id: Tensor,
         control: dist.ProcessGroup,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of this rank's rows, and what it gives to the looked-up rows of the histories. Collective.
+        """Return the loss of this rank's rows and its gradients of the histories' looked-up rows. Collective.
 
         Args:
             embedded: lookup name -> ``[ids, dim]`` float32.
-            lengths: lookup name -> ids of each row, ``[rows]`` int64.
+            lengths: lookup name -> number of ids of each row, ``[rows]`` int64.
             user_id: ``[rows]`` int64.
             control: a gloo group of all ranks.
 
         Returns:
             The loss without its weight, summed over sides and this rank's rows, a scalar; and lookup name ->
-            ``[ids, dim]``, gradient of ``weight`` times the loss summed over the rows of all ranks.
+            ``[ids, dim]``, the gradient of ``weight`` times the loss summed over the rows of all ranks.
         """
         names = [key.name for keys in self.histories for key in keys]
         leaves = {name: embedded[name].detach().requires_grad_() for name in names}
@@ -65,14 +66,15 @@ class Alignment:
             present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])
             sizes = _sizes(len(user_id), control)
             joined = join_rows(sides.detach().transpose(0, 1), sizes).transpose(0, 1).requires_grad_()
-            told = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes)
+            # User ids and presence flags share one gather.
+            facts = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes)
             first = sum(sizes[: dist.get_rank()])
-            mine = slice(first, first + len(user_id))
+            own_rows = slice(first, first + len(user_id))
             loss = contrastive_loss(
                 joined,
-                told[:, 1:].t() > 0,
-                told[:, 0],
-                mine,
+                facts[:, 1:].t() > 0,
+                facts[:, 0],
+                own_rows,
                 self.temperature,
                 symmetric=self.symmetric,
                 detached=self.detached,
@@ -81,15 +83,15 @@ class Alignment:
         if len(sizes) > 1:
             gradient = gradient.contiguous()
             dist.all_reduce(gradient)
-        given = torch.autograd.grad(sides, list(leaves.values()), gradient[:, mine])
-        return loss.detach(), dict(zip(leaves, given, strict=True))
+        gradients = torch.autograd.grad(sides, list(leaves.values()), gradient[:, own_rows])
+        return loss.detach(), dict(zip(leaves, gradients, strict=True))
 
 
 def join_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The rows of all ranks, in the order of the ranks. Collective.
+    """Return the rows of all ranks, in the order of the ranks. Collective.
 
     Args:
-        rows: ``[n, ...]``, of this rank.
+        rows: ``[n, ...]``, rows of this rank.
         sizes: number of rows of each rank.
 
     Returns:
@@ -98,14 +100,16 @@ def join_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     if len(sizes) == 1:
         return rows
     most = max(sizes)
+    # all_gather_into_tensor needs the same shape on all ranks.
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
-    found = rows.new_empty(len(sizes) * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(found, padded)
-    return torch.cat([part[:size] for part, size in zip(found.split(most), sizes, strict=True)])
+    gathered = rows.new_empty(len(sizes) * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return torch.cat([of_rank[:size] for of_rank, size in zip(gathered.split(most), sizes, strict=True)])
 
 
 def _sizes(rows: int, control: dist.ProcessGroup) -> list[int]:
+    """Return the number of rows of each rank. Collective."""
     if dist.get_world_size(control) == 1:
         return [rows]
     sizes = torch.empty(dist.get_world_size(control), dtype=torch.int64)
@@ -114,7 +118,7 @@ def _sizes(rows: int, control: dist.ProcessGroup) -> list[int]:
 
 
 def _means(keys: Sequence[Lookup], rows: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> Tensor:
-    """Mean of each row's entries, ``[batch, dim of an entry]``."""
+    """Return the mean of each row's entries, ``[batch, dim of an entry]``."""
     entries, count = len(rows[keys[0].name]), lengths[keys[0].name]
     parts = [rows[key.name].view(entries, key.ids_per_entry * rows[key.name].shape[1]) for key in keys]
     return torch.cat([mean_by_row(part, count) for part in parts], 1)

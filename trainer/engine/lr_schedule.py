@@ -1,5 +1,7 @@
-"""Learning rates as a function of how much has been trained on: a resumed run needs nothing else, and goes on with the
-same rates on another number of ranks."""
+"""Learning rate schedule as a function of the rows trained on.
+
+A resumed run needs no other state, and has the same rates on another number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Literal
 def learning_rate_factor(
     done: float, total: float, warmup: float, decay: Literal["constant", "linear", "cosine"]
 ) -> float:
-    """Factor on the peak learning rates of the step that begins after ``done`` of ``total`` steps.
+    """Return the factor on the peak learning rates for the step that begins after ``done`` of ``total`` steps.
 
-    It rises linearly over the first ``warmup * total`` steps, then stays at 1, or falls to 0 at ``total``. Steps are
-    rows over the rows of a full step; so they need not be whole.
+    The factor rises linearly over the first ``warmup * total`` steps. Then it stays at 1, or falls to 0 at ``total``.
+    Steps are rows divided by the rows of a full step, so they need not be whole numbers.
     """
     rise = warmup * total
     if done + 1 < rise:

@@ -1,4 +1,4 @@
-"""The rows of a step in the parts over which gradients are accumulated."""
+"""Micro-batches of a step, over which gradients are accumulated."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trainer.data.loading.batch import RankingBatch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Consecutive rows of a batch, as the dense network takes them.
+    """Consecutive rows of a batch, in the form that the dense network takes.
 
     Attributes:
-        embedded: lookup name -> ``[ids, dim]``, rows of its ids.
-        lengths: lookup name -> ``[rows]``, ids of each row; only of lookups whose rows differ.
+        embedded: lookup name -> ``[ids, dim]``, looked-up rows of its ids.
+        lengths: lookup name -> ``[rows]``, number of ids of each row; only for lookups of variable length.
         dense: ``[rows, n_dense]``.
         label: ``[rows, behaviours]``.
         mask: ``[rows, behaviours]``.
-        slow: ``[rows]``, see :class:`trainer.data.loading.batch.RankingBatch`.
+        slow: ``[rows]`` or None, see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     embedded: dict[str, Tensor]
@@ -33,7 +33,7 @@ class MicroBatch:
     slow: Tensor | None = None
 
     def gradient(self, name: str) -> Tensor:
-        """Of the rows of a lookup; zero where the network does not use it."""
+        """Return the gradient of a lookup's rows, ``[ids, dim]``; zeros if the network does not use them."""
         gradient = self.embedded[name].grad
         return torch.zeros_like(self.embedded[name]) if gradient is None else gradient
 
@@ -41,13 +41,13 @@ class MicroBatch:
 def split_micro_batches(
     batch: RankingBatch, embedded: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], parts: int
 ) -> list[MicroBatch]:
-    """Cut a batch into ``parts`` parts whose rows differ by one at most; they share the batch's memory.
+    """Split a batch into ``parts`` micro-batches whose sizes differ by at most one row; they share its memory.
 
     Args:
-        batch: as given to the engine.
-        embedded: lookup name -> ``[ids, dim]``, rows of its ids or gradients of them; of all lookups or of some.
-        fixed_lengths: lookup name -> ids of every row, or None where rows differ.
-        parts: how many.
+        batch: a batch of the engine.
+        embedded: lookup name -> ``[ids, dim]``, looked-up rows of its ids or their gradients; of all or some lookups.
+        fixed_lengths: lookup name -> number of ids of every row, or None for variable length.
+        parts: number of micro-batches.
     """
     bounds = [batch.rows * part // parts for part in range(parts + 1)]
     lengths = row_lengths(batch, fixed_lengths)
@@ -55,7 +55,7 @@ def split_micro_batches(
     if parts > 1:
         for name, fixed in fixed_lengths.items():
             if fixed is None:
-                # On a GPU this waits; it is needed only to accumulate gradients.
+                # ``tolist`` waits for the GPU, so this runs only if gradients are accumulated.
                 ends[name] = torch.nn.functional.pad(lengths[name].cumsum(0), (1, 0))[bounds].tolist()
             else:
                 ends[name] = [fixed * bound for bound in bounds]
@@ -73,7 +73,7 @@ def split_micro_batches(
 
 
 def row_lengths(batch: RankingBatch, fixed_lengths: Mapping[str, int | None]) -> dict[str, Tensor]:
-    """Lookup name -> ids of each row, ``[rows]`` int64; only of lookups whose rows differ."""
+    """Return lookup name -> number of ids of each row, ``[rows]`` int64; only for lookups of variable length."""
     return {
         name: of_key
         for keyed in batch.ids

@@ -1,1 +1,1 @@
-"""Sharded and dynamic tables, and how ids and rows travel."""
+"""Sharded and dynamic embedding tables, and the exchange of their ids, rows and gradients between ranks."""

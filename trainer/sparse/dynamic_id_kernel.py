@@ -1,8 +1,8 @@
-"""The loops of a dynamic table's id map, compiled: ids of a step against the buckets of rows that may hold them.
+"""Compiled loops of a dynamic table's id map: they compare the ids of a step with the buckets that may hold them.
 
-An id's bucket is a run of rows: ``first`` to ``last`` (excluded) below, places in the arrays of one shard. Each row has
-the id that it serves and one candidate, an id that is only counted. ``seen`` is the step of the last sighting, 0 where
-there is no id.
+An id's bucket is a range of rows, from ``first`` up to but not including ``last``, which are places in the arrays of
+one shard. Each row has the id that it serves and one candidate, an id that is only counted. ``seen`` is the step of the
+last sighting, 0 if there is no id.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import numpy as np
 from numba import njit
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""``id``, ``seen`` and ``sightings`` of each row, or of its candidate."""
+"""Arrays ``id``, ``seen`` and ``sightings`` of the rows, or of their candidates."""
 
 RECENCY, FREQUENCY, BOTH = 0, 1, 2
-"""Policies of eviction."""
+"""Eviction policies."""
 
 
 @njit(cache=True)
 def find(
     ids: np.ndarray, first: np.ndarray, last: np.ndarray, id_of: np.ndarray, seen: np.ndarray, row: np.ndarray
 ) -> None:
-    """Write the row of each id, -1 where it has none. Reads only."""
+    """Write the row of each id to ``row``, -1 if it has none; the other arrays do not change."""
     for i in range(len(ids)):
         row[i] = _place(ids[i], first[i], last[i], id_of, seen)
 
 
 @njit(cache=True)
 def sight(ids: np.ndarray, first: np.ndarray, last: np.ndarray, step: int, served: Columns, row: np.ndarray) -> int:
-    """As :func:`find`; rows that are found count a sighting. Returns how many did, each once in a step."""
+    """Find rows as :func:`find` does and count a sighting of each row found; return the number of these rows.
+
+    A row counts one sighting in a step, however often its id occurs.
+    """
     id_of, seen, sightings = served
     counted = 0
     for i in range(len(ids)):
@@ -53,19 +56,19 @@ def admit(
     candidates: Columns,
     row: np.ndarray,
 ) -> int:
-    """Count ids that have no row, and give rows to those that have earned one.
+    """Count sightings of ids that have no row, and give a row to each one that has enough.
 
     Args:
-        ids: ``[n]`` int64, distinct; they come in this order.
+        ids: ``[n]`` int64, unique; processed in this order.
         first, last: ``[n]`` int64, their buckets.
-        step: of the sightings.
-        admit_after: sightings from which on an id may have a row.
-        policy: of eviction.
-        served, candidates: of each row; changed.
-        row: ``[n]`` int64, written: the new row, -1 where there is none.
+        step: number of the training step.
+        admit_after: number of sightings from which on an id may have a row.
+        policy: eviction policy.
+        served, candidates: columns of the rows and of their candidates; changed.
+        row: ``[n]`` int64, written: the new row, -1 if the id got none.
 
     Returns:
-        How many ids were evicted.
+        Number of ids that were evicted.
     """
     id_of, seen, sightings = served
     candidate_of, candidate_seen, candidate_sightings = candidates
@@ -85,6 +88,7 @@ def admit(
             continue
         if known < 0:
             known = _oldest(first[i], last[i], candidate_seen)
+            # All candidates of the bucket were seen in this step: the new id is not counted.
             if candidate_seen[known] == step:
                 continue
             candidate_of[known] = ids[i]
@@ -94,6 +98,7 @@ def admit(
 
 @njit(cache=True)
 def _place(value: int, first: int, last: int, id_of: np.ndarray, seen: np.ndarray) -> int:
+    """Return the place of an id in its bucket, -1 if it is not there."""
     for place in range(first, last):
         if id_of[place] == value and seen[place] > 0:
             return place
@@ -102,7 +107,7 @@ def _place(value: int, first: int, last: int, id_of: np.ndarray, seen: np.ndarra
 
 @njit(cache=True)
 def _oldest(first: int, last: int, seen: np.ndarray) -> int:
-    """The first of the places that were seen least recently, or never."""
+    """Return the first of the places of a bucket that were seen least recently, or never."""
     oldest = first
     for place in range(first + 1, last):
         if seen[place] < seen[oldest]:
@@ -112,7 +117,10 @@ def _oldest(first: int, last: int, seen: np.ndarray) -> int:
 
 @njit(cache=True)
 def _row_for(count: int, first: int, last: int, step: int, policy: int, seen: np.ndarray, sightings: np.ndarray) -> int:
-    """A free row, else that of the id worth least if the new one is worth as much; -1 if there is none."""
+    """Return a free row, or else the row of the least valuable id.
+
+    Returns -1 if every id was seen in this step, or if the least valuable one is worth more than the new id.
+    """
     chosen = -1
     worst, worst_tie = np.inf, np.inf
     for place in range(first, last):

@@ -1,4 +1,4 @@
-"""The dynamic tables of a model: what this rank holds of them, and their state in a checkpoint."""
+"""Dynamic tables of a model: this rank's rows of them, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class DynamicRows:
     """This rank's rows of a dynamic table.
 
     Args:
-        table: whole.
-        first_row: of this rank.
-        values: ``[rows, dim]``, live.
-        optimizer: states of the optimizer, ``[rows]`` or ``[rows, dim]``, live.
-        seed: of the initial values.
+        table: declaration of the whole table.
+        first_row: first row of this rank.
+        values: ``[rows, dim]``, live memory.
+        optimizer: states of the optimizer, ``[rows]`` or ``[rows, dim]``, live memory.
+        seed: seed of the initial values.
 
     Attributes:
         values: as given.
-        ids: that the rows have.
+        ids: ids of the rows.
     """
 
     def __init__(self, table: Table, first_row: int, values: Tensor, optimizer: Sequence[Tensor], seed: int) -> None:
@@ -38,12 +38,12 @@ class DynamicRows:
 
     @torch.no_grad()
     def look_up(self, ids: Tensor, step: int | None) -> Tensor:
-        """Where in ``values`` each id's row is, -1 where it has none. ``[n]`` int64 -> ``[n]`` int64.
+        """Return the index of each id's row in ``values``, -1 if it has none. ``[n]`` int64 -> ``[n]`` int64.
 
         Args:
-            ids: all of a step whose buckets are here.
-            step: number of the training step, which may give ids new rows; these start with the values that the table
-                had there in the beginning, and without a past of the optimizer. None changes nothing.
+            ids: all ids of a step whose buckets are in this shard.
+            step: number of the training step, which may give rows to new ids. Such a row starts from the initial values
+                of that row and from an empty optimizer state. None changes nothing.
         """
         if step is None:
             return self.ids.find(ids)
@@ -57,17 +57,17 @@ class DynamicRows:
 
 
 class DynamicTables:
-    """The dynamic tables of a model.
+    """All dynamic tables of a model.
 
     Args:
-        tables: all of the model.
-        held: name -> first row, values, and states of the optimizer, of the tables that this rank has rows of.
-        seed: of the initial values.
+        tables: all tables of the model.
+        held: table name -> first row, values and states of the optimizer of this rank's shard, if it has one.
+        seed: seed of the initial values.
         control: a gloo group of all ranks.
 
     Attributes:
-        names: of the dynamic tables.
-        rows: name -> this rank's rows.
+        names: names of the dynamic tables.
+        rows: table name -> this rank's rows.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DynamicTables:
         self._before = {name: IdCounts() for name in self.names}
 
     def counts(self) -> dict[str, IdCounts]:
-        """Counts of each table since its first step, over all ranks. Collective, where there are dynamic tables."""
+        """Return the counts of each table since its first step, over all ranks. Collective if there is any table."""
         if not self.names:
             return {}
         of_rank = [
@@ -96,10 +96,10 @@ class DynamicTables:
         return {name: IdCounts(*values) for name, values in zip(self.names, summed.tolist(), strict=True)}
 
     def state(self, tables: Mapping[str, DTensor]) -> dict[str, dict[str, Tensor]]:
-        """Name of the table -> its columns as DTensors over the live memory, and its counts. Collective.
+        """Return table name -> its columns as DTensors over the live memory, and its counts. Collective.
 
         Args:
-            tables: name -> the table's values; its columns lie as they do.
+            tables: table name -> its values; the columns are sharded in the same way.
         """
         counts = self.counts()
         state: dict[str, dict[str, Tensor]] = {}
@@ -110,7 +110,10 @@ class DynamicTables:
         return state
 
     def loaded(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """The state has been filled from a checkpoint: the first rank goes on from the counts of all."""
+        """Take over the counts of a state that was filled from a checkpoint; the columns are filled in place.
+
+        The first rank goes on from the counts of all ranks, and the others start from zero.
+        """
         for name in self.names:
             first = dist.get_rank(self._control) == 0
             self._before[name] = IdCounts.of(state[name][COUNTS]) if first else IdCounts()
@@ -118,11 +121,12 @@ class DynamicTables:
                 self.rows[name].ids.counts = IdCounts()
 
     def _own(self, name: str) -> IdCounts:
+        """Return this rank's counts of a table since the job started or loaded a checkpoint."""
         return self.rows[name].ids.counts if name in self.rows else IdCounts()
 
 
 def _beside(table: DTensor, column: Tensor) -> DTensor:
-    """A column as a DTensor whose shards are rows of the table's."""
+    """Return a column as a DTensor that is sharded like the rows of the table."""
     held: Any = table.to_local()
     offsets: list[tuple[int, ...]] = [(offset[0],) for offset in held.local_offsets()]
     return DTensor.from_local(

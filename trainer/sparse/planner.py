@@ -1,4 +1,4 @@
-"""Which rank holds which shard of which table: what may be asked for, TorchRec's planner, and its answer in words."""
+"""Sharding plan of the tables: the allowed shardings, TorchRec's planner, and the plan as text."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ OPTIMIZERS = {
 }
 
 COLUMN_MULTIPLE = 4
-"""fbgemm reads rows in vectors of four floats."""
+"""Column shards are multiples of this: fbgemm reads rows in vectors of four floats."""
 
 
 @dataclass(frozen=True)
 class TableOptimizer:
-    """The optimizer that is fused into the tables' backward pass.
+    """Optimizer that is fused into the tables' backward pass.
 
     Attributes:
-        kind: ``sgd``; ``adagrad``, one accumulator an element; or ``rowwise_adagrad``, one a row, of the mean square
-            of the row's gradient.
-        learning_rate: at the start; ``HybridEngine.set_learning_rate`` changes it.
+        kind: ``sgd``; ``adagrad``, with one accumulator for each element; or ``rowwise_adagrad``, with one for each
+            row, which sums the mean square of the row's gradient.
+        learning_rate: learning rate at the start; ``HybridEngine.set_learning_rate`` changes it.
         eps: added to the root of Adagrad's accumulator.
     """
 
@@ -48,14 +48,14 @@ class TableOptimizer:
 
 
 def sharding_types(table: Table, optimizer: TableOptimizer, world: int) -> list[str]:
-    """What the planner may choose for a table.
+    """Return the shardings that the planner may choose for a table.
 
     Returns:
-        The sharding that the table asks for; for ``auto`` those that train it exactly: ``table_wise`` on one rank,
-        where cutting gains nothing, else ``table_wise`` and ``row_wise``.
+        The sharding that the table's declaration sets. For ``auto`` the shardings that train the table exactly:
+        ``table_wise`` on one rank, where cutting gains nothing, else ``table_wise`` and ``row_wise``.
 
     Raises:
-        UserError: the table asks for a sharding that cannot train it, with the reason.
+        UserError: the declaration sets a sharding that cannot train the table, with the reason.
     """
     if table.sharding == "auto":
         return ["table_wise"] if world == 1 else ["table_wise", "row_wise"]
@@ -80,7 +80,7 @@ def sharding_types(table: Table, optimizer: TableOptimizer, world: int) -> list[
 
 
 def make_sharder(optimizer: TableOptimizer, *, index_dedup: bool = False) -> EmbeddingCollectionSharder:
-    """TorchRec's sharder with the fused optimizer, and its own index deduplication, which has no CPU kernel."""
+    """Return TorchRec's sharder with the fused optimizer; its own ``index_dedup`` has no CPU kernel."""
     fused = {"optimizer": OPTIMIZERS[optimizer.kind], "learning_rate": optimizer.learning_rate, "eps": optimizer.eps}
     return EmbeddingCollectionSharder(fused_params=fused, use_index_dedup=index_dedup)
 
@@ -95,14 +95,14 @@ def make_plan(
     batch_size: int,
     control: dist.ProcessGroup,
 ) -> ShardingPlan:
-    """TorchRec's plan for the tables, the same on every rank. Collective.
+    """Return TorchRec's plan for the tables, the same on every rank. Collective.
 
     Args:
-        tables: on the meta device.
-        sharder: of :func:`make_sharder`.
-        optimizer: of the tables.
-        device: that the ranks compute on.
-        local_size: ranks on one machine.
+        tables: tables on the meta device.
+        sharder: sharder of :func:`make_sharder`.
+        optimizer: optimizer of the tables.
+        device: device of this rank.
+        local_size: number of ranks on one machine.
         batch_size: rows of one rank in a step.
         control: a gloo group of all ranks.
 
@@ -119,6 +119,7 @@ def make_plan(
         )
         for table in tables.tables
     }
+    # The plan, or the error that explains why there is none.
     answer: list[Any] = [None]
     if dist.get_rank(control) == 0:
         planner = EmbeddingShardingPlanner(
@@ -138,7 +139,7 @@ def make_plan(
         except PlannerError as error:
             size = sum(table.rows * table.dim for table in tables.tables) * 4 / 1e9
             answer[0] = UserError(f"no sharding of {size:,.1f} GB of tables on {world} ranks: {_first_line(error)}")
-    # The planner's own collective leaves the other ranks waiting for ever when the first one fails.
+    # Only the first rank plans: TorchRec's collective planner would leave the other ranks waiting if it failed there.
     dist.broadcast_object_list(answer, src=0, group=control)
     if isinstance(answer[0], UserError):
         raise answer[0]
@@ -153,7 +154,7 @@ def make_plan(
 
 
 def _cut_between_buckets(shards: Sequence[ShardMetadata]) -> None:
-    """Move the cuts of a dynamic table that is sharded by rows to where its buckets begin."""
+    """Move the shard bounds of a row-wise sharded dynamic table to the starts of its buckets."""
     rows, first = sum(shard.shard_sizes[0] for shard in shards), 0
     buckets = -(-rows // BUCKET_ROWS)
     block = -(-buckets // len(shards)) * BUCKET_ROWS
@@ -163,7 +164,7 @@ def _cut_between_buckets(shards: Sequence[ShardMetadata]) -> None:
 
 
 def describe_plan(plan: ShardingPlan, tables: Sequence[Table]) -> list[dict[str, Any]]:
-    """The plan as JSON: for each table its size, module, sharding, kernel, and the shard of each rank."""
+    """Return the plan as JSON: for each table its size, module, sharding, kernel, and the shard of each rank."""
     chosen = {name: (path, p) for path, parameters in plan.plan.items() for name, p in parameters.items()}
     described = []
     for table in tables:
@@ -184,7 +185,7 @@ def describe_plan(plan: ShardingPlan, tables: Sequence[Table]) -> list[dict[str,
 
 
 def format_plan(described: Sequence[dict[str, Any]]) -> str:
-    """:func:`describe_plan` as text, a line a table."""
+    """Return the plan of :func:`describe_plan` as text, with one line for each table."""
     lines = []
     for table in described:
         shards = ", ".join(
@@ -199,9 +200,10 @@ def format_plan(described: Sequence[dict[str, Any]]) -> str:
 
 
 def _column_parts(dim: int, world: int) -> int:
-    """The most equal parts, up to one a rank, into which the columns can be cut."""
+    """Return the largest number of equal parts, at most one for each rank, that the columns can be cut into."""
     return max(n for n in range(1, world + 1) if n == 1 or (dim % n == 0 and dim // n % COLUMN_MULTIPLE == 0))
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not empty, or else the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

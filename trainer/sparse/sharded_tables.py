@@ -1,4 +1,4 @@
-"""The TorchRec side of the engine: all embedding tables of a model, sharded over the ranks."""
+"""TorchRec side of the engine: all embedding tables of a model, sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from trainer.sparse.exchange import Exchange, TorchRecExchange
 from trainer.sparse.planner import TableOptimizer, describe_plan, make_plan, make_sharder
 
 _INITIALISE_ELEMENTS = 1 << 24
-"""Initial values are made in parts of so many elements, 64 MB: a shard is never held twice."""
+"""Initial values are made in parts of this many elements, 64 MB, so that a shard is never held twice."""
 
 
 class Shard(NamedTuple):
-    """What this rank holds of a table, or of a state of its optimizer.
+    """Shard of a table, or of a state of its optimizer, on this rank.
 
     Attributes:
-        table: its name.
-        values: live memory, ``[rows, columns]``; ``[rows]`` of a state that has one number a row.
-        row, column: the first ones.
+        table: name of the table.
+        values: live memory, ``[rows, columns]``; ``[rows]`` for a state with one number for each row.
+        row, column: first row and first column of the shard.
     """
 
     table: str
@@ -46,23 +46,24 @@ class Shard(NamedTuple):
 
 
 class ShardedTables:
-    """The tables of a model, each in shards on the ranks of the default process group, with fused optimizers.
+    """Tables of a model, sharded over the ranks of the default process group, with fused optimizers.
 
     Args:
-        tables: their declarations.
-        lookups: their declarations.
-        optimizer: fused into the backward pass of every table.
-        device: of this rank.
-        local_size: ranks on one machine.
+        tables: declarations of the tables.
+        lookups: declarations of the lookups.
+        optimizer: optimizer that is fused into the backward pass of every table.
+        device: device of this rank.
+        local_size: number of ranks on one machine.
         batch_size: rows of one rank in a step, for the planner.
-        seed: of the initial values, which do not depend on the sharding.
-        clock: counts waiting for other ranks.
+        seed: seed of the initial values, which do not depend on the sharding.
+        clock: counts the time of waiting for other ranks as communication.
         control: a gloo group of all ranks.
-        deduplicate: look each id up, and send it, once in a step, whatever lookups and rows it stands in.
+        deduplicate: send and look up each id of a table once in a step, however many lookups and rows contain it.
 
     Attributes:
         plan: see :func:`trainer.sparse.planner.describe_plan`.
-        dynamic: the tables whose ids come and go.
+        keys: names of the lookups of each collection, in the order of the ids.
+        dynamic: the dynamic tables.
 
     Raises:
         UserError: a sharding is refused, or the tables do not fit into memory.
@@ -87,7 +88,7 @@ class ShardedTables:
         self._clock = clock
         table_set = TableSet(tables, lookups, device="meta")
         self.keys = [[lookup.name for lookup in members] for _, members in table_set.groups]
-        # TorchRec's own deduplication has kernels for GPUs only; on a CPU it is ours.
+        # TorchRec's own deduplication has kernels for GPUs only; on a CPU DeduplicatedExchange does it.
         sharder = make_sharder(optimizer, index_dedup=deduplicate and device.type == "cuda")
         plan = make_plan(
             table_set,
@@ -103,7 +104,7 @@ class ShardedTables:
         assert group is not None
         self._sharded = DistributedModelParallel(
             table_set,
-            # Sharded tensors as DTensors: torch.distributed.checkpoint can then also save them while training goes on.
+            # With DTensors, torch.distributed.checkpoint can also save the tables while training goes on.
             env=ShardingEnv(dist.get_world_size(), dist.get_rank(), group, output_dtensor=True),
             device=device,
             plan=plan,
@@ -146,17 +147,17 @@ class ShardedTables:
         ]
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Learning rate of all tables from now on."""
+        """Set the learning rate of all tables."""
         optimizer = self._sharded.fused_optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        # Gradients were applied in the backward pass; this only hands the learning rate to the kernels.
+        # The backward pass applies the gradients; this step only passes the learning rate to the kernels.
         optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """Shards, their optimizer's state and that of dynamic tables' ids, for ``torch.distributed.checkpoint``.
+        """Return the tables, their optimizer's state and the dynamic tables' ids for ``torch.distributed.checkpoint``.
 
-        DTensors over the live memory. Collective.
+        They are DTensors over the live memory. Collective.
         """
         tables = self._sharded.state_dict()
         state = {"tables": tables, "table_optimizer": self._optimizer_state()}
@@ -165,12 +166,13 @@ class ShardedTables:
         return state
 
     def loaded(self, state: Mapping[str, Any]) -> None:
-        """What :meth:`state` gave has been filled from a checkpoint."""
+        """Take over a state of :meth:`state` that was filled from a checkpoint."""
         if self.dynamic.names:
             self.dynamic.loaded(state["dynamic"])
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
+        """Fill this rank's shards with the tables' initial values."""
         for name, shard, row, column in self.shards():
             table, (rows, columns) = self._declared[name], shard.shape
             step = max(1, _INITIALISE_ELEMENTS // max(1, columns))
@@ -179,22 +181,23 @@ class ShardedTables:
                 part.copy_(initial_rows(table, seed, row + start, len(part), column, columns))
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's shards of the tables."""
+        """Yield this rank's shards of the tables."""
         for path, tensor in self._sharded.state_dict().items():
             yield from _local_shards(path.split(".")[-2], tensor)
 
     def optimizer_shards(self) -> Iterator[tuple[str, Shard]]:
-        """Name of the state, such as ``momentum1``, and this rank's shards of it."""
+        """Yield the name of each optimizer state, such as ``momentum1``, with each of this rank's shards of it."""
         for states in self._optimizer_state().values():
             for name, tensor in states.items():
                 table, state = name.split(".")
                 yield from ((state, shard) for shard in _local_shards(table, tensor))
 
     def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return path of the table's weight -> ``table.state``, such as ``item.momentum1`` -> values."""
         return self._sharded.fused_optimizer.state_dict()["state"]
 
     def _held(self) -> dict[str, tuple[int, Tensor, list[Tensor]]]:
-        """Table -> first row, values and states of the optimizer, live, of the shard that this rank has."""
+        """Return table name -> first row, values and states of the optimizer of this rank's shard, live memory."""
         states: dict[str, list[Tensor]] = {}
         for _, state in self.optimizer_shards():
             states.setdefault(state.table, []).append(state.values)
@@ -202,9 +205,10 @@ class ShardedTables:
 
 
 def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
+    """Yield this rank's shards of a DTensor."""
     assert isinstance(tensor, DTensor), table
     held: Any = tensor.to_local()
-    # Of a table that this rank has no shard of there is still an offset.
+    # A rank without a shard of this table still has an offset, so the lengths differ.
     for shard, offset in zip(held.local_shards(), held.local_offsets(), strict=False):
         yield Shard(table, shard, offset[0], offset[1] if len(offset) > 1 else 0)
 
@@ -212,27 +216,27 @@ def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
 def _routings(
     collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup, dynamic: DynamicTables
 ) -> list[CpuRouting]:
-    """How a collection's ids travel flat; none where they have to take TorchRec's own path.
+    """Return the routings of a collection for :class:`CpuExchange`; none if it needs :class:`TorchRecExchange`.
 
     Raises:
-        UserError: that path would have to carry ids of a dynamic table.
+        UserError: a dynamic table would need :class:`TorchRecExchange`.
     """
     tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
-    coming = frozenset(key for key in keys if tables[key] in dynamic.names)
+    dynamic_keys = frozenset(key for key in keys if tables[key] in dynamic.names)
     shardings = {parameter.sharding_type for parameter in collection.module_sharding_plan.values()}
     if not cpu_exchange_serves(collection._device, shardings):
-        if coming:
+        if dynamic_keys:
             raise UserError(
-                f"table {tables[min(coming)]!r}: dynamic ids work on a CPU, with all tables of the same width "
+                f"table {tables[min(dynamic_keys)]!r}: dynamic ids work on a CPU, with all tables of the same width "
                 "table_wise or row_wise; set train.device = 'cpu' and features.*.sharding = 'auto'"
             )
         return []
     routings: list[CpuRouting] = []
     for sharding in sorted(shardings):
-        alike = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
-        if staying := frozenset(alike - coming):
-            routings.append(CpuRouting(collection, sharding, keys, group, staying))
-        if served := frozenset(alike & coming):
+        of_sharding = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
+        if served := frozenset(of_sharding - dynamic_keys):
+            routings.append(CpuRouting(collection, sharding, keys, group, served))
+        if served := frozenset(of_sharding & dynamic_keys):
             routings.append(DynamicRouting(collection, sharding, keys, group, served, dynamic.rows))
     return routings
 
