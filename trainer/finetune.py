@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.run_directory import make_directory
+from trainer.checkpoint.run_directory import base_path, begin_run, choose_directory, make_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
@@ -29,7 +29,6 @@ from trainer.llm.finetuning.train_loop import train
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.adapter import save_adapter
 from trainer.llm.models.base_model import add_adapter
-from trainer.llm.run import base_path, begin_run, choose_directory
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted

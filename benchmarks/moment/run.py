@@ -102,17 +102,26 @@ def train_on(config: JobConfig, world: World, prepare: Callable[[TrainingStream]
     fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
     with tempfile.TemporaryDirectory() as temporary:
-        home = Path(temporary)
+        model_dir = Path(temporary)
         engine = build_engine(config, features, config.model.kind, world)
-        stream = open_stream(config, data, split, features, world, home)
+        stream = open_stream(config, data, split, features, world, model_dir)
         prepare(stream)
         dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
         identity = Identity(config, config.model.kind, features.behaviours, dataset)
-        checkpoints = Checkpoints(home / "checkpoints", identity, world)
+        checkpoints = Checkpoints(model_dir / "checkpoints", identity, world)
         state = TrainingState.at_start(features.behaviours, stream)
-        common: dict[str, Any] = {"config": config, "world": world, "preemption": Preemption(), "home": home}
         with stream.open(None) as reader:
-            train_stream(engine, stream, reader, state, checkpoints, **common)
+            train_stream(
+                engine,
+                stream,
+                reader,
+                state,
+                checkpoints,
+                config=config,
+                world=world,
+                preemption=Preemption(),
+                model_dir=model_dir,
+            )
         facts = {"steps": state.step, "rows": state.rows_done, **stream.summary(world, state.progressive)}
         checkpoints.close()
         engine.close()

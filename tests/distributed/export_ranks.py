@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from trainer.checkpoint.manifest import MODEL, find_checkpoint
-from trainer.checkpoint.run_directory import homes
+from trainer.checkpoint.run_directory import model_dirs
 from trainer.config.ranker import load_config
 from trainer.rank import run_job
 from trainer.ranking.setup import build_engine
@@ -62,7 +62,7 @@ def main(out: Path, dataset: str, candidates: Path) -> None:
             run_job(config, world, Preemption())
             run = open_run(str(out / precision), world)
             run.engine.close()
-            for kind, home in homes(out / precision, config).items():
+            for kind, home in model_dirs(out / precision, config).items():
                 engine = build_engine(run.config, run.features, kind, world)
                 engine.load(find_checkpoint(home) / MODEL)
                 # All ranks score all candidates: scoring is collective.

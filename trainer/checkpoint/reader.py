@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, find_checkpoint, read_manifest
 from trainer.checkpoint.writer import rank_file
-from trainer.config.ranker import JobConfig, parse_config
+from trainer.config.ranker import JobConfig
+from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.features.fit import FittedFeatures
 
@@ -260,7 +261,7 @@ class Checkpoint:
         file = self.directory / JOB
         raw: dict[str, Any] = json.loads(file.read_text())["config"]
         raw["model"]["kind"] = self.manifest.kind
-        return parse_config(raw, str(file))
+        return validate_stored(JobConfig, raw, str(file))
 
     @cached_property
     def run(self) -> Path:

@@ -1,21 +1,28 @@
-"""The directory that a run writes: everything needed to go on with it, to understand it, and to use its model.
+"""The directory of a run: everything that is needed to resume it, to understand it, and to use its model.
 
-::
+A ranker's run holds::
 
-    config.json        the resolved job, readable by load_run
+    config.json        the resolved job
     deepspeed.json     DeepSpeed's own settings, as they were at the start
     environment.json   of every start: versions, machine, command line, dataset
     lock               held while a job runs here
-    features/          vocabularies and standardisation, fitted on the training range
+    features/          id maps and standardisation, fitted on the training range
     checkpoints/       the model and the state of its training; the newest one is the run's model
-    published/         models for scoring while a stream is trained on (trainer/serving/publish.py)
-    unused_events/     events of a stream that changed no row (trainer/stream/live/unused_events.py)
-    logs/              what each rank said
+    published/         models for scoring, exported while a stream trains the model
+    unused_events/     events of a stream that changed no row, with the reason
+    logs/              the log of each rank
     tensorboard/       scalars
-    plan.json          how TorchRec laid out each table
-    metrics.json       the table of the end; a run with one has finished
-    report.html        the pictures, self-contained
-    baselines/KIND/    the same of each baseline, from checkpoints/ on
+    plan.json          the placement of each table by TorchRec's planner
+    metrics.json       the metrics at the end; a run with this file has finished
+    report.html        the report, self-contained
+    baselines/KIND/    the same for each baseline, from checkpoints/ on
+
+A fine-tuning run has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, ``checkpoints/``,
+``logs/`` and ``metrics.json``, and::
+
+    base/              the small model, if the job names no model
+    tokens/            the samples as tokens, with counts; written once
+    adapter/           the adapter at the end of training, in peft's own format
 """
 
 from __future__ import annotations
@@ -24,101 +31,49 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.config.diff import differences, flat_settings
+from trainer.config.diff import changeable_keys, differences, flat_settings
+from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
-from trainer.config.ranker import JobConfig, parse_config
+from trainer.config.ranker import JobConfig
+from trainer.config.toml import Model, validate_stored
 from trainer.console.errors import UserError
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked
 
-CHANGEABLE = (
-    "run.name",
-    "run.directory",
-    "data.path",
-    "data.workers",
-    "data.prefetch",
-    "data.on_corrupt",
-    "features.user.sharding",
-    "features.author.sharding",
-    "features.item.sharding",
-    "features.side.sharding",
-    "tables.deduplicate",
-    "train.deepspeed",
-    "train.device",
-    "train.overlap",
-    "train.baselines",
-    "train.log_every",
-    "train.watchdog_seconds",
-    "stream.path",
-    "stream.speed",
-    "stream.brokers",
-    "stream.properties",
-    "stream.dead_letter",
-    "stream.on_gap",
-    "stream.until",
-    "stream.until_end",
-    "stream.retry_seconds",
-    "stream.future_hours",
-    "stream.batch_events",
-    "stream.linger_seconds",
-    "stream.idle_seconds",
-    "stream.queue_batches",
-    "stream.buffer_events",
-    "stream.publish_minutes",
-    "stream.keep_published",
-    "checkpoint",
-    "resume",
-    "score",
-)
-"""Settings that a run may go on with changed: they change neither what is learnt nor from what. DeepSpeed's are
-compared by themselves, and the dataset by its fingerprint."""
+ResumableJob = JobConfig | FinetuneConfig
+"""Jobs whose runs can be resumed."""
 
 CHANGEABLE_DEEPSPEED = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
+"""DeepSpeed's settings that may differ when a run is resumed: they do not change what is learnt."""
 
 
-def choose_directory(config: JobConfig) -> Path:
-    """The run's directory: ``run.directory``; or that of the newest unfinished run of the same job, which nobody else
-    is running; or a fresh one under ``runs/``."""
+def choose_directory(config: ResumableJob) -> Path:
+    """Choose the directory of a run.
+
+    This is ``run.directory`` if it is set; else the newest unfinished run of the same job that no other process works
+    on; else a fresh directory under ``runs/``.
+    """
     if config.run.directory:
         return Path(config.run.directory)
     runs = Path("runs")
     if config.resume.enabled:
         for directory in sorted(runs.glob(f"{config.run.name}-*"), reverse=True):
-            if _is_same_job(directory, config) and not is_finished(directory, config) and not is_locked(directory):
+            if _is_same_job(directory, config) and not _is_finished(directory, config) and not is_locked(directory):
                 return directory
     return runs / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def begin_run(directory: Path, config: JobConfig, world: int, dataset: DatasetEntry) -> None:
-    """Make a run's directory, or go on in one; write down the job and the environment. One rank calls it.
-
-    Raises:
-        UserError: a run of another job or dataset is there, or one at all where ``resume.enabled`` is false; or the
-            directory cannot be written.
-    """
-    try:
-        starts = []
-        if (directory / "config.json").exists():
-            _check_same(directory, config, dataset)
-            starts = json.loads((directory / "environment.json").read_text())["starts"]
-        write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))
-        start = {"command": sys.argv, "host": platform.node(), **environment(world), "dataset": dataset.model_dump()}
-        write_json(directory / "environment.json", {"starts": [*starts, start]})
-        write_json(directory / "config.json", config.model_dump(mode="json"))
-    except OSError as error:
-        raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
 
 
 def make_directory(directory: Path) -> None:
     """Make the directory of a run.
 
     Raises:
-        UserError: it cannot be.
+        UserError: it cannot be made.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,66 +81,129 @@ def make_directory(directory: Path) -> None:
         raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
 
 
-def homes(directory: Path, config: JobConfig) -> dict[Any, Path]:
-    """Kind of ranker -> where its files are: that of the job, and its baselines."""
+def begin_run(directory: Path, config: ResumableJob, world: int, dataset: DatasetEntry | None = None) -> None:
+    """Write the job and the environment into a run's directory, or check that the run there may be resumed.
+
+    One rank calls it.
+
+    Args:
+        directory: of the run, which exists.
+        config: the job.
+        world: number of ranks.
+        dataset: of a ranker's job; ``None`` for fine-tuning.
+
+    Raises:
+        UserError: the directory holds a run of another job or dataset, or any run while ``resume.enabled`` is false;
+            or it cannot be written.
+    """
+    try:
+        starts = []
+        if (directory / "config.json").exists():
+            _check_same_job(directory, config)
+            starts = json.loads((directory / "environment.json").read_text())["starts"]
+            if dataset is not None and not config.resume.allow_new_data:
+                _check_same_dataset(directory, starts[-1]["dataset"], dataset)
+        write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))
+        start = {"command": sys.argv, "host": platform.node(), **environment(world)}
+        if dataset is not None:
+            start["dataset"] = dataset.model_dump()
+        write_json(directory / "environment.json", {"starts": [*starts, start]})
+        write_json(directory / "config.json", config.model_dump(mode="json"))
+    except OSError as error:
+        raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
+
+
+def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
+    """Return the directory of each model of a ranker's run, by kind: the job's own model and its baselines."""
     baselines = {kind: directory / "baselines" / kind for kind in config.train.baselines}
     return {config.model.kind: directory, **{kind: at for kind, at in baselines.items() if kind != config.model.kind}}
 
 
-def is_finished(directory: Path, config: JobConfig) -> bool:
-    """Whether every model of a job has been trained and evaluated."""
-    return all((home / "metrics.json").exists() for home in homes(directory, config).values())
-
-
 def load_run(directory: str | Path) -> JobConfig:
-    """The resolved job of a run, with the DeepSpeed settings that it has kept.
+    """Read the resolved job of a ranker's run, with the DeepSpeed settings that the run keeps.
 
     Raises:
-        UserError: no run there.
+        UserError: no run there, or one of another kind.
     """
     run = Path(directory)
-    try:
-        raw = json.loads((run / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run}: no run here (config.json is missing)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{run / 'config.json'}: not valid JSON ({error})") from None
-    config = parse_config(raw, str(run / "config.json"))
+    config = _read_job(run, JobConfig)
     deepspeed = config.train.model_copy(update={"deepspeed": str(run / "deepspeed.json")})
     return config.model_copy(update={"train": deepspeed})
 
 
-def _is_same_job(directory: Path, config: JobConfig) -> bool:
+def load_finetune_run(directory: Path) -> FinetuneConfig:
+    """Read the resolved job of a fine-tuning run.
+
+    Raises:
+        UserError: no run there, or one of another kind.
+    """
+    return _read_job(directory, FinetuneConfig, lambda raw: "lora" in raw, "limelight finetune")
+
+
+def base_path(config: FinetuneConfig, directory: Path) -> str:
+    """Return the directory or hub id of the model that a fine-tuning run adapts."""
+    return config.model.path or str(directory / "base")
+
+
+def _read_job(
+    run: Path, model: type[Model], is_kind: Callable[[dict[str, Any]], bool] = lambda raw: True, command: str = ""
+) -> Model:
+    path = run / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run}: no run here (config.json is missing)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not is_kind(raw):
+        raise UserError(f"{run}: not a run of {command}")
+    return validate_stored(model, raw, str(path))
+
+
+def _is_finished(directory: Path, config: ResumableJob) -> bool:
+    """True if every model of a job has been trained and evaluated."""
+    models = model_dirs(directory, config).values() if isinstance(config, JobConfig) else [directory]
+    return all((model / "metrics.json").exists() for model in models)
+
+
+def _is_same_job(directory: Path, config: ResumableJob) -> bool:
     try:
         return not _changes(directory, config)
     except (OSError, ValueError, UserError):
         return False
 
 
-def _check_same(directory: Path, config: JobConfig, dataset: DatasetEntry) -> None:
+def _check_same_job(directory: Path, config: ResumableJob) -> None:
     if not config.resume.enabled:
         raise UserError(
             f"{directory}: a run is already here, and resume.enabled = false; choose another run.directory or remove it"
         )
     if changes := _changes(directory, config):
+        advice = ", which can take over tables by init_from" if isinstance(config, JobConfig) else ""
         raise UserError(
             f"{directory}: this run began with other settings ({'; '.join(changes)}); choose another run.directory for "
-            "a new run, which can take over tables by init_from"
+            f"a new run{advice}"
         )
-    started = json.loads((directory / "environment.json").read_text())["starts"][-1]["dataset"]
-    if started["fingerprint"] != dataset.fingerprint and not config.resume.allow_new_data:
+
+
+def _check_same_dataset(directory: Path, then: dict[str, str], now: DatasetEntry) -> None:
+    if then["fingerprint"] != now.fingerprint:
         raise UserError(
-            f"{directory}: this run began with another dataset ({started['path']} then, {dataset.path} now, or its "
-            "rows have changed); resume.allow_new_data=true goes on with this one"
+            f"{directory}: this run began with another dataset ({then['path']} then, {now.path} now, or its rows have "
+            "changed); resume.allow_new_data=true accepts it"
         )
 
 
-def _changes(directory: Path, config: JobConfig) -> list[str]:
-    """Settings that differ from those of the run in ``directory`` and may not."""
-    then, now = load_run(directory), config
+def _changes(directory: Path, config: ResumableJob) -> list[str]:
+    """Return the settings that differ from those of the run in ``directory`` and must not."""
+    job = type(config)
+    then = load_run(directory) if isinstance(config, JobConfig) else load_finetune_run(directory)
     changes = differences(
-        flat_settings(then.model_dump(mode="json")), flat_settings(now.model_dump(mode="json")), CHANGEABLE
+        flat_settings(then.model_dump(mode="json")),
+        flat_settings(config.model_dump(mode="json")),
+        tuple(changeable_keys(job)),
     )
-    deepspeed_then, deepspeed_now = (flat_settings(load_deepspeed(job.train.deepspeed)) for job in (then, now))
+    deepspeed_then = flat_settings(load_deepspeed(str(directory / "deepspeed.json")))
+    deepspeed_now = flat_settings(load_deepspeed(config.train.deepspeed))
     deepspeed = differences(deepspeed_then, deepspeed_now, CHANGEABLE_DEEPSPEED)
     return changes + [f"deepspeed {line}" for line in deepspeed]

@@ -22,7 +22,7 @@ from trainer.comment_staytime.inputs import load_staytime
 from trainer.comment_staytime.model import build_network, fit_base_on, predict
 from trainer.config.load import parse_time
 from trainer.config.staytime import StaytimeConfig, StaytimeDataConfig
-from trainer.config.toml import validate
+from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.distributed import choose_device
@@ -72,7 +72,7 @@ def load_staytime_run(run: Path) -> StaytimeConfig:
         raise UserError(f"{run}: not a run of limelight staytime")
     if not (run / "metrics.json").exists():
         raise UserError(f"{run}: this run has not finished (metrics.json is missing); its command begins it anew")
-    return validate(StaytimeConfig, raw, str(run / "config.json"))
+    return validate_stored(StaytimeConfig, raw, str(run / "config.json"))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,10 +1,24 @@
-"""Compares two resolved jobs key by key."""
+"""Compares two resolved jobs key by key, and lists the keys that may differ when a run is resumed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from pydantic import BaseModel
+
+from trainer.config.toml import section_of
+
+
+def changeable_keys(job: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """List the keys and sections of a job marked with ``trainer.config.sections.MAY_CHANGE``, as dotted names."""
+    for name, info in job.model_fields.items():
+        extra, section = info.json_schema_extra, section_of(info.annotation)
+        if isinstance(extra, dict) and extra.get("may_change_on_resume"):
+            yield prefix + name
+        elif section is not None:
+            yield from changeable_keys(section, f"{prefix}{name}.")
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], but: tuple[str, ...]) -> list[str]:

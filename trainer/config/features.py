@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modules.embeddings import Dynamic, Evict
+from trainer.config.sections import MAY_CHANGE
 
 IdMapping = Literal["direct", "hash", "lookup", "dynamic"]
 
@@ -54,7 +55,9 @@ class TableConfig(BaseModel):
     init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
     init_scale: float | None = Field(None, gt=0, description="Half-width or deviation of `init`; 0.1 / sqrt(dim).")
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
-        "auto", description="How the table is spread over the ranks; `auto` leaves it to the planner."
+        "auto",
+        description="How the table is spread over the ranks; `auto` leaves it to the planner.",
+        json_schema_extra=MAY_CHANGE,
     )
 
     @property
@@ -88,7 +91,9 @@ class SideTableConfig(BaseModel):
     init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
     init_scale: float | None = Field(None, gt=0, description="Half-width or deviation of `init`; 0.1 / sqrt(dim).")
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
-        "auto", description="How the table is spread over the ranks; `auto` leaves it to the planner."
+        "auto",
+        description="How the table is spread over the ranks; `auto` leaves it to the planner.",
+        json_schema_extra=MAY_CHANGE,
     )
 
 

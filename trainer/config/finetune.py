@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.load import load_job
 from trainer.config.sections import (
+    MAY_CHANGE,
     CheckpointConfig,
     Decay,
     DeepSpeedFile,
@@ -32,7 +33,10 @@ class FinetuneRunConfig(RunConfig):
     """Name, directory and seed of a run."""
 
     name: str = Field(
-        "finetune", description="Name of the run. It is part of the default directory name.", min_length=1
+        "finetune",
+        description="Name of the run. It is part of the default directory name.",
+        min_length=1,
+        json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(1, description="Seed of adapter initialisation, sample order and dropout.", ge=0)
 
@@ -42,7 +46,9 @@ class FinetuneDataConfig(Section):
 
     train: tuple[str, ...] = Field(..., description="Sample files to train on.", min_length=1)
     evaluate: tuple[str, ...] = Field(
-        (), description="Sample files with `options`, of later days, to evaluate on. Empty: no evaluation."
+        (),
+        description="Sample files with `options`, of later days, to evaluate on. Empty: no evaluation.",
+        json_schema_extra=MAY_CHANGE,
     )
     general: tuple[str, ...] = Field(
         (), description="Files of general-purpose samples that are mixed in to prevent forgetting."
@@ -71,9 +77,12 @@ class FinetuneModelConfig(Section):
         "",
         description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id. Empty: a small "
         "model with random weights, see `[small]`.",
+        json_schema_extra=MAY_CHANGE,
     )
     tokenizer: str = Field(
-        "", description="Directory or hub id of another tokenizer. Empty: the model's own tokenizer."
+        "",
+        description="Directory or hub id of another tokenizer. Empty: the model's own tokenizer.",
+        json_schema_extra=MAY_CHANGE,
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
@@ -144,8 +153,8 @@ class FinetuneConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optimizer: FinetuneOptimizerConfig = Field(default_factory=FinetuneOptimizerConfig)
     train: FinetuneTrainConfig = Field(default_factory=FinetuneTrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    resume: ResumeConfig = Field(default_factory=ResumeConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, json_schema_extra=MAY_CHANGE)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig, json_schema_extra=MAY_CHANGE)
 
 
 def load_finetune(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from trainer.config.features import FeatureConfig
 from trainer.config.load import load_job
 from trainer.config.sections import (
+    MAY_CHANGE,
     CheckpointConfig,
     DistributedTrainConfig,
     OptimizerConfig,
@@ -32,7 +33,9 @@ from trainer.config.toml import validate
 class DataConfig(Section):
     """Which rows are trained on and which are held out. Times are ISO dates or times, in the dataset's time zone."""
 
-    path: str = Field(..., description="Dataset directory, or any fsspec URL of one.", min_length=1)
+    path: str = Field(
+        ..., description="Dataset directory, or any fsspec URL of one.", min_length=1, json_schema_extra=MAY_CHANGE
+    )
     behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
     train_from: str = Field("", description="First moment of training. Empty: the dataset's first.")
     train_until: str = Field(
@@ -45,11 +48,16 @@ class DataConfig(Section):
         description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",
     )
     shuffle_minutes: Rate = Field(60.0, description="Rows are shuffled inside windows of this length, never across.")
-    workers: int = Field(1, description="Loader processes per rank; 0 reads in the training process.", ge=0)
-    prefetch: Positive = Field(4, description="Batches that each loader process prepares ahead.")
+    workers: int = Field(
+        1, description="Loader processes per rank; 0 reads in the training process.", ge=0, json_schema_extra=MAY_CHANGE
+    )
+    prefetch: Positive = Field(
+        4, description="Batches that each loader process prepares ahead.", json_schema_extra=MAY_CHANGE
+    )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",
         description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`).",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -62,7 +70,9 @@ class TableOptimizerConfig(Section):
     learning_rate: Rate = Field(0.02, description="Peak learning rate of the tables.")
     eps: Rate = Field(1e-8, description="Added to the root of Adagrad's accumulator.")
     deduplicate: bool = Field(
-        True, description="Look each id up and send it to its rank once in a step, however often a batch has it."
+        True,
+        description="Look each id up and send it to its rank once in a step, however often a batch has it.",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
@@ -109,9 +119,13 @@ class TrainConfig(DistributedTrainConfig):
 
     batch_size: Positive = Field(2048, description="Rows of all ranks together in one optimizer step.")
     epochs: Positive = Field(1, description="Passes over the training range.")
-    overlap: bool = Field(True, description="Exchange the next batch's ids while the dense network works.")
+    overlap: bool = Field(
+        True, description="Exchange the next batch's ids while the dense network works.", json_schema_extra=MAY_CHANGE
+    )
     baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
-        (), description="Networks to train after `model.kind` on the same data, for the same table of metrics."
+        (),
+        description="Networks to train after `model.kind` on the same data, for the same table of metrics.",
+        json_schema_extra=MAY_CHANGE,
     )
     weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
 
@@ -154,9 +168,9 @@ class JobConfig(Section):
     alignment: AlignmentConfig = Field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    resume: ResumeConfig = Field(default_factory=ResumeConfig)
-    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, json_schema_extra=MAY_CHANGE)
+    resume: ResumeConfig = Field(default_factory=ResumeConfig, json_schema_extra=MAY_CHANGE)
+    score: ScoreConfig = Field(default_factory=ScoreConfig, json_schema_extra=MAY_CHANGE)
 
     @model_validator(mode="after")
     def _fits_a_stream(self) -> JobConfig:

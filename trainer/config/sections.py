@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+
+MAY_CHANGE: JsonDict = {"may_change_on_resume": True}
+"""``json_schema_extra`` of a key, or of a whole section, that may differ when a run is resumed: it changes neither the
+result nor the data. DeepSpeed's settings are compared by themselves, and a dataset by its fingerprint."""
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -12,17 +17,32 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 # Keys that several jobs have with defaults of their own: type and description are here, the default is in the section.
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"], Field(description="`auto` uses the GPU if the machine has one, else the CPU.")
+    Literal["auto", "cpu", "cuda"],
+    Field(description="`auto` uses the GPU if the machine has one, else the CPU.", json_schema_extra=MAY_CHANGE),
 ]
 Decay = Literal["constant", "linear", "cosine"]
 DeepSpeedFile = Annotated[
-    str, Field(description="JSON file of DeepSpeed settings: ZeRO stage, precision, clipping, gradient accumulation.")
+    str,
+    Field(
+        description="JSON file of DeepSpeed settings: ZeRO stage, precision, clipping, gradient accumulation.",
+        json_schema_extra=MAY_CHANGE,
+    ),
 ]
 LogEvery = Annotated[
-    int, Field(ge=1, description="Steps between two records of the loss and the rates in the metric history.")
+    int,
+    Field(
+        ge=1,
+        description="Steps between two records of the loss and the rates in the metric history.",
+        json_schema_extra=MAY_CHANGE,
+    ),
 ]
 WatchdogSeconds = Annotated[
-    float, Field(ge=0, description="End the job if a rank finishes no step for this long; 0 waits forever.")
+    float,
+    Field(
+        ge=0,
+        description="End the job if a rank finishes no step for this long; 0 waits forever.",
+        json_schema_extra=MAY_CHANGE,
+    ),
 ]
 
 
@@ -35,11 +55,17 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run is written and what it is called."""
 
-    name: str = Field("run", description="Name of the run, part of its directory's default name.", min_length=1)
+    name: str = Field(
+        "run",
+        description="Name of the run, part of its directory's default name.",
+        min_length=1,
+        json_schema_extra=MAY_CHANGE,
+    )
     directory: str = Field(
         "",
         description="Directory of the run. Empty: that of the newest unfinished run of the same job, else "
         "`runs/<name>-<date>-<time>`.",
+        json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.config.sections import MAY_CHANGE
+
 MessageFormat = Literal["json", "arrow"]
 
 
@@ -17,14 +19,21 @@ class StreamConfig(BaseModel):
     source: Literal["files", "kafka"] = Field(
         "files", description="`files` replays the events of a dataset; `kafka` reads a topic."
     )
-    path: str = Field("", description="Dataset to replay, a directory or any fsspec URL. Empty: `data.path`.")
+    path: str = Field(
+        "",
+        description="Dataset to replay, a directory or any fsspec URL. Empty: `data.path`.",
+        json_schema_extra=MAY_CHANGE,
+    )
     speed: float = Field(
         0.0,
         description="Of a replay: 60 plays an hour in a minute, 1 is real time; 0 is as fast as possible.",
         ge=0,
         allow_inf_nan=False,
+        json_schema_extra=MAY_CHANGE,
     )
-    brokers: str = Field("", description="Kafka brokers to begin with, `host:port,host:port`.")
+    brokers: str = Field(
+        "", description="Kafka brokers to begin with, `host:port,host:port`.", json_schema_extra=MAY_CHANGE
+    )
     topic: str = Field("", description="Kafka topic; its partitions are those of the job.")
     format: MessageFormat = Field(
         "json", description="Of the messages: `json`, one event a line, or `arrow`, IPC streams of events."
@@ -37,9 +46,12 @@ class StreamConfig(BaseModel):
     properties: str = Field(
         "",
         description="File of librdkafka properties, `key=value` lines, such as for TLS and SASL; it stays where it is.",
+        json_schema_extra=MAY_CHANGE,
     )
     dead_letter: str = Field(
-        "", description="Topic for messages that are no events. Empty: the topic's name and `-dead-letters`."
+        "",
+        description="Topic for messages that are no events. Empty: the topic's name and `-dead-letters`.",
+        json_schema_extra=MAY_CHANGE,
     )
     begin: Literal["earliest", "latest"] = Field(
         "earliest", description="Where a new run begins to read a topic; a run that goes on has its position."
@@ -48,31 +60,55 @@ class StreamConfig(BaseModel):
         "error",
         description="If the topic no longer holds the messages at the position: refuse (`error`), or leave them out "
         "and go on with the first that it holds (`earliest`).",
+        json_schema_extra=MAY_CHANGE,
     )
     until_end: bool = Field(
-        False, description="Stop at the messages that the topic had when reading began; a replay always ends."
+        False,
+        description="Stop at the messages that the topic had when reading began; a replay always ends.",
+        json_schema_extra=MAY_CHANGE,
     )
     retry_seconds: float = Field(
-        60.0, description="Give up on brokers that do not answer, or a topic that is not there, after so long.", gt=0
+        60.0,
+        description="Give up on brokers that do not answer, or a topic that is not there, after so long.",
+        gt=0,
+        json_schema_extra=MAY_CHANGE,
     )
     future_hours: float = Field(
-        24.0, description="An event may be ahead of this machine's clock by so much; clocks differ.", ge=0
+        24.0,
+        description="An event may be ahead of this machine's clock by so much; clocks differ.",
+        ge=0,
+        json_schema_extra=MAY_CHANGE,
     )
-    batch_events: int = Field(8192, description="Most events of a batch.", ge=1)
+    batch_events: int = Field(8192, description="Most events of a batch.", ge=1, json_schema_extra=MAY_CHANGE)
     linger_seconds: float = Field(
-        0.2, description="A live stream hands out a batch that is not full after so long.", gt=0
+        0.2,
+        description="A live stream hands out a batch that is not full after so long.",
+        gt=0,
+        json_schema_extra=MAY_CHANGE,
     )
     idle_seconds: float = Field(
-        1.0, description="A partition of a live stream that is silent for so long holds up the others no more.", gt=0
+        1.0,
+        description="A partition of a live stream that is silent for so long holds up the others no more.",
+        gt=0,
+        json_schema_extra=MAY_CHANGE,
     )
-    queue_batches: int = Field(4, description="Batches that a rank reads ahead of training.", ge=1)
+    queue_batches: int = Field(
+        4, description="Batches that a rank reads ahead of training.", ge=1, json_schema_extra=MAY_CHANGE
+    )
     buffer_events: int = Field(
-        1_000_000, description="Most events that a rank holds while its partitions wait for each other.", ge=1
+        1_000_000,
+        description="Most events that a rank holds while its partitions wait for each other.",
+        ge=1,
+        json_schema_extra=MAY_CHANGE,
     )
     since: str = Field(
         "", description="Events before this time are left out: an ISO time in the dataset's zone. Empty: `train_until`."
     )
-    until: str = Field("", description="A replay ends before the first event of this time. Empty: `eval_from`.")
+    until: str = Field(
+        "",
+        description="A replay ends before the first event of this time. Empty: `eval_from`.",
+        json_schema_extra=MAY_CHANGE,
+    )
     slice_seconds: float = Field(
         30.0,
         description="All ranks go through event time together, so much at a time; it adds to the delay of labels.",
@@ -89,8 +125,9 @@ class StreamConfig(BaseModel):
         0.0,
         description="Minutes between two models in `RUN/published`, exported from checkpoints for scoring; 0: none.",
         ge=0,
+        json_schema_extra=MAY_CHANGE,
     )
-    keep_published: int = Field(2, description="Newest published models to keep.", ge=1)
+    keep_published: int = Field(2, description="Newest published models to keep.", ge=1, json_schema_extra=MAY_CHANGE)
 
     @property
     def endless(self) -> bool:
@@ -121,7 +158,11 @@ class LabelConfig(BaseModel):
         120.0, description="A visit without an exit has ended so long after its last event.", gt=0
     )
     max_out_of_orderness_seconds: float = Field(
-        10.0, description="Events of a partition may come so much behind later ones; rows wait as long.", ge=0
+        10.0,
+        description="Longest time by which an event of a partition may arrive after later ones; the watermark, and "
+        "with it the rows, follow the newest event at this distance.",
+        ge=0,
+        json_schema_extra={"formerly": "disorder_seconds"},
     )
 
     @property

@@ -55,6 +55,31 @@ def list_mistakes(model: type[BaseModel], raw: dict[str, Any]) -> list[str]:
     return []
 
 
+def validate_stored(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
+    """Validate a job that an earlier version may have written, with keys that were renamed since.
+
+    Raises:
+        UserError: as :func:`validate`.
+    """
+    return validate(model, _with_new_names(model, raw), origin)
+
+
+def _with_new_names(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
+    new_names = {former_name(info): name for name, info in model.model_fields.items() if former_name(info)}
+    named = {new_names.get(key, key): value for key, value in raw.items()}
+    for name, info in model.model_fields.items():
+        if is_section(section := section_of(info.annotation)) and isinstance(named.get(name), dict):
+            named[name] = _with_new_names(section, named[name])
+    return named
+
+
+def former_name(info: FieldInfo) -> str | None:
+    """Return the earlier name of a key that was renamed, given by ``json_schema_extra={"formerly": ...}``."""
+    extra = info.json_schema_extra
+    name = extra.get("formerly") if isinstance(extra, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted name and field of every key of a section, depth first; ``NAME`` stands for a free key."""
     for name, info in model.model_fields.items():
@@ -89,6 +114,9 @@ def _explain(mistake: ErrorDetails, raw: dict[str, Any], model: type[BaseModel])
     """Return a mistake as one line; for an unknown key it names the nearest known one."""
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
+        for name, info in fields(model):
+            if (former := former_name(info)) and key == ".".join([*name.split(".")[:-1], former]):
+                return f"{key} is called {name} now"
         known = [name for name, _ in fields(model)] + list(model.model_fields)
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         return f"unknown key {key}; did you mean {nearest}?"

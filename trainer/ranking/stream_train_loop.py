@@ -48,7 +48,7 @@ def train_stream(
     config: JobConfig,
     world: World,
     preemption: Preemption,
-    home: Path,
+    model_dir: Path,
     searching: SearchSpaceRefresher | None = None,
 ) -> None:
     """Slice after slice, until the stream of every rank has ended.
@@ -62,7 +62,7 @@ def train_stream(
         config: the job.
         world: its ranks.
         preemption: whether this process has been asked to stop.
-        home: of the model's files.
+        model_dir: of the model's files.
         searching: keeps the vectors up to date that histories are searched with.
 
     Raises:
@@ -72,7 +72,7 @@ def train_stream(
     settings = config.stream
     assert settings is not None
     slices = TimeSlices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
-    learner = _StreamTrainer(engine, stream, state, config, world, home, searching)
+    learner = _StreamTrainer(engine, stream, state, config, world, model_dir, searching)
     engine.set_learning_rate(config.tables.learning_rate, config.optimizer.learning_rate)
     saved_step, pushed = state.step, 0
     with (
@@ -123,12 +123,12 @@ class _StreamTrainer:
         state: TrainingState,
         config: JobConfig,
         world: World,
-        home: Path,
+        model_dir: Path,
         searching: SearchSpaceRefresher | None,
     ) -> None:
         assert config.stream is not None
         self._engine, self._stream, self._state, self._config, self._world = engine, stream, state, config, world
-        self._home, self._searching = home, searching
+        self._model_dir, self._searching = model_dir, searching
         self._flush_ms = round(config.stream.flush_seconds * 1000)
         self._batch_rows = rows_per_rank(config, world.size)
         self._endless = config.stream.endless
@@ -137,7 +137,7 @@ class _StreamTrainer:
         self._loss = float("nan")
         self._scalars = None
         if world.rank == 0:
-            self._scalars = SummaryWriter(str(home / "tensorboard"), purge_step=state.step + 1)
+            self._scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
 
     def close(self) -> None:
         """Write the entry of the trace that is begun, and the scalars."""
@@ -173,7 +173,7 @@ class _StreamTrainer:
         try:
             self._train(-(-rows // self._config.train.batch_size))
         except NotFiniteLoss as stopped:
-            raise UserError(keep_batch(stopped, self._home, self._world.rank)) from None
+            raise UserError(keep_batch(stopped, self._model_dir, self._world.rank)) from None
         if self._searching is not None:
             self._searching.catch_up(self._state.step)
         if number is not None:

@@ -37,7 +37,7 @@ def train(
     config: JobConfig,
     world: World,
     preemption: Preemption,
-    home: Path,
+    model_dir: Path,
     searching: SearchSpaceRefresher | None = None,
 ) -> None:
     """One optimizer step after another until all ranks are out of rows; every batch is predicted before it is learnt.
@@ -50,7 +50,7 @@ def train(
         config: the job.
         world: its ranks.
         preemption: whether this process has been asked to stop.
-        home: of the model's files.
+        model_dir: of the model's files.
         searching: keeps the vectors up to date that histories are searched with.
 
     Raises:
@@ -66,7 +66,7 @@ def train(
     scalars = None
     if world.rank == 0:
         # What was written after the checkpoint that training goes on from happens again.
-        scalars = SummaryWriter(str(home / "tensorboard"), purge_step=state.step + 1)
+        scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
     with (
         preemption.deferred(),
         Watchdog(world, config.train.watchdog_seconds) as watchdog,
@@ -100,7 +100,7 @@ def train(
                     raise Preempted
                 watchdog.beat(state.step)
         except NotFiniteLoss as stopped:
-            raise UserError(keep_batch(stopped, home, world.rank)) from None
+            raise UserError(keep_batch(stopped, model_dir, world.rank)) from None
         with watchdog.busy("saving the last checkpoint"):
             if searching is not None:
                 searching.finish()
@@ -118,9 +118,9 @@ def _set_learning_rate(engine: HybridEngine, config: JobConfig, state: TrainingS
     engine.set_learning_rate(config.tables.learning_rate * factor, schedule.learning_rate * factor)
 
 
-def keep_batch(stopped: NotFiniteLoss, home: Path, rank: int) -> str:
+def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
     """Write this rank's batch of a step without a loss; what to tell of it."""
-    directory = home / "not-finite" / f"step-{stopped.step:08d}"
+    directory = model_dir / "not-finite" / f"step-{stopped.step:08d}"
     batch = stopped.batch
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(

@@ -4,7 +4,7 @@
 
     model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network; of a dynamic table
                         ids.NAME.id and ids.NAME.seen [rows], which id each row has (none where seen is 0)
-    config.json         the job, readable by trainer.config.ranker.parse_config
+    config.json         the job
     features/           vocabularies and standardisation (trainer/data/features/fit.py)
     search.pt           search vectors, of models with histories that are searched by dot product
     export.json         what it came from
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import list_differences
-from trainer.config.ranker import JobConfig, parse_config
+from trainer.config.ranker import JobConfig
+from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
@@ -102,7 +103,7 @@ def open_export(directory: str | Path) -> ExportedModel:
     origin = _read_json(home / ORIGIN)
     if origin["schema_version"] > SCHEMA:
         raise UserError(f"{home / ORIGIN}: written by a newer version (schema {origin['schema_version']})")
-    config = parse_config(_read_json(home / CONFIG), str(home / CONFIG))
+    config = validate_stored(JobConfig, _read_json(home / CONFIG), str(home / CONFIG))
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     features = FeatureMap(data.spec, config.features, FittedFeatures.load(home / FEATURES), config.data.behaviours)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, origin["precision"])).eval()

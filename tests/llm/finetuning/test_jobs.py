@@ -19,13 +19,13 @@ from launch.machine import free_port
 from tests.distributed.launches import DEEPSPEED, LIMELIGHT, ROOT, TORCHRUN, end, start
 from tests.llm.tiny import samples, write_samples
 from trainer.checkpoint.manifest import list_checkpoints
+from trainer.checkpoint.run_directory import begin_run, choose_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.errors import UserError
 from trainer.console.exit_status import PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.llm.finetuning.prepare import all_samples, deepspeed_settings, draw, prepare_base
 from trainer.llm.finetuning.samples import ReadCounts, Sample
 from trainer.llm.models.base_model import BaseModelFiles
-from trainer.llm.run import begin_run, choose_directory
 from trainer.runtime.distributed import World
 
 JOB = f"{ROOT}/configs/finetune_small.toml"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainer.checkpoint.manifest import DatasetEntry, file_entry
+from trainer.checkpoint.run_directory import base_path
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
@@ -24,7 +25,6 @@ from trainer.llm.finetuning.token_files import Tokens, write_tokens
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.small_model import write_small_model
-from trainer.llm.run import base_path
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 

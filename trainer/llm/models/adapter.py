@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.model_state import list_differences
+from trainer.checkpoint.run_directory import base_path, load_finetune_run
 from trainer.console.errors import UserError, one_line
 from trainer.data.format.safetensors_header import read_header
 from trainer.llm.models.base_model import BaseModelFiles, empty_model
-from trainer.llm.run import base_path, load_run
 from trainer.runtime.files import write_json, write_whole
 
 RECORD = "limelight.json"
@@ -130,7 +130,7 @@ def merge_run(run: Path, out: Path) -> None:
     Raises:
         UserError: the run has not finished, its model is gone, or ``out`` is there.
     """
-    config = load_run(run)
+    config = load_finetune_run(run)
     if not (run / "adapter").is_dir():
         raise UserError(f"{run}: has not finished; the command that began it goes on with it")
     write_merged(BaseModelFiles.open(base_path(config, run), config.model.tokenizer), run / "adapter", out)

@@ -1,0 +1,112 @@
+"""Runs that an earlier version wrote are resumed and scored by this one. ``stored/README.md`` says what they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.paths import ROOT
+from trainer.checkpoint.manifest import list_checkpoints
+from trainer.comment_staytime.scoring import score_range
+
+STORED = ROOT / "tests/checkpoint/stored/runs_0.1.tar.xz"
+
+SAME = {"rel": 2e-3, "abs": 2e-3}
+"""Another processor rounds otherwise; a row lost or trained on twice changes these metrics by far more."""
+
+
+FINETUNE = """
+[run]
+directory = "finetune"
+[data]
+train = ["samples/train.jsonl"]
+evaluate = ["samples/eval.jsonl"]
+length = 64
+[small]
+vocabulary = 300
+hidden = 16
+layers = 1
+heads = 2
+[lora]
+rank = 4
+modules_to_save = ["lm_head"]
+[optimizer]
+learning_rate = 2e-3
+[train]
+batch_size = 8
+epochs = 4
+deepspeed = "samples/zero2.json"
+log_every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stored runs, in the directory that their relative paths belong to."""
+    directory = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(STORED) as archive:
+        archive.extractall(directory, filter="data")
+    return directory
+
+
+def limelight(directory: Path, *arguments: str) -> str:
+    """Run a command in ``directory``; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli.main", *arguments],
+        cwd=directory,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("run", ["batch", "stream"])
+def test_a_rankers_run_is_resumed_to_the_same_end(earlier: Path, run: str) -> None:
+    (stopped,) = list_checkpoints(earlier / run / "checkpoints")
+    printed = limelight(earlier, "train", f"{run}.toml")
+    assert f"from {run}/checkpoints/{stopped.name}" in printed
+    then = json.loads((earlier / "expected" / f"{run}_metrics.json").read_text())
+    now = json.loads((earlier / run / "metrics.json").read_text())
+    metrics = ("behaviours",) if run == "batch" else ("stream", "progressive")
+    for name in metrics:
+        then, now = then[name], now[name]
+    assert then.keys() == now.keys() == {"click", "gift"}
+    for behaviour in then:
+        assert now[behaviour]["rows"] == then[behaviour]["rows"]
+        assert now[behaviour]["positives"] == then[behaviour]["positives"]
+        for name in ("logloss", "calibration"):
+            assert now[behaviour][name] == pytest.approx(then[behaviour][name], **SAME), f"{behaviour} {name}"
+
+
+def test_a_fine_tuning_run_is_resumed(earlier: Path) -> None:
+    (stopped,) = list_checkpoints(earlier / "finetune" / "checkpoints")
+    (earlier / "finetune.toml").write_text(FINETUNE)
+    printed = limelight(earlier, "finetune", "finetune.toml")
+    assert f"from finetune/checkpoints/{stopped.name}" in printed
+    assert json.loads((earlier / "finetune" / "metrics.json").read_text())
+
+
+def test_an_export_and_a_staytime_run_score_as_before(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limelight(earlier, "score", "export", "candidates.parquet", "now.parquet")
+    same_table(earlier / "now.parquet", earlier / "expected" / "scores_export.parquet")
+    monkeypatch.chdir(earlier)
+    score_range(Path("staytime"), Path("staytime_now.parquet"))
+    same_table(earlier / "staytime_now.parquet", earlier / "expected" / "staytime_scores.parquet")
+
+
+def same_table(now: Path, then: Path) -> None:
+    """The same columns and rows; numbers up to rounding."""
+    ours, theirs = pq.read_table(now), pq.read_table(then)
+    assert ours.column_names == theirs.column_names
+    for name in ours.column_names:
+        np.testing.assert_allclose(ours[name].to_numpy(), theirs[name].to_numpy(), rtol=1e-4, atol=1e-6)

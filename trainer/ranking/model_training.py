@@ -1,0 +1,210 @@
+"""Training and evaluation of one model of a ranker's job: the job's own network, or a baseline."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.ranker import RankerKind
+from trainer.checkpoint.manifest import DatasetEntry
+from trainer.config.ranker import JobConfig
+from trainer.console.run_log import set_step
+from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.search_vectors import SearchSpace
+from trainer.data.format.dataset import Dataset
+from trainer.engine.hybrid_engine import HybridEngine
+from trainer.metrics.behaviour_metrics import Report
+from trainer.ranking.checkpoints import Checkpoints, Identity
+from trainer.ranking.evaluation import calibration_curve, evaluate, metrics_document, predict, read_truth
+from trainer.ranking.report import metrics_table, write_report
+from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
+from trainer.ranking.setup import Split, build_engine, freeze_at_end_of_training, held_out_loader, training_loader
+from trainer.ranking.stream_train_loop import train_stream
+from trainer.ranking.train_loop import train
+from trainer.ranking.training_state import TrainingState
+from trainer.ranking.training_stream import TrainingStream, open_stream
+from trainer.ranking.warm_start import format_taken, warm_start
+from trainer.runtime.distributed import World
+from trainer.runtime.files import write_json
+from trainer.runtime.preemption import Preemption
+from trainer.sparse.planner import format_plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankerJob:
+    """Everything that all models of a job share."""
+
+    config: JobConfig
+    data: Dataset
+    split: Split
+    features: FeatureMap
+    dataset: DatasetEntry
+    world: World
+    preemption: Preemption
+
+
+@dataclass(frozen=True)
+class ModelTraining:
+    """One model with the state of its training.
+
+    Attributes:
+        kind: network of the model.
+        model_dir: directory of the model's files.
+        engine: tables and dense network.
+        state: progress of the training, from the newest checkpoint or from the start.
+        position: read position by partition, to continue from; ``None`` at the start.
+        checkpoints: to save to.
+        stream: of this rank, if the job trains on a stream.
+        space: vectors that histories are searched with, if a search needs any.
+        searching: renews ``space`` while the model is trained.
+    """
+
+    kind: RankerKind
+    model_dir: Path
+    engine: HybridEngine
+    state: TrainingState
+    position: Any
+    checkpoints: Checkpoints
+    stream: TrainingStream | None
+    space: SearchSpace | None
+    searching: SearchSpaceRefresher | None
+
+
+def finished_report(model_dir: Path, world: World) -> dict[str, Any] | None:
+    """Return ``metrics.json`` of a model that an earlier start of the job finished, or ``None``. Collective."""
+    document = None
+    if world.rank == 0 and (model_dir / "metrics.json").exists():
+        document = json.loads((model_dir / "metrics.json").read_text())
+        logger.info(f"{document['model']}: finished already, in {model_dir}")
+    return world.agree(document)
+
+
+def prepare_model(
+    job: RankerJob, kind: RankerKind, model_dir: Path, after_save: Callable[[Path], None]
+) -> ModelTraining:
+    """Build a model, and restore it from its newest checkpoint or start it from another run's tables. Collective.
+
+    Args:
+        job: the job.
+        kind: network of the model.
+        model_dir: directory of the model's files.
+        after_save: called with the directory of each checkpoint that was written.
+
+    Raises:
+        UserError: a checkpoint, the stream's source or the old run of ``init_from`` cannot be read, or does not fit.
+    """
+    config, features, world = job.config, job.features, job.world
+    stream = None if config.stream is None else open_stream(config, job.data, job.split, features, world, model_dir)
+    engine = build_engine(config, features, kind, world)
+    logger.info(f"{kind}: table placement by TorchRec's planner\n{format_plan(engine.plan)}")
+    identity = Identity(config, kind, features.behaviours, job.dataset)
+    checkpoints = Checkpoints(model_dir / "checkpoints", identity, world, after_save)
+    space = make_space(config, features)
+    state = TrainingState.at_start(features.behaviours, stream, space)
+    position = checkpoints.restore(engine, state)
+    if position is None and config.init_from.run:
+        logger.info(format_taken(warm_start(engine, config, kind, features, world)))
+    searching = None if space is None else SearchSpaceRefresher(space, config, features, engine, world)
+    if searching is not None:
+        searching.begin()
+    set_step(state.step)
+    return ModelTraining(kind, model_dir, engine, state, position, checkpoints, stream, space, searching)
+
+
+def train_model(job: RankerJob, model: ModelTraining) -> None:
+    """Train a model to the end of its data, from the position of its state; nothing is left to do if it is there.
+
+    Collective.
+
+    Raises:
+        UserError: there are no rows; the loss is not finite; the stream or a checkpoint cannot be read or written.
+        Preempted: a rank was asked to stop, and the state is saved.
+    """
+    if model.state.finished:
+        return
+    config, world = job.config, job.world
+    if model.stream is not None:
+        with model.stream.open(model.position) as reader:
+            train_stream(
+                model.engine,
+                model.stream,
+                reader,
+                model.state,
+                model.checkpoints,
+                config=config,
+                world=world,
+                preemption=job.preemption,
+                model_dir=model.model_dir,
+                searching=model.searching,
+            )
+        return
+    loader = training_loader(
+        config,
+        job.data,
+        job.split,
+        job.features,
+        world,
+        model.position,
+        space=model.space,
+        first_step=model.state.step,
+    )
+    train(
+        model.engine,
+        loader,
+        model.state,
+        model.checkpoints,
+        config=config,
+        world=world,
+        preemption=job.preemption,
+        model_dir=model.model_dir,
+        searching=model.searching,
+    )
+
+
+def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None, dict[str, Any]]:
+    """Evaluate a model on the held-out range: metrics and calibration by behaviour. Collective.
+
+    Returns:
+        The metrics, ``None`` if the job holds nothing out, and the calibration curve of each behaviour.
+    """
+    config, behaviours = job.config, job.features.behaviours
+    if job.split.eval_from is None:
+        return None, {}
+    frozen = freeze_at_end_of_training(config, job.data, job.split)
+    loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space)
+    held_out = predict(model.engine, loader, quiet=job.world.rank > 0)
+    report = evaluate(held_out, behaviours, read_truth(config.data.path, held_out, behaviours))
+    return report, calibration_curve(held_out, behaviours)
+
+
+def write_results(
+    job: RankerJob, model: ModelTraining, report: Report | None, calibration: dict[str, Any]
+) -> dict[str, Any]:
+    """Write plan, report and metrics of a model, and close it. Collective. Returns the content of ``metrics.json``."""
+    config, kind, state = job.config, model.kind, model.state
+    document = metrics_document(config, kind, report, state.trace, model.checkpoints.stalls)
+    if model.stream is not None:
+        document["stream"] = model.stream.summary(job.world, state.progressive)
+        logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
+    if job.world.rank == 0:
+        write_json(model.model_dir / "plan.json", model.engine.plan)
+        write_report(
+            model.model_dir / "report.html",
+            title=f"{config.run.name}: {kind}",
+            config=config.model_dump(mode="json"),
+            models={} if report is None else {kind: report},
+            trace=state.trace,
+            plan=model.engine.plan,
+            calibration=calibration,
+        )
+        # Last, since a model with this file is never trained again.
+        write_json(model.model_dir / "metrics.json", document)
+    model.checkpoints.close()
+    model.engine.close()
+    return document
