@@ -1,4 +1,4 @@
-"""Samples: what is read, and the line that is shown for what is none."""
+"""Instruction samples: what is read, and the message for a line that is not a sample."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_samples_are_read_in_order_and_empty_ones_counted(tmp_path: Path) -> Non
     [
         ("{", "a.jsonl:2: not JSON"),
         ("[1]", "a.jsonl:2: not a sample"),
-        ({"task": "t", "prompt": "p"}, "a.jsonl:2: answer = null: a sample has a text there"),
+        ({"task": "t", "prompt": "p"}, "a.jsonl:2: answer = null: use a string"),
         ({"task": 1, "prompt": "p", "answer": "a"}, "a.jsonl:2: task = 1"),
-        ({"task": "t", "prompt": "p", "answer": "a", "options": "ab"}, 'options = "ab": a list of texts'),
+        ({"task": "t", "prompt": "p", "answer": "a", "options": "ab"}, 'options = "ab": use a list of strings'),
         ({"task": "t", "prompt": "p", "answer": "a", "options": ["b", "c"]}, 'answer = "a" is not among'),
-        ({"task": "t", "prompt": "p", "answer": "a", "options": ["a", "a"]}, "none may stand twice"),
-        ({"task": "t", "prompt": "p", "answer": "a", "options": ["a", " "]}, "each must have a text"),
+        ({"task": "t", "prompt": "p", "answer": "a", "options": ["a", "a"]}, "without duplicates"),
+        ({"task": "t", "prompt": "p", "answer": "a", "options": ["a", " "]}, "strings that are not blank"),
         ({"task": "t", "prompt": "p", "answer": "a", "options": ["a"], "popularity": [1, 2]}, "2 popularity figures"),
-        ({"task": "t", "prompt": "p", "answer": "a", "options": ["a"], "popularity": [True]}, "a list of numbers"),
+        ({"task": "t", "prompt": "p", "answer": "a", "options": ["a"], "popularity": [True]}, "use a list of numbers"),
     ],
 )
 def test_a_line_that_is_no_sample_is_named(tmp_path: Path, line: object, message: str) -> None:

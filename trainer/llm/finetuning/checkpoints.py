@@ -1,7 +1,7 @@
-"""Checkpoints of a fine-tuning run: the adapter and its optimizer, whole or not there, for any number of ranks.
+"""Checkpoints of a fine-tuning run: the adapter and its optimizer state, atomic, for any number of ranks.
 
-The base model is not in them. The ranks gather what is trained and write a share of it each; whoever reads takes what
-its own ZeRO stage and rank need.
+The base model is not saved. To save, the ranks gather the trained parameters and each writes a share of them. To load,
+each rank reads the values that its own ZeRO stage and rank need.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterIdentity:
-    """What a checkpoint must share with the run that goes on from it.
+    """Identity of a run; base model and samples must match those of a checkpoint that the run resumes from.
 
     Attributes:
         config: the job.
-        base: fingerprint of the model that is adapted.
-        samples: the tokens that are trained on.
+        base: fingerprint of the base model.
+        samples: paths and fingerprint of the tokenised training samples.
     """
 
     config: FinetuneConfig
@@ -44,12 +44,12 @@ class AdapterIdentity:
 
 
 class AdapterCheckpoints(CheckpointStore):
-    """The checkpoints of an adapter.
+    """Checkpoint store of an adapter.
 
     Args:
-        directory: that holds them, on a file system that all ranks share; made if it is not there.
-        identity: of the run.
-        world: its ranks.
+        directory: directory of the checkpoints, on a file system that all ranks share; created if it does not exist.
+        identity: identity of the run.
+        world: ranks of the run.
     """
 
     def __init__(self, directory: Path, identity: AdapterIdentity, world: World) -> None:
@@ -57,25 +57,27 @@ class AdapterCheckpoints(CheckpointStore):
         self._identity = identity
 
     def save(self, engine: AdapterEngine, state: FinetuneState, *, wait: bool = False) -> None:
-        """Save the adapter and how far its training is. The save before it is waited for.
+        """Save the adapter and the progress of training, after the previous save has finished.
 
         Args:
-            engine: with the adapter.
-            state: of its training.
-            wait: return when it is on disk; otherwise it is written in the background, if the job says so.
+            engine: engine that holds the adapter.
+            state: progress of training.
+            wait: return when the checkpoint is on disk; false writes in the background if the job allows it.
 
         Raises:
-            UserError: this save or the one before could not be written, with the reason.
+            UserError: this or the previous save could not be written, with the reason.
         """
         self._put(lambda copy: self._take(engine, state, copy), wait)
 
     def restore(self, engine: AdapterEngine, state: FinetuneState) -> bool:
-        """Go on from the newest whole checkpoint, if there is one.
+        """Resume from the newest complete checkpoint. Returns False if there is no checkpoint.
 
-        Random states go on on the same number of ranks; on another number they start anew, from the seed and the step.
+        Random states are restored on the same number of ranks; on another number they are seeded again from the seed
+        and the step.
 
         Raises:
-            UserError: none of those that are there is whole; or it is of another adapter, base model or samples.
+            UserError: checkpoints exist but none is complete, or the newest one is of another adapter, base model or
+                set of samples.
         """
         found = self._newest_whole()
         seed, rank, size = self._identity.config.run.seed, self._world.rank, self._world.size
@@ -85,15 +87,20 @@ class AdapterCheckpoints(CheckpointStore):
         directory, manifest = found
         job = agreed(self._world, lambda: json.loads((directory / JOB).read_text()))
         if manifest.kind != ADAPTER or job["base"] != self._identity.base:
-            raise UserError(f"{directory}: a checkpoint of an adapter for another base model")
+            raise UserError(
+                f"{directory}: this checkpoint is of an adapter for another base model; choose another run.directory"
+            )
         if manifest.dataset.fingerprint != self._identity.samples.fingerprint:
-            raise UserError(f"{directory}: trained on other samples than those in {self._identity.samples.path}")
+            raise UserError(
+                f"{directory}: this checkpoint was trained on other samples than {self._identity.samples.path}; choose "
+                "another run.directory"
+            )
         engine.load(directory / MODEL, manifest.step)
         self._number = manifest.number
         state.step, state.sequences_done = manifest.step, manifest.rows_done
         state.finished = manifest.finished
         state.metric_history[:] = job["trace"]
-        # The sums of the open window are the same on all ranks.
+        # The sums of the open window are the same on all ranks, so the file of rank 0 has them too.
         same = manifest.ranks == size
         saved = torch.load(directory / rank_file(rank if same else 0), weights_only=True)
         state.window.load_state_dict(saved["window"])

@@ -1,10 +1,11 @@
-"""How well a model chooses among the answers of a task, beside choosing by frequency and by popularity.
+"""Evaluation of a model as a choice among the answer options of each sample, against two baselines.
 
-Every option of a sample is scored by the probability that the model gives to its tokens and the end of the text after
-the prompt; among the options these are made to sum to 1. Nothing is generated.
+The score of an option is the log-probability of its tokens and the end-of-text token after the prompt. A softmax over
+the options of a sample turns the scores into probabilities. No text is generated.
 
-The majority baseline takes the answer that was the right one most often in training; the popularity baseline takes the
-option with the largest figure, where the samples have such figures. Options with equal scores share the choice.
+The majority baseline chooses the option that was most often the right answer in training. The popularity baseline
+chooses the option with the largest popularity figure, if the samples have such figures. Options with equal scores share
+the choice.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from trainer.metrics.behaviour_metrics import auc
 from trainer.runtime.distributed import World
 
 Scores = list[np.ndarray]
-"""A score of each option, for each sample."""
+"""Scores ``[options]`` of each sample."""
 
 MODELS = ("model", "untuned", "majority", "popularity")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of samples as samples of their own.
+    """Tokenised options of evaluation samples: one (prompt, option) pair per option.
 
     Attributes:
-        samples: that they are of.
-        tokens: of prompt and option, one option after another.
+        samples: the samples that have the options.
+        tokens: tokens of prompt and option, one option after another.
     """
 
     samples: Sequence[Sample]
@@ -48,10 +49,10 @@ class Options:
 
     @staticmethod
     def of(samples: Sequence[Sample], tokenizer: Any, length: int) -> Options:
-        """Tokenise; a prompt that is too long loses its beginning.
+        """Tokenise the options; a prompt that is too long loses its beginning.
 
         Raises:
-            UserError: a sample without options, or an option as long as a sequence.
+            UserError: a sample has no options, or an option is as long as a sequence.
         """
         for number, sample in enumerate(samples, 1):
             if not sample.options:
@@ -65,37 +66,38 @@ class Options:
         return Options(samples, tokens)
 
     def split(self, values: np.ndarray) -> Scores:
-        """Values of all options as those of each sample."""
+        """Split values ``[options of all samples]`` into one array for each sample."""
         return np.split(values, np.cumsum([len(sample.options) for sample in self.samples])[:-1])
 
 
 def score_options(
     engine: AdapterEngine, options: Options, *, length: int, rows: int, world: World, label: str
 ) -> Scores:
-    """Log-probability of every option, on all ranks. Collective.
+    """Compute the log-probability of every option; every rank gets all scores. Collective.
 
     Args:
-        engine: the model.
-        options: to score.
-        length: tokens of a sequence; options are packed.
+        engine: engine that holds the model.
+        options: options to score.
+        length: maximum tokens of a sequence; several options are packed into one.
         rows: sequences of a forward pass.
-        world: the ranks, which share the work.
-        label: of the progress.
+        world: the ranks that share the work.
+        label: label of the progress bar.
     """
     packs = epoch_packs(options.tokens.lengths, length, seed=0, epoch=0, packing=True)
-    mine = packs[world.rank :: world.size]
-    # Under ZeRO 3 a forward pass is collective: every rank does the same number, at last on nothing.
+    rank_packs = packs[world.rank :: world.size]
+    # Under ZeRO 3 a forward pass is collective, so every rank makes the same number of passes, the last on padding if
+    # its own sequences are used up.
     passes = -(-len(packs) // (world.size * rows))
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    scored: list[tuple[np.ndarray, np.ndarray]] = []
     with Progress(label, passes, "passes", quiet=world.rank > 0) as progress:
         for number in range(passes):
-            batch = TokenBatch.of(mine[number * rows : (number + 1) * rows], options.tokens, world.device)
+            batch = TokenBatch.of(rank_packs[number * rows : (number + 1) * rows], options.tokens, world.device)
             likelihoods = likelihood_of_samples(engine.answer_losses(batch), batch)
-            found.append((batch.samples, likelihoods.double().cpu().numpy()))
+            scored.append((batch.samples, likelihoods.double().cpu().numpy()))
             progress.advance(1)
     scores = np.empty(len(options.tokens.lengths))
-    for of_rank in world.agree(world.gather(found)) or []:
-        for samples, values in of_rank:
+    for rank_scores in world.agree(world.gather(scored)) or []:
+        for samples, values in rank_scores:
             scores[samples] = values
     return options.split(scores)
 
@@ -103,11 +105,11 @@ def score_options(
 def baseline_scores(
     samples: Sequence[Sample], answers: Mapping[str, Mapping[str, int]]
 ) -> tuple[Scores, list[np.ndarray | None]]:
-    """Scores of the majority and the popularity baseline; None for a sample without figures.
+    """Compute the scores of the majority and the popularity baseline; None for a sample without popularity figures.
 
     Args:
-        samples: to choose for.
-        answers: task -> answer -> how often it was the right one in training.
+        samples: samples to score.
+        answers: task -> answer -> number of training samples with that answer.
     """
     majority = [
         np.log([1.0 + answers.get(sample.task, {}).get(option, 0) for option in sample.options]) for sample in samples
@@ -117,16 +119,17 @@ def baseline_scores(
 
 
 def report_of(samples: Sequence[Sample], scores: Mapping[str, Sequence[np.ndarray | None]]) -> dict[str, Any]:
-    """Metrics by task.
+    """Compute the metrics by task.
 
     Args:
-        samples: that were chosen for.
-        scores: model or baseline -> a score of each option of each sample; None where it has none.
+        samples: the samples that were scored.
+        scores: name of model or baseline -> scores ``[options]`` of each sample; None for a sample without scores.
 
     Returns:
-        task -> ``samples``, and model or baseline -> ``accuracy``; ``log_loss`` of a choice with the scores as logits,
-        in nats; and ``auc`` of these probabilities over all pairs of a sample and an option. Popularity figures are no
-        logits and have an accuracy only. None for a baseline that lacks figures, or an AUC of one class.
+        task -> ``samples`` (their number), and name of model or baseline -> ``accuracy``; ``log_loss`` in nats, with
+        the scores as logits; ``auc`` of the resulting probabilities over all (sample, option) pairs. Popularity
+        figures are not logits, so that baseline has an accuracy only. A baseline without figures for some sample, and
+        an AUC with one class only, are None.
     """
     tasks: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
@@ -162,7 +165,7 @@ def _metrics(chosen: Sequence[tuple[Sample, np.ndarray]], *, logits: bool) -> di
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The report as text: accuracy of all, log-loss and AUC of model and majority."""
+    """Format the report as a text table: accuracy of all, log loss and AUC of model and majority."""
 
     def cell(of_task: Mapping[str, Any], name: str, metric: str) -> str:
         value = (of_task.get(name) or {}).get(metric)
@@ -191,21 +194,22 @@ def evaluate(
     rows: int,
     world: World,
 ) -> dict[str, Any]:
-    """The report of a tuned model beside the untuned one and the baselines, on all ranks. Collective.
+    """Evaluate the tuned model, the untuned model and the baselines; every rank gets the report. Collective.
 
     Args:
-        engine: the model.
-        model: peft's wrapper in it.
-        options: of the samples.
-        answers: of training, see :func:`baseline_scores`.
-        length: tokens of a sequence.
+        engine: engine that holds the tuned model.
+        model: peft's wrapper inside the engine; its adapter is switched off for the untuned model.
+        options: options of the evaluation samples.
+        answers: answer counts of training, see :func:`baseline_scores`.
+        length: maximum tokens of a sequence.
         rows: sequences of a forward pass.
-        world: the ranks.
+        world: the ranks that share the work.
     """
     tuned = score_options(engine, options, length=length, rows=rows, world=world, label="evaluate")
     with model.disable_adapter(), torch.no_grad():
         untuned = score_options(engine, options, length=length, rows=rows, world=world, label="evaluate untuned")
     majority, popularity = baseline_scores(options.samples, answers)
-    every = (tuned, untuned, majority, popularity)
-    scores: dict[str, Sequence[np.ndarray | None]] = dict(zip(MODELS, every, strict=True))
+    scores: dict[str, Sequence[np.ndarray | None]] = dict(
+        zip(MODELS, (tuned, untuned, majority, popularity), strict=True)
+    )
     return report_of(options.samples, scores)

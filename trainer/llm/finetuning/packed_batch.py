@@ -1,4 +1,4 @@
-"""Sequences of packed samples as tensors that keep the samples apart."""
+"""Packed sequences as tensors, with segment ids and masks that separate the samples in a sequence."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainer.llm.finetuning.packing import Packs
 from trainer.llm.finetuning.token_files import Tokens
 
 IGNORED = -100
-"""Label of a token whose successor is not learnt."""
+"""Label of a position that has no loss."""
 
 PADDING = -1
-"""Segment of what is no token."""
+"""Segment id of padding."""
 
 
 def answer_weights(tokens: np.ndarray, weight: AnswerWeight) -> np.ndarray:
-    """``[samples]`` float64, what answers of so many tokens count for as a whole."""
+    """Return the weight of each answer in the loss, ``[samples]`` float64, from its number of tokens."""
     return np.power(tokens.astype(np.float64), {"tokens": 1.0, "root": 0.5, "one": 0.0}[weight])
 
 
@@ -29,14 +29,15 @@ class TokenBatch:
     """Sequences of one forward pass.
 
     Attributes:
-        ids: ``[rows, length]`` int64.
-        positions: ``[rows, length]`` int64, from 0 in every sample; padding goes on behind the last one.
-        segments: ``[rows, length]`` int64, which of ``samples`` a token is of, or ``PADDING``.
-        labels: ``[rows, length]`` int64, the next token where it is part of the same sample's answer, else ``IGNORED``.
-        samples: position of each sample in the tokens, row after row.
-        weights: ``[samples]`` float32, what the loss of a token of a sample's answer counts for.
-        tokens: of the samples, without padding.
-        packed: some row has several samples.
+        ids: ``[rows, length]`` int64, token ids.
+        positions: ``[rows, length]`` int64, position ids that start at 0 in every sample; padding continues those of
+            the last sample.
+        segments: ``[rows, length]`` int64, index into ``samples`` of the sample of each token, or ``PADDING``.
+        labels: ``[rows, length]`` int64, the next token if it is part of the same sample's answer, else ``IGNORED``.
+        samples: index of each sample in the :class:`Tokens`, row after row.
+        weights: ``[samples]`` float32, loss weight of one answer token of the sample.
+        tokens: number of tokens without padding.
+        packed: True if a row has more than one sample.
     """
 
     ids: Tensor
@@ -52,14 +53,14 @@ class TokenBatch:
     def of(
         packs: Packs, tokens: Tokens, device: torch.device, *, multiple: int = 8, weight: AnswerWeight = "tokens"
     ) -> TokenBatch:
-        """Put sequences side by side, padded at their end; no sequences at all are one of padding.
+        """Build a batch from sequences, padded at the end; without any sequence, the batch is one row of padding.
 
         Args:
-            packs: which samples each row has.
-            tokens: of all samples.
-            device: to put the tensors on.
-            multiple: rows are padded to a multiple of so many tokens.
-            weight: of an answer as a whole, which its tokens share.
+            packs: samples of each row.
+            tokens: tokens of all samples.
+            device: device of the tensors.
+            multiple: the row length is rounded up to a multiple of this.
+            weight: weight of an answer as a whole; its tokens share it equally.
         """
         lengths = tokens.lengths
         used = [int(lengths[samples].sum()) for samples in packs]
@@ -75,6 +76,7 @@ class TokenBatch:
                 start, stop = tokens.starts[sample], tokens.starts[sample + 1]
                 end, answer = at + int(stop - start), int(tokens.answers[sample])
                 ids[row, at:end] = tokens.ids[start:stop]
+                # The label of a position is the next token, hence one place to the left of the answer.
                 labels[row, end - answer - 1 : end - 1] = tokens.ids[stop - answer : stop]
                 positions[row, at:] -= positions[row, at]
                 segments[row, at:end] = number
@@ -94,17 +96,17 @@ class TokenBatch:
 
     @property
     def padding(self) -> int:
-        """Places without a token."""
+        """Number of positions without a token."""
         return self.ids.numel() - self.tokens
 
     @property
     def answered(self) -> Tensor:
-        """``[rows, length]`` bool: where the loss counts."""
+        """Positions that have a loss, ``[rows, length]`` bool."""
         return self.labels != IGNORED
 
     @property
     def mask(self) -> Tensor | None:
-        """``[rows, 1, length, length]`` bool: which token may look at which; None where being causal is enough."""
+        """Attention mask ``[rows, 1, length, length]`` bool; None if no row is packed and a causal mask is enough."""
         if not self.packed:
             return None
         length = self.ids.shape[1]

@@ -1,7 +1,7 @@
-"""Which samples form which sequence and which step: a function of lengths, seed and epoch alone.
+"""Assignment of samples to sequences and of sequences to steps, as a function of lengths, seed and epoch only.
 
-Samples are shuffled, cut into windows and packed inside each by best-fit decreasing, so that the order of training
-stays random beyond a window. The number of ranks has no part in it: ranks share the sequences of a step.
+Samples are shuffled, split into windows, and packed inside each window by best-fit decreasing, so that the order of
+training is random beyond a window. It does not depend on the number of ranks: the ranks share the sequences of a step.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from dataclasses import dataclass
 import numpy as np
 
 WINDOW = 1024
-"""Samples among which the fullest sequences are looked for."""
+"""Number of consecutive samples that are packed together."""
 
 Packs = list[np.ndarray]
-"""Sequences in order, each as the int64 positions of its samples."""
+"""Sequences in order; each is an int64 array of sample indices."""
 
 
 def pack(lengths: np.ndarray, capacity: int, order: np.ndarray) -> Packs:
-    """Put samples into sequences of at most ``capacity`` tokens, each into the fullest that it still fits.
+    """Pack samples into sequences of at most ``capacity`` tokens: each goes into the fullest one with room for it.
 
     Args:
-        lengths: ``[samples]`` tokens of each, none more than ``capacity``.
-        capacity: tokens of a sequence.
-        order: positions of the samples to pack, the longest first for the fullest sequences.
+        lengths: ``[samples]`` tokens of each sample, at most ``capacity``.
+        capacity: maximum tokens of a sequence.
+        order: indices of the samples to pack. Longest first gives the fullest sequences (best-fit decreasing).
 
     Returns:
-        Sequences in the order in which they were begun; every position of ``order`` is in exactly one.
+        Sequences in the order in which they were opened; every index of ``order`` is in exactly one of them.
     """
     members: list[list[int]] = []
-    # (tokens left, sequence), ascending: the first with room enough is the fullest one.
+    # (free tokens, sequence) in ascending order: the first entry with enough room is the fullest such sequence.
     room: list[tuple[int, int]] = []
     for sample in order.tolist():
         length = int(lengths[sample])
@@ -47,7 +47,7 @@ def pack(lengths: np.ndarray, capacity: int, order: np.ndarray) -> Packs:
 
 
 def epoch_packs(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int, packing: bool) -> Packs:
-    """The sequences of an epoch, every sample once; without ``packing`` each sample is one of its own."""
+    """Return the sequences of an epoch, with every sample once; without ``packing``, one sample per sequence."""
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
     if not packing:
@@ -55,18 +55,19 @@ def epoch_packs(lengths: np.ndarray, capacity: int, *, seed: int, epoch: int, pa
     packs: Packs = []
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
-        found = pack(lengths, capacity, window[np.argsort(-lengths[window], kind="stable")])
-        packs += [found[place] for place in generator.permutation(len(found))]
+        packed = pack(lengths, capacity, window[np.argsort(-lengths[window], kind="stable")])
+        # Best-fit decreasing puts the longest samples first; shuffle, or every window would start with them.
+        packs += [packed[place] for place in generator.permutation(len(packed))]
     return packs
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a training: which sequences each has.
+    """Sequences of every optimizer step.
 
     Attributes:
         epochs: sequences of each epoch.
-        batch_size: sequences of a step of all ranks; the last step of an epoch may have fewer.
+        batch_size: sequences of a step, over all ranks; the last step of an epoch may have fewer.
     """
 
     epochs: list[Packs]
@@ -74,20 +75,22 @@ class Schedule:
 
     @staticmethod
     def of(lengths: np.ndarray, capacity: int, *, seed: int, epochs: int, batch_size: int, packing: bool) -> Schedule:
-        """Pack all epochs."""
-        every = [epoch_packs(lengths, capacity, seed=seed, epoch=epoch, packing=packing) for epoch in range(epochs)]
-        return Schedule(every, batch_size)
+        """Pack the samples of all epochs; arguments as of :func:`epoch_packs`."""
+        return Schedule(
+            [epoch_packs(lengths, capacity, seed=seed, epoch=epoch, packing=packing) for epoch in range(epochs)],
+            batch_size,
+        )
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
+        """Number of steps in all epochs."""
         return sum(-(-len(packs) // self.batch_size) for packs in self.epochs)
 
     def step(self, step: int) -> Packs:
-        """The sequences of the step after ``step`` others.
+        """Return the sequences of step number ``step``, counted from 0.
 
         Raises:
-            IndexError: there are not so many.
+            IndexError: there are fewer steps.
         """
         for packs in self.epochs:
             steps = -(-len(packs) // self.batch_size)
@@ -98,7 +101,7 @@ class Schedule:
 
 
 def share_of_rank(packs: Packs, *, batch_size: int, rank: int, world: int, parts: int) -> list[Packs]:
-    """The micro-batches of a rank in a step, ``parts`` of them; short steps leave the last ones smaller or empty."""
+    """Return the ``parts`` micro-batches of a rank in a step; in a short step the last ones are smaller or empty."""
     rows = batch_size // world // parts
     starts = [(rank * parts + part) * rows for part in range(parts)]
     return [packs[start : start + rows] for start in starts]

@@ -1,4 +1,4 @@
-"""What a fine-tuning job needs before its first step: settings, base model, tokens."""
+"""Preparation of a fine-tuning job: DeepSpeed settings, base model, tokens; and the document of its results."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from trainer.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 
-_WORDS_FROM = 100_000
-"""Samples that the small model's tokenizer is trained on."""
+_TOKENIZER_SAMPLES = 100_000
+"""Number of samples that the small model's tokenizer is trained on."""
 
 
 def deepspeed_settings(config: FinetuneConfig, ranks: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def deepspeed_settings(config: FinetuneConfig, ranks: int) -> dict[str, Any]:
 def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseModelFiles:
     """The model that is adapted; the small one is made by the first rank, once in a run."""
     if not config.model.path and world.rank == 0:
-        samples = itertools.islice(read_samples(config.data.train, ReadCounts()), _WORDS_FROM)
+        samples = itertools.islice(read_samples(config.data.train, ReadCounts()), _TOKENIZER_SAMPLES)
         texts = (sample.prompt + sample.answer for sample in samples)
         write_small_model(directory / "base", texts, config.small, seed=config.run.seed, length=config.data.length)
     elif world.rank == 0:
@@ -77,29 +77,29 @@ def check_length(config: FinetuneConfig, base: BaseModelFiles) -> None:
 def prepare_tokens(
     config: FinetuneConfig, base: BaseModelFiles, directory: Path, world: World
 ) -> tuple[Tokens, DatasetEntry]:
-    """The samples as tokens, and what they are known by; the first rank makes them, once in a run."""
-    home = directory / "tokens"
-    if world.rank == 0 and not home.exists():
-        aside = home.with_name(".tokens.partial")
-        shutil.rmtree(aside, ignore_errors=True)
+    """Return the tokenised samples with their paths and fingerprint; the first rank writes them, once per run."""
+    token_dir = directory / "tokens"
+    if world.rank == 0 and not token_dir.exists():
+        tmp_path = token_dir.with_name(".tokens.partial")
+        shutil.rmtree(tmp_path, ignore_errors=True)
         read = ReadCounts()
-        counts = write_tokens(all_samples(config, read), base.tokenizer, config.data.length, aside)
-        write_json(aside / "sources.json", sources(config))
-        aside.rename(home)
+        counts = write_tokens(all_samples(config, read), base.tokenizer, config.data.length, tmp_path)
+        write_json(tmp_path / "sources.json", sources(config))
+        tmp_path.rename(token_dir)
         logger.info(
-            f"samples: {counts.samples:,} with {counts.tokens:,} tokens, {counts.answer_tokens:,} of them answers; "
-            f"{counts.truncated:,} lost the beginning of their prompt, {counts.left_out:,} left out without room for "
-            f"one, {read.empty:,} left out without text"
+            f"samples: {counts.samples:,} with {counts.tokens:,} tokens, {counts.answer_tokens:,} of them in answers; "
+            f"{counts.truncated:,} lost the beginning of their prompt; left out: {counts.left_out:,} without room for "
+            f"a prompt, {read.empty:,} with a blank prompt or answer"
         )
     world.barrier()
     digest = hashlib.sha256()
     for name in ("ids.int32", "starts.npy", "answers.npy"):
-        digest.update(str(file_entry(home / name)).encode())
-    return Tokens.open(home), DatasetEntry(path=", ".join(config.data.train), fingerprint=digest.hexdigest()[:16])
+        digest.update(str(file_entry(token_dir / name)).encode())
+    return Tokens.open(token_dir), DatasetEntry(path=", ".join(config.data.train), fingerprint=digest.hexdigest()[:16])
 
 
 def sources(config: FinetuneConfig) -> dict[str, Any]:
-    """What is known of where the samples come from: size and checksum of each file, and the manifest beside it.
+    """Return the provenance of the sample files: size and checksum of each file, and the manifest in its directory.
 
     The manifest of ``limelight data instructions`` has the templates and the edges of the staytime ranges.
     """
@@ -112,7 +112,7 @@ def sources(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def all_samples(config: FinetuneConfig, counts: ReadCounts) -> Iterator[Sample]:
-    """The samples to train on, and behind them so many general ones as the job asks for, as far as there are."""
+    """Yield the training samples, then general samples up to the share that the job asks for."""
     yield from read_samples(config.data.train, counts)
     share = config.data.general_share
     wanted = round(counts.samples * share / (1 - share))
@@ -120,7 +120,7 @@ def all_samples(config: FinetuneConfig, counts: ReadCounts) -> Iterator[Sample]:
 
 
 def draw(samples: Iterable[Sample], number: int, seed: int) -> list[Sample]:
-    """``number`` of the samples, all equally likely, without holding more in memory (reservoir sampling)."""
+    """Draw ``number`` samples uniformly, with at most that many in memory (reservoir sampling)."""
     generator = np.random.default_rng(seed)
     drawn: list[Sample] = []
     for seen, sample in enumerate(samples):
@@ -132,7 +132,7 @@ def draw(samples: Iterable[Sample], number: int, seed: int) -> list[Sample]:
 
 
 def load_base(config: FinetuneConfig, base: BaseModelFiles, settings: dict[str, Any]) -> Any:
-    """The model with its weights, in the precision of DeepSpeed's settings."""
+    """Load the base model with its weights, in the precision of the DeepSpeed settings."""
     with partitioned_loading(settings):
         return base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
 
@@ -146,7 +146,7 @@ def metrics_document(
     report: dict[str, Any],
     stalls: Sequence[float],
 ) -> dict[str, Any]:
-    """The content of ``metrics.json``; ``stalls`` are of the last start of the job."""
+    """Return the content of ``metrics.json``; ``stalls`` are the seconds of each save since the job's last start."""
     counts, (kind, optimizer) = tokens.counts, engine.names
     seconds = sum(entry["seconds"] for entry in state.metric_history)
     total = sum(entry["tokens"] for entry in state.metric_history)

@@ -1,9 +1,9 @@
-"""Instruction samples: files of JSON lines, one sample a line::
+"""Instruction samples: JSON Lines files with one sample per line::
 
     {"task": "staytime", "prompt": "... Answer: ", "answer": "B", "options": ["A", "B", "C"], "popularity": [3, 9, 1]}
 
-``options`` are the possible answers, needed for evaluation only; ``popularity`` gives each of them a figure by which
-the popularity baseline chooses. Other keys are left alone.
+``options`` are the possible answers; only evaluation needs them. ``popularity`` has a figure for each option, by which
+the popularity baseline chooses. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Sample:
     """A prompt and its answer.
 
     Attributes:
-        prompt: read by the model, not learnt.
-        answer: learnt; one of the ``options`` where there are any.
-        task: that it belongs to.
-        options: all possible answers, none twice.
-        popularity: a figure for each option; empty where nothing is known.
+        prompt: input of the model, without a loss.
+        answer: text that the model learns; one of the ``options`` if there are any.
+        task: name of the task.
+        options: all possible answers, without duplicates.
+        popularity: a figure for each option; empty if unknown.
     """
 
     prompt: str
@@ -38,11 +38,11 @@ class Sample:
 
 @dataclass
 class ReadCounts:
-    """What was read.
+    """Counts of the lines read.
 
     Attributes:
-        samples: that were taken.
-        empty: lines whose prompt or answer has no text, which were left out.
+        samples: number of samples.
+        empty: number of lines that were skipped because prompt or answer is blank.
     """
 
     samples: int = 0
@@ -50,10 +50,10 @@ class ReadCounts:
 
 
 def read_samples(paths: Sequence[str], counts: ReadCounts) -> Iterator[Sample]:
-    """Samples of files, in their order; ``counts`` is advanced.
+    """Read the samples of files in order, and update ``counts``.
 
     Raises:
-        UserError: a file that is missing or not UTF-8, or a line that is no sample, with its number.
+        UserError: a file is missing or not UTF-8, or a line is not a sample; the message has its number.
     """
     for path in paths:
         try:
@@ -68,9 +68,9 @@ def read_samples(paths: Sequence[str], counts: ReadCounts) -> Iterator[Sample]:
                     counts.samples += 1
                     yield sample
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text; samples are JSON lines") from None
+            raise UserError(f"{path}: not UTF-8 text; use a JSON Lines file of samples") from None
         except OSError as error:
-            raise UserError(f"{path}: no samples can be read there ({error.strerror})") from None
+            raise UserError(f"{path}: cannot read samples ({error.strerror})") from None
 
 
 def _parse(line: str, place: str) -> Sample:
@@ -82,17 +82,21 @@ def _parse(line: str, place: str) -> Sample:
         raise UserError(f'{place}: not a sample; write {{"task": "...", "prompt": "...", "answer": "..."}}')
     for key in ("task", "prompt", "answer"):
         if not isinstance(fields.get(key), str):
-            raise UserError(f"{place}: {key} = {json.dumps(fields.get(key))}: a sample has a text there")
+            raise UserError(f"{place}: {key} = {json.dumps(fields.get(key))}: use a string")
     options, popularity = _list(fields, "options", str, place), _list(fields, "popularity", (int, float), place)
     if options:
         if len(set(options)) < len(options) or not all(option.strip() for option in options):
             raise UserError(
-                f"{place}: options = {json.dumps(options)}: each must have a text, and none may stand twice"
+                f"{place}: options = {json.dumps(options)}: use strings that are not blank, without duplicates"
             )
         if fields["answer"] not in options:
-            raise UserError(f"{place}: answer = {json.dumps(fields['answer'])} is not among the options")
+            raise UserError(
+                f"{place}: answer = {json.dumps(fields['answer'])} is not among the options {json.dumps(options)}"
+            )
     if popularity and len(popularity) != len(options):
-        raise UserError(f"{place}: {len(popularity)} popularity figures for {len(options)} options")
+        raise UserError(
+            f"{place}: {len(popularity)} popularity figures for {len(options)} options; use one for each option"
+        )
     return Sample(fields["prompt"], fields["answer"], fields["task"], tuple(options), tuple(popularity))
 
 
@@ -101,6 +105,6 @@ def _list(fields: dict[str, Any], key: str, kind: type | tuple[type, ...], place
     if not isinstance(values, list) or not all(
         isinstance(value, kind) and not isinstance(value, bool) for value in values
     ):
-        what = "texts" if kind is str else "numbers"
-        raise UserError(f"{place}: {key} = {json.dumps(values)}: a list of {what} is expected")
+        expected = "strings" if kind is str else "numbers"
+        raise UserError(f"{place}: {key} = {json.dumps(values)}: use a list of {expected}")
     return values

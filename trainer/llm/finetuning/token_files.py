@@ -1,9 +1,9 @@
-"""Samples as tokens, once in a run, in files that all ranks map into memory.
+"""Tokenised samples, written once per run into files that all ranks memory-map.
 
-A sample is the tokens of its prompt, those of its answer, and the end of the text; prompt and answer are tokenised
-apart, so that the border between them does not depend on either. One that is longer than a sequence loses the beginning
-of its prompt: answers stay whole, and the latest of a history stands last. A sample without room for any of its prompt
-is left out. Both are counted.
+A sample is stored as the tokens of its prompt, the tokens of its answer, and the end-of-text token. Prompt and answer
+are tokenised separately, so that the border between them does not depend on their texts. A sample longer than a
+sequence loses the beginning of its prompt: the answer stays complete, and a prompt has the latest events of a history
+at its end. A sample without room for any prompt token is left out. Both cases are counted.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from trainer.llm.finetuning.samples import Sample
 from trainer.runtime.files import write_json
 
 _CHUNK = 4096
-"""Samples that are tokenised together."""
+"""Number of samples that are tokenised together."""
 
 
 @dataclass
 class TokenCounts:
-    """What became of the samples.
+    """Counts of the tokenised samples.
 
     Attributes:
-        samples: that are trained on.
-        tokens: of all of them.
-        answer_tokens: of these, the ones whose loss counts.
-        truncated: samples that lost the beginning of their prompt.
-        left_out: samples whose answer leaves no room for a prompt.
-        tasks: task -> samples that are trained on.
-        answers: task -> answer -> samples that have it, of samples with options.
+        samples: number of samples to train on.
+        tokens: number of their tokens.
+        answer_tokens: number of their tokens that have a loss.
+        truncated: number of samples that lost the beginning of their prompt.
+        left_out: number of samples that were left out because the answer leaves no room for a prompt.
+        tasks: task -> number of samples to train on.
+        answers: task -> answer -> number of samples with that answer; samples with options only.
     """
 
     samples: int = 0
@@ -48,14 +48,14 @@ class TokenCounts:
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, sample: Sample, tokens: int, answer_tokens: int) -> None:
-        """Count a sample that is trained on."""
+        """Count a sample to train on."""
         self.samples += 1
         self.tokens += tokens
         self.answer_tokens += answer_tokens
         self.tasks[sample.task] = self.tasks.get(sample.task, 0) + 1
         if sample.options:
-            of_task = self.answers.setdefault(sample.task, {})
-            of_task[sample.answer] = of_task.get(sample.answer, 0) + 1
+            counts = self.answers.setdefault(sample.task, {})
+            counts[sample.answer] = counts.get(sample.answer, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Tokens:
     """Tokenised samples.
 
     Attributes:
-        ids: ``[tokens]`` int32, one sample after another.
-        starts: ``[samples + 1]`` int64, where each begins in ``ids``.
-        answers: ``[samples]`` int32, tokens at the end of each whose loss counts.
-        counts: of them.
+        ids: ``[tokens]`` int32 token ids, one sample after another.
+        starts: ``[samples + 1]`` int64, start of each sample in ``ids``.
+        answers: ``[samples]`` int32, number of answer tokens at the end of each sample.
+        counts: counts of the samples.
     """
 
     ids: np.ndarray
@@ -76,12 +76,12 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """``[samples]`` int64, tokens of each."""
+        """Number of tokens of each sample, ``[samples]`` int64."""
         return np.diff(self.starts)
 
     @staticmethod
     def of(samples: Iterable[Sample], tokenizer: Any, length: int) -> Tokens:
-        """Tokenise into memory; arguments as of :func:`write_tokens`."""
+        """Tokenise samples in memory; arguments as of :func:`write_tokens`."""
         counts = TokenCounts()
         pieces = list(_tokenise(samples, tokenizer, length, counts))
         ids = [np.array(tokens, dtype=np.int32) for tokens, _ in pieces]
@@ -91,9 +91,9 @@ class Tokens:
 
     @staticmethod
     def open(directory: Path) -> Tokens:
-        """Map what :func:`write_tokens` has written."""
+        """Memory-map the files of :func:`write_tokens`."""
         starts = np.load(directory / "starts.npy")
-        # A file of no bytes cannot be mapped.
+        # An empty file cannot be memory-mapped.
         ids = np.memmap(directory / "ids.int32", np.int32, "r") if starts[-1] else np.empty(0, np.int32)
         counts = TokenCounts(**json.loads((directory / "counts.json").read_text()))
         return Tokens(ids, starts, np.load(directory / "answers.npy"), counts)
@@ -103,13 +103,13 @@ def write_tokens(samples: Iterable[Sample], tokenizer: Any, length: int, directo
     """Tokenise samples into files of a new directory.
 
     Args:
-        samples: in any number; no more than a few thousand are in memory at a time.
-        tokenizer: of transformers, with an end-of-text token.
-        length: most tokens of a sample.
-        directory: to make.
+        samples: any number of samples; only a few thousand are in memory at a time.
+        tokenizer: transformers tokenizer with an end-of-text token.
+        length: maximum tokens of a sample.
+        directory: directory to create.
 
     Raises:
-        UserError: there is not one sample to train on.
+        UserError: there is no sample to train on.
     """
     directory.mkdir(parents=True)
     counts = TokenCounts()
@@ -132,7 +132,7 @@ def write_tokens(samples: Iterable[Sample], tokenizer: Any, length: int, directo
 def _tokenise(
     samples: Iterable[Sample], tokenizer: Any, length: int, counts: TokenCounts
 ) -> Iterator[tuple[list[int], int]]:
-    """Tokens of each sample, and how many of them are the answer's; the end of the text is one of those."""
+    """Yield the tokens of each sample and the number of its answer tokens, which includes the end-of-text token."""
     remaining = iter(samples)
     while chunk := list(islice(remaining, _CHUNK)):
         prompts = _ids(tokenizer, [sample.prompt for sample in chunk])
@@ -150,6 +150,6 @@ def _tokenise(
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    # Quiet: a text longer than the tokenizer thinks the model can take is ours to truncate.
+    # verbose=False: no warning for texts longer than the model's maximum, because _tokenise truncates them.
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return ids

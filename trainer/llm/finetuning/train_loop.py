@@ -1,4 +1,4 @@
-"""The loop of a fine-tuning, from wherever it stands to its last step."""
+"""Training loop of a fine-tuning run, from its current step to its last one."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def train(
     world: World,
     preemption: Preemption,
 ) -> None:
-    """One optimizer step after another.
+    """Run the remaining optimizer steps.
 
     Args:
-        engine: the model with its adapter.
-        tokens: of all samples.
-        schedule: which of them each step has.
-        state: of the training so far; advanced.
-        checkpoints: to save to; at the end, in intervals, and when the job is asked to stop.
+        engine: engine that holds the model with its adapter.
+        tokens: tokens of all samples.
+        schedule: sequences of each step.
+        state: progress of training; updated in place.
+        checkpoints: checkpoint store; saved to in intervals, at the end, and when the job is asked to stop.
         config: the job.
-        world: its ranks.
-        preemption: whether this process has been asked to stop.
+        world: ranks of the job.
+        preemption: stop request of this process.
 
     Raises:
-        UserError: the loss is not finite; a checkpoint cannot be written.
+        UserError: the loss is not finite, or a checkpoint cannot be written.
         Preempted: a rank was asked to stop; the state is saved.
     """
     quiet = world.rank > 0
@@ -67,15 +67,15 @@ def train(
             weight = float(answer_weights(answer_tokens, config.train.answer_weight).sum())
             loss = engine.backward(batches, weight)
 
-            # One exchange a step: what it cost, and what the ranks are asked for.
-            asked = checkpoints.ask(state.step + 1), preemption.asked
-            sums = torch.tensor([loss, sum(batch.ids.numel() for batch in batches), *asked], dtype=torch.float64)
+            # One all-reduce per step carries the loss, the padded size, and the requests to save or to stop.
+            requests = checkpoints.ask(state.step + 1), preemption.asked
+            sums = torch.tensor([loss, sum(batch.ids.numel() for batch in batches), *requests], dtype=torch.float64)
             dist.all_reduce(sums, group=world.control)
             loss, places, save, stop = sums.tolist()
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of step {state.step + 1} is not finite; nothing has learnt from it, and the same "
-                    "command goes on from the last checkpoint"
+                    f"the loss of step {state.step + 1} is not finite; the adapter was not updated with it, and the "
+                    "same command resumes from the last checkpoint"
                 )
             engine.step()
 
@@ -88,7 +88,7 @@ def train(
                 state.window = LossWindow()
             progress.advance(len(packs), f"step {state.step}/{state.steps_total}, loss {loss / answers:.4f}")
             checkpoints.check()
-            # After the last step comes a save of its own.
+            # The last step has its own save after the loop.
             if stop or (save and state.step < state.steps_total):
                 with watchdog.busy("saving a checkpoint"):
                     checkpoints.save(engine, state, wait=bool(stop))
@@ -101,7 +101,7 @@ def train(
 
 
 def learning_rate(config: FinetuneConfig, state: FinetuneState) -> float:
-    """Of the step that comes next: a function of how many there were and will be."""
+    """Return the learning rate of the next step, as a function of steps done and total steps only."""
     optimizer = config.optimizer
     return optimizer.learning_rate * learning_rate_factor(
         state.step, state.steps_total, optimizer.warmup, optimizer.decay
@@ -109,6 +109,6 @@ def learning_rate(config: FinetuneConfig, state: FinetuneState) -> float:
 
 
 def batches_of(packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, parts: int) -> list[TokenBatch]:
-    """This rank's micro-batches of a step."""
+    """Return this rank's micro-batches of a step."""
     shares = share_of_rank(packs, batch_size=config.train.batch_size, rank=world.rank, world=world.size, parts=parts)
     return [TokenBatch.of(share, tokens, world.device, weight=config.train.answer_weight) for share in shares]
