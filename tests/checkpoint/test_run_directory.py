@@ -81,6 +81,15 @@ def test_a_run_goes_on_with_what_changes_no_result(tmp_path: Path) -> None:
         begin_run(tmp_path, parse_config(raw, "test"), world=2, dataset=DATA)
 
 
+def test_a_run_of_an_earlier_version_loads_with_the_former_name_of_a_key(tmp_path: Path) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["labels"]["disorder_seconds"] = stored["labels"].pop("max_out_of_orderness_seconds")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    assert load_run(tmp_path).labels == CONFIG.labels
+
+
 def test_another_dataset_must_be_allowed(tmp_path: Path) -> None:
     begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
     other = DatasetEntry(path="e", fingerprint="abd")

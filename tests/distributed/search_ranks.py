@@ -56,7 +56,7 @@ def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
 @contextmanager
 def recorded_versions(world: World) -> Iterator[list[tuple[int, bool, float]]]:
     """Versions that are put, whether all ranks have the rows of the tables in them, and a sum of their values."""
-    put = SearchSpaceRefresher._put
+    put = SearchSpaceRefresher._write_version
     found: list[tuple[int, bool, float]] = []
 
     def recording(self: SearchSpaceRefresher, version: int) -> None:
@@ -64,11 +64,11 @@ def recorded_versions(world: World) -> Iterator[list[tuple[int, bool, float]]]:
         same = all(_is_copy(self.space, version, self._engine, world, name) for name in ("item", "author"))
         found.append((version, same, float(self.space.at(version)["author"].astype(np.float64).sum())))
 
-    SearchSpaceRefresher._put = recording  # type: ignore[method-assign]
+    SearchSpaceRefresher._write_version = recording  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        SearchSpaceRefresher._put = put  # type: ignore[method-assign]
+        SearchSpaceRefresher._write_version = put  # type: ignore[method-assign]
 
 
 def _is_copy(space: SearchSpace, version: int, engine: HybridEngine, world: World, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where a stream comes from and what is made of it: the ``[stream]`` and ``[labels]`` sections of a job."""
+"""The ``[stream]`` and ``[labels]`` sections of a job: the source of events, and the policy that makes labels."""
 
 from __future__ import annotations
 
@@ -12,192 +12,204 @@ MessageFormat = Literal["json", "arrow"]
 
 
 class StreamConfig(BaseModel):
-    """A stream of events: a stored dataset replayed in event time, or a Kafka topic."""
+    """Source of a stream of events: a stored dataset replayed in event time, or a Kafka topic."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Literal["files", "kafka"] = Field(
-        "files", description="`files` replays the events of a dataset; `kafka` reads a topic."
+        "files", description="`files` replays the events of a stored dataset; `kafka` reads a topic."
     )
     path: str = Field(
         "",
-        description="Dataset to replay, a directory or any fsspec URL. Empty: `data.path`.",
+        description="Dataset to replay, a directory or an fsspec URL. Empty: `data.path`.",
         json_schema_extra=MAY_CHANGE,
     )
     speed: float = Field(
         0.0,
-        description="Of a replay: 60 plays an hour in a minute, 1 is real time; 0 is as fast as possible.",
+        description="Speed of a replay: 1 is real time, 60 plays an hour in a minute, 0 is as fast as possible.",
         ge=0,
         allow_inf_nan=False,
         json_schema_extra=MAY_CHANGE,
     )
     brokers: str = Field(
-        "", description="Kafka brokers to begin with, `host:port,host:port`.", json_schema_extra=MAY_CHANGE
+        "", description="Kafka bootstrap brokers, `host:port,host:port`.", json_schema_extra=MAY_CHANGE
     )
-    topic: str = Field("", description="Kafka topic; its partitions are those of the job.")
+    topic: str = Field("", description="Kafka topic. Its partitions are divided among the ranks.")
     format: MessageFormat = Field(
-        "json", description="Of the messages: `json`, one event a line, or `arrow`, IPC streams of events."
+        "json", description="Format of the messages: `json` has one event per line, `arrow` has IPC streams of events."
     )
     partitioner: Literal["limelight", "producer"] = Field(
         "limelight",
-        description="Who says which partition a user's messages are in: `limelight` checks that it is its own hash of "
-        "the user; `producer` trusts the topic to keep every user in one partition.",
+        description="Assignment of users to partitions: `limelight` checks that each event is in the partition of this "
+        "project's hash of its user; `producer` trusts the producer to keep every user in one partition.",
     )
     properties: str = Field(
         "",
-        description="File of librdkafka properties, `key=value` lines, such as for TLS and SASL; it stays where it is.",
+        description="File of librdkafka properties, one `key=value` per line, such as for TLS and SASL. It is read at "
+        "every start and not copied to the run.",
         json_schema_extra=MAY_CHANGE,
     )
     dead_letter: str = Field(
         "",
-        description="Topic for messages that are no events. Empty: the topic's name and `-dead-letters`.",
+        description="Dead-letter topic for messages that are not events. Empty: the topic's name and `-dead-letters`.",
         json_schema_extra=MAY_CHANGE,
     )
     begin: Literal["earliest", "latest"] = Field(
-        "earliest", description="Where a new run begins to read a topic; a run that goes on has its position."
+        "earliest",
+        description="Offset at which a new run starts to read a topic; a resumed run continues at its saved position.",
     )
     on_gap: Literal["error", "earliest"] = Field(
         "error",
-        description="If the topic no longer holds the messages at the position: refuse (`error`), or leave them out "
-        "and go on with the first that it holds (`earliest`).",
+        description="Action if the topic no longer has the messages at the saved position: `error` stops the run, "
+        "`earliest` skips them and continues at the first message that the topic has.",
         json_schema_extra=MAY_CHANGE,
     )
     until_end: bool = Field(
         False,
-        description="Stop at the messages that the topic had when reading began; a replay always ends.",
+        description="Stop after the last message that the topic had at the start; a replay always ends.",
         json_schema_extra=MAY_CHANGE,
     )
     retry_seconds: float = Field(
         60.0,
-        description="Give up on brokers that do not answer, or a topic that is not there, after so long.",
+        description="Total time of retries while brokers do not answer or the topic does not exist.",
         gt=0,
         json_schema_extra=MAY_CHANGE,
     )
     future_hours: float = Field(
         24.0,
-        description="An event may be ahead of this machine's clock by so much; clocks differ.",
+        description="Maximum time of an event ahead of this machine's clock; later events are rejected.",
         ge=0,
         json_schema_extra=MAY_CHANGE,
     )
-    batch_events: int = Field(8192, description="Most events of a batch.", ge=1, json_schema_extra=MAY_CHANGE)
+    batch_events: int = Field(
+        8192, description="Maximum number of events in a batch.", ge=1, json_schema_extra=MAY_CHANGE
+    )
     linger_seconds: float = Field(
         0.2,
-        description="A live stream hands out a batch that is not full after so long.",
+        description="Maximum time that a live stream waits for a batch to fill.",
         gt=0,
         json_schema_extra=MAY_CHANGE,
     )
     idle_seconds: float = Field(
         1.0,
-        description="A partition of a live stream that is silent for so long holds up the others no more.",
+        description="A live stream stops waiting for a partition after this much silence.",
         gt=0,
         json_schema_extra=MAY_CHANGE,
     )
     queue_batches: int = Field(
-        4, description="Batches that a rank reads ahead of training.", ge=1, json_schema_extra=MAY_CHANGE
+        4, description="Number of batches that a rank reads ahead of training.", ge=1, json_schema_extra=MAY_CHANGE
     )
     buffer_events: int = Field(
         1_000_000,
-        description="Most events that a rank holds while its partitions wait for each other.",
+        description="Maximum number of events that a rank buffers while its partitions wait for each other.",
         ge=1,
         json_schema_extra=MAY_CHANGE,
     )
     since: str = Field(
-        "", description="Events before this time are left out: an ISO time in the dataset's zone. Empty: `train_until`."
+        "", description="Skip events before this time, an ISO time in the dataset's zone. Empty: `train_until`."
     )
     until: str = Field(
         "",
-        description="A replay ends before the first event of this time. Empty: `eval_from`.",
+        description="End a replay before the first event at this time or later. Empty: `eval_from`.",
         json_schema_extra=MAY_CHANGE,
     )
     slice_seconds: float = Field(
         30.0,
-        description="All ranks go through event time together, so much at a time; it adds to the delay of labels.",
+        description="Length of a slice of event time, which all ranks process together; it adds to the label delay.",
         ge=0.001,
         allow_inf_nan=False,
     )
     flush_seconds: float = Field(
         60.0,
-        description="Rows that do not fill `train.batch_size` are trained on after so much event time at the latest.",
+        description="Maximum event time that rows wait for a full batch of `train.batch_size` before training.",
         ge=0,
         allow_inf_nan=False,
     )
     publish_minutes: float = Field(
         0.0,
-        description="Minutes between two models in `RUN/published`, exported from checkpoints for scoring; 0: none.",
+        description="Minutes between two exports of a checkpoint to `RUN/published` for scoring; 0: no exports.",
         ge=0,
         json_schema_extra=MAY_CHANGE,
     )
-    keep_published: int = Field(2, description="Newest published models to keep.", ge=1, json_schema_extra=MAY_CHANGE)
+    keep_published: int = Field(
+        2, description="Number of the newest published models to keep.", ge=1, json_schema_extra=MAY_CHANGE
+    )
 
     @property
     def endless(self) -> bool:
-        """The stream may be silent for a while, and goes on later."""
+        """True if the stream has no end: it may be silent for a while and continue later."""
         return self.source == "kafka" and not self.until_end
 
     @model_validator(mode="after")
-    def _names_a_topic(self) -> StreamConfig:
+    def _has_brokers_and_topic(self) -> StreamConfig:
         if self.source == "kafka" and not (self.brokers and self.topic):
             raise ValueError('source = "kafka" needs `brokers` and `topic`')
         return self
 
 
 class LabelConfig(BaseModel):
-    """When a behaviour in a stream becomes a label: the report policy, and how long to wait for events."""
+    """Report policy, which decides when a behaviour becomes a label, and waiting times for events."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: Literal["full", "fast_slow", "realtime", "realtime_naive"] = Field(
         "realtime",
-        description="`full`: all labels at the end of the visit; `fast_slow`: after minutes, and what was missed after "
-        "an hour; `realtime`: first positives at once, the rest at the end; `realtime_naive`: for comparison.",
+        description="Report policy. `full`: all labels at the end of a visit; `fast_slow`: all labels in minutes, and "
+        "missed positives after an hour; `realtime`: first positives at the next tick, other labels at the end; "
+        "`realtime_naive`: all labels at every tick, for comparison.",
     )
-    fast_minutes: float = Field(5.0, description="`fast_slow`: when the first row comes.", gt=0)
-    slow_minutes: float = Field(60.0, description="`fast_slow`: when the second row comes.", gt=0)
-    tick_seconds: float = Field(30.0, description="`realtime` and `realtime_naive`: time between two reports.", gt=0)
+    fast_minutes: float = Field(5.0, description="`fast_slow`: time from the request to the fast row.", gt=0)
+    slow_minutes: float = Field(60.0, description="`fast_slow`: time from the request to the slow row.", gt=0)
+    tick_seconds: float = Field(
+        30.0,
+        description="`realtime` and `realtime_naive`: length of a tick; a visit reports at most once per tick.",
+        gt=0,
+    )
     idle_minutes: float = Field(
-        120.0, description="A visit without an exit has ended so long after its last event.", gt=0
+        120.0, description="Idle timeout: a visit without an exit ends this long after its last event.", gt=0
     )
     max_out_of_orderness_seconds: float = Field(
         10.0,
-        description="Longest time by which an event of a partition may arrive after later ones; the watermark, and "
-        "with it the rows, follow the newest event at this distance.",
+        description="Distance of the watermark behind the latest event of a partition: an event may arrive this much "
+        "after a later one, and rows are delayed by it.",
         ge=0,
         json_schema_extra={"formerly": "disorder_seconds"},
     )
 
     @property
     def fast_ms(self) -> int:
-        """``fast_minutes`` in milliseconds."""
+        """``fast_minutes`` as integer milliseconds."""
         return round(self.fast_minutes * 60_000)
 
     @property
     def slow_ms(self) -> int:
-        """``slow_minutes`` in milliseconds."""
+        """``slow_minutes`` as integer milliseconds."""
         return round(self.slow_minutes * 60_000)
 
     @property
     def tick_ms(self) -> int:
-        """``tick_seconds`` in milliseconds."""
+        """``tick_seconds`` as integer milliseconds."""
         return round(self.tick_seconds * 1000)
 
     @property
     def idle_ms(self) -> int:
-        """``idle_minutes`` in milliseconds."""
+        """``idle_minutes`` as integer milliseconds."""
         return round(self.idle_minutes * 60_000)
 
     @property
     def max_out_of_orderness_ms(self) -> int:
-        """``max_out_of_orderness_seconds`` in milliseconds."""
+        """``max_out_of_orderness_seconds`` as integer milliseconds."""
         return round(self.max_out_of_orderness_seconds * 1000)
 
     @model_validator(mode="after")
     def _windows_are_ordered(self) -> LabelConfig:
         if self.policy == "fast_slow" and not 0 < self.fast_ms < self.slow_ms:
             raise ValueError(
-                f"fast_minutes = {self.fast_minutes:g} must be shorter than slow_minutes = {self.slow_minutes:g}, "
-                "by a millisecond or more"
+                f"fast_minutes = {self.fast_minutes:g} must be at least a millisecond shorter than "
+                f"slow_minutes = {self.slow_minutes:g}"
             )
         for name in ("tick", "idle"):
             if getattr(self, f"{name}_ms") == 0:
-                raise ValueError(f"the {name} time must be a millisecond or more")
+                unit = "seconds" if name == "tick" else "minutes"
+                raise ValueError(f"{name}_{unit} must be a millisecond or more")
         return self

@@ -1,7 +1,7 @@
-"""Fills the search space: from content embeddings at first, from the trained tables ever after.
+"""Fills the search space: first from content embeddings if there are any, later from the trained tables.
 
-Every rank keeps the vectors of all rows, since a history may hold any item: ranks send each other their shards, as they
-are stored in the space.
+Every rank keeps the vectors of all rows, because a history may hold any item. Ranks broadcast their shards to each
+other, already quantised as they are stored in the space.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHUNK_ROWS = 1 << 16
 
 
 class _ShardPlace(NamedTuple):
-    """Where a rank's shard lies in its table."""
+    """Position and shape of a rank's shard in its table."""
 
     table: str
     row: int
@@ -38,7 +38,7 @@ class _ShardPlace(NamedTuple):
 
 
 def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
-    """The empty search space of a job; None if no history searches by dot product.
+    """Return the empty search space of a job; None if no history searches by dot product.
 
     Raises:
         UserError: the content embeddings cannot be read.
@@ -52,23 +52,23 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
     first = later
     if search.embedding:
         rows = features.fitted.table_rows["item"]
-        # Content tells nothing of authors: they have vectors, of zeros.
+        # Content embeddings are of items only; the other tables get vectors of zeros.
         first = {name: SpaceTable(own.rows, 1) for name, own in later.items()}
         first["item"] = SpaceTable(rows, _open_embeddings(search.embedding).dim)
-    # The first version is put before the loader starts its processes, which then see it in any memory.
+    # The first version is written before the loader forks its workers, which then see it in any kind of memory.
     forked = config.data.workers > 0 and search.refresh_steps > 0
     return SearchSpace(first, later, search.dtype, search.refresh_steps, forked)
 
 
 class SearchSpaceRefresher:
-    """Keeps a job's search space up to date while its model is trained. Calls are collective.
+    """Writes new versions of a job's search space while its model is trained. All calls are collective.
 
     Args:
-        space: of the job.
-        config: the job.
-        features: of the model.
-        engine: the model.
-        world: its ranks.
+        space: search space of the job.
+        config: config of the job.
+        features: feature map of the model.
+        engine: model whose tables give the vectors.
+        world: ranks of the job.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class SearchSpaceRefresher:
         self._control = control_group()
 
     def begin(self) -> None:
-        """Put the first version, unless the space has gone on from a checkpoint.
+        """Write the first version, unless the space was loaded from a checkpoint.
 
         Raises:
-            UserError: a content embedding is NaN or infinite, or there are none of the dataset's items.
+            UserError: a content embedding is NaN or infinite, or no item of the dataset has one.
         """
         if self.space.newest >= 0:
             return
         embedding = self._config.features.search.embedding
         if not embedding:
-            self._put(0)
+            self._write_version(0)
             return
         item = IdMap(
             "item",
@@ -96,71 +96,75 @@ class SearchSpaceRefresher:
             self._features.fitted.table_rows["item"],
             self._features.fitted.vocabularies.get("item"),
         )
-        missing = put_content(self.space, _open_embeddings(embedding), item)
+        missing = write_content_version(self.space, _open_embeddings(embedding), item)
         if self._world.rank == 0:
             logger.info(
-                f"search vectors from {embedding}: {missing:,} of {item.rows - 1:,} items have none and score 0"
+                f"search vectors from {embedding}: {missing:,} of {item.rows - 1:,} items have no vector and score 0"
             )
 
     def after_step(self, step: int) -> None:
-        """Put the next version when it is due; ``step`` steps are done."""
+        """Write the next version if it is due after ``step`` steps."""
         if self.space.is_due(step):
-            self._put(step // self.space.refresh_steps)
+            self._write_version(step // self.space.refresh_steps)
 
     def catch_up(self, step: int) -> None:
-        """Put the version of the last step that was due, unless it is there: for batches that none is made ahead of."""
+        """Write the newest due version unless it exists, for training whose batches are not prepared ahead."""
         if self.space.refresh_steps and step // self.space.refresh_steps > self.space.newest:
-            self._put(step // self.space.refresh_steps)
+            self._write_version(step // self.space.refresh_steps)
 
     def finish(self) -> None:
-        """Put a last version, of the model as it is at the end of training; evaluation uses it."""
+        """Write a last version from the trained model, for evaluation."""
         if self.space.refresh_steps:
-            self._put(self.space.newest + 1)
+            self._write_version(self.space.newest + 1)
 
-    def _put(self, version: int) -> None:
+    def _write_version(self, version: int) -> None:
+        """Write a version from the tables of all ranks."""
         shards = [
             (_ShardPlace(shard.table, shard.row, shard.column, *shard.values.shape), shard.values.detach())
             for shard in self._engine.table_shards()
             if shard.table in self.space.tables(version)
         ]
+        # All ranks quantise with one scale, so they need the largest value of all tables.
         largest = torch.tensor([float(values.abs().max()) for _, values in shards if values.numel()] or [0.0]).max()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._control)
-        everyone: list[list[_ShardPlace]] = [[] for _ in range(self._world.size)]
-        dist.all_gather_object(everyone, [place for place, _ in shards], group=self._control)
+        places_by_rank: list[list[_ShardPlace]] = [[] for _ in range(self._world.size)]
+        dist.all_gather_object(places_by_rank, [place for place, _ in shards], group=self._control)
         target = self.space.at(version)
-        mine = dict(shards)
-        for rank, places in enumerate(everyone):
+        own_shards = dict(shards)
+        for rank, places in enumerate(places_by_rank):
             for place in places:
                 for begin in range(0, place.rows, _CHUNK_ROWS):
                     end = min(begin + _CHUNK_ROWS, place.rows)
                     part = np.empty((end - begin, place.columns), target[place.table].dtype)
                     if rank == self._world.rank:
-                        part[:] = self.space.quantised(mine[place][begin:end].float().cpu().numpy(), float(largest))
+                        part[:] = self.space.quantised(
+                            own_shards[place][begin:end].float().cpu().numpy(), float(largest)
+                        )
                     if self._world.size > 1:
                         flat = torch.from_numpy(part.reshape(-1).view(np.uint8))
                         dist.broadcast(flat, src=rank, group=self._control)
                     columns = slice(place.column, place.column + place.columns)
                     target[place.table][place.row + begin : place.row + end, columns] = part
         for name, values in target.items():
-            # Unknown ids share a row that is trained, but are not alike.
+            # Unknown ids share row 0, but are not similar: a vector of zeros scores 0.
             values[0] = 0
             values[:, self.space.tables(version)[name].dim :] = 0
         self.space.newest = version
 
 
-def put_content(space: SearchSpace, table: ContentVectors, item: IdMap) -> int:
-    """Put version 0 from content embeddings; ids that share a row have the vector of the largest.
+def write_content_version(space: SearchSpace, table: ContentVectors, item: IdMap) -> int:
+    """Write version 0 from content embeddings; of ids that share a row, the largest id gives the vector.
 
     Args:
-        space: of the job.
+        space: search space of the job.
         table: embeddings by item id.
-        item: how ids become rows.
+        item: map from item ids to rows.
 
     Returns:
-        Rows of items that have no embedding: zeros, so that they score 0 whatever the candidate.
+        Number of item rows without an embedding. They have zeros, so that they score 0 with every candidate.
 
     Raises:
-        UserError: an embedding is NaN or infinite, or there is none of any item.
+        UserError: an embedding is NaN or infinite, or no item of the dataset has one.
     """
     target = space.at(0)
     for values in target.values():
@@ -172,7 +176,7 @@ def put_content(space: SearchSpace, table: ContentVectors, item: IdMap) -> int:
         finite = np.isfinite(part).all(axis=1)
         if not finite.all():
             wrong = table.ids[begin + int(np.argmin(finite))]
-            raise UserError(f"{table.path}: the embedding of item {wrong} is not finite; make it again")
+            raise UserError(f"{table.path}: the embedding of item {wrong} is not finite; embed the items again")
         largest = max(largest, float(np.abs(part).max(initial=0)))
     for begin in range(0, len(table.ids), _CHUNK_ROWS):
         ids = np.asarray(table.ids[begin : begin + _CHUNK_ROWS])
@@ -188,11 +192,12 @@ def put_content(space: SearchSpace, table: ContentVectors, item: IdMap) -> int:
         values[0] = 0
     space.newest = 0
     if not known[1:].any():
-        raise UserError(f"{table.path}: has no embedding of any item of the dataset; is it of another dataset?")
+        raise UserError(f"{table.path}: has no embedding of any item of the dataset; it may be of another dataset")
     return int((~known[1:]).sum())
 
 
 def _open_embeddings(path: str) -> ContentVectors:
+    """Open the content embeddings; an error names the key of the config."""
     try:
         return ContentVectors.open(path)
     except UserError as error:

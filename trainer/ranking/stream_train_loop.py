@@ -1,9 +1,9 @@
-"""Training on a stream: predict what is requested, learn what is known, save where both stand.
+"""Training on a stream: predict new requests, train on complete rows, and save checkpoints.
 
-Event time passes in slices that all ranks share. After a slice visits have begun and ended, and rows have become
-complete. When there are enough rows for a step, or they have waited for long enough, the requests so far are predicted
-by the model as it is, outcomes are compared with what was predicted of them, and then the model is trained. So every
-prediction is made by a model that has learnt nothing of that moment or later, with histories as of the request.
+All ranks process event time in shared slices. In a slice, visits start and end, and rows become complete. When there
+are enough rows for a step, or rows have waited long enough, three things happen in this order: the model predicts the
+requests so far; outcomes are compared with their predictions; the model is trained. So every prediction comes from a
+model that has learnt nothing of that moment or later, with histories as of the request.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def train_stream(
     model_dir: Path,
     searching: SearchSpaceRefresher | None = None,
 ) -> None:
-    """Slice after slice, until the stream of every rank has ended.
+    """Train slice by slice until the stream of every rank has ended.
 
     Args:
-        engine: the model.
-        stream: as this rank has it, from where ``state`` stands; advanced.
-        reader: of this rank's partitions, from there on.
-        state: of the training so far; advanced.
-        checkpoints: to save to; at the end, in intervals, and when the job is asked to stop.
-        config: the job.
-        world: its ranks.
-        preemption: whether this process has been asked to stop.
-        model_dir: of the model's files.
-        searching: keeps the vectors up to date that histories are searched with.
+        engine: model to train.
+        stream: stream state of this rank at the position of ``state``; advanced.
+        reader: reader of this rank's partitions from that position on.
+        state: training state; advanced.
+        checkpoints: checkpoints to save at intervals, at the end, and when the job is asked to stop.
+        config: config of the job.
+        world: ranks of the job.
+        preemption: tells if this process was asked to stop.
+        model_dir: directory of the model's files.
+        searching: updates the vectors of the history search; None without such a search.
 
     Raises:
         UserError: the stream cannot be read on; the loss is not finite; a checkpoint cannot be written.
@@ -72,7 +72,7 @@ def train_stream(
     settings = config.stream
     assert settings is not None
     slices = TimeSlices(reader, world, stream.slice_ms, settings.linger_seconds if settings.endless else None)
-    learner = _StreamTrainer(engine, stream, state, config, world, model_dir, searching)
+    trainer = _StreamTrainer(engine, stream, state, config, world, model_dir, searching)
     engine.set_learning_rate(config.tables.learning_rate, config.optimizer.learning_rate)
     saved_step, pushed = state.step, 0
     with (
@@ -83,15 +83,16 @@ def train_stream(
         while True:
             due = any([checkpoints.ask(step) for step in range(saved_step + 1, state.step + 1)])
             saved_step, lag = state.step, reader.lag()
-            told = (*learner.waiting(), due, preemption.asked, pushed, lag.waiting, lag.event_ms)
-            agreed = slices.agree(tuple(map(int, told)))
-            rows, pending, by_clock, save, stop, events, behind, _ = agreed.told.sum(axis=0).tolist()
+            # One all-gather per slice carries everything that the ranks must decide together.
+            values = (*trainer.waiting(), due, preemption.asked, pushed, lag.waiting, lag.event_ms)
+            agreed = slices.agree(tuple(map(int, values)))
+            rows, pending, by_clock, save, stop, events, behind, _ = agreed.values.sum(axis=0).tolist()
             progress.total = progress.done + events + behind
-            progress.advance(events, learner.remark(behind, int(agreed.told[:, -1].max())))
+            progress.advance(events, trainer.progress_note(behind, int(agreed.values[:, -1].max())))
             if agreed.finished:
                 break
-            if pending and learner.is_due(rows, agreed.number, by_clock > 0):
-                learner.flush(rows, agreed.number)
+            if pending and trainer.is_due(rows, agreed.number, by_clock > 0):
+                trainer.flush(rows, agreed.number)
             checkpoints.check()
             if save or stop:
                 state.position = slices.position
@@ -105,16 +106,16 @@ def train_stream(
                 pushed = stream.take(batches, slices.seen_until_ms(agreed.number))
             watchdog.beat(state.step)
         stream.take([], END_OF_TIME)
-        with watchdog.busy("learning what was open at the end"):
-            learner.flush(world.sum(stream.live.trainable(END_OF_TIME)), None)
+        with watchdog.busy("training on the last rows"):
+            trainer.flush(world.sum(stream.live.trainable(END_OF_TIME)), None)
         with watchdog.busy("saving the last checkpoint"):
             state.finished, state.position = True, slices.position
             checkpoints.save(engine, state, wait=True)
-    learner.close()
+    trainer.close()
 
 
 class _StreamTrainer:
-    """Predicts and trains on what has come together."""
+    """Predicts and trains on buffered requests and rows."""
 
     def __init__(
         self,
@@ -140,31 +141,31 @@ class _StreamTrainer:
             self._scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
 
     def close(self) -> None:
-        """Write the entry of the trace that is begun, and the scalars."""
+        """Record the metrics of the last steps, and close the scalars."""
         if self._state.window.rows:
-            self._trace()
+            self._record_metrics()
         if self._scalars is not None:
             self._scalars.close()
 
     def waiting(self) -> tuple[int, int, bool]:
-        """Of this rank: rows to train on, all that a flush would take, and whether the clock says that it is time."""
+        """Return this rank's rows to train on, all rows and requests of a flush, and True if the clock makes it due."""
         live = self._stream.live
         rows = live.trainable(self._trainable_ms)
         late = time.monotonic() - self._flushed_at >= self._flush_ms / 1000
         return rows, rows + live.unpredicted, self._endless and late and self._world.rank == 0
 
     def is_due(self, rows: int, number: int | None, by_clock: bool) -> bool:
-        """Whether the ranks, with so many rows in all, train before the slice ``number``."""
+        """True if the ranks, with ``rows`` rows together, train before the slice ``number``."""
         if rows >= self._config.train.batch_size or by_clock:
             return True
         return number is not None and number * self._stream.slice_ms - self._stream.flushed_ms >= self._flush_ms
 
     def flush(self, rows: int, number: int | None) -> None:
-        """Predict, compare and train. Collective.
+        """Predict requests, compare outcomes with predictions, and train. Collective.
 
         Args:
-            rows: to train on, of all ranks.
-            number: of the slice that comes next; None where the stream stands still or has ended.
+            rows: number of rows to train on, over all ranks.
+            number: number of the next slice; None if no events have arrived or the stream has ended.
 
         Raises:
             UserError: the loss is not finite.
@@ -180,17 +181,17 @@ class _StreamTrainer:
             self._stream.flushed_ms = number * self._stream.slice_ms
         self._flushed_at = time.monotonic()
 
-    def remark(self, behind: int, lag_ms: int) -> str:
-        """What the progress line says beside the events."""
+    def progress_note(self, behind: int, lag_ms: int) -> str:
+        """Return the text of the progress line beside the number of events."""
         self._lag = behind, lag_ms
         return f"step {self._state.step}, loss {self._loss:.4f}, lag {behind:,} events and {lag_ms / 1000:,.0f} s"
 
     @property
     def _trainable_ms(self) -> int:
-        """Rows whose labels were complete before this are trained on.
+        """Time before which labels must be complete for a row to be trained on.
 
-        Requests have been predicted up to the watermark, ``max_out_of_orderness_ms`` behind what has been seen; what
-        trains the model now could have been known ``max_out_of_orderness_ms`` earlier still.
+        The watermark is ``max_out_of_orderness_ms`` behind the events seen, and requests are predicted up to it. A row
+        waits ``max_out_of_orderness_ms`` more, so that no row trains the model before its labels could be known.
         """
         seen_until_ms = self._stream.seen_until_ms
         if seen_until_ms == END_OF_TIME:
@@ -198,25 +199,27 @@ class _StreamTrainer:
         return seen_until_ms - 2 * self._config.labels.max_out_of_orderness_ms
 
     def _predict(self) -> None:
+        """Predict the new requests, and update the progressive metrics with new outcomes."""
         stream = self._stream
         requests = stream.live.take_requests()
         cuts = range(self._batch_rows, len(requests["user_id"]), self._batch_rows)
         parts = _split(requests, np.array(cuts, np.int64))
         predictions = self._engine.predict(self._batch(part) for part in parts if len(part["user_id"]))
         logits = [logits.cpu().numpy() for _, logits in predictions]
-        stream.live.predicted(requests, np.concatenate([np.empty((0, len(stream.features.behaviours))), *logits]))
-        answered = stream.live.take_outcomes()
+        stream.live.add_predictions(requests, np.concatenate([np.empty((0, len(stream.features.behaviours))), *logits]))
+        outcomes = stream.live.take_outcomes()
         columns = stream.features.label_columns
-        mask = answered.rows["mask"][:, columns]
+        mask = outcomes.rows["mask"][:, columns]
         self._state.progressive.update(
-            torch.from_numpy(answered.rows["user_id"]),
-            torch.sigmoid(torch.from_numpy(answered.logits)),
-            torch.from_numpy(answered.rows["label"][:, columns] & mask),
+            torch.from_numpy(outcomes.rows["user_id"]),
+            torch.sigmoid(torch.from_numpy(outcomes.logits)),
+            torch.from_numpy(outcomes.rows["label"][:, columns] & mask),
             torch.from_numpy(mask),
         )
-        stream.observe(answered)
+        stream.observe(outcomes)
 
     def _train(self, steps: int) -> None:
+        """Train on all trainable rows of this rank in ``steps`` steps; every rank makes the same number."""
         if not steps:
             return
         rows = self._stream.live.take_rows(self._trainable_ms)
@@ -227,17 +230,19 @@ class _StreamTrainer:
             self._count(part, result)
 
     def _count(self, rows: Rows, result: StepResult) -> None:
+        """Advance the training state by a step, and count the freshness of its positives."""
         state, freshness = self._state, self._stream.freshness
         state.advance(result)
         set_step(state.step)
         self._loss = float(result.loss)
         if freshness is not None:
-            learnt = (rows["label"] & rows["mask"]) > 0
-            freshness.add(self._stream.live.arrived_ms(rows), learnt, round(time.time() * 1000))
+            positive = (rows["label"] & rows["mask"]) > 0
+            freshness.add(self._stream.live.arrived_ms(rows), positive, round(time.time() * 1000))
         if state.step % self._config.train.log_every == 0:
-            self._trace()
+            self._record_metrics()
 
-    def _trace(self) -> None:
+    def _record_metrics(self) -> None:
+        """Append an entry to the metric history, and write it as scalars."""
         state = self._state
         entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
@@ -249,6 +254,7 @@ class _StreamTrainer:
                 self._scalars.add_scalar(name, value, state.step)
 
     def _batch(self, rows: Rows) -> RankingBatch:
+        """Return rows as a batch of the model, with histories as of each request."""
         stream = self._stream
         space = self._state.space
         vectors = None if space is None else space.at(space.newest)
@@ -259,6 +265,6 @@ class _StreamTrainer:
 
 
 def _split(rows: Rows, cuts: np.ndarray) -> list[Rows]:
-    """Rows before, between and behind the cuts."""
+    """Split rows at the positions ``cuts``."""
     edges = [0, *cuts.tolist(), len(rows["user_id"])]
     return [{name: column[start:stop] for name, column in rows.items()} for start, stop in pairwise(edges)]

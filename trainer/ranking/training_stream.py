@@ -1,4 +1,4 @@
-"""The stream that a model is trained on, as a rank has it: where it comes from, and all that it has brought so far."""
+"""The stream that a model is trained on, on one rank: its source, and the state built from its events."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from trainer.stream.live.unused_events import UnusedEventLog
 from trainer.stream.sources.open_source import open_source
 from trainer.stream.sources.source import EventBatch, Source, StreamReader, check_identity
 
-Observe = Callable[[PredictedOutcomes], None]
-"""Told on each rank of outcomes and of what was predicted of them, as they become known."""
+OutcomeObserver = Callable[[PredictedOutcomes], None]
+"""Function that each rank calls with new outcomes and their predictions."""
 
 
 @dataclass
 class TrainingStream:
-    """The stream of a model's training, as a rank has it.
+    """Stream of a model's training, on one rank.
 
     Attributes:
-        source: that it comes from.
-        partitions: of it that this rank reads.
-        since_ms: events before this are left out.
-        slice_ms: of event time that all ranks take together.
-        features: makes batches.
-        histories: of this rank's users.
-        live: what the rank knows of the stream.
-        unused_events: where events go that change no row.
-        freshness: from events to what has learnt from them; None where that has no meaning.
-        observe: is told of outcomes.
-        seen_until_ms: all events of this rank before this time have come.
+        source: source of the events.
+        partitions: partitions that this rank reads.
+        since_ms: earlier events are skipped.
+        slice_ms: length of a slice of event time, which all ranks process together.
+        features: feature map that makes batches.
+        histories: histories of this rank's users.
+        live: state of the stream on this rank.
+        unused_events: log of the events that change no row.
+        freshness: delays from events to training steps; None in a replay at full speed, where they mean nothing.
+        observe: function called with new outcomes.
+        seen_until_ms: event time before which all events of this rank have arrived.
         flushed_ms: event time of the last training; the same on all ranks.
     """
 
@@ -60,12 +60,12 @@ class TrainingStream:
     live: LiveStream
     unused_events: UnusedEventLog
     freshness: Freshness | None
-    observe: Observe = field(default=lambda answered: None)
+    observe: OutcomeObserver = field(default=lambda outcomes: None)
     seen_until_ms: int = 0
     flushed_ms: int = 0
 
     def take(self, batches: Sequence[EventBatch], until_ms: int) -> int:
-        """Take the next events, after which all before ``until_ms`` have come. How many they were."""
+        """Add the next events and advance to ``until_ms``, before which all have arrived; return their number."""
         for batch in batches:
             self.unused_events.write(self.live.push(batch.since(self.since_ms)))
         self.unused_events.write(self.live.advance(until_ms))
@@ -73,7 +73,7 @@ class TrainingStream:
         return sum(map(len, batches))
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, as tensors, numbers and strings."""
+        """Return the state of this rank as tensors, numbers and strings."""
         return {
             "identity": self.source.identity,
             "seen_until_ms": self.seen_until_ms,
@@ -82,10 +82,10 @@ class TrainingStream:
         }
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]], counted: Sequence[int]) -> None:
-        """Go on from what any number of ranks have saved; see :meth:`LiveStream.load_state_dict`.
+        """Load the states of any number of ranks; see :meth:`LiveStream.load_state_dict`.
 
         Raises:
-            UserError: the source is another one, or the open visits were assembled under other rules.
+            UserError: the states are of another source, or of another policy or other timeouts.
         """
         check_identity(states[0]["identity"], self.source.identity)
         self.seen_until_ms = min(state["seen_until_ms"] for state in states)
@@ -93,19 +93,19 @@ class TrainingStream:
         self.live.load_state_dict([as_arrays(state["live"]) for state in states], counted)
 
     def open(self, position: Mapping[int, Sequence[int]] | None) -> StreamReader:
-        """Read this rank's partitions, from a position of all partitions on; None begins anew.
+        """Start to read this rank's partitions from a position of all partitions; None starts at the beginning.
 
         Raises:
-            UserError: the position does not fit the source, or is no longer there.
+            UserError: the position does not fit the source, or its messages are gone.
         """
         return self.source.open(self.partitions, position, self.slice_ms)
 
     def summary(self, world: World, progressive: ProgressiveMetrics) -> dict[str, Any]:
-        """What ``metrics.json`` tells of the stream. Collective.
+        """Return the stream's part of ``metrics.json``. Collective.
 
         Returns:
-            ``progressive``, metrics of the predictions that were made as requests came; ``counts`` over all ranks, see
-            ``live.COUNTS``; ``freshness_seconds``, see :class:`Freshness`, or null.
+            ``progressive``: metrics of the predictions that were made at the requests; ``counts`` over all ranks, see
+            ``live_stream.COUNTS``; ``freshness_seconds``: see :class:`Freshness`, or null.
         """
         return {
             "progressive": progressive.compute(world.control),
@@ -115,17 +115,17 @@ class TrainingStream:
 
 
 def open_stream(
-    config: JobConfig, data: Dataset, split: Split, features: FeatureMap, world: World, home: Path
+    config: JobConfig, data: Dataset, split: Split, features: FeatureMap, world: World, model_dir: Path
 ) -> TrainingStream:
-    """The stream of a job, at its beginning.
+    """Open the source of a job's stream, with an empty state.
 
     Args:
-        config: the job, with a section ``[stream]``.
-        data: the dataset that it is made for.
-        split: where the stream begins and ends.
-        features: of the model.
-        world: the ranks.
-        home: of the model's files.
+        config: config of the job, with a section ``[stream]``.
+        data: dataset of the job.
+        split: times at which the stream starts and ends.
+        features: feature map of the model.
+        world: ranks of the job.
+        model_dir: directory of the model's files.
 
     Raises:
         UserError: the source cannot be opened, or has fewer partitions than there are ranks.
@@ -135,14 +135,14 @@ def open_stream(
     source = open_source(settings, data.spec, config.data.path, split.stream_from, split.train_until)
     partitions = partitions_of_rank(source.partitions, world.rank, world.size)
 
-    def mine(user_id: np.ndarray) -> np.ndarray:
+    def is_own(user_id: np.ndarray) -> np.ndarray:
         if settings.source == "kafka" and settings.partitioner == "producer":
-            # Which users a partition has is known when they come.
+            # The users of a partition are known only when their events arrive.
             return np.ones(len(user_id), bool)
         return np.isin(partition_of(user_id, source.partitions), partitions)
 
-    histories = GrowingHistories(data.histories, mine, partitions, split.stream_from)
-    # Replayed as fast as possible, an event arrives when it is wanted.
+    histories = GrowingHistories(data.histories, is_own, partitions, split.stream_from)
+    # In a replay at full speed an event "arrives" when it is read, so a delay would mean nothing.
     in_time = settings.source == "kafka" or settings.speed > 0
     live = LiveStream(
         data.spec,
@@ -161,13 +161,13 @@ def open_stream(
         features=features,
         histories=histories,
         live=live,
-        unused_events=UnusedEventLog(home, data.spec, world.rank),
+        unused_events=UnusedEventLog(model_dir, data.spec, world.rank),
         freshness=Freshness() if in_time else None,
     )
 
 
 def _tags(path: str, spec: DatasetSpec) -> Callable[[np.ndarray], np.ndarray]:
-    """Item ids to the tags that histories keep; 0 for items that the dataset does not have."""
+    """Return a function from item ids to the tags that histories keep; 0 for items that the dataset does not have."""
     if not spec.tag:
         return lambda item_id: np.zeros(len(item_id), np.int32)
     file = pa.BufferReader(storage.read_bytes(storage.join(path, "items.parquet")))
@@ -186,14 +186,14 @@ def _tags(path: str, spec: DatasetSpec) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def as_tensors(state: Any) -> Any:
-    """Arrays in nested mappings as tensors that share their memory."""
+    """Convert the arrays in nested mappings to tensors that share their memory."""
     if isinstance(state, dict):
         return {key: as_tensors(value) for key, value in state.items()}
     return torch.from_numpy(np.ascontiguousarray(state)) if isinstance(state, np.ndarray) else state
 
 
 def as_arrays(state: Any) -> Any:
-    """Tensors in nested mappings as arrays: :func:`as_tensors` the other way round."""
+    """Convert the tensors in nested mappings to arrays: the inverse of :func:`as_tensors`."""
     if isinstance(state, dict):
         return {key: as_arrays(value) for key, value in state.items()}
     return state.numpy() if isinstance(state, torch.Tensor) else state

@@ -14,7 +14,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.id_map import IdMap
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable, stored_space
 from trainer.data.format.content_vectors import ContentVectors
-from trainer.ranking.search_refresh import put_content
+from trainer.ranking.search_refresh import write_content_version
 
 TABLES = {"item": SpaceTable(5, 20), "author": SpaceTable(3, 16)}
 
@@ -125,7 +125,7 @@ def test_content_embeddings_are_the_first_space(tmp_path, mapping):
     space.at(0)["item"][:] = 7
     item = IdMap("item", mapping, 5, np.arange(4) if mapping == "lookup" else None)
     table = content(tmp_path, [0, 2, 9])
-    assert put_content(space, table, item) == 2
+    assert write_content_version(space, table, item) == 2
     values = space.at(0)["item"]
     np.testing.assert_array_equal(values[[1, 3], :20], table.vectors[:2].astype(np.float16))
     assert not values[[0, 2, 4]].any() and not values[:, 20:].any() and not space.at(0)["author"].any()
@@ -135,11 +135,11 @@ def test_content_embeddings_are_the_first_space(tmp_path, mapping):
 def test_content_that_cannot_be_used_is_told_in_a_line(tmp_path):
     item = IdMap("item", "direct", 5)
     with pytest.raises(UserError, match="no embedding of any item of the dataset"):
-        put_content(make_space(), content(tmp_path, [8, 9]), item)
+        write_content_version(make_space(), content(tmp_path, [8, 9]), item)
     table = content(tmp_path, [0, 2])
     broken = np.array(table.vectors)
     broken[1, 3] = np.nan
     (file,) = (tmp_path / "table").glob("vectors-*.npy")
     np.save(file, broken)
     with pytest.raises(UserError, match="the embedding of item 2 is not finite"):
-        put_content(make_space(), ContentVectors.open(tmp_path / "table"), item)
+        write_content_version(make_space(), ContentVectors.open(tmp_path / "table"), item)

@@ -84,7 +84,9 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
             taken = live.take_requests()
             requests.append(taken)
             # The logits say of which request they are.
-            live.predicted(taken, np.stack([taken["visit_id"], taken["request_ms"] % 1000], axis=1).astype(np.float32))
+            live.add_predictions(
+                taken, np.stack([taken["visit_id"], taken["request_ms"] % 1000], axis=1).astype(np.float32)
+            )
             outcome = live.take_outcomes()
             np.testing.assert_array_equal(outcome.logits[:, 0], outcome.rows["visit_id"].astype(np.float32))
             answered.append(outcome.rows)
@@ -93,7 +95,7 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
                 live = through_a_file(live, world, labels, owned)
     live.advance()
     last = live.take_requests()
-    live.predicted(last, np.stack([last["visit_id"], last["visit_id"]], axis=1).astype(np.float32))
+    live.add_predictions(last, np.stack([last["visit_id"], last["visit_id"]], axis=1).astype(np.float32))
     requests.append(last)
     answered.append(live.take_outcomes().rows)
     rows.append(live.take_rows(END_OF_TIME))

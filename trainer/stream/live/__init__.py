@@ -1,1 +1,1 @@
-"""A live stream: open visits, predictions, features, freshness."""
+"""State of a live stream on one rank: open visits, predictions, features, freshness and unused events."""

@@ -1,7 +1,7 @@
-"""What a rank knows of a stream: open visits, rows not yet trained on, predictions not yet answered, histories.
+"""State of a stream on one rank: open visits, rows to train on, predictions without an outcome, and histories.
 
-Time is the watermark's. Everything a partition tells is kept by partition, as plain arrays, so that it can be saved
-with the model and dealt out to any number of ranks.
+Time is the time of the watermark. All state is kept by partition, as plain arrays, so that it can be saved with the
+model and divided among any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from trainer.stream.live.visit_features import VisitFeatureStore
 from trainer.stream.sources.source import EventBatch
 
 COUNTS = ("events", "late", "no_open_visit", "requests", "without_features", "unanswered")
-"""What is counted: events that arrived, those unused by reason, requests predicted, those whose features were not
-logged, and requests whose outcome came without a prediction to compare it with."""
+"""Counters: events that arrived, unused events by reason, predicted requests, requests without logged features, and
+outcomes of requests that were not predicted."""
 
 _ORDER = ("request_ms", "visit_id", "user_id", "emit_ms")
-"""Keys of the order of rows, the last one first."""
+"""Sort keys of rows, in the order of ``np.lexsort``: the last key is the most significant."""
 
 _SLACK = 4096
-"""Visits of a partition that facts may be kept of beyond those that need them, before they are looked for."""
+"""Number of finished visits of a partition whose features may stay in memory before a clean-up."""
 
 _Request = tuple[int, int, int]
 """``user_id, visit_id, request_ms``."""
 
 
 class PredictedOutcomes(NamedTuple):
-    """Outcomes of visits beside what was predicted when they were requested.
+    """Outcomes of visits, and the predictions made at their requests.
 
     Attributes:
-        rows: of kind ``full``: ``ROW_COLUMNS``.
+        rows: rows of kind ``full``: ``ROW_COLUMNS``.
         logits: ``[n, predicted behaviours]`` float32.
     """
 
@@ -59,9 +59,9 @@ class PredictedOutcomes(NamedTuple):
 
 @dataclass
 class _PartitionState:
-    """Of one partition: rows to train on, requests to predict, ended visits, and what was predicted of open ones."""
+    """State of one partition: rows to train on, requests to predict, ended visits, and predictions of open visits."""
 
-    facts: VisitFeatureStore
+    store: VisitFeatureStore
     rows: Rows
     requests: Rows
     ended: Rows
@@ -69,19 +69,19 @@ class _PartitionState:
 
 
 class LiveStream:
-    """The stream as a rank has it.
+    """State of the stream on one rank.
 
     Args:
-        spec: of the dataset, or of what the stream carries.
-        labels: report policy and timeouts.
-        partitions: those of this rank.
-        histories: of this rank's users; visits are added as they end.
-        tags: item ids ``[n]`` -> their tags ``[n]`` int32.
-        behaviours: number that the model predicts.
-        keep_arrivals: remember when behaviours arrived, for :meth:`arrived_ms`.
+        spec: description of the dataset, or of the data in the stream.
+        labels: report policy and waiting times.
+        partitions: partitions of this rank.
+        histories: histories of this rank's users; visits are appended when they end.
+        tags: function from item ids ``[n]`` to tags ``[n]`` int32.
+        behaviours: number of behaviours that the model predicts.
+        keep_arrivals: keep the arrival times of behaviours, for :meth:`arrived_ms`.
 
     Attributes:
-        counts: of this rank, see :data:`COUNTS`.
+        counts: counters of this rank, see :data:`COUNTS`.
     """
 
     def __init__(
@@ -108,40 +108,40 @@ class LiveStream:
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def push(self, batch: EventBatch) -> Columns:
-        """Take the next events; gives those that changed no row, with the reason (``AssembledRows.unused``)."""
+        """Add the next events; return the unused ones with the reason, as ``AssembledRows.unused``."""
         unused = []
         for partition, part in batch.by_partition():
-            self._parts[partition].facts.add(part)
+            self._parts[partition].store.add(part)
             assembled = self._labels.push(partition, part.events)
-            # Of both domains, and so all that the other one sets unused.
+            # This assembler takes all domains, so its unused events include those of the other assembler.
             ended = self._outcomes.push(partition, part.events)
             unused.append(ended.unused)
             self._keep(partition, assembled, ended)
         self.counts["events"] += len(batch)
-        return self._counted(unused)
+        return self._count_unused(unused)
 
     def advance(self, until_ms: int = END_OF_TIME) -> Columns:
-        """Take it that all events before ``until_ms`` have come; histories grow. Gives what :meth:`push` does."""
+        """Advance to ``until_ms``, before which all events have arrived; return unused events as :meth:`push` does."""
         watermark_ms = END_OF_TIME if until_ms == END_OF_TIME else until_ms - self._timeouts.max_out_of_orderness_ms
         unused = []
         for partition, part in self._parts.items():
             ended = self._outcomes.advance(partition, watermark_ms)
             unused.append(ended.unused)
             self._keep(partition, self._labels.advance(partition, watermark_ms), ended)
-            self._let_go(partition, part)
-        return self._counted(unused)
+            self._drop_finished(partition, part)
+        return self._count_unused(unused)
 
     def trainable(self, before_ms: int) -> int:
-        """Rows whose labels were complete before a time."""
+        """Return the number of rows whose labels were complete before ``before_ms``."""
         return sum(int(np.searchsorted(part.rows["emit_ms"], before_ms)) for part in self._parts.values())
 
     @property
     def unpredicted(self) -> int:
-        """Requests and outcomes that :meth:`take_requests` and :meth:`take_outcomes` would give."""
+        """Number of requests and outcomes that :meth:`take_requests` and :meth:`take_outcomes` would return."""
         return sum(len(part.requests["user_id"]) + len(part.ended["user_id"]) for part in self._parts.values())
 
     def take_rows(self, before_ms: int) -> Rows:
-        """The rows of all partitions whose labels were complete before a time, with their features, in order.
+        """Remove and return the rows whose labels were complete before ``before_ms``, with their features.
 
         Returns:
             Columns of ``schema.row_columns`` and ``partition``, in the order of ``(emit_ms, user_id, visit_id,
@@ -151,44 +151,44 @@ class LiveStream:
         for partition, part in self._parts.items():
             stop = int(np.searchsorted(part.rows["emit_ms"], before_ms))
             rows, part.rows = _cut(part.rows, stop)
-            taken.append(_of(partition, rows | part.facts.features(rows)[0]))
+            taken.append(_with_partition(partition, rows | part.store.features(rows)[0]))
         return _in_order(taken)
 
     def take_requests(self) -> Rows:
-        """The requests of candidates since the last call, with their features; labels and masks are 0.
+        """Return the requests in candidate domains since the last call, with their features; labels and masks are 0.
 
         Returns:
-            As of :meth:`take_rows`.
+            Columns and order as of :meth:`take_rows`.
         """
         taken = []
         for partition, part in self._parts.items():
             requests, part.requests = part.requests, no_rows(self._spec)
-            features, missing = part.facts.features(requests)
+            features, missing = part.store.features(requests)
             self.counts["requests"] += len(requests["user_id"])
             self.counts["without_features"] += missing
-            taken.append(_of(partition, requests | features))
+            taken.append(_with_partition(partition, requests | features))
         return _in_order(taken)
 
-    def predicted(self, requests: Rows, logits: np.ndarray) -> None:
-        """Keep what was predicted of requests until their outcome is known.
+    def add_predictions(self, requests: Rows, logits: np.ndarray) -> None:
+        """Keep the predictions of requests until their outcomes are known.
 
         Args:
-            requests: n of those that :meth:`take_requests` gave.
+            requests: ``n`` requests from :meth:`take_requests`.
             logits: ``[n, behaviours]`` float32.
         """
         for partition, key, logit in zip(requests["partition"].tolist(), _requests(requests), logits, strict=True):
             self._parts[partition].predicted[key] = logit
 
     def take_outcomes(self) -> PredictedOutcomes:
-        """The candidates' visits that have ended since the last call, with what was predicted of them, in order."""
+        """Return the candidate visits that have ended since the last call, with their predictions, in order."""
         rows, logits = [], [np.empty((0, self._behaviours), np.float32)]
         for part in self._parts.values():
             ended, part.ended = part.ended, no_rows(self._spec)
-            found = [part.predicted.pop(key, None) for key in _requests(ended)]
-            known = [place for place, logit in enumerate(found) if logit is not None]
-            self.counts["unanswered"] += len(found) - len(known)
+            predictions = [part.predicted.pop(key, None) for key in _requests(ended)]
+            known = [place for place, logit in enumerate(predictions) if logit is not None]
+            self.counts["unanswered"] += len(predictions) - len(known)
             rows.append({name: column[known] for name, column in ended.items()})
-            logits += [logit[None] for logit in found if logit is not None]
+            logits += [logit[None] for logit in predictions if logit is not None]
         joined = concatenate(rows)
         order = np.lexsort([joined[name] for name in _ORDER])
         return PredictedOutcomes(
@@ -196,15 +196,15 @@ class LiveStream:
         )
 
     def arrived_ms(self, rows: Rows) -> np.ndarray:
-        """Arrival time of each behaviour of rows that have just been taken, see ``VisitFeatureStore.arrived_ms``."""
+        """Return the arrival times of the behaviours of rows just taken, as ``VisitFeatureStore.arrived_ms``."""
         out = np.empty(rows["label"].shape, np.int64)
         for partition, part in self._parts.items():
             at = np.flatnonzero(rows["partition"] == partition)
-            out[at] = part.facts.arrived_ms({name: rows[name][at] for name in ("user_id", "visit_id", "label")})
+            out[at] = part.store.arrived_ms({name: rows[name][at] for name in ("user_id", "visit_id", "label")})
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rows and predictions to come depend on: by partition, and the counts of this rank."""
+        """Return the complete state by partition, and the counters of this rank."""
         labels, outcomes, histories = (part.state_dict() for part in (self._labels, self._outcomes, self._histories))
         return {
             "counts": dict(self.counts),
@@ -213,7 +213,7 @@ class LiveStream:
                     "labels": labels[partition],
                     "outcomes": outcomes[partition],
                     "history": histories[partition],
-                    "facts": part.facts.state_dict(),
+                    "facts": part.store.state_dict(),
                     "rows": part.rows,
                     "requests": part.requests,
                     "ended": part.ended,
@@ -227,40 +227,41 @@ class LiveStream:
         }
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], counted: Sequence[int]) -> None:
-        """Go on from what any number of ranks have saved.
+        """Load the partitions of this rank from the states of any number of ranks.
 
         Args:
             states: ``state_dict`` of every rank that saved, in order of rank.
-            counted: those of them whose counts this rank goes on with; each of them is some rank's.
+            counted: positions of the states whose counters this rank continues; each state is counted by one rank.
 
         Raises:
-            UserError: the open visits were assembled under another policy or timeouts.
-            ValueError: a partition of this rank is in none of the states, or in two.
+            UserError: the open visits were saved under another policy or other timeouts.
+            ValueError: a partition of this rank is in none of the states, or a partition is in two.
         """
-        self._labels.load_state_dict(_named(states, "labels"))
-        self._outcomes.load_state_dict(_named(states, "outcomes"))
+        self._labels.load_state_dict(_entries(states, "labels"))
+        self._outcomes.load_state_dict(_entries(states, "outcomes"))
         everything = {partition: saved for state in states for partition, saved in state["partitions"].items()}
         self._histories.load_state_dict({partition: saved["history"] for partition, saved in everything.items()})
         for partition, part in self._parts.items():
             saved = everything[partition]
-            part.facts.load_state_dict(saved["facts"])
+            part.store.load_state_dict(saved["facts"])
             part.rows, part.requests, part.ended = (dict(saved[name]) for name in ("rows", "requests", "ended"))
             keys = (tuple(key) for key in saved["predicted"]["requests"].tolist())
             part.predicted = dict(zip(keys, saved["predicted"]["logits"], strict=True))
         self.counts = {name: sum(states[rank]["counts"][name] for rank in counted) for name in COUNTS}
 
     def _keep(self, partition: int, assembled: AssembledRows, ended: AssembledRows) -> None:
+        """Store the output of both assemblers, and append the ended visits to the histories."""
         part = self._parts[partition]
         part.rows = concatenate([part.rows, assembled.rows])
-        part.requests = concatenate([part.requests, _requested(self._spec, assembled.started)])
-        of_candidates = np.isin(ended.rows["domain"], self._candidates)
-        part.ended = concatenate([part.ended, {name: column[of_candidates] for name, column in ended.rows.items()}])
-        visits = self._visits(part.facts, ended.rows)
+        part.requests = concatenate([part.requests, _request_rows(self._spec, assembled.started)])
+        in_candidates = np.isin(ended.rows["domain"], self._candidates)
+        part.ended = concatenate([part.ended, {name: column[in_candidates] for name, column in ended.rows.items()}])
+        visits = self._visits(part.store, ended.rows)
         self._histories.append(partition, visits, self._outcomes[partition].watermark_ms)
 
-    def _visits(self, facts: VisitFeatureStore, rows: Rows) -> Columns:
-        """The visits that ended, were watched or acted upon, as histories take them."""
-        watched_ms = facts.watched_ms(rows, self._timeouts.idle_ms)
+    def _visits(self, store: VisitFeatureStore, rows: Rows) -> Columns:
+        """Return the ended visits with watch time or a behaviour, in the form of histories."""
+        watched_ms = store.watched_ms(rows, self._timeouts.idle_ms)
         bits = label_bits(rows["label"])
         kept = np.flatnonzero((watched_ms > 0) | (bits != 0))
         columns = {
@@ -272,27 +273,31 @@ class LiveStream:
         }
         return {name: columns[name] for name in VISIT_COLUMNS}
 
-    def _let_go(self, partition: int, part: _PartitionState) -> None:
-        """Forget the facts of visits that nothing more can come of."""
-        needed = [self._labels[partition], self._outcomes[partition]]
+    def _drop_finished(self, partition: int, part: _PartitionState) -> None:
+        """Drop the features and predictions of visits that can give no more rows."""
+        # Listing the unfinished visits takes long, so it waits until the store is clearly too large.
+        assemblers = [self._labels[partition], self._outcomes[partition]]
         waiting = [part.rows, part.requests, part.ended]
-        about = sum(assembler.open_visits + assembler.waiting_events for assembler in needed) + len(part.predicted)
-        if part.facts.visits <= 2 * about + sum(len(rows["user_id"]) for rows in waiting) + _SLACK:
+        needed_visits = sum(assembler.open_visits + assembler.waiting_events for assembler in assemblers) + len(
+            part.predicted
+        )
+        if part.store.visits <= 2 * needed_visits + sum(len(rows["user_id"]) for rows in waiting) + _SLACK:
             return
-        live = {key for assembler in needed for key in assembler.unfinished()}
-        live |= {(user, visit) for rows in waiting for user, visit, _ in _requests(rows)}
-        part.facts.forget(live)
-        part.predicted = {key: logit for key, logit in part.predicted.items() if key[:2] in live}
+        unfinished = {key for assembler in assemblers for key in assembler.unfinished()}
+        unfinished |= {(user, visit) for rows in waiting for user, visit, _ in _requests(rows)}
+        part.store.keep_only(unfinished)
+        part.predicted = {key: logit for key, logit in part.predicted.items() if key[:2] in unfinished}
 
-    def _counted(self, unused: Sequence[Columns]) -> Columns:
+    def _count_unused(self, unused: Sequence[Columns]) -> Columns:
+        """Count unused events by reason; return them concatenated."""
         joined = concatenate(list(unused)) if unused else select_unused(no_events(), np.empty(0, np.int64), 0)
         for code, reason in enumerate(REASONS):
             self.counts[reason] += int((joined["reason"] == code).sum())
         return joined
 
 
-def _requested(spec: DatasetSpec, started: Rows) -> Rows:
-    """Visits that began as rows without labels."""
+def _request_rows(spec: DatasetSpec, started: Rows) -> Rows:
+    """Return started visits as rows without labels."""
     rows = no_rows(spec)
     n = len(started["user_id"])
     blank = {name: np.zeros((n, *column.shape[1:]), column.dtype) for name, column in rows.items()}
@@ -300,22 +305,27 @@ def _requested(spec: DatasetSpec, started: Rows) -> Rows:
 
 
 def _requests(rows: Mapping[str, np.ndarray]) -> list[_Request]:
+    """Return the key of the request of each row."""
     return list(zip(*(rows[name].tolist() for name in ("user_id", "visit_id", "request_ms")), strict=True))
 
 
-def _of(partition: int, rows: Rows) -> Rows:
+def _with_partition(partition: int, rows: Rows) -> Rows:
+    """Return rows with a column ``partition``."""
     return rows | {"partition": np.full(len(rows["user_id"]), partition, np.int64)}
 
 
 def _cut(rows: Rows, at: int) -> tuple[Rows, Rows]:
+    """Return the rows before position ``at`` and the rows from it on."""
     return {name: column[:at] for name, column in rows.items()}, {name: column[at:] for name, column in rows.items()}
 
 
 def _in_order(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all parts, sorted by ``_ORDER``."""
     joined = concatenate(parts)
     order = np.lexsort([joined[name] for name in _ORDER])
     return {name: column[order] for name, column in joined.items()}
 
 
-def _named(states: Sequence[Mapping[str, Any]], name: str) -> Iterable[dict[int, Any]]:
+def _entries(states: Sequence[Mapping[str, Any]], name: str) -> Iterable[dict[int, Any]]:
+    """Return the entry ``name`` of every partition of every state."""
     return [{partition: saved[name] for partition, saved in state["partitions"].items()} for state in states]

@@ -1,4 +1,4 @@
-"""Events that changed no row, kept in a file: too late, or of no open visit. Nothing is dropped silently."""
+"""Log of the unused events of a stream: late events, and events without an open visit."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ DIRECTORY = "unused_events"
 
 
 class UnusedEventLog:
-    """``RUN/unused_events/rank-00000.jsonl``: an event a line, as messages have it, with its ``reason``.
+    """Appends events that change no row to ``RUN/unused_events/rank-00000.jsonl``, one JSON event per line.
 
-    A run that goes on from a checkpoint meets the events behind it again and writes them again; the counts in the
-    checkpoint are exact.
+    A line has the fields of a message and ``reason``. A resumed run reads the events after its checkpoint again and
+    writes them again; the counts in the checkpoint are exact.
+
+    Earlier versions wrote to ``RUN/aside/``. Such a run continues in ``RUN/unused_events/``; its old files stay as they
+    are, because ranks on several machines cannot move them safely, and nothing reads them back.
 
     Args:
-        home: of the run.
-        spec: of the stream.
-        rank: of this process.
+        model_dir: directory of the model's files.
+        spec: description of the data in the stream.
+        rank: rank of this process.
     """
 
-    def __init__(self, home: Path, spec: DatasetSpec, rank: int) -> None:
-        self._path = home / DIRECTORY / f"rank-{rank:05d}.jsonl"
+    def __init__(self, model_dir: Path, spec: DatasetSpec, rank: int) -> None:
+        self._path = model_dir / DIRECTORY / f"rank-{rank:05d}.jsonl"
         self._names = {"domain": DOMAINS, "event": event_names(spec), "reason": REASONS}
 
     def write(self, events: Columns) -> None:
-        """Append events: columns of ``AssembledRows.unused``.
+        """Append events, given as columns of ``AssembledRows.unused``.
 
         Raises:
             UserError: the file cannot be written.
@@ -51,5 +54,6 @@ class UnusedEventLog:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def _readable(self, name: str, column: np.ndarray) -> list:
+        """Return the values of a column, with names in place of codes."""
         values = column.tolist()
         return [self._names[name][code] for code in values] if name in self._names else values

@@ -1,7 +1,7 @@
-"""What the events of a partition tell of visits beside labels: features of requests, time watched, moments of arrival.
+"""Store of the data of visits that rows need beside labels: logged features, watch time and arrival times.
 
-Labels come from the assemblers, which look at behaviours alone. What else a row needs is kept here from the event that
-brought it until no row of the visit can come any more.
+Labels come from the assemblers, which only see behaviours. The store keeps the other data from the event that carries
+it until the visit can give no more rows.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ _Visit = tuple[int, int]
 
 
 class VisitFeatureStore:
-    """Facts of the visits of a partition, by ``(user_id, visit_id)``.
+    """Features, watch times and arrival times of the visits of a partition, by ``(user_id, visit_id)``.
 
     Args:
-        spec: of the dataset, or of what the stream carries.
-        keep_arrivals: remember when behaviours arrived; costs memory and time, and is of use in a live stream only.
+        spec: description of the dataset, or of the data in the stream.
+        keep_arrivals: keep the arrival times of behaviours; costs memory and time, and helps only in a live stream.
     """
 
     def __init__(self, spec: DatasetSpec, keep_arrivals: bool) -> None:
         columns = row_columns(spec)
         self._empty = {name: np.zeros(columns[name][1], columns[name][0]) for name in FEATURES}
         self._keep_arrivals = keep_arrivals
-        # Of a visit that begins again after its end with another request, so the time is part of the key.
+        # A visit id may come back with another request after the visit has ended, so the time is part of the key.
         self._features: dict[_Visit, dict[int, tuple[np.ndarray, ...]]] = {}
         self._watched: dict[_Visit, dict[int, float]] = {}
         self._arrived: dict[_Visit, dict[int, int]] = {}
 
     def add(self, part: PartitionEvents) -> None:
-        """Remember what events tell, in the order in which they arrive."""
+        """Store the data of events, in order of arrival."""
         events, logged = part.events, part.logged
         at = logged.at.tolist()
         features = zip(logged.side, logged.dense, logged.stat, strict=True)
         for key, time_ms, values in zip(
             _visits(events, logged.at), events["time_ms"][at].tolist(), features, strict=True
         ):
-            # The same request twice is one; its first copy counts, as of any event.
+            # For a duplicate request the first copy counts, as for any event.
             self._features.setdefault(key, {}).setdefault(time_ms, values)
         exits = np.flatnonzero(events["event"] == EXIT)
         ended = zip(
@@ -64,7 +64,7 @@ class VisitFeatureStore:
                 self._arrived.setdefault(key, {}).setdefault(k, ms)
 
     def features(self, rows: Rows) -> tuple[Rows, int]:
-        """``logged.FEATURES`` of rows, as logged with their requests; and how many had none logged: theirs are zeros.
+        """Return the logged features of rows (``FEATURES``), and the number of rows without: those have zeros.
 
         Args:
             rows: ``user_id``, ``visit_id`` and ``request_ms``.
@@ -81,13 +81,13 @@ class VisitFeatureStore:
         return out, len(found) - len(there)
 
     def watched_ms(self, rows: Rows, idle_ms: int) -> np.ndarray:
-        """Time watched in visits that have ended, ``[n]`` int64 milliseconds.
+        """Return the watch time of ended visits, ``[n]`` int64 milliseconds.
 
-        What the exit says; where none came, until the last sign of life.
+        It is the value of the exit event; without an exit it is the time from the request to the last event.
 
         Args:
-            rows: of kind ``full``: ``user_id``, ``visit_id``, ``request_ms`` and ``emit_ms``.
-            idle_ms: for how long a visit without exit has been waited for.
+            rows: rows of kind ``full``: ``user_id``, ``visit_id``, ``request_ms`` and ``emit_ms``.
+            idle_ms: idle timeout of a visit without an exit.
         """
         ends = zip(_visits(rows), rows["emit_ms"].tolist(), strict=True)
         watched = [self._watched.get(key, {}).get(end_ms) for key, end_ms in ends]
@@ -97,7 +97,7 @@ class VisitFeatureStore:
         )
 
     def arrived_ms(self, rows: Rows) -> np.ndarray:
-        """When each behaviour of each row arrived, ``[n, behaviours]`` int64 by the clock; ``NEVER`` where unknown."""
+        """Return the arrival time of each behaviour, ``[n, behaviours]`` int64 by the clock; ``NEVER`` if unknown."""
         out = np.full(rows["label"].shape, NEVER, np.int64)
         for row, key in enumerate(_visits(rows)):
             for behaviour, arrived_ms in self._arrived.get(key, {}).items():
@@ -106,17 +106,17 @@ class VisitFeatureStore:
 
     @property
     def visits(self) -> int:
-        """About how many visits something is kept of."""
+        """Approximate number of visits in the store."""
         return max(len(self._features), len(self._watched), len(self._arrived))
 
-    def forget(self, live: set[_Visit]) -> None:
-        """Let go of all visits but those that can still give a row."""
-        for facts in (self._features, self._watched, self._arrived):
-            for key in [key for key in facts if key not in live]:
-                del facts[key]
+    def keep_only(self, unfinished: set[_Visit]) -> None:
+        """Drop all visits except the unfinished ones."""
+        for by_visit in (self._features, self._watched, self._arrived):
+            for key in [key for key in by_visit if key not in unfinished]:
+                del by_visit[key]
 
     def state_dict(self) -> Columns:
-        """All facts as plain arrays."""
+        """Return the content of the store as plain arrays."""
         features = [(*key, ms, values) for key, by_time in self._features.items() for ms, values in by_time.items()]
         watched = [(*key, ms, value) for key, by_time in self._watched.items() for ms, value in by_time.items()]
         arrived = [(*key, k, ms) for key, by_kind in self._arrived.items() for k, ms in by_kind.items()]
@@ -132,7 +132,7 @@ class VisitFeatureStore:
         }
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Replace the content of the store by a saved state."""
         self._features, self._watched, self._arrived = {}, {}, {}
         features = zip(*(np.asarray(state[name]) for name in FEATURES), strict=True)
         for (user, visit, ms), values in zip(state["requests"].tolist(), features, strict=True):
@@ -144,4 +144,5 @@ class VisitFeatureStore:
 
 
 def _visits(columns: Mapping[str, np.ndarray], at: np.ndarray | slice = slice(None)) -> list[_Visit]:
+    """Return the visit of each event or row at positions ``at``."""
     return list(zip(columns["user_id"][at].tolist(), columns["visit_id"][at].tolist(), strict=True))

@@ -27,12 +27,12 @@ class SliceAgreement(NamedTuple):
     Attributes:
         number: of the slice; None where no rank has events now.
         finished: the stream of every rank has ended.
-        told: ``[ranks, n]``, what each rank told of itself.
+        values: ``[ranks, n]`` int64, the values that each rank sent.
     """
 
     number: int | None
     finished: bool
-    told: np.ndarray
+    values: np.ndarray
 
 
 class TimeSlices:
