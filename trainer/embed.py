@@ -1,11 +1,11 @@
-"""Vectors for the texts of a dataset. One process of it runs on every rank.
+"""Encode the texts of a dataset into vectors. One process runs on every rank.
 
     limelight embed configs/embed.toml --ranks 2
     torchrun --nproc-per-node 2 -m trainer.embed configs/embed.toml embed.pooling=mean
 
-Texts are cut into parts, each of which one rank writes whole; the same command again goes on with the parts that are
-missing, on any number of ranks, and gives the same tables. A table that is there is kept where its texts have not
-changed, and replaced as a whole at the end.
+The texts are split into parts, and each part is written atomically by one rank. The same command again writes the parts
+that are missing, on any number of ranks, and produces the same tables. Vectors of unchanged texts are kept from an
+existing table, which is replaced as a whole at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.checkpoint.run_directory import make_directory
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.llm.embedding.dataset_texts import KindTexts
-from trainer.llm.embedding.vector_table_update import make_plan, merge, open_reader, write_missing_parts
+from trainer.llm.embedding.vector_table_update import merge_parts, open_encoder, plan_update, write_missing_parts
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
@@ -47,8 +47,8 @@ def embed(config: EmbeddingJob, world: World) -> None:
     """Write a table for each kind of text. Collective.
 
     Raises:
-        UserError: the dataset has no such texts; there is no model, tokenizer or adapter, or they do not fit each
-            other; a template is wrong; or no text of a kind gives a finite vector.
+        UserError: the dataset lacks texts of a kind; model, tokenizer or adapter are missing or do not fit each other;
+            the template is wrong; or no text of a kind has a finite vector.
     """
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
     base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
@@ -57,15 +57,15 @@ def embed(config: EmbeddingJob, world: World) -> None:
         make_directory(directory)
     world.barrier()
     with locked(directory) if world.rank == 0 else nullcontext():
-        reader = open_reader(config, base, template, world)
+        setup = open_encoder(config, base, template, world)
         for kind in config.data.kinds:
             texts = KindTexts.read(config.data.path, kind)
-            plan = make_plan(config, kind, texts, reader.origin(kind))
-            write_missing_parts(plan, template, reader.encoder, world)
+            update = plan_update(config, kind, texts, setup.origin(kind))
+            write_missing_parts(update, template, setup.encoder, world)
             world.barrier()
             if world.rank == 0:
-                merge(plan, reader.encoder.dim)
-            # nobody looks at the tables again before this one is whole
+                merge_parts(update, setup.encoder.dim)
+            # The other ranks wait here, because planning the next kind reads the directory that rank 0 changes.
             world.barrier()
 
 

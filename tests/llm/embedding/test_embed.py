@@ -102,7 +102,7 @@ def make_adapter(base: BaseModelFiles, path: Path) -> Path:
 
 
 def settings(dataset: Path, model: Path, out: Path, **changed: Any) -> list[str]:
-    given = {
+    keys = {
         "data.path": dataset,
         "model.path": model,
         "model.adapter": "",
@@ -115,7 +115,7 @@ def settings(dataset: Path, model: Path, out: Path, **changed: Any) -> list[str]
         "embed.length": 64,
         **{name.replace("__", "."): value for name, value in changed.items()},
     }
-    return [str(ROOT / "configs/embed.toml"), *(f"{name}={value}" for name, value in given.items())]
+    return [str(ROOT / "configs/embed.toml"), *(f"{name}={value}" for name, value in keys.items())]
 
 
 def run(*arguments: str) -> None:
@@ -173,8 +173,8 @@ def test_a_vector_is_that_of_the_text_alone(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    given = {"embed.pooling": pooling, "data.kinds": '["comments"]', "model.adapter": adapter if adapted else ""}
-    run(*settings(dataset, model, tmp_path, **given))
+    changes = {"embed.pooling": pooling, "data.kinds": '["comments"]', "model.adapter": adapter if adapted else ""}
+    run(*settings(dataset, model, tmp_path, **changes))
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if adapted:
         plain = PeftModel.from_pretrained(plain, str(adapter))
@@ -206,7 +206,7 @@ def test_two_ranks_write_the_same_tables_as_one(dataset: Path, model: Path, tabl
     arguments = [sys.executable, "-m", "launch.cli.main", "embed", *settings(dataset, model, tmp_path), "--ranks", "2"]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), timeout=TIMEOUTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "58 vectors of 32 (58 embedded, 2 empty)" in done.stdout
+    assert "58 vectors of dimension 32 (58 embedded, 2 empty)" in done.stdout
     for kind in ("items", "comments", "segments", "authors"):
         assert ContentVectors.open(tmp_path / kind).hash == ContentVectors.open(tables / kind).hash
 
@@ -214,7 +214,7 @@ def test_two_ranks_write_the_same_tables_as_one(dataset: Path, model: Path, tabl
 def test_an_interrupted_job_goes_on_with_the_missing_parts(
     dataset: Path, model: Path, tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = settings(dataset, model, tmp_path, **{"data.kinds": '["comments"]'})
+    arguments = settings(dataset, model, tmp_path, **{"data.kinds": '["comments"]'})
     vectors, read = Encoder.vectors, []
 
     def until_the_third(self: Encoder, texts: list[str]) -> np.ndarray:
@@ -225,7 +225,7 @@ def test_an_interrupted_job_goes_on_with_the_missing_parts(
 
     monkeypatch.setattr(Encoder, "vectors", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run(*given)
+        run(*arguments)
     assert not (tmp_path / "comments").exists() and len(parts_of(tmp_path)) == 3
 
     def counted(self: Encoder, texts: list[str]) -> np.ndarray:
@@ -233,7 +233,7 @@ def test_an_interrupted_job_goes_on_with_the_missing_parts(
         return vectors(self, texts)
 
     monkeypatch.setattr(Encoder, "vectors", counted)
-    run(*given)
+    run(*arguments)
     assert sum(read) == 90 and len(read) == 6
     assert ContentVectors.open(tmp_path / "comments").hash == ContentVectors.open(tables / "comments").hash
     assert not (tmp_path / PARTS).exists()
@@ -242,15 +242,15 @@ def test_an_interrupted_job_goes_on_with_the_missing_parts(
 @pytest.mark.slow
 def test_a_killed_job_leaves_whole_parts_and_goes_on(dataset: Path, model: Path, tables: Path, tmp_path: Path) -> None:
     # parts of one text are slow enough to be caught in the middle
-    given = settings(dataset, model, tmp_path, **{"data.kinds": '["comments"]', "embed.part": 1})
-    killed = subprocess.Popen([sys.executable, "-m", "trainer.embed", *given], cwd=ROOT, env=environment())
+    arguments = settings(dataset, model, tmp_path, **{"data.kinds": '["comments"]', "embed.part": 1})
+    killed = subprocess.Popen([sys.executable, "-m", "trainer.embed", *arguments], cwd=ROOT, env=environment())
     until = time.monotonic() + TIMEOUTS
     while not parts_of(tmp_path) and time.monotonic() < until and killed.poll() is None:
         time.sleep(0.005)
     killed.kill()
     killed.wait(TIMEOUTS)
     assert not (tmp_path / "comments").exists() and 0 < len(parts_of(tmp_path)) < 90
-    run(*given)
+    run(*arguments)
     (ids, again), (expected_ids, expected) = table_of(tmp_path, "comments"), table_of(tables, "comments")
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(again, expected, **TOLERANCE)
@@ -261,28 +261,28 @@ def test_only_new_and_changed_texts_are_read_again(
 ) -> None:
     copy = tmp_path / "dataset"
     shutil.copytree(dataset, copy)
-    given = settings(copy, model, tmp_path / "out", **{"data.kinds": '["items"]'})
-    run(*given)
+    arguments = settings(copy, model, tmp_path / "out", **{"data.kinds": '["items"]'})
+    run(*arguments)
     before = dict(zip(*table_of(tmp_path / "out", "items"), strict=True))
-    run(*given)
-    assert "58 vectors, nothing has changed" in capsys.readouterr().out
+    run(*arguments)
+    assert "58 vectors, no text has changed" in capsys.readouterr().out
 
     lines = read_texts(copy, "items").to_pylist()
-    told = [line for line in lines if line["text"].strip()]
-    changed, gone, silent = told[0], told[1], told[2]
+    filled = [line for line in lines if line["text"].strip()]
+    changed, gone, silent = filled[0], filled[1], filled[2]
     changed["text"], silent["text"] = "quick quick boat", ""
-    new = {**told[3], "item_id": 5000}
+    new = {**filled[3], "item_id": 5000}
     pq.write_table(
         pa.Table.from_pylist([line for line in lines if line is not gone] + [new], SCHEMAS["items"]),
         copy / "texts/items.parquet",
     )
-    run(*given)
-    assert "57 vectors of 32 (55 kept, 2 embedded, 3 empty)" in capsys.readouterr().out
+    run(*arguments)
+    assert "57 vectors of dimension 32 (55 kept, 2 embedded, 3 empty)" in capsys.readouterr().out
     after = dict(zip(*table_of(tmp_path / "out", "items"), strict=True))
     assert set(after) == set(before) - {gone["item_id"], silent["item_id"]} | {5000}
     for one, vector in after.items():
         if one == 5000:
-            np.testing.assert_allclose(vector, before[told[3]["item_id"]], **TOLERANCE)
+            np.testing.assert_allclose(vector, before[filled[3]["item_id"]], **TOLERANCE)
         elif one == changed["item_id"]:
             assert not np.allclose(vector, before[one])
         else:
@@ -367,7 +367,7 @@ def test_a_query_needs_comments(dataset: Path, model: Path, tmp_path: Path) -> N
     base = BaseModelFiles.open(str(model))
     encoder = Encoder(base.load(bf16=False), base.tokenizer, torch.device("cpu"), length=9, tokens=99)
     template = Template.read(TEMPLATE, dict.fromkeys(("items", "comments", "segments", "authors"), frozenset({"text"})))
-    with pytest.raises(UserError, match="learnt on videos with comments, and there are none"):
+    with pytest.raises(UserError, match="needs at least two videos with a text and a comment"):
         fit_query(encoder, copy, template, seed=1)
 
 
@@ -378,7 +378,7 @@ def test_mistakes_are_told(dataset: Path, model: Path, adapter: Path, tmp_path: 
     shutil.copytree(model, bare)
     (bare / "tokenizer.json").unlink()
     (tmp_path / "template.txt").write_text("[items]\n{title}\n")
-    for changed, said in [
+    for changed, message in [
         ({"model.path": other, "model.adapter": adapter}, "an adapter for another base model"),
         ({"model.adapter": tmp_path}, "no adapter here"),
         ({"model.path": bare}, "no tokenizer here"),
@@ -387,7 +387,7 @@ def test_mistakes_are_told(dataset: Path, model: Path, adapter: Path, tmp_path: 
         ({"data.path": tmp_path}, "has no texts/items.parquet"),
         ({"data.kinds": '["videos"]'}, "'videos'"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             run(*settings(dataset, model, tmp_path / "out", **changed))
 
 

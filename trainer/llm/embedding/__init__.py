@@ -1,1 +1,1 @@
-"""Texts to vectors."""
+"""Encoding of texts into vectors with a language model."""

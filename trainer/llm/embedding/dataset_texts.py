@@ -1,4 +1,4 @@
-"""The texts of a dataset that become vectors: ids, hashes that tell whether a text has changed, and the texts."""
+"""Texts of a dataset that become vectors: ids, texts, and hashes that detect a changed text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _KEYS = {"items": "item_id", "comments": "comment_id", "authors": "author_id"}
 
 @dataclass(frozen=True)
 class KindTexts:
-    """The texts of one kind, the longest first, so that neighbours have about the same length.
+    """Texts of one kind, the longest first, so that neighbours have about the same length.
 
     Attributes:
         ids: ``[n] int64``.
-        hashes: ``[n] uint64``, of the texts.
-        texts: ``[n]`` strings, none of which is blank.
-        empty: number of ids without a text, which get no vector.
+        hashes: ``[n] uint64``, hashes of the texts.
+        texts: ``[n]`` strings, none of them blank.
+        empty: number of ids with a blank text, which get no vector.
     """
 
     ids: np.ndarray
@@ -33,31 +33,31 @@ class KindTexts:
 
     @staticmethod
     def read(path: str | Path, kind: str) -> KindTexts:
-        """Those of the dataset at ``path``.
+        """Read the texts of the dataset at ``path``.
 
         Raises:
-            UserError: it has none of this kind.
+            UserError: the dataset has no texts of this kind.
         """
         keys = ["item_id", "segment"] if kind == "segments" else [_KEYS[kind]]
         table = read_texts(path, kind, [*keys, "text"])
         columns = [table.column(key).to_numpy() for key in keys]
         ids = segment_ids(columns[0], columns[1]) if kind == "segments" else columns[0]
-        # 32-bit offsets end at 2 GB of text
+        # string has 32-bit offsets, which overflow at 2 GB of text; large_string has 64-bit offsets.
         texts = table.column("text").cast(pa.large_string()).combine_chunks()
-        told = pc.utf8_length(pc.utf8_trim_whitespace(texts)).to_numpy(zero_copy_only=False) > 0
-        ids, texts = ids[told], texts.filter(pa.array(told))
+        filled = pc.utf8_length(pc.utf8_trim_whitespace(texts)).to_numpy(zero_copy_only=False) > 0
+        ids, texts = ids[filled], texts.filter(pa.array(filled))
         sizes = pc.binary_length(texts).to_numpy(zero_copy_only=False)
         order = np.lexsort((ids, -sizes))
         ids, texts = ids[order], texts.take(pa.array(order))
-        return KindTexts(ids, _hashes(texts), texts, int((~told).sum()))
+        return KindTexts(ids, _hashes(texts), texts, int((~filled).sum()))
 
     def of(self, rows: np.ndarray) -> list[str]:
-        """The texts at positions ``rows``."""
+        """Return the texts at positions ``rows``."""
         texts: list[str] = self.texts.take(pa.array(rows)).to_pylist()
         return texts
 
     def only(self, rows: np.ndarray) -> KindTexts:
-        """These of the texts, in the same order."""
+        """Return the subset at positions ``rows``, in that order."""
         return KindTexts(self.ids[rows], self.hashes[rows], self.texts.take(pa.array(rows)), self.empty)
 
 

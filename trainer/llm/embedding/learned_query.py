@@ -1,8 +1,8 @@
-"""The learnt query: which tokens of a text count, when its vector is their weighted mean.
+"""Learned query of the weighted-mean pooling: it decides how much each token counts in the vector of a text.
 
-One vector of the model's width is learnt on pairs of a video and one of its comments, with the model as it is: among
-the comments of a batch a video's own one shall be closest to it (InfoNCE over cosines). A query of zeros is the plain
-mean; what is returned is the best one, by pairs that were not learnt from, of all that were met on the way from there.
+The query is one vector of the model's width. It is trained on pairs of a video and one of its comments while the model
+is frozen: among the comments of a batch, a video's own comment shall be the closest (InfoNCE over cosines). Training
+starts from zeros, which is the plain mean, and returns the query with the lowest loss on held-out pairs over all steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.llm.embedding.text_encoder import Encoder
 from trainer.llm.models.prompt_templates import Template
 
 PAIRS, HELD_OUT = 384, 128
-"""Videos with a comment each, and how many of them are not learnt from."""
+"""Number of (video, comment) pairs, and how many of them are held out."""
 STEPS, LEARNING_RATE, TEMPERATURE = 100, 0.1, 0.1
 
 
@@ -29,13 +29,13 @@ def fit_query(encoder: Encoder, dataset: str | Path, template: Template, seed: i
     """Learn a query on a dataset's own videos and comments.
 
     Args:
-        encoder: reads the texts; its own pooling has no part in this.
-        dataset: path of it.
-        template: of items and comments.
-        seed: of the pairs.
+        encoder: encoder of the texts; its own pooling is not used.
+        dataset: path of the dataset.
+        template: template with the sections ``items`` and ``comments``.
+        seed: seed of the choice of pairs.
 
     Returns:
-        ``[dim]`` float32.
+        The query, ``[dim]`` float32.
 
     Raises:
         UserError: fewer than two videos have a text and a comment.
@@ -44,7 +44,7 @@ def fit_query(encoder: Encoder, dataset: str | Path, template: Template, seed: i
     sides = []
     for kind, texts in (("items", videos), ("comments", comments)):
         states, lengths = encoder.states(encoder.tokenise([template.fill(kind, text=text) for text in texts]))
-        # what comes out of inference mode cannot be learnt through
+        # Tensors made in inference mode cannot be part of a gradient computation; copies can.
         sides.append((states.float().clone(), lengths.clone()))
     held_out = min(HELD_OUT, len(videos) // 2)
     query = torch.zeros(encoder.dim, device=sides[0][0].device, requires_grad=True)
@@ -62,15 +62,16 @@ def fit_query(encoder: Encoder, dataset: str | Path, template: Template, seed: i
 
 
 def draw_pairs(dataset: str | Path, seed: int) -> tuple[list[str], list[str]]:
-    """Texts of videos, and of one comment of each; no video comes twice.
+    """Draw texts of videos, and the text of one comment of each; every video occurs at most once.
 
     Raises:
-        UserError: there are fewer than two.
+        UserError: there are fewer than two pairs.
     """
     items, comments = (read_texts(dataset, name, ["item_id", "text"]) for name in ("items", "comments"))
     rng = np.random.default_rng(seed)
     item_of = comments.column("item_id").to_numpy()
     drawn = rng.permutation(len(item_of))
+    # Keep the first comment of each video in the random order.
     drawn = drawn[np.sort(np.unique(item_of[drawn], return_index=True)[1])]
     ids = items.column("item_id").to_numpy()
     order = np.argsort(ids)
@@ -85,7 +86,10 @@ def draw_pairs(dataset: str | Path, seed: int) -> tuple[list[str], list[str]]:
         if len(pairs) == PAIRS:
             break
     if len(pairs) < 2:
-        raise UserError(f'{dataset}: embed.pooling = "query" is learnt on videos with comments, and there are none')
+        raise UserError(
+            f'{dataset}: embed.pooling = "query" needs at least two videos with a text and a comment; '
+            'use "last" or "mean"'
+        )
     videos, texts = zip(*pairs, strict=True)
     return list(videos), list(texts)
 

@@ -1,4 +1,4 @@
-"""Texts to vectors with a causal language model, in batches of texts of about the same length."""
+"""Encoder of texts into vectors with a causal language model, in batches of texts of about the same length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from modules.text_pooling import Pooling, pool
 
 @dataclass
 class EncodeCounts:
-    """What was read: texts, those cut at the length, tokens, and places of batches with and without a token."""
+    """Counts of the encoded texts.
+
+    Attributes:
+        texts: number of texts.
+        truncated: number of texts that were longer than the maximum length.
+        tokens: number of tokens, without padding.
+        places: number of positions in the batches, including padding.
+    """
 
     texts: int = 0
     truncated: int = 0
@@ -24,21 +31,21 @@ class EncodeCounts:
 
 
 class Encoder:
-    """Reads texts with a model.
+    """Encoder of texts with a causal language model.
 
-    Texts are cut at their end, batches are padded at theirs: a causal model's states do not depend on what comes
-    behind, so neither the other texts of a batch nor their order change a vector, up to rounding.
+    Texts are truncated at their end, and batches are padded at the end. The states of a causal model do not depend on
+    later tokens, so neither the other texts of a batch nor their order change a vector, up to rounding.
 
     Args:
         model: a causal model of transformers or peft's wrapper of one, in evaluation mode, on ``device``.
-        tokenizer: its own.
-        device: to compute on.
-        length: most tokens of a text.
-        tokens: most tokens of a batch, padding included; a longer text is a batch of its own.
+        tokenizer: tokenizer of the model.
+        device: device to compute on.
+        length: maximum tokens of a text.
+        tokens: maximum tokens of a batch, including padding; a longer text is a batch of its own.
 
     Attributes:
         dim: width of a vector.
-        counts: of all that was read.
+        counts: counts of all texts encoded so far.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device, *, length: int, tokens: int) -> None:
@@ -50,11 +57,11 @@ class Encoder:
         self.counts = EncodeCounts()
 
     def pool_with(self, pooling: Pooling, query: Tensor | None = None) -> None:
-        """How the states of a text's tokens become one vector from now on; see ``text_pooling.pool``."""
+        """Set the pooling of token states into one vector for the following texts; see ``modules/text_pooling.py``."""
         self._pooling, self._query = pooling, None if query is None else query.to(self._device)
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """``[n, dim]`` float32, in the order of the texts, none of which is empty."""
+        """Encode texts, none of them empty, into vectors ``[n, dim]`` float32 in the same order."""
         ids = self.tokenise(texts)
         lengths = np.array([len(one) for one in ids])
         vectors = np.empty((len(ids), self.dim), np.float32)
@@ -64,8 +71,8 @@ class Encoder:
         return vectors
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text, the first ``length`` of them."""
-        # Quiet: a text longer than the tokenizer thinks the model can take is ours to cut.
+        """Return the first ``length`` tokens of each text."""
+        # verbose=False: no warning for texts longer than the model's maximum, because they are truncated here.
         tokens = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         self.counts.texts += len(tokens)
         self.counts.truncated += sum(len(one) > self._length for one in tokens)
@@ -73,7 +80,7 @@ class Encoder:
 
     @torch.inference_mode()
     def states(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """States of the last layer, ``[n, longest, dim]``, and the lengths of the texts, ``[n]`` int64."""
+        """Compute the last layer's states ``[n, longest, dim]``; returns them and the text lengths ``[n]`` int64."""
         lengths = torch.tensor([len(one) for one in ids])
         padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
         for row, one in enumerate(ids):
@@ -88,14 +95,14 @@ class Encoder:
 
 
 def batches_by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Texts in batches: the longest ones first, as many as fit when all are padded to the first.
+    """Group texts into batches, the longest first, with as many texts as fit if all are padded to the longest.
 
     Args:
         lengths: ``[n]`` tokens of each text.
-        tokens: most of a batch, padding included; a longer text is a batch of its own.
+        tokens: maximum tokens of a batch, including padding; a longer text is a batch of its own.
 
     Returns:
-        Positions, every one in exactly one batch.
+        Batches of text positions; every position is in exactly one batch.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, first = [], 0

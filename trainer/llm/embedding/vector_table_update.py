@@ -30,19 +30,19 @@ from trainer.runtime.distributed import World
 logger = logging.getLogger(__name__)
 
 PARTS = ".parts"
-"""Folder of the parts of a table that is not whole yet, beside the tables."""
+"""Folder beside the tables, for the parts of tables that are not complete yet."""
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What reads the texts.
+class EncoderSetup:
+    """An encoder with all settings that its vectors depend on.
 
     Attributes:
-        encoder: the model.
-        names: of model and adapter.
-        identity: a hash of both and of how they are used.
-        template: of the texts.
-        pooling: of the tokens' states.
+        encoder: encoder that holds the model.
+        names: names of model and adapter.
+        identity: hash of model, adapter, tokenizer, precision, length and pooling.
+        template: prompt template of the texts.
+        pooling: pooling of the token states.
     """
 
     encoder: Encoder
@@ -52,16 +52,17 @@ class Reader:
     pooling: str
 
     def origin(self, kind: Kind) -> Origin:
-        """What makes the vectors of a kind."""
+        """Return the origin of the vectors of a kind, which the table stores."""
         section = self.template.sections[kind]
         return Origin(*self.names, {kind: section}, self.pooling, _hash(self.identity, section))
 
 
-def open_reader(config: EmbeddingJob, base: BaseModelFiles, template: Template, world: World) -> Reader:
-    """Load the model with its adapter onto this rank's device. Collective.
+def open_encoder(config: EmbeddingJob, base: BaseModelFiles, template: Template, world: World) -> EncoderSetup:
+    """Load the model with its adapter onto this rank's device, and set the pooling. Collective.
 
     Raises:
-        UserError: the weights cannot be read, or the adapter is for another model.
+        UserError: the weights cannot be read, the adapter is for another model, or there are no pairs to learn a query
+            on.
     """
     settings, adapter = config.embed, config.model.adapter
     precision = config.model.precision
@@ -83,14 +84,17 @@ def open_reader(config: EmbeddingJob, base: BaseModelFiles, template: Template, 
     else:
         encoder.pool_with(settings.pooling)
     names = (Path(config.model.path).name, Path(adapter).name)
-    return Reader(encoder, names, _hash(*parts, settings.pooling), template, settings.pooling)
+    return EncoderSetup(encoder, names, _hash(*parts, settings.pooling), template, settings.pooling)
 
 
 def stored_query(config: EmbeddingJob, encoder: Encoder, template: Template, name: str) -> np.ndarray:
-    """The learnt query ``[dim]``: learnt once for a model and kept beside the tables, so that they can grow."""
+    """Return the learned query ``[dim]``.
+
+    It is learned once per model and stored beside the tables, so that vectors added later are comparable.
+    """
     file = Path(config.embed.directory) / f"query-{name}.npy"
     if not file.exists():
-        logger.info("learning the query")
+        logger.info("fitting the query vector")
         query = fit_query(encoder, config.data.path, template, config.embed.seed)
         _write(file, lambda stream: np.save(stream, query))
     stored: np.ndarray = np.load(file, allow_pickle=False)
@@ -98,20 +102,20 @@ def stored_query(config: EmbeddingJob, encoder: Encoder, template: Template, nam
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be done for a kind of texts.
+class TableUpdate:
+    """Planned update of the table of one kind of texts.
 
     Attributes:
-        kind: of texts.
+        kind: kind of texts.
         table: directory of the table.
-        folder: of the parts.
-        old: the table that is there, if its vectors may be kept.
-        kept: ``[m] int64``, its rows that stay.
-        texts: all of them.
-        new: ``[n] int64``, positions of the texts that get vectors now, the longest first.
-        part: so many of them are written together.
-        origin: what makes the vectors.
-        dtype: in which they are stored.
+        folder: directory of the parts.
+        old: the existing table, if its vectors may be kept.
+        kept: ``[m] int64``, rows of the existing table that are kept.
+        texts: all texts of the kind.
+        new: ``[n] int64``, positions of the texts to encode, the longest first.
+        part: number of texts in a part.
+        origin: origin of the vectors: model, adapter, template, pooling.
+        dtype: type of the stored vectors.
     """
 
     kind: Kind
@@ -127,12 +131,12 @@ class Plan:
 
     @property
     def files(self) -> list[Path]:
-        """One a part."""
+        """Files of the parts, in order."""
         return [self.folder / f"part-{number:06d}.npz" for number in range(-(-len(self.new) // self.part))]
 
 
-def make_plan(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Origin) -> Plan:
-    """Compare the texts with the table that is there; on all ranks alike."""
+def plan_update(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Origin) -> TableUpdate:
+    """Compare the texts with the existing table; the result is the same on all ranks."""
     settings, directory = config.embed, Path(config.embed.directory)
     table = directory / kind
     old = ContentVectors.open(table) if settings.incremental and (table / MANIFEST).exists() else None
@@ -147,97 +151,98 @@ def make_plan(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Origin
     new = np.flatnonzero(~same)
     name = _hash(origin.hash, settings.dtype, str(settings.part), texts.ids[new].tobytes(), texts.hashes[new].tobytes())
     folder = directory / PARTS / f"{kind}-{name}"
-    return Plan(kind, table, folder, old, kept, texts, new, settings.part, origin, settings.dtype)
+    return TableUpdate(kind, table, folder, old, kept, texts, new, settings.part, origin, settings.dtype)
 
 
-def write_missing_parts(plan: Plan, template: Template, encoder: Encoder, world: World) -> None:
-    """Write this rank's share of the parts that are not there yet; each is whole or not there."""
-    mine = list(enumerate(plan.files))[world.rank :: world.size]
-    total = sum(len(plan.new[number * plan.part : (number + 1) * plan.part]) for number, _ in mine)
-    with Progress(f"embedding {plan.kind}", total, "texts", quiet=world.rank > 0) as progress:
-        for number, file in mine:
-            rows = plan.new[number * plan.part : (number + 1) * plan.part]
+def write_missing_parts(update: TableUpdate, template: Template, encoder: Encoder, world: World) -> None:
+    """Encode and write this rank's share of the missing parts; each file is written atomically."""
+    rank_parts = list(enumerate(update.files))[world.rank :: world.size]
+    total = sum(len(update.new[number * update.part : (number + 1) * update.part]) for number, _ in rank_parts)
+    with Progress(f"embedding {update.kind}", total, "texts", quiet=world.rank > 0) as progress:
+        for number, file in rank_parts:
+            rows = update.new[number * update.part : (number + 1) * update.part]
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 before = encoder.counts.truncated
-                vectors = encoder.vectors([template.fill(plan.kind, text=text) for text in plan.texts.of(rows)])
-                good = finite_rows(vectors, plan.dtype)
+                vectors = encoder.vectors([template.fill(update.kind, text=text) for text in update.texts.of(rows)])
+                # A vector may be finite in float32 and overflow in the stored type.
+                good = finite_rows(vectors, update.dtype)
                 columns = {
-                    "ids": plan.texts.ids[rows[good]],
-                    "texts": plan.texts.hashes[rows[good]],
-                    "vectors": vectors[good].astype(plan.dtype),
+                    "ids": update.texts.ids[rows[good]],
+                    "texts": update.texts.hashes[rows[good]],
+                    "vectors": vectors[good].astype(update.dtype),
                     "truncated": np.array(encoder.counts.truncated - before),
                 }
                 _write(file, partial(np.savez, **columns))
             progress.advance(len(rows))
 
 
-def merge(plan: Plan, dim: int) -> None:
-    """Replace the table by the vectors that stay and those of the parts, and remove the parts.
+def merge_parts(update: TableUpdate, dim: int) -> None:
+    """Replace the table by the kept vectors and those of the parts, and remove the parts.
 
     Raises:
-        UserError: there is not one finite vector.
+        UserError: no vector is finite.
     """
-    folder = plan.folder.parent
-    if plan.old is not None and not len(plan.new) and len(plan.kept) == len(plan.old):
-        logger.info(f"{plan.table}: {len(plan.old):,} vectors, nothing has changed")
+    folder = update.folder.parent
+    if update.old is not None and not len(update.new) and len(update.kept) == len(update.old):
+        logger.info(f"{update.table}: {len(update.old):,} vectors, no text has changed")
         shutil.rmtree(folder, ignore_errors=True)
         return
-    old_ids = np.empty(0, np.int64) if plan.old is None else plan.old.ids[plan.kept]
-    old_texts = np.empty(0, np.uint64) if plan.old is None else plan.old.texts[plan.kept]
+    old_ids = np.empty(0, np.int64) if update.old is None else update.old.ids[update.kept]
+    old_texts = np.empty(0, np.uint64) if update.old is None else update.old.texts[update.kept]
     ids, texts, truncated = [old_ids], [old_texts], 0
-    for file in plan.files:
+    for file in update.files:
         with np.load(file) as part:
             ids.append(part["ids"])
             texts.append(part["texts"])
             truncated += int(part["truncated"])
     made = sum(map(len, ids[1:]))
-    refused = len(plan.new) - made
-    if refused and not made and not len(plan.kept):
+    refused = len(update.new) - made
+    if refused and not made and not len(update.kept):
         raise UserError(
-            f"{plan.table}: none of {refused:,} vectors is finite in {plan.dtype}; try another model.precision or "
+            f"{update.table}: none of {refused:,} vectors is finite in {update.dtype}; try another model.precision or "
             "embed.dtype"
         )
     counts = {
-        "kept": len(plan.kept),
+        "kept": len(update.kept),
         "embedded": made,
         "refused": refused,
         "truncated": truncated,
-        "empty": plan.texts.empty,
+        "empty": update.texts.empty,
     }
     table = write_parts(
-        plan.table,
+        update.table,
         np.concatenate(ids),
         np.concatenate(texts),
-        _all_parts(plan),
+        _all_parts(update),
         dim,
-        origin=replace(plan.origin, counts=counts),
-        dtype=plan.dtype,
+        origin=replace(update.origin, counts=counts),
+        dtype=update.dtype,
     )
     shutil.rmtree(folder, ignore_errors=True)
-    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-    logger.info(f"{plan.table}: {len(table):,} vectors of {table.dim} ({told})")
+    summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    logger.info(f"{update.table}: {len(table):,} vectors of dimension {table.dim} ({summary})")
 
 
-def _all_parts(plan: Plan) -> Iterator[VectorPart]:
-    if plan.old is not None:
-        yield from plan.old.parts(plan.kept)
-    for file in plan.files:
+def _all_parts(update: TableUpdate) -> Iterator[VectorPart]:
+    if update.old is not None:
+        yield from update.old.parts(update.kept)
+    for file in update.files:
         with np.load(file) as part:
             yield part["ids"], part["vectors"]
 
 
 def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file aside and rename it, so that it is whole or not there."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    """Write a file atomically: under a temporary name, synced, then renamed."""
+    tmp_path = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        with open(aside, "wb") as stream:
+        with open(tmp_path, "wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(aside, file)
+        os.replace(tmp_path, file)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written ({one_line(error)})") from None
 
 
