@@ -8,6 +8,7 @@ checkpoint. Told as text, and drawn: ``trainer/serving/explanation_plot.py``.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from trainer.config.load import parse_time
 from trainer.console.job_arguments import EXPLAIN_ARGUMENTS, parse_rank_arguments
 from trainer.runtime.distributed import World, run_rank
-from trainer.serving.explanation import explain, text_of
+from trainer.serving.explanation import document_of, explain, text_of
 from trainer.serving.explanation_plot import write_picture
 from trainer.serving.trained_run import open_run
 
@@ -30,11 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spec = model.data.spec
             at_ms = parse_time(given.at, spec.timezone, "--at") if given.at else spec.span_ms[1]
             explanation = explain(model, given.user, given.candidate, at_ms)
-            print(text_of(explanation, spec.behaviours, spec.timezone, given.top))
             default = f"explain-{given.user}-{given.candidate}.png"
             picture = Path(given.out) if given.out else Path(given.directory) / default
+            if not given.as_json:
+                print(text_of(explanation, spec.behaviours, spec.timezone, given.top))
             write_picture(picture, explanation)
-            print(f"\npicture: {picture}")
+            if given.as_json:
+                document = document_of(explanation, spec.behaviours, given.top)
+                print(json.dumps({**document, "picture": str(picture)}, indent=1))
+            else:
+                print(f"\npicture: {picture}")
 
     return run_rank(job)
 

@@ -62,7 +62,7 @@ def test_an_exported_model_searches_as_its_run(outcomes: dict[str, Any], tmp_pat
 
     out = outcomes["out"]
     write_candidates(out / "world", tmp_path / "candidates.parquet")
-    assert main(["checkpoint", "export", str(out / "through"), str(tmp_path / "export")]) == 0
+    assert main(["export", str(out / "through"), str(tmp_path / "export")]) == 0
     tables = []
     for model in (out / "through", tmp_path / "export"):
         scores = tmp_path / f"{model.name}.parquet"

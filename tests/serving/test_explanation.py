@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from trainer.console.errors import UserError
 from trainer.data.format.history import HistorySlice
-from trainer.serving.explanation import Explanation, Found, author_of, text_of
+from trainer.serving.explanation import Explanation, Found, author_of, document_of, text_of
 from trainer.serving.explanation_plot import age_text, write_picture
 
 AT = 1_709_956_800_000
@@ -64,6 +65,24 @@ def test_text_tells_the_entries_with_the_most_attention() -> None:
         "",
         "* the candidate's author",
     ]
+
+
+def test_a_document_has_the_same_entries_in_the_same_order() -> None:
+    document = document_of(explanation(), ("click", "gift"), shown=2)
+    assert document["probabilities"] == {"click": 0.25, "gift": 0.0125} and document["at_ms"] == AT
+    assert [history["found"] for history in document["histories"].values()] == [4, 0, 1]
+    first, second = document["histories"]["short"]["entries"]
+    assert first == {
+        "attention": 0.4,
+        "domain": "video",
+        "item_id": 42,
+        "author_id": 4,
+        "request_ms": AT - 3 * HOUR,
+        "behaviours": ["gift"],
+        "as_the_candidate": [],
+    }
+    assert second["item_id"] == 53
+    assert json.loads(json.dumps(document)) == document
 
 
 def test_text_tells_what_an_entry_and_the_candidate_have_in_common() -> None:

@@ -74,8 +74,9 @@ EXPLAIN_ARGUMENTS: Parameters = (
     click.Option(
         ["--out"], metavar="PICTURE.png", type=click.Path(), help="Picture to write (default: RUN/explain-U-C.png)."
     ),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."),
 )
-"""``RUN --user U --candidate C [--at T] [--top N] [--out PICTURE.png]``."""
+"""``RUN --user U --candidate C [--at T] [--top N] [--out PICTURE.png] [--json]``."""
 
 
 def parse_rank_arguments(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -138,6 +139,48 @@ def author_of(data: Dataset, path: str, item_id: int) -> int:
     return int(data.histories.column("author_id")[place[0]])
 
 
+def document_of(explanation: Explanation, behaviours: Sequence[str], shown: int = SHOWN) -> dict[str, Any]:
+    """Return an explanation as a JSON document.
+
+    Args:
+        explanation: to convert.
+        behaviours: of the dataset, in the order of the bits.
+        shown: most entries of a history, those with the most attention first.
+    """
+    histories: dict[str, Any] = {}
+    for name, found in explanation.histories.items():
+        entries, attention = found.entries, found.attention
+        histories[name] = {
+            "found": len(attention),
+            "entries": [
+                {
+                    "attention": round(float(attention[place]), 6),
+                    "domain": DOMAINS[entries.domain[place]],
+                    "item_id": int(entries.item_id[place]),
+                    "author_id": int(entries.author_id[place]),
+                    "request_ms": int(entries.request_ms[place]),
+                    "behaviours": [b for bit, b in enumerate(behaviours) if entries.bits[place] >> bit & 1],
+                    "as_the_candidate": [feature for feature, same in found.alike.items() if same[place]],
+                }
+                for place in _by_attention(attention, shown)
+            ],
+        }
+    return {
+        "user_id": explanation.user_id,
+        "item_id": explanation.item_id,
+        "author_id": explanation.author_id,
+        "at_ms": explanation.at_ms,
+        "probabilities": explanation.probabilities,
+        "histories": histories,
+    }
+
+
+def _by_attention(attention: np.ndarray, shown: int) -> np.ndarray:
+    """Return the positions of the entries with the most attention in order; of equal ones the latest first."""
+    order: np.ndarray = np.lexsort((-np.arange(len(attention)), -attention))[:shown]
+    return order
+
+
 def text_of(explanation: Explanation, behaviours: Sequence[str], timezone: str, shown: int = SHOWN) -> str:
     """An explanation as a person reads it.
 
@@ -156,8 +199,7 @@ def text_of(explanation: Explanation, behaviours: Sequence[str], timezone: str, 
         if not n:
             lines += ["", f"{name}: found nothing"]
             continue
-        # In order of attention; of equal ones the latest first.
-        order = np.lexsort((-np.arange(n), -attention))[:shown]
+        order = _by_attention(attention, shown)
         told = f" the {len(order)} with the most attention, {attention[order].sum():.0%} of it:" if n > shown else ""
         lines += ["", f"{name}: found {n};{told}" if told else f"{name}: found {n}:"]
         entries = found.entries

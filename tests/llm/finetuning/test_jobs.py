@@ -110,7 +110,7 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     assert "going on from" in printed
     assert metrics(stopped) == metrics(through), "the same ranks go on bit for bit"
 
-    end([start(*LIMELIGHT, "finetune", "merge", str(stopped), str(tmp_path / "merged"))])
+    end([start(*LIMELIGHT, "export", str(stopped), str(tmp_path / "merged"))])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = BaseModelFiles.open(str(tmp_path / "merged"))
     sample = samples(1, seed=3)[0]
