@@ -38,7 +38,8 @@ def read(path: Path) -> dict[str, Any]:
 def test_texts_become_vectors_that_both_jobs_learn_from(tmp_path: Path) -> None:
     world, samples, run, merged = (tmp_path / name for name in ("world", "samples", "run", "merged"))
     limelight("data", "simulate", world, "--users", 150, "--days", 3, "--partitions", 4, "--seed", 5, "--texts")
-    limelight("data", "instructions", world, samples, "--evaluate-from", "2024-03-06", "--samples", 40, "--evaluate-samples", 5)
+    sizes = ("--samples", 40, "--evaluate-samples", 5)
+    limelight("data", "instructions", world, samples, "--evaluate-from", "2024-03-06", *sizes)
 
     files = [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate", "general")]
     printed = limelight(
