@@ -1,7 +1,7 @@
-"""Paired user bootstrap: is one model better than another on the same rows?
+"""Paired bootstrap over users, for the difference of two models on the same rows.
 
-Users are drawn with replacement, all rows of a user together, and both models are judged on every draw: the spread of
-the difference is then free of what makes users easy or hard for any model.
+Users are drawn with replacement, all rows of a user together, and both models are evaluated on every draw. So the
+spread of the difference does not contain that some users are easy or hard for every model.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 from trainer.metrics.behaviour_metrics import user_auc
 
 _CHUNK = 50
-"""Resamples judged at once: bounds the memory at ``_CHUNK * rows`` floats."""
+"""Resamples evaluated at once: bounds the memory at ``_CHUNK * rows`` floats."""
 
 
 @dataclass(frozen=True)
-class Resampled:
+class ResampledMetric:
     """A metric on the data and on every resample.
 
     Attributes:
-        value: on the data itself; nan where undefined.
-        draws: ``[resamples]`` float64.
+        value: on the data; nan where undefined.
+        draws: ``[resamples]`` float64, on the resamples.
     """
 
     value: float
@@ -30,10 +30,11 @@ class Resampled:
 
 
 def draw_users(user_id: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each user stands in each resample.
+    """Draw users with replacement.
 
     Returns:
-        index of each row's user ``[rows] int64``; counts ``[resamples + 1, users] int32``, all 1 in the first line.
+        The index of each row's user, ``[rows] int64``, and the count of each user in each resample, ``[resamples + 1,
+        users] int32``; all counts of the first line are 1.
     """
     users, index = np.unique(user_id, return_inverse=True)
     random = np.random.default_rng(seed)
@@ -43,11 +44,11 @@ def draw_users(user_id: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarr
     return index, counts
 
 
-def resample_auc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Resampled:
-    """AUC of ``scores [rows]`` under every line of ``counts``; ties count half."""
+def resample_auc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> ResampledMetric:
+    """Return the AUC of ``scores [rows]`` under every line of ``counts``; ties count half."""
     order = np.argsort(scores, kind="stable")
     ranked, positive, user = scores[order], labels[order] > 0, index[order]
-    # Rows of equal score form a group: a positive wins against the negatives of earlier groups, half of its own.
+    # Rows of equal score form a group: a positive wins against the negatives of earlier groups and half of its own.
     starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
     draws = []
     for first in range(0, len(counts), _CHUNK):
@@ -58,19 +59,19 @@ def resample_auc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, labe
         with np.errstate(invalid="ignore"):
             draws.append((positives * below).sum(1) / (positives.sum(1) * negatives.sum(1)))
     joined = np.concatenate(draws)
-    return Resampled(float(joined[0]), joined[1:])
+    return ResampledMetric(float(joined[0]), joined[1:])
 
 
-def resample_gauc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> Resampled:
-    """GAUC under every line of ``counts``: a user's AUC stays, its weight is drawn."""
+def resample_gauc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> ResampledMetric:
+    """Return the GAUC under every line of ``counts``: a user's AUC stays, its weight is drawn."""
     users, aucs, rows = user_auc(index, scores, labels)
     weight = counts[:, users] * rows[None].astype(np.float64)
     with np.errstate(invalid="ignore"):
         joined = weight @ aucs / weight.sum(1)
-    return Resampled(float(joined[0]), joined[1:])
+    return ResampledMetric(float(joined[0]), joined[1:])
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws."""
+    """Return the percentile interval of bootstrap draws."""
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

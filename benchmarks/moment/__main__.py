@@ -1,23 +1,23 @@
-"""Is a highlight found sooner with labels that come every 30 seconds, and what does it cost?
+"""Compare the report policies: time to react to a highlight, ranking, calibration and freshness.
 
 One simulated world with known click probabilities that jump and fall (``benchmarks/moment/world.py``), and one model,
-trained on its stream under each report policy: ``full`` with the delay that it really has, ``fast_slow``, ``realtime``
-and ``realtime_naive``. Every exposure is predicted when it is requested. Of the second hour of the stream:
+trained on its stream under each report policy: ``full`` with its real delay, ``fast_slow``, ``realtime`` and
+``realtime_naive``. Every exposure is predicted when it is requested. Measured in the second hour of the stream:
 
 * time to react: after the true click probability of a room jumps or falls, seconds until the mean prediction has
   covered half of it;
 * AUC, GAUC and calibration of every behaviour, against labels and against the true probabilities;
-* freshness: from a behaviour to the row that tells of it, from the log; and to updated parameters, in real time.
+* freshness: seconds from a behaviour to the row with its label, from the log; and to updated parameters, in real time.
 
-The statistics logged with the rows know of a behaviour when its visit has ended: the comparison leaves them out, and a
-second one (``statistics``) has them. A third (``no_slow_rows``) has ``fast_slow`` without its second rows. Learning
-rates are the same for all policies, from a world of their own.
+The statistics logged with the rows contain a behaviour after its visit has ended: the main comparison leaves them out,
+and a second one (``statistics``) has them. A third (``no_slow_rows``) has ``fast_slow`` without its second rows.
+Learning rates are the same for all policies, and were chosen on another world.
 
     python -m benchmarks.moment --work moment --out benchmarks/results/moment.json
 
-does all of it, in one to two hours on one core: ``tune``, ``train``, ``live`` and ``report``. What is in ``--work`` is
-not done again; ``--policies`` and ``--at-most`` choose a part. ``live`` takes its minutes by the clock, policy by
-policy.
+runs all stages, ``tune``, ``train``, ``live`` and ``report``, in one to two hours on one core. A training that is in
+``--work`` is not repeated; ``--policies`` and ``--at-most`` choose a part. ``live`` takes its minutes in real time for
+each policy.
 """
 
 from __future__ import annotations
@@ -31,22 +31,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
+from benchmarks.measure import make_parser, mean_and_half_width, write_result
 from benchmarks.moment.freshness import label_delays, play
 from benchmarks.moment.metrics import excess_loss, quality
 from benchmarks.moment.plots import plot_reactions, plot_room
 from benchmarks.moment.reactions import AGES_S, by_age, response, room_jumps, times
-from benchmarks.moment.run import JOB, POLICIES, Predicted, predict_stream, stream_job
-from benchmarks.moment.world import BEHAVIOURS, Shown, WorldSize, levels, shown, write_world
+from benchmarks.moment.run import JOB, POLICIES, StreamPredictions, predict_stream, stream_job
+from benchmarks.moment.world import BEHAVIOURS, WorldExposures, WorldSize, levels, read_exposures, write_world
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 
 SIZE = WorldSize()
 JUDGED_FROM_S = 3600.0
-"""Slow rows come after an hour: only then has every policy all that it will ever have."""
+"""Slow rows come after an hour: only then every policy has all of its rows."""
 
 TUNING_SIZE = WorldSize(stream_s=3000)
 TUNING_SEED = 100
@@ -68,8 +67,8 @@ RATES = {
     )
 }
 CHOSEN = "sgd 30.0 0.002"
-"""By the excess log loss of clicks the best for ``full`` and, with 100, for ``realtime``; ``fast_slow`` has 2 % less at
-100, on average 0.7 %. Other optimizers and rates were tried under ``realtime`` alone."""
+"""Best excess log loss of clicks for ``full`` and, with 100, for ``realtime``; ``fast_slow`` has 2 % less at 100, and
+the mean 0.7 %. Other optimizers and rates were tried under ``realtime`` alone."""
 
 _NO_STATISTICS = "features.exclude=['stat:*']"
 VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -85,11 +84,11 @@ class Training:
     """One training.
 
     Attributes:
-        kind: of settings; names its file.
-        policy: of the labels.
+        kind: name of its settings, and of its file.
+        policy: report policy of the labels.
         seed: of the world and of the model.
         size: of the world.
-        settings: beside those that all trainings share.
+        settings: changes to the job that all trainings share.
     """
 
     kind: str
@@ -99,19 +98,19 @@ class Training:
     settings: tuple[str, ...]
 
     def file(self, work: Path) -> Path:
-        """Where what it predicted is kept."""
+        """Return the file of its predictions."""
         return work / f"{self.kind.replace(' ', '-')}-{self.policy}-{self.seed}.npz"
 
 
 def tunings() -> Iterator[Training]:
-    """Each setting of the tables under each policy, on a world that nothing else uses."""
+    """Yield each setting of the tables under each policy, on a world that nothing else uses."""
     for kind, settings in RATES.items():
         for policy in TUNED_POLICIES:
             yield Training(kind, policy, TUNING_SEED, TUNING_SIZE, (_NO_STATISTICS, *settings))
 
 
 def trainings(variants: Sequence[str], seeds: Sequence[int]) -> Iterator[Training]:
-    """Each variant under its policies with each seed."""
+    """Yield each variant under its policies with each seed."""
     for variant in variants:
         policies, settings = VARIANTS[variant]
         for seed in seeds:
@@ -120,76 +119,76 @@ def trainings(variants: Sequence[str], seeds: Sequence[int]) -> Iterator[Trainin
 
 
 def world_of(work: Path, size: WorldSize, seed: int) -> Path:
-    """The dataset of a world, written if it is not there."""
+    """Return the dataset of a world; write it if it is missing."""
     dataset = work / f"world-{size.stream_s}-{seed}"
     if not dataset.exists():
         write_world(dataset, size, seed)
     return dataset
 
 
-def train_all(given: argparse.Namespace, world: World, wanted: Iterator[Training]) -> None:
-    """Train what has not been trained yet, of the policies and as many as asked for."""
+def train_all(options: argparse.Namespace, world: World, wanted: Iterator[Training]) -> None:
+    """Train what is missing in ``options.work``, under ``options.policies``, at most ``options.at_most`` models."""
     for training in wanted:
-        file = training.file(given.work)
-        if file.exists() or training.policy not in given.policies or not given.at_most:
+        file = training.file(options.work)
+        if file.exists() or training.policy not in options.policies or not options.at_most:
             continue
-        given.at_most -= 1
-        dataset = world_of(given.work, training.size, training.seed)
+        options.at_most -= 1
+        dataset = world_of(options.work, training.size, training.seed)
         job = stream_job(dataset, training.size, training.policy, training.seed, training.settings)
         found = predict_stream(job, world)
-        aside = file.with_name(f"partial-{file.name}")
+        tmp_path = file.with_name(f"partial-{file.name}")
         facts = np.array(json.dumps(found.facts))
-        np.savez(aside, visit_id=found.visit_id, probability=found.probability, facts=facts)
-        aside.rename(file)
+        np.savez(tmp_path, visit_id=found.visit_id, probability=found.probability, facts=facts)
+        tmp_path.rename(file)
         print(f"{file.stem}: {found.facts['steps']:,} steps, {found.facts['rows']:,} rows", flush=True)
 
 
-def predicted_by(file: Path) -> Predicted:
-    """What a training left."""
+def read_predictions(file: Path) -> StreamPredictions:
+    """Return the predictions of a training."""
     with np.load(file) as arrays:
-        return Predicted(arrays["visit_id"], arrays["probability"], json.loads(str(arrays["facts"][()])))
+        return StreamPredictions(arrays["visit_id"], arrays["probability"], json.loads(str(arrays["facts"][()])))
 
 
-def tune(given: argparse.Namespace, world: World) -> None:
-    """Try every setting of the tables and tell which is best."""
-    train_all(given, world, tunings())
-    for kind, losses in tuned(given.work).items():
+def tune(options: argparse.Namespace, world: World) -> None:
+    """Try every setting of the tables and print its loss."""
+    train_all(options, world, tunings())
+    for kind, losses in tuned(options.work).items():
         print(f"{kind:20}", "  ".join(f"{policy} {loss:.4f}" for policy, loss in losses.items()))
 
 
 def tuned(work: Path) -> dict[str, dict[str, float]]:
-    """Excess log loss of clicks by setting and policy, and their ``mean``; of what has been trained."""
+    """Return the excess log loss of clicks by setting and policy, and their ``mean``, of finished trainings."""
     losses: dict[str, dict[str, float]] = {}
     for training in tunings():
         file = training.file(work)
         if file.exists():
-            world = shown(world_of(work, TUNING_SIZE, TUNING_SEED), TUNING_SIZE, TUNING_SEED)
-            found = predicted_by(file)
+            world = read_exposures(world_of(work, TUNING_SIZE, TUNING_SEED), TUNING_SIZE, TUNING_SEED)
+            found = read_predictions(file)
             late = world.at_s[found.visit_id] >= TUNED_FROM_S
             truth = world.truth[found.visit_id[late], 0]
             losses.setdefault(training.kind, {})[training.policy] = excess_loss(found.probability[late, 0], truth)
     return {kind: {**by_policy, "mean": float(np.mean(list(by_policy.values())))} for kind, by_policy in losses.items()}
 
 
-def train(given: argparse.Namespace, world: World) -> None:
+def train(options: argparse.Namespace, world: World) -> None:
     """Train every variant under every policy with every seed."""
-    train_all(given, world, trainings(given.variants, range(1, given.seeds + 1)))
+    train_all(options, world, trainings(options.variants, range(1, options.seeds + 1)))
 
 
-def live(given: argparse.Namespace, world: World) -> None:
+def live(options: argparse.Namespace, world: World) -> None:
     """Play minutes of the stream in real time under every policy."""
-    dataset = world_of(given.work, SIZE, 1)
-    size = replace(SIZE, stream_s=round(60 * given.minutes))
-    for policy in given.policies:
-        file = given.work / f"live-{policy}.json"
+    dataset = world_of(options.work, SIZE, 1)
+    size = replace(SIZE, stream_s=round(60 * options.minutes))
+    for policy in options.policies:
+        file = options.work / f"live-{policy}.json"
         if not file.exists():
             settings = (_NO_STATISTICS, *RATES[CHOSEN], "stream.speed=1.0")
             delays = play(stream_job(dataset, size, policy, 1, settings), world)
-            write_json(file, {"minutes": given.minutes, **delays})
+            write_json(file, {"minutes": options.minutes, **delays})
 
 
-def judge(world: Shown, found: Predicted, seed: int) -> dict[str, Any]:
-    """All that is measured of one training."""
+def judge(world: WorldExposures, found: StreamPredictions, seed: int) -> dict[str, Any]:
+    """Return all figures of one training."""
     probability = np.full(world.truth.shape, np.nan)
     probability[found.visit_id] = found.probability
     in_stream = (world.at_s >= 0) & (world.at_s < SIZE.stream_s)
@@ -208,11 +207,11 @@ def judge(world: Shown, found: Predicted, seed: int) -> dict[str, Any]:
     }
 
 
-def follow(world: Shown, click: np.ndarray, seed: int) -> dict[str, Any]:
-    """How predicted click probabilities ``[exposures]`` follow jumps: ``reaction`` and ``response``, by kind of jump.
+def follow(world: WorldExposures, click: np.ndarray, seed: int) -> dict[str, Any]:
+    """Return ``reaction`` and ``response`` of predicted click probabilities ``[exposures]`` to jumps, by kind of jump.
 
-    Of the times to react: ``seconds``, the mean with the time until the next jump where that came first; ``median``;
-    and ``reached``, the share of jumps that were followed in time.
+    ``reaction`` has of the times to react the mean ``seconds``, with the time until the next jump where that came
+    first, the ``median``, and ``reached``, the share of jumps that were followed in time.
     """
     jumps = room_jumps(levels(SIZE, seed), world, JUDGED_FROM_S, float(SIZE.stream_s))
     reaction, curves = {}, {}
@@ -231,7 +230,7 @@ def follow(world: Shown, click: np.ndarray, seed: int) -> dict[str, Any]:
 
 
 def summarise(seeds: Sequence[Any]) -> Any:
-    """Of nested results of the seeds, each number as ``mean`` and ``half_width_95`` (Student's t); arrays as means."""
+    """Return nested results with each number as ``mean`` and ``half_width_95`` over the seeds, and arrays as means."""
     first = seeds[0]
     if isinstance(first, Mapping):
         return {key: summarise([each[key] for each in seeds]) for key in first}
@@ -239,15 +238,12 @@ def summarise(seeds: Sequence[Any]) -> Any:
         return [summarise(list(each)) for each in zip(*seeds, strict=True)]
     if isinstance(first, np.ndarray):
         return [None if not np.isfinite(value) else round(float(value), 4) for value in np.mean(seeds, axis=0)]
-    values, n = np.array(seeds, np.float64), len(seeds)
-    if not np.isfinite(values).all():
-        return {"mean": None, "half_width_95": None}
-    half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    return {"mean": float(values.mean()), "half_width_95": half}
+    mean, half = mean_and_half_width(seeds)
+    return {"mean": mean, "half_width_95": half}
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """What was found of one variant, as text."""
+    """Return the figures of one variant as tables."""
     reaction = [
         [
             policy,
@@ -280,23 +276,23 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def cell(value: Mapping[str, float | None], places: int) -> str:
-    """A mean with its interval."""
+    """Return a mean with its interval as text."""
     if value["mean"] is None:
         return "never"
     spread = "" if value["half_width_95"] is None else f" ±{value['half_width_95']:.{places}f}"
     return f"{value['mean']:.{places}f}{spread}"
 
 
-def report(given: argparse.Namespace, world: World) -> None:
-    """Judge what has been trained; print tables, write the JSON file and the pictures."""
-    seeds = range(1, given.seeds + 1)
-    worlds = {seed: shown(world_of(given.work, SIZE, seed), SIZE, seed) for seed in seeds}
+def report(options: argparse.Namespace, world: World) -> None:
+    """Evaluate finished trainings; print tables, write the JSON file and the pictures."""
+    seeds = range(1, options.seeds + 1)
+    worlds = {seed: read_exposures(world_of(options.work, SIZE, seed), SIZE, seed) for seed in seeds}
     result: dict[str, Any] = {}
-    for variant in given.variants:
+    for variant in options.variants:
         judged: dict[str, list[Any]] = {}
         for training in trainings([variant], seeds):
-            if training.file(given.work).exists():
-                found = predicted_by(training.file(given.work))
+            if training.file(options.work).exists():
+                found = read_predictions(training.file(options.work))
                 judged.setdefault(training.policy, []).append(judge(worlds[training.seed], found, training.seed))
         ordered = {policy: judged[policy] for policy in POLICIES if policy in judged}
         result[variant] = {
@@ -304,23 +300,22 @@ def report(given: argparse.Namespace, world: World) -> None:
         }
         print(f"\n{variant}\n\n{tables(result[variant])}")
     measured = summarise([follow(worlds[seed], worlds[seed].truth[:, 0], seed)["reaction"] for seed in seeds])
-    dataset = world_of(given.work, SIZE, 1)
+    dataset = world_of(options.work, SIZE, 1)
     delays = {policy: label_delays(stream_job(dataset, SIZE, policy, 1, ())) for policy in POLICIES}
-    lives = {policy: given.work / f"live-{policy}.json" for policy in POLICIES}
+    lives = {policy: options.work / f"live-{policy}.json" for policy in POLICIES}
     played = {policy: json.loads(file.read_text()) for policy, file in lives.items() if file.exists()}
-    print(f"\nfrom a behaviour to the row that tells of it, seconds\n\n{delay_table(delays)}")
+    print(f"\nfrom a behaviour to the row with its label, seconds\n\n{delay_table(delays)}")
     print(f"\nfrom a behaviour to updated parameters, in real time, seconds\n\n{delay_table(played)}")
-    if given.out is None:
+    if options.out is None:
         return
-    write_json(
-        given.out,
+    write_result(
+        options.out,
         {
             "question": "time to react, quality and freshness of the report policies on a stream",
-            "environment": environment(1),
             "world": vars(SIZE),
             "judged_from_s": JUDGED_FROM_S,
             "job": [*JOB, *RATES[CHOSEN]],
-            "tuning": {"world": vars(TUNING_SIZE), "seed": TUNING_SEED, "excess_loss": tuned(given.work)},
+            "tuning": {"world": vars(TUNING_SIZE), "seed": TUNING_SEED, "excess_loss": tuned(options.work)},
             "variants": {name: settings for name, (_, settings) in VARIANTS.items()},
             "result": result,
             "reaction_of_the_true_probabilities": measured,
@@ -328,28 +323,28 @@ def report(given: argparse.Namespace, world: World) -> None:
             "event_to_parameters_seconds": played,
         },
     )
-    plot_reactions(given.out.with_name(f"{given.out.stem}_reaction.png"), result["main"])
+    plot_reactions(options.out.with_name(f"{options.out.stem}_reaction.png"), result["main"])
     first = worlds[1]
     at = np.flatnonzero((first.place == liveliest(first)) & (first.at_s >= JUDGED_FROM_S))
     click = {}
     for training in trainings(["main"], [1]):
-        if training.file(given.work).exists():
-            found = predicted_by(training.file(given.work))
+        if training.file(options.work).exists():
+            found = read_predictions(training.file(options.work))
             of_all = np.zeros(len(first.at_s))
             of_all[found.visit_id] = found.probability[:, 0]
             click[training.policy] = of_all[at]
-    plot_room(given.out.with_name(f"{given.out.stem}_room.png"), first.at_s[at], first.truth[at, 0], click)
+    plot_room(options.out.with_name(f"{options.out.stem}_room.png"), first.at_s[at], first.truth[at, 0], click)
 
 
-def liveliest(world: Shown) -> int:
-    """The place of the rooms whose click probability varies most in the time that is judged."""
+def liveliest(world: WorldExposures) -> int:
+    """Return the place of the rooms whose click probability varies most in the time that is evaluated."""
     judged = world.at_s >= JUDGED_FROM_S
     places = range(int(world.place.max()) + 1)
     return max(places, key=lambda place: float(world.truth[judged & (world.place == place), 0].std()))
 
 
 def delay_table(delays: Mapping[str, Any]) -> str:
-    """Quantiles of delays by policy and behaviour."""
+    """Return quantiles of delays as a table, by policy and behaviour."""
     rows = []
     for policy, found in delays.items():
         for name in ("click", "gift"):
@@ -369,24 +364,23 @@ STAGES: dict[str, Callable[[argparse.Namespace, World], None]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default: all, in order")
-    parser.add_argument("--work", type=Path, required=True, help="directory for worlds and what was predicted")
+    parser = make_parser("moment", __doc__)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all, in order)")
+    parser.add_argument("--work", type=Path, required=True, help="directory of worlds and predictions")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="default: all")
-    parser.add_argument("--at-most", type=int, default=1 << 30, metavar="N", help="train at most so many models")
-    parser.add_argument("--minutes", type=float, default=10, help="of `live`, by the clock (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write; pictures go beside it")
-    given = parser.parse_args(arguments)
-    if unknown := [stage for stage in given.stages if stage not in STAGES]:
-        parser.error(f"no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-    given.work.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--at-most", type=int, default=1 << 30, metavar="N", help="train at most N models")
+    parser.add_argument("--minutes", type=float, default=10, help="minutes of `live` (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if unknown := [stage for stage in options.stages if stage not in STAGES]:
+        parser.error(f"no stage {unknown[0]!r}; stages are {', '.join(STAGES)}")
+    options.work.mkdir(parents=True, exist_ok=True)
     with World.join("cpu") as world:
-        for stage in given.stages or STAGES:
-            STAGES[stage](given, world)
+        for stage in options.stages or STAGES:
+            STAGES[stage](options, world)
 
 
 if __name__ == "__main__":

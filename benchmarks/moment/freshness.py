@@ -1,4 +1,4 @@
-"""How old what a model learns is: by the rules of a policy alone, and in real time; for :mod:`benchmarks.moment`."""
+"""Delays from behaviours to labels and to updated parameters, for :mod:`benchmarks.moment`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 def quantiles(seconds: np.ndarray) -> dict[str, float | int | None]:
-    """The ``count`` of delays, and ``p10``, ``p25`` and so on; null of nothing."""
+    """Return the ``count`` of delays and their quantiles ``p10``, ``p25`` and so on, None without any delay."""
     values = np.quantile(seconds, QUANTILES).round(1).tolist() if len(seconds) else [None] * len(QUANTILES)
     names = [f"p{round(100 * quantile)}" for quantile in QUANTILES]
     return {"count": len(seconds), **dict(zip(names, values, strict=True))}
 
 
 def label_delays(config: JobConfig) -> dict[str, Any]:
-    """From behaviours to the rows that tell of them, over a log from where its stream begins: no machine
-    can better that.
+    """Return the delays from behaviours to the rows with their labels, over a log from the beginning of its stream.
+
+    They follow from the rules of the policy alone, so no machine can be faster.
 
     Returns:
-        ``rows`` of the policy, and per behaviour: ``yes``, :func:`quantiles` from when it first happened to the first
-        row with that label; ``untold``, the share of which no row ever tells; and ``no``, quantiles from the request to
-        the last row that says that it has not happened, of visits in which it did not.
+        ``rows`` of the policy, and per behaviour: ``yes``, :func:`quantiles` from its first occurrence to the first
+        row with that label; ``untold``, the share that no row ever has; and ``no``, quantiles from the request to the
+        last row with a negative label, of visits without the behaviour.
     """
     log = EventLog(config.data.path)
     begin_ms = parse_time(config.data.train_until, log.spec.timezone, "data.train_until")
@@ -60,12 +61,12 @@ def _delays(rows: Rows, events: Columns, behaviour: int) -> dict[str, Any]:
     shown[rows["visit_id"]] = True
     first_ms, yes_ms = np.full(visits, END_OF_TIME), np.full(visits, END_OF_TIME)
     no_ms, request_ms = np.zeros(visits, np.int64), np.zeros(visits, np.int64)
-    it = events["event"] == FIRST_BEHAVIOUR + behaviour
-    np.minimum.at(first_ms, events["visit_id"][it], events["time_ms"][it])
-    told = rows["mask"][:, behaviour] > 0
-    yes = told & (rows["label"][:, behaviour] > 0)
+    happened = events["event"] == FIRST_BEHAVIOUR + behaviour
+    np.minimum.at(first_ms, events["visit_id"][happened], events["time_ms"][happened])
+    labelled = rows["mask"][:, behaviour] > 0
+    yes = labelled & (rows["label"][:, behaviour] > 0)
     np.minimum.at(yes_ms, rows["visit_id"][yes], rows["emit_ms"][yes])
-    np.maximum.at(no_ms, rows["visit_id"][told & ~yes], rows["emit_ms"][told & ~yes])
+    np.maximum.at(no_ms, rows["visit_id"][labelled & ~yes], rows["emit_ms"][labelled & ~yes])
     request_ms[rows["visit_id"]] = rows["request_ms"]
     positive = shown & (first_ms != END_OF_TIME)
     known = positive & (yes_ms != END_OF_TIME)
@@ -78,13 +79,13 @@ def _delays(rows: Rows, events: Columns, behaviour: int) -> dict[str, Any]:
 
 
 def play(config: JobConfig, world: World) -> dict[str, Any]:
-    """Play a stream at its speed: from behaviours to steps that have learnt them, by the clock.
+    """Play a stream in real time; return the delays from behaviours to the training steps that learn them.
 
-    What is learnt because the stream has ended does not count: it would have come later.
+    Rows that are learnt only because the stream has ended do not count: they would have come later.
 
     Returns:
-        Behaviour -> :func:`quantiles`; and from a complete row to the step that learns it the ``least`` and ``most``
-        seconds that the settings allow: rows wait for ``max_out_of_orderness_seconds`` twice, for the end of their
+        Behaviour -> :func:`quantiles`; and ``least`` and ``most``, the seconds that the settings allow from a complete
+        row to the step that learns it: rows wait for ``max_out_of_orderness_seconds`` twice, for the end of their
         slice, and for the next of the steps that are made every ``flush_seconds``.
     """
     delays = _Delays()
@@ -100,7 +101,7 @@ def play(config: JobConfig, world: World) -> dict[str, Any]:
 
 
 class _Delays(Freshness):
-    """Keeps every delay."""
+    """Every delay of a stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class _Delays(Freshness):
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
 
     def listen_to(self, stream: TrainingStream) -> None:
-        """Take the place of the stream's own."""
+        """Replace the stream's own freshness."""
         self._stream, stream.freshness = stream, self
 
     def add(self, arrived_ms: np.ndarray, counts: np.ndarray, now_ms: int) -> None:
@@ -119,6 +120,6 @@ class _Delays(Freshness):
             self._kept.append((behaviour, (now_ms - arrived_ms[row, behaviour]) / 1000))
 
     def by_behaviour(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Quantiles of each behaviour, of this rank."""
+        """Return the quantiles of each behaviour on this rank."""
         behaviour, seconds = (np.concatenate(column) for column in zip(*self._kept, strict=True))
         return {name: quantiles(seconds[behaviour == k]) for k, name in enumerate(names)}

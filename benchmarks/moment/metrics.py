@@ -1,4 +1,4 @@
-"""How far predictions are from the truth, and how soon they follow when it jumps; for :mod:`benchmarks.moment`."""
+"""Distances of predictions to the true probabilities, and times to follow their jumps, for :mod:`benchmarks.moment`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 from trainer.metrics.behaviour_metrics import auc, grouped_auc
 
 WINDOW_S = 30.0
-"""Means over exposures are over so many seconds, centred: half of them lie behind the moment."""
+"""Seconds of the centred window over which exposures are averaged: half of it lies after the moment."""
 
 STEP_S = 5.0
 BEFORE_S = 60.0
-"""What was predicted before a jump is the mean over so many seconds."""
+"""Seconds before a jump over which predictions are averaged."""
 
 _EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Jump:
-    """The click probability of a room jumps.
+    """A jump of the click probability of a room.
 
     Attributes:
-        at_s: when.
-        until_s: when it jumps again, or the room closes.
+        at_s: time of the jump.
+        until_s: time of the next jump, or of the room's closing.
         before: true mean probability until then.
         after: true mean probability from then on.
     """
@@ -36,10 +36,10 @@ class Jump:
 
 
 def time_to_react(jump: Jump, time_s: np.ndarray, predicted: np.ndarray) -> float:
-    """Seconds from a jump until the mean prediction has covered half of it; infinite where it has not until the next.
+    """Return the seconds until the mean prediction has covered half of a jump; infinite if the next jump comes first.
 
-    It has where the mean over a centred window of :data:`WINDOW_S` has moved by half of the true jump from what was
-    predicted in the :data:`BEFORE_S` before; the windows stand :data:`STEP_S` apart, the first one at the jump.
+    The mean over a centred window of :data:`WINDOW_S` must move by half of the true jump from the mean prediction of
+    the :data:`BEFORE_S` before it. Windows are :data:`STEP_S` apart, the first one at the jump.
 
     Args:
         jump: of the room.
@@ -59,13 +59,13 @@ def time_to_react(jump: Jump, time_s: np.ndarray, predicted: np.ndarray) -> floa
 
 
 def running_mean(time_s: np.ndarray, value: np.ndarray, at_s: np.ndarray, window_s: float) -> np.ndarray:
-    """Mean of what lies within half a window of each moment, ``[m]`` float64; nan where nothing does.
+    """Return the mean of the values within half a window of each moment, ``[m]`` float64; nan without any value.
 
     Args:
         time_s: ``[n]``, ascending.
         value: ``[n]``.
         at_s: ``[m]``, moments.
-        window_s: its width; it holds its left edge only.
+        window_s: width of the window, which includes its left edge only.
     """
     total = np.concatenate([[0.0], np.cumsum(value, dtype=np.float64)])
     first = np.searchsorted(time_s, at_s - window_s / 2)
@@ -75,12 +75,12 @@ def running_mean(time_s: np.ndarray, value: np.ndarray, at_s: np.ndarray, window
 
 
 def expected_calibration_error(predicted: np.ndarray, target: np.ndarray, bins: int = 20) -> float:
-    """Mean over bins, of as many rows each by their prediction, of ``|mean prediction - mean target|``.
+    """Return the mean of ``|mean prediction - mean target|`` over bins of equally many rows, ordered by prediction.
 
     Args:
         predicted: ``[n]``, probabilities.
         target: ``[n]``, labels or true probabilities.
-        bins: their number.
+        bins: number of bins.
     """
     order = np.argsort(predicted, kind="stable")
     gaps = [
@@ -92,7 +92,7 @@ def expected_calibration_error(predicted: np.ndarray, target: np.ndarray, bins: 
 
 
 def excess_loss(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of predictions from true probabilities, ``[n]`` each: the avoidable log loss.
+    """Return the avoidable log loss: the mean Kullback-Leibler divergence of predictions from the truth, ``[n]`` each.
 
     Predictions are clipped to ``[1e-6, 1 - 1e-6]``.
     """
@@ -101,7 +101,7 @@ def excess_loss(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def quality(user_id: np.ndarray, predicted: np.ndarray, label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Metrics of a behaviour, ``[n]`` each, against labels and against true probabilities.
+    """Return the metrics of a behaviour, ``[n]`` each, against labels and against true probabilities.
 
     Returns:
         ``auc``, ``gauc`` and those of the true probabilities, ``best_auc`` and ``best_gauc``; ``predicted_observed``

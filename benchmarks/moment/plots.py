@@ -1,4 +1,4 @@
-"""Pictures of :mod:`benchmarks.moment`: one room under every policy, and what becomes of jumps."""
+"""Pictures of :mod:`benchmarks.moment`: one room under every policy, and the reactions to jumps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SMOOTH_S = 30.0
 
 
 def plot_room(file: Path, at_s: np.ndarray, truth: np.ndarray, predicted: Mapping[str, np.ndarray]) -> None:
-    """The true click probability of a room's exposures and what each policy made the model predict of them.
+    """Draw the true click probability of a room's exposures and the predictions under each policy.
 
     Args:
         file: to write, a PNG.
-        at_s: ``[n]``, ascending, when they were requested.
+        at_s: ``[n]``, ascending times of the requests.
         truth: ``[n]``.
         predicted: policy -> ``[n]``.
     """
@@ -39,11 +39,11 @@ def plot_room(file: Path, at_s: np.ndarray, truth: np.ndarray, predicted: Mappin
 
 
 def plot_reactions(file: Path, result: Mapping[str, Mapping[str, Any]]) -> None:
-    """How much of rises and falls is covered as time goes by, and times to react by size of the jump.
+    """Draw the share of rises and falls that is covered over time, and the times to react.
 
     Args:
         file: to write, a PNG.
-        result: policy -> what ``moment.summarise`` tells.
+        result: policy -> result of ``summarise`` of ``benchmarks/moment/__main__.py``.
     """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     rises, falls, bars = figure.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""What becomes of predictions when the click probability of a room jumps; for :mod:`benchmarks.moment`."""
+"""Reactions of predictions to jumps of a room's click probability, for :mod:`benchmarks.moment`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.moment.metrics import BEFORE_S, WINDOW_S, Jump, running_mean, time_to_react
-from benchmarks.moment.world import Segments, Shown
+from benchmarks.moment.world import Segments, WorldExposures
 
 LEAST_CHANGE = 0.05
-"""Smaller changes of the mean click probability drown in who happens to be shown the room."""
+"""Smaller changes of the mean click probability are hidden by the choice of users who are shown the room."""
 
 RESPONSE_S = np.arange(-60.0, 605.0, 10.0)
-"""Moments around a jump of which :func:`response` tells."""
+"""Moments around a jump, in seconds, at which :func:`response` is measured."""
 
 AGES_S = (0, 60, 120, 300, 600, 6000)
-"""Edges of the ages of rooms by which predictions are judged."""
+"""Edges of the ages of rooms, in seconds, by which predictions are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RoomJump:
     """A jump and the exposures of its room, in order of time.
 
     Attributes:
-        jump: when, and from what to what.
+        jump: its time and the probabilities before and after.
         exposures: ``[n]`` int64, visits.
     """
 
@@ -35,12 +35,12 @@ class RoomJump:
 
     @property
     def rises(self) -> bool:
-        """The click probability is higher afterwards."""
+        """True if the click probability is higher afterwards."""
         return self.jump.after > self.jump.before
 
 
-def room_jumps(segments: Segments, shown: Shown, from_s: float, until_s: float) -> list[RoomJump]:
-    """All jumps in a range of time whose room has been so for :data:`BEFORE_S` and stays for as long at least."""
+def room_jumps(segments: Segments, shown: WorldExposures, from_s: float, until_s: float) -> list[RoomJump]:
+    """Return the jumps in a range of time between levels that both last for at least :data:`BEFORE_S`."""
     found = []
     counts = np.bincount(shown.segment, minlength=len(segments.opens))
     by_segment = np.split(np.argsort(shown.segment, kind="stable"), np.cumsum(counts)[:-1])
@@ -55,8 +55,8 @@ def room_jumps(segments: Segments, shown: Shown, from_s: float, until_s: float) 
     return found
 
 
-def times(jumps: Sequence[RoomJump], shown: Shown, click: np.ndarray) -> np.ndarray:
-    """Time to react to each jump, ``[jumps]`` float64 seconds; infinite where the next jump came first.
+def times(jumps: Sequence[RoomJump], shown: WorldExposures, click: np.ndarray) -> np.ndarray:
+    """Return the time to react to each jump, ``[jumps]`` float64 seconds; infinite where the next jump came first.
 
     Args:
         jumps: of :func:`room_jumps`.
@@ -66,10 +66,10 @@ def times(jumps: Sequence[RoomJump], shown: Shown, click: np.ndarray) -> np.ndar
     return np.array([time_to_react(each.jump, shown.at_s[each.exposures], click[each.exposures]) for each in jumps])
 
 
-def response(jumps: Sequence[RoomJump], shown: Shown, click: np.ndarray) -> np.ndarray:
-    """How much of jumps predictions have covered at :data:`RESPONSE_S` around them: 0 as before, 1 all, ``[moments]``.
+def response(jumps: Sequence[RoomJump], shown: WorldExposures, click: np.ndarray) -> np.ndarray:
+    """Return the share of jumps that predictions have covered at :data:`RESPONSE_S`, ``[moments]``: 0 none, 1 all.
 
-    Sums over the jumps whose room has not jumped again, so larger ones weigh more; nan where there is none left.
+    It sums over the jumps whose room has not jumped again, so larger ones weigh more; nan where there is none left.
     """
     moved, whole = np.zeros(len(RESPONSE_S)), np.zeros(len(RESPONSE_S))
     for each in jumps:
@@ -84,14 +84,14 @@ def response(jumps: Sequence[RoomJump], shown: Shown, click: np.ndarray) -> np.n
         return moved / whole
 
 
-def by_age(segments: Segments, shown: Shown, click: np.ndarray, which: np.ndarray) -> list[float]:
-    """Predicted over true click probability of rooms of each age of :data:`AGES_S`.
+def by_age(segments: Segments, shown: WorldExposures, click: np.ndarray, which: np.ndarray) -> list[float]:
+    """Return predicted divided by true click probability of rooms by their age, see :data:`AGES_S`.
 
     Args:
         segments: of the world.
         shown: its exposures.
         click: ``[exposures]``, predicted.
-        which: ``[exposures]`` bool, those to judge.
+        which: ``[exposures]`` bool, those to evaluate.
     """
     first_segment = np.maximum.accumulate(np.where(segments.opens, np.arange(len(segments.opens)), 0))
     age_s = shown.at_s - segments.start_s[first_segment][shown.segment]

@@ -1,6 +1,6 @@
-"""One training on the stream of a simulated world, listened to; for :mod:`benchmarks.moment`.
+"""One training on the stream of a simulated world, for :mod:`benchmarks.moment`.
 
-The parts of ``trainer.rank`` that train on a stream, put together so that the stream can be given other ears.
+It uses the parts of ``trainer.rank`` that train on a stream, with callbacks for predictions and delays.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ JOB = (
 
 
 def stream_job(dataset: Path, size: WorldSize, policy: str, seed: int, settings: Sequence[str]) -> JobConfig:
-    """The job of one training on a world; ``settings`` as of the command line."""
+    """Return the job of one training on a world; ``settings`` are written as on the command line."""
     begin_ms = START_MS + 1000 * size.warm_up_s
     own = (
         f"data.path={dataset}",
@@ -64,13 +64,13 @@ def stream_job(dataset: Path, size: WorldSize, policy: str, seed: int, settings:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What was predicted of the exposures of a stream when they were requested, in any order; n of them.
+class StreamPredictions:
+    """Predictions for the n exposures of a stream at the time of their request, in any order.
 
     Attributes:
         visit_id: ``[n]`` int64.
         probability: ``[n, behaviours]`` float32.
-        facts: of the training: ``steps``, ``rows`` and what ``TrainingStream.summary`` tells.
+        facts: of the training: ``steps``, ``rows`` and the content of ``TrainingStream.summary``.
     """
 
     visit_id: np.ndarray
@@ -78,8 +78,8 @@ class Predicted:
     facts: dict[str, Any]
 
 
-def predict_stream(config: JobConfig, world: World) -> Predicted:
-    """Train on a stream from its beginning to its end, on one rank, and keep what was predicted on the way."""
+def predict_stream(config: JobConfig, world: World) -> StreamPredictions:
+    """Train on a stream from its beginning to its end, on one rank, and return all predictions."""
     answers: list[PredictedOutcomes] = []
 
     def listen(stream: TrainingStream) -> None:
@@ -88,14 +88,14 @@ def predict_stream(config: JobConfig, world: World) -> Predicted:
     facts = train_on(config, world, listen)
     visit_id = np.concatenate([answer.rows["visit_id"] for answer in answers])
     logits = np.concatenate([answer.logits for answer in answers])
-    return Predicted(visit_id, (1 / (1 + np.exp(-logits))).astype(np.float32), facts)
+    return StreamPredictions(visit_id, (1 / (1 + np.exp(-logits))).astype(np.float32), facts)
 
 
 def train_on(config: JobConfig, world: World, prepare: Callable[[TrainingStream], None]) -> dict[str, Any]:
-    """Train on the stream of a job, on one rank, and keep nothing; ``prepare`` is given the stream before it begins.
+    """Train on the stream of a job, on one rank, and keep no checkpoint; call ``prepare`` with the stream before it.
 
     Returns:
-        ``steps``, ``rows`` trained on, and what ``TrainingStream.summary`` tells.
+        ``steps``, ``rows`` trained on, and the content of ``TrainingStream.summary``.
     """
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)

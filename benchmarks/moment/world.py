@@ -1,8 +1,8 @@
 """A world of live rooms whose click probability jumps at known times, for :mod:`benchmarks.moment`.
 
-Rooms stand side by side, each shown about once a second. A room is open for most of an hour; then the same author opens
-another one. Its click logit is a level of the moment, piecewise constant over 5 to 15 minutes, plus what the user is
-like and how author and user fit. What a visit brings after the click depends on the level too, and takes its time:
+Several rooms are open at a time, each shown about once a second. A room is open for most of an hour; then the same
+author opens another one. Its click logit is the sum of a level that is constant for 5 to 15 minutes, a value of the
+user, and the fit of author and user. Behaviours after the click depend on the level too, and come with a delay:
 
 =========  ===============================  ===============================================
 behaviour  given                            after
@@ -13,9 +13,9 @@ like       click                            a median of 2 minutes after the clic
 gift       click                            a median of 3 minutes after the click
 =========  ===============================  ===============================================
 
-So about as many of them are seen within 5 minutes as the paper reports of its platform (Moment&Cross, table 1). That
-nothing more will happen is known when the visit ends: a median of under a minute after the request, with a long tail;
-of some visits the end is never told.
+So about as many of them are seen within 5 minutes as the paper reports of its platform (Moment&Cross, Table 1). The
+absence of a behaviour is known when the visit ends: a median of under a minute after the request, with a long tail;
+some visits have no exit event.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from trainer.data.writing.builder import DatasetBuilder
 
 BEHAVIOURS = ("click", "long_view", "like", "gift")
 OFFSETS = np.array([0.0, 0.8, 1.6, 2.4])
-"""Of a room's click logit at a moment, above that of its dullest."""
+"""Levels of a room's click logit above its lowest."""
 
 LONGEST_VISIT_S = 5400.0
 NO_EXIT_SHARE = 0.02
@@ -61,11 +61,11 @@ SPEC = DatasetSpec(
 
 @dataclass(frozen=True)
 class WorldSize:
-    """How large a world is, and how long it lasts.
+    """Size and length of a world.
 
     Attributes:
         rooms: open at any time.
-        users: who are shown rooms.
+        users: users who are shown rooms.
         warm_up_s: seconds before the stream begins, for features to be fitted on.
         stream_s: seconds of the stream.
         per_second: exposures of a room.
@@ -86,9 +86,9 @@ class Segments:
         place: of the room among those open at a time; its author is ``place + 1``.
         item_id: the room.
         start_s: seconds since the stream began, float64; before 0 in the warm-up.
-        stop_s: where the next one begins.
+        stop_s: start of the next one.
         offset: of the click logit, one of :data:`OFFSETS`.
-        opens: the room's first.
+        opens: True for the first of a room.
     """
 
     place: np.ndarray
@@ -100,12 +100,12 @@ class Segments:
 
 
 def levels(size: WorldSize, seed: int) -> Segments:
-    """When which room is how attractive."""
+    """Return the levels of all rooms over time."""
     rng = np.random.default_rng([seed, 1])
     rows: list[tuple[int, int, float, float, float, bool]] = []
     item = 0
     for place in range(size.rooms):
-        # Rooms have been open for a while when the world begins, and go on behind its end.
+        # Rooms are open before the world begins and stay open after its end.
         opens = -float(size.warm_up_s) - rng.uniform(0, 2400)
         while opens < size.stream_s:
             closes = opens + rng.uniform(2400, 4800)
@@ -179,7 +179,7 @@ def write_world(out: Path, size: WorldSize, seed: int) -> None:
         },
         "value_gift": np.where(happened_s["gift"] < 0, 0, 10).astype(np.float32),
     }
-    untold = rng.random(n) < NO_EXIT_SHARE
+    without_exit = rng.random(n) < NO_EXIT_SHARE
     repeats = _more_likes(visits, rng)
     with DatasetBuilder(out, SPEC) as builder:
         builder.table("users", pa.table({"user_id": users, "group": group[users].astype(np.int32)}))
@@ -187,8 +187,8 @@ def write_world(out: Path, size: WorldSize, seed: int) -> None:
         builder.table("items", pa.table({"item_id": np.unique(segments.item_id)}))
         builder.visits(pa.table(visits, schema=visit_schema(SPEC)))
         for events in derive_events(SPEC, visits, repeats):
-            told = (events["event"] != VISIT_EVENTS.index("exit")) | ~untold[events["visit_id"]]
-            builder.events(event_table(SPEC, {name: column[told] for name, column in events.items()}))
+            kept = (events["event"] != VISIT_EVENTS.index("exit")) | ~without_exit[events["visit_id"]]
+            builder.events(event_table(SPEC, {name: column[kept] for name, column in events.items()}))
         ids = {name: visits[name] for name in ("visit_id", "user_id", "request_ms")}
         truth = {f"p_{name}": values.astype(np.float32) for name, values in probability.items()}
         builder.truth(pa.table({**ids, **truth}))
@@ -196,15 +196,15 @@ def write_world(out: Path, size: WorldSize, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The exposures of a world, by ``visit_id``; n of them.
+class WorldExposures:
+    """The n exposures of a world, by ``visit_id``.
 
     Attributes:
         user_id: ``[n]`` int64.
         place: ``[n]`` int64, of the room.
         at_s: ``[n]`` float64, seconds since the stream began, ascending.
         truth: ``[n, behaviours]`` float64, true probabilities.
-        label: ``[n, behaviours]`` uint8, what came of them, whenever it did.
+        label: ``[n, behaviours]`` uint8, complete labels, however late.
         segment: ``[n]`` int64, of :func:`levels`.
     """
 
@@ -216,8 +216,8 @@ class Shown:
     segment: np.ndarray
 
 
-def shown(dataset: Path, size: WorldSize, seed: int) -> Shown:
-    """The exposures of a world that was written, with their true probabilities."""
+def read_exposures(dataset: Path, size: WorldSize, seed: int) -> WorldExposures:
+    """Return the exposures of a world that was written, with their true probabilities."""
     files = sorted((dataset / "truth").glob("part-*.parquet"))
     truth = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("visit_id")
     events = pa.concat_tables([pq.read_table(file) for file in sorted((dataset / "events").glob("part-*.parquet"))])
@@ -229,17 +229,17 @@ def shown(dataset: Path, size: WorldSize, seed: int) -> Shown:
     label = np.zeros(probability.shape, np.uint8)
     label[rows["visit_id"]] = rows["label"]
     segment = segment_of(levels(size, seed), place, at_s)
-    return Shown(truth["user_id"].to_numpy(), place, at_s, probability, label, segment)
+    return WorldExposures(truth["user_id"].to_numpy(), place, at_s, probability, label, segment)
 
 
 def segment_of(segments: Segments, place: np.ndarray, at_s: np.ndarray) -> np.ndarray:
-    """The segment of each exposure ``[n]``, from the place of its room and its time."""
+    """Return the segment of each exposure ``[n]``, from the place of its room and its time."""
     span = float(segments.stop_s.max() - segments.start_s.min()) + 1
     return np.searchsorted(segments.start_s + span * segments.place, at_s + span * place, "right") - 1
 
 
 def _more_likes(visits: Columns, rng: np.random.Generator) -> Columns:
-    """Likes after the first, half as many as there are first ones, before the visit ends."""
+    """Return likes after the first of a visit, half as many as first ones, before the visit ends."""
     liked = np.flatnonzero(visits["delay_like"] >= 0)
     line = np.repeat(liked, rng.poisson(0.5, len(liked)))
     first_ms = visits["request_ms"][line] + visits["delay_like"][line]

@@ -1,17 +1,18 @@
-"""Does every part of Cross earn its place? Tables 2 and 4 of Moment&Cross on a simulated world.
+"""Measure what each part of Cross adds: Tables 2 and 4 of Moment&Cross on a simulated world.
 
-    python -m benchmarks.quality.cross --home runs/cross --out benchmarks/results/cross.json
+    python -m benchmarks.quality.cross --work runs/cross --out benchmarks/results/cross.json
 
 The world (``limelight data simulate --world cross``) has users with up to 12,000 visits and five interests, each of
 which one of the five searches finds better than the others. For each seed the full model (PLE, five searches,
-alignment) is trained with ``benchmarks/quality/cross.toml``, and again with one thing changed: CGC for PLE, CGC without
-any search, one search removed, no alignment, or attention as in DIN. Printed are AUC and GAUC of the full model on the
-days after training, the best possible (that of the true probabilities), and the differences of the other variants to
-the full model of the same seed, in points, with 95 % intervals over the seeds (Student's t). Table 4 is the difference
-by how active users are, without any short video in any search.
+alignment) is trained with ``benchmarks/quality/cross.toml``, and again with one change: CGC in place of PLE, CGC
+without any search, one search removed, no alignment, or attention as in DIN. It prints AUC and GAUC of the full model
+on the days after training, the best possible (that of the true probabilities), and the differences of the other
+variants to the full model of the same seed, in points, with 95 % intervals over the seeds (Student's t). Table 4 is the
+difference without any short video in any search, by activity of the users.
 
-A run of a variant and a seed is kept under ``--home`` and never done again: a benchmark that was stopped, by
-``--minutes`` or otherwise, goes on. Two processes can share it, each with seeds of its own.
+The result of a variant and a seed is kept under ``--work`` and never measured again, so the same command continues a
+benchmark that was stopped, by ``--minutes`` or otherwise. Two processes can share the directory, each with seeds of its
+own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from benchmarks.quality.cross_report import FULL, GROUPS, NO_VIDEOS, WITHOUT_CROSS, Measured, draw, summarise, tables
+from benchmarks.measure import make_parser, write_result
+from benchmarks.quality.cross_report import (
+    FULL,
+    GROUPS,
+    NO_VIDEOS,
+    WITHOUT_CROSS,
+    VariantResult,
+    draw,
+    summarise,
+    tables,
+)
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.progress import Progress
 from trainer.data.features.feature_map import FeatureMap
@@ -43,7 +55,6 @@ from trainer.ranking.evaluation import Predictions, evaluate, predict, read_trut
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import build_engine, fit_once, held_out_loader, split_in_time, training_loader
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 
 JOB = "benchmarks/quality/cross.toml"
@@ -70,12 +81,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "features.history.mixed.domain": "live",
     },
 }
-"""Variant -> changes to the job: dotted key -> value; None takes a key away. The paper has no row for the alignment
-alone: without ``mixed`` there is nothing to align with."""
+"""Variant -> changes to the job: dotted key -> value; None removes a key. Without ``mixed`` there is nothing to align
+with, so the alignment goes too; the paper has no row for the alignment alone."""
 
 
 def job_of(variant: str, world: Path, seed: int) -> JobConfig:
-    """The job of a variant."""
+    """Return the job of a variant."""
     config = load_config(JOB, [f"data.path={world}", f"features.search.embedding={world / ITEM_VECTORS}"])
     content = config.model_dump(mode="json")
     for key, value in {**VARIANTS[variant], "run.seed": seed}.items():
@@ -90,8 +101,8 @@ def job_of(variant: str, world: Path, seed: int) -> JobConfig:
     return JobConfig.model_validate(content)
 
 
-def run(config: JobConfig, variant: str, world: World) -> Measured:
-    """Train one variant, and judge it on the days after."""
+def run(config: JobConfig, variant: str, world: World) -> VariantResult:
+    """Train one variant, and evaluate it on the days after."""
     started = time.process_time()
     data = Dataset.open(config.data.path)
     split = split_in_time(config, data.spec)
@@ -119,11 +130,11 @@ def run(config: JobConfig, variant: str, world: World) -> Measured:
         name: {behaviour: {metric: found[metric] for metric in METRICS} for behaviour, found in report.items()}
         for name, report in reports.items()
     }
-    return Measured(variant, config.run.seed, time.process_time() - started, figures)
+    return VariantResult(variant, config.run.seed, time.process_time() - started, figures)
 
 
 def train(engine: HybridEngine, loader: Loader, config: JobConfig) -> None:
-    """All steps of a job, without what it writes beside them: checkpoints, traces and reports."""
+    """Train all steps of a job, without its checkpoints, traces and reports."""
     schedule, total, done = config.optimizer, loader.rows_total, 0
 
     def set_learning_rates() -> None:
@@ -140,24 +151,24 @@ def train(engine: HybridEngine, loader: Loader, config: JobConfig) -> None:
 
 
 def subset(predictions: Predictions, rows: Tensor) -> Predictions:
-    """Some rows, ``[n] bool``."""
+    """Return the predictions of some rows, ``[n] bool``."""
     return replace(predictions, **{field.name: getattr(predictions, field.name)[rows] for field in fields(predictions)})
 
 
 def activity(world: Path) -> np.ndarray:
-    """Activity band of each user id."""
+    """Return the activity band of each user id."""
     return pq.read_table(world / "users.parquet").sort_by("user_id")["activity_band"].to_numpy()
 
 
-def result_file(home: Path, variant: str, seed: int) -> Path:
-    """Where the figures of a run are kept."""
-    return home / "results" / f"{variant.replace(' ', '-')}-{seed}.json"
+def result_file(work: Path, variant: str, seed: int) -> Path:
+    """Return the file in which the result of a variant and a seed is kept."""
+    return work / "results" / f"{variant.replace(' ', '-')}-{seed}.json"
 
 
-def do_missing(options: argparse.Namespace, path: Path) -> None:
-    """Do the runs that are not kept yet, seed by seed, while there is time."""
-    planned = [(variant, seed) for seed in options.seeds for variant in VARIANTS]
-    missing = [(variant, seed) for variant, seed in planned if not result_file(options.home, variant, seed).exists()]
+def run_missing(options: argparse.Namespace, path: Path) -> None:
+    """Run the variants that have no result yet, seed by seed, until ``options.minutes`` are over."""
+    planned = [(variant, seed) for seed in options.seeds for variant in options.variants]
+    missing = [(variant, seed) for variant, seed in planned if not result_file(options.work, variant, seed).exists()]
     if not missing:
         return
     stop = time.monotonic() + 60 * options.minutes
@@ -167,42 +178,46 @@ def do_missing(options: argparse.Namespace, path: Path) -> None:
                 break
             print(f"{variant}, seed {seed}", file=sys.stderr, flush=True)
             result = run(job_of(variant, path, seed), variant, world)
-            file = result_file(options.home, variant, seed)
+            file = result_file(options.work, variant, seed)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, vars(result))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("quality.cross", __doc__)
     parser.add_argument(
-        "--home", type=Path, default=Path("runs/cross"), help="of world and runs (default: %(default)s)"
+        "--work",
+        type=Path,
+        default=Path("runs/cross"),
+        help="keeps world and results (default: %(default)s)",
     )
+    parser.add_argument("--users", type=int, default=USERS, help="users of the world (default: %(default)s)")
+    parser.add_argument("--days", type=int, default=DAYS, help="days of the world (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many; the rest is for later")
-    parser.add_argument("--out", type=Path, help="JSON file to write, beside it a picture")
-    options = parser.parse_args()
-    path = options.home / "world"
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time (default: no limit)")
+    options = parser.parse_args(argv)
+    path = options.work / "world"
     if not path.exists():
-        options.home.mkdir(parents=True, exist_ok=True)
-        simulate_cross(path, USERS, DAYS, PARTITIONS, WORLD_SEED)
-    do_missing(options, path)
-    kept = sorted((options.home / "results").glob("*.json"))
-    runs = [Measured(**json.loads(file.read_text())) for file in kept]
+        options.work.mkdir(parents=True, exist_ok=True)
+        simulate_cross(path, options.users, options.days, PARTITIONS, WORLD_SEED)
+    run_missing(options, path)
+    kept = sorted((options.work / "results").glob("*.json"))
+    runs = [VariantResult(**json.loads(file.read_text())) for file in kept]
     if not any(run.variant == FULL for run in runs):
-        sys.exit("no run of the full model is finished yet; the same command goes on")
+        sys.exit("limelight: error: no run of the full model is finished yet; the same command continues")
     result = summarise(runs, list(VARIANTS))
     print(tables(result))
+    facts = {
+        "question": "Tables 2 and 4 of Moment&Cross on a simulated world, in points",
+        "world": {"users": options.users, "days": options.days, "seed": WORLD_SEED},
+        "held_out": "from 28 April 2024 to the end; settings were chosen on 20 to 23 April",
+        "runs": len(runs),
+        "mean_cpu_seconds_of_a_run": float(np.mean([run.seconds for run in runs])),
+    }
+    write_result(options.out, {**facts, **result})
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "question": "Tables 2 and 4 of Moment&Cross on a simulated world, in points",
-            "world": {"users": USERS, "days": DAYS, "seed": WORLD_SEED},
-            "held_out": "from 28 April 2024 to the end; settings were chosen on 20 to 23 April",
-            "runs": len(runs),
-            "mean_cpu_seconds_of_a_run": float(np.mean([run.seconds for run in runs])),
-        }
-        write_json(options.out, {**facts, "environment": environment(1), **result})
         draw(result, options.out.with_suffix(".png"))
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks/quality/cross.py prints and draws: Tables 2 and 4, from the figures of its runs."""
+"""Tables and picture of ``benchmarks/quality/cross.py``: the paper's Tables 2 and 4, from the figures of its runs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
+from benchmarks.measure import mean_and_half_width
 from trainer.console.text_table import text_table
 
 FULL, NO_VIDEOS, WITHOUT_CROSS = "full", "no short videos", "CGC without Cross"
 GROUPS = ("low", "middle", "high", "full")
-"""Quarters of the users by activity, as the world's ``activity_band`` has them."""
+"""Quarters of the users by activity, in the order of the world's ``activity_band``."""
 
 Figures = dict[str, dict[str, dict[str, float | int | None]]]
 """Group of users (``all`` too) -> behaviour -> metric -> value, None where it is undefined."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What became of one variant with one seed; ``seconds`` are those of the processor."""
+class VariantResult:
+    """Figures of one variant with one seed; ``seconds`` are processor time."""
 
     variant: str
     seed: int
@@ -31,13 +31,13 @@ class Measured:
     groups: Figures
 
     def points(self, group: str, behaviour: str, metric: str) -> float:
-        """A figure in points, nan where it is undefined."""
+        """Return a figure in points, nan where it is undefined."""
         value = self.groups[group][behaviour][metric]
         return float("nan") if value is None else 100 * value
 
 
-def summarise(runs: list[Measured], variants: list[str]) -> dict[str, Any]:
-    """Table 2 by behaviour and variant, Table 4 by behaviour and group, in points.
+def summarise(runs: list[VariantResult], variants: list[str]) -> dict[str, Any]:
+    """Return Table 2 by behaviour and variant and Table 4 by behaviour and group, in points.
 
     Every variant is compared with the full model of the same seed.
 
@@ -82,15 +82,14 @@ def summarise(runs: list[Measured], variants: list[str]) -> dict[str, Any]:
 
 
 def with_interval(values: list[float]) -> dict[str, float | int | None]:
-    """Mean over seeds and half-width of its 95 % interval (Student's t), None where there are too few values."""
+    """Return the mean over seeds and the half-width of its 95 % interval, None where there are too few values."""
     defined = [value for value in values if np.isfinite(value)]
-    n = len(defined)
-    half = float(student.ppf(0.975, n - 1) * np.std(defined, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return {"mean": float(np.mean(defined)) if n else None, "half_width_95": half, "seeds": n}
+    mean, half = mean_and_half_width(defined)
+    return {"mean": mean, "half_width_95": half, "seeds": len(defined)}
 
 
 def cell(figure: dict[str, Any], sign: str = "+") -> str:
-    """A mean and its interval as text."""
+    """Return a mean and its interval as text."""
     if figure["mean"] is None:
         return "-"
     spread = "" if figure["half_width_95"] is None else f" ±{figure['half_width_95']:.2f}"
@@ -98,7 +97,7 @@ def cell(figure: dict[str, Any], sign: str = "+") -> str:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Both tables as text."""
+    """Return both tables as text."""
     table_2, table_4 = result["table_2"], result["table_4"]
     behaviours = list(table_2)
     blocks = []
@@ -115,19 +114,22 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Both tables as a picture, differences in AUC: a panel for each behaviour, a bar for each variant, or for each
-    group of users below, with its interval. ``WITHOUT_CROSS`` is only told: its bar would hide the others."""
+    """Draw the differences in AUC of both tables.
+
+    A column for each behaviour has a bar for each variant above and for each group of users below, with intervals.
+    ``WITHOUT_CROSS`` stands in the title only: its bar would hide the others.
+    """
     table_2, table_4 = result["table_2"], result["table_4"]
     figure = Figure(figsize=(2 * len(table_2) + 1.4, 5.6), layout="constrained")
     panels = figure.subplots(2, len(table_2), sharey="row", sharex="row", height_ratios=(2, 1), squeeze=False)
     for (upper, lower), (behaviour, found) in zip(panels.T, table_2.items(), strict=True):
         shown = {name: of["auc"] for name, of in found["difference"].items() if name != WITHOUT_CROSS}
         _bars(upper, shown, "#1f6f8b")
-        told = [f"{FULL} {found[FULL]['auc']['mean']:.1f}, best possible {found['best_auc']:.1f}"]
+        title = [f"{FULL} {found[FULL]['auc']['mean']:.1f}, best possible {found['best_auc']:.1f}"]
         without = found["difference"].get(WITHOUT_CROSS)
         if without is not None and without["auc"]["mean"] is not None:
-            told.append(f"{WITHOUT_CROSS} {without['auc']['mean']:+.1f}")
-        upper.set_title("\n".join([behaviour, *told]), fontsize=8)
+            title.append(f"{WITHOUT_CROSS} {without['auc']['mean']:+.1f}")
+        upper.set_title("\n".join([behaviour, *title]), fontsize=8)
         _bars(lower, table_4[behaviour], "#c8553d")
     panels[0, 0].invert_yaxis()
     panels[1, 0].invert_yaxis()

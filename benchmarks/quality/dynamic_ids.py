@@ -1,41 +1,39 @@
-"""What is a table worth whose ids come and go, with a tenth of the rows that all ids would need?
+"""Measure tables that admit and evict ids, with a tenth of the rows that all ids would need.
 
     python -m benchmarks.quality.dynamic_ids --out benchmarks/results/dynamic_ids.json
     python -m benchmarks.quality.dynamic_ids --seeds 2 --steps 300
 
 Trains one model on a stream in which rooms live for a short while and authors come and go
-(``benchmarks/quality/dynamic_stream.py``: the effect of every room and author is planted, the true probability known).
-Every batch is predicted before it is learnt, once with tables that have a row for every id (``all``), and with
-tables of a tenth of the rows: hashed, and dynamic under each policy. AUC is that of the predictions after the first
+(``benchmarks/quality/dynamic_stream.py``; the true probabilities are known). Every batch is predicted before it is
+learnt, with tables that have a row for every id (``all``), and with tables of a tenth of the rows: hashed, and dynamic
+under each policy. AUC is that of the predictions after the first
 quarter of the stream: mean over seeds, with 95 % intervals (Student's t), also of the difference to ``all`` and to
 ``hash`` on the same stream. The tables' learning rate is chosen for each variant on the first third of another stream.
+
+Runs that the file of ``--out`` has are not repeated.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.quality.dynamic_stream import N_DENSE, Exposures, PassingRooms
+from benchmarks.measure import make_parser, mean_and_half_width, write_result
+from benchmarks.quality.dynamic_stream import N_DENSE, PassingRooms, StepExposures
 from modules.embeddings import Dynamic, Lookup, Table
 from trainer.console.progress import Progress
 from trainer.console.text_table import text_table
 from trainer.data.features.id_map import IdMap
 from trainer.metrics.behaviour_metrics import auc
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables
@@ -43,7 +41,7 @@ from trainer.sparse.sharded_tables import ShardedTables
 DIM, ROWS, LIFE = 8, 1024, 25.0
 ROOMS_PER_STEP, AUTHORS_PER_STEP = 16, 3.5
 SHARE = 10
-"""All ids are so many times the rows of the small tables."""
+"""Ids for each row of the small tables."""
 RATES = (0.05, 0.1, 0.2, 0.4)
 TUNING_SEED = 100
 VARIANTS: dict[str, Dynamic | None] = {
@@ -65,29 +63,29 @@ class SmallNetwork(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * DIM + N_DENSE, 32), nn.ReLU(), nn.Linear(32, 1))
 
     def forward(self, embedded: dict[str, Tensor], dense: Tensor) -> Tensor:
-        """``[rows]`` logits."""
+        """Return the logits ``[rows]``."""
         return self.layers(torch.cat([embedded["room"], embedded["author"], dense], 1)).squeeze(1)
 
 
 def stream_of(seed: int, steps: int) -> PassingRooms:
-    """The stream of a seed; its ids grow with its length, so that what is open at a time does not."""
+    """Return the stream of a seed; its ids grow with its length, so that the rooms open at a time do not."""
     return PassingRooms(seed, steps, ROWS, round(ROOMS_PER_STEP * steps), round(AUTHORS_PER_STEP * steps), LIFE)
 
 
 def table_of(name: str, ids: int, variant: str) -> Table:
-    """A table for the ids of a stream."""
+    """Return a table for the ids of a stream."""
     rows = ids if variant == "all" else ids // SHARE
     return Table(name, rows + 1, DIM, dynamic=VARIANTS[variant])
 
 
-def ids_of(stream: Sequence[Exposures], tables: Sequence[Table], variant: str) -> Iterator[KeyedJaggedTensor]:
-    """The ids of each step, as the variant's tables take them."""
+def ids_of(stream: Sequence[StepExposures], tables: Sequence[Table], variant: str) -> Iterator[KeyedJaggedTensor]:
+    """Yield the ids of each step as the variant's tables take them."""
     maps = [IdMap(table.name, "direct" if variant == "all" else "hash", table.rows) for table in tables]
     for exposures in stream:
         ids = np.stack([exposures.room, exposures.author])
         if VARIANTS[variant] is None:
-            for given, id_map in zip(ids, maps, strict=True):
-                id_map(given.copy(), given)
+            for column, id_map in zip(ids, maps, strict=True):
+                id_map(column.copy(), column)
         yield KeyedJaggedTensor(
             keys=["room", "author"],
             values=torch.from_numpy(ids.reshape(-1)),
@@ -98,8 +96,8 @@ def ids_of(stream: Sequence[Exposures], tables: Sequence[Table], variant: str) -
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all runs have in common: the ranks (one), a clock, and whom to tell of a step."""
+class TrainingContext:
+    """Objects that all trainings share: the ranks (one), a clock, and a callback after each step."""
 
     world: World
     clock: PhaseClock
@@ -107,20 +105,20 @@ class Bench:
 
 
 def train(
-    bench: Bench, stream: Sequence[Exposures], sizes: tuple[int, int], variant: str, rate: float
+    context: TrainingContext, stream: Sequence[StepExposures], sizes: tuple[int, int], variant: str, rate: float
 ) -> dict[str, Any]:
-    """Go through a stream once; AUC after its first quarter, and what became of the ids."""
+    """Train on a stream once; return the AUC after its first quarter and the counts of ids."""
     declared = [table_of(name, ids, variant) for name, ids in zip(("room", "author"), sizes, strict=True)]
     tables = ShardedTables(
         declared,
         LOOKUPS,
         TableOptimizer("rowwise_adagrad", rate),
-        device=bench.world.device,
+        device=context.world.device,
         local_size=1,
         batch_size=ROWS,
         seed=1,
-        clock=bench.clock,
-        control=bench.world.control,
+        clock=context.clock,
+        control=context.world.control,
     )
     torch.manual_seed(1)
     network = SmallNetwork()
@@ -146,7 +144,7 @@ def train(
             exchange.update({name: [leaf.grad] for name, leaf in found.items() if leaf.grad is not None}, 1.0)
         milliseconds.append(1e3 * (spent + time.thread_time() - started))
         scores.append(logits.detach().numpy())
-        bench.tick()
+        context.tick()
     judged = slice(len(stream) // 4, None)
     labels = np.concatenate([each.label for each in stream[judged]])
     return {
@@ -161,17 +159,17 @@ def train(
 
 
 def run(world: World, steps: int, seeds: Sequence[int], done: list[dict[str, Any]], save: Callable[[], None]) -> None:
-    """All variants on the streams of all seeds, less those that are in ``done``, which is added to."""
+    """Train all variants on the streams of all seeds, except those in ``done``; append the new ones to it."""
     open_runs = [(s, v) for s in seeds for v in VARIANTS if not any((e["seed"], e["variant"]) == (s, v) for e in done)]
     tuned = {entry["variant"]: entry["learning_rate"] for entry in done}
     missing = [variant for variant in VARIANTS if variant not in tuned]
     total = steps * len(open_runs) + steps // 3 * len(missing) * len(RATES)
     with Progress("dynamic ids", total, "steps") as progress:
-        bench = Bench(world, PhaseClock(world.device), lambda: progress.advance(1))
+        context = TrainingContext(world, PhaseClock(world.device), lambda: progress.advance(1))
         world_of = stream_of(TUNING_SEED, steps)
         early = list(world_of)[: steps // 3]
         for variant in missing:
-            found = [train(bench, early, (world_of.rooms, world_of.authors), variant, rate) for rate in RATES]
+            found = [train(context, early, (world_of.rooms, world_of.authors), variant, rate) for rate in RATES]
             tuned[variant] = max(found, key=lambda outcome: outcome["auc"])["learning_rate"]
         for seed in seeds:
             left = [variant for s, variant in open_runs if s == seed]
@@ -180,28 +178,21 @@ def run(world: World, steps: int, seeds: Sequence[int], done: list[dict[str, Any
             world_of = stream_of(seed, steps)
             stream, sizes = list(world_of), (world_of.rooms, world_of.authors)
             for variant in left:
-                done.append({"seed": seed, **train(bench, stream, sizes, variant, tuned[variant])})
+                done.append({"seed": seed, **train(context, stream, sizes, variant, tuned[variant])})
                 save()
 
 
-def mean_and_width(values: Sequence[float]) -> list[float | None]:
-    """Mean, and half of its 95 % interval; None of a single value."""
-    n = len(values)
-    width = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return [float(np.mean(values)), width]
-
-
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Variant -> AUC, its differences on the same stream, unserved look-ups, and what a step costs."""
+    """Return by variant the AUC, its differences on the same stream, unserved lookups, and the time of a step."""
     by_seed: dict[str, dict[int, dict[str, Any]]] = {}
     for outcome in runs:
         by_seed.setdefault(outcome["variant"], {})[outcome["seed"]] = outcome
     summary: dict[str, Any] = {}
     for variant, outcomes in by_seed.items():
-        entry: dict[str, Any] = {"auc": mean_and_width([each["auc"] for each in outcomes.values()])}
+        entry: dict[str, Any] = {"auc": mean_and_half_width([each["auc"] for each in outcomes.values()])}
         for other in ("all", "hash"):
             paired = [each["auc"] - by_seed[other][seed]["auc"] for seed, each in outcomes.items()]
-            entry[f"minus_{other}"] = mean_and_width(paired)
+            entry[f"minus_{other}"] = mean_and_half_width(paired)
         first = next(iter(outcomes.values()))
         entry["learning_rate"], entry["rows"] = first["learning_rate"], first["rows"]
         entry["unserved"] = {
@@ -212,12 +203,12 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         entry["tables_ms"] = float(np.median(clocked)) if clocked else None
         entry["streams"] = len(outcomes)
         summary[variant] = entry
-    summary["best possible"] = {"auc": mean_and_width([each["best_auc"] for each in by_seed["all"].values()])}
+    summary["best possible"] = {"auc": mean_and_half_width([each["best_auc"] for each in by_seed["all"].values()])}
     return summary
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as text, a line a variant."""
+    """Return the summary as a table, a line for each variant."""
 
     def interval(value: list[float | None] | None) -> str:
         return "" if value is None else f"{value[0]:.4f}" + ("" if value[1] is None else f" ±{value[1]:.4f}")
@@ -241,21 +232,20 @@ def table(summary: dict[str, Any]) -> str:
         "AUC",
         "minus all",
         "minus hash",
-        "look-ups unserved",
+        "lookups unserved",
         "tables, CPU ms a step",
         "streams",
     ]
     return text_table(heads, lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("quality.dynamic_ids", __doc__)
     parser.add_argument("--seeds", type=int, default=5, help="number of streams (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="length of a stream (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write; runs that are in it are not repeated")
-    options = parser.parse_args()
-    # So little work in a step that threads would cost more than they give.
+    options = parser.parse_args(argv)
+    # A step has so little work that threads would cost more than they save.
     torch.set_num_threads(1)
     runs: list[dict[str, Any]] = []
     if options.out and options.out.exists():
@@ -267,15 +257,13 @@ def main() -> None:
             "question": "Rooms and authors that come and go: dynamic tables of a tenth of the ids",
             "steps": options.steps,
             "rows_per_step": ROWS,
-            "environment": environment(1),
         }
 
         def save() -> None:
-            if options.out:
-                # What the others are compared with comes first on every stream.
-                compared = {outcome["seed"] for outcome in runs if outcome["variant"] == "hash"}
-                result = summarise([outcome for outcome in runs if outcome["seed"] in compared]) if compared else {}
-                write_json(options.out, {**facts, "result": result, "runs": runs})
+            # The variants with which the others are compared come first on every stream.
+            compared = {outcome["seed"] for outcome in runs if outcome["variant"] == "hash"}
+            result = summarise([outcome for outcome in runs if outcome["seed"] in compared]) if compared else {}
+            write_result(options.out, {**facts, "result": result, "runs": runs})
 
         run(world, options.steps, range(1, options.seeds + 1), runs, save)
     print(table(summarise(runs)))

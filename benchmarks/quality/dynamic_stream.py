@@ -9,11 +9,11 @@ import numpy as np
 
 N_DENSE = 4
 _BIAS, _DENSE, _AUTHOR, _ROOM = -1.5, 0.5, 0.8, 0.6
-"""Of the logit: the constant, each dense feature's weight, and the deviations of authors' and rooms' effects."""
+"""Logit: the constant, each dense feature's weight, and the deviations of authors' and rooms' effects."""
 
 
 @dataclass(frozen=True)
-class Exposures:
+class StepExposures:
     """Rows of one step.
 
     Attributes:
@@ -31,10 +31,11 @@ class Exposures:
 
 
 class PassingRooms:
-    """A world in which nothing stays.
+    """A stream whose rooms close and whose authors leave.
 
-    Rooms open at even pace and close after an exponential time. Their authors are drawn from those who are active, each
-    of whom is for a stretch of the stream. How often a room is shown is log-normal in the author and in the room.
+    Rooms open at a constant rate and close after an exponential time. Their authors are drawn from those who are
+    active; each author is active for one stretch of the stream. How often a room is shown is log-normal in the author
+    and in the room.
 
     Args:
         seed: of everything.
@@ -63,11 +64,11 @@ class PassingRooms:
         self._opening, self._closing = opening, closing
         self._weight = fame[self._author] * random.lognormal(0, 0.8, rooms)
         self._effect = random.normal(0, _AUTHOR, authors)[self._author] + random.normal(0, _ROOM, rooms)
-        # Numbers tell nothing of time or author.
+        # Ids are permuted, so that they say nothing about time or author.
         self._room_number, self._author_number = random.permutation(rooms), random.permutation(authors)
         self._random = random
 
-    def __iter__(self) -> Iterator[Exposures]:
+    def __iter__(self) -> Iterator[StepExposures]:
         random, rows = self._random, self._rows
         for step in range(self._steps):
             live = np.flatnonzero((self._opening <= step) & (step < self._closing))
@@ -75,7 +76,7 @@ class PassingRooms:
             room = live[random.choice(len(live), rows, p=weight / weight.sum())]
             dense = random.normal(size=(rows, N_DENSE))
             probability = 1 / (1 + np.exp(-(_BIAS + _DENSE * dense.sum(1) + self._effect[room])))
-            yield Exposures(
+            yield StepExposures(
                 self._room_number[room],
                 self._author_number[self._author[room]],
                 dense.astype(np.float32),

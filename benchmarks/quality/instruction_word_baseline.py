@@ -1,8 +1,8 @@
-"""What the words of the instruction samples say at most, read by hand: features and a conditional logit.
+"""A conditional logit on hand-made features of the instruction samples: about the best that their words allow.
 
-The features know the simulated world's lists of words (which word tells which quality, which phrase is of which kind)
-and count what LCU's tasks are drawn from, so a model that reads the same prompt can hardly do better. They read the
-templates of ``configs/templates``.
+The features know the simulated world's lists of words (the quality of a word, the kind of a phrase) and count what
+LCU's tasks are drawn from, so a model that reads the same prompt can hardly do better. They parse the templates of
+``configs/templates``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _KINDS = {phrase: kind for kind, phrases in enumerate(FRAMES.values()) for phras
 _GENRES = {word: genre for genre, words in enumerate(TOPIC_WORDS) for word in words}
 _COMMENT = re.compile(rf"^({'|'.join(_BANDS)}) ({'|'.join(_KINDS)}) (\w+) (\w+)$")
 _MOST_ALIKE = 3
-"""Earlier comments of a kind or a genre, which are not told apart beyond it."""
+"""Most earlier comments of a kind or a genre that are counted."""
 
 Comment = tuple[int, int, int]
 """Band of quality, kind, genre."""
 
 
 def accuracy_of_words(train: Sequence[Sample], held_out: Sequence[Sample]) -> float:
-    """Share of held-out samples of one task that a logit on the features of training samples gets right."""
+    """Return the share of held-out samples of one task that a logit, fitted on training samples, gets right."""
     inputs, there, answers = _columns(train)
     weights = torch.zeros(inputs.shape[-1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
@@ -58,7 +58,7 @@ def _scores(inputs: torch.Tensor, there: torch.Tensor, weights: torch.Tensor) ->
 
 
 def _columns(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features ``[samples, options, k]``, which options there are, and the right ones."""
+    """Return features ``[samples, options, k]``, a mask of the options, and the indices of the right ones."""
     of_task = {"staytime": _staytime, "top_comment": _top_comment, "user_comment": _user_comment}
     rows = [of_task[sample.task](sample.prompt.splitlines(), sample.options) for sample in samples]
     most = max(map(len, rows))
@@ -96,7 +96,7 @@ def _user_comment(lines: Sequence[str], options: Sequence[str]) -> np.ndarray:
 
 
 def _staytime(lines: Sequence[str], options: Sequence[str]) -> np.ndarray:
-    """One set of weights for each range, as features of the pair."""
+    """Return features with one set of weights for each range of the staytime."""
     band, genre = _video(lines)
     stays = [ord(found[1]) - ord("A") for line in lines if (found := _HISTORY.match(line))]
     shown = [_plain(comment, genre) for comment in _comments(lines)]
@@ -112,19 +112,19 @@ def _staytime(lines: Sequence[str], options: Sequence[str]) -> np.ndarray:
 
 
 def _plain(comment: Comment, genre: int) -> np.ndarray:
-    """What a comment says, whoever reads it."""
+    """Return the features of a comment that do not depend on its reader."""
     band, kind, topic = comment
     return np.concatenate([np.eye(BANDS)[band], np.eye(len(KINDS))[kind], [topic == genre]])
 
 
 def _video(lines: Sequence[str]) -> tuple[int, int]:
-    """Band and genre of the video."""
+    """Return band and genre of the video."""
     found = next(found for line in lines if (found := _VIDEO.match(line)))
     return _VIDEO_BANDS[found[1]], _GENRES[found[2]]
 
 
 def _comments(lines: Sequence[str]) -> list[Comment]:
-    """Those of the lines that begin with a dash: earlier ones, or those at the top."""
+    """Return the comments in lines that begin with a dash: earlier ones of the user, or the top ones."""
     return [_comment(line.removeprefix("- ")) for line in lines if line.startswith("- ") and _is_comment(line[2:])]
 
 

@@ -1,19 +1,18 @@
-"""Does the small model answer LCU's three tasks better than the baselines, and how near does it come to what words say?
+"""Compare a small tuned model with the baselines on LCU's three tasks, and with a logit on the words.
 
     python -m benchmarks.quality.instructions --work build/instructions --out benchmarks/results/instructions.json
 
-A simulated world of 3,000 users and ten days, the last two held out; the samples and the job are those of
+A simulated world of 3,000 users and ten days, the last two held out. The samples and the job are those of
 ``configs/finetune_small.toml``, whose settings were chosen on the day before. For every seed (of weights, adapters and
-order) a fine-tuning on one rank. Beside the model stand the untuned one, the majority and popularity baselines, and
-``words``: a logit on features made by hand from the same prompts, which knows the world's lists of words.
+order) the model is fine-tuned on one rank. It is compared with the untuned model, the majority and popularity
+baselines, and ``words``: a logit on hand-made features of the same prompts, which knows the world's lists of words.
 
-A run that is done is kept in ``--work``; the same command goes on with those that are not, and ``--minutes`` starts no
-further one. Intervals are Student's t over the seeds; the popularity baseline is the same for all of them.
+A finished run is kept in ``--work``; the same command continues with the others, and none is started after
+``--minutes``. Intervals are Student's t over the seeds; the popularity baseline is the same for all of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import make_parser, mean_and_half_width, write_result
 from benchmarks.quality.instruction_word_baseline import accuracy_of_words
-from benchmarks.quality.staytime_report import mean_and_half_width
 from trainer.config.finetune import load_finetune
 from trainer.console.text_table import text_table
 from trainer.data.simulator.write_dataset import simulate
@@ -32,8 +31,6 @@ from trainer.llm.finetuning.option_evaluation import MODELS
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.write import Plan, write_instructions
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"
@@ -48,7 +45,7 @@ BASELINES = ("majority", "popularity")
 
 
 def prepare(work: Path, users: int, plan: Plan) -> Path:
-    """The samples, made where they are not there."""
+    """Return the directory of the samples; make them if they are missing."""
     world, samples = work / f"world-{users}", work / f"samples-{users}"
     if not world.exists():
         simulate(world, users, DAYS, 8, 1, texts=True)
@@ -58,7 +55,7 @@ def prepare(work: Path, users: int, plan: Plan) -> Path:
 
 
 def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """The metrics of a run, which is trained if it is not there or not done."""
+    """Return the metrics of a run; train it if it is missing or not finished."""
     settings = [f"run.directory={directory}", f"run.seed={seed}", "train.device=cpu"]
     settings += [f'data.{name}=["{samples / f"{name}.jsonl"}"]' for name in ("train", "evaluate", "general")]
     if not (directory / "metrics.json").exists():
@@ -70,7 +67,7 @@ def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]
 
 
 def words(samples: Path) -> dict[str, float]:
-    """Task -> accuracy of the reader by hand."""
+    """Return the accuracy of the logit on hand-made features by task."""
     train, held_out = (
         list(read_samples([str(samples / f"{name}.jsonl")], ReadCounts())) for name in ("train", "evaluate")
     )
@@ -81,14 +78,14 @@ def words(samples: Path) -> dict[str, float]:
     }
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], read_by_hand: Mapping[str, float]) -> dict[str, Any]:
-    """Task -> means over the seeds and half-widths of their 95 % intervals.
+def summarise(runs: Sequence[Mapping[str, Any]], words_accuracy: Mapping[str, float]) -> dict[str, Any]:
+    """Return by task the means over the seeds and the half-widths of their 95 % intervals.
 
     ``gain`` is of the model over the better one of the baselines, seed by seed.
     """
     summary: dict[str, Any] = {}
     for task, first in runs[0].items():
-        of_task: dict[str, Any] = {"samples": first["samples"], "words": read_by_hand.get(task)}
+        of_task: dict[str, Any] = {"samples": first["samples"], "words": words_accuracy.get(task)}
         for name in MODELS:
             of_task[name] = mean_and_half_width([run[task][name]["accuracy"] for run in runs])
         for metric in ("log_loss", "auc"):
@@ -101,7 +98,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], read_by_hand: Mapping[str, floa
 
 
 def learning(directory: Path) -> dict[str, Any]:
-    """What of a run's job decides what it learns, without its files."""
+    """Return the settings of a run's job that decide what it learns, without its files."""
     config = json.loads((directory / "config.json").read_text())
     return {
         **{name: config[name] for name in ("small", "lora", "optimizer")},
@@ -111,7 +108,7 @@ def learning(directory: Path) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Share of right choices, by task."""
+    """Return the share of right choices as a table, by task."""
 
     def cell(value: Any) -> str:
         mean, half = value
@@ -126,7 +123,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """Right choices as bars."""
+    """Draw the share of right choices as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -142,16 +139,15 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where data and runs are kept")
-    parser.add_argument("--users", type=int, default=USERS, help="of the simulated world (default: %(default)s)")
+    parser = make_parser("quality.instructions", __doc__)
+    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--users", type=int, default=USERS, help="users of the simulated world (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
-    parser.add_argument("--out", type=Path, help="JSON file to write; the picture goes beside it")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     samples = prepare(options.work, options.users, PLAN)
     deadline, runs, metrics = time.monotonic() + 60 * options.minutes, [], []
@@ -162,20 +158,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.append(metrics[-1]["evaluation"])
     summary = summarise(runs, words(samples))
     print(table(summary))
+    document = {
+        "question": "whether the small model beats the majority and popularity baselines on LCU's three tasks",
+        "users": options.users,
+        "days": DAYS,
+        "seeds": len(runs),
+        "settings": learning(options.work / f"run-{options.users}-1"),
+        "steps": metrics[0]["training"]["steps"],
+        "samples": metrics[0]["samples"],
+        "tokens_per_second": [run["training"]["tokens_per_second"] for run in metrics],
+        "tasks": summary,
+    }
+    write_result(options.out, document)
     if options.out:
-        document = {
-            "question": "whether the small model beats the majority and popularity baselines on LCU's three tasks",
-            "users": options.users,
-            "days": DAYS,
-            "seeds": len(runs),
-            "settings": learning(options.work / f"run-{options.users}-1"),
-            "steps": metrics[0]["training"]["steps"],
-            "samples": metrics[0]["samples"],
-            "tokens_per_second": [run["training"]["tokens_per_second"] for run in metrics],
-            "tasks": summary,
-            "environment": environment(1),
-        }
-        write_json(options.out, document)
         draw(summary, options.out.with_suffix(".svg"))
 
 

@@ -1,23 +1,21 @@
-"""How good is the ranker on a real log? PLE against gradient-boosted trees on KuaiRand-Pure, paired by user.
+"""Compare PLE with gradient-boosted trees on the real log KuaiRand-Pure, paired by user.
 
     python -m benchmarks.quality.kuairand --source KuaiRand-Pure --out benchmarks/results/kuairand.json
 
 Trains ``configs/kuairand.toml`` with three seeds on the days before ``--from``, predicts the requests from ``--from``
 until ``--until`` with statistics and histories frozen at the end of training, and compares with two LightGBM models
-that are given the same rows, the same side features and the same frozen statistics:
+on the same rows, side features and frozen statistics:
 
 * ``lightgbm-own``: 300 trees of 63 leaves, per behaviour, with the statistics of that behaviour;
 * ``lightgbm-all``: 150 trees of 15 leaves, per behaviour, with the statistics of all behaviours.
 
-The difference to each is bootstrapped over users (all rows of a user drawn together, both models on the same draw).
+The difference to each is bootstrapped over users (all rows of a user are drawn together, both models on the same draw).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,15 +26,14 @@ import lightgbm
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.bootstrap import Resampled, draw_users, interval, resample_auc, resample_gauc
+from benchmarks.bootstrap import ResampledMetric, draw_users, interval, resample_auc, resample_gauc
+from benchmarks.measure import make_parser, run_limelight, write_result
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.dense_inputs import DenseInputs
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import read_rows
 from trainer.ranking.setup import Split, split_in_time
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 
 JOB = "configs/kuairand.toml"
 BEHAVIOURS = ("click", "long_view", "like", "profile_enter", "comment", "follow")
@@ -51,20 +48,19 @@ Scores = dict[str, np.ndarray]
 """Behaviour -> score of each held-out row, in order of ``visit_id``."""
 
 
-def train_ranker(data: Path, home: Path, seed: int, options: argparse.Namespace) -> Scores:
-    """Train and predict with one seed by the commands that a user types; scores in order of ``visit_id``."""
-    run, predictions = home / f"seed-{seed}", home / f"seed-{seed}.parquet"
+def train_ranker(data: Path, directory: Path, seed: int, options: argparse.Namespace) -> Scores:
+    """Train and predict with one seed by the commands that a user types; return scores in order of ``visit_id``."""
+    run, predictions = directory / f"seed-{seed}", directory / f"seed-{seed}.parquet"
     window = [f"data.eval_from={options.since}", f"data.eval_until={options.until}"]
     settings = [f"data.path={data}", f"run.directory={run}", f"run.seed={seed}", *window, *options.overrides]
-    limelight = [sys.executable, "-m", "launch.cli.main"]
-    subprocess.run([*limelight, "train", JOB, *settings, f"--ranks={options.ranks}"], check=True)
-    subprocess.run([*limelight, "evaluate", str(run), f"--predictions={predictions}"], check=True)
+    run_limelight("train", JOB, *settings, f"--ranks={options.ranks}")
+    run_limelight("evaluate", run, f"--predictions={predictions}")
     table = pq.read_table(predictions).sort_by("visit_id")
     return {behaviour: table[f"p_{behaviour}"].to_numpy() for behaviour in BEHAVIOURS}
 
 
 def tree_inputs(spec: DatasetSpec, data: Dataset, split: Split, path: Path) -> tuple[Rows, Rows]:
-    """Training rows, and held-out rows in order of ``visit_id`` with the statistics of the end of training."""
+    """Return training rows, and held-out rows in order of ``visit_id`` with the statistics at the end of training."""
     training = read_rows(path, spec, emit_until=split.train_until)
     held_out = read_rows(path, spec, request_from=split.eval_from, request_until=split.eval_until)
     order = np.argsort(held_out["visit_id"])
@@ -74,7 +70,7 @@ def tree_inputs(spec: DatasetSpec, data: Dataset, split: Split, path: Path) -> t
 
 
 def fit_trees(name: str, config: JobConfig, spec: DatasetSpec, training: Rows, held_out: Rows) -> Scores:
-    """Scores of one LightGBM setting."""
+    """Return the scores of one LightGBM setting."""
     inputs = DenseInputs(spec, config.features)
     prior = np.clip(training["label"].mean(axis=0), 1e-6, 1 - 1e-6)
     dense = [inputs.raw(rows, prior) for rows in (training, held_out)]
@@ -100,7 +96,7 @@ def fit_trees(name: str, config: JobConfig, spec: DatasetSpec, training: Rows, h
 
 
 def compare(models: dict[str, list[Scores]], held_out: Rows, spec: DatasetSpec) -> dict[str, Any]:
-    """Metrics of every model, mean over its seeds, with the bootstrapped difference of the first to the others."""
+    """Return the metrics of every model, means over its seeds, and the bootstrapped difference of the first to each."""
     index, counts = draw_users(held_out["user_id"], RESAMPLES, seed=1)
     result: dict[str, Any] = {}
     for behaviour in BEHAVIOURS:
@@ -127,12 +123,12 @@ def compare(models: dict[str, list[Scores]], held_out: Rows, spec: DatasetSpec) 
     return result
 
 
-def _mean(resampled: Sequence[Resampled]) -> Resampled:
-    return Resampled(float(np.mean([r.value for r in resampled])), np.mean([r.draws for r in resampled], axis=0))
+def _mean(resampled: Sequence[ResampledMetric]) -> ResampledMetric:
+    return ResampledMetric(float(np.mean([r.value for r in resampled])), np.mean([r.draws for r in resampled], axis=0))
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparison as text."""
+    """Return the comparison as a table."""
     lines = [f"{'behaviour':<15}{'metric':<7}{'model':<14}{'mean':>8}{'s.e.':>8}{'PLE - it':>10}   95 % interval"]
     for behaviour, found in result.items():
         for metric in ("auc", "gauc"):
@@ -146,52 +142,40 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="an imported dataset; default: import --source")
-    parser.add_argument("--source", type=Path, default=os.environ.get("LIMELIGHT_KUAIRAND"), help="KuaiRand's folder")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = make_parser("quality.kuairand", __doc__)
+    parser.add_argument("--data", type=Path, help="imported dataset (default: import --source)")
+    parser.add_argument(
+        "--source", type=Path, default=os.environ.get("LIMELIGHT_KUAIRAND"), help="folder of KuaiRand-Pure"
+    )
     parser.add_argument("--from", dest="since", default="2022-05-04", help="first held-out day (default: %(default)s)")
     parser.add_argument("--until", default="2022-05-06", help="end of the held-out days (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of a training (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if not options.data and not options.source:
         sys.exit("no data: give --data or --source, or set LIMELIGHT_KUAIRAND to a folder of KuaiRand-Pure")
     with tempfile.TemporaryDirectory() as temporary:
-        home = Path(temporary)
-        path = options.data or home / "kuairand"
+        scratch = Path(temporary)
+        path = options.data or scratch / "kuairand"
         if not options.data:
-            source = [
-                sys.executable,
-                "-m",
-                "launch.cli.main",
-                "data",
-                "import",
-                "kuairand",
-                str(options.source),
-                str(path),
-            ]
-            subprocess.run(source, check=True)
+            run_limelight("data", "import", "kuairand", options.source, path)
         window = [f"data.eval_from={options.since}", f"data.eval_until={options.until}"]
         config = load_config(JOB, [f"data.path={path}", *window, *options.overrides])
         data = Dataset.open(str(path))
         split = split_in_time(config, data.spec)
         training, held_out = tree_inputs(data.spec, data, split, path)
         models: dict[str, list[Scores]] = {
-            "ple": [train_ranker(path, home, seed, options) for seed in range(1, options.seeds + 1)],
+            "ple": [train_ranker(path, scratch, seed, options) for seed in range(1, options.seeds + 1)],
             **{name: [fit_trees(name, config, data.spec, training, held_out)] for name in TREES},
         }
         result = compare(models, held_out, data.spec)
     print(table(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"question": "PLE against LightGBM on KuaiRand-Pure", "from": options.since, "until": options.until}
-        facts |= {"seeds": options.seeds, "training_rows": len(training["visit_id"]), "resamples": RESAMPLES}
-        write_json(options.out, {**facts, "environment": environment(options.ranks), "result": result})
-        print(json.dumps({"written": str(options.out)}))
+    facts = {"question": "PLE against LightGBM on KuaiRand-Pure", "from": options.since, "until": options.until}
+    facts |= {"seeds": options.seeds, "training_rows": len(training["visit_id"]), "resamples": RESAMPLES}
+    write_result(options.out, {**facts, "result": result}, options.ranks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How close do the networks come to the best possible AUC of a simulated world?
+"""Compare the networks with the best possible AUC of a simulated world.
 
     python -m benchmarks.quality.simulated_world --out benchmarks/results/simulated_world.json
 
@@ -12,37 +12,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
+from benchmarks.measure import make_parser, mean_and_half_width, run_limelight, write_result
 
 JOB = "configs/simulated.toml"
 MODELS = ("ple", "cgc", "mmoe", "shared_bottom", "logistic")
 
 
 def run_seed(world: Path, directory: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Train all models with one seed; model -> metrics by behaviour."""
+    """Train all models with one seed; return the metrics by model and behaviour."""
     settings = [f"data.path={world}", f"run.directory={directory}", f"run.seed={seed}", *options.overrides]
     settings.append(f"train.baselines={json.dumps(MODELS[1:])}")
-    command = [sys.executable, "-m", "launch.cli.main", "train", JOB, *settings, f"--ranks={options.ranks}"]
-    subprocess.run(command, check=True)
-    homes = {name: directory if name == MODELS[0] else directory / "baselines" / name for name in MODELS}
-    return {name: json.loads((home / "metrics.json").read_text())["behaviours"] for name, home in homes.items()}
+    run_limelight("train", JOB, *settings, f"--ranks={options.ranks}")
+    files = {
+        name: (directory if name == MODELS[0] else directory / "baselines" / name) / "metrics.json" for name in MODELS
+    }
+    return {name: json.loads(file.read_text())["behaviours"] for name, file in files.items()}
 
 
 def summarise(seeds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Behaviour -> best AUC and, per model, mean AUC and GAUC, half-width of the 95 % interval, share of the gap."""
+    """Return by behaviour the best AUC, and by model mean AUC with its interval, mean GAUC and share of the gap."""
     result: dict[str, Any] = {}
-    width = float(student.ppf(0.975, len(seeds) - 1) / np.sqrt(len(seeds))) if len(seeds) > 1 else float("nan")
     for behaviour, first in seeds[0][MODELS[0]].items():
         best = first["best_auc"]
         aucs = {name: np.array([seed[name][behaviour]["auc"] for seed in seeds]) for name in MODELS}
@@ -53,7 +49,7 @@ def summarise(seeds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
             "models": {
                 name: {
                     "auc": float(auc.mean()),
-                    "half_width_95": float(auc.std(ddof=1) * width) if len(seeds) > 1 else None,
+                    "half_width_95": mean_and_half_width(auc.tolist())[1],
                     "gauc": float(np.mean([seed[name][behaviour]["gauc"] for seed in seeds])),
                     "gap_closed": float((auc.mean() - floor) / (best - floor)),
                 }
@@ -64,7 +60,7 @@ def summarise(seeds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: AUC, and the share of the gap closed in brackets."""
+    """Return a Markdown table of AUC, with the share of the gap closed in brackets."""
     lines = ["| behaviour | positives | " + " | ".join(reversed(MODELS)) + " | best possible |"]
     lines.append("|---" * (len(MODELS) + 3) + "|")
     for behaviour, found in result.items():
@@ -77,29 +73,28 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, help="a simulated dataset; default: 3,000 users, 10 days, seed 1")
+    parser = make_parser("quality.simulated_world", __doc__)
+    parser.add_argument("--world", type=Path, help="simulated dataset (default: simulate one)")
+    parser.add_argument("--users", type=int, default=3000, help="users of the world (default: %(default)s)")
+    parser.add_argument("--days", type=int, default=10, help="days of the world (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of a training (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         world = options.world or Path(temporary) / "world"
         if not options.world:
-            size = ["--users", "3000", "--days", "10", "--partitions", "8", "--seed", "1"]
-            subprocess.run([sys.executable, "-m", "launch.cli.main", "data", "simulate", str(world), *size], check=True)
+            size = ["--users", options.users, "--days", options.days, "--partitions", 8, "--seed", 1]
+            run_limelight("data", "simulate", world, *size)
         seeds = [
             run_seed(world, Path(temporary) / f"run-{seed}", seed, options) for seed in range(1, options.seeds + 1)
         ]
     result = summarise(seeds)
     print(table(result))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"question": "AUC against the best possible on a simulated world", "seeds": options.seeds}
-        write_json(options.out, {**facts, "environment": environment(options.ranks), "result": result})
+    facts = {"question": "AUC against the best possible on a simulated world", "seeds": options.seeds}
+    write_result(options.out, {**facts, "result": result}, options.ranks)
 
 
 if __name__ == "__main__":

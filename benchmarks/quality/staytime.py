@@ -1,21 +1,21 @@
-"""What LCU's second stage is worth for seconds in the comment area, and what each of its parts is.
+"""Measure what LCU's second stage, and each of its parts, adds to the prediction of seconds in the comments.
 
     python -m benchmarks.quality.staytime --work build/staytime --out benchmarks/results/staytime.json
     python -m benchmarks.quality.staytime --work build/staytime --parts bases grid --minutes 30
     python -m benchmarks.quality.staytime --work build/staytime --embeddings tuned=TABLES untuned=TABLES
 
-Cells of a simulated world with texts (``--users``, 14 days; the last two are held out, settings were chosen on the day
-before): a base with and without LCU; other backbones; LCU without one of its losses, or without texts; the leak of
-choosing comments by the outcome; weights of the two losses; the number of comments; days of training; learning rates
-and epochs; and each peculiarity of the paper's released code. ``--kuairand`` adds the bases on the real
-``comment_stay_time`` of an imported KuaiRand, without texts.
+A cell is one training on a simulated world with texts (``--users``, 14 days; the last two are held out, settings were
+chosen on the day before): a base with and without LCU; other backbones; LCU without one of its losses, or without
+texts; comments chosen by the outcome, which is a leak; weights of the two losses; the number of comments; days of
+training; learning rates and epochs; and each peculiarity of the paper's released code. ``--kuairand`` adds the bases on
+the real ``comment_stay_time`` of an imported KuaiRand, without texts.
 
-A text's embedding is a sum of random vectors of its words, unless ``--embeddings NAME=DIRECTORY`` gives tables that
-``limelight embed`` made (``DIRECTORY/items`` and ``DIRECTORY/comments``): each name is then a cell of its own, such as
-the tuned and the untuned model, or four prompt templates.
+A text's embedding is a sum of random vectors of its words. ``--embeddings NAME=DIRECTORY`` adds a cell with tables that
+``limelight embed`` made (``DIRECTORY/items`` and ``DIRECTORY/comments``), such as those of the tuned and of the untuned
+model, or of four prompt templates.
 
-A job that is done is kept in ``--work``; the same command goes on with those that are not, and ``--minutes`` ends it
-early. Every difference is between cells of one seed, with Student's t over the seeds: of the training, in one world.
+A finished cell is kept in ``--work``; the same command continues with the others, and ``--minutes`` ends it early.
+Every difference is between cells of one seed, with Student's t over the seeds of the training, in one world.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import make_parser, write_result
 from benchmarks.quality.staytime_report import print_tables, summarise, write_pictures
 from trainer.comment_staytime.evaluation import train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
@@ -42,7 +43,6 @@ from trainer.config.staytime import PECULIARITIES, InputConfig, LcuConfig, Stayt
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
-from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 
 JOB = "configs/staytime.toml"
@@ -55,15 +55,15 @@ DAYS = 14
 FIRST_DAYS = {3: "2024-03-13", 6: "2024-03-10", 12: "2024-03-04"}
 """Days of training -> the first of them."""
 TRAININGS = ((1, 1e-2), (2, 5e-3), (2, 2e-3))
-"""Epochs and learning rate; the first is what the other parts have, the second what the job file has."""
+"""Epochs and learning rate; the other parts have the first, the job file has the second."""
 WORD_WIDTH = 32
 
 READ = {"enabled", "item_embeddings", "comment_embeddings", "comments", "candidates"}
-"""Settings of LCU that decide what is read."""
+"""Settings of LCU that decide which data are read."""
 
 WORLD_SETTINGS = (
     "data.eval_from=2024-03-16",
-    # Without what says nothing of staying in this world, and in one epoch, so that a cell is cheap.
+    # Without the features that say nothing about the staytime in this world, and in one epoch, so that a cell is cheap.
     'input.exclude=["city_tier", "device", "gender", "age_band", "spend_band", "user_tenure", "author_tenure", '
     '"author_category", "author_genre", "fans_band"]',
     "lcu.heads=2",
@@ -76,7 +76,7 @@ NO_KUAIRAND = "not run: --kuairand names no dataset (limelight data import kuair
 
 
 @dataclass(frozen=True)
-class Cell:
+class StaytimeCell:
     """One training and its evaluation.
 
     Attributes:
@@ -94,7 +94,7 @@ class Cell:
     texts: Path | None
 
     def config(self, path: Path, overrides: Sequence[str]) -> StaytimeConfig:
-        """The job, on the dataset at ``path``."""
+        """Return the job on the dataset at ``path``."""
         fixed = KUAIRAND_SETTINGS if self.part == "kuairand" else WORLD_SETTINGS
         texts = []
         if self.texts is not None:
@@ -103,11 +103,11 @@ class Cell:
         return load_job(StaytimeConfig, JOB, settings)
 
 
-def world_cells(options: argparse.Namespace, words: Path) -> Iterator[Cell]:
-    """The cells of the simulated world, the most telling parts first."""
+def world_cells(options: argparse.Namespace, words: Path) -> Iterator[StaytimeCell]:
+    """Yield the cells of the simulated world, the most informative parts first."""
 
     def cells(part: str, name: str, *settings: str, texts: Path | None = words, seeds: int = options.seeds) -> Any:
-        return [Cell(part, name, seed, settings, texts) for seed in range(1, seeds + 1)]
+        return [StaytimeCell(part, name, seed, settings, texts) for seed in range(1, seeds + 1)]
 
     for loss in LOSSES:
         yield from cells("bases", f"{loss} alone", f"base.loss={loss}", *BASE_ALONE)
@@ -143,16 +143,16 @@ def world_cells(options: argparse.Namespace, words: Path) -> Iterator[Cell]:
         yield from cells("training", f"{epochs} x {rate:g} with LCU", *settings)
 
 
-def kuairand_cells(seeds: int) -> Iterator[Cell]:
-    """All bases on KuaiRand."""
+def kuairand_cells(seeds: int) -> Iterator[StaytimeCell]:
+    """Yield all bases on KuaiRand."""
     for loss in LOSSES:
         for seed in range(1, seeds + 1):
-            yield Cell("kuairand", loss, seed, (f"base.loss={loss}",), None)
+            yield StaytimeCell("kuairand", loss, seed, (f"base.loss={loss}",), None)
 
 
 def run_cell(config: StaytimeConfig) -> dict[str, Any]:
-    """Train and evaluate."""
-    # Cells that read the same share it in memory.
+    """Train and evaluate one cell."""
+    # Cells that read the same data share them in memory.
     reads = LcuConfig(**config.lcu.model_dump(include=READ))
     data = _load(config.data, config.input, reads, config.run.seed)
     return train_and_evaluate(config, data, torch.device("cpu"), quiet=True)
@@ -164,7 +164,7 @@ def _load(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: i
 
 
 def word_tables(world: Path, directory: Path) -> None:
-    """Embeddings of a world's texts without a language model: a fixed random vector for each word, summed."""
+    """Write embeddings of a world's texts without a language model: the sum of a fixed random vector for each word."""
     for name, column in (("items", "item_id"), ("comments", "comment_id")):
         table = read_texts(world, name, [column, "text"])
         texts = [text.split() for text in table["text"].to_pylist()]
@@ -176,15 +176,17 @@ def word_tables(world: Path, directory: Path) -> None:
         ContentVectors.write(directory / name, table[column].to_numpy(), vectors)
 
 
-def run_cells(cells: Sequence[Cell], paths: dict[str, Path], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Results of the cells, those that are done from ``options.work``; without those for which no time is left."""
+def run_cells(
+    cells: Sequence[StaytimeCell], paths: dict[str, Path], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return the results of the cells, finished ones from ``options.work``, until ``options.minutes`` are over."""
     folder = options.work / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     results = []
     for number, cell in enumerate(cells, 1):
         config = cell.config(paths["kuairand" if cell.part == "kuairand" else "world"], options.overrides)
-        # Named by the job: what is a cell of several parts is trained once.
+        # The file is named by the job, so a cell of several parts is trained once.
         digest = hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).hexdigest()
         file = folder / f"{digest}.json"
         if not file.exists() and time.monotonic() < deadline:
@@ -200,7 +202,7 @@ def run_cells(cells: Sequence[Cell], paths: dict[str, Path], options: argparse.N
 
 
 def prepare(options: argparse.Namespace) -> tuple[dict[str, Path], Path]:
-    """The datasets, and the tables of word vectors; made in ``options.work`` where they are not there."""
+    """Return the datasets and the tables of word vectors; make in ``options.work`` what is missing."""
     world, words = options.work / f"world-{options.users}", options.work / f"words-{options.users}"
     if not world.exists():
         simulate(world, options.users, DAYS, 2, 1, texts=True)
@@ -210,27 +212,33 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Path], Path]:
 
 
 def named_directory(text: str) -> tuple[str, Path]:
-    """``NAME=DIRECTORY`` of a command line."""
+    """Parse ``NAME=DIRECTORY`` of a command line."""
     name, equals, directory = text.partition("=")
     if not equals or not (Path(directory) / "comments").is_dir() or not (Path(directory) / "items").is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=DIRECTORY, with tables DIRECTORY/items and /comments")
     return name, Path(directory)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where data and finished cells are kept")
-    parser.add_argument("--users", type=int, default=250, help="of the simulated world (default: %(default)s)")
-    parser.add_argument("--kuairand", type=Path, help="an imported KuaiRand, for its part")
-    parser.add_argument("--embeddings", type=named_directory, nargs="*", default=[], metavar="NAME=DIRECTORY")
+    parser = make_parser("quality.staytime", __doc__)
+    parser.add_argument("--work", type=Path, required=True, help="directory of data and finished cells")
+    parser.add_argument("--users", type=int, default=250, help="users of the simulated world (default: %(default)s)")
+    parser.add_argument("--kuairand", type=Path, help="imported KuaiRand; adds its part")
+    parser.add_argument(
+        "--embeddings",
+        type=named_directory,
+        nargs="*",
+        default=[],
+        metavar="NAME=DIRECTORY",
+        help="tables of `limelight embed`",
+    )
     parser.add_argument("--parts", nargs="*", metavar="PART", help="parts to run (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of a cell (default: %(default)s)")
     parser.add_argument("--grid-seeds", type=int, default=5, help="seeds of a cell of the grid (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="start no cell after so long")
-    parser.add_argument("--out", type=Path, help="JSON file to write; pictures go beside it")
+    parser.add_argument("--minutes", type=float, help="start no cell after this time (default: no limit)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the job")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     paths, words = prepare(options)
     cells = [*world_cells(options, words), *(kuairand_cells(options.seeds) if options.kuairand else ())]
@@ -243,13 +251,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_tables(summary)
     if not options.kuairand:
         print(f"\nkuairand: {NO_KUAIRAND}")
+    facts = {"question": "what LCU's second stage is worth for the staytime", "users": options.users}
+    facts |= {"days": DAYS, "settings": list(WORLD_SETTINGS)}
+    facts |= {"cells_done": len(results), "cells": len(cells)}
+    facts |= {} if options.kuairand else {"kuairand": NO_KUAIRAND}
+    write_result(options.out, {**facts, "result": summary})
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"question": "what LCU's second stage is worth for the staytime", "users": options.users}
-        facts |= {"days": DAYS, "settings": list(WORLD_SETTINGS)}
-        facts |= {"cells_done": len(results), "cells": len(cells)}
-        facts |= {} if options.kuairand else {"kuairand": NO_KUAIRAND}
-        write_json(options.out, {**facts, "environment": environment(1), "result": summary})
         write_pictures(summary, options.out)
         print(json.dumps({"written": options.out.name, "cells": f"{len(results)} of {len(cells)}"}))
 

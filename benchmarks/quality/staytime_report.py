@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
+from benchmarks.measure import mean_and_half_width
 from trainer.console.text_table import text_table
 
 METRICS = ("rmse", "mae", "rmse_opened", "mae_opened", "xauc", "gauc", "ndcg@1", "ndcg@3", "ndcg@5", "mrr", "wt@3")
@@ -22,7 +22,7 @@ REFERENCES = {
     "comments": "6 comments",
     "grid": "0, 0",
 }
-"""Cell of a part that the others are compared with."""
+"""Cell of a part with which the others are compared."""
 PAIRS = ("bases", "backbones", "days", "training")
 """Parts in which every cell with LCU is compared with the same without."""
 
@@ -42,11 +42,11 @@ Summary = dict[str, dict[str, Any]]
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
-    """Of every cell the mean over its seeds and the half-width of the 95 % interval; and of what it is compared with,
-    the same of the difference, seed by seed.
+    """Return the means of every cell over its seeds, and its differences to a reference cell, seed by seed.
 
-    A base with LCU is compared with the base alone, other cells with :data:`REFERENCES`. ``exposures`` of the bases
-    has the same for the groups of videos; what constants and the truth reach stands in the first cell of a part.
+    Each figure is a mean and the half-width of its 95 % interval. A base with LCU is compared with the base alone,
+    other cells with :data:`REFERENCES`. ``exposures`` of the bases has the same for the groups of videos; the metrics
+    of constants and of the truth stand in the first cell of a part.
     """
     by_cell: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for result in results:
@@ -90,17 +90,6 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
     return summary
 
 
-def mean_and_half_width(values: Sequence[float | None]) -> list[float | None]:
-    """Mean, and half of the width of the 95 % interval by Student's t; None where a value is undefined."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return [None, None]
-    if len(known) == 1:
-        return [known[0], None]
-    spread = float(np.std(known, ddof=1) * student.ppf(0.975, len(known) - 1) / np.sqrt(len(known)))
-    return [float(np.mean(known)), spread]
-
-
 _Pick = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -125,7 +114,7 @@ def _differences(
 
 
 def print_tables(summary: Summary) -> None:
-    """Every part as a table of means, with the differences under the cells that have one."""
+    """Print every part as a table of means, with the differences under the cells that have some."""
     for part, cells in summary.items():
         lines = []
         for name, cell in cells.items():
@@ -154,7 +143,7 @@ def _cell(value: Sequence[float | None], *, sign: bool = False) -> str:
 
 
 def write_pictures(summary: Summary, out: Path) -> None:
-    """``OUT_bases.svg``, ``OUT_cold.svg`` and ``OUT_grid.svg``, those whose cells are there."""
+    """Write ``OUT_bases.svg``, ``OUT_cold.svg`` and ``OUT_grid.svg``, each if its cells have been run."""
     if any("difference" in cell for cell in summary.get("bases", {}).values()):
         _differences_picture(summary["bases"], out.with_name(f"{out.stem}_bases.svg"))
         _cold_picture(summary["bases"], out.with_name(f"{out.stem}_cold.svg"))
@@ -163,7 +152,7 @@ def write_pictures(summary: Summary, out: Path) -> None:
 
 
 def _differences_picture(bases: Mapping[str, Any], file: Path) -> None:
-    """What LCU adds to each base, with intervals."""
+    """Draw the gain of LCU over each base, with intervals."""
     figure = Figure(figsize=(12, 3), layout="constrained")
     pairs = {name.removesuffix(" with LCU"): cell["difference"] for name, cell in bases.items() if "difference" in cell}
     panels = figure.subplots(1, len(LABELS), sharey=True)
@@ -182,20 +171,20 @@ def _differences_picture(bases: Mapping[str, Any], file: Path) -> None:
 
 
 def _limits(intervals: Sequence[Sequence[float | None]]) -> tuple[float, float]:
-    """Limits of an axis around zero for most of the intervals, so that one wide one does not press the others flat."""
+    """Return limits around zero that show most of the intervals, so that a wide one does not flatten the others."""
     ends = [abs(mean) + (spread or 0.0) for mean, spread in intervals if mean is not None]
     end = min(2.5 * float(np.median(ends)), 1.1 * max(ends)) if ends else 1.0
     return -end, end
 
 
 def _cold_picture(bases: Mapping[str, Any], file: Path) -> None:
-    """What LCU adds by exposures of the video."""
+    """Draw the gain of LCU by exposures of the video in training."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     cells = {name.split()[0]: cell["difference_by_exposures"] for name, cell in bases.items() if "difference" in cell}
     panels = figure.subplots(1, 3)
     for axes, metric in zip(panels, ("rmse", "xauc", "gauc"), strict=True):
         for number, (name, groups) in enumerate(cells.items()):
-            # Side by side, so that intervals can be told apart.
+            # Bases stand side by side, so that their intervals do not overlap.
             place = np.arange(len(GROUPS)) + (number - (len(cells) - 1) / 2) * 0.12
             mean, spread = np.array([groups[group][metric] for group in GROUPS], float).T
             axes.errorbar(place, mean, yerr=np.nan_to_num(spread), fmt="o", markersize=4, capsize=2, label=name)
@@ -210,14 +199,14 @@ def _cold_picture(bases: Mapping[str, Any], file: Path) -> None:
 
 
 def _grid_picture(grid: Mapping[str, Any], file: Path) -> None:
-    """RMSE against GAUC of every pair of weights; those that no other pair beats in both are joined."""
+    """Draw RMSE against GAUC of every pair of weights; a line joins the pairs that no other beats in both."""
     weights = [tuple(name.split(", ")) for name in grid]
     points = np.array([[cell["all"]["rmse"][0], cell["all"]["gauc"][0]] for cell in grid.values()])
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     best = pareto(points)
     axes.plot(points[best, 0], points[best, 1], color="grey", linewidth=1, zorder=0, label="no pair is better in both")
-    # Colours and shapes, for sixteen names would lie over each other.
+    # Colours and shapes instead of names, since sixteen names would overlap.
     firsts, seconds = (list(dict.fromkeys(pair[side] for pair in weights)) for side in (0, 1))
     for (first, second), (x, y) in zip(weights, points, strict=True):
         color, marker = f"C{firsts.index(first)}", "osD^v<>P*X"[seconds.index(second)]
@@ -238,7 +227,7 @@ def _grid_picture(grid: Mapping[str, Any], file: Path) -> None:
 
 
 def pareto(points: np.ndarray) -> np.ndarray:
-    """Rows of ``[n, 2]`` that no other is at least as low in the first and as high in the second, by the first."""
+    """Return the rows of ``[n, 2]`` that no other row beats: lower in the first column, higher in the second."""
     kept = [
         row for row, (x, y) in enumerate(points) if not any((a <= x and b >= y) and (a < x or b > y) for a, b in points)
     ]

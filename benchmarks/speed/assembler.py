@@ -1,33 +1,31 @@
-"""How many events a second do the label assemblers take, and how many rows does each policy make of them?
+"""Measure the events a second of the label assemblers, and the rows that each policy makes of them.
 
     python -m benchmarks.speed.assembler --out benchmarks/results/assembler.json
     python -m benchmarks.speed.assembler --kuairand downloads/KuaiRand-Pure --users 5000
 
-Worlds: the simulated one with its live rooms as candidates, as it comes; the same with short videos as candidates too,
-so that every event counts; and KuaiRand, if its folder is given. One thread, and per second of CPU time, so that what
-else the machine does has no part in it. Events are in memory; ``read`` is what reading and checking them costs before
-that. They arrive in some disorder, to the incremental assembler in portions of ``--portion`` events; both assemblers'
-rows are compared.
+Worlds: the simulated one with its live rooms as candidates; the same with short videos as candidates too, so that every
+event counts; and KuaiRand, if its folder is given. Rates are per second of CPU time on one thread, which other work on
+the machine hardly disturbs. Events are in memory; ``read_events_per_second`` is the rate of reading and checking them
+before that. They arrive out of order, and reach the streaming assembler in portions of ``--portion`` events. Both
+assemblers must make equal rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import fastest, make_parser, write_result
 from trainer.console.text_table import text_table
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.validation import Columns
 from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 from trainer.stream.labels.assembled_rows import AssembledRows, concatenate
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
@@ -36,25 +34,15 @@ from trainer.stream.labels.streaming_assembler import StreamAssembler
 from trainer.stream.labels.visit_grouping import in_domains
 
 TARGETS = {"batch": 500_000, "incremental": 100_000}
-"""Events per second and core that are asked of each."""
+"""Least events per second and core that each assembler aims at."""
 
 Domains = tuple[str, ...]
-
-
-def fastest(work: Callable[[], Any], repeats: int) -> float:
-    """CPU seconds of the fastest of several runs."""
-    seconds = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        seconds.append(time.process_time() - begin)
-    return min(seconds)
 
 
 def in_portions(
     spec: DatasetSpec, policy: Policy, timeouts: EventTimeouts, events: Columns, domains: Domains, portion: int
 ) -> Iterator[AssembledRows]:
-    """The incremental assembler's answers."""
+    """Yield the answers of the streaming assembler, portion by portion."""
     assembler = StreamAssembler(spec, policy, timeouts, domains)
     for first in range(0, len(events["time_ms"]), portion):
         yield assembler.push({name: column[first : first + portion] for name, column in events.items()})
@@ -62,7 +50,7 @@ def in_portions(
 
 
 def arriving(events: Columns, max_out_of_orderness_ms: int) -> Columns:
-    """Events as they would arrive if each took up to ``max_out_of_orderness_ms``."""
+    """Return the events in the order of arrival if each is late by up to ``max_out_of_orderness_ms``."""
     delay = np.random.default_rng(0).integers(0, max_out_of_orderness_ms + 1, len(events["time_ms"]))
     order = np.argsort(events["time_ms"] + delay, kind="stable")
     return {name: column[order] for name, column in events.items()}
@@ -71,7 +59,7 @@ def arriving(events: Columns, max_out_of_orderness_ms: int) -> Columns:
 def measure(
     log: EventLog, world: str, domains: Domains, max_out_of_orderness_ms: int, portion: int, repeats: int
 ) -> dict[str, Any]:
-    """Rates and row volumes of a log, every partition by itself."""
+    """Return the rates and numbers of rows of a log, every partition by itself."""
     timeouts = EventTimeouts()
     begin = time.process_time()
     partitions = [log.read(partition) for partition in range(log.spec.partitions)]
@@ -111,7 +99,7 @@ def measure(
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a table."""
+    """Return the results as a table."""
     lines = []
     for result in results:
         fast_slow = result["policies"]["fast_slow"]["rows"]
@@ -133,20 +121,19 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=2_000, help="of the simulated world (default: %(default)s)")
-    parser.add_argument("--days", type=int, default=5, help="of the simulated world (default: %(default)s)")
-    parser.add_argument("--kuairand", metavar="FOLDER", help="KuaiRand-Pure, -1K or -27K as it is published")
+    parser = make_parser("speed.assembler", __doc__)
+    parser.add_argument("--users", type=int, default=2_000, help="users of the simulated world (default: %(default)s)")
+    parser.add_argument("--days", type=int, default=5, help="days of the simulated world (default: %(default)s)")
+    parser.add_argument("--kuairand", metavar="FOLDER", help="published KuaiRand-Pure, -1K or -27K")
     parser.add_argument(
         "--max-out-of-orderness-seconds",
         type=int,
         default=10,
         metavar="S",
-        help="events arrive up to so late (default: %(default)s)",
+        help="largest delay of an event (default: %(default)s)",
     )
     parser.add_argument("--portion", type=int, default=4096, help="events pushed at once (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the fastest counts")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--repeats", type=int, default=3, help="runs; the fastest counts (default: %(default)s)")
     options = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,12 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for work in TARGETS
     }
     for work, target in TARGETS.items():
-        print(f"{work}: slowest {slowest[work]:,.0f} events/s a core, asked for {target:,}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"targets": TARGETS, "slowest": slowest, "max_out_of_orderness_ms": max_out_of_orderness_ms}
-        facts |= {"portion": options.portion, "repeats": options.repeats}
-        write_json(options.out, {**facts, "results": results, "environment": environment(1)})
+        print(f"{work}: slowest {slowest[work]:,.0f} events/s a core, aim {target:,}")
+    settings = {"max_out_of_orderness_ms": max_out_of_orderness_ms}
+    settings |= {"portion": options.portion, "repeats": options.repeats}
+    write_result(options.out, {"targets": TARGETS, "slowest": slowest, **settings, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,36 +1,34 @@
-"""What does it save to attend to five sequences without projecting or padding their entries?
+"""Measure what ragged attention over five sequences saves against padded attention.
 
     python -m benchmarks.speed.attention --out benchmarks/results/attention.json
 
 Rows of a batch have five sequences of at most 100 entries: all full, of random lengths, or of random lengths with every
-other row empty. Compared are three ways, forward and backward by turns on the same data, the fastest round of each:
+other row empty. Three ways are compared, forward and backward by turns on the same data; the fastest round of each
+counts:
 
 * ``ours``: ``modules/esu.py``, one call for all sequences;
-* ``padded``: the same attention with the same weights as it is written down, sequence by sequence on padded entries;
-  results and gradients must be the same;
+* ``padded``: the same attention with the same weights, as the paper writes it down, sequence by sequence on padded
+  entries; results and gradients must be the same;
 * ``din``: the Deep Interest Network's attention of ``modules/din.py``, which is another function of the same entries.
 
-One thread, float32; time is the processor's, which other work on the machine disturbs less.
+One thread, float32. Times are processor time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.measure import make_parser, write_result
 from modules.din import TargetAttention
 from modules.esu import SequenceAttention
 from trainer.console.text_table import text_table
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 
 SEQUENCES, LONGEST = 5, 100
 PARTS, QUERY_DIM, HEADS, HEAD_DIM = (16, 16, 32), 64, 4, 16
@@ -41,8 +39,8 @@ TOLERANCE = 1e-4
 Way = Callable[[], Tensor]
 
 
-class Batch(NamedTuple):
-    """What is attended to: a candidate a row, and parts and lengths of each sequence."""
+class RaggedBatch(NamedTuple):
+    """Candidates, one a row, and the parts and lengths of each sequence."""
 
     query: Tensor
     sequences: list[list[Tensor]]
@@ -50,22 +48,22 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> list[Tensor]:
-        """All that gets gradients."""
+        """Tensors that get gradients."""
         return [self.query, *(part for sequence in self.sequences for part in sequence)]
 
 
-def make_batch(rows: int, kind: str) -> Batch:
-    """Random entries, in sequences of ``kind`` lengths."""
+def make_batch(rows: int, kind: str) -> RaggedBatch:
+    """Return random entries in sequences whose lengths are one of :data:`LENGTHS`."""
     lengths = []
     for _ in range(SEQUENCES):
         length = torch.full((rows,), LONGEST) if kind == "full" else torch.randint(LONGEST + 1, (rows,))
         lengths.append(length * (torch.arange(rows) % 2) if kind == "half empty" else length)
     sequences = [[torch.randn(int(each.sum()), dim).requires_grad_() for dim in PARTS] for each in lengths]
-    return Batch(torch.randn(rows, QUERY_DIM).requires_grad_(), sequences, lengths)
+    return RaggedBatch(torch.randn(rows, QUERY_DIM).requires_grad_(), sequences, lengths)
 
 
-def padded(attention: SequenceAttention, batch: Batch) -> Tensor:
-    """Equation 7 of Moment&Cross as it stands, on ``[rows, 100, dim]``; as :meth:`SequenceAttention.forward`."""
+def padded(attention: SequenceAttention, batch: RaggedBatch) -> Tensor:
+    """Return equation 7 of Moment&Cross on padded entries ``[rows, 100, dim]``, as `SequenceAttention.forward` does."""
     found = []
     for index, (parts, lengths) in enumerate(zip(batch.sequences, batch.lengths, strict=True)):
         rows = len(lengths)
@@ -85,8 +83,8 @@ def padded(attention: SequenceAttention, batch: Batch) -> Tensor:
     return torch.cat(found, 1)
 
 
-def deep_interest(networks: nn.ModuleList, batch: Batch) -> Tensor:
-    """The Deep Interest Network's attention, sequence by sequence."""
+def deep_interest(networks: nn.ModuleList, batch: RaggedBatch) -> Tensor:
+    """Return the Deep Interest Network's attention, sequence by sequence."""
     return torch.cat(
         [
             network(batch.query, torch.cat(list(parts), 1), lengths, LONGEST)
@@ -97,7 +95,7 @@ def deep_interest(networks: nn.ModuleList, batch: Batch) -> Tensor:
 
 
 def difference(one: Way, other: Way, gradients_of: Sequence[Tensor]) -> float:
-    """The largest difference of results and gradients, as a share of the largest value."""
+    """Return the largest difference of results and gradients, as a share of the largest value."""
     both = []
     for way in (one, other):
         result = way()
@@ -106,7 +104,7 @@ def difference(one: Way, other: Way, gradients_of: Sequence[Tensor]) -> float:
 
 
 def time_of(way: Way, gradients_of: Sequence[Tensor]) -> tuple[float, float]:
-    """Processor seconds forward and backward."""
+    """Return the processor seconds of the forward and of the backward pass."""
     begin = time.process_time()
     result = way()
     between = time.process_time()
@@ -115,7 +113,7 @@ def time_of(way: Way, gradients_of: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def compare(rows: int, kind: str, rounds: int) -> list[dict[str, Any]]:
-    """Times of all ways for sequences of ``kind`` lengths.
+    """Return the times of all ways for sequences whose lengths are one of :data:`LENGTHS`.
 
     Raises:
         SystemExit: the first two ways do not agree.
@@ -156,7 +154,7 @@ def compare(rows: int, kind: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """A line for each way."""
+    """Return the results as a table."""
     lines = [
         [
             row["lengths"],
@@ -172,32 +170,25 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m benchmarks.speed.attention``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1024, help="of a batch (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="of which the fastest counts (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write JSON here")
-    given = parser.parse_args(argv)
+    """Run the benchmark."""
+    parser = make_parser("speed.attention", __doc__)
+    parser.add_argument("--rows", type=int, default=1024, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="runs; the fastest counts (default: %(default)s)")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    rows = [row for kind in LENGTHS for row in compare(given.rows, kind, given.rounds)]
+    rows = [row for kind in LENGTHS for row in compare(options.rows, kind, options.rounds)]
     print(report(rows))
-    if given.out:
-        document = {
-            "attention": rows,
-            "settings": {
-                "rows": given.rows,
-                "sequences": SEQUENCES,
-                "longest": LONGEST,
-                "entry_dims": PARTS,
-                "query_dim": QUERY_DIM,
-                "heads": HEADS,
-                "head_dim": HEAD_DIM,
-            },
-            "load_average": os.getloadavg()[0],
-            "environment": environment(1),
-        }
-        write_json(given.out, document)
+    settings = {
+        "rows": options.rows,
+        "sequences": SEQUENCES,
+        "longest": LONGEST,
+        "entry_dims": PARTS,
+        "query_dim": QUERY_DIM,
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+    }
+    write_result(options.out, {"attention": rows, "settings": settings, "load_average": os.getloadavg()[0]})
 
 
 if __name__ == "__main__":

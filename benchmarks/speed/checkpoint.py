@@ -1,26 +1,24 @@
-"""What does a checkpoint cost: how long training stands still, how fast it is written and read, how much memory?
+"""Measure what a checkpoint costs: the stall of training, rates of writing and reading, and memory.
 
     python -m benchmarks.speed.checkpoint --out benchmarks/results/checkpoint.json
     python -m benchmarks.speed.checkpoint --gigabytes 0.2 --directory /scratch
 
 Tables of 2 GB with row-wise Adagrad, saved as training saves them (``trainer.ranking.checkpoints``), on 1 and 2 ranks:
 
-* stopping for it (``checkpoint.background = false``) and in the background, while steps go on. The stall is the time
-  for which the training thread stands still; its share of the interval is what it costs if saves are that far apart;
-* loaded in the same layout, and into others. A restore compares all checksums and then loads.
+* while training waits (``checkpoint.background = false``), and in the background while steps continue. The stall is the
+  time for which the training thread stands still; its share of the interval is the cost of saves that are that far
+  apart;
+* loaded into the same layout, and into others. A restore compares all checksums and then loads.
 
 The disk's own rate is that of as many processes that write the same bytes and sync them, or read them back, in blocks
-of 16 MB; measured beside each save and load. Nothing is dropped from the page cache, so reads are of cached files on
-both sides. Memory is a rank's peak above what the model itself takes: ``VmHWM`` of ``/proc/self/status``.
+of 16 MB, measured beside each save and load. Nothing is dropped from the page cache, so both sides read cached files.
+Memory is a rank's peak above that of the model itself: ``VmHWM`` of ``/proc/self/status``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from benchmarks.measure import make_parser, run_ranks, write_result
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.manifest import MODEL, DatasetEntry, directory_name, find_checkpoint
@@ -41,12 +40,11 @@ from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOpti
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 
 DIM = 16
 SHARES = {"user": 0.6, "item": 0.4}
-"""Of the bytes; the larger table is more than half of the model."""
+"""Shares of the bytes; the larger table is more than half of the model."""
 BATCH = 2048
 WARM_UP_STEPS, STEPS = 20, 60
 CHUNK_BYTES = 16 << 20
@@ -56,17 +54,17 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {"table_wise": (), "row_wise": ("2 x table_wise",)},
     1: {"table_wise": ("2 x row_wise",)},
 }
-"""Ranks -> sharding -> what is loaded into it beside its own checkpoint."""
+"""Ranks -> sharding -> layouts whose checkpoints are loaded into it, besides its own."""
 
 
 def tables_of(gigabytes: float, sharding: str) -> list[Table]:
-    """Tables of so many bytes with their optimizer's state: a number for each of a row's columns, and one a row."""
+    """Return tables of some size with their optimizer's state: a number for each column of a row, and one a row."""
     rows = gigabytes * 1e9 / (4 * (DIM + 1))
     return [Table(name, int(rows * share), DIM, "zeros", sharding=sharding) for name, share in SHARES.items()]  # type: ignore[arg-type]
 
 
 def make_engine(world: World, gigabytes: float, sharding: str) -> HybridEngine:
-    """The tables with a logistic regression over them."""
+    """Return an engine of the tables with a logistic regression over them."""
     tables = tables_of(gigabytes, sharding)
     lookups = [Lookup(table.name, table.name, 1) for table in tables]
     torch.manual_seed(1)
@@ -86,7 +84,7 @@ def make_engine(world: World, gigabytes: float, sharding: str) -> HybridEngine:
 
 
 def batches(world: World, gigabytes: float) -> Iterator[RankingBatch]:
-    """Random ids without end."""
+    """Yield batches of random ids without end."""
     rows, random = BATCH // world.size, torch.Generator().manual_seed(world.rank)
     sizes = {table.name: table.rows for table in tables_of(gigabytes, "auto")}
     while True:
@@ -104,13 +102,13 @@ def batches(world: World, gigabytes: float) -> Iterator[RankingBatch]:
 
 
 def memory(key: str) -> int:
-    """``VmRSS``, in use, or ``VmHWM``, the most since :func:`measured` began, of this process in bytes."""
+    """Return bytes of this process: ``VmRSS``, in use, or ``VmHWM``, the peak since :func:`measured` began."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 
 def measured(world: World, own: int, work: Callable[[], object]) -> dict[str, float]:
-    """Seconds until the slowest rank is done, and the largest peak of a rank above its ``own`` bytes before."""
+    """Return the seconds until the slowest rank is done, and the largest peak of a rank above its ``own`` bytes."""
     world.barrier()
     Path("/proc/self/clear_refs").write_text("5")
     started = time.monotonic()
@@ -121,7 +119,7 @@ def measured(world: World, own: int, work: Callable[[], object]) -> dict[str, fl
 
 
 def write_plainly(path: Path, bytes_: int) -> None:
-    """Write and sync so many bytes."""
+    """Write and sync some bytes."""
     block = memoryview(os.urandom(CHUNK_BYTES))
     with path.open("wb") as file:
         for start in range(0, bytes_, CHUNK_BYTES):
@@ -138,24 +136,27 @@ def read_plainly(files: Sequence[Path]) -> None:
                 pass
 
 
-def checkpoints_of(home: Path, world: World, *, background: bool) -> Checkpoints:
-    """As a job has them."""
+def checkpoints_of(directory: Path, world: World, *, background: bool) -> Checkpoints:
+    """Return checkpoints as a job has them."""
     settings = {"data": {"path": "random"}, "checkpoint": {"keep": 1, "background": background}}
     config, dataset = parse_config(settings, "benchmark"), DatasetEntry(path="random", fingerprint="")
-    return Checkpoints(home, Identity(config, "logistic", ("click",), dataset), world)
+    return Checkpoints(directory, Identity(config, "logistic", ("click",), dataset), world)
 
 
 def measure_rank(scratch: Path, gigabytes: float, out: Path) -> None:
-    """One rank of all layouts with so many ranks; the first writes the results. Checkpoints stay in ``scratch``."""
+    """Measure all layouts of this number of ranks on one of them; the first rank writes the results.
+
+    Checkpoints stay in ``scratch``.
+    """
     with World.join("cpu") as world:
         saves, loads = [], []
         for sharding, others in LAYOUTS[world.size].items():
             layout = f"{world.size} x {sharding}"
-            home = scratch / layout / "checkpoints"
+            directory = scratch / layout / "checkpoints"
             engine = make_engine(world, gigabytes, sharding)
             own = memory("VmRSS")
             loads += [{"by": layout, **measure_load(engine, world, own, scratch, other)} for other in others]
-            saves.append({"by": layout, **measure_save(engine, world, own, home, gigabytes)})
+            saves.append({"by": layout, **measure_save(engine, world, own, directory, gigabytes)})
             loads.append({"by": layout, **measure_load(engine, world, own, scratch, layout)})
             engine.close()
             del engine
@@ -163,29 +164,29 @@ def measure_rank(scratch: Path, gigabytes: float, out: Path) -> None:
             write_json(out, {"saves": saves, "loads": loads})
 
 
-def measure_save(engine: HybridEngine, world: World, own: int, home: Path, gigabytes: float) -> dict[str, Any]:
-    """Saves with training stopped and in the background, the plain rate between them; the second one stays."""
+def measure_save(engine: HybridEngine, world: World, own: int, directory: Path, gigabytes: float) -> dict[str, Any]:
+    """Save while training waits and in the background, with the plain rate between them; the second one stays."""
     state = TrainingState.at_start(("click",))
     steps = step_seconds(engine.steps(batches(world, gigabytes)), WARM_UP_STEPS + STEPS)[WARM_UP_STEPS:]
     result: dict[str, Any] = {"step_seconds": sum(steps) / len(steps)}
 
-    stopping = checkpoints_of(home, world, background=False)
+    stopping = checkpoints_of(directory, world, background=False)
     state.step = 1
     result["stopping"] = measured(world, own, lambda: stopping.save(engine, state))
     stopping.close()
-    mine = sum(file.stat().st_size for file in find_checkpoint(home).rglob(f"__{world.rank}_*.distcp"))
-    plain = home / f"plain-{world.rank}"
-    result["plain_write"] = measured(world, own, lambda: write_plainly(plain, mine))
+    own_bytes = sum(file.stat().st_size for file in find_checkpoint(directory).rglob(f"__{world.rank}_*.distcp"))
+    plain = directory / f"plain-{world.rank}"
+    result["plain_write"] = measured(world, own, lambda: write_plainly(plain, own_bytes))
     plain.unlink()
-    result["bytes"] = world.sum(mine)
+    result["bytes"] = world.sum(own_bytes)
 
-    behind = checkpoints_of(home, world, background=True)
+    behind = checkpoints_of(directory, world, background=True)
     state.step = 2
     during: list[float] = []
 
     def save_and_train() -> None:
         behind.save(engine, state)
-        written = home / directory_name(state.step)
+        written = directory / directory_name(state.step)
         training = engine.steps(batches(world, gigabytes), lambda step: StepRequest(stop=written.exists()))
         during.extend(step_seconds(training))
         behind.wait()
@@ -199,15 +200,15 @@ def measure_save(engine: HybridEngine, world: World, own: int, home: Path, gigab
 
 
 def measure_load(engine: HybridEngine, world: World, own: int, scratch: Path, saved: str) -> dict[str, Any]:
-    """A load, and a restore as jobs have it, of what another layout or this one has saved."""
-    home = scratch / saved / "checkpoints"
-    model = find_checkpoint(home) / MODEL
+    """Load the checkpoint of this layout or of another one, plainly and as a job restores it."""
+    directory = scratch / saved / "checkpoints"
+    model = find_checkpoint(directory) / MODEL
     files = sorted(model.glob("*.distcp"))
     result: dict[str, Any] = {"saved_by": saved, "bytes": sum(file.stat().st_size for file in files)}
     # A file for each rank that saved: with fewer of them than ranks the others have nothing to read.
     result["plain_read"] = measured(world, own, lambda: read_plainly(files[world.rank :: world.size]))
     result["load"] = measured(world, own, lambda: engine.load(model))
-    checkpoints, state = checkpoints_of(home, world, background=False), TrainingState.at_start(("click",))
+    checkpoints, state = checkpoints_of(directory, world, background=False), TrainingState.at_start(("click",))
     result["restore"] = measured(world, own, lambda: checkpoints.restore(engine, state))
     checkpoints.close()
     result["largest_table_bytes"] = max(table["rows"] * table["dim"] * 4 for table in engine.plan)
@@ -215,7 +216,7 @@ def measure_load(engine: HybridEngine, world: World, own: int, scratch: Path, sa
 
 
 def step_seconds(training: Iterator[Any], most: int | None = None) -> list[float]:
-    """Seconds of each step, until all ranks stop, or of the first so many."""
+    """Return the seconds of each step until all ranks stop, or of the first ``most`` steps."""
     seconds, started = [], time.monotonic()
     for result in training:
         now = time.monotonic()
@@ -227,17 +228,12 @@ def step_seconds(training: Iterator[Any], most: int | None = None) -> list[float
 
 
 def start(ranks: int, scratch: Path, gigabytes: float) -> dict[str, Any]:
-    """Run :func:`measure_rank` in processes of their own."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "benchmarks.speed.checkpoint", "--one", str(scratch), str(gigabytes), out.name]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-        result: dict[str, Any] = json.loads(Path(out.name).read_text())
-    return result
+    """Run :func:`measure_rank` on some ranks."""
+    return run_ranks("benchmarks.speed.checkpoint", ["--one", scratch, gigabytes], ranks)
 
 
 def describe_saves(saves: Sequence[dict[str, Any]]) -> str:
-    """The saves as a table."""
+    """Return the saves as a table."""
     lines = []
     for save in saves:
         plain = save["bytes"] / save["plain_write"]["seconds"]
@@ -253,7 +249,7 @@ def describe_saves(saves: Sequence[dict[str, Any]]) -> str:
                     f"{save['bytes'] / seconds / 1e9:.2f}",
                     f"{plain / 1e9:.2f}",
                     f"{stall:.2f}",
-                    # A save waits for the one before: at shorter intervals than it takes, it is always being saved.
+                    # A save waits for the one before it: at intervals shorter than a save there is always one going on.
                     *(f"{stall / 60 / minutes:.2%}" if seconds < 60 * minutes else "-" for minutes in MINUTES),
                     f"{1e3 * steps[0]:.1f}",
                     "-" if steps[1] is None else f"{1e3 * steps[1]:.1f}",
@@ -267,7 +263,7 @@ def describe_saves(saves: Sequence[dict[str, Any]]) -> str:
 
 
 def describe_loads(loads: Sequence[dict[str, Any]]) -> str:
-    """The loads as a table."""
+    """Return the loads as a table."""
     lines = []
     for load in loads:
         size = load["bytes"] / 1e9
@@ -291,10 +287,9 @@ def describe_loads(loads: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of the tables with their optimizer (default: 2)")
-    parser.add_argument("--directory", type=Path, help="to write to (default: the system's temporary one)")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser = make_parser("speed.checkpoint", __doc__)
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of tables and optimizer (default: 2)")
+    parser.add_argument("--directory", type=Path, help="directory to write to (default: the system's temporary one)")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
@@ -305,9 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = [start(ranks, Path(scratch), options.gigabytes) for ranks in LAYOUTS]
     saves, loads = ([entry for part in found for entry in part[what]] for what in ("saves", "loads"))
     print(f"\n{describe_saves(saves)}\n\n{describe_loads(loads)}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"saves": saves, "loads": loads, "environment": environment(2)})
+    write_result(options.out, {"saves": saves, "loads": loads}, ranks=2)
 
 
 if __name__ == "__main__":

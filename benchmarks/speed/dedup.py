@@ -1,4 +1,4 @@
-"""What does looking each id up once save: ids and bytes between ranks, and time?
+"""Measure what it saves to look up each id once: ids, bytes between ranks, and time.
 
     python -m benchmarks.speed.dedup --out benchmarks/results/dedup.json
 
@@ -6,24 +6,20 @@ Batches of five sequences of 100 entries (``--length``), each with an item, an a
 searches make them: users have 10,000 items of popularity 1/rank; ``long`` holds those of the candidate's topic,
 ``author`` those of its author, most often none, and ``mixed`` every third of the latest, which ``short`` has as well.
 Each user has two rows a batch. Ids are looked up, sent, and their rows trained with row-wise Adagrad, on 1 and 2 ranks,
-once as they come and once without duplicates (``trainer/sparse/dedup_exchange.py``), in the same process by turns.
-Bytes are those that ``all_to_all_single`` hands to other ranks. Beside the time that passed stands that of the
-processor, of all threads of a rank, which other work on the machine disturbs less. The tables must come out equal.
+as they come and without duplicates (``trainer/sparse/dedup_exchange.py``), in the same process by turns. Bytes are
+those that ``all_to_all_single`` sends to other ranks. Processor time of all threads of a rank stands beside elapsed
+time, since other work on the machine disturbs it less. Both ways must leave equal tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from benchmarks.measure import make_parser, run_ranks, write_result
 from modules.embeddings import Lookup, Table
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World, control_group
-from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.planner import TableOptimizer
@@ -62,25 +58,25 @@ STAGES = ("start", "send", "rows", "update")
 WAYS = {"as they come": False, "once": True}
 
 
-class Traffic:
-    """Counts what ``all_to_all_single`` hands to other ranks."""
+class AllToAllCounter:
+    """Stands in for ``all_to_all_single`` and counts the bytes that go to other ranks."""
 
     def __init__(self) -> None:
         self.bytes, self._plain = 0, dist.all_to_all_single
 
-    def __call__(self, taken: Tensor, given: Tensor, received: list[int], sent: list[int], **options: Any) -> Any:
+    def __call__(self, output: Tensor, values: Tensor, received: list[int], sent: list[int], **options: Any) -> Any:
         others = sum(sent) - sent[dist.get_rank()]
-        self.bytes += others * given[:1].numel() * given.element_size() if len(given) else 0
-        return self._plain(taken, given, received, sent, **options)
+        self.bytes += others * values[:1].numel() * values.element_size() if len(values) else 0
+        return self._plain(output, values, received, sent, **options)
 
 
 def author_of(items: np.ndarray) -> np.ndarray:
-    """Every author has ten items."""
+    """Return the authors of items; every author has ten."""
     return items // 10
 
 
 def make_ids(rng: np.random.Generator, rows: int, length: int) -> KeyedJaggedTensor:
-    """The ids of a batch, key by key."""
+    """Return the ids of a batch, key by key."""
     users = rows // 2
     # Inverse of the distribution function of 1 / rank.
     history = np.exp(rng.random((users, HISTORY)) * np.log(ROWS["item"] - 1)).astype(np.int64)
@@ -112,7 +108,7 @@ def make_ids(rng: np.random.Generator, rows: int, length: int) -> KeyedJaggedTen
 
 
 def make_tables(world: World, rows: int, *, deduplicate: bool) -> ShardedTables:
-    """All tables cut by rows."""
+    """Return the tables, all of them sharded row-wise."""
     return ShardedTables(
         [Table(name, size, DIM, sharding="row_wise") for name, size in ROWS.items()],
         LOOKUPS,
@@ -128,7 +124,7 @@ def make_tables(world: World, rows: int, *, deduplicate: bool) -> ShardedTables:
 
 
 def step(tables: ShardedTables, ids: KeyedJaggedTensor, gradient: float) -> dict[str, float]:
-    """Look up and train; the seconds of each stage, and under ``processor`` those of the processor in all."""
+    """Look up and train; return the seconds of each stage, and under ``processor`` the processor time of all."""
     spent, busy = {}, 0.0
     found: dict[str, Tensor] = {}
 
@@ -145,31 +141,31 @@ def step(tables: ShardedTables, ids: KeyedJaggedTensor, gradient: float) -> dict
     timed("send", lambda: [exchange.send() for exchange in exchanges])
     for rows in timed("rows", lambda: [exchange.rows() for exchange in exchanges]):
         found |= rows
-    # As gradients come: each of its own memory.
-    given = {name: [torch.sin(rows * gradient)] for name, rows in found.items()}
-    timed("update", lambda: [exchange.update(given, 1.0 / ids.stride()) for exchange in exchanges])
+    # Each gradient has memory of its own, as in training.
+    gradients = {name: [torch.sin(rows * gradient)] for name, rows in found.items()}
+    timed("update", lambda: [exchange.update(gradients, 1.0 / ids.stride()) for exchange in exchanges])
     return spent | {"processor": busy}
 
 
 def measure_rank(rows: int, length: int, out: Path) -> None:
-    """One rank: both ways by turns on the same batches; the first writes the result."""
+    """Measure both ways by turns on the same batches on one rank; the first rank writes the result."""
     with World.join("cpu") as world:
         rng = np.random.default_rng([SEED, world.rank])
         models = {way: make_tables(world, rows, deduplicate=wanted) for way, wanted in WAYS.items()}
-        traffic = Traffic()
-        dist.all_to_all_single = traffic  # type: ignore[assignment]
+        traffic = AllToAllCounter()
         seconds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         bytes_sent = dict.fromkeys(WAYS, 0)
-        ids, different = 0, 0
+        ids, unique = 0, 0
         for number in range(WARM_UP + STEPS):
             batch = make_ids(rng, rows, length)
             if number >= WARM_UP:
                 ids += len(batch.values())
-                different += sum(len(values) for values in _different(batch))
+                unique += sum(len(values) for values in _unique_ids(batch))
             for way, tables in models.items():
                 world.barrier()
                 traffic.bytes = 0
-                spent = step(tables, batch, 1.0 + number)
+                with patch.object(dist, "all_to_all_single", traffic):
+                    spent = step(tables, batch, 1.0 + number)
                 if number >= WARM_UP:
                     seconds[way].append(spent)
                     bytes_sent[way] += traffic.bytes
@@ -178,7 +174,7 @@ def measure_rank(rows: int, length: int, out: Path) -> None:
         result = {
             "ranks": world.size,
             "ids": ids / STEPS,
-            "unique_ids": different / STEPS,
+            "unique_ids": unique / STEPS,
             "largest_difference_of_tables": world.max(round(apart * 1e9)) / 1e9,
             "ways": {
                 way: {
@@ -197,25 +193,20 @@ def measure_rank(rows: int, length: int, out: Path) -> None:
             write_json(out, result)
 
 
-def _different(batch: KeyedJaggedTensor) -> Iterator[Tensor]:
-    """The different ids of each table."""
+def _unique_ids(batch: KeyedJaggedTensor) -> Iterator[Tensor]:
+    """Yield the unique ids of each table."""
     pieces = dict(zip(batch.keys(), batch.values().split(batch.length_per_key()), strict=True))
     for table in ROWS:
         yield torch.cat([pieces[lookup.name] for lookup in LOOKUPS if lookup.table == table]).unique()
 
 
 def start(ranks: int, rows: int, length: int) -> dict[str, Any]:
-    """Run :func:`measure_rank` in processes of their own."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "benchmarks.speed.dedup", "--one", out.name, "--rows", str(rows), "--length", str(length)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-        result: dict[str, Any] = json.loads(Path(out.name).read_text())
-    return result
+    """Run :func:`measure_rank` on some ranks."""
+    return run_ranks("benchmarks.speed.dedup", ["--rows", rows, "--length", length, "--one"], ranks)
 
 
 def describe(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a table."""
+    """Return the results as a table."""
     lines = []
     for result in results:
         for way, found in result["ways"].items():
@@ -229,10 +220,9 @@ def describe(results: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=512, help="of a rank in a step (default: 512)")
-    parser.add_argument("--length", type=int, default=100, help="entries of a sequence, at most (default: 100)")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser = make_parser("speed.dedup", __doc__)
+    parser.add_argument("--rows", type=int, default=512, help="rows of a rank in a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=100, help="most entries of a sequence (default: %(default)s)")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
@@ -240,9 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     results = [start(ranks, options.rows, options.length) for ranks in (1, 2)]
     print(describe(results))
-    if options.out:
-        settings = {"rows_a_rank": options.rows, "length": options.length, "dim": DIM, "table_rows": ROWS}
-        write_json(options.out, {"environment": environment(2), "settings": settings, "results": results})
+    settings = {"rows_a_rank": options.rows, "length": options.length, "dim": DIM, "table_rows": ROWS}
+    write_result(options.out, {"settings": settings, "results": results}, ranks=2)
 
 
 if __name__ == "__main__":

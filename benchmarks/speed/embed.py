@@ -1,28 +1,27 @@
-"""How fast are texts embedded, what does sorting them by length save, and what is in the vectors?
+"""Measure the speed of text embeddings, the gain of sorting by length, and the content of the vectors.
 
-    python -m benchmarks.speed.embed [--model DIR] [--adapter DIR] [--texts 4000] [--out benchmarks/results/embed.json]
+    python -m benchmarks.speed.embed --out benchmarks/results/embed.json
+    python -m benchmarks.speed.embed --model DIR --adapter DIR
 
-Without a model it makes a small Qwen2 with random weights, and a tokenizer of the texts. Texts are comments of a
-simulated world, one to ten of them in a row (log-normal), since those of a world are all of about the same length. On a
-CPU it takes one thread and counts the seconds for which it had a core: other work on the machine does not matter.
+Without a model it makes a small Qwen2 with random weights, and a tokenizer of the texts. A text is one to ten comments
+of a simulated world in a row (log-normal), since single ones are all of about the same length. On a CPU it uses one
+thread and counts processor time, which other work on the machine hardly changes. It reports
 
 * texts and tokens per second of one rank, and the share of padding, with texts in batches by length and as they come,
   by the size of a batch;
 * what a ridge regression finds in the vectors of single comments, by pooling, on comments of other videos than it was
   fitted on: R2 of their true quality, accuracy for their kind (of six), and R2 of the logarithm of their likes;
-* how far vectors move with their batch and with storage in float16;
-* what `limelight embed` costs where a table is there and a share of its texts has changed, beside making it anew: time
-  of the processor and the largest memory of a process of its own, starting included.
+* the largest change of a value with its batch and with storage in float16;
+* processor time and peak memory of ``limelight embed`` in a process of its own, starting included: for a new table, and
+  for a table of which a share of the texts has changed.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.measure import busy_seconds, make_parser, write_result
 from modules.text_pooling import pool
 from trainer.config.finetune import SmallConfig
 from trainer.console.text_table import text_table
@@ -43,64 +43,64 @@ from trainer.llm.models.adapter import load_adapter
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.llm.models.small_model import write_small_model
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 
 KINDS = ("items", "comments", "segments", "authors")
 RIDGE = (0.1, 1.0, 10.0, 100.0)
 BATCH_TOKENS = (1_024, 4_096, 16_384)
 CHANGED = (0.1, 0.01, 0.0)
-"""Shares of a table's texts."""
+"""Shares of a table's texts that change before it is renewed."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables and write them as JSON."""
-    parser = argparse.ArgumentParser(description="Speed and content of text embeddings.")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = make_parser("speed.embed", __doc__)
     parser.add_argument("--model", default="", help="directory of a Qwen2-family model (default: a small random one)")
     parser.add_argument("--adapter", default="", help="directory of a peft adapter for it")
     parser.add_argument("--texts", type=int, default=4_000, help="texts of each measurement (default: %(default)s)")
-    parser.add_argument("--users", type=int, default=600, help="of the simulated world (default: %(default)s)")
-    parser.add_argument("--template", default="configs/templates/embed.txt")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embed.json"))
-    given = parser.parse_args(arguments)
+    parser.add_argument("--users", type=int, default=600, help="users of the simulated world (default: %(default)s)")
+    parser.add_argument(
+        "--template", default="configs/templates/embed.txt", help="prompt template (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder) / "world"
-        simulate(world, given.users, 2, 1, 1, texts=True)
+        simulate(world, options.users, 2, 1, 1, texts=True)
         comments = read_texts(world, "comments")
-        base = open_base(given.model, Path(folder) / "model", comments.column("text").to_pylist())
+        base = open_base(options.model, Path(folder) / "model", comments.column("text").to_pylist())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = base.load(bf16=device.type == "cuda")
-        if given.adapter:
-            model = load_adapter(base, model, Path(given.adapter))
+        if options.adapter:
+            model = load_adapter(base, model, Path(options.adapter))
         model.to(device)
 
         def encoder(tokens: int) -> Encoder:
             return Encoder(model, base.tokenizer, device, length=256, tokens=tokens)
 
-        template = Template.read(given.template, dict.fromkeys(KINDS, frozenset({"text"})))
-        long_texts = rows_of_texts(comments.column("text").to_pylist(), given.texts)
+        template = Template.read(options.template, dict.fromkeys(KINDS, frozenset({"text"})))
+        long_texts = rows_of_texts(comments.column("text").to_pylist(), options.texts)
         report: dict[str, Any] = {
-            "environment": environment(1),
-            "model": Path(given.model).name or "small, random weights",
-            "adapter": Path(given.adapter).name,
+            "model": Path(options.model).name or "small, random weights",
+            "adapter": Path(options.adapter).name,
             "parameters": sum(map(torch.numel, model.parameters())),
             "speed": [
-                measure(encoder(tokens), tokens, long_texts, way) for tokens in BATCH_TOKENS for way in (True, False)
+                measure(encoder(tokens), device, tokens, long_texts, way)
+                for tokens in BATCH_TOKENS
+                for way in (True, False)
             ],
-            "content": content(encoder(4_096), world, template, given.texts),
+            "content": content(encoder(4_096), world, template, options.texts),
             "moves": moves(encoder(4_096), encoder(1), long_texts[:200]),
-            "renewal": renewal(base, given.adapter, world, Path(folder) / "tables"),
+            "renewal": renewal(base, options.adapter, world, Path(folder) / "tables"),
         }
     print(speed_table(report["speed"]))
     print(content_table(report["content"]))
     print(", ".join(f"{name}: {value:.1e}" for name, value in report["moves"].items()) + " at most")
     print(renewal_table(report["renewal"]))
-    write_json(given.out, report)
+    write_result(options.out, report)
 
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
-    """By size and making of batches."""
+    """Return the speeds as a table, by size and making of the batches."""
     lines = [
         (
             f"{row['tokens']:,} tokens, {'by length' if row['by_length'] else 'as they come'}",
@@ -114,14 +114,14 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 
 
 def content_table(rows: list[dict[str, Any]]) -> str:
-    """By pooling."""
+    """Return what a ridge regression finds as a table, by pooling."""
     keys = ("quality_r2", "kind_accuracy", "log_likes_r2")
     lines = [(row["pooling"], *(f"{row[key]:.3f}" for key in keys)) for row in rows]
     return text_table(("pooling", "quality R2", "kind accuracy", "log likes R2"), lines)
 
 
 def renewal_table(rows: list[dict[str, Any]]) -> str:
-    """By the share of texts that changed."""
+    """Return the costs of a renewal as a table, by the share of texts that changed."""
     lines = [
         (
             "all, no table" if row["changed"] is None else f"{row['changed']:.0%} of {row['texts']:,}",
@@ -135,29 +135,29 @@ def renewal_table(rows: list[dict[str, Any]]) -> str:
 
 
 def open_base(path: str, small: Path, texts: list[str]) -> BaseModelFiles:
-    """The model at ``path``, or a small one made at ``small``."""
+    """Open the model at ``path``, or a small one that is made at ``small``."""
     if not path:
         write_small_model(small, texts, SmallConfig(), seed=1, length=512)
     return BaseModelFiles.open(path or str(small))
 
 
 def rows_of_texts(texts: list[str], count: int) -> list[str]:
-    """``count`` texts, each of one to ten others."""
+    """Return ``count`` texts, each of one to ten others."""
     rng = np.random.default_rng(0)
     sizes = np.clip(np.rint(rng.lognormal(0.5, 0.8, count)), 1, 10).astype(int)
     return [" ".join(texts[one] for one in rng.integers(0, len(texts), size)) for size in sizes]
 
 
-def measure(encoder: Encoder, tokens: int, texts: list[str], by_length: bool) -> dict[str, Any]:
-    """Speed with batches of texts of about the same length, or of neighbours."""
+def measure(encoder: Encoder, device: torch.device, tokens: int, texts: list[str], by_length: bool) -> dict[str, Any]:
+    """Return the speed with batches of texts of about the same length, or of neighbours."""
     encoder.vectors(texts[:64])
     encoder.counts = EncodeCounts()
-    started = seconds()
+    started = busy_seconds(device)
     ids = encoder.tokenise(texts)
     make = batches_by_length if by_length else batches_as_they_come
     for batch in make(np.array([len(one) for one in ids]), tokens):
         pool(*encoder.states([ids[one] for one in batch]), "last").cpu()
-    took, counts = seconds() - started, encoder.counts
+    took, counts = busy_seconds(device) - started, encoder.counts
     return {
         "tokens": tokens,
         "by_length": by_length,
@@ -167,16 +167,8 @@ def measure(encoder: Encoder, tokens: int, texts: list[str], by_length: bool) ->
     }
 
 
-def seconds() -> float:
-    """A clock: of the world, once an accelerator is done; on a CPU, of this process."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def batches_as_they_come(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Neighbours in batches of the same size in tokens, padding included."""
+    """Return neighbours in batches of the same size in tokens, padding included."""
     batches, first = [], 0
     while first < len(lengths):
         last = first + 1
@@ -188,7 +180,7 @@ def batches_as_they_come(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
 
 
 def content(encoder: Encoder, world: Path, template: Template, most: int) -> list[dict[str, Any]]:
-    """What a linear reader finds in the vectors of comments, by pooling."""
+    """Return what a ridge regression finds in the vectors of comments, by pooling."""
     comments, truth = read_texts(world, "comments"), pq.read_table(world / "truth/comments.parquet")
     rows = np.random.default_rng(0).permutation(comments.num_rows)[:most]
     texts = [template.fill("comments", text=text) for text in comments.column("text").take(rows).to_pylist()]
@@ -200,12 +192,12 @@ def content(encoder: Encoder, world: Path, template: Template, most: int) -> lis
         query = torch.from_numpy(fit_query(encoder, world, template, 1)) if pooling == "query" else None
         encoder.pool_with(pooling, query)
         vectors = encoder.vectors(texts)
-        said = ridge(vectors, np.eye(kind.max() + 1)[kind], fitted).argmax(axis=1)
+        kinds = ridge(vectors, np.eye(kind.max() + 1)[kind], fitted).argmax(axis=1)
         results.append(
             {
                 "pooling": pooling,
                 "quality_r2": r_squared(ridge(vectors, quality[:, None], fitted)[:, 0], quality[~fitted]),
-                "kind_accuracy": float((said == kind[~fitted]).mean()),
+                "kind_accuracy": float((kinds == kind[~fitted]).mean()),
                 "log_likes_r2": r_squared(ridge(vectors, log_likes[:, None], fitted)[:, 0], log_likes[~fitted]),
             }
         )
@@ -213,7 +205,7 @@ def content(encoder: Encoder, world: Path, template: Template, most: int) -> lis
 
 
 def ridge(vectors: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Predictions ``[rows not fitted, k]``; the penalty is chosen on a fifth of the fitted rows."""
+    """Return predictions ``[rows not fitted, k]``; the penalty is chosen on a fifth of the fitted rows."""
     mean, spread = vectors[fitted].mean(axis=0), vectors[fitted].std(axis=0) + 1e-6
     inputs = np.concatenate([(vectors - mean) / spread, np.ones((len(vectors), 1))], axis=1).astype(np.float64)
     rows = np.flatnonzero(fitted)
@@ -229,12 +221,12 @@ def ridge(vectors: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> np.nd
 
 
 def r_squared(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Share of the variance that is explained."""
+    """Return the share of the variance that is explained."""
     return float(1 - np.square(predicted - true).mean() / true.var())
 
 
 def moves(encoder: Encoder, alone: Encoder, texts: list[str]) -> dict[str, float]:
-    """Largest difference of a value between a text in a batch and alone, and between float32 and float16."""
+    """Return the largest difference of a value between a text in a batch and alone, and of float16 to float32."""
     vectors = encoder.vectors(texts)
     return {
         "batch": float(np.abs(vectors - alone.vectors(texts)).max()),
@@ -243,7 +235,7 @@ def moves(encoder: Encoder, alone: Encoder, texts: list[str]) -> dict[str, float
 
 
 def renewal(base: BaseModelFiles, adapter: str, world: Path, directory: Path) -> list[dict[str, Any]]:
-    """A table of all comments made anew, and renewed after shares of their texts have changed."""
+    """Make a table of all comments, and renew it after shares of their texts have changed."""
     job = directory.with_suffix(".toml")
     job.write_text(
         f'[data]\npath = "{world}"\nkinds = ["comments"]\n'
@@ -274,7 +266,7 @@ def renewal(base: BaseModelFiles, adapter: str, world: Path, directory: Path) ->
 
 
 def change_comments(world: Path, share: float) -> int:
-    """Let so many comments say something else; their number."""
+    """Change the text of a share of the comments; return their number."""
     comments = read_texts(world, "comments")
     texts = comments.column("text").to_pylist()
     rows = np.random.default_rng(0).permutation(len(texts))[: round(share * len(texts))]

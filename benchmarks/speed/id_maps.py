@@ -1,21 +1,19 @@
-"""What does the id map of a dynamic table cost, and how well does it choose, beside TorchRec's?
+"""Measure the cost and the choice of id maps of a dynamic table: ours and TorchRec's.
 
     python -m benchmarks.speed.id_maps --out benchmarks/results/id_maps.json
 
-A stream of ids whose favourites move on (Zipf's law over a window that slides) goes through maps of one table: ours
-with buckets of several sizes, one order of all rows (what a bucket as large as the table would do), and TorchRec's
-``MCHManagedCollisionModule`` with its eviction after every step and after every tenth. All admit an id when it first
-comes and evict by recency, since that is what TorchRec has; ids are looked up as training does. Times are CPU time of
-one thread, median of the steps. A look-up is an id of a step, however often it comes; it is served if it has a row, and
-kept if the row was last looked up by the same id, so that it knows something of it.
+A stream of ids whose favourites change (Zipf's law over a sliding window) goes through maps of one table: ours with
+buckets of several sizes, one order of all rows (as a bucket as large as the table would have), and TorchRec's
+``MCHManagedCollisionModule`` with an eviction after every step and after every tenth. All admit an id at its first
+lookup and evict by recency, which is the policy that TorchRec has; ids are looked up as in training. Times are CPU time
+of one thread, the median of the steps. A lookup is an id of a step, however often the id occurs in it; it is served if
+the id has a row, and kept if the row was last looked up by the same id, so that the row has learnt from it.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -25,11 +23,10 @@ from torch import Tensor
 from torchrec.modules.mc_modules import LRU_EvictionPolicy, MCHManagedCollisionModule
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from benchmarks.measure import make_parser, write_result
 from modules.embeddings import Dynamic, Table
 from trainer.console.progress import Progress
 from trainer.console.text_table import text_table
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 from trainer.sparse import dynamic_ids
 from trainer.sparse.dynamic_ids import DynamicIds
 
@@ -42,14 +39,14 @@ Map = Callable[[Tensor, int], Tensor]
 
 
 def stream(ids: int, steps: int) -> Iterator[Tensor]:
-    """``[ids]`` int64 for each step."""
+    """Yield the ids ``[ids]`` int64 of each step."""
     random = np.random.default_rng(1)
     for step in range(steps):
         yield torch.from_numpy(random.zipf(1.1, ids) % (50 * ids) + step * ids // 2000)
 
 
 def ours(rows: int, bucket_rows: int) -> Map:
-    """``trainer.sparse.dynamic_ids`` with buckets of another size."""
+    """Return the map of ``trainer.sparse.dynamic_ids`` with buckets of another size."""
     ids = DynamicIds(Table("ids", rows, 4, dynamic=Dynamic(1, "recency")), 0, rows)
 
     def look_up(values: Tensor, step: int) -> Tensor:
@@ -60,9 +57,9 @@ def ours(rows: int, bucket_rows: int) -> Map:
 
 
 def one_order(rows: int) -> Map:
-    """The ids seen most recently, out of all; of those that were seen in the same step, the smaller ones.
+    """Return a map that keeps the ids seen most recently; of ids seen in the same step it keeps the smaller ones.
 
-    It has no rows, but numbers what it admits.
+    It has no rows, but numbers the ids that it admits.
     """
     held, seen, number = (np.empty(0, np.int64) for _ in range(3))
     admitted = 0
@@ -85,7 +82,7 @@ def one_order(rows: int) -> Map:
 
 
 def torchrec(rows: int, interval: int) -> Map:
-    """TorchRec's map; its last row is that of ids without one."""
+    """Return TorchRec's map; its last row is that of ids without a row."""
     module = MCHManagedCollisionModule(
         zch_size=rows,
         device=torch.device("cpu"),
@@ -96,8 +93,8 @@ def torchrec(rows: int, interval: int) -> Map:
     module.train()
 
     def look_up(values: Tensor, step: int) -> Tensor:
-        given = {"ids": JaggedTensor(values=values, lengths=torch.ones(len(values), dtype=torch.int64))}
-        found = module(given)["ids"].values()
+        features = {"ids": JaggedTensor(values=values, lengths=torch.ones(len(values), dtype=torch.int64))}
+        found = module(features)["ids"].values()
         module.evict()
         return torch.where(found == rows - 1, -1, found)
 
@@ -105,8 +102,8 @@ def torchrec(rows: int, interval: int) -> Map:
 
 
 def measure(look_up: Map, ids: int, steps: int, tick: Callable[[], None]) -> dict[str, float]:
-    """CPU milliseconds of a step, ids a second, and the shares of look-ups served and kept after the first quarter."""
-    seconds, served, kept, asked = [], 0, 0, 0
+    """Return CPU milliseconds a step, ids a second, and shares of lookups served and kept after the first quarter."""
+    seconds, served, kept, looked_up = [], 0, 0, 0
     holder: dict[int, int] = {}
     for step, values in enumerate(stream(ids, steps), 1):
         started = time.thread_time()
@@ -117,24 +114,23 @@ def measure(look_up: Map, ids: int, steps: int, tick: Callable[[], None]) -> dic
         if step > steps // 4:
             served += sum(row >= 0 for row in found.values())
             kept += sum(row >= 0 and holder.get(row) == value for value, row in found.items())
-            asked += len(distinct)
+            looked_up += len(distinct)
         holder |= {row: value for value, row in found.items() if row >= 0}
         tick()
     median = float(np.median(seconds))
     return {"milliseconds": 1e3 * median, "ids_per_second": ids / median} | {
-        "served": served / asked,
-        "kept": kept / asked,
+        "served": served / looked_up,
+        "kept": kept / looked_up,
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("speed.id_maps", __doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the table (default: %(default)s)")
     parser.add_argument("--ids", type=int, default=100_000, help="ids of a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     maps: dict[str, Map] = {f"ours, buckets of {size}": ours(options.rows, size) for size in BUCKETS}
     maps["one order of all rows"] = one_order(options.rows)
@@ -152,13 +148,9 @@ def main() -> None:
         ]
         for name, found in result.items()
     ]
-    print(text_table(["map", "CPU ms a step", "million ids/s", "look-ups served", "kept"], lines))
-    if options.out:
-        facts = {
-            "question": "Cost and choice of id maps",
-            **{key: vars(options)[key] for key in ("rows", "ids", "steps")},
-        }
-        write_json(options.out, {**facts, "environment": environment(1), "result": result})
+    print(text_table(["map", "CPU ms a step", "million ids/s", "lookups served", "kept"], lines))
+    settings = {"rows": options.rows, "ids": options.ids, "steps": options.steps}
+    write_result(options.out, {"question": "Cost and choice of id maps", **settings, "result": result})
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""How fast does the loader make batches, and where does the time go?
+"""Measure the rows a second of the loader, and the share of each stage.
 
-    python -m benchmarks.speed.loader [--workers 0 1 2] [--out benchmarks/results/loader.json]
+    python -m benchmarks.speed.loader --out benchmarks/results/loader.json
     python -m benchmarks.speed.loader --config configs/simulated.toml
 
-Without a job it writes a dataset of random numbers, shaped like the workload of ``benchmarks/speed/throughput.py`` and
-wider: 30 side features, 8 dense values, 6 statistics, 7 behaviours and two full histories of 50. Reports
+Without a job it writes a dataset of random numbers, wider than the workload of ``benchmarks/speed/throughput.py``: 30
+side features, 8 dense values, 6 statistics, 7 behaviours and two full histories of 50. It reports
 
-* rows per second by number of workers, on the wall and per second of CPU time (all processes together), the latter
-  being what a busy machine leaves undisturbed;
+* rows per second by number of workers, in elapsed time and per second of CPU time of all processes together, which
+  other work on the machine hardly disturbs;
 * without workers, the share of each stage: reading and decoding records, gathering rows, histories, ids and dense
-  inputs, planning, and what is left: the loop and the KeyedJaggedTensors.
+  inputs, planning, and the rest: the loop and the KeyedJaggedTensors.
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import best_of, make_parser, write_result
 from trainer.config.features import FeatureConfig
 from trainer.config.ranker import load_config
 from trainer.data.features.feature_map import FeatureMap
@@ -39,8 +39,6 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch_plan import ReadPlan
 from trainer.data.loading.block_reader import BlockReader
 from trainer.data.loading.loader import Loader
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 
 HOUR_MS = 3_600_000
 START_MS = 1_700_000_000_000
@@ -52,7 +50,7 @@ REST = "planning the order, KeyedJaggedTensors, loop"
 
 @dataclass(frozen=True)
 class Workload:
-    """What is loaded."""
+    """A dataset and everything that a loader of it needs."""
 
     spec: DatasetSpec
     store: RowStore
@@ -62,7 +60,7 @@ class Workload:
     shuffle_ms: int
 
     def loader(self, batch_size: int, workers: int) -> Loader:
-        """A loader of all of it on one rank."""
+        """Return a loader of all rows on one rank."""
         return Loader(
             self.store,
             self.histories,
@@ -78,7 +76,7 @@ class Workload:
 
 
 def random_dataset(path: Path, rows: int) -> None:
-    """Write a dataset of random numbers, with histories longer than any read."""
+    """Write a dataset of random numbers, with histories longer than those that are read."""
     rng = np.random.default_rng(0)
     owners = ("user", "author", "item", "context")
     side = tuple(SideFeature(f"side_{k}", owners[k % 4], (24, 1000, 500, 8)[k % 4]) for k in range(30))  # type: ignore[arg-type]
@@ -140,7 +138,7 @@ def random_dataset(path: Path, rows: int) -> None:
 
 
 def open_workload(path: str | Path, features: FeatureConfig, behaviours: Sequence[str], shuffle_ms: int) -> Workload:
-    """Open a dataset and fit its features on all of it."""
+    """Open a dataset and fit its features on all rows."""
     spec = DatasetSpec.load(path)
     store, histories, selection = RowStore(path, spec), Histories(path, spec), Selection()
     fitted = fit_features(spec, store, histories, features, selection)
@@ -148,13 +146,13 @@ def open_workload(path: str | Path, features: FeatureConfig, behaviours: Sequenc
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of the workers that have ended."""
+    """Return the CPU time of this process and of the workers that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def measure(workload: Workload, batch_size: int, workers: int) -> dict[str, float]:
-    """Load everything once."""
+    """Load all rows once; return the rates."""
     wall, cpu, rows, ids = time.perf_counter(), cpu_seconds(), 0, 0
     for batch in workload.loader(batch_size, workers):
         rows += batch.rows
@@ -170,14 +168,14 @@ def measure(workload: Workload, batch_size: int, workers: int) -> dict[str, floa
 
 
 class Stopwatch:
-    """CPU time by stage; a stage inside another one is not counted twice."""
+    """CPU time by stage; the time of a stage inside another one counts once."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
     def timed(self, stage: str, function: Callable) -> Callable:
-        """``function``, its time added to ``stage``."""
+        """Return a function that adds its time to a stage."""
 
         @wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
@@ -194,7 +192,7 @@ class Stopwatch:
 
 
 def stage_shares(workload: Workload, batch_size: int) -> dict[str, float]:
-    """Share of the CPU time of each stage, without workers."""
+    """Return the share of each stage in the CPU time, without workers."""
     watch = Stopwatch()
     stages = {
         "read and decode records": (RowStore, "read"),
@@ -220,13 +218,12 @@ def stage_shares(workload: Workload, batch_size: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a job file: its dataset and features instead of random numbers")
-    parser.add_argument("--rows", type=int, default=300_000, help="rows of the random dataset")
-    parser.add_argument("--batch", type=int, default=2048, help="rows of a batch")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of loader processes")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each; the best counts")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser = make_parser("speed.loader", __doc__)
+    parser.add_argument("--config", help="job file whose dataset and features are read instead of random numbers")
+    parser.add_argument("--rows", type=int, default=300_000, help="rows of the random dataset (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=2048, help="rows of a batch (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes (default: 0 1 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
     options = parser.parse_args(argv)
 
     torch.set_num_threads(1)
@@ -244,10 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         shares = stage_shares(workload, options.batch)
 
-    best = {
-        workers: {key: max(run[key] for run in runs if run["workers"] == workers) for key in runs[0]}
-        for workers in options.workers
-    }
+    best = {workers: best_of([run for run in runs if run["workers"] == workers]) for workers in options.workers}
     print(f"{runs[0]['rows']} rows, {runs[0]['ids_per_row']:.0f} ids a row, batches of {options.batch}\n")
     print("| workers | rows/s | rows per CPU second |")
     print("|---:|---:|---:|")
@@ -257,10 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---:|")
     for stage, share in shares.items():
         print(f"| {stage} | {share:.1%} |")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"best": list(best.values()), "runs": runs, "shares": shares, "environment": environment(1)}
-        write_json(options.out, result)
+    write_result(options.out, {"best": list(best.values()), "runs": runs, "shares": shares})
 
 
 if __name__ == "__main__":

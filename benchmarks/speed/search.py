@@ -1,23 +1,23 @@
-"""How near do the five searches come to the memory's bandwidth, and what do the faster ones find?
+"""Measure the five searches against the memory's bandwidth, and the recall of faster ones.
 
     python -m benchmarks.speed.search --out benchmarks/results/search.json
 
 Bandwidth: histories of 10,000 visits, 8,000 of them short videos, vectors of 64 float16; the five searches of a batch
-together, each giving 100. Counted is what they must read: of every visit the item's id and vector once, of every video
-the author's id; against a copy of large arrays (STREAM's first kernel, bytes read and written) with as many threads,
-and against reading the same vectors without working on them, which no search can beat. The vectors of a history lie all
-over those of the catalogue: how large that is, and how uneven its items' popularity, decides how many come from caches.
-They are in memory as a job's: its own, or, where other processes load the data, shared with them, which has large pages
-only if the system's administrator says so (``/sys/kernel/mm/transparent_hugepage/shmem_enabled``).
-Copy, bare reading and search alternate, and the fastest round of each counts: the machine may have other things to do.
+together, each returning 100. Counted are the bytes that they must read: of every visit the item's id and vector once,
+of every video the author's id. They are compared with a copy of large arrays (STREAM's first kernel, bytes read and
+written) on as many threads, and with reading the same vectors without any work on them, which no search can beat. The
+vectors of a history are spread over those of the catalogue: the size of the catalogue and the popularity of its items
+decide how many come from caches. Vectors are in memory as in a job: its own, or, where other processes load the data,
+memory shared with them, which has large pages only if the administrator allows it
+(``/sys/kernel/mm/transparent_hugepage/shmem_enabled``). Copy, bare reading and search alternate, and the fastest round
+of each counts, since the machine may do other work.
 
-Recall: short lists against the exact search, for histories of 1,000, 10,000 and 100,000 visits to items of many topics,
-of which each user knows some. CPU time per candidate, one thread.
+Recall: short lists (``benchmarks/speed/shortlists.py``) against the exact search, for histories of 1,000, 10,000 and
+100,000 visits to items of many topics, of which each user knows some. CPU time per candidate on one thread.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import time
@@ -26,34 +26,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numba
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+from benchmarks.measure import make_parser, write_result
 from benchmarks.speed.shortlists import Clusters, HashCodes, Shortlist, top_of_shortlist
 from modules.search import search as gsu
 from modules.search.cpu_kernels import fetch
 from modules.search.search import SearchPart, SearchVectors
 from trainer.console.text_table import text_table
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 TARGET = 0.5
-"""Share of the copy's bandwidth that is asked of the five searches."""
+"""Share of the copy's bandwidth that the five searches aim at."""
 
 VISITS, VIDEOS, LENGTH, DIM = 10_000, 8_000, 100, 64
 AUTHORS, LONG_VIEWS = 200, 0.2
 COPY_VALUES = 1 << 25
+CATALOGUES = (100_000, 1_000_000)
 HISTORIES = (1_000, 10_000, 100_000)
 
 
-class Batch(NamedTuple):
-    """Histories of some users, flat: of each its videos, then its rooms; and a candidate for each."""
+class SearchBatch(NamedTuple):
+    """Flat histories of some users, of each user the videos and then the rooms, and a candidate for each user."""
 
     items: np.ndarray
     authors: np.ndarray
@@ -67,20 +64,20 @@ class Batch(NamedTuple):
 
 
 def in_space(values: np.ndarray, forked: bool = False) -> np.ndarray:
-    """A copy of vectors in memory as a job has it."""
+    """Return a copy of vectors in memory of the kind that a job uses."""
     tables = {"item": SpaceTable(*values.shape)}
     copy = SearchSpace(tables, tables, values.dtype.name, refresh_steps=0, forked=forked).at(0)["item"]
     copy[:] = values
     return copy
 
 
-def make_batch(users: int, catalogue: int, even: bool, forked: bool, seed: int) -> Batch:
-    """Histories of items drawn evenly, or by Zipf's law from a catalogue in random order."""
+def make_batch(users: int, catalogue: int, even: bool, forked: bool, seed: int) -> SearchBatch:
+    """Return histories of items drawn evenly, or by Zipf's law, from a catalogue in random order."""
     rng = np.random.default_rng(seed)
     n = users * VISITS
     values = in_space(rng.standard_normal((catalogue + 1, DIM)).astype(np.float16), forked)
     values[0] = 0
-    # Zipf's law: the logarithm of an item's rank is even.
+    # By Zipf's law the logarithm of an item's rank is uniform.
     ranks = rng.integers(0, catalogue, n) if even else (catalogue ** rng.random(n)).astype(np.int64)
     items = rng.permutation(catalogue)[ranks % catalogue]
     starts = np.arange(users) * VISITS
@@ -88,7 +85,7 @@ def make_batch(users: int, catalogue: int, even: bool, forked: bool, seed: int) 
     order = np.tile(np.arange(VISITS), (users, 1))
     is_live = rng.permuted(order >= VIDEOS, axis=1)
     ordinal = np.concatenate([order[~is_live].reshape(users, -1), order[is_live].reshape(users, -1)], axis=1)
-    return Batch(
+    return SearchBatch(
         items,
         rng.integers(0, AUTHORS, n),
         (rng.random(n) < LONG_VIEWS).astype(np.int32),
@@ -101,8 +98,8 @@ def make_batch(users: int, catalogue: int, even: bool, forked: bool, seed: int) 
     )
 
 
-def five_searches(batch: Batch) -> int:
-    """All five for every user; how many entries they found."""
+def five_searches(batch: SearchBatch) -> int:
+    """Run all five searches for every user; return the number of entries that they found."""
     videos, rooms = ((batch.first[:, d].copy(), batch.stop[:, d].copy()) for d in range(2))
     part = SearchPart(batch.items, batch.candidate, batch.vectors)
     found = (
@@ -115,8 +112,8 @@ def five_searches(batch: Batch) -> int:
     return sum(len(each.at) for each in found)
 
 
-def bytes_of(batch: Batch) -> int:
-    """What the five searches must read."""
+def bytes_of(batch: SearchBatch) -> int:
+    """Return the bytes that the five searches must read."""
     users = len(batch.candidate)
     return users * (VISITS * (batch.items.itemsize + DIM * 2) + VIDEOS * batch.authors.itemsize)
 
@@ -128,26 +125,26 @@ def _read_vectors(begin: int, end: int, items: np.ndarray, values: np.ndarray) -
         fetch(base, (items[at] + 1) * row_bytes, row_bytes)
 
 
-def read_vectors(batch: Batch) -> None:
-    """Have every vector brought that the searches need, and do nothing with it."""
+def read_vectors(batch: SearchBatch) -> None:
+    """Fetch every vector that the searches need, and do nothing with it."""
     values = batch.vectors.values.view(np.uint16)
     gsu.each_part(lambda begin, end: _read_vectors(begin, end, batch.items, values), len(batch.items))
 
 
 def seconds_of(work: Callable[[], Any], threads: int) -> float:
-    """CPU time on one thread, which other work on the machine does not lengthen; otherwise elapsed time."""
+    """Return CPU time on one thread, which other work on the machine hardly lengthens; otherwise elapsed time."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     begin = clock()
     work()
     return clock() - begin
 
 
-def bandwidth(users: int, rounds: int) -> list[dict[str, Any]]:
-    """Rates for each catalogue and number of threads."""
+def bandwidth(users: int, rounds: int, catalogues: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the rates for each size of the catalogue, popularity, kind of memory and number of threads."""
     source = torch.ones(COPY_VALUES)
     target = torch.empty_like(source)
     results = []
-    for catalogue, even, forked in itertools.product((100_000, 1_000_000), (False, True), (False, True)):
+    for catalogue, even, forked in itertools.product(catalogues, (False, True), (False, True)):
         batch = make_batch(users, catalogue, even, forked, seed=1)
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -180,7 +177,7 @@ def bandwidth(users: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def topical(users: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray, SearchPart]:
-    """Histories of items from 30 of 1,000 topics each; candidates are of a topic that their user knows."""
+    """Return histories of items from 30 of 1,000 topics each, and candidates of a topic that their user knows."""
     rng = np.random.default_rng(seed)
     topics, catalogue = 1000, 200_000
     topic = rng.integers(0, topics, catalogue)
@@ -200,11 +197,11 @@ def topical(users: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray,
     return first, first + length, SearchPart(items, items_of(known[:, 0]), SearchVectors(in_space(values)))
 
 
-def recall(users: int, repeats: int) -> list[dict[str, Any]]:
-    """What each search finds of the exact one's 100, and how long it takes."""
+def recall(users: int, repeats: int, histories: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the share of the exact 100 that each search finds, and its time."""
     torch.set_num_threads(1)
     results = []
-    for length in HISTORIES:
+    for length in histories:
         some = max(users * 1_000 // length, 8)
         first, stop, part = topical(some, length, seed=length)
         exact = gsu.top(first, stop, LENGTH, part)
@@ -266,41 +263,46 @@ def report(document: dict[str, Any]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Recall over time, a panel for each length."""
-    figure, panels = pyplot.subplots(1, len(HISTORIES), figsize=(12, 3.8), sharey=True, layout="constrained")
+    """Draw recall over time, a panel for each length of the histories."""
+    lengths = list(dict.fromkeys(row["history"] for row in rows))
+    figure = Figure(figsize=(4 * len(lengths), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)
     kinds = {"exact": "o", "codes": "s", "clusters": "^"}
-    for panel, length in zip(panels, HISTORIES, strict=True):
+    for panel, length in zip(panels[0], lengths, strict=True):
         for kind, marker in kinds.items():
-            mine = [row for row in rows if row["history"] == length and row["search"].startswith(kind)]
+            shown = [row for row in rows if row["history"] == length and row["search"].startswith(kind)]
             panel.scatter(
-                [row["microseconds"] for row in mine], [row["recall"] for row in mine], marker=marker, label=kind
+                [row["microseconds"] for row in shown], [row["recall"] for row in shown], marker=marker, label=kind
             )
         panel.set(xscale="log", title=f"{length:,} visits", xlabel="µs a candidate, one thread")
-    panels[0].set_ylabel(f"recall of the exact {LENGTH}")
-    panels[0].legend()
+    panels[0, 0].set_ylabel(f"recall of the exact {LENGTH}")
+    panels[0, 0].legend()
     figure.savefig(file, dpi=110)
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m benchmarks.speed.search``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--users", type=int, default=64, help="of a batch (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="of which the fastest counts (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write JSON here, and a picture beside it")
-    given = parser.parse_args(argv)
+    """Run the benchmark."""
+    parser = make_parser("speed.search", __doc__)
+    parser.add_argument("--users", type=int, default=64, help="users of a batch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="runs; the fastest counts (default: %(default)s)")
+    parser.add_argument(
+        "--catalogues", type=int, nargs="+", default=CATALOGUES, metavar="N", help="items (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--histories", type=int, nargs="+", default=HISTORIES, metavar="N", help="visits (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
     document: dict[str, Any] = {
-        "bandwidth": bandwidth(given.users, given.rounds),
-        "recall": recall(given.users, max(given.rounds // 4, 1)),
+        "bandwidth": bandwidth(options.users, options.rounds, options.catalogues),
+        "recall": recall(options.users, max(options.rounds // 4, 1), options.histories),
         "target_share_of_copy": TARGET,
-        "settings": {"users": given.users, "visits": VISITS, "videos": VIDEOS, "length": LENGTH, "dim": DIM},
+        "settings": {"users": options.users, "visits": VISITS, "videos": VIDEOS, "length": LENGTH, "dim": DIM},
         "load_average": os.getloadavg()[0],
-        "environment": environment(1),
     }
     print(report(document))
-    if given.out:
-        write_json(given.out, document)
-        draw(document["recall"], given.out.with_suffix(".png"))
+    write_result(options.out, document)
+    if options.out:
+        draw(document["recall"], options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

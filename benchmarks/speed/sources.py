@@ -1,16 +1,15 @@
-"""Events per second that a rank takes from a stream: files replayed as fast as possible, and a Kafka topic.
+"""Measure the events a second that a rank reads from a replay of files and from a Kafka topic.
 
-Each without and with the features that are logged with one event of sixteen, 85 numbers each. The topic lies in
+Each source is read without and with logged features, 85 numbers with one event of sixteen. The topic lies in
 librdkafka's own cluster inside this process, which speaks the brokers' protocol over the loopback interface and shares
-the cores with the reader: a real broker elsewhere costs less. That cluster keeps 5 MB of a partition, so what is read
-from a topic is few events, several times.
+the cores with the reader: a real broker elsewhere costs less. That cluster keeps 5 MB of a partition, so few events are
+read from a topic, several times.
 
     python -m benchmarks.speed.sources --out benchmarks/results/sources.json
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 import uuid
@@ -24,13 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.measure import best_of, make_parser, write_result
 from trainer.config.stream import StreamConfig
 from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature, partition_of, row_columns
 from trainer.data.format.shards import write_rows
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names, event_table
-from trainer.runtime.environment import environment
-from trainer.runtime.files import write_json
 from trainer.stream.labels.assembled_rows import EXPOSURE
 from trainer.stream.sources.kafka_client import library
 from trainer.stream.sources.kafka_source import KafkaSource
@@ -59,7 +57,7 @@ LONGEST_VISIT_MS = 1_800_000
 
 
 def random_events(events: int) -> Columns:
-    """Events of ids as large as those of a service, 100 a second."""
+    """Return 100 events a second, with ids as large as those of a service."""
     rng = np.random.default_rng(0)
     return {
         "user_id": rng.integers(0, 10_000_000, events),
@@ -74,7 +72,7 @@ def random_events(events: int) -> Columns:
 
 
 def random_features(events: Columns) -> RequestFeatures:
-    """Features of the exposures of live rooms."""
+    """Return random features of the exposures of live rooms."""
     rng = np.random.default_rng(1)
     at = np.flatnonzero((events["event"] == EXPOSURE) & (events["domain"] == 1))
     shape = {name: (len(at), *row_columns(SPEC)[name][1]) for name in FEATURES}
@@ -84,7 +82,7 @@ def random_features(events: Columns) -> RequestFeatures:
 
 
 def stored_rows(events: Columns, logged: RequestFeatures) -> dict[str, np.ndarray]:
-    """Training rows with these features, of visits of up to half an hour."""
+    """Return training rows with these features, of visits of up to half an hour."""
     rng = np.random.default_rng(2)
     layout = row_columns(SPEC).items()
     rows = {name: np.zeros((len(logged), *shape), dtype) for name, (dtype, shape) in layout}
@@ -96,7 +94,7 @@ def stored_rows(events: Columns, logged: RequestFeatures) -> dict[str, np.ndarra
 
 
 def store(path: Path, events: Columns, logged: RequestFeatures | None) -> None:
-    """Write the events as a dataset has them, with or without training rows."""
+    """Write the events as a dataset, with or without training rows."""
     (path / "events").mkdir(parents=True)
     owner = partition_of(events["user_id"], PARTITIONS)
     for partition in range(PARTITIONS):
@@ -109,7 +107,7 @@ def store(path: Path, events: Columns, logged: RequestFeatures | None) -> None:
 
 
 def measure(work: Callable[[], int]) -> dict[str, float]:
-    """Events that ``work`` gets done, per second by the clock and of CPU."""
+    """Return the events that ``work`` handles, and their rates per elapsed second and per CPU second."""
     wall, cpu = time.perf_counter(), time.process_time()
     events = work()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -117,13 +115,13 @@ def measure(work: Callable[[], int]) -> dict[str, float]:
 
 
 def drain(source: Source) -> int:
-    """Take all batches."""
+    """Read all batches; return the number of events."""
     with source.open(range(source.partitions)) as reader:
         return sum(len(batch) for batch in reader)
 
 
 def publish(topic: TopicPublisher, events: Columns, logged: RequestFeatures | None, per_message: int) -> int:
-    """Write events to a topic and wait for the brokers."""
+    """Write events to a topic, wait for the brokers, and return the number of events."""
     count = len(events["time_ms"])
     for first in range(0, count, 20_000):
         part = {name: column[first : first + 20_000] for name, column in events.items()}
@@ -132,18 +130,12 @@ def publish(topic: TopicPublisher, events: Columns, logged: RequestFeatures | No
     return count
 
 
-def best(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The best of several runs: what comes between them on a shared machine only slows."""
-    return {key: max(run[key] for run in runs) for key in runs[0]}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=2_000_000, help="events of the replay")
-    parser.add_argument("--topic-events", type=int, default=200_000, help="events of each topic")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the best counts")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser = make_parser("speed.sources", __doc__)
+    parser.add_argument("--events", type=int, default=2_000_000, help="events of the replay (default: %(default)s)")
+    parser.add_argument("--topic-events", type=int, default=200_000, help="events of each topic (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the best counts (default: %(default)s)")
     options = parser.parse_args(argv)
 
     results: dict[str, Any] = {}
@@ -154,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             path = Path(scratch) / name
             store(path, events, carried)
             source = ReplaySource(path, StreamConfig())
-            results[name] = {"read": best([measure(partial(drain, source)) for _ in range(options.repeats)])}
+            results[name] = {"read": best_of([measure(partial(drain, source)) for _ in range(options.repeats)])}
     plain, joined = (options.events / results[name]["read"]["events_per_cpu_second"] for name in results)
     results["files, features"] |= {"rows": len(logged), "seconds_a_million_rows": (joined - plain) / len(logged) * 1e6}
 
@@ -170,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kafka = KafkaSource(config, SPEC)
         runs = [measure(partial(drain, kafka)) for _ in range(options.repeats)]
         label = f"kafka, {format}, {per_message:,} a message" + ("" if carried is None else ", features")
-        results[label] = {"read": best(runs), "publish": written}
+        results[label] = {"read": best_of(runs), "publish": written}
 
     print("| source | events read/s | per CPU second | events published/s |")
     print("|---|---:|---:|---:|")
@@ -180,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {name} | {read['events_per_second']:,.0f} | {read['events_per_cpu_second']:,.0f} | {written_text} |")
     joining = results["files, features"]["seconds_a_million_rows"]
     print(f"\njoining the features of a million stored rows to their exposures takes {joining:.1f} s of CPU")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"results": results, "environment": environment(1)})
+    write_result(options.out, {"results": results})
 
 
 if __name__ == "__main__":

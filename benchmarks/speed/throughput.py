@@ -1,7 +1,8 @@
-"""How many rows a second does the trainer learn from? The peers' workload, end to end.
+"""Measure the rows a second that training learns from: the peers' workload, end to end.
 
-    python -m benchmarks.speed.throughput --out benchmarks/results/throughput.json
-    python -m benchmarks.speed.throughput --setups 2x1 --precisions fp32
+    python -m benchmarks.speed.throughput --precisions fp32 --out benchmarks/results/throughput.json
+    python -m benchmarks.speed.throughput --precisions bf16 --out benchmarks/results/throughput_bf16.json
+    python -m benchmarks.speed.throughput --setups 2x1 --precisions fp32 --scale 64    # tries it in seconds
 
 PLE and DIN on 131,072 rows: 1M users, 100k authors, 1M items, dimension 16; hour (24), tag (1,000) and city (500); 8
 dense values; one author and one item sequence of 50, each with its own DIN of [64, 16]; two-layer PLE (2 experts per
@@ -9,17 +10,14 @@ task and 2 shared, [256, 128] then [128, 64]), 3 towers of [128, 64]; Adagrad .0
 network; AUC and GAUC; global batch 2,048. Rows are read from shards and histories, as in training.
 
 A set-up ``RxT`` is R ranks of T threads. The machine's own rates, a matrix product and a copy on as many threads, are
-measured in the same run: they say what the figures rest on, since machines differ and are noisy. Set-ups are
-interleaved ``--repeats`` times and the best of each counts.
+measured in the same run, since machines differ and are noisy. Set-ups are interleaved ``--repeats`` times, and the best
+run of each counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,10 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import make_parser, run_ranks, write_result
 from benchmarks.speed.loader import HOUR_MS, START_MS
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.data.features.feature_map import HistorySequence
+from trainer.data.features.history_sequences import Space
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.format.history import FOLDER, Histories, HistoryWriter
 from trainer.data.format.schema import DatasetSpec, DenseFeature, IdSpace, Rows, SideFeature, partition_of
@@ -41,7 +41,6 @@ from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.phase_timer import PHASES
 
@@ -58,9 +57,15 @@ DEEPSPEED = {"fp32": "configs/deepspeed/zero0.json", "bf16": "configs/deepspeed/
 """The peer replicates its dense network, as ZeRO 0 does; bf16 needs ZeRO's fp32 master copy."""
 
 
-def write_dataset(path: Path) -> None:
-    """Random rows, each of a user with 50 earlier videos."""
+def write_dataset(path: Path, scale: int = 1) -> None:
+    """Write random rows, each of a user with 50 earlier videos.
+
+    Args:
+        path: directory of the dataset.
+        scale: rows and ids are fewer by this factor.
+    """
     rng = np.random.default_rng(0)
+    n, users, authors, items = (number // scale for number in (ROWS, USERS, AUTHORS, ITEMS))
     spec = DatasetSpec(
         name="throughput",
         source="random numbers",
@@ -73,44 +78,44 @@ def write_dataset(path: Path) -> None:
         side=tuple(SideFeature(name, "context", rows) for name, rows in SIDE),
         dense=tuple(DenseFeature(f"dense_{k}", "context") for k in range(DENSE)),
         ids={
-            "user": IdSpace(USERS, USERS - 1),
-            "author": IdSpace(AUTHORS, AUTHORS - 1),
-            "item": IdSpace(ITEMS, ITEMS - 1),
+            "user": IdSpace(users, users - 1),
+            "author": IdSpace(authors, authors - 1),
+            "item": IdSpace(items, items - 1),
         },
         span_ms=(START_MS, START_MS + HOUR_MS),
-        rows=ROWS,
+        rows=n,
     )
-    user = rng.integers(0, USERS, ROWS)
-    request = np.sort(START_MS + rng.integers(0, HOUR_MS, ROWS))
+    user = rng.integers(0, users, n)
+    request = np.sort(START_MS + rng.integers(0, HOUR_MS, n))
     columns: Rows = {
-        "visit_id": np.arange(ROWS),
+        "visit_id": np.arange(n),
         "user_id": user,
-        "author_id": rng.integers(0, AUTHORS, ROWS),
-        "item_id": rng.integers(0, ITEMS, ROWS),
-        "domain": np.zeros(ROWS, np.uint8),
-        "kind": np.full(ROWS, 4, np.uint8),
+        "author_id": rng.integers(0, authors, n),
+        "item_id": rng.integers(0, items, n),
+        "domain": np.zeros(n, np.uint8),
+        "kind": np.full(n, 4, np.uint8),
         "request_ms": request,
         "emit_ms": request,
-        "side": np.stack([rng.integers(0, rows, ROWS, np.int32) for _, rows in SIDE], axis=1),
-        "dense": rng.standard_normal((ROWS, DENSE), np.float32),
-        "stat": np.empty((ROWS, 0), np.float32),
-        "label": (rng.random((ROWS, 3)) < 0.2).astype(np.uint8),
-        "mask": np.ones((ROWS, 3), np.uint8),
+        "side": np.stack([rng.integers(0, rows, n, np.int32) for _, rows in SIDE], axis=1),
+        "dense": rng.standard_normal((n, DENSE), np.float32),
+        "stat": np.empty((n, 0), np.float32),
+        "label": (rng.random((n, 3)) < 0.2).astype(np.uint8),
+        "mask": np.ones((n, 3), np.uint8),
     }
     write_rows(path, spec, columns)
     (path / FOLDER).mkdir()
     writer = HistoryWriter(path / FOLDER)
-    users = np.unique(user)
-    home = partition_of(users, spec.partitions)
+    known = np.unique(user)
+    partition_of_user = partition_of(known, spec.partitions)
     for partition in range(spec.partitions):
-        owner = np.repeat(users[home == partition], LENGTH)
+        owner = np.repeat(known[partition_of_user == partition], LENGTH)
         began = START_MS - rng.integers(HOUR_MS, 24 * HOUR_MS, len(owner))
         writer.append(
             {
                 "user_id": owner,
                 "domain": np.zeros(len(owner), np.uint8),
-                "item_id": rng.integers(0, ITEMS, len(owner)),
-                "author_id": rng.integers(0, AUTHORS, len(owner)),
+                "item_id": rng.integers(0, items, len(owner)),
+                "author_id": rng.integers(0, authors, len(owner)),
                 "request_ms": began,
                 "play_ms": np.full(len(owner), 10_000),
                 "bits": np.zeros(len(owner), np.int32),
@@ -122,14 +127,12 @@ def write_dataset(path: Path) -> None:
 
 
 class WorkloadFeatures:
-    """The peers' inputs: ids as they are, and the two sequences without contexts."""
+    """The peers' inputs: ids as they are, and the two sequences without contexts.
 
-    tables = (
-        Table("user", USERS, DIM),
-        Table("author", AUTHORS, DIM),
-        Table("item", ITEMS, DIM),
-        Table("side", sum(rows for _, rows in SIDE), DIM),
-    )
+    A loader takes it in place of a :class:`trainer.data.features.feature_map.FeatureMap`, which would read both
+    sequences as one.
+    """
+
     lookups = (
         Lookup("user", "user", 1),
         Lookup("author", "author", 1),
@@ -145,11 +148,16 @@ class WorkloadFeatures:
 
     def __init__(self, spec: DatasetSpec) -> None:
         self.spec = spec
+        rows = {name: space.count for name, space in spec.ids.items()} | {"side": sum(rows for _, rows in SIDE)}
+        self.tables = tuple(Table(name, count, DIM) for name, count in rows.items())
         self.layout = BatchLayout((tuple(lookup.name for lookup in self.lookups),), DENSE, len(BEHAVIOURS))
         self._offsets = np.cumsum([0] + [rows for _, rows in SIDE[:-1]])
 
-    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray) -> PackedBatch:
-        """The batch of some rows, see ``trainer.data.features.feature_map.FeatureMap.pack``."""
+    def prepare(self, histories: Histories, space: Space | None = None) -> None:
+        """Do nothing: there is nothing to compile or to look up before workers are forked."""
+
+    def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
+        """Return the batch of some rows, see ``trainer.data.features.feature_map.FeatureMap.pack``."""
         n = len(rows["visit_id"])
         past = histories.latest(rows["user_id"], as_of_ms, domain=0, length=LENGTH)
         one = np.ones(n, np.int64)
@@ -166,8 +174,8 @@ class WorkloadFeatures:
         )
 
 
-def train_rank(path: Path, precision: str, out: Path) -> None:
-    """One rank of a measurement; the first writes the result."""
+def train_rank(path: Path, precision: str, batch_size: int, out: Path) -> None:
+    """Train on one rank of a measurement; the first rank writes the result."""
     with World.join("auto") as world:
         spec = DatasetSpec.load(path)
         features = WorkloadFeatures(spec)
@@ -193,7 +201,7 @@ def train_rank(path: Path, precision: str, out: Path) -> None:
             dense_optimizer=DenseOptimizer(1e-3, 0.0, (0.9, 0.999)),
             deepspeed=json.loads(Path(DEEPSPEED[precision]).read_text()) | {"gradient_clipping": 0.0},
             behaviour_weights=torch.ones(len(BEHAVIOURS)),
-            batch_size=BATCH // world.size,
+            batch_size=batch_size // world.size,
             device=world.device,
             seed=1,
             overlap=True,
@@ -204,7 +212,7 @@ def train_rank(path: Path, precision: str, out: Path) -> None:
             features,  # type: ignore[arg-type]
             rank=world.rank,
             world=world.size,
-            batch_size=BATCH // world.size,
+            batch_size=batch_size // world.size,
             seed=1,
             shuffle_ms=HOUR_MS // 8,
             workers=0,
@@ -231,7 +239,7 @@ def train_rank(path: Path, precision: str, out: Path) -> None:
 
 
 def machine_rates(threads: int, precision: str) -> dict[str, float]:
-    """Matrix product in GFLOP/s and copy in GB/s on ``threads`` threads; the best of several tries."""
+    """Return the rates of a matrix product (GFLOP/s) and of a copy (GB/s) on some threads, the best of six tries."""
     torch.set_num_threads(threads)
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2048, 2048).to(kind), torch.randn(2048, 2048).to(kind)
@@ -246,15 +254,12 @@ def machine_rates(threads: int, precision: str) -> dict[str, float]:
     return {"product_gflops": 2 * 2048**3 / product / 1e9, "copy_gb_per_second": 2 * source.numel() * 4 / copy / 1e9}
 
 
-def measure(path: Path, setup: str, precision: str) -> dict[str, Any]:
-    """Rows per second of one set-up, in processes of its own, beside the machine's rates just before."""
+def measure(path: Path, setup: str, precision: str, batch_size: int) -> dict[str, Any]:
+    """Return the rows per second of one set-up, in processes of its own, and the machine's rates just before."""
     ranks, threads = (int(number) for number in setup.split("x"))
     rates = machine_rates(ranks * threads, precision)
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "benchmarks.speed.throughput", "--one", str(path), precision, out.name]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        result = json.loads(Path(out.name).read_text())
+    arguments = ["--one", path, precision, batch_size]
+    result = run_ranks("benchmarks.speed.throughput", arguments, ranks, threads, cpu_only=False)
     floor = rates["product_gflops"] * 1e9 / FLOP_PER_ROW
     return {
         "setup": setup,
@@ -267,22 +272,29 @@ def measure(path: Path, setup: str, precision: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setups", nargs="+", default=["1x1", "1x2", "2x1"], help="ranks x threads")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--repeats", type=int, default=2, help="interleaved runs of each; the best counts")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--one", nargs=3, metavar=("DATASET", "PRECISION", "OUT"), help=argparse.SUPPRESS)
+    parser = make_parser("speed.throughput", __doc__)
+    parser.add_argument(
+        "--setups", nargs="+", default=["1x1", "1x2", "2x1"], metavar="RxT", help="ranks x threads (default: all three)"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", default=list(DEEPSPEED), choices=list(DEEPSPEED), help="of the dense network"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="interleaved runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="divide rows, ids and batch by this, to try it (default: %(default)s)"
+    )
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:
-        train_rank(Path(options.one[0]), options.one[1], Path(options.one[2]))
+        path, precision, batch_size, out = options.one
+        train_rank(Path(path), precision, int(batch_size), Path(out))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "dataset"
-        path.mkdir()
-        write_dataset(path)
+        dataset = Path(scratch) / "dataset"
+        dataset.mkdir()
+        write_dataset(dataset, options.scale)
         runs = [
-            measure(path, setup, precision)
+            measure(dataset, setup, precision, BATCH // options.scale)
             for _ in range(options.repeats)
             for setup in options.setups
             for precision in options.precisions
@@ -305,9 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"| {setup} | {precision} | {run['rows_per_second']:,.0f} | {peer:,} | {run['product_gflops']:.0f} | "
             f"{run['copy_gb_per_second']:.0f} | {run['share_of_product_rate']:.0%} | {shares} |"
         )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"best": list(best.values()), "runs": runs, "environment": environment(2)})
+    write_result(options.out, {"best": list(best.values()), "runs": runs}, ranks=2)
 
 
 if __name__ == "__main__":

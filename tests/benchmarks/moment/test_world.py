@@ -11,7 +11,7 @@ from benchmarks.moment.freshness import label_delays
 from benchmarks.moment.metrics import BEFORE_S
 from benchmarks.moment.reactions import AGES_S, by_age, response, room_jumps, times
 from benchmarks.moment.run import POLICIES, stream_job
-from benchmarks.moment.world import BEHAVIOURS, NO_EXIT_SHARE, SPEC, WorldSize, levels, shown, write_world
+from benchmarks.moment.world import BEHAVIOURS, NO_EXIT_SHARE, SPEC, WorldSize, levels, read_exposures, write_world
 from trainer.stream.labels.assembled_rows import EXIT
 from trainer.stream.labels.event_log import EventLog
 
@@ -38,7 +38,7 @@ def test_every_place_has_one_level_at_a_time() -> None:
 
 
 def test_the_log_is_what_the_probabilities_say(world: Path) -> None:
-    exposures = shown(world, SIZE, SEED)
+    exposures = read_exposures(world, SIZE, SEED)
     assert (np.diff(exposures.at_s) >= 0).all()
     label = exposures.label
     for high in (False, True):
@@ -51,12 +51,12 @@ def test_the_log_is_what_the_probabilities_say(world: Path) -> None:
 def test_some_exits_are_missing_and_most_negatives_are_known_late(world: Path) -> None:
     log = EventLog(world)
     exits = sum(int((log.read(partition)["event"] == EXIT).sum()) for partition in range(SPEC.partitions))
-    visits = len(shown(world, SIZE, SEED).user_id)
+    visits = len(read_exposures(world, SIZE, SEED).user_id)
     assert 1 - exits / visits == pytest.approx(NO_EXIT_SHARE, abs=0.01)
 
 
 def test_jumps_are_where_the_level_changes_and_the_truth_reacts_at_once(world: Path) -> None:
-    exposures, segments = shown(world, SIZE, SEED), levels(SIZE, SEED)
+    exposures, segments = read_exposures(world, SIZE, SEED), levels(SIZE, SEED)
     jumps = room_jumps(segments, exposures, 0.0, float(SIZE.stream_s))
     assert {jump.rises for jump in jumps} == {False, True}
     for each in jumps:

@@ -13,7 +13,7 @@ from benchmarks.quality.cross_report import (
     NO_VIDEOS,
     WITHOUT_CROSS,
     Figures,
-    Measured,
+    VariantResult,
     draw,
     summarise,
     tables,
@@ -49,10 +49,10 @@ def figures(auc: float | None) -> Figures:
 def test_differences_are_of_the_same_seed(tmp_path: Path) -> None:
     full = {1: 0.70, 2: 0.74, 3: 0.72}
     lost = {1: 0.01, 2: 0.02, 3: 0.03}
-    runs = [Measured(FULL, seed, 1.0, figures(auc)) for seed, auc in full.items()]
-    runs += [Measured("CGC", seed, 1.0, figures(full[seed] - lost[seed])) for seed in (3, 1, 2)]
+    runs = [VariantResult(FULL, seed, 1.0, figures(auc)) for seed, auc in full.items()]
+    runs += [VariantResult("CGC", seed, 1.0, figures(full[seed] - lost[seed])) for seed in (3, 1, 2)]
     # A seed whose full model is not done is left out, and so is what is undefined.
-    runs += [Measured("CGC", 4, 1.0, figures(0.1)), Measured(NO_VIDEOS, 1, 1.0, figures(None))]
+    runs += [VariantResult("CGC", 4, 1.0, figures(0.1)), VariantResult(NO_VIDEOS, 1, 1.0, figures(None))]
     result = summarise(runs, [FULL, "CGC", NO_VIDEOS])
     click = result["table_2"]["click"]
     assert click["best_auc"] == pytest.approx(90) and click[FULL]["auc"]["mean"] == pytest.approx(72)
@@ -77,22 +77,22 @@ def test_a_run_is_done_once_and_the_rest_goes_on(
 ) -> None:
     done: list[tuple[str, int]] = []
 
-    def fake(config: object, variant: str, world: World) -> Measured:
+    def fake(config: object, variant: str, world: World) -> VariantResult:
         seed = config.run.seed  # type: ignore[attr-defined]
         done.append((variant, seed))
-        return Measured(variant, seed, 1.0, figures(0.7))
+        return VariantResult(variant, seed, 1.0, figures(0.7))
 
     monkeypatch.setattr(cross, "run", fake)
     monkeypatch.setattr(cross, "VARIANTS", {FULL: {}, "CGC": {"model.kind": "cgc"}})
-    options = argparse.Namespace(home=tmp_path, seeds=[1, 2], minutes=0.0)
-    cross.do_missing(options, tmp_path / "world")
+    options = argparse.Namespace(work=tmp_path, seeds=[1, 2], minutes=0.0, variants=[FULL, "CGC"])
+    cross.run_missing(options, tmp_path / "world")
     assert done == [], "there was no time for any"
     options.minutes = 9.0
     (tmp_path / "results").mkdir()
-    cross.write_json(cross.result_file(tmp_path, FULL, 1), vars(Measured(FULL, 1, 1.0, figures(0.7))))
-    cross.do_missing(options, tmp_path / "world")
+    cross.write_json(cross.result_file(tmp_path, FULL, 1), vars(VariantResult(FULL, 1, 1.0, figures(0.7))))
+    cross.run_missing(options, tmp_path / "world")
     assert done == [("CGC", 1), (FULL, 2), ("CGC", 2)]
-    cross.do_missing(options, tmp_path / "world")
+    cross.run_missing(options, tmp_path / "world")
     assert len(done) == 3
 
 

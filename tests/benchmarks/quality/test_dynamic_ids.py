@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.quality.dynamic_ids import VARIANTS, mean_and_width, summarise, table, table_of
+from benchmarks.measure import mean_and_half_width
+from benchmarks.quality.dynamic_ids import VARIANTS, summarise, table, table_of
 from benchmarks.quality.dynamic_stream import PassingRooms
 from benchmarks.speed.id_maps import one_order, ours, stream
 
@@ -30,10 +31,10 @@ def test_rooms_and_authors_pass() -> None:
 
 def test_intervals_are_students() -> None:
     values = [0.71, 0.74, 0.72, 0.75]
-    mean, width = mean_and_width(values)
+    mean, width = mean_and_half_width(values)
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
     assert (mean, width) == (pytest.approx(np.mean(values)), pytest.approx((high - low) / 2))
-    assert mean_and_width([0.5]) == [0.5, None]
+    assert mean_and_half_width([0.5]) == [0.5, None]
 
 
 def test_the_summary_pairs_streams() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from benchmarks.measure import mean_and_half_width
 from benchmarks.quality.staytime import main
-from benchmarks.quality.staytime_report import METRICS, mean_and_half_width, pareto, summarise
+from benchmarks.quality.staytime_report import METRICS, pareto, summarise
 
 SMALL = ["train.epochs=1", "input.dim=4", "base.widths=[4]", "lcu.hidden=4", "data.eval_from=2024-03-10"]
 
@@ -21,8 +22,8 @@ def test_two_cells_and_again_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     command = ["--work", str(tmp_path / "work"), "--users", "12", "--seeds", "1", "--grid-seeds", "1"]
     command += ["--parts", "comments", "--out", str(out), *SMALL]
     main(command)
-    said = capsys.readouterr().out
-    assert "3/3 comments: 10 comments, seed 1" in said and "kuairand: not run" in said
+    printed = capsys.readouterr().out
+    assert "3/3 comments: 10 comments, seed 1" in printed and "kuairand: not run" in printed
     written = json.loads(out.read_text())
     assert written["kuairand"].startswith("not run")
     assert str(tmp_path) not in out.read_text()

@@ -1,0 +1,123 @@
+"""Shared parts of the benchmarks: options, result files, ranks in processes of their own, clocks and intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+from trainer.runtime.environment import environment
+from trainer.runtime.files import write_json
+
+
+def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the option ``--out`` that every benchmark has.
+
+    Args:
+        module: name of the benchmark, such as ``speed.loader``.
+        description: docstring of its module, shown as it is written.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result to this file")
+    return parser
+
+
+def write_result(out: Path | None, document: Mapping[str, Any], ranks: int = 1) -> None:
+    """Write a result with the versions and the machine under ``environment``; do nothing without a file.
+
+    Args:
+        out: file to write; its directory is made.
+        document: figures and settings.
+        ranks: processes that were measured together.
+    """
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {**document, "environment": environment(ranks)})
+
+
+def run_ranks(
+    module: str, arguments: Sequence[object], ranks: int, threads: int = 1, cpu_only: bool = True
+) -> dict[str, Any]:
+    """Run a benchmark's own module on ranks started by torchrun, and return what its first rank wrote.
+
+    Args:
+        module: such as ``benchmarks.speed.dedup``; it gets the arguments and then the path of a JSON file to write.
+        arguments: of its command line.
+        ranks: processes.
+        threads: of each.
+        cpu_only: hide accelerators from the ranks.
+
+    Raises:
+        subprocess.CalledProcessError: a rank failed.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", module, *map(str, arguments), out.name]
+        settings = {"OMP_NUM_THREADS": str(threads), **({"CUDA_VISIBLE_DEVICES": ""} if cpu_only else {})}
+        subprocess.run(command, check=True, env={**os.environ, **settings})
+        result: dict[str, Any] = json.loads(Path(out.name).read_text())
+    return result
+
+
+def run_limelight(*arguments: object) -> None:
+    """Run a ``limelight`` command as a user types it.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    subprocess.run([sys.executable, "-m", "launch.cli.main", *map(str, arguments)], check=True)
+
+
+def busy_seconds(device: torch.device) -> float:
+    """Return a clock: elapsed time of an idle accelerator, on a CPU the processor time of this process.
+
+    Other work on the machine lengthens elapsed time, and processor time hardly.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def best_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the largest value of each key: other work on the machine makes a run slower, never faster."""
+    return {key: max(run[key] for run in runs) for key in runs[0]}
+
+
+def fastest(work: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Return the seconds of the fastest of several runs."""
+    seconds = []
+    for _ in range(repeats):
+        begin = clock()
+        work()
+        seconds.append(clock() - begin)
+    return min(seconds)
+
+
+def mean_and_half_width(values: Sequence[float | None]) -> list[float | None]:
+    """Return the mean and half the width of its 95 % interval, by Student's t over the seeds.
+
+    Both are None if a value is undefined or there is none; a single value has no interval.
+    """
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    if not known or len(known) < len(values):
+        return [None, None]
+    mean, n = float(np.mean(known)), len(known)
+    if n == 1:
+        return [mean, None]
+    return [mean, float(student.ppf(0.975, n - 1) * np.std(known, ddof=1) / np.sqrt(n))]
