@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.nursery import Ended, Nursery
 from tests.paths import ROOT
 
 # Set before anything imports torch: several test processes share the cores.
@@ -59,53 +58,50 @@ def real_kuairand() -> Path:
 RunRanks = Callable[..., str]
 
 
-@pytest.fixture
-def run_ranks() -> RunRanks:
-    """``run_ranks(target, *arguments, ranks=2, timeout=180, environment=None, expect=0) -> stdout of all ranks``.
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """A process that has imported what takes long, and forks the processes of tests."""
+    with Nursery() as nursery:
+        yield nursery
 
-    ``target`` is a script (a Path) or a module (a dotted name); each rank is one process under torchrun with one
-    thread and the CPU backend, in the repository's root. An exit status other than ``expect`` fails the test with the
-    end of what the ranks wrote.
+
+@pytest.fixture
+def run_ranks(nursery: Nursery) -> RunRanks:
+    """``run_ranks(module, *arguments, ranks=2, timeout=180, environment=None, expect=0) -> stdout``.
+
+    Each rank is a process with one thread and the CPU backend, in the repository's root. Another exit status than
+    ``expect`` fails the test, with the end of the ranks' output.
     """
 
     def run(
-        target: Path | str,
+        module: str,
         *arguments: object,
         ranks: int = 2,
         timeout: float = 180,
         environment: Mapping[str, str] | None = None,
         expect: int = 0,
     ) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [str(target)] if isinstance(target, Path) else ["-m", target]
-        command += [str(argument) for argument in arguments]
-        settings = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            **(environment or {}),
-        }
-        # A session of its own, so that a timeout ends torchrun and its ranks together.
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            stdout, stderr = process.communicate()
-            pytest.fail(f"{target} on {ranks} ranks ran past {timeout:.0f} s\n{stdout[-4000:]}\n{stderr[-8000:]}")
-        if process.returncode != expect:
-            status = process.returncode
-            pytest.fail(f"{target} on {ranks} ranks: exit status {status}\n{stdout[-4000:]}\n{stderr[-8000:]}")
-        return stdout
+        ended = nursery.run(module, arguments, ranks=ranks, environment=environment, timeout=timeout)
+        if ended.status != expect:
+            pytest.fail(
+                f"{module} on {ranks} ranks: exit status {ended.status}\n{ended.stdout[-4000:]}\n{ended.stderr[-8000:]}"
+            )
+        return ended.stdout
+
+    return run
+
+
+Limelight = Callable[..., Ended]
+
+
+@pytest.fixture(scope="session")
+def limelight(nursery: Nursery) -> Limelight:
+    """``limelight(*arguments, expect=0) -> Ended``: the command, in a process of its own in the repository's root."""
+
+    def run(*arguments: object, expect: int = 0) -> Ended:
+        ended = nursery.run("launch.cli.main", arguments)
+        if ended.status != expect:
+            pytest.fail(f"exit status {ended.status}\n{ended.stdout[-4000:]}\n{ended.stderr[-8000:]}")
+        return ended
 
     return run

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.paths import ROOT
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.rank import main as train_one_rank
@@ -33,29 +30,15 @@ SETTINGS = (
 READ_TOGETHER = ("model.attention_kind=twin", "alignment.anchor=live")
 
 
-def limelight(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run ``limelight ARGUMENTS`` and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli.main", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expect, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
-    return done
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(limelight: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("jobs") / "world"
     limelight("data", "simulate", path, "--users", 200, "--days", 3, "--partitions", 4, "--seed", 5)
     return path
 
 
 @pytest.fixture(scope="module")
-def run(world: Path) -> Path:
+def run(limelight: Any, world: Path) -> Path:
     """A run on two ranks, with a baseline; its histories are read together and aligned."""
     directory = world.parent / "run"
     printed = limelight(
@@ -102,7 +85,7 @@ def test_a_run_leaves_what_the_readme_says(run: Path, world: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_evaluating_again_gives_the_same_metrics(run: Path, ranks: int) -> None:
+def test_evaluating_again_gives_the_same_metrics(limelight: Any, run: Path, ranks: int) -> None:
     again = json.loads(limelight("evaluate", run, "--json", "--ranks", ranks).stdout)["behaviours"]
     first = json.loads((run / "metrics.json").read_text())["behaviours"]
     assert again.keys() == first.keys()
@@ -114,7 +97,7 @@ def test_evaluating_again_gives_the_same_metrics(run: Path, ranks: int) -> None:
             assert again[behaviour][name] == close, f"{behaviour} {name}"
 
 
-def test_a_range_with_offsets_narrows_the_rows(run: Path) -> None:
+def test_a_range_with_offsets_narrows_the_rows(limelight: Any, run: Path) -> None:
     whole = json.loads(limelight("evaluate", run, "--json").stdout)["behaviours"]["click"]["rows"]
     part = limelight(
         "evaluate", run, "--json", "--from", "2024-03-06T12:00+08:00", "--until", "2024-03-06T20:00"
@@ -122,7 +105,9 @@ def test_a_range_with_offsets_narrows_the_rows(run: Path) -> None:
     assert 0 < json.loads(part)["behaviours"]["click"]["rows"] < whole
 
 
-def test_scoring_a_request_gives_what_evaluation_predicted(run: Path, world: Path, tmp_path: Path) -> None:
+def test_scoring_a_request_gives_what_evaluation_predicted(
+    limelight: Any, run: Path, world: Path, tmp_path: Path
+) -> None:
     predicted = tmp_path / "predictions.parquet"
     limelight("evaluate", run, "--predictions", predicted)
     lines = {line["visit_id"]: line for line in pq.read_table(predicted).to_pylist()}
@@ -149,7 +134,7 @@ def test_scoring_a_request_gives_what_evaluation_predicted(run: Path, world: Pat
     )
 
 
-def test_a_run_explains_what_it_looked_at(run: Path, world: Path, tmp_path: Path) -> None:
+def test_a_run_explains_what_it_looked_at(limelight: Any, run: Path, world: Path, tmp_path: Path) -> None:
     items = pq.read_table(world / "items.parquet").to_pylist()
     room = max(item["item_id"] for item in items if item["domain"] == 1)
     user = int(np.load(world / "history" / "user_id.npy")[0])
@@ -194,7 +179,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_of_all_ranks_is_told_once(world: Path, tmp_path: Path) -> None:
+def test_a_mistake_of_all_ranks_is_told_once(limelight: Any, world: Path, tmp_path: Path) -> None:
     given = [*SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", "train.batch_size=127"]
     done = limelight("train", *given, "--ranks", 2, expect=2)
     assert_one_error(done.stderr, "train.batch_size = 127 is not a multiple of the 2 ranks")
@@ -207,7 +192,7 @@ def assert_one_error(said: str, expected: str) -> None:
     assert "Traceback" not in said
 
 
-def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> None:
+def test_more_ranks_than_partitions_are_refused(limelight: Any, world: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     limelight("data", "simulate", small, "--users", 60, "--days", 3, "--partitions", 1, "--seed", 1)
     done = limelight(
@@ -216,7 +201,7 @@ def test_more_ranks_than_partitions_are_refused(world: Path, tmp_path: Path) -> 
     assert "partition" in done.stderr
 
 
-def test_a_finished_run_is_kept(run: Path, world: Path) -> None:
+def test_a_finished_run_is_kept(limelight: Any, run: Path, world: Path) -> None:
     def files() -> dict[str, bytes]:
         return {name: (run / name).read_bytes() for name in ("metrics.json", "report.html", "plan.json")}
 
@@ -235,7 +220,7 @@ def test_a_finished_run_is_kept(run: Path, world: Path) -> None:
     assert files() == before
 
 
-def test_a_new_model_starts_from_an_old_one(run: Path, world: Path, tmp_path: Path) -> None:
+def test_a_new_model_starts_from_an_old_one(limelight: Any, run: Path, world: Path, tmp_path: Path) -> None:
     given = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={tmp_path / 'run'}")
     started = limelight(*given, f"init_from.run={run}", "init_from.dense=true", "tables.learning_rate=1e-6").stdout
     (author,) = [line.split() for line in started.splitlines() if line.startswith("author ") and "taken" in line]
@@ -269,7 +254,7 @@ def first_loss(run: Path) -> float:
     ],
 )
 def test_candidates_that_cannot_be_scored_leave_no_file(
-    run: Path, tmp_path: Path, table: dict[str, list[int]], expected: str
+    limelight: Any, run: Path, tmp_path: Path, table: dict[str, list[int]], expected: str
 ) -> None:
     candidates = tmp_path / "candidates.parquet"
     pq.write_table(pa.table({name: pa.array(values, pa.int64()) for name, values in table.items()}), candidates)

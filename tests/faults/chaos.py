@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.faults import kinds
 from tests.faults.harness import LIMIT_SECONDS, Ending, Job, differences, small_world
-from tests.faults.nursery import Nursery
+from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.console.progress import Progress
 from trainer.runtime.environment import environment

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ import torch
 
 import trainer.engine.hybrid_engine
 import trainer.rank
+from trainer.ranking import model_training
 from trainer.ranking.training_state import TrainingState
 
 DIRECTORY_VARIABLE = "LIMELIGHT_FAULT_DIRECTORY"
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if fault is not None:
         FAULTS[fault["kind"]](fault, fault.get("rank", 0) == rank)
     # Pictures take longer than all the rest of this little job.
-    trainer.rank.write_report = lambda *arguments, **options: None
+    model_training.write_report = lambda *arguments, **options: None
     return trainer.rank.main(arguments)
 
 
@@ -121,13 +123,13 @@ def arm_signal(fault: Fault, mine: bool) -> None:
     if fault.get("phase") == "start":
         _later(fault["delay"], _send(fault))
     elif fault.get("phase") == "evaluation":
-        predict = trainer.rank.predict
+        predict = model_training.predict
 
         def interrupted(*arguments: Any, **options: Any) -> Any:
             _later(fault["delay"], _send(fault))
             return predict(*arguments, **options)
 
-        trainer.rank.predict = interrupted  # type: ignore[assignment]
+        model_training.predict = interrupted  # type: ignore[assignment]
     else:
         _at_step(fault["step"], _send(fault), fault["delay"])
 
@@ -295,3 +297,7 @@ FAULTS: dict[str, Callable[[Fault, bool], None]] = {
     "not a number": arm_not_a_number,
     "shard": arm_shard,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import trainer.data.simulator.write_dataset
 from tests.faults.faulty_rank import DIRECTORY_VARIABLE, FAULT_VARIABLE, Fault
-from tests.faults.nursery import Nursery
+from tests.nursery import Nursery
 from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, list_checkpoints, read_manifest
 
 RANKS = 2

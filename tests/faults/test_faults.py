@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +15,11 @@ import torch
 from tests.faults import kinds
 from tests.faults.command import Command
 from tests.faults.harness import RANKS, Job, differences, small_world, state_differences, trained_rows
-from tests.faults.nursery import Nursery
+from tests.nursery import Nursery
 from trainer.console.exit_status import PREEMPTED_STATUS
 
 SLOW = pytest.mark.slow
 FILES = [*kinds.SAVE_FILES[0], *kinds.SAVE_FILES[1], "rename-before", "rename-after"]
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

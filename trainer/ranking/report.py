@@ -1,15 +1,16 @@
-"""What a person wants to see of a run: the metrics table, and a self-contained ``report.html`` with pictures."""
+"""The metrics table of a run, and its report: a self-contained ``report.html`` with pictures."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,15 +18,15 @@ from trainer.console.text_table import text_table
 from trainer.runtime.phase_timer import PHASES
 
 COLUMNS = ("auc", "gauc", "uauc", "logloss", "ne", "calibration", "positives", "rows")
-"""Metrics of the table, in order; ``best auc`` follows where the truth is known."""
+"""Metrics of the table, in order; ``best_auc`` follows if the true probabilities are known."""
 
 
 Metrics = Mapping[str, Mapping[str, float | int | None]]
-"""Behaviour -> metric -> value, None where undefined."""
+"""Behaviour -> metric -> value, ``None`` if undefined."""
 
 
 def metrics_table(models: Mapping[str, Metrics]) -> str:
-    """Plain text table of one model or several: a line per behaviour and model, undefined shown as ``-``."""
+    """Format the metrics of one model or several: a line per behaviour and model, ``-`` if undefined."""
     behaviours = list(next(iter(models.values())))
     columns = [*COLUMNS]
     if any("best_auc" in metrics[behaviour] for metrics in models.values() for behaviour in metrics):
@@ -65,54 +66,37 @@ def write_report(
         models: metrics of the held-out range per model.
         trace: one entry every ``train.log_every`` steps: ``step``, ``loss``, ``rows_per_second``, ``auc`` (behaviour ->
             progressive AUC or None) and the seconds of each of ``PHASES``.
-        plan: how the tables were laid out.
+        plan: placement of each table.
         calibration: behaviour -> (mean predicted, mean observed, rows) of the rows between two predicted probabilities.
     """
     pictures = [
-        ("Loss while training", _picture(lambda axes: _loss(axes, trace))),
-        ("Progressive AUC: each batch predicted before it is learnt", _picture(lambda axes: _progressive(axes, trace))),
-        ("Where the time goes", _picture(lambda axes: _phases(axes, trace))),
+        ("Loss of the training steps", _picture(lambda axes: _loss(axes, trace))),
+        ("Progressive AUC: each batch is predicted before it is trained on", _picture(lambda axes: _auc(axes, trace))),
+        ("Share of time by phase", _picture(lambda axes: _phases(axes, trace))),
         ("Calibration on the held-out range", _picture(lambda axes: _calibration(axes, calibration))),
     ]
-    figures = "".join(f"<figure><figcaption>{name}</figcaption>{image}</figure>" for name, image in pictures)
-    plan_rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in entry.values()) + "</tr>" for entry in plan
-    )
-    plan_head = "".join(f"<th>{html.escape(name)}</th>" for name in (plan[0] if plan else {}))
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text()
+    page = jinja2.Environment(autoescape=True).from_string(template)
     path.write_text(
-        f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: 13px; }}
-section.pictures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem; }}
-figure {{ margin: 0; }} figure svg {{ width: 100%; height: auto; }} figcaption {{ font-weight: 600; }}
-table {{ border-collapse: collapse; font-size: 13px; }}
-td, th {{ border: 1px solid #ddd; padding: .2rem .5rem; text-align: left; }}
-</style>
-<h1>{html.escape(title)}</h1>
-<h2>Held-out metrics</h2>
-<pre>{html.escape(metrics_table(models)) if models else "no held-out range was asked for"}</pre>
-<section class="pictures">{figures}</section>
-<h2>Tables</h2>
-<table><tr>{plan_head}</tr>{plan_rows}</table>
-<h2>Job</h2>
-<pre>{html.escape(json.dumps(config, indent=1))}</pre>
-</html>
-"""
+        page.render(
+            title=title,
+            metrics=metrics_table(models) if models else "",
+            pictures=pictures,
+            plan=plan,
+            job=json.dumps(config, indent=1),
+        )
     )
 
 
-def _picture(draw: Any) -> str:
-    """An inline SVG of one set of axes."""
+def _picture(draw: Callable[[Axes], None]) -> str:
+    """Draw one set of axes; returns the SVG in base64."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     draw(axes)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" style="width:100%" src="data:image/svg+xml;base64,{encoded}">'
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _loss(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +104,7 @@ def _loss(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="step", ylabel="sum of the behaviours' losses, per row")
 
 
-def _progressive(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
+def _auc(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
     for behaviour in trace[0]["auc"] if trace else ():
         points = [(entry["step"], entry["auc"][behaviour]) for entry in trace if entry["auc"][behaviour] is not None]
         axes.plot([step for step, _ in points], [value for _, value in points], label=behaviour)

@@ -1,6 +1,6 @@
-"""Starts jobs without the seconds that Python takes to import torch: all is imported once, and every process forked.
+"""Starts jobs without the seconds that Python takes to import torch: one process imports it, and forks all others.
 
-A nursery is a process of its own. It is told by lines of JSON on its standard input what to start and what to wait for,
+A nursery is a process of its own. It reads orders to start and to wait, a line of JSON each, from its standard input,
 and answers each with one line. Launcher and ranks are the real ones, each a process; only ``exec`` is left out.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.paths import ROOT
 
@@ -30,7 +31,15 @@ PRELOADED = (
     "pyarrow.dataset",
     "torch.utils.tensorboard.summary",
 )
-"""All that takes a rank long to import, early or late."""
+"""Modules that take a rank long to import, early or late."""
+
+
+class Ended(NamedTuple):
+    """Exit status and output of a process that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
 
 
 class Nursery:
@@ -44,7 +53,7 @@ class Nursery:
             shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True).returncode
         )
         self._process = subprocess.Popen(
-            [*(["unshare", "-Urm"] if self.can_mount else []), sys.executable, "-m", "tests.faults.nursery"],
+            [*(["unshare", "-Urm"] if self.can_mount else []), sys.executable, "-m", "tests.nursery"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -66,10 +75,46 @@ class Nursery:
         return Path(f"/proc/{self._process.pid}/root{path}") if self.can_mount else path
 
     def start(
-        self, module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: Path
+        self,
+        module: str,
+        arguments: Sequence[str],
+        ranks: int,
+        environment: Mapping[str, str],
+        out: Path,
+        err: Path | None = None,
     ) -> int:
-        """Start a launcher of ``module`` on some ranks; what it and its ranks print goes to ``out``. Its process id."""
-        return int(self._ask(["start", module, list(arguments), ranks, dict(environment), str(out)]))
+        """Start a launcher of ``module``, and return its process id.
+
+        Args:
+            module: run as ``python -m module``.
+            arguments: of each rank.
+            ranks: number of ranks; 0 runs the module by itself, without a launcher.
+            environment: added to this process's.
+            out: file for the output of the launcher and its ranks.
+            err: file for standard error; ``out`` by default.
+        """
+        order = ["start", module, list(arguments), ranks, dict(environment), str(out), str(err or out)]
+        return int(self._ask(order))
+
+    def run(
+        self,
+        module: str,
+        arguments: Sequence[object],
+        *,
+        ranks: int = 0,
+        environment: Mapping[str, str] | None = None,
+        timeout: float = 300,
+    ) -> Ended:
+        """Run ``python -m module`` to its end, by itself or on some ranks; ends it after ``timeout`` seconds."""
+        with tempfile.TemporaryDirectory(prefix="nursery-") as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            process = self.start(module, [str(argument) for argument in arguments], ranks, environment or {}, out, err)
+            status = self.wait(process, timeout)
+            if status is None:
+                # The kernel ends ranks whose launcher is gone.
+                os.killpg(process, signal.SIGKILL)
+                status = self.wait(process, 10)
+            return Ended(-signal.SIGKILL if status is None else status, out.read_text(), err.read_text())
 
     def wait(self, process: int, timeout: float) -> int | None:
         """Exit status of a launcher, negative for a signal; None when it has not ended in time."""
@@ -161,21 +206,33 @@ def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str,
     if output is not None:
         os.dup2(output, 1)
         os.dup2(output, 2)
-    sys.argv = [module, *arguments]
     from trainer.console import run_log
 
-    run_log._state.rank = int(environment["RANK"])
-    status: int = importlib.import_module(module).main(arguments)
-    return status
+    # It was imported before there was a rank.
+    run_log._position.rank = int(environment["RANK"])
+    return _run_as_main(module, arguments)
 
 
-def _launch(module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: str) -> int:
+def _run_as_main(module: str, arguments: Sequence[str]) -> int:
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _launch(
+    module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: str, err: str
+) -> int:
     from launch import local
     from trainer.console.exit_status import exit_status
 
-    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    for number, name in enumerate((out, err), 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # Line by line, as on a terminal, for what launcher and ranks say to be in order.
     for name, number in (("stdout", 1), ("stderr", 2)):
@@ -184,6 +241,8 @@ def _launch(module: str, arguments: Sequence[str], ranks: int, environment: Mapp
     local.subprocess = SimpleNamespace(  # type: ignore[assignment]
         Popen=ForkedProcess, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
     )
+    if not ranks:
+        return _run_as_main(module, arguments)
     return exit_status(lambda: local.start_ranks(module, arguments, ranks))
 
 
@@ -200,12 +259,12 @@ def _wait(process: int, timeout: float) -> int | None:
 def _mount(path: str, size: int) -> str:
     known = os.path.ismount(path)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}" + (",remount" if known else ""), "tmpfs", path]
-    with tempfile.TemporaryDirectory() as aside:
+    with tempfile.TemporaryDirectory() as kept:
         if not known:
-            shutil.copytree(path, aside, dirs_exist_ok=True)
+            shutil.copytree(path, kept, dirs_exist_ok=True)
         subprocess.run(command, check=True)
         if not known:
-            shutil.copytree(aside, path, dirs_exist_ok=True)
+            shutil.copytree(kept, path, dirs_exist_ok=True)
     return "mounted"
 
 
