@@ -13,15 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.console.errors import UserError
+from trainer.console.text_table import age_text
 from trainer.data.format.history import HistorySlice
-from trainer.serving.explanation import Explanation, Found, author_of, document_of, text_of
-from trainer.serving.explanation_plot import age_text, write_picture
+from trainer.serving.explanation import Explanation, HistoryAttention, author_of, document_of, text_of
+from trainer.serving.explanation_plot import write_picture
 
 AT = 1_709_956_800_000
 HOUR = 3_600_000
 
 
-def found(items: list[int], attention: list[list[float]], domain: int = 0) -> Found:
+def found(items: list[int], attention: list[list[float]], domain: int = 0) -> HistoryAttention:
     """Entries of hours ago, the first the oldest; item i is of author i // 10 and had the behaviours of i's bits."""
     n = len(items)
     entries = HistorySlice(
@@ -34,7 +35,7 @@ def found(items: list[int], attention: list[list[float]], domain: int = 0) -> Fo
         tag=np.zeros(n, np.int32),
         domain=np.full(n, domain, np.uint8),
     )
-    return Found(entries, np.array(attention, np.float32).reshape(n, len(attention[0]) if attention else 2))
+    return HistoryAttention(entries, np.array(attention, np.float32).reshape(n, len(attention[0]) if attention else 2))
 
 
 def explanation() -> Explanation:
@@ -88,7 +89,7 @@ def test_a_document_has_the_same_entries_in_the_same_order() -> None:
 def test_text_tells_what_an_entry_and_the_candidate_have_in_common() -> None:
     plain = found([42, 53, 64], [[0.5], [0.3], [0.2]])
     alike = {"topic": np.array([True, True, False]), "style": np.array([False, True, False])}
-    own = Explanation(1, 2, 9, AT, {}, {"short": Found(plain.entries, plain.shares, alike)})
+    own = Explanation(1, 2, 9, AT, {}, {"short": HistoryAttention(plain.entries, plain.shares, alike)})
     assert text_of(own, ("click", "gift"), "UTC").splitlines()[-4:] == [
         "attention  domain  item  author  ago    did    as the candidate",
         "50.0%      video   42    4       3.0 h  gift   topic",
@@ -117,7 +118,8 @@ def test_a_picture_is_a_png_also_of_empty_histories(tmp_path: Path) -> None:
     plain = found([42, 53], [[0.5], [0.5]])
     alike = {"topic": np.array([True, False]), "style": np.array([False, False])}
     write_picture(
-        tmp_path / "alike.png", Explanation(1, 2, 3, AT, {}, {"a": Found(plain.entries, plain.shares, alike)})
+        tmp_path / "alike.png",
+        Explanation(1, 2, 3, AT, {}, {"a": HistoryAttention(plain.entries, plain.shares, alike)}),
     )
     for name in ("full", "none", "alike"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

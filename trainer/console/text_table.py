@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_TIME_UNITS = (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000))
+
 
 def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) -> str:
     """Aligned columns under a header; the first ``texts`` of them to the left, the others, figures, to the right."""
@@ -28,3 +30,11 @@ def size_text(bytes_: int) -> str:
 def shape_text(shape: Sequence[int]) -> str:
     """A shape, such as ``1,000 x 16``."""
     return " x ".join(f"{size:,}" for size in shape) if shape else "(a number)"
+
+
+def age_text(age_ms: int) -> str:
+    """Format an age in the largest unit that it reaches, such as ``3.2 h``."""
+    for unit, size in _TIME_UNITS:
+        if age_ms >= size:
+            return f"{age_ms / size:.1f} {unit}"
+    return "now"

@@ -14,14 +14,13 @@ import pyarrow.parquet as pq
 import torch
 
 from trainer.console.errors import UserError
-from trainer.console.text_table import text_table
+from trainer.console.text_table import age_text, text_table
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format import storage
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.loading.batch import unpack
-from trainer.serving.explanation_plot import age_text
 from trainer.serving.scoring import rows_of_candidates
 from trainer.serving.trained_run import TrainedModel
 
@@ -30,8 +29,8 @@ SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Found:
-    """A history, and what the model made of it.
+class HistoryAttention:
+    """The entries of one history, and the attention that each of them got.
 
     Attributes:
         entries: of the one row, n of them, oldest first.
@@ -65,7 +64,7 @@ class Explanation:
     author_id: int
     at_ms: int
     probabilities: dict[str, float]
-    histories: dict[str, Found]
+    histories: dict[str, HistoryAttention]
 
 
 def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Explanation:
@@ -99,7 +98,7 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
         at_ms,
         dict(zip(features.behaviours, torch.sigmoid(logits[0]).tolist(), strict=True)),
         {
-            name: Found(found, shares[name].cpu().numpy(), _alike(features, rows, found))
+            name: HistoryAttention(found, shares[name].cpu().numpy(), _alike(features, rows, found))
             for name, found in entries.items()
         },
     )

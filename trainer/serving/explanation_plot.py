@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.console.errors import UserError
-from trainer.data.format.history import HistorySlice
+from trainer.console.text_table import age_text
 from trainer.data.format.schema import DOMAINS
+from trainer.serving.explanation import Explanation, HistoryAttention
 
 _COLOURS = {"video": "#1f6f8b", "live": "#c8553d"}
 _SHADES = ("#3c3c3c", "#8a6fae", "#c9a227")
-_UNITS = (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000))
 _AGES = 6
 """Entries of a history whose age is told."""
-
-
-class Found(Protocol):
-    """See :class:`trainer.serving.explanation.Found`."""
-
-    @property
-    def entries(self) -> HistorySlice: ...
-    @property
-    def attention(self) -> np.ndarray: ...
-    @property
-    def alike(self) -> Mapping[str, np.ndarray]: ...
-
-
-class Explanation(Protocol):
-    """See :class:`trainer.serving.explanation.Explanation`."""
-
-    @property
-    def user_id(self) -> int: ...
-    @property
-    def item_id(self) -> int: ...
-    @property
-    def author_id(self) -> int: ...
-    @property
-    def at_ms(self) -> int: ...
-    @property
-    def histories(self) -> Mapping[str, Found]: ...
 
 
 def write_picture(file: Path, explanation: Explanation) -> None:
@@ -68,7 +40,7 @@ def write_picture(file: Path, explanation: Explanation) -> None:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None:
+def _draw(axes: Axes, name: str, found: HistoryAttention, explanation: Explanation) -> None:
     """A stem for each entry, the latest at the right, with ages under some; rings around the candidate's author, and
     a row of dots for each feature that entries may have in common with the candidate."""
     entries, attention = found.entries, found.attention
@@ -99,11 +71,3 @@ def _draw(axes: Axes, name: str, found: Found, explanation: Explanation) -> None
     if len(attention):
         # Beside the entries, since any of them may be high.
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def age_text(age_ms: int) -> str:
-    """How long ago, in the largest unit of which it has one, such as ``3.2 h``."""
-    for unit, size in _UNITS:
-        if age_ms >= size:
-            return f"{age_ms / size:.1f} {unit}"
-    return "now"
