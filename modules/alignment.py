@@ -1,8 +1,8 @@
-"""Contrastive alignment of a user's interests: the mixed history against each of the others (Moment&Cross, eq. 6).
+"""Contrastive alignment of a user's histories: the mixed one against each of the others (Moment&Cross, equation 6).
 
-A side of a row is the mean of its entries, ``l2norm(mean_L(V))``. The two sides of a row are a positive pair; the other
-side of every other row of the batch is a negative (InfoNCE, van den Oord et al., 2018). The paper gives no temperature,
-no weight, and does not say whether the loss is symmetric or a side detached: all four are arguments.
+A side of a row is the mean of one history's entries, ``l2norm(mean_L(V))``. The two sides of a row are a positive pair;
+the other sides of the other rows of the batch are negatives (InfoNCE, van den Oord et al., 2018). The paper gives no
+temperature and no weight, and leaves open whether the loss is symmetric or a side detached: all four are arguments.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 Detached = Literal["none", "anchor", "others"]
-"""Which sides the loss does not move."""
+"""Sides that the loss does not train."""
 
 SHORTEST = 1e-3
-"""A mean shorter than this is divided by it and not by its length: tables may start at zero."""
+"""Smallest divisor when a mean is normalised by its length: tables may start at zero."""
 
 
 def contrastive_loss(
@@ -30,30 +30,30 @@ def contrastive_loss(
     symmetric: bool = True,
     detached: Detached = "none",
 ) -> Tensor:
-    """InfoNCE of the anchor against each other side, summed over some rows, with the whole batch as negatives.
+    """Return the InfoNCE loss of the anchor against each other side, summed over some rows of the batch.
 
-    Of row i with anchor a and other side b, both unit vectors, and temperature t:
+    The loss of row i with anchor a and other side b, both unit vectors, and temperature t is
 
         - log( exp(a_i b_i / t) / sum_j exp(a_i b_j / t) )
 
-    where j is i itself and every row of another user that has the side b: what the same user's other rows hold is
-    not to be pushed away. Symmetric is the mean of this and the same with a and b exchanged. Rows that lack one of the
-    two sides have no loss; the side that they have is a negative for others.
+    where j is i itself and every row of another user that has the side b. Other rows of the same user are not
+    negatives: they should not be pushed away. The symmetric loss is the mean of this and of the same with a and b
+    exchanged. A row that lacks one of the two sides has no loss; the side that it has is a negative for others.
 
-    A batch that is spread over ranks is given whole to each, with ``rows`` its own part; the gradients of ``sides``,
-    summed over the ranks, are then those of the whole batch.
+    If the batch is distributed over ranks, each rank calls this with the whole batch and with ``rows`` set to its own
+    rows. The gradients of ``sides``, summed over the ranks, are then those of the whole batch.
 
     Args:
-        sides: ``[S, batch, dim]`` float32, means of each row's entries, the anchor's first; of any length.
-        present: ``[S, batch]`` bool, which rows have entries.
+        sides: ``[S, batch, dim]`` float32, means of each row's entries, not normalised; the anchor comes first.
+        present: ``[S, batch]`` bool, True for rows that have entries.
         user_id: ``[batch]`` int64.
-        rows: those whose loss is asked for.
+        rows: rows whose loss is returned; the negatives are those of the whole batch.
         temperature: above 0.
-        symmetric: both directions, each with half the weight, or from the anchor to the others only.
-        detached: sides to take as given.
+        symmetric: True for both directions with half the weight each; False for anchor to others only.
+        detached: sides that get no gradient.
 
     Returns:
-        ``[S - 1]`` float32, for each side but the anchor, in nats.
+        ``[S - 1]`` float32, the loss of each side but the anchor, in nats.
     """
     anchor, others = (functional.normalize(part, dim=2, eps=SHORTEST) for part in (sides[:1], sides[1:]))
     anchor = anchor.detach() if detached == "anchor" else anchor
@@ -63,12 +63,12 @@ def contrastive_loss(
     itself, other_user = own[:, None] == place, user_id[rows, None] != user_id
     both = present[:1, rows] & present[1:, rows]
 
-    def towards(query: Tensor, keys: Tensor, held: Tensor) -> Tensor:
-        """Sums over the rows that have both sides, ``[S - 1]``."""
+    def direction(query: Tensor, keys: Tensor, held: Tensor) -> Tensor:
+        """Return the loss of one direction, summed over the rows that have both sides, ``[S - 1]``."""
         scores = torch.matmul(query[:, rows], keys.transpose(1, 2)) / temperature  # [S - 1, rows, batch]
         positive = scores.gather(2, own[None, :, None].expand(len(scores), -1, -1))[..., 0]
         compared = scores.masked_fill(~(itself | (other_user & held[:, None])), -torch.inf)
         return (compared.logsumexp(2) - positive).where(both, scores.new_zeros(())).sum(1)
 
-    loss = towards(anchor, others, present[1:])
-    return (loss + towards(others, anchor, present[:1])) / 2 if symmetric else loss
+    loss = direction(anchor, others, present[1:])
+    return (loss + direction(others, anchor, present[:1])) / 2 if symmetric else loss

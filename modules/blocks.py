@@ -1,4 +1,4 @@
-"""A batch of rows of unequal length, cut in blocks that fit in a core's cache and hold little padding."""
+"""Splits a batch of rows of unequal length into blocks that fit into a core's cache and have little padding."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 BLOCK_VALUES = 1 << 20
-"""Values that a block works on, on a CPU: 4 MiB of float32. Smaller blocks lose more to calls than they gain."""
+"""Values of a block on a CPU, 4 MiB of float32. Smaller blocks cost more in function calls than they gain."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that are worked through together, each with ``length`` places for entries, its own at the end.
+    """Rows that are computed together, each with ``length`` places for entries; a row's own entries are at the end.
 
-    ``rows`` and ``entries`` select them from the batch and from all entries: slices where the rows are neighbours and
-    full, otherwise indices (``[rows]``, ``[rows * length]``) and ``padding [rows, length]``, true at places before a
-    row's own entries; the index of such a place is 0.
+    Attributes:
+        rows: selects the rows from the batch: a slice if the rows are neighbours and full, else ``[rows]`` int64.
+        entries: selects the places from all entries: a slice as above, else ``[rows * length]`` int64, 0 for padding.
+        length: places of each row.
+        padding: ``[rows, length]`` bool, True for places before a row's own entries; None if all rows are full.
     """
 
     rows: slice | Tensor
@@ -30,18 +32,18 @@ class Block:
 
 
 def cut_rows(lengths: Tensor, entries: int, max_length: int, row_values: int, entry_values: int) -> Iterator[Block]:
-    """Cut a batch in blocks of at most about ``BLOCK_VALUES`` values, longest rows first, so that little is padding.
+    """Split a batch into blocks of at most about ``BLOCK_VALUES`` values, longest rows first for little padding.
 
-    A block that is at least a quarter full ends at the first row that is shorter than its longest by more than a
-    sixteenth: smaller ones would save less padding than their calls cost. Of 1,024 rows of 0 to 100 entries, 5 % of
-    the places are padding. On other devices than a CPU the whole batch is one block, since reading the lengths would
-    make the host wait.
+    A block that is at least a quarter full ends at the first row that is shorter than its longest one by more than a
+    sixteenth: ending earlier would save less padding than the additional calls cost. For 1,024 rows of 0 to 100
+    entries, 5 % of the places are padding. On a GPU the whole batch is one block, since reading the lengths would make
+    the host wait.
 
     Args:
-        lengths: entries of each row, ``[batch]`` int64.
-        entries: their sum.
-        max_length: the longest that a row can be.
-        row_values: values that a row needs whatever its length.
+        lengths: number of entries of each row, ``[batch]`` int64.
+        entries: sum of ``lengths``.
+        max_length: largest possible number of entries of a row.
+        row_values: values that a row needs independently of its length.
         entry_values: values that a place for an entry needs.
     """
     batch, on_cpu = len(lengths), lengths.device.type == "cpu"
@@ -78,5 +80,5 @@ def cut_rows(lengths: Tensor, entries: int, max_length: int, row_values: int, en
 
 
 def take(values: Tensor, which: slice | Tensor) -> Tensor:
-    """The rows of ``values`` that a block names."""
+    """Return the rows of ``values`` that a block selects."""
     return values[which] if isinstance(which, slice) else values.index_select(0, which)

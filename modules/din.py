@@ -1,6 +1,6 @@
 """Target attention of the Deep Interest Network (Zhou et al., 2018): a small network on ``[q, k, q - k, q * k]``.
 
-Its weights are a softmax over a row's entries. ``modules/esu.py`` has the attention of Moment&Cross.
+Its weights are a softmax over a row's entries. The attention of Moment&Cross is in ``modules/esu.py``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from modules.blocks import cut_rows, take
 class TargetAttention(nn.Module):
     """Weighted sum of a row's entries, with weights ``softmax over entries (w . mlp([q, k, q - k, q * k]))``.
 
-    The score has no bias, since softmax would not see it. The first layer is never applied to the four parts: with
-    its weight cut in ``W = [A, B, C, D]``, it equals ``q (A + C) + k (B - C + diag(q) D)``, a matrix of each row's own.
+    The score has no bias, which would not change a softmax. The first layer is never applied to the four parts: with
+    its weight split into ``W = [A, B, C, D]``, it equals ``q (A + C) + k (B - C + diag(q) D)``, where the matrix on
+    ``k`` differs from row to row.
 
     Args:
         query_dim: width of the queries.
-        key_dim: width of the entries; queries of another width go through a learnt projection.
+        key_dim: width of the entries; a query of another width goes through a learnt projection.
         hidden: widths of the ReLU layers, at least one.
     """
 
@@ -42,16 +43,16 @@ class TargetAttention(nn.Module):
         Args:
             query: ``[batch, query_dim]``.
             keys: entries of all rows, one row after another, ``[sum of lengths, key_dim]``.
-            lengths: entries of each row, ``[batch]`` int64, each at most ``max_length``.
-            max_length: the longest that a row can be.
+            lengths: number of entries of each row, ``[batch]`` int64, at most ``max_length``.
+            max_length: largest possible number of entries of a row.
 
         Returns:
-            ``[batch, key_dim]``; zeros where a row has no entries.
+            ``[batch, key_dim]``; zeros for a row without entries.
         """
         query = self.project(query)
         of_query, of_key, of_difference, of_product = self.first.weight.t().chunk(4)
         bias = torch.addmm(self.first.bias, query, of_query + of_difference)
-        # Weights as [in, out] and row by row, not views: blocks read them again and again.
+        # Contiguous copies as [in, out], not views: every block reads them.
         layers = []
         for layer in self.rest:
             layers += [layer.get_parameter("weight").t().contiguous(), layer.get_parameter("bias")]
@@ -59,12 +60,12 @@ class TargetAttention(nn.Module):
         return _Attention.apply(query, keys, bias, of_key, of_product, self.score, lengths, max_length, *layers)
 
     def attention_weights(self, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
-        """How much attention each entry gets, ``[entries, 1]``, 1 in all for a row.
+        """Return the attention weight of each entry, ``[entries, 1]``; the weights of a row sum to 1.
 
-        For looking at few rows; arguments as of :meth:`forward`.
+        This is slow and meant for few rows; the arguments are those of :meth:`forward`.
         """
-        asked = self.project(query).repeat_interleave(lengths, 0)
-        hidden = torch.relu(self.first(torch.cat([asked, keys, asked - keys, asked * keys], 1)))
+        queries = self.project(query).repeat_interleave(lengths, 0)
+        hidden = torch.relu(self.first(torch.cat([queries, keys, queries - keys, queries * keys], 1)))
         for layer in self.rest:
             hidden = torch.relu(layer(hidden))
         scores = torch.mv(hidden, self.score)
@@ -72,11 +73,11 @@ class TargetAttention(nn.Module):
 
 
 class _Attention(torch.autograd.Function):
-    """Attention block by block, its backward pass written out.
+    """Attention computed block by block, with its own backward pass.
 
     On a CPU this takes half the time of the same operations on whole batches, whose activations leave the caches
-    between one operation and the next. The activations are kept, 4 ``sum(hidden)`` bytes an entry in float32: computing
-    the first layer again in the backward pass takes 3 to 10 % longer.
+    between two operations. The activations are kept for the backward pass, ``4 sum(hidden)`` bytes for each entry in
+    float32: recomputing the first layer there takes 3 to 10 % longer.
     """
 
     @staticmethod
@@ -92,7 +93,7 @@ class _Attention(torch.autograd.Function):
         max_length: int,
         *layers: Tensor,
     ) -> Tensor:
-        """``bias [batch, hidden]`` is the part of the first layer that does not depend on the keys."""
+        """Return the weighted sums; ``bias [batch, hidden]`` is the part of the first layer without the keys."""
         width = of_key.shape[1]
         blocks = list(cut_rows(lengths, len(keys), max_length, 2 * of_key.numel(), 2 * width + 2 * len(of_key)))
         out = keys.new_zeros(len(query), keys.shape[1])
@@ -109,7 +110,7 @@ class _Attention(torch.autograd.Function):
                 logits.masked_fill_(block.padding, torch.finfo(logits.dtype).min)
             share = logits.softmax(1)
             if block.padding is not None:
-                # A row without entries shares out among its padding.
+                # The softmax of a row without entries gives weight to its padding.
                 share.masked_fill_(block.padding, 0)
             kept.append((share, hidden))
             out[block.rows] = torch.bmm(share[:, None], k)[:, 0]
@@ -120,7 +121,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors that were given to ``forward``."""
+        """Return the gradients of the arguments of ``forward``."""
         query, keys, of_key, of_product, score, *layers = ctx.saved_tensors
         dim, width = of_key.shape
         grad_query, grad_bias = torch.zeros_like(query), query.new_zeros(len(query), width)
@@ -157,12 +158,12 @@ class _Attention(torch.autograd.Function):
             torch.addcmul(through_key, through_product, q[:, None], out=grad_k)
             grad_k.addcmul_(share[..., None], grad[:, None])
             if not full:
-                # Places beyond a row's own entries have no share, so they add zeros, to the first entry of all.
+                # Padding has index 0 and no weight, so it adds zeros to the first entry of the batch.
                 grad_keys.index_add_(0, cast(Tensor, block.entries), grad_k.view(-1, dim))
         summed = [gradient.to(query.dtype) for gradient in (grad_of_key, grad_of_product, grad_score, *grad_layers)]
         return grad_query, grad_keys, grad_bias, *summed[:3], None, None, *summed[3:]
 
 
 def _relu_backward(grad: Tensor, activation: Tensor) -> Tensor:
-    """Gradient of a ReLU, from its output, in place."""
+    """Turn the gradient of a ReLU's output into that of its input, in place, given the output."""
     return torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=grad)

@@ -1,8 +1,8 @@
-"""Embedding tables, declared once, and the lookups that read them.
+"""Declarations of embedding tables and of the lookups that read them.
 
-A :class:`Table` owns rows; a :class:`Lookup` names ids that read one table, so that a table which pooled features and
-sequences share is still one table. :func:`initial_rows` gives each shard of a table the values that it would have had
-in the whole table. ``modules/table_set.py`` turns both into TorchRec modules.
+A :class:`Table` has rows; a :class:`Lookup` names ids that read one table. So pooled features and sequences can share
+one table. :func:`initial_rows` gives each shard of a table the values that it would have in the whole table.
+``modules/table_set.py`` turns both into TorchRec modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parall
 Pooling = Literal["none", "sum", "mean"]
 Evict = Literal["recency", "frequency", "both"]
 
-# Values of a chunk and its scratch stay in a core's cache: four times faster than whole tables at once.
+# The values of a chunk and its scratch memory fit into a core's cache: four times faster than a whole table at once.
 _CHUNK = 1 << 15
 # Odd constants of splitmix64 (Steele, Lea and Flood, 2014) as signed 64-bit integers.
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -29,11 +29,11 @@ _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644E
 
 @dataclass(frozen=True)
 class Dynamic:
-    """How the ids of a table come and go; see ``trainer.sparse.dynamic_ids``.
+    """Admission and eviction of the ids of a dynamic table; see ``trainer.sparse.dynamic_ids``.
 
     Attributes:
-        admit_after: training steps that an id must be seen in to get a row.
-        evict: by what the id is chosen that makes room.
+        admit_after: number of training steps that must contain an id before it gets a row.
+        evict: policy that chooses the id to evict.
     """
 
     admit_after: int
@@ -46,13 +46,13 @@ class Table:
 
     Attributes:
         name: unique among the tables; it also seeds the table's initial values.
-        rows: number of rows; row 0 is the row of unknown ids, by convention of who makes the ids.
+        rows: number of rows; by convention, row 0 is the row of unknown ids.
         dim: width of a row.
         init: ``uniform`` on ``[-init_scale, init_scale)``, ``normal`` with that standard deviation, or ``zeros``.
-        init_scale: ``None`` means ``0.1 / sqrt(dim)``, small beside the first steps of an Adagrad optimizer, so that
-            rows seen once or never add little noise.
-        sharding: what the planner may choose for the table; ``auto`` leaves it free.
-        dynamic: its lookups have ids of any value, which get rows while training; ``None`` where they have rows.
+        init_scale: ``None`` means ``0.1 / sqrt(dim)``. This is small compared with the first steps of an Adagrad
+            optimizer, so rows that were seen once or never add little noise.
+        sharding: sharding that the planner must use for the table; ``auto`` leaves the choice to it.
+        dynamic: set if lookups have ids of any value that get rows during training; ``None`` if ids are row numbers.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Lookup:
     Attributes:
         name: unique among the lookups; the key of a ``KeyedJaggedTensor``.
         table: name of the table.
-        length: ids per row of the batch, or ``None`` where rows differ (a sequence).
-        pooling: how the dense part joins the embeddings of a row: ``sum``, ``mean``, or ``none`` (concatenated where
-            the length is fixed, read as a sequence where it varies).
-        ids_per_entry: of a sequence, how many ids together describe one entry.
+        length: number of ids of each row of the batch, or ``None`` if it varies (a sequence).
+        pooling: way in which the dense part joins the embeddings of a row: ``sum``, ``mean``, or ``none``, which
+            concatenates them if the length is fixed and reads them as a sequence if it varies.
+        ids_per_entry: number of ids that together describe one entry of a sequence.
     """
 
     name: str
@@ -85,12 +85,12 @@ class Lookup:
 
 
 def group_lookups(tables: Sequence[Table], lookups: Sequence[Lookup]) -> tuple[tuple[int, tuple[Lookup, ...]], ...]:
-    """Lookups by the dimension of their tables: ``((dim, lookups), ...)``, in order of first appearance.
+    """Group lookups by the dimension of their tables: ``((dim, lookups), ...)``, in order of first appearance.
 
-    One group is one collection and one ``KeyedJaggedTensor`` whose keys are the group's lookups in this order.
+    A group becomes one collection and one ``KeyedJaggedTensor``, whose keys are the group's lookups in this order.
 
     Raises:
-        ValueError: a name used twice, a lookup of no table, a table of no lookup, or a size below 1.
+        ValueError: a name is used twice, a lookup has no table, a table has no lookup, or a size is below 1.
     """
     for kind, names in (("table", [t.name for t in tables]), ("lookup", [lookup.name for lookup in lookups])):
         for name in names:
@@ -115,14 +115,15 @@ def group_lookups(tables: Sequence[Table], lookups: Sequence[Lookup]) -> tuple[t
 def initial_rows(
     table: Table, seed: int, row_offset: int, rows: int, column_offset: int = 0, columns: int | None = None
 ) -> Tensor:
-    """The initial values of rows ``[row_offset, row_offset + rows)`` of a table, or of some of their columns.
+    """Return the initial values of rows ``[row_offset, row_offset + rows)`` of a table, or of some of their columns.
 
-    A value depends on the seed, the table's name, its row and its column only, so any sharding gives the same table;
-    of a normal table, up to float32 rounding of values that differ by one unit in the last place of float64.
+    A value depends only on the seed, the table's name, its row and its column, so any sharding gives the same table.
+    For ``init = normal`` this holds up to the float32 rounding of values that differ by one unit in the last place of
+    float64.
 
     Args:
-        table: its declaration.
-        seed: of the run.
+        table: declaration of the table.
+        seed: seed of the run.
         row_offset: first row.
         rows: number of rows, 0 or more.
         column_offset: first column.
@@ -132,7 +133,7 @@ def initial_rows(
         ``[rows, columns]`` float32 on the CPU.
 
     Raises:
-        ValueError: rows or columns outside the table.
+        ValueError: rows or columns are outside the table.
     """
     columns = table.dim - column_offset if columns is None else columns
     if min(row_offset, rows, column_offset, columns) < 0:
@@ -146,7 +147,7 @@ def initial_rows(
 
 
 def initial_values(table: Table, seed: int, rows: Tensor, column_offset: int, columns: int) -> Tensor:
-    """As :func:`initial_rows`, of any rows ``[n]`` int64 of the table. ``[n, columns]`` float32."""
+    """Return initial values as :func:`initial_rows` does, for any rows ``[n]`` int64: ``[n, columns]`` float32."""
     out = torch.zeros(len(rows), columns, dtype=torch.float32)
     if table.init == "zeros" or columns == 0:
         return out
@@ -154,7 +155,7 @@ def initial_values(table: Table, seed: int, rows: Tensor, column_offset: int, co
     for start, bits in _random_bits(table.name, seed, rows, column_offset, columns):
         part = out[start : start + len(bits)]
         if table.init == "uniform":
-            # 24 random bits are exact in float32, and one multiplication rounds alike wherever a value lies in memory.
+            # 24 random bits are exact in float32, and a single multiplication rounds the same way in any shard.
             part.copy_(bits >> 40).mul_(scale / (1 << 23))
         else:
             part.copy_(_normal(bits).mul_(scale))
@@ -162,7 +163,7 @@ def initial_values(table: Table, seed: int, rows: Tensor, column_offset: int, co
 
 
 def _random_bits(name: str, seed: int, rows: Tensor, column_offset: int, columns: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``(start, bits)`` with bits ``[chunk, columns]`` int64, one hash for each row and column."""
+    """Yield ``(start, bits)`` for chunks of rows; bits are ``[chunk, columns]`` int64, a hash of row and column."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
     column_keys = torch.arange(column_offset, column_offset + columns) * _MIX_1
@@ -174,7 +175,7 @@ def _random_bits(name: str, seed: int, rows: Tensor, column_offset: int, columns
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser, in place; int64 products wrap, and masks make the shifts logical."""
+    """Apply splitmix64's finaliser in place; int64 products wrap around, and masks make the shifts logical."""
     x ^= (x >> 30) & ((1 << 34) - 1)
     x *= _MIX_1
     x ^= (x >> 27) & ((1 << 37) - 1)
@@ -184,7 +185,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _normal(bits: Tensor) -> Tensor:
-    """Box and Muller's transform of the two halves of each hash, float64; magnitudes reach sqrt(64 ln 2) = 6.7."""
+    """Apply Box and Muller's transform to the two halves of each hash, in float64; |x| <= sqrt(64 ln 2) = 6.7."""
     low, high = bits & 0xFFFFFFFF, (bits >> 32) & 0xFFFFFFFF
     radius = ((low + 1).double() / (1 << 32)).log_().mul_(-2).sqrt_()
     return radius.mul_((high.double() * (2 * math.pi / (1 << 32))).cos_())

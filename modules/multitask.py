@@ -1,8 +1,8 @@
-"""Multi-task networks: shared-bottom, MMoE, CGC and PLE behind one interface, and the towers that end them.
+"""Multi-task networks shared-bottom, MMoE, CGC and PLE behind one interface, and the towers on top of them.
 
-Every network takes ``[batch, features]`` and returns one representation a behaviour, ``[batch, behaviours, width]``,
-with the width in its attribute ``out_features``. The experts of a layer are one batched matrix product, and the gates
-mix them in another.
+Every network takes ``[batch, features]`` and returns one representation for each behaviour, ``[batch, behaviours,
+width]``, with the width in its attribute ``out_features``. The experts of a layer are one batched matrix product, and
+the gates mix them in another.
 
 Sources: shared-bottom, Caruana (1997); MMoE, Ma et al. (KDD 2018); CGC and PLE, Tang et al. (RecSys 2020).
 """
@@ -22,15 +22,15 @@ NetworkKind = Literal["ple", "cgc", "mmoe", "shared_bottom"]
 
 
 class BatchedMLP(nn.Module):
-    """``networks`` MLPs of one shape, none of whose weights are shared, with a ReLU after every layer.
+    """MLPs of one shape with separate weights, computed together, with a ReLU after every layer.
 
-    Each starts as if it were made of ``nn.Linear`` layers: uniform in ``+-1 / sqrt(fan in)``.
+    Each has the initial values of ``nn.Linear`` layers: uniform in ``+-1 / sqrt(fan in)``.
 
     Args:
         networks: number of MLPs, E.
         in_features: width of the input.
-        widths: width of each layer; none means that the input is returned.
-        dropout: probability of a value to be dropped after each layer.
+        widths: width of each layer; with no layers the input is returned.
+        dropout: probability of dropping a value after each layer.
     """
 
     def __init__(self, networks: int, in_features: int, widths: Sequence[int], dropout: float = 0.0) -> None:
@@ -42,7 +42,7 @@ class BatchedMLP(nn.Module):
         self.out_features = widths[-1] if widths else in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[networks, batch, in_features]`` -> ``[networks, batch, out_features]``."""
+        """Map ``[networks, batch, in_features]`` to ``[networks, batch, out_features]``."""
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = functional.dropout(torch.baddbmm(bias, x, weight).relu_(), self.dropout, self.training)
         return x
@@ -51,18 +51,19 @@ class BatchedMLP(nn.Module):
 class GatedExperts(nn.Module):
     """One layer of experts and the gates that mix them: a CGC, or an MMoE if no behaviour has experts of its own.
 
-    The gate of a behaviour is a softmax over its own experts and the shared ones; the shared gate, which hands the
-    shared experts of the next layer their input, is one over all experts. Gates have no bias.
+    The gate of a behaviour is a softmax over its own experts and the shared ones. The shared gate, whose output is the
+    input of the next layer's shared experts, is a softmax over all experts. Gates have no bias.
 
     Args:
         in_features: width of the input.
-        behaviours: K.
+        behaviours: K, number of behaviours.
         task_experts: experts of each behaviour, 0 or more.
-        shared_experts: experts that all behaviours see, 0 or more.
-        widths: layers of an expert.
-        inputs: 1 if everything reads the same input, K + 1 if each behaviour, and last what is shared, has its own.
-        shared_gate: whether there is a shared gate.
-        dropout: in the experts.
+        shared_experts: experts that all behaviours use, 0 or more.
+        widths: widths of an expert's layers.
+        inputs: 1 if all experts and gates read the same input; K + 1 if each behaviour has its own input, and the
+            shared experts and gate have the last one.
+        shared_gate: True for a shared gate.
+        dropout: dropout in the experts.
     """
 
     allowed: Tensor
@@ -91,7 +92,7 @@ class GatedExperts(nn.Module):
         seen = torch.cat([own, torch.ones(behaviours, shared_experts)], dim=1)
         if shared_gate:
             seen = torch.cat([seen, torch.ones(1, experts)])
-        # log 0 = -inf: what a gate does not see gets exactly no weight.
+        # log 0 = -inf: an expert that a gate does not see gets a weight of exactly 0.
         self.register_buffer("allowed", seen.log()[:, None], persistent=False)
         owners = torch.arange(behaviours).repeat_interleave(task_experts)
         expert_input = torch.cat([owners, torch.full((shared_experts,), behaviours)])
@@ -108,7 +109,8 @@ class GatedExperts(nn.Module):
         """
         gates = self._gate_weights()
         if self.inputs == 1:
-            # Stride 0 instead of one wide product: each expert's activations lie together, as the next product wants.
+            # An expanded input instead of one wide product: the activations of each expert are contiguous, which the
+            # next product needs.
             expert_input, gate_input = x.expand(len(self.expert_input), -1, -1), x.expand(len(gates), -1, -1)
         else:
             expert_input, gate_input = x.index_select(0, self.expert_input), x[: len(gates)]
@@ -117,7 +119,7 @@ class GatedExperts(nn.Module):
         return torch.bmm(weights.transpose(0, 1), hidden.transpose(0, 1)).transpose(0, 1)
 
     def _gate_weights(self) -> Tensor:
-        """``[gates, in_features, experts]``, zero for the experts that a gate does not see."""
+        """Return the gates' weights ``[gates, in_features, experts]``, zero for experts that a gate does not see."""
         own, shared = self.task_gates.split([self.task_experts, self.task_gates.shape[2] - self.task_experts], dim=2)
         diagonal = torch.eye(self.behaviours, dtype=own.dtype, device=own.device)
         placed = (own[:, :, None] * diagonal[:, None, :, None]).flatten(2)
@@ -126,7 +128,7 @@ class GatedExperts(nn.Module):
 
 
 class SharedBottom(nn.Module):
-    """One MLP whose output is every behaviour's representation."""
+    """One MLP whose output is the representation of every behaviour."""
 
     def __init__(self, in_features: int, behaviours: int, widths: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
@@ -135,23 +137,23 @@ class SharedBottom(nn.Module):
         self.out_features = self.bottom.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, in_features]`` -> ``[batch, behaviours, out_features]``."""
+        """Map ``[batch, in_features]`` to ``[batch, behaviours, out_features]``."""
         return self.bottom(x[None]).expand(self.behaviours, -1, -1).transpose(0, 1)
 
 
 class PLE(nn.Module):
-    """Progressive layered extraction: gated experts in layers, each layer's gates the inputs of the next.
+    """Progressive layered extraction: layers of gated experts, where the gates' outputs are the next layer's inputs.
 
-    Layers before the last have a shared gate over all experts; the last has those of the behaviours only. One layer
-    is a CGC, and one layer without experts of the behaviours an MMoE.
+    All layers but the last have a shared gate over all experts. A single layer is a CGC, and a single layer without
+    experts of the behaviours is an MMoE.
 
     Args:
         in_features: width of the input.
-        behaviours: K.
+        behaviours: K, number of behaviours.
         task_experts: experts of each behaviour in a layer.
         shared_experts: shared experts in a layer.
-        layers: for each layer, the widths of its experts.
-        dropout: in the experts.
+        layers: widths of the experts of each layer.
+        dropout: dropout in the experts.
     """
 
     def __init__(
@@ -181,7 +183,7 @@ class PLE(nn.Module):
             self.out_features = layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, in_features]`` -> ``[batch, behaviours, out_features]``."""
+        """Map ``[batch, in_features]`` to ``[batch, behaviours, out_features]``."""
         x = x[None]
         for layer in self.layers:
             x = layer(x)
@@ -198,19 +200,19 @@ def build_network(
     layers: Sequence[Sequence[int]],
     dropout: float = 0.0,
 ) -> SharedBottom | PLE:
-    """A multi-task network by its name.
+    """Build a multi-task network by its name.
 
     Args:
-        kind: PLE has all ``layers``, the others the first of them; MMoE has as many experts as a CGC of these settings.
+        kind: PLE has all ``layers``, the others only the first; MMoE has as many experts as a CGC of these settings.
         in_features: width of the input.
-        behaviours: K.
+        behaviours: K, number of behaviours.
         task_experts: experts of each behaviour in a layer.
         shared_experts: shared experts in a layer.
-        layers: for each layer, the widths of its experts.
-        dropout: in the experts.
+        layers: widths of the experts of each layer.
+        dropout: dropout in the experts.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: the kind is unknown.
     """
     match kind:
         case "ple":
@@ -225,13 +227,13 @@ def build_network(
 
 
 class Towers(nn.Module):
-    """An MLP and a logit for each behaviour.
+    """Towers of a multi-task network: an MLP and a logit for each behaviour.
 
     Args:
         in_features: width of a representation.
-        behaviours: K.
-        widths: hidden layers, none or more.
-        dropout: in the hidden layers.
+        behaviours: K, number of behaviours.
+        widths: widths of the hidden layers, none or more.
+        dropout: dropout in the hidden layers.
     """
 
     def __init__(self, in_features: int, behaviours: int, widths: Sequence[int], dropout: float = 0.0) -> None:
@@ -241,14 +243,16 @@ class Towers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(behaviours, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, behaviours, in_features]`` -> logits ``[batch, behaviours]``."""
+        """Map ``[batch, behaviours, in_features]`` to logits ``[batch, behaviours]``."""
         return torch.baddbmm(self.bias, self.hidden(x.transpose(0, 1)), self.weight)[..., 0].t()
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+    """Return a parameter with the uniform initial values of ``nn.Linear``."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 def _linear_weight(networks: int, in_features: int, out_features: int) -> nn.Parameter:
+    """Return the weights of one linear layer of each network, ``[networks, in_features, out_features]``."""
     return _uniform((networks, in_features, out_features), in_features)

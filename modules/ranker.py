@@ -1,4 +1,4 @@
-"""The dense part of the ranking model: from looked-up embeddings to one logit a behaviour."""
+"""Dense part of the ranking model: from looked-up embeddings to one logit for each behaviour."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from modules.pooling import mean_by_row, sum_by_row
 RankerKind = NetworkKind | Literal["logistic"]
 
 AttentionKind = Literal["din", "multi_head", "twin"]
-"""How histories are read: ``modules/din.py``, ``modules/esu.py``, or the latter with TWIN's split."""
+"""Attention over histories: ``modules/din.py``, ``modules/esu.py``, or the latter with TWIN's split."""
 
 
 class History(Protocol):
-    """Lookups that together are a sequence of visits.
+    """Lookups that together form a sequence of visits.
 
     Attributes:
-        name: of the history.
-        keys: lookups of an entry; each has ``Lookup.ids_per_entry`` ids an entry, the first of them 1. Those with more
-            than one are the context of user and entry, which are TWIN's cross features; they come last.
+        name: name of the history.
+        keys: lookups of an entry. Each has ``Lookup.ids_per_entry`` ids for each entry; the first lookup has 1. Lookups
+            with more than one hold the context of user and entry, which are TWIN's cross features; they come last.
         query: lookups of the candidate that are compared with the entries.
-        max_length: most entries of a row.
-        alike: features that both have, beside the ids of tables that both read: (lookup of the candidate, which of its
-            ids, lookup of an entry, which of its ids). The same in all histories, but for the names.
+        max_length: largest number of entries of a row.
+        alike: further pairs of the same feature of candidate and entry, beside ids that both read from one table, as
+            (lookup of the candidate, index of its id, lookup of an entry, index of its id). All histories have the same
+            pairs, with other names.
     """
 
     @property
@@ -47,33 +48,34 @@ class History(Protocol):
 
 
 class Ranker(nn.Module):
-    """Embeddings, histories read by target attention, and dense features, into a multi-task network.
+    """Multi-task network over embeddings, histories read by target attention, and dense features.
 
-    Inputs are concatenated in the order of the lookups (those that no history reads), then the histories, then the
-    dense features. With ``kind="logistic"`` the network is a single linear layer and histories are averaged instead.
+    Inputs are concatenated: first the lookups that no history reads, in their order, then the histories, then the dense
+    features. With ``kind="logistic"`` the network is a single linear layer and histories are averaged instead.
 
     Args:
         behaviours: K, number of logits.
-        lookups: of the tables, histories' included.
+        lookups: lookups of the tables, those of histories included.
         dims: table name -> embedding dimension.
         n_dense: number of dense features.
         sequences: the histories.
-        kind: of the network.
-        task_experts: experts of each behaviour in a layer (PLE, CGC; MMoE has as many in all as CGC).
+        kind: kind of the network.
+        task_experts: experts of each behaviour in a layer (PLE, CGC; MMoE has the same total number as CGC).
         shared_experts: shared experts in a layer.
-        expert_layers: widths of the experts, for each layer; only PLE has more than the first.
+        expert_layers: widths of the experts of each layer; only PLE uses more than the first layer.
         tower: hidden widths of a behaviour's tower.
-        attention_kind: how histories are read.
+        attention_kind: kind of the attention over histories.
         attention: hidden widths of the network of ``din``.
-        heads: of the other kinds, and ``head_dim`` the width of each.
-        query_ids: lookup of fixed length -> which of its ids describe the candidate and not the user or the request;
-            for ``multi_head`` and ``twin`` they are part of the query, beside the histories' own.
-        query_dense: columns of the dense features of which the same is true.
-        dropout: in experts and towers.
+        heads: number of heads of the other kinds.
+        head_dim: width of each head of the other kinds.
+        query_ids: lookup of fixed length -> indices of its ids that describe the candidate and not the user or the
+            request; for ``multi_head`` and ``twin`` they are part of the query, beside the histories' own lookups.
+        query_dense: columns of the dense features that describe the candidate; used in the same way.
+        dropout: dropout in experts and towers.
 
     Raises:
-        ValueError: a history of unknown lookups, a lookup of unknown table, or one of variable length that neither a
-            history reads nor a pooling joins.
+        ValueError: a history reads an unknown lookup, a lookup reads an unknown table, or a lookup of variable length
+            has no pooling and no history that reads it.
     """
 
     def __init__(
@@ -119,8 +121,8 @@ class Ranker(nn.Module):
                 for history in self.sequences
             )
         elif kind != "logistic" and self.sequences:
-            asked = [name for history in self.sequences for name in history.query]
-            self.query_columns = _columns(row_widths, declared, dims, asked, query_ids or {}, query_dense)
+            query_lookups = [name for history in self.sequences for name in history.query]
+            self.query_columns = _columns(row_widths, declared, dims, query_lookups, query_ids or {}, query_dense)
             cross = [name for name in self.sequences[0].keys if declared[name].ids_per_entry > 1]
             self.attention = SequenceAttention(
                 len(self.query_columns),
@@ -150,24 +152,25 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def init_output_bias(self, base_rates: Tensor) -> None:
-        """Let the first predictions be about these rates ``[behaviours]``, in (0, 1): the last bias is their logit.
+        """Set the last bias to the logits of ``base_rates [behaviours]``, in (0, 1).
 
-        Otherwise rare behaviours spend their first hundred steps on learning how rare they are.
+        The first predictions are then close to these rates. Otherwise a rare behaviour needs its first hundred steps
+        to learn its rate.
         """
         last = self.network[-1] if isinstance(self.network, nn.Sequential) else self.network
         assert isinstance(last, nn.Linear | Towers)
         last.bias.copy_(torch.logit(base_rates).view_as(last.bias))
 
     def forward(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> Tensor:
-        """Score a batch; a batch of no rows is scored too, and gives every parameter a gradient of zeros.
+        """Score a batch; it may be empty, and then every parameter gets a gradient of zeros.
 
         Args:
             embedded: lookup name -> values ``[ids, dim]`` of all rows, one row after another.
-            lengths: lookup name -> ids of each row, ``[batch]`` int64, for lookups of variable length.
+            lengths: lookup name -> number of ids of each row, ``[batch]`` int64, for lookups of variable length.
             dense: ``[batch, n_dense]``.
 
         Returns:
-            Logits ``[batch, behaviours]``, float32 whatever the type of the parameters.
+            Logits ``[batch, behaviours]``, always float32.
         """
         rows, dense = self._rows(embedded, lengths, dense)
         return self.network(_join([*rows.values(), *self._read(embedded, lengths, rows, dense), dense])).float()
@@ -176,32 +179,34 @@ class Ranker(nn.Module):
     def attention_weights(
         self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor
     ) -> dict[str, Tensor]:
-        """How much attention each entry of each history gets, ``[entries, heads]`` float32: 1 in all for row and head.
+        """Return the attention weights of each history's entries, ``[entries, heads]`` float32.
 
-        For looking at few rows; arguments as of :meth:`forward`. Where histories are averaged, all entries of a row get
-        the same.
+        The weights of a row sum to 1 for each head. Where histories are averaged, all entries of a row have the same
+        weight. This is slow and meant for few rows; the arguments are those of :meth:`forward`.
         """
         rows, dense = self._rows(embedded, lengths, dense)
         counts = [lengths[history.keys[0]] for history in self.sequences]
         entries = [self._entries(history, embedded) for history in self.sequences]
         if isinstance(self.attention, SequenceAttention):
-            found = self.attention.attention_weights(self._query(rows, dense), entries, counts)
+            weights = self.attention.attention_weights(self._query(rows, dense), entries, counts)
         elif self.attention is None:
-            found = [(1 / count.repeat_interleave(count))[:, None] for count in counts]
+            weights = [(1 / count.repeat_interleave(count))[:, None] for count in counts]
         else:
-            found = []
+            weights = []
             for index, history in enumerate(self.sequences):
                 attention = self.attention[index]
                 assert isinstance(attention, TargetAttention)
                 query = _join([rows[name] for name in history.query])
-                found.append(attention.attention_weights(query, _join(entries[index]).to(dense.dtype), counts[index]))
-        return {history.name: share.float() for history, share in zip(self.sequences, found, strict=True)}
+                weights.append(attention.attention_weights(query, _join(entries[index]).to(dense.dtype), counts[index]))
+        return {history.name: of_history.float() for history, of_history in zip(self.sequences, weights, strict=True)}
 
     def _rows(
         self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs that no history reads: lookup name -> ``[batch, width]``, and ``dense``, of the parameters' type."""
-        # The inputs follow the parameters, which a mixed-precision engine may have cast.
+        """Return the inputs that no history reads, lookup name -> ``[batch, width]``, and ``dense``.
+
+        Both are cast to the type of the parameters, which a mixed-precision engine may have changed.
+        """
         dtype = next(self.network.parameters()).dtype
         rows = {
             lookup.name: _by_row(lookup, embedded[lookup.name].to(dtype), lengths, len(dense))
@@ -210,28 +215,29 @@ class Ranker(nn.Module):
         return rows, dense.to(dtype)
 
     def _query(self, rows: Mapping[str, Tensor], dense: Tensor) -> Tensor:
-        """All that describes the candidate, ``[batch, width]``."""
+        """Return all features of the candidate, ``[batch, width]``."""
         return _join([*rows.values(), dense])[:, self.query_columns]
 
     def _read(
         self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], rows: Mapping[str, Tensor], dense: Tensor
     ) -> list[Tensor]:
-        """What is read from the histories, ``[batch, width]`` each, or all of them together."""
+        """Return the pooled entries of each history, ``[batch, width]``, or of all histories in one tensor."""
         counts = [lengths[history.keys[0]] for history in self.sequences]
         if isinstance(self.attention, SequenceAttention):
             entries = [self._entries(history, embedded) for history in self.sequences]
             return [self.attention(self._query(rows, dense), entries, counts)]
-        found = []
+        pooled = []
         for index, (history, count) in enumerate(zip(self.sequences, counts, strict=True)):
             keys = _join([part.to(dense.dtype) for part in self._entries(history, embedded)])
             if self.attention is None:
-                found.append(mean_by_row(keys, count))
+                pooled.append(mean_by_row(keys, count))
             else:
                 query = _join([rows[name] for name in history.query])
-                found.append(self.attention[index](query, keys, count, history.max_length))
-        return found
+                pooled.append(self.attention[index](query, keys, count, history.max_length))
+        return pooled
 
     def _entries(self, history: History, embedded: Mapping[str, Tensor]) -> Parts:
+        """Return the parts of a history's entries, ``[entries, width of the part]`` each."""
         entries = len(embedded[history.keys[0]])
         return [embedded[name].view(entries, self.key_widths[name]) for name in history.keys]
 
@@ -242,7 +248,7 @@ class Ranker(nn.Module):
         dims: Mapping[str, int],
         left_out: Sequence[str],
     ) -> list[tuple[int, int]]:
-        """Columns of the query and of an entry that are read from the same table and mean the same."""
+        """Return pairs of a column of the query and a column of an entry that hold the same feature."""
         history = self.sequences[0]
         pairs = [
             (name, 0, key, 0)
@@ -266,12 +272,12 @@ class Ranker(nn.Module):
         ]
 
     def _one_layout(self) -> list[int]:
-        """Widths of the parts of an entry, of all histories."""
+        """Return the widths of the parts of an entry, which must be the same in all histories."""
         first, *others = ([self.key_widths[name] for name in history.keys] for history in self.sequences)
         for widths in others:
             if widths != first:
                 raise ValueError(
-                    f"histories are read together only if their entries are alike, not {first} and {widths}"
+                    f"histories that are read together must have entries of the same widths, not {first} and {widths}"
                 )
         return first
 
@@ -284,8 +290,16 @@ def _columns(
     ids: Mapping[str, Sequence[int]],
     dense: Sequence[int],
 ) -> list[int]:
-    """Which columns of the rows' inputs, the dense features last, are those of some lookups, of some ids of others and
-    of some dense features."""
+    """Return the columns, within a row's inputs, of some lookups and dense features.
+
+    Args:
+        row_widths: lookup name -> width of its part of the inputs; the dense features follow the lookups.
+        lookups: lookup name -> lookup.
+        dims: table name -> embedding dimension.
+        whole: lookups of which all columns are returned.
+        ids: other lookups -> indices of the ids whose columns are returned.
+        dense: dense features that are returned.
+    """
     columns, first = [], 0
     for name, width in row_widths.items():
         dim = dims[lookups[name].table]
@@ -296,6 +310,7 @@ def _columns(
 
 
 def _check(lookups: Mapping[str, Lookup], dims: Mapping[str, int], sequences: Sequence[History]) -> None:
+    """Raise a ValueError if lookups, tables and histories do not fit together."""
     read = {name for history in sequences for name in history.keys}
     for history in sequences:
         for name in (*history.keys, *history.query):
@@ -317,12 +332,12 @@ def _check(lookups: Mapping[str, Lookup], dims: Mapping[str, int], sequences: Se
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate columns; one part needs no copy."""
+    """Concatenate columns, without a copy if there is only one part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def _by_row(lookup: Lookup, values: Tensor, lengths: Mapping[str, Tensor], batch: int) -> Tensor:
-    """``[ids, dim]`` -> ``[batch, width]``, joined as the lookup says."""
+    """Turn values ``[ids, dim]`` into ``[batch, width]`` by the lookup's pooling."""
     if lookup.length is None:
         count = lengths[lookup.name]
         return mean_by_row(values, count) if lookup.pooling == "mean" else sum_by_row(values, count)

@@ -280,7 +280,7 @@ def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kin
 
 
 def test_histories_that_are_not_alike_cannot_be_read_together() -> None:
-    with pytest.raises(ValueError, match=r"entries are alike, not \[6, 6\] and \[6\]"):
+    with pytest.raises(ValueError, match=r"entries of the same widths, not \[6, 6\] and \[6\]"):
         Ranker(3, LOOKUPS, DIMS, DENSE, HISTORIES, attention_kind="multi_head")
 
 
