@@ -1,4 +1,4 @@
-"""Last touch against a search event by event, and thresholds of views."""
+"""Tests of last-touch attribution against a search event by event, and of the thresholds of views."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def random_log(seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 def search(visits: dict[str, np.ndarray], user: int, item: int, time: int) -> int:
-    """The latest visit, the first line of several; -1 without one, or too long before."""
+    """Return the first line of the latest visit; -1 if there is none or if it is too long ago."""
     found = -1
     for line in range(len(visits["user_id"])):
         begin = visits["request_ms"][line]
@@ -58,7 +58,7 @@ def test_last_touch_of_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_join_gives_every_event_to_one_visit(tmp_path: Path, seed: int) -> None:
-    """First events become behaviours, the others repeats; nothing is counted twice and nothing is lost."""
+    """Test that first events become behaviours and others repeats, and that each event is counted exactly once."""
     visits, events = random_log(seed)
     rng = np.random.default_rng(seed)
     gift = rng.random(len(events["user_id"])) < 0.5
@@ -80,15 +80,15 @@ def test_join_gives_every_event_to_one_visit(tmp_path: Path, seed: int) -> None:
     for visit, row in made.items():
         last = int(columns["exit_ms"][visit])
         for name, kind in (("like", ~gift), ("gift", gift)):
-            mine = np.flatnonzero((owner == visit) & kind)
-            times = sorted(events["time_ms"][mine].tolist())
+            rows = np.flatnonzero((owner == visit) & kind)
+            times = sorted(events["time_ms"][rows].tolist())
             first = times[0] - visits["request_ms"][visit] if times else -1
             assert row[f"delay_{name}"] == first
             again = [row for row in repeats if row["visit_id"] == visit and row["event"] == name]
             assert sorted(event["time_ms"] for event in again) == times[1:]
             last = max([last, *times])
             if name == "gift" and times:
-                assert sum(event["value"] for event in again) + row["value_gift"] == price[mine].sum()
+                assert sum(event["value"] for event in again) + row["value_gift"] == price[rows].sum()
         assert row["exit_ms"] == last
 
 

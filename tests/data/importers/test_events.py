@@ -1,4 +1,4 @@
-"""Import of a user's own log: both layouts against a plain reference, and every mistake told with its place."""
+"""Tests of the import of a user's own log: both layouts against a simple reference, and the message of each mistake."""
 
 import json
 import zlib
@@ -76,7 +76,7 @@ ignore = ["heartbeat"]
 
 
 def write(folder: Path, mapping: str, lines: str, users: str = USER_LINES) -> dict[str, Any]:
-    """A mapping, a log and a table of users; the arguments of `import_events`."""
+    """Write a mapping, a log and a table of users; return the arguments of ``import_events``."""
     (folder / "log").mkdir(parents=True)
     (folder / "map.toml").write_text(mapping)
     (folder / "users.csv").write_text(users)
@@ -85,14 +85,14 @@ def write(folder: Path, mapping: str, lines: str, users: str = USER_LINES) -> di
 
 
 def rows_of(out: Path) -> dict[str, np.ndarray]:
-    """All rows of a dataset, in order of visit_id."""
+    """Return all rows of a dataset in order of visit_id."""
     rows = read_rows(str(out), DatasetSpec.load(out))
     order = np.argsort(rows["visit_id"])
     return {name: column[order] for name, column in rows.items()}
 
 
 def events_of(out: Path) -> list[tuple[Any, ...]]:
-    """(visit_id, event, ms since T0, value) of all events."""
+    """Return (visit_id, event, ms since T0, value) of all events."""
     files = sorted((out / "events").glob("*.parquet"))
     table = pa.concat_tables([pq.read_table(file) for file in files])
     return sorted((line["visit_id"], line["event"], line["time_ms"] - T0, line["value"]) for line in table.to_pylist())
@@ -183,7 +183,7 @@ def test_single_events_become_visits(tmp_path: Path) -> None:
 
 
 def reference_visits(events: list[dict[str, int]], begin: int, by_visit_id: bool) -> tuple[dict, set[int]]:
-    """Visit -> (start, end, first delay of each code), and the rows of orphans; event by event."""
+    """Return start, end and first delays by visit, and the rows of orphans, computed event by event."""
     key = "visit_id" if by_visit_id else "item_id"
     rank = {begin: 0, EventCodes.EXIT: 2}
     visits: dict[int, Any] = {}
@@ -218,22 +218,22 @@ def test_assembly_equals_event_by_event(lines: list[tuple[int, ...]], by_visit_i
     columns |= {"author_id": columns["item_id"], "domain": columns["item_id"].astype(np.int8)}
     columns |= {"code": columns["code"].astype(np.int8), "value": columns["row"].astype(float)}
     codes = EventCodes(("like", "gift"), begin)
-    made = assemble_visits(
+    assembled = assemble_visits(
         {**columns, "tab": columns["row"].astype(np.int32)}, codes, by_visit_id=by_visit_id, has_value=False
     )
     visits, orphans = reference_visits(events, begin, by_visit_id)
-    assert set(columns["row"][made.orphans].tolist()) == orphans
-    got = made.visits
+    assert set(columns["row"][assembled.orphans].tolist()) == orphans
+    got = assembled.visits
     # A visit takes other columns from the line that begins it, here the line's own number.
     assert sorted(got["tab"].tolist()) == sorted(visits)
-    for place, row in enumerate(got["tab"].tolist()):
+    for position, row in enumerate(got["tab"].tolist()):
         visit = visits[row]
-        assert got["visit_id"][place] == (events[row]["visit_id"] if by_visit_id else row)
-        assert (got["request_ms"][place], got["exit_ms"][place]) == (visit["start"], visit["end"])
-        assert got["delay_like"][place] == visit["first"].get(3, -1)
-        assert got["delay_gift"][place] == visit["first"].get(4, -1)
+        assert got["visit_id"][position] == (events[row]["visit_id"] if by_visit_id else row)
+        assert (got["request_ms"][position], got["exit_ms"][position]) == (visit["start"], visit["end"])
+        assert got["delay_like"][position] == visit["first"].get(3, -1)
+        assert got["delay_gift"][position] == visit["first"].get(4, -1)
     kinds = defaultdict(int)
-    for code in made.events["code"].tolist():
+    for code in assembled.events["code"].tolist():
         kinds[code] += 1
     assert kinds[EventCodes.EXPOSURE] >= len(visits) and kinds[EventCodes.EXIT] >= len(visits)
 
@@ -274,7 +274,7 @@ def test_assembly_equals_event_by_event(lines: list[tuple[int, ...]], by_visit_i
         (EVENTS.replace('event = "action"', ""), "", r"needs columns\.event"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_leave_nothing(
+def test_mistakes_give_a_one_line_message_and_leave_no_files(
     tmp_path: Path, mapping: str, lines: str, message: str
 ) -> None:
     arguments = write(tmp_path, mapping, lines)
@@ -331,7 +331,7 @@ def test_hash_collisions_are_counted_once_each(monkeypatch: pytest.MonkeyPatch) 
     assert len(set(hashing.ids(pa.array(texts)).to_pylist())) == 20 and hashing.collisions == 0
 
     class ShortHash:
-        """A hash whose first half, the id, has three values."""
+        """Hash with only three values in its first half, which is the id."""
 
         def __init__(self, text: bytes, digest_size: int) -> None:
             self.halves = (zlib.crc32(text) % 3 * 2).to_bytes(8, "little") + text.rjust(8)

@@ -1,4 +1,4 @@
-"""KuaiComt: small files in the published layout, with both delimiters, both sets of names and both units of time."""
+"""Tests of the KuaiComt importer on small files with both delimiters, both sets of names and both units of time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.format.text_schema import read_texts
-from trainer.data.importers.daily_top_comments import SHOWN, DailyLists, rank_in_runs
+from trainer.data.importers.daily_top_comments import SHOWN, DailyTopComments, rank_in_runs
 from trainer.data.importers.kuaicomt import BEHAVIOURS, import_kuaicomt
 
 DAY_MS = 86_400_000
@@ -45,7 +45,7 @@ def visit(user: int, video: int, time_ms: float, play: float = 0.0, stay: int = 
 
 VISITS: Lines = [
     visit(5, 10, T0 + 1000.0, 4000.0, 2500, is_click=1, is_collect=1),
-    # the same exposure again, told differently: the first line stays
+    # the same exposure again with other values: the first line is kept
     visit(5, 10, T0 + 1000.0, 9000.0, 9900),
     visit(6, 10, T0 + 500.0, 30_000.0, 0, is_click=1, long_view=1),
     visit(5, 20, T0 + 5000.0, 100.0, 800),
@@ -80,7 +80,10 @@ COMMENTS: Lines = [
 
 
 def write(folder: Path, *, delimiter: str = ",", released: bool = False, milliseconds: bool = False) -> Path:
-    """The five files; ``released``: as the authors' code names them, ``milliseconds``: times of comments in those."""
+    """Write the five files.
+
+    ``released`` takes the names of the authors' code, ``milliseconds`` writes interaction times in milliseconds.
+    """
     folder.mkdir(parents=True)
     touches = [[*line[:2], line[2] * 1000 if milliseconds else line[2], *line[3:]] for line in TOUCHES]
     swap = {"video_id": "photo_id", "video_type": "photo_type"} if released else {}
@@ -150,7 +153,7 @@ def test_every_layout_gives_the_same_dataset(tmp_path: Path, layout: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
+    ("file", "old", "new", "message"),
     [
         (
             "user_video_inter.csv",
@@ -162,26 +165,26 @@ def test_every_layout_gives_the_same_dataset(tmp_path: Path, layout: dict[str, A
             "user_video_inter.csv",
             "6,10,0",
             "6,11,0",
-            r"row 3: column 'video_id' is 11; .* a video of video_features.csv",
+            r"row 3: column 'video_id' is 11; .* a video that is listed in video_features.csv",
         ),
         ("user_video_inter.csv", str(T0 + 500.0), "77", r"row 3: column 'time_ms' is '77'; .* seconds since 1970"),
         ("user_video_inter.csv", "comment_stay_time", "stay", r"column 'comment_stay_time' is missing"),
-        ("comment_features.csv", "102,", "101,", r"row 3: column 'comment_id' is 101; .* did not come before"),
+        ("comment_features.csv", "102,", "101,", r"row 3: column 'comment_id' is 101; .* occurs only once"),
         ("comment_features.csv", ",112,", ",-112,", r"row 2: column 'comment_like_cnt' is '-112'; .* 0 or more"),
         ("user_comment_inter.csv", "5,102", "5,201", r"row 1: column 'comment_id' is 201; .* comment_features.csv"),
-        ("video_features.csv", "\n20,", "\n10,", r"row 2: column 'video_id' is 10; .* did not come before"),
-        ("user_features.csv", "\n6,", "\n5,", r"row 2: column 'user_id' is 5; .* did not come before"),
+        ("video_features.csv", "\n20,", "\n10,", r"row 2: column 'video_id' is 10; .* occurs only once"),
+        ("user_features.csv", "\n6,", "\n5,", r"row 2: column 'user_id' is 5; .* occurs only once"),
     ],
 )
-def test_a_bad_value_is_told_with_its_place(tmp_path: Path, file: str, old: str, new: str, said: str) -> None:
+def test_bad_values_name_file_row_and_column(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
     src = write(tmp_path / "src")
     replaced(src / file, old, new)
-    with pytest.raises(UserError, match=rf"{file}: {said}"):
+    with pytest.raises(UserError, match=rf"{file}: {message}"):
         import_kuaicomt(src, tmp_path / "out", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
-def test_a_missing_file_or_log_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_or_log_is_named(tmp_path: Path) -> None:
     src = write(tmp_path / "src")
     (src / "user_video_inter.csv").write_text(",".join(VISIT_COLUMNS) + "\n")
     with pytest.raises(UserError, match="no lines below its header"):
@@ -205,14 +208,14 @@ def test_daily_lists_are_those_of_a_plain_count(seed: int) -> None:
     comment = rng.permutation(500)[:300]
     item = rng.integers(0, 12, 300)
     touched, day = rng.choice(comment[:40], 200), rng.integers(1, 8, 200)
-    lists = DailyLists(comment, item, touched, day, first_day=3, last_day=6)
+    top_comments = DailyTopComments(comment, item, touched, day, first_day=3, last_day=6)
     for video in range(-1, 14):
         for today in range(3, 7):
-            mine = [
+            expected_order = [
                 (-int(((touched == one) & (day < today)).sum()), int(one)) for one in comment[item == video].tolist()
             ]
-            expected = sorted(mine)[:SHOWN]
-            shown, counts = (values[0] for values in lists.of(np.array([video]), np.array([today])))
+            expected = sorted(expected_order)[:SHOWN]
+            shown, counts = (values[0] for values in top_comments.lookup(np.array([video]), np.array([today])))
             assert shown[shown >= 0].tolist() == [one for _, one in expected]
             assert counts[shown >= 0].tolist() == [-count for count, _ in expected]
 

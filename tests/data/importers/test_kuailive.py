@@ -1,4 +1,4 @@
-"""KuaiLive: small files in the published layout with its traps."""
+"""Tests of the KuaiLive importer on small files in the published layout, with its pitfalls."""
 
 import math
 from pathlib import Path
@@ -45,7 +45,7 @@ CLICKS = [
     f"6,71,901,{T0 + DAY + 500},60000",
     f"5,70,900,{T0 + 1_000},2852",
     f"5,70,900,{T0 + 20_000},15000",
-    # The same click, told differently: the first line stays.
+    # The same click with other values: the first line is kept.
     f"5,70,900,{T0 + 20_000},1",
 ]
 NEGATIVES = [
@@ -132,8 +132,8 @@ def test_exposures_and_their_behaviours(tmp_path: Path) -> None:
 def test_events_have_their_own_times(tmp_path: Path) -> None:
     import_kuailive(write_source(tmp_path / "src"), tmp_path / "out", 1)
     events = pq.read_table(tmp_path / "out" / "events" / "part-00000.parquet").to_pylist()
-    mine = [(event["event"], event["time_ms"] - T0, event["value"]) for event in events if event["visit_id"] == 2]
-    assert mine == [
+    own_events = [(event["event"], event["time_ms"] - T0, event["value"]) for event in events if event["visit_id"] == 2]
+    assert own_events == [
         ("exposure", 20_000, 0),
         ("enter", 20_000, 0),
         ("click", 20_000, 0),
@@ -248,7 +248,7 @@ def test_older_names_of_columns(tmp_path: Path) -> None:
             "user",
             "\n6,24",
             "\n5,24",
-            r"user\.csv: row 2: column 'user_id' is 5; it must be an id that did not",
+            r"user\.csv: row 2: column 'user_id' is 5; it must be an id that occurs only once",
         ),
         ("streamer", "\n901,", "\n900,", r"streamer\.csv: row 2: column 'streamer_id' is 900"),
         ("user", "2025-04-25", "25.4.2025", r"user\.csv: row 1: column 'reg_timestamp' is '25\.4\.2025'"),

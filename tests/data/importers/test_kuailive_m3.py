@@ -1,4 +1,4 @@
-"""KuaiLive-M3: small files in the published layout with its traps."""
+"""Tests of the KuaiLive-M3 importer on small files in the published layout, with its pitfalls."""
 
 import csv
 from datetime import UTC, datetime
@@ -25,13 +25,13 @@ Lines = dict[str, list[Any]]
 
 
 def clock(*seconds: float) -> list[str]:
-    """Times as text without an offset, of Shanghai."""
+    """Return times as text in Shanghai time without an offset."""
     local = (datetime.fromtimestamp(T0 / 1000 + 8 * 3600 + second, UTC) for second in seconds)
     return [moment.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] for moment in local]
 
 
 def stamps(*seconds: float) -> pa.Array:
-    """Times as Parquet has them, of Shanghai."""
+    """Return times as Arrow timestamps in Shanghai time."""
     return pa.array([T0 + 8 * 3_600_000 + round(1000 * second) for second in seconds], pa.timestamp("ms"))
 
 
@@ -203,8 +203,8 @@ def test_events_have_their_own_times_or_that_of_the_end(source: Path, tmp_path: 
 
     def of(visit: int) -> list[tuple[str, int, float]]:
         names = (*BEHAVIOURS, "exit")
-        mine = (event for event in events if event["visit_id"] == visit and event["event"] in names)
-        return [(event["event"], event["time_ms"] - T0, event["value"]) for event in mine]
+        own_events = (event for event in events if event["visit_id"] == visit and event["event"] in names)
+        return [(event["event"], event["time_ms"] - T0, event["value"]) for event in own_events]
 
     assert of(0) == [
         ("click", 100_000, 0),
@@ -354,9 +354,9 @@ def test_blocks_and_partitions_change_nothing(source: Path, tmp_path: Path, monk
             "author_profile",
             "author_id",
             [900, 900],
-            r"author_profile\.csv: row 2: column 'author_id' is .*900.* before",
+            r"author_profile\.csv: row 2: column 'author_id' is .*900.* only once",
         ),
-        ("photo_tag", "photo_id", [8, 8], r"photo_tag\.csv: row 2: column 'photo_id' is 8; .* not come before"),
+        ("photo_tag", "photo_id", [8, 8], r"photo_tag\.csv: row 2: column 'photo_id' is 8; .* only once"),
         ("photo_meta", "photo_id", [7, 7], r"photo_meta\.parquet: row 2: column 'photo_id' is 7"),
         ("photo_meta", "duration", [-5, 0], r"photo_meta\.parquet: row 1: column 'duration' is -5; .*milliseconds"),
         ("photo_play", "leave_timestamp", stamps(0, 61), r"photo_play\.parquet: row 1: column 'leave_timestamp'"),

@@ -1,4 +1,4 @@
-"""KuaiRand: small files in the published layout with its traps, and the real slice where there is one."""
+"""Tests of the KuaiRand importer on small files with the pitfalls of the published layout, and on real data."""
 
 import csv
 import math
@@ -37,7 +37,7 @@ T0 = 1_651_334_400_000  # 1 May 2022, a Sunday, 00:00 in Shanghai
 APRIL = [
     f"5,20,20220501,100,{T0 + 3_600_000},1,0,0,0,0,0,1,9000,8000,0,0,0,0,1",
     f"5,10,20220501,0,{T0},1,1,0,0,0,0,0,4000,0,0,700,1,0,6",
-    # The same exposure again, told differently: the first line stays.
+    # The same exposure again with other values: the first line is kept.
     f"5,10,20220501,0,{T0},0,0,0,0,0,0,0,0,0,0,0,0,0,6",
     f"6,10,20220501,0,{T0},0,0,0,0,0,1,0,0,0,0,0,0,0,0",
 ]
@@ -59,7 +59,7 @@ VIDEOS = [
 
 
 def write_version(folder: Path, version: str = "27k") -> Path:
-    """Files of one version below ``folder/data``; 27k has its logs in parts."""
+    """Write the files of one version to ``folder/data``; the logs of 27k are in parts."""
     data = folder / "data"
     data.mkdir(parents=True)
     april, may = ("_part1", "_part2") if version == "27k" else ("", "")
@@ -72,7 +72,7 @@ def write_version(folder: Path, version: str = "27k") -> Path:
 
 
 def rows_of(out: Path) -> tuple[DatasetSpec, dict[str, np.ndarray]]:
-    """A dataset's rows in order of visit_id."""
+    """Return specification and rows of a dataset, in order of visit_id."""
     spec = DatasetSpec.load(out)
     rows = read_rows(str(out), spec)
     order = np.argsort(rows["visit_id"])
@@ -80,7 +80,7 @@ def rows_of(out: Path) -> tuple[DatasetSpec, dict[str, np.ndarray]]:
 
 
 def side_of(spec: DatasetSpec, rows: dict[str, np.ndarray], name: str) -> list:
-    """A side feature of all rows, read back through the vocabulary where it has one."""
+    """Return a side feature of all rows, decoded by its vocabulary if it has one."""
     codes = rows["side"][:, [side.name for side in spec.side].index(name)].tolist()
     words = spec.extra["vocabularies"].get("tag" if name.startswith("tag_") else name)
     return codes if words is None else [None if code == 0 else words[code - 1] for code in codes]
@@ -254,7 +254,7 @@ def test_missing_and_mixed_files(tmp_path: Path) -> None:
 
 
 def test_real_log(tmp_path: Path, real_kuairand: Path) -> None:
-    """Every row against the published files, read line by line."""
+    """Test every row against the published files, read line by line."""
     src = real_kuairand
     files = find_files(src)
     with open(files.videos, newline="") as file:

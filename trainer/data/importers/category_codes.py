@@ -1,4 +1,4 @@
-"""Categories as codes: a value's code is 1 + its position in a sorted vocabulary, 0 is unknown."""
+"""Integer codes of categories: 1 + the position in a sorted vocabulary; 0 is unknown."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 _MISSING = ("", "UNKNOWN")
 
 
-def distinct(arrays: Iterable[pa.Array], missing: tuple[str, ...] = _MISSING) -> set[str]:
-    """The values that occur, as text, without those that mean missing. ``1`` and ``1.0`` are one value."""
+def distinct_values(arrays: Iterable[pa.Array], missing: tuple[str, ...] = _MISSING) -> set[str]:
+    """Return the distinct values as text, without those that mean missing. ``1`` and ``1.0`` are one value."""
     values: set[str] = set()
     for array in arrays:
         values.update(pc.unique(_as_text(array)).to_pylist())
@@ -20,7 +20,7 @@ def distinct(arrays: Iterable[pa.Array], missing: tuple[str, ...] = _MISSING) ->
 
 
 def vocabulary(values: Iterable[str]) -> tuple[str, ...]:
-    """The values in a fixed order: by number if all are integers, else by text."""
+    """Return the values in a fixed order: by number if all are integers, else by text."""
     try:
         return tuple(sorted(values, key=int))
     except ValueError:
@@ -28,7 +28,7 @@ def vocabulary(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def encode(array: pa.Array, known: tuple[str, ...]) -> np.ndarray:
-    """Codes ``[n] int32`` in ``[0, len(known)]``; null and values that are not known are 0."""
+    """Return codes ``[n] int32`` in ``[0, len(known)]``; null and values that are not in ``known`` become 0."""
     position = pc.index_in(_as_text(array), value_set=pa.array(known, pa.string()))
     return pc.fill_null(position, -1).to_numpy(zero_copy_only=False).astype(np.int32) + 1
 

@@ -1,7 +1,8 @@
-"""The comments at the top of a video, where a log tells of interactions with comments but not which were shown.
+"""Estimated comments at the top of a video, for a log that does not record which comments were shown.
 
-The comments of a video with most interactions before the day of the request count as shown, at most ``SHOWN``; of
-equals, and of those without any, the ones with the lowest ids. What a list says was known when its day began.
+The comments of a video with the most interactions before the day of the request are taken as shown, at most ``SHOWN``.
+Among comments with equally many interactions, or none, those with the lowest ids come first. A list uses only
+information from before its day.
 """
 
 from __future__ import annotations
@@ -11,40 +12,40 @@ import numpy as np
 SHOWN = 10
 
 
-class DailyLists:
-    """Lists of comments by video and day.
+class DailyTopComments:
+    """Top comments by video and day.
 
     Args:
-        comment_id: ``[n] int64``, every comment, each once.
-        item_id: ``[n] int64``, its video.
-        touched: ``[m] int64``, comments of ``comment_id`` that somebody liked or answered.
-        day: ``[m] int64``, of each of those.
-        first_day: of the log.
-        last_day: of the log.
+        comment_id: ``[n] int64``, all comments, each once.
+        item_id: ``[n] int64``, video of each comment.
+        interacted: ``[m] int64``, comments of ``comment_id`` that a user liked or answered, one entry per interaction.
+        day: ``[m] int64``, day of each interaction.
+        first_day: first day of the log.
+        last_day: last day of the log.
     """
 
     def __init__(
         self,
         comment_id: np.ndarray,
         item_id: np.ndarray,
-        touched: np.ndarray,
+        interacted: np.ndarray,
         day: np.ndarray,
         first_day: int,
         last_day: int,
     ) -> None:
         order = np.lexsort((comment_id, item_id))
         comment_id, item_id = comment_id[order], item_id[order]
-        # most comments are never touched: only the first ones of a video can stand in a list all the same
-        kept = (rank_in_runs(item_id) < SHOWN) | np.isin(comment_id, touched)
+        # Most comments have no interaction; of these only the first ones of a video can be in a list.
+        kept = (rank_in_runs(item_id) < SHOWN) | np.isin(comment_id, interacted)
         comment_id, item_id = comment_id[kept], item_id[kept]
         by_id = np.argsort(comment_id)
-        place = by_id[np.searchsorted(comment_id, touched, sorter=by_id)]
+        position = by_id[np.searchsorted(comment_id, interacted, sorter=by_id)]
         self._items, row = np.unique(item_id, return_inverse=True)
         self._first_day = first_day
         shape = (last_day - first_day + 1, len(self._items), SHOWN)
         self._comments, self._counts = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
         count = np.zeros(len(comment_id), np.int64)
-        np.add.at(count, place[day < first_day], 1)
+        np.add.at(count, position[day < first_day], 1)
         for number in range(shape[0]):
             best = np.lexsort((comment_id, -count, row))
             rank = rank_in_runs(row[best])
@@ -52,10 +53,19 @@ class DailyLists:
             best, rank = best[top], rank[top]
             self._comments[number, row[best], rank] = comment_id[best]
             self._counts[number, row[best], rank] = count[best]
-            np.add.at(count, place[day == first_day + number], 1)
+            np.add.at(count, position[day == first_day + number], 1)
 
-    def of(self, item_id: np.ndarray, day: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Comments of videos on days, ``[n, SHOWN] int64``, -1 where there are fewer; and their interactions before."""
+    def lookup(self, item_id: np.ndarray, day: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the top comments of videos on given days, and their earlier interactions.
+
+        Args:
+            item_id: ``[n] int64``.
+            day: ``[n] int64``, between ``first_day`` and ``last_day``.
+
+        Returns:
+            Comments and numbers of interactions before that day, ``[n, SHOWN] int64``; a comment is -1 where the video
+            has fewer.
+        """
         if not len(self._items):
             return np.full((len(item_id), SHOWN), -1), np.zeros((len(item_id), SHOWN), np.int64)
         row = np.minimum(np.searchsorted(self._items, item_id), len(self._items) - 1)
@@ -65,6 +75,6 @@ class DailyLists:
 
 
 def rank_in_runs(key: np.ndarray) -> np.ndarray:
-    """Place of each value in its run of equal values, ``[n] int64`` from 0; equal values lie side by side."""
+    """Return the position of each value in its run of equal neighbours, ``[n] int64`` from 0."""
     first = np.flatnonzero(np.diff(key, prepend=np.nan))
     return np.arange(len(key)) - np.repeat(first, np.diff(np.append(first, len(key))))

@@ -1,7 +1,8 @@
-"""Visits and the single events (likes, comments, gifts) that belong to them, where the log does not say to which.
+"""Attribution of single events (likes, comments, gifts) to visits, for logs that do not record the visit of an event.
 
-An event belongs to the latest visit of its user to its room that began no later than the event: last touch, so that
-one gift is counted once however often its giver came back. An event without such a visit belongs to none.
+The attribution is last touch: an event belongs to the latest visit of its user to its room that began no later than the
+event. A gift is therefore counted once, even if its giver came back several times. An event without such a visit is an
+orphan.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _EVENTS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Joined:
-    """What became of the visits and events of a partition.
+class JoinedVisits:
+    """Visits of a partition after their events have been attributed.
 
     Attributes:
-        visits: complete, as ``schema.visit_schema`` has them.
+        visits: complete visits, as ``schema.visit_schema``.
         repeats: events after the first of their kind in a visit, as ``schema.EVENT_COLUMNS``.
-        orphans: number of events that belong to no visit.
+        orphans: number of events without a visit.
     """
 
     visits: pa.Table
@@ -45,11 +46,11 @@ class Joined:
 
 
 class EventJoin:
-    """Collects visits and events of any users on disk, and joins them partition by partition.
+    """Join of visits and events, which are collected on disk and joined partition by partition.
 
     Args:
-        folder: for what waits; made here.
-        spec: of the dataset.
+        folder: folder of the spilled files; created here.
+        spec: specification of the dataset.
     """
 
     def __init__(self, folder: Path, spec: DatasetSpec) -> None:
@@ -59,20 +60,21 @@ class EventJoin:
         self._events = Spill(folder / "events", _EVENTS, spec.partitions)
 
     def visits(self, columns: Columns) -> None:
-        """Add visits as far as their own lines tell: the columns of ``schema.visit_schema``."""
+        """Add visits before attribution, with the columns of ``schema.visit_schema``."""
         self._visits.add(columns)
 
     def events(self, behaviour: str, columns: Columns) -> None:
-        """Add events of one behaviour: ``user_id``, ``item_id``, ``time_ms``, and ``value`` where they have one."""
+        """Add events of one behaviour: ``user_id``, ``item_id``, ``time_ms``, and ``value`` if they have one."""
         n = len(columns["user_id"])
         code = np.full(n, self._spec.behaviours.index(behaviour), np.int8)
         self._events.add({"value": np.zeros(n, np.float32), **columns, "behaviour": code})
 
-    def join(self, partition: int) -> Joined:
-        """The visits of a partition, in the order in which they came; to be called once for each.
+    def join(self, partition: int) -> JoinedVisits:
+        """Attribute the events of a partition and return its visits in the order in which they were added.
 
-        An event gives its visit the behaviour and its time. The visit's own line may have told of the behaviour: the
-        event's time is then the better one. A visit ends no earlier than its last event.
+        To be called once for each partition. An event sets the behaviour and its delay in the visit; it replaces a
+        delay that the visit was added with, because the event's time is more exact. A visit ends no earlier than its
+        last event.
         """
         self._visits.flush()
         self._events.flush()
@@ -85,41 +87,45 @@ class EventJoin:
 
         repeated = np.ones(len(visit), bool)
         for code, behaviour in enumerate(self._spec.behaviours):
-            mine = np.flatnonzero(events["behaviour"] == code)
-            mine = mine[np.lexsort((delay[mine], visit[mine]))]
-            of, first = np.unique(visit[mine], return_index=True)
-            earliest = mine[first]
-            visits[f"delay_{behaviour}"][of] = delay[earliest]
+            rows = np.flatnonzero(events["behaviour"] == code)
+            rows = rows[np.lexsort((delay[rows], visit[rows]))]
+            with_behaviour, first = np.unique(visit[rows], return_index=True)
+            earliest = rows[first]
+            visits[f"delay_{behaviour}"][with_behaviour] = delay[earliest]
             if behaviour == "gift":
-                visits["value_gift"][of] = events["value"][earliest]
+                visits["value_gift"][with_behaviour] = events["value"][earliest]
             repeated[earliest] = False
         last = np.zeros(len(visits["visit_id"]), np.int64)
         np.maximum.at(last, visit, events["time_ms"])
         visits["exit_ms"] = np.maximum(visits["exit_ms"], last)
 
         again = np.flatnonzero(repeated)
-        return Joined(pa.table(visits, schema=self._schema), self._event_table(visits, visit, events, again), orphans)
+        return JoinedVisits(
+            pa.table(visits, schema=self._schema), self._event_table(visits, visit, events, again), orphans
+        )
 
-    def _event_table(self, visits: Columns, visit: np.ndarray, events: Columns, which: np.ndarray) -> pa.Table:
-        of = visit[which]
-        code = events["behaviour"][which] + np.int8(len(VISIT_EVENTS))
-        columns = {name: visits[name][of] for name in ("user_id", "author_id", "item_id", "domain", "visit_id")}
+    def _event_table(self, visits: Columns, visit: np.ndarray, events: Columns, rows: np.ndarray) -> pa.Table:
+        """Return the events at ``rows`` as ``EVENT_COLUMNS``; ``visit`` has the position of each event's visit."""
+        code = events["behaviour"][rows] + np.int8(len(VISIT_EVENTS))
+        columns = {
+            name: visits[name][visit[rows]] for name in ("user_id", "author_id", "item_id", "domain", "visit_id")
+        }
         columns["event"] = pa.DictionaryArray.from_arrays(pa.array(code), pa.array(event_names(self._spec)))
-        columns["time_ms"], columns["value"] = events["time_ms"][which], events["value"][which]
+        columns["time_ms"], columns["value"] = events["time_ms"][rows], events["value"][rows]
         return pa.table([columns[name] for name in EVENT_COLUMNS.names], schema=EVENT_COLUMNS)
 
 
 def no_behaviours(behaviours: tuple[str, ...], n: int) -> Columns:
-    """Columns of ``n`` visits in which nothing happened: ``delay_B`` and ``value_gift``."""
+    """Return the columns ``delay_B`` and ``value_gift`` of ``n`` visits without any behaviour."""
     delays = {f"delay_{behaviour}": np.full(n, -1, np.int32) for behaviour in behaviours}
     return {**delays, "value_gift": np.zeros(n, np.float32)}
 
 
 def last_touch(visits: Columns, events: Columns) -> np.ndarray:
-    """Position of the visit that each event belongs to, -1 for none. ``[events] int64``.
+    """Return the position of the visit that each event belongs to, ``[events] int64``; -1 for none.
 
-    Of visits that began in the same millisecond the one that came first is taken: it is the one that stays when
-    repeated lines are dropped. Events more than 2^31 ms after the visit's beginning belong to none.
+    Of visits that began in the same millisecond the first line is taken, because that line is kept when repeated lines
+    are dropped. An event more than 2^31 ms after the begin of the visit belongs to none.
 
     Args:
         visits: ``user_id``, ``item_id``, ``request_ms``.
@@ -129,7 +135,7 @@ def last_touch(visits: Columns, events: Columns) -> np.ndarray:
     user = np.concatenate([visits["user_id"], events["user_id"]])
     item = np.concatenate([visits["item_id"], events["item_id"]])
     time = np.concatenate([visits["request_ms"], events["time_ms"]])
-    # Among equal times visits come before events, and of the visits the first one last.
+    # At equal times visits come before events, and the first visit comes last, so that it is the latest for the event.
     rank = np.concatenate([-np.arange(1, n + 1), np.zeros(m, np.int64)])
     order = np.lexsort((rank, time, item, user))
     latest = np.maximum.accumulate(np.where(order < n, np.arange(n + m), -1))
@@ -144,7 +150,7 @@ def last_touch(visits: Columns, events: Columns) -> np.ndarray:
 
 
 def add_joined(join: EventJoin, builder: DatasetBuilder, partitions: int, progress: Progress | None) -> int:
-    """Give the builder all visits of ``join`` and their repeated events; returns the number of orphans."""
+    """Pass all visits of ``join`` and their repeated events to the builder; return the number of orphans."""
     report = progress or (lambda what, done, total: None)
     orphans = 0
     for partition in range(partitions):

@@ -1,20 +1,20 @@
-"""A log of the user's own, Parquet or CSV, to a canonical dataset.
+"""Importer of a log of your own, Parquet or CSV.
 
-A TOML file says what its columns mean. ``layout = "exposures"``: a line is an exposure with its outcomes.
-``layout = "events"``: a line is one event (an exposure, an enter, a like, an exit ...), and visits are put together
-from them (``assemble_visits.py``). All keys, with their defaults where they have one::
+A TOML file maps the columns of the log. With ``layout = "exposures"`` a line is an exposure with its outcomes. With
+``layout = "events"`` a line is one event (an exposure, an enter, a like, an exit ...), and visits are assembled from
+the events (``visit_assembly.py``). All keys, with their defaults::
 
     layout = "exposures"             # or "events"
     name = "events"                  # of the dataset; also source = "" and licence = ""
-    timezone = "UTC"                 # in which days are counted; also of times without an offset
-    files = "*"                      # which files of the folder SRC; every .csv, .csv.gz and .parquet by default
-    time_unit = "ms"                 # of times that are numbers: "s", "ms", "us", "ns"; text is ISO 8601
-    out_of_order = "error"           # a time earlier than the line before in the file; or "sort"
-    orphans = "error"                # "events": an event without an exposure before it; or "drop", and count
-    hash_ids = []                    # of user_id, author_id, item_id, visit_id: those that are text, see below
+    timezone = "UTC"                 # time zone of the calendar days, and of times without an offset
+    files = "*"                      # pattern of the files in SRC; only .csv, .csv.gz and .parquet are read
+    time_unit = "ms"                 # unit of numeric times: "s", "ms", "us", "ns"; text times are ISO 8601
+    out_of_order = "error"           # a time earlier than in the line before: "error" or "sort"
+    orphans = "error"                # "events": an event without an earlier exposure: "error" or "drop" (and count)
+    hash_ids = []                    # columns of text ids, from user_id, author_id, item_id, visit_id; see below
     candidates = ["video", "live"]   # domains whose exposures become training rows
     statistics = [["user"], ["item"], ["author"], ["user", "author"]]
-    tag = ""                         # side feature of items that histories keep with every visit; empty: none
+    tag = ""                         # side feature of items that histories store with every visit; empty: none
 
     [columns]                        # canonical name = your column
     user_id = "uid"                  # required, as are author_id, item_id and time
@@ -24,32 +24,33 @@ from them (``assemble_visits.py``). All keys, with their defaults where they hav
     visit_id = "session"             # optional; unique in the log
     play_ms = "watched"              # "exposures", optional: milliseconds watched
     event = "action"                 # "events": required
-    value = "amount"                 # "events", optional: milliseconds watched of an exit, price of a gift
+    value = "amount"                 # "events", optional: milliseconds watched for an exit, price for a gift
 
-    [domain]                         # one of the two
+    [domain]                         # either constant or column
     constant = "live"
-    column = "type"                  # with video = ["1"] and live = ["2", "3"], its values as text
+    column = "type"                  # with video = ["1"] and live = ["2", "3"]: the column's values as text
 
-    [behaviours]                     # in label order; the name gift has a price
-    like = {column = "is_like"}      # "exposures": happened where the number is above 0, or true
-    click = {column = "clk", at = "start"}         # when it happened: at = "start", or "end" of the watch (default)
-    gift = {column = "price", delay = "gift_ms", applies = ["live"]}   # or delay: a column of ms since the exposure
-    share = {events = ["share", "repost"]}         # "events": your names of it
+    [behaviours]                     # in label order; the behaviour named gift has a price
+    like = {column = "is_like"}      # "exposures": happened if the value is above 0 or true
+    click = {column = "clk", at = "start"}         # time of the behaviour: "start" or "end" of the watch (default)
+    gift = {column = "price", delay = "gift_ms", applies = ["live"]}   # or a column of ms since the exposure
+    share = {events = ["share", "repost"]}         # "events": the log's names for it
 
-    [events]                         # "events": your names of what is no behaviour
-    exposure = ["show"]              # a visit begins with its exposure; without any mapped, with enter
+    [events]                         # "events": the log's names for events that are not behaviours
+    exposure = ["show"]              # an exposure begins a visit; if no exposure is mapped, an enter does
     enter = ["enter"]
     exit = ["leave"]
     ignore = ["heartbeat"]           # any other name is an error
 
     [features]                       # columns that become features: categories (side) and numbers (dense)
-    context = {side = ["tab"], dense = ["battery"]}                    # of the log
+    context = {side = ["tab"], dense = ["battery"]}                    # columns of the log
     user = {file = "users.csv", id = "uid", side = ["city"], dense = ["age"]}
-                                     # also author and item; the path is relative to the mapping's folder
+                                     # likewise author and item; the path is relative to the mapping's folder
 
-Ids are whole numbers, 0 or more. Ids that are text must be named in ``hash_ids``: they become 63 bits of a BLAKE2b
-hash, and the number of texts that met in one id is written to ``extra.hash_collisions`` of ``dataset.json`` (expected
-is n^2 / 2^64 for n ids). Codes of side features are 1 + the position in ``extra.vocabularies``; 0 is missing.
+Ids are whole numbers, 0 or more. Columns of text ids must be named in ``hash_ids``: an id then becomes 63 bits of a
+BLAKE2b hash. The number of texts that share an id with another text is written to ``extra.hash_collisions`` of
+``dataset.json`` (n^2 / 2^64 are expected for n ids). The code of a side feature is 1 + the position in
+``extra.vocabularies``; 0 means missing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from trainer.data.importers.category_codes import encode
 from trainer.data.importers.mapping import EventMapping, TableFeatures, load_mapping
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.table_files import convert, read_batches
-from trainer.data.importers.user_log import Ids, Log, source_files, vocabularies_of
+from trainer.data.importers.user_log import IdColumns, UserLog, collect_vocabularies, source_files
 from trainer.data.importers.visit_assembly import EventCodes, assemble_visits
 from trainer.data.writing.builder import DatasetBuilder, Progress
 from trainer.data.writing.partition_spill import Spill
@@ -80,15 +81,15 @@ def import_events(
 ) -> DatasetSpec:
     """Build a dataset from a log.
 
-    The log passes through in blocks. In memory are the categories, 32 to 56 bytes for each hashed id, with
-    ``layout = "events"`` the events of one partition, and what the builder needs.
+    The log is read in blocks. Memory holds the categories, 32 to 56 bytes for each hashed id, with ``layout =
+    "events"`` the events of one partition, and what the builder needs.
 
     Args:
-        src: a ``.parquet``, ``.csv`` or ``.csv.gz`` file, or a folder of them, read in order of their names.
+        src: a ``.parquet``, ``.csv`` or ``.csv.gz`` file, or a folder of them, which are read in order of their names.
         out: the dataset to make; must not exist.
         mapping: the TOML file described above.
         partitions: number of partitions.
-        progress: told about the work as it goes.
+        progress: callback that gets the name of a phase, the work done and the total work.
 
     Returns:
         The description of the dataset.
@@ -100,12 +101,12 @@ def import_events(
     report = progress or (lambda what, done, total: None)
     tables = {owner: Path(mapping).parent / table.file for owner, table in rules.features.tables().items()}
     files = source_files(Path(src), rules.files, {file.resolve() for file in tables.values()})
-    context = vocabularies_of(files, rules.features.context.side)
+    context = collect_vocabularies(files, rules.features.context.side)
     by_owner = {
-        owner: vocabularies_of((tables[owner],), table.side) for owner, table in rules.features.tables().items()
+        owner: collect_vocabularies((tables[owner],), table.side) for owner, table in rules.features.tables().items()
     }
-    ids = Ids(rules)
-    log = Log(files, rules, ids, context)
+    ids = IdColumns(rules)
+    log = UserLog(files, rules, ids, context)
     spec = _spec(rules, files, partitions, context, by_owner)
     with DatasetBuilder(out, spec) as builder, scratch_folder(out) as folder:
         for owner, table in rules.features.tables().items():
@@ -115,7 +116,7 @@ def import_events(
         if rules.layout == "events":
             orphans = _import_single_events(log, rules, builder, spec, folder, report)
         else:
-            for lines in log.parts(lambda done, total: report("reading logs", done, total)):
+            for lines in log.batches(lambda done, total: report("reading logs", done, total)):
                 builder.visits(pa.table(_visits(lines, rules)))
         found = {"log_rows": log.rows, "orphans_dropped": orphans, "hash_collisions": ids.collisions}
         return builder.finish(progress, found)
@@ -128,6 +129,7 @@ def _spec(
     context: Vocabularies,
     by_owner: dict[str, Vocabularies],
 ) -> DatasetSpec:
+    """Return the content of ``dataset.json`` before the log is read."""
     side, dense = [], []
     owners: tuple[SideOwner, ...] = ("user", "author", "item")
     for owner in owners:
@@ -156,12 +158,12 @@ def _spec(
 
 
 def _feature_table(
-    file: Path, owner: str, rules: TableFeatures, vocabularies: Vocabularies, ids: Ids
+    file: Path, owner: str, rules: TableFeatures, vocabularies: Vocabularies, ids: IdColumns
 ) -> Iterator[pa.Table]:
-    """The table of users, authors or items, part by part."""
+    """Yield the table of users, authors or items, batch by batch."""
     row = 1
     for batch in read_batches(file, dict.fromkeys((rules.id, *rules.side, *rules.dense))):
-        columns = {f"{owner}_id": ids.of(f"{owner}_id", batch.column(rules.id), file, rules.id, row)}
+        columns = {f"{owner}_id": ids.convert(f"{owner}_id", batch.column(rules.id), file, rules.id, row)}
         columns |= {name: encode(batch.column(name), vocabularies[name]) for name in rules.side}
         for name in rules.dense:
             values = convert(
@@ -173,7 +175,7 @@ def _feature_table(
 
 
 def _visits(lines: Columns, rules: EventMapping) -> Columns:
-    """Visits of exposures with outcomes."""
+    """Return visits of exposures with outcomes (``layout = "exposures"``)."""
     taken = ("visit_id", "user_id", "author_id", "item_id", "domain", "play_ms")
     context = rules.features.context
     visits = {name: lines[name] for name in (*taken, *context.side, *context.dense)}
@@ -191,9 +193,9 @@ def _visits(lines: Columns, rules: EventMapping) -> Columns:
 
 
 def _import_single_events(
-    log: Log, rules: EventMapping, builder: DatasetBuilder, spec: DatasetSpec, folder: Path, report: Progress
+    log: UserLog, rules: EventMapping, builder: DatasetBuilder, spec: DatasetSpec, folder: Path, report: Progress
 ) -> int:
-    """Put visits together partition by partition; the number of orphans."""
+    """Assemble visits from single events, partition by partition; return the number of orphans."""
     ids = ("user_id", "author_id", "item_id", "visit_id", "time_ms", "row")
     context = rules.features.context
     schema = pa.schema(
@@ -207,7 +209,7 @@ def _import_single_events(
         ]
     )
     spill = Spill(folder / "events", schema, spec.partitions)
-    for lines in log.parts(lambda done, total: report("reading logs", done, total)):
+    for lines in log.batches(lambda done, total: report("reading logs", done, total)):
         spill.add(lines)
     spill.flush()
     begin = EventCodes.EXPOSURE if rules.events.exposure else EventCodes.ENTER
@@ -217,25 +219,27 @@ def _import_single_events(
     for partition in range(spec.partitions):
         report("sorting events", partition, spec.partitions)
         events = spill.pop(partition)
-        made = assemble_visits(
+        assembled = assemble_visits(
             events,
             codes,
             by_visit_id=rules.columns.visit_id is not None,
             has_value=rules.columns.value is not None,
         )
-        if len(made.orphans) and rules.orphans == "error":
-            first = int(made.orphans[np.argmin(events["row"][made.orphans])])
+        if len(assembled.orphans) and rules.orphans == "error":
+            first = int(assembled.orphans[np.argmin(events["row"][assembled.orphans])])
             accepted = f'after the {names[begin]} of its visit; or set orphans = "drop" in the mapping'
-            log.refuse(int(events["row"][first]), str(rules.columns.event), str(names[events["code"][first]]), accepted)
-        orphans += len(made.orphans)
-        builder.visits(pa.table(made.visits))
-        builder.events(_event_table(made.events, names))
+            log.raise_bad_value(
+                int(events["row"][first]), str(rules.columns.event), str(names[events["code"][first]]), accepted
+            )
+        orphans += len(assembled.orphans)
+        builder.visits(pa.table(assembled.visits))
+        builder.events(_event_table(assembled.events, names))
     report("sorting events", spec.partitions, spec.partitions)
     return orphans
 
 
 def _event_table(events: Columns, names: np.ndarray) -> pa.Table:
-    """Events in the canonical schema."""
+    """Return events in the canonical schema."""
     event = pa.DictionaryArray.from_arrays(pa.array(events["code"]), pa.array(names))
     return pa.table(
         [event if name == "event" else pa.array(events[name]) for name in EVENT_COLUMNS.names], schema=EVENT_COLUMNS

@@ -1,4 +1,4 @@
-"""A number for each id of a table, looked up for whole columns of ids."""
+"""Lookup of an integer for each id of a table, for whole columns of ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 from trainer.data.format.id_index import IdIndex
 
 
-class IdValues:
-    """Collects pairs of id and value in parts, then looks values up by search among sorted ids: 16 bytes an id.
+class IdLookup:
+    """Map from ids to values in sorted arrays; it takes 16 bytes per id.
 
     Args:
-        missing: the value of ids that were never added.
+        missing: value of ids that were never added.
     """
 
     def __init__(self, missing: int) -> None:
@@ -20,11 +20,11 @@ class IdValues:
         self._ids = self._values = np.empty(0, np.int64)
 
     def add(self, ids: np.ndarray, values: np.ndarray) -> None:
-        """Add pairs, ``[n] int64`` each; of several with one id the first stays."""
+        """Add pairs of id and value, ``[n] int64`` each. The first value of an id wins."""
         self._parts.append((ids, values))
 
-    def of(self, ids: np.ndarray) -> np.ndarray:
-        """Values of ``ids [n]``, ``[n] int64``."""
+    def lookup(self, ids: np.ndarray) -> np.ndarray:
+        """Return the values of ``ids [n]``, ``[n] int64``."""
         if self._parts:
             self._sort()
         if not len(self._ids):
@@ -39,10 +39,13 @@ class IdValues:
         self._values = np.concatenate(values)[first]
 
 
-def first_met(known: IdIndex, ids: np.ndarray) -> np.ndarray:
-    """Which of ``ids [n]`` come first, in ``known`` and in ``ids``, ``[n] bool``; ``known`` has them then."""
+def first_occurrences(known: IdIndex, ids: np.ndarray) -> np.ndarray:
+    """Return a mask ``[n] bool`` that is True at the first occurrence of an id that is not in ``known``.
+
+    All of ``ids [n]`` are added to ``known``.
+    """
     new = np.flatnonzero(known.find(ids) < 0)
     known.add(ids)
-    met = np.zeros(len(ids), bool)
-    met[new[np.unique(ids[new], return_index=True)[1]]] = True
-    return met
+    first = np.zeros(len(ids), bool)
+    first[new[np.unique(ids[new], return_index=True)[1]]] = True
+    return first

@@ -1,16 +1,16 @@
-"""KuaiRand-Pure, -1K and -27K (Gao et al., CIKM 2022), as their authors publish them, to a canonical dataset.
+"""Importer of KuaiRand-Pure, -1K and -27K (Gao et al., CIKM 2022) as their authors publish them.
 
-Read are ``log_standard_*``, ``user_features_*`` and ``video_features_basic_*``; ``log_random_*`` on request. What the
-files do not say plainly, and how it is taken:
+It reads ``log_standard_*``, ``user_features_*`` and ``video_features_basic_*``, and on request ``log_random_*``. The
+files leave some points open; they are treated like this:
 
-* ``time_ms`` is the only clock; ``date`` and ``hourmin`` disagree with it and are not read. Days are those of
+* ``time_ms`` is the only clock. ``date`` and ``hourmin`` contradict it and are not read. Days are those of
   Asia/Shanghai.
-* The log repeats some (user, video, time): the first line stays.
-* The author of a video stands in the video file only. The log's duration is that of the video file; 0 is missing.
-* Behaviours have no times of their own. A click is put at the request and every other behaviour at the end of the
-  watch, ``time_ms + play_time_ms``, which is also when the visit ends and its labels are known.
-* ``play_time_ms`` becomes the visit's ``play_ms``; like the stay times it is an outcome and no feature.
-* ``video_features_statistic_*`` averages over the whole month, future included, and is not read.
+* The log repeats some (user, video, time); the first line is kept.
+* Only the video file has the author of a video. The log's duration is that of the video file; 0 means missing.
+* Behaviours have no times of their own. A click gets the time of the request, every other behaviour the end of the
+  watch, ``time_ms + play_time_ms``. That is also the end of the visit, when its labels are known.
+* ``play_time_ms`` becomes the visit's ``play_ms``. Like the stay times it is an outcome, so it is not a feature.
+* ``video_features_statistic_*`` has averages over the whole month, including the future, and is not read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import pyarrow.compute as pc
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.data.importers import shanghai_time
-from trainer.data.importers.category_codes import distinct, encode, vocabulary
-from trainer.data.importers.id_lookup import IdValues
+from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
+from trainer.data.importers.id_lookup import IdLookup
 from trainer.data.importers.scratch_dir import scratch_folder
-from trainer.data.importers.staytime_spill import KEY, Stays, write_stays
-from trainer.data.importers.table_files import read_batches, refuse
+from trainer.data.importers.staytime_spill import KEY, StaytimeSpill, write_staytimes
+from trainer.data.importers.table_files import raise_bad_value, read_batches
 from trainer.data.writing.builder import DatasetBuilder, Progress
 
 SOURCE = (
@@ -50,7 +50,7 @@ BEHAVIOURS = {
     "forward": "is_forward",
     "hate": "is_hate",
 }
-"""Behaviour -> column of the log."""
+"""Columns of the log by behaviour."""
 
 STATISTICS = (
     ("user",),
@@ -68,7 +68,7 @@ STATISTICS = (
 )
 
 DURATION_EDGES_S = (3, 5, 7, 10, 14, 18, 25, 35, 50, 75, 100, 150, 200, 300, 600)
-"""Bounds of the duration buckets; 7 and 18 s are those of the log's own rules for click and long_view."""
+"""Bounds of the duration buckets; 7 and 18 s are thresholds of the log's own rules for click and long_view."""
 
 ASPECT_EDGES = (0.5, 0.6, 0.8, 1.2, 1.5, 2.0)
 """Bounds of the buckets of width over height."""
@@ -82,7 +82,7 @@ _USER_CATEGORIES = {
     "fans_user_num_range": pa.string(),
     "friend_user_num_range": pa.string(),
     "register_days_range": pa.string(),
-    # The encrypted features are written as 1 or 1.0, by column.
+    # some columns of encrypted features contain 1, others 1.0
     **{f"onehot_feat{number}": pa.float64() for number in range(18)},
 }
 _USER_COUNTS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
@@ -104,20 +104,20 @@ def import_kuairand(
     """Build a dataset from a folder of KuaiRand.
 
     Args:
-        src: the unpacked folder, or the ``data`` folder in it; which of the three versions it is, the names tell.
+        src: the unpacked folder, or the ``data`` folder in it; file names give the version.
         out: the dataset to make; must not exist.
-        partitions: number of partitions; memory is that of the largest.
-        random: read ``log_random_*`` too, and give the rows a context feature ``is_rand`` to tell them apart.
-        progress: told about the work as it goes.
+        partitions: number of partitions; the largest one must fit in memory.
+        random: True to read ``log_random_*``, too; a context feature ``is_rand`` then marks its rows.
+        progress: callback that gets the name of a phase, the work done and the total work.
 
     Returns:
         The description of the dataset.
 
-    The logs pass through in blocks. The videos stay in memory: 16 bytes each here, the rest in the builder; measured
-    are 195 bytes a video in all, which for the 32 million of 27K makes 6 to 7 GB beside the largest partition.
+    The logs are read in blocks. The videos stay in memory: 16 bytes each here, the rest in the builder. We measured 195
+    bytes per video in all, so the 32 million videos of 27K take 6 to 7 GB, beside the largest partition.
 
     Raises:
-        UserError: a file or column is missing, a value is not what it should be, or a video has no author.
+        UserError: a file or column is missing, a value is bad, or a video has no author.
     """
     files = find_files(Path(src), random)
     report = progress or (lambda what, done, total: None)
@@ -126,30 +126,30 @@ def import_kuairand(
     spec = _spec(files, vocabularies, partitions)
     with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
         builder.table("users", _users(files.users, vocabularies))
-        authors = IdValues(missing=-1)
+        authors = IdLookup(missing=-1)
         for items, texts in _items(files.videos, vocabularies):
             builder.table("items", items)
             builder.texts("items", texts)
             authors.add(items.column("item_id").to_numpy(), items.column("author_id").to_numpy())
         rows, read, total = 0, 0, sum(log.stat().st_size for log in files.logs)
         with scratch_folder(out) as folder:
-            stays = Stays(folder / "stays", partitions)
+            staytimes = StaytimeSpill(folder / "stays", partitions)
             for log in files.logs:
                 report("reading logs", read, total)
-                for visits, staytime_ms in _visits(log, rows, _Authors(files.videos, authors), random):
+                for visits, staytime_ms in _visits(log, rows, _VideoAuthors(files.videos, authors), random):
                     rows += visits.num_rows
                     builder.visits(visits)
                     keys = {name: visits.column(name).to_numpy() for name in ("visit_id", *KEY)}
-                    stays.add({**keys, "staytime_ms": staytime_ms})
+                    staytimes.add({**keys, "staytime_ms": staytime_ms})
                 read += log.stat().st_size
             report("reading logs", total, total)
-            write_stays(builder, stays)
+            write_staytimes(builder, staytimes)
         return builder.finish(progress, {"log_rows": rows})
 
 
 @dataclass(frozen=True)
 class KuaiRandFiles:
-    """The files of one version, ``logs`` in reading order."""
+    """Files of one version of KuaiRand; ``logs`` are in reading order."""
 
     version: str
     users: Path
@@ -158,14 +158,14 @@ class KuaiRandFiles:
 
 
 def find_files(src: Path, random: bool = False) -> KuaiRandFiles:
-    """The files of ``src`` or ``src/data``.
+    """Return the files in ``src`` or ``src/data``.
 
     Raises:
-        UserError: no folder, no log, more than one version, or another file is missing.
+        UserError: the folder, the logs or another file is missing, or there is more than one version.
     """
     if not src.is_dir():
         raise UserError(f"{src}: no such folder; unpack KuaiRand-{{Pure,1K,27K}}.tar.gz and give its folder")
-    folder = next((place for place in (src, src / "data") if any(place.glob("log_standard_*.csv"))), None)
+    folder = next((folder for folder in (src, src / "data") if any(folder.glob("log_standard_*.csv"))), None)
     if folder is None:
         raise UserError(f"{src}: no log_standard_*.csv here or in data/; give the folder of KuaiRand-Pure, -1K or -27K")
     logs = sorted(folder.glob("log_standard_*.csv"))
@@ -186,18 +186,19 @@ def find_files(src: Path, random: bool = False) -> KuaiRandFiles:
     )
     for file in (files.users, files.videos):
         if not file.is_file():
-            raise UserError(f"{file}: is missing; it is one of the files that KuaiRand consists of")
+            raise UserError(f"{file}: is missing; it is one of the files of KuaiRand")
     return files
 
 
 def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partitions: int) -> DatasetSpec:
+    """Return the content of ``dataset.json`` before the logs are read."""
     name = f"KuaiRand-{'Pure' if files.version == 'pure' else files.version.upper()}"
     context = [SideFeature("tab", "context", _TABS + 1), SideFeature("hour", "context", 25)]
     context.append(SideFeature("weekday", "context", 8))
     random = any(log.name.startswith("log_random") for log in files.logs)
     if random:
         context.append(SideFeature("is_rand", "context", 3))
-    known = {feature: len(values) + 1 for feature, values in vocabularies.items()}
+    sizes = {feature: len(values) + 1 for feature, values in vocabularies.items()}
     return DatasetSpec(
         name=name,
         source=SOURCE.format(name=name),
@@ -208,10 +209,10 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
         applies={behaviour: ("video",) for behaviour in BEHAVIOURS},
         candidates=("video",),
         side=(
-            *(SideFeature(feature, "user", known[feature]) for feature in _USER_CATEGORIES),
-            *(SideFeature(feature, "item", known[feature]) for feature in _VIDEO_CATEGORIES),
-            SideFeature("tag_0", "item", known["tag"]),
-            SideFeature("tag_1", "item", known["tag"]),
+            *(SideFeature(feature, "user", sizes[feature]) for feature in _USER_CATEGORIES),
+            *(SideFeature(feature, "item", sizes[feature]) for feature in _VIDEO_CATEGORIES),
+            SideFeature("tag_0", "item", sizes["tag"]),
+            SideFeature("tag_1", "item", sizes["tag"]),
             SideFeature("duration_bucket", "item", len(DURATION_EDGES_S) + 2),
             SideFeature("aspect_bucket", "item", len(ASPECT_EDGES) + 2),
             *context,
@@ -236,14 +237,16 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
 
 
 def _user_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
+    """Return the values of the users' categories, by feature."""
     batches = list(read_batches(file, _USER_CATEGORIES))
     return {
-        feature: vocabulary(distinct((batch.column(feature) for batch in batches), _MISSING))
+        feature: vocabulary(distinct_values((batch.column(feature) for batch in batches), _MISSING))
         for feature in _USER_CATEGORIES
     }
 
 
 def _users(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> pa.Table:
+    """Return the table of users."""
     types = {"user_id": pa.int64(), **_USER_CATEGORIES, **dict.fromkeys(_USER_COUNTS, pa.float64())}
     parts = []
     for batch in read_batches(file, types):
@@ -255,16 +258,20 @@ def _users(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> pa.Table:
 
 
 def _video_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
+    """Return the values of the videos' categories, by feature."""
     values: dict[str, set[str]] = {feature: set() for feature in (*_VIDEO_CATEGORIES, "tag")}
     for batch in read_batches(file, {**_VIDEO_CATEGORIES, "tag": pa.string()}):
         for feature in _VIDEO_CATEGORIES:
-            values[feature] |= distinct([batch.column(feature)], _MISSING)
-        values["tag"] |= distinct(_two_tags(batch.column("tag")), _MISSING)
+            values[feature] |= distinct_values([batch.column(feature)], _MISSING)
+        values["tag"] |= distinct_values(_two_tags(batch.column("tag")), _MISSING)
     return {feature: vocabulary(found) for feature, found in values.items()}
 
 
 def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """The ``items`` table and that of the texts, which has durations and tags alone; a million videos at a time."""
+    """Yield the ``items`` table and the text table of about a million videos at a time.
+
+    The text table has durations and tags only, because KuaiRand has no texts.
+    """
     types = {"video_id": pa.int64(), "author_id": pa.int64(), **_VIDEO_CATEGORIES, "tag": pa.string()}
     types |= dict.fromkeys(_VIDEO_MEASURES, pa.float64())
     parts: list[pa.Table] = []
@@ -274,8 +281,8 @@ def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tup
         columns = {"item_id": batch.column("video_id"), "author_id": batch.column("author_id")}
         columns["domain"] = np.full(batch.num_rows, DOMAINS.index("video"), np.int8)
         columns |= {feature: encode(batch.column(feature), vocabularies[feature]) for feature in _VIDEO_CATEGORIES}
-        for place, tag in enumerate(_two_tags(batch.column("tag"))):
-            columns[f"tag_{place}"] = encode(tag, vocabularies["tag"])
+        for number, tag in enumerate(_two_tags(batch.column("tag"))):
+            columns[f"tag_{number}"] = encode(tag, vocabularies["tag"])
         columns["duration_bucket"] = _bucket(duration / 1000, DURATION_EDGES_S)
         columns["aspect_bucket"] = _bucket(
             np.divide(width, height, out=np.zeros_like(width), where=height > 0), ASPECT_EDGES
@@ -294,9 +301,11 @@ def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tup
         yield pa.concat_tables(parts), pa.concat_tables(text_parts)
 
 
-def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Visits of a log, block by block, with the milliseconds spent in the comments of each; ``visit_id`` is the number
-    of the line among those of all logs."""
+def _visits(log: Path, first_row: int, authors: _VideoAuthors, random: bool) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yield the visits of a log, block by block, with the milliseconds spent in the comments of each visit.
+
+    ``visit_id`` is the number of the line, counted over all logs.
+    """
     names = (
         "user_id",
         "video_id",
@@ -319,7 +328,7 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
         visits = {
             "visit_id": np.arange(first_row + row, first_row + row + batch.num_rows),
             "user_id": column["user_id"],
-            "author_id": authors.of(column["video_id"], log, row + 1),
+            "author_id": authors.lookup(column["video_id"], log, row + 1),
             "item_id": column["video_id"],
             "domain": np.full(batch.num_rows, DOMAINS.index("video"), np.int8),
             "request_ms": time_ms,
@@ -333,7 +342,7 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
         visits["tab"] = np.where((tab >= 0) & (tab < _TABS), tab + 1, 0).astype(np.int32)
         visits["hour"] = shanghai_time.hour_code(time_ms)
         visits["weekday"] = shanghai_time.weekday_code(time_ms)
-        # Midnight has no edge here, unlike in the hours.
+        # unlike the code of the hour, these are continuous at midnight
         angle = 2 * np.pi * (shanghai_time.local_ms(time_ms) % shanghai_time.DAY_MS / shanghai_time.DAY_MS)
         visits["day_sin"] = np.sin(angle).astype(np.float32)
         visits["day_cos"] = np.cos(angle).astype(np.float32)
@@ -342,20 +351,25 @@ def _visits(log: Path, first_row: int, authors: _Authors, random: bool) -> Itera
         staytime_ms = column["comment_stay_time"]
         if (staytime_ms < 0).any():
             bad = int(np.argmax(staytime_ms < 0))
-            refuse(log, row + 1 + bad, "comment_stay_time", int(staytime_ms[bad]), "milliseconds, 0 or more")
+            raise_bad_value(log, row + 1 + bad, "comment_stay_time", int(staytime_ms[bad]), "milliseconds, 0 or more")
         yield pa.table(visits), staytime_ms
         row += batch.num_rows
 
 
-class _Authors:
-    """Author of each video."""
+class _VideoAuthors:
+    """Lookup of the author of each video; an unknown video is an error."""
 
-    def __init__(self, file: Path, authors: IdValues) -> None:
+    def __init__(self, file: Path, authors: IdLookup) -> None:
         self._file = file
         self._authors = authors
 
-    def of(self, video_id: np.ndarray, log: Path, first_row: int) -> np.ndarray:
-        author_id = self._authors.of(video_id)
+    def lookup(self, video_id: np.ndarray, log: Path, first_row: int) -> np.ndarray:
+        """Return the authors of ``video_id [n]``, ``[n] int64``; ``log`` and ``first_row`` are for the error.
+
+        Raises:
+            UserError: a video is not in the video file.
+        """
+        author_id = self._authors.lookup(video_id)
         unknown = author_id < 0
         if unknown.any():
             row = int(np.argmax(unknown))
@@ -364,20 +378,22 @@ class _Authors:
 
 
 def _two_tags(tags: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """The first and the second of comma-separated tags, null where there are fewer."""
+    """Return the first and the second of comma-separated tags, null where there are fewer."""
     lists = pc.split_pattern(pc.fill_null(tags, ""), ",")
     both = pc.list_slice(lists, 0, 2, return_fixed_size_list=True).flatten()
     return both[0::2], both[1::2]
 
 
 def _numbers(values: pa.Array) -> np.ndarray:
+    """Return values as float64; null is 0."""
     return pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
 
 
 def _log_count(values: np.ndarray) -> np.ndarray:
+    """Return ``log(1 + value)`` as float32; negative values count as 0."""
     return np.log1p(np.maximum(values, 0)).astype(np.float32)
 
 
 def _bucket(values: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
-    """1 + the number of edges not above the value; 0 where the value is 0, which means missing."""
+    """Return 1 + the number of edges not above the value; 0 where the value is 0, which means missing."""
     return np.where(values > 0, np.searchsorted(edges, values, side="right") + 1, 0).astype(np.int32)

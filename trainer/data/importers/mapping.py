@@ -1,4 +1,4 @@
-"""The mapping file of ``limelight data import events``; ``events.py`` describes its keys."""
+"""Schema of the mapping file of ``limelight data import events``; ``events.py`` describes its keys."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ IdColumn = Literal["user_id", "author_id", "item_id", "visit_id"]
 
 
 class _Section(BaseModel):
+    """Section of a mapping file; an unknown key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ColumnNames(_Section):
-    """Your column for each canonical one."""
+    """Columns of the log by canonical name."""
 
     user_id: str
     author_id: str
@@ -33,7 +35,7 @@ class ColumnNames(_Section):
 
 
 class DomainRule(_Section):
-    """Where a line's domain comes from: one for all, or a column's values."""
+    """Rule for the domain of a line: a constant, or the values of a column."""
 
     constant: DomainName | None = None
     column: str | None = None
@@ -41,16 +43,16 @@ class DomainRule(_Section):
     live: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _one_way(self) -> DomainRule:
+    def _check_one_source(self) -> DomainRule:
         if (self.constant is None) == (self.column is None):
             raise ValueError("give either `constant` or `column`")
         if self.column is not None and not (self.video or self.live):
-            raise ValueError("`column` needs its values for `video`, `live` or both")
+            raise ValueError("`column` needs a list of its values for `video`, `live` or both")
         return self
 
 
-class Behaviour(_Section):
-    """How one behaviour is told from the log."""
+class BehaviourRule(_Section):
+    """Rule that derives one behaviour from the log."""
 
     column: str | None = None
     delay: str | None = None
@@ -60,7 +62,7 @@ class Behaviour(_Section):
 
 
 class EventNames(_Section):
-    """Your names of the events that are no behaviours."""
+    """Names of the log's events that are not behaviours."""
 
     exposure: tuple[str, ...] = ()
     enter: tuple[str, ...] = ()
@@ -68,36 +70,36 @@ class EventNames(_Section):
     ignore: tuple[str, ...] = ()
 
 
-class Features(_Section):
+class FeatureColumns(_Section):
     """Columns that become features: categorical (``side``) and numeric (``dense``)."""
 
     side: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
 
 
-class TableFeatures(Features):
-    """Features of a user, author or item, in a table of their own."""
+class TableFeatures(FeatureColumns):
+    """Features of users, authors or items from a separate table."""
 
     file: str
     id: str
 
 
 class FeatureRules(_Section):
-    """Features by what they belong to; ``context`` columns stand in the log itself."""
+    """Features by their owner; ``context`` columns are in the log itself."""
 
-    context: Features = Features()
+    context: FeatureColumns = FeatureColumns()
     user: TableFeatures | None = None
     author: TableFeatures | None = None
     item: TableFeatures | None = None
 
     def tables(self) -> dict[str, TableFeatures]:
-        """Owner -> its table, of those that were given."""
-        given = {"user": self.user, "author": self.author, "item": self.item}
-        return {owner: table for owner, table in given.items() if table is not None}
+        """Return the configured tables by owner."""
+        tables = {"user": self.user, "author": self.author, "item": self.item}
+        return {owner: table for owner, table in tables.items() if table is not None}
 
 
 class EventMapping(_Section):
-    """The whole file."""
+    """Content of a mapping file."""
 
     layout: Literal["events", "exposures"]
     name: str = "events"
@@ -114,23 +116,23 @@ class EventMapping(_Section):
     tag: str = ""
     columns: ColumnNames
     domain: DomainRule
-    behaviours: dict[str, Behaviour]
+    behaviours: dict[str, BehaviourRule]
     events: EventNames = EventNames()
     features: FeatureRules = FeatureRules()
 
     @field_validator("timezone")
     @classmethod
-    def _known_zone(cls, zone: str) -> str:
+    def _check_timezone(cls, zone: str) -> str:
         if zone not in available_timezones():
-            raise ValueError("no IANA time zone; write UTC, Asia/Shanghai, ...")
+            raise ValueError("not an IANA time zone; use a name such as UTC or Asia/Shanghai")
         return zone
 
     @model_validator(mode="after")
-    def _complete(self) -> EventMapping:
+    def _check_layout(self) -> EventMapping:
         for name, behaviour in self.behaviours.items():
             if not name.isidentifier() or name in VISIT_EVENTS:
                 raise ValueError(
-                    f"{name!r} cannot name a behaviour; take letters, digits and _, not exposure, enter, exit"
+                    f"{name!r} cannot name a behaviour; use letters, digits and _, but not exposure, enter or exit"
                 )
             if self.layout == "exposures" and (behaviour.column is None or behaviour.events):
                 raise ValueError(f'layout = "exposures" needs behaviours.{name}.column, and no `events`')
@@ -141,7 +143,7 @@ class EventMapping(_Section):
         if self.layout == "events" and self.columns.event is None:
             raise ValueError('layout = "events" needs columns.event')
         if self.layout == "events" and not (self.events.exposure or self.events.enter):
-            raise ValueError('layout = "events" needs events.exposure, or events.enter, where a visit begins')
+            raise ValueError('layout = "events" needs events.exposure or events.enter: such an event begins a visit')
         names = [name for _, names in self.event_names() for name in names]
         for name in names:
             if names.count(name) > 1:
@@ -149,17 +151,18 @@ class EventMapping(_Section):
         return self
 
     def event_names(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Canonical event -> your names of it, ``ignore`` last."""
-        own = self.events
-        fixed = [("exposure", own.exposure), ("enter", own.enter), ("exit", own.exit)]
+        """Return pairs of a canonical event and the log's names for it; ``ignore`` comes last."""
+        names = self.events
+        fixed = [("exposure", names.exposure), ("enter", names.enter), ("exit", names.exit)]
         behaviours = [(name, behaviour.events) for name, behaviour in self.behaviours.items()]
-        return [*fixed, *behaviours, ("ignore", own.ignore)]
+        return [*fixed, *behaviours, ("ignore", names.ignore)]
 
 
 def load_mapping(path: str | Path) -> EventMapping:
     """Read a mapping file.
 
     Raises:
-        UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong value.
+        UserError: the file is missing or not TOML, a key is unknown (the message names the nearest known one), or a
+            value is wrong.
     """
     return validate(EventMapping, read_toml(path, "mapping file"), str(path))

@@ -1,4 +1,4 @@
-"""Published vectors as embedding tables of a dataset (trainer/data/format/content_vectors.py)."""
+"""Import of published vectors as content vectors of a dataset (``trainer/data/format/content_vectors.py``)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import pyarrow as pa
 
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import Origin, VectorPart, write_parts
-from trainer.data.importers.columns import Part
+from trainer.data.importers.columns import ColumnBatch
 
 ITEM_VECTORS, SEGMENT_VECTORS = "embeddings/items", "embeddings/segments"
-"""Folders of a dataset: vectors by item, and by the number of a segment in ``segments.parquet``."""
+"""Folders of a dataset: vectors by item id, and by the row number of a segment in ``segments.parquet``."""
 
 DTYPE = "float16"
 _LARGEST = np.finfo(DTYPE).max
 _BLOCK = 1 << 16
 
 
-def vectors_of(part: Part, name: str, width: int) -> np.ndarray:
-    """A column of lists of numbers as ``[rows, width] float32``.
+def read_vectors(batch: ColumnBatch, name: str, width: int) -> np.ndarray:
+    """Return a column of lists of numbers as ``[rows, width] float32``.
 
     Raises:
-        UserError: a list of another length, or a number that is missing, not finite or too large for float16.
+        UserError: a list has another length, or a number is missing, not finite or too large for float16.
     """
-    column = part.column(name)
+    column = batch.column(name)
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        part.refuse(name, 0, f"a list of {width} numbers")
+        batch.raise_bad_value(name, 0, f"a list of {width} numbers")
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     if (lengths != width).any():
         row = int(np.argmax(lengths != width))
         raise UserError(
-            f"{part.file}: row {part.first_row + row}: column {name!r} has {lengths[row]} numbers; "
+            f"{batch.file}: row {batch.first_row + row}: column {name!r} has {lengths[row]} numbers; "
             f"there must be {width}"
         )
     flat = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, width)
@@ -42,7 +42,7 @@ def vectors_of(part: Part, name: str, width: int) -> np.ndarray:
     if bad.any():
         row = int(np.argmax(bad))
         raise UserError(
-            f"{part.file}: row {part.first_row + row}: column {name!r} has a number that is missing, not finite or "
+            f"{batch.file}: row {batch.first_row + row}: column {name!r} has a number that is missing, not finite or "
             f"beyond {_LARGEST:.0f}, in a vector that is stored as {DTYPE}"
         )
     return flat
@@ -51,16 +51,16 @@ def vectors_of(part: Part, name: str, width: int) -> np.ndarray:
 def write_vectors(
     folder: Path, ids: np.ndarray, parts: Iterator[tuple[np.ndarray, np.ndarray]], width: int, source: str
 ) -> None:
-    """Write an embedding table; see ``embedding_table.write_parts``. ``source``: the file that the vectors are from."""
+    """Write vectors to ``folder``; see ``content_vectors.write_parts``. ``source`` names the file of the vectors."""
     origin = Origin(pooling=f"as published in {source}")
     write_parts(folder, ids, np.zeros(len(ids), np.uint64), parts, width, origin=origin, dtype=DTYPE)
 
 
-def title_file(folder: Path) -> Path:
-    """The file of KuaiLive's title vectors, which its description calls ``.npy`` in one place and ``.npz`` in another.
+def find_title_file(folder: Path) -> Path:
+    """Return the file of KuaiLive's title vectors: ``.npy`` or ``.npz``, because its description uses both names.
 
     Raises:
-        UserError: there is neither.
+        UserError: neither file exists.
     """
     for name in ("title_embeddings.npy", "title_embeddings.npz"):
         if (folder / name).is_file():
@@ -68,17 +68,17 @@ def title_file(folder: Path) -> Path:
     raise UserError(f"{folder}/title_embeddings.npy: is missing; it is one of the files that KuaiLive consists of")
 
 
-def write_titles(folder: Path, file: Path, item_id: np.ndarray, title: np.ndarray) -> int:
-    """Write the vector of each item's title; returns the number of items without one.
+def write_title_vectors(folder: Path, file: Path, item_id: np.ndarray, title: np.ndarray) -> int:
+    """Write the vector of each item's title; return the number of items without a vector.
 
     Args:
-        folder: of the embedding table.
-        file: of the titles, see ``title_file``; line t is the vector of title t.
+        folder: folder of the content vectors.
+        file: file of the title vectors, see ``find_title_file``; row t is the vector of title t.
         item_id: ``[n] int64``, each once.
         title: ``[n] int64``, number of the item's title; items with a number outside the file get no vector.
 
     Raises:
-        UserError: the file is no array ``[titles, width]`` of floats, or a vector is not finite.
+        UserError: the file is not an array ``[titles, width]`` of floats, or a vector is not finite.
     """
     titles = _load_titles(file)
     known = np.flatnonzero((title >= 0) & (title < len(titles)))
@@ -97,6 +97,11 @@ def write_titles(folder: Path, file: Path, item_id: np.ndarray, title: np.ndarra
 
 
 def _load_titles(file: Path) -> np.ndarray:
+    """Return the title vectors ``[titles, width]``, memory-mapped if the file allows it.
+
+    Raises:
+        UserError: the file cannot be read, or it is not one array of that shape.
+    """
     try:
         loaded = np.load(file, mmap_mode="r")
         titles = loaded if isinstance(loaded, np.ndarray) else loaded[_only(file, loaded.files)]
@@ -108,6 +113,11 @@ def _load_titles(file: Path) -> np.ndarray:
 
 
 def _only(file: Path, names: list[str]) -> str:
+    """Return the name of the only array of an ``.npz`` file.
+
+    Raises:
+        UserError: the file has no array or several.
+    """
     if len(names) != 1:
-        raise UserError(f"{file}: holds the arrays {', '.join(names) or 'none'}; it must hold one")
+        raise UserError(f"{file}: has the arrays {', '.join(names) or 'none'}; it must have exactly one")
     return names[0]

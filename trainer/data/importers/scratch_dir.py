@@ -1,4 +1,4 @@
-"""A place on disk for what waits while a dataset is made."""
+"""Scratch folder of an import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trainer.console.errors import UserError
 
 @contextmanager
 def scratch_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside the dataset ``out``, removed at the end.
+    """Create a folder beside the dataset ``out``; it is removed at the end of the ``with`` block.
 
     Raises:
-        UserError: the file system refuses something that is done in the meantime.
+        UserError: an operation within the block failed with an ``OSError``, such as a full disk.
     """
     out = Path(out)
     try:

@@ -1,4 +1,4 @@
-"""Times in the comment area, set aside on disk while a log passes through, and written with the visits that stay."""
+"""Spill of comment staytimes to disk during an import, and their output with the deduplicated visits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from trainer.data.writing.builder import DatasetBuilder
 from trainer.data.writing.partition_spill import Spill
 
 KEY = ("user_id", "item_id", "request_ms")
-"""Of several lines with the same values the first stays, as in the rest of the dataset."""
+"""Key of a visit. The first of several lines with the same key is kept, as in the rest of the dataset."""
 
 _SCHEMA = pa.schema([(name, pa.int64()) for name in ("visit_id", *KEY, "staytime_ms")])
 _ROWS_AT_ONCE = 1 << 18
 
 
-class Stays:
-    """Collects visits with their staytimes, and gives them back by partition.
+class StaytimeSpill:
+    """Visits with their staytimes on disk, by partition.
 
     Args:
-        folder: for what waits; made here.
-        partitions: of the dataset.
+        folder: folder of the spilled files; created here.
+        partitions: number of partitions of the dataset.
     """
 
     def __init__(self, folder: Path, partitions: int) -> None:
@@ -38,24 +38,24 @@ class Stays:
         self._spill.add(columns)
 
     def pop(self, partition: int) -> Columns:
-        """The visits of a partition in the order in which they came, each once."""
+        """Remove and return the visits of a partition in the order in which they were added, each once."""
         self._spill.flush()
         visits = self._spill.pop(partition)
         first = first_of_each([visits[name] for name in KEY])
         return {name: column[first] for name, column in visits.items()}
 
 
-def in_parts(rows: int) -> Iterator[slice]:
-    """Slices of some hundred thousand rows."""
+def row_slices(rows: int) -> Iterator[slice]:
+    """Yield slices of at most ``_ROWS_AT_ONCE`` rows that cover ``rows`` rows."""
     for first in range(0, rows, _ROWS_AT_ONCE):
         yield slice(first, min(first + _ROWS_AT_ONCE, rows))
 
 
-def write_stays(builder: DatasetBuilder, stays: Stays) -> None:
-    """Give a builder all visits as ``text_schema.VISITS``, of a log that knows no comments."""
-    for partition in range(stays.partitions):
-        visits = stays.pop(partition)
-        for rows in in_parts(len(visits["visit_id"])):
-            none = list_column(np.empty(0, np.int64), np.zeros(rows.stop - rows.start + 1, np.int64))
-            some = {name: column[rows] for name, column in visits.items()}
-            builder.texts("visits", pa.table({**some, "shown": none, "shown_likes": none, "interacted": none}))
+def write_staytimes(builder: DatasetBuilder, staytimes: StaytimeSpill) -> None:
+    """Pass all visits to a builder as ``text_schema.VISITS``, with empty lists of comments."""
+    for partition in range(staytimes.partitions):
+        visits = staytimes.pop(partition)
+        for rows in row_slices(len(visits["visit_id"])):
+            empty = list_column(np.empty(0, np.int64), np.zeros(rows.stop - rows.start + 1, np.int64))
+            columns = {name: column[rows] for name, column in visits.items()}
+            builder.texts("visits", pa.table({**columns, "shown": empty, "shown_likes": empty, "interacted": empty}))

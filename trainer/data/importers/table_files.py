@@ -1,6 +1,6 @@
-"""Streaming columns out of CSV and Parquet files, with mistakes named by file, row and column.
+"""Streaming reader of columns from CSV and Parquet files; errors name file, row and column.
 
-Rows are counted from 1, the header of a CSV file not counted.
+Rows are counted from 1; the header of a CSV file does not count.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _OTHER_DELIMITERS = (";", "|")
 
 
 def is_table(file: Path) -> bool:
-    """Whether the name is that of a table that can be read."""
+    """True if the file name has the suffix of a table that this module reads."""
     return file.name.endswith((".csv", ".csv.gz", ".parquet"))
 
 
 def column_names(file: Path) -> list[str]:
-    """Names of a table's columns.
+    """Return the names of a table's columns.
 
     Raises:
-        UserError: no such file, no table, or empty.
+        UserError: the file does not exist, is no table, or is empty.
     """
     try:
         if file.name.endswith(".parquet"):
@@ -45,21 +45,22 @@ def column_names(file: Path) -> list[str]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file}: cannot be read as a table ({error})") from None
     if not header:
-        raise UserError(f"{file}: is empty; a table begins with a line of column names")
+        raise UserError(f"{file}: is empty; the first line of a table must have the column names")
     return next(csv.reader([header], delimiter=_delimiter(header)))
 
 
 def read_batches(
     file: Path, types: Mapping[str, pa.DataType | None], *, block_bytes: int = _BLOCK_BYTES, multiline: bool = False
 ) -> Iterator[pa.RecordBatch]:
-    """The columns named in ``types``, in that order, in bounded memory: a few blocks of 16 MB at a time.
+    """Yield the columns named in ``types``, in that order, in bounded memory: a few blocks of 16 MB at a time.
 
     Args:
-        file: ``.csv``, ``.csv.gz`` (comma or, if the header has one, tab; a header line, UTF-8) or ``.parquet``.
-        types: column -> type it is converted to; None leaves Parquet columns as they are and CSV columns as text.
+        file: ``.csv`` or ``.csv.gz`` (UTF-8, with a header line; separated by tabs if the header has one, else by
+            commas), or ``.parquet``.
+        types: type of each column after conversion; None keeps Parquet columns as they are and CSV columns as text.
         block_bytes: size of a block of a CSV file.
-        multiline: quoted text of a CSV file may contain line breaks, which costs time; and where lines end with a line
-            feed alone, any text may contain carriage returns, which become spaces.
+        multiline: True if quoted text of a CSV file may contain line breaks, which is slower. If lines end with a line
+            feed only, text may then also contain carriage returns; they become spaces.
 
     Raises:
         UserError: a column is missing, a line has too few or too many fields, or a value does not fit its type.
@@ -77,30 +78,31 @@ def read_batches(
     try:
         yield from _csv_batches(file, typed, block_bytes, multiline, threads=True)
     except pa.ArrowInvalid:
-        # The threaded reader knows no row numbers; the second, slow pass raises with one.
-        _blame(file, typed, block_bytes, multiline)
+        # The threaded reader does not know row numbers. A second, slow pass raises the error with the row.
+        _raise_with_row(file, typed, block_bytes, multiline)
         raise
 
 
 def convert(
     values: pa.Array, function: Callable[[pa.Array], pa.Array], file: Path, column: str, first_row: int, accepted: str
 ) -> pa.Array:
-    """``function(values)``; a value that it refuses is named.
+    """Return ``function(values)``; if it fails, find the first bad value and name it in the error.
 
     Args:
-        values: a part of a column.
-        function: works value by value and raises ``pa.ArrowException`` for a value that it cannot take.
-        file: named in the error, as is ``column``.
-        column: see ``file``.
+        values: part of a column.
+        function: works value by value and raises ``pa.ArrowException`` for a bad value.
+        file: file name for the error.
+        column: column name for the error.
         first_row: number of the row of ``values[0]``.
-        accepted: what the function takes.
+        accepted: description of the values that the function accepts.
 
     Raises:
-        UserError: a value was refused; names file, row, column, value and what would be accepted.
+        UserError: the function raised; names file, row, column, value and what would be accepted.
     """
     try:
         return function(values)
     except pa.ArrowException:
+        # bisection: all of values[:good] are good, and values[:bad] has a bad value
         good, bad = 0, len(values)
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -109,10 +111,10 @@ def convert(
             good = middle
         except pa.ArrowException:
             bad = middle
-    refuse(file, first_row + good, column, values[good].as_py(), accepted)
+    raise_bad_value(file, first_row + good, column, values[good].as_py(), accepted)
 
 
-def refuse(file: Path, row: int, column: str, value: object, accepted: str) -> NoReturn:
+def raise_bad_value(file: Path, row: int, column: str, value: object, accepted: str) -> NoReturn:
     """Raise the error of a bad value.
 
     Raises:
@@ -122,17 +124,19 @@ def refuse(file: Path, row: int, column: str, value: object, accepted: str) -> N
 
 
 def _header(file: Path) -> str:
-    """The first line, without its line feed."""
+    """Return the first line without its line feed."""
     with pa.input_stream(str(file)) as stream:
         line: bytes = stream.read(_BLOCK_BYTES).split(b"\n", 1)[0]
     return line.decode("utf-8-sig")
 
 
 def _delimiter(header: str) -> str:
+    """Return the delimiter of a CSV file: a tab if the header has one, else a comma."""
     return "\t" if "\t" in header else ","
 
 
 def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of a Parquet file; see ``read_batches``."""
     row = 1
     for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(types)):
         arrays = []
@@ -148,6 +152,11 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
 def _csv_batches(
     file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool, *, threads: bool
 ) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of a CSV file; see ``read_batches``.
+
+    Raises:
+        pa.ArrowInvalid: bad input; the message has a row number only without ``threads``.
+    """
     header = _header(file)
     source: Any = file
     if multiline and not header.endswith("\r"):
@@ -166,7 +175,12 @@ def _csv_batches(
         yield from reader
 
 
-def _blame(file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool) -> None:
+def _raise_with_row(file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool) -> None:
+    """Read a CSV file a second time, slowly, to raise its first error with the row.
+
+    Raises:
+        UserError: a line or a value is bad.
+    """
     row = 1
     try:
         for batch in _csv_batches(file, dict.fromkeys(types, pa.string()), block_bytes, multiline, threads=False):
@@ -174,7 +188,7 @@ def _blame(file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multi
                 convert(batch.column(name), partial(pc.cast, target_type=kind), file, name, row, str(kind))
             row += batch.num_rows
     except pa.ArrowInvalid as error:
-        # "... Row #7: Expected 19 columns, got 3: <the line>", where the header is counted.
-        place = re.search(r"Row #(\d+): (.*)", str(error))
-        said = f"line {place[1]}: {place[2]}" if place else str(error)
-        raise UserError(f"{file}: {said}") from None
+        # Arrow writes "... Row #7: Expected 19 columns, got 3: <the line>" and counts the header.
+        match = re.search(r"Row #(\d+): (.*)", str(error))
+        message = f"line {match[1]}: {match[2]}" if match else str(error)
+        raise UserError(f"{file}: {message}") from None

@@ -1,4 +1,4 @@
-"""The lines of a user's own log as canonical columns, file after file in bounded memory."""
+"""Reader of a user's own log that yields canonical columns, file after file in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DOMAINS
 from trainer.data.format.validation import Columns
 from trainer.data.importers import field_parsers
-from trainer.data.importers.category_codes import distinct, encode, vocabulary
-from trainer.data.importers.columns import Part, read_parts
+from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
+from trainer.data.importers.columns import ColumnBatch, read_column_batches
 from trainer.data.importers.mapping import EventMapping
-from trainer.data.importers.table_files import convert, is_table, read_batches, refuse
+from trainer.data.importers.table_files import convert, is_table, raise_bad_value, read_batches
 
 MOST_CATEGORIES = 1_000_000
-"""A column of more distinct values is no category."""
+"""Most distinct values of a column that may become a category."""
 
 
 def source_files(src: Path, pattern: str, others: set[Path]) -> tuple[Path, ...]:
-    """The tables of a log: ``src`` itself, or those in the folder ``src`` that match ``pattern``, without ``others``.
+    """Return the files of a log: ``src`` itself, or the tables in the folder ``src`` that match ``pattern``.
+
+    Files in ``others`` are left out.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     if src.is_file() and is_table(src):
         return (src,)
@@ -37,8 +39,8 @@ def source_files(src: Path, pattern: str, others: set[Path]) -> tuple[Path, ...]
     return files
 
 
-def vocabularies_of(files: tuple[Path, ...], side: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """The values of each category column over all files.
+def collect_vocabularies(files: tuple[Path, ...], side: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return the sorted distinct values of each category column over all files.
 
     Raises:
         UserError: a column is missing, or has more than ``MOST_CATEGORIES`` values.
@@ -47,7 +49,7 @@ def vocabularies_of(files: tuple[Path, ...], side: tuple[str, ...]) -> dict[str,
     for file in files if side else ():
         for batch in read_batches(file, dict.fromkeys(side)):
             for name in side:
-                values[name] |= distinct([batch.column(name)])
+                values[name] |= distinct_values([batch.column(name)])
                 if len(values[name]) > MOST_CATEGORIES:
                     raise UserError(
                         f"{file}: column {name!r} has more than {MOST_CATEGORIES:,} values, too many for `side`"
@@ -55,14 +57,14 @@ def vocabularies_of(files: tuple[Path, ...], side: tuple[str, ...]) -> dict[str,
     return {name: vocabulary(found) for name, found in values.items()}
 
 
-class Ids:
-    """Id columns as int64: whole numbers, or text where the mapping's ``hash_ids`` names the column."""
+class IdColumns:
+    """Converter of id columns to int64: whole numbers, or hashed text where ``hash_ids`` names the column."""
 
     def __init__(self, mapping: EventMapping) -> None:
         self._hashes = {name: field_parsers.IdHash() for name in mapping.hash_ids}
 
-    def of(self, name: str, values: pa.Array, file: Path, column: str, first_row: int) -> np.ndarray:
-        """Ids of a part of a column; ``name`` is canonical, ``column`` what the file calls it."""
+    def convert(self, name: str, values: pa.Array, file: Path, column: str, first_row: int) -> np.ndarray:
+        """Return the ids of a part of a column; ``name`` is the canonical name, ``column`` the name in the file."""
         if name in self._hashes:
             return convert(values, self._hashes[name].ids, file, column, first_row, "a text").to_numpy()
         accepted = f'a whole number, 0 or more (ids that are text: hash_ids = ["{name}"] in the mapping)'
@@ -70,22 +72,22 @@ class Ids:
 
     @property
     def collisions(self) -> dict[str, int]:
-        """Hashed column -> texts that met another text in one id, so far."""
+        """Numbers of texts that share an id with another text, by hashed column, so far."""
         return {name: hashing.collisions for name, hashing in self._hashes.items()}
 
 
-class Log:
-    """Reads the files of a log.
+class UserLog:
+    """Reader of the files of a log.
 
     Args:
-        files: in reading order.
-        mapping: what their columns mean.
-        ids: turns id columns into numbers.
-        vocabularies: of the context's side features.
+        files: files in reading order.
+        mapping: mapping of their columns.
+        ids: converter of id columns.
+        vocabularies: values of the context's side features.
     """
 
     def __init__(
-        self, files: tuple[Path, ...], mapping: EventMapping, ids: Ids, vocabularies: dict[str, tuple[str, ...]]
+        self, files: tuple[Path, ...], mapping: EventMapping, ids: IdColumns, vocabularies: dict[str, tuple[str, ...]]
     ) -> None:
         self.rows = 0
         self._files = files
@@ -105,15 +107,16 @@ class Log:
         self._event_codes = np.array([order.index(canonical) for canonical, _ in named], np.int8)
         self._ignored = order.index("ignore")
 
-    def parts(self, report: Callable[[int, int], None]) -> Iterator[Columns]:
-        """The lines, some ten thousands at a time.
+    def batches(self, report: Callable[[int, int], None]) -> Iterator[Columns]:
+        """Yield the lines as columns, batch by batch.
 
         Columns: ``row`` (running number over all files), ``user_id, author_id, item_id, visit_id`` (the running number
-        where the log has none), ``domain``, ``time_ms``, the context's features, and by layout ``code`` and ``value``,
-        or ``play_ms``, ``happened_B`` (value of the outcome) and ``delay_B`` where a column gives one.
+        if the log has no visit ids), ``domain``, ``time_ms``, and the context's features. ``layout = "events"`` adds
+        ``code`` and ``value``; ``layout = "exposures"`` adds ``play_ms``, ``happened_B`` (value of the outcome) and, if
+        the mapping names such a column, ``delay_B``.
 
         Args:
-            report: told how many of how many bytes are read.
+            report: callback that gets the bytes read and the total bytes.
 
         Raises:
             UserError: a column is missing or a value is bad; names file, row, column and value.
@@ -123,73 +126,84 @@ class Log:
             report(sum(sizes[:number]), sum(sizes))
             self._first_rows.append(self.rows)
             latest = field_parsers.EARLIEST_MS
-            for part in read_parts(file, self._types):
-                columns = self._columns(part, latest)
+            for batch in read_column_batches(file, self._types):
+                columns = self._columns(batch, latest)
                 latest = int(columns["time_ms"][-1])
-                self.rows += part.rows
+                self.rows += batch.rows
                 if "code" in columns:
                     kept = columns["code"] != self._ignored
                     columns = {name: column[kept] for name, column in columns.items()}
                 yield columns
         report(sum(sizes), sum(sizes))
 
-    def refuse(self, row: int, column: str, value: object, accepted: str) -> None:
-        """Raise the error of a bad value in the line with running number ``row``."""
-        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        refuse(self._files[number], row - self._first_rows[number] + 1, column, value, accepted)
+    def raise_bad_value(self, row: int, column: str, value: object, accepted: str) -> None:
+        """Raise the error of a bad value in the line with running number ``row``.
 
-    def _columns(self, part: Part, latest_ms: int) -> Columns:
+        Raises:
+            UserError: always.
+        """
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        raise_bad_value(self._files[number], row - self._first_rows[number] + 1, column, value, accepted)
+
+    def _columns(self, batch: ColumnBatch, latest_ms: int) -> Columns:
+        """Return the canonical columns of a batch; ``latest_ms`` is the time of the line before it in the file."""
         mapping, names = self._mapping, self._mapping.columns
-        columns: Columns = {"row": np.arange(self.rows, self.rows + part.rows)}
+        columns: Columns = {"row": np.arange(self.rows, self.rows + batch.rows)}
         own = {"user_id": names.user_id, "author_id": names.author_id, "item_id": names.item_id}
         own |= {} if names.visit_id is None else {"visit_id": names.visit_id}
         for name, column in own.items():
-            columns[name] = self._ids.of(name, part.column(column), part.file, column, part.first_row)
+            columns[name] = self._ids.convert(name, batch.column(column), batch.file, column, batch.first_row)
         columns.setdefault("visit_id", columns["row"])
-        columns["time_ms"] = self._times(part, latest_ms)
-        columns["domain"] = self._domain(part)
+        columns["time_ms"] = self._times(batch, latest_ms)
+        columns["domain"] = self._domain(batch)
         for name in mapping.features.context.side:
-            columns[name] = encode(part.column(name), self._vocabularies[name])
+            columns[name] = encode(batch.column(name), self._vocabularies[name])
         for name in mapping.features.context.dense:
-            columns[name] = part.numbers(name).astype(np.float32)
+            columns[name] = batch.numbers(name).astype(np.float32)
         if mapping.layout == "events":
             assert names.event is not None
             accepted = f"one of {', '.join(self._event_names)} (ignore others: events.ignore in the mapping)"
-            known = part.convert(names.event, partial(field_parsers.codes, names=self._event_names), accepted)
+            known = batch.convert(names.event, partial(field_parsers.codes, names=self._event_names), accepted)
             columns["code"] = self._event_codes[known]
-            columns["value"] = np.zeros(part.rows) if names.value is None else part.numbers(names.value)
+            columns["value"] = np.zeros(batch.rows) if names.value is None else batch.numbers(names.value)
             return columns
-        columns["play_ms"] = np.zeros(part.rows, np.int64)
+        columns["play_ms"] = np.zeros(batch.rows, np.int64)
         if names.play_ms is not None:
-            columns["play_ms"] = part.milliseconds(names.play_ms)
+            columns["play_ms"] = batch.milliseconds(names.play_ms)
         for name, behaviour in mapping.behaviours.items():
             assert behaviour.column is not None
-            columns[f"happened_{name}"] = part.numbers(behaviour.column)
+            columns[f"happened_{name}"] = batch.numbers(behaviour.column)
             if behaviour.delay is not None:
-                columns[f"delay_{name}"] = part.milliseconds(behaviour.delay)
+                columns[f"delay_{name}"] = batch.milliseconds(behaviour.delay)
         return columns
 
-    def _times(self, part: Part, latest_ms: int) -> np.ndarray:
+    def _times(self, batch: ColumnBatch, latest_ms: int) -> np.ndarray:
+        """Return the times of a batch in milliseconds UTC, ``[rows] int64``.
+
+        Raises:
+            UserError: a time is bad, or it is earlier than the one before and the mapping forbids that.
+        """
         mapping = self._mapping
         accepted = (
-            f"a time between 2000 and 2100: {mapping.time_unit} since 1970 (time_unit in the mapping says which), "
+            f"a time between 2000 and 2100: {mapping.time_unit} since 1970 (time_unit in the mapping sets the unit), "
             "or ISO 8601, with an offset in all lines or in none"
         )
         read = partial(field_parsers.times_ms, unit=mapping.time_unit, timezone=mapping.timezone)
-        times = part.convert(mapping.columns.time, read, accepted)
+        times = batch.convert(mapping.columns.time, read, accepted)
         if mapping.out_of_order == "error":
             earlier = np.flatnonzero(np.diff(times, prepend=latest_ms) < 0)
             if len(earlier):
                 accepted = 'no earlier than the line before; sort the file, or set out_of_order = "sort" in the mapping'
-                part.refuse(mapping.columns.time, int(earlier[0]), accepted)
+                batch.raise_bad_value(mapping.columns.time, int(earlier[0]), accepted)
         return times
 
-    def _domain(self, part: Part) -> np.ndarray:
+    def _domain(self, batch: ColumnBatch) -> np.ndarray:
+        """Return the domain of each line of a batch, ``[rows] int8``."""
         rule = self._mapping.domain
         if rule.column is None:
-            return np.full(part.rows, DOMAINS.index(rule.constant or ""), np.int8)
+            return np.full(batch.rows, DOMAINS.index(rule.constant or ""), np.int8)
         own = {"video": rule.video, "live": rule.live}
         names = [name for domain in DOMAINS for name in own[domain]]
         accepted = f"one of {', '.join(names)} (domain.video and domain.live in the mapping)"
-        known = part.convert(rule.column, partial(field_parsers.codes, names=names), accepted)
+        known = batch.convert(rule.column, partial(field_parsers.codes, names=names), accepted)
         return np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(own[domain]) for domain in DOMAINS])[known]

@@ -1,7 +1,7 @@
-"""When watching counts as an effective and as a long view, for logs that tell only how long somebody watched.
+"""Thresholds of effective and long views, for logs that record only the time watched.
 
-No source publishes the thresholds of its platform for live rooms; these are Limelight's own and stated in
-``dataset.json``. For videos they are those of KuaiRand's ``long_view`` and KuaiLive-M3's criterion of a positive play.
+No source publishes the thresholds of its platform for live rooms, so these are Limelight's own; ``dataset.json`` states
+them. The thresholds of videos are those of KuaiRand's ``long_view`` and KuaiLive-M3's criterion of a positive play.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 LIVE_EFFECTIVE_MS, LIVE_LONG_MS = 15_000, 60_000
-"""Time in a live room."""
+"""Thresholds of the time watched in a live room."""
 
 VIDEO_EFFECTIVE_SHARE, VIDEO_LONG_MS = 0.1, 18_000
-"""Share of a video, and the time that is long however long the video is; all of a shorter video is long too."""
+"""Thresholds of a video: share of its length for an effective view, time for a long view. Watching all of a shorter
+video is a long view, too."""
 
 FACTS = {
     "live_effective_view_ms": LIVE_EFFECTIVE_MS,
@@ -23,7 +24,7 @@ FACTS = {
 
 
 def live_view_delays(play_ms: np.ndarray) -> dict[str, np.ndarray]:
-    """``delay_effective_view`` and ``delay_long_view`` of live visits, ``[n] int32``: when reached, -1 for never."""
+    """Return ``delay_effective_view`` and ``delay_long_view`` of live visits, ``[n] int32``; -1 for no such view."""
     thresholds = {"effective_view": LIVE_EFFECTIVE_MS, "long_view": LIVE_LONG_MS}
     return {
         f"delay_{name}": np.where(play_ms >= threshold, threshold, -1).astype(np.int32)
@@ -32,12 +33,12 @@ def live_view_delays(play_ms: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def video_view_delays(play_ms: np.ndarray, duration_ms: np.ndarray, complete: np.ndarray) -> dict[str, np.ndarray]:
-    """The same for videos.
+    """Return ``delay_effective_view`` and ``delay_long_view`` of visits to videos, ``[n] int32``; -1 for no such view.
 
     Args:
         play_ms: ``[n]`` time watched, below 2^31.
-        duration_ms: ``[n]``, 0 where it is not known: such a video counts as seen only where ``complete`` says so.
-        complete: ``[n] bool``, the video was seen to its end.
+        duration_ms: ``[n]`` length of the video, 0 if unknown; then only ``complete`` gives an effective view.
+        complete: ``[n] bool``, True if the video was watched to its end.
     """
     unknown = duration_ms <= 0
     effective = np.where(unknown, play_ms, np.ceil(VIDEO_EFFECTIVE_SHARE * duration_ms))

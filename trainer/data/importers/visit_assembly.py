@@ -1,4 +1,4 @@
-"""From single events to visits: which events belong to one exposure, and what came of it."""
+"""Assembly of visits from single events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ _LONGEST_MS = np.iinfo(np.int32).max
 
 @dataclass(frozen=True)
 class EventCodes:
-    """Which event a code stands for: positions in ``(exposure, enter, exit, *behaviours)``."""
+    """Codes of events: positions in ``(exposure, enter, exit, *behaviours)``.
+
+    Attributes:
+        behaviours: behaviours in label order.
+        begin: code of the event that begins a visit.
+    """
 
     behaviours: tuple[str, ...]
     begin: int
@@ -25,36 +30,36 @@ class EventCodes:
 
 
 @dataclass(frozen=True)
-class Assembled:
-    """Visits, the events that belong to them, and the positions of events that belong to none."""
+class AssembledVisits:
+    """Result of ``assemble_visits``: visits, their events, and the positions of events without a visit."""
 
     visits: Columns
     events: Columns
     orphans: np.ndarray
 
 
-def assemble_visits(events: Columns, codes: EventCodes, *, by_visit_id: bool, has_value: bool) -> Assembled:
-    """Join the events of some users to visits.
+def assemble_visits(events: Columns, codes: EventCodes, *, by_visit_id: bool, has_value: bool) -> AssembledVisits:
+    """Assemble the events of some users to visits.
 
     A visit begins with an event ``codes.begin``. With ``by_visit_id`` all events of a (user, visit_id) are one visit,
-    from its first beginning on; otherwise an event belongs to the latest beginning of its (user, item), and the visit
-    gets the beginning's ``row`` as ``visit_id``. Events of one millisecond are taken as begin, others, exit. An event
-    without a beginning before it, or more than 2^31 ms after it, is an orphan.
+    which starts at its first begin event. Otherwise an event belongs to the latest begin event of its (user, item), and
+    the ``row`` of that event becomes the ``visit_id``. Events of the same millisecond are ordered: begin, others, exit.
+    An event is an orphan if there is no begin event before it, or if that is more than 2^31 ms earlier.
 
-    A visit ends with its last event. ``play_ms`` is the ``value`` of its last exit, or without ``has_value`` the time
-    from enter (else begin) to that exit, or 0 without an exit.
+    A visit ends with its last event. With ``has_value``, ``play_ms`` is the ``value`` of the last exit; otherwise it is
+    the time from the enter event (or else the begin event) to that exit. It is 0 without an exit.
 
     Args:
         events: ``user_id, author_id, item_id, visit_id, time_ms, row`` int64, ``domain`` and ``code`` int8, ``value``
-            float64, and any other columns, which a visit takes from its beginning.
-        codes: the meaning of ``code``.
-        by_visit_id: whether the log names its visits.
-        has_value: whether ``value`` of an exit is the time watched.
+            float64, and any other columns, which a visit takes from its begin event.
+        codes: meaning of ``code``.
+        by_visit_id: True if the log has visit ids.
+        has_value: True if the ``value`` of an exit is the time watched.
 
     Returns:
-        ``visits``: ``visit_id, user_id, author_id, item_id, domain, request_ms, exit_ms, play_ms, delay_B,
-        value_gift`` and the other columns. ``events``: the columns of the canonical log with ``code``, complete: every
-        visit has an exposure and an exit. ``orphans``: positions in ``events`` as given.
+        ``visits`` has ``visit_id, user_id, author_id, item_id, domain, request_ms, exit_ms, play_ms, delay_B,
+        value_gift`` and the other columns. ``events`` has the columns of the canonical log, with ``code``; an exposure
+        and an exit are added to visits without one. ``orphans`` are positions in the argument ``events``.
     """
     group = ("user_id", "visit_id") if by_visit_id else ("user_id", "item_id")
     code = events["code"]
@@ -90,25 +95,26 @@ def assemble_visits(events: Columns, codes: EventCodes, *, by_visit_id: bool, ha
     visits["play_ms"] = _play(event, codes, visit, start_ms, has_value)
     for k, behaviour in enumerate(codes.behaviours, codes.FIRST_BEHAVIOUR):
         at = np.flatnonzero(event["code"] == k)
-        of, earliest = np.unique(visit[at], return_index=True)
+        with_behaviour, earliest = np.unique(visit[at], return_index=True)
         delay = np.full(len(first), -1, np.int32)
-        delay[of] = event["time_ms"][at[earliest]] - start_ms[of]
+        delay[with_behaviour] = event["time_ms"][at[earliest]] - start_ms[with_behaviour]
         visits[f"delay_{behaviour}"] = delay
         if behaviour == "gift":
             visits["value_gift"] = np.zeros(len(first), np.float32)
-            visits["value_gift"][of] = event["value"][at[earliest]]
-    return Assembled(visits, _complete_log(event, codes, visit, visits), orphans)
+            visits["value_gift"][with_behaviour] = event["value"][at[earliest]]
+    return AssembledVisits(visits, _complete_log(event, codes, visit, visits), orphans)
 
 
 def _play(event: Columns, codes: EventCodes, visit: np.ndarray, start_ms: np.ndarray, has_value: bool) -> np.ndarray:
-    """Milliseconds watched of each visit."""
+    """Return the milliseconds watched of each visit, ``[visits] int64``."""
     play = np.zeros(len(start_ms), np.int64)
     exits = np.flatnonzero(event["code"] == codes.EXIT)
-    # Of several exits the last one is assigned last.
+    # a visit with several exits keeps the last one, because it is assigned last
     if has_value:
         play[visit[exits]] = event["value"][exits]
         return np.maximum(play, 0)
     entered = start_ms.copy()
+    # reversed, so that a visit with several enters keeps the first one
     enters = np.flatnonzero(event["code"] == codes.ENTER)[::-1]
     entered[visit[enters]] = event["time_ms"][enters]
     play[visit[exits]] = event["time_ms"][exits] - entered[visit[exits]]
@@ -116,25 +122,25 @@ def _play(event: Columns, codes: EventCodes, visit: np.ndarray, start_ms: np.nda
 
 
 def _complete_log(event: Columns, codes: EventCodes, visit: np.ndarray, visits: Columns) -> Columns:
-    """The canonical events: an exposure and an exit are added to visits whose log has none."""
+    """Return the canonical events; an exposure and an exit are added to visits without one."""
     count = len(visits["visit_id"])
     names = ("user_id", "author_id", "item_id", "domain", "visit_id")
-    of = [visit]
+    visit_parts = [visit]
     code, time_ms = [event["code"]], [event["time_ms"]]
-    for missing, when in ((codes.EXPOSURE, "request_ms"), (codes.EXIT, "exit_ms")):
-        without = np.setdiff1d(np.arange(count), visit[event["code"] == missing])
-        of.append(without)
-        code.append(np.full(len(without), missing, np.int8))
-        time_ms.append(visits[when][without])
-    whose, all_codes = np.concatenate(of), np.concatenate(code)
-    value = np.zeros(len(whose), np.float32)
+    for missing_code, time_column in ((codes.EXPOSURE, "request_ms"), (codes.EXIT, "exit_ms")):
+        without = np.setdiff1d(np.arange(count), visit[event["code"] == missing_code])
+        visit_parts.append(without)
+        code.append(np.full(len(without), missing_code, np.int8))
+        time_ms.append(visits[time_column][without])
+    visit_of_row, all_codes = np.concatenate(visit_parts), np.concatenate(code)
+    value = np.zeros(len(visit_of_row), np.float32)
     exits = all_codes == codes.EXIT
-    value[exits] = visits["play_ms"][whose[exits]]
+    value[exits] = visits["play_ms"][visit_of_row[exits]]
     if "gift" in codes.behaviours:
         gifts = np.flatnonzero(event["code"] == codes.FIRST_BEHAVIOUR + codes.behaviours.index("gift"))
         value[gifts] = event["value"][gifts]
     return {
-        **{name: visits[name][whose] for name in names},
+        **{name: visits[name][visit_of_row] for name in names},
         "code": all_codes,
         "time_ms": np.concatenate(time_ms),
         "value": value,
