@@ -29,13 +29,13 @@ from trainer.data.simulator.write_dataset import simulate
 from trainer.finetune import run_job
 from trainer.llm.finetuning.option_evaluation import MODELS
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
-from trainer.llm.instructions.write import Plan, write_instructions
+from trainer.llm.instructions.write import InstructionPlan, write_instructions
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"
 USERS, DAYS = 3000, 10
-PLAN = Plan(
+PLAN = InstructionPlan(
     evaluate_from="2024-03-12",
     evaluate_samples=1_000,
     samples=30_000,
@@ -44,7 +44,7 @@ PLAN = Plan(
 BASELINES = ("majority", "popularity")
 
 
-def prepare(work: Path, users: int, plan: Plan) -> Path:
+def prepare(work: Path, users: int, plan: InstructionPlan) -> Path:
     """Return the directory of the samples; make them if they are missing."""
     world, samples = work / f"world-{users}", work / f"samples-{users}"
     if not world.exists():

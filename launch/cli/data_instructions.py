@@ -72,9 +72,9 @@ def instructions(dataset: str, out: str, as_json: bool, **settings: Any) -> None
     --evaluate-from only.
     """
     from trainer.console.progress import Phases
-    from trainer.llm.instructions.write import Plan, write_instructions
+    from trainer.llm.instructions.write import InstructionPlan, write_instructions
 
-    plan = Plan(**settings)
+    plan = InstructionPlan(**settings)
     with Phases({}, "samples", quiet=as_json) as progress:
         manifest = write_instructions(dataset, out, plan, progress)
     if as_json:

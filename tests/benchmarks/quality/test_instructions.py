@@ -11,7 +11,7 @@ from benchmarks.quality.instructions import summarise, table
 from tests.paths import ROOT
 from trainer.data.simulator.write_dataset import simulate
 from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
-from trainer.llm.instructions.write import Plan, write_instructions
+from trainer.llm.instructions.write import InstructionPlan, write_instructions
 
 TEMPLATES = ROOT / "configs/templates"
 
@@ -20,7 +20,9 @@ TEMPLATES = ROOT / "configs/templates"
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Sample]]:
     out = tmp_path_factory.mktemp("instructions")
     simulate(out / "world", 120, 3, 1, 4, texts=True)
-    write_instructions(out / "world", out / "samples", Plan("2024-03-06", samples=600, templates=str(TEMPLATES)))
+    write_instructions(
+        out / "world", out / "samples", InstructionPlan("2024-03-06", samples=600, templates=str(TEMPLATES))
+    )
     tasks: dict[str, list[Sample]] = {}
     for sample in read_samples([str(out / "samples" / "train.jsonl")], ReadCounts()):
         tasks.setdefault(sample.task, []).append(sample)

@@ -1,4 +1,4 @@
-"""Instruction samples: nothing of the future in them, nothing said by a letter, and what a user may edit."""
+"""Tests of instruction samples: no future in a prompt, uninformative letters, and templates that a user edits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from trainer.console.errors import UserError
 from trainer.data.format.text_schema import SCHEMAS, read_texts
 from trainer.data.simulator.write_dataset import simulate
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
-from trainer.llm.instructions.past import Past
+from trainer.llm.instructions.past import UserTimeline
 from trainer.llm.instructions.tasks import LETTERS, TASKS
-from trainer.llm.instructions.write import Plan, write_instructions
+from trainer.llm.instructions.write import InstructionPlan, write_instructions
 from trainer.llm.models.prompt_templates import Template
 
 TEMPLATES = ROOT / "configs/templates"
 DAY_MS = 86_400_000
 START_MS = 1_709_481_600_000
 BORDER_MS = START_MS + 2 * DAY_MS
-PLAN = Plan("2024-03-06", samples=500, evaluate_samples=250, templates=str(TEMPLATES), seed=3)
+PLAN = InstructionPlan("2024-03-06", samples=500, evaluate_samples=250, templates=str(TEMPLATES), seed=3)
 
 Record = dict[str, Any]
 
@@ -68,7 +68,7 @@ def read(out: Path, split: str) -> list[Record]:
 
 
 def change_visits(world: Path, copy: Path, columns: dict[str, pa.Array]) -> None:
-    """A copy of a world with other columns of visits, in order of time."""
+    """Copy a world with some columns of its visits replaced; values are in order of time."""
     shutil.copytree(world, copy)
     table = read_texts(copy, "visits")
     for name, values in columns.items():
@@ -77,10 +77,10 @@ def change_visits(world: Path, copy: Path, columns: dict[str, pa.Array]) -> None
 
 
 def option(record: Record, answer: str) -> str:
-    """What an answer stands for."""
+    """Return the text of the option that an answer means."""
     if record["task"] == "user_comment":
         return answer.removeprefix("- ")
-    # Options stand last: a history has letters too.
+    # from the end, because lines of the history end with letters, too
     line = next(line for line in reversed(record["prompt"].splitlines()) if line.endswith(f" ({answer})"))
     return line.removesuffix(f" ({answer})")
 
@@ -179,7 +179,7 @@ def test_history_was_known_at_the_request(
 def test_the_future_of_a_visit_changes_no_prompt(
     world: Path, written: tuple[Path, dict[str, Any]], records: dict[str, list[Record]], tmp_path: Path
 ) -> None:
-    """Other stays and interactions after the first evaluated request leave that day's first prompts as they were."""
+    """Test that other stays after noon of the first evaluation day do not change the prompts before noon."""
     table = read_texts(world, "visits")
     request, stay = (table.column(name).to_numpy() for name in ("request_ms", "staytime_ms"))
     noon = BORDER_MS + DAY_MS // 2
@@ -194,7 +194,7 @@ def test_the_future_of_a_visit_changes_no_prompt(
     assert compared > 50
 
 
-def test_a_place_says_nothing(records: dict[str, list[Record]]) -> None:
+def test_the_position_of_an_option_gives_no_information(records: dict[str, list[Record]]) -> None:
     for task in ("top_comment", "user_comment"):
         full = [record for record in records["train"] if record["task"] == task and len(record["options"]) == 4]
         counts = Counter(record["options"].index(record["answer"]) for record in full)
@@ -226,13 +226,13 @@ def test_general_samples_are_what_users_liked_before(
 def test_the_same_plan_gives_the_same_samples_and_a_smaller_one_the_first_of_them(
     world: Path, records: dict[str, list[Record]], tmp_path: Path
 ) -> None:
-    fewer = Plan(**{**PLAN.__dict__, "samples": 100, "evaluate_samples": 50, "most": {"staytime": 30}})
+    fewer = InstructionPlan(**{**PLAN.__dict__, "samples": 100, "evaluate_samples": 50, "most": {"staytime": 30}})
     write_instructions(world, tmp_path / "out", fewer)
     for split, most in (("train", 100), ("evaluate", 50)):
         for task in TASKS:
-            of_task = 30 if (split, task) == ("train", "staytime") else most
-            mine = [record for record in read(tmp_path / "out", split) if record["task"] == task]
-            assert mine == [record for record in records[split] if record["task"] == task][:of_task]
+            count = 30 if (split, task) == ("train", "staytime") else most
+            expected = [record for record in read(tmp_path / "out", split) if record["task"] == task]
+            assert expected == [record for record in records[split] if record["task"] == task][:count]
 
 
 def test_an_edited_template_is_used_and_recorded(
@@ -241,7 +241,9 @@ def test_an_edited_template_is_used_and_recorded(
     shutil.copytree(TEMPLATES, tmp_path / "templates")
     file = tmp_path / "templates/top_comment.txt"
     file.write_text(file.read_text().replace("Which one do people like most?", "Which is {{best}}?"))
-    plan = Plan(**{**PLAN.__dict__, "samples": 20, "evaluate_samples": 20, "templates": str(tmp_path / "templates")})
+    plan = InstructionPlan(
+        **{**PLAN.__dict__, "samples": 20, "evaluate_samples": 20, "templates": str(tmp_path / "templates")}
+    )
     manifest = write_instructions(world, tmp_path / "out", plan)
     prompts = [record["prompt"] for record in read(tmp_path / "out", "train") if record["task"] == "top_comment"]
     assert prompts and all("Which is {best}?" in prompt for prompt in prompts)
@@ -250,7 +252,7 @@ def test_an_edited_template_is_used_and_recorded(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("[option]", "[options]"), r"unknown section \[options\]; known are comment, history, none, option, prompt"),
         (("{range}", "{rang}"), r"section \[option\]: unknown \{rang\}; known are letter, range"),
@@ -260,29 +262,32 @@ def test_an_edited_template_is_used_and_recorded(
         (("[none]", "[prompt]"), r"section \[prompt\] comes twice"),
     ],
 )
-def test_a_bad_template_is_told(world: Path, tmp_path: Path, change: tuple[str, str], said: str) -> None:
+def test_a_bad_template_is_named(world: Path, tmp_path: Path, change: tuple[str, str], message: str) -> None:
     shutil.copytree(TEMPLATES, tmp_path / "templates")
     file = tmp_path / "templates/staytime.txt"
     file.write_text(file.read_text().replace(*change))
-    plan = Plan("2024-03-06", templates=str(tmp_path / "templates"))
-    with pytest.raises(UserError, match=rf"staytime\.txt: {said}"):
+    plan = InstructionPlan("2024-03-06", templates=str(tmp_path / "templates"))
+    with pytest.raises(UserError, match=rf"staytime\.txt: {message}"):
         write_instructions(world, tmp_path / "out", plan)
 
 
-def test_other_mistakes_are_told_and_leave_nothing(world: Path, tmp_path: Path) -> None:
-    for plan, said in [
-        (Plan("2024-04-01", templates=str(TEMPLATES)), "no visit to evaluate with"),
-        (Plan("2024-03-01", templates=str(TEMPLATES)), "no visit to train with"),
-        (Plan("soon", templates=str(TEMPLATES)), "--evaluate-from"),
-        (Plan("2024-03-06", templates=str(tmp_path)), "no such template"),
-        (Plan("2024-03-06", candidates=1, templates=str(TEMPLATES)), "--candidates is 1; it must be 2 or more"),
-        (Plan("2024-03-06", buckets=27, templates=str(TEMPLATES)), "--buckets is 27; there are letters for 26"),
+def test_other_mistakes_are_named_and_leave_no_files(world: Path, tmp_path: Path) -> None:
+    for plan, message in [
+        (InstructionPlan("2024-04-01", templates=str(TEMPLATES)), "no visits to evaluate on; .* must leave visits"),
+        (InstructionPlan("2024-03-01", templates=str(TEMPLATES)), "no visits to train on"),
+        (InstructionPlan("soon", templates=str(TEMPLATES)), "--evaluate-from"),
+        (InstructionPlan("2024-03-06", templates=str(tmp_path)), "no such template"),
         (
-            Plan("2024-03-06", most={"stay": 3}, templates=str(TEMPLATES)),
+            InstructionPlan("2024-03-06", candidates=1, templates=str(TEMPLATES)),
+            "--candidates is 1; it must be 2 or more",
+        ),
+        (InstructionPlan("2024-03-06", buckets=27, templates=str(TEMPLATES)), "--buckets is 27; it must be 26 or less"),
+        (
+            InstructionPlan("2024-03-06", most={"stay": 3}, templates=str(TEMPLATES)),
             "--most stay=3: write TASK=N; tasks are",
         ),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             write_instructions(world, tmp_path / "out", plan)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="exists already"):
@@ -297,7 +302,7 @@ def test_videos_and_comments_without_text_are_left_out(world: Path, tmp_path: Pa
         texts[::2] = "  "
         table = table.set_column(table.column_names.index("text"), "text", pa.array(texts, pa.string()))
         pq.write_table(table, tmp_path / f"world/texts/{name}.parquet")
-    plan = Plan(**{**PLAN.__dict__, "samples": 200, "evaluate_samples": 100})
+    plan = InstructionPlan(**{**PLAN.__dict__, "samples": 200, "evaluate_samples": 100})
     manifest = write_instructions(tmp_path / "world", tmp_path / "out", plan)
     assert all(manifest["visits_without_sample"][task] > 0 for task in TASKS)
     for record in read(tmp_path / "out", "train"):
@@ -306,7 +311,9 @@ def test_videos_and_comments_without_text_are_left_out(world: Path, tmp_path: Pa
 
 def test_long_texts_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
     manifest = write_instructions(
-        world, tmp_path / "out", Plan(**{**PLAN.__dict__, "characters": 12, "samples": 100, "evaluate_samples": 50})
+        world,
+        tmp_path / "out",
+        InstructionPlan(**{**PLAN.__dict__, "characters": 12, "samples": 100, "evaluate_samples": 50}),
     )
     assert manifest["texts_cut"] > 100
     for record in read(tmp_path / "out", "train"):
@@ -329,7 +336,7 @@ def test_ranges_cover_all_staytimes(staytimes: list[int], buckets: int) -> None:
     try:
         edges = fit_edges(values, buckets)
     except UserError as error:
-        assert "too much alike" in str(error)
+        assert "too similar" in str(error)
         return
     assert len(ranges(edges)) == buckets == len(edges) + 1
     bucket = bucket_of(values, edges)
@@ -345,9 +352,9 @@ def test_ranges_cover_all_staytimes(staytimes: list[int], buckets: int) -> None:
 )
 def test_the_past_is_that_of_a_plain_search(entries: list[tuple[int, int]], user: int, before: int, most: int) -> None:
     users, known = (np.array([entry[column] for entry in entries], np.int64) for column in (0, 1))
-    past = Past(users, known, np.arange(len(entries)))
-    mine = [place for place in np.argsort(known, kind="stable") if users[place] == user and known[place] < before]
-    assert past.latest(user, before, most).tolist() == (mine[-most:] if most else [])
+    past = UserTimeline(users, known, np.arange(len(entries)))
+    expected = [place for place in np.argsort(known, kind="stable") if users[place] == user and known[place] < before]
+    assert past.latest(user, before, most).tolist() == (expected[-most:] if most else [])
 
 
 def test_a_template_keeps_its_comment_and_braces(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
-"""What users did before a time."""
+"""Lookup of what users did before a time."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-class Past:
-    """Values of users, each known from a time on.
+class UserTimeline:
+    """Values of users in order of the time from which they are known.
 
     Args:
         user_id: ``[n] int64``.
-        known_ms: ``[n] int64``.
+        known_ms: ``[n] int64``, time from which each value is known.
         value: ``[n]``.
     """
 
@@ -22,14 +22,14 @@ class Past:
 
     @property
     def users(self) -> np.ndarray:
-        """``[users] int64``, increasing: who has any."""
+        """Users with at least one value, ``[users] int64``, increasing."""
         return self._users
 
     def latest(self, user_id: int, before_ms: int, most: int) -> np.ndarray:
-        """The last ``most`` values of a user that were known before a time, oldest first."""
-        place = int(np.searchsorted(self._users, user_id))
-        if place == len(self._users) or self._users[place] != user_id:
+        """Return the last ``most`` values of a user that were known before a time, oldest first."""
+        row = int(np.searchsorted(self._users, user_id))
+        if row == len(self._users) or self._users[row] != user_id:
             return self._value[:0]
-        first, last = self._first[place], self._first[place + 1]
+        first, last = self._first[row], self._first[row + 1]
         stop = first + int(np.searchsorted(self._known_ms[first:last], before_ms))
         return self._value[max(first, stop - most) : stop]

@@ -1,4 +1,4 @@
-"""Instruction samples of a dataset as files, split by time."""
+"""Writer of a dataset's instruction samples to files, split by time."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from trainer.config.load import parse_time
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
-from trainer.llm.instructions.tasks import LETTERS, PLACES, TASKS, Record, Tasks
-from trainer.llm.instructions.visits import Visits
+from trainer.llm.instructions.tasks import LETTERS, PLACEHOLDERS, TASKS, Record, TaskSampler
+from trainer.llm.instructions.visits import CommentVisits
 from trainer.llm.models.prompt_templates import Template
 
 MANIFEST = "manifest.json"
 GENERAL = "general.jsonl"
-"""Texts of the training days to learn as they are, for ``data.general`` of a job."""
+"""File of plain texts of the training days, for the key ``data.general`` of a job."""
 SPLITS: tuple[str, ...] = ("train", "evaluate")
-OF_A_VIDEO = {"train": 12, "evaluate": 1}
-"""Most ``top_comment`` samples of a video: its comments stay the same, by and large."""
+MOST_PER_VIDEO = {"train": 12, "evaluate": 1}
+"""Most ``top_comment`` samples of a video by split. More would repeat each other: its comments hardly change."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What samples to make.
+class InstructionPlan:
+    """Settings of the samples.
 
     Attributes:
-        evaluate_from: a date or time, in the dataset's time zone: visits that ended before it are trained on, those
-            that began at it or later are evaluated on.
-        samples: of each task to train on, at most.
-        most: task -> the same for a task that is to have more or fewer.
-        evaluate_samples: of each task to evaluate on, at most.
-        candidates: comments to choose from.
-        buckets: ranges of staytimes.
-        history: earlier stays or interactions in a prompt.
-        characters: of a text; a longer one is cut there, and counted.
+        evaluate_from: date or time in the dataset's time zone. Visits that ended before it are for training, visits
+            that began at it or later are for evaluation.
+        samples: most training samples of each task.
+        most: most training samples of a task, by task; replaces ``samples``.
+        evaluate_samples: most evaluation samples of each task.
+        candidates: number of comments to choose from.
+        buckets: number of ranges of staytimes.
+        history: most earlier stays or interactions in a prompt.
+        characters: most characters of a text; a longer text is cut and counted.
         templates: folder of ``staytime.txt``, ``top_comment.txt`` and ``user_comment.txt``.
-        seed: of which visits are drawn, and of the order of candidates.
+        seed: seed of the selection of visits and of the order of candidates.
     """
 
     evaluate_from: str
@@ -59,7 +59,7 @@ class Plan:
 
 
 def write_instructions(
-    dataset: str | Path, out: str | Path, plan: Plan, progress: Callable[[str, int, int], None] | None = None
+    dataset: str | Path, out: str | Path, plan: InstructionPlan, progress: Callable[[str, int, int], None] | None = None
 ) -> dict[str, Any]:
     """Write ``train.jsonl``, ``general.jsonl``, ``evaluate.jsonl`` and ``manifest.json`` to a new directory.
 
@@ -67,10 +67,10 @@ def write_instructions(
     and counts. No video has a ``top_comment`` sample in both files.
 
     Args:
-        dataset: with texts.
+        dataset: path of a dataset with texts.
         out: directory to make; must not exist.
-        plan: what samples to make.
-        progress: told the task, how many samples it has, and how many at most.
+        plan: settings of the samples.
+        progress: callback that gets split and task, the number of samples so far and the most there can be.
 
     Returns:
         The manifest.
@@ -79,38 +79,42 @@ def write_instructions(
         UserError: ``out`` exists, the dataset has no texts, a setting or a template is wrong, or a file would be empty.
     """
     _check(plan)
-    place = Path(out)
-    if place.exists():
+    out_dir = Path(out)
+    if out_dir.exists():
         raise UserError(f"{out}: exists already; choose another directory or remove it")
-    templates = {task: Template.read(Path(plan.templates) / f"{task}.txt", PLACES[task]) for task in TASKS}
+    templates = {task: Template.read(Path(plan.templates) / f"{task}.txt", PLACEHOLDERS[task]) for task in TASKS}
     spec = DatasetSpec.load(dataset)
     border = parse_time(plan.evaluate_from, spec.timezone, "--evaluate-from")
-    visits = Visits.read(dataset)
-    at = {"train": np.flatnonzero(visits.known_ms < border), "evaluate": np.flatnonzero(visits.request_ms >= border)}
-    for split, some in at.items():
-        if not len(some):
+    visits = CommentVisits.read(dataset)
+    split_rows = {
+        "train": np.flatnonzero(visits.known_ms < border),
+        "evaluate": np.flatnonzero(visits.request_ms >= border),
+    }
+    for split, rows in split_rows.items():
+        if not len(rows):
             raise UserError(
-                f"{dataset}: no visit to {split} with before and after --evaluate-from {plan.evaluate_from}"
+                f"{dataset}: no visits to {split} on; --evaluate-from {plan.evaluate_from} must leave visits with an "
+                "opened comment area before and after it"
             )
-    edges = fit_edges(visits.staytime_ms[at["train"]], plan.buckets)
-    tasks = Tasks(
+    edges = fit_edges(visits.staytime_ms[split_rows["train"]], plan.buckets)
+    tasks = TaskSampler(
         dataset,
         visits,
         templates,
         edges,
-        at["train"],
+        split_rows["train"],
         candidates=plan.candidates,
         history=plan.history,
         characters=plan.characters,
         seed=plan.seed,
     )
-    aside = place.with_name(f"{place.name}.partial-{os.getpid()}")
+    tmp_path = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     try:
-        aside.mkdir(parents=True)
-        counts = _write_splits(aside, visits, at, tasks, plan, progress or (lambda what, done, total: None))
-        with open(aside / GENERAL, "w", encoding="utf-8") as file:
+        tmp_path.mkdir(parents=True)
+        counts = _write_splits(tmp_path, visits, split_rows, tasks, plan, progress or (lambda phase, done, total: None))
+        with open(tmp_path / GENERAL, "w", encoding="utf-8") as file:
             counts["general"] = {"liked": _write_lines(file, tasks.liked(border))}
-        share = np.bincount(bucket_of(visits.staytime_ms[at["train"]], edges), minlength=plan.buckets)
+        share = np.bincount(bucket_of(visits.staytime_ms[split_rows["train"]], edges), minlength=plan.buckets)
         manifest = {
             "dataset": spec.name,
             "plan": asdict(plan),
@@ -124,23 +128,30 @@ def write_instructions(
             "texts_cut": tasks.counts.cut,
             "visits_without_sample": tasks.counts.without_sample,
         }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        os.rename(aside, place)
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+        os.rename(tmp_path, out_dir)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({os.strerror(error.errno) if error.errno else error})") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
     return manifest
 
 
 def _write_splits(
     folder: Path,
-    visits: Visits,
-    at: dict[str, np.ndarray],
-    tasks: Tasks,
-    plan: Plan,
+    visits: CommentVisits,
+    split_rows: dict[str, np.ndarray],
+    tasks: TaskSampler,
+    plan: InstructionPlan,
     report: Callable[[str, int, int], None],
 ) -> dict[str, dict[str, int]]:
+    """Write the samples of both splits to ``folder``; return their numbers by split and task.
+
+    ``split_rows`` has the positions of each split's visits.
+
+    Raises:
+        UserError: a split has no samples.
+    """
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     seen_videos = np.empty(0, np.int64)
     for split in SPLITS:
@@ -148,39 +159,42 @@ def _write_splits(
             for number, task in enumerate(TASKS):
                 most = plan.most.get(task, plan.samples) if split == "train" else plan.evaluate_samples
                 rng = np.random.default_rng([plan.seed, SPLITS.index(split), number])
-                drawn = rng.permutation(at[split])
+                drawn = rng.permutation(split_rows[split])
                 if task == "user_comment":
                     drawn = drawn[visits.interacted.lengths[drawn] > 0]
                 if task == "top_comment":
+                    # the answer of a video hardly changes, so its training samples would give away that of evaluation
                     drawn = drawn[~np.isin(visits.item_id[drawn], seen_videos)]
-                    drawn = drawn[_first_of_each(visits.item_id[drawn], OF_A_VIDEO[split])]
+                    drawn = drawn[_first_of_each(visits.item_id[drawn], MOST_PER_VIDEO[split])]
                     seen_videos = visits.item_id[drawn]
                 records = _reported(tasks.samples(task, drawn, most), f"{split} {task}", min(most, len(drawn)), report)
                 counts[split][task] = _write_lines(file, records)
         if not any(counts[split].values()):
-            raise UserError(f"{folder}: not one sample to {split} with; the comments have no texts or were never shown")
+            raise UserError(f"{folder}: no samples to {split} on; the comments have no texts or were never shown")
     return counts
 
 
 def _first_of_each(keys: np.ndarray, most: int) -> np.ndarray:
-    """Positions, increasing, of the first ``most`` occurrences of each key."""
+    """Return the increasing positions of the first ``most`` occurrences of each key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     return np.sort(order[np.arange(len(keys)) - np.searchsorted(ordered, ordered) < most])
 
 
 def _reported(
-    records: Iterable[Record], what: str, total: int, report: Callable[[str, int, int], None]
+    records: Iterable[Record], phase: str, total: int, report: Callable[[str, int, int], None]
 ) -> Iterable[Record]:
+    """Yield ``records`` and report their number, every thousand and at the end."""
     done = 0
     for done, record in enumerate(records, 1):
         if done % 1000 == 0:
-            report(what, done, total)
+            report(phase, done, total)
         yield record
-    report(what, done, done)
+    report(phase, done, done)
 
 
 def _write_lines(file: Any, records: Iterable[Record]) -> int:
+    """Write records as JSON lines; return their number."""
     lines = 0
     for record in records:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -188,7 +202,12 @@ def _write_lines(file: Any, records: Iterable[Record]) -> int:
     return lines
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: InstructionPlan) -> None:
+    """Check the settings of a plan.
+
+    Raises:
+        UserError: a setting is out of range, or ``most`` names an unknown task.
+    """
     least = {
         "samples": 1,
         "evaluate_samples": 1,
@@ -207,4 +226,6 @@ def _check(plan: Plan) -> None:
             raise UserError(f"--most {task}={most}: write TASK=N; tasks are {', '.join(TASKS)}, N is 0 or more")
     for name in ("candidates", "buckets"):
         if getattr(plan, name) > len(LETTERS):
-            raise UserError(f"--{name} is {getattr(plan, name)}; there are letters for {len(LETTERS)}")
+            raise UserError(
+                f"--{name} is {getattr(plan, name)}; it must be {len(LETTERS)} or less, one letter for each"
+            )
