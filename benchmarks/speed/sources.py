@@ -157,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"{format}-{uuid.uuid4().hex[:8]}"
         cluster.list_topics(name, timeout=20)
         config = StreamConfig(source="kafka", brokers=brokers, topic=name, format=format, until_end=True)
-        topic = TopicPublisher(config, SPEC, PARTITIONS)
+        topic = TopicPublisher(config, SPEC, PARTITIONS).open()
         written = measure(partial(publish, topic, few, carried, per_message))
-        kafka = KafkaSource(config, SPEC)
+        kafka = KafkaSource(config, SPEC).connect()
         runs = [measure(partial(drain, kafka)) for _ in range(options.repeats)]
         label = f"kafka, {format}, {per_message:,} a message" + ("" if carried is None else ", features")
         results[label] = {"read": best_of(runs), "publish": written}

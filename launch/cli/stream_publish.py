@@ -78,7 +78,7 @@ def publish(
 
     spec = DatasetSpec.load(dataset)
     config = validate(StreamConfig, {**settings, "format": message_format}, "limelight stream publish")
-    topic = TopicPublisher(config, spec, partitions or spec.partitions, append=append)
+    topic = TopicPublisher(config, spec, partitions or spec.partitions, append=append).open()
     per_message = events_per_message or (1 if message_format == "json" else 1000)
     source = ReplaySource(dataset, config)
     with (

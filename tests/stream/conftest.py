@@ -57,7 +57,7 @@ class Cluster:
     def published(self, events: Columns, per_message: int = 1, **options: Any) -> StreamConfig:
         """A new topic that holds the events, and what is logged with them."""
         config = self.config(self.topic(), **options)
-        topic = TopicPublisher(config, SPEC, PARTITIONS)
+        topic = TopicPublisher(config, SPEC, PARTITIONS).open()
         topic.publish(events, per_message, logged_of(events))
         topic.flush()
         return config

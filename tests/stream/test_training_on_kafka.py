@@ -35,7 +35,7 @@ def publish(config: StreamConfig, world: Path, spec: DatasetSpec, hours: tuple[f
     """Put the events of some hours of the stream on its topic, with what is logged with them."""
     begin = parse_time(SINCE, spec.timezone, "t")
     since, until = (begin + round(hour * 3_600_000) for hour in hours)
-    topic = TopicPublisher(config, spec, 4, append=True)
+    topic = TopicPublisher(config, spec, 4, append=True).open()
     with ReplaySource(world, StreamConfig(), since, until).open(range(spec.partitions)) as reader:
         for batch in reader:
             topic.publish(batch.events, 100, batch.logged)

@@ -50,7 +50,7 @@ ALL = range(PARTITIONS)
 
 def read(config, partitions=ALL, position: Position | None = None, batches: int | None = None) -> list[EventBatch]:
     taken = []
-    with KafkaSource(config, SPEC).open(partitions, position) as reader:
+    with KafkaSource(config, SPEC).connect().open(partitions, position) as reader:
         while (batches is None or len(taken) < batches) and (batch := reader.take()) is not None:
             assert_logged(batch.events, batch.logged)
             taken.append(batch)
@@ -113,7 +113,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest(topic):
 
 
 def test_slices_of_time_end_batches(topic):
-    with KafkaSource(replace_batch(topic, 9999), SPEC).open(ALL, None, slice_ms=700) as reader:
+    with KafkaSource(replace_batch(topic, 9999), SPEC).connect().open(ALL, None, slice_ms=700) as reader:
         batches = list(reader)
     assert given(batches) == merged(EVENTS, ALL)
     slices = [set((batch.events["time_ms"] // 700).tolist()) for batch in batches]
@@ -139,7 +139,7 @@ def test_nothing_is_stored_at_the_broker(cluster, topic):
 def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     config = cluster.config(cluster.topic(), batch_events=400)
     cluster.send(config.topic, 0, [b"early"])
-    topic = TopicPublisher(config, SPEC, PARTITIONS, append=True)
+    topic = TopicPublisher(config, SPEC, PARTITIONS, append=True).open()
     topic.publish(EVENTS, 5, logged_of(EVENTS))
     topic.flush()
     good = MessageCodec("json", SPEC, 0).encode(part(by_partition(EVENTS)[1], 0, 1))[0]
@@ -157,7 +157,7 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 3), "0"): b"nonsense",
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 2), "0"): b"",
         ("time_ms is negative", config.topic, "1", str(at - 1), "1"): good.replace(b'"time_ms": 1', b'"time_ms": -1'),
-        ("a user of partition 1 in partition 2", config.topic, "2", str(end[2][0] - 1), "0"): good,
+        ("its user belongs to partition 1, not to partition 2", config.topic, "2", str(end[2][0] - 1), "0"): good,
     }
     assert {key for letter in letters for key, _ in letter.headers()} == {
         f"limelight.{name}" for name in ("reason", "topic", "partition", "offset", "inside")
@@ -176,7 +176,7 @@ def test_features_that_cannot_be_are_kept_with_the_reason(cluster):
     sent = [event | {"visit_id": visit} | features for visit in (1, 2, 3)]
     sent[1]["stat"] = [0] * 7
     cluster.send(config.topic, owner, [json.dumps(each).encode() for each in sent])
-    with KafkaSource(config, SPEC).open(ALL) as reader:
+    with KafkaSource(config, SPEC).connect().open(ALL) as reader:
         (batch,) = reader
     assert batch.events["visit_id"].tolist() == [1, 3]
     assert batch.logged.at.tolist() == [0, 1]
@@ -224,13 +224,13 @@ def test_a_partitioner_of_the_producers_is_trusted_when_asked_to(cluster):
     assert sorted(given(batches)) == sorted(as_tuples(EVENTS))
     for batch in batches:
         assert (batch.partition == (batch.events["user_id"] * 7 + 1) % PARTITIONS).all()
-    with pytest.raises(UserError, match=r"of the last 3,000 of topic .* are no events \(such as partition"):
+    with pytest.raises(UserError, match=r"of the last 3,000 events of topic .* were rejected \(such as partition"):
         read(config.model_copy(update={"partitioner": "limelight"}))
 
 
 def test_a_topic_in_another_format_is_refused(cluster):
     config = cluster.published(EVENTS, 1).model_copy(update={"format": "arrow"})
-    with pytest.raises(UserError, match=r"are stream.format = 'arrow' and stream.partitioner = 'limelight' those of"):
+    with pytest.raises(UserError, match=r"check that stream.format = 'arrow' and stream.partitioner = 'limelight' are"):
         read(config)
 
 
@@ -275,11 +275,11 @@ def test_messages_that_the_broker_has_dropped_are_a_gap(cluster, capsys):
     with pytest.raises(UserError) as error:
         read(config, ALL, first.position)
     assert str(error.value) == (
-        f'{gap}{place:,} and begins at {low:,}; stream.on_gap = "earliest" goes on without them'
+        f'{gap}{place:,} and starts at {low:,}; stream.on_gap = "earliest" continues without them'
     )
     accepted = config.model_copy(update={"on_gap": "earliest"})
     rest = read(accepted, ALL, first.position)
-    assert f"stream: {gap}{place:,} and begins at {low:,}; going on without them" in capsys.readouterr().out
+    assert f"stream: {gap}{place:,} and starts at {low:,}; continuing without them" in capsys.readouterr().out
     others = [p for p in ALL if p != 2]
     kept = [
         [e for batch in [first, *rest] for q, own in batch.by_partition() if q == p for e in as_tuples(own.events)]
@@ -296,7 +296,7 @@ def test_a_gap_is_found_while_reading(cluster, properties):
     owner = int(partition_of(events["user_id"][:1], PARTITIONS)[0])
     config = cluster.published(events, 1, batch_events=100, queue_batches=1, properties=small, until_end=False)
     for on_gap in ("error", "earliest"):
-        reader = KafkaSource(config.model_copy(update={"on_gap": on_gap}), SPEC).open([owner])
+        reader = KafkaSource(config.model_copy(update={"on_gap": on_gap}), SPEC).connect().open([owner])
         with reader:
             assert reader.take() is not None
             drop_oldest(cluster, config.topic, owner)
@@ -321,7 +321,7 @@ def test_gaps_without_brokers():
     held = {0: (10, 90), 1: (20, 20), 2: (0, 5)}
     assert without_gaps(position, held, config) == position
     with pytest.raises(
-        UserError, match=r"no longer holds 7 messages .*: partition 0 is at offset 10 and begins at 15; "
+        UserError, match=r"no longer holds 7 messages .*: partition 0 is at offset 10 and starts at 15; "
     ):
         without_gaps(position, {**held, 0: (15, 90), 1: (22, 30)}, config)
     assert without_gaps(position, {**held, 0: (15, 90)}, accepting) == {**position, 0: [15, 0, 50, 1]}
@@ -383,7 +383,7 @@ def test_a_missing_topic_is_waited_for_and_then_an_error(cluster, capsys):
     cluster.send(name, 0, [b"x"])
     config = cluster.config(f"{name}x", retry_seconds=1.0)
     with pytest.raises(UserError) as error:
-        KafkaSource(config, SPEC)
+        KafkaSource(config, SPEC).connect()
     reason = f"no topic '{name}x' on the Kafka brokers (did you mean '{name}'?)"
     assert str(error.value) == f"{reason}; gave up after 1 s (stream.retry_seconds)"
     assert f"stream: {reason}; trying for another 1 s" in capsys.readouterr().out
@@ -396,7 +396,7 @@ def test_a_topic_that_comes_is_found(cluster):
     name = f"{cluster.topic()}-later"
     timer = threading.Timer(0.7, lambda: cluster.producer.list_topics(name, timeout=20))
     timer.start()
-    assert KafkaSource(cluster.config(name), SPEC).partitions == PARTITIONS
+    assert KafkaSource(cluster.config(name), SPEC).connect().partitions == PARTITIONS
     timer.join()
 
 
@@ -405,13 +405,13 @@ def test_unreachable_brokers_are_given_up_on(capsys):
     # Port 9 is the discard service's, which nothing offers any more.
     config = kafka_source.StreamConfig(source="kafka", brokers="127.0.0.1:9", topic="watch", retry_seconds=1.0)
     with pytest.raises(UserError, match=r"no Kafka broker answers at 127.0.0.1:9 \(.*refused.*\); gave up after 1 s"):
-        KafkaSource(config, SPEC)
+        KafkaSource(config, SPEC).connect()
     assert "stream: no Kafka broker answers at 127.0.0.1:9 (" in capsys.readouterr().out
 
 
 def test_brokers_that_go_away_while_reading(own_cluster):
     config = own_cluster.published(EVENTS, 1, until_end=False, retry_seconds=2.0, batch_events=1000)
-    with KafkaSource(config, SPEC).open(ALL) as reader:
+    with KafkaSource(config, SPEC).connect().open(ALL) as reader:
         assert reader.take() is not None
         own_cluster.close()
         with pytest.raises(UserError, match=r"no Kafka broker answers at .*; gave up after 2 s"):
@@ -424,19 +424,19 @@ def test_a_topic_with_other_partitions_is_refused(cluster, monkeypatch):
     position = read(config, batches=1)[0].position
     with pytest.raises(UserError, match="has partitions 0 to 7, the source has 0 to 3"):
         read(config, ALL, {**position, **{p: [0, 0, 0, 0] for p in range(4, 8)}})
-    monkeypatch.setattr(kafka_source, "_LOOK_SECONDS", 0.1)
-    with KafkaSource(config, SPEC).open(ALL) as reader:
+    monkeypatch.setattr(kafka_source, "_CHECK_SECONDS", 0.1)
+    with KafkaSource(config, SPEC).connect().open(ALL) as reader:
         monkeypatch.setattr(kafka_source, "topic_partitions", lambda consumer, topic, timeout: (8, "cluster"))
-        with pytest.raises(UserError, match="has 8 partitions now instead of 4: users are in other partitions"):
+        with pytest.raises(UserError, match="has 8 partitions now instead of 4: users have moved to other partitions"):
             while True:
                 reader.take(1.0)
 
 
 def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(cluster):
     config = cluster.config(cluster.topic(), until_end=False, linger_seconds=0.05, idle_seconds=0.1)
-    topic = TopicPublisher(config, SPEC, PARTITIONS)
+    topic = TopicPublisher(config, SPEC, PARTITIONS).open()
     one = by_partition(EVENTS)[3]
-    source = KafkaSource(config, SPEC)
+    source = KafkaSource(config, SPEC).connect()
     with source.open(ALL) as reader:
         assert reader.take(0.3) is None
         for first in (0, 5):
@@ -459,7 +459,7 @@ def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(c
 def test_a_new_run_may_begin_at_the_end(cluster):
     config = cluster.published(EVENTS, 1).model_copy(update={"begin": "latest"})
     ends = {p: [len(own["time_ms"]), 0, 0, 0] for p, own in by_partition(EVENTS).items()}
-    with KafkaSource(config, SPEC).open(ALL) as reader:
+    with KafkaSource(config, SPEC).connect().open(ALL) as reader:
         assert reader.position == ends
         assert reader.take() is None
 
@@ -504,12 +504,12 @@ def test_the_source_of_a_config_and_its_identity(cluster):
 )
 def test_properties_are_checked(cluster, properties, lines, told):
     with pytest.raises(UserError, match=told):
-        KafkaSource(cluster.config("any", properties=properties(*lines)), SPEC)
+        KafkaSource(cluster.config("any", properties=properties(*lines)), SPEC).connect()
 
 
 def test_properties_that_are_not_there(cluster, tmp_path):
     with pytest.raises(UserError, match=r"stream.properties = '.*none': cannot be read"):
-        KafkaSource(cluster.config("any", properties=str(tmp_path / "none")), SPEC)
+        KafkaSource(cluster.config("any", properties=str(tmp_path / "none")), SPEC).connect()
 
 
 def test_publish_puts_a_dataset_on_a_topic(cluster, tmp_path, capsys):
@@ -542,11 +542,11 @@ def test_publish_makes_the_topic_or_says_what_to_do(cluster, tmp_path, capsys):
     status = main([*command, "--retry-seconds", "30" if cluster.real else "1"])
     if cluster.real:
         assert status == 0
-        assert KafkaSource(cluster.config(topic), SPEC).partitions == 3
+        assert KafkaSource(cluster.config(topic), SPEC).connect().partitions == 3
     else:
         # librdkafka's brokers have no controller to make topics.
         assert status == 2
-        assert f"topic {topic} is not there and cannot be made" in capsys.readouterr().err
+        assert f"topic {topic} does not exist and cannot be created" in capsys.readouterr().err
 
 
 def test_publish_without_confluent_kafka(tmp_path, capsys, monkeypatch):

@@ -83,7 +83,7 @@ BROKEN = [
     (b"", "not JSON: Expecting value"),
     (b"{}", "event is missing"),
     (b"[1]", "not a JSON object but list"),
-    (b"\xff{", "not text in UTF-8"),
+    (b"\xff{", "not UTF-8 text"),
     (line()[:-1], "not JSON: "),
     (line() + b"}", "not JSON: Extra data"),
     (line(user_id=...), "user_id is missing"),
@@ -104,16 +104,16 @@ BROKEN = [
     (line(value=float("nan")), "value is not a finite float32"),
     (line(value=1e39), "value is not a finite float32"),
     (line(value=10**400), "value is not a finite float32"),
-    (opening(side=...), "side is missing: side, dense and stat come all or not at all"),
+    (opening(side=...), "side is missing; a message has all of side, dense and stat or none of them"),
     (opening(dense=None), "dense is missing"),
     (opening(stat=..., dense=...), "stat is missing"),
     (opening(side=[1]), "side has 1 values; it must have 2"),
     (opening(dense=[]), "dense has 0 values; it must have 1"),
     (opening(stat=[0] * 9), "stat has 9 values; it must have 8"),
-    (opening(side=[50, 0]), "side has a value that is none of its feature's"),
-    (opening(side=[0, -1]), "side has a value that is none of its feature's"),
-    (opening(side=[0, None]), "side has a value that is none of its feature's"),
-    (opening(side=[0, 1 << 62]), "side has a value that is none of its feature's"),
+    (opening(side=[50, 0]), "side has a value outside of its feature's rows"),
+    (opening(side=[0, -1]), "side has a value outside of its feature's rows"),
+    (opening(side=[0, None]), "side has a value outside of its feature's rows"),
+    (opening(side=[0, 1 << 62]), "side has a value outside of its feature's rows"),
     (opening(side=[0, 1.0]), "side is [0, 1.0], not a list of 64-bit integers"),
     (opening(side=7), "side is 7, not a list of 64-bit integers"),
     (opening(dense=[True]), "dense is [True], not a list of numbers"),
@@ -123,8 +123,8 @@ BROKEN = [
     (opening(dense=[1e39]), "dense has a value that is not a finite float32"),
     (opening(dense=[float("nan")]), "dense has a value that is not a finite float32"),
     (opening(dense=[10**400]), "dense has a value that is not a finite float32"),
-    (opening(stat=[-1, 0, 0, 0, 0, 0, 0, 0]), "stat has a value that is no count"),
-    (opening(stat=[None] * 8), "stat has a value that is no count"),
+    (opening(stat=[-1, 0, 0, 0, 0, 0, 0, 0]), "stat has a value that is not a count"),
+    (opening(stat=[None] * 8), "stat has a value that is not a count"),
     (opening(user_id=-1, side=[1]), "user_id is negative"),
 ]
 
@@ -241,7 +241,7 @@ def test_users_of_another_partition_are_rejected():
     claimed[[3, 8]] = (claimed[[3, 8]] + 1) % 4
     decoded = codec("json").decode(sent, NOW_MS, claimed, 4)
     assert [bad.message for bad in decoded.rejected] == [3, 8]
-    assert decoded.rejected[0].reason == f"a user of partition {at[3]} in partition {claimed[3]}"
+    assert decoded.rejected[0].reason == f"its user belongs to partition {at[3]}, not to partition {claimed[3]}"
     assert decoded.rejected[0].content == sent[3]
 
 

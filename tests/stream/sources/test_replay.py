@@ -223,7 +223,10 @@ def with_event(table: pa.Table, name: str) -> pa.Table:
         (lambda path: (path / "dataset.json").unlink(), "no dataset here"),
         (lambda path: (path / "events/part-00002.parquet").unlink(), "part-00002.parquet: no such file"),
         (lambda path: (path / "events/part-00002.parquet").write_bytes(b"PAR1"), "not a readable Parquet file"),
-        (lambda path: break_file(lambda table: with_event(table, "poke"), path), "column 'event' is 'poke', no event"),
+        (
+            lambda path: break_file(lambda table: with_event(table, "poke"), path),
+            "column 'event' is 'poke', which is not an event",
+        ),
         (
             lambda path: break_file(lambda table: table.set_column(6, "time_ms", table["value"]), path),
             "column 'time_ms' is float; it must be int64",

@@ -89,12 +89,12 @@ def test_exposures_carry_the_features_of_their_rows_in_portions_of_any_size(tmp_
     while first < 900:
         stop = first + int(rng.integers(0, 60))
         part = {name: column[first:stop] for name, column in events.items()}
-        carried += check(part, features.of(part), known)
+        carried += check(part, features.lookup(part), known)
         first = stop
     assert 300 < carried < 700
     # Whatever was asked before.
     earlier = {name: column[200:350] for name, column in events.items()}
-    assert check(earlier, features.of(earlier), known) > 50
+    assert check(earlier, features.lookup(earlier), known) > 50
 
 
 def test_every_record_is_read_once_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_every_record_is_read_once_and_let_go(tmp_path: Path, monkeypatch: pytes
     )
     most = 0
     for first in range(0, 3000, 50):
-        features.of({name: column[first : first + 50] for name, column in events.items()})
+        features.lookup({name: column[first : first + 50] for name, column in events.items()})
         most = max(most, len(features._records))
     assert sorted(read) == sorted(set(read)) and len(read) >= 3000 // 16
     # 500 ms of 20 s, of 188 records.
@@ -118,12 +118,12 @@ def test_an_enter_carries_nothing_where_every_visit_has_an_exposure(tmp_path: Pa
     rows = random_rows(1, 60)
     events = random_events(rows, 1, 60)
     events["event"][:] = ENTER
-    assert len(write(tmp_path, rows).of(events)) == 0
+    assert len(write(tmp_path, rows).lookup(events)) == 0
 
 
 def test_a_dataset_of_events_alone_logs_nothing(tmp_path: Path) -> None:
     events = random_events(random_rows(1, 60), 1, 60)
-    assert len(ReplayFeatures(tmp_path, SPEC, 0).of(events)) == 0
+    assert len(ReplayFeatures(tmp_path, SPEC, 0).lookup(events)) == 0
 
 
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     shard = tmp_path / "rows" / "part-00000-000000.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"part-00000-000000.tar: record .* cannot be read, the shard is cut short"):
-        features.of(events)
+        features.lookup(events)
     (tmp_path / "rows" / "part-00000.index.json").unlink()
     with pytest.raises(UserError, match="the index of partition 0 is missing"):
         ReplayFeatures(tmp_path, replace(SPEC, rows=100), 0)

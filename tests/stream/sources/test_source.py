@@ -44,7 +44,7 @@ class Counting:
         finally:
             self.closed = True
 
-    def ahead(self, position: Position) -> tuple[int, int]:
+    def backlog(self, position: Position) -> tuple[int, int]:
         return self._batches - position[0][0], self._batches
 
 
@@ -101,12 +101,16 @@ def test_nothing_in_time_is_no_end():
 def test_positions_of_ranks_are_one_map_and_are_dealt_out_again():
     saved = merge_positions([{1: [7, 0, 5, 0], 3: [2, 1, 9, 4]}, {0: [1, 0, 1, 0], 2: [0, 0, 0, 0]}])
     assert list(saved) == [0, 1, 2, 3]
-    assert starting_position([3, 0], saved, 4) == {0: [1, 0, 1, 0], 3: [2, 1, 9, 4]}
-    assert starting_position([1], None, 4, lambda p: (p + 5, 0, 0, 0)) == {1: [6, 0, 0, 0]}
+
+    def beginning(partition: int) -> list[int]:
+        return [partition + 5, 0, 0, 0]
+
+    assert starting_position([3, 0], saved, 4, beginning) == {0: [1, 0, 1, 0], 3: [2, 1, 9, 4]}
+    assert starting_position([1], None, 4, beginning) == {1: [6, 0, 0, 0]}
     with pytest.raises(UserError, match="has partitions 0 to 3, the source has 0 to 7"):
-        starting_position([1], saved, 8)
+        starting_position([1], saved, 8, beginning)
     with pytest.raises(UserError, match="has partitions 1, 3, the source has 0 to 3"):
-        starting_position([1], {1: [0, 0, 0, 0], 3: [0, 0, 0, 0]}, 4)
+        starting_position([1], {1: [0, 0, 0, 0], 3: [0, 0, 0, 0]}, 4, beginning)
 
 
 def test_another_source_is_told_by_what_differs():

@@ -1,4 +1,4 @@
-"""Lines of JSON, an event each, as columns: fast where all of them are plain, and line by line where not."""
+"""Parser of JSON lines, one event per line: a fast path for plain lines, and a path line by line for the others."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import pyarrow.json as paj
 
 IDS = ("user_id", "author_id", "item_id", "visit_id")
 INTEGERS = (*IDS, "time_ms")
-# Floats are read in 64 bits and rounded once, whichever parser reads them.
+# Both parsers read floats in 64 bits and round once, so that they give the same values.
 JSON_SCHEMA = pa.schema(
     [(name, pa.int64()) for name in INTEGERS]
     + [("domain", pa.string()), ("event", pa.string()), ("value", pa.float64())]
     + [("side", pa.list_(pa.int64())), ("dense", pa.list_(pa.float64())), ("stat", pa.list_(pa.float64()))]
 )
-"""Columns of the lines; any value may be null."""
+"""Columns of parsed lines; any value may be null."""
 
 _PARSE = paj.ParseOptions(explicit_schema=JSON_SCHEMA, unexpected_field_behavior="ignore")
-_FEW = 32
+_FEW_LINES = 32
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def parse_lines(lines: list[bytes]) -> tuple[pa.Table, dict[int, str]]:
-    """Lines as columns of ``JSON_SCHEMA``, and why lines are none: those are left out of the table."""
+    """Parse lines into columns of ``JSON_SCHEMA``; return them and the reasons of the rejected lines by number."""
     tables: list[pa.Table] = [JSON_SCHEMA.empty_table()]
     bad: dict[int, str] = {}
     _parse(lines, 0, tables, bad)
@@ -34,7 +34,7 @@ def parse_lines(lines: list[bytes]) -> tuple[pa.Table, dict[int, str]]:
 
 
 def is_text(value: bytes) -> bool:
-    """Whether it is UTF-8."""
+    """True if ``value`` is UTF-8."""
     if not value.isascii():
         try:
             value.decode()
@@ -44,11 +44,11 @@ def is_text(value: bytes) -> bool:
 
 
 def _parse(lines: list[bytes], first: int, tables: list[pa.Table], bad: dict[int, str]) -> None:
-    """Parse lines, whose first one has the number ``first``, in order; halves of what Arrow does not take."""
+    """Parse lines in order, numbered from ``first``; lines that the fast path refuses are halved and tried again."""
     table = parse_together(lines, len(lines))
     if table is not None:
         tables.append(table)
-    elif len(lines) > _FEW:
+    elif len(lines) > _FEW_LINES:
         half = len(lines) // 2
         _parse(lines[:half], first, tables, bad)
         _parse(lines[half:], first + half, tables, bad)
@@ -64,9 +64,9 @@ def _parse(lines: list[bytes], first: int, tables: list[pa.Table], bad: dict[int
 
 
 def parse_together(parts: list[bytes], lines: int) -> pa.Table | None:
-    """Parts of so many lines, as columns of ``JSON_SCHEMA``; None if any line is not plainly one flat object.
+    """Parse parts with ``lines`` lines in total; return None unless every line is plainly one flat object.
 
-    What it takes, ``parse_lines`` takes with the same values.
+    ``parse_lines`` accepts the same lines with the same values.
     """
     joined = b"\n".join(parts)
     objects = joined.count(b"{")
@@ -75,7 +75,7 @@ def parse_together(parts: list[bytes], lines: int) -> pa.Table | None:
     if not is_text(joined):
         return None
     try:
-        # One block, since a line may not be longer than one.
+        # One block for all lines, because Arrow refuses a line that is longer than a block.
         read = paj.ReadOptions(use_threads=False, block_size=len(joined) + 1)
         table = paj.read_json(pa.py_buffer(joined), read_options=read, parse_options=_PARSE)
     except pa.ArrowException:
@@ -84,7 +84,7 @@ def parse_together(parts: list[bytes], lines: int) -> pa.Table | None:
 
 
 def _parse_one(line: bytes) -> dict[str, object] | str:
-    """A line as a row of ``JSON_SCHEMA``, or why it is none."""
+    """Parse a line into a row of ``JSON_SCHEMA``; return the reason as a string if it is rejected."""
     try:
         parsed = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -104,7 +104,7 @@ def _parse_one(line: bytes) -> dict[str, object] | str:
 
 
 def _as_float(value: object) -> object:
-    """A number as Arrow reads it: what no float can hold is infinite."""
+    """Convert an integer as Arrow does: a value beyond the range of float32 becomes infinite."""
     if type(value) is not int:
         return value
     return float(value) if abs(value) <= _LARGEST_FLOAT32 else math.inf
@@ -119,7 +119,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_string(value: object) -> bool:
-    # Half of a pair of UTF-16 is JSON, and no text.
+    # An unpaired UTF-16 surrogate is valid JSON, but not valid text.
     return type(value) is str and not any("\ud800" <= character <= "\udfff" for character in value)
 
 

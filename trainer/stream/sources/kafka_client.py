@@ -1,4 +1,4 @@
-"""What reading from and writing to Kafka share: the library, its settings, and timeouts with brokers and topics."""
+"""Shared parts of Kafka consumers and producers: the library, its settings, retries, and metadata requests."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OURS = {
+RESERVED_PROPERTIES = {
     "bootstrap.servers": "stream.brokers",
     "enable.auto.commit": "offsets are in the checkpoints",
     "enable.auto.offset.store": "offsets are in the checkpoints",
     "auto.offset.reset": "stream.on_gap",
-    "enable.partition.eof": "the end of a partition must be seen",
-    "allow.auto.create.topics": "asking for a topic must not make it",
+    "enable.partition.eof": "the end of each partition must be reported",
+    "allow.auto.create.topics": "a metadata request must not create the topic",
     "enable.idempotence": "a message must be written once",
-    "error_cb": "it is no text",
+    "error_cb": "it is a function",
 }
-"""Properties that a file may not set, and what stands for them."""
+"""Properties that a file may not set, and the key that sets them or the reason why they are fixed."""
 
 LINE_SECONDS = 5.0
-"""Between two lines about the same trouble."""
+"""Minimum time between two progress lines of one retry."""
 
-_ASK_SECONDS = 2.0
+_REQUEST_SECONDS = 2.0
+_PAUSE_SECONDS = 0.5
 
 
 def library() -> Any:
-    """The package ``confluent_kafka``.
+    """Return the package ``confluent_kafka``.
 
     Raises:
         UserError: it is not installed.
@@ -52,12 +53,12 @@ def library() -> Any:
 
 
 def client_properties(config: StreamConfig) -> dict[str, Any]:
-    """Settings of a client: the brokers, and the file of the user's.
+    """Return the properties of a client: the brokers, and the properties in the user's file.
 
     Raises:
-        UserError: the file is not there, has a line that is none, or a property that is not the user's to set.
+        UserError: the file cannot be read, a line is not ``key=value``, or a property is reserved.
     """
-    # What goes wrong is told by us; the library's own lines would come in between.
+    # Errors are reported by this module; the library's own log lines would repeat them.
     properties: dict[str, Any] = {"log_level": 2}
     if config.properties:
         try:
@@ -69,69 +70,72 @@ def client_properties(config: StreamConfig) -> dict[str, Any]:
             if not key or key.startswith("#"):
                 continue
             if not equals:
-                raise UserError(f"{config.properties}: line {number}: write key=value, as librdkafka takes it")
-            if key in OURS:
-                raise UserError(f"{config.properties}: line {number}: {key} cannot be set here ({OURS[key]})")
+                raise UserError(f"{config.properties}: line {number}: write key=value, a property of librdkafka")
+            if key in RESERVED_PROPERTIES:
+                raise UserError(
+                    f"{config.properties}: line {number}: {key} cannot be set here ({RESERVED_PROPERTIES[key]})"
+                )
             properties[key] = value
     return {**properties, "bootstrap.servers": config.brokers}
 
 
 @dataclass
 class BrokerStatus:
-    """The last error that a client has told, and since when it has reached no broker.
+    """Last error of a client, and the time since when it has reached no broker.
 
     Attributes:
-        said: the error.
-        since: monotonic seconds.
-        serve: has the client tell what it has to, which is to be set to None once that would take a message from it.
+        last_error: text of the error.
+        down_since: monotonic seconds; None while brokers are reachable.
+        poll: function that makes the client deliver its errors. A consumer sets it to None when it starts to read,
+            because polling would take a message from it.
     """
 
-    said: str = ""
-    since: float | None = None
-    serve: Callable[[float], Any] | None = None
+    last_error: str = ""
+    down_since: float | None = None
+    poll: Callable[[float], Any] | None = None
 
     def __call__(self, error: Any) -> None:
-        """Given to clients as ``error_cb``."""
+        """Record an error; clients call this as their ``error_cb``."""
         if error.code() == library().KafkaError._ALL_BROKERS_DOWN:
-            self.since = time.monotonic() if self.since is None else self.since
+            self.down_since = time.monotonic() if self.down_since is None else self.down_since
         else:
-            self.said = error.str()
+            self.last_error = error.str()
 
 
-def make_client(kind: Callable[..., Any], properties: dict[str, Any], trouble: BrokerStatus, origin: str) -> Any:
-    """A consumer, producer or admin client.
+def make_client(kind: Callable[..., Any], properties: dict[str, Any], status: BrokerStatus, origin: str) -> Any:
+    """Create a consumer, producer or admin client, which reports its errors to ``status``.
 
     Raises:
-        UserError: the library does not take a property.
+        UserError: the library refuses a property; names ``origin``, the file of the properties.
     """
     kafka = library()
     try:
-        client = kind({**properties, "error_cb": trouble})
+        client = kind({**properties, "error_cb": status})
     except (kafka.KafkaException, ValueError, TypeError) as error:
         raise UserError(f"{origin or 'stream.brokers'}: {_text(error)}") from None
-    trouble.serve = client.poll
+    status.poll = client.poll
     return client
 
 
-def make_consumer(config: StreamConfig, trouble: BrokerStatus) -> Any:
-    """A consumer that commits nothing, resets nothing, and tells the ends of partitions."""
+def make_consumer(config: StreamConfig, status: BrokerStatus) -> Any:
+    """Create a consumer that commits no offsets, never resets its offset, and reports the ends of partitions."""
     properties = {
-        # The library demands one; nothing is ever stored under it.
+        # The library requires a group; nothing is ever stored under it.
         "group.id": "limelight",
         **client_properties(config),
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
-        # Asking for a topic must not make it, and training may take its time.
+        # A metadata request must not create a topic, and a training step may take long between two polls.
         "allow.auto.create.topics": False,
         "max.poll.interval.ms": 86_400_000,
     }
-    return make_client(library().Consumer, properties, trouble, config.properties)
+    return make_client(library().Consumer, properties, status, config.properties)
 
 
-def make_producer(config: StreamConfig, trouble: BrokerStatus) -> Any:
-    """A producer that writes every message once and in order, though it sends it again when it must."""
+def make_producer(config: StreamConfig, status: BrokerStatus) -> Any:
+    """Create a producer that writes every message exactly once and in order, with retries."""
     properties = {
         "linger.ms": 20,
         "compression.type": "lz4",
@@ -139,51 +143,53 @@ def make_producer(config: StreamConfig, trouble: BrokerStatus) -> Any:
         **client_properties(config),
         "enable.idempotence": True,
     }
-    return make_client(library().Producer, properties, trouble, config.properties)
+    return make_client(library().Producer, properties, status, config.properties)
 
 
-def retry(ask: Callable[[float], T], config: StreamConfig, trouble: BrokerStatus) -> T:
-    """``ask(timeout)`` until it answers, with a line now and then.
+def retry(request: Callable[[float], T], config: StreamConfig, status: BrokerStatus) -> T:
+    """Call ``request(timeout)`` until it succeeds, with a progress line every ``LINE_SECONDS``.
 
     Args:
-        ask: raises ``KafkaException`` if no broker answered, or :class:`TopicNotFound`.
-        config: how long.
-        trouble: of the client that asks.
+        request: raises ``KafkaException`` if no broker answers, or :class:`TopicNotFound`.
+        config: ``retry_seconds`` is the total time.
+        status: status of the client that makes the request.
 
     Raises:
-        UserError: no answer in ``retry_seconds``.
+        UserError: no success within ``retry_seconds``; gives the last reason.
     """
     kafka = library()
-    began = told = time.monotonic()
+    start = last_line = time.monotonic()
     while True:
-        left = config.retry_seconds - (time.monotonic() - began)
+        left = config.retry_seconds - (time.monotonic() - start)
         try:
-            return ask(min(_ASK_SECONDS, max(left / 2, 0.1)))
+            # Half of the time left, so that there is a second attempt even when the total time is short.
+            return request(min(_REQUEST_SECONDS, max(left / 2, 0.1)))
         except TopicNotFound as error:
             reason = str(error)
         except kafka.KafkaException as error:
-            if trouble.serve is not None:
-                trouble.serve(0)
-            reason = f"no Kafka broker answers at {config.brokers} ({trouble.said or _text(error)})"
+            # The client's own error says more than the exception, which often is only a timeout.
+            if status.poll is not None:
+                status.poll(0)
+            reason = f"no Kafka broker answers at {config.brokers} ({status.last_error or _text(error)})"
         now = time.monotonic()
-        left = config.retry_seconds - (now - began)
+        left = config.retry_seconds - (now - start)
         if left <= 0:
             raise UserError(f"{reason}; gave up after {config.retry_seconds:g} s (stream.retry_seconds)")
-        if told == began or now - told >= LINE_SECONDS:
+        if last_line == start or now - last_line >= LINE_SECONDS:
             logger.info(f"stream: {reason}; trying for another {left:.0f} s")
-            told = now
-        time.sleep(min(0.5, left))
+            last_line = now
+        time.sleep(min(_PAUSE_SECONDS, left))
 
 
 class TopicNotFound(Exception):
-    """Brokers answer, but do not have what is asked for: it may come."""
+    """The brokers answer, but the topic does not exist (yet)."""
 
 
 def topic_partitions(consumer: Any, topic: str, timeout: float) -> tuple[int, str | None]:
-    """Number of partitions of a topic, and the id of its cluster.
+    """Return the number of partitions of a topic, and the id of its cluster.
 
     Raises:
-        TopicNotFound: no such topic.
+        TopicNotFound: there is no such topic.
         KafkaException: no broker answers.
     """
     metadata = consumer.list_topics(topic, timeout=timeout)
@@ -191,35 +197,35 @@ def topic_partitions(consumer: Any, topic: str, timeout: float) -> tuple[int, st
     if entry is None or not entry.partitions:
         others = [name for name in consumer.list_topics(timeout=timeout).topics if name != topic]
         near = difflib.get_close_matches(topic, others, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {len(others)} others"
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {len(others)} other topics"
         raise TopicNotFound(f"no topic {topic!r} on the Kafka brokers ({hint})")
     return len(entry.partitions), metadata.cluster_id
 
 
 def watermarks(
-    consumer: Any, partitions: Iterable[int], config: StreamConfig, trouble: BrokerStatus
+    consumer: Any, partitions: Iterable[int], config: StreamConfig, status: BrokerStatus
 ) -> dict[int, tuple[int, int]]:
-    """First offset that the topic holds of each partition, and the one that its next message will have.
+    """Return the low and high offsets of each partition: its first message, and its next future message.
 
     Raises:
         UserError: no broker answers.
     """
     kafka = library()
 
-    def ask(partition: int, timeout: float) -> tuple[int, int]:
+    def request(partition: int, timeout: float) -> tuple[int, int]:
         held = consumer.get_watermark_offsets(kafka.TopicPartition(config.topic, partition), timeout=timeout)
         if held is None:
             raise kafka.KafkaException(kafka.KafkaError(kafka.KafkaError._TIMED_OUT))
         return int(held[0]), int(held[1])
 
-    return {partition: retry(partial(ask, partition), config, trouble) for partition in partitions}
+    return {partition: retry(partial(request, partition), config, status) for partition in partitions}
 
 
 def produce(producer: Any, topic: str, **message: Any) -> None:
-    """Hand a message to a producer, once it has room for it.
+    """Pass a message to a producer, and wait while its queue is full.
 
     Raises:
-        UserError: the producer does not take it, such as for its size.
+        UserError: the producer refuses the message, such as for its size.
     """
     while True:
         try:
@@ -229,9 +235,10 @@ def produce(producer: Any, topic: str, **message: Any) -> None:
             producer.poll(0.1)
         except library().KafkaException as error:
             size = len(message["value"])
-            raise UserError(f"topic {topic}: a message of {size:,} bytes is not taken ({_text(error)})") from None
+            raise UserError(f"topic {topic}: a message of {size:,} bytes is refused ({_text(error)})") from None
 
 
 def _text(error: Exception) -> str:
-    said = error.args[0] if error.args else error
-    return said.str() if hasattr(said, "str") else str(said)
+    """Return the message of an error of the library."""
+    message = error.args[0] if error.args else error
+    return message.str() if hasattr(message, "str") else str(message)

@@ -1,9 +1,10 @@
-"""What a topic has that is no event goes to a topic of its own, with the reason, before the position passes it.
+"""Dead letters: writes rejected events with the reason to a topic of their own, before the position passes them.
 
-A message there has the format of the stream and holds the rejected event alone, or what cannot be taken apart whole.
-Its headers say why and where it was: ``limelight.reason``, ``limelight.topic``, ``limelight.partition``,
-``limelight.offset`` and ``limelight.inside`` (which event of the message). A job that was killed sends what it had sent
-since its last checkpoint again; the headers tell that it is the same. The counts in positions have each once.
+A dead letter has the format of the stream. It holds only the rejected event, or the whole message if that cannot be
+split into events. Its headers give the reason and the source: ``limelight.reason``, ``limelight.topic``,
+``limelight.partition``, ``limelight.offset`` and ``limelight.inside`` (the number of the event in its message). A job
+that was killed sends the dead letters since its last checkpoint again; the headers identify the duplicates. The counts
+in positions have each event once.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _WINDOW = 1000
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """What is no event, and where it was.
+    """Rejected event and its place in the topic.
 
     Attributes:
-        partition: of the topic.
-        offset: of the message.
-        inside: which event of the message.
-        reason: for a person.
+        partition: partition of the topic.
+        offset: offset of the message.
+        inside: number of the event in the message.
+        reason: reason as text for a person.
         content: see ``trainer.stream.sources.message_codec.RejectedEvent``.
     """
 
@@ -47,32 +48,34 @@ class DeadLetter:
 
 
 class DeadLetterProducer:
-    """Sends rejected events away, says so, and gives up where most of a stream is none.
+    """Sends rejected events to the dead-letter topic, and stops the job if most of a stream is rejected.
+
+    The producer is created with the first dead letter.
 
     Args:
-        config: of the stream.
+        config: config of the stream.
     """
 
     def __init__(self, config: StreamConfig) -> None:
-        self._config, self._trouble = config, BrokerStatus()
+        self._config, self._status = config, BrokerStatus()
         self._producer: Any = None
         self._topic = config.dead_letter or f"{config.topic}-dead-letters"
         self._recent: list[tuple[int, int]] = []
         self._unreported, self._last_report = 0, -_LINE_SECONDS
 
     def send(self, letters: Sequence[DeadLetter], good: int) -> None:
-        """Have rejected events on their topic, and count them beside the ``good`` ones that came with them.
+        """Write rejected events to the dead-letter topic, and count them against the ``good`` ones of the same chunk.
 
         Raises:
-            UserError: they cannot be written; or most of what came lately is no event.
+            UserError: they cannot be written, or most of the latest events were rejected.
         """
         if letters:
             self._write(letters)
             self._unreported += len(letters)
             if time.monotonic() - self._last_report >= _LINE_SECONDS:
                 logger.info(
-                    f"stream: {self._unreported:,} of topic {self._config.topic} are no events (such as {letters[0]}); "
-                    f"they are in topic {self._topic}"
+                    f"stream: {self._unreported:,} events of topic {self._config.topic} were rejected (such as "
+                    f"{letters[0]}); they are in the dead-letter topic {self._topic}"
                 )
                 self._unreported, self._last_report = 0, time.monotonic()
         self._recent.append((good, len(letters)))
@@ -83,14 +86,15 @@ class DeadLetterProducer:
             if 2 * rejected > total:
                 example = f" (such as {letters[0]})" if letters else ""
                 raise UserError(
-                    f"{rejected:,} of the last {total:,} of topic {self._config.topic} are no events{example}: are "
-                    f"stream.format = {self._config.format!r} and stream.partitioner = {self._config.partitioner!r} "
-                    f"those of the topic?"
+                    f"{rejected:,} of the last {total:,} events of topic {self._config.topic} were rejected{example}; "
+                    f"check that stream.format = {self._config.format!r} and stream.partitioner = "
+                    f"{self._config.partitioner!r} are those of the topic"
                 )
 
     def _write(self, letters: Sequence[DeadLetter]) -> None:
+        """Produce the letters, and wait until they are delivered."""
         if self._producer is None:
-            self._producer = make_producer(self._config, self._trouble)
+            self._producer = make_producer(self._config, self._status)
         failures: list[str] = []
 
         def delivered(error: Any, message: Any) -> None:
@@ -112,10 +116,11 @@ class DeadLetterProducer:
                 headers=[(f"limelight.{name}", str(value).encode()) for name, value in headers.items()],
                 on_delivery=delivered,
             )
+        # The position may pass these events only once they are stored.
         left = self._producer.flush(self._config.retry_seconds)
         if left or failures:
-            why = failures[0] if failures else self._trouble.said or "no broker answers"
+            why = failures[0] if failures else self._status.last_error or "no broker answers"
             raise UserError(
-                f"topic {self._config.topic}: {letters[0]}, and it cannot be put into topic {self._topic} ({why}); "
-                f"make that topic, or name another as stream.dead_letter"
+                f"topic {self._config.topic}: {letters[0]}, and it cannot be written to the dead-letter topic "
+                f"{self._topic} ({why}); create that topic, or name another one as stream.dead_letter"
             )

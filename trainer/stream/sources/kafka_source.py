@@ -1,19 +1,20 @@
-"""Reads a Kafka topic keyed by user; offsets are in the positions, and so in the checkpoints, and nowhere else.
+"""Kafka source: reads a topic keyed by user. Offsets are stored only in positions, and so in the checkpoints.
 
-**Partitions.** The topic's partitions are the job's: with N of them, partition p has the events of the users whose
-``schema.partition_of(user_id, N)`` is p, which is what ``limelight stream publish`` writes, and rank ``p % world``
-reads it. Messages of a user elsewhere are rejected, since another rank would have its visits. Topics of producers with
-a partitioner of their own are read with ``partitioner = "producer"``: what counts is that a user's messages are in one
-partition and in order, which is then taken on trust. A topic whose number of partitions has changed is refused: users
-have moved.
+**Partitions.** The partitions of the topic are those of the job. In a topic of N partitions, partition p has the events
+of the users with ``schema.partition_of(user_id, N) == p``, as ``limelight stream publish`` writes them, and rank
+``p % world`` reads it. An event of a user in another partition is rejected, because another rank has that user's
+visits. A topic of a producer with its own partitioner is read with ``partitioner = "producer"``; then the producer must
+keep each user's messages in one partition and in order, which is not checked. A topic whose number of partitions has
+changed is refused, because its users have moved.
 
-**Exactly once.** Partitions are assigned, not subscribed to; nothing is committed. A reader opened at a position seeks
-to it. What the broker no longer holds is a gap, and refused unless ``on_gap`` says otherwise; an offset that the topic
-has not reached is always refused, since it is another topic. Messages: see ``trainer.stream.sources.message_codec``.
+**Exactly once.** Partitions are assigned, not subscribed to, and no offset is committed. A reader that is opened at a
+position seeks to it. Messages at the position that the broker has deleted are a gap; a gap is an error unless
+``on_gap`` accepts it. An offset beyond the end of the topic is always an error, because the topic is another one.
+Messages: see ``trainer.stream.sources.message_codec``.
 
-**Order.** A topic that holds enough is read in the order that ``trainer.stream.sources.source`` defines. At the end of
-a live one, where a batch goes out after ``linger_seconds`` and silent partitions are not waited for, batches depend on
-when messages come; with ``until_end`` they never do.
+**Order.** Stored messages are read in the order that ``trainer.stream.sources.source`` defines. At the end of a live
+topic, batches are handed out after ``linger_seconds`` and silent partitions are not waited for, so there the batches
+depend on the arrival of messages; with ``until_end`` they never do.
 """
 
 from __future__ import annotations
@@ -47,50 +48,58 @@ from trainer.stream.sources.time_merge import TimeMerge
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_MOST_MESSAGES = 10_000
-_LOOK_SECONDS = 5.0
+_MAX_MESSAGES = 10_000
+_CHECK_SECONDS = 5.0
 
 
 class KafkaSource:
-    """The events of a topic.
+    """Source of the events of a Kafka topic; call :meth:`connect` first.
 
     Args:
-        config: of the stream.
-        spec: of the dataset that the job is made for: its behaviours are the events, and its features are logged.
-
-    Raises:
-        UserError: the topic or its brokers were not there in ``retry_seconds``, or confluent-kafka is not installed.
+        config: config of the stream.
+        spec: description of the job's dataset, which names the behaviours and the logged features.
     """
 
     def __init__(self, config: StreamConfig, spec: DatasetSpec) -> None:
         self._config, self._spec = config, spec
-        trouble = BrokerStatus()
-        consumer = make_consumer(config, trouble)
+        self._partitions = 0
+        self._cluster: str | None = None
+
+    def connect(self) -> KafkaSource:
+        """Ask the brokers for the topic's partitions and the cluster's id; return this source.
+
+        Raises:
+            UserError: the brokers or the topic are not available within ``retry_seconds``, or confluent-kafka is not
+                installed.
+        """
+        status = BrokerStatus()
+        consumer = make_consumer(self._config, status)
         try:
             self._partitions, self._cluster = retry(
-                lambda timeout: topic_partitions(consumer, config.topic, timeout), config, trouble
+                lambda timeout: topic_partitions(consumer, self._config.topic, timeout), self._config, status
             )
         finally:
             consumer.close()
+        return self
 
     @property
     def partitions(self) -> int:
-        """Of the topic."""
+        """Number of partitions of the topic, 0 before :meth:`connect`."""
         return self._partitions
 
     @property
     def identity(self) -> SourceIdentity:
-        """The topic and its cluster: offsets of a copy elsewhere differ."""
+        """Topic and id of its cluster, because a copy of the topic in another cluster has other offsets."""
         return {"source": "kafka", "topic": self._config.topic, "cluster": self._cluster}
 
     def open(
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
     ) -> StreamReader:
-        """Read some partitions; see :class:`trainer.stream.sources.source.Source`."""
-        trouble = BrokerStatus()
-        consumer = make_consumer(self._config, trouble)
+        """Open a reader of some partitions; see :class:`trainer.stream.sources.source.Source`."""
+        status = BrokerStatus()
+        consumer = make_consumer(self._config, status)
         try:
-            held = watermarks(consumer, sorted(partitions), self._config, trouble)
+            held = watermarks(consumer, sorted(partitions), self._config, status)
             side = 0 if self._config.begin == "earliest" else 1
             start = starting_position(
                 partitions, position, self.partitions, lambda partition: (held[partition][side], 0, 0, 0)
@@ -99,50 +108,53 @@ class KafkaSource:
         except BaseException:
             consumer.close()
             raise
-        feed = _KafkaFeed(consumer, trouble, start, held, self._partitions, self._config, self._spec, slice_ms)
+        feed = _KafkaFeed(consumer, status, start, held, self._partitions, self._config, self._spec, slice_ms)
         return StreamReader(feed, self._config.queue_batches)
 
 
 def without_gaps(position: Position, held: Mapping[int, tuple[int, int]], config: StreamConfig) -> Position:
-    """The position, moved to what the broker holds where the job accepts that.
+    """Return the position, moved past gaps if the job accepts them.
 
     Args:
-        position: of some partitions.
-        held: first offset of each, and the one behind its last.
-        config: whether gaps are accepted.
+        position: position of some partitions.
+        held: for each partition the offset of its first message, and the offset after its last one.
+        config: ``on_gap`` tells if gaps are accepted.
 
     Raises:
-        UserError: messages at the position are gone; names each gap.
+        UserError: messages at the position are gone, which names each gap; or the position is beyond the topic's end.
     """
     beyond = [p for p, (place, *_) in position.items() if place > held[p][1]]
     if beyond:
         p = beyond[0]
         raise UserError(
             f"topic {config.topic} partition {p}: the saved position is offset {position[p][0]:,}, the topic ends at "
-            f"{held[p][1]:,}: it is not the topic that the run began with, or has lost messages; start a new run"
+            f"{held[p][1]:,}: it is not the topic that the run started with, or it has lost messages; start a new run"
         )
     gone = [p for p, (place, *_) in position.items() if place < held[p][0]]
     if not gone:
         return position
     count = sum(held[p][0] - position[p][0] for p in gone)
-    gaps = "; ".join(f"partition {p} is at offset {position[p][0]:,} and begins at {held[p][0]:,}" for p in gone[:8])
+    gaps = "; ".join(f"partition {p} is at offset {position[p][0]:,} and starts at {held[p][0]:,}" for p in gone[:8])
     gap = f"topic {config.topic} no longer holds {count:,} messages that were not read: {gaps}"
     if len(gone) > 8:
         gap += f"; and {len(gone) - 8} more"
     if config.on_gap == "error":
-        raise UserError(f'{gap}; stream.on_gap = "earliest" goes on without them')
-    logger.info(f"stream: {gap}; going on without them")
+        raise UserError(f'{gap}; stream.on_gap = "earliest" continues without them')
+    logger.info(f"stream: {gap}; continuing without them")
     moved = {p: [held[p][0], 0, *position[p][2:]] for p in gone}
     return {**position, **moved}
 
 
 class _KafkaFeed:
-    """Some partitions of a topic, merged. All but :meth:`ahead` runs in the thread of the reader."""
+    """Feed of some partitions of a topic, merged by event time.
+
+    Everything except :meth:`backlog` runs in the thread of the reader.
+    """
 
     def __init__(
         self,
         consumer: Any,
-        trouble: BrokerStatus,
+        status: BrokerStatus,
         position: Position,
         held: Mapping[int, tuple[int, int]],
         partitions: int,
@@ -151,11 +163,11 @@ class _KafkaFeed:
         slice_ms: int,
     ) -> None:
         self._kafka = library()
-        self._consumer, self._trouble, self.position, self._config = consumer, trouble, position, config
-        self._partitions, self._none = partitions, empty_features(spec)
+        self._consumer, self._status, self.position, self._config = consumer, status, position, config
+        self._partitions, self._no_features = partitions, empty_features(spec)
         self._ticks_ms = [slice_ms] if slice_ms else []
         self._codec = MessageCodec(config.format, spec, round(config.future_hours * 3_600_000))
-        self._dead = DeadLetterProducer(config)
+        self._dead_letters = DeadLetterProducer(config)
         self._merge = TimeMerge(position)
         self._next = {p: at[0] for p, at in position.items()}
         self._inside = {p: (at[0], at[1]) for p, at in position.items() if at[1]}
@@ -163,20 +175,21 @@ class _KafkaFeed:
         self._end = {p: high for p, (_, high) in held.items()}
         self._high = dict(self._end)
         self._newest_ms = 0
-        # A partition may have this much when it is held back, and get as much once more by then.
+        # A partition is paused at this many events; by then, as many again may have been fetched.
         self._per_partition = max(1, config.buffer_events // (2 * max(1, len(position))))
-        # Until the first message has come, messages are taken to be large.
+        # Before the first message its size is unknown; a large guess keeps memory bounded.
         self._per_message = float(self._per_partition)
         self._paused: set[int] = set()
         self._at_end: set[int] = set()
         now = time.monotonic()
         self._heard = dict.fromkeys(position, now)
-        self._looked = self._handed_out = now
+        self._checked = self._handed_out = now
 
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
         """See :class:`trainer.stream.sources.source.EventFeed`."""
         try:
-            self._trouble.serve = None
+            # From now on polling would take a message away.
+            self._status.poll = None
             self._assign(self._next)
             while not stop.is_set():
                 self._poll()
@@ -187,19 +200,19 @@ class _KafkaFeed:
                 while not stop.is_set() and (batch := self._take(rest)) is not None:
                     yield batch
                     self._handed_out = time.monotonic()
-                if rest and (passed := self._passed()) is not None:
-                    yield passed
+                if rest and (empty := self._skip_rejected()) is not None:
+                    yield empty
                 if ended:
                     return
-                self._hold_back()
-                self._look_after()
+                self._pause_partitions()
+                self._check_topic()
         finally:
             self._consumer.close()
 
     def _take(self, rest: bool) -> EventBatch | None:
         return self._merge.take(self._config.batch_events, ticks_ms=self._ticks_ms, rest=rest)
 
-    def ahead(self, position: Position) -> tuple[int, int]:
+    def backlog(self, position: Position) -> tuple[int, int]:
         """See :class:`trainer.stream.sources.source.EventFeed`."""
         return sum(max(0, self._high[p] - at[0]) for p, at in position.items()), self._newest_ms
 
@@ -209,12 +222,12 @@ class _KafkaFeed:
         )
 
     def _poll(self) -> None:
-        """Take what has come and decode it."""
-        wanted = min(max(1, int(self._per_partition / self._per_message)), _MOST_MESSAGES)
+        """Consume and decode the messages that have arrived."""
+        wanted = min(max(1, int(self._per_partition / self._per_message)), _MAX_MESSAGES)
         messages = self._consumer.consume(wanted, _POLL_SECONDS)
         if messages:
-            self._trouble.since = None
-        # The end of a partition is told behind its messages.
+            self._status.down_since = None
+        # The end of a partition is reported after its messages, so messages come first.
         if good := [message for message in messages if message.error() is None]:
             self._append(good)
         for message in messages:
@@ -222,10 +235,11 @@ class _KafkaFeed:
                 self._on_error(message.error(), message.partition(), message.offset())
 
     def _append(self, messages: list[Any]) -> None:
+        """Decode messages, add their events to the merge, and send rejected ones to the dead letters."""
         partition = np.array([message.partition() for message in messages])
         offset = np.array([message.offset() for message in messages])
         order = np.argsort(partition, kind="stable")
-        # Partitions that were paused, or read from elsewhere, may bring what has been read.
+        # After a pause or a seek, the library may deliver messages again that were already read.
         wanted = offset >= np.array([self._next[p] for p in partition.tolist()])
         if self._config.until_end:
             wanted &= offset < np.array([self._end[p] for p in partition.tolist()])
@@ -245,12 +259,12 @@ class _KafkaFeed:
         letters: list[DeadLetter] = []
         for start, stop in zip(starts, stops, strict=True):
             letters += self._append_partition(int(partition[start]), offset, arrived, decoded, start, stop)
-        self._dead.send(letters, len(decoded.message))
+        self._dead_letters.send(letters, len(decoded.message))
 
     def _append_partition(
         self, p: int, offset: np.ndarray, arrived: np.ndarray, decoded: DecodedMessages, start: int, stop: int
     ) -> list[DeadLetter]:
-        """Add what messages ``start`` to ``stop`` of a chunk have to a partition; the rejected, which is to be sent."""
+        """Add the events of messages ``start`` to ``stop`` to partition ``p``; return the rejected ones."""
         first, last = np.searchsorted(decoded.message, [start, stop])
         message, inside = decoded.message[first:last], decoded.inside[first:last]
         events = {name: column[first:last] for name, column in decoded.events.items()}
@@ -258,7 +272,7 @@ class _KafkaFeed:
         bad = [bad for bad in decoded.rejected if start <= bad.message < stop]
         resumed = self._inside.pop(p, None)
         if resumed is not None and offset[start] == resumed[0]:
-            # The first events of this message are before the position.
+            # The position is inside this message; its first events are done.
             after = (message > start) | (inside >= resumed[1])
             events = {name: column[after] for name, column in events.items()}
             logged = logged.take(np.flatnonzero(after))
@@ -286,22 +300,23 @@ class _KafkaFeed:
         return [DeadLetter(p, int(offset[entry.message]), entry.inside, entry.reason, entry.content) for entry in bad]
 
     def _on_error(self, error: Any, p: int, offset: int | None) -> None:
+        """Handle an error message: the end of a partition, a deleted offset, or a failure."""
         kafka = self._kafka.KafkaError
         if error.code() == kafka._PARTITION_EOF:
             self._at_end.add(p)
             if offset is not None and offset > self._next[p]:
-                # Marks of transactions have offsets too.
+                # Transaction markers have offsets too, but are never delivered.
                 self._next[p] = offset
         elif error.code() in (kafka._AUTO_OFFSET_RESET, kafka.OFFSET_OUT_OF_RANGE):
             self._reopen(p)
         elif error.code() in (kafka.UNKNOWN_TOPIC_OR_PART, kafka._UNKNOWN_TOPIC, kafka._UNKNOWN_PARTITION):
-            raise UserError(f"topic {self._config.topic} partition {p} is gone ({error.str()})")
+            raise UserError(f"topic {self._config.topic} partition {p} does not exist any more ({error.str()})")
         elif error.fatal() or not error.retriable():
             raise UserError(f"topic {self._config.topic} partition {p}: cannot be read ({error.str()})")
 
     def _reopen(self, p: int) -> None:
-        """The broker has dropped what was to be read next, because we are slower than it forgets."""
-        held = watermarks(self._consumer, [p], self._config, self._trouble)
+        """Continue after a gap: the broker deleted messages before they were read."""
+        held = watermarks(self._consumer, [p], self._config, self._status)
         at = [self._next[p], 0, 0, 0]
         self._next[p] = without_gaps({p: at}, held, self._config)[p][0]
         self._consumer.incremental_unassign([self._kafka.TopicPartition(self._config.topic, p)])
@@ -309,7 +324,7 @@ class _KafkaFeed:
         self._assign({p: self._next[p]})
 
     def _wait_for_partitions(self) -> None:
-        """Have the merge wait for the partitions that may still bring something soon."""
+        """Tell the merge to wait only for partitions that may still bring events soon."""
         now = time.monotonic()
         for p in self._next:
             if self._config.until_end:
@@ -318,8 +333,8 @@ class _KafkaFeed:
                 awaited = p not in self._at_end or now - self._heard[p] < self._config.idle_seconds
             self._merge.wait_for(p, awaited)
 
-    def _passed(self) -> EventBatch | None:
-        """An empty batch whose position is behind what was rejected at the end of what is there."""
+    def _skip_rejected(self) -> EventBatch | None:
+        """Return an empty batch whose position is after the rejected messages at the end of the topic, or None."""
         if self._merge.events:
             return None
         moved = False
@@ -330,24 +345,24 @@ class _KafkaFeed:
         empty = np.empty(0, np.int64)
         if not moved:
             return None
-        return EventBatch(no_events(), self._none, empty.astype(np.int32), empty, self._merge.position)
+        return EventBatch(no_events(), self._no_features, empty.astype(np.int32), empty, self._merge.position)
 
-    def _hold_back(self) -> None:
-        """Fetch no more of partitions that are far ahead of the others, until those have come up."""
+    def _pause_partitions(self) -> None:
+        """Pause partitions that are far ahead, and resume them when the others have caught up."""
         full = {p for p in self._next if self._merge.held(p) >= self._per_partition} - self._paused
         ready = {p for p in self._paused if self._merge.held(p) <= self._per_partition // 2}
         topic = self._config.topic
         if full:
-            # From where we are, not from where the library has read ahead to.
+            # Pausing drops prefetched messages; a resumed partition continues after the last consumed one.
             self._consumer.pause([self._kafka.TopicPartition(topic, p) for p in full])
         if ready:
             self._consumer.resume([self._kafka.TopicPartition(topic, p) for p in ready])
         self._paused = (self._paused | full) - ready
 
-    def _look_after(self) -> None:
-        """Now and then: where the topic ends, whether it is still the same, whether brokers answer."""
+    def _check_topic(self) -> None:
+        """From time to time, update the topic's end and check that it is unchanged and that brokers answer."""
         now = time.monotonic()
-        if now - self._looked < (_LOOK_SECONDS if self._trouble.since is None else _POLL_SECONDS):
+        if now - self._checked < (_CHECK_SECONDS if self._status.down_since is None else _POLL_SECONDS):
             return
         for p in self._high:
             cached = self._consumer.get_watermark_offsets(
@@ -356,11 +371,11 @@ class _KafkaFeed:
             if cached is not None:
                 self._high[p] = max(self._high[p], int(cached[1]))
         count, _ = retry(
-            lambda timeout: topic_partitions(self._consumer, self._config.topic, timeout), self._config, self._trouble
+            lambda timeout: topic_partitions(self._consumer, self._config.topic, timeout), self._config, self._status
         )
         if count != self._partitions:
             raise UserError(
-                f"topic {self._config.topic} has {count} partitions now instead of {self._partitions}: users are in "
-                f"other partitions than before; start a new run"
+                f"topic {self._config.topic} has {count} partitions now instead of {self._partitions}: users have "
+                f"moved to other partitions; start a new run"
             )
-        self._trouble.since, self._looked = None, time.monotonic()
+        self._status.down_since, self._checked = None, time.monotonic()

@@ -1,4 +1,4 @@
-"""Writes events to a Kafka topic, each in the partition of its user."""
+"""Publishes events to a Kafka topic, each to the partition of its user."""
 
 from __future__ import annotations
 
@@ -28,47 +28,56 @@ from trainer.stream.sources.message_codec import MessageCodec
 
 
 class TopicPublisher:
-    """A topic to publish to; it is made if it is not there.
+    """Publishes events to a topic; call :meth:`open` first.
 
     Args:
         config: brokers, topic, format and timeouts.
-        spec: of the dataset whose events are published.
-        partitions: of a topic that is made.
-        append: write to a topic that has messages already.
+        spec: description of the dataset whose events are published.
+        partitions: number of partitions of a topic that has to be created.
+        append: write to a topic even if it has messages already.
 
     Attributes:
-        partitions: of the topic.
-
-    Raises:
-        UserError: brokers do not answer, the topic cannot be made, or it is not empty.
+        partitions: number of partitions of the topic, once it is open.
     """
 
     def __init__(self, config: StreamConfig, spec: DatasetSpec, partitions: int, append: bool = False) -> None:
-        self._config, self._codec, self._trouble = config, MessageCodec(config.format, spec, 0), BrokerStatus()
+        self._config, self._codec, self._status = config, MessageCodec(config.format, spec, 0), BrokerStatus()
+        self._append = append
         self._failures: list[str] = []
-        self._producer = make_producer(config, self._trouble)
-        consumer = make_consumer(config, self._trouble)
+        self._producer: Any = None
+        self.partitions = partitions
+
+    def open(self) -> TopicPublisher:
+        """Connect to the brokers, and create the topic if it does not exist; return this publisher.
+
+        Raises:
+            UserError: no broker answers, the topic cannot be created, or it is not empty.
+        """
+        config = self._config
+        consumer = make_consumer(config, self._status)
         try:
-            known = retry(lambda timeout: consumer.list_topics(timeout=timeout), config, self._trouble).topics
+            known = retry(lambda timeout: consumer.list_topics(timeout=timeout), config, self._status).topics
             if config.topic not in known:
-                self._make(partitions)
+                self._create(self.partitions)
             self.partitions = retry(
-                lambda timeout: topic_partitions(consumer, config.topic, timeout), config, self._trouble
+                lambda timeout: topic_partitions(consumer, config.topic, timeout), config, self._status
             )[0]
-            held = watermarks(consumer, range(self.partitions), config, self._trouble)
+            held = watermarks(consumer, range(self.partitions), config, self._status)
         finally:
             consumer.close()
         messages = sum(high - low for low, high in held.values())
-        if messages and not append:
+        if messages and not self._append:
             raise UserError(
                 f"topic {config.topic} has {messages:,} messages already; name a new topic, or --append to add to them"
             )
+        self._producer = make_producer(config, self._status)
+        return self
 
     def publish(self, events: Columns, per_message: int, logged: RequestFeatures | None = None) -> None:
-        """Hand events to the producer, which sends them in the background; ``logged`` with some of them.
+        """Pass events and their ``logged`` features to the producer, which sends them in the background.
 
         Raises:
-            UserError: some before them could not be delivered.
+            UserError: earlier messages could not be delivered.
         """
         owner = partition_of(events["user_id"], self.partitions)
         for p in np.unique(owner).tolist():
@@ -86,7 +95,7 @@ class TopicPublisher:
         """Wait until all messages are delivered.
 
         Raises:
-            UserError: some could not be.
+            UserError: messages could not be delivered.
         """
         self._producer.flush()
         self._check()
@@ -94,7 +103,7 @@ class TopicPublisher:
     def _messages(
         self, events: Columns, logged: RequestFeatures | None, per_message: int
     ) -> Iterator[tuple[bytes | None, bytes]]:
-        """Keys and values; what holds events of several users has no key, but their partition."""
+        """Yield keys and values; a message with events of several users has no key, only their partition."""
         if per_message == 1:
             keys = (str(user).encode() for user in events["user_id"])
             yield from zip(keys, self._codec.encode(events, logged), strict=True)
@@ -104,18 +113,19 @@ class TopicPublisher:
             features = None if logged is None else logged.part(first, first + per_message)
             yield None, self._codec.encode_together(part, features)
 
-    def _make(self, partitions: int) -> None:
+    def _create(self, partitions: int) -> None:
+        """Create the topic."""
         from confluent_kafka.admin import AdminClient, NewTopic
 
-        admin = make_client(AdminClient, client_properties(self._config), self._trouble, self._config.properties)
+        admin = make_client(AdminClient, client_properties(self._config), self._status, self._config.properties)
         new = NewTopic(self._config.topic, num_partitions=partitions)
-        made = admin.create_topics([new], request_timeout=self._config.retry_seconds)
+        created = admin.create_topics([new], request_timeout=self._config.retry_seconds)
         try:
-            made[self._config.topic].result()
+            created[self._config.topic].result()
         except library().KafkaException as error:
             raise UserError(
-                f"topic {self._config.topic} is not there and cannot be made ({error.args[0].str()}); make it with "
-                f"{partitions} partitions, with the tools of the broker"
+                f"topic {self._config.topic} does not exist and cannot be created ({error.args[0].str()}); create it "
+                f"with {partitions} partitions, with the tools of the broker"
             ) from None
 
     def _delivered(self, error: Any, message: Any) -> None:
@@ -123,6 +133,7 @@ class TopicPublisher:
             self._failures.append(error.str())
 
     def _check(self) -> None:
+        """Raise if messages could not be delivered."""
         if self._failures:
             raise UserError(
                 f"topic {self._config.topic}: {len(self._failures):,} messages could not be delivered "

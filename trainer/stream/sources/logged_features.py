@@ -1,7 +1,7 @@
-"""Features that were logged with a request: what the model may know of a visit, as of the moment it was asked for.
+"""Features that were logged with a request: the model's input of a visit, as of the time of the request.
 
-Statistics are over the rows of all users. Computed later they would hold what had not happened yet, so they travel with
-the event that opens the visit. Few events carry them: they lie beside the columns of the events, in rows of their own.
+Statistics are over the rows of all users. If they were computed later, they would include the future, so they travel
+with the event that opens the visit. Few events have features, so the features are kept in rows of their own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ FEATURES = ("side", "dense", "stat")
 
 @dataclass(frozen=True)
 class RequestFeatures:
-    """Features of the events of a batch that carry them.
+    """Logged features of some events of a batch.
 
-    These are events that open a visit in a candidate domain: its exposure, or where a producer has none its enter.
+    Only the event that opens a visit in a candidate domain has features: its exposure, or its enter if the producer
+    has no exposures.
 
     Attributes:
         at: ``[m]`` int64, positions of these events in the batch, ascending.
@@ -39,19 +40,19 @@ class RequestFeatures:
         return len(self.at)
 
     def rows(self, which: np.ndarray | slice, at: np.ndarray) -> RequestFeatures:
-        """The rows ``which``, of events that are now at positions ``at``."""
+        """Return the rows ``which``, for events at the new positions ``at``."""
         return RequestFeatures(at, self.side[which], self.dense[which], self.stat[which])
 
     def part(self, first: int, stop: int) -> RequestFeatures:
-        """Of the events ``[first, stop)`` of the batch."""
+        """Return the features of the events ``[first, stop)`` of the batch."""
         inside = slice(*np.searchsorted(self.at, [first, stop]).tolist())
         return self.rows(inside, self.at[inside] - first)
 
     def take(self, events: np.ndarray) -> RequestFeatures:
-        """Of a batch that has these events of this one, ``[n]`` distinct positions in any order, in their order."""
+        """Return the features of a batch of chosen events, ``[n]`` distinct positions in any order."""
         if not len(self):
             return self
-        # Behind the last event that carries features none does.
+        # One more entry, -1, stands for all events after the last one with features.
         row = np.full(int(self.at[-1]) + 2, -1, np.int64)
         row[self.at] = np.arange(len(self))
         which = row[np.minimum(events, len(row) - 1)]
@@ -60,7 +61,7 @@ class RequestFeatures:
 
     @staticmethod
     def join(parts: Sequence[RequestFeatures], events: Sequence[int]) -> RequestFeatures:
-        """Of batches behind one another, at least one, of so many ``events`` each."""
+        """Concatenate the features of one or more batches, which have ``events`` events each."""
         if len(parts) == 1:
             return parts[0]
         first = np.cumsum([0, *events[:-1]]).tolist()
@@ -69,7 +70,7 @@ class RequestFeatures:
 
 
 def empty_features(spec: DatasetSpec) -> RequestFeatures:
-    """Of events that carry no features."""
+    """Return the features of events that have none: all arrays have 0 rows."""
     layout = row_columns(spec)
     return RequestFeatures(
         np.empty(0, np.int64), *(np.empty((0, *layout[name][1]), layout[name][0]) for name in FEATURES)

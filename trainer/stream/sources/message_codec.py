@@ -1,30 +1,30 @@
-"""Events as messages of a topic, and back: what is no event is told apart with its reason, and never an error.
+"""Codec between events and messages of a topic. Invalid events are returned with a reason and never raise an error.
 
-``json``: one event or several, each a JSON object on a line of its own (a message of one event is one object)::
+``json``: one or more events, each a JSON object on a line of its own (a message of one event is one object)::
 
     {"user_id": 17, "author_id": 3, "item_id": 90, "domain": "live", "visit_id": 5, "event": "like",
      "time_ms": 1700000000000, "value": 0}
 
-``arrow``: one event or several as an Arrow IPC stream with the columns of ``trainer.data.format.schema.EVENT_COLUMNS``,
-and those of the features where it has any.
+``arrow``: one or more events as an Arrow IPC stream with the columns of ``trainer.data.format.schema.EVENT_COLUMNS``,
+and the feature columns if it has features.
 
 ============  =====================  =============================================================================
 field         json                   meaning
 ============  =====================  =============================================================================
-user_id       integer                0 or more, as ``author_id``, ``item_id`` and ``visit_id``, which are needed too
+user_id       integer                required and not negative, like ``author_id``, ``item_id`` and ``visit_id``
 domain        "video", "live"        an int8 position in ``schema.DOMAINS`` in Arrow
 event         string                 exposure, enter, exit, or one of the job's behaviours
-time_ms       integer                milliseconds UTC; not negative, not far ahead of the clock
-value         number, null or none   float32 in Arrow; milliseconds watched of an exit, price of a gift, else 0
+time_ms       integer                milliseconds UTC, not negative and not far ahead of the clock
+value         number, null or none   float32 in Arrow; watch time in ms of an exit, price of a gift, otherwise 0
 side          list, null or none     integers, int32 in Arrow: each in ``[0, rows)`` of its ``DatasetSpec.side``
-dense         list, null or none     numbers, float32 in Arrow: those of ``DatasetSpec.dense``
-stat          list, null or none     numbers, float32 in Arrow: counts as ``schema.row_columns`` has them
+dense         list, null or none     numbers, float32 in Arrow: one for each ``DatasetSpec.dense``
+stat          list, null or none     numbers, float32 in Arrow: counts, laid out as in ``schema.row_columns``
 ============  =====================  =============================================================================
 
-``side``, ``dense`` and ``stat`` are what was known of the visit when it was requested, in the order of the job's
-dataset: all three or none of them. They are those of the exposure in a candidate domain, or of the enter where a
-producer has no exposures, and of other events are passed over, as other fields are. Events of one message belong to one
-partition and come in the order of the log.
+``side``, ``dense`` and ``stat`` are the features of the visit as of its request, in the order of the job's dataset; an
+event has all three or none of them. They belong to the exposure in a candidate domain, or to the enter if the producer
+has no exposures. On other events they are ignored, like unknown fields. The events of a message belong to one partition
+and are in the order of the log.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LISTS = pa.schema(
     [("side", pa.list_(pa.int32())), ("dense", pa.list_(pa.float32())), ("stat", pa.list_(pa.float32()))]
 )
 _NAMED_EVENTS = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.field("event", pa.string()))
-# What no int32 can hold is told apart event by event.
+# ``side`` is read as int64, so that a value beyond int32 rejects one event and not the whole message.
 _READ = pa.schema([*_NAMED_EVENTS, *_LISTS.set(0, pa.field("side", pa.list_(pa.int64())))])
 _NOT_ARROW = (pa.ArrowException, OSError, ValueError)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
@@ -60,13 +60,13 @@ _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class RejectedEvent:
-    """What is no event.
+    """Event or message that could not be decoded.
 
     Attributes:
-        message: place of its message among those given.
-        inside: which event of the message.
-        reason: for a person.
-        content: a message of the same format with this event alone, or with what else it is.
+        message: position of its message in the call.
+        inside: number of the event in its message.
+        reason: reason as text for a person.
+        content: message of the same format with only this event, or the raw content if it is not an event.
     """
 
     message: int
@@ -77,15 +77,15 @@ class RejectedEvent:
 
 @dataclass(frozen=True)
 class DecodedMessages:
-    """Events of some messages.
+    """Decoded events of some messages.
 
     Attributes:
         events: columns of ``EVENT_TYPES``, each ``[n]``, in the order of the messages.
-        message: ``[n]`` int64, place of each event's message.
-        inside: ``[n]`` int64, which event of the message it is, the rejected ones counted too.
-        logged: features of the events that carry them.
-        sizes: ``[messages]`` int64, events of each message, rejected ones too.
-        rejected: the others, in order.
+        message: ``[n]`` int64, position of each event's message in the call.
+        inside: ``[n]`` int64, number of each event in its message, with rejected events counted.
+        logged: logged features of some of the events.
+        sizes: ``[messages]`` int64, number of events in each message, with rejected events counted.
+        rejected: rejected events, in order.
     """
 
     events: Columns
@@ -97,12 +97,12 @@ class DecodedMessages:
 
 
 class MessageCodec:
-    """Reads and writes messages.
+    """Encodes and decodes messages.
 
     Args:
-        format: of the messages.
-        spec: names the behaviours, which are events, and the features.
-        ahead_ms: how far an event may be ahead of the clock.
+        format: format of the messages.
+        spec: description of the dataset, which names the behaviours and the features.
+        ahead_ms: maximum time of an event ahead of the clock.
     """
 
     def __init__(self, format: MessageFormat, spec: DatasetSpec, ahead_ms: int) -> None:
@@ -112,14 +112,14 @@ class MessageCodec:
     def decode(
         self, values: Sequence[bytes], now_ms: int, partition: np.ndarray | None = None, partitions: int = 0
     ) -> DecodedMessages:
-        """The events of messages.
+        """Decode messages.
 
         Args:
-            values: of the messages.
-            now_ms: the time by the clock.
-            partition: ``[messages]`` where each came from, to be compared with ``schema.partition_of`` its users; None
-                does not look.
-            partitions: of the topic.
+            values: contents of the messages.
+            now_ms: the current time by the clock.
+            partition: ``[messages]`` partition of each message, which is compared with ``schema.partition_of`` of its
+                users; None skips this check.
+            partitions: number of partitions of the topic.
         """
         table, message, inside, sizes, rejected = _from_json(values) if self._format == "json" else _from_arrow(values)
         events, reasons = self._checked(table, now_ms)
@@ -129,7 +129,9 @@ class MessageCodec:
         if partition is not None:
             owner = partition_of(events["user_id"], partitions)
             for row in np.flatnonzero(owner != partition[message]).tolist():
-                reasons.setdefault(row, f"a user of partition {owner[row]} in partition {partition[message[row]]}")
+                reasons.setdefault(
+                    row, f"its user belongs to partition {owner[row]}, not to partition {partition[message[row]]}"
+                )
         for row, reason in reasons.items():
             at = int(message[row]), int(inside[row])
             content = _line(values[at[0]], at[1]) if self._format == "json" else _stream(table.slice(row, 1))
@@ -143,19 +145,20 @@ class MessageCodec:
         return DecodedMessages(events, message, inside, logged, sizes, rejected)
 
     def encode(self, events: Columns, logged: RequestFeatures | None = None) -> list[bytes]:
-        """Each event as a message; ``logged`` with some of them, or nothing is."""
+        """Encode each event as a message, with its ``logged`` features if there are any."""
         if self._format == "json":
             return self._lines(events, logged)
         table = self._table(events, logged)
         return [_stream(table.slice(row, 1)) for row in range(table.num_rows)]
 
     def encode_together(self, events: Columns, logged: RequestFeatures | None = None) -> bytes:
-        """All events as one message."""
+        """Encode all events as one message."""
         if self._format == "json":
             return b"\n".join(self._lines(events, logged))
         return _stream(self._table(events, logged))
 
     def _lines(self, events: Columns, logged: RequestFeatures | None) -> list[bytes]:
+        """Return the events as JSON lines."""
         template = ", ".join(
             [*(f'"{name}": %d' for name in IDS), '"domain": %s, "event": %s, "time_ms": %d, "value": %r']
         )
@@ -174,6 +177,7 @@ class MessageCodec:
         return [line.encode() for line in lines]
 
     def _table(self, events: Columns, logged: RequestFeatures | None) -> pa.Table:
+        """Return the events as an Arrow table."""
         table = event_table(self._spec, events)
         if logged is not None:
             for name, column in self._features.arrays(logged, table.num_rows).items():
@@ -181,11 +185,11 @@ class MessageCodec:
         return table
 
     def _checked(self, table: pa.Table, now_ms: int) -> tuple[Columns, dict[int, str]]:
-        """Columns of a table, and why rows of it are no events; values of those rows mean nothing."""
+        """Return the columns of a table, and the reasons of invalid rows, whose values are meaningless."""
         reasons: dict[int, str] = {}
 
         def refuse(bad: np.ndarray, reason: str) -> None:
-            # Later checks are of the more basic kind.
+            # A later check is more basic, so its reason replaces an earlier one.
             reasons.update((row, reason) for row in np.flatnonzero(bad).tolist())
 
         value = table["value"].cast(pa.float64()).fill_null(0.0).to_numpy()
@@ -213,21 +217,21 @@ class MessageCodec:
         return {name: columns[name].astype(dtype, copy=False) for name, dtype in EVENT_TYPES.items()}, reasons
 
 
-_Read = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[RejectedEvent]]
+_Parsed = tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray, list[RejectedEvent]]
 """Table of candidate events; ``message``, ``inside`` and ``sizes`` as in :class:`DecodedMessages`; rejected events."""
 
 
-def _from_json(values: Sequence[bytes]) -> _Read:
-    """Lines of messages as columns of ``json_lines.JSON_SCHEMA``."""
+def _from_json(values: Sequence[bytes]) -> _Parsed:
+    """Parse messages of JSON lines into columns of ``json_events.JSON_SCHEMA``."""
     values = [value.removesuffix(b"\n") for value in values]
     sizes = np.array([value.count(b"\n") + 1 for value in values], np.int64)
     table = parse_together(values, int(sizes.sum()))
     if table is not None:
         return table, *_places(sizes, np.ones(len(values), bool)), sizes, []
-    # Something in it is not plain: line by line, as far as that is needed.
+    # Some line is not plain, so the lines are parsed apart as far as necessary.
     text = np.array([is_text(value) for value in values], bool)
     sizes[~text] = 1
-    rejected = [RejectedEvent(place, 0, "not text in UTF-8", values[place]) for place in np.flatnonzero(~text).tolist()]
+    rejected = [RejectedEvent(place, 0, "not UTF-8 text", values[place]) for place in np.flatnonzero(~text).tolist()]
     lines = list(chain.from_iterable(values[place].split(b"\n") for place in np.flatnonzero(text).tolist()))
     message, inside = _places(sizes, text)
     table, bad = parse_lines(lines)
@@ -238,14 +242,14 @@ def _from_json(values: Sequence[bytes]) -> _Read:
 
 
 def _places(sizes: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Message of every event, and which event of it, of the messages where ``whole`` is set."""
+    """Return the message of every event and its number in it, for the messages where ``whole`` is set."""
     sizes = sizes[whole]
     message = np.repeat(np.flatnonzero(whole), sizes)
     return message, np.arange(len(message)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _from_arrow(values: Sequence[bytes]) -> _Read:
-    """IPC streams as one table of events."""
+def _from_arrow(values: Sequence[bytes]) -> _Parsed:
+    """Parse IPC streams into one table of events."""
     tables: list[pa.Table] = [_READ.empty_table()]
     rejected: list[RejectedEvent] = []
     sizes = np.ones(len(values), np.int64)
@@ -260,7 +264,7 @@ def _from_arrow(values: Sequence[bytes]) -> _Read:
             rejected.append(_not_arrow(place, value, error))
             whole[place] = False
     try:
-        # Most messages share a schema: what is done with all of them at once costs little.
+        # Most messages share a schema, and one conversion of all of them is much faster.
         tables.append(_named(pa.concat_tables([opened[place] for place in np.flatnonzero(whole).tolist()])))
         sizes[whole] = [opened[place].num_rows for place in np.flatnonzero(whole).tolist()]
     except _NOT_ARROW:
@@ -275,7 +279,7 @@ def _from_arrow(values: Sequence[bytes]) -> _Read:
 
 
 def _named(table: pa.Table) -> pa.Table:
-    """A table that was read, in the columns of ``_READ``."""
+    """Convert a table to the columns of ``_READ``."""
     table.validate(full=True)
     missing = [name for name in EVENT_COLUMNS.names if name not in table.column_names]
     if missing:
@@ -287,15 +291,18 @@ def _named(table: pa.Table) -> pa.Table:
 
 
 def _not_arrow(place: int, value: bytes, error: Exception) -> RejectedEvent:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return RejectedEvent(place, 0, f"not an Arrow stream of events: {said:.120}", value)
+    """Return the rejection of a whole message."""
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    return RejectedEvent(place, 0, f"not an Arrow stream of events: {message:.120}", value)
 
 
 def _line(value: bytes, inside: int) -> bytes:
+    """Return one line of a message."""
     return value.split(b"\n")[inside]
 
 
 def _stream(table: pa.Table) -> bytes:
+    """Return a table as an IPC stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

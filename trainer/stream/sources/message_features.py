@@ -1,4 +1,4 @@
-"""Logged features in messages: three lists of numbers beside the fields of an event, all of them or none."""
+"""Encoding of logged features in messages: three lists of numbers beside the fields of an event, or none of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trainer.stream.sources.logged_features import FEATURES, RequestFeatures, em
 
 
 class FeatureListCodec:
-    """Reads and writes the features of a dataset's description.
+    """Reads and writes the feature lists of messages.
 
     Args:
-        spec: names the features.
+        spec: description of the dataset, which names the features.
     """
 
     def __init__(self, spec: DatasetSpec) -> None:
@@ -25,22 +25,24 @@ class FeatureListCodec:
         self._width = {name: layout[name][1][0] for name in FEATURES}
         self._side_rows = np.array([side.rows for side in spec.side], np.int64)
 
-    def read(self, table: pa.Table, asked: np.ndarray) -> tuple[RequestFeatures, dict[int, str]]:
-        """Features of rows of a table, and why those of others are none.
+    def read(self, table: pa.Table, wanted: np.ndarray) -> tuple[RequestFeatures, dict[int, str]]:
+        """Return the features of rows of a table, and the reasons of rows with invalid features by row.
 
         Args:
-            table: with the columns ``FEATURES``, lists of numbers.
-            asked: ``[n] bool``, the rows whose features are wanted; those of others are not looked at.
+            table: table with the columns ``FEATURES``, lists of numbers.
+            wanted: ``[n] bool``, the rows to read; the features of other rows are ignored.
         """
         lists = {name: table[name].combine_chunks() for name in FEATURES}
         if all(column.null_count == len(column) for column in lists.values()):
             return self._none, {}
-        given = {name: column.is_valid().to_numpy(zero_copy_only=False) & asked for name, column in lists.items()}
-        some, each = np.any(list(given.values()), axis=0), np.all(list(given.values()), axis=0)
+        present = {name: column.is_valid().to_numpy(zero_copy_only=False) & wanted for name, column in lists.items()}
+        some, each = np.any(list(present.values()), axis=0), np.all(list(present.values()), axis=0)
         reasons: dict[int, str] = {}
         for name in FEATURES:
-            partly = np.flatnonzero(some & ~given[name])
-            reasons |= dict.fromkeys(partly.tolist(), f"{name} is missing: side, dense and stat come all or not at all")
+            partly = np.flatnonzero(some & ~present[name])
+            reasons |= dict.fromkeys(
+                partly.tolist(), f"{name} is missing; a message has all of side, dense and stat or none of them"
+            )
             lengths = pc.list_value_length(lists[name]).fill_null(0).to_numpy()
             wrong = np.flatnonzero(each & (lengths != self._width[name]))
             for row in wrong.tolist():
@@ -50,31 +52,31 @@ class FeatureListCodec:
         good = np.ones(len(rows), bool)
         read = {}
         for name in FEATURES:
-            # Flattening leaves out what is null, so mostly nothing has to be taken.
-            wanted = lists[name] if len(lists[name]) - lists[name].null_count == len(rows) else lists[name].take(rows)
-            read[name], bad, reason = self._checked(name, wanted.flatten(), len(rows))
+            # Flattening skips nulls, so rows need to be selected only if some valid rows are unwanted or rejected.
+            valid = lists[name] if len(lists[name]) - lists[name].null_count == len(rows) else lists[name].take(rows)
+            read[name], bad, reason = self._checked(name, valid.flatten(), len(rows))
             reasons |= dict.fromkeys(rows[bad].tolist(), reason)
             good &= ~bad
         kept = np.flatnonzero(good)
         return RequestFeatures(rows, **read).rows(kept, rows[kept]), reasons
 
     def _checked(self, name: str, values: pa.Array, rows: int) -> tuple[np.ndarray, np.ndarray, str]:
-        """A column of features ``[rows, width]``, in which of them a value cannot be, and why."""
+        """Return a column ``[rows, width]``, a mask of the rows with an invalid value, and the reason."""
         shape = rows, self._width[name]
         null = values.is_null().to_numpy(zero_copy_only=False).reshape(shape) if values.null_count else False
-        found = values.fill_null(0).to_numpy().reshape(shape)
+        column = values.fill_null(0).to_numpy().reshape(shape)
         if name == "side":
-            wrong, reason = (found < 0) | (found >= self._side_rows), "side has a value that is none of its feature's"
+            wrong, reason = (column < 0) | (column >= self._side_rows), "side has a value outside of its feature's rows"
         else:
             with np.errstate(over="ignore"):
-                found = found.astype(np.float32)
-            wrong, reason = ~np.isfinite(found), f"{name} has a value that is not a finite float32"
+                column = column.astype(np.float32)
+            wrong, reason = ~np.isfinite(column), f"{name} has a value that is not a finite float32"
             if name == "stat":
-                wrong, reason = wrong | (found < 0), "stat has a value that is no count"
-        return found.astype(getattr(self._none, name).dtype, copy=False), np.any(wrong | null, axis=1), reason
+                wrong, reason = wrong | (column < 0), "stat has a value that is not a count"
+        return column.astype(getattr(self._none, name).dtype, copy=False), np.any(wrong | null, axis=1), reason
 
     def lines(self, logged: RequestFeatures) -> list[str]:
-        """Of each event that carries features the fields of its JSON object."""
+        """Return the JSON fields of each event that has features."""
         columns = (getattr(logged, name).tolist() for name in FEATURES)
         return [
             ", ".join(f'"{name}": {json.dumps(values)}' for name, values in zip(FEATURES, row, strict=True))
@@ -82,15 +84,15 @@ class FeatureListCodec:
         ]
 
     def arrays(self, logged: RequestFeatures, events: int) -> dict[str, pa.Array]:
-        """Arrow columns of a batch of so many events, null where one carries no features."""
-        carries = np.zeros(events, bool)
-        carries[logged.at] = True
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(carries)])
+        """Return Arrow columns for a batch of ``events`` events, null where an event has no features."""
+        has_features = np.zeros(events, bool)
+        has_features[logged.at] = True
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(has_features)])
         columns = {}
         for name in FEATURES:
             values = getattr(logged, name)
             offsets = pa.array((starts * values.shape[1]).astype(np.int32))
             columns[name] = pa.ListArray.from_arrays(
-                offsets, pa.array(values.reshape(-1)), mask=pa.array(~carries) if events else None
+                offsets, pa.array(values.reshape(-1)), mask=pa.array(~has_features) if events else None
             )
         return columns

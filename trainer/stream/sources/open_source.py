@@ -1,4 +1,4 @@
-"""The source that a job's ``[stream]`` section names."""
+"""Opens the source that a job's ``[stream]`` section names."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from trainer.stream.sources.source import Source
 def open_source(
     config: StreamConfig, spec: DatasetSpec, path: str, since_ms: int | None = None, until_ms: int | None = None
 ) -> Source:
-    """Open a source.
+    """Return the source of a stream, connected to its brokers if it is a topic.
 
     Args:
-        config: of the stream.
-        spec: of the dataset that the job is made for; its behaviours are the events of the stream, and its features
-            are logged with them.
-        path: of that dataset, replayed where ``config.path`` names no other.
-        since_ms: a replay begins here.
-        until_ms: and ends before this.
+        config: config of the stream.
+        spec: description of the job's dataset, which names the behaviours and the logged features of the stream.
+        path: path of that dataset, which is replayed if ``config.path`` is empty.
+        since_ms: start of a replay.
+        until_ms: end of a replay; events from this time on are left out.
 
     Raises:
-        UserError: it cannot be opened, or a dataset to replay has other behaviours or features.
+        UserError: the source cannot be opened, or a dataset to replay has other behaviours or features.
     """
     if config.source == "kafka":
-        return KafkaSource(config, spec)
+        return KafkaSource(config, spec).connect()
     source = ReplaySource(config.path or path, config, since_ms, until_ms)
-    expected = _carried(spec)
-    for what, replayed in _carried(source.spec).items():
+    expected = _stream_columns(spec)
+    for what, replayed in _stream_columns(source.spec).items():
         if replayed != expected[what]:
             raise UserError(
                 f"{config.path}: its {what} are {', '.join(replayed) or 'none'}, those of {path} are "
@@ -39,8 +38,8 @@ def open_source(
     return source
 
 
-def _carried(spec: DatasetSpec) -> dict[str, list[str]]:
-    """What events and their features are made of, by name."""
+def _stream_columns(spec: DatasetSpec) -> dict[str, list[str]]:
+    """Return the names of the behaviours and features in a stream of the dataset."""
     return {
         "behaviours": list(spec.behaviours),
         "side features": [f"{side.name} of {side.rows} rows" for side in spec.side],

@@ -1,9 +1,8 @@
 """Replays the events of a stored dataset in event time order, as fast as possible or at a chosen speed.
 
-Nothing to install and nothing to run: what a live stream would bring, from files, with the features of the stored
+A replay brings what a live stream would bring, from files and without a broker, with the features of the stored
 training rows. Positions count rows of each partition's ``events/part-*.parquet``. At a speed, batches end at fixed
-times of the events and not of the clock, so the same batches come at any load and after any restart; the clock decides
-only when.
+event times, so they are the same under any load and after any restart; the clock only decides when they come.
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ from trainer.stream.sources.source import EventBatch, Position, SourceIdentity, 
 from trainer.stream.sources.time_merge import TimeMerge
 
 _PAGE_BYTES = 1 << 20
-_MOST_ROWS = 1 << 16
+_MAX_ROWS = 1 << 16
 
 
 class ReplaySource:
-    """The events of a dataset as a stream.
+    """Source that replays the events of a dataset.
 
     Args:
         path: dataset, a directory or an fsspec URL.
-        config: of the stream.
-        since_ms: leave out events before this time, as of the beginning; a position to go on from may be anywhere.
-        until_ms: end before the first event of this time or later.
+        config: config of the stream.
+        since_ms: time of the first event of a new replay; a saved position may be anywhere.
+        until_ms: the replay ends before the first event at this time or later.
 
     Attributes:
-        spec: of the dataset.
+        spec: description of the dataset.
 
     Raises:
-        UserError: no dataset there.
+        UserError: there is no dataset at ``path``.
     """
 
     def __init__(
@@ -60,12 +59,12 @@ class ReplaySource:
 
     @property
     def partitions(self) -> int:
-        """As of the dataset."""
+        """Number of partitions of the dataset."""
         return self.spec.partitions
 
     @property
     def identity(self) -> SourceIdentity:
-        """The dataset by its description and its files' own: it may lie elsewhere."""
+        """Digest of the dataset's description and of its files' metadata, independent of its path."""
         digest = hashlib.blake2b(self.spec.to_json().encode(), digest_size=16)
         if self.spec.rows:
             digest.update(fingerprint(str(self._path), self.spec).encode())
@@ -76,7 +75,7 @@ class ReplaySource:
     def open(
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
     ) -> StreamReader:
-        """Read some partitions; see :class:`trainer.stream.sources.source.Source`."""
+        """Open a reader of some partitions; see :class:`trainer.stream.sources.source.Source`."""
         logs = {partition: PartitionLog(self._path, self.spec, partition) for partition in sorted(partitions)}
 
         def beginning(partition: int) -> Sequence[int]:
@@ -87,28 +86,28 @@ class ReplaySource:
             if place > logs[partition].rows:
                 raise UserError(
                     f"the saved stream position of partition {partition} is event {place:,}, {self._path} has "
-                    f"{logs[partition].rows:,}: replay the dataset that the run began with"
+                    f"{logs[partition].rows:,}: replay the dataset that the run started with"
                 )
-        # All ranks agree on the moment at which the replay goes on, whatever their own partitions hold next.
-        everyone = start if position is None else position
-        anchor_ms = max((int(at[2]) for at in everyone.values()), default=0) or self._since_ms or self.spec.span_ms[0]
+        # The clock starts at the latest time in the position of all ranks, so that all ranks replay in step.
+        anchors = start if position is None else position
+        anchor_ms = max((int(at[2]) for at in anchors.values()), default=0) or self._since_ms or self.spec.span_ms[0]
         features = {partition: ReplayFeatures(self._path, self.spec, partition) for partition in logs}
         feed = _ReplayFeed(logs, features, start, self._config, anchor_ms, self._until_ms, slice_ms)
         return StreamReader(feed, self._config.queue_batches)
 
 
 class PartitionLog:
-    """The event log of one partition.
+    """Event log of one partition of a dataset.
 
     Args:
-        path: dataset.
-        spec: of it.
-        partition: which.
+        path: dataset, a directory or an fsspec URL.
+        spec: description of the dataset.
+        partition: number of the partition.
 
     Attributes:
-        rows: events in it.
-        last_ms: time of the last one, 0 where the file does not tell.
-        digest: what the file says of its columns: sizes, places and ranges.
+        rows: number of events.
+        last_ms: time of the last event, 0 if the file has no statistics.
+        digest: metadata of the file's columns: sizes, offsets and ranges.
 
     Raises:
         UserError: the file cannot be read.
@@ -133,12 +132,12 @@ class PartitionLog:
         last = [group.column(EVENT_COLUMNS.get_field_index("time_ms")).statistics for group in groups[-1:]]
         self.last_ms = int(last[0].max) if last and last[0] is not None and last[0].has_min_max else 0
 
-    def chunks(self, place: int, most: int = _MOST_ROWS) -> Iterator[Columns]:
-        """Events from a row on, in portions that stream from the file: columns of ``EVENT_TYPES`` and ``place``.
+    def chunks(self, place: int, max_rows: int = _MAX_ROWS) -> Iterator[Columns]:
+        """Yield the events from a row on, in portions: columns of ``EVENT_TYPES`` and ``place``.
 
         Args:
-            place: row to begin with.
-            most: rows of a portion.
+            place: first row.
+            max_rows: maximum number of rows of a portion.
 
         Raises:
             UserError: the file cannot be read.
@@ -150,7 +149,7 @@ class PartitionLog:
         try:
             with self._open() as file:
                 groups = list(range(first, file.num_row_groups))
-                for batch in file.iter_batches(most, groups, list(EVENT_TYPES), use_threads=False):
+                for batch in file.iter_batches(max_rows, groups, list(EVENT_TYPES), use_threads=False):
                     skipped = min(max(place - at, 0), batch.num_rows)
                     at += batch.num_rows
                     if skipped < batch.num_rows:
@@ -159,7 +158,7 @@ class PartitionLog:
             raise self._unreadable(error) from None
 
     def rows_before(self, time_ms: int) -> int:
-        """Events before a time."""
+        """Return the number of events before ``time_ms``."""
         rows = 0
         for columns in self.chunks(0):
             inside = int(np.searchsorted(columns["time_ms"], time_ms))
@@ -169,6 +168,11 @@ class PartitionLog:
         return rows
 
     def _columns(self, batch: pa.RecordBatch, stop: int) -> Columns:
+        """Return the columns of a batch that ends before row ``stop``.
+
+        Raises:
+            UserError: a column has another type or nulls, or an event is unknown.
+        """
         columns: Columns = {}
         for name, dtype in EVENT_TYPES.items():
             column = batch.column(batch.schema.get_field_index(name))
@@ -176,7 +180,9 @@ class PartitionLog:
                 columns[name] = event_codes(self._spec, pa.chunked_array([column]))
                 if (columns[name] < 0).any():
                     row = int(np.argmax(columns[name] < 0))
-                    raise UserError(f"{self._name}: column 'event' is {column[row].as_py()!r}, no event of the dataset")
+                    raise UserError(
+                        f"{self._name}: column 'event' is {column[row].as_py()!r}, which is not an event of the dataset"
+                    )
             elif column.type != EVENT_COLUMNS.field(name).type or column.null_count:
                 expected = EVENT_COLUMNS.field(name).type
                 raise UserError(f"{self._name}: column {name!r} is {column.type}; it must be {expected} without nulls")
@@ -186,7 +192,7 @@ class PartitionLog:
         return columns
 
     def _open(self) -> pq.ParquetFile:
-        # Reading through a buffer decodes page by page, where a whole row group would be taken into memory otherwise.
+        # With a buffer, pages are decoded one by one; without it, a whole row group would be read into memory.
         return pq.ParquetFile(self._inside, filesystem=self._filesystem, buffer_size=_PAGE_BYTES)
 
     def _unreadable(self, error: Exception) -> UserError:
@@ -194,7 +200,7 @@ class PartitionLog:
 
 
 class _ReplayFeed:
-    """Some partitions of a dataset, merged."""
+    """Feed of some partitions of a dataset, merged by event time."""
 
     def __init__(
         self,
@@ -216,8 +222,8 @@ class _ReplayFeed:
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
         """See :class:`trainer.stream.sources.source.EventFeed`."""
         merge = TimeMerge(self.position)
-        most = min(_MOST_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
-        chunks = {partition: self._logs[partition].chunks(at[0], most) for partition, at in self.position.items()}
+        max_rows = min(_MAX_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
+        chunks = {partition: self._logs[partition].chunks(at[0], max_rows) for partition, at in self.position.items()}
         played_ms = max(1, round(self._config.linger_seconds * 1000 * self._config.speed)) if self._config.speed else 0
         ticks_ms = [tick_ms for tick_ms in (played_ms, self._slice_ms) if tick_ms]
         while not stop.is_set():
@@ -227,13 +233,13 @@ class _ReplayFeed:
                     merge.wait_for(partition, False)
                     del chunks[partition]
                 else:
-                    merge.append(partition, columns, self._features[partition].of(columns))
+                    merge.append(partition, columns, self._features[partition].lookup(columns))
             while (batch := merge.take(self._config.batch_events, ticks_ms=ticks_ms, rest=not chunks)) is not None:
-                yield self._arrived(batch, stop)
+                yield self._when_due(batch, stop)
             if not chunks:
                 return
 
-    def ahead(self, position: Position) -> tuple[int, int]:
+    def backlog(self, position: Position) -> tuple[int, int]:
         """See ``source.EventFeed``. Events after ``until_ms`` count as rows, because they are in the files."""
         waiting = sum(self._logs[partition].rows - at[0] for partition, at in position.items())
         newest = self._last_ms
@@ -242,15 +248,15 @@ class _ReplayFeed:
         return waiting, newest
 
     def _until(self, columns: Columns | None) -> Columns | None:
-        """What of a portion is to be replayed; None at the end."""
+        """Return the part of a portion before ``until_ms``; None at the end."""
         if columns is None or self._until_ms is None or columns["time_ms"][-1] < self._until_ms:
             return columns
         stop = int(np.searchsorted(columns["time_ms"], self._until_ms))
-        # The next portion lies behind the end as a whole.
+        # The next portion starts after the end, so it gives None.
         return {name: column[:stop] for name, column in columns.items()} if stop else None
 
-    def _arrived(self, batch: EventBatch, stop: threading.Event) -> EventBatch:
-        """The batch when it is due."""
+    def _when_due(self, batch: EventBatch, stop: threading.Event) -> EventBatch:
+        """Wait until the batch is due; return it with its arrival times."""
         if not self._config.speed:
             return replace(batch, arrived_ms=np.full(len(batch), round(time.time() * 1000)))
         since = (batch.events["time_ms"] - self._anchor_ms) / (1000 * self._config.speed)

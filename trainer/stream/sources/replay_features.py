@@ -1,8 +1,8 @@
-"""The features of a dataset's training rows, joined to the exposures that a replay brings.
+"""Join of the features of stored training rows to the exposures of a replay.
 
-Rows are stored in emission order, exposures come in the order of their requests. The index of the rows says which
-requests each record holds, so only the records around the present are in memory: those whose rows were requested before
-it and are emitted after it. Each is read once, and nothing has to be read or sorted before a replay can begin anywhere.
+Rows are stored in order of emission, exposures come in order of their requests. The index of the rows gives the range
+of requests in each record, so only the records around the present are in memory: their rows were requested before it
+and are emitted after it. Each record is read once, and a replay can start anywhere without reading or sorting first.
 """
 
 from __future__ import annotations
@@ -22,29 +22,28 @@ _KEY = ("visit_id", "user_id", "request_ms")
 
 
 class ReplayFeatures:
-    """Features of the exposures of one partition, asked for in about the order of time.
+    """Stored features of the exposures of one partition, looked up in about the order of time.
 
     Args:
-        path: dataset.
-        spec: of it.
-        partition: which.
+        path: dataset, a directory or an fsspec URL.
+        spec: description of the dataset.
+        partition: number of the partition.
     """
 
     def __init__(self, path: str | Path, spec: DatasetSpec, partition: int) -> None:
         self._spec, self._partition = spec, partition
         self._store = RowStore(path, spec)
-        # A dataset of events alone has no index of rows either.
+        # A dataset of events only has no rows, and so no index of rows.
         self._index = self._store.records(partition) if spec.rows else None
         self._records: dict[int, Rows] = {}
 
-    def of(self, events: Columns) -> RequestFeatures:
-        """What was logged with events.
+    def lookup(self, events: Columns) -> RequestFeatures:
+        """Return the features that were logged with events.
 
-        An exposure carries the features of the row of its user, visit and request time; where the dataset has none, it
-        carries nothing.
+        An exposure has the features of the row with its user, visit and request time; without such a row it has none.
 
         Args:
-            events: columns of ``EVENT_TYPES``, the next ones of the partition. Other orders cost more reading.
+            events: columns of ``EVENT_TYPES``, the next events of the partition. Another order costs more reading.
 
         Raises:
             UserError: rows cannot be read.
@@ -53,19 +52,20 @@ class ReplayFeatures:
         exposure = np.flatnonzero((events["event"] == EXPOSURE) & in_domains(self._spec, events["domain"], None))
         if self._index is None or not len(exposure):
             return none
-        asked = [events[name][exposure] for name in ("visit_id", "user_id", "time_ms")]
-        first_ms, last_ms = int(asked[2].min()), int(asked[2].max())
-        wanted = np.flatnonzero((self._index.request_min <= last_ms) & (self._index.request_max >= first_ms)).tolist()
-        records = [self._read(record) for record in wanted]
-        found = _first_equal([np.concatenate([none.at, *(rows[name] for rows in records)]) for name in _KEY], asked)
+        wanted = [events[name][exposure] for name in ("visit_id", "user_id", "time_ms")]
+        first_ms, last_ms = int(wanted[2].min()), int(wanted[2].max())
+        needed = np.flatnonzero((self._index.request_min <= last_ms) & (self._index.request_max >= first_ms)).tolist()
+        records = [self._read(record) for record in needed]
+        found = _first_equal([np.concatenate([none.at, *(rows[name] for rows in records)]) for name in _KEY], wanted)
         known = np.flatnonzero(found >= 0)
         features = self._gathered(records, found[known], none)
-        # Requests of the last millisecond may come once more.
-        needed = self._index.request_max >= last_ms
-        self._records = {record: self._records[record] for record in wanted if needed[record]}
+        # The next events may have requests of the same last millisecond.
+        keep = self._index.request_max >= last_ms
+        self._records = {record: self._records[record] for record in needed if keep[record]}
         return features.rows(slice(None), exposure[known])
 
     def _read(self, record: int) -> Rows:
+        """Return a record of rows, from memory if it was read before."""
         if record not in self._records:
             rows = self._store.read(self._partition, record, [*_KEY, *FEATURES])
             assert rows is not None, "the store raises"
@@ -73,35 +73,35 @@ class ReplayFeatures:
         return self._records[record]
 
     def _gathered(self, records: list[Rows], which: np.ndarray, none: RequestFeatures) -> RequestFeatures:
-        """Features of the rows ``which [n]``, counted through all ``records``."""
+        """Return the features of the rows ``which [n]``, which are positions in the concatenated ``records``."""
         edges = np.cumsum([0, *(len(rows["visit_id"]) for rows in records)])
-        of_record = np.searchsorted(edges, which, "right") - 1
+        record_of_row = np.searchsorted(edges, which, "right") - 1
         out = [np.empty((len(which), column.shape[1]), column.dtype) for column in (none.side, none.dense, none.stat)]
-        for record in np.unique(of_record).tolist():
-            at = np.flatnonzero(of_record == record)
+        for record in np.unique(record_of_row).tolist():
+            at = np.flatnonzero(record_of_row == record)
             for column, name in zip(out, FEATURES, strict=True):
                 column[at] = records[record][name][which[at] - edges[record]]
         return RequestFeatures(which, *out)
 
 
-def _first_equal(keys: list[np.ndarray], asked: list[np.ndarray]) -> np.ndarray:
-    """Position of the first of some keys that is equal to each one asked for, -1 where none is.
+def _first_equal(keys: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
+    """Return for each wanted key the position of the first equal key, -1 if there is none.
 
     Args:
-        keys: columns, ``[n]`` each.
-        asked: the same columns, ``[m]`` each.
+        keys: columns of the keys, ``[n]`` each.
+        wanted: the same columns of the wanted keys, ``[m]`` each.
 
     Returns:
         ``[m]`` int64.
     """
-    keys_there = len(keys[0])
-    both = [np.concatenate(columns) for columns in zip(keys, asked, strict=True)]
-    # The order is stable: among equals the keys stand first.
+    key_count = len(keys[0])
+    both = [np.concatenate(columns) for columns in zip(keys, wanted, strict=True)]
+    # The sort is stable, so among equal entries the keys come before the wanted ones.
     order = np.lexsort(both)
     new = np.ones(len(order), bool)
     new[1:] = np.any([np.diff(column[order]) != 0 for column in both], axis=0)
     head = order[np.flatnonzero(new)][np.cumsum(new) - 1]
-    of_asked = order >= keys_there
-    found = np.empty(len(asked[0]), np.int64)
-    found[order[of_asked] - keys_there] = np.where(head[of_asked] < keys_there, head[of_asked], -1)
+    is_wanted = order >= key_count
+    found = np.empty(len(wanted[0]), np.int64)
+    found[order[is_wanted] - key_count] = np.where(head[is_wanted] < key_count, head[is_wanted], -1)
     return found

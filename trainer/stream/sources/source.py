@@ -1,16 +1,16 @@
-"""What a source of events is, and how a rank reads one: in a defined order, ahead of training, from any position.
+"""Interface of event sources, and the reader of a rank: in a defined order, ahead of training, from any position.
 
-A source has partitions; a user's events are in one of them, and a rank owns partitions ``p % world == rank``. Opened at
-a position it gives exactly what follows. Every batch carries the position after it, so whoever saves the position of
-the last batch that was applied, together with what that changed, applies every event exactly once: nothing of it is
-kept anywhere else, and what had been read ahead is read again.
+A source has partitions. A user's events are all in one of them, and rank ``p % world`` reads partition ``p``. A source
+that is opened at a position gives exactly the events after it. Every batch carries the position after it. If that
+position is saved together with the model that the batch has changed, every event is applied exactly once: the position
+is stored nowhere else, and events that were read ahead are read again.
 
-**Position.** Partition -> ``[place, inside, latest_ms, rejected]``: the next row (files) or offset (Kafka), how many
-events of the message there are done, the latest time among the events so far, and how many events were rejected. The
-union over the ranks is the position of the job; any number of ranks can go on from it.
+**Position.** Partition -> ``[place, inside, latest_ms, rejected]``: the next row (files) or offset (Kafka), the number
+of finished events in the message there, the latest time among the events so far, and the number of rejected events. The
+union over the ranks is the position of the job, from which any number of ranks can resume.
 
-**Order.** Events of a partition stay in the order of the log. The partitions of a rank are merged by event time: what
-comes next depends on the position and on what the log holds, not on when it arrived or in what portions it was read.
+**Order.** Events of a partition keep the order of the log. The partitions of a rank are merged by event time. The next
+event depends on the position and the content of the log, not on arrival times or on the portions that were read.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from trainer.data.format.validation import Columns
 from trainer.stream.sources.logged_features import RequestFeatures
 
 Position = dict[int, list[int]]
-"""Partition -> ``[place, inside, latest_ms, rejected]``, see above; JSON-able."""
+"""Positions of a stream by partition, ``[place, inside, latest_ms, rejected]``, see above; ready for JSON."""
 
 SourceIdentity = dict[str, str | int | None]
-"""What positions count in, such as a dataset or a topic; JSON-able."""
-
-BEGINNING = (0, 0, 0, 0)
+"""Identity of the log that positions refer to, such as a dataset or a topic; ready for JSON."""
 
 _WAKE_SECONDS = 0.1
 
@@ -47,8 +45,8 @@ class PartitionEvents:
 
     Attributes:
         events: columns of ``EVENT_TYPES``, each ``[n]``.
-        logged: features of those that carry them; positions are among these events.
-        arrived_ms: ``[n]`` int64, as of :class:`EventBatch`.
+        logged: logged features of some of the events; ``logged.at`` are positions among these events.
+        arrived_ms: ``[n]`` int64, as in :class:`EventBatch`.
     """
 
     events: Columns
@@ -65,11 +63,11 @@ class EventBatch:
 
     Attributes:
         events: columns of ``EVENT_TYPES``, each ``[n]``.
-        logged: features of those that carry them.
+        logged: logged features of some of the events.
         partition: ``[n]`` int32.
-        arrived_ms: ``[n]`` int64, milliseconds UTC by the clock when each event came to the source: when its message
-            was sent, or when it was due in a replay.
-        position: after the batch, of all partitions of the rank.
+        arrived_ms: ``[n]`` int64, clock time in milliseconds UTC at which each event came to the source: when its
+            message was sent, or when it was due in a replay.
+        position: position after the batch, over all partitions of the rank.
     """
 
     events: Columns
@@ -82,7 +80,7 @@ class EventBatch:
         return len(self.partition)
 
     def since(self, time_ms: int) -> EventBatch:
-        """Without the events before a time."""
+        """Return the batch without the events before ``time_ms``."""
         at = np.flatnonzero(self.events["time_ms"] >= time_ms)
         if len(at) == len(self):
             return self
@@ -96,7 +94,7 @@ class EventBatch:
         )
 
     def by_partition(self) -> Iterator[tuple[int, PartitionEvents]]:
-        """The events of each partition that has any."""
+        """Yield the events of each partition in the batch."""
         for partition in np.unique(self.partition).tolist():
             at = np.flatnonzero(self.partition == partition)
             events = {name: column[at] for name, column in self.events.items()}
@@ -105,13 +103,12 @@ class EventBatch:
 
 @dataclass(frozen=True)
 class Lag:
-    """How far what was handed out is behind the stream.
+    """Distance of a reader behind the end of the stream.
 
     Attributes:
-        waiting: rows or messages of the rank's partitions that were not handed out; of messages of several events,
-            messages.
-        event_ms: from the last event handed out to the newest one known of, in event time.
-        wait_ms: since the last event handed out came to the source, in clock time; 0 if nothing waits.
+        waiting: number of rows or messages of the rank's partitions that were not taken yet.
+        event_ms: event time from the last event taken to the newest known event.
+        wait_ms: clock time since the last event taken came to the source; 0 if nothing waits.
     """
 
     waiting: int
@@ -125,19 +122,19 @@ class Lag:
 
 
 class EventFeed(Protocol):
-    """What a kind of source does for a :class:`StreamReader`, whose thread runs it."""
+    """Producer of the batches of a :class:`StreamReader`, which runs it in its thread."""
 
     @property
     def position(self) -> Position:
-        """Where it starts."""
+        """Position at which it starts."""
 
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
-        """The batches in order; ends soon after ``stop`` is set, and lets go of all it holds."""
+        """Yield the batches in order; ends soon after ``stop`` is set, and releases its resources."""
 
-    def ahead(self, position: Position) -> tuple[int, int]:
-        """Rows or messages known to be behind a position, and the time of the newest event known of.
+    def backlog(self, position: Position) -> tuple[int, int]:
+        """Return the number of known rows or messages after a position, and the time of the newest known event.
 
-        Asked from another thread than that of :meth:`batches`.
+        It is called from another thread than :meth:`batches`.
         """
 
 
@@ -150,32 +147,31 @@ class Source(Protocol):
 
     @property
     def identity(self) -> SourceIdentity:
-        """What its positions count in; to be saved with them, and compared by :func:`check_identity`."""
+        """Identity that is saved with positions, and compared by :func:`check_identity`."""
 
     def open(
         self, partitions: Sequence[int], position: Mapping[int, Sequence[int]] | None = None, slice_ms: int = 0
     ) -> StreamReader:
-        """Read some partitions.
+        """Open a reader of some partitions; it starts to read when it is entered as a context manager.
 
         Args:
-            partitions: of the rank.
-            position: to go on from, over the partitions of all ranks; None begins anew.
-            slice_ms: batches end before the next multiple of so many milliseconds of the merged event time, whatever
-                their size; 0: nowhere.
+            partitions: partitions of the rank.
+            position: position to start from, over the partitions of all ranks; None starts at the beginning.
+            slice_ms: batches also end at each multiple of this many milliseconds of merged event time; 0 for none.
 
         Raises:
-            UserError: the position does not fit the source, or is no longer there.
+            UserError: the position does not fit the source, or its messages are gone.
         """
 
 
 class StreamReader:
-    """Reads a stream in a thread, at most ``queue_batches`` batches ahead of who takes them.
+    """Reads a stream in a thread, at most ``queue_batches`` batches ahead of the consumer.
 
-    Use it as a context manager, or call :meth:`close`: it stops the thread and what that holds.
+    Use it as a context manager: entering starts the thread, leaving stops it and releases the feed's resources.
 
     Attributes:
-        position: after the last batch taken; at first where reading started.
-        finished: all of the stream was taken.
+        position: position after the last batch taken, or the start of reading.
+        finished: True if the whole stream was taken, or the reader is closed.
     """
 
     def __init__(self, feed: EventFeed, queue_batches: int) -> None:
@@ -186,14 +182,18 @@ class StreamReader:
         self.position: Position = feed.position
         self.finished = False
         self._thread = threading.Thread(target=self._read, name="stream", daemon=True)
+
+    def start(self) -> None:
+        """Start to read ahead."""
         self._thread.start()
 
     def take(self, timeout: float | None = None) -> EventBatch | None:
-        """The next batch, or None if none came in ``timeout`` seconds or the stream has :attr:`finished`.
+        """Return the next batch; None if none came in ``timeout`` seconds or the stream has :attr:`finished`.
 
         Raises:
-            UserError: why the stream cannot be read on.
+            UserError: the stream cannot be read any further.
         """
+        assert self._thread.ident is not None, "the reader was not started"
         if self.finished:
             return None
         try:
@@ -211,13 +211,13 @@ class StreamReader:
         return None
 
     def __iter__(self) -> Iterator[EventBatch]:
-        """The batches until the stream ends."""
+        """Yield the batches until the stream ends."""
         while (batch := self.take()) is not None:
             yield batch
 
     def lag(self) -> Lag:
-        """Of what was taken."""
-        waiting, newest_ms = self._feed.ahead(self.position)
+        """Return the distance of the batches taken behind the end of the stream."""
+        waiting, newest_ms = self._feed.backlog(self.position)
         if self._last is None:
             return Lag(waiting, 0, 0)
         taken_ms, arrived_ms = int(self._last.events["time_ms"].max()), int(self._last.arrived_ms[-1])
@@ -225,12 +225,13 @@ class StreamReader:
         return Lag(waiting, max(0, newest_ms - taken_ms), wait_ms)
 
     def close(self) -> None:
-        """Stop reading; what was read ahead is dropped."""
+        """Stop reading, and drop the batches that were read ahead."""
         self._stop.set()
         self._thread.join()
         self.finished = True
 
     def __enter__(self) -> StreamReader:
+        self.start()
         return self
 
     def __exit__(
@@ -244,7 +245,7 @@ class StreamReader:
             with closing(self._feed.batches(self._stop)) as batches:
                 for batch in batches:
                     self._put(batch)
-        except BaseException as error:  # handed to who takes the batches
+        except BaseException as error:  # ``take`` raises it in the consumer's thread
             end = error
         self._put(end)
 
@@ -260,45 +261,47 @@ class StreamReader:
 def starting_position(
     partitions: Sequence[int],
     position: Mapping[int, Sequence[int]] | None,
-    of_source: int,
-    beginning: Callable[[int], Sequence[int]] = lambda partition: BEGINNING,
+    source_partitions: int,
+    beginning: Callable[[int], Sequence[int]],
 ) -> Position:
-    """The entries of a saved position that a rank needs, or the beginning of each of its partitions.
+    """Return the entries of a saved position for a rank's partitions, or the beginning of each partition.
 
     Args:
-        partitions: of the rank.
-        position: of all ranks; None begins anew.
-        of_source: partitions that the source has.
-        beginning: of a partition.
+        partitions: partitions of the rank.
+        position: saved position of all ranks; None starts at the beginning.
+        source_partitions: number of partitions of the source.
+        beginning: function from a partition to its beginning.
 
     Raises:
-        UserError: the position is of a source with another number of partitions.
+        UserError: the saved position has another number of partitions than the source.
     """
     if position is None:
         return {partition: list(beginning(partition)) for partition in sorted(partitions)}
-    if sorted(position) != list(range(of_source)):
+    if sorted(position) != list(range(source_partitions)):
         raise UserError(
-            f"the saved stream position has partitions {_ranges(position)}, the source has 0 to {of_source - 1}: a "
-            f"user's events would be looked for in another partition; go on with the source that the run began with"
+            f"the saved stream position has partitions {_ranges(position)}, the source has 0 to "
+            f"{source_partitions - 1}: users would be read from other partitions; use the source that the run "
+            f"started with"
         )
     return {partition: [int(part) for part in position[partition]] for partition in sorted(partitions)}
 
 
 def check_identity(saved: SourceIdentity, now: SourceIdentity) -> None:
-    """A position counts in what it was saved of.
+    """Check that a saved position belongs to this source.
 
     Raises:
-        UserError: the source is another one; names what differs.
+        UserError: it belongs to another source; names the difference.
     """
     for key in saved.keys() | now.keys():
         if saved.get(key) != now.get(key):
             raise UserError(
                 f"the saved stream position is of {key} {saved.get(key)!r}, the stream now has {now.get(key)!r}: "
-                f"go on with the source that the run began with, or start a new run"
+                f"use the source that the run started with, or start a new run"
             )
 
 
 def _ranges(partitions: Iterable[int]) -> str:
+    """Return partitions as text for a message."""
     ordered = sorted(partitions)
     if ordered == list(range(len(ordered))):
         return f"0 to {len(ordered) - 1}" if ordered else "none"

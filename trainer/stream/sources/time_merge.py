@@ -1,4 +1,4 @@
-"""Merges partitions by event time, each in the order of its log, and cuts batches whose position is known."""
+"""Merge of partitions by event time, in the log order of each partition, into batches that carry their position."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from trainer.stream.sources.logged_features import RequestFeatures
 from trainer.stream.sources.source import EventBatch, Position
 
 PLACES = ("place", "inside", "latest_ms", "rejected")
-"""Columns beside the event's own, int64: the position of the partition after the event."""
+"""Additional int64 columns of events: the position of the partition after each event."""
 
 
 @dataclass(frozen=True)
 class _EventBlock:
-    """Events behind one another, and the features of those that carry them."""
+    """Consecutive events of one partition or of the merged sequence, with their logged features."""
 
     columns: Columns
     logged: RequestFeatures
@@ -42,7 +42,7 @@ class _EventBlock:
 
 
 class _Fifo:
-    """Blocks that are appended, and events that are taken from the front."""
+    """Queue of events: blocks are appended, and any number of events is taken from the front."""
 
     def __init__(self) -> None:
         self._blocks: deque[_EventBlock] = deque()
@@ -54,7 +54,7 @@ class _Fifo:
             self.rows += len(block)
 
     def take(self, rows: int) -> list[_EventBlock]:
-        """The first ``rows`` rows, in blocks."""
+        """Remove and return the first ``rows`` rows, in blocks."""
         taken = []
         self.rows -= rows
         while rows:
@@ -67,7 +67,7 @@ class _Fifo:
         return taken
 
     def before(self, time_ms: int, inclusive: bool) -> int:
-        """Rows at the front whose ``latest_ms`` is less than ``time_ms``, or equal to it if ``inclusive``."""
+        """Return the number of rows in front with ``latest_ms`` before ``time_ms``, or up to it if ``inclusive``."""
         rows = 0
         for block in self._blocks:
             inside = int(np.searchsorted(block.columns["latest_ms"], time_ms, "right" if inclusive else "left"))
@@ -81,14 +81,13 @@ class _Fifo:
 
 
 class TimeMerge:
-    """Events of several partitions as one sequence.
+    """Merges the events of several partitions into one sequence.
 
-    An event's place in it is the latest time in its partition up to it, so a partition keeps its order however its
-    times run; ties go by partition. An event is handed out once no partition that is waited for can still bring an
-    earlier one.
+    The sort key of an event is the latest time in its partition up to it, so a partition keeps its order even if its
+    times go back; ties are ordered by partition. An event is ready once no awaited partition can bring an earlier one.
 
     Args:
-        position: where each partition starts.
+        position: start of each partition.
     """
 
     def __init__(self, position: Position) -> None:
@@ -100,26 +99,26 @@ class TimeMerge:
 
     @property
     def position(self) -> Position:
-        """After what was taken."""
+        """Position after the events taken."""
         return {partition: list(at) for partition, at in self._position.items()}
 
     @property
     def events(self) -> int:
-        """Events held."""
+        """Number of events in memory."""
         return self._ready.rows + sum(lane.rows for lane in self._lanes.values())
 
     def held(self, partition: int) -> int:
-        """Events of a partition that wait for others."""
+        """Return the number of events of a partition that wait for other partitions."""
         return self._lanes[partition].rows
 
     def append(self, partition: int, columns: Columns, logged: RequestFeatures) -> None:
         """Add the next events of a partition.
 
         Args:
-            partition: one of those of the position.
-            columns: of ``EVENT_TYPES``, ``arrived_ms``, ``place``, ``inside`` and ``rejected``, each ``[n]``; the last
-                two may be left out where they are always 0, and ``arrived_ms`` where it is known later.
-            logged: features of those that carry them.
+            partition: a partition of the position.
+            columns: ``EVENT_TYPES``, ``arrived_ms``, ``place``, ``inside`` and ``rejected``, each ``[n]``; the last two
+                may be missing if they are always 0, and ``arrived_ms`` if it is known later.
+            logged: logged features of some of the events.
         """
         time_ms = columns["time_ms"]
         if len(time_ms):
@@ -129,22 +128,22 @@ class TimeMerge:
             self._lanes[partition].append(_EventBlock({**columns, "latest_ms": latest_ms, "partition": owner}, logged))
 
     def wait_for(self, partition: int, awaited: bool) -> None:
-        """Whether the others wait for a partition that has no events here: not if it has ended or is silent."""
+        """Set if the other partitions wait for this one when it has no events: not if it has ended or is silent."""
         (self._awaited.add if awaited else self._awaited.discard)(partition)
 
     def skip_to(self, partition: int, at: Sequence[int]) -> None:
-        """The position of a partition of which nothing is held is further on: what is there was rejected."""
+        """Skip an empty partition's position past rejected messages."""
         assert not self.held(partition)
         self._position[partition] = list(at)
 
     def take(self, events: int, *, ticks_ms: Sequence[int] = (), rest: bool = False) -> EventBatch | None:
-        """The next batch if it is complete: ``events`` events, or fewer up to a multiple of a tick.
+        """Return the next batch if it is complete: ``events`` events, or fewer up to a multiple of a tick.
 
         Args:
-            events: of a batch.
-            ticks_ms: a batch ends before the next multiple of each, in milliseconds of the time by which the partitions
-                are merged. Where a partition that was not waited for brings earlier events, that time goes back.
-            rest: hand out what is there, complete or not.
+            events: size of a full batch.
+            ticks_ms: a batch ends before the next multiple of each of these, in the merged event time. That time goes
+                back if a partition that was not awaited brings earlier events.
+            rest: return the ready events even if the batch is not complete.
         """
         self._advance()
         size = min(events, self._ready.rows)
@@ -156,8 +155,8 @@ class TimeMerge:
         return self._batch(_EventBlock.join(self._ready.take(size))) if complete and size else None
 
     def _advance(self) -> None:
-        """Merge the events that nothing can come before any more."""
-        # What a partition still brings has at least its latest time.
+        """Merge the events that no awaited partition can precede any more."""
+        # Future events of a partition have at least its latest time as their sort key.
         bound = min(((self._latest[partition], partition) for partition in self._awaited), default=None)
         taken = []
         for partition, lane in self._lanes.items():
@@ -168,6 +167,7 @@ class TimeMerge:
             self._ready.append(block.take(stable_order(block.columns["latest_ms"])))
 
     def _batch(self, block: _EventBlock) -> EventBatch:
+        """Return a block as a batch, and advance the position."""
         columns, rows = block.columns, len(block)
         owner = columns["partition"]
         for partition in np.unique(owner).tolist():

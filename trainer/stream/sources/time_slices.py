@@ -1,8 +1,8 @@
-"""All ranks go through a stream in slices of event time, side by side.
+"""Time slices: all ranks process a stream in the same slices of event time.
 
-A rank that ran ahead would train the model on what others have not come to yet, and their predictions would know of it.
-So the ranks agree on the slice that comes next, and each takes its own events of it. Of a stream that is read to its
-end, what is in a slice depends on the log alone; a live one is taken as it comes.
+If one rank ran ahead, it would train the model on events that the other ranks have not reached, and their predictions
+would know the future. So the ranks agree on the next slice, and each takes its own events of it. In a stream that is
+read to its end, the content of a slice depends only on the log; a live stream is taken as it comes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from trainer.stream.labels.assembled_rows import END_OF_TIME
 from trainer.stream.sources.source import EventBatch, Position, StreamReader
 
 _NOTHING_NOW = END_OF_TIME - 1
-"""Slice of a rank to which no event has come."""
+"""Slice number of a rank that has no event now."""
 
 
 class SliceAgreement(NamedTuple):
-    """What the ranks have told each other before a slice.
+    """Agreement of the ranks before a slice.
 
     Attributes:
-        number: of the slice; None where no rank has events now.
-        finished: the stream of every rank has ended.
+        number: number of the slice; None if no rank has events now.
+        finished: True if the stream of every rank has ended.
         values: ``[ranks, n]`` int64, the values that each rank sent.
     """
 
@@ -36,16 +36,16 @@ class SliceAgreement(NamedTuple):
 
 
 class TimeSlices:
-    """The events of a rank by slices that all ranks share. All methods but :attr:`position` are collective.
+    """Gives the events of a rank slice by slice. Only :meth:`agree` is collective.
 
     Args:
-        reader: of this rank's partitions, opened with the same ``slice_ms``.
-        world: the ranks.
+        reader: reader of this rank's partitions, opened with the same ``slice_ms``.
+        world: ranks of the job.
         slice_ms: length of a slice in event time.
-        wait_seconds: how long to wait for events that may not come; None waits until they do, or the stream ends.
+        wait_seconds: maximum time to wait for the next event; None waits until it comes or the stream ends.
 
     Attributes:
-        position: after the last batch that was handed out.
+        position: position after the last batch taken.
     """
 
     def __init__(self, reader: StreamReader, world: World, slice_ms: int, wait_seconds: float | None) -> None:
@@ -54,25 +54,25 @@ class TimeSlices:
         self._ahead: EventBatch | None = None
         self._now_ms = 0
 
-    def agree(self, told: tuple[int, ...]) -> SliceAgreement:
-        """Which slice comes next, and what every rank tells the others on the way.
+    def agree(self, values: tuple[int, ...]) -> SliceAgreement:
+        """Agree with all ranks on the next slice, and exchange ``values`` with them. Collective.
 
         Raises:
-            UserError: why the stream cannot be read on.
+            UserError: the stream cannot be read any further.
         """
-        self._look()
-        mine = torch.tensor([self._next, *told], dtype=torch.int64)
-        everyone = [torch.empty_like(mine) for _ in range(self._world.size)]
-        dist.all_gather(everyone, mine, group=self._world.control)
-        table = torch.stack(everyone).numpy()
+        self._look_ahead()
+        local = torch.tensor([self._next, *values], dtype=torch.int64)
+        gathered = [torch.empty_like(local) for _ in range(self._world.size)]
+        dist.all_gather(gathered, local, group=self._world.control)
+        table = torch.stack(gathered).numpy()
         number = int(table[:, 0].min())
         return SliceAgreement(number if number < _NOTHING_NOW else None, number == END_OF_TIME, table[:, 1:])
 
     def take(self, number: int) -> list[EventBatch]:
-        """This rank's batches of a slice; not collective.
+        """Return this rank's batches of a slice.
 
         Raises:
-            UserError: why the stream cannot be read on.
+            UserError: the stream cannot be read any further.
         """
         batches = []
         while self._ahead is not None and self._next == number:
@@ -80,23 +80,24 @@ class TimeSlices:
             self.position = self._ahead.position
             self._now_ms = _latest_ms(self._ahead)
             self._ahead = None
-            self._look()
+            self._look_ahead()
         return batches
 
     def seen_until_ms(self, number: int) -> int:
-        """All events of this rank before this time have been handed out, as far as can be known after a slice."""
+        """Return the event time before which, after a slice, all known events of this rank have been taken."""
         if self._next > number and self._next != _NOTHING_NOW:
             return (number + 1) * self._slice_ms
         return self._now_ms
 
     @property
     def _next(self) -> int:
-        """Slice of the next event."""
+        """Slice number of the next event."""
         if self._ahead is not None:
             return _latest_ms(self._ahead) // self._slice_ms
         return END_OF_TIME if self._reader.finished else _NOTHING_NOW
 
-    def _look(self) -> None:
+    def _look_ahead(self) -> None:
+        """Read the next batch, unless there is one."""
         while self._ahead is None and not self._reader.finished:
             batch = self._reader.take(self._wait)
             if batch is None:
@@ -104,10 +105,10 @@ class TimeSlices:
             if len(batch):
                 self._ahead = batch
             else:
-                # All that came was rejected.
+                # All messages were rejected, but the position must pass them.
                 self.position = batch.position
 
 
 def _latest_ms(batch: EventBatch) -> int:
-    """Where a batch of merged partitions has come to: the latest time of any of them so far."""
+    """Return the merged event time after a batch: the latest time of any partition so far."""
     return max(latest_ms for _, _, latest_ms, _ in batch.position.values())
