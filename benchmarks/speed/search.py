@@ -212,7 +212,7 @@ def recall(users: int, repeats: int, histories: Sequence[int]) -> list[dict[str,
         int8 = part._replace(vectors=SearchVectors(in_space(np.rint(scaled).astype(np.int8))))
         codes = {bits: HashCodes.of(part.vectors, bits, seed=0) for bits in (64, 128, 256)}
         exactly = partial(gsu.top, first, stop, LENGTH)
-        searches: dict[str, Callable[[], gsu.Found]] = {
+        searches: dict[str, Callable[[], gsu.SearchResult]] = {
             "exact, float16": partial(exactly, part),
             "exact, int8": partial(exactly, int8),
         }

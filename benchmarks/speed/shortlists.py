@@ -29,7 +29,7 @@ from modules.search.cpu_kernels import (
     row_of,
     write_all,
 )
-from modules.search.search import Found, SearchPart, SearchVectors, arguments_of, search, top
+from modules.search.search import SearchPart, SearchResult, SearchVectors, arguments_of, search, top
 
 _CHUNK_ROWS = 1 << 16
 _LLOYD_STEPS = 4
@@ -39,11 +39,13 @@ _WORD = 64
 class Shortlist(Protocol):
     """Finds entries that may be the best faster than a look at each of them."""
 
-    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> Found:
+    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> SearchResult:
         """Return the entries among which the best ``length`` of each run are looked for, ascending in each row."""
 
 
-def top_of_shortlist(first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart, shortlist: Shortlist) -> Found:
+def top_of_shortlist(
+    first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart, shortlist: Shortlist
+) -> SearchResult:
     """Return the entries of each run with the largest scores among those of a short list.
 
     Args:
@@ -56,7 +58,7 @@ def top_of_shortlist(first: np.ndarray, stop: np.ndarray, length: int, part: Sea
     at, lengths = shortlist.shortlist(first, stop, length, part)
     ends = np.cumsum(lengths)
     found = top(ends - lengths, ends, length, part._replace(column=part.column[at]))
-    return Found(at[found.at], found.lengths)
+    return SearchResult(at[found.at], found.lengths)
 
 
 class HashCodes(NamedTuple):
@@ -83,7 +85,7 @@ class HashCodes(NamedTuple):
             codes[begin : begin + _CHUNK_ROWS] = np.packbits(sides, axis=1, bitorder="little").view(np.uint64)
         return HashCodes(codes, oversample)
 
-    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> Found:
+    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> SearchResult:
         """The entries with the codes most like the candidate's; of equal ones the later."""
         query = self.codes[part.vectors.rows(part.candidate)]
         return search(
@@ -148,7 +150,7 @@ class Clusters(NamedTuple):
             oversample,
         )
 
-    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> Found:
+    def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> SearchResult:
         """Members of the best clusters, and the entries since; whole runs where they are not clustered by then."""
         run = np.searchsorted(self.first, first, side="right") - 1
         if len(self.first):

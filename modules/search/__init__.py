@@ -1,1 +1,1 @@
-"""The five searches (GSU): definition, CPU kernels, GPU kernel."""
+"""Five searches over long histories (GSU): definition, CPU kernels, GPU kernel."""

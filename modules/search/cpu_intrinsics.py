@@ -1,6 +1,6 @@
-"""Machine operations that numba lacks: dot products of a search vector in half or byte precision, bit counts, prefetch.
+"""Machine operations that numba lacks: dot products of half- or byte-precision vectors, bit counts, prefetch.
 
-Written as LLVM instructions on vectors of 16 lanes, which become whatever the processor has: AVX-512, AVX2 or NEON.
+They are LLVM instructions on vectors of 16 lanes, which LLVM compiles for the processor: AVX-512, AVX2 or NEON.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 LANES = 16
-"""Values that are summed side by side; the width of search vectors is a multiple of it."""
+"""Values that are summed in parallel; the width of search vectors is a multiple of it."""
 
 GROUP = LANES // 2
-"""Vectors that are worked on side by side: when their lanes have been added, their sums fill a register."""
+"""Vectors that are scored together: after their lanes are added, their sums fill one register."""
 
 CACHE_LINE = 64
-"""Bytes that memory hands over at a time."""
+"""Bytes of a cache line, the unit that is read from memory."""
 
 _FLOAT, _INT32, _INT64, _BYTE, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(8), ir.HalfType()
 _FLOATS, _INT32S = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT32, LANES)
@@ -28,16 +28,17 @@ _FLOATS, _INT32S = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT32, LANES)
 
 @intrinsic
 def dots_half(context: Any, base: Any, offsets: Any, query: Any, blocks: Any, scores: Any) -> tuple[Any, Callable]:
-    """Dot products of :data:`GROUP` float16 vectors with one of float32, side by side.
+    """Write the dot products of :data:`GROUP` float16 vectors with one float32 vector.
 
-    ``dots_half(base, offsets, query, blocks, scores)``: the vectors, 16 ``blocks`` wide, lie at address ``base`` plus
-    each of the int64 at ``offsets``; ``scores`` is where the float32 results go. In each, lane l sums the products
-    ``l, l + 16, ...`` in order; then lanes l and l + 8 are added, l and l + 4, and so on.
+    ``dots_half(base, offsets, query, blocks, scores)``: the vectors have ``16 * blocks`` values and are at address
+    ``base`` plus each of the int64 numbers at address ``offsets``; the float32 results are written to address
+    ``scores``. In each product, lane l sums the products ``l, l + 16, ...`` in order; then lanes l and l + 8 are added,
+    then l and l + 4, and so on.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
         def step(total: Any, values: Any, weights: Any) -> Any:
-            # A product of halves is exact in float32, so fusing it with the sum changes nothing.
+            # The product of two halves is exact in float32, so a fused multiply-add rounds as a separate addition.
             return builder.call(multiply_add, [builder.fpext(values, _FLOATS), weights, total])
 
         kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
@@ -50,7 +51,7 @@ def dots_half(context: Any, base: Any, offsets: Any, query: Any, blocks: Any, sc
 
 @intrinsic
 def dots_byte(context: Any, base: Any, offsets: Any, query: Any, blocks: Any, scores: Any) -> tuple[Any, Callable]:
-    """As :func:`dots_half`, of int8 vectors and query, with int32 results, which are exact."""
+    """Write dot products as :func:`dots_half` does, of int8 vectors and an int8 query; int32 results are exact."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
         def step(total: Any, values: Any, weights: Any) -> Any:
@@ -65,7 +66,7 @@ def dots_byte(context: Any, base: Any, offsets: Any, query: Any, blocks: Any, sc
 
 @intrinsic
 def above(context: Any, scores: Any, floor: Any) -> tuple[Any, Callable]:
-    """``above(scores, floor) -> int64``: bit i is set if score i of the group at address ``scores`` is larger."""
+    """Compare a group of scores: ``above(scores, floor) -> int64`` sets bit i if score i at ``scores`` is larger."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
         address, least = arguments
@@ -81,7 +82,7 @@ def above(context: Any, scores: Any, floor: Any) -> tuple[Any, Callable]:
 
 @intrinsic
 def lowest_bit(context: Any, mask: Any) -> tuple[Any, Callable]:
-    """``lowest_bit(mask) -> int64``: place of the lowest one in an int64 that is not 0."""
+    """Find a bit: ``lowest_bit(mask) -> int64`` is the place of the lowest 1 in an int64 that is not 0."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -91,7 +92,7 @@ def lowest_bit(context: Any, mask: Any) -> tuple[Any, Callable]:
 
 @intrinsic
 def bits_set(context: Any, word: Any) -> tuple[Any, Callable]:
-    """``bits_set(word) -> int64``: ones in a uint64."""
+    """Count bits: ``bits_set(word) -> int64`` is the number of ones in a uint64."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
         return builder.ctpop(arguments[0])
@@ -101,14 +102,14 @@ def bits_set(context: Any, word: Any) -> tuple[Any, Callable]:
 
 @intrinsic
 def prefetch(context: Any, address: Any) -> tuple[Any, Callable]:
-    """``prefetch(address)``: have the cache line there brought, without waiting for it."""
+    """Prefetch memory: ``prefetch(address)`` requests the cache line at an address without waiting for it."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple[Any, ...]) -> Any:
         pointer = _BYTE.as_pointer()
         function = builder.module.declare_intrinsic(
             "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
         )
-        # To be read, as data; into the second cache: more can be on their way to it than to the first.
+        # Read access, data, second-level cache: it can have more outstanding requests than the first-level cache.
         flags = [ir.Constant(_INT32, flag) for flag in (0, 2, 1)]
         builder.call(function, [builder.inttoptr(arguments[0], pointer), *flags])
         return context.get_dummy_value()
@@ -117,12 +118,14 @@ def prefetch(context: Any, address: Any) -> tuple[Any, Callable]:
 
 
 def _load(builder: ir.IRBuilder, address: Any, kind: ir.VectorType) -> Any:
+    """Load a vector from an address of any alignment."""
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = 1
     return value
 
 
 def _shuffle(builder: ir.IRBuilder, one: Any, other: Any, lanes: list[int]) -> Any:
+    """Return the given lanes of two vectors; lanes of the second one are counted after those of the first."""
     return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT32, len(lanes)), lanes))
 
 
@@ -134,7 +137,7 @@ def _dots(
     step: Callable[[Any, Any, Any], Any],
     add: Callable[[Any, Any], Any],
 ) -> None:
-    """A loop over the blocks, for all vectors of a group at once, then the sums of their lanes."""
+    """Emit a loop over the blocks that scores all vectors of a group, and then the sums of their lanes."""
 
     def place(offset: int) -> Any:
         return builder.inttoptr(builder.add(offsets, ir.Constant(_INT64, 8 * offset)), _INT64.as_pointer())
@@ -163,11 +166,15 @@ def _dots(
 
 
 def _bytes_of(kind: ir.VectorType) -> int:
+    """Return the size of a vector in bytes."""
     return LANES * {_FLOAT: 4, _HALF: 2, _BYTE: 1}[kind.element]
 
 
 def _join_lanes(builder: ir.IRBuilder, sums: list[Any], add: Callable[[Any, Any], Any]) -> Any:
-    """Add the upper half of each one's lanes to the lower, until one is left; two and two share a register."""
+    """Add the upper half of each vector's lanes to the lower half until one lane is left.
+
+    After each addition, two half-filled vectors are joined into one register.
+    """
     lanes, each = LANES // 2, 1
     sums = [
         add(_shuffle(builder, s, s, [*range(lanes)]), _shuffle(builder, s, s, [*range(lanes, LANES)])) for s in sums

@@ -1,10 +1,10 @@
-"""Loops of the searches over rows of a batch, compiled by numba: what is read is read once, and no score is kept.
+"""Search loops over the rows of a batch, compiled by numba; entries are read once and their scores are not stored.
 
-Entries are looked at from the latest to the oldest. Those that may still be among the best go, as one 64-bit key of
-score and place, into a short list, which is cut to the best whenever it is full. Keys are all different and larger
-where the score is larger or, for the same score, the entry later.
+Entries are read from the latest to the oldest. An entry that may still be among the best goes into a short list, as one
+64-bit key of score and place. The list is cut to the best entries whenever it is full. All keys are different; a key is
+larger if the score is larger or, for the same score, if the entry is later.
 
-A row's result is written to the end of its line of ``out``, oldest entry first.
+A row's result is written to the end of its row of ``out``, oldest entry first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from modules.search.cpu_intrinsics import CACHE_LINE, GROUP, LANES, above, dots_byte, dots_half, lowest_bit, prefetch
 
 AHEAD = 6
-"""Groups of entries whose vectors are on their way from memory: more than a core can wait for at once gains nothing."""
+"""Groups of entries whose vectors are prefetched; more than a core's outstanding reads would gain nothing."""
 
 _TOP_BIT = np.uint32(1 << 31)
 _PLACE_BITS = np.uint64(32)
@@ -25,7 +25,7 @@ _PLACE_BITS = np.uint64(32)
 
 @numba.njit(nogil=True)
 def key_of_float(score: np.float32, place: int) -> np.uint64:
-    """Float bits, as an integer that grows with the float, then the place; scores are never NaN or -0."""
+    """Return the key of a float score: bits that are ordered like the float, then the place. No NaN and no -0."""
     bits = np.float32(score).view(np.uint32)
     ordered = ~bits if bits & _TOP_BIT else bits | _TOP_BIT
     return (np.uint64(ordered) << _PLACE_BITS) | np.uint64(place)
@@ -33,38 +33,38 @@ def key_of_float(score: np.float32, place: int) -> np.uint64:
 
 @numba.njit(nogil=True)
 def float_of_key(key: np.uint64) -> np.float32:
-    """The score in a key of :func:`key_of_float`."""
+    """Return the score of a key of :func:`key_of_float`."""
     ordered = np.uint32(key >> _PLACE_BITS)
     return np.uint32(ordered ^ _TOP_BIT if ordered & _TOP_BIT else ~ordered).view(np.float32)
 
 
 @numba.njit(nogil=True)
 def key_of_int(score: np.int32, place: int) -> np.uint64:
-    """The key of an integer score."""
+    """Return the key of an integer score."""
     return (np.uint64(np.uint32(score) ^ _TOP_BIT) << _PLACE_BITS) | np.uint64(place)
 
 
 @numba.njit(nogil=True)
 def int_of_key(key: np.uint64) -> np.int32:
-    """The score in a key of :func:`key_of_int`."""
+    """Return the score of a key of :func:`key_of_int`."""
     return np.int32(np.uint32(key >> _PLACE_BITS) ^ _TOP_BIT)
 
 
 @numba.njit(nogil=True)
 def place_of(key: np.uint64) -> np.int64:
-    """The place in a key."""
+    """Return the place of a key."""
     return np.int64(key & np.uint64(0xFFFFFFFF))
 
 
 @numba.njit(nogil=True)
 def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
-    """The n-th largest, from 0, of the first ``count`` different keys; reorders them (Hoare's selection)."""
+    """Return the n-th largest (from 0) of the first ``count`` different keys; reorders them (Hoare's selection)."""
     low, last = 0, count - 1
     while low < last:
         middle = (low + last) >> 1
         pivot = keys[middle]
         keys[middle], keys[last] = keys[last], pivot
-        # Lomuto's partition without a branch, which would go the wrong way half of the time.
+        # Lomuto's partition without a branch, which would be mispredicted half of the time.
         place = low
         for i in range(low, last):
             key = keys[i]
@@ -83,7 +83,7 @@ def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
 
 @numba.njit(nogil=True)
 def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.uint64:
-    """Cut a list to its ``keep`` largest, their order unchanged; returns the smallest of them."""
+    """Cut a list to its ``keep`` largest keys, without changing their order, and return the smallest of them."""
     spare[:count] = keys[:count]
     least = nth_largest(spare, count, keep - 1)
     kept = 0
@@ -96,7 +96,7 @@ def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.
 
 @numba.njit(nogil=True)
 def write_all(first: int, stop: int, out: np.ndarray) -> None:
-    """All entries of a run are the result."""
+    """Write all entries of a run as its result."""
     end = len(out) - (stop - first)
     for i in range(stop - first):
         out[end + i] = first + i
@@ -104,15 +104,15 @@ def write_all(first: int, stop: int, out: np.ndarray) -> None:
 
 @numba.njit(nogil=True)
 def row_of(column: np.ndarray, at: int, shift: int, rows: int) -> int:
-    """The vector of an entry; 0 for one that has none."""
-    # Unsigned: places are never counted from the end, and negative rows are beyond the table as well.
+    """Return the row of an entry's vector; 0 if it has none."""
+    # Unsigned: numba then adds no code for negative indices, and a negative row counts as beyond the table.
     row = column[np.uintp(at)] + shift
     return row if np.uint64(row) < np.uint64(rows) else 0
 
 
 @numba.njit(nogil=True)
 def fetch(base: int, offset: int, row_bytes: int) -> None:
-    """Have a vector brought. Its first lines are asked for without a loop, whose count would take as long."""
+    """Prefetch a vector; its first cache lines without a loop, which would cost as much as the prefetch."""
     address = np.uintp(base + offset)
     prefetch(address)
     if row_bytes > CACHE_LINE:
@@ -133,7 +133,10 @@ def seek(
     offsets: np.ndarray,
     slot: int,
 ) -> None:
-    """Where the vectors of a group lie, from entry ``latest`` backwards, the first one's for those before it."""
+    """Write the offsets of a group's vectors, from entry ``latest`` backwards, and prefetch the vectors.
+
+    Entries before ``low``, the first of the run, get the offset of ``low``.
+    """
     for i in range(GROUP):
         offsets[slot, i] = row_of(column, max(latest - i, low), shift, rows) * row_bytes
     for i in range(GROUP):
@@ -141,13 +144,13 @@ def seek(
 
 
 def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.float32 | np.int32) -> Callable:
-    """The search for the largest dot products, for one type of vectors.
+    """Make the kernel that searches for the largest dot products, for one type of vectors.
 
     Args:
         dots: ``(address of the vectors, address of offsets, address of the query, blocks, address of the scores)``.
         key_of: ``(score, place) -> key``.
-        score_of: the score in a key.
-        lowest: below every score.
+        score_of: ``key -> score``.
+        lowest: a value below every score.
 
     Returns:
         ``top(begin, end, first, stop, parts, column, shift, vectors, query, column_2, shift_2, vectors_2, query_2, out,
@@ -183,7 +186,7 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
         spare = np.empty_like(keys)
         offsets, offsets_2 = np.empty((AHEAD, GROUP), np.int64), np.empty((AHEAD, GROUP), np.int64)
         scores, scores_2 = np.empty(GROUP, score_type), np.empty(GROUP, score_type)
-        # Addresses, as views of arrays are counted each time.
+        # Addresses and not array views: each view would change a reference count.
         group_bytes = GROUP * offsets.itemsize
         at_offsets, at_offsets_2 = offsets.ctypes.data, offsets_2.ctypes.data
         at_scores, at_scores_2 = scores.ctypes.data, scores_2.ctypes.data
@@ -196,7 +199,8 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
             address, address_2 = query[row].ctypes.data, query_2[row].ctypes.data
             count, floor, slot = 0, lowest, 0
             for latest in range(high - 1, low - 1 - AHEAD * GROUP, -GROUP):
-                # The loop runs ahead of itself: a group that was asked for is scored, and another one takes its place.
+                # The loop prefetches AHEAD groups in advance: it scores the group that was prefetched in this slot, and
+                # then prefetches another one into the slot.
                 here = latest + AHEAD * GROUP
                 if here < high:
                     dots(base, at_offsets + slot * group_bytes, address, blocks, at_scores)
@@ -204,7 +208,7 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
                         dots(base_2, at_offsets_2 + slot * group_bytes, address_2, blocks_2, at_scores_2)
                         for i in range(GROUP):
                             scores[i] += scores_2[i]
-                    # Not where it equals the worst of those that stay: they are all later.
+                    # A score equal to the worst one in the list does not count: all entries of the list are later.
                     found = above(at_scores, floor)
                     while found:
                         i = lowest_bit(found)
@@ -229,10 +233,10 @@ def make_top(dots: Callable, key_of: Callable, score_of: Callable, lowest: np.fl
 
 
 top_half = make_top(dots_half, key_of_float, float_of_key, np.float32(-np.inf))
-"""Of float16 vectors as uint16, for queries in float32."""
+"""Kernel for float16 vectors, passed as uint16, and float32 queries."""
 
 top_byte = make_top(dots_byte, key_of_int, int_of_key, np.int32(-(1 << 31)))
-"""Of int8 vectors and queries."""
+"""Kernel for int8 vectors and queries."""
 
 
 @numba.njit(nogil=True)
@@ -246,7 +250,7 @@ def same_author(
     out: np.ndarray,
     lengths: np.ndarray,
 ) -> None:
-    """The latest entries of the candidate's author."""
+    """Find the latest entries of the candidate's author."""
     length = out.shape[1]
     for row in range(begin, end):
         free = length
@@ -271,7 +275,10 @@ def latest_of_all(
     out: np.ndarray,
     lengths: np.ndarray,
 ) -> None:
-    """The latest entries, by ``ordinal``, of several runs of each user that have one of the bits; all with 0."""
+    """Find the latest entries by ``ordinal`` over several runs of each user that have one of the bits of ``require``.
+
+    With ``require`` 0 all entries count.
+    """
     length = out.shape[1]
     ends = np.empty(first.shape[1], np.int64)
     for row in range(begin, end):

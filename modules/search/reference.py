@@ -1,4 +1,4 @@
-"""The definition of the searches of ``modules/search/search.py``: one row at a time in plain PyTorch, and slow."""
+"""Reference definition of the searches of ``modules/search/search.py``: slow, one row at a time in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from modules.search.cpu_intrinsics import LANES
-from modules.search.search import Found, SearchPart
+from modules.search.search import SearchPart, SearchResult
 
 
 def scores(values: Tensor, query: Tensor) -> Tensor:
-    """Dot products of ``values [n, width]`` with ``query [width]``, both float16 or both int8; float32 or int32."""
+    """Return dot products ``[n]`` of ``values [n, width]`` and ``query [width]``: float32 of float16, int32 of int8."""
     if values.dtype == torch.int8:
         return (values.int() * query.int()).sum(1, dtype=torch.int32)
     products = (values.float() * query.float()).unflatten(1, (-1, LANES))
@@ -25,20 +25,20 @@ def scores(values: Tensor, query: Tensor) -> Tensor:
 
 
 def best(score: Tensor, length: int) -> Tensor:
-    """Places of the ``length`` largest scores, ascending; of equal ones the later are taken."""
+    """Return the places of the ``length`` largest scores, ascending; of equal scores the later ones are taken."""
     from_the_end = score.flip(0).sort(descending=True, stable=True).indices[:length]
     return (len(score) - 1 - from_the_end).sort().values
 
 
-def latest(first: np.ndarray, stop: np.ndarray, length: int) -> Found:
-    """See :func:`modules.search.search.latest`."""
+def latest(first: np.ndarray, stop: np.ndarray, length: int) -> SearchResult:
+    """Find the entries that :func:`modules.search.search.latest` finds."""
     return _rows([torch.arange(low, high)[-length:] for low, high in _runs(first, stop)])
 
 
 def same_author(
     first: np.ndarray, stop: np.ndarray, length: int, author_id: np.ndarray, candidate_author: np.ndarray
-) -> Found:
-    """See :func:`modules.search.search.same_author`."""
+) -> SearchResult:
+    """Find the entries that :func:`modules.search.search.same_author` finds."""
     found = []
     for (low, high), author in zip(_runs(first, stop), candidate_author.tolist(), strict=True):
         same = torch.tensor(author_id[low:high]) == author
@@ -48,8 +48,8 @@ def same_author(
 
 def latest_of_all(
     first: np.ndarray, stop: np.ndarray, length: int, ordinal: np.ndarray, bits: np.ndarray, require: int = 0
-) -> Found:
-    """See :func:`modules.search.search.latest_of_all`."""
+) -> SearchResult:
+    """Find the entries that :func:`modules.search.search.latest_of_all` finds."""
     found = []
     for lows, highs in zip(first.tolist(), stop.tolist(), strict=True):
         at = torch.cat([torch.arange(low, max(low, high)) for low, high in zip(lows, highs, strict=True)])
@@ -59,8 +59,8 @@ def latest_of_all(
     return _rows(found)
 
 
-def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> Found:
-    """See :func:`modules.search.search.top`."""
+def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> SearchResult:
+    """Find the entries that :func:`modules.search.search.top` finds."""
     found = []
     for row, (low, high) in enumerate(_runs(first, stop)):
         score = None
@@ -75,9 +75,11 @@ def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) ->
 
 
 def _runs(first: np.ndarray, stop: np.ndarray) -> list[tuple[int, int]]:
+    """Return the bounds of each row's run."""
     return list(zip(first.tolist(), stop.tolist(), strict=True))
 
 
-def _rows(found: list[Tensor]) -> Found:
+def _rows(found: list[Tensor]) -> SearchResult:
+    """Join the places of all rows to one result."""
     at = torch.cat([torch.empty(0, dtype=torch.int64), *found])
-    return Found(at.numpy(), np.array([len(row) for row in found], np.int64))
+    return SearchResult(at.numpy(), np.array([len(row) for row in found], np.int64))

@@ -1,6 +1,6 @@
-"""General search units (GSU): which entries of a long history a candidate is compared with (Moment&Cross, section 3.2).
+"""General search units (GSU): find the entries of a long history to compare with a candidate (Moment&Cross, 3.2).
 
-The five searches of the paper, over the histories of a batch's users:
+These are the five searches of the paper, over the histories of a batch's users:
 
 ===========  ==================================================================================================
 short        the latest short videos: :func:`latest`
@@ -10,16 +10,17 @@ live_long    the live rooms with the largest dot product with the candidate: :fu
 mixed        the latest visits of both domains with a positive long view: :func:`latest_of_all`
 ===========  ==================================================================================================
 
-A history is one run ``[first, stop)`` of flat columns, in order of time. A search gives places in these columns, oldest
-first, at most ``length`` a row; fewer or none where there are no more. Of entries with the same score the later is
-taken. ``modules/search/reference.py`` defines the results in plain PyTorch; they are the same here, entry by entry:
+A history is one run ``[first, stop)`` of flat columns, in order of time. A search returns places in these columns,
+oldest first, at most ``length`` for each row, and fewer or none if the history has no more. Of entries with the same
+score the later one is taken. ``modules/search/reference.py`` defines the results in plain PyTorch; this module finds
+the same entries:
 
 * int8: a score is the dot product in integers, which is exact.
-* float16: the products are exact in float32; lane l of 16 sums those at ``l, l + 16, ...`` in order, in float32; lanes
-  l and l + 8 are added, then l and l + 4, l + 2, l + 1.
+* float16: the products are exact in float32. Lane l of 16 sums the products at ``l, l + 16, ...`` in order, in float32;
+  then lanes l and l + 8 are added, then l and l + 4, l + 2, l + 1.
 * The scores of two parts are added, in float32 or in integers.
 
-Rows are worked on by as many threads as ``torch.get_num_threads()`` says.
+The rows are divided among ``torch.get_num_threads()`` threads.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from modules.search import cpu_kernels
 from modules.search.cpu_intrinsics import LANES
 
 
-class Found(NamedTuple):
-    """What a search has found for n rows.
+class SearchResult(NamedTuple):
+    """Entries that a search found for n rows.
 
     Attributes:
-        at: places in the columns of the history, row after row, in each ascending; ``[lengths.sum()]`` int64.
-        lengths: entries of each row, ``[n]`` int64.
+        at: places in the columns of the history, row after row and ascending in each row; ``[lengths.sum()]`` int64.
+        lengths: number of entries of each row, ``[n]`` int64.
     """
 
     at: np.ndarray
@@ -51,31 +52,31 @@ class Found(NamedTuple):
 
 
 class SearchVectors(NamedTuple):
-    """A vector for each item, or for each author: a space of dot products.
+    """Vectors of all items, or of all authors, that are compared by dot product.
 
     Attributes:
         values: ``[rows, width]`` float16, all finite, or int8; ``width`` is a multiple of 16 (:func:`padded_width`).
-            Row 0 is zeros and stands for ids without a vector: they score 0, and a candidate without one finds the
+            Row 0 is zeros and serves ids without a vector: they score 0, so a candidate without a vector finds the
             latest entries.
-        shift: the row of an id is the number that histories have for it plus this.
+        shift: added to the id in a history to get its row.
     """
 
     values: np.ndarray
     shift: int = 0
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """The rows of some ids; 0 for those beyond the table."""
+        """Return the rows of some ids; 0 for ids outside the table."""
         rows = ids + self.shift
         return np.where((rows > 0) & (rows < len(self.values)), rows, 0)
 
 
 class SearchPart(NamedTuple):
-    """Dot products of one kind, between the entries of histories and n candidates.
+    """One part of a score: dot products between the entries of histories and n candidates.
 
     Attributes:
-        column: of the history, int64 or int32: ids of its entries.
-        candidate: ``[n]`` int64, ids to compare them with.
-        vectors: of the ids.
+        column: column of the history, int64 or int32: ids of its entries.
+        candidate: ``[n]`` int64, ids of the candidates.
+        vectors: vectors of the ids.
     """
 
     column: np.ndarray
@@ -84,33 +85,31 @@ class SearchPart(NamedTuple):
 
 
 def padded_width(dim: int) -> int:
-    """Width of a search vector of so many dimensions: the next multiple of 16. Zeros behind them change no score."""
+    """Return the width of a search vector of ``dim`` dimensions, the next multiple of 16; zeros fill the rest."""
     return -(-dim // LANES) * LANES
 
 
-def latest(first: np.ndarray, stop: np.ndarray, length: int) -> Found:
-    """The latest entries of each run.
+def latest(first: np.ndarray, stop: np.ndarray, length: int) -> SearchResult:
+    """Find the latest entries of each run.
 
     Args:
-        first: ``[n]`` int64, where the runs begin.
-        stop: ``[n]`` int64, where they end.
-        length: most entries of a row.
+        first: ``[n]`` int64, first place of each run.
+        stop: ``[n]`` int64, place after the last one of each run.
+        length: largest number of entries of a row.
     """
     lengths = np.minimum(stop - first, length)
     ends = np.cumsum(lengths)
     at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(stop - ends, lengths)
-    return Found(at, lengths)
+    return SearchResult(at, lengths)
 
 
 def same_author(
     first: np.ndarray, stop: np.ndarray, length: int, author_id: np.ndarray, candidate_author: np.ndarray
-) -> Found:
-    """The latest entries of each run whose author is the candidate's.
+) -> SearchResult:
+    """Find the latest entries of each run whose author is the candidate's.
 
     Args:
-        first: as in :func:`latest`.
-        stop: likewise.
-        length: likewise.
+        first, stop, length: see :func:`latest`.
         author_id: column of the history, int64.
         candidate_author: ``[n]`` int64.
     """
@@ -119,35 +118,33 @@ def same_author(
 
 def latest_of_all(
     first: np.ndarray, stop: np.ndarray, length: int, ordinal: np.ndarray, bits: np.ndarray, require: int = 0
-) -> Found:
-    """The latest entries of several runs of each user together, in order of time.
+) -> SearchResult:
+    """Find the latest entries over several runs of each user.
 
     Args:
-        first: ``[n, runs]`` int64.
-        stop: likewise.
-        length: most entries of a row.
+        first: ``[n, runs]`` int64, first place of each run.
+        stop: ``[n, runs]`` int64, place after the last one of each run.
+        length: largest number of entries of a row.
         ordinal: column of the history, int32: order in time of a user's entries, over all runs.
-        bits: column of the history, int32: what happened in a visit.
-        require: only entries with one of these bits; 0 takes all.
+        bits: column of the history, int32: behaviours of a visit, as bits.
+        require: only entries with one of these bits are found; 0 for all entries.
 
     Returns:
-        ``Found.at`` is in order of time in each row, not ascending.
+        ``SearchResult.at`` of a row is in order of time, and not ascending.
     """
     return search(cpu_kernels.latest_of_all, length, first, stop, ordinal, bits, require)
 
 
-def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> Found:
-    """The entries of each run with the largest scores.
+def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) -> SearchResult:
+    """Find the entries of each run with the largest scores.
 
     Args:
-        first: as in :func:`latest`.
-        stop: likewise.
-        length: likewise.
-        parts: one, or two whose dot products are added, say of items and of their authors. The vectors of both have the
-            same type.
+        first, stop, length: see :func:`latest`.
+        parts: one part, or two whose dot products are added, for example of items and of their authors. The vectors of
+            both have the same type.
 
     Raises:
-        ValueError: vectors of another type or width, or more parts.
+        ValueError: the vectors have a wrong type or width, or there are more than two parts.
     """
     dtypes = {part.vectors.values.dtype for part in parts}
     if len(parts) not in (1, 2) or len(dtypes) > 1:
@@ -158,7 +155,11 @@ def top(first: np.ndarray, stop: np.ndarray, length: int, *parts: SearchPart) ->
 
 
 def arguments_of(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-    """Column, shift, vectors and the candidates' vectors, as the kernels take them."""
+    """Return column, shift, vectors and the candidates' vectors in the form that the kernels take.
+
+    Raises:
+        ValueError: the vectors have a wrong type or width.
+    """
     values, shift = part.vectors
     if values.dtype not in (np.float16, np.int8) or values.shape[1] % LANES or not values.flags.c_contiguous:
         raise ValueError(
@@ -168,19 +169,19 @@ def arguments_of(part: SearchPart) -> tuple[np.ndarray, int, np.ndarray, np.ndar
     query = values[part.vectors.rows(part.candidate)]
     if values.dtype == np.int8:
         return part.column, shift, values, query
-    # numba knows no half precision: the kernel reads the bits itself.
+    # numba has no half precision: the kernel reads the bits.
     return part.column, shift, values.view(np.uint16), query.astype(np.float32)
 
 
-def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> Found:
-    """Run a kernel of ``modules/search/cpu_kernels.py`` over all rows, in as many threads as PyTorch has.
+def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *arguments: Any) -> SearchResult:
+    """Run a kernel of ``modules/search/cpu_kernels.py`` over all rows, in as many threads as PyTorch uses.
 
     Args:
         kernel: called as ``kernel(begin, end, first, stop, *arguments, out, lengths)``, for rows ``[begin, end)``.
-        length: most entries of a row, the width of ``out``.
-        first: where the runs begin.
-        stop: where they end.
-        arguments: more of the kernel's.
+        length: largest number of entries of a row, the width of ``out``.
+        first: first place of each run.
+        stop: place after the last one of each run.
+        arguments: further arguments of the kernel.
     """
     out = np.empty((len(first), length), np.int64)
     lengths = np.zeros(len(first), np.int64)
@@ -189,16 +190,16 @@ def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *
         kernel(begin, end, first, stop, *arguments, out, lengths)
 
     each_part(part, len(first))
-    return Found(out[np.arange(length) >= length - lengths[:, None]], lengths)
+    return SearchResult(out[np.arange(length) >= length - lengths[:, None]], lengths)
 
 
 def each_part(work: Callable[[int, int], None], rows: int) -> None:
-    """Call ``work(begin, end)`` for parts of ``[0, rows)``, side by side; it must not hold the interpreter's lock."""
+    """Call ``work(begin, end)`` for parts of ``[0, rows)`` in parallel; it must release the interpreter's lock."""
     threads = min(torch.get_num_threads(), rows)
     if threads <= 1:
         work(0, rows)
         return
-    # Histories differ in length: several parts for each thread, which takes another when it has done one.
+    # Histories differ in length, so there are several parts for each thread: a thread that is done takes the next one.
     edges = np.linspace(0, rows, min(rows, 8 * threads) + 1).astype(int).tolist()
     parts = iter(list(itertools.pairwise(edges)))
 
@@ -214,5 +215,8 @@ def each_part(work: Callable[[int, int], None], rows: int) -> None:
 
 @cache
 def _threads(process: int, number: int) -> ThreadPoolExecutor:
-    """Threads that stay, as starting some takes as long as a search; a forked process has none of its parent's."""
+    """Return a thread pool that is kept, since starting threads takes as long as a search.
+
+    ``process`` is the process id: a forked process must not use its parent's pool, whose threads it does not have.
+    """
     return ThreadPoolExecutor(number)

@@ -1,11 +1,11 @@
-"""The search for the largest dot products on a GPU, in Triton: gather, dot product and selection in one kernel.
+"""Search for the largest dot products on a GPU, in Triton. It is not wired into a job yet: only a test imports it.
 
-A program has one candidate and goes over its run block by block. Scores stay in registers, as 64-bit keys of score and
-place; those that the list of the best so far does not rule out are merged into it by a sort. So 10,000 vectors are read
-once, and what is written are the places of the best.
+Gather, dot product and selection are one kernel. A program has one candidate and reads its run block by block. Scores
+stay in registers, as 64-bit keys of score and place; keys that are larger than the worst of the best so far are merged
+into the list of the best by a sort. So 10,000 vectors are read once, and only the places of the best are written.
 
-Scores are those of ``modules/search/reference.py``, bit by bit: products of float16 values are exact in float32, so
-that a fused multiply-add rounds as an addition; lanes are summed and joined in the stated order.
+Scores equal those of ``modules/search/reference.py`` bit by bit: products of float16 values are exact in float32, so a
+fused multiply-add rounds as an addition, and lanes are summed and joined in the same order.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 LANES = 16
-"""As in ``modules/search/cpu_intrinsics.py``, which needs numba."""
+"""Same as in ``modules/search/cpu_intrinsics.py``, which is not imported because it needs numba."""
 
 _FEWEST = 128
-"""Entries that are scored together at the least; as many as the list of the best has room for."""
+"""Smallest number of entries that are scored together; the list of the best has room for as many."""
 
 
 @triton.jit
 def _ordered(score):  # type: ignore[no-untyped-def]
-    """Float bits as an integer that grows with the float."""
+    """Return float bits as an integer that is ordered like the float."""
     bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
 
 
 @triton.jit
 def _halve(lanes, rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[rows, width]`` -> ``[rows, width / 2]``: lane l plus lane ``l + width / 2``, one addition each."""
+    """Add lane ``l + width / 2`` to lane l: ``[rows, width]`` -> ``[rows, width / 2]``, one addition each."""
     halves = tl.permute(tl.reshape(lanes, (rows, 2, width // 2)), (0, 2, 1))
     low, high = tl.split(halves)
     return low + high
@@ -52,12 +52,13 @@ def _top(  # type: ignore[no-untyped-def]
     KEPT: tl.constexpr,
     BYTES: tl.constexpr,
 ):
+    """Write the places of one row's best entries to ``out[row]``, -1 where there are fewer than ``length``."""
     row = tl.program_id(0)
     first, stop = tl.load(first_of + row), tl.load(stop_of + row)
     candidate = tl.load(candidates + row).to(tl.int64)
     lane = tl.arange(0, 16)
     place = tl.arange(0, KEPT)
-    # No entry has the key 0: places are counted from 1.
+    # Key 0 marks an empty place of the list: entries are counted from 1, so none has this key.
     best = tl.zeros((KEPT,), tl.int64)
     least = tl.full((), 0, tl.int64)
     for begin in range(0, stop - first, KEPT):
@@ -90,14 +91,14 @@ def _top(  # type: ignore[no-untyped-def]
 def top(
     first: Tensor, stop: Tensor, length: int, column: Tensor, candidate: Tensor, vectors: Tensor, shift: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """:func:`modules.search.search.top` of one part, on a GPU.
+    """Find the entries of :func:`modules.search.search.top` for one part, on a GPU.
 
     Args:
-        first: ``[n]`` int64.
-        stop: ``[n]`` int64; runs of less than 2^31 entries.
-        length: most entries of a row.
-        column: of the history, int64 or int32.
-        candidate: ``[n]`` int64.
+        first: ``[n]`` int64, first place of each run.
+        stop: ``[n]`` int64, place after the last one of each run; runs have less than 2^31 entries.
+        length: largest number of entries of a row.
+        column: column of the history, int64 or int32.
+        candidate: ``[n]`` int64, ids of the candidates.
         vectors: ``[rows, width]`` float16 or int8, contiguous, width a multiple of 16.
         shift: see ``modules.search.search.SearchVectors``.
 
@@ -105,7 +106,7 @@ def top(
         ``at [lengths.sum()]`` and ``lengths [n]``, int64.
 
     Raises:
-        ValueError: vectors of another type or width.
+        ValueError: the vectors have a wrong type or width.
     """
     rows, width = vectors.shape
     if vectors.dtype not in (torch.float16, torch.int8) or width % LANES or not vectors.is_contiguous():

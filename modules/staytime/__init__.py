@@ -1,1 +1,1 @@
-"""Staytime bases, losses, networks, backbones."""
+"""Staytime models: base losses, comment losses, backbones and networks."""

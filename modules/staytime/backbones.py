@@ -1,7 +1,7 @@
 """Feature interaction over the embeddings of fields: a plain MLP, DCN, DeepFM and AutoInt behind one interface.
 
-Every backbone takes ``[batch, fields, dim]`` and returns one representation a row, ``[batch, width]``, with the width
-in its attribute ``out_features``; a linear layer on top of it makes any number of logits.
+Every backbone takes ``[batch, fields, dim]`` and returns one representation for each row, ``[batch, width]``, with the
+width in its attribute ``out_features``; a linear layer on top of it makes any number of logits.
 
 Sources: DCN, Wang et al. (ADKDD 2017); DeepFM, Guo et al. (IJCAI 2017); AutoInt, Song et al. (CIKM 2019).
 """
@@ -19,7 +19,7 @@ BackboneKind = Literal["mlp", "dcn", "deepfm", "autoint"]
 
 
 class PlainMLP(nn.Module):
-    """The fields side by side, through layers with a ReLU and dropout after each."""
+    """MLP over the concatenated fields, with a ReLU and dropout after each layer."""
 
     def __init__(self, fields: int, dim: int, widths: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class PlainMLP(nn.Module):
         self.out_features = widths[-1] if widths else fields * dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, fields, dim]`` -> ``[batch, out_features]``."""
+        """Map ``[batch, fields, dim]`` to ``[batch, out_features]``."""
         hidden: Tensor = self.layers(x.flatten(1))
         return hidden
 
 
 class CrossNetwork(nn.Module):
-    """DCN's cross layers: ``x_{l+1} = x_0 (x_l . w_l) + b_l + x_l``; each raises the polynomial's degree by one."""
+    """Cross layers of DCN: ``x_{l+1} = x_0 (x_l . w_l) + b_l + x_l``; each raises the polynomial's degree by one."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class CrossNetwork(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(width) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, width]`` -> the same shape."""
+        """Map ``[batch, width]`` to the same shape."""
         crossed = x
         for weight, bias in zip(self.weights, self.biases, strict=True):
             crossed = x * weight(crossed) + bias + crossed
@@ -52,7 +52,7 @@ class CrossNetwork(nn.Module):
 
 
 class DCN(nn.Module):
-    """Cross layers beside an MLP; the representation is both."""
+    """Deep & Cross Network: cross layers and an MLP, whose outputs are concatenated."""
 
     def __init__(self, fields: int, dim: int, widths: Sequence[int], depth: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -61,16 +61,17 @@ class DCN(nn.Module):
         self.out_features = fields * dim + self.deep.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, fields, dim]`` -> ``[batch, out_features]``."""
+        """Map ``[batch, fields, dim]`` to ``[batch, out_features]``."""
         return torch.cat([self.cross(x.flatten(1)), self.deep(x)], 1)
 
 
 class DeepFM(nn.Module):
-    """A factorisation machine beside an MLP.
+    """Factorisation machine and an MLP, whose outputs are concatenated.
 
-    The representation is the fields themselves (the first order), the sum over all pairs of fields of their elementwise
-    product (the second; its entries add up to the machine's pairwise term), and the MLP. A linear layer whose weights
-    on the second part are all one is the paper's model; left free, they weigh the dimensions of the embedding.
+    The representation has three parts: the fields themselves (first order); the sum over all pairs of fields of their
+    elementwise product (second order, whose values add up to the machine's pairwise term); and the MLP's output. A
+    linear layer on top whose weights on the second part are all one is the paper's model; free weights let it weigh the
+    dimensions of the embedding.
     """
 
     def __init__(self, fields: int, dim: int, widths: Sequence[int], dropout: float = 0.0) -> None:
@@ -79,16 +80,16 @@ class DeepFM(nn.Module):
         self.out_features = fields * dim + dim + self.deep.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, fields, dim]`` -> ``[batch, out_features]``."""
+        """Map ``[batch, fields, dim]`` to ``[batch, out_features]``."""
         pairs = (x.sum(1).square() - x.square().sum(1)) / 2
         return torch.cat([x.flatten(1), pairs, self.deep(x)], 1)
 
 
 class AutoInt(nn.Module):
-    """Layers of multi-head self-attention over the fields, each with its residual: ``relu(attention(x) + W x)``.
+    """Layers of multi-head self-attention over the fields, each with a residual: ``relu(attention(x) + W x)``.
 
     Raises:
-        ValueError: the heads do not divide the dimension.
+        ValueError: the number of heads does not divide the dimension.
     """
 
     def __init__(self, fields: int, dim: int, depth: int, heads: int, dropout: float = 0.0) -> None:
@@ -102,7 +103,7 @@ class AutoInt(nn.Module):
         self.out_features = fields * dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, fields, dim]`` -> ``[batch, out_features]``."""
+        """Map ``[batch, fields, dim]`` to ``[batch, out_features]``."""
         for attention, residual in zip(self.attention, self.residual, strict=True):
             x = (attention(x, x, x, need_weights=False)[0] + residual(x)).relu()
         return x.flatten(1)
@@ -118,19 +119,19 @@ def build_backbone(
     heads: int = 2,
     dropout: float = 0.0,
 ) -> PlainMLP | DCN | DeepFM | AutoInt:
-    """A backbone by its name.
+    """Build a backbone by its name.
 
     Args:
-        kind: which.
+        kind: name of the backbone.
         fields: number of fields.
-        dim: of an embedding.
-        widths: layers of the MLP (all but AutoInt, which has none).
-        depth: cross layers of DCN, attention layers of AutoInt.
-        heads: of AutoInt's attention.
-        dropout: in MLP and attention.
+        dim: width of an embedding.
+        widths: widths of the MLP's layers; AutoInt has no MLP.
+        depth: number of DCN's cross layers or of AutoInt's attention layers.
+        heads: number of heads of AutoInt's attention.
+        dropout: dropout in MLP and attention.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: the kind is unknown.
     """
     match kind:
         case "mlp":

@@ -1,23 +1,23 @@
-"""What a network is made to say about seconds of stay, and how it is read: six base losses behind one interface.
+"""Six base losses for seconds of stay: the training target, the loss, and the way back from logits to seconds.
 
 =========== ======================================= ============================== ==================================
 base        logits                                  loss of a row                  seconds
 =========== ======================================= ============================== ==================================
 ``vr``      seconds                                 squared error                  the logit
-``wlr``     odds of seconds; odds of an opening     log loss with weight seconds,  ``odds (1 - P(open))``
-                                                    plus a plain one
+``wlr``     odds of seconds; odds of an opening     log loss weighted by seconds,  ``odds (1 - P(open))``
+                                                    plus a plain log loss
 ``d2q``     share of stays that are no longer       squared error                  that quantile of the duration group
 ``ndt``     normalised dwell time                   squared error                  the inverse of the transform
 ``pcr``     seconds over the duration               squared error                  the logit times the duration
-``tpm``     one a node of a binary tree             log loss along the path        mean of the leaves
+``tpm``     one for each node of a binary tree      log loss along the path        mean of the leaves
 =========== ======================================= ============================== ==================================
 
-Squared errors are in units of the target's variance in training, so that a weight beside them means the same for every
-base. Everything fitted comes from training rows, and stands in ``facts``, which a run writes down. No prediction
-exceeds the longest stay of training.
+Squared errors are divided by the target's variance in training, so the weight of another loss has the same meaning for
+every base. Everything fitted comes from training rows and is kept in ``facts``, which a run writes to disk. No
+prediction exceeds the longest stay of training.
 
 Sources: WLR, Covington et al. (RecSys 2016); D2Q, Zhan et al. (KDD 2022); NDT, Xie et al. (WWW 2023); TPM, Lin et al.
-(KDD 2023), of which the likelihood of the path is taken without its two regularisers.
+(KDD 2023), without its two regularisers of the path's likelihood.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ from torch.nn import functional
 BaseKind = Literal["vr", "wlr", "d2q", "ndt", "pcr", "tpm"]
 
 NDT_CEILING, NDT_SCALE_S, NDT_SHIFT = 2.319, 20.0, 0.744
-"""``ceiling / (1 + exp(-(seconds - offset) / scale)) - shift``: the constants of LCU's released code."""
+"""Constants of ``ceiling / (1 + exp(-(seconds - offset) / scale)) - shift`` in LCU's released code."""
 
 QUANTILES = 200
-"""Points that D2Q keeps of the stays above zero of a duration group."""
+"""Number of quantiles that D2Q stores of the stays above zero of a duration group."""
 
 _MOST_LOGIT = 20.0
+"""Largest logit of WLR that is turned into odds: ``exp`` of a larger one could overflow."""
 
 
-class Base(nn.Module, ABC):
-    """One base loss.
+class BaseLoss(nn.Module, ABC):
+    """Interface of the base losses.
 
     Attributes:
-        outputs: logits of a row.
-        facts: what was fitted, as plain values.
-        start: ``[outputs]`` float32, logits that say what the training rows are like on average.
-        limit: the longest stay of training, seconds.
+        outputs: number of logits of a row.
+        facts: fitted values, as plain Python values.
+        start: ``[outputs]`` float32, logits that predict the average of the training rows.
+        limit: longest stay of training, in seconds.
     """
 
     start: Tensor
@@ -63,28 +64,28 @@ class Base(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
-        """Loss of each row.
+        """Return the loss of each row.
 
         Args:
             logits: ``[batch, outputs]``.
-            seconds: ``[batch]`` float, the true stay; 0 where the comments were not opened.
-            duration: ``[batch]`` float, seconds of the video; 0 where that is not known.
+            seconds: ``[batch]`` float, the true stay; 0 if the comments were not opened.
+            duration: ``[batch]`` float, seconds of the video; 0 if unknown.
 
         Returns:
             ``[batch]``.
         """
 
     def seconds(self, logits: Tensor, duration: Tensor) -> Tensor:
-        """Predicted seconds ``[batch]``, in [0, limit], of logits ``[batch, outputs]``."""
+        """Return predicted seconds ``[batch]``, in [0, limit], for logits ``[batch, outputs]``."""
         return self._decode(logits, duration).clamp(0, self.limit)
 
     @abstractmethod
     def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
-        """Seconds ``[batch]`` of logits ``[batch, outputs]``, before they are bounded."""
+        """Return seconds ``[batch]`` for logits ``[batch, outputs]``, not yet bounded."""
 
 
-class _Standardised(Base):
-    """Squared error of a target; the logit is in the target's training deviations from its training mean."""
+class _Standardised(BaseLoss):
+    """Squared error of a standardised target: the logit counts standard deviations from the mean in training."""
 
     def __init__(self, target: np.ndarray, limit: float, facts: dict[str, Any]) -> None:
         mean, scale = float(target.mean()), float(target.std()) or 1.0
@@ -92,19 +93,20 @@ class _Standardised(Base):
         self.mean, self.scale = mean, scale
 
     def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
-        """As :meth:`Base.loss`."""
+        """Return the loss of each row, see :meth:`BaseLoss.loss`."""
         return (logits[:, 0] - (self._target(seconds, duration) - self.mean) / self.scale).square()
 
     def _value(self, logits: Tensor) -> Tensor:
+        """Return the target that the logits predict, ``[batch]``."""
         return self.mean + self.scale * logits[:, 0]
 
     @abstractmethod
     def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
-        """What is regressed, ``[batch]``."""
+        """Return the target of the regression, ``[batch]``."""
 
 
 class ValueRegression(_Standardised):
-    """The seconds themselves, by squared error."""
+    """Value regression (VR): squared error of the seconds."""
 
     def __init__(self, seconds: np.ndarray) -> None:
         super().__init__(seconds, float(seconds.max()), {})
@@ -117,7 +119,7 @@ class ValueRegression(_Standardised):
 
 
 class PlayCompletion(_Standardised):
-    """Seconds of stay over seconds of the video; a video of unknown duration counts as one of the median."""
+    """Play completion rate (PCR): seconds of stay divided by the video's duration, or by the median if unknown."""
 
     def __init__(self, seconds: np.ndarray, duration: np.ndarray) -> None:
         known = duration[duration > 0]
@@ -132,11 +134,15 @@ class PlayCompletion(_Standardised):
         return self._value(logits) * self._known(duration)
 
     def _known(self, duration: Tensor) -> Tensor:
+        """Return the durations, with the median for unknown ones."""
         return duration.where(duration > 0, duration.new_tensor(self.median))
 
 
 class NormalisedDwellTime(_Standardised):
-    """A sigmoid of the seconds, around what a short stay is: ``exp(mean - std)`` of their logarithms."""
+    """Normalised dwell time (NDT): a sigmoid of the seconds around a short stay.
+
+    The short stay is ``exp(mean - std)`` of the logarithms of the stays above zero.
+    """
 
     def __init__(self, seconds: np.ndarray) -> None:
         logs = np.log(seconds[seconds > 0])
@@ -147,6 +153,7 @@ class NormalisedDwellTime(_Standardised):
         super().__init__(target, limit, {"offset": self.offset})
 
     def _transform(self, seconds: Tensor) -> Tensor:
+        """Return the normalised dwell time of seconds."""
         return NDT_CEILING * torch.sigmoid((seconds - self.offset) / NDT_SCALE_S) - NDT_SHIFT
 
     def _target(self, seconds: Tensor, duration: Tensor) -> Tensor:
@@ -154,15 +161,15 @@ class NormalisedDwellTime(_Standardised):
 
     def _decode(self, logits: Tensor, duration: Tensor) -> Tensor:
         share = (self._value(logits).clamp(*self.range) + NDT_SHIFT) / NDT_CEILING
-        # The ceiling itself would be infinitely many seconds; float32 can round to it.
+        # The ceiling would be infinitely many seconds, and float32 can round to it.
         return self.offset + NDT_SCALE_S * torch.logit(share, 1e-6)
 
 
-class WeightedLogistic(Base):
-    """Weighted logistic regression: openings count as their seconds, other rows as one.
+class WeightedLogistic(BaseLoss):
+    """Weighted logistic regression (WLR): an opening has the weight of its seconds, another row has weight one.
 
-    The odds are then ``E[seconds] / P(not open)``, and a second logit learns ``P(open)``; watching time has few rows of
-    zero and lets the second factor be 1, comment areas are opened in a few per cent of rows at best.
+    The odds are then ``E[seconds] / P(not open)``, and a second logit learns ``P(open)``. For watch time, which is
+    rarely zero, the second factor is taken as 1; but comment areas are opened in a few per cent of rows at most.
     """
 
     def __init__(self, seconds: np.ndarray) -> None:
@@ -172,7 +179,7 @@ class WeightedLogistic(Base):
         super().__init__(np.array(start), float(seconds.max()), {"opened": float(opened.mean())})
 
     def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
-        """As :meth:`Base.loss`."""
+        """Return the loss of each row, see :meth:`BaseLoss.loss`."""
         opened = (seconds > 0).to(logits.dtype)
         weight = seconds.where(seconds > 0, torch.ones_like(seconds))
         weighted, plain = functional.binary_cross_entropy_with_logits(
@@ -184,11 +191,11 @@ class WeightedLogistic(Base):
         return logits[:, 0].clamp(max=_MOST_LOGIT).exp() * torch.sigmoid(-logits[:, 1])
 
 
-class DurationQuantiles(Base):
-    """The share of stays, among videos of about the same duration, that are no longer than this one.
+class DurationQuantiles(BaseLoss):
+    """Duration-grouped quantiles (D2Q): share of stays not longer than this one, among videos of similar duration.
 
-    The distribution of a group is kept as points, linear between them; its first is the share of rows not opened.
-    A share below that is 0 seconds.
+    The distribution of a duration group is stored as points with linear interpolation between them. The first point is
+    the share of rows that were not opened; a smaller share means 0 seconds.
     """
 
     edges: Tensor
@@ -196,12 +203,12 @@ class DurationQuantiles(Base):
     shares: Tensor
 
     def __init__(self, seconds: np.ndarray, duration: np.ndarray, groups: int) -> None:
-        # Durations of rows, each the last of its group, so that no group is empty.
+        # Edges are durations of training rows, each the last one of its group, so that no group is empty.
         edges = np.unique(np.quantile(duration, np.linspace(0, 1, groups + 1)[1:-1], method="inverted_cdf"))
         edges = edges[edges < duration.max()]
         group = np.searchsorted(edges, duration)
         found = [_distribution(seconds[group == number]) for number in range(len(edges) + 1)]
-        # Padded by repeating the last point: segments without length, which nothing falls into.
+        # Padding repeats the last point: these segments have no length, so no value falls into them.
         longest = max(len(points) for points, _ in found)
         points, shares = (
             np.stack([np.pad(part, (0, longest - len(part)), mode="edge") for part in parts])
@@ -216,7 +223,7 @@ class DurationQuantiles(Base):
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
-        """As :meth:`Base.loss`."""
+        """Return the loss of each row, see :meth:`BaseLoss.loss`."""
         group = self._group(duration)
         target = _interpolate(seconds, self.points[group], self.shares[group])
         return (torch.sigmoid(logits[:, 0]) - target).square() / self.variance
@@ -226,14 +233,16 @@ class DurationQuantiles(Base):
         return _interpolate(torch.sigmoid(logits[:, 0]), self.shares[group], self.points[group])
 
     def _group(self, duration: Tensor) -> Tensor:
+        """Return the duration group of each row."""
         return torch.bucketize(duration, self.edges)
 
 
-class TreeProgression(Base):
-    """A balanced binary tree over ranges of seconds; each inner node says whether the stay lies in its right half.
+class TreeProgression(BaseLoss):
+    """Tree-based progressive regression (TPM): a balanced binary tree over ranges of seconds.
 
-    The first leaf is a stay of zero, the others are quantile ranges of the stays of training. The prediction is the
-    mean of the leaves' means, by the probability of their paths.
+    Each inner node predicts if the stay is in its right half. The first leaf is a stay of zero; the others are quantile
+    ranges of the stays of training. The prediction is the mean of the leaves' means, weighted with the probability of
+    their paths.
     """
 
     bounds: Tensor
@@ -257,7 +266,7 @@ class TreeProgression(Base):
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def loss(self, logits: Tensor, seconds: Tensor, duration: Tensor) -> Tensor:
-        """As :meth:`Base.loss`."""
+        """Return the loss of each row, see :meth:`BaseLoss.loss`."""
         leaf = torch.bucketize(seconds, self.bounds)
         return -self._log_probability(logits).gather(1, leaf[:, None])[:, 0]
 
@@ -265,28 +274,28 @@ class TreeProgression(Base):
         return self._log_probability(logits).exp() @ self.means
 
     def _log_probability(self, logits: Tensor) -> Tensor:
-        """``[batch, leaves]``."""
+        """Return the log-probability of each leaf, ``[batch, leaves]``."""
         return functional.logsigmoid(logits) @ self.right + functional.logsigmoid(-logits) @ self.left
 
 
 def fit_base(
     kind: BaseKind, seconds: np.ndarray, duration: np.ndarray, *, duration_groups: int = 10, leaves: int = 16
-) -> Base:
-    """A base loss, fitted on training rows.
+) -> BaseLoss:
+    """Fit a base loss on training rows.
 
     Args:
-        kind: which.
-        seconds: ``[n]`` float, stays of the training rows; 0 where the comments were not opened.
-        duration: ``[n]`` float, seconds of the videos; 0 where not known.
-        duration_groups: of D2Q, quantile groups of the duration.
-        leaves: of TPM, that for zero included; fewer where quantiles of the stays coincide.
+        kind: name of the base loss.
+        seconds: ``[n]`` float, stays of the training rows; 0 if the comments were not opened.
+        duration: ``[n]`` float, seconds of the videos; 0 if unknown.
+        duration_groups: number of D2Q's quantile groups of the duration.
+        leaves: number of TPM's leaves, including the one for zero; there are fewer if quantiles coincide.
 
     Raises:
-        ValueError: no such kind, no rows, or no row with a stay above zero.
+        ValueError: the kind is unknown, or there is no row with a stay above zero.
     """
     if not (seconds > 0).any():
         raise ValueError("no row has a stay above zero: there is nothing to learn")
-    # What the losses will see.
+    # The losses get float32, so the fit uses the same rounded values.
     seconds, duration = seconds.astype(np.float32), duration.astype(np.float32)
     match kind:
         case "vr":
@@ -305,7 +314,7 @@ def fit_base(
 
 
 def _distribution(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Zero and quantiles of the stays above it, ascending, and the share of all stays that are no longer than each."""
+    """Return zero and the quantiles of the stays above zero, ascending, and the share of stays up to each of them."""
     opened = seconds[seconds > 0]
     points = np.zeros(1)
     if len(opened):
@@ -315,9 +324,9 @@ def _distribution(seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Linear interpolation of ``x [batch]`` between each row's points ``known`` and ``values``, both ``[batch, k]``.
+    """Interpolate ``x [batch]`` linearly between each row's points ``known`` and ``values``, both ``[batch, k]``.
 
-    Outside of the points it is the first or the last value.
+    Outside of the points the result is the first or the last value.
     """
     if known.shape[1] == 1:
         return values[:, 0]
@@ -330,7 +339,7 @@ def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
 
 
 def _balanced_tree(leaves: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which leaves lie right and left of each inner node, two matrices ``[leaves - 1, leaves]`` of 0 and 1."""
+    """Return matrices ``[leaves - 1, leaves]`` of 0 and 1 with the leaves right and left of each inner node."""
     right, left = np.zeros((2, max(leaves - 1, 0), leaves))
     ranges, node = [(0, leaves)], 0
     while ranges:

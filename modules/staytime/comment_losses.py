@@ -1,8 +1,8 @@
-"""LCU's auxiliary losses: which comments are popular, and which of them this user touches.
+"""Auxiliary losses of LCU: popularity of comments, and comments that this user touches.
 
-Of each loss there is also what the paper's released code computes, which differs from the paper: it takes scores
-through a softmax first. ListMLE of six probabilities can only lie between 5.83 and 6.58, and probabilities that add up
-to 1 cannot say that a user touches two comments.
+Each loss also has the variant of the paper's released code, which differs from the paper: it applies a softmax to the
+scores first. ListMLE of six probabilities always lies between 5.83 and 6.58, and probabilities that add up to 1 cannot
+express that a user touches two comments.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.nn import functional
 
 _ABSENT = -1e4
-"""Score of a comment that is not there: its exponential is zero, and its gradient is no NaN."""
+"""Score of padding: its exponential is zero, and its gradient is not NaN."""
 
 
 def listmle(scores: Tensor, popularity: Tensor, present: Tensor) -> Tensor:
-    """``-sum_i log(exp(s_i) / sum_{j >= i} exp(s_j))`` over the comments from the most popular on (Xia et al., 2008).
+    """Return the ListMLE loss of the comments in order of popularity (Xia et al., 2008).
+
+    The loss is ``-sum_i log(exp(s_i) / sum_{j >= i} exp(s_j))`` over the comments, the most popular first.
 
     Args:
         scores: ``[batch, comments]`` float.
         popularity: ``[batch, comments]``; of equally popular comments the one in the earlier place counts as the more
-            popular: callers shuffle the places.
+            popular, so callers shuffle the places.
         present: ``[batch, comments]`` bool, False for padding.
 
     Returns:
@@ -35,27 +37,27 @@ def listmle(scores: Tensor, popularity: Tensor, present: Tensor) -> Tensor:
 
 
 def touched_bce(scores: Tensor, touched: Tensor, present: Tensor) -> Tensor:
-    """Sigmoid cross-entropy of each comment, averaged over the comments of a row.
+    """Return the sigmoid cross-entropy of touched comments, averaged over the comments of a row.
 
     Args:
         scores: ``[batch, comments]`` float.
-        touched: ``[batch, comments]`` bool, which the user interacted with.
+        touched: ``[batch, comments]`` bool, True for comments that the user interacted with.
         present: ``[batch, comments]`` bool, False for padding.
 
     Returns:
-        ``[batch]``; 0 for a row in which nothing was touched.
+        ``[batch]``; 0 for a row without touched comments.
     """
     losses = functional.binary_cross_entropy_with_logits(scores, touched.to(scores.dtype), reduction="none")
     return _of_touched_rows(losses, touched, present)
 
 
 def released_listmle(scores: Tensor, popularity: Tensor, present: Tensor) -> Tensor:
-    """:func:`listmle` of probabilities, as the released code has it."""
+    """Return :func:`listmle` of softmax probabilities, as the released code computes it."""
     return listmle(_probabilities(scores, present), popularity, present)
 
 
 def released_touched_bce(scores: Tensor, touched: Tensor, present: Tensor) -> Tensor:
-    """Cross-entropy of each comment's share of one softmax, as the released code has it."""
+    """Return the cross-entropy of each comment's softmax probability, as the released code computes it."""
     shares = _probabilities(scores, present).clamp(1e-7, 1 - 1e-7)
     return _of_touched_rows(
         functional.binary_cross_entropy(shares, touched.to(scores.dtype), reduction="none"), touched, present
@@ -63,7 +65,7 @@ def released_touched_bce(scores: Tensor, touched: Tensor, present: Tensor) -> Te
 
 
 def ranked_rows(popularity: Tensor, present: Tensor) -> Tensor:
-    """``[batch]`` bool: rows whose comments differ in popularity, the only ones that have an order to learn."""
+    """Return ``[batch]`` bool, True for rows whose comments differ in popularity and so have an order to learn."""
     popularity = popularity.float()
     most = popularity.masked_fill(~present, -torch.inf).amax(1)
     least = popularity.masked_fill(~present, torch.inf).amin(1)
@@ -71,14 +73,16 @@ def ranked_rows(popularity: Tensor, present: Tensor) -> Tensor:
 
 
 def mean_over(losses: Tensor, rows: Tensor) -> Tensor:
-    """Mean of ``losses [batch]`` over the ``rows [batch]`` that are True; 0 where there is none."""
+    """Return the mean of ``losses [batch]`` over the ``rows [batch]`` that are True; 0 if there is none."""
     return losses.where(rows, losses.new_zeros(())).sum() / rows.sum().clamp(min=1)
 
 
 def _of_touched_rows(losses: Tensor, touched: Tensor, present: Tensor) -> Tensor:
+    """Return the mean over the comments of each row, ``[batch]``; 0 for rows without touched comments."""
     kept = present & touched.any(1, keepdim=True)
     return losses.where(kept, losses.new_zeros(())).sum(1) / present.sum(1).clamp(min=1)
 
 
 def _probabilities(scores: Tensor, present: Tensor) -> Tensor:
+    """Return the softmax of the scores over the comments that are present."""
     return scores.masked_fill(~present, _ABSENT).softmax(1)

@@ -1,7 +1,7 @@
 """Networks for the seconds that a user stays in the comment area of a video, with and without LCU's second stage.
 
-A base is a backbone over the embeddings of fields. LCU puts further tokens beside the fields: the text of the video and
-its comments, mixed with them by self-attention, and two heads that rank the comments.
+A base is a backbone over the embeddings of fields. LCU adds further tokens to the fields, the text of the video and its
+comments, mixes all of them by self-attention, and adds two heads that rank the comments.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from modules.staytime.backbones import BackboneKind, build_backbone
 
 @dataclass(frozen=True)
 class StaytimeInputs:
-    """A batch.
+    """Inputs of a batch.
 
     Attributes:
-        fields: ``[batch, fields]`` int64, rows of the packed table: every field has a range of its own.
+        fields: ``[batch, fields]`` int64, rows of the packed table, in which every field has its own range.
         dense: ``[batch, n_dense]`` float32.
-        item_text: ``[batch, width]`` float32, embedding of the video's text; zeros where there is none.
-        comment: ``[batch, comments]`` int64, rows of the table of comments; row 0 is the unknown one.
-        comment_text: ``[batch, comments, width]`` float32, embeddings of their texts; zeros where there is none.
+        item_text: ``[batch, width]`` float32, embedding of the video's text; zeros if it has none.
+        comment: ``[batch, comments]`` int64, rows of the table of comments; row 0 is for unknown comments.
+        comment_text: ``[batch, comments, width]`` float32, embeddings of the comments' texts; zeros if there is none.
         present: ``[batch, comments]`` bool, False for padding.
     """
 
@@ -39,12 +39,12 @@ class StaytimeInputs:
 
 @dataclass(frozen=True)
 class StaytimeOutput:
-    """What a network says of a batch.
+    """Outputs of a network for a batch.
 
     Attributes:
         logits: ``[batch, outputs]``, for the base loss.
-        popular: ``[batch, comments]``, scores by which comments are popular with all users; None without LCU.
-        touched: ``[batch, comments]``, logits of this user touching each comment; None without LCU.
+        popular: ``[batch, comments]``, scores of the comments' popularity with all users; None without LCU.
+        touched: ``[batch, comments]``, logits that this user touches each comment; None without LCU.
     """
 
     logits: Tensor
@@ -54,7 +54,7 @@ class StaytimeOutput:
 
 @dataclass(frozen=True)
 class BackboneShape:
-    """Which backbone, and its sizes: the arguments of :func:`modules.staytime.backbones.build_backbone`."""
+    """Kind and sizes of a backbone: arguments of :func:`modules.staytime.backbones.build_backbone`."""
 
     kind: BackboneKind
     widths: Sequence[int]
@@ -64,16 +64,16 @@ class BackboneShape:
 
 
 class StaytimeNetwork(nn.Module):
-    """Fields, optionally LCU, then a backbone and a linear layer for the base's logits.
+    """Staytime network: fields, optionally LCU, then a backbone and a linear layer for the base's logits.
 
     Args:
-        rows: of the packed table.
+        rows: rows of the packed table.
         fields: number of fields.
-        n_dense: number of dense features, which together are one more token if there are any.
-        dim: of an embedding.
-        backbone: feature interaction.
-        start: ``[outputs]``, first logits: the last layer begins with these biases and no weights.
-        lcu: the comments' part; None for the base alone.
+        n_dense: number of dense features; if there are any, they form one more token together.
+        dim: width of an embedding.
+        backbone: kind and sizes of the feature interaction.
+        start: ``[outputs]``, first logits: the last layer starts with these biases and with zero weights.
+        lcu: comment part of LCU; None for the base alone.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class StaytimeNetwork(nn.Module):
             self.logits.bias.copy_(start)
 
     def forward(self, inputs: StaytimeInputs) -> StaytimeOutput:
-        """Logits, and the comments' scores where there is LCU."""
+        """Return the logits and, with LCU, the scores of the comments."""
         tokens = self.table(inputs.fields)
         if self.dense is not None:
             tokens = torch.cat([tokens, self.dense(inputs.dense)[:, None]], 1)
@@ -117,25 +117,26 @@ class StaytimeNetwork(nn.Module):
 
 
 class CommentUnderstanding(nn.Module):
-    """LCU's second stage: texts and comments as tokens, self-attention with the fields, and two heads.
+    """Second stage of LCU: texts and comments as tokens, self-attention with the fields, and two heads.
 
-    The backbone gets the fields, the video's text and the mean of the comments after attention; a head scores every
-    comment by itself, from its token and the mean of the fields. So nothing depends on the comments' order or number.
+    The backbone gets the fields, the video's text and the mean of the comments after attention. A head scores each
+    comment separately, from its token and the mean of the fields. So no output depends on the order or the number of
+    comments.
 
     Args:
-        dim: of a token.
+        dim: width of a token.
         item_width: width of the video's embedding; 0 for none.
         comment_width: width of a comment's embedding; 0 for none.
-        comment_rows: of the table of comment ids, row 0 included; 0 for none.
-        heads: of attention.
-        hidden: width of the heads that rank.
-        dropout: in attention and heads.
+        comment_rows: rows of the table of comment ids, row 0 included; 0 for none.
+        heads: number of heads of the attention.
+        hidden: hidden width of the two ranking heads.
+        dropout: dropout in attention and ranking heads.
 
     Attributes:
-        tokens: how many it adds to those of the fields.
+        tokens: number of tokens that it adds to those of the fields.
 
     Raises:
-        ValueError: nothing tells one comment from another, or the heads do not divide the dimension.
+        ValueError: comments have neither text nor id, or the number of heads does not divide the dimension.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class CommentUnderstanding(nn.Module):
             inputs: the batch.
 
         Returns:
-            Tokens ``[batch, fields + tokens, dim]`` for the backbone, scores by popularity and logits of being touched,
+            Tokens ``[batch, fields + tokens, dim]`` for the backbone; scores of popularity and logits of being touched,
             both ``[batch, comments]``.
         """
         comments = inputs.present.new_zeros((), dtype=fields.dtype)
@@ -194,23 +195,24 @@ class CommentUnderstanding(nn.Module):
 
 
 class ReleasedCommentUnderstanding(nn.Module):
-    """The same place in the network as LCU's released code fills it.
+    """Second stage of LCU as in its released code.
 
-    A text embedding goes through one linear layer; attention has neither residual nor norm nor mask; all tokens, each
-    comment in its place, go on to the backbone and, side by side, to the heads; comment ids are not used.
+    A text embedding goes through one linear layer. The attention has no residual, no norm and no mask. All tokens,
+    including every comment in its place, go to the backbone and, concatenated, to the two heads. Comment ids are not
+    used.
 
     Args:
         fields: number of tokens before LCU's.
-        dim: of a token.
+        dim: width of a token.
         item_width: width of the video's embedding.
         comment_width: width of a comment's embedding.
         comments: number of comments.
-        heads: of attention.
-        hidden: width of the heads' two hidden layers.
-        dropout: of attention.
+        heads: number of heads of the attention.
+        hidden: width of the two hidden layers of each ranking head.
+        dropout: dropout in the attention.
 
     Attributes:
-        tokens: how many it adds to those of the fields.
+        tokens: number of tokens that it adds to those of the fields.
     """
 
     def __init__(
@@ -238,7 +240,7 @@ class ReleasedCommentUnderstanding(nn.Module):
         )
 
     def forward(self, fields: Tensor, inputs: StaytimeInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`CommentUnderstanding.forward`, with all comments among the tokens for the backbone."""
+        """Return what :meth:`CommentUnderstanding.forward` returns, with all comments among the backbone's tokens."""
         video = self.item_text(inputs.item_text)[:, None]
         tokens = torch.cat([fields, video, self.comment_text(inputs.comment_text)], 1)
         tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
@@ -246,9 +248,9 @@ class ReleasedCommentUnderstanding(nn.Module):
 
 
 class SeparateOpening(nn.Module):
-    """Two networks that share nothing, as in LCU's released code: one for the odds of seconds, one for the opening.
+    """Two networks without shared weights, as in LCU's released code: odds of seconds, and odds of an opening.
 
-    The scores of comments come from the first, so their losses never reach the second.
+    The scores of comments come from the first network, so their losses never train the second.
     """
 
     def __init__(self, staytime: nn.Module, opening: nn.Module) -> None:
@@ -256,14 +258,14 @@ class SeparateOpening(nn.Module):
         self.staytime, self.opening = staytime, opening
 
     def forward(self, inputs: StaytimeInputs) -> StaytimeOutput:
-        """The two logits of weighted logistic regression, side by side."""
-        said: StaytimeOutput = self.staytime(inputs)
+        """Return the two logits of weighted logistic regression and the first network's scores of comments."""
+        staytime: StaytimeOutput = self.staytime(inputs)
         opening: StaytimeOutput = self.opening(inputs)
-        return StaytimeOutput(torch.cat([said.logits, opening.logits], 1), said.popular, said.touched)
+        return StaytimeOutput(torch.cat([staytime.logits, opening.logits], 1), staytime.popular, staytime.touched)
 
 
 class TextToken(nn.Module):
-    """A text embedding as a token: normalised, for language models have single huge dimensions, then an MLP."""
+    """Token of a text embedding: normalised, since language models have single huge dimensions, then an MLP."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -272,16 +274,18 @@ class TextToken(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` -> ``[..., dim]``."""
+        """Map ``[..., width]`` to ``[..., dim]``."""
         token: Tensor = self.layers(x)
         return token
 
 
 def _table(rows: int, dim: int) -> nn.Embedding:
+    """Return an embedding table with small normal initial values."""
     table = nn.Embedding(rows, dim)
     nn.init.normal_(table.weight, std=0.05)
     return table
 
 
 def _scorer(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Return an MLP that scores one comment."""
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modules.staytime.base_losses import Base, fit_base
+from modules.staytime.base_losses import BaseLoss, fit_base
 from modules.staytime.comment_losses import (
     listmle,
     mean_over,
@@ -73,7 +73,7 @@ class Predictions:
     touched: np.ndarray | None
 
 
-def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> Base:
+def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> BaseLoss:
     """The base loss of a job, fitted on its training rows."""
     rows = data.training
     if "fit_on_all" in config.lcu.peculiar:
@@ -88,7 +88,7 @@ def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> Base:
     )
 
 
-def build_network(config: StaytimeConfig, data: StaytimeData, base: Base) -> nn.Module:
+def build_network(config: StaytimeConfig, data: StaytimeData, base: BaseLoss) -> nn.Module:
     """The network of a job, from ``StaytimeInputs`` to ``StaytimeOutput``. Takes torch's seed as it is."""
     if "separate_opening" in config.lcu.peculiar:
         return SeparateOpening(*(_one_network(config, data, start) for start in base.start.split(1)))
@@ -143,7 +143,9 @@ def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tu
     return inputs, Labels(seconds, duration, popular, touched)
 
 
-def joint_loss(said: StaytimeOutput, base: Base, labels: Labels, present: Tensor, lcu: LcuConfig) -> dict[str, Tensor]:
+def joint_loss(
+    said: StaytimeOutput, base: BaseLoss, labels: Labels, present: Tensor, lcu: LcuConfig
+) -> dict[str, Tensor]:
     """``L = L_staytime + lambda1 L_R1 + lambda2 L_R2``, each the mean over the rows that it speaks of.
 
     R1 ranks the comments by popularity, in rows where that differs; R2 tells which ones the user touched, in rows where
@@ -169,7 +171,7 @@ def joint_loss(said: StaytimeOutput, base: Base, labels: Labels, present: Tensor
 
 
 def train(
-    config: StaytimeConfig, data: StaytimeData, base: Base, network: nn.Module, device: torch.device, *, quiet: bool
+    config: StaytimeConfig, data: StaytimeData, base: BaseLoss, network: nn.Module, device: torch.device, *, quiet: bool
 ) -> list[dict[str, float]]:
     """Train a network in place; returns the mean losses of each epoch.
 
@@ -215,7 +217,12 @@ def train(
 
 @torch.no_grad()
 def predict(
-    config: StaytimeConfig, data: StaytimeData, base: Base, network: nn.Module, device: torch.device, rows: np.ndarray
+    config: StaytimeConfig,
+    data: StaytimeData,
+    base: BaseLoss,
+    network: nn.Module,
+    device: torch.device,
+    rows: np.ndarray,
 ) -> Predictions:
     """Predict some rows."""
     network.eval()

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.speed.shortlists import Clusters, HashCodes, top_of_shortlist
 from modules.search import search
-from modules.search.search import Found, SearchPart, SearchVectors
+from modules.search.search import SearchPart, SearchResult, SearchVectors
 
 N, RUNS = 3000, 4
 
@@ -24,7 +24,7 @@ def make(seed: int, groups: int = 12) -> tuple[np.ndarray, np.ndarray, SearchPar
     return first, first + N // RUNS, part
 
 
-def rows(found: Found) -> list[list[int]]:
+def rows(found: SearchResult) -> list[list[int]]:
     return [each.tolist() for each in np.split(found.at, np.cumsum(found.lengths)[:-1])]
 
 

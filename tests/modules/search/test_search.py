@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from modules.search import reference, search
 from modules.search.cpu_kernels import nth_largest
-from modules.search.search import Found, SearchPart, SearchVectors
+from modules.search.search import SearchPart, SearchResult, SearchVectors
 
 COLUMNS = 700
 LENGTHS = [1, 2, 7, 100, 5000]
@@ -39,7 +39,7 @@ def make_vectors(rng: np.random.Generator, dtype: type, ties: bool) -> SearchVec
     return SearchVectors(values, shift=int(rng.integers(0, 2)))
 
 
-def same(found: Found, expected: Found) -> None:
+def same(found: SearchResult, expected: SearchResult) -> None:
     np.testing.assert_array_equal(found.lengths, expected.lengths)
     np.testing.assert_array_equal(found.at, expected.at)
     assert found.at.dtype == found.lengths.dtype == np.int64

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from modules.staytime.base_losses import NDT_CEILING, NDT_SCALE_S, NDT_SHIFT, Base, BaseKind, fit_base
+from modules.staytime.base_losses import NDT_CEILING, NDT_SCALE_S, NDT_SHIFT, BaseKind, BaseLoss, fit_base
 
 KINDS: tuple[BaseKind, ...] = get_args(BaseKind)
 SEEDS = range(3)
@@ -24,7 +24,7 @@ def stays(seed: int, rows: int = 4000, opened: float = 0.2) -> tuple[np.ndarray,
     return seconds.astype(np.float32), duration.astype(np.float32)
 
 
-def train_constant(base: Base, seconds: np.ndarray, duration: np.ndarray, steps: int = 400) -> torch.Tensor:
+def train_constant(base: BaseLoss, seconds: np.ndarray, duration: np.ndarray, steps: int = 400) -> torch.Tensor:
     """The logits that say the same of every row and minimise the loss, ``[outputs]``."""
     logits = torch.zeros(base.outputs, requires_grad=True)
     s, d = torch.from_numpy(seconds), torch.from_numpy(duration)
@@ -44,7 +44,7 @@ def sigmoid(x: np.ndarray | float) -> np.ndarray:
     return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
 
-def plain(kind: str, base: Base, z: np.ndarray, s: float, d: float, training: tuple[np.ndarray, ...]) -> float:
+def plain(kind: str, base: BaseLoss, z: np.ndarray, s: float, d: float, training: tuple[np.ndarray, ...]) -> float:
     """Loss of one row by the formulas, over again from the training rows."""
     seconds, duration = (column.astype(np.float64) for column in training)
     if kind == "vr":

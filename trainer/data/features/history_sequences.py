@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from modules.search import search as gsu
-from modules.search.search import Found, SearchPart, SearchVectors
+from modules.search.search import SearchPart, SearchResult, SearchVectors
 from trainer.config.features import FeatureConfig
 from trainer.data.features.id_map import IdMap
 from trainer.data.format.history import Histories, HistorySlice
@@ -102,7 +102,7 @@ class HistoryReader:
 
     def _top(
         self, first: np.ndarray, stop: np.ndarray, length: int, rows: Rows, histories: Histories, space: Space
-    ) -> Found:
+    ) -> SearchResult:
         columns = [self._known_column(name, histories) for name in self._tables]
         at = None
         if any(column is None for column in columns):
@@ -117,7 +117,7 @@ class HistoryReader:
             assert column is not None
             parts.append(SearchPart(column, self._column(name, rows[f"{name}_id"]), vectors))
         found = gsu.top(first, stop, length, *parts)
-        return found if at is None else Found(at[found.at], found.lengths)
+        return found if at is None else SearchResult(at[found.at], found.lengths)
 
     def _known_column(self, name: str, histories: Histories) -> np.ndarray | None:
         """:meth:`_column` of all entries, where it is there already."""
