@@ -1,1 +1,1 @@
-"""The parts of the language-model jobs: texts to tokens, packing, LoRA under DeepSpeed, adapters, evaluation."""
+"""Language-model jobs: instruction samples, LoRA fine-tuning, text embeddings."""

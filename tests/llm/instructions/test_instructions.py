@@ -259,7 +259,7 @@ def test_an_edited_template_is_used_and_recorded(
         (("{range}", "{range"), r"section \[option\]: .*write \{\{ and \}\} for braces"),
         (("[none]\n- nothing", ""), r"section \[none\] is missing"),
         (("- nothing", ""), r"section \[none\] is empty"),
-        (("[none]", "[prompt]"), r"section \[prompt\] comes twice"),
+        (("[none]", "[prompt]"), r"section \[prompt\] is defined twice"),
     ],
 )
 def test_a_bad_template_is_named(world: Path, tmp_path: Path, change: tuple[str, str], message: str) -> None:

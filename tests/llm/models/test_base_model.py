@@ -66,7 +66,7 @@ def test_an_adapter_is_peft_s_own_and_merges(base: BaseModelFiles, tmp_path: Pat
     torch.testing.assert_close(logits_of(merged, base), expected, atol=1e-5, rtol=0)
     words = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert words("river fire")["input_ids"] == base.tokenizer("river fire")["input_ids"]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists; choose another directory"):
         write_merged(base, tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -128,10 +128,12 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_told(
 
     many = [f"{word}{number}" for word in ("ab", "cd", "ef") for number in range(400)]
     write_small_model(tmp_path / "large", many * 2, SmallConfig(vocabulary=600), seed=1, length=LENGTH)
-    with pytest.raises(UserError, match=r"tokenizer of another model: it has 600 entries, the model embeds"):
+    with pytest.raises(
+        UserError, match=r"tokenizer of another model: it has 600 entries, the model has embeddings for"
+    ):
         BaseModelFiles.open(str(base.directory), str(tmp_path / "large"))
     edit(copy / "config.json", eos_token_id=5)
-    with pytest.raises(UserError, match="its end of text is 0, the model's 5"):
+    with pytest.raises(UserError, match="its end-of-text token is 0, the model's is 5"):
         BaseModelFiles.open(str(copy), str(base.directory))
     (copy / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="the tokenizer cannot be read"):
@@ -142,7 +144,7 @@ def test_a_directory_without_a_usable_model_is_told(base: BaseModelFiles, copy: 
     with pytest.raises(UserError, match="no such directory, and not a hub id such as"):
         BaseModelFiles.open(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no model of transformers here"):
+    with pytest.raises(UserError, match="no transformers model here"):
         BaseModelFiles.open(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="'no_proj' in this model; it has"):
         add_adapter(base.load(bf16=False), LoraConfig(targets=("no_proj",)), "base")
@@ -159,5 +161,5 @@ def test_a_directory_without_a_usable_model_is_told(base: BaseModelFiles, copy: 
 
 def test_a_hub_id_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model.path = 'nobody/nothing': .* not to be had from the hub"):
+    with pytest.raises(UserError, match=r"model.path = 'nobody/nothing': .* it cannot be downloaded from the hub"):
         BaseModelFiles.open("nobody/nothing")

@@ -1,1 +1,1 @@
-"""Base models, adapters, templates."""
+"""Base models, LoRA adapters and prompt templates."""

@@ -1,6 +1,6 @@
-"""Adapters on disk: in peft's own format, with a record of the model that they are for; and merged into it.
+"""Adapters on disk in peft's format, with a record of their base model; merging of an adapter into its base model.
 
-Any adapter of peft can be read; one that this package wrote is refused on another model than its own.
+Any adapter of peft can be read. An adapter that this package wrote is refused for any other base model.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from trainer.llm.models.base_model import BaseModelFiles, empty_model
 from trainer.runtime.files import write_json, write_whole
 
 RECORD = "limelight.json"
-"""File beside peft's own with the fingerprint of the base model, and what else is known of the adapter."""
+"""File beside peft's files with the fingerprint of the base model, sequence length and tasks."""
 
 
 def save_adapter(model: Any, values: Mapping[str, Tensor], directory: Path, record: Mapping[str, Any]) -> None:
-    """Write an adapter as peft does, whole or not at all; one that is there is replaced.
+    """Write an adapter in peft's format, atomically; an existing directory is replaced.
 
     Args:
-        model: peft's wrapper, for its configuration; its own values are not looked at.
+        model: peft's wrapper, for its configuration only; its weights are not read.
         values: float32 parameters by peft's names, see ``AdapterEngine.adapter``.
-        directory: to write.
-        record: for the file beside it; ``base`` is the fingerprint of the base model.
+        directory: directory to write.
+        record: content of the record file; ``base`` is the fingerprint of the base model.
     """
 
-    def write(aside: Path) -> None:
+    def write(tmp_path: Path) -> None:
         state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        model.save_pretrained(aside, state_dict=state, save_embedding_layers=False)
-        write_json(aside / RECORD, record)
+        model.save_pretrained(tmp_path, state_dict=state, save_embedding_layers=False)
+        write_json(tmp_path / RECORD, record)
 
     write_whole(directory, write)
 
 
 def load_adapter(base: BaseModelFiles, model: Any, directory: Path) -> Any:
-    """A model with a trained adapter on it.
+    """Load a trained adapter onto a model.
 
     Args:
-        base: where the model comes from.
-        model: of ``base.load()``.
-        directory: of the adapter.
+        base: files of the model.
+        model: model from ``base.load()``.
+        directory: directory of the adapter.
 
     Returns:
         peft's wrapper, in evaluation mode.
 
     Raises:
-        UserError: no adapter there, or one for another base model.
+        UserError: there is no adapter, or it is for another base model.
     """
     from peft import PeftModel
 
@@ -61,15 +61,15 @@ def load_adapter(base: BaseModelFiles, model: Any, directory: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(directory)).eval()
     except Exception as error:
-        # safetensors raises errors of its own type.
+        # Broad, because safetensors raises error types of its own.
         raise UserError(f"{directory}: the adapter cannot be read ({one_line(error)})") from None
 
 
 def check_adapter(base: BaseModelFiles, directory: Path) -> None:
-    """Whether an adapter is for a model, by its record and by the shapes of its weights; none of them are loaded.
+    """Check that an adapter belongs to a base model, by its record and the shapes of its weights; no weight is loaded.
 
     Raises:
-        UserError: there is no adapter, or it is for another model: what differs is listed.
+        UserError: there is no adapter, or it is for another model; the message lists the differences.
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -102,35 +102,35 @@ def check_adapter(base: BaseModelFiles, directory: Path) -> None:
 
 
 def write_merged(base: BaseModelFiles, adapter: Path, out: Path) -> None:
-    """Write the model with an adapter's changes in its own weights, as a directory that transformers loads by itself.
+    """Merge an adapter into the weights of its base model, and write a directory that transformers loads on its own.
 
     Args:
-        base: the model; its tokenizer is written as well.
+        base: files of the base model; its tokenizer is written too.
         adapter: directory of the adapter.
-        out: directory to make.
+        out: directory to create.
 
     Raises:
-        UserError: ``out`` is there, or the adapter is for another model.
+        UserError: ``out`` exists, or the adapter is for another model.
     """
     if out.exists():
-        raise UserError(f"{out}: is there already; choose another directory")
+        raise UserError(f"{out}: already exists; choose another directory")
     bf16 = str(getattr(base.config, "dtype", None)) == "torch.bfloat16"
     merged = load_adapter(base, base.load(bf16=bf16), adapter).merge_and_unload()
 
-    def write(aside: Path) -> None:
-        merged.save_pretrained(aside)
-        base.tokenizer.save_pretrained(aside)
+    def write(tmp_path: Path) -> None:
+        merged.save_pretrained(tmp_path)
+        base.tokenizer.save_pretrained(tmp_path)
 
     write_whole(out, write)
 
 
 def merge_run(run: Path, out: Path) -> None:
-    """What ``limelight export`` does: :func:`write_merged` with what a run has trained.
+    """Merge the adapter of a finished fine-tuning run into its base model: the work of ``limelight export RUN OUT``.
 
     Raises:
-        UserError: the run has not finished, its model is gone, or ``out`` is there.
+        UserError: the run has not finished, its base model is missing, or ``out`` exists.
     """
     config = load_finetune_run(run)
     if not (run / "adapter").is_dir():
-        raise UserError(f"{run}: has not finished; the command that began it goes on with it")
+        raise UserError(f"{run}: this run has not finished; run its limelight finetune command again to resume it")
     write_merged(BaseModelFiles.open(base_path(config, run), config.model.tokenizer), run / "adapter", out)

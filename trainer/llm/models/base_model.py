@@ -1,4 +1,4 @@
-"""A Qwen2-family model and its tokenizer from a directory, checked before any weight is read; and its LoRA adapter."""
+"""Qwen2-family base models: model and tokenizer files, which are checked before any weight is read; LoRA adapters."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from trainer.config.finetune import LoraConfig
 from trainer.console.errors import UserError, one_line
 
 _ENDS_BYTES = 1 << 20
-"""Of a file of weights, so much of its beginning and its end is part of the fingerprint."""
+"""Number of bytes at the beginning and at the end of a weight file that are part of the fingerprint."""
 
 
 @dataclass(frozen=True)
 class BaseModelFiles:
-    """A model that adapters are for.
+    """Files of a base model: its weights are loaded by :meth:`load` only.
 
     Attributes:
-        directory: of its configuration, its weights and, unless told otherwise, its tokenizer.
-        config: of transformers.
-        tokenizer: of transformers.
-        fingerprint: of configuration and weights.
+        directory: directory of configuration, weights and, by default, tokenizer.
+        config: transformers configuration.
+        tokenizer: transformers tokenizer.
+        fingerprint: hash of configuration and weights, see :func:`fingerprint_of`.
     """
 
     directory: Path
@@ -37,27 +37,28 @@ class BaseModelFiles:
 
     @staticmethod
     def open(path: str, tokenizer: str = "") -> BaseModelFiles:
-        """Find a model and check that it and its tokenizer fit; no weights are loaded.
+        """Find a model and check that its tokenizer fits; no weights are loaded.
 
         Args:
-            path: a directory, or a hub id, which is downloaded unless it has been before.
-            tokenizer: the same of another tokenizer; empty for the model's own.
+            path: a directory, or a hub id, which is downloaded if it is not in the local cache.
+            tokenizer: directory or hub id of another tokenizer; empty for the model's own.
 
         Raises:
-            UserError: no model there or of another family; no tokenizer, or one of another model.
+            UserError: no model is found or it is of another family; or no tokenizer is found or it belongs to another
+                model.
         """
         quiet_libraries()
         directory = find_directory(path, "model.path")
         config = _read_config(directory)
-        words = _read_tokenizer(find_directory(tokenizer, "model.tokenizer") if tokenizer else directory)
-        _check_tokenizer(words, config, tokenizer or path)
-        return BaseModelFiles(directory, config, words, fingerprint_of(directory))
+        loaded = _read_tokenizer(find_directory(tokenizer, "model.tokenizer") if tokenizer else directory)
+        _check_tokenizer(loaded, config, tokenizer or path)
+        return BaseModelFiles(directory, config, loaded, fingerprint_of(directory))
 
     def load(self, *, bf16: bool, attention: str = "sdpa") -> Any:
-        """The model with its weights, in bfloat16 or float32, in evaluation mode, on the CPU.
+        """Load the model with its weights, in bfloat16 or float32, in evaluation mode, on the CPU.
 
         Raises:
-            UserError: the weights cannot be read, or do not fill the model.
+            UserError: the weights cannot be read, or some are missing.
         """
         from transformers import AutoModelForCausalLM
 
@@ -71,7 +72,7 @@ class BaseModelFiles:
                 local_files_only=True,
             )
         except Exception as error:
-            # safetensors raises errors of its own type.
+            # Broad, because safetensors raises error types of its own.
             raise UserError(f"{self.directory}: the weights cannot be read ({one_line(error)})") from None
         if missing := sorted(found["missing_keys"]):
             raise UserError(f"{self.directory}: {len(missing)} weights are missing, the first is {missing[0]}")
@@ -79,23 +80,27 @@ class BaseModelFiles:
 
 
 def quiet_libraries() -> None:
-    """Keep the bars of transformers, and what libraries tell each other, out of what a job says."""
+    """Keep progress bars of transformers and warnings between libraries out of a job's output."""
     from transformers.utils import logging
 
-    # peft imports DeepSpeed, which would say which device it has found.
+    # peft imports DeepSpeed, which logs the accelerator that it detects unless the variable is set.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
-    # peft compares names; that an adapter is for its model is checked by fingerprint and shapes.
+    # peft warns if the model's name differs; check_adapter compares fingerprint and shapes instead.
     warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
 
 
 def find_directory(path: str, key: str) -> Path:
-    """The directory of a model; that of a hub id is downloaded, unless it has been before.
+    """Return the directory of a model; a hub id is downloaded if it is not in the local cache.
+
+    Args:
+        path: directory or hub id.
+        key: key of the job file, for error messages.
 
     Raises:
-        UserError: neither is there; ``key`` of the job file is named.
+        UserError: there is no such directory, and the hub does not provide the model.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -106,9 +111,9 @@ def find_directory(path: str, key: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:
-        # Whatever the hub's client meets: no network, no such model, no permission.
+        # Broad, because the hub's client raises many types: no network, no such model, no permission.
         raise UserError(
-            f"{key} = {path!r}: no such directory, and not to be had from the hub ({one_line(error)})"
+            f"{key} = {path!r}: no such directory, and it cannot be downloaded from the hub ({one_line(error)})"
         ) from None
 
 
@@ -118,10 +123,10 @@ def is_hub_id(path: str) -> bool:
 
 
 def fingerprint_of(directory: Path) -> str:
-    """A hash of a model: of its configuration, and of size, beginning and end of every file of weights."""
+    """Return a hash of a model's configuration and of size, beginning and end of each of its weight files."""
     digest = hashlib.sha256()
     config = json.loads((directory / "config.json").read_text())
-    # What transformers notes of itself when it writes a model.
+    # transformers writes these two keys about itself; they do not change the model.
     stable = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     digest.update(json.dumps(stable, sort_keys=True).encode())
     for path in sorted(directory.glob("*.safetensors")):
@@ -135,18 +140,18 @@ def fingerprint_of(directory: Path) -> str:
 
 
 def add_adapter(model: Any, lora: LoraConfig, base: str) -> Any:
-    """Put a LoRA adapter onto a model; everything else is frozen.
+    """Add a LoRA adapter to a model and freeze all other weights.
 
     Args:
-        model: of :meth:`BaseModelFiles.load`.
-        lora: its shape; initial values are drawn from torch's generator.
-        base: name of the model, which the saved adapter gives.
+        model: model from :meth:`BaseModelFiles.load`.
+        lora: shape of the adapter; initial values are drawn from torch's random generator.
+        base: name of the base model, which is written into the saved adapter.
 
     Returns:
-        peft's wrapper of it.
+        peft's wrapper of the model.
 
     Raises:
-        UserError: there is no layer of a name that is asked for.
+        UserError: the model has no layer of a requested name.
     """
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
@@ -171,7 +176,7 @@ def add_adapter(model: Any, lora: LoraConfig, base: str) -> Any:
 
 
 def empty_model(config: Any) -> Any:
-    """A model without memory for its weights, on the meta device, to count and to check with."""
+    """Build a model on the meta device, without memory for its weights, to count and check parameters."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -189,12 +194,15 @@ def _read_config(directory: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        # Its checks raise errors of their own types.
-        raise UserError(f"{directory}: no model of transformers here ({one_line(error)})") from None
+        # Broad, because the checks of transformers raise many types.
+        raise UserError(f"{directory}: no transformers model here ({one_line(error)})") from None
     if config.model_type != "qwen2":
-        raise UserError(f"{directory}: a model of type {config.model_type!r}; use one of the Qwen2 family")
+        raise UserError(f"{directory}: the model has type {config.model_type!r}; use one of the Qwen2 family")
     if config.use_sliding_window:
-        raise UserError(f"{directory}: has sliding-window attention, which packed sequences cannot keep; switch it off")
+        raise UserError(
+            f"{directory}: the model uses sliding-window attention, which packed sequences do not support; set "
+            "use_sliding_window to false in its config.json"
+        )
     return config
 
 
@@ -202,26 +210,29 @@ def _read_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{directory}: no tokenizer here (tokenizer.json is missing); name one in model.tokenizer")
+        raise UserError(f"{directory}: no tokenizer here (tokenizer.json is missing); set model.tokenizer")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        # The libraries raise whatever their parser met.
+        # Broad, because the libraries raise the errors of their parsers.
         raise UserError(f"{directory}: the tokenizer cannot be read ({one_line(error)})") from None
 
 
 def _check_tokenizer(tokenizer: Any, config: Any, path: str) -> None:
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: its tokenizer has no end-of-text token, which ends every answer")
+        raise UserError(
+            f"{path}: its tokenizer has no end-of-text token, which every answer needs; use a tokenizer that has one"
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{path}: a tokenizer of another model: it has {len(tokenizer):,} entries, "
-            f"the model embeds {config.vocab_size:,}"
+            f"{path}: the tokenizer of another model: it has {len(tokenizer):,} entries, the model has embeddings for "
+            f"{config.vocab_size:,}"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if ends != [None] and tokenizer.eos_token_id not in ends:
         raise UserError(
-            f"{path}: a tokenizer of another model: its end of text is {tokenizer.eos_token_id}, the model's {ends[0]}"
+            f"{path}: the tokenizer of another model: its end-of-text token is {tokenizer.eos_token_id}, "
+            f"the model's is {ends[0]}"
         )

@@ -1,7 +1,7 @@
-"""Templates: text files that a user edits, with the places of what varies in braces.
+"""Prompt templates: text files with placeholders in braces, which a user can edit.
 
-A file has sections; a line ``[name]`` begins one, and what is before the first is a comment. Files that come with
-Limelight are in ``configs/templates``; their hash is written down with whatever was made from them.
+A template file has sections. A line ``[name]`` starts a section, and text before the first section is a comment. The
+templates that come with Limelight are in ``configs/templates``. Outputs made with a template store its hash.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SECTION = re.compile(r"\[([a-z_]+)\]\s*")
 
 @dataclass(frozen=True)
 class Template:
-    """A file's sections.
+    """A template file.
 
     Attributes:
-        file: it was read from.
-        hash: of its content.
-        sections: name -> text, without the line breaks at its end.
+        file: path of the file.
+        hash: hash of its content.
+        sections: section name -> text, without line breaks at its end.
     """
 
     file: Path
@@ -34,34 +34,34 @@ class Template:
 
     @staticmethod
     def read(file: str | Path, places: Mapping[str, frozenset[str]]) -> Template:
-        """Read a file.
+        """Read a template file.
 
         Args:
-            file: to read.
-            places: section -> names that may stand in braces there. All sections must be there, and no other.
+            file: path of the file.
+            places: section name -> allowed placeholder names. The file must have exactly these sections.
 
         Raises:
-            UserError: no such file, a section is missing or unknown, or a name in braces is.
+            UserError: the file does not exist, a section is missing or unknown, or a placeholder is unknown.
         """
         path = Path(file)
         try:
             content = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise UserError(f"{path}: no such template; those of Limelight are in configs/templates") from None
+            raise UserError(f"{path}: no such template; Limelight's own are in configs/templates") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
+            raise UserError(f"{path}: not a UTF-8 text file ({error})") from None
         sections = _sections(path, content)
         for name in sections:
             if name not in places:
                 raise UserError(f"{path}: unknown section [{name}]; known are {_listed(places)}")
         for name, known in places.items():
             if name not in sections:
-                raise UserError(f"{path}: section [{name}] is missing")
+                raise UserError(f"{path}: section [{name}] is missing; add it")
             _check(path, name, sections[name], known)
         return Template(path, hashlib.blake2b(content.encode(), digest_size=8).hexdigest(), sections)
 
     def fill(self, section: str, **values: object) -> str:
-        """A section with values in the places of their names."""
+        """Return a section's text with its placeholders replaced by ``values``."""
         return self.sections[section].format(**values)
 
 
@@ -71,7 +71,7 @@ def _sections(path: Path, content: str) -> dict[str, str]:
     for line in content.splitlines():
         if match := _SECTION.fullmatch(line):
             if match[1] in lines:
-                raise UserError(f"{path}: section [{match[1]}] comes twice")
+                raise UserError(f"{path}: section [{match[1]}] is defined twice; remove one of them")
             current = lines[match[1]] = []
         elif current is not None:
             current.append(line)
@@ -87,7 +87,7 @@ def _check(path: Path, section: str, text: str, known: frozenset[str]) -> None:
         if name not in known:
             raise UserError(f"{path}: section [{section}]: unknown {{{name}}}; known are {_listed(known)}")
     if not text.strip():
-        raise UserError(f"{path}: section [{section}] is empty")
+        raise UserError(f"{path}: section [{section}] is empty; write a template")
 
 
 def _listed(names: Mapping[str, object] | frozenset[str]) -> str:

@@ -1,4 +1,4 @@
-"""The model that needs no download: a small Qwen2 with random weights, and a tokenizer of the texts at hand."""
+"""A base model that needs no download: a small Qwen2 with random weights, and a tokenizer trained on given texts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trainer.console.errors import UserError
 from trainer.llm.models.base_model import quiet_libraries
 
 END = "<|endoftext|>"
-"""The end of a text, as Qwen2's tokenizer has it."""
+"""End-of-text token, the same as in Qwen2's tokenizer."""
 
 
 def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConfig, *, seed: int, length: int) -> None:
-    """Make a model and write it as transformers does, whole or not at all.
+    """Create a small model and write it in the format of transformers, atomically.
 
     Args:
-        directory: to make; nothing is done if it is there.
-        texts: to train the tokenizer on (byte-level BPE, as Qwen2's), so that none of them has an unknown token.
-        settings: sizes.
-        seed: of the weights.
-        length: most tokens of a text.
+        directory: directory to create; nothing is done if it exists.
+        texts: texts to train the tokenizer on (byte-level BPE as in Qwen2, so no text has unknown tokens).
+        settings: sizes of the model.
+        seed: seed of the weights.
+        length: maximum tokens of a text.
 
     Raises:
-        UserError: sizes that do not fit each other.
+        UserError: hidden size and number of heads do not fit each other.
     """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -38,11 +38,11 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
     quiet_libraries()
     if settings.hidden % (2 * settings.heads):
         raise UserError(
-            f"small.hidden = {settings.hidden} cannot be cut into {settings.heads} heads of an even width; "
+            f"small.hidden = {settings.hidden} cannot be split into {settings.heads} heads of even width; "
             f"use a multiple of {2 * settings.heads}"
         )
-    aside = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    tmp_path = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
@@ -57,8 +57,8 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads // 2 if settings.heads % 2 == 0 else settings.heads,
         max_position_embeddings=length,
-        # Layers pass on what they get at its size. The default, 0.02, is for widths of thousands: in a narrow model
-        # attention is all even at first, and stays so for long.
+        # With this range a layer keeps the scale of its input. The default, 0.02, is meant for hidden sizes in the
+        # thousands: in a narrow model it makes attention almost uniform, and training takes long to change that.
         initializer_range=settings.hidden**-0.5,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -68,18 +68,18 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    _begin_alike(model)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(directory)
+    _initialise_mimetic(model)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tmp_path.rename(directory)
 
 
 @torch.no_grad()
-def _begin_alike(model: Any) -> None:
-    """Let tokens look at their like, and predict it, from the beginning: queries start as keys, the head as embeddings.
+def _initialise_mimetic(model: Any) -> None:
+    """Set query weights equal to key weights, and the output head equal to the embeddings.
 
-    After Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (2023). Attention that starts at random
-    takes long to find anything.
+    A token then attends to tokens like itself and predicts them from the start. After Trockman and Kolter, "Mimetic
+    Initialization of Self-Attention Layers" (2023); with random attention, training takes long to learn this.
     """
     model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     for layer in model.model.layers:
