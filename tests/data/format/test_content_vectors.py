@@ -1,4 +1,4 @@
-"""The table of vectors by id: against a dictionary, replaced as a whole, and refused where it is wrong."""
+"""Tables of content vectors: compared with a dictionary, replaced atomically, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -95,25 +95,25 @@ def test_vectors_that_are_not_finite_are_counted_and_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("ids", "width", "said"),
+    ("ids", "width", "message"),
     [
         ([3, 3], 2, "id 3 comes twice"),
         ([-1, 3], 2, "id -1 is negative"),
     ],
 )
-def test_bad_ids_are_refused(tmp_path: Path, ids: list[int], width: int, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_bad_ids_are_refused(tmp_path: Path, ids: list[int], width: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         ContentVectors.write(tmp_path, np.array(ids), np.zeros((2, width)))
 
 
 def test_bad_parts_are_refused(tmp_path: Path) -> None:
     ids, texts = np.array([1, 2]), np.zeros(2, np.uint64)
-    for part, said in [
+    for part, message in [
         ((np.array([1]), np.zeros((1, 2))), "id 2 has no vector"),
-        ((np.array([1, 5]), np.zeros((2, 2))), "an id that is not among the table's"),
-        ((ids, np.zeros((2, 3))), r"vectors of shape \(2, 3\) for 2 ids of 2"),
+        ((np.array([1, 5]), np.zeros((2, 2))), "an id that is not in the list of ids"),
+        ((ids, np.zeros((2, 3))), r"vectors of shape \(2, 3\); for its 2 ids it must be \(2, 2\)"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             write_parts(tmp_path, ids, texts, [part], 2)
     with pytest.raises(UserError, match="cannot be stored as float64"):
         write_parts(tmp_path, ids, texts, [(ids, np.zeros((2, 2)))], 2, dtype="float64")
@@ -124,11 +124,11 @@ def test_what_is_no_table_is_told(tmp_path: Path) -> None:
         ContentVectors.open(tmp_path / "none")
     table = ContentVectors.write(tmp_path / "t", *some(6))
     manifest = json.loads((tmp_path / "t" / MANIFEST).read_text())
-    for changed, said in [({"version": 9}, "version 9"), ({"count": 3}, "tells of 3 vectors of 3")]:
+    for changed, message in [({"version": 9}, "version is 9"), ({"count": 3}, "lists 3 vectors with 3 elements")]:
         (tmp_path / "t" / MANIFEST).write_text(json.dumps({**manifest, **changed}))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             ContentVectors.open(table.path)
     (tmp_path / "t" / MANIFEST).write_text(json.dumps(manifest))
     (tmp_path / "t" / manifest["files"]["vectors"]).unlink()
-    with pytest.raises(UserError, match="names are missing"):
+    with pytest.raises(UserError, match=r"files named in manifest\.json are missing"):
         ContentVectors.open(table.path)

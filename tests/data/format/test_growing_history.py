@@ -18,7 +18,7 @@ PARTITIONS = 3
 
 
 def ordered_visits(rng: np.random.Generator, n: int, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Visits in order of their ends, no two of which are at one time."""
+    """Make visits in order of their ends, all at different times."""
     visits = make_visits(rng, n, ids)
     visits["known_ms"] = visits["known_ms"] * (n + 1) + rng.permutation(n)
     visits["request_ms"] *= n + 1
@@ -35,7 +35,7 @@ def grow(stored: Histories, since: int, owned: list[int] | range = range(PARTITI
 
 
 def feed(growing: GrowingHistories, visits: dict[str, np.ndarray], since: int, cuts: list[int], start: int) -> None:
-    """Give the visits that the stream sees, in portions that end at ``cuts``."""
+    """Append the visits of the stream, in portions that end at ``cuts``."""
     owner = partition_of(visits["user_id"], PARTITIONS)
     for first, stop in zip([start, *cuts], cuts, strict=False):
         due = (visits["request_ms"] >= since) & (visits["known_ms"] >= first) & (visits["known_ms"] < stop)

@@ -1,4 +1,4 @@
-"""Histories against a brute-force reading of their definition."""
+"""Histories against a brute-force implementation of their definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULT = ("item_id", "author_id", "request_ms", "play_ms", "bits", "tag")
 
 
 def make_visits(rng: np.random.Generator, n: int, users: np.ndarray, span: int = 50) -> dict[str, np.ndarray]:
-    """Visits with many ties in time; ``item_id`` numbers them."""
+    """Make visits with many ties in time; ``item_id`` numbers them."""
     request = rng.integers(0, span, n)
     return {
         "user_id": users[rng.integers(0, len(users), n)],
@@ -52,7 +52,7 @@ def write(path: Path, visits: dict[str, np.ndarray], partitions: int = 3) -> His
 
 
 def by_definition(visits, user, as_of, domain, length, require, limit) -> list[int]:
-    """Visits that ``latest`` should give, oldest first; those of one millisecond as they were written."""
+    """Return the visits that ``latest`` should return, oldest first; visits of one millisecond in written order."""
     known = [row for row in range(len(visits["user_id"])) if visits["user_id"][row] == user]
     known = [row for row in known if visits["known_ms"][row] < as_of]
     known.sort(key=lambda row: visits["known_ms"][row])
@@ -153,7 +153,7 @@ def test_ties_are_strict_and_stable(tmp_path, require):
 
 
 def test_more_visits_than_the_limit(tmp_path):
-    """The limit counts both domains: visits of one push those of the other out."""
+    """The limit counts both domains: visits of one domain displace those of the other."""
     n = module.HISTORY_LIMIT + 500
     visits = make_visits(np.random.default_rng(2), n, np.array([7]), span=10**6)
     visits["known_ms"] = np.arange(n) * 10
@@ -166,7 +166,7 @@ def test_more_visits_than_the_limit(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_future_can_be_anything(tmp_path, seed):
-    """Altering or removing what was not known at a moment changes nothing that is read as of it."""
+    """Changing or removing visits that were not known at a moment changes no read as of that moment."""
     rng = np.random.default_rng(seed)
     visits = make_visits(rng, 600, np.arange(10))
     moment = 30

@@ -1,4 +1,4 @@
-"""Records against safetensors' own reader and writer."""
+"""Records against the reader and writer of the safetensors library."""
 
 from __future__ import annotations
 

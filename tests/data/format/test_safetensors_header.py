@@ -1,4 +1,4 @@
-"""The header of safetensors files against the library's own."""
+"""Headers of safetensors files against the safetensors library."""
 
 from __future__ import annotations
 

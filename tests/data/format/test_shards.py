@@ -1,4 +1,4 @@
-"""Shards: what is written is what is read, by us and by plain WebDataset, and damage is named."""
+"""Shards: rows that are written are read back, also by plain WebDataset, and an error names damaged records."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPEC = DatasetSpec(
 
 
 def make_rows(seed: int, n: int, span: int = 5 * HOUR_MS):
-    """Rows with any content, in any order of time."""
+    """Make rows with random content, in random order of time."""
     rng = np.random.default_rng(seed)
     rows = {}
     for name, (dtype, shape) in row_columns(SPEC).items():
@@ -48,7 +48,7 @@ def make_rows(seed: int, n: int, span: int = 5 * HOUR_MS):
 
 
 def in_order(rows, where) -> dict[str, np.ndarray]:
-    """Selected rows by partition, then emission, then request."""
+    """Return the selected rows ordered by partition, then emission, then request."""
     owner = partition_of(rows["user_id"], SPEC.partitions)
     order = np.lexsort((rows["request_ms"], rows["emit_ms"], owner))
     order = order[where[order]]
@@ -112,7 +112,7 @@ def test_reading_a_range(stored, emitted, requested):
 
 
 def test_records_end_at_hours_once_a_quarter_full(tmp_path):
-    """Emission hours of 5, 100, 30 and 3 rows with at most 40 rows a record."""
+    """Hours of emission with 5, 100, 30 and 3 rows, and at most 40 rows per record."""
     rows = make_rows(1, 138)
     hour = np.repeat([0, 1, 2, 5], [5, 100, 30, 3])
     rows["emit_ms"] = hour * HOUR_MS + np.arange(138)

@@ -1,4 +1,4 @@
-"""Stable orders against numpy's own."""
+"""Stable sorting against numpy's stable argsort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics: incremental, batch and frozen against a dictionary that follows the definition word for word."""
+"""Incremental, batch and frozen statistics against a dictionary that follows the definition literally."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_spec(behaviours: int, keys=KEYS) -> DatasetSpec:
 
 
 def make_rows(seed: int, n: int, behaviours: int, span: int = 60, ids: int = 3, far_apart: bool = False):
-    """Rows with many ties in time and in every key; ids up to the largest where ``far_apart``."""
+    """Make rows with many ties in time and in every key; with ``far_apart``, ids up to the largest int64."""
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 2**62, ids) if far_apart else np.arange(ids)
     request = np.sort(rng.integers(0, span, n))
@@ -59,7 +59,7 @@ def key_of(spec: DatasetSpec, rows, row: int, key: tuple[str, ...]) -> tuple:
 
 
 def by_definition(spec: DatasetSpec, rows, as_of_ms) -> np.ndarray:
-    """Per row and key: rows with the same key emitted before, then those with each unmasked behaviour."""
+    """Count, for each row and key, the rows with the same key emitted before, then those with each behaviour."""
     result = []
     for row, as_of in enumerate(as_of_ms):
         counts: dict[tuple, list[int]] = defaultdict(lambda: [0] * (1 + len(spec.behaviours)))
@@ -119,7 +119,7 @@ def test_chunk_size_does_not_matter(monkeypatch, chunk):
 
 
 def test_many_rows_of_one_key_do_not_run_over():
-    """More rows of a key than 16 bits count, all positive, so that every lane is as full as it can be."""
+    """One key has more rows than 16 bits can count, all positive, so that every lane is as full as it can be."""
     n = 200_000
     spec = make_spec(7, keys=(("user",),))
     rows = {
@@ -140,7 +140,7 @@ def test_many_rows_of_one_key_do_not_run_over():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_future_can_be_anything(seed):
-    """Whatever happens at or after a cut in time, the statistics of requests up to it stay as they are."""
+    """Rows emitted at or after a cut in time do not change the statistics of requests up to the cut."""
     spec = make_spec(3)
     rows = make_rows(seed, 300, 3)
     moment = int(rows["request_ms"][150])

@@ -1,4 +1,4 @@
-"""The text tables of a dataset: written, read back, and refused where they are wrong."""
+"""Text tables of a dataset: written, read back, and refused if a value is wrong."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_tables_come_in_parts_and_columns_in_any_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changed", "said"),
+    ("name", "changed", "message"),
     [
         ("comments", {"comment_id": [7, 7, 9]}, "texts/comments: comment_id 7 comes twice"),
         ("comments", {"likes": [0, -8, 2]}, "'likes' is -8 in row 1; it must be 0 or more"),
@@ -86,12 +86,12 @@ def test_tables_come_in_parts_and_columns_in_any_order(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_bad_value_is_told_in_one_line(tmp_path: Path, name: str, changed: dict[str, Any], said: str) -> None:
+def test_a_bad_value_is_told_in_one_line(tmp_path: Path, name: str, changed: dict[str, Any], message: str) -> None:
     comments = table("comments", COMMENTS, **(changed if name == "comments" else {}))
     visits = table("visits", VISITS, **(changed if name == "visits" else {}))
     with pytest.raises(UserError) as error:
         write(tmp_path, comments, visits)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_id_that_comes_twice_in_two_parts_is_refused(tmp_path: Path) -> None:

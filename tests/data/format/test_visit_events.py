@@ -1,4 +1,4 @@
-"""Events of visits, in parts of any size, against a sorted list of everything that happened."""
+"""Events of visits, in parts of any size, against a sorted list of all events."""
 
 from __future__ import annotations
 

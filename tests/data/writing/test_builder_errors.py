@@ -107,7 +107,9 @@ def test_an_unknown_event_is_named(tmp_path, name, row):
         }
     )
     with (
-        pytest.raises(UserError, match=f"events: column 'event' is {name} in row {row}; known are exposure, enter"),
+        pytest.raises(
+            UserError, match=f"events: column 'event' is {name} in row {row}; known events are exposure, enter"
+        ),
         DatasetBuilder(tmp_path / "out", SPEC) as builder,
     ):
         builder.events(events)
@@ -117,7 +119,7 @@ def test_finish_needs_visits_and_tables(tmp_path):
     with pytest.raises(UserError, match="there are no visits"), DatasetBuilder(tmp_path / "out", SPEC) as builder:
         builder.finish()
     with (
-        pytest.raises(UserError, match="features age, wealth are of user, but no table 'users' was given"),
+        pytest.raises(UserError, match="table 'users' was not given; the features age, wealth are its columns"),
         DatasetBuilder(tmp_path / "out", SPEC) as builder,
     ):
         builder.visits(pa.table(make_visits(0)))
@@ -129,11 +131,11 @@ BAD_SPECS = {
     "partitions is 0": {"partitions": 0},
     "0 behaviours": {"behaviours": ()},
     "32 behaviours": {"behaviours": tuple(f"b{k}" for k in range(32))},
-    "'tab' names two": {"dense": (DenseFeature("tab", "user"),)},
-    "'gift' has no entry in applies": {"applies": {"click": (), "like": ()}},
-    "'radio' is no domain": {"candidates": ("radio",)},
+    "'tab' is the name of two": {"dense": (DenseFeature("tab", "user"),)},
+    "'gift' has no entry in `applies`": {"applies": {"click": (), "like": ()}},
+    "'radio' is not a domain": {"candidates": ("radio",)},
     r"statistics key \('tab', 'mood'\)": {"statistics": (("tab", "mood"),)},
-    "tag 'age' is no side feature of items; those are topic": {"tag": "age"},
+    "tag 'age' is not a side feature of items; items have topic": {"tag": "age"},
 }
 
 

@@ -131,7 +131,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     features, events = write(tmp_path, rows), random_events(rows, 2, 100)
     shard = tmp_path / "rows" / "part-00000-000000.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"part-00000-000000.tar: record .* cannot be read, the shard is cut short"):
+    with pytest.raises(UserError, match=r"part-00000-000000.tar: record .* cannot be read: the shard is cut short"):
         features.lookup(events)
     (tmp_path / "rows" / "part-00000.index.json").unlink()
     with pytest.raises(UserError, match="the index of partition 0 is missing"):

@@ -1,1 +1,1 @@
-"""From stored rows to model inputs."""
+"""Features: fitted statistics, id maps, histories and the packed inputs of a model."""

@@ -1,1 +1,1 @@
-"""What is on disk, and reading it."""
+"""Files of a dataset: schemas, readers, and the structures that the readers share."""

@@ -1,15 +1,15 @@
-"""Vectors of videos, comments, segments or authors by id: one directory, memory-mapped, replaced as a whole.
+"""Tables of content vectors of videos, comments, segments or authors by id: memory-mapped and replaced atomically.
 
-::
+A table is a directory::
 
-    manifest.json           what made the vectors, how many there are, and the names of the files that hold them
+    manifest.json           origin and number of the vectors, and the names of the files that hold them
     ids-<hash>.npy          [n] int64, in increasing order
     vectors-<hash>.npy      [n, dim] float16 or float32, in the order of the ids
-    texts-<hash>.npy        [n] uint64, a hash of the text that each vector was made from
+    texts-<hash>.npy        [n] uint64, a hash of the text from which each vector was made
 
-The manifest is the table. A new version's files get names of their own, then the manifest is replaced in one step:
-whoever opens the table gets the old version or the new one, and whoever had it open keeps what is mapped. One process
-writes at a time.
+The files of a new version get new names, then the manifest is replaced in one step. So a reader that opens the table
+gets either the old or the new version, and a reader that has it open keeps the version that is mapped. Only one
+process may write at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from trainer.console.errors import UserError
+from trainer.runtime.files import sync, write_json
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -41,15 +42,15 @@ VectorPart = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Origin:
-    """What made the vectors of a table.
+    """Origin of the vectors of a table.
 
     Attributes:
-        model: name of the model's directory; empty for vectors of another kind.
-        adapter: name of the adapter's directory; empty without one.
-        template: name -> text of the templates that the texts were put into.
-        pooling: how a text's token states became one vector.
-        hash: of model, adapter, templates and pooling with their contents; vectors with the same hash may be mixed.
-        counts: what happened on the way: texts empty, truncated, refused.
+        model: name of the model's directory; empty if the vectors were not made by a language model.
+        adapter: name of the adapter's directory; empty without an adapter.
+        template: name -> text of the templates into which the texts were put.
+        pooling: method that reduces the token states of a text to one vector.
+        hash: hash of the contents of model, adapter, templates and pooling; vectors with the same hash may be mixed.
+        counts: numbers of texts that were empty, truncated or refused.
     """
 
     model: str = ""
@@ -62,15 +63,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class ContentVectors:
-    """An opened table.
+    """An opened table of content vectors.
 
     Attributes:
-        path: its directory.
+        path: directory of the table.
         ids: ``[n] int64``, increasing.
         vectors: ``[n, dim] float16`` or ``float32``, memory-mapped, read-only.
-        texts: ``[n] uint64``, 0 where the text is not known.
-        origin: what made the vectors.
-        hash: of ids and vectors.
+        texts: hashes of the texts, ``[n] uint64``; 0 if the text is not known.
+        origin: origin of the vectors.
+        hash: hash of ids and vectors.
     """
 
     path: Path
@@ -85,7 +86,7 @@ class ContentVectors:
 
     @property
     def dim(self) -> int:
-        """Width of a vector."""
+        """Number of elements of a vector."""
         return int(self.vectors.shape[1])
 
     @staticmethod
@@ -93,7 +94,7 @@ class ContentVectors:
         """Open the table at ``path``.
 
         Raises:
-            UserError: none there, of another release, or its files are not what the manifest says.
+            UserError: there is no table, it is of another release, or its files do not match the manifest.
         """
         folder = Path(path)
         for _ in range(_OPEN_TRIES):
@@ -104,26 +105,29 @@ class ContentVectors:
                 )
                 break
             except FileNotFoundError:
-                # Replaced since its manifest was read; the next one names files that are there.
+                # The table was replaced after its manifest was read; the new manifest names files that exist.
                 continue
             except (KeyError, ValueError, EOFError, OSError) as error:
-                raise UserError(f"{folder}: not a whole embedding table ({error}); make it again") from None
+                raise UserError(f"{folder}: the embedding table is damaged ({error}); make it again") from None
         else:
-            raise UserError(f"{folder}: files that {MANIFEST} names are missing; make the table again")
+            raise UserError(f"{folder}: files named in {MANIFEST} are missing; make the table again")
         shape = (manifest["count"], manifest["dim"])
         if ids.shape != shape[:1] or texts.shape != shape[:1] or vectors.shape != shape:
-            raise UserError(f"{folder}: {MANIFEST} tells of {shape[0]} vectors of {shape[1]}, the files hold others")
+            raise UserError(
+                f"{folder}: {MANIFEST} lists {shape[0]} vectors with {shape[1]} elements, but the files have ids of "
+                f"shape {ids.shape} and vectors of shape {vectors.shape}; make the table again"
+            )
         return ContentVectors(folder, ids, vectors, texts, Origin(**manifest["origin"]), manifest["hash"])
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the ids, -1 where the table has none. Any shape, int64 -> the same shape, int64."""
+        """Return the row of each id, or -1 if the table has no vector for it. The result has the shape of ``ids``."""
         if not len(self.ids):
             return np.full(np.shape(ids), -1, np.int64)
         row = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where(self.ids[row] == ids, row, -1)
 
     def parts(self, rows: np.ndarray) -> Iterator[VectorPart]:
-        """Ids and vectors of ``rows``, some ten thousands at a time."""
+        """Yield ids and vectors of ``rows`` in parts of 65,536 rows."""
         for first in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[first : first + _CHUNK_ROWS]
             yield self.ids[chunk], self.vectors[chunk]
@@ -138,10 +142,10 @@ class ContentVectors:
         origin: Origin | None = None,
         dtype: str = "float16",
     ) -> ContentVectors:
-        """Write a table from arrays; ``ids [n]`` in any order, ``vectors [n, dim]``.
+        """Write a table from arrays: ``ids [n]`` in any order, ``vectors [n, dim]``; see ``write_parts``.
 
         Raises:
-            UserError: as ``write_parts``.
+            UserError: the errors of ``write_parts``.
         """
         texts = np.zeros(len(ids), np.uint64) if texts is None else texts
         return write_parts(path, ids, texts, [(ids, vectors)], vectors.shape[1], origin=origin, dtype=dtype)
@@ -157,27 +161,27 @@ def write_parts(
     origin: Origin | None = None,
     dtype: str = "float16",
 ) -> ContentVectors:
-    """Write a table, or replace the one that is there, from parts that come one after the other.
+    """Write a table, or replace an existing one, from parts that arrive one after the other.
 
     Args:
-        path: its directory; made if it is not there.
-        ids: ``[n] int64``, those of all parts, in any order.
-        texts: ``[n] uint64``, hashes of their texts.
-        parts: every id in exactly one of them.
-        dim: width of a vector.
-        origin: what made the vectors.
-        dtype: ``float16`` or ``float32``, in which they are stored.
+        path: directory of the table; created if it does not exist.
+        ids: ids of all parts, ``[n] int64``, in any order.
+        texts: hashes of their texts, ``[n] uint64``.
+        parts: ids and vectors; each id occurs in exactly one part.
+        dim: number of elements of a vector.
+        origin: origin of the vectors.
+        dtype: type in which the vectors are stored, ``float16`` or ``float32``.
 
     Returns:
         The table, opened.
 
     Raises:
-        UserError: an id comes twice, is negative or has no vector; a vector has another width, or is not finite in
-            ``dtype``. The number of such vectors is told, and the table that was there stays.
+        UserError: an id comes twice, is negative or has no vector, or a vector has another width or is not finite in
+            ``dtype``; the message gives the number of such vectors. An existing table then stays as it was.
     """
     folder = Path(path)
     if dtype not in DTYPES:
-        raise UserError(f"{folder}: vectors cannot be stored as {dtype}; known are {', '.join(DTYPES)}")
+        raise UserError(f"{folder}: vectors cannot be stored as {dtype}; accepted types are {', '.join(DTYPES)}")
     order = np.argsort(ids, kind="stable")
     ids, texts = ids[order].astype(np.int64), texts[order].astype(np.uint64)
     _check_ids(folder, ids)
@@ -195,16 +199,18 @@ def write_parts(
         version = hashlib.blake2b((digest + origin.hash).encode() + texts.tobytes(), digest_size=6).hexdigest()
         files = {part: f"{part}-{version}.npy" for part in _PARTS}
         for part in _PARTS:
-            _sync(partial[part])
+            sync(partial[part])
             os.replace(partial[part], folder / files[part])
         manifest = {"version": VERSION, "count": len(ids), "dim": dim, "dtype": dtype, "hash": digest}
-        _replace_manifest(folder, {**manifest, "origin": asdict(origin), "files": files})
+        write_json(folder / MANIFEST, {**manifest, "origin": asdict(origin), "files": files})
+        sync(folder)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise UserError(f"{folder}: cannot be written ({reason})") from error
     finally:
         for part in _PARTS:
             (folder / f"{part}.partial").unlink(missing_ok=True)
+    # Readers that still have the old version open keep their mapping of the deleted files.
     for part in _PARTS:
         for old in folder.glob(f"{part}-*.npy"):
             if old.name != files[part]:
@@ -213,28 +219,33 @@ def write_parts(
 
 
 def finite_rows(vectors: np.ndarray, dtype: str) -> np.ndarray:
-    """Which vectors are finite when stored as ``dtype``, ``[n, dim] -> [n] bool``."""
+    """Return a mask of the vectors that are finite when stored as ``dtype``, ``[n, dim] -> [n] bool``."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.isfinite(vectors.astype(dtype)).all(axis=1)
 
 
 def _check_ids(folder: Path, ids: np.ndarray) -> None:
+    """Check that sorted ids are not negative and distinct."""
     if len(ids) and ids[0] < 0:
-        raise UserError(f"{folder}: id {ids[0]} is negative; ids are 0 or more")
+        raise UserError(f"{folder}: id {ids[0]} is negative; ids must be 0 or more")
     twice = np.flatnonzero(ids[1:] == ids[:-1])
     if len(twice):
-        raise UserError(f"{folder}: id {ids[twice[0]]} comes twice; every id has one vector")
+        raise UserError(f"{folder}: id {ids[twice[0]]} comes twice; each id must have one vector")
 
 
 def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: np.ndarray) -> None:
+    """Write the vectors of all parts into their rows, and check that each id gets a finite vector."""
     written = np.zeros(len(ids), bool)
     refused, first_refused = 0, -1
     for part_ids, part in parts:
         if part.ndim != 2 or part.shape[1] != vectors.shape[1] or len(part) != len(part_ids):
-            raise UserError(f"{folder}: vectors of shape {part.shape} for {len(part_ids)} ids of {vectors.shape[1]}")
+            raise UserError(
+                f"{folder}: a part has vectors of shape {part.shape}; for its {len(part_ids)} ids it must be "
+                f"{(len(part_ids), vectors.shape[1])}"
+            )
         rows = np.minimum(np.searchsorted(ids, part_ids), max(len(ids) - 1, 0))
         if len(part_ids) and not (len(ids) and np.array_equal(ids[rows], part_ids)):
-            raise UserError(f"{folder}: a part has an id that is not among the table's")
+            raise UserError(f"{folder}: a part has an id that is not in the list of ids of the table")
         good = finite_rows(part, vectors.dtype.name)
         if not good.all():
             first_refused = first_refused if refused else int(part_ids[np.argmin(good)])
@@ -244,48 +255,34 @@ def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: n
         written[rows] = True
     if refused:
         raise UserError(
-            f"{folder}: {refused} of {len(ids)} vectors are not finite in {vectors.dtype.name}, the first that of id "
-            f"{first_refused}; a table holds finite vectors only"
+            f"{folder}: {refused} of {len(ids)} vectors are not finite in {vectors.dtype.name}, the first is that of "
+            f"id {first_refused}; all vectors must be finite"
         )
     if not written.all():
-        raise UserError(f"{folder}: id {ids[np.argmin(written)]} has no vector; leave it out or give it one")
+        raise UserError(f"{folder}: id {ids[np.argmin(written)]} has no vector; each id must have one")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a table, and check its version."""
     file = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{folder}: no embedding table here ({MANIFEST} is missing); `limelight embed` makes one"
+            f"{folder}: no embedding table here ({MANIFEST} is missing); `limelight embed` creates one"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
     if manifest.get("version") != VERSION:
-        raise UserError(f"{file}: version {manifest.get('version')}, this release reads version {VERSION}")
+        raise UserError(f"{file}: version is {manifest.get('version')}; this release reads version {VERSION}")
     return manifest
 
 
-def _replace_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    aside = folder / f"{MANIFEST}.partial"
-    aside.write_text(json.dumps(manifest, indent=1))
-    _sync(aside)
-    os.replace(aside, folder / MANIFEST)
-    _sync(folder)
-
-
 def _hash_of(*files: Path) -> str:
+    """Return a hash of the contents of files, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with open(file, "rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

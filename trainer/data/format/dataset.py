@@ -1,4 +1,4 @@
-"""A dataset, opened: its description, rows and histories."""
+"""An opened dataset: its description, rows and histories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from trainer.data.format.time_selection import Selection
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset."""
+    """An opened dataset.
+
+    Attributes:
+        spec: description of the dataset.
+        store: its training rows.
+        histories: the histories of its users.
+    """
 
     spec: DatasetSpec
     store: RowStore
@@ -26,17 +32,17 @@ class Dataset:
 
     @staticmethod
     def open(path: str, on_corrupt: Any = "error") -> Dataset:
-        """Open the dataset at ``path``.
+        """Open the dataset at ``path``; ``on_corrupt`` is an argument of :class:`RowStore`.
 
         Raises:
-            UserError: none there, another schema version, or an unreadable index.
+            UserError: there is no dataset, it has another schema version, or its histories cannot be read.
         """
         spec = DatasetSpec.load(path)
         return Dataset(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
 
 
 def fingerprint(path: str, spec: DatasetSpec) -> str:
-    """Of the schema of a dataset and the index of its rows, which has a checksum of every record."""
+    """Return a hash of a dataset's description and of the index of its rows, which has a checksum of every record."""
     digest = hashlib.blake2b(spec.to_json().encode(), digest_size=16)
     for partition in range(spec.partitions):
         digest.update(storage.read_bytes(storage.join(path, f"{FOLDER}/{index_name(partition)}")))
@@ -44,7 +50,7 @@ def fingerprint(path: str, spec: DatasetSpec) -> str:
 
 
 def freeze_statistics(data: Dataset, until_ms: int) -> FrozenStatistics:
-    """Statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
+    """Count the statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
     known = Selection(emit_until=until_ms)
     frozen = FrozenStatistics(data.spec)
     for partition in range(data.store.partitions):

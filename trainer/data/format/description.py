@@ -1,4 +1,4 @@
-"""What a dataset holds, in figures."""
+"""Figures that describe a dataset, as JSON values and as text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Figures of the dataset at ``path`` (a directory or an fsspec URL), as JSON-ready values.
+    """Return figures of the dataset at ``path`` (a directory or an fsspec URL) as values for JSON.
 
-    Keys: ``name``, ``source``, ``licence``, ``schema_version``, ``counts``, ``span`` (ISO times in the dataset's time
-    zone), ``behaviours`` (of the rows in whose domain each can happen: positives, rows and their ratio, None where
-    there are none), ``histories`` (quantiles of the length over users with rows or a history), ``ids``, ``side``,
-    ``partitions`` (rows and users of each; ``balance`` is the largest over the mean) and ``extra``. Every label is
-    read, one record at a time.
+    The function reads the labels of all rows, one record at a time. The keys are:
+
+    - ``path``, ``name``, ``source``, ``licence``, ``schema_version``, ``counts``, ``ids``, ``side``, ``dense``,
+      ``statistics`` and ``extra``;
+    - ``span``: ISO times in the time zone of the dataset;
+    - ``behaviours``: of the rows in whose domain each behaviour can happen, the positives, the rows and their ratio,
+      which is None if there are no rows;
+    - ``histories``: quantiles of the length over all users that have rows or a history;
+    - ``partitions``: rows and users of each partition; ``balance`` is the largest number of rows over the mean.
 
     Raises:
-        UserError: no dataset there, or a shard cannot be read.
+        UserError: there is no dataset, or a shard cannot be read.
     """
     spec = DatasetSpec.load(path)
     store = RowStore(path, spec)
@@ -80,7 +84,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def format_description(description: dict[str, Any]) -> str:
-    """The figures as text for a person; features and ``extra`` are left to the JSON."""
+    """Return the figures as text for the terminal, without features and ``extra``."""
     counts, span, partitions = description["counts"], description["span"], description["partitions"]
     days = f"{span['days']:.1f} days, {span['timezone']}"
     by_domain = ", ".join(f"{counts[f'{domain}_rows']:,} {domain}" for domain in DOMAINS)
@@ -127,6 +131,7 @@ def format_description(description: dict[str, Any]) -> str:
 
 
 def _span(spec: DatasetSpec) -> dict[str, Any]:
+    """Return the first and last request time, and the days between them."""
     first, last = spec.span_ms
     zone = ZoneInfo(spec.timezone)
     times = [datetime.fromtimestamp(moment / 1000, zone).isoformat(timespec="milliseconds") for moment in (first, last)]
@@ -141,7 +146,7 @@ def _span(spec: DatasetSpec) -> dict[str, Any]:
 
 
 def _histories(histories: Histories, users: np.ndarray) -> dict[str, Any]:
-    """Lengths by domain and of both; users with rows but no history have length 0."""
+    """Return statistics of the history lengths, by domain and over all; users without a history have length 0."""
     known, by_domain = histories.lengths()
     without = np.setdiff1d(users, known)
     by_domain = np.concatenate([by_domain, np.zeros((len(without), len(DOMAINS)), np.int64)])
@@ -161,6 +166,7 @@ def _histories(histories: Histories, users: np.ndarray) -> dict[str, Any]:
 
 
 def _partitions(partitions: dict[str, Any]) -> str:
+    """Return number, sizes and balance of the partitions as text."""
     rows, balance = partitions["rows"], partitions["balance"]
     largest = "" if balance is None else f", the largest {balance:.2f} times the mean"
     return f"{partitions['count']} of {min(rows):,} to {max(rows):,} rows{largest}"

@@ -1,4 +1,4 @@
-"""Side and dense features of rows, joined from the tables of users, authors and items."""
+"""Joins the side and dense features of users, authors and items to rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature
 
 TABLE_OF = {"user": "users", "author": "authors", "item": "items"}
+"""Owner of a feature -> name of the dataset's table that has it."""
 
 
 class FeatureJoin:
-    """Looks up the features of users, authors and items; an id that its table lacks has side values and dense 0.
+    """Looks up the features of users, authors and items. If an id is not in its table, all its features are 0.
 
     Args:
-        spec: names the features and the tables they are columns of.
+        spec: description of the dataset, which lists the features and their tables.
     """
 
     def __init__(self, spec: DatasetSpec) -> None:
@@ -27,32 +28,32 @@ class FeatureJoin:
         self._tables = {owner: _FeatureTable(spec, owner) for owner in TABLE_OF}
 
     def add(self, owner: str, table: pa.Table) -> np.ndarray:
-        """Remember more lines of the table of ``owner`` (``user``, ``author`` or ``item``). Returns their ids.
+        """Add lines to the table of ``owner`` (``user``, ``author`` or ``item``), and return their ids.
 
         Raises:
-            UserError: a feature's column is missing or out of range, or an id comes twice.
+            UserError: the column of a feature is missing, a value is out of range, or an id occurs twice.
         """
         return self._tables[owner].add(table)
 
     def check(self) -> None:
-        """Every table that a feature needs was given; ends the adding.
+        """Check that every table that a feature needs was added, and prepare the lookups; then nothing can be added.
 
         Raises:
-            UserError: one was not.
+            UserError: a table is missing.
         """
         for owner, table in self._tables.items():
             if table.names and not table.given:
                 raise UserError(
-                    f"features {', '.join(table.names)} are of {owner}, but no table {TABLE_OF[owner]!r} was given"
+                    f"table {TABLE_OF[owner]!r} was not given; the features {', '.join(table.names)} are its columns"
                 )
         for table in self._tables.values():
             table.complete()
 
     def features(self, columns: validation.Columns) -> tuple[np.ndarray, np.ndarray]:
-        """Side ``[n, side] int32`` and dense ``[n, dense] float32`` features of rows or visits.
+        """Return the side ``[n, side] int32`` and dense ``[n, dense] float32`` features of rows or visits.
 
         Args:
-            columns: ``user_id``, ``author_id``, ``item_id`` and a column for each ``context`` feature.
+            columns: ``user_id``, ``author_id``, ``item_id`` and one column for each ``context`` feature.
         """
         n = len(columns["user_id"])
         tables = {owner: table for owner, table in self._tables.items() if table.names}
@@ -64,7 +65,7 @@ class FeatureJoin:
         return side, dense
 
     def tags(self, item_id: np.ndarray) -> np.ndarray:
-        """Value of the feature ``spec.tag`` of each item, ``[n] int32``; 0 (unknown) where there is none."""
+        """Return the feature ``spec.tag`` of each item, ``[n] int32``; 0 (unknown) if there is none."""
         if not self._spec.tag:
             return np.zeros(len(item_id), np.int32)
         items = self._tables["item"]
@@ -72,7 +73,7 @@ class FeatureJoin:
 
 
 class _FeatureTable:
-    """Features of one kind of id, by line; line 0 stands for every id that is not there."""
+    """Features of one kind of id, by line. Line 0 holds the zeros of all ids that were not added."""
 
     def __init__(self, spec: DatasetSpec, owner: str) -> None:
         self._owner = owner
@@ -84,6 +85,7 @@ class _FeatureTable:
         self._blocks = [(np.zeros((1, len(self._side)), np.int32), np.zeros((1, len(self._dense)), np.float32))]
 
     def add(self, table: pa.Table) -> np.ndarray:
+        """Add lines, and return their ids; see :meth:`FeatureJoin.add`."""
         what, id_name = TABLE_OF[self._owner], f"{self._owner}_id"
         side_names = [side.name for side in self._side]
         schema = pa.schema(
@@ -107,6 +109,7 @@ class _FeatureTable:
         known = ids[self.index.find(ids) >= 0]
         for repeated in (*twice[:1], *known[:1]):
             raise UserError(f"{what}: {id_name} {repeated} comes twice; each id must have one line")
+        # The index numbers new ids in increasing order; the block must have the same order.
         order = np.argsort(self.index.add(ids))
         self.given = True
         self._blocks.append(
@@ -115,7 +118,7 @@ class _FeatureTable:
         return ids
 
     def complete(self) -> None:
-        """Make the features of all lines one array each."""
+        """Join the features of all blocks into one array each."""
         side, dense = zip(*self._blocks, strict=True)
         self.side, self.dense = np.concatenate(side), np.concatenate(dense)
 
@@ -126,6 +129,7 @@ def _fill(
     joined: dict[str, np.ndarray],
     columns: validation.Columns,
 ) -> None:
+    """Write each feature into its column of ``out``: joined ones by owner, ``context`` ones from ``columns``."""
     for owner, values in joined.items():
         out[:, [place for place, feature in enumerate(features) if feature.of == owner]] = values
     for place, feature in enumerate(features):
@@ -134,6 +138,7 @@ def _fill(
 
 
 def _matrix(columns: validation.Columns, names: list[str], dtype: type) -> np.ndarray:
+    """Return some columns side by side, ``[n, len(names)]``."""
     matrix: np.ndarray = np.empty((len(next(iter(columns.values()))), len(names)), dtype)
     for place, name in enumerate(names):
         matrix[:, place] = columns[name]

@@ -1,8 +1,8 @@
-"""Histories that grow as a stream goes: those stored before it began, and the visits that it brings.
+"""Histories in memory that grow with a stream: visits stored before the stream began, and visits that it adds.
 
-The same columns and the same reads as stored histories (``trainer.data.format.history``), in memory: the entries of a
-user in a domain stay one run, which moves to a larger place when it is full. What the stream has brought is the state;
-the stored part is read again.
+They have the same columns and the same reads as stored histories (``trainer.data.format.history``). The entries of a
+user in a domain stay one run, which moves to a larger place when it is full. Only visits that the stream added are
+saved in checkpoints; the stored visits are read again from the dataset.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from trainer.data.format.sorting import stable_order
 from trainer.data.format.validation import Columns
 
 VISIT_COLUMNS = ("user_id", "domain", *(name for name in ENTRY_COLUMNS if name != "ordinal"))
-"""What is told of a visit that has ended; ``known_ms`` is its end."""
+"""Columns of a visit that is added after its end; ``known_ms`` is the end."""
 
 SLACK = HISTORY_LIMIT // 4
-"""Entries of a user beyond the limit before the oldest are dropped: reads of earlier moments look back on as many."""
+"""Entries of a user beyond the limit that are kept, so that reads as of an earlier time still find enough of them."""
 
 _SPARE = 1_000
-"""Entries that may lie idle whatever is kept."""
+"""Unused entries that are always allowed, however few are in use."""
 
 _NOBODY = -1
-"""Owner of users that the stream has not brought yet."""
+"""Partition of users who have not occurred in the stream yet."""
 
 
 class GrowingHistories(Histories):
-    """The histories of a rank's users, in memory: about 60 bytes a visit.
+    """Histories of the users of a rank, in memory: about 60 bytes per visit.
 
     Args:
         stored: histories of the dataset.
-        mine: which of some users ``[n]`` may be of this rank, ``[n]`` bool; the stored histories of the others are left
-            out.
-        partitions: of the stream that this rank reads.
-        since_ms: beginning of the stream. Of the stored visits those that were requested before it are taken; what
-            came of them is known when the stream has passed their end.
+        is_owned: function from user ids ``[n]`` to a mask ``[n]`` bool of the users that can belong to this rank; the
+            stored histories of other users are not loaded.
+        partitions: partitions of the stream that this rank reads.
+        since_ms: beginning of the stream. Stored visits that were requested before it are loaded; each of them becomes
+            visible when the stream has passed its end.
     """
 
     def __init__(
-        self, stored: Histories, mine: Callable[[np.ndarray], np.ndarray], partitions: Iterable[int], since_ms: int
+        self, stored: Histories, is_owned: Callable[[np.ndarray], np.ndarray], partitions: Iterable[int], since_ms: int
     ) -> None:
         self._since_ms = since_ms
         self._matches = {}
@@ -53,25 +53,26 @@ class GrowingHistories(Histories):
         self._entries = {name: np.zeros(0, dtype) for name, dtype in ENTRY_COLUMNS.items()}
         self._used = self._live = 0
         self._passed = dict.fromkeys(sorted(partitions), since_ms)
-        self._still_open = _stored_visits(stored, mine, since_ms)
+        self._still_open = _stored_visits(stored, is_owned, since_ms)
         self._append(self._ended_by_now())
 
     def append(self, partition: int, visits: Columns, until_ms: int) -> None:
         """Add visits of a partition, in order of their end.
 
         Args:
-            partition: of their users.
+            partition: partition of the users.
             visits: ``VISIT_COLUMNS``.
-            until_ms: all visits of the partition that have ended before this have been added, with these.
+            until_ms: watermark of the partition: with this call, all its visits that ended before have been added.
         """
         self._passed[partition] = until_ms
         self._append(_joined([self._ended_by_now(), visits]))
         self._owner[self._users.find(visits["user_id"])] = partition
 
     def state_dict(self) -> dict[int, Columns]:
-        """Partition -> the visits that were added, ``VISIT_COLUMNS``, and ``until_ms``."""
+        """Return partition -> the visits that were added, as ``VISIT_COLUMNS``, and ``until_ms``."""
         state = {}
         for partition, until_ms in self._passed.items():
+            # Visits requested before the stream began come from the dataset, which loading reads again.
             visits = self._visits(np.flatnonzero(self._owner[: len(self._users)] == partition))
             added = visits["request_ms"] >= self._since_ms
             state[partition] = {name: column[added] for name, column in visits.items()}
@@ -79,10 +80,10 @@ class GrowingHistories(Histories):
         return state
 
     def load_state_dict(self, states: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-        """Go on from what was saved of this rank's partitions; to be called before anything is added.
+        """Restore the saved state of this rank's partitions. Call it before any visit is added.
 
         Args:
-            states: partition -> as of :meth:`state_dict`; other partitions are passed over.
+            states: partition -> value of :meth:`state_dict`; partitions of other ranks are ignored.
         """
         saved = {partition: states[partition] for partition in self._passed}
         self._passed = {partition: int(state["until_ms"][0]) for partition, state in saved.items()}
@@ -92,7 +93,7 @@ class GrowingHistories(Histories):
             self._owner[self._users.find(part["user_id"])] = partition
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """See ``Histories.lengths``; users in order of their first visit here."""
+        """Return the users, in order of their first visit, and the numbers of their entries by domain."""
         return self._users.ids, (self._end - self._begin)[: len(self._users)]
 
     def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,6 +104,7 @@ class GrowingHistories(Histories):
         return begin, end
 
     def _append(self, visits: Columns) -> None:
+        """Add visits of any partitions to the runs of their users."""
         if not len(visits["user_id"]):
             return
         self._matches = {}
@@ -115,6 +117,7 @@ class GrowingHistories(Histories):
         ordinal = np.empty(len(number), np.int64)
         ordinal[by_user] = np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts - had, counts)
 
+        # Users whose first new visit ended before a visit that they already have.
         behind = users[visits["known_ms"][by_user[np.cumsum(counts) - counts]] < self._last_known_ms(users)]
 
         run = number * len(DOMAINS) + visits["domain"]
@@ -132,7 +135,7 @@ class GrowingHistories(Histories):
         self._drop_oldest(users)
 
     def _last_known_ms(self, users: np.ndarray) -> np.ndarray:
-        """End of the latest visit of each user, ``[n]``; that of users without one is before all times."""
+        """Return the end of the latest visit of each user, ``[n]``; the smallest int64 for users without visits."""
         begin, end = self._begin[users], self._end[users]
         if not end.any():
             return np.full(len(users), np.iinfo(np.int64).min)
@@ -140,10 +143,10 @@ class GrowingHistories(Histories):
         return np.where(end > begin, last, np.iinfo(np.int64).min).max(axis=1)
 
     def _restore_order(self, user: int) -> None:
-        """Sort the visits of a user, of which some were added behind later ones.
+        """Sort the visits of a user after some were appended behind later ones.
 
-        A visit that was open when the stream began is added once all partitions have passed its end, and those of a
-        live stream do not at the same moment.
+        A visit that was open when the stream began is added when all partitions have passed its end. In a live stream
+        the partitions do not pass it at the same moment, so later visits can already be there.
         """
         at = _ranges(self._begin[user], self._end[user] - self._begin[user])
         domain = np.repeat(np.arange(len(DOMAINS)), self._end[user] - self._begin[user])
@@ -154,8 +157,9 @@ class GrowingHistories(Histories):
             column[at] = column[within]
 
     def _add_users(self) -> None:
+        """Make room in the tables of runs for users that are new in the index."""
         if len(self._users) > len(self._begin):
-            # Doubled, so that users who come one by one cost no copy each.
+            # The size doubles, so that users who arrive one by one do not each cost a copy.
             more = 2 * len(self._users) - len(self._begin)
             self._begin, self._end, self._room = (
                 np.concatenate([column, np.zeros((more, len(DOMAINS)), np.int64)])
@@ -164,21 +168,21 @@ class GrowingHistories(Histories):
             self._owner = np.concatenate([self._owner, np.full(more, _NOBODY)])
 
     def _ended_by_now(self) -> Columns:
-        """Those of the visits that were open when the stream began that have ended; they are given once."""
+        """Return, once each, the visits that were open when the stream began and have ended by now."""
         waiting, now_ms = self._still_open, min(self._passed.values(), default=self._since_ms)
         ended = waiting["known_ms"] < now_ms
         self._still_open = {name: column[~ended] for name, column in waiting.items()}
         return {name: column[ended] for name, column in waiting.items()}
 
     def _make_room(self, runs: np.ndarray, more: np.ndarray) -> None:
-        """Move the runs that cannot take ``more`` entries to places of twice the size that they need."""
+        """Move each run that has no room for ``more`` entries to a place of twice the size that it needs."""
         if self._used > 4 * self._live + _SPARE:
             self._compact()
         begin, end, room = (column.reshape(-1) for column in (self._begin, self._end, self._room))
         full = end[runs] + more > room[runs]
         runs, more = runs[full], more[full]
         lengths = end[runs] - begin[runs]
-        # What is there for the first time is taken to stay as it is: most stored histories do.
+        # New runs get no spare room, because most stored histories never grow.
         sizes = np.where(lengths > 0, 2 * (lengths + more), more)
         needed = int(sizes.sum())
         first = self._used + np.cumsum(sizes) - sizes
@@ -187,10 +191,12 @@ class GrowingHistories(Histories):
         source, target = _ranges(begin[runs], lengths), _ranges(first, lengths)
         for column in self._entries.values():
             column[target] = column[source]
+        # Searches by behaviour look at the bits of all entries; those that are no longer used must not match.
         self._entries["bits"][source] = 0
         begin[runs], end[runs], room[runs] = first, first + lengths, first + sizes
 
     def _reserve(self, size: int) -> None:
+        """Grow the columns to at least ``size`` entries."""
         capacity = len(self._entries["item_id"])
         if size > capacity:
             for name, column in self._entries.items():
@@ -199,7 +205,7 @@ class GrowingHistories(Histories):
                 self._entries[name] = grown
 
     def _drop_oldest(self, users: np.ndarray) -> None:
-        """Forget what no read looks back on any more."""
+        """Drop the oldest entries of users who have more than any read considers."""
         total = (self._end[users] - self._begin[users]).sum(axis=1)
         users, total = users[total > HISTORY_LIMIT + SLACK], total[total > HISTORY_LIMIT + SLACK]
         for user, drop in zip(users.tolist(), (total - HISTORY_LIMIT).tolist(), strict=True):
@@ -213,7 +219,7 @@ class GrowingHistories(Histories):
                 self._live -= gone
 
     def _compact(self) -> None:
-        """Lay all runs one behind the other."""
+        """Copy all runs into new columns without gaps between them."""
         lengths = (self._end - self._begin).reshape(-1)
         source = _ranges(self._begin.reshape(-1), lengths)
         self._entries = {name: column[source] for name, column in self._entries.items()}
@@ -222,7 +228,7 @@ class GrowingHistories(Histories):
         self._used = self._live = len(source)
 
     def _visits(self, users: np.ndarray) -> Columns:
-        """All entries of some users (numbers) as ``VISIT_COLUMNS``, those of each user in order of their end."""
+        """Return all entries of some users (by number) as ``VISIT_COLUMNS``, each user's in order of their end."""
         begin, lengths = self._begin[users].reshape(-1), (self._end - self._begin)[users].reshape(-1)
         at = _ranges(begin, lengths)
         columns = {name: self._entries[name][at] for name in ENTRY_COLUMNS}
@@ -233,10 +239,10 @@ class GrowingHistories(Histories):
         return {name: columns[name][order] for name in VISIT_COLUMNS}
 
 
-def _stored_visits(stored: Histories, mine: Callable[[np.ndarray], np.ndarray], since_ms: int) -> Columns:
-    """The stored visits of some users that were requested before a time, as ``VISIT_COLUMNS`` in order of their end."""
+def _stored_visits(stored: Histories, is_owned: Callable[[np.ndarray], np.ndarray], since_ms: int) -> Columns:
+    """Return the stored visits requested before a time, of some users, as ``VISIT_COLUMNS`` in order of their end."""
     user_id, _ = stored.lengths()
-    user_id = user_id[mine(user_id)]
+    user_id = user_id[is_owned(user_id)]
     parts = []
     for domain in range(len(DOMAINS)):
         begin, end = (ends[:, domain] for ends in stored._runs(user_id))
@@ -257,10 +263,11 @@ def _stored_visits(stored: Histories, mine: Callable[[np.ndarray], np.ndarray], 
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> Columns:
+    """Return the visits of all parts, one part after the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in VISIT_COLUMNS}
 
 
 def _ranges(first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions ``first[k], first[k] + 1, ...`` of all k, ``lengths[k]`` each, ``[lengths.sum()]``."""
+    """Return the positions ``first[k], first[k] + 1, ...`` for all k, ``lengths[k]`` each, ``[lengths.sum()]``."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - lengths), lengths)

@@ -1,12 +1,12 @@
-"""User histories: everything a user has visited, read as of a moment.
+"""User histories: the visits of each user, read as of a given time.
 
-``history/*.npy`` are flat columns, one entry a visit that was watched or acted upon, memory-mapped. Entries lie
-partition after partition and in it sorted by (user, domain, ``known_ms``), so the latest visits of a user in a domain
-are one run of entries. ``user_id.npy`` (sorted) and ``offsets.npy`` ``[users, domains + 1]`` say where the runs are.
-Datasets of before there were tags have no ``tag.npy``.
+``history/*.npy`` are flat, memory-mapped columns with one entry for each visit that was watched or had a behaviour.
+Entries lie partition after partition, and within a partition they are sorted by (user, domain, ``known_ms``). So the
+latest visits of a user in a domain are one run of entries. ``user_id.npy`` (sorted) and ``offsets.npy``
+``[users, domains + 1]`` give the place of each run. Datasets from before tags existed have no ``tag.npy``.
 
-A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and sees only entries with
-``known_ms < as_of_ms``; no call returns anything else.
+A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and returns only entries with
+``known_ms < as_of_ms``, so no read leaks information from the future.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from trainer.data.format.sorting import stable_order
 FOLDER = "history"
 
 HISTORY_LIMIT = 10_000
-"""Visits of a user, of all domains, that a read looks back on."""
+"""Number of latest visits of a user, over all domains, that a read considers."""
 
 MAX_BEHAVIOURS = 31
-"""Behaviours that fit an entry's ``bits``."""
+"""Number of behaviours that fit into the ``bits`` of an entry."""
 
 ENTRY_COLUMNS: dict[str, np.dtype] = {
     "item_id": np.dtype(np.int64),
@@ -42,28 +42,28 @@ ENTRY_COLUMNS: dict[str, np.dtype] = {
     "play_ms": np.dtype(np.int64),
     "bits": np.dtype(np.int32),
     "known_ms": np.dtype(np.int64),
-    # Position among the user's entries of all domains, for HISTORY_LIMIT.
+    # Position among the user's entries of all domains; it implements HISTORY_LIMIT.
     "ordinal": np.dtype(np.int32),
     "tag": np.dtype(np.int32),
 }
 _USER_COLUMNS = ("user_id", "offsets")
 _LATER_COLUMNS = frozenset({"tag"})
-"""Columns that older datasets lack; all of their entries are 0."""
+"""Columns that older datasets do not have; there all entries are 0."""
 _RESULT_COLUMNS = ("item_id", "author_id", "request_ms", "play_ms", "bits", "tag")
 
 
 @dataclass(frozen=True)
 class HistorySlice:
-    """Part of the histories of n users: ``lengths`` entries of each, one user after the other, oldest first.
+    """Entries from the histories of n users: user after user, and the oldest entry of each user first.
 
     Attributes:
-        lengths: ``[n] int64``.
-        item_id: ``[lengths.sum()] int64``, as all that follow.
+        lengths: number of entries of each user, ``[n] int64``.
+        item_id: item of each entry, ``[lengths.sum()] int64``; the following columns have the same length.
         author_id: int64.
-        request_ms: int64, when the visit began.
+        request_ms: int64, start of the visit.
         play_ms: int64, time watched.
-        bits: int32, bit k set where ``spec.behaviours[k]`` happened during the visit.
-        tag: int32, value of the item's feature ``spec.tag``; 0 where there is none.
+        bits: int32, bit k is set if ``spec.behaviours[k]`` happened during the visit.
+        tag: int32, feature ``spec.tag`` of the item; 0 if there is none.
         domain: uint8, code of the domain.
     """
 
@@ -78,17 +78,17 @@ class HistorySlice:
 
 
 class Histories:
-    """The histories of a dataset, memory-mapped; picklable, and safe in forked processes.
+    """Memory-mapped histories of a dataset. The object can be pickled and used in forked processes.
 
     Histories on a URL are first copied to a cache directory of this machine (``LIMELIGHT_CACHE``, by default
     ``~/.cache/limelight``), once for each version of the dataset.
 
     Args:
-        path: the dataset, a local path or an fsspec URL.
-        spec: its description.
+        path: dataset, a local path or an fsspec URL.
+        spec: description of the dataset.
 
     Raises:
-        UserError: there are none.
+        UserError: the dataset has no histories, or they cannot be read.
     """
 
     def __init__(self, path: str | Path, spec: DatasetSpec) -> None:
@@ -101,20 +101,21 @@ class Histories:
     def latest(
         self, user_id: np.ndarray, as_of_ms: np.ndarray, *, domain: int, length: int, require: int = 0
     ) -> HistorySlice:
-        """The latest visits of each user in one domain, as known before a time.
+        """Return the latest visits of each user in one domain, as known before a time.
 
-        Of the user's last ``HISTORY_LIMIT`` visits (all domains) that ended before ``as_of_ms``, strictly, the latest
-        ``length`` of the domain are given.
+        The read considers the user's last ``HISTORY_LIMIT`` visits (over all domains) that ended strictly before
+        ``as_of_ms``. It returns the latest ``length`` of those in the domain.
 
         Args:
             user_id: ``[n] int64``; unknown users have an empty history.
             as_of_ms: ``[n] int64``, milliseconds UTC.
             domain: code of the domain.
-            length: most visits per user.
-            require: only visits with at least one of these behaviour bits; 0 takes all.
+            length: largest number of visits per user.
+            require: return only visits with at least one of these behaviour bits; 0 returns all.
         """
         first, stop = (ends[:, 0] for ends in self._known(user_id, as_of_ms, (domain,)))
         if require:
+            # From here on first and stop are positions among the matching entries only.
             matching = self._matching(require)
             stop = _search(matching, stop)
             first = _bisect(matching, np.maximum(stop - length, 0), stop, first)
@@ -127,10 +128,10 @@ class Histories:
         return self.take(at, lengths, np.full(len(at), domain, np.uint8))
 
     def runs(self, user_id: np.ndarray, as_of_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the histories of users lie in the columns, as known before a time.
+        """Return the runs of entries that hold the histories of users, as known before a time.
 
-        Entries ``[first, stop)`` of :meth:`column` are a user's visits of one domain, in order of their end, that ended
-        before ``as_of_ms``, strictly, and are among the user's last ``HISTORY_LIMIT`` of all domains.
+        Entries ``[first, stop)`` of :meth:`column` are the visits of a user in one domain, in order of their end. They
+        ended strictly before ``as_of_ms`` and are among the user's last ``HISTORY_LIMIT`` visits over all domains.
 
         Args:
             user_id: ``[n] int64``; unknown users have empty runs.
@@ -142,16 +143,22 @@ class Histories:
         return self._known(user_id, as_of_ms, range(len(DOMAINS)))
 
     def column(self, name: str) -> np.ndarray:
-        """A column of all entries, ``[entries]``, read-only: ``item_id``, ``author_id``, ``request_ms``, ``play_ms``,
-        ``bits``, ``tag`` as in :class:`HistorySlice`, or ``ordinal`` (int32), the place of an entry among the visits of
-        its user in all domains.
+        """Return a column of all entries, ``[entries]``, which callers must not change.
 
-        Only what lies in :meth:`runs` was known at a time.
+        The columns are ``item_id``, ``author_id``, ``request_ms``, ``play_ms``, ``bits`` and ``tag`` as in
+        :class:`HistorySlice`, and ``ordinal`` (int32), the position of an entry among all visits of its user. Only the
+        entries in :meth:`runs` were known at a time.
         """
         return self._entries[name]
 
     def take(self, at: np.ndarray, lengths: np.ndarray, domain: np.ndarray) -> HistorySlice:
-        """Entries by their place in the columns: ``at [lengths.sum()]`` int64, ``domain`` their codes, uint8."""
+        """Return entries by their position in the columns.
+
+        Args:
+            at: positions, user after user, ``[lengths.sum()]`` int64.
+            lengths: number of entries of each user, ``[n]`` int64.
+            domain: codes of the domains of the entries, uint8.
+        """
         return HistorySlice(
             lengths=lengths,
             **{name: np.take(self._entries[name], at, mode="clip") for name in _RESULT_COLUMNS},
@@ -159,20 +166,20 @@ class Histories:
         )
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Users ``[users] int64`` and how many entries each has by domain ``[users, domains] int64``.
+        """Return the users, ``[users] int64``, and the number of their entries by domain, ``[users, domains] int64``.
 
-        Of all time, for descriptions of the dataset: not a feature of anything.
+        Entries of all times count, so this is for descriptions of the dataset and must not become a feature.
         """
         return self._user_id, np.diff(self._offsets, axis=1)
 
     def _known(
         self, user_id: np.ndarray, as_of_ms: np.ndarray, domains: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """``first`` and ``stop``, each ``[n, len(domains)]``, see :meth:`runs`."""
+        """Return ``first`` and ``stop`` for some domains, each ``[n, len(domains)]``; see :meth:`runs`."""
         begin, end = self._runs(user_id)
         first = begin[:, list(domains)]
         stop = np.stack([self._known_until(begin, end, domain, as_of_ms) for domain in domains], axis=1)
-        # Only users with more than the limit pay for knowing how many visits of the other domains came before.
+        # The limit counts visits of all domains. That search is needed only for users who have more than the limit.
         long = np.flatnonzero((end - begin).sum(axis=1) > HISTORY_LIMIT)
         if len(long):
             b, e = begin[long], end[long]
@@ -183,7 +190,7 @@ class Histories:
         return first, stop
 
     def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each user's entries of all time begin and end, ``[n, domains]`` each; nothing for unknown users."""
+        """Return begin and end of each user's entries of all times, each ``[n, domains]``; empty for unknown users."""
         runs = np.zeros((len(user_id), len(DOMAINS) + 1), np.int64)
         if len(self._user_id):
             place = np.minimum(_search(self._user_id, user_id), len(self._user_id) - 1)
@@ -192,18 +199,21 @@ class Histories:
         return runs[:, :-1], runs[:, 1:]
 
     def _known_until(self, begin: np.ndarray, end: np.ndarray, domain: int, as_of_ms: np.ndarray) -> np.ndarray:
+        """Return the end of the entries of one domain that were known before a time, ``[n]``."""
         return _bisect(self._entries["known_ms"], begin[:, domain], end[:, domain], as_of_ms)
 
     def _matching(self, require: int) -> np.ndarray:
+        """Return the positions of all entries that have one of the bits ``require``; computed once for each value."""
         if require not in self._matches:
             self._matches[require] = np.flatnonzero(self._entries["bits"] & require)
         return self._matches[require]
 
     def _open(self, folder: Path) -> None:
+        """Map the columns of a history directory."""
         self._folder = folder
         self._matches: dict[int, np.ndarray] = {}
         try:
-            # Plain arrays over the mapped memory: indexing np.memmap itself costs a subclass instance each time.
+            # Plain arrays over the mapped memory: every index into np.memmap makes a new instance of the subclass.
             columns = {
                 name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
                 for name in (*ENTRY_COLUMNS, *_USER_COLUMNS)
@@ -221,7 +231,7 @@ class HistoryWriter:
     """Writes ``history/*.npy``, one partition after the other.
 
     Args:
-        folder: the ``history`` directory, which exists.
+        folder: the ``history`` directory, which must exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -232,9 +242,11 @@ class HistoryWriter:
         self._entries = 0
 
     def append(self, visits: dict[str, np.ndarray]) -> None:
-        """Add the visits of a partition, in any order: ``user_id``, ``domain`` and the columns of an entry.
+        """Add the visits of a partition, in any order.
 
-        ``tag`` may be left out: 0, unknown.
+        Args:
+            visits: ``user_id``, ``domain`` and the columns of an entry except ``ordinal``; without ``tag`` all tags are
+                0 (unknown).
         """
         visits = {"tag": np.zeros(len(visits["user_id"]), np.int32), **visits}
         user_id, number = np.unique(visits["user_id"], return_inverse=True)
@@ -257,7 +269,7 @@ class HistoryWriter:
         self._entries += len(run)
 
     def close(self) -> None:
-        """Write the users' offsets and complete the files."""
+        """Complete the files, and write the users and their offsets."""
         for file in self._files.values():
             file.close()
         user_id = np.concatenate([np.empty(0, np.int64), *self._users])
@@ -268,7 +280,7 @@ class HistoryWriter:
 
 
 class _GrowingColumn:
-    """A one-dimensional .npy file whose length is known only at the end."""
+    """Writes a one-dimensional .npy file whose length is known only at the end."""
 
     def __init__(self, file: Path, dtype: np.dtype) -> None:
         self._dtype = dtype
@@ -277,26 +289,32 @@ class _GrowingColumn:
         self._write_header()
 
     def append(self, values: np.ndarray) -> None:
+        """Write more values."""
         self._file.write(np.ascontiguousarray(values, self._dtype).data)
         self._rows += len(values)
 
     def close(self) -> None:
-        # numpy leaves room in the header for the length to grow, so it can be written over.
+        """Write the final length into the header, and close the file."""
+        # numpy pads the header so that the length can grow; the new header has the same size.
         self._file.seek(0)
         self._write_header()
         self._file.close()
 
     def _write_header(self) -> None:
+        """Write the header for the rows so far at the current position."""
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows,)}
         np.lib.format.write_array_header_1_0(self._file, description)
 
 
 def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """In each run ``[first, stop)`` of a column sorted within runs, where the values below ``value`` end. ``[n]``."""
+    """Return the first position in each run ``[first, stop)`` whose value is not below ``value``, ``[n]``.
+
+    The column is sorted within each run; all n binary searches advance together.
+    """
     low, high = first.copy(), stop.copy()
     for _ in range(int((stop - first).max(initial=0)).bit_length()):
         middle = (low + high) >> 1
-        # Where a run is exhausted, low == high and the column is read behind it, or behind its end.
+        # In a finished search low == high, and the value read may lie outside the run or behind the column's end.
         below = (np.take(column, middle, mode="clip") < value) & (low < high)
         low = np.where(below, middle + 1, low)
         high = np.where(below, high, middle)
@@ -304,7 +322,10 @@ def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.n
 
 
 def _search(column: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """``np.searchsorted(column, values)``, looked up in order: twice as fast in a long column. ``[n] int64``."""
+    """Return ``np.searchsorted(column, values)``, ``[n] int64``, with the values looked up in sorted order.
+
+    Sorted lookups are twice as fast in a long column.
+    """
     order = np.argsort(values)
     places = np.empty(len(values), np.int64)
     places[order] = np.searchsorted(column, values[order])
@@ -312,33 +333,34 @@ def _search(column: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _reopen(folder: Path) -> Histories:
+    """Open a history directory; pickle calls this."""
     histories = Histories.__new__(Histories)
     histories._open(folder)
     return histories
 
 
 def _cached(url: str, spec: DatasetSpec) -> Path:
-    """Local copy of a remote dataset's histories, made if there is none."""
+    """Return the local copy of a remote dataset's histories; copy them first if there is none."""
     root = Path(os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight"))
     copy = root / hashlib.sha256(f"{url}\n{spec.to_json()}".encode()).hexdigest()[:32] / FOLDER
     if copy.exists():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=copy.parent))
+    tmp_path = Path(tempfile.mkdtemp(dir=copy.parent))
     try:
         filesystem, inside = storage.open_url(storage.join(url, FOLDER))
         try:
             for name in (*ENTRY_COLUMNS, *_USER_COLUMNS):
                 if name not in _LATER_COLUMNS or filesystem.exists(f"{inside}/{name}.npy"):
-                    filesystem.get_file(f"{inside}/{name}.npy", str(aside / f"{name}.npy"))
+                    filesystem.get_file(f"{inside}/{name}.npy", str(tmp_path / f"{name}.npy"))
         except FileNotFoundError as error:
             raise UserError(f"{url}: the dataset has no histories ({error})") from None
         try:
-            aside.rename(copy)
+            tmp_path.rename(copy)
         except OSError:
-            # Another process was faster; its copy is as good.
+            # Another process made the same copy first.
             if not copy.exists():
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
     return copy

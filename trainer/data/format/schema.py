@@ -1,18 +1,18 @@
-"""The canonical data of Limelight: names, codes and layouts, written down once.
+"""Canonical schema of a Limelight dataset: names, codes and layouts, defined in this one place.
 
-A dataset is a directory. Its tables are Parquet, its training rows are WebDataset tars, its histories are
-memory-mapped columns, and ``dataset.json`` (written last) says what is in it::
+A dataset is a directory. Its tables are Parquet files, its training rows are WebDataset tars, its histories are
+memory-mapped columns. ``dataset.json`` describes the dataset and is written last::
 
     dataset.json                     DatasetSpec
-    users.parquet authors.parquet items.parquet segments.parquet comments.parquet     (those that exist)
+    users.parquet authors.parquet items.parquet segments.parquet comments.parquet     (each is optional)
     events/part-00003.parquet        EVENT_COLUMNS, in time order
-    rows/part-00003-000000.tar       training rows in emission order, one column batch a member (shards.py)
-    rows/part-00003.index.json       where each member lies and which times it covers
+    rows/part-00003-000000.tar       training rows in emission order, one batch of columns per member (shards.py)
+    rows/part-00003.index.json       place and time range of each member
     history/*.npy                    flat columns plus offsets, partition after partition (history.py)
-    texts/*.parquet                  what items and comments say, and staytimes (text_schema.py)
-    truth/part-00003.parquet         simulation only: true probabilities, read by nothing that trains
+    texts/*.parquet                  texts of items and comments, and staytimes (text_schema.py)
+    truth/part-00003.parquet         simulation only: true probabilities; training never reads them
 
-Times are integer milliseconds UTC. Ids are int64. Partition ``p = hash(user_id) mod P`` holds everything of a user.
+Times are integer milliseconds UTC. Ids are int64. Partition ``p = hash(user_id) mod P`` holds all data of a user.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from trainer.data.format import storage
 SCHEMA_VERSION = 1
 
 DOMAINS: tuple[str, ...] = ("video", "live")
-"""Domain codes are positions in this tuple."""
+"""Domains; the code of a domain is its position in this tuple."""
 
 KINDS: tuple[str, ...] = ("fast", "slow", "report", "exit", "full")
-"""Row kinds; codes are positions in this tuple. Batch datasets hold ``full`` rows: one per exposure, when it ended."""
+"""Kinds of training rows; the code of a kind is its position in this tuple.
+
+Datasets on disk hold ``full`` rows: one row per exposure, emitted when the visit ends.
+"""
 
 VISIT_EVENTS: tuple[str, ...] = ("exposure", "enter", "exit")
-"""Events of every visit. The dataset's behaviours are the other event names."""
+"""Events that any visit can have. The other event names are the behaviours of the dataset."""
 
 EVENT_COLUMNS = pa.schema(
     [
@@ -51,22 +54,22 @@ EVENT_COLUMNS = pa.schema(
         ("value", pa.float32()),
     ]
 )
-"""The canonical event log. ``value``: milliseconds watched for ``exit``, price for ``gift``, else 0."""
+"""Canonical event log. ``value`` holds milliseconds watched for ``exit``, the price for ``gift``, and 0 otherwise."""
 
 UNKNOWN = 0
-"""Value 0 of a side feature, and row 0 of a table, mean unknown or missing."""
+"""Value of a side feature, and row of a table, that stands for an unknown or missing value."""
 
 SideOwner = Literal["user", "author", "item", "context"]
 
 
 @dataclass(frozen=True)
 class SideFeature:
-    """A categorical feature of a user, an author, an item, or of the request itself (``context``).
+    """Categorical feature of a user, an author, an item, or of the request itself (``context``).
 
     Attributes:
-        name: unique in the dataset.
-        of: the table it is a column of; ``context`` features are columns of the visits.
-        rows: number of values, 0 (unknown) included; every value lies in ``[0, rows)``.
+        name: name of the feature, unique in the dataset.
+        of: table that has the feature as a column; ``context`` features are columns of the visits.
+        rows: number of values, including 0 (unknown); every value lies in ``[0, rows)``.
     """
 
     name: str
@@ -76,7 +79,7 @@ class SideFeature:
 
 @dataclass(frozen=True)
 class DenseFeature:
-    """A float feature of a user, an author, an item, or of the request (``context``). Missing is 0."""
+    """Float feature of a user, an author, an item, or of the request (``context``). A missing value is 0."""
 
     name: str
     of: SideOwner
@@ -84,7 +87,7 @@ class DenseFeature:
 
 @dataclass(frozen=True)
 class IdSpace:
-    """How many distinct ids a dataset has of one kind, and the largest; ids are never negative."""
+    """Number of distinct ids of one kind in a dataset, and the largest id. Ids are never negative."""
 
     count: int
     max: int
@@ -92,28 +95,28 @@ class IdSpace:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """The content of ``dataset.json``.
+    """Content of ``dataset.json``.
 
     Attributes:
-        name: short name.
-        source: where the data comes from, with its citation.
-        licence: of the data.
-        partitions: P.
-        timezone: IANA name in which days are counted.
+        name: short name of the dataset.
+        source: origin of the data, with its citation.
+        licence: licence of the data.
+        partitions: number of partitions, P.
+        timezone: IANA name of the time zone in which days are counted.
         behaviours: names of the behaviours, in label order.
-        applies: for each behaviour the domains in which it can happen; elsewhere its label is masked.
+        applies: for each behaviour, the domains in which it can happen; in other domains its label is masked.
         candidates: domains whose exposures become training rows.
-        side: categorical features, in column order of ``rows.side``.
-        dense: float features, in column order of ``rows.dense``.
-        statistics: keys of the time-ordered statistics, each one or more of ``user``, ``author``, ``item`` or a
-            side feature's name, in order of ``rows.stat`` (statistics.py).
-        tag: the side feature of items that histories keep with every visit; empty: they keep none.
-        ids: ``user``, ``author`` and ``item`` id spaces. Filled when the dataset is built.
-        span_ms: first and last request time. Filled when the dataset is built.
-        rows: number of training rows. Filled when the dataset is built.
-        exposures: number of exposures. Filled when the dataset is built.
-        events: number of events. Filled when the dataset is built.
-        extra: facts of the source, such as the seed of a simulation or counts of dropped duplicates.
+        side: categorical features, in the order of the columns of ``rows.side``.
+        dense: float features, in the order of the columns of ``rows.dense``.
+        statistics: keys of the time-ordered statistics, in the order of ``rows.stat`` (statistics.py). A key is one or
+            more of ``user``, ``author``, ``item`` and names of side features.
+        tag: side feature of items that histories store with every visit; empty if they store none.
+        ids: id spaces of ``user``, ``author`` and ``item``. Filled in when the dataset is built.
+        span_ms: first and last request time. Filled in when the dataset is built.
+        rows: number of training rows. Filled in when the dataset is built.
+        exposures: number of exposures. Filled in when the dataset is built.
+        events: number of events. Filled in when the dataset is built.
+        extra: facts about the source, such as the seed of a simulation or the number of dropped duplicates.
     """
 
     name: str
@@ -136,10 +139,10 @@ class DatasetSpec:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """``dataset.json`` as text."""
+        """Return the text of ``dataset.json``."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         if not self.tag:
-            # As datasets without tags have always been described: runs know a dataset by this text.
+            # Runs identify a dataset by this text, and datasets from before tags existed have no such key.
             del content["tag"]
         return json.dumps(content, indent=1)
 
@@ -148,18 +151,20 @@ class DatasetSpec:
         """Read ``path/dataset.json``; ``path`` is a local path or an fsspec URL.
 
         Raises:
-            UserError: no dataset there, not JSON, or another schema version.
+            UserError: there is no dataset, the file is not valid JSON, or it has another schema version.
         """
         file = storage.join(path, "dataset.json")
         try:
             raw = json.loads(storage.read_bytes(file))
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: no dataset here (dataset.json is missing); `limelight data` makes one") from None
+            raise UserError(
+                f"{path}: no dataset here (dataset.json is missing); `limelight data` creates one"
+            ) from None
         except json.JSONDecodeError as error:
             raise UserError(f"{file}: not valid JSON ({error})") from None
         version = raw.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise UserError(f"{file}: schema version {version}, this release reads version {SCHEMA_VERSION}")
+            raise UserError(f"{file}: schema version is {version}; this release reads version {SCHEMA_VERSION}")
         try:
             return DatasetSpec(
                 **{
@@ -179,13 +184,13 @@ class DatasetSpec:
 
 
 def visit_schema(spec: DatasetSpec) -> pa.Schema:
-    """Columns of a visit: one line an exposure, with everything that came of it.
+    """Return the columns of a visit: one line per exposure, with all its outcomes.
 
-    Importers and the simulator produce visits; ``build.py`` derives events, rows and histories from them.
-    ``delay_B`` is the time from request to the first B in milliseconds, -1 where B never happened; ``value_gift`` and
-    the like are optional float columns with the value of that first event. ``exit_ms`` is the end of the visit and no
-    earlier than its last behaviour; ``play_ms`` is the time watched. Side and dense columns are those of ``context``
-    features only: the others are joined from their tables.
+    Importers and the simulator produce visits; ``trainer/data/writing/builder.py`` derives events, rows and histories
+    from them. ``delay_B`` is the time from the request to the first behaviour B in milliseconds, or -1 if B never
+    happened. ``value_gift`` is an optional float column with the value of the first gift. ``exit_ms`` is the end of the
+    visit and not earlier than its last behaviour; ``play_ms`` is the time watched. Only ``context`` features have side
+    and dense columns here: the others are joined from their tables.
     """
     return pa.schema(
         [
@@ -206,10 +211,10 @@ def visit_schema(spec: DatasetSpec) -> pa.Schema:
 
 
 def row_columns(spec: DatasetSpec) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Name -> (dtype, trailing shape) of the columns of a training row, as stored in the shards.
+    """Return name -> (dtype, trailing shape) of the columns of a training row, as stored in the shards.
 
-    ``stat`` holds, for each key of ``spec.statistics``, the number of earlier rows with the same key and then the
-    number of those that carried each behaviour: ``[rows, keys * (1 + behaviours)]``, float32 counts.
+    ``stat`` holds, for each key of ``spec.statistics``, the number of earlier rows with the same key, and then for each
+    behaviour how many of these rows had it: ``[rows, keys * (1 + behaviours)]``, counts in float32.
     """
     i64, u8, f32 = np.dtype(np.int64), np.dtype(np.uint8), np.dtype(np.float32)
     behaviours = len(spec.behaviours)
@@ -231,11 +236,11 @@ def row_columns(spec: DatasetSpec) -> dict[str, tuple[np.dtype, tuple[int, ...]]
 
 
 Rows = dict[str, np.ndarray]
-"""Training rows as columns: every array has the same first dimension; names and dtypes are ``row_columns``."""
+"""Training rows as columns: all arrays have the same first dimension; ``row_columns`` gives names and dtypes."""
 
 
 def partition_of(user_id: np.ndarray, partitions: int) -> np.ndarray:
-    """Partition of each user, ``[n] int64``: a 64-bit mix of the id (splitmix64's finaliser) modulo ``partitions``."""
+    """Return the partition of each user, ``[n] int64``: the splitmix64 finaliser of the id, modulo ``partitions``."""
     mixed = user_id.astype(np.uint64)
     with np.errstate(over="ignore"):
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,13 +1,13 @@
-"""Training rows on disk: WebDataset tars of whole column batches, and an index beside them.
+"""Training rows on disk: WebDataset tars of column batches, with an index beside them.
 
-``rows/part-00003-000000.tar`` holds records of one partition in emission order, each a member
-``<partition>-<record>.safetensors`` (records.py) that any WebDataset reader can read. ``rows/part-00003.index.json``
-is the list of the partition's records::
+``rows/part-00003-000000.tar`` holds records of one partition in emission order. Each record is a member
+``<partition>-<record>.safetensors`` (record.py) that any WebDataset reader can read. ``rows/part-00003.index.json``
+lists the records of the partition::
 
     {"shard": "part-00003-000000.tar", "offset": 512, "size": 483000, "rows": 1024,
      "request_ms": [first, last], "emit_ms": [first, last], "crc32": 907060870}
 
-``offset`` and ``size`` are those of the member's bytes, so that one record is one range read.
+``offset`` and ``size`` give the bytes of the member in the tar, so that one range read fetches one record.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ _TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class RecordIndex:
-    """Size and times of the records of a partition, each ``[records] int64``; times are milliseconds UTC, inclusive."""
+    """Rows and times of the records of a partition, arrays of ``[records] int64``.
+
+    Attributes:
+        rows: number of rows.
+        request_min: earliest request, milliseconds UTC, as all times here.
+        request_max: latest request.
+        emit_min: earliest emission.
+        emit_max: latest emission.
+    """
 
     rows: np.ndarray
     request_min: np.ndarray
@@ -48,13 +56,19 @@ class RecordIndex:
 class RowStore:
     """Reads the training rows of a dataset, one record at a time.
 
-    Holds no open file, so it can be pickled, forked and used by several processes.
+    A store holds no open file, so it can be pickled, forked and used by several processes.
 
     Args:
-        path: the dataset, a local path or an fsspec URL.
-        spec: its description.
-        on_corrupt: what a record that is damaged, cut short or missing does: ``error`` raises, ``skip`` leaves it out
-            and adds its rows to ``skipped_rows``.
+        path: dataset, a local path or an fsspec URL.
+        spec: description of the dataset.
+        on_corrupt: treatment of a record that is damaged, cut short or missing: ``error`` raises an error, ``skip``
+            leaves the record out and adds its rows to ``skipped_rows``.
+
+    Attributes:
+        path: dataset.
+        partitions: number of partitions.
+        on_corrupt: as given.
+        skipped_rows: rows of the corrupt records that were left out so far.
     """
 
     def __init__(self, path: str | Path, spec: DatasetSpec, on_corrupt: Literal["error", "skip"] = "error") -> None:
@@ -65,7 +79,7 @@ class RowStore:
         self._index: dict[int, _Index] = {}
 
     def records(self, partition: int) -> RecordIndex:
-        """Size and times of the partition's records, in emission order.
+        """Return rows and times of the records of a partition, in emission order.
 
         Raises:
             UserError: the index is missing or damaged.
@@ -73,18 +87,19 @@ class RowStore:
         return self._open(partition).records
 
     def read(self, partition: int, record: int, columns: Sequence[str] | None = None) -> Rows | None:
-        """Rows of one record, as read-only views of the bytes read.
+        """Read the rows of one record, as read-only views of the bytes.
 
         Args:
-            partition: in ``[0, partitions)``.
+            partition: number of the partition, in ``[0, partitions)``.
             record: position in ``records(partition)``.
-            columns: which columns, all by default.
+            columns: columns to read, all by default.
 
         Returns:
-            The rows; ``None`` where the record is corrupt and ``on_corrupt`` is ``skip``.
+            The rows, or ``None`` if the record is corrupt and ``on_corrupt`` is ``skip``.
 
         Raises:
-            UserError: the record is corrupt, cut short or missing and ``on_corrupt`` is ``error``; names the shard.
+            UserError: the record is damaged, cut short or missing, and ``on_corrupt`` is ``error``; the message gives
+                the shard.
         """
         index = self._open(partition)
         file = storage.join(self.path, f"{FOLDER}/{index.shard[record]}")
@@ -101,13 +116,14 @@ class RowStore:
             wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
         if self.on_corrupt == "error":
             raise UserError(
-                f"{file}: record {record} at byte {offset} ({rows} rows) cannot be read, {wrong}; restore the file, or "
+                f"{file}: record {record} at byte {offset} ({rows} rows) cannot be read: {wrong}; restore the file, or "
                 f'leave such records out with data.on_corrupt = "skip"'
             )
         self.skipped_rows += rows
         return None
 
     def _open(self, partition: int) -> _Index:
+        """Return the index of a partition, which is read once."""
         if partition not in self._index:
             file = storage.join(self.path, f"{FOLDER}/{index_name(partition)}")
             try:
@@ -124,7 +140,7 @@ class RowStore:
 
 @dataclass(frozen=True)
 class _Index:
-    """A partition's index: ``records`` and where each lies, arrays of one entry a record."""
+    """Index of a partition: ``records``, and for each record its shard, place and checksum."""
 
     records: RecordIndex
     shard: list[str]
@@ -134,6 +150,7 @@ class _Index:
 
     @staticmethod
     def parse(text: bytes) -> _Index:
+        """Read the JSON of an index file."""
         entries = json.loads(text)
 
         def column(values: Iterable[int]) -> np.ndarray:
@@ -153,14 +170,14 @@ class _Index:
 class ShardWriter:
     """Writes the training rows of one partition, given in emission order.
 
-    A record ends after ``rows_per_record`` rows, and from a quarter of that on also where the hour (UTC) of emission
-    changes: a window of time then consists of whole records, or nearly.
+    A record ends after ``rows_per_record`` rows. Once it has a quarter of them, it also ends where the hour (UTC) of
+    emission changes, so that a window of hours consists of whole records, or nearly so.
 
     Args:
-        folder: the ``rows`` directory, which exists.
+        folder: the ``rows`` directory, which must exist.
         partition: number of the partition.
-        rows_per_record: most rows of a record.
-        records_per_shard: most records of a tar.
+        rows_per_record: largest number of rows of a record.
+        records_per_shard: largest number of records of a tar.
     """
 
     def __init__(
@@ -175,14 +192,14 @@ class ShardWriter:
         self._shard: _Shard | None = None
 
     def append(self, rows: Rows) -> None:
-        """Add rows, none emitted before a row already added. The arrays are kept until they are written."""
+        """Add rows; none may be emitted before a row that was added earlier. The arrays are kept until written."""
         if len(rows["emit_ms"]):
             self._waiting.append(rows)
             if sum(len(waiting["emit_ms"]) for waiting in self._waiting) >= self._rows_per_record:
                 self._write(last=False)
 
     def close(self) -> None:
-        """Write what is left and the index."""
+        """Write the remaining rows and the index."""
         if self._waiting:
             self._write(last=True)
         if self._shard is not None:
@@ -190,6 +207,7 @@ class ShardWriter:
         (self._folder / index_name(self._partition)).write_text(json.dumps(self._entries))
 
     def _write(self, last: bool) -> None:
+        """Write the complete records of the waiting rows; with ``last`` also the incomplete one at the end."""
         rows = {name: np.concatenate([part[name] for part in self._waiting]) for name in self._waiting[0]}
         emit = rows["emit_ms"]
         hour = emit // HOUR_MS
@@ -209,6 +227,7 @@ class ShardWriter:
         self._waiting = [{name: column[start:] for name, column in rows.items()}] if start < len(emit) else []
 
     def _write_record(self, rows: Rows) -> None:
+        """Write one record, in a new shard if the current one is full, and note it in the index."""
         number = len(self._entries)
         if number % self._records_per_shard == 0:
             if self._shard is not None:
@@ -233,7 +252,7 @@ class ShardWriter:
 
 
 class _Shard:
-    """A tar being written. The file is open only while a record is written: partitions can outnumber open files."""
+    """A tar in writing. The file is open only during a write: there can be more partitions than open files."""
 
     def __init__(self, file: Path) -> None:
         import webdataset
@@ -242,20 +261,22 @@ class _Shard:
         self._file = file
         self._blocks: list[bytes] = []
         sink = SimpleNamespace(write=self._blocks.append)
-        # Fixed times and owners: the same rows give the same bytes.
+        # Times and owners are fixed, so that the same rows give the same bytes.
         self._tar = webdataset.TarWriter(sink, user="", group="", encoder=False, compress=False, mtime=0)
 
     def add(self, key: str, data: bytes) -> int:
-        """Append one member; returns where its bytes begin in the file."""
+        """Append one member, and return the position of its first byte in the file."""
         self._tar.write({"__key__": key, records.SUFFIX: data})
         self._flush()
         return self._tar.tarstream.offset + len(data) // -_TAR_BLOCK * _TAR_BLOCK
 
     def close(self) -> None:
+        """Write the end of the tar."""
         self._tar.close()
         self._flush()
 
     def _flush(self) -> None:
+        """Append the bytes that the tar writer produced to the file."""
         with open(self._file, "ab", buffering=0) as file:
             file.write(b"".join(self._blocks))
         self._blocks.clear()
@@ -270,18 +291,18 @@ def read_rows(
     request_until: int | None = None,
     emit_until: int | None = None,
 ) -> Rows:
-    """All rows of a dataset in a time range, partition after partition, in emission order within each.
+    """Read all rows of a dataset in a time range: partition after partition, in emission order within each.
 
     Args:
-        path: the dataset, a local path or an fsspec URL.
-        spec: its description.
-        columns: which columns, all by default.
-        request_from: rows requested at this time or later, milliseconds UTC.
-        request_until: rows requested before this time.
-        emit_until: rows emitted before this time.
+        path: dataset, a local path or an fsspec URL.
+        spec: description of the dataset.
+        columns: columns to read, all by default.
+        request_from: read rows requested at this time or later, milliseconds UTC.
+        request_until: read rows requested before this time.
+        emit_until: read rows emitted before this time.
 
     Returns:
-        The columns, and ``partition`` (int64).
+        The columns, and in addition ``partition`` (int64).
     """
     store = RowStore(path, spec)
     layout = row_columns(spec)
@@ -318,10 +339,10 @@ def read_rows(
 def write_rows(
     path: str | Path, spec: DatasetSpec, rows: Rows, *, rows_per_record: int = 1024, records_per_shard: int = 256
 ) -> None:
-    """Write rows, in any order, as the shards of the local dataset directory ``path`` (its ``rows`` must not exist).
+    """Write rows, given in any order, as the shards of the local dataset directory ``path``.
 
     Raises:
-        FileExistsError: there are rows already.
+        FileExistsError: the directory has rows already.
     """
     folder = Path(path) / FOLDER
     folder.mkdir(parents=True)
@@ -336,5 +357,5 @@ def write_rows(
 
 
 def index_name(partition: int) -> str:
-    """File name of a partition's index."""
+    """Return the file name of a partition's index."""
     return f"part-{partition:05d}.index.json"

@@ -1,10 +1,10 @@
-"""Time-ordered statistics: how often a key was shown before, and how often each behaviour followed.
+"""Time-ordered statistics: the number of earlier impressions of a key, and of those with each behaviour.
 
 A key is one or more of ``user``, ``author``, ``item`` and side features (``DatasetSpec.statistics``). Crosses are
-exact: two different combinations never share a count. A row counts for others from its emission on: the statistics of
-a row are over the rows with ``emit_ms < request_ms``, strictly, so nothing later than the request can be in them.
+exact: two different combinations never share a count. A row counts for other rows from its emission on: the statistics
+of a row are over the rows with ``emit_ms < request_ms``, strictly, so they hold no information from after the request.
 
-``Statistics`` walks through time in slices, ``statistics_as_of`` gives the same numbers of a whole array at once.
+``Statistics`` goes through time in slices; ``statistics_as_of`` computes the same numbers for a whole array at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from trainer.data.format.sorting import stable_order
 
 _ID_COLUMNS = {"user": "user_id", "author": "author_id", "item": "item_id"}
 
-# Counts of a chunk are added up in 16-bit lanes, four to a uint64: a chunk has fewer than 2^16 events. Half of that
-# leaves the rows it writes in the cache.
+# Counts of a chunk are added up in 16-bit lanes, four in a uint64, so a chunk must have fewer than 2^16 events. With
+# half of that, the rows that a chunk writes stay in the processor's cache.
 _LANES = 4
 _CHUNK = (1 << 15) - 1
 
@@ -29,7 +29,7 @@ class Statistics:
     """Counts per key up to a moment that only moves forward. Memory grows with the distinct keys, not with the rows.
 
     Args:
-        spec: names the keys and the behaviours.
+        spec: description of the dataset, which lists the keys and the behaviours.
     """
 
     def __init__(self, spec: DatasetSpec) -> None:
@@ -41,15 +41,15 @@ class Statistics:
         self._spec = spec
 
     def advance(self, rows: Rows) -> np.ndarray:
-        """Statistics of the next rows, as of the request of each; then remembers them.
+        """Return the statistics of the next rows as of the request of each row, then add the rows to the counts.
 
         Args:
-            rows: any number of rows sorted by ``request_ms``, none before a row of an earlier call. Needs the columns
-                of the keys, ``label``, ``mask``, ``request_ms`` and ``emit_ms``.
+            rows: any number of rows sorted by ``request_ms``, none earlier than a row of a previous call. They need the
+                columns of the keys, ``label``, ``mask``, ``request_ms`` and ``emit_ms``.
 
         Returns:
-            ``[n, keys * (1 + behaviours)] float32``: per key the number of earlier rows, then of those with each
-            behaviour (labels that are masked do not count).
+            ``[n, keys * (1 + behaviours)] float32``: for each key the number of earlier rows, then the number of those
+            with each behaviour (masked labels do not count).
 
         Raises:
             ValueError: the rows are not in time order.
@@ -70,7 +70,7 @@ class Statistics:
         passed = np.flatnonzero(due)
         past = known.take(passed[stable_order(known.emit_ms[passed])])
 
-        # Outcomes and requests as one sequence in time, an outcome before a request only if it is strictly earlier.
+        # Outcomes and requests form one sequence in time. An outcome comes before a request only if strictly earlier.
         outcome_at = np.arange(len(past.emit_ms)) + np.searchsorted(request, past.emit_ms, side="right")
         request_at = np.arange(n) + np.searchsorted(past.emit_ms, request, side="left")
         for first in range(0, len(outcome_at) + n, _CHUNK):
@@ -88,7 +88,15 @@ class Statistics:
     def _chunk(
         self, past: _Outcomes, codes: np.ndarray, past_at: np.ndarray, asked_at: np.ndarray, out: np.ndarray
     ) -> None:
-        """Serve and remember fewer than 2^16 outcomes and requests; ``*_at`` are their places in time."""
+        """Process fewer than 2^16 outcomes and requests: write the statistics of the requests, and count the outcomes.
+
+        Args:
+            past: the outcomes.
+            codes: codes of the requests, ``[keys, r]``.
+            past_at: position of each outcome in the sequence in time.
+            asked_at: position of each request in it.
+            out: statistics of the requests, ``[r, keys, 1 + behaviours]`` float32; written.
+        """
         size = len(past_at) + len(asked_at)
         weight = np.zeros((len(past.weight), size), np.uint64)
         weight[:, past_at] = past.weight
@@ -97,7 +105,7 @@ class Statistics:
         at = np.concatenate([past_at, asked_at])
         result = _items(out)
         for key, counts in enumerate(self._counts):
-            # Sorted by code and then by place in time, in one sort of plain integers.
+            # Code and position in time are packed into one integer: one sort orders by code and then by time.
             sequence = np.concatenate([past.codes[key], codes[key]])
             sequence <<= 16
             sequence |= at
@@ -113,7 +121,7 @@ class Statistics:
             for lane in range(len(weight)):
                 carried = np.take(weight[lane], place)
                 summed = np.cumsum(carried)
-                # Sums wrap around and spill between lanes, but their differences are exact: each lane's is below 2^16.
+                # Sums wrap around and overflow between lanes, but differences are exact: in each lane below 2^16.
                 before = summed[head] - carried[head]
                 total[:, lane] = summed[last] - before
                 summed -= np.repeat(before, last - head + 1)
@@ -127,10 +135,10 @@ class Statistics:
 
 
 class FrozenStatistics:
-    """Counts per key at one moment, looked up for any rows. Picklable.
+    """Counts per key at one moment, with lookups for any rows. The object can be pickled.
 
     Args:
-        spec: names the keys and the behaviours.
+        spec: description of the dataset, which lists the keys and the behaviours.
     """
 
     def __init__(self, spec: DatasetSpec) -> None:
@@ -140,7 +148,7 @@ class FrozenStatistics:
         self._counts = [_Counts(self._width) for _ in spec.statistics]
 
     def remember(self, rows: Rows) -> None:
-        """Count these rows too, whatever their times; the caller picks those that are known at the moment."""
+        """Add rows to the counts, whatever their times; the caller selects the rows known at the moment."""
         past = _Outcomes.of(self._spec, rows, self._keys)
         for first in range(0, len(past.emit_ms), _CHUNK):
             part = past.slice(first, first + _CHUNK)
@@ -154,7 +162,7 @@ class FrozenStatistics:
                 counts.add(code, _lanes(total, self._width))
 
     def lookup(self, rows: Rows) -> np.ndarray:
-        """Counts of the rows' keys, ``[n, keys * (1 + behaviours)] float32``; zeros for keys never seen."""
+        """Return the counts of the rows' keys, ``[n, keys * (1 + behaviours)] float32``; zeros for unknown keys."""
         codes = self._keys.codes(rows, add=False)
         n = len(rows["user_id"])
         out = np.zeros((n, len(self._counts), self._width), np.float32)
@@ -165,10 +173,10 @@ class FrozenStatistics:
 
 
 def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.ndarray:
-    """Statistics of each row over the rows with ``emit_ms < as_of_ms[row]``; the batch form of ``Statistics``.
+    """Return the statistics of each row over the rows with ``emit_ms < as_of_ms[row]``; batch form of ``Statistics``.
 
     Args:
-        spec: names the keys and the behaviours.
+        spec: description of the dataset, which lists the keys and the behaviours.
         rows: all rows, in any order.
         as_of_ms: ``[n] int64``, any times.
 
@@ -185,7 +193,7 @@ def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.
     out = np.empty((n, len(spec.statistics), width), np.float32)
     for key, code in enumerate(past.codes):
         order = by_time[stable_order(code[by_time])]
-        # Rows in order of (key, emission): the place of a row in time is its rank by emission.
+        # Rows in order of (key, emission); the position of a row in time is its rank by emission.
         rank = np.empty(n, np.int64)
         rank[by_time] = np.arange(n)
         sequence = code[order] * (n + 1) + rank[order]
@@ -197,19 +205,19 @@ def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.
 
 
 def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.ndarray) -> np.ndarray:
-    """Features from counts: smoothed behaviour rates as logits, and how much they rest on.
+    """Return features from counts: logits of smoothed behaviour rates, and logarithms of the numbers of rows.
 
     Args:
-        counts: ``[n, keys * (1 + behaviours)]`` as ``Statistics`` gives them.
-        prior: ``[behaviours]``, base rate of each behaviour, strictly between 0 and 1.
-        strength: number of rows a that the prior p0 is worth, above 0; one, or ``[behaviours]``.
+        counts: ``[n, keys * (1 + behaviours)]`` as returned by ``Statistics``.
+        prior: ``[behaviours]``, base rate p0 of each behaviour, strictly between 0 and 1.
+        strength: weight a of the prior as a number of rows, above 0; one number, or ``[behaviours]``.
 
     Returns:
         ``[n, keys * behaviours + keys] float32``: ``logit((positives + a p0) / (rows + a))`` per key and behaviour,
         then ``log(1 + rows)`` per key.
 
     Raises:
-        ValueError: ``prior`` or ``strength`` out of range.
+        ValueError: ``prior`` or ``strength`` is out of range.
     """
     prior, strength = np.asarray(prior, np.float32), np.asarray(strength, np.float32)
     if np.any(strength <= 0) or np.any(prior <= 0) or np.any(prior >= 1):
@@ -219,7 +227,7 @@ def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.n
     by_key = counts.reshape(n, keys, 1 + len(prior)).astype(np.float32, copy=False)
     shown, positives = by_key[:, :, :1], by_key[:, :, 1:]
     out = np.empty((n, keys * len(prior) + keys), np.float32)
-    # The logit of a ratio of counts is a difference of logarithms: no rounding where the rate is close to 0 or 1.
+    # The logit of a ratio of counts is a difference of logarithms, which stays precise for rates close to 0 or 1.
     logit = np.log(positives + strength * prior) - np.log(shown - positives + strength * (1 - prior))
     out[:, : keys * len(prior)] = _flat(logit)
     out[:, keys * len(prior) :] = np.log1p(shown[:, :, 0])
@@ -227,7 +235,10 @@ def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.n
 
 
 class _Keys:
-    """Numbers the values of every key 0, 1, 2, ...; a cross is numbered by the pair of its first parts and its last."""
+    """Numbers the values of each key 0, 1, 2, ...
+
+    A cross of several parts is numbered by a pair: the number of all its parts but the last, and that of the last.
+    """
 
     def __init__(self, spec: DatasetSpec) -> None:
         self._keys = spec.statistics
@@ -235,7 +246,7 @@ class _Keys:
         self._index: dict[tuple[str, ...], IdIndex] = {}
 
     def codes(self, rows: Rows, add: bool) -> np.ndarray:
-        """``[keys, n] int64``; with ``add`` new values are numbered, without they are -1."""
+        """Return the codes of the rows, ``[keys, n] int64``; new values are numbered if ``add`` is set, else -1."""
         if not rows:
             return np.empty((len(self._keys), 0), np.int64)
         done: dict[tuple[str, ...], np.ndarray] = {}
@@ -245,6 +256,7 @@ class _Keys:
     def _codes(
         self, key: tuple[str, ...], rows: Rows, add: bool, done: dict[tuple[str, ...], np.ndarray]
     ) -> np.ndarray:
+        """Return the codes of one key, ``[n] int64``; ``done`` keeps the codes that keys share as their parts."""
         if key in done:
             return done[key]
         if len(key) == 1 and key[0] in self._side:
@@ -269,14 +281,14 @@ class _Counts:
         self.values = np.zeros((0, width), np.uint32)
 
     def reserve(self, codes: int) -> None:
-        """Make room for so many codes."""
+        """Grow the table to at least ``codes`` rows."""
         if codes > len(self.values):
             grown = np.zeros((max(codes, 2 * len(self.values)), self.values.shape[1]), np.uint32)
             grown[: len(self.values)] = self.values
             self.values = grown
 
     def add(self, codes: np.ndarray, more: np.ndarray) -> None:
-        """Add ``more [n, 1 + behaviours]`` to the counts of n distinct codes."""
+        """Add ``more``, ``[n, 1 + behaviours]``, to the counts of n distinct codes."""
         grown = np.take(self.values, codes, axis=0)
         grown += more
         _items(self.values)[codes] = _items(grown)
@@ -284,12 +296,12 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Outcomes:
-    """Rows as the statistics remember them: when they count, for which codes, and what they add.
+    """Outcomes of rows: the time from which they count, the codes for which they count, and the counts that they add.
 
     Attributes:
         emit_ms: ``[n]``.
         codes: ``[keys, n]``.
-        weight: ``[lanes, n] uint64``: 1 and the labels, each in 16 bits.
+        weight: ``[words, n] uint64``: the number 1 and the labels, each in a lane of 16 bits.
     """
 
     emit_ms: np.ndarray
@@ -298,6 +310,7 @@ class _Outcomes:
 
     @staticmethod
     def of(spec: DatasetSpec, rows: Rows, keys: _Keys) -> _Outcomes:
+        """Return the outcomes of rows; no rows if ``rows`` is empty."""
         n = len(rows["emit_ms"]) if rows else 0
         words = -(-(1 + len(spec.behaviours)) // _LANES)
         lanes = np.zeros((n, words * _LANES), np.uint16)
@@ -309,6 +322,7 @@ class _Outcomes:
 
     @staticmethod
     def join(first: _Outcomes, second: _Outcomes) -> _Outcomes:
+        """Return the outcomes of ``first``, then those of ``second``."""
         return _Outcomes(
             np.concatenate([first.emit_ms, second.emit_ms]),
             np.concatenate([first.codes, second.codes], axis=1),
@@ -316,25 +330,27 @@ class _Outcomes:
         )
 
     def take(self, order: np.ndarray) -> _Outcomes:
+        """Return the outcomes at some positions."""
         return _Outcomes(
             np.take(self.emit_ms, order), np.take(self.codes, order, axis=1), np.take(self.weight, order, axis=1)
         )
 
     def slice(self, first: int, last: int) -> _Outcomes:
+        """Return the outcomes ``[first, last)`` as views."""
         return _Outcomes(self.emit_ms[first:last], self.codes[:, first:last], self.weight[:, first:last])
 
 
 def _lanes(words: np.ndarray, width: int) -> np.ndarray:
-    """``[n, words] uint64 -> [n, width] uint16``, the lanes in order."""
+    """Split words into their 16-bit lanes, in order. ``[n, words] uint64 -> [n, width] uint16``."""
     return np.ascontiguousarray(words).astype("<u8", copy=False).view("<u2")[:, :width]
 
 
 def _flat(values: np.ndarray) -> np.ndarray:
-    """``[n, a, b] -> [n, a * b]``, also where there is nothing."""
+    """Flatten the last two axes, ``[n, a, b] -> [n, a * b]``, also if one of them is empty."""
     return values.reshape(len(values), values.shape[1] * values.shape[2])
 
 
 def _items(values: np.ndarray) -> np.ndarray:
-    """The last axis as one opaque item, so that numpy moves it as a block: four times faster to scatter."""
+    """View the last axis as one opaque item, so that numpy moves it as a block; scattering is four times faster."""
     block = np.dtype((np.void, values.shape[-1] * values.itemsize))
     return values.view(block)[..., 0]

@@ -1,4 +1,4 @@
-"""Reading files of a dataset, on a local path or any URL that fsspec knows (``s3://``, ``hdfs://``, ``memory://``)."""
+"""Reads files of a dataset from a local path or from any URL that fsspec supports (``s3://``, ``hdfs://``, ...)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from trainer.console.errors import UserError
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether ``path`` is a URL and not a path of the local file system."""
+    """True if ``path`` is a URL, not a path of the local file system."""
     return "://" in str(path)
 
 
 def join(path: str | Path, name: str) -> str:
-    """``name`` inside the directory ``path``, for paths and URLs alike."""
+    """Return the path of ``name`` in the directory ``path``, which is a local path or a URL."""
     return f"{str(path).rstrip('/')}/{name}"
 
 
 def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> bytes:
-    """A file, or ``size`` bytes of it from ``offset``; fewer where the file ends before.
+    """Read a whole file, or ``size`` bytes from ``offset`` on. Returns fewer bytes if the file ends earlier.
 
     Raises:
-        FileNotFoundError: no such file.
-        UserError: a URL whose protocol is unknown or whose package is not installed.
+        FileNotFoundError: there is no such file.
+        UserError: the protocol of the URL is unknown, or its package is not installed.
     """
     if is_remote(path):
         filesystem, inside = open_url(str(path))
@@ -32,6 +32,7 @@ def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> by
     handle = os.open(path, os.O_RDONLY)
     try:
         wanted = os.fstat(handle).st_size - offset if size is None else size
+        # The kernel may return fewer bytes than asked for, at most 2 GiB in one call.
         data = os.pread(handle, wanted, offset)
         while len(data) < wanted and (more := os.pread(handle, wanted - len(data), offset + len(data))):
             data += more
@@ -41,10 +42,10 @@ def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> by
 
 
 def open_url(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path inside it.
+    """Return the fsspec file system of a URL, and the path in that file system.
 
     Raises:
-        UserError: the protocol is unknown or its package is not installed.
+        UserError: the protocol is unknown, or its package is not installed.
     """
     import fsspec
 

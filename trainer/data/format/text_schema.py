@@ -1,18 +1,18 @@
-"""The texts of a dataset: what videos, rooms and comments say, and how long users stay in the comments.
+"""Schema of a dataset's texts: of videos, rooms, authors and comments, and the time that users stay in the comments.
 
-They lie in a folder of the dataset, one Parquet file a table, each of them optional::
+The texts lie in a folder of the dataset. Each table is one Parquet file, and each is optional::
 
-    texts/items.parquet       what an item says, and its length
-    texts/authors.parquet     what an author says of themselves
-    texts/segments.parquet    what is said in 30 seconds of a room
+    texts/items.parquet       text and length of an item
+    texts/authors.parquet     text in which authors describe themselves
+    texts/segments.parquet    speech in 30 seconds of a room
     texts/comments.parquet    comments under videos
-    texts/visits.parquet      one line an impression of a video: which comments, how long, which were touched
-    truth/staytime.parquet    simulation only: what the staytime was drawn from, read by nothing that trains
-    truth/comments.parquet    simulation only: what a comment is, read by nothing that trains
+    texts/visits.parquet      one line per impression of a video: comments shown, staytime, comments interacted with
+    truth/staytime.parquet    simulation only: true distribution of the staytime; training never reads it
+    truth/comments.parquet    simulation only: true kind and quality of a comment; training never reads it
 
-Times are integer milliseconds UTC, ids int64 and not negative, texts UTF-8. An empty text means that there is none.
-A video may have any number of comments, none too: lists of comments are as long as there are comments, and whoever
-needs six pads them (``pad_lists``) and masks the rest.
+Times are integer milliseconds UTC, ids are int64 and not negative, texts are UTF-8. An empty text means that there is
+none. A video can have any number of comments, also none. Lists of comments have as many entries as there are comments;
+code that needs a fixed number pads them (``pad_lists``) and masks the rest.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from trainer.data.format import storage
 FOLDER = "texts"
 
 UNKNOWN_USER = -1
-"""``user_id`` of a comment whose writer the source does not name."""
+"""``user_id`` of a comment whose author is not in the source."""
 
 UNKNOWN_TIME = -1
-"""``time_ms`` of a comment whose time the source does not give; it counts as there from the beginning."""
+"""``time_ms`` of a comment whose time is not in the source; such a comment counts as present from the beginning."""
 
 NO_COMMENT = -1
-"""Fills up lists of comments."""
+"""Padding of lists of comments."""
 
 SEGMENTS_PER_ITEM = 1 << 16
-"""22 days of 30-second segments; see ``segment_ids``."""
+"""Largest number of segments of a room, 22 days of 30 seconds each; see ``segment_ids``."""
 
 _IDS = pa.list_(pa.int64())
 
@@ -53,15 +53,17 @@ ITEMS = pa.schema(
         ("text", pa.string()),
     ]
 )
-"""``duration_ms`` is that of a video and 0 where it is not known, as a room's is not before its end; ``tag`` is a
-category's name."""
+"""Texts of items. ``duration_ms`` is the length of a video, or 0 if it is not known, which is so for a room before it
+ends; ``tag`` is the name of a category."""
 
 AUTHORS = pa.schema([("author_id", pa.int64()), ("text", pa.string())])
+"""Texts in which authors describe themselves."""
 
 SEGMENTS = pa.schema(
     [("item_id", pa.int64()), ("segment", pa.int32()), ("start_ms", pa.int64()), ("text", pa.string())]
 )
-"""``segment`` counts from 0 in each room. A segment's text is known 30 seconds after ``start_ms``."""
+"""Speech of a room. ``segment`` counts from 0 in each room. The text of a segment is known 30 seconds after
+``start_ms``."""
 
 COMMENTS = pa.schema(
     [
@@ -73,8 +75,9 @@ COMMENTS = pa.schema(
         ("text", pa.string()),
     ]
 )
-"""``likes`` is the source's count at the end of the data, the future to whoever asks earlier: what was known at a
-request is ``shown_likes`` of the visits, or a count of earlier visits' ``interacted``. ``user_id`` is the writer."""
+"""Comments. ``user_id`` is the user who wrote the comment. ``likes`` is the count of the source at the end of the data,
+so for any earlier request it is information from the future. The count known at a request is ``shown_likes`` of the
+visits, or the number of earlier visits with the comment in ``interacted``."""
 
 VISITS = pa.schema(
     [
@@ -88,10 +91,13 @@ VISITS = pa.schema(
         ("interacted", _IDS),
     ]
 )
-"""``staytime_ms`` is the time in the comment area, 0 if it was not opened. ``shown``: the comments at the top of the
-area at the time of the request, in the order of display, whether it was opened or not; ``shown_likes``: the likes that
-each of them had then, or empty where the source does not say. ``interacted``: those that the user liked or answered in
-this visit, in any order, known only after it; they need not be in ``shown``. In the file visits are in any order."""
+"""Impressions of videos, in any order in the file.
+
+``staytime_ms`` is the time in the comment area, 0 if the area was not opened. ``shown`` lists the comments at the top
+of the area at the time of the request, in the order of display, also if the area was not opened. ``shown_likes`` lists
+the likes that each of them had then; it is empty if the source does not give them. ``interacted`` lists, in any order,
+the comments that the user liked or answered in this visit; it is known only after the visit, and its comments need not
+be in ``shown``."""
 
 SCHEMAS: dict[str, pa.Schema] = {
     "items": ITEMS,
@@ -100,6 +106,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "comments": COMMENTS,
     "visits": VISITS,
 }
+"""Text tables by name, and their columns."""
 
 STAYTIME_TRUTH = pa.schema(
     [
@@ -111,11 +118,13 @@ STAYTIME_TRUTH = pa.schema(
         ("p_interact", pa.list_(pa.float32())),
     ]
 )
-"""The probability that the area is opened, the mean staytime in seconds if it is (so the mean of all is the product),
-and for each comment of ``shown`` the probability of an interaction if it is."""
+"""True staytime of a simulated visit: the probability that the comment area is opened, the mean staytime in seconds if
+it is opened (so the mean over all visits is the product), and for each comment of ``shown`` the probability of an
+interaction if the area is opened."""
 
 COMMENT_TRUTH = pa.schema([("comment_id", pa.int64()), ("kind", pa.int8()), ("quality", pa.float32())])
-"""``kind`` is a position in the description's ``extra["comment_kinds"]``."""
+"""True kind and quality of a simulated comment. ``kind`` is a position in ``extra["comment_kinds"]`` of the dataset's
+description."""
 
 _ACCEPTED: dict[pa.DataType, str] = {
     pa.int8(): "a whole number",
@@ -124,18 +133,19 @@ _ACCEPTED: dict[pa.DataType, str] = {
     pa.string(): "a text, empty where there is none",
     _IDS: "a list of whole numbers, empty where there is none",
 }
-"""What a value of each type is, in words."""
+"""Words for the values that a column of each type accepts."""
 
 TRUTHS: dict[str, pa.Schema] = {"staytime": STAYTIME_TRUTH, "comments": COMMENT_TRUTH}
+"""Tables of true parameters by name, and their columns; simulated datasets have them."""
 
 
 def read_texts(path: str | Path, name: str, columns: list[str] | None = None) -> pa.Table:
-    """A text table of the dataset at ``path``, a directory or a URL; visits come in order of time, then ``visit_id``.
+    """Read a text table of a dataset. Visits are returned in order of time, then of ``visit_id``.
 
     Args:
-        path: of the dataset.
+        path: dataset, a directory or an fsspec URL.
         name: one of ``SCHEMAS``.
-        columns: those to read; all if None.
+        columns: columns to read; None reads all.
 
     Raises:
         UserError: the dataset has no such table, a column is missing or of another type, or a value is null.
@@ -162,10 +172,10 @@ def read_texts(path: str | Path, name: str, columns: list[str] | None = None) ->
 
 
 def _checked(table: pa.Table, schema: pa.Schema, file: str | Path) -> pa.Table:
-    """The table in the schema's types.
+    """Return the table with the types of the schema.
 
     Raises:
-        UserError: a value is null or does not fit its type; names the first row.
+        UserError: a value is null or does not fit its type; the message gives the first such row.
     """
     columns = []
     for column in table.column_names:
@@ -186,7 +196,7 @@ def _checked(table: pa.Table, schema: pa.Schema, file: str | Path) -> pa.Table:
 
 
 def has_texts(path: str | Path, name: str) -> bool:
-    """Whether the dataset at ``path`` has the text table ``name``."""
+    """True if the dataset at ``path`` has the text table ``name``."""
     try:
         storage.read_bytes(storage.join(path, f"{FOLDER}/{name}.parquet"), size=4)
     except FileNotFoundError:
@@ -195,10 +205,10 @@ def has_texts(path: str | Path, name: str) -> bool:
 
 
 def segment_ids(item_id: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """One id for each segment of a room: ``item_id * SEGMENTS_PER_ITEM + segment``, ``[n] int64``.
+    """Return one id for each segment of a room: ``item_id * SEGMENTS_PER_ITEM + segment``, ``[n] int64``.
 
     Raises:
-        UserError: an id or a segment number is too large for that.
+        UserError: an item id is 2^47 or more, or a segment number is ``SEGMENTS_PER_ITEM`` or more.
     """
     if len(item_id) and (item_id.max() >= 1 << 47 or segment.max() >= SEGMENTS_PER_ITEM):
         raise UserError(
@@ -209,7 +219,7 @@ def segment_ids(item_id: np.ndarray, segment: np.ndarray) -> np.ndarray:
 
 
 def flat_lists(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """A column of lists as flat values ``[total] int64`` and offsets ``[n + 1] int64``."""
+    """Return a column of lists as flat values ``[total] int64`` and offsets ``[n + 1] int64``."""
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
     values = pc.list_flatten(column)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -217,12 +227,12 @@ def flat_lists(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarr
 
 
 def list_column(values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
-    """The reverse of ``flat_lists``."""
+    """Return a column of lists from flat values and offsets; the inverse of ``flat_lists``."""
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, pa.int64()))
 
 
 def pad_lists(column: pa.ChunkedArray | pa.Array, width: int, fill: int = NO_COMMENT) -> np.ndarray:
-    """The first ``width`` values of each list, ``[n, width] int64``; ``fill`` where a list has fewer."""
+    """Return the first ``width`` values of each list, ``[n, width] int64``, padded with ``fill``."""
     values, offsets = flat_lists(column)
     place = offsets[:-1, None] + np.arange(width)
     there = place < offsets[1:, None]

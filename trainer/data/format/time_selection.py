@@ -1,4 +1,4 @@
-"""Which rows of a dataset a job reads, by time."""
+"""Selection by time of the rows that a job reads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ALWAYS = np.iinfo(np.int64)
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows emitted and requested inside half-open ranges, milliseconds UTC; without arguments, all rows.
+    """Selects rows whose times of emission and request lie in half-open ranges, in milliseconds UTC; by default all.
 
-    Training selects by emission, the moment at which a row may first be trained on; evaluation by request.
+    Training selects by emission, the moment from which a row may be trained on. Evaluation selects by request.
     """
 
     emit_from: int = _ALWAYS.min
@@ -26,7 +26,7 @@ class Selection:
     request_until: int = _ALWAYS.max
 
     def touches(self, index: RecordIndex) -> np.ndarray:
-        """Which records may have a selected row, ``[records] bool``."""
+        """Return a mask of the records that may contain a selected row, ``[records] bool``."""
         return (
             (index.emit_max >= self.emit_from)
             & (index.emit_min < self.emit_until)
@@ -35,7 +35,7 @@ class Selection:
         )
 
     def covers(self, index: RecordIndex) -> np.ndarray:
-        """Which records have no row that is not selected, ``[records] bool``."""
+        """Return a mask of the records whose rows are all selected, ``[records] bool``."""
         return (
             (index.emit_min >= self.emit_from)
             & (index.emit_max < self.emit_until)
@@ -44,7 +44,7 @@ class Selection:
         )
 
     def mask(self, rows: Rows) -> np.ndarray:
-        """Which rows are selected, ``[n] bool``."""
+        """Return a mask of the selected rows, ``[n] bool``."""
         emit, request = rows["emit_ms"], rows["request_ms"]
         return (
             (emit >= self.emit_from)
@@ -54,7 +54,7 @@ class Selection:
         )
 
     def __str__(self) -> str:
-        """The bounded sides, as UTC times."""
+        """Describe the bounds that are set, as UTC times."""
         sides = [
             f"{verb} {word} {_utc(time)}"
             for verb, word, time, open_end in (
@@ -69,7 +69,7 @@ class Selection:
 
 
 def _utc(time_ms: int) -> str:
-    """ISO time, or the number where it lies outside the calendar."""
+    """Return an ISO time, or the number of milliseconds if it lies outside the calendar."""
     try:
         return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
     except (ValueError, OverflowError, OSError):

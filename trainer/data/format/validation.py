@@ -1,4 +1,4 @@
-"""Tables given to the builder as plain columns, checked: a bad value is named by table, column, row and value."""
+"""Checks of the tables that the dataset builder takes; an error names the table, column, row and value."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ Columns = dict[str, np.ndarray]
 
 
 def columns_of(table: pa.Table, schema: pa.Schema, what: str, optional: frozenset[str] = frozenset()) -> Columns:
-    """The columns of ``schema``, cast to its types without loss; optional ones that are missing are 0.
+    """Return the columns of ``schema``, cast to its types without loss. Missing optional columns are filled with 0.
+
+    Args:
+        table: the table to check.
+        schema: columns that it may have.
+        what: name of the table, for messages.
+        optional: columns that may be missing.
 
     Raises:
         UserError: a column is missing, unknown or has nulls, or its values do not fit the type.
     """
     for name in table.column_names:
         if name not in schema.names:
-            raise UserError(f"{what}: unknown column {name!r}; known are {', '.join(schema.names)}")
+            raise UserError(f"{what}: unknown column {name!r}; known columns are {', '.join(schema.names)}")
     columns = {}
     for field in schema:
         if field.name not in table.column_names:
@@ -32,7 +38,7 @@ def columns_of(table: pa.Table, schema: pa.Schema, what: str, optional: frozense
             row = int(np.argmax(column.is_null().to_numpy()))
             raise UserError(f"{what}: column {field.name!r} has no value in row {row}")
         if column.type != field.type:
-            # Floats may be rounded on the way to 32 bits; integers and times may not change.
+            # Floats may be rounded to 32 bits; integers and times must not change.
             try:
                 column = column.cast(field.type, safe=not pa.types.is_floating(field.type))
             except pa.ArrowException as error:
@@ -42,10 +48,10 @@ def columns_of(table: pa.Table, schema: pa.Schema, what: str, optional: frozense
 
 
 def refuse(bad: np.ndarray, columns: Columns, name: str, what: str, accepted: str) -> None:
-    """Raise for the first row where ``bad`` is set.
+    """Raise an error for the first row where ``bad`` is set; do nothing if there is none.
 
     Raises:
-        UserError: names column, row and value, and what would be ``accepted``.
+        UserError: the message gives column, row and value, and what would be ``accepted``.
     """
     if bad.any():
         row = int(np.argmax(bad))
@@ -53,20 +59,20 @@ def refuse(bad: np.ndarray, columns: Columns, name: str, what: str, accepted: st
 
 
 def check_ids(columns: Columns, names: tuple[str, ...], what: str) -> None:
-    """Ids and times are not negative.
+    """Check that ids and times are not negative.
 
     Raises:
-        UserError: one is.
+        UserError: one is negative.
     """
     for name in names:
         refuse(columns[name] < 0, columns, name, what, "0 or more")
 
 
 def check_side(columns: Columns, side: tuple[SideFeature, ...], what: str) -> None:
-    """Side values lie in their feature's range.
+    """Check that the values of side features lie in the range of their feature.
 
     Raises:
-        UserError: one does not.
+        UserError: one is outside.
     """
     for feature in side:
         values = columns[feature.name]
@@ -75,7 +81,7 @@ def check_side(columns: Columns, side: tuple[SideFeature, ...], what: str) -> No
 
 
 def check_finite(columns: Columns, names: tuple[str, ...], what: str) -> None:
-    """Dense values are finite.
+    """Check that dense values are finite.
 
     Raises:
         UserError: one is NaN or infinite.
@@ -85,13 +91,13 @@ def check_finite(columns: Columns, names: tuple[str, ...], what: str) -> None:
 
 
 def context_features(spec: DatasetSpec) -> list[str]:
-    """Names of the features that are columns of the visits."""
+    """Return the names of the features that are columns of the visits."""
     side = [feature.name for feature in spec.side if feature.of == "context"]
     return side + [feature.name for feature in spec.dense if feature.of == "context"]
 
 
 def check_visits(spec: DatasetSpec, columns: Columns) -> None:
-    """Visits as ``schema.visit_schema`` describes them.
+    """Check the values of visits, which have the columns of ``schema.visit_schema``.
 
     Raises:
         UserError: an id or time is negative, a visit ends before its request or before its last behaviour, or a
@@ -115,29 +121,33 @@ def check_visits(spec: DatasetSpec, columns: Columns) -> None:
 
 
 def check_spec(spec: DatasetSpec, most_behaviours: int) -> None:
-    """A description that a dataset can be built from.
+    """Check that a dataset can be built from a description.
 
     Raises:
-        UserError: an empty or too long list, or a name that is not defined.
+        UserError: a list is empty or too long, or a name is not defined.
     """
     if not 1 <= spec.partitions <= 1 << 16:
         raise UserError(f"partitions is {spec.partitions}; it must be in [1, 65536]")
     if not 1 <= len(spec.behaviours) <= most_behaviours:
-        raise UserError(f"{len(spec.behaviours)} behaviours; there must be 1 to {most_behaviours}")
+        raise UserError(f"there are {len(spec.behaviours)} behaviours; there must be 1 to {most_behaviours}")
     names = [*spec.behaviours, *(side.name for side in spec.side), *(dense.name for dense in spec.dense)]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{name!r} names two behaviours or features; names must be unique")
+            raise UserError(f"{name!r} is the name of two behaviours or features; names must be unique")
     for behaviour in spec.behaviours:
         if behaviour not in spec.applies:
-            raise UserError(f"behaviour {behaviour!r} has no entry in applies")
+            raise UserError(f"behaviour {behaviour!r} has no entry in `applies`; list the domains where it can happen")
     for domain in {*spec.candidates, *(domain for domains in spec.applies.values() for domain in domains)}:
         if domain not in DOMAINS:
-            raise UserError(f"{domain!r} is no domain; domains are {', '.join(DOMAINS)}")
+            raise UserError(f"{domain!r} is not a domain; domains are {', '.join(DOMAINS)}")
     parts = {"user", "author", "item", *(side.name for side in spec.side)}
     for key in spec.statistics:
         if not key or not set(key) <= parts:
-            raise UserError(f"statistics key {key!r} must be made of user, author, item and side features")
+            raise UserError(
+                f"statistics key {key!r} is not valid; its parts must be user, author, item or names of side features"
+            )
     of_items = [side.name for side in spec.side if side.of == "item"]
     if spec.tag and spec.tag not in of_items:
-        raise UserError(f"tag {spec.tag!r} is no side feature of items; those are {', '.join(of_items) or 'none'}")
+        raise UserError(
+            f"tag {spec.tag!r} is not a side feature of items; items have {', '.join(of_items) or 'no side features'}"
+        )

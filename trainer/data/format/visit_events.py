@@ -1,4 +1,4 @@
-"""What follows from visits alone: events, behaviour bits, labels and masks."""
+"""Derives events, behaviour bits, labels and masks from visits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from trainer.data.format.validation import Columns
 
 _VISITS_PER_PART = 1 << 15
 
-# Among events of one millisecond repeats come behind the behaviours, of which there are at most 31, and exits last.
+# Events of one millisecond are in this order: the first behaviours (at most 31), their repeats, and exits last.
 _RANK_BITS = 6
 _REPEAT_RANK, _EXIT_RANK = (1 << _RANK_BITS) - 2, (1 << _RANK_BITS) - 1
 
 
 def event_names(spec: DatasetSpec) -> tuple[str, ...]:
-    """Names of the events; codes in the event log's dictionary are positions in this tuple."""
+    """Return the names of the events; the code of an event in the log's dictionary is its position in this tuple."""
     return (*VISIT_EVENTS, *spec.behaviours)
 
 
 def behaviour_bits(spec: DatasetSpec, visits: Columns) -> np.ndarray:
-    """``[n] int32``, bit k set where behaviour k happened."""
+    """Return the behaviours of each visit as bits, ``[n] int32``: bit k is set if behaviour k happened."""
     bits = np.zeros(len(visits["visit_id"]), np.int32)
     for k, behaviour in enumerate(spec.behaviours):
         bits |= (visits[f"delay_{behaviour}"] >= 0).astype(np.int32) << k
@@ -33,17 +33,17 @@ def behaviour_bits(spec: DatasetSpec, visits: Columns) -> np.ndarray:
 
 
 def labels(spec: DatasetSpec, bits: np.ndarray) -> np.ndarray:
-    """Behaviour bits as ``[n, behaviours] uint8``."""
+    """Convert behaviour bits to labels, ``[n, behaviours] uint8``."""
     return ((bits[:, None] >> np.arange(len(spec.behaviours), dtype=np.int32)) & 1).astype(np.uint8)
 
 
 def label_bits(label: np.ndarray) -> np.ndarray:
-    """``[n, behaviours]`` of 0 and 1 as behaviour bits ``[n] int32``: :func:`labels` the other way round."""
+    """Convert labels ``[n, behaviours]`` of 0 and 1 to behaviour bits ``[n] int32``; the inverse of :func:`labels`."""
     return (label.astype(np.int32) << np.arange(label.shape[1], dtype=np.int32)).sum(axis=1, dtype=np.int32)
 
 
 def masks(spec: DatasetSpec, domain: np.ndarray) -> np.ndarray:
-    """``[n, behaviours] uint8``, 1 where the behaviour can happen in the row's domain."""
+    """Return the label mask, ``[n, behaviours] uint8``: 1 if the behaviour can happen in the domain of the row."""
     applies = np.array(
         [[name in spec.applies[behaviour] for behaviour in spec.behaviours] for name in DOMAINS], np.uint8
     )
@@ -51,40 +51,41 @@ def masks(spec: DatasetSpec, domain: np.ndarray) -> np.ndarray:
 
 
 def derive_events(spec: DatasetSpec, visits: Columns, repeats: Columns | None = None) -> Iterator[Columns]:
-    """The events of visits, in time order: columns of ``EVENT_COLUMNS`` with ``event`` as a code.
+    """Yield the events of visits in time order, as columns of ``EVENT_COLUMNS`` with ``event`` as a code.
 
-    Each visit gives an ``exposure`` at its request, ``enter`` at the same time if anything was watched, every behaviour
+    Each visit gives an ``exposure`` at its request, ``enter`` at the same time if anything was watched, each behaviour
     at its first time, and ``exit``. Events of one millisecond are in the order of ``event_names``, then the repeats,
-    ``exit`` last.
+    then ``exit``.
 
     Args:
-        spec: of the dataset.
-        visits: as ``schema.visit_schema`` has them, in order of ``request_ms``.
-        repeats: more events of these visits, in the form of the result, in any order.
+        spec: description of the dataset.
+        visits: columns of ``schema.visit_schema``, in order of ``request_ms``.
+        repeats: more events of these visits, with the columns of the result, in any order.
 
     Yields:
-        The events part by part, so that a part and what waits for the next ones stay in the processor's cache.
+        Parts of the events; a part and the events that wait for later parts fit in the processor's cache.
     """
     request = visits["request_ms"]
     n = len(request)
-    # Lines of the repeats come behind those of the visits.
+    # The ids of the repeats are appended to those of the visits, so that one line number finds either.
     ids = {name: visits[name] for name in ("user_id", "author_id", "item_id", "domain", "visit_id")}
-    more = waiting = _Happened(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.int8, np.int8, np.float32)))
+    more = waiting = _VisitEvents(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.int8, np.int8, np.float32)))
     if repeats is not None:
         ids = {name: np.concatenate([column, repeats[name]]) for name, column in ids.items()}
         line, time, event = np.arange(n, len(ids["visit_id"])), repeats["time_ms"], repeats["event"]
-        more = _Happened(line, time, event, np.full(len(line), _REPEAT_RANK, np.int8), repeats["value"])
+        more = _VisitEvents(line, time, event, np.full(len(line), _REPEAT_RANK, np.int8), repeats["value"])
         more = more.take(stable_order(time))
     start = request[0] if n else 0
     for first in range(0, max(n, 1), _VISITS_PER_PART):
         stop = first + _VISITS_PER_PART
         until = request[stop] if stop < n else np.iinfo(np.int64).max
         due = int(np.searchsorted(more.time_ms, until))
-        known = _Happened.join(waiting, _happened(spec, visits, first, stop), more.take(slice(0, due)))
+        known = _VisitEvents.join(waiting, _events_of(spec, visits, first, stop), more.take(slice(0, due)))
         more = more.take(slice(due, None))
         ready = known.time_ms < until
         waiting = known.take(np.flatnonzero(~ready))
         known = known.take(np.flatnonzero(ready))
+        # Time and rank in one integer: one sort instead of two.
         known = known.take(stable_order((known.time_ms - start) << _RANK_BITS | known.rank))
         yield {
             **{name: np.take(column, known.line) for name, column in ids.items()},
@@ -95,8 +96,16 @@ def derive_events(spec: DatasetSpec, visits: Columns, repeats: Columns | None = 
 
 
 @dataclass(frozen=True)
-class _Happened:
-    """Events as columns: the line of the visit, when, which (a code), the order within a millisecond, the value."""
+class _VisitEvents:
+    """Events as columns.
+
+    Attributes:
+        line: line of the visit in the table of ids.
+        time_ms: time of the event.
+        event: code of the event.
+        rank: order of the events within a millisecond.
+        value: value of the event.
+    """
 
     line: np.ndarray
     time_ms: np.ndarray
@@ -104,18 +113,20 @@ class _Happened:
     rank: np.ndarray
     value: np.ndarray
 
-    def take(self, which: np.ndarray | slice) -> _Happened:
-        return _Happened(*(column[which] for column in vars(self).values()))
+    def take(self, which: np.ndarray | slice) -> _VisitEvents:
+        """Return the events at some positions."""
+        return _VisitEvents(*(column[which] for column in vars(self).values()))
 
     @staticmethod
-    def join(*parts: _Happened) -> _Happened:
-        return _Happened(
+    def join(*parts: _VisitEvents) -> _VisitEvents:
+        """Return the events of all parts, one part after the other."""
+        return _VisitEvents(
             *(np.concatenate(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True))
         )
 
 
-def _happened(spec: DatasetSpec, visits: Columns, first: int, stop: int) -> _Happened:
-    """The events of the visits ``[first, stop)``, by kind and then by visit."""
+def _events_of(spec: DatasetSpec, visits: Columns, first: int, stop: int) -> _VisitEvents:
+    """Return the events of the visits ``[first, stop)``, ordered by kind and then by visit."""
     part = {name: column[first:stop] for name, column in visits.items()}
     request = part["request_ms"]
     every, entered = np.arange(len(request)), np.flatnonzero(part["play_ms"] > 0)
@@ -136,24 +147,24 @@ def _happened(spec: DatasetSpec, visits: Columns, first: int, stop: int) -> _Hap
     rank = [*event[:-1], _EXIT_RANK]
     lengths = [len(lines) for lines in line]
     codes, ranks = (np.repeat(np.array(column, np.int8), lengths) for column in (event, rank))
-    return _Happened(first + np.concatenate(line), np.concatenate(time), codes, ranks, np.concatenate(value))
+    return _VisitEvents(first + np.concatenate(line), np.concatenate(time), codes, ranks, np.concatenate(value))
 
 
 def event_codes(spec: DatasetSpec, column: pa.ChunkedArray) -> np.ndarray:
-    """Codes of a column of event names, ``[n] int8``; -1 for names that are not the dataset's, and for nulls."""
+    """Return the codes of a column of event names, ``[n] int8``; -1 for nulls and for names unknown to the dataset."""
     if not pa.types.is_dictionary(column.type):
         column = column.dictionary_encode()
     names = event_names(spec)
     codes = [np.empty(0, np.int8)]
     for chunk in column.chunks:
         known = [names.index(name) if name in names else -1 for name in chunk.dictionary.to_pylist()]
-        # Nulls take the code behind the last name's.
+        # Nulls point behind the last name of the dictionary, where the code -1 is.
         codes.append(np.array([*known, -1], np.int8)[chunk.indices.fill_null(len(known)).to_numpy()])
     return np.concatenate(codes)
 
 
 def event_table(spec: DatasetSpec, events: Columns) -> pa.Table:
-    """Events as an Arrow table with the schema ``EVENT_COLUMNS``."""
+    """Return events as an Arrow table with the schema ``EVENT_COLUMNS``."""
     arrays = [
         pa.DictionaryArray.from_arrays(pa.array(events["event"]), pa.array(event_names(spec)))
         if name == "event"

@@ -1,1 +1,1 @@
-"""Batches in an exact, restorable order."""
+"""Loading: batches of training rows in an exact order that can be restored."""

@@ -1,1 +1,1 @@
-"""From visits to a dataset on disk."""
+"""Writing: builds a dataset on disk from visits, tables and texts."""
