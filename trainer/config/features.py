@@ -1,4 +1,4 @@
-"""Which features the model sees and how ids become table rows: the ``[features]`` section of a job."""
+"""Settings of the features and of the embedding tables: the ``[features]`` section of a job."""
 
 from __future__ import annotations
 
@@ -12,57 +12,64 @@ from trainer.config.sections import MAY_CHANGE
 IdMapping = Literal["direct", "hash", "lookup", "dynamic"]
 
 MAX_TABLE_ROWS = 1 << 31
-"""Hashing spreads 32 bits of a hash over the rows, which is even enough up to here."""
+"""Largest number of rows of a table: hashing maps 32 bits to the rows, which is even enough up to this size."""
 
 
 class TableConfig(BaseModel):
-    """One embedding table of ids."""
+    """Embedding table of one kind of id."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ids: IdMapping = Field(
         "direct",
-        description="How an id becomes a row; row 0 is the unknown id. `direct`: id + 1. `hash`: a 64-bit mix of the "
-        "id spread over the rows. `lookup`: the ids of the training range get rows of their own, all others row 0. "
-        "`dynamic`: ids get rows while training and lose them to others; those without read row 0. On a CPU only.",
+        description="Mapping from ids to rows; row 0 is the unknown id. `direct`: the row is id + 1. `hash`: the row "
+        "is a hash of the id. `lookup`: each id of the training range gets a row, all others share row 0. `dynamic`: "
+        "ids get rows during training and can lose them to other ids; ids without a row share row 0. `dynamic` works "
+        "on CPUs only.",
     )
     rows: int | None = Field(
         None,
         ge=2,
         le=MAX_TABLE_ROWS,
-        description="Rows of the table, row 0 included. `hash` and `dynamic` need it; `direct` takes the dataset's "
-        "largest id + 2 when it is left out; `lookup` counts its ids and does not take it.",
+        description="Number of rows of the table, including row 0. `hash` and `dynamic` need it. The default for "
+        "`direct` is the largest id of the dataset + 2. `lookup` counts its ids and does not accept it.",
     )
     min_count: int = Field(
         1,
         ge=1,
-        description="`lookup` only: ids of fewer training rows than this share row 0, which is thereby trained for "
-        "the ids that come later.",
+        description="`lookup` only: ids with fewer training rows than this share row 0. So row 0 is trained, which "
+        "helps for ids that appear later.",
     )
     admit_after: int | None = Field(
         None,
         ge=1,
-        description="`dynamic` only: training steps that an id must be seen in before it gets a row; 2 when it is "
-        "left out. Until then it is counted, together with at most as many others as there are rows.",
+        description="`dynamic` only: number of training steps in which an id must occur before it gets a row. Default: "
+        "2. Until then the id is only counted; at most as many ids are counted as the table has rows.",
     )
     evict: Evict | None = Field(
         None,
-        description="`dynamic` only: which id makes room for a new one. `recency`: the one seen longest ago; this when "
-        "it is left out. `frequency`: the one seen in the fewest steps, unless the new one was in fewer. `both`: by "
-        "steps seen over steps since.",
+        description="`dynamic` only: the id that is evicted for a new one if the table is full. `recency` (the "
+        "default): the id seen longest ago. `frequency`: the id seen in the fewest steps, unless the new one was seen "
+        "in fewer. `both`: the id with the lowest ratio of steps in which it was seen to steps since then.",
     )
-    dim: int = Field(16, ge=1, description="Width of an embedding. Every distinct width costs its own exchange.")
-    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
-    init_scale: float | None = Field(None, gt=0, description="Half-width or deviation of `init`; 0.1 / sqrt(dim).")
+    dim: int = Field(
+        16, ge=1, description="Dimension of an embedding. Each distinct dimension needs its own all-to-all."
+    )
+    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the initial values.")
+    init_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Half-width of a uniform `init`, or standard deviation of a normal one. Default: 0.1 / sqrt(dim).",
+    )
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
         "auto",
-        description="How the table is spread over the ranks; `auto` leaves it to the planner.",
+        description="Sharding of the table over the ranks; `auto` leaves the choice to the planner.",
         json_schema_extra=MAY_CHANGE,
     )
 
     @property
     def dynamic(self) -> Dynamic | None:
-        """How its ids come and go; None where they do not."""
+        """Rules of admission and eviction; None if the ids of the table are not dynamic."""
         if self.ids != "dynamic":
             return None
         return Dynamic(self.admit_after or 2, self.evict or "recency")
@@ -72,129 +79,145 @@ class TableConfig(BaseModel):
         if self.ids in ("hash", "dynamic") and self.rows is None:
             raise ValueError(f"ids = {self.ids!r} needs `rows`")
         if self.ids == "lookup" and self.rows is not None:
-            raise ValueError("ids = 'lookup' counts its own rows: leave `rows` out")
+            raise ValueError("ids = 'lookup' counts its rows itself; remove `rows`")
         if self.ids != "lookup" and self.min_count != 1:
-            raise ValueError(f"`min_count` is for ids = 'lookup', not {self.ids!r}")
+            raise ValueError(f"`min_count` works only with ids = 'lookup', not {self.ids!r}")
         if self.ids != "dynamic" and (self.admit_after, self.evict) != (None, None):
-            raise ValueError(f"`admit_after` and `evict` are for ids = 'dynamic', not {self.ids!r}")
+            raise ValueError(f"`admit_after` and `evict` work only with ids = 'dynamic', not {self.ids!r}")
         if self.ids == "dynamic" and self.sharding in ("column_wise", "data_parallel"):
             raise ValueError(f"ids = 'dynamic' works with sharding = 'table_wise' or 'row_wise', not {self.sharding!r}")
         return self
 
 
 class SideTableConfig(BaseModel):
-    """The one table of all categorical side features and of the histories' contexts."""
+    """Embedding table that all categorical side features and the contexts of histories share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dim: int = Field(16, ge=1, description="Width of an embedding. Every distinct width costs its own exchange.")
-    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the first values.")
-    init_scale: float | None = Field(None, gt=0, description="Half-width or deviation of `init`; 0.1 / sqrt(dim).")
+    dim: int = Field(
+        16, ge=1, description="Dimension of an embedding. Each distinct dimension needs its own all-to-all."
+    )
+    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the initial values.")
+    init_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Half-width of a uniform `init`, or standard deviation of a normal one. Default: 0.1 / sqrt(dim).",
+    )
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
         "auto",
-        description="How the table is spread over the ranks; `auto` leaves it to the planner.",
+        description="Sharding of the table over the ranks; `auto` leaves the choice to the planner.",
         json_schema_extra=MAY_CHANGE,
     )
 
 
 class HistoryConfig(BaseModel):
-    """One sequence of a user's past visits."""
+    """One history: a sequence of a user's past visits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     domain: Literal["video", "live", "both"] = Field(
-        description="Visits of this domain; `both` is for the latest of both, in order of time."
+        description="Domain of the visits. `both`: the latest visits of both domains, in order of time."
     )
     search: Literal["latest", "top", "author"] = Field(
         "latest",
-        description="Which of the user's last 10,000 visits, of those known when the request came. `latest`: the "
-        "latest. `top`: those with the largest dot product with the candidate, see `features.search`. `author`: the "
-        "latest of the candidate's author.",
+        description="Selection among the user's last 10,000 visits that were known at the request. `latest`: the "
+        "latest visits. `top`: the visits with the largest dot product with the candidate, see `features.search`. "
+        "`author`: the latest visits to the candidate's author.",
     )
-    length: int = Field(50, ge=1, le=10_000, description="At most so many.")
+    length: int = Field(50, ge=1, le=10_000, description="Largest number of visits.")
     require: tuple[str, ...] = Field(
         (),
-        description="`latest` only: keep visits with at least one of these behaviours; empty keeps all that were "
-        "watched.",
+        description="`latest` only: use only visits with at least one of these behaviours. Empty: use all visits that "
+        "were watched.",
     )
 
     @model_validator(mode="after")
     def _fits_search(self) -> HistoryConfig:
         if self.search != "latest" and self.domain == "both":
-            raise ValueError(f'search = "{self.search}" looks in one domain: declare a history for each of the two')
+            raise ValueError(f'search = "{self.search}" searches one domain; declare one history for each domain')
         if self.search != "latest" and self.require:
-            raise ValueError(f'`require` is for search = "latest", not "{self.search}"')
+            raise ValueError(f'`require` works only with search = "latest", not "{self.search}"')
         return self
 
 
 class SearchConfig(BaseModel):
-    """The space in which histories with ``search = "top"`` are compared with the candidate."""
+    """Search vectors with which histories with ``search = "top"`` are compared with the candidate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tables: tuple[Literal["item", "author"], ...] = Field(
         ("item", "author"),
         min_length=1,
-        description="The score is the sum of the dot products of these tables' embeddings. Live rooms are new, their "
-        "authors are not.",
+        description="The score of a visit is the sum of the dot products of these tables' embeddings. Live rooms are "
+        "new at the request, so their items say little, but their authors are known.",
     )
     refresh_steps: int = Field(
         1000,
         ge=0,
-        description="The search uses copies of the tables, taken every so many steps and used from so many steps later "
-        "on, so that batches can be made ahead; 0 keeps the first space.",
+        description="Number of training steps between two copies of the tables for the search. A copy is used this "
+        "number of steps after it was taken or later, so that batches can be made ahead. 0: keep the first search vectors.",
     )
-    dtype: Literal["float16", "int8"] = Field("float16", description="Type of the copies.")
+    dtype: Literal["float16", "int8"] = Field("float16", description="Data type of the copies.")
     embedding: str = Field(
         "",
-        description="Directory of content embeddings of items, as `limelight embed` makes it: the first space. Without "
-        "it the tables' first values are, in which equal ids are near each other and others at random.",
+        description="Directory of content embeddings of items, made by `limelight embed`, to use as the first search "
+        "vectors. Empty: the initial values of the tables, in which equal ids match and other ids are random.",
     )
 
     @model_validator(mode="after")
     def _each_table_once(self) -> SearchConfig:
         if len(set(self.tables)) < len(self.tables):
-            raise ValueError("`tables` names one twice")
+            raise ValueError("`tables` names a table twice; each one may be listed once")
         return self
 
 
 class FeatureConfig(BaseModel):
-    """Inputs of the ranker."""
+    """Features of the ranker."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    user: TableConfig = Field(TableConfig(), description="Table of user ids.")
-    author: TableConfig = Field(TableConfig(), description="Table of author ids, of candidates and of histories.")
-    item: TableConfig = Field(TableConfig(), description="Table of videos and rooms, of candidates and of histories.")
-    side: SideTableConfig = Field(SideTableConfig(), description="Packed table of side features.")
+    user: TableConfig = Field(TableConfig(), description="Embedding table of user ids.")
+    author: TableConfig = Field(
+        TableConfig(), description="Embedding table of author ids, shared by candidates and histories."
+    )
+    item: TableConfig = Field(
+        TableConfig(), description="Embedding table of ids of videos and rooms, shared by candidates and histories."
+    )
+    side: SideTableConfig = Field(SideTableConfig(), description="Embedding table that all side features share.")
     history: dict[str, HistoryConfig] = Field(
         {"short": HistoryConfig(domain="video"), "live": HistoryConfig(domain="live")},
-        description="Histories by name; each becomes one sequence for target attention.",
+        description="Histories by name; each one becomes a sequence for target attention.",
     )
     tags: bool = Field(
         False,
-        description="Visits of a history carry their item's tag, embedded as the candidate's; see `data describe`.",
+        description="Add the tag of the item to each visit of a history. It uses the same embedding as the candidate's "
+        "tag. The dataset must have tags, see `limelight data describe`.",
     )
     author_side: tuple[str, ...] = Field(
         (),
-        description="Side features of authors that visits of a history carry, embedded as the candidate's. Their "
-        "values are those of the dataset's table of authors when training began.",
+        description="Side features of authors to add to each visit of a history. They use the same embeddings as the "
+        "candidate's. Their values are read from the dataset's table of authors when training begins.",
     )
-    search: SearchConfig = Field(SearchConfig(), description='The space of histories with `search = "top"`.')
-    rates: tuple[str, ...] = Field((), description="Behaviours whose rates are inputs. Empty: all of the dataset.")
+    search: SearchConfig = Field(SearchConfig(), description='Search vectors of histories with `search = "top"`.')
+    rates: tuple[str, ...] = Field(
+        (), description="Behaviours whose rates are inputs. Empty: all behaviours of the dataset."
+    )
     smoothing: float = Field(
         10.0,
         gt=0,
-        description="A rate is drawn towards the overall rate p as by `smoothing / (2 sqrt(p (1 - p)))` more rows: the "
-        "rarer a behaviour, the less a row says about it.",
+        description="Smoothing of rates: the overall rate p of a behaviour counts like `smoothing / (2 sqrt(p (1 - "
+        "p)))` additional rows. The weight is larger for rare behaviours, about which one row says less.",
     )
     clip: float = Field(
-        6.0, gt=0, description="Dense inputs are standardised on the training range and cut at so many deviations."
+        6.0,
+        gt=0,
+        description="Dense inputs are standardised on the training range and clipped at this number of standard "
+        "deviations.",
     )
     exclude: tuple[str, ...] = Field(
         (),
-        description="Features of the dataset that the model must not see: names of side or dense features, `user_id`, "
-        "or a statistic as `stat:user`, `stat:user*author`; `stat:*` means all of them.",
+        description="Features of the dataset that are not inputs of the model: names of side or dense features, "
+        "`user_id`, `domain`, or a statistic such as `stat:user` or `stat:user*author`; `stat:*` means all statistics.",
     )
 
     @model_validator(mode="after")
@@ -202,12 +225,12 @@ class FeatureConfig(BaseModel):
         for name in self.search.tables:
             if self.needs_space and getattr(self, name).ids == "dynamic":
                 raise ValueError(
-                    f'histories with search = "top" look for rows of `{name}`, and with ids = "dynamic" ids change '
-                    "theirs; map its ids otherwise, or leave it out of `search.tables`"
+                    f'histories with search = "top" need fixed rows in the table `{name}`, and with ids = "dynamic" '
+                    "rows change their ids; use another mapping, or remove the table from `search.tables`"
                 )
         return self
 
     @property
     def needs_space(self) -> bool:
-        """Whether a history searches by dot product."""
+        """True if a history searches by dot product."""
         return any(history.search == "top" for history in self.history.values())

@@ -106,8 +106,8 @@ def test_a_bad_table_of_authors_is_refused(path: Path, table: dict[str, list[int
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"author_side": ("topic",)}, "'topic' is no side feature of the dataset's authors; they have style"),
-        ({"exclude": ("style",)}, "'style' is excluded"),
+        ({"author_side": ("topic",)}, "'topic' is not a side feature of the dataset's authors; they have style"),
+        ({"exclude": ("style",)}, "'style' is also in features.exclude"),
     ],
 )
 def test_features_that_authors_do_not_have_are_refused(changes: dict[str, object], message: str) -> None:

@@ -182,5 +182,5 @@ def test_dynamic_tables_are_not_searched_in():
 
 
 def test_a_search_table_is_named_once():
-    with pytest.raises(ValidationError, match="names one twice"):
+    with pytest.raises(ValidationError, match="names a table twice"):
         config(search={"tables": ["item", "item"]})

@@ -79,7 +79,7 @@ def test_direct_is_the_next_row():
 @pytest.mark.parametrize("wrong", [11, 2**62, -1])
 def test_direct_names_the_table_and_the_id_that_has_no_row(wrong):
     with pytest.raises(
-        UserError, match=rf"author id {wrong} is outside table 'author', whose 12 rows take ids 0 to 10"
+        UserError, match=rf"author id {wrong} is outside table 'author': its 12 rows accept ids 0 to 10"
     ):
         rows_of(IdMap("author", "direct", 12), [3, wrong, 5])
 
@@ -92,7 +92,7 @@ def test_rows_of_a_table():
     assert table_rows("item", TableConfig(rows=100), spec, 0) == 100
     assert table_rows("item", TableConfig(ids="hash", rows=10), spec, 0) == 10
     assert table_rows("item", TableConfig(ids="lookup"), spec, 17) == 18
-    with pytest.raises(UserError, match=r"features.item.rows = 41: .* reach 40, so direct ids need 42 rows"):
+    with pytest.raises(UserError, match=r"features.item.rows = 41: .* is 40, so direct ids need 42 rows"):
         table_rows("item", TableConfig(rows=41), spec, 0)
 
 

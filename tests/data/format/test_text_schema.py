@@ -105,7 +105,7 @@ def test_an_id_that_comes_twice_in_two_parts_is_refused(tmp_path: Path) -> None:
 def test_comments_after_visits_are_refused(tmp_path: Path) -> None:
     writer = TextWriter(tmp_path)
     writer.add("visits", table("visits", VISITS, shown=[[], []], shown_likes=[[], []], interacted=[[], []]))
-    with pytest.raises(UserError, match="comments are added before"):
+    with pytest.raises(UserError, match="comments must be added before"):
         writer.add("comments", table("comments", COMMENTS))
 
 
@@ -117,7 +117,7 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         checked("comments", whole.append_column("dislikes", whole.column("likes")))
     with pytest.raises(UserError, match="another type"):
         checked("comments", whole.set_column(4, "likes", [["many", "few", "none"]]))
-    with pytest.raises(UserError, match="no text table; text tables are items"):
+    with pytest.raises(UserError, match="not a text table; text tables are items"):
         checked("comment", whole)
 
 

@@ -114,7 +114,7 @@ def run_ranks(
         for number, planned in enumerate(plan.batches()):
             if batches[rank] is not None and number >= batches[rank]:
                 break
-            rows += rows_of(store, selection, planned.pieces)
+            rows += rows_of(store, selection, planned.slices)
             position.update(planned.position)
     return rows, position
 
@@ -152,7 +152,7 @@ def test_the_same_ranks_go_on_with_identical_batches(seed, shuffle_ms):
     selection = Selection(emit_from=150, emit_until=900)
 
     def content(planned: PlannedBatch) -> tuple[list[Row], ReadPosition]:
-        return list(rows_of(store, selection, planned.pieces)), planned.position
+        return list(rows_of(store, selection, planned.slices)), planned.position
 
     whole = [content(planned) for planned in make_plan(store, 1, 2, selection, shuffle_ms=shuffle_ms).batches()]
     assert len(whole) > 5
@@ -184,7 +184,7 @@ def test_windows_follow_each_other_in_time(seed):
     order = [
         (epoch, int(store.contents[partition][record]["emit_ms"].min()) // 100)
         for planned in plan.batches()
-        for epoch, partition, record, _ in rows_of(store, Selection(), planned.pieces)
+        for epoch, partition, record, _ in rows_of(store, Selection(), planned.slices)
     ]
     assert order == sorted(order)
     assert len(set(order)) > 10
@@ -195,7 +195,7 @@ def test_order_of_records_without_shuffling():
     plan = make_plan(store, 0, 1, Selection(), shuffle_ms=None, epochs=1)
     runs: dict[int, list[tuple[np.ndarray, int, int]]] = {}
     for planned in plan.batches():
-        for piece in planned.pieces:
+        for piece in planned.slices:
             runs.setdefault(piece.key.partition, []).append((piece.records, piece.start, piece.stop))
     for partition, pieces in runs.items():
         assert all(records.tolist() == list(range(len(store.contents[partition]))) for records, _, _ in pieces)
@@ -208,7 +208,7 @@ def test_partitions_advance_side_by_side(seed):
     sizes = np.array([sum(len(rows["emit_ms"]) for rows in records) for records in store.contents])
     done = np.zeros(6, np.int64)
     for planned in make_plan(store, 0, 1, Selection(), shuffle_ms=5000, epochs=1).batches():
-        for piece in planned.pieces:
+        for piece in planned.slices:
             done[piece.key.partition] += piece.stop - piece.start
         # Half a row from each partition's own rounding, and as much from each of the others, in proportion.
         assert (np.abs(done - sizes * done.sum() / sizes.sum()) <= 0.5 + 3 * sizes / sizes.sum()).all()
@@ -223,8 +223,8 @@ def test_a_window_larger_than_the_pool_is_shuffled_in_blocks(monkeypatch):
     order: dict[int, list[tuple[int, ...]]] = {}
     rows: list[Row] = []
     for planned in plan.batches():
-        rows += rows_of(store, Selection(), planned.pieces)
-        for piece in planned.pieces:
+        rows += rows_of(store, Selection(), planned.slices)
+        for piece in planned.slices:
             blocks[piece.key] = piece
             order.setdefault(piece.key.partition, []).append(piece.key)
     assert Counter(rows) == selected_rows(store, Selection(), epochs=2)
@@ -257,7 +257,7 @@ def test_a_hundred_million_rows_are_planned_without_holding_them():
     plan = make_plan(store, 0, 1, Selection(), shuffle_ms=3_600_000, batch_size=2048, epochs=1)
     planned = 0
     for batch, _ in zip(plan.batches(), range(1000), strict=False):
-        planned += sum(piece.stop - piece.start for piece in batch.pieces)
+        planned += sum(piece.stop - piece.start for piece in batch.slices)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.rows_total == 100_000_000

@@ -68,7 +68,7 @@ def test_a_bad_visit_is_named_and_nothing_is_left(tmp_path, case):
 
 ITEMS = make_tables()["items"]
 BAD_TABLES = {
-    "unknown table": ("rooms", ITEMS, "'rooms' is no table of a dataset"),
+    "unknown table": ("rooms", ITEMS, "'rooms' is not a table of a dataset"),
     "missing feature": ("items", ITEMS.drop_columns("topic"), "items: column 'topic' is missing"),
     "missing id": ("items", ITEMS.drop_columns("item_id"), "items: column 'item_id' is missing"),
     "twice": ("items", pa.concat_tables([ITEMS, ITEMS.slice(1, 1)]), "items: item_id 3 comes twice"),
@@ -148,7 +148,7 @@ def test_a_description_must_make_sense(tmp_path, message):
 
 def test_out_must_be_new_and_local(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         DatasetBuilder(tmp_path / "out", SPEC)
     with pytest.raises(UserError, match="built on a local disk"):
         DatasetBuilder("s3://bucket/out", SPEC)

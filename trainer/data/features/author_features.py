@@ -1,8 +1,8 @@
-"""Side features of the authors of past visits, as a model keeps them.
+"""Side features of the authors of past visits, stored with the fitted features of a model.
 
-Histories hold the author of a visit and not what the author is. ``features.author_side`` names features that the visits
-of a history carry. Their values are read from the dataset's table of authors when the features are fitted, and saved
-with them, so scoring sees those that training saw.
+Histories hold the author's id of each visit but no features of the author. ``features.author_side`` names side features
+of authors that become inputs of the visits of a history. Their values are read from the dataset's table of authors when
+the features are fitted, and are saved with them, so that scoring uses the same values as training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AuthorSide:
     """Values of some side features by author.
 
     Attributes:
-        author_id: ``[authors]`` int64, each once.
+        author_id: distinct ids, ``[authors]`` int64.
         values: ``[authors, features]`` int32.
     """
 
@@ -35,26 +35,26 @@ class AuthorSide:
     _lines: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Line 0 is of authors that are not there; the others follow the numbers of the index.
+        # Line 0 stands for unknown authors; the other lines follow the numbers of the index.
         lines = np.zeros((len(self.author_id) + 1, self.values.shape[1]), np.int32)
         lines[self._index.add(self.author_id) + 1] = self.values
         object.__setattr__(self, "_lines", lines)
 
     def of(self, author_id: np.ndarray) -> np.ndarray:
-        """Values of authors ``[n]``, ``[n, features]`` int32; 0 (unknown) for those that are not there."""
+        """Return the values of authors ``[n]`` as ``[n, features]`` int32; 0 (unknown) for unknown authors."""
         return self._lines[self._index.find(author_id) + 1]
 
 
 def read_author_side(path: str, spec: DatasetSpec, names: Sequence[str]) -> AuthorSide:
-    """Side features of all authors of a dataset.
+    """Read side features of all authors of a dataset.
 
     Args:
-        path: of the dataset.
-        spec: its description.
-        names: of the features, each one of an author.
+        path: dataset, a local path or an fsspec URL.
+        spec: description of the dataset.
+        names: names of the features; all are side features of authors.
 
     Raises:
-        UserError: the dataset has no table of authors, or it lacks one of the features or has bad values of it.
+        UserError: the dataset has no table of authors, or a feature is missing there or has bad values.
     """
     file = storage.join(path, "authors.parquet")
     try:

@@ -1,4 +1,4 @@
-"""The dense inputs before standardisation: float columns of the rows and rates of the time-ordered statistics."""
+"""Dense inputs before standardisation: float columns of the rows, and rates from the time-ordered statistics."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from trainer.data.format.statistics import smoothed_rates
 
 
 def statistic_name(key: tuple[str, ...]) -> str:
-    """Name of a key of the statistics, such as ``stat:user*author``."""
+    """Return the name of a key of the statistics, such as ``stat:user*author``."""
     return "stat:" + "*".join(key)
 
 
 def smoothing_strength(prior: np.ndarray, smoothing: float) -> np.ndarray:
-    """Rows that the overall rate of each behaviour is worth: ``smoothing / (2 sqrt(p0 (1 - p0)))``, ``[behaviours]``.
+    """Return the weight of each behaviour's overall rate as a number of rows, ``[behaviours]``.
 
-    A row says little about a rare behaviour, so its rates are drawn more strongly towards the overall rate; where half
-    of the rows have the behaviour, it is by ``smoothing`` rows.
+    The weight is ``smoothing / (2 sqrt(p0 (1 - p0)))``. One row says little about a rare behaviour, so the rates of
+    rare behaviours are drawn more strongly towards the overall rate. If half of the rows have the behaviour, the weight
+    is ``smoothing`` rows.
 
     Args:
-        prior: ``[behaviours]``, overall rates p0, strictly between 0 and 1.
+        prior: overall rates p0, ``[behaviours]``, strictly between 0 and 1.
         smoothing: above 0.
     """
     return smoothing / (2 * np.sqrt(prior * (1 - prior)))
 
 
 class DenseInputs:
-    """Which dense inputs a model has, and their raw values.
+    """Computes the raw values of a model's dense inputs.
 
     Args:
-        spec: of the dataset.
-        config: which of them, and how rates are smoothed.
+        spec: description of the dataset.
+        config: the ``[features]`` section, which excludes inputs and sets the smoothing of rates.
 
     Attributes:
-        names: of the columns: the dense features, then ``stat:KEY:BEHAVIOUR`` (a logit) by key and behaviour, then
-            ``stat:KEY:rows`` (a logarithm) by key.
+        names: names of the columns: the dense features, then ``stat:KEY:BEHAVIOUR`` (a logit) by key and behaviour,
+            then ``stat:KEY:rows`` (a logarithm) by key.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig) -> None:
@@ -57,11 +58,11 @@ class DenseInputs:
         )
 
     def raw(self, rows: Rows, prior: np.ndarray) -> np.ndarray:
-        """Values of the inputs, ``[n, len(names)]`` float32.
+        """Return the values of the inputs, ``[n, len(names)]`` float32.
 
         Args:
-            rows: need ``dense``, ``stat`` and, for messages, ``visit_id``.
-            prior: ``[behaviours]``, overall rate of each behaviour.
+            rows: rows with ``dense``, ``stat`` and, for messages, ``visit_id`` and ``request_ms``.
+            prior: overall rate of each behaviour, ``[behaviours]``.
 
         Raises:
             UserError: a value is NaN or infinite.
@@ -81,6 +82,7 @@ class DenseInputs:
         return out
 
     def _refuse(self, values: np.ndarray, rows: Rows) -> None:
+        """Raise an error that names the first value which is not finite."""
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise UserError(
             f"dense feature {self.names[column]!r} is {values[row, column]} in visit {rows['visit_id'][row]} "

@@ -1,7 +1,7 @@
-"""From canonical rows and histories to model inputs: which tables there are, who reads them, and the ids of a batch.
+"""Maps canonical rows and histories to model inputs: declares tables and lookups, and fills the ids of a batch.
 
-Every feature is as of a time that the caller gives, by default the request; histories have no other kind of read, and
-the statistics of a row were counted when it was made (statistics.py).
+Every feature is as of a time that the caller gives, usually the request. Histories can only be read as of a time, and
+the statistics of a row were counted when the row was made (``trainer/data/format/statistics.py``).
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from trainer.data.format.history import Histories, HistorySlice
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows, SideFeature
 
 ACTION_BITS = 12
-"""A visit of a history tells which of the dataset's first so many behaviours happened in it."""
+"""Number of behaviours that are an input of a past visit: the first ones of the dataset, one bit each."""
 
 GAP_BUCKETS = 64
+"""Number of buckets for the age of a past visit."""
 
 DOMAIN_RANGE, ACTIONS_RANGE, AGE_RANGE = "domain", "behaviours of a past visit", "age of a past visit"
 PAST_DOMAIN_RANGE = "domain of a past visit"
-"""Ranges of the table ``side`` that belong to no side feature."""
+"""Names of the ranges of the table ``side`` that do not belong to a side feature."""
 
 
 class HistorySequence(NamedTuple):
-    """The lookups of one history.
+    """Lookups of one history.
 
     Attributes:
-        name: of the history.
-        keys: lookups with one id an entry, then the context with :func:`context_ids` ids an entry.
-        query: lookups of the candidate with the meaning of the keys, context left out.
-        max_length: most entries.
-        alike: features of the candidate that its context has too: lookup of the candidate, which of its ids, lookup of
-            an entry, which of its ids.
+        name: name of the history.
+        keys: lookups of an entry: item and author with one id per entry, then the context with several.
+        query: lookups of the candidate that correspond to the keys, without the context.
+        max_length: largest number of entries.
+        alike: features that candidate and entries share; each is the candidate's lookup, the position of the id in it,
+            the entry's lookup, and the position of the id in that one.
     """
 
     name: str
@@ -56,34 +57,34 @@ class HistorySequence(NamedTuple):
 
 
 class FeatureMap:
-    """Declares the tables and lookups of a model once, and makes its batches.
+    """Declares the tables and lookups of a model, and makes its batches.
 
-    The table ``side`` is packed: each side feature, the domain (where candidates have more than one) and the contexts
-    of a history's entries own a range of its rows; row 0 belongs to none.
+    The table ``side`` is packed: each side feature, the domain (if candidates have more than one) and the contexts of
+    history entries have a range of its rows. Row 0 belongs to no range.
 
     Args:
-        spec: of the dataset to read.
-        config: of the features.
-        fitted: what was learned from the training range.
-        behaviours: to predict, in this order; empty means all of the dataset.
+        spec: description of the dataset to read.
+        config: the ``[features]`` section of the job.
+        fitted: parameters that were learned from the training range.
+        behaviours: behaviours to predict, in this order; empty means all behaviours of the dataset.
 
     Attributes:
-        spec: of the dataset.
+        spec: as given.
         fitted: as given.
-        tables: ``user``, ``author``, ``item`` and ``side``, less those that nothing reads.
-        lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_context``.
+        tables: ``user``, ``author``, ``item`` and ``side``, without those that no lookup reads.
+        lookups: one for each of these tables, then ``H_item``, ``H_author`` and ``H_context`` for each history H.
         sequences: the histories.
-        behaviours: columns of ``label`` and ``mask``.
-        label_columns: where they are among the behaviours of the dataset.
-        base_rates: ``[behaviours]`` float64, in the training range.
-        author_side: features of their authors that visits of histories carry.
-        needs_space: whether a history searches by dot product.
-        dense_names: columns of ``dense``.
-        n_dense: how many they are.
-        layout: of its batches.
+        behaviours: behaviours in the columns of ``label`` and ``mask``.
+        label_columns: positions of these behaviours in the dataset.
+        base_rates: rates of the behaviours in the training range, ``[behaviours]`` float64.
+        author_side: side features of authors that are inputs of past visits.
+        needs_space: True if a history searches by dot product.
+        dense_names: names of the columns of ``dense``.
+        n_dense: number of columns of ``dense``.
+        layout: layout of the batches.
 
     Raises:
-        UserError: an unknown feature or behaviour, or the dataset differs from the one that was fitted on.
+        UserError: a feature or behaviour is unknown, or the dataset differs from the one that was fitted on.
     """
 
     def __init__(
@@ -139,21 +140,21 @@ class FeatureMap:
         )
 
     def prepare(self, histories: Histories, space: Space | None = None) -> None:
-        """Make ready to pack in this process and in those that it forks; not needed, and slower without."""
+        """Do the work that this process and its forked processes can share; optional, but packing is slower without."""
         self._sequences.prepare(histories, space)
 
     def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
-        """Model inputs of some rows, as two flat tensors.
+        """Return the model inputs of some rows, as two flat tensors.
 
         Args:
             rows: n canonical rows.
-            histories: of the dataset.
-            as_of_ms: ``[n]`` int64; histories hold what was known before, and the age of their entries counts from it.
+            histories: histories of the dataset.
+            as_of_ms: ``[n]`` int64; histories show visits known before this time, and their ages count from it.
             space: search vectors, for histories that search by dot product.
 
         Raises:
-            UserError: an id beyond a directly mapped table, a side value beyond its feature, or a dense value that is
-                NaN or infinite.
+            UserError: an id does not fit into a directly mapped table, a side value is outside the range of its
+                feature, or a dense value is NaN or infinite.
         """
         n = len(rows["visit_id"])
         slices = self.read_histories(rows, histories, as_of_ms, space)
@@ -191,11 +192,11 @@ class FeatureMap:
     def read_histories(
         self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None
     ) -> dict[str, HistorySlice]:
-        """The entries of each history of some rows, by name, as :meth:`pack` makes them inputs; arguments as there."""
+        """Return the entries of each history by name, the same that :meth:`pack` uses; it has the same arguments."""
         return self._sequences.read(rows, histories, as_of_ms, space)
 
     def _lengths(self, rows: int, slices: dict[str, HistorySlice]) -> dict[str, np.ndarray]:
-        """Lookup -> ids of each row, ``[rows]`` int64."""
+        """Return lookup -> number of ids of each row, ``[rows]`` int64."""
         lengths = {}
         for lookup in self.lookups:
             if lookup.length is not None:
@@ -208,14 +209,14 @@ class FeatureMap:
 
 
 class _PackedSide:
-    """The ranges of the table ``side``.
+    """Ranges of the packed table ``side``, and the ids that rows and history entries have in it.
 
     Attributes:
-        rows: of the table.
-        width: ids of a row of the batch.
-        context_ids: ids of a history entry's context: its behaviours, how long ago it was, and where histories have
-            them, its domain, its item's tag and its author's features.
-        alike: pairs of an id of a row and an id of a context that are the same feature.
+        rows: number of rows of the table.
+        width: number of ids of a row of the batch.
+        context_ids: number of ids in the context of a history entry: its behaviours and its age; depending on the
+            settings also its domain, the tag of its item and features of its author.
+        alike: features that rows and contexts share, as pairs of the position in each.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig, author_side: AuthorSide | None) -> None:
@@ -231,7 +232,7 @@ class _PackedSide:
             np.int64(ranges[name].start if name in ranges else 0)
             for name in (ACTIONS_RANGE, AGE_RANGE, PAST_DOMAIN_RANGE)
         )
-        # The tag of a past visit and its author's features are embedded as those of the candidate.
+        # A past visit's tag and features of its author use the rows of the candidate's tag and author.
         self._tag = np.int64(ranges[f"feature {spec.tag}"].start if config.tags else 0)
         self._author_side = author_side if config.author_side else None
         self._author_offsets = np.array([ranges[f"feature {name}"].start for name in config.author_side], np.int64)
@@ -271,15 +272,15 @@ class _PackedSide:
 
 
 def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, range]:
-    """Which rows of the table ``side`` belong to what, in order; row 0 to none.
+    """Return the ranges of rows of the table ``side`` by name, in order. Row 0 belongs to no range.
 
     Args:
-        layout: of the dataset, see :func:`trainer.data.features.fit.feature_layout`.
-        config: of the features.
+        layout: layout of the dataset, see :func:`trainer.data.features.fit.feature_layout`.
+        config: the ``[features]`` section of the job.
 
     Returns:
-        ``feature NAME`` for each side feature, :data:`DOMAIN_RANGE`, :data:`ACTIONS_RANGE`, :data:`AGE_RANGE` and
-        :data:`PAST_DOMAIN_RANGE`, those that the model has.
+        ``feature NAME`` for each side feature, and those of :data:`DOMAIN_RANGE`, :data:`ACTIONS_RANGE`,
+        :data:`AGE_RANGE` and :data:`PAST_DOMAIN_RANGE` that the model has.
     """
     sizes = {f"feature {name}": rows for name, rows in layout["side"] if name not in config.exclude}
     if len(layout["candidates"]) > 1 and "domain" not in config.exclude:
@@ -293,29 +294,30 @@ def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, r
 
 
 def gap_bucket(age_ms: np.ndarray) -> np.ndarray:
-    """Bucket of an age, in half octaves of seconds: edges at 0, 0.5, 1, 2, 3, 5, 7, 11, ... seconds.
+    """Return the bucket of an age, in half octaves of seconds: edges at 0, 0.5, 1, 2, 3, 5, 7, 11, ... seconds.
 
     Args:
-        age_ms: ``[n]`` int64, milliseconds; below 0 counts as 0.
+        age_ms: ``[n]`` int64, milliseconds; negative ages count as 0.
 
     Returns:
         ``[n]`` int32 in ``[0, GAP_BUCKETS)``.
     """
     seconds = (np.maximum(age_ms, 0) * np.float32(0.001)).astype(np.float32) + np.float32(1)
-    # Exponent and first bit of the mantissa: the same on every machine, which a logarithm at an edge need not be.
+    # Exponent and first bit of the mantissa are the same on every machine; a logarithm near an edge may not be.
     return np.minimum((seconds.view(np.int32) >> 22) - (127 << 1), GAP_BUCKETS - 1)
 
 
 def _split(flat: np.ndarray, sizes: list[int]) -> Iterator[np.ndarray]:
+    """Return consecutive parts of an array as views."""
     edges = np.cumsum([0, *sizes]).tolist()
     return (flat[start:stop] for start, stop in itertools.pairwise(edges))
 
 
 def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[str]) -> None:
-    """Every feature and behaviour that a job names is one of the dataset's.
+    """Check that the dataset has every feature and behaviour that a job names.
 
     Raises:
-        UserError: one is not; the nearest that is.
+        UserError: it does not have one; the message gives the nearest name or the list of names.
     """
     required = {name: history.require for name, history in config.history.items()}
     for key, names in (
@@ -339,20 +341,23 @@ def check_names(spec: DatasetSpec, config: FeatureConfig, behaviours: Sequence[s
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(f"features.exclude: the dataset has no feature {name!r}; did you mean {nearest!r}?")
     if config.tags and (not spec.tag or spec.tag in config.exclude):
-        why = f"{spec.tag!r} is excluded" if spec.tag else "the dataset was built without `tag`"
-        raise UserError(f"features.tags = true: histories have no tags, {why}")
+        why = f"{spec.tag!r} is in features.exclude" if spec.tag else "the dataset was built without `tag`"
+        raise UserError(f"features.tags = true: histories have no tags, because {why}")
     of_authors = [side.name for side in spec.side if side.of == "author"]
     for name in config.author_side:
         if name not in of_authors:
             raise UserError(
-                f"features.author_side: {name!r} is no side feature of the dataset's authors; "
+                f"features.author_side: {name!r} is not a side feature of the dataset's authors; "
                 f"they have {', '.join(of_authors) or 'none'}"
             )
         if name in config.exclude:
-            raise UserError(f"features.author_side: {name!r} is excluded")
+            raise UserError(
+                f"features.author_side: {name!r} is also in features.exclude; remove it from one of the two"
+            )
 
 
 def _check_layout(spec: DatasetSpec, fitted: FittedFeatures) -> None:
+    """Check that the dataset has the names and sizes of the one on which the features were fitted."""
     ours = feature_layout(spec)
     for part, theirs in fitted.layout.items():
         if ours.get(part) != theirs:

@@ -1,6 +1,6 @@
-"""What the features learn from the training range before training: base rates, scales and vocabularies.
+"""Fitting of the features on the training range: base rates, scales and vocabularies.
 
-It is fitted once, saved with the run, and used unchanged by whatever evaluates or scores with that run.
+The features are fitted once, before training, and saved with the run. Evaluation and scoring use them unchanged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trainer.data.format.shards import RowStore
 from trainer.data.format.time_selection import Selection
 
 ID_TABLES: tuple[str, ...] = ("user", "author", "item")
-"""Tables of ids; the id column of table T is ``T_id``, in rows and in histories."""
+"""Embedding tables of ids; the id column of table T is ``T_id``, in rows and in histories."""
 
 SAMPLE_ROWS = 2_000_000
-"""Base rates and scales are fitted on about so many rows: whole records, evenly spaced over the range."""
+"""Approximate number of rows on which base rates and scales are fitted: whole records, evenly spaced over the range."""
 
 _SAME = 1e-9
-"""Inputs are float32: what deviates from its mean by less, relatively, only does so by rounding."""
+"""Relative deviation below which an input counts as constant: in float32 it is only rounding."""
 
 _USERS_AT_ONCE = 256
 
@@ -40,16 +40,16 @@ _JSON_FILE, _ARRAY_FILE, _AUTHOR_FILE = "features.json", "vocabularies.npz", "au
 
 @dataclass(frozen=True)
 class FittedFeatures:
-    """Everything about the features that came from data.
+    """Parameters of the features that are learned from data.
 
     Attributes:
-        layout: names and sizes of the dataset that it was fitted on; another dataset must have the same.
+        layout: names and sizes of the dataset on which they were fitted; another dataset must have the same ones.
         table_rows: rows of the tables ``user``, ``author`` and ``item``.
-        prior: ``[behaviours]`` float64, base rate of each behaviour, strictly between 0 and 1.
-        mean: ``[n_dense]`` float64, of the dense inputs.
-        deviation: ``[n_dense]`` float64, above 0; 1 for an input that does not vary.
-        vocabularies: table -> known ids ascending, int64; tables that are looked up.
-        author_side: of past visits' authors; None if histories carry none.
+        prior: base rate of each behaviour, ``[behaviours]`` float64, strictly between 0 and 1.
+        mean: means of the dense inputs, ``[n_dense]`` float64.
+        deviation: standard deviations of the dense inputs, ``[n_dense]`` float64, above 0; 1 for a constant input.
+        vocabularies: table -> known ids in ascending order, int64; only tables with ``ids = "lookup"``.
+        author_side: side features of the authors of past visits; None if histories have none.
     """
 
     layout: dict[str, Any]
@@ -75,10 +75,10 @@ class FittedFeatures:
 
     @staticmethod
     def load(directory: str | Path) -> FittedFeatures:
-        """Read what :meth:`save` wrote.
+        """Read the files that :meth:`save` wrote.
 
         Raises:
-            UserError: it is not there.
+            UserError: a file is missing.
         """
         try:
             text = json.loads((Path(directory) / _JSON_FILE).read_text())
@@ -102,7 +102,7 @@ class FittedFeatures:
 
 
 def feature_layout(spec: DatasetSpec) -> dict[str, Any]:
-    """What two datasets must have in common for one model, as JSON types."""
+    """Return the names and sizes that two datasets must share to be used with one model, as JSON types."""
     return {
         "behaviours": list(spec.behaviours),
         "candidates": list(spec.candidates),
@@ -115,18 +115,18 @@ def feature_layout(spec: DatasetSpec) -> dict[str, Any]:
 def fit_features(
     spec: DatasetSpec, store: RowStore, histories: Histories, config: FeatureConfig, selection: Selection
 ) -> FittedFeatures:
-    """Fit the features on the rows of a training range. Deterministic; reads no row outside the range.
+    """Fit the features on the rows of a training range. The result is deterministic and uses no row outside the range.
 
     Args:
-        spec: of the dataset.
-        store: its rows.
-        histories: its histories; read only for tables that are looked up, as of the end of the range.
-        config: of the features.
+        spec: description of the dataset.
+        store: rows of the dataset.
+        histories: histories of the dataset; read as of the end of the range, and only if a table has ids = "lookup".
+        config: the ``[features]`` section of the job.
         selection: the training range.
 
     Raises:
-        UserError: no rows in the range, a dense value that is NaN or infinite, ids that do not fit their table, or no
-            table of the authors where histories carry their features.
+        UserError: the range has no rows, a dense value is NaN or infinite, ids do not fit their table, or histories
+            have features of authors and the dataset has no table of authors.
     """
     vocabularies = _vocabularies(spec, store, histories, config, selection)
     sizes = {name: table_rows(name, getattr(config, name), spec, len(vocabularies.get(name, ()))) for name in ID_TABLES}
@@ -138,7 +138,13 @@ def fit_features(
 
 
 def _selected(store: RowStore, selection: Selection, limit: int | None) -> Iterator[Rows]:
-    """Selected rows record by record; with a limit, of evenly spaced records that have about that many rows."""
+    """Yield the selected rows, record by record.
+
+    Args:
+        store: rows of the dataset.
+        selection: rows to select.
+        limit: read only evenly spaced records, with about this number of rows together; None reads all.
+    """
     records: list[tuple[int, int]] = []
     rows = 0
     for partition in range(store.partitions):
@@ -157,6 +163,7 @@ def _selected(store: RowStore, selection: Selection, limit: int | None) -> Itera
 
 
 def _prior(spec: DatasetSpec, store: RowStore, selection: Selection) -> np.ndarray:
+    """Return the base rate of each behaviour over the rows where it can happen, ``[behaviours]``."""
     positives, shown, rows = np.zeros(len(spec.behaviours)), np.zeros(len(spec.behaviours)), 0
     for columns in _selected(store, selection, SAMPLE_ROWS):
         positives += (columns["label"] & columns["mask"]).sum(axis=0)
@@ -172,7 +179,10 @@ def _prior(spec: DatasetSpec, store: RowStore, selection: Selection) -> np.ndarr
 def _moments(
     inputs: DenseInputs, store: RowStore, selection: Selection, prior: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the dense inputs, merged record by record (Chan, Golub and LeVeque, 1979)."""
+    """Return mean and standard deviation of the dense inputs, each ``[n_dense]``.
+
+    They are merged record by record with the update of Chan, Golub and LeVeque (1979).
+    """
     count, mean, squares = 0, np.zeros(len(inputs.names)), np.zeros(len(inputs.names))
     for columns in _selected(store, selection, SAMPLE_ROWS):
         values = inputs.raw(columns, prior).astype(np.float64)
@@ -191,7 +201,10 @@ def _moments(
 def _vocabularies(
     spec: DatasetSpec, store: RowStore, histories: Histories, config: FeatureConfig, selection: Selection
 ) -> dict[str, np.ndarray]:
-    """Ids of the tables that are looked up, in training rows and in what their users watched before the range ended."""
+    """Return the known ids of each table with ``ids = "lookup"``.
+
+    They come from the training rows, and from the visits of their users that ended before the end of the range.
+    """
     tables = [name for name in ID_TABLES if getattr(config, name).ids == "lookup"]
     if not tables:
         return {}
@@ -218,12 +231,13 @@ def _vocabularies(
 
 
 class _Tally:
-    """Counts distinct ids."""
+    """Counts how often each id occurs."""
 
     def __init__(self) -> None:
         self._index, self._counts = IdIndex(), np.zeros(1024, np.int64)
 
     def add(self, ids: np.ndarray) -> None:
+        """Count ids, ``[n]`` int64."""
         numbers = self._index.add(ids)
         if len(self._index) > len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(len(self._index), np.int64)])
@@ -231,8 +245,10 @@ class _Tally:
 
     @property
     def ids(self) -> np.ndarray:
+        """Distinct ids in the order of their first occurrence."""
         return self._index.ids
 
     @property
     def counts(self) -> np.ndarray:
+        """Count of each id of :attr:`ids`."""
         return self._counts[: len(self._index)]

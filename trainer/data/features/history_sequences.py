@@ -1,7 +1,7 @@
-"""Which entries of the users' histories go into a batch: each history's search, as of the rows' times.
+"""Selects the entries of the users' histories that go into a batch: runs each history's search as of the rows' times.
 
-Searches that depend on the candidate look at every entry of a history. What they need of an entry lies in flat columns:
-its ids, or where a table is not mapped directly, the rows of the ids, worked out once where the columns do not change.
+Searches that depend on the candidate look at every entry of a history. They read flat columns: the ids of the entries
+or, if a table is not mapped directly, the rows of these ids, which are computed once if the columns do not change.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ Space = Mapping[str, np.ndarray]
 """Table -> search vectors of its rows, see ``modules.search.search.SearchVectors.values``."""
 
 
-class _Read(NamedTuple):
-    """One history: its search, code of the domain (None for both), most entries, and bits of the behaviours."""
+class _HistoryRead(NamedTuple):
+    """Settings of one history.
+
+    Attributes:
+        search: ``latest``, ``top`` or ``author``.
+        domain: code of the domain; None for both.
+        length: largest number of entries.
+        require: bits of the behaviours of which an entry must have one; 0 accepts all entries.
+    """
 
     search: str
     domain: int | None
@@ -35,14 +42,14 @@ class HistoryReader:
     """Reads the histories that a job declares.
 
     Args:
-        spec: of the dataset.
-        config: of the features.
-        ids: table -> how its ids become rows.
+        spec: description of the dataset.
+        config: the ``[features]`` section of the job.
+        ids: table -> map from its ids to rows.
     """
 
     def __init__(self, spec: DatasetSpec, config: FeatureConfig, ids: Mapping[str, IdMap]) -> None:
         self._reads = {
-            name: _Read(
+            name: _HistoryRead(
                 history.search,
                 None if history.domain == "both" else DOMAINS.index(history.domain),
                 history.length,
@@ -54,24 +61,25 @@ class HistoryReader:
         self._columns: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def prepare(self, histories: Histories, space: Space | None) -> None:
-        """Do what worker processes would each do by themselves: compile the searches, and map columns that stay."""
+        """Compile the searches and map columns that do not change, so that worker processes need not do it each."""
         for name in self._tables:
             column = histories.column(f"{name}_id")
             if self._ids[name].mapping != "direct" and not column.flags.writeable:
                 self._columns[name] = column, self._column(name, column).astype(np.int32)
+        # A read of no rows compiles the kernels.
         nobody = np.zeros(0, np.int64)
         self.read({f"{name}_id": nobody for name in ("user", "author", "item")}, histories, nobody, space)
 
     def read(
         self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None
     ) -> dict[str, HistorySlice]:
-        """The entries of each history for n rows, oldest first.
+        """Return the entries of each history for n rows, oldest first.
 
         Args:
-            rows: with ``user_id``, and of the candidate ``author_id`` and ``item_id``, each ``[n]`` int64.
-            histories: of the dataset.
-            as_of_ms: ``[n]`` int64; only what was known before is looked at.
-            space: of the dot products; None if no history needs it.
+            rows: ``user_id``, and ``author_id`` and ``item_id`` of the candidate, each ``[n]`` int64.
+            histories: histories of the dataset.
+            as_of_ms: ``[n]`` int64; only visits known before this time are read.
+            space: search vectors for dot products; None if no history needs them.
         """
         slices = {}
         first = stop = np.empty((0, len(DOMAINS)), np.int64)
@@ -103,10 +111,11 @@ class HistoryReader:
     def _top(
         self, first: np.ndarray, stop: np.ndarray, length: int, rows: Rows, histories: Histories, space: Space
     ) -> SearchResult:
+        """Search the runs ``[first, stop)`` for the entries with the largest dot product with the candidate."""
         columns = [self._known_column(name, histories) for name in self._tables]
         at = None
         if any(column is None for column in columns):
-            # Columns that grow: what these runs need of them is copied.
+            # Columns of growing histories are not mapped ahead: copy the entries of these runs and map them now.
             at, lengths = gsu.latest(first, stop, int((stop - first).max(initial=0)))
             columns = [self._column(name, histories.column(f"{name}_id")[at]) for name in self._tables]
             stop = np.cumsum(lengths)
@@ -120,7 +129,7 @@ class HistoryReader:
         return found if at is None else SearchResult(at[found.at], found.lengths)
 
     def _known_column(self, name: str, histories: Histories) -> np.ndarray | None:
-        """:meth:`_column` of all entries, where it is there already."""
+        """Return :meth:`_column` of all entries if it needs no mapping or was mapped by :meth:`prepare`, else None."""
         ids = histories.column(f"{name}_id")
         if self._ids[name].mapping == "direct":
             return ids
@@ -128,7 +137,7 @@ class HistoryReader:
         return known[1] if known is not None and known[0] is ids else None
 
     def _column(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Ids themselves where their row is the one after them, otherwise their rows; int64."""
+        """Return the ids themselves if the table is mapped directly (row = id + 1), otherwise their rows; int64."""
         if self._ids[name].mapping == "direct":
             return ids
         rows = np.empty(len(ids), np.int64)

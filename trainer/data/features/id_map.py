@@ -1,4 +1,7 @@
-"""From ids to rows of a table: direct, hashed, or looked up; row 0 is the unknown id. Dynamic ids stay as they are."""
+"""Maps ids to rows of a table: directly, by hash, or by a vocabulary. Row 0 is the unknown id.
+
+Ids of dynamic tables are not mapped here: the table itself assigns their rows.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from trainer.data.format.schema import DatasetSpec
 
 
 class IdMap:
-    """Maps the ids of one table to its rows, vectorised.
+    """Maps arrays of ids of one table to its rows.
 
     Args:
-        name: of the table, for messages; it also salts the hash, so that tables collide differently.
-        mapping: see ``feature_config.TableConfig.ids``.
-        rows: of the table.
-        vocabulary: known ids, ascending and distinct; for ``lookup`` only. The k-th has row ``k + 1``.
+        name: name of the table, for messages; it also salts the hash, so that collisions differ between tables.
+        mapping: ``ids`` of the table, see ``TableConfig`` in ``trainer.config.features``.
+        rows: number of rows of the table.
+        vocabulary: distinct known ids in ascending order, for ``lookup`` only. The k-th of them has row ``k + 1``.
     """
 
     def __init__(self, name: str, mapping: IdMapping, rows: int, vocabulary: np.ndarray | None = None) -> None:
@@ -30,14 +33,14 @@ class IdMap:
             self._index.add(vocabulary)
 
     def __call__(self, ids: np.ndarray, out: np.ndarray) -> None:
-        """Write the row of each id, in ``[0, rows)``; of a dynamic table the id, whose row the table itself knows.
+        """Write the row of each id, in ``[0, rows)``; for a dynamic table, write the id itself.
 
         Args:
             ids: ``[n]`` int64.
-            out: ``[n]`` int64, contiguous.
+            out: ``[n]`` int64, contiguous; written.
 
         Raises:
-            UserError: ``direct`` and an id is negative or has no row.
+            UserError: the mapping is ``direct``, and an id is negative or too large for the table.
         """
         if not len(ids):
             return
@@ -46,8 +49,8 @@ class IdMap:
             if low < 0 or high + 1 >= self.rows:
                 wrong = low if low < 0 else high
                 raise UserError(
-                    f"{self.name} id {wrong} is outside table {self.name!r}, whose {self.rows} rows take ids 0 to "
-                    f"{self.rows - 2}; give it more rows, or map its ids by 'hash' or 'lookup'"
+                    f"{self.name} id {wrong} is outside table {self.name!r}: its {self.rows} rows accept ids 0 to "
+                    f"{self.rows - 2}; give the table more rows, or map its ids by 'hash' or 'lookup'"
                 )
             np.add(ids, 1, out=out)
         elif self.mapping == "hash":
@@ -59,17 +62,17 @@ class IdMap:
 
 
 def hash_salt(table: str) -> np.uint64:
-    """What a table's hash mixes into ids, so that tables collide differently."""
+    """Return the salt that a table's hash mixes into ids, so that collisions differ between tables."""
     return np.uint64(zlib.crc32(table.encode()) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
 
 
 def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> None:
-    """splitmix64's finaliser of the salted id; its upper half scaled to ``[1, rows)`` (Lemire, 2019).
+    """Write the row of each id: the splitmix64 finaliser of the salted id, scaled to ``[1, rows)`` (Lemire, 2019).
 
     Args:
         ids: ``[n]`` int64.
-        salt: of the table.
-        rows: of the table, row 0 included.
+        salt: salt of the table.
+        rows: number of rows of the table, including row 0.
         out: ``[n]`` int64, contiguous; written.
     """
     mixed = out.view(np.uint64)
@@ -79,7 +82,7 @@ def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> N
         np.right_shift(mixed, np.uint64(shift), out=scratch)
         mixed ^= scratch
         mixed *= np.uint64(factor)
-    # The finaliser's last step, mixed ^ mixed >> 31, leaves the upper 31 bits as they are.
+    # The last step of the finaliser, mixed ^ mixed >> 31, is left out: it does not change the upper 31 bits.
     mixed >>= np.uint64(32)
     mixed *= np.uint64(rows - 1)
     mixed >>= np.uint64(32)
@@ -87,16 +90,16 @@ def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> N
 
 
 def table_rows(name: str, config: TableConfig, spec: DatasetSpec, known_ids: int) -> int:
-    """Rows of a table, row 0 included.
+    """Return the number of rows of a table, including row 0.
 
     Args:
         name: ``user``, ``author`` or ``item``.
-        config: of the table.
-        spec: of the training data.
-        known_ids: size of its vocabulary, for ``lookup``.
+        config: settings of the table.
+        spec: description of the training data.
+        known_ids: size of the vocabulary, for ``lookup``.
 
     Raises:
-        UserError: ``direct`` and the dataset's ids do not fit, or there are no ids known of.
+        UserError: the mapping is ``direct`` and the ids of the dataset do not fit into the table.
     """
     if config.ids == "lookup":
         return known_ids + 1
@@ -106,7 +109,7 @@ def table_rows(name: str, config: TableConfig, spec: DatasetSpec, known_ids: int
     needed = spec.ids[name].max + 2
     if config.rows is not None and config.rows < needed:
         raise UserError(
-            f"features.{name}.rows = {config.rows}: the {name} ids of this dataset reach {spec.ids[name].max}, so "
-            f"direct ids need {needed} rows; or map them by 'hash' or 'lookup'"
+            f"features.{name}.rows = {config.rows}: the largest {name} id of this dataset is {spec.ids[name].max}, so "
+            f"direct ids need {needed} rows; give the table as many, or map its ids by 'hash' or 'lookup'"
         )
     return config.rows or needed

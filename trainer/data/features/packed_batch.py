@@ -1,4 +1,4 @@
-"""The two flat buffers in which a batch travels between processes, and what lies where in them."""
+"""Batches as two flat buffers, in which they travel between processes, and the layout of these buffers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """What a batch is made of, known to its sender and to its receiver.
+    """Layout of the batches, which sender and receiver both know.
 
     Attributes:
-        keys: names of the lookups of each embedding dimension.
-        n_dense: columns of ``dense``.
-        behaviours: columns of ``label`` and ``mask``.
+        keys: for each embedding dimension, the names of its lookups.
+        n_dense: number of columns of ``dense``.
+        behaviours: number of columns of ``label`` and ``mask``.
     """
 
     keys: tuple[tuple[str, ...], ...]
@@ -24,7 +24,7 @@ class BatchLayout:
     behaviours: int
 
     def integer_sizes(self, rows: int, ids_per_key: dict[str, int]) -> list[int]:
-        """Lengths of the parts of :attr:`PackedBatch.integers`, in order."""
+        """Return the lengths of the parts of :attr:`PackedBatch.integers`, in order."""
         sizes: list[int] = []
         for keys in self.keys:
             sizes += [ids_per_key[key] for key in keys]
@@ -32,18 +32,18 @@ class BatchLayout:
         return [*sizes, rows, rows, rows]
 
     def float_sizes(self, rows: int) -> list[int]:
-        """Lengths of the parts of :attr:`PackedBatch.floats`, in order."""
+        """Return the lengths of the parts of :attr:`PackedBatch.floats`, in order."""
         return [rows * self.n_dense, rows * self.behaviours, rows * self.behaviours]
 
 
 class PackedIds(NamedTuple):
-    """Ids of one embedding dimension, views of a packed batch.
+    """Ids of one embedding dimension, as views of a packed batch.
 
     Attributes:
         keys: names of the lookups.
-        values: ``[ids]`` int64, key by key.
-        lengths: ``[keys * rows]`` int64, key by key: ids of each row.
-        offsets: where in ``values`` the ids of each key begin, and their end.
+        values: ids, key by key, ``[ids]`` int64.
+        lengths: number of ids of each row, key by key, ``[keys * rows]`` int64.
+        offsets: position in ``values`` where the ids of each key begin, and the end of the last.
     """
 
     keys: tuple[str, ...]
@@ -54,12 +54,12 @@ class PackedIds(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch as two flat tensors: what crosses from a worker process costs two handles, whatever is in it.
+    """A batch as two flat tensors, so that a worker process hands over only two handles, whatever the features are.
 
     Attributes:
-        integers: int64; for each embedding dimension the ids key by key and then the lengths key by key; then
+        integers: int64. For each embedding dimension, the ids key by key and then the lengths key by key; at the end
             ``user_id``, ``visit_id`` and ``request_ms``.
-        floats: float32; ``dense``, ``label`` and ``mask``, each row by row.
+        floats: float32. ``dense``, ``label`` and ``mask``, each row by row.
         rows: number of rows.
         ids_per_key: lookup name -> number of ids.
         skipped_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
@@ -72,11 +72,11 @@ class PackedBatch:
     skipped_rows: int = 0
 
     def pin_memory(self) -> PackedBatch:
-        """The buffers in page-locked memory; ``DataLoader`` calls this."""
+        """Return the batch with its buffers in page-locked memory; ``DataLoader`` calls this method."""
         return replace(self, integers=self.integers.pin_memory(), floats=self.floats.pin_memory())
 
     def ids(self, layout: BatchLayout) -> list[PackedIds]:
-        """The ids of each embedding dimension."""
+        """Return the ids of each embedding dimension."""
         bounds = np.cumsum([0, *layout.integer_sizes(self.rows, self.ids_per_key)]).tolist()
         groups, at = [], 0
         for keys in layout.keys:
@@ -87,7 +87,10 @@ class PackedBatch:
         return groups
 
     def columns(self, layout: BatchLayout) -> dict[str, Tensor]:
-        """``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask``; see ``batch.RankingBatch``."""
+        """Return the columns ``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask`` as views.
+
+        Their shapes are those of :class:`trainer.data.loading.batch.RankingBatch`.
+        """
         user_id, visit_id, request_ms = self.integers[len(self.integers) - 3 * self.rows :].view(3, self.rows)
         dense, label, mask = self.floats.split(layout.float_sizes(self.rows))
         return {

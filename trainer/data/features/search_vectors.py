@@ -1,10 +1,10 @@
-"""The vectors that histories are searched with: two versions, in memory that a rank shares with its loader's processes.
+"""Search vectors for histories: two versions, in memory that a rank shares with its loader's worker processes.
 
-Version 0 is there from the start, version k is a copy of the tables after step ``k * refresh_steps``. Batches are made
-ahead of their step, by processes that do not wait for it; which version a batch is searched with must not depend on how
-far ahead. So the batches of steps ``k * refresh_steps + 1`` to ``(k + 1) * refresh_steps`` use version ``k - 1``: made
-long before, however many are prefetched, and the same after a resume. When version k is written, into the place of
-``k - 2``, the last batch that used that one has been trained on.
+Version 0 exists from the start; version k is a copy of the tables after step ``k * refresh_steps``. Workers make
+batches ahead of their step and do not wait for it, and the version that a batch uses must not depend on how far ahead
+it is made. So the batches of steps ``k * refresh_steps + 1`` to ``(k + 1) * refresh_steps`` use version ``k - 1``. That
+version was written long before, however many batches are prefetched, and it is the same after a resume. Version k
+overwrites version ``k - 2``; by then the last batch that used ``k - 2`` has been trained on.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from modules.search.search import padded_width
 from trainer.console.errors import UserError
 
 BYTE_RANGE = 127
-"""The largest absolute value of a version becomes so much as int8."""
+"""Int8 value that stands for the largest absolute value of a version."""
 
 HALF_LIMIT = 65504.0
-"""The largest float16; what is larger is stored as this."""
+"""Largest finite float16; larger values are stored as this one."""
 
 
 class SpaceTable(NamedTuple):
-    """The search vectors of one table.
+    """Size of the search vectors of one table.
 
     Attributes:
-        rows: of the table.
-        dim: of its embeddings.
+        rows: number of rows of the table.
+        dim: number of elements of an embedding.
     """
 
     rows: int
@@ -44,15 +44,15 @@ class SearchSpace:
     """Search vectors of all tables, in two versions.
 
     Args:
-        tables: name -> sizes, in the first version.
-        later: likewise in all others; the same unless the first version is made of something else.
+        tables: name -> size of each table in the first version.
+        later: name -> size in all later versions; different if the first version has another source.
         dtype: ``float16`` or ``int8``.
-        refresh_steps: between two versions; 0 if the first one stays.
-        forked: whether processes forked before a version is put are to see it.
+        refresh_steps: steps between two versions; 0 if the first version is never replaced.
+        forked: True if processes forked before a version is written must see it.
 
     Attributes:
         refresh_steps: as given.
-        newest: version that was put last; -1 before the first.
+        newest: version that was written last; -1 before the first.
     """
 
     def __init__(
@@ -73,11 +73,14 @@ class SearchSpace:
         ]
 
     def tables(self, version: int) -> dict[str, SpaceTable]:
-        """The tables of a version and their sizes."""
+        """Return the tables of a version and their sizes."""
         return self._tables[version > 0]
 
     def at(self, version: int) -> dict[str, np.ndarray]:
-        """Table -> ``[rows, padded width]`` of a version; views, valid until the version after the next is put."""
+        """Return table -> vectors ``[rows, padded width]`` of a version.
+
+        The arrays are views; they are valid until the version after the next is written.
+        """
         flat, views, begin = self._places[version % len(self._places)], {}, 0
         for name, table in self.tables(version).items():
             width = padded_width(table.dim)
@@ -86,26 +89,29 @@ class SearchSpace:
         return views
 
     def version_of(self, step: int) -> int:
-        """The version that a batch is searched with; ``step`` are the steps done before its own."""
+        """Return the version that a batch uses; ``step`` is the number of steps done before the step of the batch."""
         return max(step // self.refresh_steps - 1, 0) if self.refresh_steps else 0
 
     def is_due(self, step: int) -> bool:
-        """Whether a version has to be put after so many steps."""
+        """True if a new version must be written after ``step`` steps."""
         return self.refresh_steps > 0 and step > 0 and step % self.refresh_steps == 0
 
     def quantised(self, values: np.ndarray, largest: float) -> np.ndarray:
-        """Values as the space stores them.
+        """Convert values to the type of the search vectors.
 
         Args:
             values: float32, finite.
-            largest: absolute value of the version, over all tables: int8 is scaled by it.
+            largest: largest absolute value of the version over all tables; int8 values are scaled by it.
         """
         if self._dtype == np.int8:
             return np.rint(values * (BYTE_RANGE / largest if largest > 0 else 0.0)).astype(np.int8)
         return np.clip(values, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
 
     def check_prefetch(self, ahead: int) -> None:
-        """A version must be there before the first batch that is made with it.
+        """Check that each version is written before the first batch that uses it is made.
+
+        Args:
+            ahead: largest number of batches made ahead of the step that was done last.
 
         Raises:
             UserError: too many batches are made ahead.
@@ -113,11 +119,11 @@ class SearchSpace:
         if self.refresh_steps and ahead > self.refresh_steps:
             raise UserError(
                 f"features.search.refresh_steps = {self.refresh_steps} is less than the {ahead} batches made ahead; "
-                "take more steps, or less data.workers or data.prefetch"
+                "raise it, or lower data.workers or data.prefetch"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The versions that are there, copied: version -> table -> tensor. Empty before the first."""
+        """Return copies of the existing versions: version -> table -> tensor. Empty before the first version."""
         versions = range(max(self.newest - len(self._places) + 1, 0), self.newest + 1)
         return {
             str(version): {name: torch.from_numpy(values.copy()) for name, values in self.at(version).items()}
@@ -125,36 +131,42 @@ class SearchSpace:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from :meth:`state_dict`.
+        """Restore the versions of a :meth:`state_dict`.
 
         Raises:
-            UserError: it has other tables.
+            UserError: the saved tables have other names or sizes.
         """
         for version, tables in sorted((int(key), tables) for key, tables in state.items()):
             here = self.at(version)
             shapes = {name: tuple(values.shape) for name, values in tables.items()}
             if shapes != {name: values.shape for name, values in here.items()}:
-                raise UserError(f"the checkpoint's search vectors are {shapes}, those of this job are of other tables")
+                raise UserError(
+                    f"the checkpoint has search vectors {shapes}; this job needs "
+                    f"{ ({name: values.shape for name, values in here.items()}) }"
+                )
             for name, values in tables.items():
                 here[name][:] = values.numpy()
             self.newest = version
 
 
 def _values(table: SpaceTable) -> int:
-    """Values that a table takes; the next one begins with a cache line, as a vector should not lie on one more."""
+    """Return the number of values that a table takes, rounded up so that the next table starts at a cache line.
+
+    Otherwise vectors would cross one more cache line than necessary.
+    """
     return -(-table.rows * padded_width(table.dim) // CACHE_LINE) * CACHE_LINE
 
 
 def _memory(size: int, forked: bool) -> mmap.mmap:
-    """Anonymous; in large pages where the system lets it, as vectors are read all over it."""
-    # Shared memory has large pages only if the administrator says so (shmem_enabled); a process's own has them mostly.
+    """Return anonymous memory, in large pages if the system allows it: searches read it in random order."""
+    # Shared memory gets large pages only if the administrator enables them (shmem_enabled); private memory mostly does.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if forked else mmap.MAP_PRIVATE))
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def stored_space(state: Mapping[str, Mapping[str, Tensor]]) -> SearchSpace:
-    """The newest version of a :meth:`SearchSpace.state_dict`, to be read only."""
+    """Return a read-only search space with the newest version of a :meth:`SearchSpace.state_dict`."""
     newest = state[max(state, key=int)]
     tables = {name: SpaceTable(*values.shape) for name, values in newest.items()}
     dtype = str(next(iter(newest.values())).numpy().dtype)

@@ -1,4 +1,4 @@
-"""A batch of model inputs, as TorchRec takes them."""
+"""A batch of model inputs in TorchRec's types."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 
 ReadPosition = dict[int, list[int]]
-"""Partition -> ``[epoch, window, offset]``: rows consumed so far. The keys are the partitions of one rank; the union
-over the ranks is the position of the job (plan.py)."""
+"""Partition -> ``[epoch, window, offset]``: the rows consumed so far. The keys are the partitions of one rank; the
+union over all ranks is the position of the job (``trainer/data/loading/batch_plan.py``)."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,19 @@ class RankingBatch:
     """Inputs and labels of some exposures.
 
     Attributes:
-        ids: table rows, one ``KeyedJaggedTensor`` (int64 values and lengths) for each embedding dimension, in the
-            order of ``modules.embeddings.group_lookups``.
+        ids: rows of the tables, one ``KeyedJaggedTensor`` (int64 values and lengths) for each embedding dimension, in
+            the order of ``modules.embeddings.group_lookups``.
         dense: ``[rows, n_dense]`` float32, standardised.
-        label: ``[rows, behaviours]`` float32, 0 or 1; 0 where masked.
-        mask: ``[rows, behaviours]`` float32, 1 where the label counts.
+        label: ``[rows, behaviours]`` float32, 0 or 1; 0 if masked.
+        mask: ``[rows, behaviours]`` float32, 1 if the label counts.
         user_id: ``[rows]`` int64.
         visit_id: ``[rows]`` int64.
         request_ms: ``[rows]`` int64, milliseconds UTC.
-        rows: number of rows; 0 is allowed.
-        position: where this rank stands after the batch.
+        rows: number of rows, possibly 0.
+        position: position of this rank after the batch.
         skipped_rows: rows of corrupt records that would have been in this batch.
-        slow: ``[rows]`` bool, which rows are of kind ``slow`` and take back what an earlier one denied; None: none is.
+        slow: ``[rows]`` bool, True for rows of kind ``slow``, which correct a negative label of an earlier row; None if
+            the batch has no such rows.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -48,22 +49,23 @@ class RankingBatch:
     slow: Tensor | None = None
 
     def _tensors(self) -> dict[str, Tensor]:
+        """Return the attributes that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device, non_blocking: bool = False) -> RankingBatch:
-        """The batch on a device; ``non_blocking`` copies overlap with the host when the batch is pinned."""
+        """Return the batch on a device; with ``non_blocking``, copies of a pinned batch overlap with the host."""
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
         }
         return replace(self, ids=[keyed.to(device, non_blocking=non_blocking) for keyed in self.ids], **moved)
 
     def pin_memory(self) -> RankingBatch:
-        """The batch in page-locked memory."""
+        """Return the batch in page-locked memory."""
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
         return replace(self, ids=[keyed.pin_memory() for keyed in self.ids], **pinned)
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the memory of the batch until the work queued on ``stream`` is done."""
+        """Keep the memory of the batch until the work that is queued on ``stream`` is done."""
         for keyed in self.ids:
             keyed.record_stream(stream)
         for tensor in self._tensors().values():
@@ -71,9 +73,9 @@ class RankingBatch:
 
 
 def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> RankingBatch:
-    """The batch as views of the two buffers."""
+    """Return a batch whose tensors are views of the two packed buffers."""
     ids = [
-        # The sizes of the keys are known here; without them TorchRec would sum lengths on the device and wait.
+        # Without the sizes of the keys, TorchRec would sum the lengths on the device and wait for the result.
         KeyedJaggedTensor(
             keys=list(group.keys),
             values=group.values,
@@ -94,6 +96,6 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
 
 
 def empty_batch(layout: BatchLayout) -> RankingBatch:
-    """A batch of no rows, for a rank that has run out while others go on."""
+    """Return a batch without rows, for a rank that has no more rows while other ranks still have some."""
     no_ids = {key: 0 for keys in layout.keys for key in keys}
     return unpack(PackedBatch(torch.empty(0, dtype=torch.int64), torch.empty(0), 0, no_ids), layout, {})

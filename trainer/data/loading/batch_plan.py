@@ -1,13 +1,13 @@
-"""Which rows make up which batch: arithmetic on the record index, without reading rows.
+"""Plans the rows of each batch from the record index, without reading rows.
 
-A partition's records fall into *windows*: runs of records whose first emission lies in the same stretch of
-``shuffle_ms``. A rank walks the windows of its partitions in time order. Inside a window the rows of a partition are
-permuted, and the partitions advance side by side, each by its fraction, so that a batch mixes all users of the rank.
-Nothing of this depends on the ranks but which partitions meet in a batch; so a position is a count of rows per
-partition, and another number of ranks can go on from it.
+The records of a partition fall into *windows*: runs of records whose first emission lies in the same interval of
+``shuffle_ms``. A rank goes through the windows of its partitions in time order. Inside a window, the rows of each
+partition are permuted, and the partitions advance in parallel, each in proportion to its rows, so that a batch mixes
+all users of the rank. The number of ranks affects only which partitions share a batch. So a position is a count of rows
+per partition, and a run can resume from it with another number of ranks.
 
-A window of more than :data:`SHUFFLE_POOL` rows is permuted in two steps, its records and then the rows of *blocks* of
-consecutive permuted records, so that a reader holds one block of each partition however long the windows are.
+A window of more than :data:`SHUFFLE_POOL` rows is permuted in two steps: first its records, then the rows of *blocks*
+of consecutive permuted records. So a reader holds one block of each partition, however long the windows are.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import ReadPosition
 
 SHUFFLE_POOL = 1 << 18
-"""Rows among which a row is mixed at random, over all partitions; about 100 MiB of decoded rows."""
+"""Number of rows that are shuffled together, over all partitions; about 100 MiB of decoded rows."""
 
 _MIN_BLOCK_ROWS = 4096
 _MERGE_ROWS = 1 << 20
 
 
 class BlockKey(NamedTuple):
-    """Names a block, and with the seed of the run also its permutation."""
+    """Key of a block; together with the seed of the run it determines the permutation of the block."""
 
     partition: int
     epoch: int
@@ -40,14 +40,14 @@ class BlockKey(NamedTuple):
 
 
 class BlockSlice(NamedTuple):
-    """A run of a block's rows that goes into one batch.
+    """Consecutive rows of a block, in permuted order, that go into one batch.
 
     Attributes:
-        key: of the block.
-        records: ``[r]`` int64, the block's records in the order in which they are read.
-        rows: ``[r]`` int64, selected rows of each.
-        start: first row of the run, counted in permuted order.
-        stop: end of the run.
+        key: key of the block.
+        records: records of the block in the order in which they are read, ``[r]`` int64.
+        rows: number of selected rows of each record, ``[r]`` int64.
+        start: first row of the slice.
+        stop: end of the slice.
     """
 
     key: BlockKey
@@ -58,22 +58,22 @@ class BlockSlice(NamedTuple):
 
 
 class PlannedBatch(NamedTuple):
-    """The pieces of a batch, and where the rank stands after it."""
+    """Slices of blocks that make up a batch, and the position of the rank after it."""
 
-    pieces: list[BlockSlice]
+    slices: list[BlockSlice]
     position: ReadPosition
 
 
 @dataclass(frozen=True)
 class PartitionWindows:
-    """The selected records of one partition.
+    """Selected records of one partition, and the windows into which they fall.
 
     Attributes:
-        records: ``[r]`` int64, records with selected rows, in emission order.
-        rows: ``[r]`` int64, selected rows of each.
-        windows: ``[w]`` int64, ascending window numbers.
+        records: records with selected rows, in emission order, ``[r]`` int64.
+        rows: number of selected rows of each record, ``[r]`` int64.
+        windows: window numbers in ascending order, ``[w]`` int64.
         starts: ``[w + 1]`` int64; window i has ``records[starts[i]:starts[i + 1]]``.
-        window_rows: ``[w]`` int64, selected rows of each window.
+        window_rows: number of selected rows of each window, ``[w]`` int64.
     """
 
     records: np.ndarray
@@ -84,31 +84,31 @@ class PartitionWindows:
 
 
 def partitions_of_rank(partitions: int, rank: int, world: int) -> list[int]:
-    """The partitions that a rank owns: ``p % world == rank``.
+    """Return the partitions that a rank owns: those with ``p % world == rank``.
 
     Raises:
-        UserError: more ranks than partitions.
+        UserError: there are more ranks than partitions.
     """
     if world > partitions:
         raise UserError(
-            f"{world} ranks but the dataset has {partitions} partitions, and a partition belongs to one rank; "
-            f"use at most {partitions} ranks or make the dataset with more partitions"
+            f"{world} ranks, but the dataset has {partitions} partitions, and each partition belongs to one rank; "
+            f"use at most {partitions} ranks, or build the dataset with more partitions"
         )
     return list(range(rank, partitions, world))
 
 
 class ReadPlan:
-    """The batches of one rank.
+    """Plan of the batches of one rank.
 
     Args:
-        store: the rows; read for their index, and for the few records that lie across an edge of the selection.
-        partitions: of the rank.
+        store: rows of the dataset; the plan reads only the index and the few records across an edge of the selection.
+        partitions: partitions of the rank.
         selection: rows to read.
         batch_size: rows of a batch; the last one may have fewer.
-        seed: of the permutations.
-        epochs: passes over the selection; the permutations of each differ.
+        seed: seed of the permutations.
+        epochs: number of passes over the selection; each pass has its own permutations.
         shuffle_ms: length of a window; None keeps the order of emission within each partition.
-        state: positions to go on from; None starts at the beginning. Partitions of other ranks may be in it.
+        state: position to resume from; None starts at the beginning. It may contain partitions of other ranks.
 
     Raises:
         UserError: a partition of the rank is missing in ``state``, or its position is outside the selection.
@@ -137,17 +137,17 @@ class ReadPlan:
 
     @property
     def rows_total(self) -> int:
-        """Rows of this rank over all epochs, from the very beginning."""
+        """Number of rows of this rank over all epochs, counted from the beginning of the run."""
         return self._epochs * sum(int(part.window_rows.sum()) for part in self._partitions.values())
 
     @property
     def position(self) -> ReadPosition:
-        """Where this plan starts."""
+        """Position at which this plan starts."""
         return {partition: list(at) for partition, at in self._start.items()}
 
     @property
     def rows_done(self) -> int:
-        """Rows of :attr:`rows_total` that lie before the position that this plan started from."""
+        """Number of rows of :attr:`rows_total` that lie before the start of this plan."""
         done = 0
         for partition, (epoch, window, offset) in self._start.items():
             part = self._partitions[partition]
@@ -156,9 +156,9 @@ class ReadPlan:
         return done
 
     def batches(self) -> Iterator[PlannedBatch]:
-        """The batches in order, planned as they are asked for."""
+        """Yield the batches in order; each one is planned when it is requested."""
         position = self.position
-        pieces: list[BlockSlice] = []
+        slices: list[BlockSlice] = []
         wanted = self._batch_size
         for epoch, window, owners, partitions in self._walk():
             blocks = _BlockCursor(self._blocks, epoch, window)
@@ -168,17 +168,22 @@ class ReadPlan:
                     at = position[partitions[i]]
                     offset = at[2] if at[:2] == [epoch, window] else 0
                     stop = offset + int(counts[i])
-                    pieces += blocks.pieces(partitions[i], offset, stop)
+                    slices += blocks.slices(partitions[i], offset, stop)
                     position[partitions[i]] = [epoch, window, stop]
                 wanted -= taken.stop - taken.start
                 if not wanted:
-                    yield PlannedBatch(pieces, {partition: list(at) for partition, at in position.items()})
-                    pieces, wanted = [], self._batch_size
-        if pieces:
-            yield PlannedBatch(pieces, position)
+                    yield PlannedBatch(slices, {partition: list(at) for partition, at in position.items()})
+                    slices, wanted = [], self._batch_size
+        if slices:
+            yield PlannedBatch(slices, position)
 
     def _walk(self) -> Iterator[tuple[int, int, np.ndarray, list[int]]]:
-        """Windows in time order, in slices: epoch, window, whose rows come next (``[n]`` places), the partitions."""
+        """Yield the windows in time order, large ones in several steps.
+
+        Yields:
+            The epoch, the window, the owner of each of the next n rows as a position in the list of partitions (``[n]``
+            int64), and the partitions that have rows in the window.
+        """
         first_epoch = min((at[0] for at in self._start.values()), default=0)
         members: dict[int, list[int]] = {}
         for partition, part in self._partitions.items():
@@ -196,7 +201,7 @@ class ReadPlan:
                     yield epoch, window, owners, partitions
 
     def _blocks(self, partition: int, epoch: int, window: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Records of each block of a window, in the order in which they are read, and their numbers of rows."""
+        """Return, for each block of a window, its records in reading order and their numbers of rows."""
         part = self._partitions[partition]
         i = int(np.searchsorted(part.windows, window))
         chosen = np.arange(part.starts[i], part.starts[i + 1])
@@ -208,14 +213,16 @@ class ReadPlan:
         return list(zip(np.split(part.records[chosen], cuts), np.split(rows, cuts), strict=True))
 
     def _window_rows(self, partition: int, window: int) -> int:
+        """Return the number of selected rows of a window."""
         part = self._partitions[partition]
         return int(part.window_rows[np.searchsorted(part.windows, window)])
 
     def _checked(self, partition: int, state: Mapping[int, Sequence[int]]) -> list[int]:
+        """Return the saved position of a partition, after a check that it lies in the selection."""
         if partition not in state:
             raise UserError(
-                f"the saved read position has no partition {partition}; it has {sorted(state)}: "
-                f"resume with the dataset that the run began with"
+                f"the saved read position has no partition {partition}, only {sorted(state)}; "
+                f"resume with the dataset with which the run began"
             )
         epoch, window, offset = (int(part) for part in state[partition])
         known = self._partitions[partition].windows
@@ -223,13 +230,13 @@ class ReadPlan:
         if offset > rows:
             raise UserError(
                 f"the saved read position of partition {partition} is row {offset} of window {window}, which has "
-                f"{rows} rows: data, range and shuffling must be those that the run began with"
+                f"{rows} rows; resume with the data, range and shuffling with which the run began"
             )
         return [epoch, window, offset]
 
 
 class _BlockCursor:
-    """Cuts runs of a window's rows at the edges of its blocks."""
+    """Cuts the rows of a window into slices at the edges of its blocks."""
 
     def __init__(
         self, blocks: Callable[[int, int, int], list[tuple[np.ndarray, np.ndarray]]], epoch: int, window: int
@@ -237,8 +244,8 @@ class _BlockCursor:
         self._blocks, self._epoch, self._window = blocks, epoch, window
         self._open: dict[int, tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]] = {}
 
-    def pieces(self, partition: int, start: int, stop: int) -> Iterator[BlockSlice]:
-        """Rows ``[start, stop)`` of the partition's window as pieces of blocks."""
+    def slices(self, partition: int, start: int, stop: int) -> Iterator[BlockSlice]:
+        """Yield rows ``[start, stop)`` of the partition's window as slices of blocks."""
         if partition not in self._open:
             blocks = self._blocks(partition, self._epoch, self._window)
             self._open[partition] = blocks, np.cumsum([0, *(rows.sum() for _, rows in blocks)])
@@ -253,13 +260,13 @@ class _BlockCursor:
 
 
 def _windows(store: RowStore, partition: int, selection: Selection, shuffle_ms: int | None) -> PartitionWindows:
-    """Selected records of a partition; the few across an edge of the selection are read to count their rows."""
+    """Return the selected records of a partition; records across an edge of the selection are read to count rows."""
     index = store.records(partition)
     chosen = np.flatnonzero(selection.touches(index))
     rows = index.rows[chosen]
     for place in np.flatnonzero(~selection.covers(index)[chosen]).tolist():
         edge = store.read(partition, int(chosen[place]), ["emit_ms", "request_ms"])
-        # All rows of a corrupt record count: the reader will report them as skipped.
+        # A corrupt record counts with all its rows: the reader will report them as skipped.
         rows[place] = rows[place] if edge is None else selection.mask(edge).sum()
     chosen, rows = chosen[rows > 0], rows[rows > 0]
     number = np.zeros(len(chosen), np.int64) if shuffle_ms is None else index.emit_min[chosen] // shuffle_ms
@@ -270,23 +277,24 @@ def _windows(store: RowStore, partition: int, selection: Selection, shuffle_ms: 
 
 
 def _consumed(position: Sequence[int], epoch: int, window: int, rows: int) -> int:
-    """Rows of a window of ``rows`` rows that lie before a position."""
+    """Return how many of the ``rows`` rows of a window lie before a position."""
     at, here = (position[0], position[1]), (epoch, window)
     return rows if here < at else position[2] if here == at else 0
 
 
 def _interleaved(rows: np.ndarray, done: np.ndarray) -> Iterator[np.ndarray]:
-    """Order in which partitions advance through a window: each in proportion to its rows.
+    """Yield the order in which partitions advance through a window: each in proportion to its rows.
 
-    Row k of n rows comes at ``(k + 1/2) / n``, ties by partition. It is a fixed order of all rows of the window, of
-    which those done are a prefix; so going on from a position continues the same order. Slices bound the memory.
+    Row k of n rows comes at ``(k + 1/2) / n``; ties are in order of the partitions. This is a fixed order of all rows
+    of the window, and the consumed rows are a prefix of it, so a resumed run continues the same order. It is yielded in
+    parts, which bounds the memory.
 
     Args:
-        rows: ``[p]`` rows of each partition.
-        done: ``[p]`` rows already consumed.
+        rows: number of rows of each partition, ``[p]``.
+        done: number of rows already consumed of each, ``[p]``.
 
     Yields:
-        ``[n]`` int64, partition (by place) of the next rows.
+        Partitions of the next rows as positions in ``rows``, ``[n]`` int64.
     """
     slices = -(-int(rows.sum()) // _MERGE_ROWS)
     for i in range(slices):
@@ -299,7 +307,7 @@ def _interleaved(rows: np.ndarray, done: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _runs(rows: int, first: int, size: int) -> Iterator[slice]:
-    """``[0, rows)`` cut after ``first`` rows and then every ``size`` rows."""
+    """Yield ``[0, rows)`` cut after ``first`` rows and then after every ``size`` rows."""
     start, stop = 0, min(first, rows)
     while start < rows:
         yield slice(start, stop)

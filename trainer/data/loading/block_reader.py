@@ -1,4 +1,4 @@
-"""Gathers the rows of a planned batch: blocks of records, decoded once, permuted, and cut."""
+"""Gathers the rows of planned batches: decodes each block of records once, permutes its rows and cuts slices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from trainer.data.loading.batch_plan import BlockKey, BlockSlice
 
 
 class Gathered(NamedTuple):
-    """Rows of a batch, and how many more it would have had if no record were corrupt."""
+    """Rows of a batch.
+
+    Attributes:
+        rows: the rows.
+        skipped: number of rows that are missing because their records are corrupt.
+    """
 
     rows: Rows
     skipped: int
@@ -22,7 +27,7 @@ class Gathered(NamedTuple):
 
 @dataclass(frozen=True)
 class _DecodedBlock:
-    """Decoded rows of a block; ``order[k]`` is the row that comes k-th, or -1 where its record is corrupt."""
+    """Decoded rows of a block; ``order[k]`` is the k-th row in permuted order, or -1 if its record is corrupt."""
 
     key: BlockKey
     rows: Rows
@@ -30,30 +35,30 @@ class _DecodedBlock:
 
 
 class BlockReader:
-    """Reads pieces of blocks, keeping one block of each partition: a partition's blocks come one after the other.
+    """Reads slices of blocks. It keeps one block of each partition, because a partition's blocks come one by one.
 
     Args:
-        store: of the dataset.
-        spec: of the dataset.
-        selection: the one that the batches were planned with.
-        seed: of the permutations; None keeps the order of the records.
+        store: rows of the dataset.
+        spec: description of the dataset.
+        selection: the selection with which the batches were planned.
+        seed: seed of the permutations; None keeps the order of the records.
     """
 
     def __init__(self, store: RowStore, spec: DatasetSpec, selection: Selection, seed: int | None) -> None:
         self._store, self._columns, self._selection, self._seed = store, row_columns(spec), selection, seed
         self._blocks: dict[int, _DecodedBlock] = {}
 
-    def gather(self, pieces: list[BlockSlice]) -> Gathered:
-        """Rows of the pieces, in their order.
+    def gather(self, slices: list[BlockSlice]) -> Gathered:
+        """Return the rows of the slices, in their order.
 
         Raises:
             UserError: a record is corrupt and the store does not skip such records.
         """
         found: list[tuple[Rows, np.ndarray]] = []
         skipped = 0
-        for piece in pieces:
-            block = self._block(piece)
-            order = block.order[piece.start : piece.stop]
+        for part in slices:
+            block = self._block(part)
+            order = block.order[part.start : part.stop]
             present = order[order >= 0]
             skipped += len(order) - len(present)
             found.append((block.rows, present))
@@ -64,21 +69,23 @@ class BlockReader:
             if len(order):
                 stop = start + len(order)
                 for name, out in rows.items():
-                    # Without a mode numpy buffers `out`, in case an index is wrong half-way.
+                    # Without a mode, numpy buffers `out` in case an index is out of range.
                     np.take(columns[name], order, axis=0, out=out[start:stop], mode="clip")
                 start = stop
         return Gathered(rows, skipped)
 
-    def _block(self, piece: BlockSlice) -> _DecodedBlock:
-        block = self._blocks.get(piece.key.partition)
-        if block is None or block.key != piece.key:
-            block = self._blocks[piece.key.partition] = self._read(piece)
+    def _block(self, part: BlockSlice) -> _DecodedBlock:
+        """Return the block of a slice; it is read if it is not the last one of its partition."""
+        block = self._blocks.get(part.key.partition)
+        if block is None or block.key != part.key:
+            block = self._blocks[part.key.partition] = self._read(part)
         return block
 
-    def _read(self, piece: BlockSlice) -> _DecodedBlock:
+    def _read(self, part: BlockSlice) -> _DecodedBlock:
+        """Read and permute the block of a slice."""
         parts, place, at = [], [], 0
-        for record, planned in zip(piece.records.tolist(), piece.rows.tolist(), strict=True):
-            rows = self._store.read(piece.key.partition, record)
+        for record, planned in zip(part.records.tolist(), part.rows.tolist(), strict=True):
+            rows = self._store.read(part.key.partition, record)
             if rows is None:
                 place.append(np.full(planned, -1))
                 continue
@@ -88,6 +95,7 @@ class BlockReader:
             at += planned
         order = np.concatenate(place)
         if self._seed is not None:
-            order = np.random.default_rng([self._seed, *piece.key]).permutation(order)
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in self._columns} if parts else {}
-        return _DecodedBlock(piece.key, columns, order)
+            # Seeded by the key: the same permutation in any process and after a resume.
+            order = np.random.default_rng([self._seed, *part.key]).permutation(order)
+        columns = {name: np.concatenate([rows[name] for rows in parts]) for name in self._columns} if parts else {}
+        return _DecodedBlock(part.key, columns, order)

@@ -1,7 +1,7 @@
-"""Batches of one rank: planned here, made by worker processes, handed out in order with their position.
+"""Loads the batches of one rank: plans them, has worker processes make them, and returns them in order.
 
-The plan (plan.py) is the only state and never leaves this process. A worker is told which pieces of which blocks to
-gather, so any number of workers gives the same batches, and what they have prefetched when a run ends is simply
+The plan (batch_plan.py) is the only state, and it stays in this process. A worker receives the slices of blocks that it
+must gather. So any number of workers gives the same batches, and batches that are prefetched when a run ends are simply
 planned again.
 """
 
@@ -37,45 +37,45 @@ from trainer.data.loading.batch_plan import BlockSlice, ReadPlan, partitions_of_
 from trainer.data.loading.block_reader import BlockReader
 
 _PR_SET_PDEATHSIG = 1
-"""Linux's request for a signal at the parent's death, from its sys/prctl.h."""
+"""Option of Linux's prctl that requests a signal at the death of the parent, from sys/prctl.h."""
 
 
 FETCHED_AHEAD = 2
-"""Batches that the engine has fetched besides that of the step which it has done last."""
+"""Number of batches that the engine has fetched beyond the batch of the last step."""
 
 DEATH_SECONDS = 1.0
-"""Within so long of the loss of a worker's connection its end is known, if it has ended."""
+"""Time within which the end of a worker is known after its connection was lost."""
 
 
 class Loader:
-    """The batches of one rank, from a position on.
+    """Iterable over the batches of one rank, from a position on.
 
-    A rank whose partitions have fewer rows ends earlier than others, and can go on with ``empty_batch`` of the layout.
+    A rank whose partitions have fewer rows ends earlier than others; it can continue with ``empty_batch``.
 
     Args:
         store: rows of the dataset.
-        histories: of the dataset.
-        feature_map: makes the batches.
-        rank: of this process.
+        histories: histories of the dataset.
+        feature_map: maps rows and histories to model inputs.
+        rank: rank of this process.
         world: number of ranks; partition p belongs to rank ``p % world``.
         batch_size: rows of a batch; the last one may have fewer.
-        seed: of the shuffling.
+        seed: seed of the shuffling.
         selection: rows to read; all by default.
-        epochs: passes over them.
-        shuffle_ms: rows are shuffled inside windows of so many milliseconds of emission; None keeps the stored order.
-        as_of_limit_ms: histories show nothing known at this time or later; None means up to the request of each row.
-        frozen_statistics: take the statistics from here and not from the rows.
-        workers: processes; 0 makes the batches in this one.
-        prefetch: batches that each worker makes ahead.
-        pin_memory: hand out batches in page-locked memory.
-        state: position to go on from, over the partitions of all ranks; None starts at the beginning.
-        space: vectors to search histories with, for features that need them.
-        first_step: steps done before that of the first batch; it says which version of the vectors a batch is made
-            with. None takes the newest for all.
+        epochs: number of passes over the rows.
+        shuffle_ms: rows are shuffled inside windows of this many milliseconds of emission; None keeps the stored order.
+        as_of_limit_ms: histories show no visit known at this time or later; None sets no limit besides the request.
+        frozen_statistics: statistics to use instead of those stored in the rows.
+        workers: number of worker processes; 0 makes the batches in this process.
+        prefetch: number of batches that each worker makes ahead.
+        pin_memory: return batches in page-locked memory.
+        state: position to resume from, over the partitions of all ranks; None starts at the beginning.
+        space: search vectors, for features that need them.
+        first_step: number of steps done before the step of the first batch, from which the version of the search
+            vectors of each batch follows; None uses the newest version for all batches.
 
     Raises:
-        UserError: more ranks than partitions, a position that does not fit, an unreadable index, or more batches made
-            ahead than ``space`` has versions for.
+        UserError: there are more ranks than partitions, the position does not fit, the index cannot be read, or too
+            many batches are made ahead for the two versions of ``space``.
     """
 
     def __init__(
@@ -122,33 +122,33 @@ class Loader:
 
     @property
     def rows_total(self) -> int:
-        """Rows of this rank over all epochs, from the very beginning; corrupt records that are skipped count."""
+        """Number of rows of this rank over all epochs, from the beginning of the run, with skipped corrupt rows."""
         return self._plan.rows_total
 
     @property
     def position(self) -> ReadPosition:
-        """Where reading starts."""
+        """Position at which reading starts."""
         return self._plan.position
 
     @property
     def rows_done(self) -> int:
-        """Rows of :attr:`rows_total` that lie before the first batch."""
+        """Number of rows of :attr:`rows_total` that lie before the first batch."""
         return self._plan.rows_done
 
     def __iter__(self) -> Iterator[RankingBatch]:
-        """The batches, from ``state`` on each time.
+        """Yield the batches; each iteration starts at ``state``.
 
         Raises:
-            UserError: a corrupt record, a value that is not finite, or an id beyond its table; named. A worker process
-                that was killed; with its number and the signal.
+            UserError: a record is corrupt, a value is not finite, or an id does not fit into its table; the message
+                names it. Or a worker process ended; the message gives its process id and the signal or exit status.
         """
         positions: deque[ReadPosition] = deque()
         self._maker.prepare()
 
-        def plan() -> Iterator[_Order]:
+        def plan() -> Iterator[_BatchTask]:
             for number, planned in enumerate(self._plan.batches()):
                 positions.append(planned.position)
-                yield _Order(planned.pieces, self._version(number))
+                yield _BatchTask(planned.slices, self._version(number))
 
         made = DataLoader(
             self._maker,
@@ -158,10 +158,10 @@ class Loader:
             prefetch_factor=self._prefetch if self._workers else None,
             pin_memory=self._pin_memory,
             collate_fn=_unchanged,
-            # Forked workers share what the parent has mapped and looked up, and start without importing anything.
+            # Forked workers share the parent's mapped and prepared data, and start without imports.
             multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=_end_with_the_rank,
-            # DataLoader draws from its generator when it starts; the global one belongs to the model.
+            worker_init_fn=_live_as_long_as_the_rank,
+            # DataLoader draws from its generator when it starts. With the global generator that would change the model.
             generator=torch.Generator(),
         )
         for packed in self._from_workers(made) if self._workers else made:
@@ -170,13 +170,13 @@ class Loader:
             yield unpack(packed, self._layout, positions.popleft())
 
     def _version(self, number: int) -> int:
-        """Of the search vectors, for the batch of this number."""
+        """Return the version of the search vectors for a batch, by its number in this iteration."""
         if self._space is None:
             return 0
         return self._space.newest if self._first_step is None else self._space.version_of(self._first_step + number)
 
     def _from_workers(self, made: DataLoader) -> Iterator[PackedBatch | UserError]:
-        """What the worker processes make; that one of them has died is an error of a line."""
+        """Yield the batches that the worker processes make; turn the death of a worker into a one-line error."""
         before = multiprocessing.active_children()
         with _signal_left_alone(signal.SIGCHLD):
             packed = iter(made)
@@ -187,8 +187,8 @@ class Loader:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError):
-                # DataLoader looks after its workers whenever it waits for them. One that dies while it hands a batch
-                # over is first known by its connection, a moment before its end is.
+                # DataLoader checks its workers whenever it waits for a batch. If a worker dies while it sends a batch,
+                # the connection breaks a moment before the end of the process is known.
                 ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], DEATH_SECONDS)
                 for worker in workers:
                     if worker.sentinel in ended:
@@ -197,15 +197,15 @@ class Loader:
                 raise
 
 
-class _Order(NamedTuple):
-    """What a worker is told of a batch: where its rows are, and the version of the search vectors."""
+class _BatchTask(NamedTuple):
+    """Task of a worker: the rows of one batch, and the version of the search vectors to use."""
 
-    pieces: list[BlockSlice]
+    slices: list[BlockSlice]
     version: int
 
 
 class _BatchMaker(Dataset):
-    """Makes one planned batch; lives in each worker and keeps the decoded blocks that it is in the middle of."""
+    """Makes planned batches. Each worker has one; it keeps the decoded blocks that later batches still need."""
 
     def __init__(
         self,
@@ -220,60 +220,64 @@ class _BatchMaker(Dataset):
         self._as_of_limit_ms, self._frozen, self._space = as_of_limit_ms, frozen_statistics, space
 
     def prepare(self) -> None:
-        """Before processes are forked."""
+        """Do the shared work before the worker processes are forked."""
         self._feature_map.prepare(self._histories, self._vectors(0))
 
-    def __getitem__(self, order: _Order) -> PackedBatch | UserError:
+    def __getitem__(self, task: _BatchTask) -> PackedBatch | UserError:
         try:
-            return self._make(order)
+            return self._make(task)
         except UserError as error:
-            # Handed over as a value: DataLoader would put a worker's traceback into the message of an exception.
+            # Returned as a value, because DataLoader adds the worker's traceback to the message of an exception.
             return error
 
-    def _make(self, order: _Order) -> PackedBatch:
-        rows, skipped = self._reader.gather(order.pieces)
+    def _make(self, task: _BatchTask) -> PackedBatch:
+        """Return the model inputs of one batch."""
+        rows, skipped = self._reader.gather(task.slices)
         as_of = rows["request_ms"]
         if self._as_of_limit_ms is not None:
             as_of = np.minimum(as_of, self._as_of_limit_ms)
         if self._frozen is not None:
             rows["stat"] = self._frozen.lookup(rows)
-        packed = self._feature_map.pack(rows, self._histories, as_of, self._vectors(order.version))
+        packed = self._feature_map.pack(rows, self._histories, as_of, self._vectors(task.version))
         return replace(packed, skipped_rows=skipped)
 
     def _vectors(self, version: int) -> Space | None:
+        """Return a version of the search vectors; None if no feature needs them."""
         return None if self._space is None else self._space.at(version)
 
 
 def _unchanged(made: Any) -> Any:
+    """Return the batch as it is; used in place of DataLoader's collation of samples."""
     return made
 
 
-def _end_with_the_rank(worker: int) -> None:
-    """In a worker: it ends when its rank does, and not before.
+def _live_as_long_as_the_rank(worker: int) -> None:
+    """Set up a worker process so that it ends when its rank ends, and not before.
 
-    Pre-emption may send SIGTERM to all processes of a job, and the rank needs batches until it has saved its state. A
-    worker that outlives its rank keeps copies of the rank's connections open, and the other ranks notice nothing.
+    Pre-emption can send SIGTERM to all processes of a job, but the rank needs batches until it has saved its state, so
+    a worker ignores SIGTERM unless it comes from its rank. A worker that outlived its rank would keep copies of the
+    rank's connections open, and the other ranks would not notice that the rank is gone.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
-        # The rank tells which it was; torch's handlers tell it too, in half a line.
+        # Torch's handlers would print a fragment of a message; the rank reports the signal in a full one.
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def obey() -> None:
+    def exit_when_the_rank_says() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             continue
         os._exit(0)
 
-    threading.Thread(target=obey, daemon=True).start()
+    threading.Thread(target=exit_when_the_rank_says, daemon=True).start()
 
 
 @contextmanager
 def _signal_left_alone(number: int) -> Iterator[None]:
-    """Undo what is done inside to the handler of a signal.
+    """Restore the handler of a signal if the body of the ``with`` statement replaces it.
 
-    DataLoader's handler of SIGCHLD raises an exception in whatever the main thread is at when a worker dies, a
-    collective or a backward pass; it is told soon enough when the next batch is due.
+    DataLoader's handler of SIGCHLD raises an exception in the main thread when a worker dies, at any point, such as in
+    a collective or a backward pass. The loader reports the death when the next batch is due, which is soon enough.
     """
     previous = signal.getsignal(number)
     try:
@@ -284,9 +288,10 @@ def _signal_left_alone(number: int) -> Iterator[None]:
 
 
 def _death(rank: int, pid: int | None, status: int) -> str:
+    """Return the message for a worker that ended with a status as ``multiprocessing`` gives it."""
     ended = f"exited with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
     why = {
-        -signal.SIGKILL: " (out of memory?); fewer data.workers or a smaller data.prefetch need less",
+        -signal.SIGKILL: " (out of memory?); lower data.workers or data.prefetch to need less memory",
         -signal.SIGBUS: " (is /dev/shm full, or was a file of the dataset's histories cut short?)",
     }.get(status, "")
     return f"rank {rank}: loader worker, process {pid}, {ended}{why}"

@@ -1,8 +1,8 @@
-"""From visits to a dataset: the one place where a dataset directory is made.
+"""Builds a dataset from visits. All datasets are made here, whether imported or simulated.
 
-``DatasetBuilder`` takes tables and visits in any order, sets the visits aside by partition, and ``finish`` writes
-events, histories, truth and training rows. Everything happens in a directory beside the final one, which gets its name
-at the end: a dataset exists whole or not at all.
+``DatasetBuilder`` takes tables and visits in any order and spills the visits to disk by partition. ``finish`` then
+writes events, histories, truth and training rows. All files are written to a temporary directory beside the final one,
+which is renamed at the end, so a dataset is either complete or not there.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from trainer.data.writing.text_writer import TextWriter
 from trainer.data.writing.training_rows import assemble
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
+"""Called with the current task, the amount that is done, and the total."""
 
 _OTHER_TABLES = ("segments", "comments")
 
-# Sorted by time, ids and times are small differences: delta coding leaves a general compressor nothing to do.
+# In time order, ids and times have small differences: after delta coding, a general compressor would gain nothing.
 _DELTA = "DELTA_BINARY_PACKED"
 _EVENTS_PARQUET = {
     "use_dictionary": ["event"],
@@ -57,19 +57,20 @@ _TRUTH_PARQUET = {
 class DatasetBuilder:
     """Builds a dataset directory.
 
-    Use it as a context manager: leaving it without ``finish`` removes what was written. Memory is bounded by the
-    largest partition, the tables of users, authors and items, and the distinct keys of the statistics.
+    Use the builder as a context manager: an exit without ``finish`` removes all files. The memory that it needs is
+    bounded by the largest partition, the tables of users, authors and items, and the distinct keys of the statistics.
 
     Args:
-        out: the directory to make; must not exist.
-        spec: its description; ``ids``, ``span_ms``, ``rows``, ``exposures`` and ``events`` are filled in by ``finish``.
-        rows_per_record: most rows of a record of the training shards.
-        records_per_shard: most records of a shard.
-        deduplicate: columns, ``user_id`` among them, that name a visit: of several visits with the same values the one
-            that came first stays. How many were dropped is written to ``spec.extra["duplicates_dropped"]``.
+        out: directory to create; it must not exist.
+        spec: description of the dataset; ``finish`` fills in ``ids``, ``span_ms``, ``rows``, ``exposures`` and
+            ``events``.
+        rows_per_record: largest number of rows of a record of the training shards.
+        records_per_shard: largest number of records of a shard.
+        deduplicate: columns, including ``user_id``, that identify a visit. Of several visits with the same values, the
+            one that was added first is kept. The number of dropped ones is in ``spec.extra["duplicates_dropped"]``.
 
     Raises:
-        UserError: ``out`` exists or cannot be made, or the description is inconsistent.
+        UserError: ``out`` exists or cannot be created, or the description is inconsistent.
     """
 
     def __init__(
@@ -83,10 +84,10 @@ class DatasetBuilder:
     ) -> None:
         validation.check_spec(spec, histories.MAX_BEHAVIOURS)
         if storage.is_remote(out):
-            raise UserError(f"{out}: datasets are built on a local disk; build there and copy the directory")
+            raise UserError(f"{out}: datasets can only be built on a local disk; build it there and copy the directory")
         self._out = Path(out)
         if self._out.exists():
-            raise UserError(f"{out}: exists already; choose another directory or remove it")
+            raise UserError(f"{out}: already exists; choose another directory or remove this one")
         self._aside = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}")
         self._work = self._aside / "work"
         self._spec = spec
@@ -109,19 +110,19 @@ class DatasetBuilder:
         self._remove()
 
     def table(self, name: str, table: pa.Table) -> None:
-        """Add lines to ``users``, ``authors``, ``items``, ``segments`` or ``comments``.
+        """Add lines to the table ``users``, ``authors``, ``items``, ``segments`` or ``comments``.
 
-        ``users``, ``authors`` and ``items`` have a column ``user_id``, ``author_id`` or ``item_id`` and one for each
-        side and dense feature of theirs; more columns are kept as they are. A table can be given in several parts with
-        the same columns. Ids that visits name but the table lacks have side values and dense features 0.
+        ``users``, ``authors`` and ``items`` have a column ``user_id``, ``author_id`` or ``item_id`` and one for each of
+        their side and dense features; other columns are stored unchanged. A table can be added in several parts with
+        the same columns. Features of ids that visits name but the table does not have are 0.
 
         Raises:
-            UserError: an unknown table, or a column is missing or has a bad value.
+            UserError: the table is unknown, or a column is missing or has a bad value.
         """
         owner = {table_name: owner for owner, table_name in TABLE_OF.items()}.get(name)
         if owner is None and name not in _OTHER_TABLES:
             raise UserError(
-                f"{name!r} is no table of a dataset; tables are {', '.join((*TABLE_OF.values(), *_OTHER_TABLES))}"
+                f"{name!r} is not a table of a dataset; tables are {', '.join((*TABLE_OF.values(), *_OTHER_TABLES))}"
             )
         with self._writing():
             if owner is not None:
@@ -133,17 +134,17 @@ class DatasetBuilder:
             self._tables[name].write_table(table)
 
     def folder(self, name: str) -> Path:
-        """A folder of the dataset for what its source has beside the log, such as ``embeddings/items``; made here."""
+        """Create and return a folder of the dataset for other files of the source, such as ``embeddings/items``."""
         folder = self._aside / name
         with self._writing():
             folder.mkdir(parents=True)
         return folder
 
     def visits(self, table: pa.Table) -> None:
-        """Add visits (``schema.visit_schema``), of any users in any order.
+        """Add visits (``schema.visit_schema``) of any users, in any order.
 
         Raises:
-            UserError: a column is missing or a value is not possible; names column, row and value.
+            UserError: a column is missing or a value is not possible; the message gives column, row and value.
         """
         schema = visit_schema(self._spec)
         optional = frozenset(name for name in schema.names if name.startswith("value_"))
@@ -153,9 +154,9 @@ class DatasetBuilder:
             self._spill("visits", schema).add(columns)
 
     def events(self, table: pa.Table) -> None:
-        """Add events (``schema.EVENT_COLUMNS``) of any users; those of one millisecond stay in the order they came in.
+        """Add events (``schema.EVENT_COLUMNS``) of any users; events of one millisecond keep the order of addition.
 
-        If this is never called, the events are derived from the visits; otherwise all of them must come this way.
+        If this method is never called, the events are derived from the visits. Otherwise all events must be added here.
 
         Raises:
             UserError: a column is missing, or an event has an unknown name or a negative id or time.
@@ -163,10 +164,10 @@ class DatasetBuilder:
         self._add_events("events", table)
 
     def repeats(self, table: pa.Table) -> None:
-        """Add events beside those that are derived from the visits: behaviours after the first of their kind.
+        """Add events that the visits do not contain: behaviours after the first one of their kind in a visit.
 
         Raises:
-            UserError: as ``events``.
+            UserError: the errors of ``events``.
         """
         self._add_events("repeats", table)
 
@@ -186,24 +187,24 @@ class DatasetBuilder:
             self._spill("truth", schema).add(validation.columns_of(table, schema, "truth"))
 
     def texts(self, name: str, table: pa.Table) -> None:
-        """Add lines to a text table (``text_schema.SCHEMAS``); comments come before the visits that name them.
+        """Add lines to a text table (``text_schema.SCHEMAS``); comments must be added before visits that name them.
 
         Raises:
-            UserError: an unknown table, or a column is missing or has a bad value.
+            UserError: the table is unknown, or a column is missing or has a bad value.
         """
         with self._writing():
             self._texts.add(name, table)
 
     def text_truth(self, name: str, table: pa.Table) -> None:
-        """Add lines to a table of what the texts were drawn from (``text_schema.TRUTHS``)."""
+        """Add lines to a table of true parameters of the texts (``text_schema.TRUTHS``)."""
         with self._writing():
             self._texts.add_truth(name, table)
 
     def finish(self, progress: Progress | None = None, extra: Mapping[str, Any] | None = None) -> DatasetSpec:
-        """Write the dataset and give it its name.
+        """Write the dataset and rename its directory to the final name.
 
         Args:
-            progress: told about the work as it goes.
+            progress: called as the work proceeds.
             extra: more facts for ``DatasetSpec.extra``.
 
         Returns:
@@ -220,10 +221,13 @@ class DatasetBuilder:
             self._remove()
 
     def _finish(self, report: Progress, extra: Mapping[str, Any]) -> DatasetSpec:
+        """Write the files of the dataset; see :meth:`finish`."""
         if "visits" not in self._spills:
             raise UserError(f"{self._out}: there are no visits to build a dataset from")
         if {"events", "repeats"} <= self._spills.keys():
-            raise UserError(f"{self._out}: give either all events or the repeats beside those of the visits")
+            raise UserError(
+                f"{self._out}: both events and repeats were added; add all events, or only the repeats of the visits"
+            )
         self._join.check()
         for writer in self._tables.values():
             writer.close()
@@ -270,7 +274,7 @@ class DatasetBuilder:
         return spec
 
     def _sort_partition(self, partition: int, history: histories.HistoryWriter, totals: _Totals) -> Columns:
-        """Write events, history and truth of a partition; returns its exposures that become rows."""
+        """Write events, history and truth of a partition, and return its exposures that become training rows."""
         visits = self._spills["visits"].pop(partition)
         if self._deduplicate:
             first = first_of_each([visits[name] for name in self._deduplicate])
@@ -285,6 +289,7 @@ class DatasetBuilder:
         self._write_truth(partition)
 
         bits = behaviour_bits(self._spec, visits)
+        # Histories hold only visits that were watched or had a behaviour.
         kept = np.flatnonzero((visits["play_ms"] > 0) | (bits != 0))
         entry = {**visits, "bits": bits, "known_ms": visits["exit_ms"]}
         names = ("user_id", "domain", "item_id", "author_id", "request_ms", "play_ms", "bits", "known_ms")
@@ -300,6 +305,7 @@ class DatasetBuilder:
         return rows
 
     def _add_events(self, name: str, table: pa.Table) -> None:
+        """Check events, replace their names by codes, and spill them under ``name``."""
         at = EVENT_COLUMNS.get_field_index("event")
         stored = EVENT_COLUMNS.set(at, pa.field("event", pa.int8()))
         with self._writing():
@@ -309,7 +315,7 @@ class DatasetBuilder:
                     row = int(np.argmax(code < 0))
                     accepted = ", ".join(event_names(self._spec))
                     raise UserError(
-                        f"{name}: column 'event' is {table['event'][row]} in row {row}; known are {accepted}"
+                        f"{name}: column 'event' is {table['event'][row]} in row {row}; known events are {accepted}"
                     )
                 table = table.set_column(table.column_names.index("event"), "event", [pa.array(code)])
             columns = validation.columns_of(table, stored, name)
@@ -317,12 +323,13 @@ class DatasetBuilder:
             self._spill(name, stored).add(columns)
 
     def _write_events(self, partition: int, visits: Columns) -> int:
-        given = {name: self._spills[name].pop(partition) for name in ("events", "repeats") if name in self._spills}
-        if "events" in given:
-            order = stable_order(given["events"]["time_ms"])
-            parts = iter([{name: np.take(column, order) for name, column in given["events"].items()}])
+        """Write the events of a partition, and return their number."""
+        added = {name: self._spills[name].pop(partition) for name in ("events", "repeats") if name in self._spills}
+        if "events" in added:
+            order = stable_order(added["events"]["time_ms"])
+            parts = iter([{name: np.take(column, order) for name, column in added["events"].items()}])
         else:
-            parts = derive_events(self._spec, visits, given.get("repeats"))
+            parts = derive_events(self._spec, visits, added.get("repeats"))
         count = 0
         file = self._aside / "events" / f"part-{partition:05d}.parquet"
         with pq.ParquetWriter(file, EVENT_COLUMNS, **_EVENTS_PARQUET) as writer:
@@ -332,6 +339,7 @@ class DatasetBuilder:
         return count
 
     def _write_truth(self, partition: int) -> None:
+        """Write the true probabilities of a partition, if there are any."""
         if "truth" in self._spills:
             truth = self._spills["truth"].pop(partition)
             order = time_order(truth["request_ms"], truth["visit_id"])
@@ -339,13 +347,14 @@ class DatasetBuilder:
             pq.write_table(table, self._aside / "truth" / f"part-{partition:05d}.parquet", **_TRUTH_PARQUET)
 
     def _spill(self, name: str, schema: pa.Schema) -> Spill:
+        """Return the spill for rows of one kind; it is created at the first call."""
         if name not in self._spills:
             self._spills[name] = Spill(self._work / name, schema, self._spec.partitions)
         return self._spills[name]
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Errors of the file system become the user's; after any error nothing is left."""
+        """Turn errors of the file system into a ``UserError``, and remove all files after any error."""
         try:
             yield
         except OSError as error:
@@ -357,15 +366,16 @@ class DatasetBuilder:
             raise
 
     def _remove(self) -> None:
+        """Close and delete all files; does nothing after :meth:`finish` has succeeded."""
         for writer in (*self._tables.values(), self._texts):
-            # Where the disk is full, closing fails again; what is in the file no longer matters.
+            # If the disk is full, closing fails again; the content of the file no longer matters.
             with suppress(OSError):
                 writer.close()
         shutil.rmtree(self._aside, ignore_errors=True)
 
 
 class _Totals:
-    """What is counted while the partitions go by."""
+    """Sums over the partitions while they are written."""
 
     def __init__(self) -> None:
         self.events = 0
@@ -375,6 +385,7 @@ class _Totals:
         self._any = False
 
     def span(self, request_ms: np.ndarray) -> None:
+        """Extend the first and last request time by those of a partition, given in time order."""
         if len(request_ms):
             first, last = int(request_ms[0]), int(request_ms[-1])
             self.first_ms = min(self.first_ms, first) if self._any else first

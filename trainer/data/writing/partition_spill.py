@@ -1,4 +1,4 @@
-"""Columns set aside on disk by partition, until a partition is read back."""
+"""Temporary files on disk: columns by partition until a partition is read back, and a file of batches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ROWS_PER_PARTITION = 1024
 
 
 class Spill:
-    """Takes rows of any users and gives them back by partition, in the order in which they came.
+    """Stores rows of any users on disk, and returns them by partition in the order in which they were added.
 
-    Each partition is one file, open only while it is written or read: blocks of rows, column after column in each. At
-    most about 2^18 rows, or 1,024 a partition, are in memory.
+    Each partition is one file, open only during a write or read. It holds blocks of rows, each column after column. At
+    most about 2^18 rows, or 1,024 rows per partition if that is more, are in memory.
 
     Args:
-        folder: where the files go; made here.
-        schema: fixed-width columns without nulls, ``user_id`` among them.
+        folder: directory for the files; created here.
+        schema: columns of fixed width without nulls; ``user_id`` must be one of them.
         partitions: number of partitions.
     """
 
@@ -38,7 +38,7 @@ class Spill:
 
     @property
     def rows(self) -> int:
-        """Rows that were written so far, of all partitions."""
+        """Number of rows written to disk so far, over all partitions."""
         return sum(sum(blocks) for blocks in self._blocks)
 
     def add(self, columns: dict[str, np.ndarray]) -> None:
@@ -46,7 +46,7 @@ class Spill:
         rows = len(columns["user_id"])
         for first in range(0, rows, self._limit):
             part = {name: columns[name][first : first + self._limit] for name in self._dtypes}
-            # numpy sorts 16-bit keys by counting.
+            # For 16-bit keys numpy's stable sort is a radix sort, much faster than a comparison sort.
             owner = partition_of(part["user_id"], self._partitions).astype(np.uint16)
             order = np.argsort(owner, kind="stable")
             edges = np.append(0, np.cumsum(np.bincount(owner, minlength=self._partitions)))
@@ -56,7 +56,7 @@ class Spill:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is in memory."""
+        """Write the rows in memory to disk."""
         for partition, blocks in enumerate(self._blocks):
             spans = [(columns, slice(*edges[partition : partition + 2])) for columns, edges in self._waiting]
             spans = [(columns, span) for columns, span in spans if span.start < span.stop]
@@ -70,7 +70,7 @@ class Spill:
         self._waiting, self._waiting_rows = [], 0
 
     def pop(self, partition: int) -> dict[str, np.ndarray]:
-        """All rows of a partition; its file is deleted. ``flush`` first."""
+        """Return all rows of a partition and delete its file. Call ``flush`` before."""
         blocks = self._blocks[partition]
         columns = {name: np.empty(sum(blocks), dtype) for name, dtype in self._dtypes.items()}
         if blocks:
@@ -84,14 +84,15 @@ class Spill:
         return columns
 
     def _file(self, partition: int) -> Path:
+        """Return the path of the file of a partition."""
         return self._folder / f"part-{partition:05d}.columns"
 
 
 class BatchFile:
-    """Batches of the same columns in one file, memory-mapped when it is complete: any number, one open file.
+    """Any number of batches with the same columns in one Arrow file, which is memory-mapped once it is complete.
 
     Args:
-        file: written here.
+        file: path of the file to write.
     """
 
     def __init__(self, file: Path) -> None:
@@ -108,14 +109,14 @@ class BatchFile:
             self._writer.close()
 
     def append(self, columns: dict[str, np.ndarray]) -> None:
-        """Write one batch; empty ones count too."""
+        """Write one batch; empty batches are kept too."""
         batch = pa.record_batch({name: pa.array(column) for name, column in columns.items()})
         if self._writer is None:
             self._writer = pa.ipc.new_file(str(self._file), batch.schema)
         self._writer.write_batch(batch)
 
     def read(self) -> list[dict[str, np.ndarray]]:
-        """The batches in the order in which they were written, memory-mapped."""
+        """Return the batches, memory-mapped, in the order in which they were written."""
         reader = pa.ipc.open_file(pa.memory_map(str(self._file)))
         batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         return [{name: batch.column(name).to_numpy() for name in batch.schema.names} for batch in batches]

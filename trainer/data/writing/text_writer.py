@@ -1,4 +1,4 @@
-"""Writing the text tables of a dataset, checked: a bad value is named by table, column, row and value."""
+"""Checks and writes the text tables of a dataset; an error names the table, column, row and value."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trainer.data.format.schema import DOMAINS
 from trainer.data.format.text_schema import FOLDER, SCHEMAS, TRUTHS, UNKNOWN_TIME, UNKNOWN_USER, flat_lists
 
 _KEYS = {"items": "item_id", "authors": "author_id", "comments": "comment_id", "visits": "visit_id"}
-"""Unique in its table."""
+"""Table -> id column whose values must be unique in it."""
 _LOWEST = {"user_id": UNKNOWN_USER, "time_ms": UNKNOWN_TIME}
-"""Of comments; every other number is 0 or more."""
+"""Column of the comments -> lowest value; all other numbers must be 0 or more."""
 
 
 class TextWriter:
-    """Writes the text tables of a dataset, each in one or more parts; comments come before the visits that name them.
+    """Writes the text tables of a dataset, each in one or more parts. Comments must be added before visits.
 
     Args:
-        dataset: the directory that the dataset is being written in.
+        dataset: directory in which the dataset is written.
     """
 
     def __init__(self, dataset: Path) -> None:
@@ -33,15 +33,15 @@ class TextWriter:
         self._item_of: tuple[np.ndarray, np.ndarray] | None = None
 
     def add(self, name: str, table: pa.Table) -> None:
-        """Add lines to the table ``name`` of ``SCHEMAS``, columns in any order.
+        """Add lines to the table ``name`` of ``SCHEMAS``, with the columns in any order.
 
         Raises:
             UserError: a column is missing or has a bad value, an id comes twice in a part, or a visit names a comment
-                that is not there or is of another item.
+                that was not added or belongs to another item.
         """
         table = checked(name, table)
         if name == "comments" and self._item_of is not None:
-            raise UserError("texts/comments: comments are added before the visits that name them")
+            raise UserError("texts/comments: comments must be added before the visits that name them")
         if name == "visits":
             self._check_comments(table)
         elif name in _KEYS:
@@ -53,22 +53,23 @@ class TextWriter:
         self._write(f"truth/{name}", table.select(TRUTHS[name].names).cast(TRUTHS[name]))
 
     def close(self) -> None:
-        """End the files."""
+        """Close the files."""
         for writer in self._files.values():
             writer.close()
 
     def finish(self) -> None:
-        """End the files of tables that are complete.
+        """Close the files after all parts were added, and check that ids are unique.
 
         Raises:
-            UserError: an id comes twice in a table; those of visits, which may be too many to remember, are checked
-                part by part.
+            UserError: an id comes twice in a table. Ids of visits are checked only within each part, because there can
+                be too many to keep in memory.
         """
         self.close()
         for name, parts in self._keys.items():
             _check_unique(name, np.concatenate([np.empty(0, np.int64), *parts]))
 
     def _write(self, place: str, table: pa.Table) -> None:
+        """Append lines to the file ``place``, a path in the dataset without its ending."""
         if place not in self._files:
             file = self._dataset / f"{place}.parquet"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class TextWriter:
         self._files[place].write_table(table)
 
     def _comments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the comments in order, and the item of each."""
+        """Return the ids of the comments in increasing order, and the item of each comment."""
         writer = self._files.get(f"{FOLDER}/comments")
         if writer is None:
             return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -87,6 +88,7 @@ class TextWriter:
         return ids[order], items[order]
 
     def _check_comments(self, visits: pa.Table) -> None:
+        """Check that the comments that visits name exist and belong to the visited item."""
         if self._item_of is None:
             self._item_of = self._comments()
         known, item_of = self._item_of
@@ -100,7 +102,7 @@ class TextWriter:
                 first = int(np.argmin(there))
                 raise UserError(
                     f"texts/visits: column {name!r} in row {owner[first]} names comment {ids[first]}, "
-                    "which is not in texts/comments; comments are added before visits"
+                    "which is not in texts/comments; comments must be added before visits"
                 )
             other = item_of[at] != item[owner]
             if other.any():
@@ -112,26 +114,26 @@ class TextWriter:
 
 
 def checked(name: str, table: pa.Table) -> pa.Table:
-    """``table`` with the columns and types of ``SCHEMAS[name]``.
+    """Return ``table`` with the columns and types of ``SCHEMAS[name]``, after a check of its values.
 
     Raises:
-        UserError: an unknown table; a column is missing, unknown, has no value or another type; a number is negative
-            (a staytime, a count of likes, an id), a domain unknown, an id twice in the table, or ``shown_likes`` of
-            another length than ``shown``. Names table, column, row and value.
+        UserError: the table is unknown; a column is missing, unknown, has another type or lacks a value; a number
+            (a staytime, a count of likes, an id) is negative; a domain is unknown; an id comes twice in the table; or
+            ``shown_likes`` has another length than ``shown``. The message gives table, column, row and value.
     """
     if name not in SCHEMAS:
-        raise UserError(f"{name!r} is no text table; text tables are {', '.join(SCHEMAS)}")
+        raise UserError(f"{name!r} is not a text table; text tables are {', '.join(SCHEMAS)}")
     what, schema = f"texts/{name}", SCHEMAS[name]
     for column in table.column_names:
         if column not in schema.names:
-            raise UserError(f"{what}: unknown column {column!r}; known are {', '.join(schema.names)}")
+            raise UserError(f"{what}: unknown column {column!r}; known columns are {', '.join(schema.names)}")
     for field in schema:
         if field.name not in table.column_names:
             raise UserError(f"{what}: column {field.name!r} is missing")
     try:
         table = table.select(schema.names).cast(schema)
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{what}: a column has another type than it should ({error})") from None
+        raise UserError(f"{what}: a column has a wrong type ({error})") from None
     for field in schema:
         _check_column(what, field, table.column(field.name))
     if name in _KEYS:
@@ -149,6 +151,7 @@ def checked(name: str, table: pa.Table) -> pa.Table:
 
 
 def _check_column(what: str, field: pa.Field, column: pa.ChunkedArray) -> None:
+    """Check that a column has no nulls and that its numbers are in range; ``what`` is the table, for messages."""
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy()))
         raise UserError(f"{what}: column {field.name!r} has no value in row {row}")
@@ -169,7 +172,8 @@ def _check_column(what: str, field: pa.Field, column: pa.ChunkedArray) -> None:
 
 
 def _check_unique(name: str, keys: np.ndarray) -> None:
+    """Check that the ids of a table are distinct."""
     ordered = np.sort(keys)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise UserError(f"texts/{name}: {_KEYS[name]} {ordered[twice[0]]} comes twice; every {_KEYS[name]} comes once")
+        raise UserError(f"texts/{name}: {_KEYS[name]} {ordered[twice[0]]} comes twice; each one must have one line")

@@ -1,7 +1,7 @@
-"""From sorted exposures to training rows: one pass through time over all partitions.
+"""Makes training rows from sorted exposures, in one pass through time over all partitions.
 
-Statistics count over users, so all partitions go through time together, a slice at a time. A row leaves for its
-partition's shards once time has passed its emission; until then it waits in memory.
+Statistics count over all users, so all partitions advance through time together, one slice after the other. A row is
+written to the shards of its partition when the pass has reached its emission; until then it waits in memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def assemble(
     """Turn the exposures of all partitions into training rows and write them in emission order.
 
     Args:
-        spec: of the dataset.
-        join: the tables' features.
-        exposures: for each partition, in order of ``request_ms``: the ids, ``domain``, ``request_ms``, ``emit_ms``,
-            ``bits`` (behaviours that happened) and a column for each ``context`` feature. May be memory-mapped.
-        writers: for each partition.
-        progress: called with rows done and rows in all.
-        rows_per_slice: about so many rows are worked on at a time, besides those that wait for their emission.
+        spec: description of the dataset.
+        join: features of the tables.
+        exposures: columns of each partition in order of ``request_ms``: the ids, ``domain``, ``request_ms``,
+            ``emit_ms``, ``bits`` (behaviours that happened) and one column for each ``context`` feature. They can be
+            memory-mapped.
+        writers: writer of each partition.
+        progress: called with the number of rows done and of all rows.
+        rows_per_slice: approximate number of rows of a slice, besides those that wait for their emission.
     """
     statistics = Statistics(spec)
     requests = [part["request_ms"] for part in exposures]
@@ -57,7 +58,7 @@ def assemble(
 
 
 def _cuts(requests: Sequence[np.ndarray], rows_per_slice: int) -> list[int]:
-    """Times between which lie about ``rows_per_slice`` requests; the last one is after everything."""
+    """Return times with about ``rows_per_slice`` requests between them; the last one is later than all rows."""
     step = max(rows_per_slice // (8 * len(requests)), 1)
     sample = np.sort(np.concatenate([request[step::step] for request in requests]))
     inner = np.unique(sample[rows_per_slice // step :: max(rows_per_slice // step, 1)])
@@ -67,7 +68,7 @@ def _cuts(requests: Sequence[np.ndarray], rows_per_slice: int) -> list[int]:
 def _rows(
     spec: DatasetSpec, join: FeatureJoin, exposures: Sequence[Columns], first: np.ndarray, stop: np.ndarray
 ) -> Rows:
-    """Rows ``[first, stop)`` of each partition in order of request; with their ``partition``, without ``stat``."""
+    """Return rows ``[first, stop)`` of each partition in order of request, with ``partition`` and without ``stat``."""
     partition = np.repeat(np.arange(len(exposures), dtype=np.uint16), stop - first)
     columns = {
         name: np.concatenate([part[name][a:b] for part, a, b in zip(exposures, first, stop, strict=True)])
@@ -90,11 +91,11 @@ def _rows(
 
 
 def _emit(rows: Rows, until: int, writers: Sequence[ShardWriter]) -> Rows:
-    """Hand the rows with ``emit_ms < until`` to the writers, in emission order; returns the others."""
+    """Pass the rows with ``emit_ms < until`` to the writers in emission order, and return the others."""
     ready = rows["emit_ms"] < until
     now = np.flatnonzero(ready)
     now = now[stable_order(rows["emit_ms"][now])]
-    # numpy sorts 16-bit keys by counting.
+    # For 16-bit keys numpy's stable sort is a radix sort, much faster than a comparison sort.
     now = now[np.argsort(rows["partition"][now], kind="stable")]
     ends = np.cumsum(np.bincount(rows["partition"][now], minlength=len(writers)))
     ordered = {name: column[now] for name, column in rows.items() if name != "partition"}
