@@ -1,4 +1,4 @@
-"""A small dataset with every kind of feature, written with the project's own writers."""
+"""Fixture: a small dataset with every kind of feature, written with the project's own writers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_MS = 1_700_000_000_000
 
 @dataclass(frozen=True)
 class SmallDataset:
-    """A dataset on disk and what was written to it."""
+    """A dataset on disk, with the rows and visits that were written to it."""
 
     path: Path
     spec: DatasetSpec
@@ -39,9 +39,9 @@ WriteDataset = Callable[..., SmallDataset]
 
 @pytest.fixture
 def write_dataset(tmp_path: Path) -> WriteDataset:
-    """``write_dataset(seed=0, rows=3000, users=60, ...)``: the same arguments give the same dataset.
+    """Return ``write_dataset(seed=0, rows=3000, users=60, ...)``; the same arguments give the same dataset.
 
-    ``edit(rows)`` and ``edit_visits(visits)`` may change what is then written.
+    ``edit(rows)`` and ``edit_visits(visits)`` can change the arrays before they are written.
     """
 
     def write(
@@ -115,7 +115,7 @@ def _rows(rng: np.random.Generator, spec: DatasetSpec, n: int, users: int, hours
 
 
 def _visits(rng: np.random.Generator, users: int, hours: int) -> dict[str, np.ndarray]:
-    """Visits that began from two days before the first row on; users have none to many of them."""
+    """Make visits that begin up to two days before the first row; users have from none to many of them."""
     n = 30 * users
     request = START_MS + rng.integers(-48 * HOUR_MS, hours * HOUR_MS, n)
     return {

@@ -1,4 +1,4 @@
-"""Small visits, tables and a description to build datasets from, for the tests of the builder."""
+"""Small visits, tables and a description for the tests of the dataset builder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ START = 1_700_000_000_000
 
 
 def make_visits(seed: int, n: int = 300, span: int = 400, spec: DatasetSpec = SPEC) -> dict[str, np.ndarray]:
-    """Visits of a few users with ties in time, in random order."""
+    """Make visits of a few users with ties in time, in random order."""
     rng = np.random.default_rng(seed)
     request = START + rng.integers(0, span, n)
     delays = np.where(rng.random((3, n)) < 0.3, rng.integers(0, 60, (3, n)), -1).astype(np.int32)
@@ -58,7 +58,7 @@ def make_visits(seed: int, n: int = 300, span: int = 400, spec: DatasetSpec = SP
 
 
 def make_tables() -> dict[str, pa.Table]:
-    """Tables that lack some of the ids that visits name."""
+    """Make tables without some of the ids that visits name."""
     rng = np.random.default_rng(9)
     users = np.arange(1, 11) * 977
     return {

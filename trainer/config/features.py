@@ -155,7 +155,7 @@ class SearchConfig(BaseModel):
         1000,
         ge=0,
         description="Number of training steps between two copies of the tables for the search. A copy is used this "
-        "number of steps after it was taken or later, so that batches can be made ahead. 0: keep the first search vectors.",
+        "number of steps after it was taken or later, so that batches can be made ahead. 0: keep the first vectors.",
     )
     dtype: Literal["float16", "int8"] = Field("float16", description="Data type of the copies.")
     embedding: str = Field(

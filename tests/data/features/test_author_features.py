@@ -1,4 +1,4 @@
-"""Side features of past visits' authors: read, kept with the model, and carried by every history."""
+"""Side features of past visits' authors: read, saved with the model, and present in every history."""
 
 from __future__ import annotations
 

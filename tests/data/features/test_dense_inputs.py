@@ -1,4 +1,4 @@
-"""How strongly rates are drawn towards the overall rate."""
+"""Strength with which rates are drawn towards the overall rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches against a reference that builds every row by itself in Python."""
+"""Batches against a reference that builds each row separately in Python."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAPPINGS = {
 
 
 def fitted_by_hand(dataset, config: FeatureConfig, inputs: int) -> FittedFeatures:
-    """Not what a fit would give: numbers that tell every input apart."""
+    """Return fitted features with arbitrary numbers that differ for every input."""
     known = {
         name: np.arange(0, largest, 2)
         for name, largest in (("user", 60), ("author", 30), ("item", 200))
@@ -54,7 +54,7 @@ def batch_of(features: FeatureMap, rows: Rows, histories: Histories, as_of_ms: n
 
 
 def table_row(config: FeatureConfig, fitted: FittedFeatures, name: str, value: int) -> int:
-    """Row of an id; hashing itself is proven in test_vocabulary.py."""
+    """Return the row of an id; tests/data/features/test_id_map.py tests the hash itself."""
     mapping = getattr(config, name).ids
     if mapping == "direct":
         return value + 1
@@ -67,7 +67,7 @@ def table_row(config: FeatureConfig, fitted: FittedFeatures, name: str, value: i
 
 
 def history_of(dataset, user: int, as_of: int, history: HistoryConfig) -> list[int]:
-    """Positions in ``dataset.visits`` of the visits that a history holds, oldest first."""
+    """Return the positions in ``dataset.visits`` of the visits in a history, oldest first."""
     visits = dataset.visits
     wanted = sum(1 << dataset.spec.behaviours.index(name) for name in history.require)
     found = [
@@ -119,7 +119,7 @@ def reference_row(dataset, config: FeatureConfig, fitted: FittedFeatures, place:
 
 
 def unpack_ids(batch: RankingBatch) -> dict[str, list[list[int]]]:
-    """Lookup -> ids of each row."""
+    """Return lookup -> ids of each row."""
     found = {}
     for keyed in batch.ids:
         assert keyed.stride() == batch.rows

@@ -1,4 +1,4 @@
-"""What features learn from a training range, against numpy over all rows at once."""
+"""Features fitted on a training range, against numpy over all rows at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOUR_MS = 3_600_000
 
 
 def middle(dataset) -> Selection:
-    """A range whose edges lie inside records."""
+    """Return a range whose edges lie inside records."""
     start = int(dataset.rows["request_ms"].min())
     return Selection(emit_from=start + 10 * HOUR_MS, emit_until=start + 30 * HOUR_MS)
 

@@ -1,4 +1,4 @@
-"""The histories of a job against a reading of their definitions row by row, and against the future."""
+"""Histories of a job against their definitions, row by row; later visits must not change them."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def make_rows(rng: np.random.Generator, n: int) -> Rows:
 
 
 class Growing(Histories):
-    """Histories whose columns may change: nothing about them can be worked out ahead."""
+    """Histories whose columns can change, so that nothing can be computed ahead."""
 
     def column(self, name: str) -> np.ndarray:
         return super().column(name).copy()
 
 
 def by_definition(visits, rows, as_of, read, maps, space) -> list[list[int]]:
-    """Visits of each row, oldest first; all different in ``known_ms``."""
+    """Return the visits of each row, oldest first; all have different ``known_ms``."""
     found = []
     for row in range(len(as_of)):
         known = np.flatnonzero((visits["user_id"] == rows["user_id"][row]) & (visits["known_ms"] < as_of[row]))
@@ -119,7 +119,7 @@ def test_histories_are_their_definitions(tmp_path: Path, mapping: str, seed: int
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32), moment=st.integers(0, 60), length=st.sampled_from([1, 4, 1000]))
 def test_no_search_sees_the_future(tmp_path_factory, seed, moment, length):
-    """Whatever becomes known at a moment or later is altered, moved to other users, added or taken away."""
+    """Visits known at a moment or later are changed, moved to other users, added or removed."""
     rng = np.random.default_rng(seed)
     visits = make_visits(rng, 300, np.arange(USERS))
     visits["item_id"] = rng.integers(0, ITEMS, 300)
@@ -145,7 +145,7 @@ def test_no_search_sees_the_future(tmp_path_factory, seed, moment, length):
 
 
 def test_the_leak_would_be_seen(tmp_path: Path) -> None:
-    """The test above with a moment later than it says: the histories do differ."""
+    """The test above with a later moment than it claims: then the histories differ."""
     rng = np.random.default_rng(0)
     visits = make_visits(rng, 300, np.arange(USERS))
     other = {name: column.copy() for name, column in visits.items()}
@@ -165,7 +165,7 @@ def test_the_leak_would_be_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ({"domain": "both", "search": "top"}, "declare a history for each"),
+        ({"domain": "both", "search": "top"}, "declare one history for each"),
         ({"domain": "video", "search": "author", "require": ("a",)}, "`require` is for"),
         ({"domain": "video", "search": "nearest"}, "'latest', 'top' or 'author'"),
     ],

@@ -1,4 +1,4 @@
-"""Ids to rows, against Python integers and dictionaries."""
+"""Maps from ids to rows, against Python integers and dictionaries."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_dynamic_ids_stay_as_they_are(ids):
 def test_dynamic_ids_have_defaults():
     assert TableConfig(ids="hash", rows=9).dynamic is None
     assert TableConfig(ids="dynamic", rows=9).dynamic == Dynamic(admit_after=2, evict="recency")
-    given = TableConfig(ids="dynamic", rows=9, admit_after=1, evict="both")
-    assert given.dynamic == Dynamic(admit_after=1, evict="both")
+    table = TableConfig(ids="dynamic", rows=9, admit_after=1, evict="both")
+    assert table.dynamic == Dynamic(admit_after=1, evict="both")
 
 
 def test_hash_spreads_neighbouring_ids_evenly_and_differently_per_table():

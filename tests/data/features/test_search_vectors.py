@@ -1,4 +1,4 @@
-"""Versions of the search vectors: there when a batch is made with them, and the same after a resume."""
+"""Versions of the search vectors: written before a batch uses them, and the same after a resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_space(refresh_steps: int = 4, dtype: str = "float16") -> SearchSpace:
 
 
 def put(space: SearchSpace, version: int) -> None:
-    """A version whose values tell its number."""
+    """Return a version whose values are its number."""
     for values in space.at(version).values():
         values[:] = version + 1
     space.newest = version
@@ -120,7 +120,7 @@ def content(path: Path, ids: list[int], dim: int = 20, **write: object) -> Conte
 
 @pytest.mark.parametrize("mapping", ["direct", "lookup"])
 def test_content_embeddings_are_the_first_space(tmp_path, mapping):
-    """Ids 1 and 3 have none; 9 is no item of the dataset."""
+    """Ids 1 and 3 have no vector; 9 is not an item of the dataset."""
     space = make_space()
     space.at(0)["item"][:] = 7
     item = IdMap("item", mapping, 5, np.arange(4) if mapping == "lookup" else None)

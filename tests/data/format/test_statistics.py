@@ -1,4 +1,4 @@
-"""Incremental, batch and frozen statistics against a dictionary that follows the definition literally."""
+"""Incremental and frozen statistics against a dictionary, and against a reference over all pairs of rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.statistics_reference import ID_COLUMN, statistics_as_of
 from trainer.data.format import statistics as module
 from trainer.data.format.schema import DatasetSpec, SideFeature
-from trainer.data.format.statistics import FrozenStatistics, Statistics, smoothed_rates, statistics_as_of
+from trainer.data.format.statistics import FrozenStatistics, Statistics, smoothed_rates
 
 KEYS = (("user",), ("hour",), ("item", "hour"), ("user", "author"), ("hour", "city"), ("user", "author", "item"))
-ID_COLUMN = {"user": "user_id", "author": "author_id", "item": "item_id"}
 
 
 def make_spec(behaviours: int, keys=KEYS) -> DatasetSpec:
@@ -97,7 +97,7 @@ def test_any_slicing_gives_the_definition(seed, n, behaviours, places, far_apart
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_batch_form_takes_rows_and_times_in_any_order(seed):
+def test_the_reference_takes_rows_and_times_in_any_order(seed):
     spec = make_spec(2)
     rows = make_rows(seed, 60, 2)
     rng = np.random.default_rng(seed + 100)

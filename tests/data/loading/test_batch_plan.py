@@ -1,4 +1,4 @@
-"""The read plan against the plain definition: every selected row once, in windows, from any position."""
+"""Read plan against its definition: each selected row once, in windows, from any position."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trainer.data.loading.batch import ReadPosition
 from trainer.data.loading.batch_plan import BlockSlice, PlannedBatch, ReadPlan, partitions_of_rank
 
 Row = tuple[int, int, int, int]
-"""epoch, partition, record, row of the record."""
+"""Epoch, partition, record, and row of the record."""
 
 
 class MemoryStore:
-    """The part of ``RowStore`` that a plan reads, with only the two time columns."""
+    """The part of ``RowStore`` that a plan uses, with only the two time columns."""
 
     def __init__(self, partitions: list[list[dict[str, np.ndarray]]]) -> None:
         self.partitions = len(partitions)
@@ -49,7 +49,7 @@ class MemoryStore:
 
 
 def random_store(rng: np.random.Generator, partitions: int, most_records: int = 12, span: int = 1000) -> MemoryStore:
-    """Partitions of unequal size, down to none; records of unequal size in emission order."""
+    """Make partitions of unequal size, also empty ones, with records of unequal size in emission order."""
     contents = []
     for _ in range(partitions):
         sizes = rng.integers(1, 20, rng.integers(0, most_records + 1))
@@ -61,7 +61,7 @@ def random_store(rng: np.random.Generator, partitions: int, most_records: int = 
 
 
 def rows_of(store: MemoryStore, selection: Selection, pieces: list[BlockSlice]) -> Iterator[Row]:
-    """Rows of pieces, each block's in one fixed random order."""
+    """Yield the rows of slices; each block has one fixed random order."""
     for piece in pieces:
         rows = [
             (piece.key.epoch, piece.key.partition, record, row)
@@ -103,7 +103,7 @@ def run_ranks(
     batches: list[int | None],
     **settings,
 ) -> tuple[list[Row], ReadPosition]:
-    """Rows that the ranks consume in so many batches each (None: all), and the position of the job after them."""
+    """Return the rows that the ranks consume in ``batches`` batches each (None: all), and the job's position after."""
     rows: list[Row] = []
     position: ReadPosition = {}
     for rank in range(world):

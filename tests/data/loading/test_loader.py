@@ -1,4 +1,4 @@
-"""The loader over real shards: what a rank sees, whatever makes its batches and wherever it began."""
+"""Loader over real shards: a rank gets the same batches for any number of workers and from any position."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CONFIG = FeatureConfig(
 
 
 class Ranks:
-    """Makes loaders of one dataset that differ in little."""
+    """Makes loaders of one dataset with different settings."""
 
     def __init__(self, dataset, on_corrupt: str = "error", path: str | None = None) -> None:
         self.dataset = dataset
@@ -55,7 +55,7 @@ class Ranks:
 
 
 def content(batch: RankingBatch) -> tuple:
-    """All of a batch, comparable."""
+    """Return the content of a batch in a form that can be compared."""
     tensors = [
         *(part for keyed in batch.ids for part in (keyed.values(), keyed.lengths())),
         *(batch.dense, batch.label, batch.mask, batch.user_id, batch.visit_id, batch.request_ms),

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.small_visits import BEHAVIOURS, SPEC, START, build_dataset, files_of, make_tables, make_visits
+from tests.data.statistics_reference import statistics_as_of
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import (
     DOMAINS,
@@ -22,7 +23,6 @@ from trainer.data.format.schema import (
     visit_schema,
 )
 from trainer.data.format.shards import RowStore, read_rows
-from trainer.data.format.statistics import statistics_as_of
 from trainer.data.writing import builder as build
 from trainer.data.writing import partition_spill as spill
 from trainer.data.writing import training_rows as assemble
@@ -30,7 +30,7 @@ from trainer.data.writing.builder import DatasetBuilder
 
 
 def expected_rows(spec: DatasetSpec, visits: dict[str, np.ndarray]) -> list[dict]:
-    """Training rows, one visit at a time, without statistics, ordered by partition, emission, request and visit."""
+    """Make training rows without statistics, visit by visit, ordered by partition, emission, request and visit."""
     tables = {name: {row[f"{name[:-1]}_id"]: row for row in table.to_pylist()} for name, table in make_tables().items()}
     rows = []
     for line in pa.table(visits).to_pylist():
@@ -254,7 +254,7 @@ def test_truth_is_kept_apart_by_partition(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_future_can_be_anything(tmp_path, seed):
-    """Alter what a visit before a moment did after it, and everything about later visits: earlier rows stay."""
+    """Rows do not change if later visits change, or later behaviours of the visits that were open at a moment."""
     visits = make_visits(seed + 20)
     moment = START + 200
     rng = np.random.default_rng(seed)

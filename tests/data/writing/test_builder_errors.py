@@ -1,4 +1,4 @@
-"""What the dataset builder refuses, and that nothing is left where it cannot finish."""
+"""Input that the dataset builder refuses; no files are left if it cannot finish."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.data.writing.builder import DatasetBuilder
 
 
 def edited(**changes) -> pa.Table:
-    """Visits with the value ``changes[column]`` in row 7; a column that becomes None is left out."""
+    """Make visits with the value ``changes[column]`` in row 7; a column that becomes None is left out."""
     visits = make_visits(0)
     for name, value in changes.items():
         if value is None:
@@ -191,7 +191,7 @@ def test_somebody_else_was_faster(tmp_path):
 
 @pytest.mark.parametrize("stage", ["taking tables", "taking visits", "sorting visits", "writing rows"])
 def test_a_disk_that_is_full(tmp_path, stage):
-    """In a process of its own whose files, from some stage on, may not grow: writes fail as on a full disk."""
+    """The builder runs in a process whose files cannot grow from some stage on, as on a full disk."""
     script = f"""
 import functools, resource, sys
 import pyarrow as pa

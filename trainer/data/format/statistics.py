@@ -4,7 +4,8 @@ A key is one or more of ``user``, ``author``, ``item`` and side features (``Data
 exact: two different combinations never share a count. A row counts for other rows from its emission on: the statistics
 of a row are over the rows with ``emit_ms < request_ms``, strictly, so they hold no information from after the request.
 
-``Statistics`` goes through time in slices; ``statistics_as_of`` computes the same numbers for a whole array at once.
+``Statistics`` goes through time in slices and serves each request as of its time; ``FrozenStatistics`` holds the counts
+of one moment.
 """
 
 from __future__ import annotations
@@ -170,38 +171,6 @@ class FrozenStatistics:
             known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
             out[known, key] = counts.values[codes[key][known]]
         return _flat(out)
-
-
-def statistics_as_of(spec: DatasetSpec, rows: Rows, as_of_ms: np.ndarray) -> np.ndarray:
-    """Return the statistics of each row over the rows with ``emit_ms < as_of_ms[row]``; batch form of ``Statistics``.
-
-    Args:
-        spec: description of the dataset, which lists the keys and the behaviours.
-        rows: all rows, in any order.
-        as_of_ms: ``[n] int64``, any times.
-
-    Returns:
-        ``[n, keys * (1 + behaviours)] float32``.
-    """
-    past = _Outcomes.of(spec, rows, _Keys(spec))
-    n = len(as_of_ms)
-    width = 1 + len(spec.behaviours)
-    outcome = np.ones((n, width), np.int64)
-    outcome[:, 1:] = rows["label"] & rows["mask"]
-    by_time = stable_order(past.emit_ms)
-    earlier = np.searchsorted(past.emit_ms[by_time], as_of_ms, side="left")
-    out = np.empty((n, len(spec.statistics), width), np.float32)
-    for key, code in enumerate(past.codes):
-        order = by_time[stable_order(code[by_time])]
-        # Rows in order of (key, emission); the position of a row in time is its rank by emission.
-        rank = np.empty(n, np.int64)
-        rank[by_time] = np.arange(n)
-        sequence = code[order] * (n + 1) + rank[order]
-        total = np.concatenate([np.zeros((1, width), np.int64), np.cumsum(outcome[order], axis=0)])
-        start = np.searchsorted(sequence, code * (n + 1))
-        stop = np.searchsorted(sequence, code * (n + 1) + earlier)
-        out[:, key] = total[stop] - total[start]
-    return _flat(out)
 
 
 def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.ndarray) -> np.ndarray:
