@@ -166,7 +166,7 @@ def test_the_leak_would_be_seen(tmp_path: Path) -> None:
     ("history", "message"),
     [
         ({"domain": "both", "search": "top"}, "declare one history for each"),
-        ({"domain": "video", "search": "author", "require": ("a",)}, "`require` is for"),
+        ({"domain": "video", "search": "author", "require": ("a",)}, "`require` works only with"),
         ({"domain": "video", "search": "nearest"}, "'latest', 'top' or 'author'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_histories_that_cannot_be(history, message):
 
 
 def test_dynamic_tables_are_not_searched_in():
-    with pytest.raises(ValidationError, match='ids = "dynamic" ids change theirs'):
+    with pytest.raises(ValidationError, match='ids = "dynamic" rows change their ids'):
         config(item={"ids": "dynamic", "rows": 100})
     assert config(item={"ids": "dynamic", "rows": 100}, search={"tables": ["author"]}).needs_space
 

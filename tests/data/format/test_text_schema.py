@@ -115,7 +115,7 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         checked("comments", whole.drop_columns(["likes"]))
     with pytest.raises(UserError, match="unknown column 'dislikes'"):
         checked("comments", whole.append_column("dislikes", whole.column("likes")))
-    with pytest.raises(UserError, match="another type"):
+    with pytest.raises(UserError, match="a wrong type"):
         checked("comments", whole.set_column(4, "likes", [["many", "few", "none"]]))
     with pytest.raises(UserError, match="not a text table; text tables are items"):
         checked("comment", whole)

@@ -271,7 +271,7 @@ def test_a_rank_without_rows_has_no_batches():
 
 
 def test_more_ranks_than_partitions_are_refused():
-    with pytest.raises(UserError, match="5 ranks but the dataset has 4 partitions"):
+    with pytest.raises(UserError, match="5 ranks, but the dataset has 4 partitions"):
         partitions_of_rank(4, 0, 5)
 
 

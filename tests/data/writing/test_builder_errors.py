@@ -148,7 +148,7 @@ def test_a_description_must_make_sense(tmp_path, message):
 
 def test_out_must_be_new_and_local(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="already exists"):
+    with pytest.raises(UserError, match="exists already"):
         DatasetBuilder(tmp_path / "out", SPEC)
     with pytest.raises(UserError, match="built on a local disk"):
         DatasetBuilder("s3://bucket/out", SPEC)
@@ -226,7 +226,7 @@ except UserError as error:
 def test_all_events_or_only_repeats(tmp_path):
     nothing = EVENT_COLUMNS.empty_table()
     with (
-        pytest.raises(UserError, match="either all events or the repeats"),
+        pytest.raises(UserError, match="add all events, or only the repeats"),
         DatasetBuilder(tmp_path / "o", SPEC) as builder,
     ):
         builder.visits(pa.table(make_visits(0)))

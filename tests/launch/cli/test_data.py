@@ -32,9 +32,7 @@ def test_import_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "2 training rows of 2 users in 3 partitions" in capsys.readouterr().out
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert (
-        error == f"limelight: error: {tmp_path / 'out'}: already exists; choose another directory or remove this one\n"
-    )
+    assert error == f"limelight: error: {tmp_path / 'out'}: exists already; choose another directory or remove it\n"
 
 
 def test_simulate(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class DatasetBuilder:
             raise UserError(f"{out}: datasets can only be built on a local disk; build it there and copy the directory")
         self._out = Path(out)
         if self._out.exists():
-            raise UserError(f"{out}: already exists; choose another directory or remove this one")
+            raise UserError(f"{out}: exists already; choose another directory or remove it")
         self._aside = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}")
         self._work = self._aside / "work"
         self._spec = spec
