@@ -98,7 +98,7 @@ def test_the_newest_version_is_opened_again():
 def test_a_state_of_other_tables_is_refused():
     space = make_space()
     put(space, 0)
-    with pytest.raises(UserError, match="this job needs {'item'"):
+    with pytest.raises(UserError, match=r"this job needs \{'item'"):
         SearchSpace({"item": SpaceTable(5, 20)}, TABLES, "float16", 4).load_state_dict(space.state_dict())
 
 
