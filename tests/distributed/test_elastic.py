@@ -62,7 +62,7 @@ def test_a_lost_worker_is_restarted_and_nothing_is_lost(
     await_checkpoint(run, 2, [agent])
     worker(agent, 1).kill()
     (printed,) = end([agent])
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert metrics(run) == metrics(undisturbed_run)
     ended, expected = last_checkpoint(run), last_checkpoint(undisturbed_run)
     assert ended.positions == expected.positions and ended.step == expected.step
@@ -84,7 +84,7 @@ def test_a_lost_machine_leaves_a_job_on_those_that_remain(
         os.kill(process, signal.SIGKILL)
     agents[1].communicate()
     (printed,) = end(agents[:1])
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert ranks_of_starts(run)[-2:] == [2, 1]
     ended, expected = last_checkpoint(run), last_checkpoint(undisturbed_run)
     assert ended.finished and ended.ranks == 1
@@ -104,7 +104,7 @@ def test_a_machine_that_comes_later_takes_part(small_world: Path, tmp_path: Path
     await_checkpoint(run, 1, [first])
     second = start_machine(endpoint, arguments, first=False)
     printed, _ = end([first, second])
-    assert "asked to end by SIGTERM" in printed and "going on from" in printed
+    assert "stopped by SIGTERM" in printed and "resuming from" in printed
     assert ranks_of_starts(run) == [1, 2]
     ended = last_checkpoint(run)
     assert ended.finished and ended.ranks == 2 and ended.rows_done == ended.rows_total

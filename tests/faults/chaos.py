@@ -125,7 +125,7 @@ def disturb(job: Job, number: int, rng: random.Random, deck: Deck, faults: int) 
 
 def _last_word(ending: Ending, attack: kinds.Attack) -> str:
     """The line that says what happened."""
-    says = attack.says or "^asked to end by SIGTERM"
+    says = attack.says or "^stopped by SIGTERM"
     lines = [line for line in ending.said.splitlines() if re.search(says, line)]
     return [*lines[-1:], *ending.errors[-1:], ""][0]
 

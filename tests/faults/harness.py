@@ -60,7 +60,7 @@ class Ending:
     @property
     def resumed_from(self) -> str | None:
         """The checkpoint that this start went on from."""
-        lines = [line for line in self.said.splitlines() if line.startswith("going on from ")]
+        lines = [line for line in self.said.splitlines() if line.startswith("resuming from ")]
         return lines[0].split(":")[0].rpartition("/")[2].split(" ")[0] if lines else None
 
 

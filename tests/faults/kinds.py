@@ -100,9 +100,7 @@ def terminate(rng: random.Random, job: Job) -> Attack:
     """SIGTERM to the launcher, to one rank, or to every process down to the loader workers."""
     to = rng.choice(["launcher", "rank", "all"])
     fault = _signal(rng, signal.SIGTERM, to)
-    return Attack(
-        f"SIGTERM to {'a rank' if to == 'rank' else to}", fault, (PREEMPTED_STATUS,), "^asked to end by SIGTERM"
-    )
+    return Attack(f"SIGTERM to {'a rank' if to == 'rank' else to}", fault, (PREEMPTED_STATUS,), "^stopped by SIGTERM")
 
 
 def terminate_in_start(rng: random.Random, job: Job) -> Attack:

@@ -90,7 +90,7 @@ def test_a_job_that_learnt_otherwise_is_found_different(
 )
 def test_the_same_command_goes_on_after(draw: kinds.Draw, job: Job, undisturbed: Job) -> None:
     endure(job, late(draw(random.Random(draw.__name__), job)), undisturbed)
-    assert "going on from" in (job.directory / "out-2").read_text()
+    assert "resuming from" in (job.directory / "out-2").read_text()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_command_itself_is_killed_and_preempted_and_goes_on(job: Job, undist
 
         status, said = command.run(16, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
         assert status == PREEMPTED_STATUS, said
-        assert "going on from " in said and "asked to end by SIGTERM" in said
+        assert "resuming from " in said and "stopped by SIGTERM" in said
 
         status, said = command.run(16, lambda launcher, ranks: None)
         assert status == 0 and "limelight: " not in said, said

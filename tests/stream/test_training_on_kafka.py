@@ -103,7 +103,7 @@ def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, t
         timeout=TIMEOUTS,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "going on from" in ended.stdout
+    assert "resuming from" in ended.stdout
     last, rows = read_manifest(checkpoints_at(run)[-1]), expected_rows(world, spec, 14)
     assert last.finished and last.rows_done == rows > saved.rows_done
     stream = json.loads((run / "metrics.json").read_text())["stream"]

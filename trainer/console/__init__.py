@@ -1,1 +1,1 @@
-"""What a person reads: errors, log, progress, tables, exit statuses."""
+"""Texts for a person: errors, log, progress, tables, exit statuses."""

@@ -18,14 +18,14 @@ LINE_EVERY_SECONDS = 5.0
 
 
 class Progress:
-    """Shows ``done`` of ``total``; use as a context manager.
+    """Shows the progress of one piece of work; a context manager.
 
     Args:
-        label: what is going on, such as ``train``.
+        label: name of the work, such as ``train``.
         total: amount of work in ``unit``.
-        unit: what is counted, such as ``rows``.
-        done: what an earlier process has done of it.
-        quiet: show nothing (every rank but the first); the lines are in the rank's log all the same.
+        unit: unit of the work, such as ``rows``.
+        done: amount that an earlier process has done.
+        quiet: show nothing on the terminal (every rank but the first); the rank's log has the lines all the same.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, done: int = 0, quiet: bool = False) -> None:
@@ -50,7 +50,7 @@ class Progress:
             self._line("", time.monotonic())
 
     def advance(self, amount: int, remark: str = "") -> None:
-        """Count ``amount`` more; ``remark`` is shown beside the figures."""
+        """Add ``amount`` to the work done; ``remark`` is shown beside the figures."""
         self.done += amount
         if self._bar is not None:
             self._bar.update(amount)
@@ -76,12 +76,11 @@ class Progress:
 
 
 class Phases:
-    """Shows work that goes in phases, each with its own bar; called with what is done, how much of it, and of how much.
+    """Shows work in phases, each with its own progress; called with the phase's name, the work done and the total.
 
     Args:
-        units: phase -> what is counted.
-        other: what the other phases count.
-        quiet: show nothing.
+        units: phase -> unit of its work.
+        other: unit of the other phases.
     """
 
     def __init__(self, units: Mapping[str, str], other: str = "parts", *, quiet: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Tables, sizes and shapes as plain text."""
+"""Formats tables, sizes, shapes and ages as plain text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _TIME_UNITS = (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1_000
 
 
 def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Aligned columns under a header; the first ``texts`` of them to the left, the others, figures, to the right."""
+    """Format lines as columns under a header; the first ``texts`` columns are aligned left, the others right."""
     widths = [max(len(line[column]) for line in (header, *lines)) for column in range(len(header))]
     return "\n".join(
         "  ".join(
@@ -20,7 +20,7 @@ def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int
 
 
 def size_text(bytes_: int) -> str:
-    """A size in the largest unit of which it has one, such as ``1.2 GB``."""
+    """Format a size in the largest unit that it reaches, such as ``1.2 GB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if bytes_ >= size:
             return f"{bytes_ / size:,.1f} {unit}"
@@ -28,7 +28,7 @@ def size_text(bytes_: int) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape, such as ``1,000 x 16``."""
+    """Format a shape, such as ``1,000 x 16``."""
     return " x ".join(f"{size:,}" for size in shape) if shape else "(a number)"
 
 

@@ -108,7 +108,7 @@ class Checkpoints(CheckpointStore):
         ranks = (
             "" if manifest.ranks == self._world.size else f", saved by {manifest.ranks} ranks, now {self._world.size}"
         )
-        logger.info(f"going on from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
+        logger.info(f"resuming from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
         return manifest.positions
 
     def _take(self, engine: HybridEngine, state: TrainingState, copy: bool) -> Save:

@@ -1,1 +1,1 @@
-"""Processes and machines: ranks, rendezvous, watchdog, locks, clocks."""
+"""Processes and machines: ranks, rendezvous, watchdog, run lock, phase timer."""

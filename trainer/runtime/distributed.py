@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a job. The one place that decides device, backend and timeouts."""
+"""The process group of a job: rank, device, backend and timeouts are decided here alone."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 1800
-"""A collective that waits longer than this for another rank fails: long enough for a rank that fits features alone."""
+"""A collective fails after waiting this long. The first rank may fit features alone while the others wait."""
 
 LOST_PEER_SECONDS = 1.5
-"""A rank that failed since another has gone waits so long before it ends: launchers take the first that ends for the
-cause, and torchrun tells moments apart by whole seconds."""
+"""Delay before a rank ends because another one was lost. Launchers report the first rank that ends as the cause, and
+torchrun compares times in whole seconds."""
 
 
 @dataclass
 class World:
-    """The ranks of a job, as one of them sees it. A context manager that leaves the process group at its end.
+    """The process group of a job, seen from one rank. A context manager that leaves the group on exit.
 
     Attributes:
-        rank: of this process, from 0.
+        rank: number of this process, from 0.
         size: number of ranks.
-        device: that this rank computes on.
-        control: a gloo group of all ranks, for small messages between hosts that must not wait for a GPU.
+        device: on which this rank computes.
+        control: gloo group of all ranks, for small messages between hosts that must not wait for a GPU.
     """
 
     rank: int
@@ -55,10 +55,10 @@ class World:
 
     @staticmethod
     def join(device: DeviceChoice = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> World:
-        """Join the ranks that torchrun, deepspeed or ``limelight train`` started; alone where none did.
+        """Join the process group that torchrun, deepspeed or ``limelight train`` started; one rank without a launcher.
 
         Raises:
-            UserError: CUDA is asked for but not there, more ranks than GPUs, or the ranks cannot meet.
+            UserError: CUDA is requested but not available, there are more ranks than GPUs, or the rendezvous fails.
         """
         rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
         local_rank = _from_environment("LOCAL_RANK", rank)
@@ -68,11 +68,11 @@ class World:
             torch.cuda.set_device(chosen)
         else:
             keep_freed_memory()
-        # DeepSpeed reads the first once, when it is imported, and would else take any GPU; it insists on the second.
+        # DeepSpeed reads the first variable when it is imported, and requires the second.
         os.environ["DS_ACCELERATOR"] = chosen.type
         os.environ["LOCAL_RANK"] = str(local_rank)
         several_machines = size != local_size()
-        # By itself gloo takes the address of this host's name: a name service, or for other machines the loopback.
+        # By default gloo binds to the address of the host's name, which other machines often cannot reach.
         master = os.environ.get("MASTER_ADDR", "localhost")
         interface = interface_towards(master) if several_machines else loopback_interface()
         if interface is not None:
@@ -84,7 +84,7 @@ class World:
             if store is None and "MASTER_PORT" in os.environ and "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                # No launcher, one rank: a store in memory needs no port.
+                # One rank without a launcher uses a store in memory, which needs no port.
                 part = dist.HashStore() if store is None else fresh_part(store, rank, size, timeout)
                 dist.init_process_group(backend, store=part, rank=rank, world_size=size, timeout=timeout)
             control = control_group()
@@ -108,11 +108,11 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            # A rank that leaves early tears down connections that slower ranks are still reading from.
+            # A rank that leaves early would close connections that slower ranks still read from.
             self.barrier()
         deepspeed = sys.modules.get("deepspeed")
         if deepspeed is not None and deepspeed.comm.is_initialized():
-            # It keeps groups of its own, which a later process group would find.
+            # DeepSpeed keeps groups of its own, which would survive into a later process group.
             deepspeed.comm.destroy_process_group()
         else:
             dist.destroy_process_group()
@@ -124,23 +124,23 @@ class World:
         dist.barrier(group=self.control)
 
     def agree(self, value: T) -> T:
-        """The first rank's value, on every rank. It must be picklable."""
+        """Return the first rank's value on every rank. The value must be picklable."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def gather(self, value: T) -> list[T] | None:
-        """Every rank's value in order of rank, on the first rank; None on the others. It must be picklable."""
+        """Return the values of all ranks, in order, on the first rank and ``None`` on the others. Picklable values."""
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def sum(self, value: int) -> int:
-        """Sum over the ranks."""
+        """Return the sum over the ranks."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
     def max(self, value: int) -> int:
-        """Maximum over the ranks."""
+        """Return the maximum over the ranks."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
     def _reduce(self, value: int, operation: dist.ReduceOp.RedOpType) -> int:
@@ -150,14 +150,14 @@ class World:
 
 
 def run_rank(job: Callable[[], int | None]) -> int:
-    """Run one rank's part of a job: its exit status.
+    """Run one rank's part of a job and return its exit status.
 
-    An exception is left where the launcher looks for it (torchrun and ``limelight`` both name a file in the
-    environment), so that of all ranks' tracebacks the first is shown last; a mistake of the user's is in the log too.
-    That another rank has gone is told in a line: that rank knows why, and the log has the traceback.
+    An exception is written to the file that the launcher names in the environment (torchrun and ``limelight`` do), so
+    that the launcher can show the first one of all ranks. The loss of another rank is printed as one line, with the
+    traceback in the log, since only the lost rank knows the cause.
     """
 
-    def told() -> int | None:
+    def logged_job() -> int | None:
         try:
             return job()
         except UserError as error:
@@ -165,12 +165,12 @@ def run_rank(job: Callable[[], int | None]) -> int:
             raise
 
     try:
-        return exit_status(record(told))
+        return exit_status(record(logged_job))
     except Exception as error:
         if not is_lost_peer(f"{type(error).__name__}: {error}"):
             raise
         logger.debug(traceback.format_exc())
-        # gloo begins with a line of its own source, and ends with advice.
+        # gloo's message begins with its source line and ends with advice; the reason stands between.
         reason = " ".join(str(error).split()).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(error)
         rank = _from_environment("RANK", 0)
         print(f"limelight: rank {rank} has lost another rank: {reason}", file=sys.stderr, flush=True)
@@ -178,22 +178,25 @@ def run_rank(job: Callable[[], int | None]) -> int:
 
 
 def local_size() -> int:
-    """Ranks on this machine; a launcher that does not say so has them all here."""
+    """Return the number of ranks on this machine; all of them if the launcher does not set it."""
     return _from_environment("LOCAL_WORLD_SIZE", _from_environment("LOCAL_SIZE", _from_environment("WORLD_SIZE", 1)))
 
 
 def control_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks: the default one, or one beside it. Collective."""
+    """Return a gloo group of all ranks: the default group, or a new one if the default uses another backend.
+
+    Collective.
+    """
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     assert group is not None
     return group
 
 
 def choose_device(device: DeviceChoice, local_rank: int) -> torch.device:
-    """The device of the ``local_rank``-th rank of this machine.
+    """Choose the device of the ``local_rank``-th rank of this machine.
 
     Raises:
-        UserError: CUDA is asked for but not there, or there are fewer GPUs than ranks.
+        UserError: CUDA is requested but not available, or there are fewer GPUs than ranks.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -209,7 +212,7 @@ def choose_device(device: DeviceChoice, local_rank: int) -> torch.device:
 
 
 def _quiet_libraries() -> None:
-    """Keep notices of libraries about each other, which a user can do nothing about, out of what a job says."""
+    """Hide notices of libraries about each other, which a user cannot act on."""
     for name in ("torchrec", "DeepSpeed", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("torch", "torchrec", "fbgemm_gpu", "deepspeed"):

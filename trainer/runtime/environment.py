@@ -17,7 +17,7 @@ PACKAGES = (
 
 
 def environment(world: int) -> dict[str, Any]:
-    """Versions and machine, for the record of a run or of a benchmark."""
+    """Collect versions and machine, for the record of a run or a benchmark with ``world`` ranks."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -13,18 +13,18 @@ from trainer.console.errors import UserError, one_line
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
-    """Write JSON aside, sync it and rename, so that a reader never sees half of it."""
+    """Write a JSON file atomically: to a temporary file, which is synced and renamed."""
     text = json.dumps(value, indent=1) + "\n"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
+    tmp_path = path.with_name(f".{path.name}.{os.getpid()}")
+    with tmp_path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    tmp_path.replace(path)
 
 
 def sync(path: Path) -> None:
-    """Have what a file holds, or the names in a directory, on disk."""
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,23 +33,27 @@ def sync(path: Path) -> None:
 
 
 def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
-    """Have a directory written aside and renamed, so that half of it is never seen; what was there is replaced.
+    """Write a directory atomically, and replace the one that exists.
+
+    Args:
+        directory: to write.
+        write: called with the path of a temporary directory, which it makes and fills.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the directory cannot be written.
     """
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    tmp_path = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
+        write(tmp_path)
         if directory.exists():
             replaced = directory.with_name(f".{directory.name}.replaced")
             directory.rename(replaced)
-            aside.rename(directory)
+            tmp_path.rename(directory)
             shutil.rmtree(replaced)
         else:
-            aside.rename(directory)
+            tmp_path.rename(directory)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({one_line(error)})") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)

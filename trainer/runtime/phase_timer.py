@@ -1,4 +1,4 @@
-"""Where the seconds of a step go."""
+"""Measures the time of a step by phase."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from contextlib import contextmanager
 import torch
 
 PHASES = ("data", "tables", "dense", "communication")
-"""Waiting for the loader; looking up and training tables; the dense network and its optimizer; waiting for ranks."""
+"""Waiting for the loader; table lookups and updates; the dense network and its optimizer; waiting for other ranks."""
 
 _Mark = tuple[str | None, "float | torch.cuda.Event"]
 
 
 class PhaseClock:
-    """Splits the time of a step into phases; a phase inside another one interrupts it.
+    """Splits the time of a step into phases; an inner phase interrupts the outer one.
 
-    On a CPU it reads the host's clock. On a GPU it records events on the current stream, so that a phase is the time
-    that the GPU spends on what was queued in it, and nothing waits until the seconds are asked for.
+    On a CPU it reads the host's clock. On a GPU it records events on the current stream: a phase is then the time that
+    the GPU spends on the work queued in it, and nothing waits until the seconds are read.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Phases are those of the stream that computes, also while something is queued on another.
+        # Always the computing stream, also while work is queued on another one.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._phase: str | None = None
         self._marks: list[_Mark] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside for ``name``."""
+        """Count the time inside the context for phase ``name``."""
         outer = self._phase
         self._switch(name)
         try:
@@ -39,7 +39,7 @@ class PhaseClock:
             self._switch(outer)
 
     def lap(self) -> PhaseSeconds:
-        """The phases since the last lap."""
+        """Return the phases since the last lap, and start the next one."""
         marks, self._marks = self._marks, []
         self._switch(self._phase)
         return PhaseSeconds([*marks, self._marks[0]])
@@ -56,13 +56,13 @@ class PhaseClock:
 
 
 class PhaseSeconds:
-    """A lap of a :class:`PhaseClock`; adds up when asked, since the events of a GPU are known only then."""
+    """Seconds by phase of one lap; added up on request, since a GPU's events complete later."""
 
     def __init__(self, marks: list[_Mark]) -> None:
         self._marks = marks
 
     def total(self) -> dict[str, float]:
-        """Seconds of each of ``PHASES``."""
+        """Return the seconds of each of ``PHASES``; on a GPU this waits for the lap's events."""
         seconds = dict.fromkeys(PHASES, 0.0)
         for (name, since), (_, until) in zip(self._marks, self._marks[1:], strict=False):
             if name is not None:

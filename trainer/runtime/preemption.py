@@ -1,4 +1,4 @@
-"""SIGTERM: the machine is wanted back. Training saves its state first, anything else ends at once."""
+"""Preemption by SIGTERM: training saves its state first, other work ends at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class Preempted(Exception):
-    """This process was asked to end, and has nothing left to save."""
+    """This process was asked to end and has nothing left to save."""
 
 
 class Preemption:
-    """Listens for SIGTERM from its construction on.
+    """Handles SIGTERM from its construction on.
 
     Attributes:
-        asked: SIGTERM has come.
+        asked: True after SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,10 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, SIGTERM only sets :attr:`asked`; it is up to the caller to look.
+        """Defer SIGTERM inside the context: it only sets :attr:`asked`, which the caller checks.
 
         Raises:
-            Preempted: on leaving without another exception, when it was asked for meanwhile.
+            Preempted: at the end of the context, if SIGTERM came and no other exception is raised.
         """
         self._deferred = True
         try:
@@ -51,13 +51,13 @@ class Preemption:
 
 
 def until_preempted(job: Callable[[], object]) -> int:
-    """Run a job that saves its state when it is asked to stop: its exit status."""
+    """Run a job that saves its state on SIGTERM, and return its exit status."""
     try:
         job()
     except Preempted as preempted:
         if preempted.__context__ is not None:
-            # A launcher ends the ranks that are left when one has failed; what it did to this one is told.
+            # The launcher ends the remaining ranks after a failure; the exception of this rank comes first.
             raise preempted.__context__ from None
-        logger.info("asked to end by SIGTERM; the same command goes on from here")
+        logger.info("stopped by SIGTERM; the same command resumes from here")
         return PREEMPTED_STATUS
     return 0

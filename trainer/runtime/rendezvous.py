@@ -1,9 +1,8 @@
-"""Where the ranks of a job first meet.
+"""Rendezvous of the ranks of one start of a job.
 
-torchrun keeps one store for all its restarts, and in torch 2.13 whatever the ranks of an earlier start have left there
-is taken for this one's: gloo then connects to processes that have gone ("Connection refused" of ``connectFullMesh``).
-Neither the number of restarts, which agents count each for themselves, nor anything else that a rank is told says which
-start it belongs to. So the ranks agree on a name for it.
+torchrun keeps one store over all restarts. In torch 2.13 the ranks read entries that an earlier start left there, and
+gloo connects to processes that no longer exist ("Connection refused" in ``connectFullMesh``). No variable of a rank
+identifies the start: each agent counts restarts for itself. So the ranks agree on a name for their start.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ POLL_SECONDS = 0.02
 
 
 def shared_store(timeout: timedelta) -> dist.Store | None:
-    """A client of the store that torchrun keeps; None under another launcher, whose ranks have one of their own.
+    """Connect to the store of torchrun's agent; ``None`` under other launchers, whose ranks make their own store.
 
     Raises:
         RuntimeError: nothing answers at MASTER_ADDR:MASTER_PORT.
@@ -30,19 +29,19 @@ def shared_store(timeout: timedelta) -> dist.Store | None:
 
 
 def fresh_part(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Store:
-    """The part of a store that only the ranks of this start use. Collective.
+    """Return a part of a store that only the ranks of this start use. Collective.
 
-    A rank calls by a random word and waits until that word is answered. The first rank answers calls with its own word
-    until every rank has confirmed it: a call that a rank of an earlier start has left is never confirmed.
+    Each rank writes a call with a random word and waits for its answer. The first rank answers every call with its own
+    word until each rank has confirmed it. A call left by a rank of an earlier start is never confirmed.
 
     Args:
         store: that all ranks reach.
         rank: of this process.
         size: number of ranks.
-        timeout: for which the ranks wait for each other.
+        timeout: longest wait for the other ranks.
 
     Raises:
-        RuntimeError: not all ranks have come in time.
+        RuntimeError: a rank is missing after the timeout.
     """
     word = secrets.token_hex(8)
     if rank:

@@ -1,4 +1,4 @@
-"""The random number generators of a rank: what dropout, and whatever else a network draws, goes on from."""
+"""State of a rank's random number generators, which dropout and other sampling draw from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ States = dict[str, Any]
 
 
 def random_states() -> States:
-    """States of all generators of this process, as tensors and plain lists."""
+    """Return the states of all generators of this process, as tensors and plain lists."""
     mersenne: Any = np.random.get_state(legacy=False)
     states: States = {
         "torch": torch.get_rng_state(),
@@ -30,7 +30,7 @@ def random_states() -> States:
 
 
 def restore_random_states(states: States) -> None:
-    """Go on from :func:`random_states` of a rank on the same kind of device."""
+    """Restore the result of :func:`random_states`, from a rank on the same kind of device."""
     torch.set_rng_state(states["torch"])
     words, position, has_gauss, gauss = states["numpy"]
     np.random.set_state(("MT19937", words.numpy().astype(np.uint32), position, has_gauss, gauss))
@@ -41,7 +41,7 @@ def restore_random_states(states: States) -> None:
 
 
 def start_random_states(seed: int, step: int, rank: int) -> None:
-    """Set all generators of a rank that has no states to go on from: of a new run, or of another number of ranks."""
+    """Seed all generators of a rank without stored states: in a new run, or with another number of ranks."""
     first, second, third = np.random.SeedSequence([seed, step, rank]).generate_state(3)
     torch.manual_seed(int(first))
     np.random.seed(int(second))

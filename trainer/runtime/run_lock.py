@@ -1,4 +1,4 @@
-"""One job at a time on a run's directory."""
+"""The lock of a run's directory: one job at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from trainer.console.errors import UserError
 def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a run's directory.
 
-    It is a POSIX record lock: it belongs to this process alone, not to the loader processes that it forks, and the
-    kernel takes it back however this process ends. The file that stays behind says nothing.
+    A POSIX record lock belongs to this process alone, not to the loader processes that it forks, and the kernel
+    releases it however the process ends. A lock file that stays behind has no meaning.
 
     Raises:
-        UserError: another process has it, with what it has written down about itself; or the file cannot be written.
+        UserError: another process holds the lock (its host and process id are named), or the file cannot be written.
     """
     path = directory / "lock"
     try:
@@ -46,7 +46,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a job of another process runs in a directory."""
+    """True if a job of another process runs in a directory."""
     try:
         with (directory / "lock").open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,4 +61,4 @@ def _owner(text: str) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         owner = json.loads(text)
         return f"process {owner['process']} on {owner['host']} since {owner['since']}"
-    return "which has not said its name yet"
+    return "its process id is not written yet"

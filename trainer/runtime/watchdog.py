@@ -1,8 +1,8 @@
-"""Ends a job that hangs, and says which rank hangs where.
+"""Ends a job that hangs, and reports which rank hangs and where.
 
-A thread of each rank watches the steps of its main thread. When they stop coming, the ranks tell each other over
-sockets of their own what their main threads are doing: the one that is not waiting for the others in a collective, or
-does not answer, is why all of them stand still. Every rank reports that in a line; the rank at fault adds its stacks.
+A thread of each rank watches the steps of its main thread. If no step ends for too long, the ranks exchange the states
+of their main threads over sockets of their own. A rank that is not waiting in a collective, or does not answer, blocks
+all others. Every rank reports it in one line, and the blocking rank adds the stacks of its threads.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from trainer.runtime.distributed import World, local_size
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-"""Longest pause between two looks at the main thread."""
+"""Longest interval between two checks of the main thread."""
 
 ANSWER_SECONDS = 5.0
-"""A rank whose watchdog says nothing for so long, once asked, is taken for stopped."""
+"""A rank whose watchdog does not answer within this time counts as stopped."""
 
 FIRST_STEP_SECONDS = 120.0
-"""The first step may take so long where less is configured: loaders start in it, and libraries compile."""
+"""Minimum time for the first step: it starts the loaders and compiles kernels."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = tuple(f"{_ROOT / package}{os.sep}" for package in ("trainer", "modules", "launch"))
@@ -47,19 +47,19 @@ _LIBRARIES = tuple(
 )
 _COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
 _LISTED = 4
-"""Ranks, or groups of ranks at one place, that a report names."""
+"""Ranks, or groups of ranks at one place, that a report lists."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a rank's main thread is doing.
+    """Activity of a rank's main thread.
 
     Attributes:
         rank: of the process.
-        step: last step that it ended.
-        collective: what it waits for the other ranks in, such as ``all_reduce``; empty where it does not.
+        step: last completed step.
+        collective: collective in which it waits for the other ranks, such as ``all_reduce``; empty if it does not wait.
         place: innermost lines of the project's own code, such as ``trainer/engine/hybrid_engine.py:120 in steps``.
-        busy: long work that it announced, see :meth:`Watchdog.busy`; empty while that waits for other ranks itself.
+        busy: announced long work, see :meth:`Watchdog.busy`; empty while this work waits for other ranks itself.
     """
 
     rank: int
@@ -72,12 +72,12 @@ class State:
 class Watchdog:
     """Watches the training loop of all ranks; a context manager whose entry and regular exit are collective.
 
-    What is announced by :meth:`busy` on any rank may take its time, and the first step some of it. Time in which this
-    process itself was stopped does not count.
+    Work announced by :meth:`busy` on any rank has no time limit, and the first step has a longer one. Time during which
+    this process itself was stopped does not count.
 
     Args:
         world: the ranks.
-        seconds: without a step on some rank after which the job is ended; 0 switches the watchdog off.
+        seconds: time without a completed step after which the job is ended; 0 switches the watchdog off.
     """
 
     def __init__(self, world: World, seconds: float) -> None:
@@ -110,8 +110,7 @@ class Watchdog:
                 # A rank that still works on its last step finds the others here if it hangs.
                 self._world.barrier()
         finally:
-            # What the end of a rank at fault does to the main threads of the others is not told: they end in here.
-            # Closing would not do: forked loader workers hold this end as well.
+            # A byte, since closing the pipe would not wake the thread: forked loader workers hold this end as well.
             os.write(self._stop, b".")
             self._thread.join()
             os.close(self._stop)
@@ -119,12 +118,12 @@ class Watchdog:
             self._listener.close()
 
     def beat(self, step: int) -> None:
-        """The main thread has ended a step."""
+        """Record that the main thread completed a step."""
         self._step, self._beaten, self._allowed = step, time.monotonic(), self._seconds
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Announce long work of the main thread, such as ``writing a checkpoint``: no rank is ended meanwhile."""
+        """Announce long work of the main thread, such as ``writing a checkpoint``; no rank is ended during it."""
         self._busy = what
         try:
             yield
@@ -148,7 +147,7 @@ class Watchdog:
                 looked = time.monotonic()
 
     def _compare(self, seconds: float) -> None:
-        """Exchange states with all ranks; end this one if some rank hangs, else go on watching."""
+        """Exchange states with all ranks, and end this process if a rank hangs."""
         mine = self._heard[self._world.rank] = main_thread_state(self._world.rank, self._step, self._busy, self._main)
         gone = self._tell(mine)
         until = time.monotonic() + ANSWER_SECONDS
@@ -160,24 +159,24 @@ class Watchdog:
         if working:
             if self._world.rank in (0, working[0].rank):
                 first = working[0]
-                _say(f"limelight: rank {first.rank} is still {first.busy}; the other ranks wait for it")
+                _report_now(f"limelight: rank {first.rank} is still {first.busy}; the other ranks wait for it")
             self._beaten = time.monotonic()
-            # Answers that come late are not taken for another call.
+            # Late answers must not count as another request.
             while self._listener in select.select([self._listener], [], [], self._tick)[0]:
                 self._hear()
             self._heard = {}
             return
         culprits = find_culprits(heard, gone, self._world.size)
-        _say("limelight: error: " + report(heard, gone, self._world.size, max(seconds, self._seconds)))
+        _report_now("limelight: error: " + report(heard, gone, self._world.size, max(seconds, self._seconds)))
         if not culprits or self._world.rank in culprits:
-            _say(f"limelight: stacks of rank {self._world.rank}:\n" + all_stacks(self._main))
+            _report_now(f"limelight: stacks of rank {self._world.rank}:\n" + all_stacks(self._main))
         else:
-            # The rank at fault ends first: a launcher shows the last lines of the first one that failed.
+            # The blocking rank must end first: a launcher shows the last lines of the first rank that failed.
             time.sleep(0.5)
         os._exit(HUNG_STATUS)
 
     def _tell(self, mine: State) -> set[int]:
-        """Send this rank's state to the others. Those that nothing listens for any more: their processes have ended."""
+        """Send this rank's state to the others; return the ranks whose port refuses connections: they have ended."""
         message = json.dumps({"token": self._token, **asdict(mine)}).encode() + b"\n"
         gone = set()
         for rank, address in enumerate(self._addresses):
@@ -189,11 +188,11 @@ class Watchdog:
             except ConnectionRefusedError:
                 gone.add(rank)
             except OSError:
-                continue  # It will be found not to answer.
+                continue  # The caller notices that this rank does not answer.
         return gone
 
     def _hear(self) -> bool:
-        """Take what another rank has sent. Whether it was one; anything else may knock at an open port."""
+        """Receive one message; True if it came from a rank of this job, since anyone may connect to an open port."""
         try:
             connection, _ = self._listener.accept()
             with connection:
@@ -210,7 +209,14 @@ class Watchdog:
 
 
 def main_thread_state(rank: int, step: int, busy: str, thread: int) -> State:
-    """What a thread, known by its identity, is doing at the moment; work that it announced may be done by others."""
+    """Return the present state of a thread; other threads are searched too, since they may do its announced work.
+
+    Args:
+        rank: of this process.
+        step: last completed step.
+        busy: announced work, or empty.
+        thread: identity of the main thread.
+    """
     stacks = {identity: _frames(innermost) for identity, innermost in sys._current_frames().items()}
     doing = [_doing(stacks.get(thread, []))]
     if busy:
@@ -229,21 +235,21 @@ def _frames(innermost: FrameType | None) -> list[FrameType]:
 
 
 def _doing(frames: list[FrameType]) -> tuple[str, str]:
-    """The collective that a thread waits in, if it does, and its place in the project's own code."""
+    """Return the collective that a thread waits in, or an empty text, and its place in the project's own code."""
     own = [place for place, inner in enumerate(frames) if inner.f_code.co_filename.startswith(_OWN)]
-    # The calls between the project's code and where the thread is: all of them if the project's code is not on it.
+    # Calls from the project's code inward; all calls if none of them is the project's.
     inside = frames[: own[0] + 1] if own else frames
     shown = [frames[place] for place in own if not frames[place].f_code.co_name.startswith("<")][:3] or frames[:1]
     return _collective(inside), ", called at ".join(map(_place, shown))
 
 
 def _collective(frames: list[FrameType]) -> str:
-    """The collective that the innermost of some frames waits in; empty if it is none."""
+    """Return the collective that the innermost frame waits in, or an empty text."""
     for frame in frames:
         file = frame.f_code.co_filename
         if f"{os.sep}torch{os.sep}distributed{os.sep}" in file and file.endswith(_COLLECTIVES):
             return frame.f_code.co_name
-    # Work of an asynchronous collective is waited for in compiled code; Python's own waits have frames of their own.
+    # The wait for an asynchronous collective is compiled code, without a frame of its own.
     innermost = frames[0] if frames else None
     if innermost is None or not innermost.f_code.co_filename.startswith((*_OWN, *_LIBRARIES)):
         return ""
@@ -258,12 +264,12 @@ def _place(frame: FrameType) -> str:
 
 
 def find_culprits(heard: Mapping[int, State], gone: set[int], size: int) -> list[int]:
-    """Ranks that the others wait for: ended, silent, or not in a collective. None where all are in collectives."""
+    """Return the ranks that block the others: ended, silent, or not in a collective. Empty if all are in one."""
     return [rank for rank in range(size) if rank in gone or rank not in heard or not heard[rank].collective]
 
 
 def report(heard: Mapping[int, State], gone: set[int], size: int, seconds: float) -> str:
-    """One line: which ranks hang and where, and where the others wait for them."""
+    """Format one line that names the ranks that hang, with their places, and the places where the others wait."""
     culprits = find_culprits(heard, gone, size)
     doing: dict[str, list[int]] = {}
     for rank in culprits:
@@ -276,13 +282,13 @@ def report(heard: Mapping[int, State], gone: set[int], size: int, seconds: float
         doing.setdefault(what, []).append(rank)
     for rank in sorted(set(range(size)) - set(culprits)):
         doing.setdefault(f"waits in {heard[rank].collective} at {heard[rank].place}", []).append(rank)
-    said = [f"{_ranks(ranks)} {what}" for what, ranks in list(doing.items())[:_LISTED]]
+    parts = [f"{_ranks(ranks)} {what}" for what, ranks in list(doing.items())[:_LISTED]]
     if len(doing) > _LISTED:
-        said.append(f"others at {len(doing) - _LISTED} more places")
+        parts.append(f"others at {len(doing) - _LISTED} more places")
     if not culprits:
-        said.append("all wait in collectives, but not in the same one")
+        parts.append("all wait in collectives, but not in the same one")
     step = max((state.step for state in heard.values()), default=0)
-    return f"no step for {seconds:.0f} s after step {step}: {'; '.join(said)}"
+    return f"no step for {seconds:.0f} s after step {step}: {'; '.join(parts)}"
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -292,7 +298,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def all_stacks(first: int) -> str:
-    """Stacks of all threads of this process, that of thread ``first`` last, innermost calls last."""
+    """Format the stacks of all threads of this process; that of thread ``first`` comes last, innermost calls last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == first)
     return "\n".join(
@@ -303,7 +309,7 @@ def all_stacks(first: int) -> str:
 
 
 def _listen(ranks: int) -> tuple[socket.socket, tuple[str, int]]:
-    """A socket for the other ranks, and the address at which they reach it."""
+    """Open a socket for the other ranks; return it with the address at which they reach it."""
     if local_size() == ranks:
         listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
         return listener, ("127.0.0.1", listener.getsockname()[1])
@@ -311,8 +317,8 @@ def _listen(ranks: int) -> tuple[socket.socket, tuple[str, int]]:
         listener = socket.create_server(("", 0), family=socket.AF_INET6, backlog=ranks, dualstack_ipv6=True)
     else:
         listener = socket.create_server(("", 0), backlog=ranks)
-    # The address by which this machine goes to the first one; nothing is sent. On the first one that may be the
-    # loopback, where the others go by the name that they all know.
+    # The source address of packets to the first machine; nothing is sent. On the first machine this may be the
+    # loopback: there, the others use the name that all ranks have.
     master = os.environ["MASTER_ADDR"]
     family, kind, protocol, _, place = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -322,6 +328,7 @@ def _listen(ranks: int) -> tuple[socket.socket, tuple[str, int]]:
     return listener, (master if loopback else address, listener.getsockname()[1])
 
 
-def _say(text: str) -> None:
+def _report_now(text: str) -> None:
+    """Write a line to the log and to standard error of this rank, whatever its number."""
     logger.debug(text)
     print(text, file=sys.stderr, flush=True)

@@ -134,7 +134,7 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
     assert gone_on["training"]["steps"] == through["training"]["steps"] > 2 * JOB_STOPS
     torch.testing.assert_close(gone_on["training"]["loss"], through["training"]["loss"], atol=1e-5, rtol=0)
     log = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
-    assert f"going on from {tmp_path / 'run' / 'checkpoints' / 'step-00000005'}" in log
+    assert f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step-00000005'}" in log
     assert "saved by 2 ranks, now 1" in log
     sources = json.loads((tmp_path / "run" / "tokens" / "sources.json").read_text())
     assert sources[str(tmp_path / "train.jsonl")]["manifest"] == {"templates": "v1"}

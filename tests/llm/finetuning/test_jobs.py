@@ -104,10 +104,10 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed = end([process], expect=PREEMPTED_STATUS)[0]
-    assert "the same command goes on from here" in printed
+    assert "the same command resumes from here" in printed
     assert not (stopped / "metrics.json").exists()
     printed = end([start(*command, *overrides(tmp_path, stopped, "train.epochs=40"))])[0]
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert metrics(stopped) == metrics(through), "the same ranks go on bit for bit"
 
     end([start(*LIMELIGHT, "export", str(stopped), str(tmp_path / "merged"))])

@@ -109,7 +109,7 @@ class AdapterCheckpoints(CheckpointStore):
         else:
             start_random_states(seed, manifest.step, rank)
         ranks = "" if same else f", saved by {manifest.ranks} ranks, now {size}"
-        logger.info(f"going on from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
+        logger.info(f"resuming from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
         return True
 
     def _take(self, engine: AdapterEngine, state: FinetuneState, copy: bool) -> Save:
