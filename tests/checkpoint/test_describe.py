@@ -33,7 +33,7 @@ def test_show_tells_what_is_in_it(run: Path, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     for words in (
         "step-00000012",
-        "12 (training goes on)",
+        "12 (training has not finished)",
         "300 of 1,200 (25.0 %)",
         "2 ranks, ZeRO stage 1",
         "ple for click, gift",

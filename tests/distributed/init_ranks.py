@@ -17,7 +17,7 @@ import torch
 
 from tests.distributed.engine_ranks import everything
 from tests.distributed.old_run import DIMS, config_of, features_of, vocabularies
-from trainer.checkpoint.reader import Piece
+from trainer.checkpoint.reader import StoredPiece
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.ranking.setup import build_engine
@@ -100,14 +100,14 @@ def begin(start: Start, changes: dict[str, Any], world: World, out: Path, spec: 
 def main(out: Path, dataset: str) -> None:
     spec = DatasetSpec.load(dataset)
     read: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    plain_read = Piece.read
+    plain_read = StoredPiece.read
 
-    def counted_read(piece: Piece) -> Any:
+    def counted_read(piece: StoredPiece) -> Any:
         values = plain_read(piece)
         read.append((str(piece.file), piece.offsets, piece.sizes))
         return values
 
-    Piece.read = counted_read  # type: ignore[method-assign]
+    StoredPiece.read = counted_read  # type: ignore[method-assign]
     for stage in (0, 1, 2):
         (out / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     with World.join("cpu") as world:

@@ -220,7 +220,7 @@ def damage_newest(rng: random.Random, job: Job, file: str | None = None, harm: s
     harm = harm or rng.choice(["missing", "truncated", "zeroed", "altered"])
     damage(newest / name, harm)
     return Attack(
-        f"{harm} {Path(name).name} in the newest checkpoint", None, (0,), "damaged, going back to the one before"
+        f"{harm} {Path(name).name} in the newest checkpoint", None, (0,), "damaged, trying the checkpoint before"
     )
 
 

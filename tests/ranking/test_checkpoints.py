@@ -119,15 +119,15 @@ def test_when_a_checkpoint_is_due(world: World, tmp_path: Path, monkeypatch: pyt
     now = [1000.0]
     monkeypatch.setattr("trainer.ranking.checkpoints.time.monotonic", lambda: now[0])
     by_steps = Checkpoints(tmp_path, identity(every_steps=4, every_minutes=0), world)
-    assert [step for step in range(1, 13) if by_steps.ask(step)] == [4, 8, 12]
+    assert [step for step in range(1, 13) if by_steps.is_due(step)] == [4, 8, 12]
     by_time = Checkpoints(tmp_path, identity(every_minutes=2), world)
     asked = []
     for step in range(1, 13):
         now[0] += 50
-        if by_time.ask(step):
+        if by_time.is_due(step):
             asked.append(step)
     assert asked == [3, 6, 9, 12]
-    assert not any(Checkpoints(tmp_path, identity(every_minutes=0), world).ask(step) for step in range(100))
+    assert not any(Checkpoints(tmp_path, identity(every_minutes=0), world).is_due(step) for step in range(100))
 
 
 def damage(path: Path, how: str) -> None:
@@ -156,7 +156,7 @@ def test_a_damaged_file_takes_training_back_to_the_checkpoint_before(
         loaded = TrainingState.at_start(NAMES)
         Checkpoints(tmp_path, identity(), world).restore(engine, loaded)
         assert loaded.step == 1, file
-        told = [line for line in capsys.readouterr().out.splitlines() if "damaged, going back" in line]
+        told = [line for line in capsys.readouterr().out.splitlines() if "damaged, trying the checkpoint" in line]
         assert len(told) == 1 and file.name in told[0]
         file.write_bytes(content)
     # Training from the one before comes by the damaged one again, and takes its place.
@@ -170,7 +170,7 @@ def test_a_damaged_file_takes_training_back_to_the_checkpoint_before(
     assert loaded.step == 2
     for step in (1, 2):
         damage(tmp_path / f"step-{step:08d}" / "model" / ".metadata", how)
-    with pytest.raises(UserError, match="none of 2 checkpoints is whole; remove them to train from the beginning"):
+    with pytest.raises(UserError, match="none of 2 checkpoints is complete; remove them to train from the start"):
         Checkpoints(tmp_path, identity(), world).restore(engine, loaded)
 
 

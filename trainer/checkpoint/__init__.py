@@ -1,1 +1,1 @@
-"""Checkpoints and run directories of any model."""
+"""Checkpoints and run directories of every kind of model."""

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and whether its files are what was written."""
+"""Describes the content of a checkpoint, and verifies its files against the manifest."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trainer.console.text_table import shape_text, size_text, text_table
 from trainer.sparse.dynamic_ids import COUNTS, IdCounts
 
 LISTED = 5
-"""Problems that the one line about a broken checkpoint names."""
+"""Most problems that the one-line error about broken checkpoints lists."""
 
 
 def describe_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What is in a checkpoint, as JSON-ready values: its manifest, the sizes of tables and network, and of all files.
+    """Describe a checkpoint as JSON-ready values: its manifest, and the sizes of tables, network and files.
 
     Raises:
-        UserError: there is none, or it is not whole.
+        UserError: there is no checkpoint, or it is incomplete.
     """
     checkpoint = Checkpoint.open(path)
     manifest, model = checkpoint.manifest, checkpoint.model
@@ -52,13 +52,13 @@ def describe_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str:
-    """:func:`describe_checkpoint` as text for a person.
+    """Format the result of :func:`describe_checkpoint` as text.
 
     Args:
         found: the description.
         everything: list every dense parameter, position and file.
     """
-    state = "finished" if found["finished"] else "training goes on"
+    state = "finished" if found["finished"] else "training has not finished"
     rows, network = "rows", f"{found['kind']} for {', '.join(found['behaviours'])}"
     if found["kind"] == ADAPTER:
         rows, network = "sequences", "adapter of a language model"
@@ -94,14 +94,14 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
 
 
 def verify_checkpoints(path: str | Path) -> list[dict[str, Any]]:
-    """The state of every file of a checkpoint, or of all checkpoints of a run: reads them all.
+    """Read every file of a checkpoint, or of all checkpoints of a run, and compare it with the manifest.
 
     Returns:
-        For each checkpoint ``path``, ``files`` (``name``, ``bytes``, ``problem``) and ``problems``, which has what is
-        wrong with the manifest too; empty where nothing is.
+        For each checkpoint ``path``, ``files`` (``name``, ``bytes``, ``problem``) and ``problems``: one line for each
+        damaged file, or for the manifest. Empty if the checkpoint is intact.
 
     Raises:
-        UserError: neither a checkpoint nor a run with checkpoints.
+        UserError: the path is neither a checkpoint nor a run with checkpoints.
     """
     directories = checkpoints_at(path)
     if not directories:
@@ -110,7 +110,7 @@ def verify_checkpoints(path: str | Path) -> list[dict[str, Any]]:
 
 
 def format_verification(found: list[dict[str, Any]]) -> str:
-    """:func:`verify_checkpoints` as a table, a line a file."""
+    """Format the result of :func:`verify_checkpoints` as a table with one line for each file."""
     lines = []
     for checkpoint in found:
         name = Path(checkpoint["path"]).name
@@ -121,7 +121,7 @@ def format_verification(found: list[dict[str, Any]]) -> str:
 
 
 def broken_line(found: list[dict[str, Any]]) -> str | None:
-    """What is broken in one line; None if nothing is."""
+    """Summarise the damage in one line; ``None`` if all files are intact."""
     broken = [
         f"{Path(checkpoint['path']).name}: {problem}" for checkpoint in found for problem in checkpoint["problems"]
     ]
@@ -171,7 +171,7 @@ def _tables(tables: list[dict[str, Any]]) -> str:
 
 
 def _ids(table: dict[str, Any]) -> str:
-    """What became of the ids of a dynamic table; its row 0 is none's."""
+    """Format the counts of a dynamic table's ids. Row 0 belongs to no id."""
     counts = IdCounts(**{name: value for name, value in table["ids"].items() if name != "bytes"})
     return f"{counts.admitted - counts.evicted:,} of {table['rows'] - 1:,} rows taken; {counts}"
 
@@ -189,7 +189,7 @@ def _positions(positions: dict[str, list[int]], stream: bool) -> str:
 
 
 def _is_stream(found: dict[str, Any]) -> bool:
-    """A stream does not tell how many rows it will have."""
+    """True if the run trains on a stream, whose number of rows is unknown."""
     return not found["rows_total"]
 
 

@@ -1,4 +1,4 @@
-"""How two checkpoints differ: settings, shapes, and values a block of rows at a time."""
+"""Compares two checkpoints: settings, shapes, and values, one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from trainer.config.diff import flat_settings
 from trainer.console.text_table import shape_text, text_table
 
 _RECORD = ("step", "rows_done", "finished", "ranks", "zero_stage", "kind", "behaviours", "table_optimizer", "dataset")
-"""Entries of the manifest that are compared beside the settings."""
+"""Entries of the manifest that are compared in addition to the settings."""
 
 
 def diff_checkpoints(first: str | Path, second: str | Path, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
-    """What differs between two checkpoints, as JSON-ready values.
+    """Compare two checkpoints; the result is JSON-ready.
 
     Returns:
-        ``settings``: key -> the two values, where they differ; of the job, and of what the manifests say of the model.
-        ``only_first``, ``only_second``: names of tensors that one has. ``shapes``: name -> the two shapes, where they
-        differ. ``tensors``: name -> ``elements``, ``differing`` (their number) and ``largest`` (difference, None where
-        one of the values is NaN), for all tensors that both have in the same shape. ``equal``: all tensors of both are
-        the same, bit for bit up to the sign of zero.
+        ``settings``: key -> the two values, for settings of the job and entries of the manifests that differ.
+        ``only_first``, ``only_second``: names of tensors that only one has. ``shapes``: name -> the two shapes, if they
+        differ. ``tensors``: name -> ``elements``, ``differing`` (number of unequal elements) and ``largest``
+        (absolute difference, ``None`` if one of the values is NaN), for tensors of equal shape. ``equal``: True if all
+        tensors are equal, bit for bit up to the sign of zero.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.
@@ -49,7 +49,7 @@ def diff_checkpoints(first: str | Path, second: str | Path, block_bytes: int = B
 
 
 def format_diff(found: dict[str, Any], *, everything: bool = False) -> str:
-    """:func:`diff_checkpoints` as text; equal tensors are counted, or listed as well with ``everything``."""
+    """Format the result of :func:`diff_checkpoints`; equal tensors are counted, and listed with ``everything``."""
     blocks = [f"A  {found['first']}\nB  {found['second']}"]
     if found["settings"]:
         lines = [[key, str(one), str(other)] for key, (one, other) in found["settings"].items()]
@@ -79,7 +79,7 @@ def format_diff(found: dict[str, Any], *, everything: bool = False) -> str:
 
 
 def _only(names: list[str], where: str) -> Iterator[list[str]]:
-    """A line for each tensor; what belongs to a tensor that is missing too is counted there."""
+    """Yield a line for each tensor; optimizer states of a listed table are counted in the table's line."""
     for name in names:
         owner = name.partition(": ")[0]
         if owner == name:

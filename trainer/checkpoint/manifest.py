@@ -1,15 +1,15 @@
-"""What makes a directory a checkpoint: its manifest, and how checkpoints are found and checked. Files only, no ranks.
+"""The manifest of a checkpoint, and the search for complete checkpoints. Files only, no ranks.
 
 ::
 
     checkpoints/step-00000120/
         model/           tables, dense network and their optimizers (torch.distributed.checkpoint)
-        rank-00000.pt    what only that rank has: random states, progressive metrics, sums of the trace's open window
-        job.json         the resolved job, and the trace so far
-        manifest.json    written last: what is in it, with the size and CRC-32 of every file, and one of itself
+        rank-00000.pt    state of one rank: random states, progressive metrics, sums of the open metric window
+        job.json         the resolved job, and the metric history so far
+        manifest.json    written last: the content, with the size and CRC-32 of every file and of itself
 
-A directory is written under another name and renamed when all of it is on disk. Whoever reads takes only a directory
-whose manifest is valid, and whose files are what the manifest says.
+A checkpoint is written under a temporary name and renamed when all of its files are on disk. Readers accept only a
+directory whose manifest is valid and whose files agree with it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ MODEL = "model"
 JOB = "job.json"
 
 ADAPTER = "lora"
-"""Kind of the checkpoints of a fine-tuning, whose model is an adapter."""
+"""Kind of the checkpoints of a fine-tuning job, whose model is an adapter."""
 
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK_BYTES = 16 << 20
 
 
 class NewerSchema(UserError):
-    """A checkpoint that a later version has written: whole, but not for this one to judge."""
+    """A checkpoint written by a later version, which this version cannot check."""
 
 
 class FileEntry(BaseModel):
@@ -53,7 +53,7 @@ class FileEntry(BaseModel):
 
 
 class TableEntry(BaseModel):
-    """One embedding table, as ``trainer.sparse.planner.describe_plan`` tells of it."""
+    """Placement of one embedding table, as described by ``trainer.sparse.planner.describe_plan``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,7 +68,7 @@ class TableEntry(BaseModel):
 
 
 class DatasetEntry(BaseModel):
-    """The dataset that the run reads; the fingerprint is of its schema and of the index of its rows."""
+    """Dataset of a run; the fingerprint covers its schema and the index of its rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,28 +77,28 @@ class DatasetEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is in a checkpoint.
+    """Content of a checkpoint.
 
     Attributes:
-        step: optimizer steps done.
-        number: of this save in its run, from 1.
-        finished: training has reached its end.
+        step: number of optimizer steps.
+        number: number of this save in its run, from 1.
+        finished: True at the end of training.
         created: local time, ISO.
-        ranks: that wrote it.
-        zero_stage: of DeepSpeed, for the record; any other can load it.
-        rows_done: rows of all ranks trained on.
-        rows_total: rows of all ranks over all epochs; 0 of a stream, which does not tell.
-        kind: of the ranker.
-        behaviours: that it predicts, in order.
-        table_optimizer: whose state the tables have.
-        tables: in order.
+        ranks: number of ranks that wrote it.
+        zero_stage: DeepSpeed's ZeRO stage, for the record; any other stage can load it.
+        rows_done: rows trained on by all ranks.
+        rows_total: rows of all ranks over all epochs; 0 for a stream, whose length is unknown.
+        kind: network of the ranker.
+        behaviours: predicted behaviours, in order.
+        table_optimizer: optimizer of the tables.
+        tables: placement of each table, in order.
         dense: parameter -> shape.
         buffers: buffer -> shape.
-        dataset: that the positions count in.
+        dataset: to which the positions belong.
         positions: partition -> ``[epoch, window, offset]`` of stored rows, see ``ReadPosition`` in
             ``trainer.data.loading.batch``, or ``[place, inside, latest_ms, rejected]`` of a stream, see
             ``trainer.stream.sources.source``.
-        files: path below the directory -> size and checksum; all files but the manifest.
+        files: path below the directory -> size and checksum, for all files but the manifest.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -124,23 +124,23 @@ class Manifest(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Return the size of all files."""
         return sum(entry.bytes for entry in self.files.values())
 
 
 def directory_name(step: int) -> str:
-    """Name of the checkpoint after ``step`` steps."""
+    """Return the name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
 
 
 def step_of(directory: Path) -> int | None:
-    """The step that a directory's name tells; None if it is not named as a checkpoint is."""
+    """Return the step in a checkpoint's directory name, or ``None`` for other names."""
     match = _STEP.fullmatch(directory.name)
     return int(match.group(1)) if match else None
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Directories named as checkpoints below ``RUN/checkpoints``, whole or not, by ascending step."""
+    """List the directories with a checkpoint's name below ``RUN/checkpoints``, complete or not, by ascending step."""
     if not checkpoints.is_dir():
         return []
     found = [(step_of(entry), entry) for entry in checkpoints.iterdir() if entry.is_dir()]
@@ -148,7 +148,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def checkpoints_at(path: str | Path) -> list[Path]:
-    """The checkpoints, whole or not, that a user's path has: itself, or those of a run or of its ``checkpoints/``."""
+    """List the checkpoints that a path means, complete or not: itself, or those of a run or its ``checkpoints/``."""
     given = Path(path)
     if (given / MANIFEST).exists() or (step_of(given) is not None and given.is_dir()):
         return [given]
@@ -156,12 +156,12 @@ def checkpoints_at(path: str | Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a user means by a path: a checkpoint itself, or a run, whose newest whole one it is.
+    """Return the checkpoint that a path means: the path itself, or the newest complete checkpoint of a run.
 
-    Whole means: its manifest is valid, and every file is there with its size. Checksums are not read.
+    A checkpoint is complete if its manifest is valid and every file exists with its size. Checksums are not computed.
 
     Raises:
-        UserError: neither, or none is whole; each with its reason.
+        UserError: the path is neither, or no checkpoint is complete; the reason for each is named.
     """
     found = checkpoints_at(path)
     if found == [Path(path)]:
@@ -181,7 +181,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest and sync it and the directory; the last thing before the rename."""
+    """Write and sync the manifest and the directory, as the last step before the rename."""
     content = manifest.model_dump(mode="json")
     path = directory / MANIFEST
     with path.open("w") as file:
@@ -193,10 +193,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        UserError: it is missing, damaged, cannot be read, or of a newer version (:class:`NewerSchema`).
+        UserError: the manifest is missing, damaged or unreadable, or a newer version wrote it (:class:`NewerSchema`).
     """
     path = directory / MANIFEST
     try:
@@ -213,7 +213,7 @@ def read_manifest(directory: Path) -> Manifest:
     if crc != _crc_of(content):
         raise UserError(f"{path}: damaged (its checksum does not match)")
     try:
-        # From text: JSON has no integer keys, and only then are they taken as such.
+        # From text, since JSON has no integer keys: pydantic converts text keys only in this mode.
         return Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
@@ -223,13 +223,13 @@ def read_manifest(directory: Path) -> Manifest:
 def check_files(
     directory: Path, manifest: Manifest, names: Iterable[str] | None = None, *, checksums: bool = True
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; empty if they are as the manifest says.
+    """Compare the files of a checkpoint with its manifest; returns a line for each problem.
 
     Args:
         directory: of the checkpoint.
-        manifest: of it.
-        names: of the files to look at; all by default.
-        checksums: read the files; otherwise only their sizes are compared.
+        manifest: of the checkpoint.
+        names: files to check; all by default.
+        checksums: read the files and compare checksums; otherwise only sizes are compared.
     """
     problems = []
     for name in manifest.files if names is None else names:
@@ -248,7 +248,7 @@ def check_files(
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and CRC-32 of a file."""
+    """Compute the size and CRC-32 of a file."""
     size = crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -1,7 +1,7 @@
 """The state of a model on disk: one ``torch.distributed.checkpoint``, written and read in blocks.
 
-A shard is written in blocks of rows, since a reader takes the stored pieces whole: a table that one rank had can so be
-read by many, each its part, and no rank ever holds more of it than its shards and a block.
+A shard is written in blocks of rows, because readers of that format load stored pieces as a whole. So several ranks can
+read parts of a table that one rank wrote, and a rank never holds more than its shards and one block.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from trainer.console.errors import UserError, one_line
 from trainer.console.text_table import shape_text
 
 State = Mapping[str, Any]
-"""Nested mappings of tensors: DTensors where ranks hold shards, plain ones where all ranks hold the same."""
+"""Nested mappings of tensors: DTensors for sharded tensors, plain tensors for values that all ranks share."""
 
 BLOCK_BYTES = 64 << 20
-"""Size of a block; a row that is larger is a block of its own."""
+"""Size of a block; a larger row is a block of its own."""
 
 LISTED = 8
-"""Differences that an error names; it says how many more there are."""
+"""Most differences that an error lists; the others are counted."""
 
 
 def in_blocks(state: State, *, copy: bool) -> dict[str, Any]:
-    """A state whose shards are cut into blocks of rows, to be written.
+    """Cut the shards of a state into blocks of rows, for writing.
 
     Args:
         state: nested mappings of tensors.
-        copy: into host memory of its own, which training does not change any more; otherwise blocks are views.
+        copy: copy the values into host memory, so that training can continue; otherwise blocks are views.
     """
     return {
         key: in_blocks(value, copy=copy) if isinstance(value, Mapping) else _tensor_in_blocks(value, copy)
@@ -47,10 +47,10 @@ def in_blocks(state: State, *, copy: bool) -> dict[str, Any]:
 
 
 def write_state(state: State, path: str | Path, group: dist.ProcessGroup) -> None:
-    """Write a state to a directory and have it on disk, each rank its shards. Collective.
+    """Write a state to a directory and flush it to disk; each rank writes its shards. Collective.
 
     Raises:
-        UserError: on every rank, when one of them cannot write.
+        UserError: on every rank, if one of them cannot write.
     """
     try:
         dcp.save(state, storage_writer=FileSystemWriter(path, sync_files=True), process_group=group)
@@ -59,10 +59,10 @@ def write_state(state: State, path: str | Path, group: dist.ProcessGroup) -> Non
 
 
 def read_state(state: State, path: str | Path, group: dist.ProcessGroup) -> None:
-    """Fill a state in place from :func:`write_state` of any number of ranks and any sharding. Collective.
+    """Load a state in place, written by :func:`write_state` on any number of ranks with any sharding. Collective.
 
     Raises:
-        UserError: there is none, or one of other tensors; what differs is listed.
+        UserError: there is no state, or its tensors differ; the differences are listed.
     """
     if not (Path(path) / ".metadata").is_file():
         raise UserError(f"{path}: no model here (.metadata is missing)")
@@ -78,7 +78,7 @@ def read_state(state: State, path: str | Path, group: dist.ProcessGroup) -> None
 
 
 def list_differences(there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> str:
-    """Names and shapes that differ between a checkpoint (``there``) and a model (``here``); empty if none do."""
+    """List the differences in names and shapes between a checkpoint (``there``) and a model (``here``) as one line."""
     lines = [f"{name} {shape_text(there[name])} only there" for name in sorted(there.keys() - here.keys())]
     lines += [f"{name} {shape_text(here[name])} only here" for name in sorted(here.keys() - there.keys())]
     lines += [
@@ -91,7 +91,7 @@ def list_differences(there: Mapping[str, tuple[int, ...]], here: Mapping[str, tu
 
 
 def flat(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a state under the names that they have in the checkpoint."""
+    """Yield the tensors of a state with their names in the checkpoint."""
     for key, value in state.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
@@ -127,13 +127,13 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _shapes_of_all_ranks(state: State, group: dist.ProcessGroup) -> dict[str, tuple[int, ...]]:
-    """Of an optimizer's state a rank knows the tables that it has a shard of."""
+    """Collect the shapes from all ranks, since a rank has optimizer state only for tables with a shard on it."""
     shapes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(shapes, {name: tuple(tensor.shape) for name, tensor in flat(state)}, group=group)
     return {name: shape for of_rank in shapes for name, shape in of_rank.items()}
 
 
 def _reason(error: BaseException) -> str:
-    """The first failure of a rank in one line."""
+    """Format the first failure of a rank as one line."""
     failures = list(getattr(error, "failures", {}).values())
     return one_line(failures[0][0] if failures else error)

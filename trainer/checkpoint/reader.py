@@ -1,8 +1,8 @@
-"""Reads a checkpoint in a single process: what it is of, and the rows of its tensors a stored piece at a time.
+"""Reads a checkpoint in a single process: its description, and its tensors by blocks of rows.
 
-The model in a checkpoint is a ``torch.distributed.checkpoint``. Here it is opened without ranks and without that
-library's planner, which would have the caller hold whole tables. Nothing in the files can run code: the index is
-unpickled with the few types that it is made of, the tensors with ``weights_only``.
+The model in a checkpoint is a ``torch.distributed.checkpoint``. It is opened here without ranks and without that
+library's planner, which would need memory for whole tables. No file can run code: the index is unpickled with a list of
+allowed types, the tensors with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.fit import FittedFeatures
 
 BLOCK_BYTES = 64 << 20
-"""Rows are handed out in blocks of about this size."""
+"""Approximate size of a block of rows."""
 
 _INDEX = ".metadata"
 _INDEX_TYPES = {
@@ -54,14 +54,14 @@ _INDEX_TYPES = {
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """A stored part of a tensor.
 
     Attributes:
-        offsets: its first element.
-        sizes: its shape.
-        file: that holds it.
-        start, length: bytes of the file.
+        offsets: index of its first element in the tensor.
+        sizes: shape.
+        file: with the values.
+        start, length: range of bytes in the file.
     """
 
     offsets: tuple[int, ...]
@@ -72,14 +72,14 @@ class Piece:
 
     @property
     def place(self) -> tuple[slice, ...]:
-        """Where it belongs in its tensor."""
+        """Return the part of the tensor that it covers."""
         return tuple(slice(at, at + size) for at, size in zip(self.offsets, self.sizes, strict=True))
 
     def read(self) -> Tensor:
-        """Its values.
+        """Read the values.
 
         Raises:
-            UserError: the file is not what was written.
+            UserError: the file is damaged.
         """
         try:
             with self.file.open("rb") as file:
@@ -91,51 +91,51 @@ class Piece:
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
         except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
-            raise UserError(f"{self.file}: damaged; `limelight checkpoint verify` tells which files are") from None
+            raise UserError(f"{self.file}: damaged; `limelight checkpoint verify` lists the damaged files") from None
         return values
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a checkpoint, not read yet.
+    """A tensor of a checkpoint that is read on request.
 
     Attributes:
-        shape: whole.
+        shape: of the whole tensor.
         dtype: of its elements.
-        pieces: in the order of their first elements; together the whole tensor.
+        pieces: in the order of their first elements; together they cover the tensor.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredPiece, ...]
 
     @property
     def elements(self) -> int:
-        """Their number."""
+        """Return the number of elements."""
         return prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Size of the whole tensor."""
+        """Return the size of the whole tensor."""
         return self.elements * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The whole tensor; for small ones."""
+        """Read the whole tensor; meant for small ones."""
         whole = torch.empty(self.shape, dtype=self.dtype)
         for piece in self.pieces:
             whole[piece.place] = piece.read()
         return whole
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Tensor]]:
-        """First row and values ``[rows, ...]`` of consecutive blocks of rows; a tensor without rows is one block.
+        """Yield the first row and the values ``[rows, ...]`` of consecutive blocks; a scalar is one block.
 
-        At a time there are in memory a block and the stored pieces that have rows of it.
+        Only one block and the stored pieces with rows of it are in memory at a time.
         """
         if not self.shape:
             yield 0, self.read()
             return
         rows = max(1, block_bytes * self.shape[0] // max(1, self.bytes))
-        held: dict[Piece, Tensor] = {}
+        held: dict[StoredPiece, Tensor] = {}
         for first in range(0, self.shape[0], rows):
             last = min(first + rows, self.shape[0])
             here = [piece for piece in self.pieces if piece.offsets[0] < last and first < _end(piece)]
@@ -151,7 +151,7 @@ class StoredTensor:
             yield first, block
 
 
-def _end(piece: Piece) -> int:
+def _end(piece: StoredPiece) -> int:
     return piece.offsets[0] + piece.sizes[0]
 
 
@@ -161,8 +161,8 @@ class StoredTable:
 
     Attributes:
         weight: ``[rows, dim]``.
-        states: of its optimizer, by name; ``[rows]`` or ``[rows, dim]``.
-        ids: of a dynamic table: its columns ``[rows]``, and its counts; see ``trainer.sparse.dynamic_tables``.
+        states: optimizer states by name, ``[rows]`` or ``[rows, dim]``.
+        ids: for a dynamic table, its columns ``[rows]`` and counts; see ``trainer.sparse.dynamic_tables``.
     """
 
     weight: StoredTensor
@@ -171,19 +171,19 @@ class StoredTable:
 
 
 class StoredModel:
-    """The tensors of a checkpoint's model.
+    """Tensors of a checkpoint's model.
 
     Args:
         directory: ``CHECKPOINT/model``.
 
     Attributes:
         tables: by name.
-        dense: parameter, of the dense network or an adapter -> ``parameter``, and the moments of its optimizer.
+        dense: parameter of the dense network or an adapter -> ``parameter``, and the moments of its optimizer.
         buffers: of the dense network.
         counters: numbers of steps.
 
     Raises:
-        UserError: no model there, or its index is damaged.
+        UserError: there is no model, or its index is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -192,7 +192,7 @@ class StoredModel:
         self.buffers: dict[str, StoredTensor] = {}
         self.counters: dict[str, StoredTensor] = {}
         tensors = sorted(_read_index(directory).items())
-        # Tables first: their optimizer's states go to them.
+        # Tables come first, since optimizer states are added to them.
         for key, tensor in sorted(tensors, key=lambda item: not item[0].startswith("tables.")):
             section, _, rest = key.partition(".")
             owner, _, last = rest.rpartition(".")
@@ -212,7 +212,7 @@ class StoredModel:
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """All of them, by a name that tells what they are."""
+        """Return all tensors under descriptive names, such as ``table user: sum``."""
         found: dict[str, StoredTensor] = {}
         for name, table in self.tables.items():
             found[f"table {name}"] = table.weight
@@ -227,17 +227,17 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, opened. Its files are there with their sizes; checksums are not looked at."""
+    """An opened checkpoint. Its files exist with their sizes; checksums are not verified."""
 
     directory: Path
     manifest: Manifest
 
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
-        """The checkpoint that a path means, see :func:`trainer.checkpoint.manifest.find_checkpoint`.
+        """Open the checkpoint that a path means, see :func:`trainer.checkpoint.manifest.find_checkpoint`.
 
         Raises:
-            UserError: there is none, or it is not whole.
+            UserError: there is no checkpoint, or it is incomplete.
         """
         directory = find_checkpoint(path)
         manifest = read_manifest(directory)
@@ -248,15 +248,15 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> StoredModel:
-        """Its tensors."""
+        """Open the model."""
         return StoredModel(self.directory / MODEL)
 
     @cached_property
     def config(self) -> JobConfig:
-        """The job, its network being the one that the checkpoint is of.
+        """Read the resolved job; ``model.kind`` is the network of this checkpoint, which may be a baseline.
 
         Raises:
-            UserError: another version's.
+            UserError: the job has keys that this version does not know.
         """
         file = self.directory / JOB
         raw: dict[str, Any] = json.loads(file.read_text())["config"]
@@ -265,30 +265,30 @@ class Checkpoint:
 
     @cached_property
     def run(self) -> Path:
-        """The run that it is of: there are the fitted features, and DeepSpeed's settings.
+        """Return the directory of the run, which has the fitted features and DeepSpeed's settings.
 
         Raises:
-            UserError: it was taken out of its run.
+            UserError: the checkpoint was moved out of its run.
         """
-        home = self.directory.resolve().parent.parent
-        # A baseline's home lies in that of its run.
-        for run in (home, home.parent.parent):
+        model_dir = self.directory.resolve().parent.parent
+        # The directory of a baseline lies below that of its run.
+        for run in (model_dir, model_dir.parent.parent):
             if (run / "features").is_dir():
                 return run
         raise UserError(f"{self.directory}: the features/ of its run are not beside its checkpoints/")
 
     @cached_property
     def fitted(self) -> FittedFeatures:
-        """What the features learned from the training range.
+        """Read the features as fitted on the training range.
 
         Raises:
-            UserError: see :attr:`run`.
+            UserError: as :attr:`run`.
         """
         return FittedFeatures.load(self.run / "features")
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Makes nothing but what the index of a torch.distributed.checkpoint is made of."""
+    """Unpickles only the types of which the index of a torch.distributed.checkpoint consists."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -298,7 +298,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _read_index(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor under the name that it was saved as."""
+    """Read the index: every tensor by its stored name."""
     file = directory / _INDEX
     try:
         with file.open("rb") as opened:
@@ -313,7 +313,7 @@ def _read_index(directory: Path) -> dict[str, StoredTensor]:
             for chunk in entry.chunks:
                 stored = index.storage_data[MetadataIndex(key, chunk.offsets)]
                 where = directory / stored.relative_path, stored.offset, stored.length
-                pieces.append(Piece(tuple(chunk.offsets), tuple(chunk.sizes), *where))
+                pieces.append(StoredPiece(tuple(chunk.offsets), tuple(chunk.sizes), *where))
             pieces.sort(key=lambda piece: piece.offsets)
             tensors[key] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(pieces))
             if sum(prod(piece.sizes) for piece in pieces) != tensors[key].elements:
@@ -324,15 +324,15 @@ def _read_index(directory: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except Exception as error:
-        # Whatever unpickling a damaged file may lead to.
+        # Unpickling a damaged file can raise any exception.
         raise UserError(f"{file}: damaged ({type(error).__name__} while reading it)") from None
 
 
 def stored_search(directory: Path) -> dict[str, dict[str, Tensor]]:
-    """The search vectors in a checkpoint, see ``trainer.data.features.search_vectors.SearchSpace.state_dict``.
+    """Read the search vectors of a checkpoint, see ``trainer.data.features.search_vectors.SearchSpace.state_dict``.
 
     Raises:
-        UserError: there are none.
+        UserError: the checkpoint has none.
     """
     try:
         return torch.load(directory / rank_file(0), weights_only=True)["search"]

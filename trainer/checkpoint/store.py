@@ -1,7 +1,7 @@
-"""A directory of checkpoints, whatever model they are of: when one is due, written in the background, found whole.
+"""The checkpoint directory of one model, of any kind: schedule, background writes, search for the newest complete one.
 
-The threads of the ranks that write agree over a process group of their own, so that training and its collectives go on
-meanwhile (``trainer.checkpoint.writer``).
+The writing threads of the ranks communicate over a process group of their own, so that training and its collectives
+continue during a write (``trainer.checkpoint.writer``).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ T = TypeVar("T")
 
 
 class CheckpointStore:
-    """The checkpoints of one model. Construction and all methods but :meth:`ask` and :meth:`check` are collective.
+    """Checkpoints of one model. The constructor and all methods but :meth:`is_due` and :meth:`check` are collective.
 
     Args:
-        directory: that holds them, on a file system that all ranks share; made if it is not there.
-        settings: when they are saved and which are kept.
+        directory: of the checkpoints, on a file system that all ranks share; made if it does not exist.
+        settings: schedule of the saves, and the number to keep.
         world: the ranks.
-        after_save: called on the first rank with each checkpoint that is whole, by the thread that has written it.
+        after_save: called on the first rank with the directory of each complete checkpoint, by the writing thread.
 
     Attributes:
-        stalls: seconds for which training stood still, of each save.
+        stalls: seconds for which each save stopped training.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class CheckpointStore:
         self.stalls: list[float] = []
         agreed(world, lambda: clear(directory))
 
-    def ask(self, step: int) -> bool:
-        """Whether this rank would have a checkpoint saved after a step; the first rank decides for all."""
+    def is_due(self, step: int) -> bool:
+        """True if a checkpoint is due after a step. The first rank decides; it is always False on the others."""
         if self._world.rank:
             return False
         seconds, steps = 60 * self._settings.every_minutes, self._settings.every_steps
@@ -70,10 +70,10 @@ class CheckpointStore:
         return due
 
     def wait(self) -> None:
-        """Wait for the save that is being written.
+        """Wait for the running save.
 
         Raises:
-            UserError: it could not be.
+            UserError: the save failed.
         """
         if self._writer is not None:
             self._writer.join()
@@ -81,35 +81,35 @@ class CheckpointStore:
         self.check()
 
     def check(self) -> None:
-        """End the run if a save in the background could not be written; not collective.
+        """Raise the error of a failed background save; not collective.
 
         Raises:
-            UserError: why.
+            UserError: the reason of the failure.
         """
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """Let go of the process group."""
+        """Wait for the running save, and destroy the process group."""
         self.wait()
         dist.destroy_process_group(self._group)
 
-    def _put(self, take: Callable[[bool], Save], wait: bool) -> None:
-        """Save what ``take`` gives, in the background if the job says so and nothing waits for it.
+    def _save(self, make_snapshot: Callable[[bool], Save], wait: bool) -> None:
+        """Save a snapshot, in the background if the job's settings allow it and ``wait`` is False.
 
         Args:
-            take: of a copy in memory of its own (true), or of what training goes on with.
-            wait: return when it is on disk.
+            make_snapshot: called with True to copy the values, or with False to use those of the training.
+            wait: return only when the checkpoint is on disk.
         """
         started = time.monotonic()
         self.wait()
         self._number += 1
         background = self._settings.background and not wait
-        save = take(background)
+        save = make_snapshot(background)
         if background:
-            stood = f", training stood still for {time.monotonic() - started:.2f} s"
+            stall = f", training stopped for {time.monotonic() - started:.2f} s"
             self._writer = threading.Thread(
-                target=self._write, args=(save, started, stood), name="checkpoint", daemon=True
+                target=self._write, args=(save, started, stall), name="checkpoint", daemon=True
             )
             self._writer.start()
         else:
@@ -127,11 +127,11 @@ class CheckpointStore:
                 problem = next((problems[0] for problems in found if problems), None)
                 if problem is None:
                     return directory, manifest
-            logger.info(f"{directory}: damaged, going back to the one before it ({problem})")
+            logger.info(f"{directory}: damaged, trying the checkpoint before it ({problem})")
         if candidates:
             raise UserError(
-                f"{self._directory}: none of {len(candidates)} checkpoints is whole; remove them to train from the "
-                "beginning"
+                f"{self._directory}: none of {len(candidates)} checkpoints is complete; remove them to train from the "
+                "start"
             )
         return None
 
@@ -141,7 +141,7 @@ class CheckpointStore:
         except UserError as error:
             self._failure = error
         except Exception as error:
-            # That another rank has gone is for that rank to explain.
+            # Only the lost rank knows the reason, so the error stays as it is.
             lost = is_lost_peer(f"{type(error).__name__}: {error}")
             self._failure = (
                 error if lost else UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")
@@ -153,7 +153,7 @@ class CheckpointStore:
 
 
 def agreed(world: World, look: Callable[[], T]) -> T:
-    """What the first rank sees, on every rank: file systems do not show all machines the same at once."""
+    """Return the first rank's view on every rank, since shared file systems show changes with different delays."""
     result: T | UserError | None = None
     if world.rank == 0:
         try:
@@ -167,10 +167,10 @@ def agreed(world: World, look: Callable[[], T]) -> T:
 
 
 def _try_manifest(directory: Path) -> tuple[str | None, Manifest | None]:
-    """The manifest of a checkpoint, or why it is no whole one.
+    """Return the problem of a checkpoint's manifest or ``None``, and the manifest.
 
     Raises:
-        NewerSchema: a later version has written it: going back behind it would undo what that one has trained.
+        NewerSchema: a later version wrote it; falling back to an older checkpoint would undo its training.
     """
     try:
         return None, read_manifest(directory)

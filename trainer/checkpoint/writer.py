@@ -1,7 +1,7 @@
-"""How a checkpoint gets on disk whole or not at all, from the threads of all ranks.
+"""Writes a checkpoint atomically, from one thread of each rank.
 
-Each rank writes its shards and what only it has to a directory under a name that no reader looks at. When all files of
-all ranks are on disk the first rank writes the manifest and renames the directory.
+Each rank writes its shards and its own state to a directory with a temporary name. When the files of all ranks are on
+disk, the first rank writes the manifest and renames the directory.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from trainer.runtime.files import sync, write_json
 T = TypeVar("T")
 
 _REPLACED = ".replaced"
-"""Ending of a checkpoint's name while another one takes its place: it is put back if that did not come to its end."""
+"""Suffix of a checkpoint that is being replaced; it is restored if the replacement does not complete."""
 
 
 @dataclass(frozen=True)
 class Save:
-    """One save, as a rank writes it.
+    """One save, as one rank writes it.
 
     Attributes:
-        directory: that holds the checkpoints, on a file system that all ranks share.
-        model: in blocks, see ``trainer.checkpoint.model_state.in_blocks``.
-        own: what only this rank has, as tensors, numbers and strings.
-        job: the resolved job and the trace; the first rank's is written.
+        directory: of the checkpoints, on a file system that all ranks share.
+        model: state in blocks, see ``trainer.checkpoint.model_state.in_blocks``.
+        own: state of this rank alone, as tensors, numbers and strings.
+        job: the resolved job and the metric history; the first rank writes it.
         manifest: without positions and files.
         position: of this rank's partitions.
-        settings: what is kept.
+        settings: number of checkpoints to keep.
         rank: of this process.
-        group: over which the ranks agree; nothing else uses it meanwhile.
+        group: process group of the writing threads; nothing else uses it during a save.
     """
 
     directory: Path
@@ -67,71 +67,71 @@ class Save:
     group: dist.ProcessGroup
 
     def write(self) -> tuple[Path, int]:
-        """Write, and have all of it on disk under its name. Collective. The directory and its size in bytes.
+        """Write the checkpoint and flush it to disk; returns its directory and size in bytes. Collective.
 
         Raises:
-            UserError: on every rank, when one of them cannot write; nothing is left behind.
+            UserError: on every rank, if one of them cannot write; no files are left behind.
         """
         token = self._together(lambda: os.urandom(4).hex())[0]
-        aside = self.directory / f".{directory_name(self.manifest.step)}.partial-{token}"
+        tmp_path = self.directory / f".{directory_name(self.manifest.step)}.partial-{token}"
         try:
-            self._together(lambda: aside.mkdir() if self.rank == 0 else None)
-            write_state(self.model, aside / MODEL, self.group)
-            written = self._together(lambda: self._write_own(aside))
-            final = self._together(lambda: self._commit(aside, written) if self.rank == 0 else None)[0]
+            self._together(lambda: tmp_path.mkdir() if self.rank == 0 else None)
+            write_state(self.model, tmp_path / MODEL, self.group)
+            written = self._together(lambda: self._write_own(tmp_path))
+            final = self._together(lambda: self._commit(tmp_path, written) if self.rank == 0 else None)[0]
         except BaseException:
             if self.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(tmp_path, ignore_errors=True)
             raise
         assert final is not None
         return final
 
-    def _write_own(self, aside: Path) -> tuple[dict[str, FileEntry], dict[int, tuple[int, ...]]]:
-        """This rank's files with their checksums, and its position."""
-        path = aside / rank_file(self.rank)
+    def _write_own(self, tmp_path: Path) -> tuple[dict[str, FileEntry], dict[int, tuple[int, ...]]]:
+        """Write this rank's files; returns them with their checksums, and the rank's position."""
+        path = tmp_path / rank_file(self.rank)
         with path.open("wb") as file:
             torch.save(self.own, file)
             file.flush()
             os.fsync(file.fileno())
-        mine = [path, *(aside / MODEL).glob(f"__{self.rank}_*.distcp")]
+        mine = [path, *(tmp_path / MODEL).glob(f"__{self.rank}_*.distcp")]
         if self.rank == 0:
-            write_json(aside / JOB, self.job)
-            # torch syncs it while it is still in a buffer of Python's.
-            sync(aside / MODEL / ".metadata")
-            mine += [aside / JOB, aside / MODEL / ".metadata"]
-        return {str(file.relative_to(aside)): file_entry(file) for file in mine}, self.position
+            write_json(tmp_path / JOB, self.job)
+            # torch syncs this file before it flushes Python's buffer.
+            sync(tmp_path / MODEL / ".metadata")
+            mine += [tmp_path / JOB, tmp_path / MODEL / ".metadata"]
+        return {str(file.relative_to(tmp_path)): file_entry(file) for file in mine}, self.position
 
     def _commit(
-        self, aside: Path, written: list[tuple[dict[str, FileEntry], dict[int, tuple[int, ...]]]]
+        self, tmp_path: Path, written: list[tuple[dict[str, FileEntry], dict[int, tuple[int, ...]]]]
     ) -> tuple[Path, int]:
         files = {name: entry for entries, _ in written for name, entry in sorted(entries.items())}
         positions = {partition: at for _, part in written for partition, at in part.items()}
         manifest = self.manifest.model_copy(update={"files": files, "positions": dict(sorted(positions.items()))})
-        if problems := check_files(aside, manifest, checksums=False):
+        if problems := check_files(tmp_path, manifest, checksums=False):
             raise UserError(
-                f"{aside}: {problems[0]}, as the first rank sees it; run.directory must be on a file system that all "
-                "machines share"
+                f"{tmp_path}: {problems[0]}, as seen by the first rank; run.directory must be on a file system that "
+                "all machines share"
             )
-        sync(aside / MODEL)
-        write_manifest(aside, manifest)
+        sync(tmp_path / MODEL)
+        write_manifest(tmp_path, manifest)
         final = self.directory / directory_name(manifest.step)
         replaced = final.with_name(f".{final.name}{_REPLACED}")
         if final.exists():
-            # Damaged, so that the run went back behind it; or of a run that was stopped at its very end.
+            # It was damaged and the run resumed from an older one, or the run was stopped at its very end.
             final.rename(replaced)
-        aside.rename(final)
+        tmp_path.rename(final)
         sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
         _retire(self.directory, self.settings)
         return final, manifest.bytes
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """What the ranks' work gave, in order of rank; if it failed on one, it fails on all."""
+        """Return the results of all ranks in order; a failure on one rank raises on all of them."""
         mine: tuple[T | None, str | None] = None, None
         try:
             mine = work(), None
         except Exception as error:
-            # Whatever it was: the other ranks must hear of it, or they would wait for this one for ever.
+            # Any exception: the other ranks must learn of it, or they would wait for this rank forever.
             mine = None, one_line(error)
         results: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(results, mine, group=self.group)
@@ -142,12 +142,12 @@ class Save:
 
 
 def rank_file(rank: int) -> str:
-    """File of :func:`rank_state` of a rank."""
+    """Return the name of the file with a rank's own state."""
     return f"rank-{rank:05d}.pt"
 
 
 def clear(directory: Path) -> None:
-    """Make the directory, and remove what a killed run left in it."""
+    """Make the directory of checkpoints, and remove incomplete ones that a killed run left."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for replaced in directory.glob(f".step-*{_REPLACED}"):
@@ -163,7 +163,7 @@ def clear(directory: Path) -> None:
 
 
 def _retire(directory: Path, settings: CheckpointConfig) -> None:
-    """Remove what is neither among the newest nor kept for good."""
+    """Remove checkpoints that are neither among the newest ``keep`` nor kept by ``keep_every``."""
     numbers: dict[Path, int] = {}
     for entry in list_checkpoints(directory):
         try:
@@ -178,7 +178,7 @@ def _retire(directory: Path, settings: CheckpointConfig) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a checkpoint so that at no moment half of it stands under its name."""
-    aside = directory.with_name(f".{directory.name}.old-{os.urandom(4).hex()}")
-    directory.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove a checkpoint after a rename, so that its name never refers to an incomplete one."""
+    old = directory.with_name(f".{directory.name}.old-{os.urandom(4).hex()}")
+    directory.rename(old)
+    shutil.rmtree(old, ignore_errors=True)

@@ -79,7 +79,7 @@ class Checkpoints(CheckpointStore):
         Raises:
             UserError: this save or the one before could not be written, with the reason.
         """
-        self._put(lambda copy: self._take(engine, state, copy), wait)
+        self._save(lambda copy: self._take(engine, state, copy), wait)
 
     def restore(self, engine: HybridEngine, state: TrainingState) -> Mapping[int, tuple[int, ...]] | None:
         """Go on from the newest whole checkpoint: fill the model and the state of its training.
@@ -192,7 +192,7 @@ class Checkpoints(CheckpointStore):
 
 def step_request(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], StepRequest]:
     """What a rank asks for after a step: a save when one is due, and to stop when ``stop`` says so."""
-    return lambda step: StepRequest(save=checkpoints.ask(step), stop=stop())
+    return lambda step: StepRequest(save=checkpoints.is_due(step), stop=stop())
 
 
 def rank_state(state: TrainingState) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def train_stream(
         Progress("stream", 0, "events", quiet=world.rank > 0) as progress,
     ):
         while True:
-            due = any([checkpoints.ask(step) for step in range(saved_step + 1, state.step + 1)])
+            due = any([checkpoints.is_due(step) for step in range(saved_step + 1, state.step + 1)])
             saved_step, lag = state.step, reader.lag()
             # One all-gather per slice carries everything that the ranks must decide together.
             values = (*trainer.waiting(), due, preemption.asked, pushed, lag.waiting, lag.event_ms)

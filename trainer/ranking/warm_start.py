@@ -17,7 +17,7 @@ import torch
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import check_files
 from trainer.checkpoint.model_state import list_differences
-from trainer.checkpoint.reader import Checkpoint, Piece, StoredTensor
+from trainer.checkpoint.reader import Checkpoint, StoredPiece, StoredTensor
 from trainer.config.ranker import InitFromConfig, JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import text_table
@@ -241,7 +241,7 @@ def _fill(stored: StoredTensor, shards: list[Shard], rows: RowMap) -> None:
                     _copy(read, piece, old[mine] - first, shard, new[mine] - shard.row)
 
 
-def _copy(read: Callable[[], torch.Tensor], piece: Piece, old: np.ndarray, shard: Shard, new: np.ndarray) -> None:
+def _copy(read: Callable[[], torch.Tensor], piece: StoredPiece, old: np.ndarray, shard: Shard, new: np.ndarray) -> None:
     source, target = torch.from_numpy(old), torch.from_numpy(new).to(shard.values.device)
     if shard.values.ndim == 1:
         shard.values[target] = read()[source].to(shard.values.device)

@@ -67,7 +67,7 @@ class AdapterCheckpoints(CheckpointStore):
         Raises:
             UserError: this or the previous save could not be written, with the reason.
         """
-        self._put(lambda copy: self._take(engine, state, copy), wait)
+        self._save(lambda copy: self._take(engine, state, copy), wait)
 
     def restore(self, engine: AdapterEngine, state: FinetuneState) -> bool:
         """Resume from the newest complete checkpoint. Returns False if there is no checkpoint.

@@ -68,7 +68,7 @@ def train(
             loss = engine.backward(batches, weight)
 
             # One all-reduce per step carries the loss, the padded size, and the requests to save or to stop.
-            requests = checkpoints.ask(state.step + 1), preemption.asked
+            requests = checkpoints.is_due(state.step + 1), preemption.asked
             sums = torch.tensor([loss, sum(batch.ids.numel() for batch in batches), *requests], dtype=torch.float64)
             dist.all_reduce(sums, group=world.control)
             loss, places, save, stop = sums.tolist()
