@@ -1,10 +1,17 @@
-"""Short lists against plain NumPy; with one that is long enough the search is exact."""
+"""The benchmark of the searches runs, and its short lists agree with plain NumPy.
+
+Both are tested here, since both compile the same kernels, which takes most of the time.
+"""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.speed import search as benchmark
 from benchmarks.speed.shortlists import Clusters, HashCodes, top_of_shortlist
 from modules.search import search
 from modules.search.search import SearchPart, SearchResult, SearchVectors
@@ -120,3 +127,23 @@ def test_runs_of_others_have_no_clusters():
 def test_codes_of_other_lengths_are_refused(bits):
     with pytest.raises(ValueError, match="multiple of 64"):
         HashCodes.of(make(0)[2].vectors, bits, seed=0)
+
+
+def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "search.json"
+    benchmark.main(["--users=2", "--rounds=1", "--catalogues", "2000", "--histories", "300", "500", f"--out={out}"])
+    written = json.loads(out.read_text())
+    # One catalogue by two popularities, two kinds of memory and two numbers of threads.
+    assert len(written["bandwidth"]) == 8
+    for row in written["bandwidth"]:
+        assert row["share_of_copy"] == pytest.approx(row["search_gb_s"] / row["copy_gb_s"])
+        assert row["microseconds_per_user"] > 0 and row["read_gb_s"] > 0
+    recall = {(row["history"], row["search"]): row["recall"] for row in written["recall"]}
+    assert {history for history, _ in recall} == {300, 500}
+    for history in (300, 500):
+        assert recall[history, "exact, float16"] == 1
+        assert recall[history, "codes of 256 bits, x16"] == 1, "a list of the whole history is exact"
+        assert 0.1 < recall[history, "codes of 64 bits, x1"] <= recall[history, "codes of 64 bits, x4"] <= 1
+    assert out.with_suffix(".png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "recall of 100" in printed and "2,000" in printed
