@@ -1,4 +1,4 @@
-"""The exact marginal probabilities against the tree written out, and the weights against their tables."""
+"""Tests of the exact marginal probabilities against an enumeration of the tree, and of the weights against tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.data.simulator.behaviours import (
     SCENE_OFFSET,
     UNCLICKED_OFFSET,
     VIDEO_WEIGHTS,
-    chances,
+    behaviour_probabilities,
     log_odds,
 )
 from trainer.data.simulator.config import BEHAVIOURS
@@ -28,7 +28,7 @@ def sigmoid(x: float) -> float:
 
 
 def enumerated(logit: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Marginals of one exposure, and those jointly with click and long view, by walking every branch of the tree."""
+    """Return the marginals of one exposure, alone and jointly with click and long view, by enumerating the tree."""
     marginal, with_long = np.zeros(7), np.zeros(7)
     for click, effective, long in itertools.product((0, 1), repeat=3):
         if long and not effective:
@@ -52,7 +52,7 @@ def test_marginals_are_sums_over_the_tree(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(-1, 2, (7, 200)).astype(np.float32)
     allowed = rng.integers(0, 2, (4, 200)).astype(np.float32)
-    found = chances(logits, allowed)
+    found = behaviour_probabilities(logits, allowed)
     for row in range(200):
         marginal, with_long = enumerated(logits[:, row].astype(np.float64), allowed[:, row])
         np.testing.assert_allclose(found.marginal[:, row], marginal, rtol=1e-4, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Texts and comment areas of the simulated world: against their own truth, and against what was known at the time."""
+"""Tests of texts and comment areas of the simulated world against their truth and the information at the request."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.data.format.text_schema import flat_lists, pad_lists, read_texts
-from trainer.data.simulator.comment_area import READ, SHOWN, area, make_readers
+from trainer.data.simulator.comment_area import READ, SHOWN, comment_areas, make_comment_readers
 from trainer.data.simulator.comments import Comments, comment_table, make_comments
 from trainer.data.simulator.config import DAY_MS, START_MS, WorldConfig
 from trainer.data.simulator.words import BANDS, COMMENT_MARKS, FRAMES, KINDS, TOPIC_WORDS
-from trainer.data.simulator.world import World, make_world
+from trainer.data.simulator.world import SimulatedWorld, make_world
 from trainer.data.simulator.write_dataset import simulate
 
 SIGMAS = 4.5
@@ -49,12 +49,12 @@ def truth(path: Path) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
+def world() -> SimulatedWorld:
     return make_world(WorldConfig(USERS, DAYS, SEED))
 
 
 @pytest.fixture(scope="module")
-def comments(world: World) -> Comments:
+def comments(world: SimulatedWorld) -> Comments:
     return make_comments(world)
 
 
@@ -127,37 +127,37 @@ def test_likes_grow_and_begin_at_nothing(comments: Comments) -> None:
     times = comments.time_ms[some][:, None] + np.array([-DAY_MS, 0, DAY_MS // 24, DAY_MS, 100 * DAY_MS])
     likes = comments.likes(some[:, None], times)
     assert (likes[:, :2] == 0).all() and (np.diff(likes, axis=1) >= 0).all()
-    np.testing.assert_allclose(likes[:, -1], comments.likes_in_the_end[some], atol=1, rtol=1e-6)
-    np.testing.assert_allclose(likes[:, 3], (1 - np.exp(-1)) * comments.likes_in_the_end[some], atol=1, rtol=1e-4)
+    np.testing.assert_allclose(likes[:, -1], comments.final_likes[some], atol=1, rtol=1e-6)
+    np.testing.assert_allclose(likes[:, 3], (1 - np.exp(-1)) * comments.final_likes[some], atol=1, rtol=1e-4)
 
 
-def test_words_tell_quality_kind_and_genre(world: World, comments: Comments) -> None:
+def test_words_tell_quality_kind_and_genre(world: SimulatedWorld, comments: Comments) -> None:
     texts = comment_table(world.config, comments).column("text").to_pylist()
     band_of_mark = {mark: band for band, marks in enumerate(COMMENT_MARKS) for mark in marks}
     kind_of_frame = {frame: KINDS.index(kind) for kind, frames in FRAMES.items() for frame in frames}
-    said = np.empty(len(texts), np.int64)
+    bands = np.empty(len(texts), np.int64)
     for place, (text, genre, kind) in enumerate(zip(texts, comments.genre, comments.kind, strict=True)):
         mark = next(mark for mark in band_of_mark if text.startswith(f"{mark} "))
         frame = next(frame for frame in kind_of_frame if text.startswith(f"{mark} {frame} "))
         first, second = text.removeprefix(f"{mark} {frame} ").split()
-        said[place] = band_of_mark[mark]
+        bands[place] = band_of_mark[mark]
         assert kind_of_frame[frame] == kind
         assert first != second and {first, second} <= set(TOPIC_WORDS[genre])
-    assert np.corrcoef(said, comments.quality)[0, 1] > 0.85
-    assert set(np.unique(said)) == set(range(BANDS))
-    log_likes = np.log(comments.likes_in_the_end)
-    assert np.corrcoef(said, log_likes)[0, 1] > 0.6
+    assert np.corrcoef(bands, comments.quality)[0, 1] > 0.85
+    assert set(np.unique(bands)) == set(range(BANDS))
+    log_likes = np.log(comments.final_likes)
+    assert np.corrcoef(bands, log_likes)[0, 1] > 0.6
 
 
-def test_taste_decides_which_comment_appeals(world: World, comments: Comments) -> None:
-    readers = make_readers(world)
+def test_taste_decides_which_comment_appeals(world: SimulatedWorld, comments: Comments) -> None:
+    readers = make_comment_readers(world)
     item = np.full(USERS, np.argmax(np.diff(comments.first)))
     request = np.full(USERS, START_MS + DAYS * DAY_MS)
-    met = area(world, comments, readers, np.arange(USERS), item, request, np.random.default_rng(0))
-    kind = comments.kind[met.shown]
+    areas = comment_areas(world, comments, readers, np.arange(USERS), item, request, np.random.default_rng(0))
+    kind = comments.kind[areas.shown]
     taste = readers.taste[np.arange(USERS)[:, None], kind]
-    assert met.there.all()
-    assert np.corrcoef(taste.ravel(), np.log(met.interact).ravel())[0, 1] > 0.5
+    assert areas.filled.all()
+    assert np.corrcoef(taste.ravel(), np.log(areas.interact).ravel())[0, 1] > 0.5
 
 
 def test_segments_and_items_are_those_of_the_world(path: Path) -> None:

@@ -1,14 +1,21 @@
-"""Outcomes of many visits: frequencies against the exact probabilities, and Table 1 of Moment&Cross."""
+"""Tests of the outcomes of many visits against the exact probabilities and Table 1 of Moment&Cross."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from trainer.data.simulator.behaviours import EFFECTIVE_VIEW, GIFT, LONG_VIEW, chances
+from trainer.data.simulator.behaviours import EFFECTIVE_VIEW, GIFT, LONG_VIEW, behaviour_probabilities
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
 from trainer.data.simulator.event_log import gift_prices
-from trainer.data.simulator.visit_outcome import FAST_MS, SLOW_MS, LateShare, Outcome, clock, draw_outcome
+from trainer.data.simulator.visit_outcome import (
+    FAST_MS,
+    SLOW_MS,
+    LateShare,
+    VisitOutcome,
+    draw_outcome,
+    visit_thresholds,
+)
 from trainer.data.simulator.world import make_world
 
 # Written out here a second time: the paper's table is the specification.
@@ -18,8 +25,8 @@ MINUTE = 60_000
 SIGMAS = 4.5
 
 
-def outcomes(seed: int, calls: int, n: int) -> Outcome:
-    """Live visits with frequent interactions, in rooms that stay open for 2 minutes to 3 hours."""
+def outcomes(seed: int, calls: int, n: int) -> VisitOutcome:
+    """Return outcomes of live visits with frequent interactions, in rooms that stay open for 2 minutes to 3 hours."""
     rng = np.random.default_rng(seed)
     late_share = LateShare()
     found = []
@@ -27,11 +34,11 @@ def outcomes(seed: int, calls: int, n: int) -> Outcome:
         logits = rng.normal([[-0.5], [0.5], [0.0], [-1], [-1.5], [-1.5], [-1]], 1.5, (7, n)).astype(np.float32)
         live = np.ones(n, bool)
         left = rng.integers(2 * MINUTE, 180 * MINUTE, n)
-        chance = chances(logits, np.ones((4, n), np.float32))
-        outcome = draw_outcome(rng, chance, clock(live, left), live, late_share)
+        probabilities = behaviour_probabilities(logits, np.ones((4, n), np.float32))
+        outcome = draw_outcome(rng, probabilities, visit_thresholds(live, left), live, late_share)
         assert (outcome.play_ms <= left).all()
         found.append(outcome)
-    return Outcome(np.concatenate([o.delay for o in found], axis=1), np.concatenate([o.play_ms for o in found]))
+    return VisitOutcome(np.concatenate([o.delay for o in found], axis=1), np.concatenate([o.play_ms for o in found]))
 
 
 @pytest.mark.parametrize("n", [40, 4_000])
@@ -68,11 +75,11 @@ def test_outcomes_have_the_exact_probabilities() -> None:
     logits = np.repeat(rng.normal(-0.5, 1.2, (7, kinds)), repeats, axis=1).astype(np.float32)
     live = np.repeat(np.arange(kinds) % 2 == 0, repeats)
     allowed = np.ones((4, len(live)), np.float32)
-    chance = chances(logits, allowed)
+    probabilities = behaviour_probabilities(logits, allowed)
     left = rng.integers(2 * MINUTE, 90 * MINUTE, len(live))
-    outcome = draw_outcome(rng, chance, clock(live, left), live, LateShare())
+    outcome = draw_outcome(rng, probabilities, visit_thresholds(live, left), live, LateShare())
     happened = (outcome.delay >= 0).reshape(7, kinds, repeats).sum(axis=2)
-    p = chance.marginal.reshape(7, kinds, repeats)[:, :, 0].astype(np.float64)
+    p = probabilities.marginal.reshape(7, kinds, repeats)[:, :, 0].astype(np.float64)
     assert (np.abs(happened - repeats * p) <= SIGMAS * np.sqrt(repeats * p * (1 - p))).all()
 
 
@@ -82,9 +89,11 @@ def test_a_visit_is_consistent(live: bool) -> None:
     n = 50_000
     on_air = np.full(n, live)
     left = rng.integers(2 * MINUTE, 90 * MINUTE, n) if live else rng.integers(5_000, 200_000, n)
-    limits = clock(on_air, left)
+    limits = visit_thresholds(on_air, left)
     logits = rng.normal(0, 1.5, (7, n)).astype(np.float32)
-    outcome = draw_outcome(rng, chances(logits, np.ones((4, n), np.float32)), limits, on_air, LateShare())
+    outcome = draw_outcome(
+        rng, behaviour_probabilities(logits, np.ones((4, n), np.float32)), limits, on_air, LateShare()
+    )
     delay, play = outcome.delay, outcome.play_ms
     assert (delay.max(axis=0) <= play).all() and (play <= limits.limit).all()
     np.testing.assert_array_equal(delay[EFFECTIVE_VIEW] >= 0, play >= limits.effective)

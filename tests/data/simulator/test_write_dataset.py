@@ -1,4 +1,4 @@
-"""The simulated world against its own truth, Table 1 of Moment&Cross, and the rules of the canonical log."""
+"""Tests of the simulated world against its own truth, Table 1 of Moment&Cross, and the rules of the canonical log."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ def items(path: Path) -> Log:
 
 @pytest.fixture(scope="module")
 def visits(events: Log, truth: Log) -> Log:
-    """In the order of ``truth``: ids, ``domain``, ``request`` and the delays ``exit`` and ``first_B``, -1 for never."""
+    """Return ids, ``domain``, ``request`` and delays ``exit`` and ``first_B`` (-1: never) in the order of ``truth``."""
     at = np.searchsorted(truth["visit_id"], events["visit_id"])
     out: Log = {name: np.empty(len(truth["visit_id"]), np.int64) for name in ("item_id", "author_id", "domain")}
     out |= {"user_id": truth["user_id"], "request": truth["request_ms"]}
     for name in ("item_id", "author_id", "domain"):
         out[name][at] = events[name]
     for name, column in (("exit", "exit"), *((name, f"first_{name}") for name in BEHAVIOURS)):
-        mine = np.flatnonzero(events["event"] == name)
+        rows = np.flatnonzero(events["event"] == name)
         first = np.full(len(truth["visit_id"]), np.iinfo(np.int64).max)
-        np.minimum.at(first, at[mine], events["time_ms"][mine] - truth["request_ms"][at[mine]])
+        np.minimum.at(first, at[rows], events["time_ms"][rows] - truth["request_ms"][at[rows]])
         out[column] = np.where(first == np.iinfo(np.int64).max, -1, first)
     return out
 
 
 def test_truth_is_calibrated(visits: Log, truth: Log) -> None:
     for domain, name in enumerate(DOMAINS):
-        mine = visits["domain"] == domain
+        rows = visits["domain"] == domain
         for behaviour in BEHAVIOURS:
-            p, happened = truth[f"p_{behaviour}"][mine].astype(np.float64), visits[f"first_{behaviour}"][mine] >= 0
+            p, happened = truth[f"p_{behaviour}"][rows].astype(np.float64), visits[f"first_{behaviour}"][rows] >= 0
             for part in np.array_split(np.argsort(p, kind="stable"), 8):
                 error = np.sqrt((p[part] * (1 - p[part])).sum())
                 difference = abs(happened[part].sum() - p[part].sum())
@@ -100,7 +100,7 @@ def test_base_rates(path: Path, visits: Log) -> None:
 
 
 def test_table_1_of_the_whole_log(visits: Log, truth: Log, events: Log) -> None:
-    """Less sharp than tests/data/simulator/test_visit_outcome.py, but with everything between a draw and the file."""
+    """Test Table 1 on the written files; test_visit_outcome.py is sharper but tests the draw only."""
     live = visits["domain"] == DOMAINS.index("live")
     for behaviour, share in {"click": 0.96, "long_view": 1.0, "like": 0.79, "comment": 0.78, "gift": 0.68}.items():
         first = visits[f"first_{behaviour}"][live]
@@ -144,8 +144,8 @@ def test_interactions_follow_a_click_and_exit_is_last(visits: Log, events: Log, 
 def test_gifts_have_prices_and_behaviours_repeat(events: Log) -> None:
     assert (events["value"][events["event"] == "gift"] > 0).all()
     for name, least in (("like", 2), ("comment", 2), ("gift", 3)):
-        mine = events["event"] == name
-        assert np.unique(events["visit_id"][mine], return_counts=True)[1].max() >= least
+        rows = events["event"] == name
+        assert np.unique(events["visit_id"][rows], return_counts=True)[1].max() >= least
     for name in ("click", "effective_view", "long_view", "follow", "exposure", "enter", "exit"):
         assert np.unique(events["visit_id"][events["event"] == name], return_counts=True)[1].max() == 1
 
@@ -238,10 +238,10 @@ def simulate_and_path(out: Path, seed: int) -> Path:
     return out
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    simulate(tmp_path / "a", users=70, days=3, partitions=1, seed=1, progress=lambda *what: told.append(what))
-    assert [what for what in told if what[0] == "simulating"] == [("simulating", day, 3) for day in range(4)]
+def test_progress_is_reported(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    simulate(tmp_path / "a", users=70, days=3, partitions=1, seed=1, progress=lambda *call: calls.append(call))
+    assert [call for call in calls if call[0] == "simulating"] == [("simulating", day, 3) for day in range(4)]
 
 
 @pytest.mark.parametrize("size", [{"users": 0}, {"days": 0}, {"partitions": 0}, {"seed": -1}])

@@ -1,7 +1,8 @@
-"""The simulated world: who lives in it, what is on air, what is shown to whom, and what they do.
+"""Simulated world: users, authors, videos and live rooms, the exposure policy and the users' behaviours.
 
-``population`` (genres, authors, users) and ``content`` (videos, rooms, 30 s segments) are drawn first; together with
-the ``exposure`` policy's indices they are a ``world``. ``life`` leads the users through their days, with what their
-``memory`` keeps; ``behaviours`` has the true probabilities and ``visit`` what comes of them. ``description`` and
-``log`` write it down in the canonical form, for ``trainer.data.simulator.write_dataset``.
+``population`` (genres, authors, users) and ``content`` (videos, rooms, 30 s segments) are drawn first. Together with
+the indices of the ``exposure`` policy they form a ``world``. ``user_days`` simulates the users day by day and keeps
+their changing state in ``user_state``. ``behaviours`` computes the true probabilities and ``visit_outcome`` draws from
+them. ``description`` and ``event_log`` convert the result to the canonical tables that
+``trainer.data.simulator.write_dataset`` writes.
 """

@@ -1,10 +1,10 @@
-"""The true probability of every behaviour, and what comes of an exposure.
+"""True probability of every behaviour of a visit.
 
-A visit is a small tree. The user clicks or not; watches until ``effective_view`` or not, and then until ``long_view``
-or not, more often after a click; and, only after a click, likes, comments, gives or follows with probabilities that
-depend on how far the watching went. Every branch is a logistic function of the same world state at request time, so
-the unconditional probability of each behaviour is a finite sum over the branches: ``Chances.marginal`` is exact, and
-no predictor can do better.
+A visit is a small tree of decisions. The user clicks or not. The user watches until ``effective_view`` or not, and then
+until ``long_view`` or not, both more often after a click. Only after a click the user may like, comment, give a gift or
+follow, with probabilities that depend on the depth of the view. The probability of every branch is a logistic function
+of the same world state at request time, so the unconditional probability of each behaviour is a finite sum over the
+branches: ``BehaviourProbabilities.marginal`` is exact, and no predictor can be better.
 """
 
 from __future__ import annotations
@@ -21,16 +21,26 @@ INTERACTIONS = slice(3, 7)
 GIFT, FOLLOW = BEHAVIOURS.index("gift"), BEHAVIOURS.index("follow")
 
 CONTEXTS: tuple[str, ...] = ("video", "talent", "games", "shopping")
-"""Videos, and live rooms by category, each weigh the state in their own way."""
+"""Contexts that have weights of their own: videos, and live rooms by category."""
 
 FACTORS: tuple[str, ...] = (
     "constant", "taste", "hold", "social", "mood", "following", "repeat", "novelty", "quality", "bait", "warmth",
     "popularity", "category", "intensity", "topic", "quiet", "hour", "fatigue", "generosity",
 )  # fmt: skip
-"""What a log-odds is linear in: dot products of user and item in three subspaces; whether the genre is what the user is
-after now; follow relation and earlier views of the author, or their absence times the user's appetite for the new;
-traits of item and author; interest in the category; the segment's intensity, alone and times the user's taste for its
-topic, and its absence; the category's hour; position in the session; and generosity towards a followed author."""
+"""Factors of the log-odds, which are linear in them.
+
+* ``taste``, ``hold`` and ``social``: dot products of user and item in the three subspaces.
+* ``mood``: 1 if the genre is the one that the user currently prefers.
+* ``following``, ``repeat``: the follow relation and the earlier views of the author.
+* ``novelty``: the user's interest in new authors, if there is no earlier view of this one.
+* ``quality``, ``bait``, ``warmth``, ``popularity``: traits of item and author.
+* ``category``: the user's interest in the category.
+* ``intensity``, ``topic``, ``quiet``: intensity of the segment, alone and times the user's taste for its topic, and one
+  minus the intensity.
+* ``hour``: effect of the hour on the category.
+* ``fatigue``: grows with the position in the session.
+* ``generosity``: the user's inclination to give, if the user follows the author.
+"""
 
 LIVE_WEIGHTS = np.array(
     [  # click effective long  like comment gift follow
@@ -66,7 +76,7 @@ CATEGORY_WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
         "quiet": {"comment": 0.4},
     },
 }
-"""Added to ``LIVE_WEIGHTS``: category -> factor -> behaviour."""
+"""Weights by category, factor and behaviour that are added to ``LIVE_WEIGHTS``."""
 
 VIDEO_WEIGHTS = np.array(
     [
@@ -99,18 +109,19 @@ SCENE_OFFSET[:, SCENES.index("nearby")] = [-0.2, -0.2, 0.0, 0.0, 0.3, -0.2, 0.2]
 SCENE_OFFSET[:, SCENES.index("plaza")] = [0.7, -0.3, -0.2, -0.2, 0.0, 0.2, 0.1]
 
 UNCLICKED_OFFSET = np.array([[-3.2, 0.0], [-2.0, 0.0]], np.float32)
-"""Added to the log-odds of effective_view and of long_view (rows) without and with a click (columns)."""
+"""Offsets of the log-odds of effective_view and long_view (rows) without and with a click (columns)."""
 
 DEPTH_OFFSET = np.array([[-1.4, -2.0, -2.6, -1.2], [-0.3, -0.4, -0.8, -0.2], [0.4, 0.5, 0.6, 0.3]], np.float32)
-"""Added to the log-odds of the interactions by how far the watching went: neither view, effective only, long."""
+"""Offsets of the log-odds of the interactions by the depth of the view: none, effective only, long."""
 
-# All branches of a visit in one array: click, effective and long view (twice each), and the interactions by depth.
+# All branches of a visit are computed in one array: click, effective and long view (twice each, without and with a
+# click), and the interactions by depth (three times each).
 BRANCH_OF = np.array([CLICK, *2 * [EFFECTIVE_VIEW], *2 * [LONG_VIEW], *3 * [*range(len(BEHAVIOURS))[INTERACTIONS]]])
 BRANCH_OFFSET = np.concatenate([[0], *UNCLICKED_OFFSET, *DEPTH_OFFSET], dtype=np.float32)[:, None]
 
 
 def _context_weights() -> np.ndarray:
-    """``[contexts, behaviours, factors] float32``."""
+    """Return the weights of all contexts, ``[contexts, behaviours, factors] float32``."""
     weights = np.stack([VIDEO_WEIGHTS, *(LIVE_WEIGHTS.copy() for _ in CONTEXTS[1:])])
     for category, factors in CATEGORY_WEIGHTS.items():
         for factor, behaviours in factors.items():
@@ -123,14 +134,14 @@ WEIGHTS = _context_weights()
 
 
 @dataclass(frozen=True)
-class Chances:
+class BehaviourProbabilities:
     """True probabilities of ``n`` exposures, float32.
 
     Attributes:
         click: ``[n]``.
         effective: ``[2, n]`` without and with a click.
         long: ``[2, n]`` given an effective view, without and with a click.
-        interaction: ``[3, 4, n]`` given a click, by how far the watching went.
+        interaction: ``[3, 4, n]`` given a click, by the depth of the view.
         marginal: ``[behaviours, n]`` unconditional, given the world at request time.
         marginal_long: ``[behaviours, n]`` jointly with a click and a long view; rows ``EFFECTIVE_VIEW`` and
             ``LONG_VIEW`` are not used and zero.
@@ -145,39 +156,39 @@ class Chances:
 
 
 def log_odds(factors: np.ndarray, context: np.ndarray, scene: np.ndarray, trait: np.ndarray) -> np.ndarray:
-    """Log-odds of each branch before the offsets of click and depth.
+    """Return the log-odds of each behaviour before the offsets of click and depth.
 
     Args:
         factors: ``[factors, n] float32`` in the order of ``FACTORS``.
-        context: ``[n]`` position in ``CONTEXTS``.
-        scene: ``[n]`` position in ``SCENES``.
-        trait: ``[behaviours, n] float32`` the users' inclinations.
+        context: ``[n]`` positions in ``CONTEXTS``.
+        scene: ``[n]`` positions in ``SCENES``.
+        trait: ``[behaviours, n] float32`` inclinations of the users.
 
     Returns:
         ``[behaviours, n] float32``.
     """
-    # not a BLAS product, whose last bit depends on the processor
-    of_all = np.einsum("ckf,fn->ckn", WEIGHTS, factors)
-    # nine of ten are videos, so only the rooms' are picked one by one
-    logits = of_all[CONTEXTS.index("video")]
+    # einsum instead of a BLAS product: the last bit of the latter depends on the processor
+    all_contexts = np.einsum("ckf,fn->ckn", WEIGHTS, factors)
+    # nine of ten exposures are videos, so the slow selection by context is done for rooms only
+    logits = all_contexts[CONTEXTS.index("video")]
     live = np.flatnonzero(context)
-    logits[:, live] = of_all[context[live], :, live].T
+    logits[:, live] = all_contexts[context[live], :, live].T
     logits += SCENE_OFFSET.take(scene, axis=1)
     logits += trait
     return logits
 
 
-def chances(logits: np.ndarray, allowed: np.ndarray) -> Chances:
-    """Probabilities of every branch of a visit, and their sums.
+def behaviour_probabilities(logits: np.ndarray, allowed: np.ndarray) -> BehaviourProbabilities:
+    """Return the probability of every branch of a visit, and their sums.
 
     Args:
-        logits: ``[behaviours, n]`` of ``log_odds``.
+        logits: ``[behaviours, n]`` from ``log_odds``.
         allowed: ``[4, n] float32``, 0 for an interaction that cannot happen (a gift for a video, following again).
     """
     n = logits.shape[1]
     branch = logits.take(BRANCH_OF, axis=0)
     branch += BRANCH_OFFSET
-    # the logistic function, in place
+    # the logistic function, in place to save memory traffic
     np.exp(np.negative(branch, out=branch), out=branch)
     branch += 1
     np.divide(1, branch, out=branch)
@@ -200,4 +211,4 @@ def chances(logits: np.ndarray, allowed: np.ndarray) -> Chances:
     marginal_long = np.zeros_like(logits)
     marginal_long[CLICK] = depth[2]
     marginal_long[INTERACTIONS] = acted[2]
-    return Chances(click, effective, long, interaction, marginal, marginal_long)
+    return BehaviourProbabilities(click, effective, long, interaction, marginal, marginal_long)

@@ -1,8 +1,8 @@
-"""Comments under the videos of a world: what they are, what they say, and how they gather likes.
+"""Comments under the videos of a world: their traits, texts and likes over time.
 
-Comments are written by others than the simulated users. A comment has a kind, a genre and a quality, and its words say
-so, up to some noise. Its likes grow with time towards a number that depends on its quality and its video; they are the
-platform's count, of which the simulated users are a part.
+The authors of comments are not simulated users. A comment has a kind, a genre and a quality, and its words express
+them with some noise. Its likes grow with time towards a limit that depends on its quality and its video. Likes are the
+count of the whole platform, of which the simulated users are a part.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import pyarrow as pa
 from trainer.data.format.text_schema import UNKNOWN_USER
 from trainer.data.simulator.config import DAY_MS, WorldConfig
 from trainer.data.simulator.population import GENRES
-from trainer.data.simulator.words import COMMENT_MARKS, FRAMES, KINDS, band_of, pick, say, topic_words
-from trainer.data.simulator.world import World
+from trainer.data.simulator.words import COMMENT_MARKS, FRAMES, KINDS, join_words, pick_words, quality_band, topic_words
+from trainer.data.simulator.world import SimulatedWorld
 
 MEAN_COMMENTS, MOST_COMMENTS = 8.0, 32
-"""Of a video of average popularity; and of any video."""
+"""Mean number of comments of a video of average popularity, and most comments of any video."""
 DELAY_MS = DAY_MS // 2
 """Mean time from a video's publication to a comment."""
 STRAY = 0.15
-"""Chance that a comment is not about the video's genre."""
+"""Probability that the genre of a comment is random instead of the video's."""
 LIKES_QUALITY, LIKES_POPULARITY, LIKES_NOISE, LIKES_CONSTANT = 1.1, 0.5, 0.5, 2.0
-"""The logarithm of the likes that a comment gathers in the end."""
+"""Coefficients of the logarithm of a comment's final likes."""
 LIKES_MS = DAY_MS
-"""After so long a comment has 63 % of them."""
+"""Age at which a comment has 63 % of its final likes."""
 WORDING_NOISE = 0.25
-"""Between the quality of a comment and what its words say of it."""
+"""Standard deviation of the noise between the quality of a comment and the quality that its words express."""
 
 
 @dataclass(frozen=True)
 class Comments:
-    """All comments of a world, video after video and in order of time; a comment's id is its position.
+    """All comments of a world, video after video and in order of time. A comment's id is its position.
 
     Attributes:
-        first: ``[videos + 1] int64`` offsets into the columns.
-        item: ``[n] int64``.
-        time_ms: ``[n] int64``, when it was written.
-        kind: ``[n] int8``, position in ``words.KINDS``.
-        genre: ``[n] int64``, what it is about.
-        quality: ``[n] float32``, standard normal up to what the video's quality adds.
-        likes_in_the_end: ``[n] float32``.
+        first: ``[videos + 1] int64`` offsets of the videos in the columns.
+        item: ``[n] int64``, video of the comment.
+        time_ms: ``[n] int64``, time of writing.
+        kind: ``[n] int8``, positions in ``words.KINDS``.
+        genre: ``[n] int64``, genre that the comment is about.
+        quality: ``[n] float32``, standard normal plus a part of the video's quality.
+        final_likes: ``[n] float32``, limit of the likes.
     """
 
     first: np.ndarray
@@ -52,16 +52,16 @@ class Comments:
     kind: np.ndarray
     genre: np.ndarray
     quality: np.ndarray
-    likes_in_the_end: np.ndarray
+    final_likes: np.ndarray
 
     def likes(self, comment: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
-        """Likes that comments have at a time, int64 of the broadcast shape; 0 before they were written."""
+        """Return the likes of comments at a time, int64 of the broadcast shape; 0 before a comment is written."""
         age = np.maximum(time_ms - self.time_ms[comment], 0).astype(np.float32)
-        return (self.likes_in_the_end[comment] * -np.expm1(age / np.float32(-LIKES_MS))).astype(np.int64)
+        return (self.final_likes[comment] * -np.expm1(age / np.float32(-LIKES_MS))).astype(np.int64)
 
 
-def make_comments(world: World) -> Comments:
-    """Draw the comments of a world that are written before its end."""
+def make_comments(world: SimulatedWorld) -> Comments:
+    """Draw the comments that are written before the end of the world."""
     config, items = world.config, world.items
     rng = config.generator("comments")
     videos = np.arange(items.videos)
@@ -88,19 +88,19 @@ def make_comments(world: World) -> Comments:
         kind=rng.integers(0, len(KINDS), n, dtype=np.int8),
         genre=np.where(stray, rng.integers(0, GENRES, n), items.genre[item]),
         quality=quality,
-        likes_in_the_end=np.exp(log_likes).astype(np.float32),
+        final_likes=np.exp(log_likes).astype(np.float32),
     )
 
 
 def comment_table(config: WorldConfig, comments: Comments) -> pa.Table:
-    """The comments as ``text_schema.COMMENTS``."""
+    """Return the comments as ``text_schema.COMMENTS``."""
     rng = config.generator("comment texts")
     n = len(comments.item)
     uniform = rng.random((4, n))
-    band = band_of(comments.quality + WORDING_NOISE * rng.standard_normal(n))
-    text = say(
-        pick(COMMENT_MARKS, band, uniform[0]),
-        pick([FRAMES[kind] for kind in KINDS], comments.kind, uniform[1]),
+    band = quality_band(comments.quality + WORDING_NOISE * rng.standard_normal(n))
+    text = join_words(
+        pick_words(COMMENT_MARKS, band, uniform[0]),
+        pick_words([FRAMES[kind] for kind in KINDS], comments.kind, uniform[1]),
         topic_words(comments.genre, uniform[2:]),
     )
     return pa.table(
@@ -116,6 +116,6 @@ def comment_table(config: WorldConfig, comments: Comments) -> pa.Table:
 
 
 def comment_truth(comments: Comments) -> pa.Table:
-    """What no text says for certain, as ``text_schema.COMMENT_TRUTH``."""
+    """Return the true kind and quality of the comments, as ``text_schema.COMMENT_TRUTH``."""
     ids = np.arange(len(comments.item))
     return pa.table({"comment_id": ids, "kind": comments.kind, "quality": comments.quality})

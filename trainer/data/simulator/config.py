@@ -22,21 +22,22 @@ HOUR_SHARE = np.array(
 """Relative activity by local hour: a lunch peak and a longer evening peak."""
 
 BEHAVIOURS: tuple[str, ...] = ("click", "effective_view", "long_view", "like", "comment", "gift", "follow")
-"""In label order."""
+"""Behaviours in label order."""
 
 MAX_AUTHORS = 16_384
-"""Authors grow with users up to here; what a block of users knows of each author is held as a dense matrix."""
+"""Upper limit of the number of authors. It bounds ``UserState``, which holds a dense matrix of users by authors."""
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What a world is made from. The same values give the same world and the same log, bit for bit.
+    """Parameters of a world. The same values give the same world and the same log, bit for bit.
 
     Attributes:
         users: number of users.
-        days: simulated days, from ``START_MS`` on.
-        seed: of every random stream.
-        exposures_per_day: mean over users, before a long watch cuts a day short.
+        days: number of simulated days, starting at ``START_MS``.
+        seed: seed of every random stream.
+        exposures_per_day: mean number of exposures per user and day. A long visit can shorten a day, so the log has
+            somewhat fewer.
     """
 
     users: int
@@ -46,7 +47,7 @@ class WorldConfig:
 
     @property
     def authors(self) -> int:
-        """Number of authors: one for every five users, at least 60 so that a small world has choice."""
+        """Number of authors: one for every five users, at least 60 so that a small world has enough candidates."""
         return int(np.clip(self.users // 5, 60, MAX_AUTHORS))
 
     @property
@@ -55,16 +56,19 @@ class WorldConfig:
         return START_MS + self.days * DAY_MS
 
     def generator(self, part: str, *index: int) -> np.random.Generator:
-        """The random stream of one part of the world, such as ``("life", block, day)``; streams are independent."""
+        """Return the random stream of one part of the world, such as ``("life", block, day)``.
+
+        The streams of different parts are independent.
+        """
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(*part.encode(), *index)))
 
 
 def local_hour(time_ms: np.ndarray) -> np.ndarray:
-    """Hour of the day in ``TIMEZONE``, ``[n] int64`` in 0..23."""
+    """Return the hour of the day in ``TIMEZONE``, ``[n] int64`` in 0..23."""
     return (time_ms - START_MS) // HOUR_MS % 24
 
 
 def hours_of_day(uniform: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1) to hours in [0, 24) distributed as ``HOUR_SHARE``, same shape, float64."""
+    """Map uniform numbers in [0, 1) to hours in [0, 24) distributed as ``HOUR_SHARE``; same shape, float64."""
     edges = np.concatenate([[0.0], np.cumsum(HOUR_SHARE) / HOUR_SHARE.sum()])
     return np.interp(uniform, edges, np.arange(25.0))

@@ -1,4 +1,4 @@
-"""What there is to watch: short videos, and live rooms made of 30 s segments."""
+"""Content of a simulated world: short videos, and live rooms that consist of 30 s segments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.data.simulator.population import GENRES, GENRES_PER_CATEGORY, TOPIC
 
 VIDEO, LIVE = DOMAINS.index("video"), DOMAINS.index("live")
 SHELF_DAYS = 7
-"""A video is recommended for so long after its publication."""
+"""Days after its publication in which a video is recommended."""
 VIDEOS_PER_AUTHOR_DAY = 1.0
 MEAN_VIDEO_MS, MEAN_ROOM_MS = 55_000, HOUR_MS
 DURATION_BANDS = 8
@@ -23,25 +23,28 @@ PHASES: tuple[tuple[Phase, ...], ...] = (
     (("lobby", 3, 8, 0.0, 0.15), ("match", 10, 24, 0.2, 0.5), ("climax", 2, 6, 0.8, 1.0)),
     (("pitch", 3, 8, 0.05, 0.2), ("demonstration", 4, 10, 0.25, 0.5), ("link", 1, 3, 0.75, 1.0)),
 )
-"""A room goes round the phases of its category: topic, fewest and most segments, lowest and highest intensity."""
+"""Phases of a room by category, repeated in a cycle.
+
+A phase is its topic, the fewest and most segments it lasts, and its lowest and highest intensity.
+"""
 
 ROOMS_AT_A_TIME = 8_192
 
 
 @dataclass(frozen=True)
 class Items:
-    """Videos, then rooms, each in order of start; an item's id is its position.
+    """All videos, then all rooms, each group in order of start. An item's id is its position.
 
     Attributes:
-        videos: number of videos; ids from here on are rooms.
+        videos: number of videos; ids from this number on are rooms.
         author: ``[n] int64``.
         start_ms: ``[n] int64``, publication of a video, opening of a room.
         end_ms: ``[n] int64``, start plus length.
         vector: ``[n, DIM] float32``.
-        popularity, quality, bait: ``[n] float32``, the author's, with the item's own deviation.
+        popularity, quality, bait: ``[n] float32``, the author's trait plus a deviation of the item.
         genre: ``[n] int64``.
         first_segment: ``[n + 1] int64``, offsets into the segment columns; videos have none.
-        topic: ``[segments] int8``, position in ``TOPICS``.
+        topic: ``[segments] int8``, positions in ``TOPICS``.
         intensity: ``[segments] float32`` in [0, 1], the true highlight curve.
     """
 
@@ -59,7 +62,10 @@ class Items:
     intensity: np.ndarray
 
     def segment(self, item: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
-        """Position in the segment columns of what a room shows at a time within it."""
+        """Return the positions in the segment columns of what the rooms show at the given times, ``[n] int64``.
+
+        Each time must lie between the start and the end of its room.
+        """
         return self.first_segment[item] + (time_ms - self.start_ms[item]) // SEGMENT_MS
 
 
@@ -71,13 +77,13 @@ def make_items(config: WorldConfig, authors: Authors) -> Items:
     n, videos = len(author), len(video_author)
     rng = config.generator("items")
     genre = authors.genre[author]
-    # a video may be off the author's genre; a room is what the author is known for
+    # some videos leave the author's genre; a room never does
     stray = np.flatnonzero(rng.random(videos) < 0.12)
     genre[stray] = rng.integers(0, GENRES, len(stray))
     counts = np.concatenate([np.zeros(videos, np.int64), (room_end - room_start) // SEGMENT_MS])
     topic, intensity = _segments(config, authors.genre[room_author] // GENRES_PER_CATEGORY, counts[videos:])
 
-    def of_author(trait: np.ndarray, deviation: float) -> np.ndarray:
+    def vary_by_item(trait: np.ndarray, deviation: float) -> np.ndarray:
         return trait[author] + deviation * rng.standard_normal((n, *trait.shape[1:]), np.float32)
 
     return Items(
@@ -85,10 +91,10 @@ def make_items(config: WorldConfig, authors: Authors) -> Items:
         author=author,
         start_ms=np.concatenate([video_start, room_start]),
         end_ms=np.concatenate([video_end, room_end]),
-        vector=of_author(authors.vector, 0.35),
-        popularity=of_author(authors.popularity, 0.4),
-        quality=of_author(authors.quality, 0.4),
-        bait=of_author(authors.bait, 0.4),
+        vector=vary_by_item(authors.vector, 0.35),
+        popularity=vary_by_item(authors.popularity, 0.4),
+        quality=vary_by_item(authors.quality, 0.4),
+        bait=vary_by_item(authors.bait, 0.4),
         genre=genre,
         first_segment=np.concatenate([[0], np.cumsum(counts)]),
         topic=topic,
@@ -97,7 +103,10 @@ def make_items(config: WorldConfig, authors: Authors) -> Items:
 
 
 def _videos(config: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Authors, publication and end of the videos, in order of publication; the shelf is full when the log starts."""
+    """Draw author, publication time and end of each video, in order of publication.
+
+    Videos of the ``SHELF_DAYS`` before the log are included, so that users have a full choice from the first day.
+    """
     rng = config.generator("videos")
     days = SHELF_DAYS + config.days
     n = int(config.authors * days * VIDEOS_PER_AUTHOR_DAY)
@@ -107,11 +116,16 @@ def _videos(config: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _rooms(config: WorldConfig, authors: Authors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Authors, start and end of the rooms, in order of start. An author opens at most one a day, at a usual hour."""
+    """Draw author, start and end of each room, in order of start.
+
+    An author opens at most one room a day, around the author's usual hour.
+    """
     rng = config.generator("rooms")
     live = np.flatnonzero(authors.goes_live)
     habit = rng.uniform(0.5, 1.0, len(live))
+    # the first live author goes live every day, so that every day has a room
     habit[0] = 1.0
+    # rooms of the day before the log may still be open when it starts
     days = np.arange(-1, config.days)
     shape = (len(days), len(live))
     hour = authors.live_hour[live] + 0.7 * rng.standard_normal(shape)
@@ -125,7 +139,10 @@ def _rooms(config: WorldConfig, authors: Authors) -> tuple[np.ndarray, np.ndarra
 
 
 def _segments(config: WorldConfig, category: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Topic and intensity of every segment of rooms with ``count`` segments each, room after room."""
+    """Draw topic ``int8`` and intensity ``float32`` of every segment, room after room.
+
+    ``category [rooms]`` is a position in ``CATEGORIES``, ``count [rooms]`` the number of segments of each room.
+    """
     topic = np.empty(int(count.sum()), np.int8)
     intensity = np.empty(len(topic), np.float32)
     first = np.concatenate([[0], np.cumsum(count)])
@@ -137,15 +154,21 @@ def _segments(config: WorldConfig, category: np.ndarray, count: np.ndarray) -> t
                 continue
             values, levels = _phase_runs(rng, phases, count[rooms])
             starts = np.repeat(first[rooms] - np.concatenate([[0], np.cumsum(count[rooms])[:-1]]), count[rooms])
-            at = starts + np.arange(len(values))
-            topic[at], intensity[at] = values, levels
+            positions = starts + np.arange(len(values))
+            topic[positions], intensity[positions] = values, levels
     return topic, intensity
 
 
 def _phase_runs(
     rng: np.random.Generator, phases: tuple[Phase, ...], count: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The phases of rooms of one category, from a random one on, cut at each room's number of segments."""
+    """Draw the phases of rooms of one category.
+
+    Each room starts in a random phase of the cycle and is cut at its number of segments ``count [rooms]``.
+
+    Returns:
+        Topic codes ``int8`` and intensities ``float32`` of all segments, room after room.
+    """
     names, shortest, longest, low, high = (np.array(column) for column in zip(*phases, strict=True))
     turns = len(phases) * (int(count.max()) // int(shortest.sum()) + 2)
     phase = (rng.integers(0, len(phases), (len(count), 1)) + np.arange(turns)) % len(phases)

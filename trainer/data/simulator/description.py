@@ -1,4 +1,4 @@
-"""What a world's dataset says of itself, and the tables of who and what is in it."""
+"""Dataset specification of a simulated world, and the tables of its users, authors, items and segments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trainer.data.simulator.config import BEHAVIOURS, SEGMENT_MS, TIMEZONE, Worl
 from trainer.data.simulator.content import DURATION_BANDS
 from trainer.data.simulator.exposure import SCENES
 from trainer.data.simulator.user_days import POSITIONS
-from trainer.data.simulator.world import World
+from trainer.data.simulator.world import SimulatedWorld
 
 
-def describe_world(config: WorldConfig, partitions: int) -> DatasetSpec:
-    """What ``dataset.json`` says before the log is written."""
+def dataset_spec(config: WorldConfig, partitions: int) -> DatasetSpec:
+    """Return the content of ``dataset.json`` before the log is written."""
     return DatasetSpec(
         name="simulated",
         source="Limelight's simulated world (`limelight data simulate`)",
@@ -68,12 +68,12 @@ def describe_world(config: WorldConfig, partitions: int) -> DatasetSpec:
     )
 
 
-def tables(world: World) -> dict[str, pa.Table]:
-    """``users``, ``authors``, ``items`` and ``segments``.
+def entity_tables(world: SimulatedWorld) -> dict[str, pa.Table]:
+    """Return the tables ``users``, ``authors``, ``items`` and ``segments``.
 
-    ``items``: ``item_id, author_id, domain, start_ms, end_ms`` and side features; the end of a room and the segments
-    are the future to whoever ranks it. ``segments``: ``item_id, segment, start_ms, topic, intensity``, the topic as a
-    position in ``extra["topics"]``, the intensity in [0, 1].
+    ``items`` has ``item_id, author_id, domain, start_ms, end_ms`` and side features. ``segments`` has ``item_id,
+    segment, start_ms, topic, intensity``: the topic is a position in ``extra["topics"]``, the intensity is in [0, 1].
+    The end of a room and its segments are in the future when the room is ranked, so they must not become features.
     """
     items = world.items
     n, rooms = len(items.author), np.arange(items.videos, len(items.author))
@@ -92,7 +92,7 @@ def tables(world: World) -> dict[str, pa.Table]:
                 "start_ms": items.start_ms,
                 "end_ms": items.end_ms,
                 "item_genre": (1 + items.genre).astype(np.int32),
-                # how long a room lasts is not known before it ends
+                # the length of a room is not known before it ends
                 "duration_band": np.where(np.arange(n) < items.videos, band, 0).astype(np.int32),
             }
         ),

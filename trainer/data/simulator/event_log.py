@@ -1,4 +1,4 @@
-"""What happened, in the canonical form: visits, repeated behaviours, gift prices and true probabilities."""
+"""Canonical tables of a simulated log: visits, repeated behaviours, gift prices and true probabilities."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from trainer.data.format.schema import EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec,
 from trainer.data.simulator.behaviours import GIFT
 from trainer.data.simulator.config import BEHAVIOURS, DAY_MS, HOUR_SHARE, MINUTE_MS, START_MS, local_hour
 from trainer.data.simulator.content import LIVE, Items
-from trainer.data.simulator.user_days import Visits
+from trainer.data.simulator.user_days import VisitColumns
 from trainer.data.simulator.visit_outcome import FAST_MS, SEEN_AT_5_MINUTES
-from trainer.data.simulator.world import World
+from trainer.data.simulator.world import SimulatedWorld
 
 GIFT_PRICE_SEEN_AT_5_MINUTES = 0.34
-"""Table 1 of M&C, as a share of the money. Large gifts come late."""
+"""Share of the gift money seen at 5 minutes: Table 1 of Moment&Cross. It is below the share of gifts: large gifts come
+late."""
 EARLY_PRICE = 12.0
-"""Mean price of an early gift, in coins, of a user of average spending."""
+"""Mean price in coins of an early gift of a user with average spending."""
 
 REPEATS: dict[str, float] = {"like": 0.3, "comment": 0.4, "gift": 0.45}
-"""Chance that a behaviour is followed by another one of the same kind, and that one by another, in the same visit."""
+"""Probability that each occurrence of a behaviour is followed by another one in the same visit."""
 MOST_REPEATS = 6
 
 EVENTS = (*VISIT_EVENTS, *BEHAVIOURS)
 
 
 def visit_table(
-    world: World, spec: DatasetSpec, visits: Visits, price: np.ndarray, rng: np.random.Generator
+    world: SimulatedWorld, spec: DatasetSpec, visits: VisitColumns, price: np.ndarray, rng: np.random.Generator
 ) -> pa.Table:
-    """Visits as ``schema.visit_schema`` has them. ``price [n]``: of the first gift, 0 without one."""
+    """Return the visits as ``schema.visit_schema``. ``price [n]`` is that of the first gift, 0 without a gift."""
     request, item = visits["request_ms"], visits["item_id"]
     columns = {name: visits[name] for name in visits if name not in ("delay", "truth")}
     columns |= {f"delay_{name}": visits["delay"][k] for k, name in enumerate(BEHAVIOURS)}
@@ -44,38 +45,38 @@ def visit_table(
     return pa.table([pa.array(columns[field.name]).cast(field.type, safe=False) for field in schema], schema=schema)
 
 
-def truth_table(visits: Visits) -> pa.Table:
-    """True probabilities ``p_B`` of each visit."""
+def truth_table(visits: VisitColumns) -> pa.Table:
+    """Return the true probabilities of each visit, a column ``p_B`` for each behaviour ``B``."""
     keys = {name: visits[name] for name in ("visit_id", "user_id", "request_ms")}
     return pa.table(keys | {f"p_{name}": visits["truth"][k] for k, name in enumerate(BEHAVIOURS)})
 
 
-def gift_prices(world: World, visits: Visits, rng: np.random.Generator) -> np.ndarray:
-    """Price in coins of the first gift of each visit, ``[n] float32``, 0 without a gift."""
+def gift_prices(world: SimulatedWorld, visits: VisitColumns, rng: np.random.Generator) -> np.ndarray:
+    """Draw the price in coins of the first gift of each visit, ``[n] float32``, 0 without a gift."""
     return np.where(visits["delay"][GIFT] >= 0, _price(world, visits["user_id"], visits["delay"][GIFT], rng), 0)
 
 
-def repeat_table(world: World, visits: Visits, rng: np.random.Generator) -> pa.Table:
-    """Behaviours of visits after the first of their kind, as ``EVENT_COLUMNS``; not in time order.
+def repeat_table(world: SimulatedWorld, visits: VisitColumns, rng: np.random.Generator) -> pa.Table:
+    """Draw the repeated behaviours of visits, as ``EVENT_COLUMNS``; not in time order.
 
-    Repeats follow the first one within the visit, and before its fifth minute if the first one came before it: what
-    Table 1 says of first behaviours is true of all.
+    Repeats lie between the first behaviour of their kind and the end of the visit. If the first one is early (within 5
+    minutes), so are its repeats: the shares of Table 1 then hold for all behaviours, not only for the first ones.
     """
-    # event code, position of the visit, delay, value
+    # one tuple per behaviour: event code, rows of the visits, delays, values
     parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
     for name, chance in REPEATS.items():
         k = BEHAVIOURS.index(name)
-        who = np.flatnonzero(visits["delay"][k] >= 0)
-        more = np.minimum(rng.geometric(1 - chance, len(who)) - 1, MOST_REPEATS)
-        again, first = np.repeat(who, more), np.repeat(visits["delay"][k][who], more)
+        rows = np.flatnonzero(visits["delay"][k] >= 0)
+        more = np.minimum(rng.geometric(1 - chance, len(rows)) - 1, MOST_REPEATS)
+        again, first = np.repeat(rows, more), np.repeat(visits["delay"][k][rows], more)
         last = visits["play_ms"][again]
         last = np.where(first <= FAST_MS, np.minimum(last, FAST_MS), last)
         delay = first + ((last - first) * rng.random(len(again))).astype(np.int64)
         price = _price(world, visits["user_id"][again], first, rng) if k == GIFT else np.zeros(len(again), np.float32)
         parts.append((EVENTS.index(name), again, delay, price))
 
-    of_visit = np.concatenate([who for _, who, _, _ in parts])
-    codes = np.repeat(np.array([code for code, *_ in parts], np.int8), [len(who) for _, who, _, _ in parts])
+    of_visit = np.concatenate([rows for _, rows, _, _ in parts])
+    codes = np.repeat(np.array([code for code, *_ in parts], np.int8), [len(rows) for _, rows, _, _ in parts])
     columns = {name: visits[name][of_visit] for name in ("user_id", "author_id", "item_id", "visit_id")}
     columns["domain"] = visits["domain"].astype(np.int8)[of_visit]
     columns["event"] = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(EVENTS))
@@ -84,8 +85,11 @@ def repeat_table(world: World, visits: Visits, rng: np.random.Generator) -> pa.T
     return pa.table([columns[name] for name in EVENT_COLUMNS.names], schema=EVENT_COLUMNS)
 
 
-def _price(world: World, user: np.ndarray, delay: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Log-normal; late gifts are dearer by the factor that makes the money's share at 5 minutes that of the table."""
+def _price(world: SimulatedWorld, user: np.ndarray, delay: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw log-normal gift prices, ``[n] float32``.
+
+    Late gifts are more expensive by a factor that gives the share of the money at 5 minutes of Table 1.
+    """
     share, money = SEEN_AT_5_MINUTES["gift"], GIFT_PRICE_SEEN_AT_5_MINUTES
     late = np.where(delay > FAST_MS, share * (1 - money) / ((1 - share) * money), 1.0)
     spending = 0.3 * world.users.trait[LIVE, user, GIFT]
@@ -96,7 +100,10 @@ def _price(world: World, user: np.ndarray, delay: np.ndarray, rng: np.random.Gen
 def _log_viewers(
     items: Items, item: np.ndarray, request: np.ndarray, age_ms: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Viewers of a room now, as the platform counts them: popularity, hour and age, not what is on at the moment."""
+    """Draw the logarithm of the viewers of a room, as the platform would count them.
+
+    It depends on popularity, hour and age of the room, not on the current segment.
+    """
     crowd = np.log(HOUR_SHARE[local_hour(request)])
     filling = np.log1p(-np.exp(-(age_ms + MINUTE_MS) / (10 * MINUTE_MS)))
     return 4 + items.popularity[item] + crowd + filling + 0.15 * rng.standard_normal(len(item))

@@ -1,4 +1,4 @@
-"""Genres, authors and users: the latent vectors and traits from which every probability follows."""
+"""Genres, authors and users with the latent vectors and traits that determine every probability."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ GENRES_PER_CATEGORY = 8
 GENRES = GENRES_PER_CATEGORY * len(CATEGORIES)
 
 TASTE, HOLD, SOCIAL = slice(0, 8), slice(8, 12), slice(12, 16)
-"""Three subspaces of the latent vectors: what attracts, what holds, and what makes one talk and give."""
+"""Three subspaces of the latent vectors: attraction, retention, and readiness to comment and give."""
 DIM = 16
 
 TOPICS: tuple[str, ...] = ("none", "chat", "dance", "lobby", "match", "climax", "pitch", "demonstration", "link")
-"""What a 30 s segment of a room shows; ``none`` is for videos. Codes are positions in this tuple."""
+"""Topics of a 30 s segment of a room; ``none`` is for videos. A code is a position in this tuple."""
 
 TRAIT_SCALE = np.array([0.75, 0.5, 0.6, 1.25, 1.35, 1.3, 0.9], np.float32)
-"""Spread over users of the inclination to each of ``BEHAVIOURS``, in log-odds."""
+"""Standard deviation over users of the inclination to each of ``BEHAVIOURS``, in log-odds."""
 
 AGE_BANDS, GENDERS, CITY_TIERS, DEVICES, BANDS, TENURE_BANDS = 8, 2, 6, 5, 6, 6
 
 
 @dataclass(frozen=True)
 class Genres:
-    """Themes that videos and rooms share; eight to a category.
+    """Genres that videos and rooms share, eight per category.
 
     Attributes:
         centroid: ``[GENRES, DIM] float32``.
         weight: ``[GENRES]`` share of authors; a few genres are common, most are rare.
-        live: ``[GENRES]`` share of a genre's authors who go live; some genres are known from videos only, nearly.
-        age_lift: ``[AGE_BANDS, GENRES]`` log-odds with which an age band prefers a genre.
+        live: ``[GENRES]`` share of a genre's authors who go live; some genres have almost no live rooms.
+        age_lift: ``[AGE_BANDS, GENRES]`` preference of an age band for a genre, in log-odds.
     """
 
     centroid: np.ndarray
@@ -45,9 +45,9 @@ class Genres:
 
 @dataclass(frozen=True)
 class Authors:
-    """Columns of length ``n``; vectors ``[n, DIM] float32``, traits standardised float32.
+    """Authors as columns of length ``n``; vectors ``[n, DIM] float32``, traits standardised float32.
 
-    ``quality`` holds viewers, ``bait`` draws clicks and loses viewers, ``warmth`` invites comments, gifts and follows.
+    ``quality`` keeps viewers, ``bait`` draws clicks but loses viewers, ``warmth`` leads to comments, gifts and follows.
     """
 
     genre: np.ndarray
@@ -63,18 +63,18 @@ class Authors:
 
 @dataclass(frozen=True)
 class Users:
-    """Columns of length ``n``.
+    """Users as columns of length ``n``.
 
     Attributes:
-        vector: ``[2, n, DIM] float32``, interest in videos (0) and in live (1); correlated, not equal.
-        favourites: ``[n, 3] int64``, the genres a user comes back to.
+        vector: ``[2, n, DIM] float32``, interest in videos (0) and in live rooms (1); correlated, not equal.
+        favourites: ``[n, 3] int64``, genres that a user returns to.
         category_interest: ``[n, len(CATEGORIES)] float32``.
         topic_taste: ``[n, len(TOPICS)] float32``.
         trait: ``[2, n, len(BEHAVIOURS)] float32``, inclination to each behaviour, per domain.
-        novelty: ``[n] float32``, how much an author never watched before attracts.
+        novelty: ``[n] float32``, attraction of an author whom the user has never watched.
         daily: ``[n] float64``, mean exposures a day.
-        shift_hours: ``[n] float64``, by which the user's day is later than the average.
-        side: the observable features, noisy functions of the above.
+        shift_hours: ``[n] float64``, hours by which the user's day is later than the average.
+        side: the observable side features, noisy functions of the above.
     """
 
     vector: np.ndarray
@@ -88,11 +88,11 @@ class Users:
     side: dict[str, np.ndarray]
 
     def interest(self, domain: np.ndarray, user: np.ndarray) -> np.ndarray:
-        """``vector[domain, user]``, ``[n, DIM] float32``."""
+        """Return ``vector[domain, user]``, ``[n, DIM] float32``."""
         return _take_pairs(self.vector, domain, user)
 
     def inclination(self, domain: np.ndarray, user: np.ndarray) -> np.ndarray:
-        """``trait[domain, user]``, ``[n, len(BEHAVIOURS)] float32``."""
+        """Return ``trait[domain, user]``, ``[n, len(BEHAVIOURS)] float32``."""
         return _take_pairs(self.trait, domain, user)
 
 
@@ -114,7 +114,8 @@ def make_authors(config: WorldConfig, genres: Genres) -> Authors:
     genre = rng.choice(GENRES, size=n, p=genres.weight)
     popularity = _normal(rng, n)
     goes_live = rng.random(n) < genres.live[genre]
-    goes_live[0] = True  # a world without any live author has nothing to train on
+    # a world without any live author would give no training rows
+    goes_live[0] = True
     spread = rng.random(n) < 0.4
     return Authors(
         genre=genre,
@@ -174,16 +175,17 @@ def make_users(config: WorldConfig, genres: Genres) -> Users:
 
 
 def _take_pairs(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """``values[first, second]`` as one flat gather, which is three times faster."""
+    """Return ``values[first, second]``; one flat gather is three times faster than indexing with two arrays."""
     a, b, width = values.shape
     return values.reshape(a * b, width).take(first * b + second, axis=0)
 
 
 def _normal(rng: np.random.Generator, shape: int | tuple[int, ...]) -> np.ndarray:
+    """Draw standard normal float32 values."""
     return rng.standard_normal(shape, np.float32)
 
 
 def _band(score: np.ndarray, bands: int) -> np.ndarray:
-    """Bands 1..``bands`` of a roughly normal score, the middle ones most common, int32."""
+    """Return bands 1..``bands`` of a roughly normal score, int32; the middle bands are the most common."""
     edges = np.linspace(-1.5, 1.5, bands - 1)
     return (1 + np.searchsorted(edges, score)).astype(np.int32)

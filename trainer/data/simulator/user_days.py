@@ -1,8 +1,8 @@
-"""Users' days, one exposure after the other, all users of a block at once.
+"""Simulation of the users' days, one exposure after the other, for all users of a block at once.
 
-Users influence each other only through what is on air, so a block of users is simulated on its own. Within a block the
-n-th exposures of all users' days are one vector: follow relations, acquaintances and moods are always up to date, and
-nobody watches two things at once.
+Users do not influence each other, so each block of users is simulated on its own. Within a block the n-th exposures of
+all users' days are one vector. Follow relations, familiar authors and moods are therefore always up to date, and no
+user watches two items at once.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.simulator.behaviours import FACTORS, FOLLOW, GIFT, INTERACTIONS, chances, log_odds
+from trainer.data.simulator.behaviours import FACTORS, FOLLOW, GIFT, INTERACTIONS, behaviour_probabilities, log_odds
 from trainer.data.simulator.config import DAY_MS, HOUR_MS, START_MS, hours_of_day, local_hour
 from trainer.data.simulator.content import LIVE, VIDEO
-from trainer.data.simulator.exposure import FAMILIAR, FEED, PLAZA, SCENE_EDGES, choose
+from trainer.data.simulator.exposure import FAMILIAR, FEED, PLAZA, SCENE_EDGES, choose_items
 from trainer.data.simulator.population import GENRES_PER_CATEGORY, HOLD, SOCIAL, TASTE
-from trainer.data.simulator.user_state import ACQUAINTANCES, Memory, first_memory
-from trainer.data.simulator.visit_outcome import LateShare, clock, draw_outcome
-from trainer.data.simulator.world import World
+from trainer.data.simulator.user_state import FAMILIAR_AUTHORS, UserState, initial_user_state
+from trainer.data.simulator.visit_outcome import LateShare, draw_outcome, visit_thresholds
+from trainer.data.simulator.world import SimulatedWorld
 
 BLOCK = 4_096
-"""Users simulated together; part of what a seed means."""
+"""Number of users simulated together. The world of a seed depends on this value."""
 
 LIVE_SHARE = 0.1
 SESSIONS, MORE_SESSIONS = 5, 1.2
 """Most sessions a day, and the mean number of those after the first."""
 LONGEST_DAY = 5
-"""No user's day has more exposures than so many times the world's mean."""
+"""Most exposures of a user's day, as a multiple of the world's mean."""
 WEEKDAY, WEEKEND = 0.92, 1.2
 PAUSE_MS = (300, 1_800)
 """Shortest and longest time between a visit and the next exposure of a session."""
 LONG_MEMORY = 20
-"""Views of an author beyond this count add nothing."""
+"""Number of views of an author from which further views have no effect."""
 REPEAT_OF_VIEWS = np.log1p(np.minimum(np.arange(256), LONG_MEMORY), dtype=np.float32)
 SUBSPACES = [
     (name, part, np.float32(1 / np.sqrt(part.stop - part.start)))
@@ -41,17 +41,21 @@ SUBSPACES = [
 ]
 ROW = {name: row for row, name in enumerate(FACTORS)}
 POSITIONS = 12
-"""Position in a session as a feature: 1 to 12, the last one for all that follow."""
+"""Number of values of the feature ``position``: 1 to 12; the last one covers all later positions of a session."""
 
-Visits = dict[str, np.ndarray]
-"""Columns of a visit under their names in schema.py; ``delay`` and ``truth`` are ``[behaviours, n]``."""
+VisitColumns = dict[str, np.ndarray]
+"""Columns of visits by their names in ``trainer/data/format/schema.py``; ``delay`` and ``truth`` are
+``[behaviours, n]``."""
 
 
 @dataclass(frozen=True)
-class Exposures:
-    """One exposure of each of ``n`` users: ``who`` in the block, by id, when, where, and what is shown; int64."""
+class ExposureStep:
+    """One exposure of each of ``n`` users of a block; all columns ``[n] int64``.
 
-    who: np.ndarray
+    ``rows`` are the users' rows in the block, ``user`` their ids, ``time_ms`` the time of the request.
+    """
+
+    rows: np.ndarray
     user: np.ndarray
     time_ms: np.ndarray
     scene: np.ndarray
@@ -60,58 +64,63 @@ class Exposures:
     author: np.ndarray
 
 
-def visits_of(world: World) -> Iterator[Visits]:
-    """The visits of a world, block by block of users and day by day, each user's in time order.
+def simulate_visits(world: SimulatedWorld) -> Iterator[VisitColumns]:
+    """Yield the visits of a world, block of users by block and day by day; each user's visits are in time order.
 
-    Only the current block and its day are in memory.
+    Only one day of one block is in memory.
     """
     config = world.config
     for block, first in enumerate(range(0, config.users, BLOCK)):
         user = np.arange(first, min(first + BLOCK, config.users))
-        memory = first_memory(world, user, config.generator("memory", block))
+        state = initial_user_state(world, user, config.generator("memory", block))
         late_share = LateShare()
         for day in range(config.days):
-            yield _day(world, memory, late_share, day, config.generator("life", block, day))
+            yield _simulate_day(world, state, late_share, day, config.generator("life", block, day))
 
 
-def _day(world: World, memory: Memory, late_share: LateShare, day: int, rng: np.random.Generator) -> Visits:
-    users, user, config = world.users, memory.user, world.config
+def _simulate_day(
+    world: SimulatedWorld, state: UserState, late_share: LateShare, day: int, rng: np.random.Generator
+) -> VisitColumns:
+    """Simulate one day of a block of users; ``state`` and ``late_share`` are updated."""
+    users, user, config = world.users, state.user, world.config
     mean = users.daily[user] * (WEEKEND if day % 7 >= 5 else WEEKDAY)
     count = np.minimum(rng.poisson(mean), int(LONGEST_DAY * config.exposures_per_day))
     sessions = np.minimum(1 + rng.poisson(MORE_SESSIONS, len(user)), SESSIONS)
     hour = (hours_of_day(rng.random((len(user), SESSIONS))) + users.shift_hours[user, None]) % 24
     starts = START_MS + day * DAY_MS + np.sort(hour * HOUR_MS, axis=1).astype(np.int64)
-    memory.session[:] = -1
-    # the users with the longest day come first, so those still awake are always a prefix
+    state.session[:] = -1
+    # users with the most exposures come first, so the active users of each step are always a prefix
     order = np.argsort(-count, kind="stable")
     count, sessions = count[order], sessions[order]
     steps = []
     for step in range(max(1, int(count[0]))):
-        awake = order[: np.searchsorted(-count, -step)]
-        session = step * sessions[: len(awake)] // count[: len(awake)]
-        memory.enter_session(users, awake, session, starts[awake, session], rng)
-        awake = awake[memory.now_ms[awake] < config.end_ms]
-        steps.append(_watch(world, memory, late_share, awake, rng))
+        active = order[: np.searchsorted(-count, -step)]
+        session = step * sessions[: len(active)] // count[: len(active)]
+        state.enter_session(users, active, session, starts[active, session], rng)
+        active = active[state.now_ms[active] < config.end_ms]
+        steps.append(_simulate_step(world, state, late_share, active, rng))
     return {name: np.concatenate([step[name] for step in steps], axis=-1) for name in steps[0]}
 
 
-def _watch(world: World, memory: Memory, late_share: LateShare, who: np.ndarray, rng: np.random.Generator) -> Visits:
-    """One visit of each of the users ``who [n]`` of the block, from exposure to exit."""
-    shown = _expose(world, memory, who, rng)
+def _simulate_step(
+    world: SimulatedWorld, state: UserState, late_share: LateShare, rows: np.ndarray, rng: np.random.Generator
+) -> VisitColumns:
+    """Simulate one visit of each of the users ``rows [n]`` of the block, from exposure to exit."""
+    shown = _draw_exposures(world, state, rows, rng)
     on_air = shown.domain == LIVE
-    following = memory.following[who, shown.author]
-    allowed = np.ones((INTERACTIONS.stop - INTERACTIONS.start, len(who)), np.float32)
+    following = state.following[rows, shown.author]
+    allowed = np.ones((INTERACTIONS.stop - INTERACTIONS.start, len(rows)), np.float32)
     allowed[GIFT - INTERACTIONS.start] = on_air
     allowed[FOLLOW - INTERACTIONS.start] = ~following
-    factors, context = _factors(world, memory, shown, following)
+    factors, context = _factors(world, state, shown, following)
     inclination = world.users.inclination(shown.domain, shown.user)
-    chance = chances(log_odds(factors, context, shown.scene, inclination.T), allowed)
+    probabilities = behaviour_probabilities(log_odds(factors, context, shown.scene, inclination.T), allowed)
     items = world.items
     left = items.end_ms[shown.item] - np.where(on_air, shown.time_ms, items.start_ms[shown.item])
-    outcome = draw_outcome(rng, chance, clock(on_air, left), on_air, late_share)
+    outcome = draw_outcome(rng, probabilities, visit_thresholds(on_air, left), on_air, late_share)
 
     visits = {
-        "visit_id": (shown.user << 24) + memory.exposures[who],
+        "visit_id": (shown.user << 24) + state.exposures[rows],
         "user_id": shown.user,
         "author_id": shown.author,
         "item_id": shown.item,
@@ -119,53 +128,62 @@ def _watch(world: World, memory: Memory, late_share: LateShare, who: np.ndarray,
         "request_ms": shown.time_ms,
         "play_ms": outcome.play_ms,
         "scene": shown.scene,
-        "position": np.minimum(1 + memory.position[who], POSITIONS),
+        "position": np.minimum(1 + state.position[rows], POSITIONS),
         "delay": outcome.delay,
-        "truth": chance.marginal,
+        "truth": probabilities.marginal,
     }
-    memory.remember(who, shown.author, outcome.delay)
-    memory.now_ms[who] = shown.time_ms + outcome.play_ms + rng.integers(*PAUSE_MS, len(who))
+    state.record_outcomes(rows, shown.author, outcome.delay)
+    state.now_ms[rows] = shown.time_ms + outcome.play_ms + rng.integers(*PAUSE_MS, len(rows))
     return visits
 
 
-def _expose(world: World, memory: Memory, who: np.ndarray, rng: np.random.Generator) -> Exposures:
-    """What each of the users ``who`` is shown at their own time."""
-    user, now = memory.user[who], memory.now_ms[who]
-    uniform = rng.random((2, len(who)))
-    live_slot = uniform[0] < LIVE_SHARE
-    of_video, of_live = (edges.searchsorted(uniform[1], side="right") for edges in SCENE_EDGES)
-    scene = np.where(live_slot, of_live, of_video)
-    item = np.full(len(who), -1)
+def _draw_exposures(
+    world: SimulatedWorld, state: UserState, rows: np.ndarray, rng: np.random.Generator
+) -> ExposureStep:
+    """Draw the item that each of the users ``rows [n]`` is shown at the user's own time."""
+    user, now = state.user[rows], state.now_ms[rows]
+    uniform = rng.random((2, len(rows)))
+    is_live_slot = uniform[0] < LIVE_SHARE
+    video_scene, live_scene = (edges.searchsorted(uniform[1], side="right") for edges in SCENE_EDGES)
+    scene = np.where(is_live_slot, live_scene, video_scene)
+    item = np.full(len(rows), -1)
 
     def fill(domain: int, at: np.ndarray) -> None:
-        familiar = memory.familiar[rng.integers(0, ACQUAINTANCES, (FAMILIAR[domain], len(at))), who[at]]
-        mood = memory.mood[who[at]]
-        item[at] = choose(world.catalogue, world.users, rng, domain, user[at], now[at], scene[at], mood, familiar)
+        familiar = state.familiar[rng.integers(0, FAMILIAR_AUTHORS, (FAMILIAR[domain], len(at))), rows[at]]
+        mood = state.mood[rows[at]]
+        item[at] = choose_items(
+            world.candidate_index, world.users, rng, domain, user[at], now[at], scene[at], mood, familiar
+        )
 
-    fill(LIVE, np.flatnonzero(live_slot))
-    # a live slot that no open room can fill goes to a video
+    fill(LIVE, np.flatnonzero(is_live_slot))
+    # a live slot without an open room shows a video; the plaza has no videos, so such a slot moves to the feed
     rest = np.flatnonzero(item < 0)
     scene[rest[scene[rest] == PLAZA]] = FEED
     fill(VIDEO, rest)
     domain = np.where(item >= world.items.videos, LIVE, VIDEO)
-    return Exposures(who, user, now, scene, domain, item, world.items.author[item])
+    return ExposureStep(rows, user, now, scene, domain, item, world.items.author[item])
 
 
-def _factors(world: World, memory: Memory, shown: Exposures, following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``FACTORS`` of each exposure, ``[factors, n] float32``, and the context whose weights apply, ``[n]``."""
+def _factors(
+    world: SimulatedWorld, state: UserState, shown: ExposureStep, following: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ``FACTORS`` of each exposure, ``[factors, n] float32``, and its context, ``[n]``.
+
+    A context is a position in ``behaviours.CONTEXTS``.
+    """
     users, items = world.users, world.items
     user, item = shown.user, shown.item
     interest, vector = users.interest(shown.domain, user), items.vector.take(item, axis=0)
     genre = items.genre[item]
     category = genre // GENRES_PER_CATEGORY
     context = np.where(shown.domain == LIVE, 1 + category, 0)
-    views = memory.views[shown.who, shown.author]
+    views = state.views[shown.rows, shown.author]
     factors = {
         name: scale * np.einsum("nd,nd->n", interest[:, part], vector[:, part]) for name, part, scale in SUBSPACES
     }
     factors |= {
         "constant": np.float32(1),
-        "mood": genre == memory.mood[shown.who],
+        "mood": genre == state.mood[shown.rows],
         "following": following,
         "repeat": REPEAT_OF_VIEWS.take(views),
         "novelty": users.novelty[user] * (views == 0),
@@ -175,7 +193,7 @@ def _factors(world: World, memory: Memory, shown: Exposures, following: np.ndarr
         "popularity": items.popularity[item],
         "category": users.category_interest[user, category],
         "hour": world.category_hour[context, local_hour(shown.time_ms)],
-        "fatigue": np.log1p(memory.position[shown.who], dtype=np.float32),
+        "fatigue": np.log1p(state.position[shown.rows], dtype=np.float32),
         "generosity": users.trait[LIVE, :, GIFT][user] * following,
     }
     matrix = np.zeros((len(FACTORS), len(user)), np.float32)

@@ -1,4 +1,4 @@
-"""The state of users that changes as they watch: whom they follow and know, what they are after, where they are."""
+"""State of users that changes while they watch: followed and familiar authors, mood, clock and session."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from trainer.data.simulator.behaviours import EFFECTIVE_VIEW, FOLLOW
 from trainer.data.simulator.config import START_MS
 from trainer.data.simulator.content import LIVE
 from trainer.data.simulator.population import GENRES, TASTE, Users
-from trainer.data.simulator.world import World
+from trainer.data.simulator.world import SimulatedWorld
 
-ACQUAINTANCES = 16
-"""Authors that come to a user's mind: the latest ones followed or watched."""
-MET, FIRST_FOLLOWS, MOST_FIRST_VIEWS = 40, 6, 5
-"""Before the log: authors a user came across, those followed, and how often the acquaintances were watched at most."""
-WANDER, SURPRISE = 0.5, 0.15
-"""Chance that a new session brings a new mood, and that the new mood is any genre, not one of the user's favourites."""
+FAMILIAR_AUTHORS = 16
+"""Number of familiar authors per user: the latest ones that the user followed or watched."""
+AUTHORS_MET, FIRST_FOLLOWS, MOST_FIRST_VIEWS = 40, 6, 5
+"""State before the log starts: authors that a user met, authors that the user follows, and most views of a familiar
+author."""
+NEW_MOOD, RANDOM_MOOD = 0.5, 0.15
+"""Probability that a new session has a new mood, and that this mood is a random genre instead of a favourite."""
 
 
 @dataclass(frozen=True)
-class Memory:
-    """A block of ``n`` users; the arrays change in place.
+class UserState:
+    """State of a block of ``n`` users. The arrays change in place.
 
     Attributes:
         user: ``[n] int64`` ids.
         following: ``[n, authors] bool``.
-        views: ``[n, authors] uint8``, effective views of both domains.
-        familiar: ``[ACQUAINTANCES, n] int64`` authors.
-        oldest: ``[n] int64``, which acquaintance makes room for the next one.
-        mood: ``[n] int64``, the genre a user is after.
-        now_ms: ``[n] int64``, when the user is ready for the next exposure.
-        session: ``[n] int64``, which of the day's sessions, -1 before the first.
-        position: ``[n] int64``, exposures earlier in the session.
-        exposures: ``[n] int64``, since the start of the log.
+        views: ``[n, authors] uint8``, effective views in both domains; counts stop at 255.
+        familiar: ``[FAMILIAR_AUTHORS, n] int64`` authors.
+        oldest: ``[n] int64``, row of ``familiar`` that the next familiar author replaces.
+        mood: ``[n] int64``, genre that the user currently prefers.
+        now_ms: ``[n] int64``, time at which the user is ready for the next exposure.
+        session: ``[n] int64``, index of the session within the day, -1 before the first.
+        position: ``[n] int64``, number of earlier exposures in the session.
+        exposures: ``[n] int64``, number of exposures since the start of the log.
     """
 
     user: np.ndarray
@@ -49,43 +50,60 @@ class Memory:
     exposures: np.ndarray
 
     def enter_session(
-        self, users: Users, who: np.ndarray, session: np.ndarray, start_ms: np.ndarray, rng: np.random.Generator
+        self, users: Users, rows: np.ndarray, session: np.ndarray, start_ms: np.ndarray, rng: np.random.Generator
     ) -> None:
-        """Users ``who [m]`` are in a session that could begin at ``start_ms [m]``; a new one may bring a new mood."""
-        fresh = session != self.session[who]
-        self.session[who] = session
-        self.position[who] = np.where(fresh, 0, self.position[who] + 1)
-        self.now_ms[who] = np.maximum(self.now_ms[who], start_ms)
-        beginner = who[fresh]
+        """Move users to a session of their day; a new session may change the mood.
+
+        Args:
+            users: the users of the world.
+            rows: ``[m]`` rows of this block, each at most once.
+            session: ``[m] int64`` index of each user's session within the day.
+            start_ms: ``[m] int64`` earliest start of that session.
+            rng: random stream.
+        """
+        fresh = session != self.session[rows]
+        self.session[rows] = session
+        self.position[rows] = np.where(fresh, 0, self.position[rows] + 1)
+        self.now_ms[rows] = np.maximum(self.now_ms[rows], start_ms)
+        beginner = rows[fresh]
         uniform = rng.random((3, len(beginner)))
         favourite = users.favourites[self.user[beginner], (3 * uniform[1]).astype(np.int64)]
-        mood = np.where(uniform[2] < SURPRISE, (GENRES * uniform[1]).astype(np.int64), favourite)
-        self.mood[beginner] = np.where(uniform[0] < WANDER, mood, self.mood[beginner])
+        mood = np.where(uniform[2] < RANDOM_MOOD, (GENRES * uniform[1]).astype(np.int64), favourite)
+        self.mood[beginner] = np.where(uniform[0] < NEW_MOOD, mood, self.mood[beginner])
 
-    def remember(self, who: np.ndarray, author: np.ndarray, delay: np.ndarray) -> None:
-        """What came of an exposure of each of the users ``who [m]``: ``delay [behaviours, m]``, -1 for never.
+    def record_outcomes(self, rows: np.ndarray, author: np.ndarray, delay: np.ndarray) -> None:
+        """Update the state with the outcome of one exposure of each of the users ``rows [m]``.
 
-        Effective views and follows make an author known; a follow lasts.
+        An effective view or a follow makes the author familiar. A follow lasts.
+
+        Args:
+            rows: ``[m]`` rows of this block, each at most once.
+            author: ``[m] int64`` author of the item shown.
+            delay: ``[behaviours, m]`` from request to the first behaviour, -1 for never.
         """
         followed, watched = delay[FOLLOW] >= 0, delay[EFFECTIVE_VIEW] >= 0
         known = np.flatnonzero(followed | watched)
-        self.following[who[followed], author[followed]] = True
-        at = who[watched], author[watched]
-        self.views[at] = np.minimum(self.views[at], 254) + 1
-        user, oldest = who[known], self.oldest[who[known]]
+        self.following[rows[followed], author[followed]] = True
+        pairs = rows[watched], author[watched]
+        # a uint8 count must not wrap around
+        self.views[pairs] = np.minimum(self.views[pairs], 254) + 1
+        user, oldest = rows[known], self.oldest[rows[known]]
         self.familiar[oldest, user] = author[known]
-        self.oldest[user] = (oldest + 1) % ACQUAINTANCES
-        self.exposures[who] += 1
+        self.oldest[user] = (oldest + 1) % FAMILIAR_AUTHORS
+        self.exposures[rows] += 1
 
 
-def first_memory(world: World, user: np.ndarray, rng: np.random.Generator) -> Memory:
-    """The state of users when the log starts: they follow whom they like best among some popular authors."""
+def initial_user_state(world: SimulatedWorld, user: np.ndarray, rng: np.random.Generator) -> UserState:
+    """Return the state of users when the log starts.
+
+    Users have met some authors, popular ones more often. They know and follow those that match their taste best.
+    """
     authors, n = world.authors, len(user)
     weight = np.cumsum(np.exp(0.8 * authors.popularity.astype(np.float64)))
-    met = np.searchsorted(weight, rng.random((n, MET)) * weight[-1])
+    met = np.searchsorted(weight, rng.random((n, AUTHORS_MET)) * weight[-1])
     taste = np.einsum("nd,nmd->nm", world.users.vector[LIVE, user][:, TASTE], authors.vector[met][..., TASTE])
-    known = np.take_along_axis(met, np.argsort(-taste, axis=1, kind="stable"), axis=1)[:, :ACQUAINTANCES]
-    memory = Memory(
+    known = np.take_along_axis(met, np.argsort(-taste, axis=1, kind="stable"), axis=1)[:, :FAMILIAR_AUTHORS]
+    state = UserState(
         user=user,
         following=np.zeros((n, len(authors.genre)), bool),
         views=np.zeros((n, len(authors.genre)), np.uint8),
@@ -97,6 +115,6 @@ def first_memory(world: World, user: np.ndarray, rng: np.random.Generator) -> Me
         position=np.zeros(n, np.int64),
         exposures=np.zeros(n, np.int64),
     )
-    memory.following[np.arange(n)[:, None], known[:, :FIRST_FOLLOWS]] = True
-    memory.views[np.arange(n)[:, None], known] = rng.integers(0, MOST_FIRST_VIEWS + 1, known.shape)
-    return memory
+    state.following[np.arange(n)[:, None], known[:, :FIRST_FOLLOWS]] = True
+    state.views[np.arange(n)[:, None], known] = rng.integers(0, MOST_FIRST_VIEWS + 1, known.shape)
+    return state

@@ -1,7 +1,7 @@
-"""The language of a simulated world: a few hundred words, and how they become texts.
+"""Vocabulary of a simulated world: a few hundred words, and functions that combine them into texts.
 
-Topic words are made up from syllables, ten to a genre; the same in every world, so that a tokenizer or a model of one
-world reads another. What a text says of itself, its quality and its kind, is said in words of a fixed list.
+Topic words are made up from syllables, ten per genre. They are the same in every world, so a tokenizer or a model that
+was trained on one world can read another. Fixed word lists express the quality and the kind of a text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from trainer.data.simulator.population import GENRES, TOPICS
 
 WORDS_PER_GENRE = 10
 BANDS = 5
-"""Qualities that words tell apart, 0 the lowest."""
+"""Number of quality levels that have words of their own; 0 is the lowest."""
 
 KINDS: tuple[str, ...] = ("joke", "fact", "story", "question", "praise", "complaint")
-"""Of comments; codes are positions."""
+"""Kinds of comments; a code is a position in this tuple."""
 
 FRAMES: dict[str, tuple[str, ...]] = {
     "joke": ("haha imagine", "plot twist with", "nobody expects"),
@@ -50,7 +50,7 @@ AUTHOR_MARKS: tuple[tuple[str, ...], ...] = (
     ("friendly", "cheerful"),
     ("warm hearted", "generous"),
 )
-"""Words of a band of quality, and for authors of warmth."""
+"""Words by band: of quality for comments and videos (the two tables above), of warmth for authors."""
 SPEECH: dict[str, tuple[str, ...]] = {
     "chat": ("how was your day", "let me read your messages", "we talk about"),
     "dance": ("music please", "watch this move", "one more dance with"),
@@ -61,14 +61,16 @@ SPEECH: dict[str, tuple[str, ...]] = {
     "demonstration": ("let me show you", "see how it works", "I try it on"),
     "link": ("the link is open", "only a few left", "buy now"),
 }
-"""What is said in a segment, by its topic."""
+"""Phrases spoken in a segment, by its topic."""
 VOLUME = ("calmly", "evenly", "loudly", "shouting", "screaming")
-"""How it is said, by intensity."""
+"""Adverbs of a segment's speech, by intensity."""
 
 _SYLLABLES = [first + vowel for first in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 def _topic_words() -> np.ndarray:
+    """Return the made-up topic words, ``[GENRES, WORDS_PER_GENRE]`` strings."""
+    # a fixed seed, so that all worlds share one vocabulary
     rng = np.random.default_rng(0)
     words: list[str] = []
     while len(words) < GENRES * WORDS_PER_GENRE:
@@ -84,26 +86,30 @@ TOPIC_WORDS = _topic_words()
 SEGMENT_SPEECH: tuple[tuple[str, ...], ...] = tuple(SPEECH.get(topic, ("",)) for topic in TOPICS)
 
 
-def pick(words: Sequence[Sequence[str]] | np.ndarray, row: np.ndarray, uniform: np.ndarray) -> pa.Array:
-    """One word of each list: ``words[row][draw]``. ``row [n]``, ``uniform [n]`` in [0, 1) -> ``[n]`` strings."""
-    sizes = np.array([len(some) for some in words])
+def pick_words(words: Sequence[Sequence[str]] | np.ndarray, row: np.ndarray, uniform: np.ndarray) -> pa.Array:
+    """Pick a word ``words[row][draw]`` for each row. ``row [n]``, ``uniform [n]`` in [0, 1) -> ``[n]`` strings."""
+    sizes = np.array([len(choices) for choices in words])
     first = np.cumsum(sizes) - sizes
-    flat = pa.array([word for some in words for word in some], pa.string())
+    flat = pa.array([word for choices in words for word in choices], pa.string())
     return flat.take(pa.array(first[row] + (uniform * sizes[row]).astype(np.int64)))
 
 
 def topic_words(genre: np.ndarray, uniform: np.ndarray) -> pa.Array:
-    """Two different words of each genre. ``genre [n]``, ``uniform [2, n]`` in [0, 1) -> ``[n]`` strings."""
+    """Pick two different words of each genre. ``genre [n]``, ``uniform [2, n]`` in [0, 1) -> ``[n]`` strings."""
     first = (uniform[0] * WORDS_PER_GENRE).astype(np.int64)
     second = (first + 1 + (uniform[1] * (WORDS_PER_GENRE - 1)).astype(np.int64)) % WORDS_PER_GENRE
-    return say(*(pa.array(TOPIC_WORDS[genre, word], pa.string()) for word in (first, second)))
+    return join_words(*(pa.array(TOPIC_WORDS[genre, word], pa.string()) for word in (first, second)))
 
 
-def say(*parts: pa.Array | str) -> pa.Array:
-    """Parts side by side, with spaces between."""
+def join_words(*parts: pa.Array | str) -> pa.Array:
+    """Join the parts row by row with spaces, ``[n]`` strings."""
     return pc.binary_join_element_wise(*parts, " ")
 
 
-def band_of(score: np.ndarray) -> np.ndarray:
-    """Band 0 to ``BANDS - 1`` of a score of mean 0 and variance 1, ``[n] int64``; the bands are equally frequent."""
+def quality_band(score: np.ndarray) -> np.ndarray:
+    """Return the band 0 to ``BANDS - 1`` of a score of mean 0 and variance 1, ``[n] int64``.
+
+    The bands are equally frequent.
+    """
+    # the quintiles of a standard normal distribution
     return np.searchsorted(np.array([-0.842, -0.253, 0.253, 0.842]), score)

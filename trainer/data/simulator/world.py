@@ -1,4 +1,4 @@
-"""A world before its first exposure."""
+"""State of a simulated world before its first exposure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from trainer.data.simulator.config import WorldConfig
 from trainer.data.simulator.content import Items, make_items
-from trainer.data.simulator.exposure import Catalogue, make_catalogue
+from trainer.data.simulator.exposure import CandidateIndex, make_candidate_index
 from trainer.data.simulator.population import CATEGORIES, Authors, Users, make_authors, make_genres, make_users
 
 
 @dataclass(frozen=True)
-class World:
-    """Who lives there and what will be on air when.
+class SimulatedWorld:
+    """Users, authors and items of a world, with the indices of the exposure policy.
 
     Attributes:
-        config: what it was made from.
-        users: their interests and traits.
-        authors: theirs.
+        config: parameters of the world.
+        users: interests and traits of the users.
+        authors: genres and traits of the authors.
         items: videos and rooms.
-        catalogue: indices over the items.
-        category_hour: ``[1 + categories, 24] float32``, how well an hour suits live rooms of a category; row 0, for
+        candidate_index: indices over the items.
+        category_hour: ``[1 + categories, 24] float32``, effect of the hour on live rooms of a category; row 0, for
             videos, is 0.
     """
 
@@ -30,22 +30,22 @@ class World:
     users: Users
     authors: Authors
     items: Items
-    catalogue: Catalogue
+    candidate_index: CandidateIndex
     category_hour: np.ndarray
 
 
-def make_world(config: WorldConfig) -> World:
-    """Draw a world. Every part has its own random stream."""
+def make_world(config: WorldConfig) -> SimulatedWorld:
+    """Draw a world. Every part has a random stream of its own."""
     genres = make_genres(config)
     authors = make_authors(config, genres)
     items = make_items(config, authors)
     phase = config.generator("hours").uniform(0, 24, (len(CATEGORIES), 1))
     wave = np.cos((np.arange(24) - phase) * 2 * np.pi / 24)
-    return World(
+    return SimulatedWorld(
         config=config,
         users=make_users(config, genres),
         authors=authors,
         items=items,
-        catalogue=make_catalogue(config, items),
+        candidate_index=make_candidate_index(config, items),
         category_hour=np.concatenate([np.zeros((1, 24)), wave]).astype(np.float32),
     )

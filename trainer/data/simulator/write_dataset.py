@@ -1,8 +1,8 @@
-"""A world with known truth: ``limelight data simulate``.
+"""Writes the dataset of a simulated world with known truth: ``limelight data simulate``.
 
-Users watch short videos and live rooms for some days; every behaviour has a true probability, a logistic function of
-the world at request time, which is kept in ``truth/`` beside the log and read by nothing that trains. The world is
-described part by part in ``trainer.data.simulator``.
+Users watch short videos and live rooms for some days. Every behaviour has a true probability, a logistic function of
+the world at request time. It is kept in ``truth/`` beside the log, and training never reads it. The parts of the world
+are described in ``trainer.data.simulator``.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.simulator.comment_area import Readers, comment_visits, make_readers
+from trainer.data.simulator.comment_area import CommentReaders, comment_visits, make_comment_readers
 from trainer.data.simulator.comments import Comments, comment_table, comment_truth, make_comments
 from trainer.data.simulator.config import WorldConfig
-from trainer.data.simulator.description import describe_world, tables
+from trainer.data.simulator.description import dataset_spec, entity_tables
 from trainer.data.simulator.event_log import gift_prices, repeat_table, truth_table, visit_table
 from trainer.data.simulator.texts import text_tables
-from trainer.data.simulator.user_days import BLOCK, visits_of
+from trainer.data.simulator.user_days import BLOCK, simulate_visits
 from trainer.data.simulator.words import KINDS
-from trainer.data.simulator.world import World, make_world
+from trainer.data.simulator.world import SimulatedWorld, make_world
 from trainer.data.writing.builder import DatasetBuilder, Progress
 
 
@@ -35,37 +35,37 @@ def simulate(
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
 
-    The world and all that happens in it depend on ``users``, ``days`` and ``seed`` alone; ``partitions`` decides only
-    which file holds what. Memory is bounded by a day of ``life.BLOCK`` users and by what ``DatasetBuilder`` needs.
+    The world and its log depend on ``users``, ``days`` and ``seed`` only; ``partitions`` only distributes the rows over
+    files. Memory is bounded by one day of ``user_days.BLOCK`` users and by what ``DatasetBuilder`` needs.
 
     Args:
         out: directory to make.
         users: number of users, each with about 36 exposures a day, a tenth of them live.
-        days: simulated days.
-        partitions: of the dataset.
-        seed: of every random number.
-        progress: told what is being done, how much of it is done, and how much there is.
-        texts: with what videos, rooms and comments say, and with the time spent in the comments of videos. All else
-            is the same, bit for bit, with and without them.
+        days: number of simulated days.
+        partitions: number of partitions of the dataset.
+        seed: seed of every random stream.
+        progress: callback that gets the name of a phase, the work done and the total work.
+        texts: True to write the texts of videos, rooms and comments, and the time spent in the comments of videos.
+            Everything else is the same, bit for bit, with and without them.
 
     Raises:
-        UserError: a size below 1, a negative seed, or ``out`` cannot be built (``DatasetBuilder``).
+        UserError: a size is below 1, the seed is negative, or ``out`` cannot be built (``DatasetBuilder``).
     """
     for name, value in (("users", users), ("days", days), ("partitions", partitions), ("seed", seed)):
         least = 0 if name == "seed" else 1
         if value < least:
             raise UserError(f"simulate: {name} is {value}; it must be {least} or more")
     config = WorldConfig(users, days, seed)
-    spec = describe_world(config, partitions)
+    spec = dataset_spec(config, partitions)
     total = days * -(-users // BLOCK)
     with DatasetBuilder(out, spec) as builder:
         world = make_world(config)
-        for name, table in tables(world).items():
+        for name, table in entity_tables(world).items():
             builder.table(name, table)
         written = _write_texts(builder, world) if texts else None
         report = progress or (lambda what, done, total: None)
         report("simulating", 0, total)
-        for day, visits in enumerate(visits_of(world)):
+        for day, visits in enumerate(simulate_visits(world)):
             rng = config.generator("log", day)
             price = gift_prices(world, visits, rng)
             builder.visits(visit_table(world, spec, visits, price, rng))
@@ -79,11 +79,11 @@ def simulate(
         return builder.finish(progress, {"comment_kinds": KINDS} if texts else None)
 
 
-def _write_texts(builder: DatasetBuilder, world: World) -> tuple[Comments, Readers]:
-    """Write what there is to read; returns the comments and what their readers are like."""
+def _write_texts(builder: DatasetBuilder, world: SimulatedWorld) -> tuple[Comments, CommentReaders]:
+    """Write the texts and the comments; return the comments and the traits of their readers."""
     for name, table in text_tables(world):
         builder.texts(name, table)
     comments = make_comments(world)
     builder.texts("comments", comment_table(world.config, comments))
     builder.text_truth("comments", comment_truth(comments))
-    return comments, make_readers(world)
+    return comments, make_comment_readers(world)

@@ -21,7 +21,7 @@ import numpy as np
 
 from trainer.llm.instructions.buckets import bucket_of, ranges
 from trainer.llm.instructions.past import UserTimeline
-from trainer.llm.instructions.visits import CommentVisits, TextLookup
+from trainer.llm.instructions.visits import OpenedVisits, TextLookup
 from trainer.llm.models.prompt_templates import Template
 
 TASKS: tuple[str, ...] = ("staytime", "top_comment", "user_comment")
@@ -84,7 +84,7 @@ class TaskSampler:
     def __init__(
         self,
         dataset: str | Path,
-        visits: CommentVisits,
+        visits: OpenedVisits,
         templates: dict[str, Template],
         edges: tuple[float, ...],
         fitted: np.ndarray,

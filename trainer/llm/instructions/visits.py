@@ -28,7 +28,7 @@ class RaggedColumn:
 
 
 @dataclass(frozen=True)
-class CommentVisits:
+class OpenedVisits:
     """Visits with an opened comment area, in order of time; columns as in ``text_schema.VISITS``.
 
     Attributes:
@@ -46,7 +46,7 @@ class CommentVisits:
     interacted: RaggedColumn
 
     @staticmethod
-    def read(path: str | Path) -> CommentVisits:
+    def read(path: str | Path) -> OpenedVisits:
         """Read the visits of the dataset at ``path`` whose comment area was opened.
 
         Raises:
@@ -57,7 +57,7 @@ class CommentVisits:
         table = table.filter(pa.compute.greater(table.column("staytime_ms"), 0))
         visit_id, user_id, item_id, request_ms, staytime_ms = (column.to_numpy() for column in table.columns[:5])
         lists = (RaggedColumn(*flat_lists(column)) for column in table.columns[5:])
-        return CommentVisits(visit_id, user_id, item_id, request_ms, staytime_ms, request_ms + staytime_ms, *lists)
+        return OpenedVisits(visit_id, user_id, item_id, request_ms, staytime_ms, request_ms + staytime_ms, *lists)
 
 
 class TextLookup:

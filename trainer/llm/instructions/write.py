@@ -17,7 +17,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
 from trainer.llm.instructions.tasks import LETTERS, PLACEHOLDERS, TASKS, Record, TaskSampler
-from trainer.llm.instructions.visits import CommentVisits
+from trainer.llm.instructions.visits import OpenedVisits
 from trainer.llm.models.prompt_templates import Template
 
 MANIFEST = "manifest.json"
@@ -85,7 +85,7 @@ def write_instructions(
     templates = {task: Template.read(Path(plan.templates) / f"{task}.txt", PLACEHOLDERS[task]) for task in TASKS}
     spec = DatasetSpec.load(dataset)
     border = parse_time(plan.evaluate_from, spec.timezone, "--evaluate-from")
-    visits = CommentVisits.read(dataset)
+    visits = OpenedVisits.read(dataset)
     split_rows = {
         "train": np.flatnonzero(visits.known_ms < border),
         "evaluate": np.flatnonzero(visits.request_ms >= border),
@@ -139,7 +139,7 @@ def write_instructions(
 
 def _write_splits(
     folder: Path,
-    visits: CommentVisits,
+    visits: OpenedVisits,
     split_rows: dict[str, np.ndarray],
     tasks: TaskSampler,
     plan: InstructionPlan,

@@ -1,4 +1,4 @@
-"""The cross world: every planted interest is where it should be and nowhere else, and nothing leaks."""
+"""Tests of the cross world: each interest is visible in its own sequence only, and no input leaks an outcome."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LENGTH = 30
 
 @dataclass(frozen=True)
 class Rows:
-    """Late candidates: their rows, true probabilities ``[n, behaviours]``, and what each sequence says of them."""
+    """Candidates late in the log: rows, true probabilities ``[n, behaviours]``, and an estimate from each sequence."""
 
     columns: dict[str, np.ndarray]
     truth: np.ndarray
-    said: dict[str, np.ndarray]
+    estimates: dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,13 @@ def rows(path: Path) -> Rows:
 
 
 def _read_sequences(path: Path, spec: DatasetSpec, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A plain estimate of each interest from the sequence that shows it, by candidate."""
+    """Return a simple estimate of each interest from the sequence that reveals it, by candidate."""
     history = Histories(path, spec)
     first, stop = history.runs(columns["user_id"], columns["request_ms"])
     item, author, bits, ordinal = (history.column(name) for name in ("item_id", "author_id", "bits", "ordinal"))
     vector = ContentVectors.open(path / ITEM_VECTORS).vectors.astype(np.float32)
-    said: dict[str, list[float]] = {name: [] for name in SEQUENCES}
-    for row, (candidate, whose) in enumerate(zip(columns["item_id"], columns["author_id"], strict=True)):
+    estimates: dict[str, list[float]] = {name: [] for name in SEQUENCES}
+    for row, (candidate, candidate_author) in enumerate(zip(columns["item_id"], columns["author_id"], strict=True)):
         video, live = (np.arange(first[row, domain], stop[row, domain]) for domain in range(2))
 
         def nearest(entries: np.ndarray, candidate: int = candidate) -> np.ndarray:
@@ -75,25 +75,25 @@ def _read_sequences(path: Path, spec: DatasetSpec, columns: dict[str, np.ndarray
         def share(entries: np.ndarray, behaviour: int, expected: float = 0.5) -> float:
             return ((entries >> behaviour & 1).sum() + 2 * expected) / (len(entries) + 2)
 
-        said["short"].append(np.mean(genre_of(author[video[-20:]]) == genre_of(whose)))
+        estimates["short"].append(np.mean(genre_of(author[video[-20:]]) == genre_of(candidate_author)))
         similar = nearest(video)
-        said["long"].append(share(similar[similar & 1 == 1], EFFECTIVE))
-        said["author"].append(share(bits[video[author[video] == whose][-LENGTH:]], CLICK))
-        said["live_long"].append(share(nearest(live), CLICK, 0.3))
+        estimates["long"].append(share(similar[similar & 1 == 1], EFFECTIVE))
+        estimates["author"].append(share(bits[video[author[video] == candidate_author][-LENGTH:]], CLICK))
+        estimates["live_long"].append(share(nearest(live), CLICK, 0.3))
         both = np.concatenate([video[-1_000:], live[-200:]])
         both = both[bits[both] >> LONG & 1 == 1]
         both = both[np.argsort(ordinal[both])][-20:]
-        said["mixed"].append(np.mean(style_of(author[both]) == style_of(whose)))
-    return {name: np.array(values) for name, values in said.items()}
+        estimates["mixed"].append(np.mean(style_of(author[both]) == style_of(candidate_author)))
+    return {name: np.array(values) for name, values in estimates.items()}
 
 
 def _achievable(rows: Rows, behaviour: str, names: tuple[str, ...]) -> float:
-    """AUC of a linear model of what the sequences ``names`` say, fitted on half of the rows and judged on the other.
+    """Return the AUC of a linear model of the estimates ``names``, fitted on one half of the rows, tested on the other.
 
-    Labels are the true probabilities themselves: every row is a positive of that weight and a negative of the rest.
+    Labels are the true probabilities: a row counts as a positive with weight p and as a negative with weight 1 - p.
     """
     p = rows.truth[:, BEHAVIOURS.index(behaviour)]
-    inputs = np.stack([np.ones(len(p)), *(rows.said[name] for name in names)], axis=1)
+    inputs = np.stack([np.ones(len(p)), *(rows.estimates[name] for name in names)], axis=1)
     half = len(p) // 2
     weights = np.linalg.lstsq(inputs[:half], np.log(p / (1 - p))[:half])[0]
     score, p = (inputs @ weights)[half:], p[half:]
@@ -117,15 +117,15 @@ def test_without_a_sequence_less_can_be_achieved(rows: Rows, name: str, behaviou
 
 
 def test_labels_follow_the_truth_and_no_input_knows_more(rows: Rows) -> None:
-    """What a label is beyond its probability is chance: whatever is known at the request has nothing to do with it.
+    """Test that label minus probability is uncorrelated with every input that is known at the request.
 
-    An input that leaked an outcome would be correlated with label minus probability.
+    An input that leaked an outcome would be correlated with it.
     """
     columns = rows.columns
     inputs = {f"side {k}={value}": columns["side"][:, k] == value for k in range(7) for value in range(1, 7)}
     inputs |= {f"dense {k}": columns["dense"][:, k] for k in range(columns["dense"].shape[1])}
     inputs |= {f"statistic {k}": np.log1p(columns["stat"][:, k]) for k in range(columns["stat"].shape[1])}
-    inputs |= {f"sequence {name}": values for name, values in rows.said.items()}
+    inputs |= {f"sequence {name}": values for name, values in rows.estimates.items()}
     inputs["constant"] = np.ones(len(rows.truth))
     for k, behaviour in enumerate(BEHAVIOURS):
         p = rows.truth[:, k]
@@ -139,9 +139,9 @@ def test_labels_follow_the_truth_and_no_input_knows_more(rows: Rows) -> None:
 def test_what_is_shown_and_when_does_not_depend_on_what_users_do(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CrossConfig(users=5, days=4, seed=2)
     catalogue, users = make_catalogue(config), make_users(config)
-    before = next(exposures.visits_of(config, catalogue, users))
+    before = next(exposures.simulate_visits(config, catalogue, users))
     monkeypatch.setattr(exposures, "LIVE_WEIGHTS", {"constant": (3.0,) * len(BEHAVIOURS)})
-    after = next(exposures.visits_of(config, catalogue, users))
+    after = next(exposures.simulate_visits(config, catalogue, users))
     for name in ("visit_id", "user_id", "item_id", "author_id", "domain", "request_ms"):
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
     live = before["domain"] == 1
@@ -149,7 +149,7 @@ def test_what_is_shown_and_when_does_not_depend_on_what_users_do(monkeypatch: py
 
 
 def test_a_visit_is_over_before_the_next(path: Path) -> None:
-    """So a history as of a request holds all that was shown before, and nothing that was not over."""
+    """Test that visits do not overlap, so a history at a request holds all earlier visits, and only finished ones."""
     spec = DatasetSpec.load(path)
     events = pa.concat_tables([pq.read_table(file) for file in sorted((path / "events").glob("*.parquet"))])
     of = {name: events.filter(pc.equal(events["event"].cast(pa.string()), name)) for name in ("exposure", "exit")}
@@ -185,7 +185,9 @@ def test_items_have_a_tag_and_a_vector(path: Path) -> None:
 
 def test_same_values_same_world() -> None:
     config = CrossConfig(users=3, days=3, seed=9)
-    first, second = (next(exposures.visits_of(config, make_catalogue(config), make_users(config))) for _ in range(2))
+    first, second = (
+        next(exposures.simulate_visits(config, make_catalogue(config), make_users(config))) for _ in range(2)
+    )
     for name in first:
         np.testing.assert_array_equal(first[name], second[name])
     other = CrossConfig(users=3, days=3, seed=10)

@@ -1,4 +1,4 @@
-"""Size and constants of the world."""
+"""Size and constants of the cross world."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import numpy as np
 from trainer.data.simulator.config import DAY_MS, HOUR_MS, START_MS
 
 GENRES, STYLES = 6, 6
-"""Ways to group authors; every genre has authors of every style."""
+"""Numbers of genres and styles, two ways to group authors; every genre has authors of every style."""
 AUTHORS = 4 * GENRES * STYLES
 NICHES = 96
-"""What videos and rooms are about, whoever makes them."""
+"""Number of niches: subjects of videos and rooms, independent of the author."""
 
 LATEST_VIDEOS = 5
-"""Which an author's videos are shown of."""
+"""Number of an author's latest videos from which the shown one is drawn."""
 VIDEO_EVERY_MS, ROOM_EVERY_MS = DAY_MS, 12 * HOUR_MS
-"""An author publishes a video and opens a room so often. Who is in the old room then stays in it."""
+"""Intervals at which an author publishes a video and opens a room. Users in the old room stay in it."""
 
 VECTOR_DIM, VECTOR_NOISE = 32, 0.35
-"""Of an item's content vector: its niche's direction, and noise so strong in relation to it."""
+"""Dimension of an item's content vector, and length of its noise relative to the unit vector of the niche."""
 
 ACTIVITY_SPREAD, MOST_PER_DAY = 0.8, 200
 ACTIVITY_BANDS = 4
-"""Equal numbers of users from the least to the most active: low, middle, high and full, as in the paper's Table 4."""
+"""Bands with equal numbers of users by activity: low, middle, high and full, as in Table 4 of Moment&Cross."""
 
 
 @dataclass(frozen=True)
 class CrossConfig:
-    """What a world is made from. The same values give the same world and the same log, bit for bit.
+    """Parameters of a cross world. The same values give the same world and the same log, bit for bit.
 
     Attributes:
         users: number of users.
-        days: simulated days, from ``START_MS`` on; with 60 days users have 4,000 visits on average and up to 12,000.
-        seed: of every random stream.
-        exposures_per_day: mean over users.
+        days: number of simulated days, starting at ``START_MS``; with 60 days users have 4,000 visits on average and
+            up to 12,000.
+        seed: seed of every random stream.
+        exposures_per_day: mean number of exposures per user and day.
     """
 
     users: int
@@ -45,17 +46,17 @@ class CrossConfig:
 
     @property
     def videos_per_author(self) -> int:
-        """Those of the log's days, and the latest when it starts."""
+        """Number of videos per author: those of the log's days, plus ``LATEST_VIDEOS`` from before its start."""
         return self.days * DAY_MS // VIDEO_EVERY_MS + LATEST_VIDEOS
 
     @property
     def rooms_per_author(self) -> int:
-        """Those of the log's days, and the one that is open when it starts."""
+        """Number of rooms per author: those of the log's days, plus the one that is open when it starts."""
         return self.days * DAY_MS // ROOM_EVERY_MS + 1
 
     @property
     def videos(self) -> int:
-        """Number of videos; ids from here on are rooms."""
+        """Number of videos; ids from this number on are rooms."""
         return AUTHORS * self.videos_per_author
 
     @property
@@ -69,5 +70,5 @@ class CrossConfig:
         return START_MS + self.days * DAY_MS
 
     def generator(self, part: str, *index: int) -> np.random.Generator:
-        """The random stream of one part of the world; streams are independent."""
+        """Return the random stream of one part of the world; the streams of different parts are independent."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(*b"cross", *part.encode(), *index)))

@@ -1,4 +1,4 @@
-"""What a world's dataset says of itself, the tables of who and what is in it, and its log in the canonical form."""
+"""Dataset specification of a cross world, its tables of users, authors and items, and its visits in canonical form."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from trainer.data.simulator.config import BEHAVIOURS, DAY_MS, START_MS, TIMEZONE
 from trainer.data.simulator.content import LIVE
 from trainer.data.simulator.cross.config import ACTIVITY_BANDS, AUTHORS, GENRES, NICHES, STYLES, CrossConfig
 from trainer.data.simulator.cross.exposures import INTERESTS
-from trainer.data.simulator.cross.population import Catalogue, Users, genre_of, style_of
+from trainer.data.simulator.cross.population import CrossCatalogue, CrossUsers, genre_of, style_of
 
 QUALITY_BANDS = 6
 MEAN_PRICE = 12.0
 
 
-def describe_world(config: CrossConfig, partitions: int) -> DatasetSpec:
-    """What ``dataset.json`` says before the log is written.
+def dataset_spec(config: CrossConfig, partitions: int) -> DatasetSpec:
+    """Return the content of ``dataset.json`` before the log is written.
 
-    There are no statistics of users crossed with niches or authors: they would hand over, counted, what the searches
-    have to find.
+    There are no statistics of users crossed with niches or authors: such counts would contain the information that the
+    searches have to find.
     """
     return DatasetSpec(
         name="simulated-cross",
@@ -54,11 +54,11 @@ def describe_world(config: CrossConfig, partitions: int) -> DatasetSpec:
     )
 
 
-def tables(config: CrossConfig, catalogue: Catalogue, users: Users) -> dict[str, pa.Table]:
-    """``users``, ``authors`` and ``items``."""
+def entity_tables(config: CrossConfig, catalogue: CrossCatalogue, users: CrossUsers) -> dict[str, pa.Table]:
+    """Return the tables ``users``, ``authors`` and ``items``."""
     author = np.arange(AUTHORS)
     quality = catalogue.quality + 0.3 * config.generator("bands").standard_normal(AUTHORS)
-    # Equal numbers of users in each band.
+    # the rank puts equal numbers of users in each band
     rank = np.argsort(np.argsort(users.daily, kind="stable"), kind="stable")
     item = np.arange(config.items)
     return {
@@ -89,9 +89,9 @@ def tables(config: CrossConfig, catalogue: Catalogue, users: Users) -> dict[str,
 
 
 def visit_table(
-    spec: DatasetSpec, catalogue: Catalogue, visits: dict[str, np.ndarray], rng: np.random.Generator
+    spec: DatasetSpec, catalogue: CrossCatalogue, visits: dict[str, np.ndarray], rng: np.random.Generator
 ) -> pa.Table:
-    """Visits as ``schema.visit_schema`` has them."""
+    """Return the visits as ``schema.visit_schema``."""
     request, on_air = visits["request_ms"], visits["domain"] == LIVE
     columns = {name: visits[name] for name in ("visit_id", "user_id", "author_id", "item_id", "domain", "play_ms")}
     columns |= {"request_ms": request, "exit_ms": request + visits["play_ms"]}

@@ -1,4 +1,4 @@
-"""Who is there: authors with their videos and rooms, and users with their interests."""
+"""Population of the cross world: authors with their videos and rooms, and users with their interests."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from trainer.data.simulator.cross.config import (
 
 TRAIT_SCALE = 0.5
 VIDEO_MS = (4_000, 55_000, 600_000)
-"""Shortest, median and longest video."""
+"""Lengths of the shortest, the median and the longest video."""
 
 
 @dataclass(frozen=True)
-class Catalogue:
-    """Authors and items; an author's id and an item's id are positions.
+class CrossCatalogue:
+    """Authors and items of a cross world; the ids of authors and items are positions.
 
     Attributes:
-        quality: ``[AUTHORS] float32``, standardised; what everybody likes.
-        video_phase: ``[AUTHORS]`` in [0, 1), of the moment of publication in ``VIDEO_EVERY_MS``.
-        room_phase: ``[AUTHORS]`` in [0, 1), of the opening in ``ROOM_EVERY_MS``.
+        quality: ``[AUTHORS] float32``, standardised; affects all users alike.
+        video_phase: ``[AUTHORS]`` in [0, 1), time of publication as a fraction of ``VIDEO_EVERY_MS``.
+        room_phase: ``[AUTHORS]`` in [0, 1), time of opening as a fraction of ``ROOM_EVERY_MS``.
         author: ``[items] int64``.
         start_ms: ``[items] int64``, publication of a video, opening of a room.
         length_ms: ``[videos] int64``.
         niche: ``[items] int64``.
-        vector: ``[items, VECTOR_DIM] float32``, of length 1.
+        vector: ``[items, VECTOR_DIM] float32``, content vectors of length 1.
     """
 
     quality: np.ndarray
@@ -53,14 +53,14 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Users:
-    """Interests of ``n`` users, standard normal.
+class CrossUsers:
+    """Activity and interests of ``n`` users; the interests are standard normal.
 
     Attributes:
         daily: ``[n] float64``, mean exposures a day.
-        slow: ``[n, NICHES] float32``.
-        live_slow: ``[n, NICHES] float32``.
-        bond: ``[n, AUTHORS] float32``.
+        slow: ``[n, NICHES] float32``, lasting interest in niches, in both domains.
+        live_slow: ``[n, NICHES] float32``, lasting interest in niches, in live rooms only.
+        bond: ``[n, AUTHORS] float32``, lasting interest in authors.
         trait: ``[n, behaviours] float32``, inclination to each behaviour in log-odds.
     """
 
@@ -72,17 +72,17 @@ class Users:
 
 
 def genre_of(author: np.ndarray) -> np.ndarray:
-    """Genre of each author, ``[n] int64``."""
+    """Return the genre of each author, ``[n] int64``."""
     return author % GENRES
 
 
 def style_of(author: np.ndarray) -> np.ndarray:
-    """Style of each author, ``[n] int64``."""
+    """Return the style of each author, ``[n] int64``."""
     return author // GENRES % STYLES
 
 
-def make_catalogue(config: CrossConfig) -> Catalogue:
-    """Draw the authors and all that they make."""
+def make_catalogue(config: CrossConfig) -> CrossCatalogue:
+    """Draw the authors, their videos and their rooms."""
     rng = config.generator("catalogue")
     video_phase, room_phase = rng.random((2, AUTHORS))
     videos = np.arange(config.videos_per_author) - LATEST_VIDEOS + video_phase[:, None]
@@ -94,7 +94,7 @@ def make_catalogue(config: CrossConfig) -> Catalogue:
     niche = rng.integers(0, NICHES, config.items)
     direction = _unit(rng.standard_normal((NICHES, VECTOR_DIM), np.float32))
     noise = _unit(rng.standard_normal((config.items, VECTOR_DIM), np.float32))
-    return Catalogue(
+    return CrossCatalogue(
         quality=rng.standard_normal(AUTHORS, np.float32),
         video_phase=video_phase,
         room_phase=room_phase,
@@ -106,11 +106,11 @@ def make_catalogue(config: CrossConfig) -> Catalogue:
     )
 
 
-def make_users(config: CrossConfig) -> Users:
-    """Draw the users."""
+def make_users(config: CrossConfig) -> CrossUsers:
+    """Draw the users of a world."""
     rng, n = config.generator("users"), config.users
     activity = np.exp(ACTIVITY_SPREAD * rng.standard_normal(n) - ACTIVITY_SPREAD**2 / 2)
-    return Users(
+    return CrossUsers(
         daily=np.minimum(config.exposures_per_day * activity, MOST_PER_DAY),
         slow=rng.standard_normal((n, NICHES), np.float32),
         live_slow=rng.standard_normal((n, NICHES), np.float32),
@@ -119,17 +119,21 @@ def make_users(config: CrossConfig) -> Users:
     )
 
 
-def latest_video(config: CrossConfig, catalogue: Catalogue, author: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
-    """The last video that each author published by a time, ``[n] int64``; the ones before it have the ids below."""
+def latest_video(config: CrossConfig, catalogue: CrossCatalogue, author: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
+    """Return the last video that each author published by a time, ``[n] int64``.
+
+    The author's earlier videos have the ids just below it.
+    """
     days = (time_ms - START_MS) / VIDEO_EVERY_MS - catalogue.video_phase[author]
     return author * config.videos_per_author + LATEST_VIDEOS + np.floor(days).astype(np.int64)
 
 
-def open_room(config: CrossConfig, catalogue: Catalogue, author: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
-    """The room that each author opened last, ``[n] int64``."""
+def open_room(config: CrossConfig, catalogue: CrossCatalogue, author: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
+    """Return the room that each author opened last by a time, ``[n] int64``."""
     rooms = (time_ms - START_MS) / ROOM_EVERY_MS - catalogue.room_phase[author]
     return config.videos + author * config.rooms_per_author + 1 + np.floor(rooms).astype(np.int64)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Return the rows scaled to length 1."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
