@@ -17,6 +17,7 @@ from trainer.config.toml import list_mistakes, validate
 from trainer.console.errors import UserError
 
 if TYPE_CHECKING:
+    from trainer.data.format.time_selection import Selection
     from trainer.llm.models.base_model import BaseModelFiles
 
 T = TypeVar("T")
@@ -108,12 +109,18 @@ def _kind_of(raw: dict[str, Any], file: str) -> str:
 
 def _check_ranker(job: JobConfig, ranks: int, found: JobCheck) -> None:
     from trainer.data.format.dataset import Dataset
-    from trainer.ranking.setup import check_settings, split_in_time
+    from trainer.data.loading.batch_plan import ReadPlan
+    from trainer.ranking.setup import check_settings, require_training_rows, split_in_time
     from trainer.ranking.warm_start import check_source
+
+    def count_rows(data: Dataset, selection: Selection) -> int:
+        return ReadPlan(data.store, range(data.spec.partitions), selection, batch_size=1, seed=0).rows_total
 
     data = found.run(f"dataset {job.data.path}", lambda: Dataset.open(job.data.path, job.data.on_corrupt))
     if data is not None:
-        found.run("times", lambda: split_in_time(job, data.spec))
+        split = found.run("times", lambda: split_in_time(job, data.spec))
+        if split is not None:
+            found.run("rows of training", lambda: require_training_rows(job, count_rows(data, split.fitting)))
         found.run("behaviours, features and ranks", lambda: check_settings(job, data.spec, ranks))
     if job.init_from.run:
         found.run(f"tables of {job.init_from.run}", lambda: check_source(job))

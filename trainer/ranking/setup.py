@@ -215,6 +215,16 @@ def rows_per_rank(config: JobConfig, ranks: int) -> int:
     return rows
 
 
+def require_training_rows(config: JobConfig, rows: int) -> None:
+    """Check that the training range has rows.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not rows:
+        raise UserError(f"{config.data.path}: no training rows in the range that data.train_from and train_until give")
+
+
 def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> None:
     """Find what would only be noticed after the features are fitted, before anything is written.
 

@@ -18,7 +18,7 @@ from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.search_refresh import SearchSpaceRefresher
-from trainer.ranking.setup import rows_per_rank
+from trainer.ranking.setup import require_training_rows, rows_per_rank
 from trainer.ranking.training_state import TrainingState, Window
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
@@ -58,8 +58,7 @@ def train(
         Preempted: a rank was asked to stop; the state is saved.
     """
     state.rows_total = world.sum(loader.rows_total)
-    if not state.rows_total:
-        raise UserError(f"{config.data.path}: no training rows in the range that data.train_from and train_until give")
+    require_training_rows(config, state.rows_total)
     left = -(-(loader.rows_total - loader.rows_done) // rows_per_rank(config, world.size))
     steps_total = state.step + world.max(left)
     state.position = loader.position

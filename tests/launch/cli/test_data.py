@@ -1,5 +1,6 @@
 """``limelight data``: every command runs, prints JSON on demand, and answers a mistake in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,13 @@ def test_import_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert error == f"limelight: error: {tmp_path / 'out'}: exists already; choose another directory or remove it\n"
 
 
-def test_simulate(tmp_path: Path) -> None:
+def test_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--users", "60", "--days", "1", "--partitions", "2", "--seed", "3"]
-    assert main(["data", "simulate", str(tmp_path / "world"), *arguments]) == 0
+    assert main(["data", "simulate", str(tmp_path / "world"), *arguments, "--json"]) == 0
     spec = DatasetSpec.load(tmp_path / "world")
     assert spec.partitions == 2 and 0 < spec.rows <= spec.exposures
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"out": str(tmp_path / "world"), "rows": spec.rows, "users": 60, "partitions": 2}
 
 
 def test_simulate_cross(tmp_path: Path) -> None:

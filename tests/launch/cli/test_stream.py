@@ -107,6 +107,10 @@ def test_rows_in_the_file_are_those_of_the_reference(tmp_path: Path, capsys: pyt
     assert lines[0] == f"{out}: {len(expected)} rows of 40 visits ({counted})"
     assert lines[1].startswith("rows to those of fast_slow: 1.")
     assert lines[2].endswith(f"{len(unused)} events that change no row ({len(unused)} no_open_visit)")
+    assert stream("assemble", log, out, "--policy", "fast_slow", *windows, "--idle-seconds", 20, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["visits"] == 40 and sum(document["rows"].values()) == len(expected)
+    assert document["unused_events"] == {"no_open_visit": len(unused)}
 
 
 def test_consistency_counts_what_is_known_at_five_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -328,6 +328,9 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{tmp_path}/out/train.jsonl: 3 staytime, 5 top_comment, 5 user_comment" in capsys.readouterr().out
     assert main(command) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    command[3] = str(tmp_path / "again")
+    assert main([*command, *sizes, "--templates", str(TEMPLATES), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"]["train"]["staytime"] == 3
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=60), st.integers(2, 6))

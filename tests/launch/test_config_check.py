@@ -1,0 +1,176 @@
+"""``limelight config check``: the four kinds of job files, good and bad, without a start of the job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli.main import main
+from launch.config_check import check_job
+from tests.llm.tiny import write_base, write_samples
+from tests.paths import ROOT
+from trainer.data.simulator.write_dataset import simulate
+
+CONFIGS = ROOT / "configs"
+KINDS = {
+    "cross": "train",
+    "embed": "embed",
+    "finetune_small": "finetune",
+    "kuairand": "train",
+    "moment": "train",
+    "qwen2_7b_lora": "finetune",
+    "simulated": "train",
+    "staytime": "staytime",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small world (3 days from 2024-03-04, 2 partitions), samples and a tiny language model."""
+    directory = tmp_path_factory.mktemp("config_check")
+    simulate(directory / "world", users=60, days=3, partitions=2, seed=5, texts=True)
+    write_samples(directory)
+    write_base(directory / "base")
+    return directory
+
+
+def job_of(kind: str, data: Path, *overrides: str) -> list[str]:
+    """A good job of a kind: its file and overrides, which come before others."""
+    world, templates = f"data.path={data / 'world'}", CONFIGS / "templates"
+    deepspeed = CONFIGS / "deepspeed"
+    settings = {
+        "train": ["simulated.toml", world, "data.eval_from=2024-03-06", f"train.deepspeed={deepspeed / 'zero1.json'}"],
+        "finetune": [
+            *("finetune_small.toml", "data.length=64", "data.general=[]", "data.general_share=0"),
+            *(f"data.train=['{data / 'train.jsonl'}']", f"data.evaluate=['{data / 'eval.jsonl'}']"),
+            *(f"train.deepspeed={deepspeed / 'zero2.json'}", f"model.path={data / 'base'}"),
+        ],
+        "embed": [
+            *("embed.toml", world, f"model.path={data / 'base'}", "model.adapter=''"),
+            f"embed.template={templates / 'embed.txt'}",
+        ],
+        "staytime": ["staytime.toml", world, "data.eval_from=2024-03-06"],
+    }[kind]
+    return [str(CONFIGS / settings[0]), *settings[1:], *overrides]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_a_file_is_found_by_its_sections(name: str) -> None:
+    assert set(KINDS) == {file.stem for file in CONFIGS.glob("*.toml")}
+    # A key that no job has keeps the data from being looked at.
+    found = check_job(str(CONFIGS / f"{name}.toml"), ["run.nonsense=1"], None, 1)
+    assert found.kind == KINDS[name]
+    (problem,) = found.problems
+    assert "unknown key run" in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "checked"),
+    [
+        ("train", ["world", "times", "rows of training", "behaviours, features and ranks"]),
+        ("finetune", ["DeepSpeed settings and ranks", "data.train", "data.evaluate", "base", "data.length", "options"]),
+        (
+            "embed",
+            ["embed.txt", "texts of items", "texts of comments", "texts of segments", "texts of authors", "base"],
+        ),
+        ("staytime", ["world", "training and", "held-out visits"]),
+    ],
+)
+def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", *job_of(kind, data), "--ranks", "1"]) == 0
+    printed = capsys.readouterr()
+    line = printed.out.splitlines()[-1]
+    assert line.startswith("ok: ") and f"is a job of limelight {kind}; checked: keys and values, " in line
+    assert all(part in line for part in checked), line
+    assert not printed.err
+
+    assert main(["config", "check", *job_of(kind, data), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] and document["kind"] == kind and not document["problems"]
+    assert line.endswith(", ".join(document["checked"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "problems"),
+    [
+        ("train", ["train.epoch=2", "model.knd=din"], ["did you mean train.epochs?", "did you mean model.kind?"]),
+        ("train", ["train.epochs=0", "run.seed=-1"], ["train.epochs = 0", "run.seed = -1"]),
+        ("train", ["data.path=nowhere"], ["nowhere: "]),
+        ("train", ["data.eval_from=tomorrow"], ["data.eval_from = 'tomorrow'"]),
+        ("train", ["data.eval_from=2030-01-01"], ["data.eval_from = '2030-01-01' is after"]),
+        ("train", ["data.eval_from=2020-01-01"], ["no training rows"]),
+        (
+            "train",
+            ["data.eval_until=2024-03-01", "data.behaviours=['clik']"],
+            ["data.eval_until = '2024-03-01' is not after", "data.behaviours: "],
+        ),
+        ("train", ["features.exclude=['user']"], ["'user_id'"]),
+        ("train", ["train.weights.x=2.0"], ["train.weights: "]),
+        ("train", ["train.deepspeed=none.json"], ["train.deepspeed = 'none.json'"]),
+        ("train", ["init_from.run=nowhere", "init_from.tables=['item']"], ["nowhere: no checkpoint"]),
+        ("finetune", ["lora.rnk=3", "data.lenth=9"], ["did you mean lora.rank?", "did you mean data.length?"]),
+        (
+            "finetune",
+            ["data.train=['a.jsonl']", "data.evaluate=['b.jsonl']"],
+            ["a.jsonl: ", "b.jsonl: "],
+        ),
+        ("finetune", ["data.length=128"], ["data.length = 128"]),
+        ("finetune", ["model.path=none"], ["model.path = 'none'"]),
+        ("embed", ["embed.poling='last'"], ["did you mean embed.pooling?"]),
+        (
+            "embed",
+            ["embed.template=none.txt", "model.path=./none"],
+            ["none.txt: ", "model.path = './none'"],
+        ),
+        ("embed", ["model.adapter=none"], ["none: no adapter"]),
+        ("staytime", ["base.loss=wr"], ["base.loss = 'wr'"]),
+        ("staytime", ["data.eval_from=2030-01-01"], ["held-out range"]),
+        ("staytime", ["input.exclude=['shoe_size']"], ["input.exclude: "]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else None,
+)
+def test_a_bad_job_has_one_line_for_each_problem(
+    kind: str, overrides: list[str], problems: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "check", *job_of(kind, data, *overrides)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(problems), lines
+    assert all(line.startswith("limelight: error: ") for line in lines)
+    assert all(any(problem in line for line in lines) for problem in problems), lines
+    assert main(["config", "check", *job_of(kind, data, *overrides), "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert [f"limelight: error: {problem}" for problem in document["problems"]] == lines and not document["ok"]
+
+
+def test_ranks_that_do_not_fit(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", *job_of("train", data, "train.batch_size=6"), "--ranks=3"]) == 2
+    assert "3 ranks but" in capsys.readouterr().err
+    assert main(["config", "check", *job_of("finetune", data, "train.batch_size=7"), "--ranks=2"]) == 2
+    assert "train.batch_size = 7" in capsys.readouterr().err
+
+
+def test_a_file_of_two_kinds_needs_the_kind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(f'[data]\npath = "{data / "world"}"\neval_from = "2024-03-06"\n')
+    assert main(["config", "check", str(file)]) == 2
+    assert "could be a job of limelight train or staytime; say which by --kind" in capsys.readouterr().err
+    assert main(["config", "check", str(file), "--kind", "staytime", "lcu.enabled=false"]) == 0
+    assert "is a job of limelight staytime" in capsys.readouterr().out
+
+
+def test_a_model_of_the_hub_is_not_downloaded(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", *job_of("finetune", data, "model.path=Qwen/Qwen2-7B")]) == 0
+    assert "not Qwen/Qwen2-7B, which the job takes from the hub" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "told"), [(None, "no such job file"), ("[data", "not valid TOML")])
+def test_a_file_that_cannot_be_read(
+    text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "job.toml").write_text(text)
+    assert main(["config", "check", str(tmp_path / "job.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
