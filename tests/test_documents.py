@@ -22,6 +22,7 @@ from trainer.config.finetune import FinetuneConfig
 from trainer.config.ranker import JobConfig
 from trainer.config.staytime import StaytimeConfig
 from trainer.config.toml import fields, section_of
+from trainer.data.importers.mapping import load_mapping
 
 PAGES = sorted(
     path
@@ -271,6 +272,15 @@ def test_commands_in_sentences_exist() -> None:
 )
 def test_a_wrong_command_is_found(line: str) -> None:
     assert refusals(check_command, ROOT / "README.md", shlex.split(line))
+
+
+def test_the_mapping_in_the_help_of_data_import_events_is_accepted(tmp_path: Path) -> None:
+    command, _, _ = resolve(["limelight", "data", "import", "events"])
+    _, _, after = (command.help or "").partition("\b\n")
+    example, _, _ = after.partition("\n\n")
+    file = tmp_path / "map.toml"
+    file.write_text(example)
+    assert set(load_mapping(file).behaviours) == {"click", "gift"}
 
 
 def test_messages_under_trouble_are_what_the_code_says() -> None:

@@ -186,7 +186,7 @@ def events(src: str, out: str, mapping: str, partitions: int, as_json: bool) -> 
                                   #     live = ["2", "3"]
       [behaviours]                # in label order
       click = {column = "clicked", at = "start"}
-      gift = {column = "gift_price", value = true}
+      gift = {column = "gift_price"}               # the behaviour `gift` has a price
 
     trainer/data/importers/events.py describes all keys, and the layout "events".
     """
