@@ -1,4 +1,4 @@
-"""A model of three histories that are attended to and aligned, its data, and its plain training in one process."""
+"""Model with attention over three aligned histories, its data, and its plain training in one process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tables(sharding: str) -> list[Table]:
 
 
 class SmallRanker(nn.Module):
-    """The user and what attention finds in each history for him."""
+    """Network over the user and the pooled entries of each history."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Rows:
 
 
 def steps() -> list[Rows]:
-    """Steps of unequal size, users with several rows, histories that are often empty; in one step nobody is aligned."""
+    """Steps of unequal size, users with several rows, and many empty histories; one step has no row to align."""
     found = []
     for step in range(STEPS):
         random = torch.Generator().manual_seed(step)
@@ -109,7 +109,7 @@ def steps() -> list[Rows]:
 
 
 def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:
-    """Of two ranks the second has fewer rows each step, then none, and then is out before the other."""
+    """Yield a rank's batches; the second of two ranks has fewer rows, then none, and runs out before the first."""
     for step, rows in enumerate(steps()):
         n = len(rows.dense)
         cut = n if world == 1 else n - min(n // 3, max(0, 4 - step))
@@ -120,7 +120,7 @@ def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:
 
 
 class PlainTraining:
-    """One process, plain PyTorch: SGD on the tables, AdamW on the network, clipped as the engine clips."""
+    """Training in one process with plain PyTorch: SGD for tables, AdamW for the network, clipping like the engine."""
 
     def __init__(self, clipping: float, alignment: Alignment | None = ALIGNMENT) -> None:
         self.ranker, self.clipping, self.alignment = make_ranker(), clipping, alignment
@@ -130,7 +130,7 @@ class PlainTraining:
         self.adam = torch.optim.AdamW(self.ranker.parameters(), DENSE_RATE, weight_decay=0.0)
 
     def step(self, rows: Rows) -> tuple[float, float]:
-        """Losses of the behaviours and of the alignment, mean over rows."""
+        """Return the losses of the behaviours and of the alignment, means over rows."""
         n = len(rows.dense)
         found = {lookup.name: [self.tables[lookup.table][ids] for ids in rows.ids[lookup.name]] for lookup in LOOKUPS}
         embedded = {name: torch.cat(parts) for name, parts in found.items()}
@@ -178,7 +178,7 @@ class PlainTraining:
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training that must agree with :class:`PlainTraining`."""
+    """Variant of training that must agree with :class:`PlainTraining`."""
 
     sharding: str = "row_wise"
     stage: int = 1

@@ -1,4 +1,4 @@
-"""What test_alignment.py has ranks do: torchrun --nproc-per-node N -m tests.distributed.alignment_ranks OUT."""
+"""Ranks of test_alignment.py: torchrun --nproc-per-node N -m tests.distributed.alignment_ranks OUT."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train(way: Way, world: World) -> dict[str, Any]:
 
 
 def not_finite(world: World) -> bool:
-    """Whether a contrastive loss that is not finite, with a finite one of the behaviours, stops all ranks untrained."""
+    """Return True if an alignment loss that is not finite stops all ranks before anything is trained."""
     engine = make_engine(Way(alignment=replace(ALIGNMENT, temperature=1e-45)), world)
     before = parameters(engine, world)
     try:

@@ -1,4 +1,4 @@
-"""The ways of training that must agree with plain PyTorch."""
+"""Variants of training that must agree with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Combination:
-    """``sharding`` is that of all tables, or ``mixed``; ``parts`` are those over which gradients are accumulated."""
+    """Settings of one variant: ``sharding`` of all tables, or ``mixed``; ``parts`` is the number of micro-batches."""
 
     optimizer: Any
     sharding: str

@@ -1,4 +1,4 @@
-"""The small model with tables whose ids come and go, and its plain training: a reference map before every step."""
+"""Small model with dynamic tables, and its plain training with a reference id map before every step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from trainer.data.loading.batch import RankingBatch
 from trainer.sparse.dynamic_ids import BUCKET_ROWS
 
 SIZES = {"item": 70, "room": 70}
-"""Rows of the dynamic tables: two buckets each, so that each of two ranks has one."""
+"""Rows of the dynamic tables: two buckets each, one for each of two ranks."""
 
 TABLE_OF = {lookup.name: lookup.table for lookup in LOOKUPS}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way of training. ``sharding`` is that of all tables."""
+    """Settings of one variant of training; ``sharding`` is that of all tables."""
 
     optimizer: Any
     sharding: str
@@ -72,7 +72,7 @@ def dynamic_tables(given: Case) -> list[Table]:
 
 
 def passing_ids(rows: Rows, step: int) -> Rows:
-    """Ids of dynamic tables out of a window that moves on: each comes for some steps, and a few stay."""
+    """Ids of dynamic tables from a moving window: each occurs for some steps, and a few occur in all."""
     random = torch.Generator().manual_seed(2000 + step)
 
     def draw(count: int) -> Tensor:
@@ -90,7 +90,7 @@ def dynamic_steps() -> list[Rows]:
 
 
 def dynamic_batches(rank: int, world: int) -> Iterator[RankingBatch]:
-    """What a rank of one or two gets, as ``small_model.batches_of``."""
+    """Yield the batches of one of one or two ranks, like ``small_model.batches_of``."""
     for step, rows in enumerate(dynamic_steps()):
         cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))
         if rank == 0 and world == 2 and step >= STEPS - 3:
@@ -99,7 +99,7 @@ def dynamic_batches(rank: int, world: int) -> Iterator[RankingBatch]:
 
 
 class DynamicTraining(PlainTraining):
-    """Plain training on the rows that a reference map gives; a row of a new id is made anew, its optimizer too."""
+    """Plain training on the rows of a reference id map; row and optimizer state of a new id are reset."""
 
     def __init__(self, given: Case) -> None:
         declared = dynamic_tables(replace(given, sharding="auto"))
@@ -119,7 +119,7 @@ class DynamicTraining(PlainTraining):
         return super().step(self.mapped(rows))
 
     def mapped(self, rows: Rows) -> Rows:
-        """The rows with places in the tables for ids; ids without a row have row 0."""
+        """Return the rows with table rows in place of ids; ids without a row get row 0."""
         ids = {
             key: [torch.tensor([max(0, self.maps[TABLE_OF[key]].find(int(v))) for v in each]).long() for each in of_key]
             for key, of_key in rows.ids.items()

@@ -1,9 +1,9 @@
-"""What test_dynamic.py has ranks do, all in one start of them.
+"""Ranks of test_dynamic.py, started once for all its tests.
 
     torchrun --nproc-per-node N -m tests.distributed.dynamic_ranks OUT
 
-trains the small model with dynamic tables and leaves what came out in OUT/<ranks>.pt, and checkpoints in OUT; another
-number of ranks started later goes on from these. Started again, with OUT/<ranks>.pt there, ranks only do that.
+trains the small model with dynamic tables and writes the results to OUT/<ranks>.pt and checkpoints to OUT. Another
+number of ranks that starts later resumes from these checkpoints. If OUT/<ranks>.pt exists, ranks only resume.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def make_engine(given: Case, world: World) -> HybridEngine:
 
 
 def columns(engine: HybridEngine, world: World) -> dict[str, Tensor]:
-    """Whole columns of the id maps by ``TABLE/COLUMN``; every row from exactly one rank."""
+    """Return whole columns of the id maps by ``TABLE/COLUMN``; every row comes from exactly one rank."""
     mine = [
         (f"{name}/{column}", len(tensor), offset[0], shard.clone())
         for name, state in engine._state()["dynamic"].items()
@@ -79,7 +79,7 @@ def counts(engine: HybridEngine) -> dict[str, dict[str, int]]:
 
 
 def snapshot(engine: HybridEngine, world: World) -> dict[str, Any]:
-    """All there is of a model, in whole tensors."""
+    """Return the whole state of a model as whole tensors."""
     return {"tensors": everything(engine, world) | columns(engine, world), "counts": counts(engine)}
 
 
@@ -100,7 +100,7 @@ def train(given: Case, world: World) -> dict[str, Any]:
 
 
 def save_halfway(given: Case, world: World, path: Path) -> dict[str, Any]:
-    """The end of a run that goes through, and of one that is saved halfway and taken up by a new engine."""
+    """Return the final states of an uninterrupted run and of one that a new engine resumed halfway."""
     batches = [*dynamic_batches(world.rank, world.size)]
     engine = make_engine(given, world)
     # The next batch is on its way already when the first half ends.
@@ -119,7 +119,7 @@ def save_halfway(given: Case, world: World, path: Path) -> dict[str, Any]:
 
 
 def load_elsewhere(given: Case, world: World, path: Path) -> dict[str, Any]:
-    """A checkpoint of another number of ranks in another layout, and how it goes on."""
+    """Load a checkpoint of another number of ranks and another layout, and train on."""
     engine = make_engine(resharded(given), world)
     engine.load(path)
     loaded = snapshot(engine, world)

@@ -1,9 +1,9 @@
-"""What test_engine.py has ranks do, all in one start of them.
+"""Ranks of test_engine.py, started once for all its tests.
 
     torchrun --nproc-per-node N -m tests.distributed.engine_ranks OUT
 
-trains the small model in every combination and leaves what came out in OUT/<ranks>.pt. Two ranks also leave
-checkpoints, which a single rank started later reads.
+trains the small model in every combination and writes the results to OUT/<ranks>.pt. Two ranks also write checkpoints,
+which a single rank reads later.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
 
 
 def whole(sharded: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Tensors put together from the shards of all ranks; an element that no rank has is NaN."""
+    """Join the shards of all ranks to whole tensors; an element that no rank has is NaN."""
     mine = [
         (name, tuple(tensor.shape), offset, shard.clone())
         for name, tensor in sharded.items()
@@ -76,14 +76,14 @@ def whole(sharded: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 
 
 def parameters(engine: HybridEngine, world: World) -> dict[str, Tensor]:
-    """Whole tables by name, and dense parameters."""
+    """Return whole tables by name, and dense parameters."""
     dense = engine._dense.state()["dense"]
     tables = whole(engine._tables.state()["tables"], world)
     return tables | {name: saved["parameter"].clone() for name, saved in dense.items()}
 
 
 def everything(engine: HybridEngine, world: World) -> dict[str, Tensor]:
-    """Parameters and the states of both optimizers."""
+    """Return the parameters and the states of both optimizers."""
     state = engine._state()
     accumulators = {key: moment for of_table in state["table_optimizer"].values() for key, moment in of_table.items()}
     moments = {
@@ -114,7 +114,7 @@ def train(combination: Combination, world: World) -> dict[str, Any]:
 
 
 def save_halfway(combination: Combination, world: World, path: Path) -> dict[str, Any]:
-    """Losses of a run that goes through, and of one that is saved halfway and taken up by a new engine."""
+    """Return the losses of an uninterrupted run and of one that a new engine resumed halfway."""
     half = STEPS // 2
     engine = make_engine(combination, world)
     through = losses_of(engine.steps(batches_of(world.rank, world.size)))
@@ -145,7 +145,7 @@ def save_halfway(combination: Combination, world: World, path: Path) -> dict[str
 
 
 def load_elsewhere(combination: Combination, world: World, path: Path) -> dict[str, Any]:
-    """A checkpoint of other ranks in another layout and ZeRO stage, and the losses that follow."""
+    """Load a checkpoint of other ranks, another layout and ZeRO stage, and return the losses that follow."""
     engine = make_engine(resharded(combination), world)
     engine.load(path)
     outcome: dict[str, Any] = {"loaded": everything(engine, world)}
@@ -155,7 +155,7 @@ def load_elsewhere(combination: Combination, world: World, path: Path) -> dict[s
 
 
 def predict(world: World) -> dict[str, Any]:
-    """Predictions of trained engines, after a training that was stopped early as well."""
+    """Return predictions of trained engines, also after a training that was stopped early."""
     engine = make_engine(SHARDED[-1], world)
     stopped = losses_of(islice(engine.steps(batches_of(world.rank, world.size)), STEPS // 2))
     before = everything(engine, world)
@@ -172,7 +172,7 @@ def predict(world: World) -> dict[str, Any]:
 
 
 def learning_rates(world: World) -> dict[str, Any]:
-    """Parameters after steps at learning rates of zero, and initial ones."""
+    """Return the parameters after steps with learning rates of zero, and the initial ones."""
     engine = make_engine(SHARDED[-1], world)
     initial = parameters(engine, world)
     engine.set_learning_rate(tables=0.0, dense=0.0)

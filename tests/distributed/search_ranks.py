@@ -1,8 +1,8 @@
-"""What test_search.py has two ranks do: train with five searches, stop and go on, evaluate.
+"""Ranks of test_search.py: train with five searches, stop and resume, evaluate.
 
     torchrun --nproc-per-node 2 -m tests.distributed.search_ranks OUT DATASET
 
-What came out is left in OUT/outcome.pt.
+The results are written to OUT/outcome.pt.
 """
 
 from __future__ import annotations
@@ -55,25 +55,26 @@ def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
 
 @contextmanager
 def recorded_versions(world: World) -> Iterator[list[tuple[int, bool, float]]]:
-    """Versions that are put, whether all ranks have the rows of the tables in them, and a sum of their values."""
+    """Record each version of the vectors, if it has all ranks' rows of the tables, and the sum of its values."""
     put = SearchSpaceRefresher._write_version
-    found: list[tuple[int, bool, float]] = []
+    versions: list[tuple[int, bool, float]] = []
 
     def recording(self: SearchSpaceRefresher, version: int) -> None:
         put(self, version)
         same = all(_is_copy(self.space, version, self._engine, world, name) for name in ("item", "author"))
-        found.append((version, same, float(self.space.at(version)["author"].astype(np.float64).sum())))
+        versions.append((version, same, float(self.space.at(version)["author"].astype(np.float64).sum())))
 
     SearchSpaceRefresher._write_version = recording  # type: ignore[method-assign]
     try:
-        yield found
+        yield versions
     finally:
         SearchSpaceRefresher._write_version = put  # type: ignore[method-assign]
 
 
 def _is_copy(space: SearchSpace, version: int, engine: HybridEngine, world: World, name: str) -> bool:
-    mine = [(shard.row, shard.values.numpy().copy()) for shard in engine.table_shards() if shard.table == name]
-    parts = world.agree(world.gather(mine))
+    """True if a version of the vectors equals the rows that all ranks hold of a table."""
+    own = [(shard.row, shard.values.numpy().copy()) for shard in engine.table_shards() if shard.table == name]
+    parts = world.agree(world.gather(own))
     here = space.at(version)[name]
     expected = np.zeros_like(here)
     for row, values in (part for of_rank in parts for part in of_rank):
@@ -83,7 +84,7 @@ def _is_copy(space: SearchSpace, version: int, engine: HybridEngine, world: Worl
 
 
 def evaluated(world: World, directory: Path, config: JobConfig) -> dict[str, Any]:
-    """The metrics of a finished run, opened again."""
+    """Return the metrics of a finished run that is opened again."""
     model = open_run(str(directory), world)
     split = split_in_time(config, model.data.spec)
     loader = held_out_loader(config, model.data, split, model.features, world, None, model.space)

@@ -1,4 +1,4 @@
-"""A small model, its data and its plain single-process training, against which the engine is measured."""
+"""Small model, its data, and its plain single-process training as the reference of the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
 MAX_LENGTH = 5
 STEPS = 20
 ROWS = 12
-"""Most rows of a rank in a step."""
+"""Largest number of rows of a rank in a step."""
 LOOKUPS = (
     Lookup("user", "user", 1),
     Lookup("item", "item", 1),
@@ -35,7 +35,7 @@ LOOKUPS = (
 
 
 def tables(sharding: str) -> list[Table]:
-    """Two widths; a table that a sequence shares, and one of few rows. ``mixed``: some cut by rows, some whole."""
+    """Return tables of two widths, one shared with a sequence, one small; ``mixed`` mixes row- and table-wise."""
     of_table = dict.fromkeys(("user", "item", "side", "room"), sharding)
     if sharding == "mixed":
         of_table = {"user": "row_wise", "item": "table_wise", "side": "row_wise", "room": "table_wise"}
@@ -47,7 +47,7 @@ def tables(sharding: str) -> list[Table]:
 
 
 class SmallRanker(nn.Module):
-    """The interface of modules.ranker.Ranker with as little inside as uses every input."""
+    """Small network with the interface of modules.ranker.Ranker that uses every input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def ranker() -> SmallRanker:
 
 
 def single_engine(world: World, **changes: Any) -> HybridEngine:
-    """The small model on a single rank; ``changes`` are arguments of the engine."""
+    """Return the small model on a single rank; ``changes`` are arguments of the engine."""
     arguments: dict[str, Any] = {
         "tables": tables("auto"),
         "lookups": LOOKUPS,
@@ -90,7 +90,7 @@ def single_engine(world: World, **changes: Any) -> HybridEngine:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a step, before they are dealt out to ranks."""
+    """Rows of a step, before they are divided among ranks."""
 
     ids: dict[str, list[Tensor]]
     dense: Tensor
@@ -142,19 +142,19 @@ def make_rows(step: int, rows: int) -> Rows:
 
 
 def share_of_first_rank(step: int, rows: int) -> int:
-    """Rows that go to the first of two ranks: equal shares, unequal ones, none, all; at the end none any more."""
+    """Return the number of rows of the first of two ranks: equal or unequal shares, none, all; none at the end."""
     if step >= STEPS - 3:
         return 0
     return [rows // 2, 3, 0, rows, 1][step % 5]
 
 
 def steps() -> list[Rows]:
-    """The rows of all ranks; never more for a rank than it may have."""
+    """Return the rows of all ranks in each step; a rank never gets more than ``ROWS``."""
     return [make_rows(step, ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1) for step in range(STEPS)]
 
 
 def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:
-    """What a rank of one or two gets. The first of two runs out of batches before the other."""
+    """Yield the batches of one of one or two ranks; the first of two runs out before the other."""
     for step, rows in enumerate(steps()):
         cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))
         if rank == 0 and world == 2 and step >= STEPS - 3:
@@ -163,10 +163,10 @@ def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:
 
 
 class PlainTraining:
-    """One process, whole tables, plain PyTorch optimizers.
+    """Training in one process with whole tables and plain PyTorch optimizers.
 
     Args:
-        optimizer: of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
+        optimizer: optimizer of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
         clipping: largest norm of the dense gradient; the tables' is scaled by the same factor. 0 is none.
         declared: tables; those of the small model if left out.
     """

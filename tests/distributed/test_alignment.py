@@ -1,4 +1,4 @@
-"""Histories attended to and aligned, on one and two ranks, against one process with plain PyTorch and all rows."""
+"""Attention and alignment of histories on one and two ranks, against one process with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.distributed.aligned_model import STEPS, WAYS, PlainTraining, steps
 from tests.distributed.test_engine import relative_error
 
 TOLERANCE = 1e-5
-"""Of float32, in units of the largest value."""
+"""Tolerance for float32, in units of the largest value."""
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -45,7 +45,7 @@ def test_ranks_train_as_one_process_with_the_joined_batch(
 
 
 def test_the_reference_is_moved_by_the_alignment_and_by_its_settings() -> None:
-    """Otherwise the comparison above would prove little."""
+    """Without this the comparison above would prove little."""
     trained = {}
     for name in ("row_wise", "one way", "anchor detached", "not aligned"):
         plain = PlainTraining(0.0, WAYS[name].alignment)

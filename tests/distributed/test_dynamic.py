@@ -1,4 +1,4 @@
-"""Dynamic tables on one and two ranks train as a reference map in front of plain PyTorch does, and are saved whole."""
+"""Dynamic tables on one and two ranks, against plain PyTorch with a reference id map; their checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def outcomes(run_ranks: Any, out: Path) -> dict[str, dict[str, Any]]:
-    """What dynamic_ranks.py left of two ranks, and then of one."""
+    """Results that dynamic_ranks.py wrote with two ranks and then with one."""
     for name in ("2", "1"):
         if name not in _outcomes:
             run_ranks("tests.distributed.dynamic_ranks", out, ranks=int(name), timeout=200)
@@ -42,7 +42,7 @@ def outcomes(run_ranks: Any, out: Path) -> dict[str, dict[str, Any]]:
 
 @cache
 def plain(given: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
-    """Losses, the training at its end, and what it then predicts for every step."""
+    """Return losses, the training at its end, and its predictions for every step."""
     training = DynamicTraining(given)
     losses = [training.step(rows) for rows in dynamic_steps()]
     return losses, training, [training.predict(training.mapped(rows)).detach() for rows in dynamic_steps()]
@@ -82,7 +82,7 @@ def test_ids_and_counts_are_those_of_the_reference(world: str, outcomes: dict[st
 
 
 def test_the_reference_admits_evicts_and_leaves_unserved() -> None:
-    """Otherwise the tests above would say little."""
+    """Without this the tests above would prove little."""
     for given in CASES:
         _, training, _ = reference(given)
         total = {key: sum(ids.counts[key] for ids in training.maps.values()) for key in ("evicted", "unserved")}

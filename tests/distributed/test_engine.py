@@ -1,4 +1,4 @@
-"""One and two ranks train as one process with plain PyTorch does, in every combination that the engine accepts."""
+"""Training on one and two ranks against one process with plain PyTorch, in every combination of settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _outcomes: dict[int, dict[str, Any]] = {}
 
 @pytest.fixture
 def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """Number of ranks -> what engine_ranks.py left; the ranks are started once for all tests."""
+    """Number of ranks -> results of engine_ranks.py; the ranks are started once for all tests."""
     if not _outcomes:
         out = tmp_path_factory.mktemp("engine")
         # Two ranks first: the single one reads their checkpoints.
@@ -33,14 +33,14 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 @cache
 def plain(optimizer: str, clipping: float) -> tuple[list[float], dict[str, Tensor], int]:
-    """Losses, parameters and number of clipped steps of one process with plain PyTorch."""
+    """Return losses, parameters and number of clipped steps of one process with plain PyTorch."""
     training = PlainTraining(optimizer, clipping)
     losses = [training.step(rows) for rows in steps()]
     return losses, training.parameters(), training.clipped
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference in units of the largest value: values near zero are differences of larger ones."""
+    """Return the largest difference in units of the largest value, as small values are differences of large ones."""
     return float((got.double() - expected.double()).abs().max() / expected.abs().max())
 
 

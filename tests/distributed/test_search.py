@@ -1,4 +1,4 @@
-"""Training with searches: the same however batches are made, and whenever it is stopped; on two ranks."""
+"""Training with searches on two ranks: independent of loader processes and of stops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def test_stopping_and_going_on_is_bitwise_as_if_nothing_had_happened(outcomes: dict[str, Any]) -> None:
-    """The stop lies between two refreshes, and the checkpoints before it at other steps than they."""
+    """The stop is between two refreshes, and the checkpoints before it are at other steps than the refreshes."""
     through, stopped, resumed = outcomes["through"], outcomes["stopped"], outcomes["resumed"]
     assert stopped["report"] is None and 8 < stopped["step"] < through["step"]
     assert stopped["losses"] + resumed["losses"] == through["losses"]

@@ -1,4 +1,4 @@
-"""Which inputs describe the candidate, and a network over the features of a dataset."""
+"""Inputs that describe the candidate, and a network over the features of a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine answers to files and settings that do not fit; its numbers are tested in tests/distributed."""
+"""Errors of the engine for files and settings that do not fit; tests/distributed tests its numbers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +36,7 @@ class WiderRanker(SmallRanker):
         self.third = nn.Linear(BEHAVIOURS, BEHAVIOURS)
 
 
-def test_loading_what_does_not_fit(world: World, tmp_path: Path) -> None:
+def test_loading_a_model_that_does_not_fit(world: World, tmp_path: Path) -> None:
     model = tmp_path / "model"
     single_engine(world).save(model)
     for path in (tmp_path / "none", tmp_path):
@@ -54,9 +54,9 @@ def test_loading_what_does_not_fit(world: World, tmp_path: Path) -> None:
         ({"table_optimizer": TableOptimizer("sgd", 0.1)}, "item.momentum1 40 only there"),
     ]
     for changes, named in others:
-        with pytest.raises(UserError, match="a checkpoint of another model") as told:
+        with pytest.raises(UserError, match="a checkpoint of another model") as raised:
             single_engine(world, **changes).load(model)
-        assert named in str(told.value) and "\n" not in str(told.value)
+        assert named in str(raised.value) and "\n" not in str(raised.value)
     (shards,) = model.glob("*.distcp")
     shards.write_bytes(shards.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot read the model"):
@@ -70,17 +70,17 @@ def test_saving_where_nothing_can_be_written(world: World, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"zero_optimization": {"stage": 1, "reduce_bukcet_size": 5}}, "reduce_bukcet_size = 5"),
         ({"communication_data_type": "fp99"}, "fp99"),
         ({"zero_optimization": {"stage": 3}}, "use 0, 1 or 2"),
     ],
 )
-def test_settings_that_deepspeed_or_the_engine_refuses(world: World, settings: dict[str, Any], told: str) -> None:
+def test_settings_that_deepspeed_or_the_engine_refuses(world: World, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         single_engine(world, deepspeed=settings)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_no_batches_are_no_steps(world: World) -> None:
@@ -90,7 +90,7 @@ def test_no_batches_are_no_steps(world: World) -> None:
     assert engine.steps_done == 0
 
 
-def test_what_a_step_tells(world: World) -> None:
+def test_the_result_of_a_step(world: World) -> None:
     engine = single_engine(world)
     batches = list(batches_of(0, 1))
     before = [predicted.clone() for _, predicted in engine.predict(iter(batches[:1]))]

@@ -1,4 +1,4 @@
-"""Learning rates over a run."""
+"""Learning rate factors over a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch cut into parts gives back what it was."""
+"""The micro-batches of a batch together equal the batch."""
 
 import torch
 from hypothesis import given, settings
@@ -44,7 +44,7 @@ def test_parts_follow_each_other(lengths: list[int], parts: int, fixed: int) -> 
         assert len(part.embedded["side"]) == fixed * len(part.dense)
 
 
-def test_gradients_of_what_is_not_used_are_zero() -> None:
+def test_gradients_of_unused_lookups_are_zero() -> None:
     index = torch.arange(2)
     keyed = KeyedJaggedTensor(keys=["user"], values=index, lengths=torch.ones(2, dtype=torch.int64), stride=2)
     batch = RankingBatch([keyed], *[torch.zeros(2, 1)] * 3, index, index, index, 2)

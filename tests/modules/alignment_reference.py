@@ -1,4 +1,4 @@
-"""The contrastive loss of the histories, one row and one negative at a time."""
+"""Contrastive loss of the histories, one row and one negative at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def alignment_loss(
     symmetric: bool = True,
     detached: str = "none",
 ) -> Tensor:
-    """For each history but the first, the anchor, the sum over rows.
+    """Return the loss, summed over rows, of each history but the first, which is the anchor.
 
     Args:
         histories: for each history and row, its entries ``[entries, dim]``.
-        user_id: of each row.
+        user_id: user of each row.
     """
 
     def unit(entries: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The contrastive loss against its formula, one pair at a time, and what it does to tables."""
+"""Contrastive loss against its formula, one pair at a time, and its effect on tables."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_no_rows_and_tables_of_zeros_give_finite_gradients() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_alignment_pulls_the_sides_of_a_taste_together(seed: int) -> None:
-    """Users of four tastes see items of their taste, under other ids in each history: only the loss ties them."""
+    """Users of four tastes see items of their taste, with other ids in each history: only the loss connects them."""
     random = torch.Generator().manual_seed(seed)
     tastes, items, users = 4, 12, 96
     taste = torch.arange(users) % tastes
@@ -131,7 +131,7 @@ def test_alignment_pulls_the_sides_of_a_taste_together(seed: int) -> None:
         return torch.stack([table[ids].mean(1) for table, ids in zip(tables, seen, strict=True)])
 
     def margin() -> float:
-        """How much nearer the anchor is to other sides of its taste than to those of others."""
+        """Return the anchor's mean similarity to sides of its taste minus that to others, the least over histories."""
         anchor, *others = functional.normalize(sides().detach(), dim=2)
         same = taste[:, None] == taste
         cosines = [anchor @ other.t() for other in others]

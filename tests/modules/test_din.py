@@ -83,7 +83,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "mixed", "none"])
-def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
+def test_attention_weights_are_the_weights_of_the_sum(kind: str) -> None:
     torch.manual_seed(6)
     attention = TargetAttention(5, 4, (6, 3)).double()
     lengths = some_lengths(kind, 8, 5)

@@ -1,4 +1,4 @@
-"""Declarations, lookups, and initial values that no sharding changes."""
+"""Declarations, lookups, and initial values that do not depend on the sharding."""
 
 from __future__ import annotations
 

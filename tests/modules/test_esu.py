@@ -56,8 +56,10 @@ def make_attention(query_dim: int = 5, cross_parts: int = 0) -> SequenceAttentio
 
 
 def looped(attention: SequenceAttention, query: Tensor, sequences: list[list[Tensor]], lengths: list[Tensor]) -> Tensor:
-    """Projections of candidate and entries, scores, softmax and weighted sum, for each row, sequence and head; and the
-    logarithm of one more than the sum of all exp(score)."""
+    """Compute projections, scores, softmax, weighted sum and mass for each row, sequence and head in loops.
+
+    The mass is ``log(1 + sum of exp(score))``.
+    """
     heads, head_dim = attention.heads, attention.value.shape[3]
     item_dim = attention.key.shape[3]
     rows: list[list[Tensor]] = [[] for _ in query]
@@ -141,7 +143,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, cross_parts: int) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
+def test_attention_weights_are_the_weights_of_the_sum(kind: str) -> None:
     torch.manual_seed(5)
     attention = make_attention(cross_parts=1).double()
     lengths = make_lengths(kind, 6)
@@ -159,7 +161,7 @@ def test_shares_are_the_weights_of_the_sum(kind: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), sums.flatten(1))
 
 
-def test_a_head_says_how_many_entries_it_found_and_how_well_they_fit() -> None:
+def test_the_mass_of_a_head_grows_with_number_and_fit_of_entries() -> None:
     attention = SequenceAttention(1, (1,), (20,), heads=1, head_dim=1, alike=[(0, 0)])
     with torch.no_grad():
         attention.query.zero_()
@@ -170,8 +172,8 @@ def test_a_head_says_how_many_entries_it_found_and_how_well_they_fit() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_attention_begins_with_what_is_like_the_candidate() -> None:
-    """Before anything is learnt, entries with the candidate's own vector get the most."""
+def test_attention_starts_with_entries_similar_to_the_candidate() -> None:
+    """Before training, entries with the candidate's own vector get the largest weights."""
     torch.manual_seed(0)
     attention = SequenceAttention(8, (8,), (4,), heads=2, alike=[(column, column) for column in range(8)])
     vectors = 3 * functional.normalize(torch.randn(4, 8), dim=1)

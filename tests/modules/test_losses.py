@@ -1,4 +1,4 @@
-"""The masked loss against a loop over labels."""
+"""Masked loss against a loop over labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_sums_are_those_of_a_loop_over_labels_that_count(seed: int) -> None:
 
 
 @pytest.mark.parametrize("nonsense", [math.inf, -math.inf, 1e30])
-def test_what_is_masked_has_neither_loss_nor_gradient(nonsense: float) -> None:
+def test_masked_labels_have_neither_loss_nor_gradient(nonsense: float) -> None:
     logits = torch.tensor([[0.3, nonsense]], requires_grad=True)
     total, sums = masked_bce(logits, torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.ones(2))
     assert sums[1] == 0
@@ -67,7 +67,7 @@ def test_a_batch_of_no_rows_loses_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_denied_positive_and_its_retraction_pull_like_a_positive(seed: int) -> None:
-    """Equations 2 and 3: the gradients of fast and slow row add to that of one row which said 1 at once."""
+    """Equations 2 and 3: the gradients of a fast and a slow row add up to that of one row with label 1."""
     torch.manual_seed(seed)
     logits = (5 * torch.randn(40, 3)).requires_grad_()
     denied, weight = torch.randint(0, 2, (40, 3)).float(), torch.rand(3)

@@ -1,4 +1,4 @@
-"""The batched networks against loops over experts, gates and behaviours that are written as the papers say."""
+"""Batched networks against loops over experts, gates and behaviours, written like the papers' formulas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def looped_mlp(mlp: BatchedMLP, network: int, x: Tensor) -> Tensor:
 
 
 def looped_layer(layer: GatedExperts, inputs: list[Tensor], shared_input: Tensor) -> list[Tensor]:
-    """CGC: one input a behaviour and one of the shared experts; returns what each gate mixes, the shared one last."""
+    """Compute a CGC from one input for each behaviour and one for the shared part; the shared gate comes last."""
     behaviours, own_experts = layer.behaviours, layer.task_experts
     experts = layer.experts.weights[0].shape[0]
     outputs = []
@@ -65,7 +65,7 @@ def looped_towers(towers: Towers, x: Tensor) -> Tensor:
 def assert_same(
     module: nn.Module, batched: Callable[[Tensor], Tensor], looped: Callable[[Tensor], Tensor], x: Tensor
 ) -> None:
-    """Equal outputs, and equal gradients of the input and of every parameter."""
+    """Check that outputs and the gradients of the input and of every parameter are equal."""
     results = []
     for function in (batched, looped):
         module.zero_grad()
@@ -111,8 +111,8 @@ def test_towers_equal_their_loop(widths: tuple[int, ...], seed: int) -> None:
     assert_same(towers, towers, lambda given: looped_towers(towers, given), x)
 
 
-def test_gates_see_what_the_paper_lets_them_see() -> None:
-    """With one expert a behaviour and one shared, each output names the experts it was mixed from."""
+def test_gates_see_the_experts_that_the_paper_gives_them() -> None:
+    """With one expert for each behaviour and one shared, each output shows the experts it was mixed from."""
     network = PLE(2, 3, 1, 1, [(4,), (4,)]).double()
     first, last = network.layers
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The ranker against inputs put together row by row."""
+"""Ranker against inputs that are joined row by row."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def mean_or_zeros(values: Tensor) -> Tensor:
 
 
 def looped(ranker: Ranker, embedded: dict[str, Tensor], lengths: dict[str, Tensor], dense: Tensor) -> Tensor:
-    """The inputs of the network, row by row, and then the network."""
+    """Join the inputs of the network row by row and run the network."""
     inputs = []
     for row in range(len(dense)):
         user, item = embedded["user"][row], embedded["item"][row]
@@ -165,7 +165,7 @@ def test_inputs_follow_the_type_of_the_parameters_and_logits_are_float32(kind: R
 
 
 @pytest.mark.parametrize("kind", ["ple", "logistic"])
-def test_shares_of_each_history_are_one_in_all(kind: RankerKind) -> None:
+def test_attention_weights_of_each_history_sum_to_one(kind: RankerKind) -> None:
     torch.manual_seed(1)
     embedded, lengths, dense = make_inputs(9)
     ranker = make_ranker(kind)
@@ -231,7 +231,7 @@ TOGETHER = (
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", ["multi_head", "twin"])
-def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kind: AttentionKind, seed: int) -> None:
+def test_all_histories_are_read_together_with_all_features_of_the_candidate(kind: AttentionKind, seed: int) -> None:
     torch.manual_seed(seed)
     ranker = Ranker(
         3,
@@ -279,7 +279,7 @@ def test_all_histories_are_read_together_by_all_that_describes_the_candidate(kin
         torch.testing.assert_close(summed, (count > 0)[:, None].expand(-1, 2).float())
 
 
-def test_histories_that_are_not_alike_cannot_be_read_together() -> None:
+def test_histories_of_different_widths_cannot_be_read_together() -> None:
     with pytest.raises(ValueError, match=r"entries of the same widths, not \[6, 6\] and \[6\]"):
         Ranker(3, LOOKUPS, DIMS, DENSE, HISTORIES, attention_kind="multi_head")
 

@@ -1,4 +1,4 @@
-"""The id map of a dynamic table in plain Python: dictionaries for each bucket, and the rules in order."""
+"""Id map of a dynamic table in plain Python: dictionaries for each bucket, and the rules in order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Bucket:
 
 
 class ReferenceIds:
-    """As trainer.sparse.dynamic_ids.DynamicIds of a whole table. ``bucket_rows`` is its BUCKET_ROWS."""
+    """Reference of trainer.sparse.dynamic_ids.DynamicIds for a whole table; ``bucket_rows`` is its BUCKET_ROWS."""
 
     def __init__(self, table: str, rows: int, admit_after: int, evict: str, bucket_rows: int) -> None:
         self.table, self.rows, self.admit_after, self.evict, self.bucket_rows = (
@@ -57,7 +57,7 @@ class ReferenceIds:
         return next((row for row, slot in served.items() if slot.id == value), -1)
 
     def learn(self, ids: Iterable[int], step: int) -> set[int]:
-        """Returns the rows that have a new id."""
+        """Count the ids of a step and return the rows that have a new id."""
         distinct = sorted(set(ids))
         self.counts["looked_up"] += len(distinct)
         without = []

@@ -1,4 +1,4 @@
-"""Every id travels once: the different ids of a batch against sets, and an exchange against one without."""
+"""Every id is sent once: unique ids against Python sets, and an exchange with and without deduplication."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TABLE_OF = {"item": "item", "user": "user", "seen": "item", "mixed": "item"}
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(IDS, min_size=1, max_size=4))
-def test_different_ids_are_each_id_once_and_places_lead_back(lists: list[list[int]]) -> None:
+def test_unique_ids_contain_each_id_once_and_places_lead_back(lists: list[list[int]]) -> None:
     unique, places = unique_ids([torch.tensor(ids, dtype=torch.int64) for ids in lists])
     assert unique.tolist() == list(dict.fromkeys(id_ for ids in lists for id_ in ids))
     assert [unique[place.long()].tolist() for place in places] == lists
@@ -36,7 +36,7 @@ def test_many_ids_that_the_hash_puts_near_each_other() -> None:
 
 
 class WholeTables:
-    """An exchange with tables of its own; keeps what it is asked for and given."""
+    """Exchange with its own tables that records its calls and the gradients that it gets."""
 
     def __init__(self, tables: Mapping[str, Tensor], ids: KeyedJaggedTensor) -> None:
         self.tables = tables
@@ -71,7 +71,7 @@ def keyed(ids: Mapping[str, Sequence[int]]) -> KeyedJaggedTensor:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("parts", [1, 3])
-def test_an_exchange_gives_and_takes_the_same_and_sends_each_id_of_a_table_once(parts: int, seed: int) -> None:
+def test_deduplication_changes_neither_rows_nor_gradients_and_sends_each_id_once(parts: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tables = {"item": torch.randn(30, 4), "user": torch.randn(9, 4)}
     sizes = {"item": 6, "user": 6, "seen": 40, "mixed": 0 if seed == 0 else 25}

@@ -1,4 +1,4 @@
-"""Ids that come and go, against the same rules in plain Python."""
+"""Admission and eviction of ids, against the same rules in plain Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.sparse.dynamic_ids import BUCKET_ROWS, DynamicIds
 
 POLICIES = ("recency", "frequency", "both")
 FEW = st.integers(-3, 12)
-"""Few enough to come again, enough to crowd a bucket."""
+"""Ids: few enough to repeat, and enough to fill a bucket."""
 STREAMS = st.lists(st.lists(st.one_of(FEW, st.integers(-(2**63), 2**63 - 1)), max_size=15), max_size=25)
 
 
@@ -81,7 +81,7 @@ def test_many_ids_in_buckets_as_they_are(rows: int, evict: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(stream=STREAMS, evict=st.sampled_from(POLICIES), cut=st.integers(0, 3))
 def test_parts_of_a_table_are_the_whole_one(stream: list[list[int]], evict: str, cut: int) -> None:
-    """What the ranks of a table that is cut by rows do together."""
+    """The shards of a row-wise sharded table together equal one whole table."""
     rows, bucket_rows = 11, 3
     with patch.object(dynamic_ids, "BUCKET_ROWS", bucket_rows):
         table = whole_table(rows, 1, evict)
@@ -92,8 +92,8 @@ def test_parts_of_a_table_are_the_whole_one(stream: list[list[int]], evict: str,
             whole.learn(tensor(of_step), step)
             of_part = np.empty(len(of_step), np.int64)
             dynamic_ids.hash_rows(tensor(of_step).numpy(), dynamic_ids.hash_salt("author"), rows, of_part)
-            for part, mine in zip(parts, (of_part < edge, of_part >= edge), strict=True):
-                part.learn(tensor(of_step)[torch.from_numpy(mine)], step)
+            for part, in_part in zip(parts, (of_part < edge, of_part >= edge), strict=True):
+                part.learn(tensor(of_step)[torch.from_numpy(in_part)], step)
         for name, column in whole.columns.items():
             assert torch.equal(torch.cat([part.columns[name] for part in parts]), column)
 
@@ -113,7 +113,7 @@ def test_repetitions_order_and_finding_change_nothing() -> None:
 
 
 def test_candidates_are_bounded() -> None:
-    """Ids that come once never fill anything; one that comes again is admitted in spite of them."""
+    """Ids that occur once never get a row, and do not keep an id that occurs again from getting one."""
     ids = DynamicIds(whole_table(33, 2, "recency"), 0, 33)
     for step in range(1, 200):
         passing = torch.arange(20) + 1000 * step

@@ -1,4 +1,4 @@
-"""Which shardings a table may have, before TorchRec is asked."""
+"""Allowed shardings of a table, checked before TorchRec's planner runs."""
 
 from itertools import accumulate, pairwise
 
@@ -18,7 +18,7 @@ def test_whole_and_cut_by_rows_are_always_allowed(kind: str, sharding: str, worl
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad"])
-def test_auto_leaves_what_is_exact(kind: str) -> None:
+def test_auto_allows_the_exact_shardings(kind: str) -> None:
     table = Table("t", 100, 16)
     assert sharding_types(table, TableOptimizer(kind, 0.1), 4) == ["table_wise", "row_wise"]
     assert sharding_types(table, TableOptimizer(kind, 0.1), 1) == ["table_wise"]
@@ -41,10 +41,10 @@ def test_columns_may_be_cut_under_elementwise_optimizers(kind: str) -> None:
         (Table("t", 9, 16, sharding="data_parallel"), "rowwise_adagrad", 1, "no fused kernel"),
     ],
 )
-def test_the_rest_is_refused_with_the_reason(table: Table, kind: str, world: int, reason: str) -> None:
-    with pytest.raises(UserError, match=reason) as told:
+def test_other_shardings_are_refused_with_the_reason(table: Table, kind: str, world: int, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as raised:
         sharding_types(table, TableOptimizer(kind, 0.1), world)
-    assert repr(table.name) in str(told.value) and repr(table.sharding) in str(told.value)
+    assert repr(table.name) in str(raised.value) and repr(table.sharding) in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_dynamic_tables_are_cut_between_buckets(rows: int, ranks: int, sizes: li
     assert [shard.shard_offsets for shard in shards] == [[first, 0] for first in accumulate([0, *sizes[:-1]])]
 
 
-def test_a_plan_in_words() -> None:
+def test_a_plan_as_text() -> None:
     described = [
         {
             "table": "user",

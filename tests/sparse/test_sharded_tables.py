@@ -1,4 +1,4 @@
-"""Sharded tables in one process; on several ranks they are tested by tests/distributed/test_engine.py."""
+"""Sharded tables in one process; tests/distributed/test_engine.py tests them on several ranks."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,7 +59,7 @@ WIDE = KeyedJaggedTensor(keys=["wide"], values=torch.tensor([4, 0]), lengths=tor
 
 
 @pytest.mark.parametrize("path", ["flat", "torchrec"])
-def test_rows_are_the_initial_ones_and_learn(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_have_initial_values_and_are_trained(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "torchrec":
         monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
     sharded = make(world, TableOptimizer("sgd", 0.5))
@@ -94,24 +94,24 @@ def test_rows_are_the_initial_ones_and_learn(world: World, path: str, monkeypatc
 
 
 @pytest.mark.parametrize(("user", "bad"), [([10, 0], 10), ([0, -1], -1)])
-def test_an_id_outside_its_table_is_told(world: World, user: list[int], bad: int) -> None:
+def test_an_id_outside_its_table_is_an_error(world: World, user: list[int], bad: int) -> None:
     sharded = make(world, TableOptimizer("rowwise_adagrad", 0.1))
     exchanges = sharded.exchanges([ids(user=user, item=[0, 0], seen=[]), WIDE])
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         exchanges[0].start()
     for word in ("'user'", f"id {bad} ", "10"):
-        assert word in str(told.value)
+        assert word in str(raised.value)
 
 
-def test_a_refused_sharding_is_told_before_anything_is_allocated(world: World) -> None:
+def test_a_refused_sharding_is_an_error_before_anything_is_allocated(world: World) -> None:
     with pytest.raises(UserError, match="data_parallel"):
         make(world, TableOptimizer("sgd", 0.1), [Table("user", 1 << 40, 4, sharding="data_parallel")])
 
 
-def test_tables_that_do_not_fit_are_told(world: World) -> None:
-    with pytest.raises(UserError, match=r"no sharding of 17,592\.2 GB of tables on 1 ranks") as told:
+def test_tables_that_do_not_fit_into_memory_are_an_error(world: World) -> None:
+    with pytest.raises(UserError, match=r"no sharding of 17,592\.2 GB of tables on 1 ranks") as raised:
         make(world, TableOptimizer("sgd", 0.1), [Table("user", 1 << 40, 4)])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_learning_rate(world: World) -> None:
@@ -130,7 +130,7 @@ def test_learning_rate(world: World) -> None:
 
 
 def test_dynamic_ids_need_the_cpu_exchange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU, and on a CPU a table of the same width that is cut by columns."""
+    """Neither a GPU nor a column-wise sharded table of the same width has the CPU exchange."""
     monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
     declared = [replace(TABLES[0], dynamic=Dynamic(1, "recency")), *TABLES[1:]]
     with pytest.raises(UserError, match="table 'user': dynamic ids work on a CPU, with all tables of the same width"):

@@ -1,4 +1,4 @@
-"""The fast searches against their definition in plain PyTorch, entry by entry."""
+"""Fast searches against their definition in plain PyTorch, entry by entry."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_hard_searches_are_their_definitions(seed, n, length, require):
 @pytest.mark.parametrize("dtype", [np.float16, np.int8])
 @pytest.mark.parametrize("order", ["falling", "rising", "equal"])
 def test_scores_in_the_worst_orders(dtype, order):
-    """Every entry better than all before it: the list is cut again and again."""
+    """Every entry is better than all before it, so the short list is cut many times."""
     n, length = 9000, 50
     values = np.zeros((121, 16), dtype)
     values[:, 0] = np.arange(121)
@@ -114,7 +114,7 @@ def test_a_candidate_without_a_vector_finds_the_latest():
 
 
 def test_half_scores_round_as_stated():
-    """One large value beside small ones, whose sum depends on the order: the exact scores have other winners."""
+    """Sums of one large and many small values depend on the order: exact scores would find other entries."""
     rng = np.random.default_rng(1)
     values = (3 * rng.standard_normal((4000, 48))).astype(np.float16)
     values[:, 0] = 30_000

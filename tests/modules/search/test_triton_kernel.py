@@ -1,6 +1,6 @@
-"""The GPU's search against its definition in plain PyTorch, entry by entry.
+"""GPU search against its definition in plain PyTorch, entry by entry.
 
-Without a GPU the kernel runs in Triton's interpreter, minutes in place of seconds, where Triton is installed.
+Without a GPU the kernel runs in Triton's interpreter, if Triton is installed, which takes minutes instead of seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Base losses against plain formulas, and on distributions that are known."""
+"""Base losses against plain formulas, and on known distributions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stays(seed: int, rows: int = 4000, opened: float = 0.2) -> tuple[np.ndarray,
 
 
 def train_constant(base: BaseLoss, seconds: np.ndarray, duration: np.ndarray, steps: int = 400) -> torch.Tensor:
-    """The logits that say the same of every row and minimise the loss, ``[outputs]``."""
+    """Return the logits, the same for every row, that minimise the loss, ``[outputs]``."""
     logits = torch.zeros(base.outputs, requires_grad=True)
     s, d = torch.from_numpy(seconds), torch.from_numpy(duration)
     optimizer = torch.optim.LBFGS([logits], max_iter=steps, line_search_fn="strong_wolfe")
@@ -45,7 +45,7 @@ def sigmoid(x: np.ndarray | float) -> np.ndarray:
 
 
 def plain(kind: str, base: BaseLoss, z: np.ndarray, s: float, d: float, training: tuple[np.ndarray, ...]) -> float:
-    """Loss of one row by the formulas, over again from the training rows."""
+    """Return the loss of one row by the formulas, fitted again on the training rows."""
     seconds, duration = (column.astype(np.float64) for column in training)
     if kind == "vr":
         return ((z[0] * seconds.std() + seconds.mean() - s) / seconds.std()) ** 2
@@ -139,7 +139,7 @@ def test_pcr_recovers_a_stay_that_is_a_share_of_the_duration() -> None:
 
 
 def test_d2q_recovers_a_quantile_of_each_duration_group() -> None:
-    """Stays uniform in [0, duration], so that the middle of a group's distribution is half of its duration."""
+    """Stays are uniform in [0, duration], so the median of a group is half of its duration."""
     random = np.random.default_rng(1)
     duration = random.choice(np.float32([20, 100]), 20_000)
     seconds = (duration * random.random(20_000)).astype(np.float32)
@@ -163,7 +163,7 @@ def test_ndt_recovers_the_mean_of_the_transform() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_logits_are_what_training_is_like(kind: BaseKind) -> None:
+def test_the_first_logits_predict_the_average_of_training(kind: BaseKind) -> None:
     seconds, duration = stays(2)
     base = fit_base(kind, seconds, duration)
     s, d = torch.from_numpy(seconds), torch.from_numpy(duration)

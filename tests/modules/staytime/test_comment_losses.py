@@ -1,4 +1,4 @@
-"""LCU's auxiliary losses against plain formulas."""
+"""Auxiliary losses of LCU against plain formulas."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_listmle_is_the_plain_formula_over_the_comments_that_are_there(seed: int) -> None:
+def test_listmle_is_the_plain_formula_over_the_present_comments(seed: int) -> None:
     scores, popularity, _, present = random_batch(seed)
     for loss, prepare in ((listmle, lambda s: s), (released_listmle, softmax)):
         found = loss(scores, popularity, present).numpy()
@@ -66,7 +66,7 @@ def test_listmle_is_the_likelihood_of_an_order() -> None:
 
 
 def test_probabilities_leave_listmle_hardly_any_room() -> None:
-    """The defect of the released code: of six comments the best loss is 5.83, and 6.58 says nothing."""
+    """Defect of the released code: for six comments the best loss is 5.83, and equal scores already give 6.58."""
     popularity, present = torch.arange(6, 0, -1)[None], torch.ones(1, 6, dtype=torch.bool)
     scores = torch.zeros(1, 6, requires_grad=True)
     assert released_listmle(scores, popularity, present).item() == pytest.approx(math.log(720), abs=1e-4)
@@ -121,7 +121,7 @@ def test_softmax_cannot_say_that_two_comments_were_touched() -> None:
     assert released_touched_bce(scores, touched, present).item() == pytest.approx(math.log(2) / 2, abs=1e-4)
 
 
-def test_rows_without_an_order_are_told() -> None:
+def test_rows_without_an_order_are_recognised() -> None:
     popularity = torch.tensor([[3, 3, 3], [3, 3, 1], [2, 2, 9], [5, 0, 0], [4, 4, 4]])
     present = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
     assert ranked_rows(popularity, present).tolist() == [False, True, False, False, False]

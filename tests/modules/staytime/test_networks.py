@@ -1,4 +1,4 @@
-"""LCU's second stage: what each part reaches, and what must not matter."""
+"""Second stage of LCU: inputs that must change an output, and inputs that must not."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_base_alone_sees_nothing_of_the_comments() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_the_comments_says_nothing(lcu: StaytimeNetwork, seed: int) -> None:
+def test_the_order_of_the_comments_does_not_matter(lcu: StaytimeNetwork, seed: int) -> None:
     inputs = batch(seed)
     order = torch.randperm(COMMENTS, generator=torch.Generator().manual_seed(seed))
     shuffled = replace(
