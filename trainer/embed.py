@@ -31,12 +31,12 @@ KINDS: tuple[Kind, ...] = ("items", "comments", "segments", "authors")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m trainer.embed``."""
-    given = parse_rank_arguments(
+    options = parse_rank_arguments(
         "trainer.embed", "Make vectors of a dataset's texts; one process per rank.", TRAIN_ARGUMENTS, arguments
     )
 
     def job() -> None:
-        config = load_embedding(given.config, given.overrides)
+        config = load_embedding(options.config, options.overrides)
         with World.join(config.embed.device) as world:
             embed(config, world)
 

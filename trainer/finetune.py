@@ -1,9 +1,9 @@
-"""Fine-tune a language model with LoRA under DeepSpeed. One process of it runs on every rank.
+"""Fine-tune a language model with LoRA under DeepSpeed. One process runs on every rank.
 
 limelight finetune configs/finetune_small.toml --ranks 2
 torchrun --nproc-per-node 2 -m trainer.finetune configs/finetune_small.toml train.epochs=2
 
-The same command again goes on where the last one stopped.
+The same command again resumes where the last one stopped.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.run_directory import base_path, begin_run, choose_directory, make_directory
+from trainer.checkpoint.run_directory import begin_run, choose_directory, make_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
-from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, AdapterIdentity
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
-from trainer.llm.finetuning.packing import Schedule
-from trainer.llm.finetuning.prepare import deepspeed_settings, load_base, metrics_document, prepare_base, prepare_tokens
+from trainer.llm.finetuning.prepare import (
+    deepspeed_settings,
+    make_schedule,
+    metrics_document,
+    prepare_base,
+    prepare_tokens,
+    start_engine,
+)
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.finetuning.train_loop import train
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.adapter import save_adapter
-from trainer.llm.models.base_model import add_adapter
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
-from trainer.runtime.rng_state import start_random_states
 from trainer.runtime.run_lock import locked
 
 logger = logging.getLogger("trainer.finetune")
@@ -40,12 +43,12 @@ logger = logging.getLogger("trainer.finetune")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m trainer.finetune``."""
-    given = parse_rank_arguments(
+    options = parse_rank_arguments(
         "trainer.finetune", "Fine-tune a language model; one process per rank.", TRAIN_ARGUMENTS, arguments
     )
 
     def job() -> None:
-        config = load_finetune(given.config, given.overrides)
+        config = load_finetune(options.config, options.overrides)
         with World.join(config.train.device) as world:
             run_job(config, world, Preemption())
 
@@ -68,24 +71,8 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
         base = prepare_base(config, directory, world)
         options = Options.of(held_out, base.tokenizer, config.data.length) if held_out else None
         tokens, samples = prepare_tokens(config, base, directory, world)
-
-        start_random_states(config.run.seed, 0, 0)
-        model = add_adapter(load_base(config, base, settings), config.lora, base_path(config, directory))
-        engine = AdapterEngine(
-            model,
-            config.optimizer,
-            settings,
-            device=world.device,
-            checkpointing=config.model.gradient_checkpointing,
-        )
-        schedule = Schedule.of(
-            tokens.lengths,
-            config.data.length,
-            seed=config.run.seed,
-            epochs=config.train.epochs,
-            batch_size=config.train.batch_size,
-            packing=config.data.packing,
-        )
+        model, engine = start_engine(config, base, settings, directory, world.device)
+        schedule = make_schedule(config, tokens)
         state = FinetuneState(schedule.steps, sum(map(len, schedule.epochs)))
         identity = AdapterIdentity(config, base.fingerprint, samples)
         checkpoints = AdapterCheckpoints(directory / "checkpoints", identity, world)
@@ -96,23 +83,23 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
 
         report: dict[str, Any] = {}
         if options is not None:
-            rows = settings["train_micro_batch_size_per_gpu"]
             report = evaluate(
                 engine,
                 model,
                 options,
                 tokens.counts.answers,
                 length=config.data.length,
-                rows=rows,
+                rows=settings["train_micro_batch_size_per_gpu"],
                 world=world,
             )
             logger.info(report_table(report))
+        # Collective under ZeRO 3, hence before the branch on the rank.
         values = engine.adapter()
         document = metrics_document(config, base, engine, tokens, state, report, checkpoints.stalls)
         if world.rank == 0:
             record = {key: document[key] for key in ("base", "length", "tasks")}
             save_adapter(model, values, directory / "adapter", record)
-            # Last: what has a metrics.json is not done again.
+            # Written last, because a run with a metrics.json counts as finished.
             write_json(directory / "metrics.json", document)
         checkpoints.close()
         engine.close()

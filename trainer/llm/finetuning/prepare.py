@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer.checkpoint.manifest import DatasetEntry, file_entry
 from trainer.checkpoint.run_directory import base_path
@@ -20,13 +21,15 @@ from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.adapter_engine import AdapterEngine, partitioned_loading
+from trainer.llm.finetuning.packing import Schedule
 from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
 from trainer.llm.finetuning.training_state import FinetuneState
-from trainer.llm.models.base_model import BaseModelFiles
+from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
+from trainer.runtime.rng_state import start_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +38,26 @@ _TOKENIZER_SAMPLES = 100_000
 
 
 def deepspeed_settings(config: FinetuneConfig, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's settings, checked, with the batch sizes filled in.
+    """Read and check the DeepSpeed settings of a job, and fill in the batch sizes.
 
     Raises:
-        UserError: the batch cannot be divided by ranks and micro-batches, or a setting that is not supported.
+        UserError: the batch size is not divisible by ranks and micro-batches, or a setting is not supported.
     """
     rows, rest = divmod(config.train.batch_size, ranks)
     if rest:
         raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {ranks} ranks")
-    given = load_deepspeed(config.train.deepspeed)
-    return complete_settings({"zero_optimization": {"stage": 2}, **given}, rows, ranks, LANGUAGE_MODEL)
+    settings = load_deepspeed(config.train.deepspeed)
+    return complete_settings({"zero_optimization": {"stage": 2}, **settings}, rows, ranks, LANGUAGE_MODEL)
 
 
 def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseModelFiles:
-    """The model that is adapted; the small one is made by the first rank, once in a run."""
+    """Find the base model and check that it fits the job; the first rank creates the small model, once per run."""
     if not config.model.path and world.rank == 0:
         samples = itertools.islice(read_samples(config.data.train, ReadCounts()), _TOKENIZER_SAMPLES)
         texts = (sample.prompt + sample.answer for sample in samples)
         write_small_model(directory / "base", texts, config.small, seed=config.run.seed, length=config.data.length)
     elif world.rank == 0:
-        # One rank downloads what is not here yet.
+        # One rank downloads the model, the others find it in the local cache after the barrier.
         BaseModelFiles.open(config.model.path, config.model.tokenizer)
     world.barrier()
     base = BaseModelFiles.open(base_path(config, directory), config.model.tokenizer)
@@ -63,10 +66,10 @@ def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseM
 
 
 def check_length(config: FinetuneConfig, base: BaseModelFiles) -> None:
-    """Check that the model takes sequences of the job's length.
+    """Check that the model supports sequences of the job's length.
 
     Raises:
-        UserError: it takes fewer tokens.
+        UserError: the model supports fewer tokens.
     """
     if config.data.length > base.config.max_position_embeddings:
         raise UserError(
@@ -131,10 +134,42 @@ def draw(samples: Iterable[Sample], number: int, seed: int) -> list[Sample]:
     return drawn
 
 
-def load_base(config: FinetuneConfig, base: BaseModelFiles, settings: dict[str, Any]) -> Any:
-    """Load the base model with its weights, in the precision of the DeepSpeed settings."""
+def start_engine(
+    config: FinetuneConfig, base: BaseModelFiles, settings: dict[str, Any], directory: Path, device: torch.device
+) -> tuple[Any, AdapterEngine]:
+    """Load the base model, add a new adapter, and start the DeepSpeed engine. Collective.
+
+    Args:
+        config: the job.
+        base: files of the base model.
+        settings: DeepSpeed settings from :func:`deepspeed_settings`; they decide the precision of the base model.
+        directory: directory of the run.
+        device: device of this rank.
+
+    Returns:
+        peft's wrapper of the model, and the engine that trains it.
+    """
+    # The same seed on every rank, because the adapter's initial values must be the same on all of them.
+    start_random_states(config.run.seed, 0, 0)
     with partitioned_loading(settings):
-        return base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
+        model = base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
+    adapted = add_adapter(model, config.lora, base_path(config, directory))
+    engine = AdapterEngine(
+        adapted, config.optimizer, settings, device=device, checkpointing=config.model.gradient_checkpointing
+    )
+    return adapted, engine
+
+
+def make_schedule(config: FinetuneConfig, tokens: Tokens) -> Schedule:
+    """Assign the samples to sequences and steps, for all epochs."""
+    return Schedule.of(
+        tokens.lengths,
+        config.data.length,
+        seed=config.run.seed,
+        epochs=config.train.epochs,
+        batch_size=config.train.batch_size,
+        packing=config.data.packing,
+    )
 
 
 def metrics_document(
