@@ -1,19 +1,20 @@
-"""Predict the seconds that a user stays in the comment area of a video, with or without LCU; train, and evaluate.
+"""Train and evaluate a model of the seconds that a user stays in the comment area of a video, with or without LCU.
 
 limelight staytime configs/staytime.toml base.loss=d2q
 
-One process. The tables are those of users, videos and comments with some training rows, a few hundred MB at most, and
-an epoch over a few million visits takes minutes: sharding them by TorchRec or the optimizer by DeepSpeed would cost
-more than it saves, so this is a plain PyTorch loop on one device. A run that was ended begins anew. A finished one
-predicts other visits by ``limelight score`` (``trainer/comment_staytime/scoring.py``). It leaves::
+The job is one process with a plain PyTorch loop on one device. The embedding tables hold only users, videos and
+comments with some training rows, a few hundred MB at most, and an epoch over a few million visits takes minutes:
+sharding with TorchRec and DeepSpeed would cost more than it saves. An interrupted run starts again from the beginning.
+``limelight score RUN OUT.parquet`` predicts other visits with a finished run (``trainer/comment_staytime/scoring.py``).
+A run has these files::
 
     config.json          the resolved job
     environment.json     versions, machine, command line
-    fitted.json          what was fitted on the training range: the base's edges and means, features, coverage, a digest
-    logs/                what the job said
+    fitted.json          values fitted on the training range (of the base loss, features), and a digest of its inputs
+    logs/                log of the job
     model.safetensors    the network
     predictions.parquet  visit_id, user_id, item_id, seconds, predicted, score of the held-out visits
-    metrics.json         written last; a run with one has finished
+    metrics.json         metrics; written last, so a run that has it has finished
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ logger = logging.getLogger("trainer.staytime")
 
 
 def run_job(config: StaytimeConfig) -> None:
-    """Train and evaluate the model of a job, and write the run."""
+    """Train and evaluate the model of a job, and write the run directory.
+
+    Raises:
+        UserError: a finished run is already there, or the data or the job has a mistake.
+    """
     device = choose_device(config.train.device, 0)
     directory = Path(config.run.directory or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (directory / "metrics.json").exists():

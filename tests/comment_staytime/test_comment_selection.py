@@ -1,4 +1,4 @@
-"""Which comments stand for a visit: against a plain reference, and never from the future."""
+"""Selection of comments: compared with a plain reference, and never from the future."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def log(seed: int, rows: int = 300, *, likes_known: bool = True) -> CommentVisit
 
 
 def plain(visits: CommentVisits, row: int, number: int, rule: str) -> set[int]:
-    """The comments of one visit by the rules, one after the other."""
+    """Select the comments of one visit by applying the rules one after the other."""
     now = visits.request_ms[row]
     first = [int(comment) for comment in visits.touched[row] if comment >= 0]
     if rule == "known":
@@ -80,7 +80,7 @@ def test_the_comments_are_those_of_the_plain_rules(seed: int, likes_known: bool,
 
 
 def changed_after(visits: CommentVisits, moment: int, seed: int) -> CommentVisits:
-    """The same log with other touches and likes in all visits that end after a moment."""
+    """Return the same log with other touches and likes in all visits that end after a moment."""
     random = np.random.default_rng(seed)
     later = visits.left_ms > moment
     touched, likes = visits.touched.copy(), visits.likes.copy()
@@ -104,7 +104,7 @@ def test_nothing_later_than_the_request_is_looked_at(seed: int, likes_known: boo
 
 
 def test_the_rule_touched_tells_the_outcome() -> None:
-    """Why it is not the default: whoever sees a row's comments knows that the area was opened."""
+    """Show why it is not the default: a row's comments reveal that the area was opened."""
     visits = log(1)
     leaky = touched_among(choose_comments(visits, 6, 1, "touched"), visits)
     assert (leaky.sum(1) == (visits.touched >= 0).sum(1)).all()

@@ -1,4 +1,4 @@
-"""The staytime job on a small simulated world: what it reads, learns from, writes, and refuses."""
+"""The staytime job on a small simulated world: inputs, training, files of a run, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from modules.staytime.networks import StaytimeOutput
 from tests.paths import ROOT
 from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
-from trainer.comment_staytime.model import Labels, Predictions, build_network, fit_base_on, joint_loss, train
+from trainer.comment_staytime.model import Labels, StaytimePredictions, build_network, fit_base_on, joint_loss, train
 from trainer.config.load import load_job
 from trainer.config.staytime import PECULIARITIES, StaytimeConfig
 from trainer.console.errors import UserError
@@ -100,8 +100,8 @@ def test_a_run_leaves_what_it_says_and_is_not_overwritten(
     run = tmp_path / "run"
     arguments = [f"data.path={world}", "data.eval_from=2024-03-06", f"run.directory={run}", *SMALL, *embeddings]
     assert main(["staytime", str(JOB), *arguments]) == 0
-    said = capsys.readouterr().out
-    assert "true expectation" in said and f"run: {run}" in said and "fewer than 6 comments" in said
+    printed = capsys.readouterr().out
+    assert "true expectation" in printed and f"run: {run}" in printed and "fewer than 6 comments" in printed
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.json", "environment.json", "fitted.json", "model.safetensors", "metrics.json", "logs"}
     config = StaytimeConfig.model_validate(json.loads((run / "config.json").read_text()))
@@ -236,7 +236,7 @@ def _train_only(config: StaytimeConfig, data: StaytimeData) -> dict[str, torch.T
 
 
 def test_text_and_comments_are_worth_something(world: Path) -> None:
-    """The truth as a comment's only embedding: LCU must find it."""
+    """Give LCU the true quality of comments as their only embedding: it must learn from it."""
     config = job(world, "lcu.enabled=false", "train.epochs=4", "train.learning_rate=0.01")
     alone = train_and_evaluate(config, load(config), CPU, quiet=True)
     table = pq.read_table(world / "truth" / "comments.parquet")
@@ -275,18 +275,18 @@ def test_the_joint_loss_is_the_weighted_sum(world: Path, swapped: bool, softmax:
     generator = torch.Generator().manual_seed(1)
     seconds = torch.rand(30, generator=generator)
     base = fit_base("vr", seconds.numpy(), seconds.numpy())
-    said = StaytimeOutput(*(torch.randn(30, width, generator=generator) for width in (1, 6, 6)))
+    output = StaytimeOutput(*(torch.randn(30, width, generator=generator) for width in (1, 6, 6)))
     present = torch.rand(30, 6, generator=generator) < 0.8
     popular = torch.randint(0, 3, (30, 6), generator=generator).float()
     touched = (torch.rand(30, 6, generator=generator) < 0.1) & present
-    found = joint_loss(said, base, Labels(seconds, seconds, popular, touched), present, config.lcu)
-    assert said.popular is not None and said.touched is not None
-    by_popularity, by_touch = (released_listmle, released_touched_bce) if softmax else (listmle, touched_bce)
-    one = mean_over(by_popularity(said.popular, popular, present), ranked_rows(popular, present))
-    two = mean_over(by_touch(said.touched, touched, present), touched.any(1))
+    losses = joint_loss(output, base, Labels(seconds, seconds, popular, touched), present, config.lcu)
+    assert output.popular is not None and output.touched is not None
+    popular_loss, touched_loss = (released_listmle, released_touched_bce) if softmax else (listmle, touched_bce)
+    one = mean_over(popular_loss(output.popular, popular, present), ranked_rows(popular, present))
+    two = mean_over(touched_loss(output.touched, touched, present), touched.any(1))
     weights = (5, 2) if swapped else (2, 5)
-    expected = base.loss(said.logits, seconds, seconds).mean() + weights[0] * one + weights[1] * two
-    torch.testing.assert_close(found["loss"], expected)
+    expected = base.loss(output.logits, seconds, seconds).mean() + weights[0] * one + weights[1] * two
+    torch.testing.assert_close(losses["loss"], expected)
 
 
 def test_the_truth_is_the_best_and_unbiased(world: Path) -> None:
@@ -295,11 +295,10 @@ def test_the_truth_is_the_best_and_unbiased(world: Path) -> None:
     rows = data.held_out
     truth = read_truth(str(world), data.visit_id[rows])
     assert truth is not None
-    said = Predictions(truth, truth, None, None)
-    found = evaluate(config, data, said)
-    assert found["all"] == found["truth"]
-    assert found["all"]["bias"] == pytest.approx(1, abs=0.25)
-    assert found["all"]["rmse"] < found["constant"]["training mean"]["rmse"] < found["constant"]["zero"]["rmse"]
+    metrics = evaluate(config, data, StaytimePredictions(truth, truth, None, None))
+    assert metrics["all"] == metrics["truth"]
+    assert metrics["all"]["bias"] == pytest.approx(1, abs=0.25)
+    assert metrics["all"]["rmse"] < metrics["constant"]["training mean"]["rmse"] < metrics["constant"]["zero"]["rmse"]
     assert read_truth(str(world.parent), data.visit_id) is None
 
 
@@ -329,9 +328,9 @@ def first_value(table: pa.Table, name: str, value: Any) -> pa.Table:
         (
             "visits",
             lambda t: first_value(t, "shown_likes", [1] * 11),
-            r"visit \d+ has 11 shown_likes for \d+ comments shown; it must be one for each",
+            r"visit \d+ has 11 shown_likes for \d+ comments shown; it must have one for each",
         ),
-        ("comments", lambda t: None, "has no comments, which LCU reads; lcu.enabled=false"),
+        ("comments", lambda t: None, "has no comments, which LCU needs; lcu.enabled=false"),
         ("visits", lambda t: None, r"has no texts/visits\.parquet"),
         ("items", lambda t: None, r"has no texts/items\.parquet"),
         (
@@ -356,7 +355,7 @@ def test_bad_tables_are_told_in_one_line(
         (["lcu.lambda=1"], "unknown key lcu.lambda; did you mean lcu.lambda"),
         (["lcu.heads=3"], "lcu.heads = 3 must divide input.dim = 8"),
         (["base.backbone=autoint", "base.heads=3"], "base.heads = 3 must divide input.dim = 8"),
-        (["lcu.comment_ids=false"], "comments need lcu.comment_embeddings or lcu.comment_ids"),
+        (["lcu.comment_ids=false"], "set lcu.comment_embeddings or lcu.comment_ids = true"),
         (["lcu.mode=released"], "`bare_network` needs lcu.item_embeddings"),
         (["lcu.enabled=false", "lcu.peculiarities=['softmax_listmle']"], "peculiarities of LCU need lcu.enabled"),
         (["lcu.peculiarities=['separate_opening']", "base.loss=vr"], "need base.loss = 'wlr'"),
@@ -388,7 +387,7 @@ def test_bad_ranges_and_names_are_told_in_one_line(world: Path, overrides: list[
 
 def test_an_embedding_table_of_other_things_is_refused(world: Path, tmp_path: Path) -> None:
     ContentVectors.write(tmp_path / "other", np.array([1 << 40]), np.ones((1, 4)))
-    with pytest.raises(UserError, match="has none of the ids that the dataset has"):
+    with pytest.raises(UserError, match="has none of the dataset's ids"):
         load(job(world, f"lcu.comment_embeddings={tmp_path / 'other'}"))
 
 
@@ -414,7 +413,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(world: Path) -> None:
 
 @pytest.mark.slow
 def test_every_base_runs_on_kuairands_comment_stay_time(real_kuairand: Path, tmp_path: Path) -> None:
-    """No texts there: the bases alone."""
+    """Train the base models alone, because KuaiRand has no texts."""
     import_kuairand(real_kuairand, tmp_path / "kuairand", 2)
     common = ["lcu.enabled=false", "input.exclude=['user_id']", "train.epochs=1", "train.batch_size=1024"]
     config = job(tmp_path / "kuairand", "data.eval_from=2022-05-04", *common)
@@ -426,5 +425,5 @@ def test_every_base_runs_on_kuairands_comment_stay_time(real_kuairand: Path, tmp
         # Better than by chance on later days; and no longer opened than 300 s, where the log is cut.
         assert metrics["all"]["xauc"] > 0.55, loss
         assert metrics["all"]["gauc"] is not None and "truth" not in metrics
-    with pytest.raises(UserError, match=r"has no comments, which LCU reads; lcu\.enabled=false"):
+    with pytest.raises(UserError, match=r"has no comments, which LCU needs; lcu\.enabled=false"):
         load(job(tmp_path / "kuairand", "data.eval_from=2022-05-04"))

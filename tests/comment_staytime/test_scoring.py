@@ -1,4 +1,4 @@
-"""``limelight score``: a finished run predicts visits again, and those of other ranges."""
+"""``limelight score`` of a staytime run: the run's own range again, and other ranges."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train(world: Path, run: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose fitted points matter, with LCU on texts."""
+    """A run of D2Q, whose fitted quantiles matter, with LCU on texts."""
     texts = [f"lcu.{name}_embeddings={world.parent / name}s" for name in ("item", "comment")]
     return train(world, tmp_path_factory.mktemp("runs") / "run", "base.loss=d2q", *texts)
 
@@ -59,7 +59,7 @@ def test_a_run_predicts_its_own_range_bit_for_bit(
     world: Path, tmp_path: Path, overrides: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [f"lcu.{name}_embeddings={world.parent / name}s" for name in ("item", "comment")]
-    settings = [setting for given in overrides for setting in (texts if given == "texts" else [given])]
+    settings = [setting for override in overrides for setting in (texts if override == "texts" else [override])]
     run = train(world, tmp_path / "run", *settings)
     table = capsys.readouterr().out.split("\n\n")[1]
     assert main(["score", str(run), str(tmp_path / "again.parquet")]) == 0
@@ -68,7 +68,7 @@ def test_a_run_predicts_its_own_range_bit_for_bit(
 
 
 def predicted(file: Path) -> dict[int, float]:
-    """Visit -> seconds."""
+    """Predicted seconds by visit id."""
     table = pq.read_table(file)
     return dict(zip(table["visit_id"].to_pylist(), table["predicted"].to_pylist(), strict=True))
 
@@ -82,7 +82,7 @@ def test_a_part_of_the_range_is_that_part(world: Path, run: Path, tmp_path: Path
 
 
 def test_a_dataset_that_has_grown_gives_the_same(world: Path, run: Path, tmp_path: Path) -> None:
-    """Trained while the world ended a day earlier: later visits change nothing that is said of earlier ones."""
+    """Trained while the world ended a day earlier: later visits change nothing that is printed of earlier ones."""
     short = tmp_path / "short"
     shutil.copytree(world, short)
     file = short / "texts" / "visits.parquet"
@@ -111,8 +111,8 @@ def test_bad_ranges_are_told_in_one_line(
     run: Path, tmp_path: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["score", str(run), str(tmp_path / "out.parquet"), *arguments]) == 2
-    said = capsys.readouterr().err
-    assert expected in said and len(said.strip().splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert expected in printed and len(printed.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -123,9 +123,9 @@ def test_bad_runs_are_told_in_one_line(
         capsys.readouterr()
         assert main(["score", str(directory), str(tmp_path / "out.parquet"), *arguments]) == 2
         assert not (tmp_path / "out.parquet").exists()
-        said = capsys.readouterr().err
-        assert len(said.strip().splitlines()) == 1
-        return said
+        printed = capsys.readouterr().err
+        assert len(printed.strip().splitlines()) == 1
+        return printed
 
     assert "no run here (config.json is missing)" in refused(tmp_path)
     changed = tmp_path / "changed"

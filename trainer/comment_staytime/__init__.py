@@ -1,1 +1,1 @@
-"""The staytime job's library."""
+"""Inputs, comments, training, evaluation and scoring of the staytime model."""

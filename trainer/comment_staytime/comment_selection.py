@@ -1,14 +1,14 @@
-"""Which comments stand for a visit, and what is said of them: as of the request, and nothing that came later.
+"""Selection of the comments that represent a visit, from what was known at its request.
 
-The paper draws six comments from the most popular ones and from those that the user interacted with. Taken from the
-same visit, the latter tell the outcome: an unpopular comment among the six would mean that the area was opened. So here
-a visit's comments are
+The paper draws six comments from the most popular ones and from those that the user interacted with. If the latter are
+taken from the same visit, they leak the label: an unpopular comment among the six means that the user opened the
+comment area. To touch a comment means to interact with it. Here, the comments of a visit are
 
-1. those of the video that the user touched in earlier visits, latest first, at most half of the places;
-2. of those at the top of the area the most popular ones, by the likes that they had at the request; where a source
-   does not tell these, in the order of display.
+1. comments of the video that the user touched in earlier visits, latest first, at most half of the places;
+2. the most popular of the comments at the top of the area, by their likes at the request; by the order of display if
+   the source has no likes.
 
-The rule ``touched`` puts those touched in this very visit first instead, for measuring what that leak is worth.
+The rule ``touched`` puts the comments touched in this very visit first instead, to measure the effect of the leak.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Literal
 import numpy as np
 
 ABSENT = -1
-"""Where there is no comment."""
+"""Padding of a list of comments."""
 
 
 @dataclass(frozen=True)
 class CommentVisits:
-    """Visits with their comments, in order of request. Comments are positions in one list of all comments.
+    """Visits with their comments, in order of request. A comment is a position in one list of all comments.
 
     Attributes:
         user_id: ``[n]`` int64.
         item_id: ``[n]`` int64.
         request_ms: ``[n]`` int64.
-        left_ms: ``[n]`` int64, when what was touched is known.
-        shown: ``[n, s]`` int64 at the top of the area, padded with ``ABSENT``.
-        likes: ``[n, s]`` int64, of these as of the request; ``ABSENT`` where not known.
-        touched: ``[n, t]`` int64, padded with ``ABSENT``.
-        comments: how many there are.
+        left_ms: ``[n]`` int64, end of the stay; the touched comments are known from then on.
+        shown: ``[n, s]`` int64, comments at the top of the area, padded with ``ABSENT``.
+        likes: ``[n, s]`` int64, likes of the shown comments at the request; ``ABSENT`` if unknown.
+        touched: ``[n, t]`` int64, comments that the user touched in the visit, padded with ``ABSENT``.
+        comments: number of all comments.
     """
 
     user_id: np.ndarray
@@ -50,13 +50,17 @@ class CommentVisits:
 def choose_comments(
     visits: CommentVisits, number: int, seed: int, rule: Literal["known", "touched"] = "known"
 ) -> np.ndarray:
-    """The comments of each visit, in an order that says nothing: ``[n, number]`` int64, padded with ``ABSENT``.
+    """Choose the comments of each visit.
 
     Args:
-        visits: all of them, for earlier ones say what was touched.
-        number: of comments a visit.
-        seed: of the order.
-        rule: see above.
+        visits: all visits, because earlier ones have the touched comments.
+        number: number of comments of a visit.
+        seed: seed of the order.
+        rule: ``known`` or ``touched``, see above.
+
+    Returns:
+        ``[n, number]`` int64 in random order, so that the place of a comment has no information; padded with
+        ``ABSENT``.
     """
     order = np.argsort(-visits.likes, axis=1, kind="stable")
     popular = np.take_along_axis(visits.shown, order, 1)
@@ -66,7 +70,7 @@ def choose_comments(
 
 
 def touched_among(chosen: np.ndarray, visits: CommentVisits) -> np.ndarray:
-    """Which of the comments ``chosen [n, k]`` the user touched in the visit, ``[n, k]`` bool."""
+    """Return a mask ``[n, k]`` bool of the ``chosen [n, k]`` comments that the user touched in the visit."""
     hit = np.zeros(chosen.shape, bool)
     for column in visits.touched.T:
         hit |= (chosen == column[:, None]) & (column[:, None] >= 0)
@@ -74,9 +78,10 @@ def touched_among(chosen: np.ndarray, visits: CommentVisits) -> np.ndarray:
 
 
 def popularity(visits: CommentVisits, rows: np.ndarray) -> np.ndarray:
-    """What the visits ``rows`` (``[n]`` bool) say of every comment's popularity, ``[comments]`` float32.
+    """Compute every comment's popularity ``[comments]`` float32 from the visits ``rows`` (``[n]`` bool).
 
-    The most likes it was shown with; where a source does not tell likes, the number of times it was touched.
+    It is the largest number of likes that the comment was shown with; if the source has no likes, the number of times
+    it was touched.
     """
     shown, likes = visits.shown[rows], visits.likes[rows]
     known = (shown >= 0) & (likes >= 0)
@@ -89,15 +94,19 @@ def popularity(visits: CommentVisits, rows: np.ndarray) -> np.ndarray:
 
 
 def _touched_before(visits: CommentVisits, most: int) -> np.ndarray:
-    """What the user touched under this video in visits that had ended at the request, latest first: ``[n, most]``."""
+    """Find the last ``most`` comments that the user touched under this video in visits that ended before the request.
+
+    Returns:
+        ``[n, most]`` int64, latest first, padded with ``ABSENT``.
+    """
     n = len(visits.user_id)
     found = np.full((n, most), ABSENT, np.int64)
     row, place = np.nonzero(visits.touched >= 0)
     if not most or not len(row):
         return found
-    # Touches and requests of a user and video side by side in time; at the same moment the touch comes first.
-    asked = np.arange(n)
-    rows = np.concatenate([row, asked])
+    # Sort touches and requests together by user, video and time, the touch first at equal times. The touches that come
+    # before a request are then the entries right before it.
+    rows = np.concatenate([row, np.arange(n)])
     is_request = np.arange(len(rows)) >= len(row)
     times = np.concatenate([visits.left_ms[row], visits.request_ms])
     user, item = visits.user_id[rows], visits.item_id[rows]
@@ -117,7 +126,7 @@ def _touched_before(visits: CommentVisits, most: int) -> np.ndarray:
 
 
 def _first_distinct(offered: np.ndarray, number: int) -> np.ndarray:
-    """The first ``number`` different comments of each row, padded with ``ABSENT``: ``[n, k] -> [n, number]``."""
+    """Return the first ``number`` distinct comments of each row, padded with ``ABSENT``: ``[n, k] -> [n, number]``."""
     kept = offered >= 0
     for column in range(1, offered.shape[1]):
         kept[:, column] &= (offered[:, :column] != offered[:, [column]]).all(1)

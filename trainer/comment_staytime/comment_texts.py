@@ -1,4 +1,4 @@
-"""The comments of the staytime model's visits, and where the embeddings of texts are found."""
+"""Comments of the staytime model's visits, and the vectors of their texts."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Embeddings of texts by position, from a table that is mapped from disk.
+class TextVectors:
+    """Vectors of texts by position, from a memory-mapped table.
 
     Attributes:
-        vectors: ``[rows, width]``.
-        row: ``[positions]`` int64, -1 where there is no vector.
+        vectors: ``[rows, width]``, vectors of the table.
+        row: ``[positions]`` int64, row in ``vectors`` of each position; -1 if it has no vector.
     """
 
     vectors: np.ndarray
     row: np.ndarray
 
     def gather(self, position: np.ndarray) -> np.ndarray:
-        """Vectors ``[..., width]`` float32 of positions ``[...]``; zeros for those without, and for ``ABSENT``."""
+        """Look up vectors ``[..., width]`` float32 of positions ``[...]``; zeros for a missing vector or ``ABSENT``."""
         row = np.where(position >= 0, self.row[position], -1)
         found = self.vectors[np.maximum(row, 0)].astype(np.float32)
         found[row < 0] = 0
@@ -45,18 +45,18 @@ class Texts:
 
 @dataclass(frozen=True)
 class StaytimeComments:
-    """The comments of every visit.
+    """Chosen comments of every visit, with their labels and vectors.
 
     Attributes:
-        chosen: ``[n, k]`` int64, positions among all comments, padded with ``ABSENT``.
-        touched: ``[n, k]`` bool, which of them the user touched in the visit.
-        popular: ``[comments]`` float32, popularity in the training range: the label of training rows.
-        popular_later: ``[comments]`` float32, in the held-out range: what its ranking is measured with.
-        id_row: ``[comments]`` int64, row of its id's embedding; 0 for ids that training hardly has.
-        id_rows: rows of that table.
-        share_touched: of what users touched in training visits, the share that is among the chosen ones.
-        item_text: embeddings of the videos' texts by visit; None without.
-        comment_text: those of the comments by position; None without.
+        chosen: ``[n, k]`` int64, positions in the list of all comments, padded with ``ABSENT``.
+        touched: ``[n, k]`` bool, True if the user touched the comment in the visit.
+        popular: ``[comments]`` float32, popularity in the training range; the training label.
+        popular_later: ``[comments]`` float32, popularity in the held-out range; the label of the evaluation.
+        id_row: ``[comments]`` int64, row of the comment's id embedding; 0 for ids with too few training visits.
+        id_rows: number of rows of that embedding table.
+        share_touched: share of the comments touched in training visits that are among the chosen ones.
+        item_text: text vectors of the videos by visit; None without a table.
+        comment_text: text vectors of the comments by position; None without a table.
     """
 
     chosen: np.ndarray
@@ -66,8 +66,8 @@ class StaytimeComments:
     id_row: np.ndarray
     id_rows: int
     share_touched: float
-    item_text: Texts | None
-    comment_text: Texts | None
+    item_text: TextVectors | None
+    comment_text: TextVectors | None
 
 
 def load_comments(
@@ -79,28 +79,28 @@ def load_comments(
     lcu: LcuConfig,
     seed: int,
 ) -> StaytimeComments:
-    """Choose the comments of every visit, and find the embeddings of their texts.
+    """Choose the comments of every visit, and find the vectors of their texts.
 
     Args:
-        path: of the dataset.
-        visits: ``text_schema.VISITS`` in order of time.
+        path: path of the dataset.
+        visits: table of visits (``text_schema.VISITS``) in order of time.
         training: positions of the training visits.
         held_out: positions of the held-out visits.
-        min_count: comments chosen in fewer training visits share row 0 of the ids.
-        lcu: how many, by which rule, and where the embeddings are.
-        seed: of the order of a visit's comments.
+        min_count: comments chosen in fewer training visits share row 0 of the id embeddings.
+        lcu: number of comments, rule of selection, and paths of the vector tables.
+        seed: seed of the order of a visit's comments.
 
     Raises:
-        UserError: no comments, a comment's id comes twice, a visit names one that is not there or has not as many likes
-            as comments, or an embedding table has nothing of the dataset.
+        UserError: the dataset has no comments, a comment's id is not unique, a visit names an unknown comment or has
+            another number of likes than of comments, or a vector table has none of the dataset's ids.
     """
     table = read_texts(path, "comments", ["comment_id"]) if has_texts(path, "comments") else None
     if table is None or not table.num_rows:
-        raise UserError(f"{path}: has no comments, which LCU reads; lcu.enabled=false trains the base alone")
+        raise UserError(f"{path}: has no comments, which LCU needs; lcu.enabled=false trains the base model alone")
     ids = np.sort(table.column("comment_id").to_numpy())
     check_unique(path, "comments", "comment_id", ids)
     _check_likes(path, visits)
-    met = CommentVisits(
+    comment_visits = CommentVisits(
         user_id=visits.column("user_id").to_numpy(),
         item_id=visits.column("item_id").to_numpy(),
         request_ms=visits.column("request_ms").to_numpy(),
@@ -111,39 +111,39 @@ def load_comments(
         comments=len(ids),
     )
 
-    chosen = choose_comments(met, lcu.comments, seed, lcu.candidates)
-    touched = touched_among(chosen, met)
-    few = float((chosen[held_out] == ABSENT).any(1).mean())
-    if few:
-        logger.info(f"{few:.0%} of the held-out visits have fewer than {lcu.comments} comments; the rest is masked")
+    chosen = choose_comments(comment_visits, lcu.comments, seed, lcu.candidates)
+    touched = touched_among(chosen, comment_visits)
+    padded = float((chosen[held_out] == ABSENT).any(1).mean())
+    if padded:
+        logger.info(f"{padded:.0%} of the held-out visits have fewer than {lcu.comments} comments; the rest is masked")
     counts = np.bincount(chosen[training][chosen[training] >= 0], minlength=len(ids))
     known = counts >= min_count
-    of_training, of_held_out = (np.zeros(len(chosen), bool) for _ in range(2))
-    of_training[training], of_held_out[held_out] = True, True
+    in_training, in_held_out = (np.zeros(len(chosen), bool) for _ in range(2))
+    in_training[training], in_held_out[held_out] = True, True
     return StaytimeComments(
         chosen=chosen,
         touched=touched,
-        popular=popularity(met, of_training),
-        popular_later=popularity(met, of_held_out),
+        popular=popularity(comment_visits, in_training),
+        popular_later=popularity(comment_visits, in_held_out),
         id_row=np.where(known, np.cumsum(known), 0),
         id_rows=int(known.sum()) + 1,
-        share_touched=float(touched[training].sum() / max(1, (met.touched[training] >= 0).sum())),
+        share_touched=float(touched[training].sum() / max(1, (comment_visits.touched[training] >= 0).sum())),
         item_text=_texts("lcu.item_embeddings", lcu.item_embeddings, visits.column("item_id").to_numpy()),
         comment_text=_texts("lcu.comment_embeddings", lcu.comment_embeddings, ids),
     )
 
 
-def _texts(key: str, path: str, ids: np.ndarray) -> Texts | None:
+def _texts(key: str, path: str, ids: np.ndarray) -> TextVectors | None:
     if not path:
         return None
     table = ContentVectors.open(path)
     row = table.lookup(ids)
     missing = float((row < 0).mean()) if len(row) else 0.0
     if missing == 1:
-        raise UserError(f"{key} = {path!r}: has none of the ids that the dataset has; is it a table of other things?")
+        raise UserError(f"{key} = {path!r}: has none of the dataset's ids; use a table made from this dataset's texts")
     if missing:
-        logger.info(f"{key}: {missing:.1%} of the ids have no embedding; they are zeros")
-    return Texts(table.vectors, row)
+        logger.info(f"{key}: {missing:.1%} of the ids have no vector; zeros are used for them")
+    return TextVectors(table.vectors, row)
 
 
 def _longest(column: pa.ChunkedArray) -> int:
@@ -155,12 +155,12 @@ def _padded(column: pa.ChunkedArray, width: int) -> np.ndarray:
 
 
 def _positions(path: str, visits: pa.Table, name: str, ids: np.ndarray) -> np.ndarray:
-    """The lists of a column as positions in the ascending ``ids``, padded with ``ABSENT``."""
+    """Convert a column of id lists into positions in the ascending ``ids``, padded with ``ABSENT``."""
     padded = _padded(visits.column(name), _longest(visits.column(name)))
     at = np.minimum(np.searchsorted(ids, padded), len(ids) - 1)
-    strange = (padded >= 0) & (ids[at] != padded)
-    if strange.any():
-        row, place = (int(part[0]) for part in np.nonzero(strange))
+    unknown = (padded >= 0) & (ids[at] != padded)
+    if unknown.any():
+        row, place = (int(part[0]) for part in np.nonzero(unknown))
         visit = visits.column("visit_id")[row].as_py()
         raise UserError(
             f"{path}: texts/visits: visit {visit} names comment {padded[row, place]} in {name}, which texts/comments "
@@ -171,22 +171,24 @@ def _positions(path: str, visits: pa.Table, name: str, ids: np.ndarray) -> np.nd
 
 def _check_likes(path: str, visits: pa.Table) -> None:
     shown, likes = (np.diff(flat_lists(visits.column(name))[1]) for name in ("shown", "shown_likes"))
-    strange = np.flatnonzero((likes != 0) & (likes != shown))
-    if len(strange):
-        row = int(strange[0])
+    wrong = np.flatnonzero((likes != 0) & (likes != shown))
+    if len(wrong):
+        row = int(wrong[0])
         raise UserError(
             f"{path}: texts/visits: visit {visits.column('visit_id')[row].as_py()} has {likes[row]} shown_likes for "
-            f"{shown[row]} comments shown; it must be one for each, or none where they are not known"
+            f"{shown[row]} comments shown; it must have one for each, or none if they are unknown"
         )
 
 
 def check_unique(path: str, table: str, column: str, ids: np.ndarray) -> None:
-    """Every id of a text table comes once.
+    """Check that every id of a text table is unique.
 
     Raises:
-        UserError: one does not.
+        UserError: an id is not unique.
     """
     ordered = np.sort(ids)
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if len(twice):
-        raise UserError(f"{path}: texts/{table}: {column} {ordered[twice[0]]} comes twice; every {column} comes once")
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(repeated):
+        raise UserError(
+            f"{path}: texts/{table}: {column} {ordered[repeated[0]]} comes twice; every {column} must be unique"
+        )

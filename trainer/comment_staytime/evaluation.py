@@ -1,4 +1,4 @@
-"""Training and evaluating one staytime model: metrics, baselines, predictions on disk."""
+"""Training and evaluation of a staytime model: metrics, constant baselines, and the files of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_model
 
 from trainer.comment_staytime.inputs import StaytimeData
-from trainer.comment_staytime.model import Predictions, build_network, fit_base_on, predict, train
+from trainer.comment_staytime.model import StaytimePredictions, build_network, fit_base_on, predict, train
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.text_table import text_table
 from trainer.data.format import storage
@@ -44,16 +44,15 @@ def train_and_evaluate(
     """Train a model and evaluate it on the held-out visits.
 
     Args:
-        config: of the job.
-        data: as :func:`load_staytime` read it for this job.
-        device: to compute on.
-        directory: of the run; with None nothing is written.
-        quiet: show no progress.
+        config: the job.
+        data: data of the job, from :func:`load_staytime`.
+        device: device to compute on.
+        directory: directory of the run; with None nothing is written.
+        quiet: show no progress bar.
 
     Returns:
-        ``all`` metrics of the held-out visits, the same by ``exposures`` of the video in training, what constant
-        predictions and (in a simulated world) the true expectation reach, how well ``comments`` are ranked, and the
-        ``losses`` of each epoch.
+        The metrics of :func:`evaluate`, the mean ``losses`` of each epoch, ``train_seconds``, and the number of
+        ``parameters``.
     """
     torch.manual_seed(config.run.seed)
     base = fit_base_on(config, data)
@@ -62,27 +61,34 @@ def train_and_evaluate(
     started = time.monotonic()
     losses = train(config, data, base, network, device, quiet=quiet)
     seconds = time.monotonic() - started
-    said = predict(config, data, base, network, device, data.held_out)
+    predictions = predict(config, data, base, network, device, data.held_out)
     if directory is not None:
         write_json(directory / "fitted.json", fitted(data, base.facts))
         save_model(network, str(directory / "model.safetensors"))
-        write_predictions(directory / "predictions.parquet", data, said)
+        write_predictions(directory / "predictions.parquet", data, predictions)
     return {
-        **evaluate(config, data, said),
+        **evaluate(config, data, predictions),
         "losses": losses,
         "train_seconds": round(seconds, 2),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
 
 
-def evaluate(config: StaytimeConfig, data: StaytimeData, said: Predictions) -> dict[str, Any]:
-    """Metrics of predictions of the held-out visits."""
+def evaluate(config: StaytimeConfig, data: StaytimeData, predictions: StaytimePredictions) -> dict[str, Any]:
+    """Compute the metrics of predictions of the held-out visits.
+
+    Returns:
+        ``all``: metrics over all held-out visits; ``exposures``: the same in groups by the number of training visits to
+        the video; ``constant``: metrics of constant predictions; ``truth``: metrics of the true expectation (simulated
+        world only); ``released_definitions``: metrics as LCU's released code defines them (lcu.mode = "released" only);
+        ``comments``: metrics of the two comment-ranking heads (with LCU only).
+    """
     rows = data.held_out
     user, seconds = data.user_id[rows], data.seconds[rows].astype(np.float64)
     mean = float(data.seconds[data.training].mean(dtype=np.float64))
     result: dict[str, Any] = {
-        "all": staytime_metrics(user, seconds, said.seconds, said.score),
-        "exposures": metrics_by_exposure(data.exposures[rows], user, seconds, said.seconds, said.score),
+        "all": staytime_metrics(user, seconds, predictions.seconds, predictions.score),
+        "exposures": metrics_by_exposure(data.exposures[rows], user, seconds, predictions.seconds, predictions.score),
         "constant": {
             "zero": regression_metrics(seconds, np.zeros(len(rows))),
             "training mean": regression_metrics(seconds, np.full(len(rows), mean)),
@@ -92,13 +98,13 @@ def evaluate(config: StaytimeConfig, data: StaytimeData, said: Predictions) -> d
     if truth is not None:
         result["truth"] = staytime_metrics(user, seconds, truth, truth)
     if config.lcu.mode == "released":
-        result["released_definitions"] = released_metrics(user, seconds, said.seconds, said.score)
+        result["released_definitions"] = released_metrics(user, seconds, predictions.seconds, predictions.score)
     comments = data.comments
-    if comments is not None and said.popular is not None and said.touched is not None:
+    if comments is not None and predictions.popular is not None and predictions.touched is not None:
         chosen = comments.chosen[rows]
         result["comments"] = {
             **comment_metrics(
-                {"popular": said.popular, "touched": said.touched},
+                {"popular": predictions.popular, "touched": predictions.touched},
                 {"popular": comments.popular_later[chosen], "touched": comments.touched[rows]},
                 chosen >= 0,
             ),
@@ -108,9 +114,9 @@ def evaluate(config: StaytimeConfig, data: StaytimeData, said: Predictions) -> d
 
 
 def read_truth(path: str, visit_id: np.ndarray) -> np.ndarray | None:
-    """The true expected seconds of visits of a simulated world, ``[n]`` float64; None for other datasets.
+    """Read the true expected seconds of visits of a simulated world, ``[n]`` float64; None for other datasets.
 
-    Nothing that trains calls this.
+    Training never calls this.
     """
     try:
         stored = storage.read_bytes(storage.join(path, "truth/staytime.parquet"))
@@ -125,7 +131,7 @@ def read_truth(path: str, visit_id: np.ndarray) -> np.ndarray | None:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """A run's metrics as text: held-out visits in all and by exposure, and what they are compared with."""
+    """Format a run's metrics as a text table: all held-out visits, groups by exposure, constants and truth."""
     lines: list[tuple[str, Values]] = [("all", metrics["all"])]
     lines += [(f"{name} exposures", values) for name, values in metrics["exposures"].items()]
     lines += [(f"constant: {name}", values) for name, values in metrics["constant"].items()]
@@ -148,7 +154,10 @@ def _cell(value: float | int | None) -> str:
 
 
 def fitted(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job's training range was like, as fitted.json has it: a model fits the inputs that are alike in this."""
+    """Return the content of ``fitted.json``: values fitted on the training range, and a digest of its inputs.
+
+    A stored model may only be used with inputs for which this function returns the same content.
+    """
     return {
         "base": facts,
         "fields": list(data.field_names),
@@ -162,27 +171,27 @@ def fitted(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(data: StaytimeData) -> str:
-    """Of the training visits: who, what, the inputs and labels that were made of them, and their comments' rows."""
+    """Hash the training visits: ids, inputs, labels, and the embedding rows of their comments."""
     rows, digest = data.training, hashlib.blake2b(digest_size=16)
     columns = [data.user_id, data.item_id, data.fields, data.dense, data.seconds, data.duration]
     for column in columns:
         digest.update(column[rows].tobytes())
     if data.comments is not None:
         chosen = data.comments.chosen[rows]
-        # Sorted, for their order is drawn at random.
+        # Sorted, because the order of a visit's comments is random.
         digest.update(np.sort(np.where(chosen >= 0, data.comments.id_row[chosen], -1), 1).tobytes())
     return digest.hexdigest()
 
 
-def write_predictions(file: Path, data: StaytimeData, said: Predictions) -> None:
-    """Predictions of the held-out visits as a table: predictions.parquet."""
+def write_predictions(file: Path, data: StaytimeData, predictions: StaytimePredictions) -> None:
+    """Write the predictions of the held-out visits as a Parquet table."""
     rows = data.held_out
     columns = {
         "visit_id": data.visit_id[rows],
         "user_id": data.user_id[rows],
         "item_id": data.item_id[rows],
         "seconds": data.seconds[rows],
-        "predicted": said.seconds.astype(np.float32),
-        "score": said.score.astype(np.float32),
+        "predicted": predictions.seconds.astype(np.float32),
+        "score": predictions.score.astype(np.float32),
     }
     pq.write_table(pa.table(columns), file)

@@ -1,7 +1,7 @@
-"""From a dataset with visits to comment areas to the inputs and labels of the staytime model.
+"""Inputs and labels of the staytime model, from a dataset with visits to comment areas.
 
-All of it lies in memory: about 300 bytes a visit, a third of them its comments. What is fitted (which ids have rows of
-their own, the scale of dense features, how popular comments are) comes from training visits only.
+All data is in memory: about 300 bytes per visit, a third of them for its comments. Everything fitted (ids with an own
+embedding row, scale of dense features, popularity of comments) comes from training visits only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 IDS = ("user_id", "item_id", "author_id")
 
 CLIP = 6.0
-"""Dense features are cut at so many deviations."""
+"""Dense features are clipped to this many standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,22 @@ class StaytimeData:
     """Visits as columns, in order of request.
 
     Attributes:
-        visit_id: ``[n]`` int64, as are ``user_id`` and ``item_id``.
-        user_id: see there.
-        item_id: see there.
-        seconds: ``[n]`` float32, the stay; 0 where the area was not opened.
-        duration: ``[n]`` float32, seconds of the video; 0 where not known.
-        fields: ``[n, fields]`` int32, rows of the packed table.
-        field_names: what they are.
-        rows: of the packed table.
-        unknown_item: column of ``fields`` with the video, and the row of unknown ones; None where it is excluded.
-        dense: ``[n, n_dense]`` float32, standardised.
-        dense_names: what they are.
-        exposures: ``[n]`` int64, training visits to the row's video.
+        visit_id: ``[n]`` int64.
+        user_id: ``[n]`` int64.
+        item_id: ``[n]`` int64.
+        seconds: ``[n]`` float32, length of the stay; 0 if the area was not opened.
+        duration: ``[n]`` float32, duration of the video in seconds; 0 if unknown.
+        fields: ``[n, fields]`` int32, rows of the packed embedding table, one column per categorical feature.
+        field_names: names of the categorical features.
+        rows: number of rows of the packed embedding table.
+        unknown_item: column of ``fields`` with the video, and the row of unknown videos; None if the feature is
+            excluded.
+        dense: ``[n, n_dense]`` float32, standardised and clipped.
+        dense_names: names of the dense features.
+        exposures: ``[n]`` int64, number of training visits to the row's video.
         training: ``[k]`` int64, positions of the training visits.
         held_out: ``[m]`` int64, positions of the held-out visits.
-        comments: None for a base alone.
+        comments: comments of the visits; None without LCU.
     """
 
     visit_id: np.ndarray
@@ -71,11 +72,17 @@ class StaytimeData:
 
 
 def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
-    """Read what a job needs.
+    """Read the data of a job.
+
+    Args:
+        data: dataset and ranges of time.
+        inputs: features of user and video.
+        lcu: selection and vectors of comments.
+        seed: seed of the order of a visit's comments.
 
     Raises:
-        UserError: a table or embedding table is missing, a staytime is below 0, an id of a comment, video or visit
-            comes twice, a range of time is empty, nothing was opened in training, or a feature to exclude is not there.
+        UserError: a table is missing, a staytime is negative, an id of a comment, video or visit is not unique, a range
+            of time is empty, no area was opened in training, or a feature to exclude does not exist.
     """
     spec = DatasetSpec.load(data.path)
     visits = _read_visits(data.path)
@@ -84,7 +91,9 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
     training, held_out = _split(data, spec, request, left)
     seconds = (visits.column("staytime_ms").to_numpy() / 1000).astype(np.float32)
     if not (seconds[training] > 0).any():
-        raise UserError(f"{data.path}: no comment area was opened in the training range; there is nothing to learn")
+        raise UserError(
+            f"{data.path}: no comment area was opened in the training range; change data.train_from or data.train_until"
+        )
     author, duration = _of_items(data.path, visits.column("item_id").to_numpy())
     ids = {
         "user_id": visits.column("user_id").to_numpy(),
@@ -106,7 +115,7 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
             sizes.append(side_rows[place])
             names.append(name)
     if not columns:
-        raise UserError("input.exclude leaves no feature")
+        raise UserError("input.exclude leaves no categorical feature; exclude fewer")
     kept = [place for place, name in enumerate(dense_names) if name not in inputs.exclude]
     first = np.cumsum([0, *sizes])
     return StaytimeData(
@@ -131,7 +140,7 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
 
 
 def _read_visits(path: str) -> pa.Table:
-    """The visits in order of time, the first of each (user, video, time)."""
+    """Read the visits in order of time; of visits with the same user, video and time only the first is kept."""
     visits = read_texts(path, "visits")
     stay = visits.column("staytime_ms").to_numpy()
     if len(stay) and stay.min() < 0:
@@ -145,7 +154,7 @@ def _read_visits(path: str) -> pa.Table:
     kept = np.ones(len(user), bool)
     kept[order[1:][same]] = False
     if not kept.all():
-        logger.info(f"{int((~kept).sum()):,} visits repeat user, video and time of another and are left out")
+        logger.info(f"{int((~kept).sum()):,} visits have the same user, video and time as another and are left out")
         visits = visits.filter(pa.array(kept))
     return visits.combine_chunks()
 
@@ -153,29 +162,30 @@ def _read_visits(path: str) -> pa.Table:
 def _split(
     data: StaytimeDataConfig, spec: DatasetSpec, request: np.ndarray, left: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the training and of the held-out visits."""
+    """Return the positions of the training and of the held-out visits."""
 
-    def moment(key: str, otherwise: int) -> int:
+    def time_of(key: str, default: int) -> int:
         text = getattr(data, key)
-        return parse_time(text, spec.timezone, f"data.{key}") if text else otherwise
+        return parse_time(text, spec.timezone, f"data.{key}") if text else default
 
-    eval_from, eval_until = moment("eval_from", 0), moment("eval_until", 1 << 62)
-    train_from, train_until = moment("train_from", 0), moment("train_until", eval_from)
+    eval_from, eval_until = time_of("eval_from", 0), time_of("eval_until", 1 << 62)
+    train_from, train_until = time_of("train_from", 0), time_of("train_until", eval_from)
     if train_until > eval_from:
         raise UserError(f"data.train_until = {data.train_until!r} is after data.eval_from = {data.eval_from!r}")
+    # A label is known when the area is left: a visit that reaches into the held-out range is not trained on.
     training = np.flatnonzero((request >= train_from) & (left < train_until))
     held_out = np.flatnonzero((request >= eval_from) & (request < eval_until))
-    for what, rows, keys in (
+    for name, rows, keys in (
         ("training", training, "data.train_from and data.train_until"),
         ("held-out", held_out, "data.eval_from and data.eval_until"),
     ):
         if not len(rows):
-            raise UserError(f"{data.path}: no visit lies in the {what} range; change {keys}")
+            raise UserError(f"{data.path}: no visit lies in the {name} range; change {keys}")
     return training, held_out
 
 
 def _of_items(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Author (-1 where not known) and duration in seconds (0 where not known) of each visit's video."""
+    """Return author (-1 if unknown) and duration in seconds (0 if unknown) of each visit's video."""
     items = read_texts(path, "items", ["item_id", "author_id", "duration_ms"])
     known, author, duration = (items.column(name).to_numpy() for name in items.column_names)
     check_unique(path, "items", "item_id", known)
@@ -190,7 +200,10 @@ def _of_items(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _features(
     path: str, spec: DatasetSpec, ids: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, list[str], list[int], np.ndarray, list[str]]:
-    """Side features with names and sizes, and dense features with names, of user, author and video; not of context."""
+    """Return side features with names and sizes, and dense features with names, of user, author and video.
+
+    Context features are left out.
+    """
     side = tuple(feature for feature in spec.side if feature.of != "context")
     dense = tuple(feature for feature in spec.dense if feature.of != "context")
     join = FeatureJoin(replace(spec, side=side, dense=dense))
@@ -218,7 +231,7 @@ def _check_excluded(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _id_rows(ids: np.ndarray, training: np.ndarray, min_count: int) -> tuple[np.ndarray, int]:
-    """Row of each id, and how many rows there are; 0 is for ids with fewer than ``min_count`` training rows."""
+    """Return each id's row and the number of rows; row 0 is for ids with fewer than ``min_count`` training rows."""
     known, count = np.unique(ids[training], return_counts=True)
     known = known[count >= min_count]
     if not len(known):

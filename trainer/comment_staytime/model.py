@@ -1,4 +1,4 @@
-"""The staytime model of a job: its network, its loss, its batches, and the two loops over them."""
+"""Staytime model of a job: network, joint loss, batches, and the loops of training and prediction."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from trainer.console.progress import Progress
 from trainer.engine.lr_schedule import learning_rate_factor
 
 ROWS_AT_ONCE = 8192
-"""Rows of a batch that is only predicted."""
+"""Rows of a prediction batch."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a batch is trained on.
+    """Training labels of a batch.
 
     Attributes:
-        seconds: ``[batch]`` float32.
-        duration: ``[batch]`` float32.
-        popular: ``[batch, comments]`` float32, popularity in training; None without LCU.
-        touched: ``[batch, comments]`` bool; None without LCU.
+        seconds: ``[batch]`` float32, length of the stay.
+        duration: ``[batch]`` float32, duration of the video in seconds.
+        popular: ``[batch, comments]`` float32, popularity of the comments in training; None without LCU.
+        touched: ``[batch, comments]`` bool, True if the user touched the comment in the visit; None without LCU.
     """
 
     seconds: Tensor
@@ -56,15 +56,15 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What the model says of some rows, in their order.
+class StaytimePredictions:
+    """Predictions of the model for some rows, in their order.
 
     Attributes:
-        seconds: ``[n]`` float64.
-        score: ``[n]`` float64, by which a user's rows are ranked: the seconds, or what a separate network says of the
-            opening.
-        popular: ``[n, comments]`` float32; None without LCU.
-        touched: ``[n, comments]`` float32; None without LCU.
+        seconds: ``[n]`` float64, predicted seconds.
+        score: ``[n]`` float64, ranking score of a user's rows: the predicted seconds, or with ``separate_opening`` the
+            second network's logit of the opening.
+        popular: ``[n, comments]`` float32, scores of the popularity task; None without LCU.
+        touched: ``[n, comments]`` float32, logits of the interaction task; None without LCU.
     """
 
     seconds: np.ndarray
@@ -74,7 +74,7 @@ class Predictions:
 
 
 def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> BaseLoss:
-    """The base loss of a job, fitted on its training rows."""
+    """Fit the base loss of a job on its training rows (with ``fit_on_all``, on the held-out rows too)."""
     rows = data.training
     if "fit_on_all" in config.lcu.peculiar:
         rows = np.concatenate([data.training, data.held_out])
@@ -89,7 +89,7 @@ def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> BaseLoss:
 
 
 def build_network(config: StaytimeConfig, data: StaytimeData, base: BaseLoss) -> nn.Module:
-    """The network of a job, from ``StaytimeInputs`` to ``StaytimeOutput``. Takes torch's seed as it is."""
+    """Build the network of a job, from ``StaytimeInputs`` to ``StaytimeOutput``; uses torch's current random state."""
     if "separate_opening" in config.lcu.peculiar:
         return SeparateOpening(*(_one_network(config, data, start) for start in base.start.split(1)))
     return _one_network(config, data, base.start)
@@ -109,16 +109,30 @@ def _lcu(
     item_width, comment_width = (
         0 if texts is None else texts.vectors.shape[1] for texts in (comments.item_text, comments.comment_text)
     )
-    sizes = {"item_width": item_width, "comment_width": comment_width, "heads": lcu.heads, "hidden": lcu.hidden}
     if "bare_network" in lcu.peculiar:
-        return ReleasedCommentUnderstanding(tokens, dim, comments=lcu.comments, dropout=lcu.dropout, **sizes)
+        return ReleasedCommentUnderstanding(
+            tokens,
+            dim,
+            comments=lcu.comments,
+            item_width=item_width,
+            comment_width=comment_width,
+            heads=lcu.heads,
+            hidden=lcu.hidden,
+            dropout=lcu.dropout,
+        )
     return CommentUnderstanding(
-        dim, comment_rows=comments.id_rows if lcu.with_comment_ids else 0, dropout=lcu.dropout, **sizes
+        dim,
+        item_width=item_width,
+        comment_width=comment_width,
+        comment_rows=comments.id_rows if lcu.with_comment_ids else 0,
+        heads=lcu.heads,
+        hidden=lcu.hidden,
+        dropout=lcu.dropout,
     )
 
 
 def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tuple[StaytimeInputs, Labels]:
-    """Inputs and labels of some rows."""
+    """Return inputs and labels of some rows on a device."""
     comments = data.comments
     if comments is None:
         nothing = np.zeros((len(rows), 0), np.float32)
@@ -144,26 +158,26 @@ def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tu
 
 
 def joint_loss(
-    said: StaytimeOutput, base: BaseLoss, labels: Labels, present: Tensor, lcu: LcuConfig
+    output: StaytimeOutput, base: BaseLoss, labels: Labels, present: Tensor, lcu: LcuConfig
 ) -> dict[str, Tensor]:
-    """``L = L_staytime + lambda1 L_R1 + lambda2 L_R2``, each the mean over the rows that it speaks of.
+    """Compute ``L = L_staytime + lambda1 L_R1 + lambda2 L_R2``, each term the mean over the rows that it applies to.
 
-    R1 ranks the comments by popularity, in rows where that differs; R2 tells which ones the user touched, in rows where
-    there is one.
+    R1 ranks the comments by popularity, in rows whose comments differ in popularity. R2 predicts which comments the
+    user touched, in rows with a touched comment.
 
     Returns:
-        ``loss`` and its parts ``staytime``, and with LCU ``popular`` and ``touched``.
+        ``loss`` and its terms before weighting: ``staytime``, and with LCU ``popular`` and ``touched``.
     """
-    parts = {"staytime": base.loss(said.logits, labels.seconds, labels.duration).mean()}
+    parts = {"staytime": base.loss(output.logits, labels.seconds, labels.duration).mean()}
     total = parts["staytime"]
-    if said.popular is not None and said.touched is not None:
+    if output.popular is not None and output.touched is not None:
         assert labels.popular is not None and labels.touched is not None
-        by_popularity = released_listmle if "softmax_listmle" in lcu.peculiar else listmle
-        by_touch = released_touched_bce if "softmax_touched" in lcu.peculiar else touched_bce
+        popular_loss = released_listmle if "softmax_listmle" in lcu.peculiar else listmle
+        touched_loss = released_touched_bce if "softmax_touched" in lcu.peculiar else touched_bce
         parts["popular"] = mean_over(
-            by_popularity(said.popular, labels.popular, present), ranked_rows(labels.popular, present)
+            popular_loss(output.popular, labels.popular, present), ranked_rows(labels.popular, present)
         )
-        parts["touched"] = mean_over(by_touch(said.touched, labels.touched, present), labels.touched.any(1))
+        parts["touched"] = mean_over(touched_loss(output.touched, labels.touched, present), labels.touched.any(1))
         weights = (lcu.lambda1, lcu.lambda2)
         popular, touched = reversed(weights) if "swapped_weights" in lcu.peculiar else weights
         total = total + popular * parts["popular"] + touched * parts["touched"]
@@ -173,7 +187,7 @@ def joint_loss(
 def train(
     config: StaytimeConfig, data: StaytimeData, base: BaseLoss, network: nn.Module, device: torch.device, *, quiet: bool
 ) -> list[dict[str, float]]:
-    """Train a network in place; returns the mean losses of each epoch.
+    """Train a network in place. Returns the mean losses of each epoch.
 
     Raises:
         UserError: the loss is not finite.
@@ -195,6 +209,7 @@ def train(
                     group["lr"] = factor * settings.learning_rate
                 inputs, labels = make_batch(data, rows, device)
                 if data.unknown_item is not None:
+                    # Teach the row of unknown videos what new videos are like, see input.hide_items.
                     column, unknown = data.unknown_item
                     hidden = generator.random(len(rows)) < config.input.hide_items
                     inputs.fields[torch.from_numpy(hidden).to(device), column] = unknown
@@ -223,21 +238,21 @@ def predict(
     network: nn.Module,
     device: torch.device,
     rows: np.ndarray,
-) -> Predictions:
-    """Predict some rows."""
+) -> StaytimePredictions:
+    """Predict some rows, without dropout."""
     network.eval()
-    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(Predictions)}
+    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(StaytimePredictions)}
     for portion in _portions(rows, ROWS_AT_ONCE):
         inputs, labels = make_batch(data, portion, device)
-        said = network(inputs)
-        seconds = base.seconds(said.logits, labels.duration)
+        output = network(inputs)
+        seconds = base.seconds(output.logits, labels.duration)
         separate = "separate_opening" in config.lcu.peculiar
         parts["seconds"].append(seconds.double().cpu())
-        parts["score"].append((said.logits[:, 1] if separate else seconds).double().cpu())
-        for name, scores in (("popular", said.popular), ("touched", said.touched)):
+        parts["score"].append((output.logits[:, 1] if separate else seconds).double().cpu())
+        for name, scores in (("popular", output.popular), ("touched", output.touched)):
             if scores is not None:
                 parts[name].append(scores.float().cpu())
-    return Predictions(**{name: torch.cat(part).numpy() if part else None for name, part in parts.items()})  # type: ignore[arg-type]
+    return StaytimePredictions(**{name: torch.cat(part).numpy() if part else None for name, part in parts.items()})  # type: ignore[arg-type]
 
 
 def _portions(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -1,10 +1,10 @@
-"""Predict visits of a range of time with the model of a finished staytime run.
+"""Prediction of the visits of a range of time with the model of a finished staytime run.
 
 limelight score runs/staytime predictions.parquet --from 2024-03-10
 
-The inputs are made again by the run's own job, so the dataset must still have the visits of its training range: which
-id has which row, and how popular comments are, is fitted on them. It may have grown since. That they are the same is
-checked by ``fitted.json``. The same range on the same machine gives the run's predictions again, bit for bit.
+The inputs are built again from the run's own job. The dataset must therefore still have the visits of the training
+range, because embedding rows of ids and popularity of comments are fitted on them; ``fitted.json`` is used to check
+this. Later visits may have been added. The run's own range on the same machine gives the same predictions bit for bit.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from trainer.runtime.distributed import choose_device
 def score_range(
     run: Path, out: Path, *, data: str | None = None, time_from: str | None = None, time_until: str | None = None
 ) -> dict[str, Any]:
-    """Write predictions of a range of time as the run's predictions.parquet has them, and return their metrics.
+    """Write predictions of a range of time in the format of the run's predictions.parquet, and return their metrics.
 
     Args:
         run: directory of a finished run.
         out: Parquet file to write.
-        data: dataset; None for the run's own.
+        data: path of the dataset; None for the run's own.
         time_from: first request; None for the start of the run's held-out range.
-        time_until: end of the range, itself not part of it; None for that of the run's held-out range.
+        time_until: end of the range, exclusive; None for the end of the run's held-out range.
 
     Raises:
-        UserError: no finished run there, the range reaches into training, the dataset's training range is not what the
-            run was trained on, or ``out`` cannot be written.
+        UserError: there is no finished run, the range overlaps the training range, the dataset's training range is not
+            what the run was trained on, or ``out`` cannot be written.
     """
     config = load_staytime_run(run)
-    # The earliest mistakes first: reading takes longest.
+    # Check cheap mistakes first, because reading the dataset takes longest.
     if not out.parent.is_dir():
         raise UserError(f"{out}: cannot be written, there is no directory {out.parent}")
     ranged = _in_range(config.data, data or config.data.path, time_from, time_until)
@@ -56,22 +56,25 @@ def score_range(
     _check_same(run, config.data.path, fitted(columns, base.facts))
     network = build_network(config, columns, base)
     _load(network, run)
-    said = predict(config, columns, base.to(device), network.to(device), device, columns.held_out)
-    write_predictions(out, columns, said)
-    return evaluate(config, columns, said)
+    predictions = predict(config, columns, base.to(device), network.to(device), device, columns.held_out)
+    write_predictions(out, columns, predictions)
+    return evaluate(config, columns, predictions)
 
 
 def load_staytime_run(run: Path) -> StaytimeConfig:
-    """The job of a finished run of ``limelight staytime``.
+    """Read the resolved job of a finished run of ``limelight staytime``.
 
     Raises:
-        UserError: no such run, or it has not finished.
+        UserError: there is no such run, or it has not finished.
     """
     raw = _read(run / "config.json")
     if "lcu" not in raw:
         raise UserError(f"{run}: not a run of limelight staytime")
     if not (run / "metrics.json").exists():
-        raise UserError(f"{run}: this run has not finished (metrics.json is missing); its command begins it anew")
+        raise UserError(
+            f"{run}: this run has not finished (metrics.json is missing); run its limelight staytime command again, "
+            "which starts from the beginning"
+        )
     return validate_stored(StaytimeConfig, raw, str(run / "config.json"))
 
 
@@ -86,7 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _in_range(data: StaytimeDataConfig, path: str, time_from: str | None, time_until: str | None) -> StaytimeDataConfig:
-    """The job's data with another range to predict; the range of training stays."""
+    """Return the job's data section with another range to predict; the training range stays."""
     start, until, trained = (
         time_from or data.eval_from,
         time_until or data.eval_until,
@@ -104,13 +107,13 @@ def _in_range(data: StaytimeDataConfig, path: str, time_from: str | None, time_u
 
 def _check_same(run: Path, path: str, now: dict[str, Any]) -> None:
     then = _read(run / "fitted.json")
-    # As JSON has it: tuples are lists.
+    # Through JSON, because tuples become lists there.
     now = json.loads(json.dumps(now))
     changed = [name for name in now if now[name] != then.get(name)]
     if changed:
         raise UserError(
-            f"{path}: its training range is not what {run} was trained on; of fitted.json, {', '.join(changed)} "
-            f"{'differs' if len(changed) == 1 else 'differ'}"
+            f"{path}: its training range is not what {run} was trained on ({', '.join(changed)} of fitted.json "
+            f"{'differs' if len(changed) == 1 else 'differ'}); use the run's dataset, or the same with later visits"
         )
 
 
@@ -123,5 +126,6 @@ def _load(network: nn.Module, run: Path) -> None:
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
-            f"{file}: does not fit the run's job: {reason}; is an embedding table another than in training?"
+            f"{file}: does not fit the run's job: {reason}; use the same lcu.item_embeddings and "
+            "lcu.comment_embeddings as in training"
         ) from None
