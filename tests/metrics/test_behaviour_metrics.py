@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, and the bounded variant against the exact one."""
+"""Behaviour metrics compared with scikit-learn, and the bounded variant with the exact one."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def random_rows(seed: int, rows: int = 3000, users: int = 60, behaviours: int = 3, levels: int = 0) -> Rows:
-    """Rows whose labels follow their scores; ``levels`` > 0 rounds the scores, which makes ties."""
+    """Make rows whose labels depend on their scores; ``levels`` > 0 rounds the scores to make ties."""
     generator = np.random.default_rng(seed)
     probability = generator.beta(1, 3, (rows, behaviours))
     label = generator.random((rows, behaviours)) < probability
@@ -66,7 +66,7 @@ def test_exact_metrics_equal_scikit_learn(seed: int, levels: int) -> None:
     )
 )
 def test_auc_counts_pairs(rows: list[tuple[int, float, bool]]) -> None:
-    """Against the definition, pair by pair, with heavy ties, absent classes and no rows at all."""
+    """Compare with the definition, pair by pair, with heavy ties, absent classes and no rows at all."""
 
     def by_pairs(part: list[tuple[int, float, bool]]) -> float | None:
         wins = [(p > n) + (p == n) / 2 for _, p, up in part if up for _, n, down in part if not down]

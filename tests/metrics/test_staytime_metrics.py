@@ -1,4 +1,4 @@
-"""Metrics of seconds: hand-made cases, and brute force."""
+"""Staytime metrics compared with hand-made cases and brute force."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_rows() -> None:
 
 
 def over_orders(user: np.ndarray, seconds: np.ndarray, score: np.ndarray) -> dict[str, float]:
-    """Means over all orders of equal scores, with scores made different in that order."""
+    """Compare with the mean over all orders of equal scores, each made by distinct scores in that order."""
     found: dict[str, list[float]] = {}
     for order in itertools.permutations(range(len(user))):
         apart = score - 1e-6 * np.array(order)

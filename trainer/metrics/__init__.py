@@ -1,1 +1,1 @@
-"""AUC and its kin; metrics of seconds."""
+"""Metrics of behaviour predictions (exact and bounded) and of predicted seconds."""

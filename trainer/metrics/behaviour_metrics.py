@@ -1,21 +1,21 @@
-"""Metrics of binary behaviours, the same on one process and on many.
+"""Metrics of binary behaviours, with the same values on one process and on many.
 
-For each behaviour, over its unmasked rows:
+Metrics of each behaviour over its unmasked rows:
 
 =============== ================================================================================================
 ``auc``         P(score of a positive > score of a negative), ties counted half
 ``gauc``        mean over users with both classes of the user's own AUC, weighted by the user's rows
-``uauc``        the same mean, every user counted once
-``logloss``     mean of ``-log p`` of what happened; probabilities are clipped to [1.2e-7, 1 - 1.2e-7]
-``calibration`` sum of probabilities over number of positives
-``ne``          normalised entropy: logloss over the entropy of the base rate (He et al. 2014, section 2)
+``uauc``        the same mean with every user weighted equally
+``logloss``     mean of ``-log p`` of the true label; probabilities are clipped to [1.2e-7, 1 - 1.2e-7]
+``calibration`` sum of probabilities divided by number of positives
+``ne``          normalised entropy: logloss divided by the entropy of the base rate (He et al. 2014, section 2)
 ``positives``   number of positives
 ``rows``        number of rows
 =============== ================================================================================================
 
-What is undefined (no row, one class only, no user with both classes) is ``None``, never 0 or 0.5.
+An undefined metric (no row, one class only, no user with both classes) is ``None``, never 0 or 0.5.
 
-`BehaviourMetrics` keeps every score and is exact; `ProgressiveMetrics` has a bounded size, for a stream without end.
+`BehaviourMetrics` keeps every score and is exact; `ProgressiveMetrics` has a bounded size, for an endless stream.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import partition_of
 
 Report = dict[str, dict[str, float | int | None]]
-"""Behaviour -> metric -> value; ``None`` where undefined."""
+"""Behaviour -> metric -> value; ``None`` if undefined."""
 
 _EPSILON = float(np.finfo(np.float32).eps)
 _LOGIT_LIMIT = 16.0
@@ -42,7 +42,7 @@ _CHUNK_ROWS = 1 << 16
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    """Area under the ROC curve of ``scores [n]`` against ``labels [n]`` (0 or 1); None when a class is absent."""
+    """Compute the ROC AUC of ``scores [n]`` against ``labels [n]`` (0 or 1); None if a class is absent."""
     positive = np.asarray(labels) > 0
     positives, negatives = np.sort(scores[positive]), np.sort(scores[~positive])
     if not len(positives) or not len(negatives):
@@ -51,7 +51,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def user_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """AUC of every user that has both classes.
+    """Compute the AUC of every user that has both classes.
 
     Args:
         user_id: ``[n] int64``, in any order.
@@ -59,16 +59,17 @@ def user_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tup
         labels: ``[n]``, 0 or 1.
 
     Returns:
-        users ``[u] int64`` ascending, their AUC ``[u] float64`` and their number of rows ``[u] int64``.
+        User ids ``[u] int64`` ascending, their AUC ``[u] float64`` and their number of rows ``[u] int64``.
     """
     positive = np.asarray(labels) > 0
-    # A user without a positive cannot count, and for rare behaviours that is nearly everyone: sort only the others.
+    # Users without a positive have no AUC. For rare behaviours these are most users, so only the others are sorted.
     rows = np.flatnonzero(np.isin(user_id, np.unique(user_id[positive])))
     rows = rows[np.lexsort((scores[rows], user_id[rows]))]
     user_id, scores, positive = user_id[rows], scores[rows], positive[rows]
     if not len(rows):
         return user_id.astype(np.int64), np.zeros(0), np.zeros(0, np.int64)
     new_user = np.append(True, user_id[1:] != user_id[:-1])
+    # First row of each group of equal scores of a user.
     ties = np.flatnonzero(new_user | np.append(True, scores[1:] != scores[:-1]))
     tie_positives = np.add.reduceat(positive, ties, dtype=np.int64)
     tie_negatives = np.diff(np.append(ties, len(rows))) - tie_positives
@@ -84,19 +85,19 @@ def user_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tup
 
 
 def grouped_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray, *, weighted: bool = True) -> float | None:
-    """GAUC (``weighted`` by rows) or UAUC of ``[n]`` rows; None when no user has both classes."""
+    """Compute GAUC (``weighted`` by rows) or UAUC of ``[n]`` rows; None if no user has both classes."""
     _, area, rows = user_auc(user_id, scores, labels)
     return float(np.average(area, weights=rows if weighted else None)) if len(area) else None
 
 
 def _double_wins(positives: np.ndarray, negatives: np.ndarray) -> int:
-    """Twice the number of (positive, negative) pairs in the right order, ties half; both arrays sorted."""
+    """Count (positive, negative) pairs in the right order, times two so that a tie counts 1; both arrays are sorted."""
     left = np.searchsorted(negatives, positives, side="left").sum(dtype=np.int64)
     return int(left + np.searchsorted(negatives, positives, side="right").sum(dtype=np.int64))
 
 
 def _summary(rows: float, positives: float, probability: float, loss: float) -> dict[str, float | int | None]:
-    """The metrics that are functions of four sums over rows."""
+    """Compute the metrics that are functions of four sums over rows."""
     rate = positives / rows if rows else 0.0
     entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate) if 0 < rate < 1 else 0.0
     return {
@@ -109,7 +110,7 @@ def _summary(rows: float, positives: float, probability: float, loss: float) -> 
 
 
 def _losses(probability: Tensor, label: Tensor) -> Tensor:
-    """Negative log likelihood of each element, float64."""
+    """Compute the negative log-likelihood of each element, float64."""
     clipped = probability.double().clamp(_EPSILON, 1 - _EPSILON)
     return -torch.where(label > 0, clipped, 1 - clipped).log()
 
@@ -122,12 +123,15 @@ def _refuse_not_finite(behaviour: str, probability_sum: float) -> None:
 
 
 def _user_bucket(user_id: np.ndarray | Tensor) -> np.ndarray:
-    """A hash of each user in ``[0, 2**31 - 1)``; the modulus is prime so that a sample crosses all partitions."""
+    """Hash each user id into ``[0, 2**31 - 1)``.
+
+    The modulus is prime, so a range of buckets has users of all partitions, whatever their number.
+    """
     return partition_of(np.asarray(user_id), _USER_BUCKETS)
 
 
 class _Ranks:
-    """The few collectives the metrics need; without a process group, one rank that talks to itself."""
+    """Collectives of the metrics; without a process group they work as on a single rank."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -138,7 +142,7 @@ class _Ranks:
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """``[world, *shape]``: the equally shaped ``values`` of every rank, in rank order."""
+        """All-gather ``values``, which have the same shape on every rank, into ``[world, *shape]`` in rank order."""
         if self.alone:
             return values[None]
         local = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
@@ -147,7 +151,7 @@ class _Ranks:
         return torch.stack(parts).cpu().numpy()
 
     def exchange(self, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Send ``counts[r]`` consecutive elements of ``values [n]`` to rank r; returns what came in, by sender."""
+        """Send ``counts[r]`` consecutive elements of ``values [n]`` to rank r. Returns what was received, by sender."""
         if self.alone:
             return values
         incoming = self.gather(counts.astype(np.int64))[:, self.rank]
@@ -157,15 +161,17 @@ class _Ranks:
         return received.cpu().numpy()
 
     def auc(self, scores: np.ndarray, labels: np.ndarray) -> float | None:
-        """AUC over the rows of all ranks, exact, each rank holding about its share of the scores.
+        """Compute the exact AUC over the rows of all ranks, with about an equal share of the scores on each rank.
 
-        Rank r receives the r-th range of score values, so equal scores meet on one rank; a positive wins over the
-        negatives below it on its own rank, found by search, and over all negatives of lower ranks, found by counting.
+        Rank r receives the r-th range of score values, so equal scores are on the same rank. A positive wins against
+        the lower negatives on its own rank, which are found by binary search, and against all negatives of lower
+        ranks, which are counted.
         """
         sorted_classes = [np.sort(scores[labels > 0]), np.sort(scores[labels <= 0])]
         sample = np.full(16 * self.world, np.nan, scores.dtype)
         if len(scores):
             sample = np.quantile(scores, np.linspace(0, 1, len(sample)), method="nearest").astype(scores.dtype)
+        # Quantiles of all ranks' samples split the score values into ranges of about equal size.
         samples = np.sort(self.gather(sample), axis=None)
         samples = samples[~np.isnan(samples)]
         if not len(samples):
@@ -183,18 +189,18 @@ class _Ranks:
 
 
 _Columns = tuple[Tensor, Tensor, Tensor, Tensor]
-"""user_id, probability, label and mask of some rows."""
+"""Columns user_id, probability, label and mask of some rows."""
 
 
-def _four(columns: Iterable[Tensor]) -> _Columns:
+def _as_columns(columns: Iterable[Tensor]) -> _Columns:
     user_id, probability, label, mask = columns
     return user_id, probability, label, mask
 
 
 class BehaviourMetrics:
-    """Exact metrics of K behaviours over all rows given to all ranks. Keeps 8 + 6 K bytes a row in main memory.
+    """Exact metrics of K behaviours over all rows of all ranks, in 8 + 6 K bytes of main memory per row.
 
-    A user's rows must all be given to one rank, which holds when the data is partitioned by user.
+    All rows of a user must be added on the same rank, which is true if the data is partitioned by user.
     """
 
     def __init__(self, behaviours: Sequence[str]) -> None:
@@ -208,21 +214,21 @@ class BehaviourMetrics:
             user_id: ``[B] int64``.
             probability: ``[B, K]`` in [0, 1], kept as float32.
             label: ``[B, K]``, 0 or 1.
-            mask: ``[B, K]``; rows with 0 do not count for that behaviour.
+            mask: ``[B, K]``; a row with 0 does not count for that behaviour.
         """
         columns = (user_id, probability.float(), label.to(torch.uint8), mask.to(torch.uint8))
         batches = self._batches
-        batches.append(_four(column.detach().cpu() for column in columns))
-        # Small batches are merged pairwise as they come: thousands of tiny tensors would outweigh the rows in them.
+        batches.append(_as_columns(column.detach().cpu() for column in columns))
+        # Merge small batches pairwise as they come, because thousands of tiny tensors need more memory than their rows.
         while len(batches) > 1 and len(batches[-2][0]) < _CHUNK_ROWS and len(batches[-1][0]) >= len(batches[-2][0]):
             last = batches.pop()
-            batches[-1] = _four(torch.cat(pair) for pair in zip(batches[-1], last, strict=True))
+            batches[-1] = _as_columns(torch.cat(pair) for pair in zip(batches[-1], last, strict=True))
 
     def compute(self, group: dist.ProcessGroup | None = None) -> Report:
-        """The metrics over all ranks of ``group`` (None: the default group), identical on every rank. Collective.
+        """Compute the metrics over all ranks of ``group`` (None: default group), the same on every rank. Collective.
 
         Raises:
-            UserError: on every rank, when any prediction is NaN or infinite.
+            UserError: a prediction is NaN or infinite; raised on every rank.
         """
         ranks = _Ranks(group)
         user_id, probability, label, mask = self._columns()
@@ -245,39 +251,39 @@ class BehaviourMetrics:
 
     @property
     def rows(self) -> int:
-        """Number of rows held on this rank."""
+        """Number of rows on this rank."""
         return sum(len(batch[0]) for batch in self._batches)
 
     def keep_users(self, limit: int) -> None:
-        """Forget the users whose hash is not below ``limit``; of ``2**31 - 1`` equally likely values."""
+        """Keep only the rows of users whose hash bucket is below ``limit``; buckets are in ``[0, 2**31 - 1)``."""
         kept = torch.from_numpy(_user_bucket(self._columns()[0]) < limit)
-        self._batches = [_four(column[kept] for column in self._columns())]
+        self._batches = [_as_columns(column[kept] for column in self._columns())]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's rows as four tensors."""
+        """Return this rank's rows as four tensors."""
         return dict(zip(("user_id", "probability", "label", "mask"), self._columns(), strict=True))
 
     def load_state_dict(self, *states: dict[str, Tensor]) -> None:
-        """Replace the rows by those of ``states``: one state, or several when ranks are fewer than they were."""
+        """Replace the rows by those of ``states``: one state, or several if there are fewer ranks than at the save."""
         self._batches = [(state["user_id"], state["probability"], state["label"], state["mask"]) for state in states]
 
     def _columns(self) -> _Columns:
         if len(self._batches) != 1:
             none = torch.zeros(0, len(self.behaviours))
             empty = (torch.zeros(0, dtype=torch.int64), none, none.to(torch.uint8), none.to(torch.uint8))
-            self._batches = [_four(torch.cat(parts) for parts in zip(empty, *self._batches, strict=True))]
+            self._batches = [_as_columns(torch.cat(parts) for parts in zip(empty, *self._batches, strict=True))]
         return self._batches[0]
 
 
 class ProgressiveMetrics:
-    """The metrics of `BehaviourMetrics` over a stream of any length, in bounded memory; sums and counts stay exact.
+    """Metrics of `BehaviourMetrics` over an endless stream in bounded memory; metrics from sums and counts are exact.
 
-    AUC comes from a histogram of the logit, ``bins`` equal bins in [-16, 16]: 0.002 wide by default. It is wrong by at
-    most half the share of (positive, negative) pairs that fall into one bin, ``resolution()``.
+    AUC is computed from a histogram of the logit with ``bins`` equal bins in [-16, 16], 0.002 wide by default. Its
+    error is at most half the share of (positive, negative) pairs in the same bin, see ``resolution()``.
 
-    GAUC and UAUC are exact until a rank has seen ``sampled_rows`` rows. From then on they are those of a sample of
-    users, chosen by a hash of the id, which is halved whenever it would hold more rows; all ranks together report on
-    at most ``sampled_rows`` rows, of the same users at any number of ranks.
+    GAUC and UAUC are exact until a rank has seen ``sampled_rows`` rows. From then on they are computed on a sample of
+    users, chosen by a hash of the id; the sample is halved whenever it would have more rows. All ranks together report
+    on at most ``sampled_rows`` rows, of the same users at any number of ranks.
 
     Memory and state: ``16 K bins + (8 + 6 K) sampled_rows`` bytes.
     """
@@ -289,10 +295,10 @@ class ProgressiveMetrics:
         self.load_state_dict()
 
     def update(self, user_id: Tensor, probability: Tensor, label: Tensor, mask: Tensor) -> None:
-        """Add rows; arguments as in `BehaviourMetrics.update`."""
+        """Add rows; arguments as of `BehaviourMetrics.update`."""
         user_id, probability = user_id.detach().cpu(), probability.detach().float().cpu()
         label, mask = label.detach().cpu() > 0, mask.detach().cpu() > 0
-        # A NaN counts in the sums, where compute() finds it; in the histogram it needs some bin.
+        # A NaN remains in the sums, where compute() detects it; in the histogram it needs some bin.
         logit = torch.logit(torch.nan_to_num(probability), _EPSILON)
         place = ((logit + _LOGIT_LIMIT) * (self.bins / (2 * _LOGIT_LIMIT))).long().clamp(0, self.bins - 1)
         place += (label.long() + 2 * torch.arange(len(self.behaviours))) * self.bins
@@ -306,10 +312,10 @@ class ProgressiveMetrics:
             self._sample.keep_users(self._user_limit)
 
     def compute(self, group: dist.ProcessGroup | None = None) -> Report:
-        """The metrics over all ranks of ``group`` (None: the default group), identical on every rank. Collective.
+        """Compute the metrics over all ranks of ``group`` (None: default group), the same on every rank. Collective.
 
         Raises:
-            UserError: on every rank, when any prediction is NaN or infinite.
+            UserError: a prediction is NaN or infinite; raised on every rank.
         """
         ranks = _Ranks(group)
         histogram = ranks.gather(self._histogram.numpy()).sum(axis=0)
@@ -333,14 +339,14 @@ class ProgressiveMetrics:
         return report
 
     def resolution(self) -> dict[str, float | None]:
-        """For each behaviour the largest possible error of this rank's AUC; None where AUC is undefined."""
+        """Return the largest possible error of this rank's AUC for each behaviour; None if the AUC is undefined."""
         negatives, positives = self._histogram.double().unbind(1)
         pairs, tied = positives.sum(1) * negatives.sum(1), (positives * negatives).sum(1)
         shares = zip(self.behaviours, tied.tolist(), pairs.tolist(), strict=True)
         return {behaviour: part / (2 * whole) if whole else None for behaviour, part, whole in shares}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's histograms, sums and sampled rows, as tensors and one integer."""
+        """Return this rank's histograms, sums and sampled rows, as tensors and one integer."""
         return {
             "histogram": self._histogram.clone(),
             "probability": self._probability.clone(),
@@ -352,8 +358,8 @@ class ProgressiveMetrics:
     def load_state_dict(self, *states: dict[str, Any]) -> None:
         """Replace the state by the sum of ``states``.
 
-        When the number of ranks changes, give each saved state to exactly one of the new ranks, whichever; a rank
-        that gets none starts empty.
+        If the number of ranks has changed, give each saved state to exactly one of the new ranks, in any order; a rank
+        without a state starts empty.
         """
         behaviours = len(self.behaviours)
         self._histogram = torch.zeros(behaviours, 2, self.bins, dtype=torch.int64)  # class 0 is negative
@@ -369,9 +375,10 @@ class ProgressiveMetrics:
             self._loss += state["loss"]
 
     def _shared_sample(self, ranks: _Ranks) -> tuple[np.ndarray, ...]:
-        """The rows of all ranks' users below one common limit, on every rank; columns as in `BehaviourMetrics`."""
+        """Gather the rows of users below one common limit from all ranks; columns as in `BehaviourMetrics`."""
         columns = [column.numpy() for column in self._sample.state_dict().values()]
         buckets = _user_bucket(columns[0])
+        # Take the largest of these limits, each half of the one before, with which the rows of all ranks together fit.
         limits = int(ranks.gather(np.array([self._user_limit])).min()) >> np.arange(32)
         rows = ranks.gather((buckets[:, None] < limits).sum(axis=0)).sum(axis=0)
         kept = buckets < limits[np.argmax(rows <= self.sampled_rows)]

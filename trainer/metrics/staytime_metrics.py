@@ -1,22 +1,23 @@
 """Metrics of predicted seconds in the comment area.
 
-What is undefined (no row, no pair with different labels, no user with both classes) is ``None``, never 0 or 0.5. The
-order of the rows never tells equal scores apart: a pair of them counts half, a list is the mean over its orders.
+An undefined metric (no row, no pair with different labels, no user with both classes) is ``None``, never 0 or 0.5.
+Equal scores are never ordered by the order of the rows: a tied pair counts half, and a metric of a list is the mean
+over all orders of its ties.
 
 ============ ========================================================================================================
 ``rmse``     root of the mean squared error, seconds, over all rows
 ``mae``      mean absolute error, seconds, over all rows
-``rmse_opened``, ``mae_opened``  the same over rows whose comments were opened
-``bias``     mean of the predictions over mean of the stays
-``xauc``     share of the pairs of rows with different stays that are in the right order
+``rmse_opened``, ``mae_opened``  the same over rows whose comment area was opened
+``bias``     mean of the predictions divided by the mean of the stays
+``xauc``     share of pairs in the right order among all pairs of rows with different stays
 ``gauc``     mean over users of the AUC of opening, weighted by the user's rows; users with both classes only
-``uauc``     the same mean, every such user counted once
+``uauc``     the same mean with every such user weighted equally
 ``ndcg@k``   mean over users who opened at least once of DCG@k of opening, gain 1, discount log2(rank + 1)
-``mrr``      mean over the same users of one over the rank of the first opened row
-``wt@k``     mean over all users of the seconds stayed in the k rows that are ranked first
+``mrr``      mean over the same users of the reciprocal rank of the first opened row
+``wt@k``     mean over all users of the seconds stayed in the k top-ranked rows
 ============ ========================================================================================================
 
-Lists are all rows of a user in the held-out range. :func:`released_metrics` has the definitions of LCU's released code.
+A list is all rows of a user in the held-out range. :func:`released_metrics` has the definitions of LCU's released code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 from trainer.metrics.behaviour_metrics import auc, grouped_auc
 
 Values = dict[str, float | int | None]
-"""Metric -> value, ``None`` where undefined."""
+"""Metric -> value, ``None`` if undefined."""
 
 EXPOSURE_GROUPS: tuple[tuple[str, int, int], ...] = (
     ("0", 0, 0),
@@ -36,19 +37,19 @@ EXPOSURE_GROUPS: tuple[tuple[str, int, int], ...] = (
     ("6-50", 6, 50),
     ("more", 51, np.iinfo(np.int64).max),
 )
-"""Groups of videos by their exposures in the training range: name, least and most."""
+"""Groups of videos by their number of visits in the training range: name, minimum, maximum."""
 
 RANKS: tuple[int, ...] = (1, 3, 5)
 
 
 def staytime_metrics(user_id: np.ndarray, seconds: np.ndarray, predicted: np.ndarray, score: np.ndarray) -> Values:
-    """All metrics of some rows.
+    """Compute all metrics of some rows.
 
     Args:
         user_id: ``[n]`` int64.
-        seconds: ``[n]`` float, the true stays; 0 where the comments were not opened.
+        seconds: ``[n]`` float, true stays in seconds; 0 if the comments were not opened.
         predicted: ``[n]`` float, predicted seconds.
-        score: ``[n]`` float, by which a user's rows are ranked; usually ``predicted``.
+        score: ``[n]`` float, ranking score of a user's rows; usually ``predicted``.
     """
     return {
         **regression_metrics(seconds, predicted),
@@ -62,7 +63,10 @@ def staytime_metrics(user_id: np.ndarray, seconds: np.ndarray, predicted: np.nda
 def metrics_by_exposure(
     exposures: np.ndarray, user_id: np.ndarray, seconds: np.ndarray, predicted: np.ndarray, score: np.ndarray
 ) -> dict[str, Values]:
-    """:func:`staytime_metrics` of each of :data:`EXPOSURE_GROUPS`; ``exposures [n]`` are those of a row's video."""
+    """Compute :func:`staytime_metrics` of each of :data:`EXPOSURE_GROUPS`.
+
+    ``exposures [n]`` is the number of training visits to each row's video.
+    """
     groups = {}
     for name, least, most in EXPOSURE_GROUPS:
         inside = (exposures >= least) & (exposures <= most)
@@ -71,7 +75,7 @@ def metrics_by_exposure(
 
 
 def regression_metrics(seconds: np.ndarray, predicted: np.ndarray) -> Values:
-    """``rmse``, ``mae``, both of opened rows alone, and ``bias``."""
+    """Compute ``rmse`` and ``mae``, both over all rows and over opened rows, and ``bias``."""
     error, opened = predicted.astype(np.float64) - seconds, seconds > 0
     values: Values = {}
     for suffix, rows in (("", np.ones(len(seconds), bool)), ("_opened", opened)):
@@ -84,10 +88,10 @@ def regression_metrics(seconds: np.ndarray, predicted: np.ndarray) -> Values:
 
 
 def xauc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Share of pairs with different labels that the scores put in the right order, equal scores half; O(n log n).
+    """Compute the share of pairs with different labels that the scores order correctly, ties half, in O(n log n).
 
     Args:
-        labels: ``[n]``, anything ordered.
+        labels: ``[n]``, any ordered type.
         scores: ``[n]`` float.
     """
     n = len(labels)
@@ -96,16 +100,16 @@ def xauc(labels: np.ndarray, scores: np.ndarray) -> float | None:
     pairs = n * (n - 1) // 2 - _pairs(label)
     if not pairs:
         return None
-    # Among equal labels the higher score first: such pairs are then never counted as ascending.
+    # Sort equal labels by descending score, so that pairs with equal labels are never counted as ascending.
     right = _ascending_pairs(rank[np.lexsort((-rank, label))])
     return (2 * right + _pairs(rank) - both) / (2 * pairs)
 
 
 def list_metrics(user_id: np.ndarray, seconds: np.ndarray, score: np.ndarray) -> Values:
-    """``gauc``, ``uauc``, ``ndcg@k``, ``mrr`` and ``wt@k``."""
+    """Compute ``gauc``, ``uauc``, ``ndcg@k``, ``mrr`` and ``wt@k``."""
     opened = seconds > 0
     lists = _Lists(user_id, score)
-    # A row's share in a tie is that of the mean over its orders.
+    # Every row of a tie gets the tie's mean, which is the expected value over all orders of the tie.
     gain, stayed = lists.tied_mean(opened), lists.tied_mean(seconds)
     positives = lists.sum(lists.of(opened))
     counted = positives > 0
@@ -126,10 +130,10 @@ def list_metrics(user_id: np.ndarray, seconds: np.ndarray, score: np.ndarray) ->
 
 
 def released_metrics(user_id: np.ndarray, seconds: np.ndarray, predicted: np.ndarray, score: np.ndarray) -> Values:
-    """What LCU's released code calls ``gauc``, ``xauc``, ``ndcg@k`` and ``mrr``, for comparison.
+    """Compute ``gauc``, ``xauc``, ``ndcg@k`` and ``mrr`` as LCU's released code defines them, for comparison.
 
-    ``gauc`` is one AUC over all users; in ``xauc`` pairs with equal labels count as right, so constant labels give 1;
-    users who opened nothing count as 0 in the means over users.
+    ``gauc`` is one AUC over all users. In ``xauc``, pairs with equal labels count as correct, so constant labels give
+    1. Users who opened nothing count as 0 in the means over users.
     """
     opened = seconds > 0
     n = len(seconds)
@@ -148,16 +152,16 @@ def released_metrics(user_id: np.ndarray, seconds: np.ndarray, predicted: np.nda
 def comment_metrics(
     scores: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], present: np.ndarray
 ) -> dict[str, Values]:
-    """How well the comments of a row are ranked: ``{head: {"auc", "rows"}}``.
+    """Measure how well each head ranks the comments of a row.
 
     Args:
-        scores: head -> ``[n, comments]``.
-        truth: head -> ``[n, comments]``, what the head ranks by.
-        present: ``[n, comments]`` bool.
+        scores: head -> ``[n, comments]``, predicted scores.
+        truth: head -> ``[n, comments]``, values of the true ranking.
+        present: ``[n, comments]`` bool, False for padding.
 
     Returns:
-        ``auc`` is the mean over rows of the share of pairs with different truth that are in the right order, over the
-        ``rows`` that have such a pair.
+        ``{head: {"auc", "rows"}}``. ``auc`` is the share of pairs with different truth that are in the right order,
+        averaged over the rows with such a pair; ``rows`` is the number of these rows.
     """
     return {head: _row_order(scores[head], truth[head], present) for head in scores}
 
@@ -173,10 +177,10 @@ def _row_order(scores: np.ndarray, truth: np.ndarray, present: np.ndarray) -> Va
 
 
 class _Lists:
-    """Rows in order of user, then descending score; equal scores of a user are one tie.
+    """Rows sorted by user, then by descending score; equal scores of a user form a tie.
 
     Attributes:
-        rank: ``[n]`` int64, place in the user's list from 0 on.
+        rank: ``[n]`` int64, position in the user's list, from 0.
     """
 
     def __init__(self, user_id: np.ndarray, score: np.ndarray) -> None:
@@ -189,20 +193,23 @@ class _Lists:
         self._tie = np.cumsum(new | np.append(True, score[1:] != score[:-1])[: len(user)]) - 1
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """``values [n]`` of the rows, in the lists' order."""
+        """Return ``values [n]`` of the rows in the order of the lists."""
         return values[self._order]
 
     def sum(self, ordered: np.ndarray) -> np.ndarray:
-        """Sums over each user of ``[n]`` values in the lists' order."""
+        """Sum ``[n]`` values in the order of the lists over each user, ``[users]``."""
         return np.bincount(self._user, ordered, len(self._first))
 
     def tied_mean(self, values: np.ndarray) -> np.ndarray:
-        """``values [n]`` in the lists' order, each replaced by the mean over its tie."""
+        """Return ``values [n]`` in the order of the lists, each replaced by the mean over its tie."""
         ordered, size = self.of(values), np.bincount(self._tie)
         return (np.bincount(self._tie, ordered, len(size)) / np.maximum(size, 1))[self._tie]
 
     def reciprocal_ranks(self, positive: np.ndarray) -> np.ndarray:
-        """One over the rank of each user's first positive, the mean over the orders of its tie; 0 for none. [users]."""
+        """Compute the reciprocal rank of each user's first positive, averaged over the orders of its tie, ``[users]``.
+
+        It is 0 for users without a positive.
+        """
         hit = self.of(positive) > 0
         found = np.zeros(len(self._first))
         place = np.flatnonzero(hit)
@@ -215,19 +222,26 @@ class _Lists:
 
 
 def _first_of_tie(rank: int, size: int, hits: int) -> float:
-    """Mean over all orders of one over the rank of the first of ``hits`` among ``size`` rows from ``rank`` on."""
+    """Compute the mean reciprocal rank of the first hit over all orders of a tie.
+
+    Args:
+        rank: rank of the tie's first row, from 1.
+        size: number of rows in the tie.
+        hits: number of positives among them.
+    """
     ahead = np.arange(size - hits + 1)
-    # Of the rows that are left when so many misses are ahead, so large a share are hits.
+    # Probability that the next row is a hit, given that the ``ahead`` rows before it were misses.
     share = hits / (size - ahead)
     first = share * np.append(1.0, np.cumprod(1 - share)[:-1])
     return float((first / (rank + ahead)).sum())
 
 
 def _ascending_pairs(values: np.ndarray) -> int:
-    """Pairs ``i < j`` with ``values[i] < values[j]``; ``values [n]`` are integers from 0 on.
+    """Count pairs ``i < j`` with ``values[i] < values[j]``; ``values [n]`` are integers of at least 0.
 
-    Two different numbers differ first in some bit, from the top. For each bit, the numbers that agree above it stand
-    together in their first order, and the pairs (0, then 1) among them are counted; then the zeros move to the front.
+    The highest bit in which two numbers differ decides their order. Bits are processed from the highest down. For each
+    bit, numbers with the same higher bits are adjacent and in their original order: among them, pairs with a 0 before a
+    1 are counted, then the zeros are moved to the front (stable radix sort).
     """
     total = 0
     for bit in reversed(range(int(values.max(initial=0)).bit_length())):
@@ -246,12 +260,13 @@ def _ascending_pairs(values: np.ndarray) -> int:
 
 
 def _dense(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0 on, equal values alike."""
+    """Return dense ranks from 0; equal values have the same rank."""
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
 def _pairs(codes: np.ndarray) -> int:
-    """Pairs with equal codes."""
+    """Count pairs with equal codes."""
+    # Python integers, because the number of pairs may overflow int64.
     count = np.unique(codes, return_counts=True)[1].astype(object)
     return int((count * (count - 1) // 2).sum()) if len(count) else 0
 
