@@ -231,6 +231,21 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
+@cache
+def files() -> tuple[str, ...]:
+    """Return the files of the repository's folders, from the root."""
+    folders = ("benchmarks", "configs", "docs", "launch", "modules", "tests", "trainer")
+    return tuple(f"/{name_of(path)}" for folder in folders for path in (ROOT / folder).rglob("*.*"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """A page names a file by its path from the root, or by the end of it."""
+    named = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|toml|sh|yaml))`", FENCE.sub("", page.read_text())))
+    missing = {name for name in named if not any(file.endswith(f"/{name}") for file in files())}
+    assert not missing - {"pyproject.toml", "map.toml"}
+
+
 def test_commands_of_the_pages_are_accepted() -> None:
     assert not [
         text for page in GUIDES for words in command_lines(page) for text in refusals(check_command, page, words)
