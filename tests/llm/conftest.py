@@ -1,4 +1,4 @@
-"""The tiny base model, once for all tests of this folder."""
+"""Fixture of the tiny base model, made once for all tests of this folder."""
 
 from __future__ import annotations
 

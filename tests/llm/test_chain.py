@@ -1,4 +1,4 @@
-"""From a world's texts to the jobs that read their vectors, each command as a user types it."""
+"""The whole chain from a world's texts to the jobs that read their vectors, with the commands that a user types."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL_STAYTIME = (
 
 
 def limelight(*arguments: object) -> str:
-    """What a command prints."""
+    """Run a command and return its output."""
     return end([start(*LIMELIGHT, *map(str, arguments))])[0]
 
 

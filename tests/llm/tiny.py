@@ -1,4 +1,4 @@
-"""A tiny model, samples for it, and how plain PyTorch trains it: the reference of the engine's tests."""
+"""Tiny model, its samples, and a plain PyTorch training loop: the reference of the engine's tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL = SmallConfig(vocabulary=300, hidden=64, layers=2, heads=4)
 
 
 def samples(number: int, seed: int = 0) -> list[Sample]:
-    """Which of two words stands in the prompt, and at what place, says which answer is right."""
+    """Make samples whose right answer is "yes" if the word "fire" is in the prompt."""
     generator = np.random.default_rng(seed)
     words = ["river", "stone", "cloud", "fire", "green", "seven"]
     made = []
@@ -47,14 +47,14 @@ def samples(number: int, seed: int = 0) -> list[Sample]:
 
 
 def write_base(directory: Path, seed: int = 1) -> BaseModelFiles:
-    """A tiny model in a directory."""
+    """Write a tiny model into a directory."""
     texts = [sample.prompt + sample.answer for sample in samples(200)]
     write_small_model(directory, texts, SMALL, seed=seed, length=LENGTH)
     return BaseModelFiles.open(str(directory))
 
 
 def adapted(base: BaseModelFiles, *, bf16: bool = False, lora: LoraConfig = LORA) -> Any:
-    """The model with an adapter whose second matrix, too, is not zero: all gradients count from the first step on."""
+    """Add an adapter whose second matrix is not zero either, so that all gradients are nonzero from the first step."""
     torch.manual_seed(7)
     model = add_adapter(base.load(bf16=bf16), lora, str(base.directory))
     with torch.no_grad():
@@ -65,7 +65,7 @@ def adapted(base: BaseModelFiles, *, bf16: bool = False, lora: LoraConfig = LORA
 
 
 class StopAfter(Preemption):
-    """Is asked to stop while it works on a step; a signal would come at a moment that a test cannot choose."""
+    """Preemption that asks to stop after a number of steps; a test cannot choose the moment of a real signal."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -81,14 +81,14 @@ class StopAfter(Preemption):
 
 
 def write_samples(directory: Path) -> None:
-    """Files of samples for :func:`job`."""
+    """Write the sample files of :func:`job`."""
     for name, number, seed in (("train", 150, 0), ("eval", 20, 1)):
         lines = [json.dumps(asdict(sample)) + "\n" for sample in samples(number, seed)]
         (directory / f"{name}.jsonl").write_text("".join(lines))
 
 
 def job(data: Path, directory: Path, **changes: dict[str, Any]) -> FinetuneConfig:
-    """A job on :func:`write_samples`; ``changes`` are by section."""
+    """Build a job on the files of :func:`write_samples`; ``changes`` are by section."""
     (data / "zero2.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
     raw: dict[str, dict[str, Any]] = {
         "run": {"directory": str(directory)},
@@ -120,16 +120,16 @@ def batches(
 
 
 def answers_of(tokens: Tokens, step: int) -> np.ndarray:
-    """Tokens of each answer of a step."""
+    """Return the number of tokens of each answer of a step."""
     return tokens.answers[np.concatenate(schedule_of(tokens).step(step))]
 
 
 def plain_training(
     base: BaseModelFiles, tokens: Tokens, steps: int, clipping: float, weight: AnswerWeight
 ) -> tuple[list[float], dict[str, Any]]:
-    """Losses and final adapter of a loop without DeepSpeed, every sample in a forward pass of its own.
+    """Train without DeepSpeed, each sample in its own forward pass. Returns losses and final adapter.
 
-    With ``weight`` "tokens" every token counts for 1, with "one" every answer does.
+    With ``weight`` "tokens" every token has weight 1, with "one" every answer has weight 1.
     """
     model = adapted(base)
     network = AnswerModel(model).train()

@@ -1,4 +1,4 @@
-"""Vectors of texts: the same in any batch, on any number of ranks, after a kill, and where little has changed."""
+"""Vectors of texts: the same in any batch, on any number of ranks, after a kill, and after an incremental update."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WEIGHTS = "model.safetensors"
 DIM = 32
 TIMEOUTS = 280
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
-"""Of float32 vectors in other batches."""
+"""Tolerance of float32 vectors that were computed in other batches."""
 
 WORDS = ("red", "blue", "boat", "cat", "song", "very", "quick", "dance", "late", "show")
 
@@ -63,7 +63,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add("items", pa.table({**columns, "text": item_texts}))
     of = rng.choice(items, 90)
     text_of = dict(zip(items.tolist(), item_texts, strict=True))
-    # a comment speaks of what its video speaks of
+    # The text of a comment contains that of its video, so a query can be learned.
     texts = [f"{sentence(rng, 5)} {text_of[one]}" for one in of.tolist()]
     texts[5] = " ".join(WORDS * 12)
     zeros = np.zeros(90, np.int64)
@@ -169,7 +169,7 @@ def test_the_manifest_says_what_made_them(tables: Path, dataset: Path) -> None:
 def test_a_vector_is_that_of_the_text_alone(
     dataset: Path, model: Path, adapter: Path, tmp_path: Path, pooling: str, adapted: bool
 ) -> None:
-    """Against transformers' own forward pass, text by text without padding."""
+    """Compare with transformers' own forward pass, text by text without padding."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -241,7 +241,7 @@ def test_an_interrupted_job_goes_on_with_the_missing_parts(
 
 @pytest.mark.slow
 def test_a_killed_job_leaves_whole_parts_and_goes_on(dataset: Path, model: Path, tables: Path, tmp_path: Path) -> None:
-    # parts of one text are slow enough to be caught in the middle
+    # With parts of one text the job is slow enough to be killed in the middle.
     arguments = settings(dataset, model, tmp_path, **{"data.kinds": '["comments"]', "embed.part": 1})
     killed = subprocess.Popen([sys.executable, "-m", "trainer.embed", *arguments], cwd=ROOT, env=environment())
     until = time.monotonic() + TIMEOUTS
@@ -354,7 +354,7 @@ def test_a_learnt_query_brings_comments_closer_to_their_video(dataset: Path, mod
     assert rank_of_own(tmp_path) < rank_of_own(tmp_path / "mean")
     stored = list(tmp_path.glob("query-*.npy"))
     assert len(stored) == 1 and np.load(stored[0]).shape == (DIM,)
-    # it is kept: the same recipe, so nothing is read again
+    # The stored query is used again, so the origin of the vectors stays the same.
     hash_before = ContentVectors.open(tmp_path / "items").origin.hash
     run(*settings(dataset, model, tmp_path, **{"embed.pooling": "query", "data.kinds": '["items"]'}))
     assert ContentVectors.open(tmp_path / "items").origin.hash == hash_before

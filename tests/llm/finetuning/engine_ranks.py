@@ -1,10 +1,10 @@
-"""What test_engine.py has ranks do, all in one start of them.
+"""Work of the ranks in test_adapter_engine.py, all cases in one start of the processes.
 
     torchrun --nproc-per-node N -m tests.llm.finetuning.engine_ranks BASE OUT CASE ...
 
-trains the tiny model in every case, and leaves losses, adapters and what the optimizer holds in OUT/N.pt. Checkpoints
-go to OUT/N-CASE; those that are there, by whatever number of ranks, are gone on with. Several ranks also begin the job
-of OUT/train.jsonl in OUT/run, and stop in the middle of it.
+trains the tiny model in every case, and writes losses, adapters and sizes of optimizer states to OUT/N.pt. Checkpoints
+are written to OUT/N-CASE; existing ones, of any number of ranks, are resumed from. More than one rank also start the
+job of OUT/train.jsonl in OUT/run, and stop in the middle of it.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def weight_of(case: str) -> AnswerWeight:
 
 def make_engine(base: BaseModelFiles, case: str, world: World) -> AdapterEngine:
     bf16 = "bf16" in case
-    given = {
+    options = {
         "zero_optimization": CASES[case],
         "gradient_accumulation_steps": PARTS,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": bf16},
     }
-    settings = complete_settings(given, BATCH // world.size, world.size, LANGUAGE_MODEL)
-    # The job loads a model in shares where ZeRO 3 is asked for; one that was loaded whole trains as well.
+    settings = complete_settings(options, BATCH // world.size, world.size, LANGUAGE_MODEL)
+    # The job loads a model partitioned under ZeRO 3; a model that was loaded whole must train the same way.
     with nullcontext() if "whole" in case else partitioned_loading(settings):
         model = adapted(base, bf16=bf16)
     return AdapterEngine(model, OPTIMIZER, settings, device=world.device, checkpointing="checkpointing" in case)
@@ -84,8 +84,9 @@ def train(
 ) -> list[float]:
     losses = []
     for step in range(start, stop):
-        answers, mine = answers_of(tokens, step), batches(tokens, step, world.rank, world.size, weight=weight)
-        loss = torch.tensor(engine.backward(mine, float(answer_weights(answers, weight).sum())))
+        answers = answers_of(tokens, step)
+        rank_batches = batches(tokens, step, world.rank, world.size, weight=weight)
+        loss = torch.tensor(engine.backward(rank_batches, float(answer_weights(answers, weight).sum())))
         dist.all_reduce(loss)
         engine.step()
         losses.append(float(loss) / int(answers.sum()))
@@ -127,7 +128,7 @@ def resume(base: BaseModelFiles, tokens: Tokens, case: str, world: World, path: 
 
 
 def run_cases(base: BaseModelFiles, out: Path, cases: Sequence[str], world: World) -> dict[str, Any]:
-    """Outcomes of the cases, and of what goes on from the checkpoints that are there."""
+    """Run the cases, and resume each from the checkpoints that exist. Returns their outcomes."""
     tokens = Tokens.of(samples(150), base.tokenizer, 64)
     outcomes: dict[str, Any] = {}
     for case in cases:

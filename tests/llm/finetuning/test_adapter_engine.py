@@ -1,6 +1,6 @@
-"""The engine against a plain PyTorch loop: ZeRO 1, 2 and 3 on one and two ranks, and checkpoints between them.
+"""Adapter engine compared with a plain PyTorch loop: ZeRO 1, 2 and 3 on one and two ranks, checkpoints between them.
 
-A job that two ranks begin and one ends is started with them: starting ranks is most of what these tests cost.
+The same start of two ranks also begins a job that one rank finishes, because starting ranks takes most of the time.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ QUICK = ("1", "2", "3", "2-one")
 SLOW = tuple(case for case in CASES if case not in QUICK)
 
 QUIET = {"TORCHDYNAMO_DISABLE": "1"}
-"""DeepSpeed imports an optimizer that is compiled as it is imported, which takes as long as a test here."""
+"""Turns torch.compile off: DeepSpeed compiles an optimizer on import, which takes as long as one of these tests."""
 
 Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plain:
-    """What the plain loop came to."""
+    """Result of the plain loop."""
 
     losses: list[float]
     adapter: dict[str, torch.Tensor]
@@ -57,7 +57,7 @@ def plains(base: BaseModelFiles) -> Plains:
 
 
 def check(outcomes: dict[str, Outcome], case: str, plains: Plains) -> None:
-    """A case, and what has gone on from its checkpoints, against the plain loop."""
+    """Compare a case, and the runs resumed from its checkpoints, with the plain loop."""
     outcome, plain = outcomes[case], plains[weight_of(case)]
     assert outcome["names"][0] == "DeepSpeedEngine"
     assert outcome["names"][1] == ("DeepSpeedZeroOptimizer_Stage3" if case[0] == "3" else "DeepSpeedZeroOptimizer")
@@ -99,7 +99,7 @@ def check_all(outcomes: dict[str, Outcome], cases: tuple[str, ...], plains: Plai
 
 
 def check_shown(run: Path, steps: int) -> None:
-    """What ``limelight checkpoint`` says of a run."""
+    """Check what ``limelight checkpoint`` shows of a run."""
     values = sum(value.numel() for value in load_file(run / "adapter" / "adapter_model.safetensors").values())
     found = describe_checkpoint(run)
     assert (found["step"], found["dense_values"]) == (steps, values)

@@ -1,4 +1,4 @@
-"""The fine-tuning job as a user starts it: by each launcher, stopped and gone on with, merged; and its mistakes."""
+"""The fine-tuning job as a user starts it: by each launcher, stopped and resumed, merged; error messages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def overrides(data: Path, directory: Path, *more: str) -> list[str]:
 
 
 def metrics(directory: Path) -> dict[str, Any]:
-    """What a run came to, without what depends on the clock."""
+    """Read the metrics of a run, without the values that depend on the clock."""
     document: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
     for name in ("tokens_per_second", "checkpoint_stalls_seconds"):
         del document["training"][name]
@@ -108,7 +108,7 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     assert not (stopped / "metrics.json").exists()
     printed = end([start(*command, *overrides(tmp_path, stopped, "train.epochs=40"))])[0]
     assert "resuming from" in printed
-    assert metrics(stopped) == metrics(through), "the same ranks go on bit for bit"
+    assert metrics(stopped) == metrics(through), "the same number of ranks resumes bit for bit"
 
     end([start(*LIMELIGHT, "export", str(stopped), str(tmp_path / "merged"))])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -185,8 +185,8 @@ def test_mistakes_are_told_before_a_rank_is_started(tmp_path: Path, capsys: pyte
         (["export", str(tmp_path), str(tmp_path / "out")], "no checkpoint and no run with checkpoints here"),
     ]:
         assert main(arguments) == USER_ERROR_STATUS
-        told = capsys.readouterr().err
-        assert expected in told and told.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert expected in printed and printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

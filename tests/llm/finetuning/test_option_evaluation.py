@@ -1,4 +1,4 @@
-"""Choosing among options: by the model's probabilities, by frequency and by popularity."""
+"""Choice among options by the model's probabilities, by frequency and by popularity."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def made(answer: str, options: str, popularity: tuple[float, ...] = (), task: st
 
 
 def test_baselines_choose_by_hand() -> None:
-    given = [made("a", "ab", (1, 2)), made("b", "ab", (1, 2)), made("b", "ab", (3, 3)), made("c", "cd", task="u")]
-    majority, popularity = baseline_scores(given, {"t": {"a": 9, "b": 4}})
-    report = report_of(given, {"majority": majority, "popularity": popularity})
+    cases = [made("a", "ab", (1, 2)), made("b", "ab", (1, 2)), made("b", "ab", (3, 3)), made("c", "cd", task="u")]
+    majority, popularity = baseline_scores(cases, {"t": {"a": 9, "b": 4}})
+    report = report_of(cases, {"majority": majority, "popularity": popularity})
     # Majority: a, a, a; popularity: b, b, and a tie that is half right.
     assert report["t"]["majority"]["accuracy"] == pytest.approx(1 / 3)
     assert report["t"]["popularity"] == {"accuracy": pytest.approx(0.5)}
     share = 10 / 15
     assert report["t"]["majority"]["log_loss"] == pytest.approx(-(np.log(share) + 2 * np.log(1 - share)) / 3)
-    # Nothing is known of the other task: all options are as good, and nothing says which is popular.
+    # The other task has no training answers and no figures: all options tie, and popularity is undefined.
     assert report["u"]["majority"]["accuracy"] == 0.5
     assert report["u"]["popularity"] is None
     assert "0.3333" in report_table(report)
@@ -36,11 +36,11 @@ def test_baselines_choose_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    given = [made(str(generator.choice(list("abc"))), "abc") for _ in range(200)]
-    scores = [generator.normal(size=3) for _ in given]
-    report = report_of(given, {"model": scores})["t"]["model"]
+    cases = [made(str(generator.choice(list("abc"))), "abc") for _ in range(200)]
+    scores = [generator.normal(size=3) for _ in cases]
+    report = report_of(cases, {"model": scores})["t"]["model"]
     probabilities = torch.tensor(np.array(scores)).softmax(-1).numpy()
-    answers = ["abc".index(sample.answer) for sample in given]
+    answers = ["abc".index(sample.answer) for sample in cases]
     assert report["accuracy"] == np.mean(probabilities.argmax(1) == answers)
     assert report["log_loss"] == pytest.approx(log_loss(answers, probabilities, labels=[0, 1, 2]))
     right = np.eye(3)[answers]
@@ -48,8 +48,8 @@ def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
 
 
 def test_options_become_samples_and_their_values_go_back(base: BaseModelFiles) -> None:
-    given = [made("a", "abc"), made("d", "de"), made("f", "f")]
-    options = Options.of(given, base.tokenizer, 64)
+    cases = [made("a", "abc"), made("d", "de"), made("f", "f")]
+    options = Options.of(cases, base.tokenizer, 64)
     assert options.tokens.counts.samples == 6
     split = options.split(np.arange(6.0))
     assert [values.tolist() for values in split] == [[0, 1, 2], [3, 4], [5]]

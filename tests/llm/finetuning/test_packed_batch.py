@@ -1,4 +1,4 @@
-"""Packed samples do not see each other: losses and gradients are those of each sample alone."""
+"""Packed samples do not attend to each other: losses and gradients are the same as for single samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_packed_losses_and_gradients_are_those_of_single_samples(base: BaseModel
         atol=5e-5,
         rtol=0,
     )
-    # The comparison would notice samples that see those before them.
+    # Check that the comparison detects samples that attend to earlier ones.
     mixed = TokenBatch(**{**vars(batch), "segments": torch.zeros_like(batch.segments)})
     assert (network(mixed) - losses).abs().max() > 1e-3
 

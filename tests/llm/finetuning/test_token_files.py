@@ -1,4 +1,4 @@
-"""Samples as tokens: the border of the answer, what is cut off and counted, memory and files alike."""
+"""Tokenised samples: border of the answer, truncation and counts; files and memory have the same content."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_a_sample_is_prompt_answer_and_end(base: BaseModelFiles) -> None:
 
 def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_sample(base: BaseModelFiles) -> None:
     long = "river stone cloud fire green seven " * 10
-    given = [
+    written = [
         Sample(long, "yes", "a"),
         Sample("fire", long, "a"),
         Sample("fire", "yes", "b", ("yes", "no")),
         Sample("fire", "no", "b", ("yes", "no")),
     ]
-    tokens = Tokens.of(given, base.tokenizer, 16)
+    tokens = Tokens.of(written, base.tokenizer, 16)
     answer = [*plain(base, "yes"), base.tokenizer.eos_token_id]
     assert ids_of(tokens, 0) == [*plain(base, long)[-(16 - len(answer)) :], *answer]
     counts = tokens.counts

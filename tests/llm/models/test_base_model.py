@@ -1,4 +1,4 @@
-"""Adapters on disk and merged; models, tokenizers and adapters that do not fit each other, and what is told of them."""
+"""Adapters on disk and merged; error messages for models, tokenizers and adapters that do not fit each other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logits_of(model: Any, base: BaseModelFiles) -> torch.Tensor:
 
 @pytest.fixture
 def copy(base: BaseModelFiles, tmp_path: Path) -> Path:
-    """A copy of the base model to spoil."""
+    """Copy of the base model that a test may damage."""
     shutil.copytree(base.directory, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -74,11 +74,11 @@ def test_an_adapter_for_another_model_is_refused(base: BaseModelFiles, tmp_path:
     model = adapted(base)
     save_adapter(model, trained_values(model), tmp_path / "adapter", {"base": base.fingerprint})
     check_adapter(base, tmp_path / "adapter")
-    # The same shapes, other weights: only the record tells.
+    # Same shapes, other weights: only the record can detect this.
     twin = write_base(tmp_path / "twin", seed=2)
     with pytest.raises(UserError, match=f"for another base model .of fingerprint {base.fingerprint}"):
         check_adapter(twin, tmp_path / "adapter")
-    # Another package's adapter has no record: the shapes tell.
+    # An adapter of another package has no record: the shapes are compared.
     (tmp_path / "adapter" / RECORD).unlink()
     check_adapter(twin, tmp_path / "adapter")
     wide = SmallConfig(vocabulary=300, hidden=96, layers=2, heads=4)
@@ -98,7 +98,7 @@ def test_the_small_model_depends_on_the_seed_alone(base: BaseModelFiles, tmp_pat
     write_small_model(tmp_path / "again", texts, SMALL, seed=1, length=LENGTH)
     assert BaseModelFiles.open(str(tmp_path / "again")).fingerprint == base.fingerprint
     assert write_base(tmp_path / "other", seed=2).fingerprint != base.fingerprint
-    # Nothing of a text is lost, whatever it is written in.
+    # The byte-level tokenizer keeps every character of any language.
     text = "naïve 直播 🎁\n"
     assert base.tokenizer.decode(base.tokenizer(text)["input_ids"]) == text
     with pytest.raises(UserError, match=r"small.hidden = 60 .* use a multiple of 8"):
