@@ -76,6 +76,7 @@ class TableConfig(BaseModel):
 
     @model_validator(mode="after")
     def _rows_fit_mapping(self) -> TableConfig:
+        """Check that the keys of the table fit its mapping of ids."""
         if self.ids in ("hash", "dynamic") and self.rows is None:
             raise ValueError(f"ids = {self.ids!r} needs `rows`")
         if self.ids == "lookup" and self.rows is not None:
@@ -133,6 +134,7 @@ class HistoryConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_search(self) -> HistoryConfig:
+        """Check that domain and required behaviours fit the search."""
         if self.search != "latest" and self.domain == "both":
             raise ValueError(f'search = "{self.search}" searches one domain; declare one history for each domain')
         if self.search != "latest" and self.require:
@@ -166,6 +168,7 @@ class SearchConfig(BaseModel):
 
     @model_validator(mode="after")
     def _each_table_once(self) -> SearchConfig:
+        """Check that no table is listed twice."""
         if len(set(self.tables)) < len(self.tables):
             raise ValueError("`tables` names a table twice; each one may be listed once")
         return self
@@ -222,6 +225,7 @@ class FeatureConfig(BaseModel):
 
     @model_validator(mode="after")
     def _search_tables_have_rows(self) -> FeatureConfig:
+        """Check that an id keeps its row in all tables that are searched."""
         for name in self.search.tables:
             if self.needs_space and getattr(self, name).ids == "dynamic":
                 raise ValueError(

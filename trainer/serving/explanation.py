@@ -109,7 +109,7 @@ def _alike(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str,
     spec, known = features.spec, features.fitted.author_side
     values = {spec.tag: entries.tag} if spec.tag else {}
     if known is not None:
-        values |= dict(zip(features.author_side, known.of(entries.author_id).T, strict=True))
+        values |= dict(zip(features.author_side, known.lookup(entries.author_id).T, strict=True))
     own = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
     return {name: (column == own[name]) & (column > 0) for name, column in values.items()}
 

@@ -40,9 +40,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_unknown_authors_have_unknown_values() -> None:
     side = AuthorSide(np.array([90, 7, 1 << 40]), np.array([[1, 5], [2, 6], [3, 7]]))
-    found = side.of(np.array([1 << 40, 8, 7, 90, 7, -3]))
+    found = side.lookup(np.array([1 << 40, 8, 7, 90, 7, -3]))
     assert found.tolist() == [[3, 7], [0, 0], [2, 6], [1, 5], [2, 6], [0, 0]]
-    assert side.of(np.zeros(0, np.int64)).shape == (0, 2)
+    assert side.lookup(np.zeros(0, np.int64)).shape == (0, 2)
 
 
 def test_every_entry_carries_its_authors_features_and_its_tag(path: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_chunk_size_does_not_matter(monkeypatch, chunk):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     np.testing.assert_array_equal(Statistics(spec).advance(rows), expected)
     frozen = FrozenStatistics(spec)
-    frozen.remember(rows)
+    frozen.add(rows)
     np.testing.assert_array_equal(frozen.lookup(rows), statistics_as_of(spec, rows, np.full(200, 1000)))
 
 
@@ -134,7 +134,7 @@ def test_many_rows_of_one_key_do_not_run_over():
     stat = np.concatenate([incremental.advance(part) for part in cut(rows, [1, 70_000, 150_000])])
     np.testing.assert_array_equal(stat, np.repeat(np.arange(n, dtype=np.float32)[:, None], 8, axis=1))
     frozen = FrozenStatistics(spec)
-    frozen.remember(rows)
+    frozen.add(rows)
     np.testing.assert_array_equal(frozen.lookup(cut(rows, [1])[0]), np.full((1, 8), n))
 
 
@@ -175,11 +175,11 @@ def test_frozen_counts_are_those_of_the_moment(moment):
     frozen = FrozenStatistics(spec)
     known = np.flatnonzero(rows["emit_ms"] < moment)
     for part in np.array_split(np.random.default_rng(0).permutation(known), 3):
-        frozen.remember({name: column[part] for name, column in rows.items()})
+        frozen.add({name: column[part] for name, column in rows.items()})
     np.testing.assert_array_equal(frozen.lookup(rows), expected)
 
     copy = pickle.loads(pickle.dumps(frozen))
-    frozen.remember(rows)
+    frozen.add(rows)
     np.testing.assert_array_equal(copy.lookup(rows), expected)
 
 

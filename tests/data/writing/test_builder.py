@@ -226,9 +226,9 @@ def test_histories_hold_what_was_watched_or_acted_upon(tmp_path):
     bits = (happened * np.array([[1], [2], [4]])).sum(axis=0)
     for user in np.unique(visits["user_id"]):
         for domain in range(2):
-            mine = (visits["user_id"] == user) & (visits["domain"] == domain)
-            mine &= (visits["play_ms"] > 0) | (bits > 0)
-            lines = np.flatnonzero(mine)
+            kept = (visits["user_id"] == user) & (visits["domain"] == domain)
+            kept &= (visits["play_ms"] > 0) | (bits > 0)
+            lines = np.flatnonzero(kept)
             lines = lines[
                 np.lexsort((visits["visit_id"][lines], visits["request_ms"][lines], visits["exit_ms"][lines]))
             ]

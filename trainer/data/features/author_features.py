@@ -40,7 +40,7 @@ class AuthorSide:
         lines[self._index.add(self.author_id) + 1] = self.values
         object.__setattr__(self, "_lines", lines)
 
-    def of(self, author_id: np.ndarray) -> np.ndarray:
+    def lookup(self, author_id: np.ndarray) -> np.ndarray:
         """Return the values of authors ``[n]`` as ``[n, features]`` int32; 0 (unknown) for unknown authors."""
         return self._lines[self._index.find(author_id) + 1]
 

@@ -268,7 +268,7 @@ class _PackedSide:
             np.add(visits.tag, self._tag, out=out[:, self._tag_place])
         if self._author_side is not None:
             own = out[:, -len(self._author_offsets) :]
-            np.add(self._author_side.of(visits.author_id), self._author_offsets, out=own)
+            np.add(self._author_side.lookup(visits.author_id), self._author_offsets, out=own)
 
 
 def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, range]:

@@ -58,5 +58,5 @@ def freeze_statistics(data: Dataset, until_ms: int) -> FrozenStatistics:
             rows = data.store.read(partition, record)
             if rows is not None:
                 kept = known.mask(rows)
-                frozen.remember({name: column[kept] for name, column in rows.items()})
+                frozen.add({name: column[kept] for name, column in rows.items()})
     return frozen

@@ -42,7 +42,7 @@ class FeatureJoin:
             UserError: a table is missing.
         """
         for owner, table in self._tables.items():
-            if table.names and not table.given:
+            if table.names and not table.was_added:
                 raise UserError(
                     f"table {TABLE_OF[owner]!r} was not given; the features {', '.join(table.names)} are its columns"
                 )
@@ -80,7 +80,7 @@ class _FeatureTable:
         self._side = tuple(side for side in spec.side if side.of == owner)
         self._dense = tuple(dense.name for dense in spec.dense if dense.of == owner)
         self.names = [*(side.name for side in self._side), *self._dense]
-        self.given = False
+        self.was_added = False
         self.index = IdIndex()
         self._blocks = [(np.zeros((1, len(self._side)), np.int32), np.zeros((1, len(self._dense)), np.float32))]
 
@@ -111,7 +111,7 @@ class _FeatureTable:
             raise UserError(f"{what}: {id_name} {repeated} comes twice; each id must have one line")
         # The index numbers new ids in increasing order; the block must have the same order.
         order = np.argsort(self.index.add(ids))
-        self.given = True
+        self.was_added = True
         self._blocks.append(
             (_matrix(columns, side_names, np.int32)[order], _matrix(columns, list(self._dense), np.float32)[order])
         )

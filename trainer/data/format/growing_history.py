@@ -97,6 +97,7 @@ class GrowingHistories(Histories):
         return self._users.ids, (self._end - self._begin)[: len(self._users)]
 
     def _runs(self, user_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return begin and end of each user's entries, each ``[n, domains]``; empty for unknown users."""
         number = self._users.find(user_id)
         known = np.flatnonzero(number >= 0)
         begin, end = np.zeros((len(number), len(DOMAINS)), np.int64), np.zeros((len(number), len(DOMAINS)), np.int64)

@@ -349,10 +349,10 @@ def write_rows(
     owner = partition_of(rows["user_id"], spec.partitions)
     names = row_columns(spec)
     for partition in range(spec.partitions):
-        mine = np.flatnonzero(owner == partition)
-        mine = mine[time_order(rows["emit_ms"][mine], rows["request_ms"][mine])]
+        place = np.flatnonzero(owner == partition)
+        place = place[time_order(rows["emit_ms"][place], rows["request_ms"][place])]
         writer = ShardWriter(folder, partition, rows_per_record=rows_per_record, records_per_shard=records_per_shard)
-        writer.append({name: rows[name][mine] for name in names})
+        writer.append({name: rows[name][place] for name in names})
         writer.close()
 
 

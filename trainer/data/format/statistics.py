@@ -148,7 +148,7 @@ class FrozenStatistics:
         self._width = 1 + len(spec.behaviours)
         self._counts = [_Counts(self._width) for _ in spec.statistics]
 
-    def remember(self, rows: Rows) -> None:
+    def add(self, rows: Rows) -> None:
         """Add rows to the counts, whatever their times; the caller selects the rows known at the moment."""
         past = _Outcomes.of(self._spec, rows, self._keys)
         for first in range(0, len(past.emit_ms), _CHUNK):

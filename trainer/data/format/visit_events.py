@@ -14,7 +14,7 @@ from trainer.data.format.validation import Columns
 
 _VISITS_PER_PART = 1 << 15
 
-# Events of one millisecond are in this order: the first behaviours (at most 31), their repeats, and exits last.
+# Events of one millisecond are in this order: exposure, enter, behaviours (at most 31), their repeats, exit.
 _RANK_BITS = 6
 _REPEAT_RANK, _EXIT_RANK = (1 << _RANK_BITS) - 2, (1 << _RANK_BITS) - 1
 

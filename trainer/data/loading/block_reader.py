@@ -35,7 +35,7 @@ class _DecodedBlock:
 
 
 class BlockReader:
-    """Reads slices of blocks. It keeps one block of each partition, because a partition's blocks come one by one.
+    """Reads slices of blocks. It keeps one block of each partition, as a partition's blocks follow one another.
 
     Args:
         store: rows of the dataset.

@@ -193,7 +193,7 @@ class Loader:
                 for worker in workers:
                     if worker.sentinel in ended:
                         worker.join()
-                        raise UserError(_death(self._rank, worker.pid, worker.exitcode or 0)) from None
+                        raise UserError(_death_message(self._rank, worker.pid, worker.exitcode or 0)) from None
                 raise
 
 
@@ -264,12 +264,12 @@ def _live_as_long_as_the_rank(worker: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def exit_when_the_rank_says() -> None:
+    def wait_for_the_rank() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             continue
         os._exit(0)
 
-    threading.Thread(target=exit_when_the_rank_says, daemon=True).start()
+    threading.Thread(target=wait_for_the_rank, daemon=True).start()
 
 
 @contextmanager
@@ -287,7 +287,7 @@ def _signal_left_alone(number: int) -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def _death(rank: int, pid: int | None, status: int) -> str:
+def _death_message(rank: int, pid: int | None, status: int) -> str:
     """Return the message for a worker that ended with a status as ``multiprocessing`` gives it."""
     ended = f"exited with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
     why = {

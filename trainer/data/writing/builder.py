@@ -88,15 +88,15 @@ class DatasetBuilder:
         self._out = Path(out)
         if self._out.exists():
             raise UserError(f"{out}: exists already; choose another directory or remove it")
-        self._aside = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}")
-        self._work = self._aside / "work"
+        self._tmp_path = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}")
+        self._work = self._tmp_path / "work"
         self._spec = spec
         self._record_limits = {"rows_per_record": rows_per_record, "records_per_shard": records_per_shard}
         self._deduplicate = deduplicate
         self._join = FeatureJoin(spec)
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._spills: dict[str, Spill] = {}
-        self._texts = TextWriter(self._aside)
+        self._texts = TextWriter(self._tmp_path)
         self._ids = {name: IdIndex() for name in ("user", "author", "item")}
         with self._writing():
             self._work.mkdir(parents=True)
@@ -128,14 +128,14 @@ class DatasetBuilder:
             if owner is not None:
                 self._ids[owner].add(self._join.add(owner, table))
             if name not in self._tables:
-                self._tables[name] = pq.ParquetWriter(self._aside / f"{name}.parquet", table.schema)
+                self._tables[name] = pq.ParquetWriter(self._tmp_path / f"{name}.parquet", table.schema)
             elif table.schema != self._tables[name].schema:
                 raise UserError(f"{name}: the parts of a table must have the same columns")
             self._tables[name].write_table(table)
 
     def folder(self, name: str) -> Path:
         """Create and return a folder of the dataset for other files of the source, such as ``embeddings/items``."""
-        folder = self._aside / name
+        folder = self._tmp_path / name
         with self._writing():
             folder.mkdir(parents=True)
         return folder
@@ -235,11 +235,11 @@ class DatasetBuilder:
         for spill in self._spills.values():
             spill.flush()
         for folder in ("events", *(["truth"] if "truth" in self._spills else []), histories.FOLDER, shards.FOLDER):
-            (self._aside / folder).mkdir(exist_ok=True)
+            (self._tmp_path / folder).mkdir(exist_ok=True)
 
         spec = self._spec
         totals = _Totals()
-        history = histories.HistoryWriter(self._aside / histories.FOLDER)
+        history = histories.HistoryWriter(self._tmp_path / histories.FOLDER)
         with BatchFile(self._work / "exposures.arrow") as sorted_exposures:
             for partition in range(spec.partitions):
                 report("sorting visits", partition, spec.partitions)
@@ -249,7 +249,7 @@ class DatasetBuilder:
         history.close()
 
         writers = [
-            shards.ShardWriter(self._aside / shards.FOLDER, partition, **self._record_limits)
+            shards.ShardWriter(self._tmp_path / shards.FOLDER, partition, **self._record_limits)
             for partition in range(spec.partitions)
         ]
         assemble(spec, self._join, exposures, writers, lambda done, total: report("writing rows", done, total))
@@ -269,8 +269,8 @@ class DatasetBuilder:
             extra={**spec.extra, **extra},
         )
         shutil.rmtree(self._work)
-        (self._aside / "dataset.json").write_text(spec.to_json())
-        os.rename(self._aside, self._out)
+        (self._tmp_path / "dataset.json").write_text(spec.to_json())
+        os.rename(self._tmp_path, self._out)
         return spec
 
     def _sort_partition(self, partition: int, history: histories.HistoryWriter, totals: _Totals) -> Columns:
@@ -331,7 +331,7 @@ class DatasetBuilder:
         else:
             parts = derive_events(self._spec, visits, added.get("repeats"))
         count = 0
-        file = self._aside / "events" / f"part-{partition:05d}.parquet"
+        file = self._tmp_path / "events" / f"part-{partition:05d}.parquet"
         with pq.ParquetWriter(file, EVENT_COLUMNS, **_EVENTS_PARQUET) as writer:
             for events in parts:
                 writer.write_table(event_table(self._spec, events))
@@ -344,7 +344,7 @@ class DatasetBuilder:
             truth = self._spills["truth"].pop(partition)
             order = time_order(truth["request_ms"], truth["visit_id"])
             table = pa.table({name: np.take(column, order) for name, column in truth.items()})
-            pq.write_table(table, self._aside / "truth" / f"part-{partition:05d}.parquet", **_TRUTH_PARQUET)
+            pq.write_table(table, self._tmp_path / "truth" / f"part-{partition:05d}.parquet", **_TRUTH_PARQUET)
 
     def _spill(self, name: str, schema: pa.Schema) -> Spill:
         """Return the spill for rows of one kind; it is created at the first call."""
@@ -371,7 +371,7 @@ class DatasetBuilder:
             # If the disk is full, closing fails again; the content of the file no longer matters.
             with suppress(OSError):
                 writer.close()
-        shutil.rmtree(self._aside, ignore_errors=True)
+        shutil.rmtree(self._tmp_path, ignore_errors=True)
 
 
 class _Totals:
