@@ -1,8 +1,8 @@
-"""What test_stream.py has ranks do: train on a stream undisturbed, stopped halfway, and gone on from there.
+"""Ranks of test_stream.py: train on a stream undisturbed, stopped halfway, and resumed from there.
 
     torchrun --nproc-per-node N -m tests.distributed.stream_ranks START OUT DATASET [EARLIER ...]
 
-As ``resume_ranks``, with a replayed stream in place of stored rows.
+It does the same as ``resume_ranks``, with a replayed stream in place of stored rows.
 """
 
 from __future__ import annotations
@@ -44,37 +44,37 @@ SEARCHING = (
     "features.history.long.length=5",
     "features.search.refresh_steps=3",
 )
-"""Of one of the policies: a search in a space that the training renews."""
+"""Settings of one of the policies: a history search whose vectors training refreshes."""
 
 STOP_AFTER = 7
-"""Step after which SIGTERM comes: rows wait, visits are open, and predictions have no outcome yet."""
+"""Step of SIGTERM: at that time rows wait, visits are open, and predictions have no outcome yet."""
 
 
 def job(dataset: Path, directory: Path, policy: str) -> JobConfig:
     more = SEARCHING if policy == "fast_slow" else ()
-    given = [*JOB, *more, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"]
-    return load_config("configs/moment.toml", given)
+    settings = [*JOB, *more, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"]
+    return load_config("configs/moment.toml", settings)
 
 
 def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {}
         for policy in POLICIES:
-            found = outcome[policy] = {"resumed": {}}
+            results = outcome[policy] = {"resumed": {}}
             if not earlier:
-                found["through"] = run(world, job(dataset, out / start / policy / "through", policy))
+                results["through"] = run(world, job(dataset, out / start / policy / "through", policy))
                 stopped = out / start / policy / "stopped"
-                found["stopped"] = run(world, job(dataset, stopped, policy), STOP_AFTER)
+                results["stopped"] = run(world, job(dataset, stopped, policy), STOP_AFTER)
                 if world.rank == 0:
                     shutil.copytree(stopped, out / start / policy / "kept")
                 world.barrier()
-                found["resumed"][start] = run(world, job(dataset, stopped, policy))
+                results["resumed"][start] = run(world, job(dataset, stopped, policy))
             for name in earlier:
                 directory = out / start / policy / f"from-{name}"
                 if world.rank == 0:
                     shutil.copytree(out / name / policy / "kept", directory)
                 world.barrier()
-                found["resumed"][name] = run(world, job(dataset, directory, policy))
+                results["resumed"][name] = run(world, job(dataset, directory, policy))
         if world.rank == 0:
             torch.save(outcome, out / f"{start}.pt")
 

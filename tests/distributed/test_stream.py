@@ -1,4 +1,4 @@
-"""Training on a stream: every row of the log once, whatever stops it, on the same ranks bit for bit."""
+"""Tests of training on a stream: every row once in spite of stops, and bit for bit on the same number of ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_stopping_and_going_on_is_bitwise_as_if_nothing_had_happened(outcomes: dict[str, Any], policy: str) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_an_undisturbed_one(outcomes: dict[str, Any], policy: str) -> None:
     of_policy = outcomes["2a"][policy]
     through, stopped, resumed = of_policy["through"], of_policy["stopped"], of_policy["resumed"]["2a"]
     assert stopped["report"] is None and 0 < stopped["step"] < through["step"]
@@ -81,7 +81,7 @@ def test_every_row_of_the_log_is_trained_on_once(outcomes: dict[str, Any], polic
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_another_number_of_ranks_goes_on_with_the_same_model(outcomes: dict[str, Any], policy: str) -> None:
+def test_another_number_of_ranks_resumes_with_the_same_model(outcomes: dict[str, Any], policy: str) -> None:
     stopped, resumed = outcomes["2a"][policy]["stopped"], outcomes["1a"][policy]["resumed"]["2a"]
     assert stopped["saved"].keys() == resumed["loaded"].keys()
     for name, tensor in stopped["saved"].items():
@@ -94,8 +94,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_model(outcomes: dict[str,
     assert counts[0]["unanswered"] == counts[0]["without_features"] == 0
 
 
-def test_what_was_predicted_of_each_request_is_compared_with_its_outcome(outcomes: dict[str, Any]) -> None:
-    """Each request once, with its full labels: the progressive metrics know as many rows and positives as the log."""
+def test_every_prediction_is_compared_with_its_outcome(outcomes: dict[str, Any]) -> None:
+    """The progressive metrics count each request once with its full labels, so they agree with the log."""
     dataset = outcomes["dataset"]
     summary = json.loads((dataset.parent / "2a" / "realtime" / "through" / "metrics.json").read_text())["stream"]
     config, spec = job(dataset, dataset, "full"), DatasetSpec.load(dataset)
@@ -122,7 +122,7 @@ def test_a_run_directory_of_a_stream(outcomes: dict[str, Any]) -> None:
     assert (home / "report.html").exists()
 
 
-def test_models_are_published_while_training_goes_on(outcomes: dict[str, Any]) -> None:
+def test_models_are_published_during_training(outcomes: dict[str, Any]) -> None:
     home: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
     published = sorted(entry.name for entry in (home / "published").glob("step-*"))
     last = sorted((home / "checkpoints").glob("step-*"))[-1].name

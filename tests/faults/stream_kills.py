@@ -1,12 +1,12 @@
-"""Kills ranks of a job that trains on a stream, again and again, and compares its end with that of one left in peace.
+"""Kills ranks of a job that trains on a stream repeatedly, and compares the result with an undisturbed run.
 
     python -m tests.faults.stream_kills --source files --kills 10
     python -m tests.faults.stream_kills --source kafka --kills 10
 
-The job is ``limelight train configs/moment.toml`` on two ranks. At moments drawn at random one of them is killed, and
-the same command goes on; in the end tables, dense network, optimizers, open visits, histories, metrics and positions
-must be those of the undisturbed run, bit for bit. Then a third run is killed in the middle and goes on with one rank:
-it must have trained on as many rows of as many events. Kafka is the cluster that librdkafka brings along.
+The job is ``limelight train configs/moment.toml`` on two ranks. At random moments one rank is killed, and the same
+command resumes the run. At the end, tables, dense network, optimizers, open visits, histories, metrics and positions
+must be equal to those of the undisturbed run, bit for bit. A third run is killed in the middle and resumed with one
+rank: it must train on the same numbers of rows and events. Kafka is librdkafka's mock cluster.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ SETTINGS = (
 TOPIC = "watch"
 
 LIMIT_SECONDS = 1800.0
-"""For one start of the job."""
+"""Time limit of one start of the job."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, as ``state_differences`` looks at it."""
+    """Run directory in the form that ``state_differences`` takes."""
 
     run: Path
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """Return the checkpoints, oldest first."""
         directory = self.run / "checkpoints"
         return list_checkpoints(directory) if directory.exists() else []
 
     @property
     def step(self) -> int:
-        """Of the newest checkpoint."""
+        """Step of the newest checkpoint, 0 without one."""
         found = self.checkpoints()
         return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def train(run: Run, settings: Sequence[str], ranks: int, kill: Callable[[], bool] | None, rng: random.Random) -> bool:
-    """Give the command; kill a rank once ``kill`` says so. Whether it came to its end."""
+    """Run the command, and kill a rank when ``kill`` returns True; return True if the job finished."""
     command = [
         sys.executable,
         "-m",
@@ -91,7 +91,7 @@ def train(run: Run, settings: Sequence[str], ranks: int, kill: Callable[[], bool
         while process.poll() is None:
             if time.monotonic() > deadline:
                 process.kill()
-                raise SystemExit(f"{run.run}: no end in {LIMIT_SECONDS:.0f} s")
+                raise SystemExit(f"{run.run}: not finished in {LIMIT_SECONDS:.0f} s")
             if kill is not None and not killed and kill():
                 time.sleep(rng.uniform(0, 2))
                 victims = children(process.pid)
@@ -103,12 +103,12 @@ def train(run: Run, settings: Sequence[str], ranks: int, kill: Callable[[], bool
 
 
 def disturbed(run: Run, settings: Sequence[str], steps: int, kills: int, rng: random.Random) -> int:
-    """Train to the end through ``kills`` kills; how many there were."""
+    """Train to the end with ``kills`` kills; return the number of kills that happened."""
     targets = sorted(rng.sample(range(1, max(steps - 3, kills + 1)), kills))
     done = 0
     while not train(run, settings, 2, _reached(run, targets[done]) if done < kills else None, rng):
         done += 1
-        print(f"kill {done} of {kills}: behind step {run.step} of {steps}", flush=True)
+        print(f"kill {done} of {kills}: after step {run.step} of {steps}", flush=True)
     return done
 
 
@@ -120,58 +120,58 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--days", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--directory", type=Path, help="where to work; a temporary one by default")
-    given = parser.parse_args()
+    parser.add_argument("--directory", type=Path, help="working directory (default: a temporary one)")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        return compare(given, given.directory or Path(temporary))
+        return compare(options, options.directory or Path(temporary))
 
 
-def compare(given: argparse.Namespace, directory: Path) -> int:
-    """All runs; the exit status."""
-    rng = random.Random(given.seed)
+def compare(options: argparse.Namespace, directory: Path) -> int:
+    """Make all runs and compare them; return the exit status."""
+    rng = random.Random(options.seed)
     directory.mkdir(parents=True, exist_ok=True)
     world = directory / "world"
     if not world.exists():
-        size = ("--users", str(given.users), "--days", str(given.days), "--partitions", "4", "--seed", "7")
+        size = ("--users", str(options.users), "--days", str(options.days), "--partitions", "4", "--seed", "7")
         _limelight("data", "simulate", str(world), *size)
     settings = [*SETTINGS, f"data.path={world}"]
-    # The brokers live as long as this.
+    # The mock cluster lives as long as this object.
     cluster = None
-    if given.source == "kafka":
+    if options.source == "kafka":
         cluster, brokers = _brokers()
         properties = directory / "client.properties"
-        # They keep 5 MB of a partition.
+        # The mock cluster keeps 5 MB of a partition, so the messages are compressed.
         properties.write_text("compression.type=zstd\ncompression.level=9\nlinger.ms=200\n")
         arguments = ("--brokers", brokers, "--topic", TOPIC, "--format", "arrow", "--properties", str(properties))
         _limelight("stream", "publish", str(world), *arguments)
         settings += ["stream.source=kafka", f"stream.brokers={brokers}", f"stream.topic={TOPIC}", "stream.format=arrow"]
         settings += ["stream.until_end=true"]
 
-    runs = {name: Run(directory / f"{given.source}-{name}") for name in ("undisturbed", "killed", "fewer")}
+    runs = {name: Run(directory / f"{options.source}-{name}") for name in ("undisturbed", "killed", "fewer")}
     began = time.monotonic()
     assert train(runs["undisturbed"], settings, 2, None, rng), "the undisturbed run has failed"
     seconds, steps = time.monotonic() - began, runs["undisturbed"].step
     counts = _counts(runs["undisturbed"])
-    print(f"{given.source}: undisturbed, {counts['events']:,} events, {steps} steps, {seconds:.0f} s", flush=True)
+    print(f"{options.source}: undisturbed, {counts['events']:,} events, {steps} steps, {seconds:.0f} s", flush=True)
 
-    kills = disturbed(runs["killed"], settings, steps, given.kills, rng)
+    kills = disturbed(runs["killed"], settings, steps, options.kills, rng)
     different = state_differences(runs["killed"], runs["undisturbed"])
     if _counts(runs["killed"]) != counts:
-        different.append("counts of the stream")
+        different.append("counters of the stream")
     print(f"{kills} kills: " + ("equal bit for bit" if not different else "; ".join(different[:9])), flush=True)
 
     train(runs["fewer"], settings, 2, _reached(runs["fewer"], steps // 2), rng)
-    assert train(runs["fewer"], settings, 1, None, rng), "one rank has not come to the end"
+    assert train(runs["fewer"], settings, 1, None, rng), "one rank has not finished"
     manifests = [read_manifest(runs[name].checkpoints()[-1]) for name in ("undisturbed", "fewer")]
     once = manifests[0].rows_done == manifests[1].rows_done and _counts(runs["fewer"]) == counts
     print(
         f"2 ranks to 1 in the middle: {manifests[1].rows_done:,} rows of {counts['requests']:,} requests, "
-        + ("each once" if once else f"NOT those of the undisturbed run, {manifests[0].rows_done:,}")
+        + ("each once" if once else f"NOT equal to the undisturbed run, {manifests[0].rows_done:,}")
         + f"; largest difference of a parameter {_distance(runs['fewer'], runs['undisturbed']):.2g}",
         flush=True,
     )
     del cluster
-    return 0 if once and not different and kills >= given.kills else 1
+    return 0 if once and not different and kills >= options.kills else 1
 
 
 def _reached(run: Run, step: int) -> Callable[[], bool]:
@@ -184,7 +184,7 @@ def _counts(run: Run) -> dict[str, int]:
 
 
 def _distance(one: Run, other: Run) -> float:
-    """Between the parameters of the dense networks."""
+    """Return the largest difference between the parameters of the dense networks."""
     here, there = (dict(model_of(run.checkpoints()[-1])) for run in (one, other))
     return max(
         float((here[name] - there[name]).abs().max())
@@ -197,7 +197,7 @@ def _brokers() -> tuple[Any, str]:
     import confluent_kafka
 
     cluster = confluent_kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 2})
-    # Its topics are made by being asked for.
+    # A metadata request creates a topic of the mock cluster.
     known = cluster.list_topics(TOPIC, timeout=20).brokers.values()
     return cluster, ",".join(f"{broker.host}:{broker.port}" for broker in known)
 

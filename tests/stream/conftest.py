@@ -1,4 +1,4 @@
-"""Kafka for tests: librdkafka's own cluster in this process, or real brokers where they are named."""
+"""Kafka for tests: librdkafka's mock cluster in this process, or real brokers if ``LIMELIGHT_KAFKA_BROKERS`` is set."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from trainer.stream.sources.kafka_topic import TopicPublisher
 
 BROKERS_VARIABLE = "LIMELIGHT_KAFKA_BROKERS"
 PARTITIONS = 4
-"""Of topics that librdkafka's cluster makes."""
+"""Number of partitions of a topic in the mock cluster."""
 
 
 class Cluster:
-    """Brokers, and topics of this test run on them."""
+    """Brokers, and the topics that this test run creates on them."""
 
     def __init__(self, kafka: Any, brokers: str) -> None:
         self.kafka, self.real, self._mock = kafka, bool(brokers), None
-        self._made: list[str] = []
+        self._created: list[str] = []
         if not brokers:
             self._mock = kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 2})
             known = self._mock.list_topics(timeout=20).brokers.values()
@@ -35,27 +35,27 @@ class Cluster:
         self.producer = kafka.Producer({"bootstrap.servers": brokers, "log_level": 2, "linger.ms": 5})
 
     def topic(self) -> str:
-        """A new topic of four partitions."""
+        """Create a topic of four partitions; return its name."""
         name = f"limelight-test-{uuid.uuid4().hex[:12]}"
         if self.real:
             from confluent_kafka.admin import AdminClient, NewTopic
 
             names = [name, f"{name}-dead-letters"]
             admin = AdminClient({"bootstrap.servers": self.brokers})
-            for made in admin.create_topics([NewTopic(each, num_partitions=PARTITIONS) for each in names]).values():
-                made.result(30)
-            self._made += names
+            for created in admin.create_topics([NewTopic(each, num_partitions=PARTITIONS) for each in names]).values():
+                created.result(30)
+            self._created += names
         else:
             assert len(self.producer.list_topics(name, timeout=20).topics[name].partitions) == PARTITIONS
         return name
 
     def config(self, topic: str, **options: Any) -> StreamConfig:
-        """Of a stream that ends with the topic, unless the options say otherwise."""
+        """Return the config of a stream that ends with the topic, changed by ``options``."""
         defaults = {"until_end": True, "retry_seconds": 20.0}
         return StreamConfig(source="kafka", brokers=self.brokers, topic=topic, **{**defaults, **options})
 
     def published(self, events: Columns, per_message: int = 1, **options: Any) -> StreamConfig:
-        """A new topic that holds the events, and what is logged with them."""
+        """Create a topic with the events and their logged features; return its config."""
         config = self.config(self.topic(), **options)
         topic = TopicPublisher(config, SPEC, PARTITIONS).open()
         topic.publish(events, per_message, logged_of(events))
@@ -63,7 +63,7 @@ class Cluster:
         return config
 
     def send(self, topic: str, partition: int, values: Sequence[bytes | None]) -> None:
-        """Messages as they are."""
+        """Send raw messages to a partition."""
         for value in values:
             while True:
                 try:
@@ -74,7 +74,7 @@ class Cluster:
         assert self.producer.flush(30) == 0
 
     def messages(self, topic: str) -> list[Any]:
-        """All that a topic holds."""
+        """Return all messages of a topic."""
         settings = {"bootstrap.servers": self.brokers, "group.id": "test", "enable.partition.eof": True, "log_level": 2}
         consumer = self.kafka.Consumer({**settings, "enable.auto.commit": False})
         partitions = sorted(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
@@ -91,12 +91,12 @@ class Cluster:
         return found
 
     def close(self) -> None:
-        """Brokers of our own are gone afterwards, and on others what was made here."""
-        if self._made:
+        """Stop the mock cluster, or delete the topics that were created on real brokers."""
+        if self._created:
             from confluent_kafka.admin import AdminClient
 
-            for gone in AdminClient({"bootstrap.servers": self.brokers}).delete_topics(self._made).values():
-                gone.result(30)
+            for deleted in AdminClient({"bootstrap.servers": self.brokers}).delete_topics(self._created).values():
+                deleted.result(30)
         self.producer = self._mock = None
 
 
@@ -110,7 +110,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def own_cluster() -> Iterator[Cluster]:
-    """Brokers that a test may end."""
+    """A mock cluster that a test may stop."""
     kafka = pytest.importorskip("confluent_kafka", reason="needs confluent-kafka: make setup EXTRAS=llm,dev,kafka")
     cluster = Cluster(kafka, "")
     yield cluster
@@ -119,7 +119,7 @@ def own_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def properties(tmp_path: Path) -> Any:
-    """``properties("key=value", ...) -> path``."""
+    """Function that writes lines to a properties file: ``properties("key=value", ...) -> path``."""
 
     def write(*lines: str) -> str:
         path = tmp_path / "client.properties"

@@ -1,6 +1,6 @@
-"""Random event logs for sources: stored ones, and what a source must give of them.
+"""Random event logs for tests of sources, in memory and stored, and the events that a source must give.
 
-What is logged with an exposure is a function of its visit, so that it is known wherever the event comes from.
+The logged features of an exposure are a function of its visit, so that a test knows them wherever the event comes from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Event = tuple[float, ...]
 
 
 def random_events(seed: int, events: int, users: int = 40, span_ms: int = 60_000) -> Columns:
-    """Events in time order, many at the same millisecond; the visit tells them apart."""
+    """Return events in time order, many at the same millisecond; each has another visit id."""
     rng = np.random.default_rng(seed)
     columns = {
         "user_id": rng.integers(0, users, events),
@@ -43,13 +43,13 @@ def random_events(seed: int, events: int, users: int = 40, span_ms: int = 60_000
 
 
 def by_partition(events: Columns, partitions: int = SPEC.partitions) -> dict[int, Columns]:
-    """The events of each partition, in their order."""
+    """Return the events of each partition, in order."""
     owner = partition_of(events["user_id"], partitions)
     return {p: {name: column[owner == p] for name, column in events.items()} for p in range(partitions)}
 
 
 def logged_of(events: Columns) -> RequestFeatures:
-    """What is logged with events: with four of five exposures."""
+    """Return the logged features of events: four of five exposures have some."""
     at = np.flatnonzero((events["event"] == EXPOSURE) & (events["visit_id"] % 5 != 0))
     visit = events["visit_id"][at, None]
     side = visit * [3, 7] % [side.rows for side in SPEC.side]
@@ -59,7 +59,7 @@ def logged_of(events: Columns) -> RequestFeatures:
 
 
 def assert_logged(events: Columns, logged: RequestFeatures) -> None:
-    """The events carry what was logged with them, and nothing else."""
+    """Check that the events have exactly their logged features."""
     for name, found in vars(logged).items():
         expected = getattr(logged_of(events), name)
         np.testing.assert_array_equal(found, expected, name)
@@ -67,7 +67,7 @@ def assert_logged(events: Columns, logged: RequestFeatures) -> None:
 
 
 def rows_of(events: Columns) -> dict[str, np.ndarray]:
-    """Training rows of the exposures, with what was logged with them."""
+    """Return training rows of the exposures, with their logged features."""
     logged = logged_of(events)
     rows = {name: np.zeros((len(logged), *shape), dtype) for name, (dtype, shape) in row_columns(SPEC).items()}
     rows |= {name: events[name][logged.at] for name in ("visit_id", "user_id", "author_id", "item_id")}
@@ -79,7 +79,7 @@ def rows_of(events: Columns) -> dict[str, np.ndarray]:
 
 
 def store(path: Path, events: Columns, row_group_size: int = 300) -> Path:
-    """A dataset of events and of the rows of their exposures."""
+    """Write a dataset of events and of the rows of their exposures."""
     (path / "events").mkdir(parents=True)
     for p, columns in by_partition(events).items():
         file = path / "events" / f"part-{p:05d}.parquet"
@@ -93,12 +93,12 @@ def store(path: Path, events: Columns, row_group_size: int = 300) -> Path:
 
 
 def as_tuples(events: Columns) -> list[Event]:
-    """Events, comparable."""
+    """Return events as tuples, for comparison."""
     return list(zip(*(events[name].tolist() for name in EVENT_TYPES), strict=True))
 
 
 def merged(events: Columns, partitions: Iterable[int]) -> list[Event]:
-    """What a rank with these partitions gets: by the latest time of its partition so far, ties by partition."""
+    """Return the events of a rank in merge order: by the latest time of the partition so far, ties by partition."""
     keyed = []
     for p in partitions:
         latest = 0
@@ -108,13 +108,13 @@ def merged(events: Columns, partitions: Iterable[int]) -> list[Event]:
     return [event for *_, event in sorted(keyed)]
 
 
-def given(batches: Iterable[EventBatch]) -> list[Event]:
-    """The events of batches, in order."""
+def events_of(batches: Iterable[EventBatch]) -> list[Event]:
+    """Return the events of batches, in order."""
     return [event for batch in batches for event in as_tuples(batch.events)]
 
 
 def content(batch: EventBatch) -> tuple[list[Event], list[int], Position]:
-    """All of a batch that does not depend on the clock, but for what was logged."""
+    """Return everything in a batch that does not depend on the clock, except the logged features."""
     assert len(batch) == len(batch.arrived_ms) == len(batch.events["time_ms"])
     assert all(batch.events[name].dtype == dtype for name, dtype in EVENT_TYPES.items())
     return as_tuples(batch.events), batch.partition.tolist(), batch.position

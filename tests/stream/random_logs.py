@@ -1,4 +1,4 @@
-"""Random small logs for the assemblers, and their way to columns and back."""
+"""Random small logs for tests of the assemblers, and their conversion to columns and back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ POLICIES = (Full(), FastSlow(fast_ms=50, slow_ms=120), Realtime(tick_ms=30), Rea
 TIMEOUTS = EventTimeouts(idle_ms=100, max_out_of_orderness_ms=20)
 
 _NAMES = ("exposure", "enter", "exit", *BEHAVIOURS)
-# Edges of all windows, and a millisecond to either side.
+# Edges of all windows; offsets are drawn at an edge or a millisecond beside it.
 _EDGES = (0, 30, 50, 60, 90, 100, 120, 150)
 _OFFSET = st.builds(lambda edge, beside: max(edge + beside, 0), st.sampled_from(_EDGES), st.integers(-1, 1))
 _EVENT = st.tuples(_OFFSET, st.sampled_from(_NAMES))
@@ -42,10 +42,10 @@ _EVENT = st.tuples(_OFFSET, st.sampled_from(_NAMES))
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[Event]:
-    """Events in order of arrival.
+    """Draw events in order of arrival.
 
-    Visits begin, have behaviours at and beside the windows' edges (again and again, and after the exit), and exit or do
-    not. Users have several at once, ids come again, events come twice, without a beginning, out of order, or late.
+    Visits start, have behaviours at and beside the edges of windows (repeated, and after the exit), and some of them
+    exit. A user has several open visits, ids repeat, and events are duplicated, out of order, late, or without a start.
     """
     sent: list[Event] = []
     for _ in range(draw(st.integers(1, 6))):
@@ -53,7 +53,7 @@ def logs(draw: st.DrawFn) -> list[Event]:
         start = draw(st.integers(0, 30)) * 10
         begin = draw(st.sampled_from([("exposure", "enter"), ("exposure",), ("enter",), ()]))
         happened = [(0, name) for name in begin] + draw(st.lists(_EVENT, max_size=7))
-        # All of a visit is in one domain; other ids may change on the way, the first one counts.
+        # A visit is in one domain. Its other ids may change; those of the first event count.
         domain = DOMAINS[visit % 2]
         for offset, name in happened:
             author = draw(st.integers(0, 1))
@@ -65,7 +65,7 @@ def logs(draw: st.DrawFn) -> list[Event]:
 
 
 def columns_of(events: list[Event]) -> Columns:
-    """Events as an assembler takes them."""
+    """Return events as columns for an assembler."""
     codes = {name: code for code, name in enumerate(event_names(SPEC))}
     values = {
         name: [getattr(event, name) for event in events] for name in ("user_id", "visit_id", "author_id", "item_id")
@@ -77,13 +77,13 @@ def columns_of(events: list[Event]) -> Columns:
 
 
 def portions(columns: Columns, cuts: list[int]) -> list[Columns]:
-    """The same events cut at the given places."""
+    """Split columns at the positions ``cuts``."""
     edges = [0, *sorted(cuts), len(columns["time_ms"])]
     return [{name: column[first:stop] for name, column in columns.items()} for first, stop in pairwise(edges)]
 
 
 def rows_as_tuples(rows: Rows) -> list[Row]:
-    """Rows of an assembler in the reference's form."""
+    """Return the rows of an assembler in the form of the reference."""
     return [
         Row(
             int(rows["emit_ms"][place]),
@@ -102,14 +102,14 @@ def rows_as_tuples(rows: Rows) -> list[Row]:
 
 
 def started_as_tuples(started: Rows) -> list[StartedVisit]:
-    """Visits that an assembler says began, in the reference's form."""
+    """Return the started visits of an assembler in the form of the reference."""
     columns = {name: started[name].tolist() for name in StartedVisit._fields}
     columns["domain"] = [DOMAINS[code] for code in columns["domain"]]
     return [StartedVisit(*values) for values in zip(*columns.values(), strict=True)]
 
 
 def unused_as_tuples(unused: Columns) -> list[UnusedEvent]:
-    """Unused events of an assembler in the reference's form."""
+    """Return the unused events of an assembler in the form of the reference."""
     names = event_names(SPEC)
     return [
         UnusedEvent(

@@ -1,4 +1,4 @@
-"""The report policies, one visit and one behaviour at a time: slow, and written from the paper's definition alone."""
+"""Reference of the report policies, one visit and one behaviour at a time: slow, written only from the paper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.stream.labels.policy import EventTimeouts, FastSlow, Full, Policy, 
 
 
 class Event(NamedTuple):
-    """An event; ``event`` is its name."""
+    """Event; ``event`` is its name."""
 
     user_id: int
     visit_id: int
@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A training row; ``label`` and ``mask`` have one figure a behaviour."""
+    """Training row; ``label`` and ``mask`` have one value per behaviour."""
 
     emit_ms: int
     user_id: int
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 class StartedVisit(NamedTuple):
-    """A visit that began."""
+    """Visit that has started."""
 
     request_ms: int
     user_id: int
@@ -49,7 +49,7 @@ class StartedVisit(NamedTuple):
 
 
 class UnusedEvent(NamedTuple):
-    """An event that belongs to no visit."""
+    """Event that changes no row, and the reason."""
 
     reason: str
     event: Event
@@ -57,7 +57,7 @@ class UnusedEvent(NamedTuple):
 
 @dataclass
 class Visit:
-    """A visit; times from its request on. ``times[B]`` are all times at which behaviour B happened, ascending."""
+    """Visit; times count from its request. ``times[B]`` are all times of behaviour B, ascending."""
 
     first: Event
     end: int
@@ -65,7 +65,7 @@ class Visit:
 
 
 def split_late(events: Sequence[Event], max_out_of_orderness_ms: int) -> tuple[list[Event], list[Event]]:
-    """Events that came in time, and those that were behind the watermark."""
+    """Split events into those in time and those behind the watermark."""
     in_time: list[Event] = []
     late: list[Event] = []
     latest = -(10**18)
@@ -76,7 +76,7 @@ def split_late(events: Sequence[Event], max_out_of_orderness_ms: int) -> tuple[l
 
 
 def visits_of(events: Sequence[Event], idle_ms: int) -> tuple[list[Visit], list[Event]]:
-    """GroupedVisits, and events that belong to none, of events that came in time."""
+    """Group events in time into visits; return them and the events that belong to no visit."""
     groups: dict[tuple[int, int], list[Event]] = defaultdict(list)
     for event in events:
         groups[event.user_id, event.visit_id].append(event)
@@ -106,10 +106,10 @@ def visits_of(events: Sequence[Event], idle_ms: int) -> tuple[list[Visit], list[
 
 
 def rows_of(visit: Visit, policy: Policy, behaviours: Sequence[str], applies: dict[str, tuple[str, ...]]) -> list[Row]:
-    """The rows of a visit, those without anything unmasked left out."""
+    """Return the rows of a visit, without rows in which nothing is unmasked."""
     known = [visit.first.domain in applies[behaviour] for behaviour in behaviours]
     never = 10**18
-    # Where a behaviour does not apply it is as if it had not happened, and masked.
+    # A behaviour that does not apply is masked, as if it had not happened.
     times = [visit.times[name] if can_happen else [] for name, can_happen in zip(behaviours, known, strict=True)]
     first = [min(of_one, default=never) for of_one in times]
     made: list[tuple[str, int, list[bool], list[bool]]] = []
@@ -121,14 +121,14 @@ def rows_of(visit: Visit, policy: Policy, behaviours: Sequence[str], applies: di
         late = [policy.fast_ms < t <= policy.slow_ms for t in first]
         made.append(("slow", policy.slow_ms, late, late))
     else:
-        # for tick m = 1.. ceil(T / tick); the last tick coincides with the exit
+        # Ticks m = 1 .. ceil(T / tick); the last tick ends with the exit.
         reported = [not can_happen for can_happen in known]
         tick = policy.tick_ms
         m = 0
         while True:
             m += 1
             left, right = (m - 1) * tick, min(m * tick, visit.end)
-            # the first tick has its left edge as well
+            # The first tick also includes its left edge.
             in_tick = [[t for t in of_one if (left < t or t == left == 0) and t <= right] for of_one in times]
             at_end = m * tick >= visit.end
             if isinstance(policy, Realtime):
@@ -170,7 +170,7 @@ def assemble(
     applies: dict[str, tuple[str, ...]],
     domains: Sequence[str],
 ) -> tuple[list[Row], list[UnusedEvent]]:
-    """Rows in their order, and the unused events in any order, of events in order of arrival."""
+    """Assemble events in order of arrival; return the rows in order, and the unused events in any order."""
     in_time, late = split_late(events, timeouts.max_out_of_orderness_ms)
     visits, orphans = visits_of([event for event in in_time if event.domain in domains], timeouts.idle_ms)
     rows = [row for visit in visits for row in rows_of(visit, policy, behaviours, applies)]
@@ -180,7 +180,7 @@ def assemble(
 
 
 def started(events: Sequence[Event], timeouts: EventTimeouts, domains: Sequence[str]) -> list[StartedVisit]:
-    """Visits in order of request, user and visit, of events in order of arrival."""
+    """Return the started visits of events in order of arrival, sorted by request, user and visit."""
     in_time, _ = split_late(events, timeouts.max_out_of_orderness_ms)
     visits, _ = visits_of([event for event in in_time if event.domain in domains], timeouts.idle_ms)
     firsts = [visit.first for visit in visits]

@@ -1,4 +1,4 @@
-"""Event logs on disk with nothing else of a dataset: what the commands of ``limelight stream`` read."""
+"""Datasets that have only an event log, as input of the ``limelight stream`` commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Edit = Callable[[pa.Table], pa.Table]
 
 
 def write_log(path: Path, events: Sequence[Event], edit: Edit | None = None, values: Sequence[float] = ()) -> Path:
-    """Write events in order of arrival; ``edit`` may change the table of a partition that has events."""
+    """Write a log of events in order of arrival; ``edit`` may change the table of each partition with events."""
     (path / "events").mkdir(parents=True)
     columns = columns_of(list(events))
     if values:
@@ -34,5 +34,5 @@ def write_log(path: Path, events: Sequence[Event], edit: Edit | None = None, val
 
 
 def with_column(name: str, values: pa.Array) -> Edit:
-    """An edit that replaces a column."""
+    """Return an edit that replaces a column."""
     return lambda table: table.set_column(table.column_names.index(name), name, values)

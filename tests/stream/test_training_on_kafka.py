@@ -1,4 +1,4 @@
-"""A live topic: trained on as it comes, stopped by SIGTERM, gone on with to its end; every row once."""
+"""Test of training on a live topic: stopped by SIGTERM, resumed to the end of the topic, every row once."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.sources.kafka_topic import TopicPublisher
 from trainer.stream.sources.replay import ReplaySource
 
-TIMEOUTS = 200.0
+LIMIT_SECONDS = 200.0
 SINCE = "2024-03-05"
 
 
 def publish(config: StreamConfig, world: Path, spec: DatasetSpec, hours: tuple[float, float]) -> None:
-    """Put the events of some hours of the stream on its topic, with what is logged with them."""
+    """Publish the events of some hours to the topic, with their logged features."""
     begin = parse_time(SINCE, spec.timezone, "t")
     since, until = (begin + round(hour * 3_600_000) for hour in hours)
     topic = TopicPublisher(config, spec, 4, append=True).open()
@@ -60,7 +60,7 @@ def world(tmp_path: Path) -> Path:
     return tmp_path / "world"
 
 
-def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, tmp_path: Path) -> None:
+def test_a_live_topic_is_trained_on_as_it_arrives(cluster: Cluster, world: Path, tmp_path: Path) -> None:
     spec, run = DatasetSpec.load(world), tmp_path / "run"
     config = cluster.config(cluster.topic(), format="arrow")
     settings = [
@@ -80,13 +80,13 @@ def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, t
     with (tmp_path / "out").open("w") as out:
         live = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
         try:
-            deadline = time.monotonic() + TIMEOUTS
+            deadline = time.monotonic() + LIMIT_SECONDS
             while not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("step-*")):
                 assert live.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
                 time.sleep(0.1)
             publish(config, world, spec, (6, 10))
             os.kill(live.pid, signal.SIGTERM)
-            assert live.wait(TIMEOUTS) == PREEMPTED_STATUS, (tmp_path / "out").read_text()
+            assert live.wait(LIMIT_SECONDS) == PREEMPTED_STATUS, (tmp_path / "out").read_text()
         finally:
             live.kill()
             live.wait()
@@ -100,7 +100,7 @@ def test_a_live_topic_is_trained_on_as_it_comes(cluster: Cluster, world: Path, t
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=TIMEOUTS,
+        timeout=LIMIT_SECONDS,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "resuming from" in ended.stdout

@@ -20,7 +20,7 @@ from trainer.data.features.id_map import IdMap
 from trainer.data.features.search_vectors import SearchSpace, SpaceTable
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.engine.hybrid_engine import HybridEngine
-from trainer.runtime.distributed import World, control_group
+from trainer.runtime.distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,6 @@ class SearchSpaceRefresher:
     ) -> None:
         self.space = space
         self._config, self._features, self._engine, self._world = config, features, engine, world
-        self._control = control_group()
 
     def begin(self) -> None:
         """Write the first version, unless the space was loaded from a checkpoint.
@@ -126,9 +125,9 @@ class SearchSpaceRefresher:
         ]
         # All ranks quantise with one scale, so they need the largest value of all tables.
         largest = torch.tensor([float(values.abs().max()) for _, values in shards if values.numel()] or [0.0]).max()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._control)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._world.control)
         places_by_rank: list[list[_ShardPlace]] = [[] for _ in range(self._world.size)]
-        dist.all_gather_object(places_by_rank, [place for place, _ in shards], group=self._control)
+        dist.all_gather_object(places_by_rank, [place for place, _ in shards], group=self._world.control)
         target = self.space.at(version)
         own_shards = dict(shards)
         for rank, places in enumerate(places_by_rank):
@@ -142,7 +141,7 @@ class SearchSpaceRefresher:
                         )
                     if self._world.size > 1:
                         flat = torch.from_numpy(part.reshape(-1).view(np.uint8))
-                        dist.broadcast(flat, src=rank, group=self._control)
+                        dist.broadcast(flat, src=rank, group=self._world.control)
                     columns = slice(place.column, place.column + place.columns)
                     target[place.table][place.row + begin : place.row + end, columns] = part
         for name, values in target.items():

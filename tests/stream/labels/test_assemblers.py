@@ -1,4 +1,4 @@
-"""Both assemblers against the reference, on random logs, and the invariants of the policies."""
+"""Tests of both assemblers against the reference on random logs, and of the invariants of the policies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def as_tuples(parts: list[AssembledRows]) -> tuple[list[Row], list[reference.Unu
 
 
 def through_a_file(state: State) -> State:
-    """A state written and read as arrays that are not pickled."""
+    """Write a state as arrays that are not pickled, and read it back."""
     file = io.BytesIO()
     np.savez(file, **state)
     file.seek(0)
@@ -59,7 +59,7 @@ def through_a_file(state: State) -> State:
 @many
 @given(events=logs(), data=st.data())
 def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], data: st.DataObject) -> None:
-    """Whatever the portions in which the stream comes, with the state saved and restored between two of them."""
+    """The stream comes in any portions, and the state is saved and restored between two of them."""
     columns = columns_of(events)
     cuts = data.draw(st.lists(st.integers(0, len(events)), max_size=6))
     restored = data.draw(st.integers(0, len(cuts)))
@@ -82,8 +82,10 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
                 stream.load_state_dict(state)
             parts.append(stream.push(portion))
             assert (parts[-1].rows["emit_ms"] < stream.watermark_ms).all()
-            told = [visit for part in parts for visit in started_as_tuples(part.started)]
-            assert told == [visit for visit in started if visit.request_ms < stream.watermark_ms], "as soon as can be"
+            so_far = [visit for part in parts for visit in started_as_tuples(part.started)]
+            assert so_far == [visit for visit in started if visit.request_ms < stream.watermark_ms], (
+                "a visit is reported as soon as the watermark has passed its request"
+            )
         parts.append(stream.advance())
         assert as_tuples(parts) == (rows, sorted(unused))
         assert [visit for part in parts for visit in started_as_tuples(part.started)] == started
@@ -97,22 +99,22 @@ def test_both_assemblers_give_the_rows_of_the_reference(events: list[Event], dat
 
 @some
 @given(events=logs())
-def test_realtime_tells_every_behaviour_of_a_visit_once(events: list[Event]) -> None:
+def test_realtime_reports_every_behaviour_of_a_visit_once(events: list[Event]) -> None:
     columns = columns_of(events)
     rows = rows_as_tuples(assemble_batch(SPEC, Realtime(30), TIMEOUTS, columns).rows)
     full = rows_as_tuples(assemble_batch(SPEC, Full(), TIMEOUTS, columns).rows)
-    told: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    reported: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     positive: dict[tuple[int, ...], np.ndarray] = defaultdict(lambda: np.zeros(len(BEHAVIOURS), np.int64))
     for row in rows:
         visit = tuple(getattr(row, name) for name in VISIT)
-        told[visit].update(k for k, unmasked in enumerate(row.mask) if unmasked)
+        reported[visit].update(k for k, unmasked in enumerate(row.mask) if unmasked)
         positive[visit] += row.label
         negatives = [unmasked and not label for label, unmasked in zip(row.label, row.mask, strict=True)]
         assert row.kind == "exit" or not any(negatives)
-    assert {tuple(getattr(row, name) for name in VISIT) for row in full} == told.keys()
+    assert {tuple(getattr(row, name) for name in VISIT) for row in full} == reported.keys()
     for row in full:
         visit = tuple(getattr(row, name) for name in VISIT)
-        assert told[visit] == {k: 1 for k, applies in enumerate(row.mask) if applies}
+        assert reported[visit] == {k: 1 for k, applies in enumerate(row.mask) if applies}
         assert tuple(positive[visit]) == row.label
         ends = [
             other.emit_ms for other in rows if other.kind == "exit" and tuple(getattr(other, n) for n in VISIT) == visit
@@ -138,7 +140,7 @@ def test_slow_rows_hold_only_what_the_fast_row_denied(events: list[Event]) -> No
 @some
 @given(events=logs(), until=st.integers(0, 450))
 def test_rows_know_nothing_of_what_happens_after_they_are_emitted(events: list[Event], until: int) -> None:
-    """And so, of what happens after the request they know the labels alone: ids are those of the first event."""
+    """So they know only labels of the time after the request: their ids are those of the first event."""
     past = [event for event in events if event.time_ms <= until]
     for policy in POLICIES:
         everything = assemble_batch(SPEC, policy, EVENTS_SHUFFLED_FREELY, columns_of(events))
@@ -191,7 +193,7 @@ def log_of(*events: tuple[str, int]) -> list[Event]:
     ],
 )
 def test_a_visit_by_hand(policy: Policy, expected: list[tuple[str, int, str, str]]) -> None:
-    """Click at once and again at 55, like at 51, gift at the very exit, and another like after it."""
+    """A click at 0 and at 55, a like at 51, a gift at the time of the exit, and another like after it."""
     events = log_of(
         ("exposure", 0),
         ("enter", 0),

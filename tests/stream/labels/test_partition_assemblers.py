@@ -1,4 +1,4 @@
-"""State of the incremental assembler: it moves between ranks, stays small, and is refused where it does not belong."""
+"""Tests of the streaming assembler's state: it moves between ranks, stays small, and is refused by other rules."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def of_ranks(world: int, policy: Policy) -> list[PartitionAssemblers]:
 @settings(max_examples=30, deadline=None)
 @given(by_partition=st.lists(logs(), min_size=PARTITIONS, max_size=PARTITIONS), data=st.data())
 def test_any_number_of_ranks_goes_on_with_the_open_visits(by_partition: list[list[Event]], data: st.DataObject) -> None:
-    """2 ranks, then 1, then 3: each partition gives what it gives alone."""
+    """With 2 ranks, then 1, then 3, each partition gives the rows that it gives alone."""
     for policy in POLICIES:
         rows: list[list[object]] = [[] for _ in range(PARTITIONS)]
         started: list[list[object]] = [[] for _ in range(PARTITIONS)]
@@ -88,7 +88,7 @@ def test_a_state_is_a_copy_of_plain_arrays() -> None:
 
 
 def test_simultaneous_events_stay_in_order_of_arrival() -> None:
-    """Two exposures of a visit at one millisecond: the first to arrive gives the ids, also after a restore."""
+    """Of two exposures of a visit at one millisecond the first to arrive gives the ids, also after a restore."""
     first = Event(1, 7, 11, 12, "live", "exposure", 50)
     second = [Event(1, 8, 0, 0, "live", "exposure", 40), first._replace(author_id=99)]
     stream = StreamAssembler(SPEC, Full(), TIMEOUTS)
@@ -102,9 +102,9 @@ def test_simultaneous_events_stay_in_order_of_arrival() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_memory_is_that_of_the_open_visits(policy: Policy) -> None:
-    """Of ten thousand visits, a few hundred of which are open at a time, not many more are ever remembered."""
+    """Ten thousand visits pass, with a few hundred open at a time; memory holds little more than the open ones."""
     gc.collect()
-    before = sum(isinstance(thing, OpenVisit) for thing in gc.get_objects())
+    before = sum(isinstance(entry, OpenVisit) for entry in gc.get_objects())
     events = [event for visit in range(10_000) for event in visit_events(visit, visit)]
     events += [Event(visit % 50, visit, 1, 2, "live", "exit", visit + 100) for visit in range(10_000)]
     columns = columns_of(sorted(events, key=lambda event: event.time_ms))
@@ -112,9 +112,9 @@ def test_memory_is_that_of_the_open_visits(policy: Policy) -> None:
     rows, most = 0, 0
     for portion in portions(columns, np.searchsorted(columns["time_ms"], range(500, 10_000, 500)).tolist()):
         rows += len(stream.push(portion).rows["kind"])
-        remembered = sum(isinstance(thing, OpenVisit) for thing in gc.get_objects()) - before
+        in_memory = sum(isinstance(entry, OpenVisit) for entry in gc.get_objects()) - before
         most = max(most, stream.open_visits)
-        assert remembered <= 3 * stream.open_visits + 64
+        assert in_memory <= 3 * stream.open_visits + 64
     assert 0 < most < 300 and rows > 9_000
 
 

@@ -1,4 +1,4 @@
-"""Policies by name, and what they cannot be."""
+"""Tests of policies by name, and of invalid settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_mistakes(name: str, settings: dict[str, int], message: str) -> None:
         make_policy(name, **settings)
 
 
-def test_nobody_waits_for_less_than_nothing() -> None:
+def test_waiting_times_are_checked() -> None:
     with pytest.raises(UserError, match="idle_ms is 0"):
         EventTimeouts(idle_ms=0)
     with pytest.raises(UserError, match="max_out_of_orderness_ms is -1"):

@@ -1,4 +1,4 @@
-"""Quantiles of delays, over ranks, against numpy's."""
+"""Tests of the quantiles of delays over ranks, against numpy."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def test_quantiles_are_those_of_the_delays_that_count(seed: int, monkeypatch: py
         assert summary[name] == pytest.approx(np.quantile(kept, quantile), rel=0.05)
 
 
-def test_of_nothing_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_delays_there_is_no_summary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.dist, "all_reduce", lambda tensor, group: None)
     assert Freshness().summary(SimpleNamespace(control=None)) is None  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a rank knows of a stream against the stored dataset: rows with features, requests, outcomes, histories."""
+"""Tests of a rank's stream state against the stored dataset: rows with features, requests, outcomes, histories."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def open_live(world: Path, spec: DatasetSpec, labels: LabelConfig, owned: Sequen
 
 
 def through_a_file(live: LiveStream, world: Path, labels: LabelConfig, owned: list[int]) -> LiveStream:
-    """Saved as a checkpoint has it, by two ranks, and loaded by one."""
+    """Save the state in the form of a checkpoint of two ranks, and load it on one rank."""
     spec = DatasetSpec.load(world)
     buffer = io.BytesIO()
     torch.save(as_tensors(live.state_dict()), buffer)
@@ -64,14 +64,14 @@ def through_a_file(live: LiveStream, world: Path, labels: LabelConfig, owned: li
 
 @pytest.mark.parametrize("policy", ["full", "fast_slow", "realtime", "realtime_naive"])
 @pytest.mark.parametrize(("slice_minutes", "saved_every"), [(10, 0), (37, 3)])
-def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, saved_every):
+def test_the_stream_gives_the_rows_of_the_dataset(world, policy, slice_minutes, saved_every):
     spec, labels = DatasetSpec.load(world), LabelConfig(policy=policy)
     owned, slice_ms = [0, 2], slice_minutes * 60_000
     live = open_live(world, spec, labels, owned)
     source = ReplaySource(world, StreamConfig(batch_events=300), since_ms(spec))
     rows: list[Rows] = []
     requests: list[Rows] = []
-    answered: list[Rows] = []
+    outcomes: list[Rows] = []
     rng = np.random.default_rng(5)
     now = 0
     with source.open(owned, slice_ms=slice_ms) as reader:
@@ -83,13 +83,13 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
             live.push(batch)
             taken = live.take_requests()
             requests.append(taken)
-            # The logits say of which request they are.
+            # The logits encode their request, so that a mix-up shows.
             live.add_predictions(
                 taken, np.stack([taken["visit_id"], taken["request_ms"] % 1000], axis=1).astype(np.float32)
             )
             outcome = live.take_outcomes()
             np.testing.assert_array_equal(outcome.logits[:, 0], outcome.rows["visit_id"].astype(np.float32))
-            answered.append(outcome.rows)
+            outcomes.append(outcome.rows)
             rows.append(live.take_rows(now - int(rng.integers(0, HOUR_MS))))
             if saved_every and number % saved_every == 0:
                 live = through_a_file(live, world, labels, owned)
@@ -97,7 +97,7 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
     last = live.take_requests()
     live.add_predictions(last, np.stack([last["visit_id"], last["visit_id"]], axis=1).astype(np.float32))
     requests.append(last)
-    answered.append(live.take_outcomes().rows)
+    outcomes.append(live.take_outcomes().rows)
     rows.append(live.take_rows(END_OF_TIME))
     assert live.counts["without_features"] == live.counts["unanswered"] == live.counts["late"] == 0
 
@@ -112,7 +112,7 @@ def test_the_stream_tells_what_the_dataset_does(world, policy, slice_minutes, sa
         )
     stored = read_rows(world, spec)
     check_rows(concatenate(rows), concatenate(expected), stored)
-    check_rows(concatenate(answered), concatenate(full), None)
+    check_rows(concatenate(outcomes), concatenate(full), None)
     asked = concatenate(requests)
     assert sorted(asked["visit_id"].tolist()) == sorted(concatenate(full)["visit_id"].tolist())
     check_features(asked, stored)
@@ -137,7 +137,7 @@ def check_features(found: Rows, stored: Rows) -> None:
         np.testing.assert_array_equal(found[name], stored[name][at], err_msg=name)
 
 
-def test_rows_come_in_order_and_no_earlier_than_asked(world):
+def test_rows_come_in_order_and_not_before_their_time(world):
     spec, labels = DatasetSpec.load(world), LabelConfig()
     live = open_live(world, spec, labels, [0, 1, 2])
     with ReplaySource(world, StreamConfig(), since_ms(spec)).open(range(3)) as reader:
@@ -168,7 +168,7 @@ def test_histories_grow_into_those_of_the_dataset(world):
         for batch in reader:
             now = max(place[2] for place in batch.position.values()) // slice_ms * slice_ms
             live.advance(now)
-            # What ended before the watermark is known; nothing later is.
+            # Histories hold the visits that ended before the watermark, and no later ones.
             as_of = now - labels.max_out_of_orderness_ms - rng.integers(0, 20 * HOUR_MS, len(users))
             for domain in (0, 1):
                 for require in (0, 1):

@@ -1,4 +1,4 @@
-"""What changed no row is kept in a file."""
+"""Tests of the log of events that change no row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.stream.live.unused_events import UnusedEventLog
 EVENTS = [Event(1, 2, 3, 4, "live", "gift", 500), Event(5, 6, 7, 8, "video", "exit", 900)]
 
 
-def test_events_are_kept_with_their_reason_behind_those_before(tmp_path: Path) -> None:
+def test_events_are_appended_with_their_reason(tmp_path: Path) -> None:
     log = UnusedEventLog(tmp_path, SPEC, 3)
     log.write(select_unused(columns_of(EVENTS), np.array([], np.int64), LATE))
     assert not list(tmp_path.iterdir()), "nothing was written"
@@ -30,7 +30,16 @@ def test_events_are_kept_with_their_reason_behind_those_before(tmp_path: Path) -
     ]
 
 
-def test_a_file_that_cannot_be_written_is_a_line(tmp_path: Path) -> None:
+def test_a_run_with_the_directory_of_an_earlier_version_continues_in_the_new_one(tmp_path: Path) -> None:
+    old = tmp_path / "aside" / "rank-00000.jsonl"
+    old.parent.mkdir()
+    old.write_text("{}\n")
+    UnusedEventLog(tmp_path, SPEC, 0).write(select_unused(columns_of(EVENTS), np.array([0]), LATE))
+    assert old.read_text() == "{}\n", "the earlier events stay where they are"
+    assert len((tmp_path / "unused_events" / "rank-00000.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "unused_events").write_text("in the way")
     with pytest.raises(UserError, match=r"unused_events.*cannot be written"):
         UnusedEventLog(tmp_path, SPEC, 0).write(select_unused(columns_of(EVENTS), np.array([0]), LATE))

@@ -1,4 +1,4 @@
-"""Facts of visits go through a checkpoint, whatever features a dataset has."""
+"""Tests of the visit feature store: its content survives a checkpoint with any kind of features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.stream.sources.source import PartitionEvents
 
 def dataset(side: int, dense: int, keys: int) -> DatasetSpec:
     return DatasetSpec(
-        name="facts",
+        name="features",
         source="",
         licence="",
         partitions=1,
@@ -30,7 +30,7 @@ def dataset(side: int, dense: int, keys: int) -> DatasetSpec:
 
 @pytest.mark.parametrize(("side", "dense", "keys"), [(2, 3, 2), (1, 0, 1), (0, 0, 0)])
 @pytest.mark.parametrize("visits", [0, 4])
-def test_features_are_the_same_behind_a_checkpoint(side: int, dense: int, keys: int, visits: int) -> None:
+def test_features_are_the_same_after_a_checkpoint(side: int, dense: int, keys: int, visits: int) -> None:
     spec, rng = dataset(side, dense, keys), np.random.default_rng(visits)
     events = {name: np.zeros(visits, column.dtype) for name, column in no_events().items()}
     events |= {"visit_id": np.arange(visits), "event": np.full(visits, EXPOSURE, np.int8)}
@@ -40,11 +40,11 @@ def test_features_are_the_same_behind_a_checkpoint(side: int, dense: int, keys: 
         rng.random((visits, dense)).astype(np.float32),
         rng.random((visits, 2 * keys)).astype(np.float32),
     )
-    facts, again = VisitFeatureStore(spec, True), VisitFeatureStore(spec, True)
-    facts.add(PartitionEvents(events, logged, np.zeros(visits, np.int64)))
-    again.load_state_dict(facts.state_dict())
+    store, restored = VisitFeatureStore(spec, True), VisitFeatureStore(spec, True)
+    store.add(PartitionEvents(events, logged, np.zeros(visits, np.int64)))
+    restored.load_state_dict(store.state_dict())
     rows = {name: events[name] for name in ("user_id", "visit_id")} | {"request_ms": events["time_ms"]}
-    for found in (facts, again):
+    for found in (store, restored):
         features, missing = found.features(rows)
         assert missing == 0
         for name in FEATURES:

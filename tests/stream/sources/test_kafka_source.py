@@ -1,6 +1,6 @@
-"""Kafka topics over the brokers' own protocol: every event once, from any position, and what can go wrong.
+"""Tests of Kafka topics over the real protocol: every event once, from any position, and the failures.
 
-The brokers are librdkafka's, in this process; ``make test-kafka BROKERS=...`` runs the same on real ones.
+The brokers are librdkafka's mock cluster in this process; ``make test-kafka BROKERS=...`` runs the same on real ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.stream.event_logs import (
     assert_logged,
     by_partition,
     content,
-    given,
+    events_of,
     logged_of,
     merge_positions,
     merged,
@@ -79,11 +79,11 @@ def test_every_event_once_in_one_order_of_each_rank(topic, world):
     for rank in range(world):
         owned = partitions_of_rank(PARTITIONS, rank, world)
         batches = read(topic, owned)
-        assert given(batches) == merged(EVENTS, owned)
+        assert events_of(batches) == merged(EVENTS, owned)
         assert {len(batch) for batch in batches[:-1]} <= {170}
 
 
-def test_it_goes_on_from_any_position_as_if_it_had_never_stopped(topic):
+def test_it_resumes_from_any_position_as_if_it_had_never_stopped(topic):
     whole = [content(batch) for batch in read(topic)]
     assert len(whole) == 18
     inside = 0
@@ -95,7 +95,7 @@ def test_it_goes_on_from_any_position_as_if_it_had_never_stopped(topic):
     assert bool(inside) == several, "positions inside of messages are among those tried"
 
 
-def test_another_number_of_ranks_goes_on_with_the_rest(topic):
+def test_another_number_of_ranks_reads_the_rest(topic):
     seen: dict[int, list] = {p: [] for p in ALL}
     position = None
     for world, batches in ((2, 3), (1, 4), (4, 1), (3, None)):
@@ -115,7 +115,7 @@ def test_another_number_of_ranks_goes_on_with_the_rest(topic):
 def test_slices_of_time_end_batches(topic):
     with KafkaSource(replace_batch(topic, 9999), SPEC).connect().open(ALL, None, slice_ms=700) as reader:
         batches = list(reader)
-    assert given(batches) == merged(EVENTS, ALL)
+    assert events_of(batches) == merged(EVENTS, ALL)
     slices = [set((batch.events["time_ms"] // 700).tolist()) for batch in batches]
     assert all(len(inside) == 1 for inside in slices)
     assert len(slices) == len(set.union(*slices)), "a slice that fits is one batch"
@@ -150,9 +150,9 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     end = batches[-1].position
     assert [end[p][3] for p in ALL] == [1, 3, 1, 0]
     letters = cluster.messages(f"{config.topic}-dead-letters")
-    told = {tuple(value.decode() for _, value in letter.headers()): letter.value() or b"" for letter in letters}
+    found = {tuple(value.decode() for _, value in letter.headers()): letter.value() or b"" for letter in letters}
     at = end[1][0]
-    assert told == {
+    assert found == {
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "0", "0", "0"): b"early",
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 3), "0"): b"nonsense",
         ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 2), "0"): b"",
@@ -162,13 +162,13 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     assert {key for letter in letters for key, _ in letter.headers()} == {
         f"limelight.{name}" for name in ("reason", "topic", "partition", "offset", "inside")
     }
-    # Going on in the middle, the counts at the end are the same.
+    # A reader that resumes in the middle ends with the same counts.
     batch = batches[3]
     assert batch.position[0][3] == 1
     assert read(config, ALL, batch.position)[-1].position == end
 
 
-def test_features_that_cannot_be_are_kept_with_the_reason(cluster):
+def test_events_with_invalid_features_are_kept_with_the_reason(cluster):
     config = cluster.config(cluster.topic())
     owner = int(partition_of(np.array([17]), PARTITIONS)[0])
     event = {"user_id": 17, "author_id": 1, "item_id": 1, "domain": "live", "event": "exposure", "time_ms": START_MS}
@@ -204,7 +204,7 @@ def test_positions_count_what_was_rejected_before_them(cluster):
             sent.append(b"\n".join(message))
         cluster.send(config.topic, p, sent)
     batches = read(config)
-    assert given(batches) == merged(part(EVENTS, 0, 450), ALL)
+    assert events_of(batches) == merged(part(EVENTS, 0, 450), ALL)
     for batch in batches:
         for p, (place, inside, _, rejected) in batch.position.items():
             assert rejected == sum(at < (place, inside) for at in bad[p])
@@ -214,14 +214,14 @@ def test_positions_count_what_was_rejected_before_them(cluster):
         assert list(map(content, again)) == list(map(content, batches[cut:]))
 
 
-def test_a_partitioner_of_the_producers_is_trusted_when_asked_to(cluster):
+def test_the_producers_partitioner_is_trusted_if_configured(cluster):
     config = cluster.config(cluster.topic(), partitioner="producer")
     values = MessageCodec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
     owner = (EVENTS["user_id"] * 7 + 1) % PARTITIONS
     for p in ALL:
         cluster.send(config.topic, p, [values[k] for k in np.flatnonzero(owner == p)])
     batches = read(config)
-    assert sorted(given(batches)) == sorted(as_tuples(EVENTS))
+    assert sorted(events_of(batches)) == sorted(as_tuples(EVENTS))
     for batch in batches:
         assert (batch.partition == (batch.events["user_id"] * 7 + 1) % PARTITIONS).all()
     with pytest.raises(UserError, match=r"of the last 3,000 events of topic .* were rejected \(such as partition"):
@@ -235,23 +235,23 @@ def test_a_topic_in_another_format_is_refused(cluster):
 
 
 def drop_oldest(cluster: Cluster, topic: str, partition: int) -> None:
-    """Have the broker forget the messages that it holds of a partition, but for some."""
+    """Make the broker delete the older messages of a partition."""
     if cluster.real:
         from confluent_kafka.admin import AdminClient
 
         admin = AdminClient({"bootstrap.servers": cluster.brokers})
-        low, high = AnyConsumer(cluster).held(topic, partition)
+        low, high = OffsetReader(cluster).held(topic, partition)
         for future in admin.delete_records(
             [cluster.kafka.TopicPartition(topic, partition, (low + high) // 2)]
         ).values():
             future.result(30)
     else:
-        # librdkafka's brokers hold 5 MB of a partition.
+        # The mock cluster keeps 5 MB of a partition.
         cluster.send(topic, partition, [os.urandom(100_000) for _ in range(60)])
 
 
-class AnyConsumer:
-    """Asks a broker what it holds."""
+class OffsetReader:
+    """Reads the low and high offsets of a partition from the broker."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -268,7 +268,7 @@ def test_messages_that_the_broker_has_dropped_are_a_gap(cluster, capsys):
     config = cluster.published(EVENTS, 1, batch_events=500)
     first = read(config, batches=1)[0]
     drop_oldest(cluster, config.topic, 2)
-    low, _ = AnyConsumer(cluster).held(config.topic, 2)
+    low, _ = OffsetReader(cluster).held(config.topic, 2)
     place = first.position[2][0]
     assert low > place
     gap = f"topic {config.topic} no longer holds {low - place:,} messages that were not read: partition 2 is at offset "
@@ -304,12 +304,12 @@ def test_a_gap_is_found_while_reading(cluster, properties):
                 with pytest.raises(UserError, match=r"no longer holds .* messages that were not read"):
                     for _ in reader:
                         pass
-                # What is held now are dead letters to be: another topic for the other half of this test.
+                # The topic now holds only invalid messages, so the other half of this test needs another topic.
                 config = cluster.published(
                     events, 1, batch_events=100, queue_batches=1, properties=small, until_end=False
                 )
             else:
-                low, _ = AnyConsumer(cluster).held(config.topic, owner)
+                low, _ = OffsetReader(cluster).held(config.topic, owner)
                 assert low > 0
                 until(lambda reader=reader, low=low: reader.take(1.0) is not None and reader.position[owner][0] >= low)
 
@@ -331,7 +331,7 @@ def test_gaps_without_brokers():
 
 
 class Delivered:
-    """A message as the library hands it over."""
+    """Message with the interface of the library."""
 
     def __init__(self, offset: int) -> None:
         self._offset = offset
@@ -354,7 +354,7 @@ class Delivered:
 
 
 class Repeating:
-    """A consumer whose library delivers messages again, and some behind the end."""
+    """Consumer whose library delivers some messages twice, and some after the end."""
 
     def __init__(self) -> None:
         self._portions = [[0, 1, 2], [1, 2, 3], [3], [4, 5, 6, 7]]
@@ -369,13 +369,13 @@ class Repeating:
         pass
 
 
-def test_what_is_delivered_again_is_not_given_again():
+def test_a_message_that_is_delivered_twice_counts_once():
     pytest.importorskip("confluent_kafka", reason="needs confluent-kafka: make setup EXTRAS=llm,dev,kafka")
     config = kafka_source.StreamConfig(
         source="kafka", brokers="b", topic="t", until_end=True, partitioner="producer", batch_events=100
     )
     feed = kafka_source._KafkaFeed(Repeating(), BrokerStatus(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
-    assert given(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
+    assert events_of(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
 
 
 def test_a_missing_topic_is_waited_for_and_then_an_error(cluster, capsys):
@@ -387,12 +387,14 @@ def test_a_missing_topic_is_waited_for_and_then_an_error(cluster, capsys):
     reason = f"no topic '{name}x' on the Kafka brokers (did you mean '{name}'?)"
     assert str(error.value) == f"{reason}; gave up after 1 s (stream.retry_seconds)"
     assert f"stream: {reason}; trying for another 1 s" in capsys.readouterr().out
-    assert cluster.producer.list_topics(timeout=20).topics.keys().isdisjoint({f"{name}x"}), "asking made it"
+    assert cluster.producer.list_topics(timeout=20).topics.keys().isdisjoint({f"{name}x"}), (
+        "a metadata request has created the topic"
+    )
 
 
 def test_a_topic_that_comes_is_found(cluster):
     if cluster.real:
-        pytest.skip("brokers make topics under other names here")
+        pytest.skip("only the mock cluster creates a topic with a metadata request")
     name = f"{cluster.topic()}-later"
     timer = threading.Timer(0.7, lambda: cluster.producer.list_topics(name, timeout=20))
     timer.start()
@@ -402,7 +404,7 @@ def test_a_topic_that_comes_is_found(cluster):
 
 def test_unreachable_brokers_are_given_up_on(capsys):
     pytest.importorskip("confluent_kafka", reason="needs confluent-kafka: make setup EXTRAS=llm,dev,kafka")
-    # Port 9 is the discard service's, which nothing offers any more.
+    # Port 9 belongs to the discard service, which no machine runs any more.
     config = kafka_source.StreamConfig(source="kafka", brokers="127.0.0.1:9", topic="watch", retry_seconds=1.0)
     with pytest.raises(UserError, match=r"no Kafka broker answers at 127.0.0.1:9 \(.*refused.*\); gave up after 1 s"):
         KafkaSource(config, SPEC).connect()
@@ -449,7 +451,7 @@ def test_a_live_topic_waits_neither_for_full_batches_nor_for_silent_partitions(c
                 got += as_tuples(batch.events)
             assert got == as_tuples(part(one, first, first + 5))
         assert not reader.finished
-        # What is read is not what was rejected, but the position goes on.
+        # Rejected messages give no batch with events, but the position passes them.
         cluster.send(config.topic, 0, [b"x", b"y"])
         until(lambda: (reader.take(0.5) is not None) and reader.position[0] == [2, 0, 0, 2])
         assert reader.position[3][0] == 10
@@ -466,7 +468,7 @@ def test_a_new_run_may_begin_at_the_end(cluster):
 
 @pytest.mark.parametrize("per_message", [1, 100])
 def test_memory_is_bounded_when_partitions_are_far_apart(cluster, per_message, monkeypatch):
-    # Partition after partition in event time: the merge needs one of them at a time, and all come at once.
+    # In event time one partition follows the other: the merge needs one at a time, but the broker sends all at once.
     events = random_events(seed=4, events=16_000, span_ms=10_000)
     owner = partition_of(events["user_id"], PARTITIONS)
     events["time_ms"] = START_MS + 100_000 * owner + np.arange(16_000)
@@ -479,7 +481,7 @@ def test_memory_is_bounded_when_partitions_are_far_apart(cluster, per_message, m
             held.append(self._merge.events)
 
     monkeypatch.setattr(kafka_source, "_KafkaFeed", Watched)
-    assert given(read(config)) == merged(events, ALL)
+    assert events_of(read(config)) == merged(events, ALL)
     assert 700 < max(held) <= 2000 + 100
 
 
@@ -494,7 +496,7 @@ def test_the_source_of_a_config_and_its_identity(cluster):
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         (["nonsense=1"], "nonsense"),
         (["# comment", "", "no equals"], "line 3: write key=value"),
@@ -502,12 +504,12 @@ def test_the_source_of_a_config_and_its_identity(cluster):
         (["bootstrap.servers=x"], "line 1: bootstrap.servers cannot be set here"),
     ],
 )
-def test_properties_are_checked(cluster, properties, lines, told):
-    with pytest.raises(UserError, match=told):
+def test_properties_are_checked(cluster, properties, lines, message):
+    with pytest.raises(UserError, match=message):
         KafkaSource(cluster.config("any", properties=properties(*lines)), SPEC).connect()
 
 
-def test_properties_that_are_not_there(cluster, tmp_path):
+def test_a_missing_properties_file(cluster, tmp_path):
     with pytest.raises(UserError, match=r"stream.properties = '.*none': cannot be read"):
         KafkaSource(cluster.config("any", properties=str(tmp_path / "none")), SPEC).connect()
 
@@ -535,7 +537,7 @@ def by_user(message) -> int:
     return int(decoded.events["user_id"][0])
 
 
-def test_publish_makes_the_topic_or_says_what_to_do(cluster, tmp_path, capsys):
+def test_publish_creates_the_topic_or_says_what_to_do(cluster, tmp_path, capsys):
     path = store(tmp_path / "log", EVENTS)
     topic = f"{cluster.topic()}-new"
     command = ["stream", "publish", str(path), "--brokers", cluster.brokers, "--topic", topic, "--partitions", "3"]
@@ -544,7 +546,7 @@ def test_publish_makes_the_topic_or_says_what_to_do(cluster, tmp_path, capsys):
         assert status == 0
         assert KafkaSource(cluster.config(topic), SPEC).connect().partitions == 3
     else:
-        # librdkafka's brokers have no controller to make topics.
+        # The mock cluster has no controller to create topics.
         assert status == 2
         assert f"topic {topic} does not exist and cannot be created" in capsys.readouterr().err
 

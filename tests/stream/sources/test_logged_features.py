@@ -1,4 +1,4 @@
-"""Features beside events: they stay with their events however these are cut, chosen, ordered and put together."""
+"""Tests of logged features: they stay with their events when these are cut, selected, reordered or concatenated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CARRIES = st.lists(st.booleans(), max_size=12)
 
 
 def logged(carries: list[bool], first: int = 0) -> RequestFeatures:
-    """Event k of those that carry features has those of ``first + k``."""
+    """Return features of the events where ``carries`` is set; those of event k are all equal to ``first + k``."""
     at = np.flatnonzero(np.array(carries, bool))
     none = empty_features(SPEC)
     columns = [getattr(none, name) for name in FEATURES]
@@ -21,7 +21,7 @@ def logged(carries: list[bool], first: int = 0) -> RequestFeatures:
 
 
 def seen(found: RequestFeatures) -> list[tuple[int, int]]:
-    """(position, whose features) of all, which agree in all columns."""
+    """Return (position, value) of all features, and check that all columns of an event agree."""
     for name in FEATURES:
         column = getattr(found, name)
         assert column.shape == (len(found), getattr(empty_features(SPEC), name).shape[1])
@@ -32,7 +32,7 @@ def seen(found: RequestFeatures) -> list[tuple[int, int]]:
 
 @settings(max_examples=200, deadline=None)
 @given(carries=CARRIES, data=st.data())
-def test_a_part_and_any_choice(carries: list[bool], data: st.DataObject) -> None:
+def test_a_part_and_any_selection(carries: list[bool], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(carries)))
     stop = data.draw(st.integers(first, len(carries)))
     assert seen(logged(carries).part(first, stop)) == [(k - first, k) for k in range(first, stop) if carries[k]]
@@ -43,7 +43,7 @@ def test_a_part_and_any_choice(carries: list[bool], data: st.DataObject) -> None
 
 @settings(max_examples=100, deadline=None)
 @given(parts=st.lists(CARRIES, min_size=1, max_size=5))
-def test_parts_behind_one_another_are_the_whole(parts: list[list[bool]]) -> None:
+def test_joined_parts_are_the_whole(parts: list[list[bool]]) -> None:
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     whole = RequestFeatures.join(
         [logged(part, start) for part, start in zip(parts, starts[:-1], strict=True)], list(map(len, parts))

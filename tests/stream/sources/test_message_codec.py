@@ -1,4 +1,4 @@
-"""Messages: what is an event comes back as it was, whichever parser reads it; what is none is told with its reason."""
+"""Tests of messages: valid events survive encoding with either parser, invalid ones are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = {
 
 
 OPEN = {**GOOD, "event": "exposure", "side": [49, 7], "dense": [0.5], "stat": [3, 1, 0, 0, 9, 2.0, 0, 1]}
-"""An event that carries features."""
+"""Event with features."""
 
 
 def codec(format: str) -> MessageCodec:
@@ -130,7 +130,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("value", "reason"), BROKEN)
-def test_what_is_no_event_is_told_with_its_reason(value, reason):
+def test_an_invalid_event_is_rejected_with_its_reason(value, reason):
     decoded = codec("json").decode([line(), value, line(user_id=18)], NOW_MS)
     assert decoded.events["user_id"].tolist() == [17, 18]
     (bad,) = decoded.rejected
@@ -152,11 +152,11 @@ def test_what_is_no_event_is_told_with_its_reason(value, reason):
         opening(),
         opening(side=None, dense=None, stat=...),
         opening(event="enter"),
-        # What is not the opening of a visit has no features to be looked at.
+        # An event that does not open a visit has no features, so theirs are ignored.
         opening(event="like", side=[1, 2, 3], stat=None),
     ],
 )
-def test_what_is_an_event(value):
+def test_valid_events(value):
     decoded = codec("json").decode([value], NOW_MS)
     assert decoded.rejected == []
     assert decoded.sizes.tolist() == [1]
@@ -221,11 +221,11 @@ LINES = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(LINES, max_size=60))
-# As many objects as lines, but not one a line.
+# As many objects as lines, but not one per line.
 @example([line() + line(), b""])
-# Rounded to 32 bits at once it is another number than by way of 64.
+# Rounding directly to 32 bits gives another number than rounding to 64 bits first.
 @example([line().replace(b"0.5", b"1.000000059604644775390626")])
-def test_the_fast_parser_takes_what_the_plain_one_takes(values):
+def test_both_parsers_give_the_same_result(values):
     fast = content(codec("json").decode(values, NOW_MS))
     with pytest.MonkeyPatch.context() as patch:
         for module in (message_codec, json_events):
@@ -270,7 +270,7 @@ def test_arrow_rejects_single_events_and_whole_messages():
 
 
 def arrow(*rows: dict[str, object], **types: pa.DataType) -> bytes:
-    """A message of a producer that makes tables from Python's objects."""
+    """Return a message of a producer that builds its tables from Python objects."""
     table = pa.Table.from_pylist(list(rows))
     for name, type in types.items():
         table = table.set_column(table.column_names.index(name), name, table[name].cast(type))
@@ -280,7 +280,7 @@ def arrow(*rows: dict[str, object], **types: pa.DataType) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_arrow_features_of_a_producer_of_its_own():
+def test_arrow_features_of_another_producer():
     row = {**OPEN, "domain": 1}
     other = {**row, "side": [0, 1], "stat": [0.0] * 8}
     types = {"side": pa.list_(pa.int8(), 2), "dense": pa.large_list(pa.float64()), "domain": pa.int8()}
@@ -311,7 +311,7 @@ def test_a_message_of_one_event_is_as_large_as_its_own_features():
     assert {len(value) for value in sent} == {len(codec("arrow").encode(one, logged_of(one))[0])}
 
 
-def test_arrow_that_is_cut_or_scribbled_on_is_no_error():
+def test_damaged_arrow_messages_raise_no_error():
     coded = codec("arrow")
     nine = {name: column[:9] for name, column in EVENTS.items()}
     whole = coded.encode_together(nine, logged_of(nine))

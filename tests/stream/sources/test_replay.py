@@ -1,4 +1,4 @@
-"""Replay of stored events: order, any position, any number of ranks, and the clock."""
+"""Tests of the replay of stored events: order, any position, any number of ranks, and the clock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.stream.event_logs import (
     assert_logged,
     by_partition,
     content,
-    given,
+    events_of,
     merge_positions,
     merged,
     random_events,
@@ -62,7 +62,7 @@ def test_every_event_once_in_one_order_of_each_rank(path, batch_events, world):
     for rank in range(world):
         owned = partitions_of_rank(SPEC.partitions, rank, world)
         batches = read(source, owned)
-        assert given(batches) == merged(EVENTS, owned)
+        assert events_of(batches) == merged(EVENTS, owned)
         assert {len(batch) for batch in batches[:-1]} <= {batch_events}
         assert batches[-1].position == {
             p: [len(own["time_ms"]), 0, int(own["time_ms"][-1]), 0]
@@ -72,7 +72,7 @@ def test_every_event_once_in_one_order_of_each_rank(path, batch_events, world):
 
 
 @pytest.mark.parametrize("speed", [0, 1e6])
-def test_it_goes_on_from_any_position_as_if_it_had_never_stopped(path, speed):
+def test_it_resumes_from_any_position_as_if_it_had_never_stopped(path, speed):
     config = StreamConfig(batch_events=150, speed=speed, linger_seconds=0.005)
     source = ReplaySource(path, config)
     whole = [content(batch) for batch in read(source, ALL)]
@@ -81,7 +81,7 @@ def test_it_goes_on_from_any_position_as_if_it_had_never_stopped(path, speed):
         assert [content(batch) for batch in read(source, ALL, position)] == whole[cut:]
 
 
-def test_another_number_of_ranks_goes_on_with_the_rest(path):
+def test_another_number_of_ranks_reads_the_rest(path):
     config = StreamConfig(batch_events=130)
     source = ReplaySource(path, config)
     seen: dict[int, list] = {p: [] for p in ALL}
@@ -108,7 +108,7 @@ def test_slices_of_time_end_batches(path, speed, batch_events):
     source = ReplaySource(path, config)
     with source.open(ALL, None, slice_ms=700) as reader:
         batches = list(reader)
-    assert given(batches) == merged(EVENTS, ALL)
+    assert events_of(batches) == merged(EVENTS, ALL)
     slices = [set((batch.events["time_ms"] // 700).tolist()) for batch in batches]
     assert all(len(inside) == 1 for inside in slices)
     if batch_events == 9999 and not speed:
@@ -123,17 +123,17 @@ def test_a_range_of_time(path):
     source = ReplaySource(path, StreamConfig(batch_events=100), since_ms, until_ms)
     inside = (EVENTS["time_ms"] >= since_ms) & (EVENTS["time_ms"] < until_ms)
     batches = read(source, ALL)
-    assert given(batches) == merged({name: column[inside] for name, column in EVENTS.items()}, ALL)
-    assert given(read(source, ALL, batches[3].position)) == given(batches[4:])
+    assert events_of(batches) == merged({name: column[inside] for name, column in EVENTS.items()}, ALL)
+    assert events_of(read(source, ALL, batches[3].position)) == events_of(batches[4:])
 
 
 def test_a_replay_comes_when_it_is_due_in_the_same_batches(path):
-    # A minute of events in 0.3 s: a batch every 10 ms, which is 2 s of events.
+    # A minute of events takes 0.3 s: a batch every 10 ms holds 2 s of events.
     config = StreamConfig(speed=200, linger_seconds=0.01)
     began = time.monotonic()
     batches = read(ReplaySource(path, config), ALL)
     assert time.monotonic() - began >= 0.28, "a replay is never early"
-    assert given(batches) == merged(EVENTS, ALL)
+    assert events_of(batches) == merged(EVENTS, ALL)
     for batch in batches:
         ticks = batch.events["time_ms"] // 2000
         assert ticks[0] == ticks[-1]
@@ -153,7 +153,9 @@ def test_memory_is_bounded(path, monkeypatch):
             held.append(self.events)
 
     monkeypatch.setattr(replay, "TimeMerge", Watched)
-    assert given(read(ReplaySource(path, StreamConfig(batch_events=50, buffer_events=400)), ALL)) == merged(EVENTS, ALL)
+    assert events_of(read(ReplaySource(path, StreamConfig(batch_events=50, buffer_events=400)), ALL)) == merged(
+        EVENTS, ALL
+    )
     assert 300 < max(held) <= 400 + 50
 
 
@@ -173,7 +175,7 @@ def test_from_a_url(path):
     memory = fsspec.filesystem("memory")
     memory.put(str(path), "/replayed/log", recursive=True)
     source = ReplaySource("memory://replayed/log", StreamConfig())
-    assert given(read(source, ALL)) == merged(EVENTS, ALL)
+    assert events_of(read(source, ALL)) == merged(EVENTS, ALL)
     check_identity(source.identity, ReplaySource(path, StreamConfig()).identity)
     memory.rm("/replayed", recursive=True)
 
@@ -200,7 +202,7 @@ def test_other_rows_have_another_identity(path, tmp_path):
 def test_partitions_without_events(tmp_path):
     few = random_events(seed=1, events=3, users=1)
     source = ReplaySource(store(tmp_path / "few", few), StreamConfig())
-    assert given(read(source, ALL)) == as_tuples(few)
+    assert events_of(read(source, ALL)) == as_tuples(few)
     empty = {name: column[:0] for name, column in few.items()}
     for p in ALL:
         pq.write_table(event_table(SPEC, empty), tmp_path / "few" / "events" / f"part-{p:05d}.parquet")
@@ -218,7 +220,7 @@ def with_event(table: pa.Table, name: str) -> pa.Table:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda path: (path / "dataset.json").unlink(), "no dataset here"),
         (lambda path: (path / "events/part-00002.parquet").unlink(), "part-00002.parquet: no such file"),
@@ -234,28 +236,28 @@ def with_event(table: pa.Table, name: str) -> pa.Table:
         (lambda path: break_file(lambda table: table.slice(0, 3), path), "is event 8.., .* has 3: replay the dataset"),
     ],
 )
-def test_mistakes_are_told_in_a_line(path, tmp_path, change, told):
+def test_mistakes_are_errors_of_one_line(path, tmp_path, change, message):
     broken = tmp_path / "broken"
     shutil.copytree(path, broken)
     end = read(ReplaySource(path, StreamConfig()), ALL)[-1].position
     change(broken)
-    with pytest.raises(UserError, match=told):
-        read(ReplaySource(broken, StreamConfig()), ALL, end if "replay" in told else None)
+    with pytest.raises(UserError, match=message):
+        read(ReplaySource(broken, StreamConfig()), ALL, end if "replay" in message else None)
 
 
 def test_the_source_of_a_config(path, tmp_path):
-    assert given(read(open_source(StreamConfig(), SPEC, str(path)), ALL)) == merged(EVENTS, ALL)
+    assert events_of(read(open_source(StreamConfig(), SPEC, str(path)), ALL)) == merged(EVENTS, ALL)
     other = (tmp_path / "other") / "dataset.json"
     other.parent.mkdir()
     other.write_text(SPEC.to_json().replace("gift", "share"))
     with pytest.raises(UserError, match=r"behaviours are click, like, share, those of .* are click, like, gift"):
         open_source(StreamConfig(path=str(other.parent)), SPEC, str(path))
-    for changed, told in (
+    for changed, message in (
         (replace(SPEC, side=SPEC.side[:1]), "its side features are tab of 50 rows, age of 8 rows, those of"),
         (replace(SPEC, dense=()), "its dense features are load, those of .* are none"),
         (replace(SPEC, statistics=SPEC.statistics[::-1]), "its statistics are user, item x tab, those of .* are item"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             open_source(StreamConfig(path=str(path)), changed, "elsewhere")
     with pytest.raises(ValueError, match="needs `brokers` and `topic`"):
         StreamConfig(source="kafka", topic="watch")

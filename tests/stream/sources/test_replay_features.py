@@ -1,4 +1,4 @@
-"""Features of stored rows, joined to the exposures of a replay."""
+"""Tests of the join of stored features to the exposures of a replay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Key = tuple[int, int, int]
 
 
 def random_rows(seed: int, rows: int, longest_ms: int = 3_000, span_ms: int = 20_000) -> Rows:
-    """Rows whose visits share ids, some of them every key; every row has features of its own."""
+    """Return rows whose visits share ids, some even the whole key; every row has features of its own."""
     rng = np.random.default_rng(seed)
     columns = {name: np.zeros((rows, *shape), dtype) for name, (dtype, shape) in row_columns(SPEC).items()}
     columns["visit_id"] = rng.integers(0, rows // 3, rows)
@@ -43,7 +43,7 @@ def write(path: Path, rows: Rows, spec=SPEC) -> ReplayFeatures:
 
 
 def random_events(rows: Rows, seed: int, events: int) -> Columns:
-    """Events in time order about visits of the rows: the exposures themselves, and what is close to one."""
+    """Return events in time order about the visits of rows: their exposures, and events close to one."""
     rng = np.random.default_rng(seed)
     of = rng.integers(0, len(rows["visit_id"]), events)
     columns = {name: np.zeros(events, dtype) for name, dtype in EVENT_TYPES.items()}
@@ -58,7 +58,7 @@ def random_events(rows: Rows, seed: int, events: int) -> Columns:
 
 
 def first_rows(rows: Rows) -> dict[Key, set[int]]:
-    """Rows of each key."""
+    """Return the rows of each key."""
     found: dict[Key, set[int]] = {}
     keys = zip(*(rows[name].tolist() for name in ("visit_id", "user_id", "request_ms")), strict=True)
     for row, key in enumerate(keys):
@@ -67,7 +67,7 @@ def first_rows(rows: Rows) -> dict[Key, set[int]]:
 
 
 def check(events: Columns, logged: RequestFeatures, known: dict[Key, set[int]]) -> int:
-    """Exposures of the candidate domain carry the features of the row with their key; how many do."""
+    """Check that exposures in the candidate domain have the features of their row; return the number with features."""
     keys = list(zip(*(events[name].tolist() for name in ("visit_id", "user_id", "time_ms")), strict=True))
     counts = (events["event"] == EXPOSURE) & (events["domain"] == LIVE)
     assert logged.at.tolist() == [k for k, key in enumerate(keys) if counts[k] and key in known]
@@ -81,7 +81,7 @@ def check(events: Columns, logged: RequestFeatures, known: dict[Key, set[int]]) 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_exposures_carry_the_features_of_their_rows_in_portions_of_any_size(tmp_path: Path, seed: int) -> None:
+def test_exposures_have_the_features_of_their_rows_in_portions_of_any_size(tmp_path: Path, seed: int) -> None:
     rows = random_rows(seed, 600)
     features, known = write(tmp_path, rows), first_rows(rows)
     events = random_events(rows, seed, 900)
@@ -92,12 +92,12 @@ def test_exposures_carry_the_features_of_their_rows_in_portions_of_any_size(tmp_
         carried += check(part, features.lookup(part), known)
         first = stop
     assert 300 < carried < 700
-    # Whatever was asked before.
+    # An earlier portion can be looked up again.
     earlier = {name: column[200:350] for name, column in events.items()}
     assert check(earlier, features.lookup(earlier), known) > 50
 
 
-def test_every_record_is_read_once_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_record_is_read_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(0, 3000, longest_ms=500)
     features, events = write(tmp_path, rows), random_events(rows, 0, 3000)
     read: list[int] = []
@@ -110,18 +110,18 @@ def test_every_record_is_read_once_and_let_go(tmp_path: Path, monkeypatch: pytes
         features.lookup({name: column[first : first + 50] for name, column in events.items()})
         most = max(most, len(features._records))
     assert sorted(read) == sorted(set(read)) and len(read) >= 3000 // 16
-    # 500 ms of 20 s, of 188 records.
+    # Rows of 500 ms out of 20 s are in few of the 188 records.
     assert most <= 12
 
 
-def test_an_enter_carries_nothing_where_every_visit_has_an_exposure(tmp_path: Path) -> None:
+def test_an_enter_has_no_features_in_a_replay(tmp_path: Path) -> None:
     rows = random_rows(1, 60)
     events = random_events(rows, 1, 60)
     events["event"][:] = ENTER
     assert len(write(tmp_path, rows).lookup(events)) == 0
 
 
-def test_a_dataset_of_events_alone_logs_nothing(tmp_path: Path) -> None:
+def test_a_dataset_of_events_only_has_no_features(tmp_path: Path) -> None:
     events = random_events(random_rows(1, 60), 1, 60)
     assert len(ReplayFeatures(tmp_path, SPEC, 0).lookup(events)) == 0
 

@@ -1,4 +1,4 @@
-"""The reader that runs ahead of training, and positions of several ranks."""
+"""Tests of the reader that runs ahead of training, and of positions of several ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.stream.sources.source import (
 
 
 class Counting:
-    """A feed that counts what was asked of it."""
+    """Feed that counts the batches it has made."""
 
     def __init__(self, batches: int, fails: bool = False) -> None:
         self.position: Position = {0: [0, 0, 0, 0]}
@@ -55,10 +55,10 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_slow_consumer_holds_the_stream_back():
+def test_a_slow_consumer_stops_the_feed():
     feed = Counting(1000)
     with StreamReader(feed, queue_batches=3) as reader:
-        # Those in the queue, and the one that waits for room.
+        # Three in the queue, and one that waits for room.
         until(lambda: feed.made == 4)
         time.sleep(0.3)
         assert feed.made == 4
@@ -74,7 +74,7 @@ def test_a_slow_consumer_holds_the_stream_back():
     assert reader.finished
 
 
-def test_the_end_and_an_error_come_behind_the_batches():
+def test_the_end_and_an_error_come_after_the_batches():
     with StreamReader(Counting(5), 2) as reader:
         assert len(list(reader)) == 5
         assert reader.finished
@@ -87,7 +87,7 @@ def test_the_end_and_an_error_come_behind_the_batches():
             reader.take()
 
 
-def test_nothing_in_time_is_no_end():
+def test_a_timeout_is_not_the_end():
     class Silent(Counting):
         def batches(self, stop: threading.Event) -> Generator[EventBatch]:
             stop.wait(20)
@@ -98,7 +98,7 @@ def test_nothing_in_time_is_no_end():
         assert not reader.finished
 
 
-def test_positions_of_ranks_are_one_map_and_are_dealt_out_again():
+def test_positions_of_ranks_are_merged_and_divided_again():
     saved = merge_positions([{1: [7, 0, 5, 0], 3: [2, 1, 9, 4]}, {0: [1, 0, 1, 0], 2: [0, 0, 0, 0]}])
     assert list(saved) == [0, 1, 2, 3]
 
@@ -113,7 +113,7 @@ def test_positions_of_ranks_are_one_map_and_are_dealt_out_again():
         starting_position([1], {1: [0, 0, 0, 0], 3: [0, 0, 0, 0]}, 4, beginning)
 
 
-def test_another_source_is_told_by_what_differs():
+def test_another_source_is_refused_with_the_difference():
     one = {"source": "kafka", "topic": "watch", "cluster": "a"}
     check_identity(one, dict(one))
     with pytest.raises(UserError, match="is of cluster 'a', the stream now has 'b'"):

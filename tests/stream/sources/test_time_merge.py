@@ -1,4 +1,4 @@
-"""The merge of partitions: one order whatever comes when, and positions that say what is behind them."""
+"""Tests of the merge of partitions: one order for any arrival of portions, and the position after each batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LANES = st.lists(st.lists(st.integers(0, 12), max_size=12), min_size=1, max_size
 
 
 def columns(times: list[int], first: int) -> tuple[Columns, RequestFeatures]:
-    """Events, and what is logged with them: every one is an exposure."""
+    """Return exposures at ``times`` and their logged features."""
     n = len(times)
     events = {name: np.zeros(n, dtype) for name, dtype in EVENT_TYPES.items()}
     events["visit_id"] = np.arange(first, first + n)
@@ -27,14 +27,14 @@ def columns(times: list[int], first: int) -> tuple[Columns, RequestFeatures]:
 
 
 def expected(lanes: list[list[int]]) -> list[tuple[int, int]]:
-    """(partition, place) in order."""
+    """Return (partition, place) of all events in merge order."""
     keyed = [(max(times[: k + 1]), p, k) for p, times in enumerate(lanes) for k in range(len(times))]
     return [(p, k) for _, p, k in sorted(keyed)]
 
 
 @settings(max_examples=200, deadline=None)
 @given(lanes=LANES, events=st.integers(1, 7), seed=st.integers(0, 1 << 20), start=st.integers(0, 40))
-def test_order_does_not_depend_on_portions_nor_on_where_it_goes_on(lanes, events, seed, start):
+def test_order_depends_neither_on_portions_nor_on_the_start(lanes, events, seed, start):
     rng = random.Random(seed)
     whole = expected(lanes)
     start = min(start, len(whole))
@@ -62,7 +62,7 @@ def test_order_does_not_depend_on_portions_nor_on_where_it_goes_on(lanes, events
     assert merge.events == 0
 
 
-def test_what_a_silent_partition_brings_later_follows_and_keeps_its_order():
+def test_later_events_of_a_silent_partition_follow_in_their_order():
     merge = TimeMerge({0: [0, 0, 0, 0], 1: [0, 0, 0, 0]})
     merge.append(0, *columns([5, 6], 0))
     assert merge.take(1, rest=True) is None, "partition 1 may still bring something earlier"

@@ -1,1 +1,1 @@
-"""Where events come from: replays and Kafka."""
+"""Sources of events: replays of stored datasets, and Kafka topics."""

@@ -100,9 +100,9 @@ class KafkaSource:
         consumer = make_consumer(self._config, status)
         try:
             held = watermarks(consumer, sorted(partitions), self._config, status)
-            side = 0 if self._config.begin == "earliest" else 1
+            bound = 0 if self._config.begin == "earliest" else 1
             start = starting_position(
-                partitions, position, self.partitions, lambda partition: (held[partition][side], 0, 0, 0)
+                partitions, position, self.partitions, lambda partition: (held[partition][bound], 0, 0, 0)
             )
             start = without_gaps(start, held, self._config)
         except BaseException:
@@ -186,7 +186,7 @@ class _KafkaFeed:
         self._checked = self._handed_out = now
 
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
-        """See :class:`trainer.stream.sources.source.EventFeed`."""
+        """Yield the batches in order; see :class:`trainer.stream.sources.source.EventFeed`."""
         try:
             # From now on polling would take a message away.
             self._status.poll = None
@@ -213,7 +213,7 @@ class _KafkaFeed:
         return self._merge.take(self._config.batch_events, ticks_ms=self._ticks_ms, rest=rest)
 
     def backlog(self, position: Position) -> tuple[int, int]:
-        """See :class:`trainer.stream.sources.source.EventFeed`."""
+        """Return the backlog after a position; see :class:`trainer.stream.sources.source.EventFeed`."""
         return sum(max(0, self._high[p] - at[0]) for p, at in position.items()), self._newest_ms
 
     def _assign(self, offsets: Mapping[int, int]) -> None:

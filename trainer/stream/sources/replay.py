@@ -220,7 +220,7 @@ class _ReplayFeed:
             self._last_ms = min(self._last_ms, until_ms)
 
     def batches(self, stop: threading.Event) -> Generator[EventBatch]:
-        """See :class:`trainer.stream.sources.source.EventFeed`."""
+        """Yield the batches in order; see :class:`trainer.stream.sources.source.EventFeed`."""
         merge = TimeMerge(self.position)
         max_rows = min(_MAX_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
         chunks = {partition: self._logs[partition].chunks(at[0], max_rows) for partition, at in self.position.items()}
@@ -240,7 +240,7 @@ class _ReplayFeed:
                 return
 
     def backlog(self, position: Position) -> tuple[int, int]:
-        """See ``source.EventFeed``. Events after ``until_ms`` count as rows, because they are in the files."""
+        """Return the backlog after a position; events after ``until_ms`` are counted, because they are in the files."""
         waiting = sum(self._logs[partition].rows - at[0] for partition, at in position.items())
         newest = self._last_ms
         if self._config.speed:
