@@ -62,6 +62,7 @@ def choose_comments(
         ``[n, number]`` int64 in random order, so that the place of a comment has no information; padded with
         ``ABSENT``.
     """
+    # Stable: comments without known likes keep the order of display.
     order = np.argsort(-visits.likes, axis=1, kind="stable")
     popular = np.take_along_axis(visits.shown, order, 1)
     first = visits.touched if rule == "touched" else _touched_before(visits, number // 2)
@@ -114,6 +115,7 @@ def _touched_before(visits: CommentVisits, most: int) -> np.ndarray:
     user, item, is_request = user[order], item[order], is_request[order]
     new = np.append(True, (user[1:] != user[:-1]) | (item[1:] != item[:-1]))
     touches = np.cumsum(~is_request)
+    # Number of touches before the first entry of the same user and video: the search must not go back further.
     before_pair: np.ndarray = (touches - ~is_request)[np.flatnonzero(new)][np.cumsum(new) - 1]
     touch = visits.touched[row, place][order[~is_request]]
     request = order[is_request] - len(row)
@@ -127,6 +129,7 @@ def _touched_before(visits: CommentVisits, most: int) -> np.ndarray:
 
 def _first_distinct(offered: np.ndarray, number: int) -> np.ndarray:
     """Return the first ``number`` distinct comments of each row, padded with ``ABSENT``: ``[n, k] -> [n, number]``."""
+    # A comment is kept at its first place in the row only.
     kept = offered >= 0
     for column in range(1, offered.shape[1]):
         kept[:, column] &= (offered[:, :column] != offered[:, [column]]).all(1)

@@ -117,6 +117,7 @@ def load_comments(
     if padded:
         logger.info(f"{padded:.0%} of the held-out visits have fewer than {lcu.comments} comments; the rest is masked")
     counts = np.bincount(chosen[training][chosen[training] >= 0], minlength=len(ids))
+    # Count training visits only: an id that is frequent later must not get a row of its own.
     known = counts >= min_count
     in_training, in_held_out = (np.zeros(len(chosen), bool) for _ in range(2))
     in_training[training], in_held_out[held_out] = True, True
@@ -157,6 +158,7 @@ def _padded(column: pa.ChunkedArray, width: int) -> np.ndarray:
 def _positions(path: str, visits: pa.Table, name: str, ids: np.ndarray) -> np.ndarray:
     """Convert a column of id lists into positions in the ascending ``ids``, padded with ``ABSENT``."""
     padded = _padded(visits.column(name), _longest(visits.column(name)))
+    # An id above all others is inserted at the end, which is no valid position.
     at = np.minimum(np.searchsorted(ids, padded), len(ids) - 1)
     unknown = (padded >= 0) & (ids[at] != padded)
     if unknown.any():

@@ -54,6 +54,7 @@ def train_and_evaluate(
         The metrics of :func:`evaluate`, the mean ``losses`` of each epoch, ``train_seconds``, and the number of
         ``parameters``.
     """
+    # Seeds initial weights and dropout; the order of the rows has its own generator in train().
     torch.manual_seed(config.run.seed)
     base = fit_base_on(config, data)
     network = build_network(config, data, base).to(device)

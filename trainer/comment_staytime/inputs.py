@@ -117,6 +117,7 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
     if not columns:
         raise UserError("input.exclude leaves no categorical feature; exclude fewer")
     kept = [place for place, name in enumerate(dense_names) if name not in inputs.exclude]
+    # All categorical features share one packed table: each has its own range of rows.
     first = np.cumsum([0, *sizes])
     return StaytimeData(
         visit_id=visits.column("visit_id").to_numpy(),
@@ -242,6 +243,7 @@ def _id_rows(ids: np.ndarray, training: np.ndarray, min_count: int) -> tuple[np.
 
 def _standardised(dense: np.ndarray, training: np.ndarray) -> np.ndarray:
     mean, deviation = dense[training].mean(0, dtype=np.float64), dense[training].std(0, dtype=np.float64)
+    # A feature that is constant in training has deviation 0; it is only centred.
     scaled = (dense - mean) / np.where(deviation > 0, deviation, 1)
     return np.clip(scaled, -CLIP, CLIP).astype(np.float32)
 

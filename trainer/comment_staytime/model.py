@@ -135,6 +135,7 @@ def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tu
     """Return inputs and labels of some rows on a device."""
     comments = data.comments
     if comments is None:
+        # A network without LCU gets comment inputs of width 0.
         nothing = np.zeros((len(rows), 0), np.float32)
         chosen = np.zeros((len(rows), 0), np.int64)
         arrays = [nothing, chosen, nothing[..., None], chosen >= 0]
@@ -214,6 +215,7 @@ def train(
                     hidden = generator.random(len(rows)) < config.input.hide_items
                     inputs.fields[torch.from_numpy(hidden).to(device), column] = unknown
                 losses = joint_loss(network(inputs), base, labels, inputs.present, config.lcu)
+                # Checked before the step, so that NaN does not reach the weights.
                 value = losses["loss"].item()
                 if not np.isfinite(value):
                     raise UserError(

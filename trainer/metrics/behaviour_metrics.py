@@ -76,7 +76,9 @@ def user_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tup
     users = np.flatnonzero(new_user[ties])
     tie_user = np.cumsum(new_user[ties]) - 1
     negatives_before = np.cumsum(tie_negatives) - tie_negatives
+    # Count from the user's own first row.
     negatives_before -= negatives_before[users][tie_user]
+    # A positive wins against each lower negative and half against each tied one; doubled, so the sums are integers.
     wins = np.add.reduceat(tie_positives * (2 * negatives_before + tie_negatives), users)
     positives, negatives = np.add.reduceat(tie_positives, users), np.add.reduceat(tie_negatives, users)
     both = negatives > 0
@@ -168,6 +170,7 @@ class _Ranks:
         ranks, which are counted.
         """
         sorted_classes = [np.sort(scores[labels > 0]), np.sort(scores[labels <= 0])]
+        # A rank without rows contributes NaN, which is removed below.
         sample = np.full(16 * self.world, np.nan, scores.dtype)
         if len(scores):
             sample = np.quantile(scores, np.linspace(0, 1, len(sample)), method="nearest").astype(scores.dtype)
@@ -301,6 +304,7 @@ class ProgressiveMetrics:
         # A NaN remains in the sums, where compute() detects it; in the histogram it needs some bin.
         logit = torch.logit(torch.nan_to_num(probability), _EPSILON)
         place = ((logit + _LOGIT_LIMIT) * (self.bins / (2 * _LOGIT_LIMIT))).long().clamp(0, self.bins - 1)
+        # The histograms of all behaviours and classes are laid out one after another, so one bincount fills them all.
         place += (label.long() + 2 * torch.arange(len(self.behaviours))) * self.bins
         self._histogram += torch.bincount(place[mask], minlength=self._histogram.numel()).view_as(self._histogram)
         self._probability += torch.where(mask, probability, 0).double().sum(0)
@@ -365,6 +369,7 @@ class ProgressiveMetrics:
         self._histogram = torch.zeros(behaviours, 2, self.bins, dtype=torch.int64)  # class 0 is negative
         self._probability = torch.zeros(behaviours, dtype=torch.float64)
         self._loss = torch.zeros(behaviours, dtype=torch.float64)
+        # A saved sample lacks the users above its own limit, so the merged sample uses the lowest limit of all.
         self._user_limit = min((state["user_limit"] for state in states), default=_USER_BUCKETS)
         self._sample = BehaviourMetrics(self.behaviours)
         self._sample.load_state_dict(*(state["sample"] for state in states))

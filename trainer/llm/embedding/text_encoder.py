@@ -82,6 +82,7 @@ class Encoder:
     def states(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Compute the last layer's states ``[n, longest, dim]``; returns them and the text lengths ``[n]`` int64."""
         lengths = torch.tensor([len(one) for one in ids])
+        # Any id may stand for padding: it is masked, and a causal model's earlier states do not depend on it.
         padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
         for row, one in enumerate(ids):
             padded[row, : len(one)] = torch.tensor(one)

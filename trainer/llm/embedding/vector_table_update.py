@@ -68,6 +68,7 @@ def open_encoder(config: EmbeddingJob, base: BaseModelFiles, template: Template,
     precision = config.model.precision
     bf16 = world.device.type == "cuda" if precision == "auto" else precision == "bfloat16"
     model = base.load(bf16=bf16, attention=config.model.attention)
+    # Everything that changes a vector is part of the hash, so that only comparable vectors are kept in a table.
     parts = [base.fingerprint, _hash(base.tokenizer.backend_tokenizer.to_str()), str(bf16), str(settings.length)]
     if adapter:
         model = load_adapter(base, model, Path(adapter))
@@ -141,6 +142,7 @@ def plan_update(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Orig
     table = directory / kind
     old = ContentVectors.open(table) if settings.incremental and (table / MANIFEST).exists() else None
     if old is not None and (old.origin.hash != origin.hash or old.vectors.dtype != settings.dtype):
+        # Vectors of another origin or type cannot be mixed with the new ones.
         old = None
     same = np.zeros(len(texts.ids), bool)
     kept = np.empty(0, np.int64)
@@ -149,6 +151,7 @@ def plan_update(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Orig
         same = (rows >= 0) & (old.texts[rows] == texts.hashes)
         kept = np.sort(rows[same])
     new = np.flatnonzero(~same)
+    # The folder's name identifies the content of its parts, so an interrupted job only resumes from matching parts.
     name = _hash(origin.hash, settings.dtype, str(settings.part), texts.ids[new].tobytes(), texts.hashes[new].tobytes())
     folder = directory / PARTS / f"{kind}-{name}"
     return TableUpdate(kind, table, folder, old, kept, texts, new, settings.part, origin, settings.dtype)
@@ -156,6 +159,7 @@ def plan_update(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Orig
 
 def write_missing_parts(update: TableUpdate, template: Template, encoder: Encoder, world: World) -> None:
     """Encode and write this rank's share of the missing parts; each file is written atomically."""
+    # Texts are sorted by length, so dealing out the parts in turn gives the ranks about equal work.
     rank_parts = list(enumerate(update.files))[world.rank :: world.size]
     total = sum(len(update.new[number * update.part : (number + 1) * update.part]) for number, _ in rank_parts)
     with Progress(f"embedding {update.kind}", total, "texts", quiet=world.rank > 0) as progress:

@@ -134,6 +134,7 @@ class AdapterEngine:
             weights = batch.weights[batch.segments[batch.answered]]
             self._engine.backward((losses * weights).sum() * scale)
             if part + 1 < self.parts:
+                # DeepSpeed counts micro-batches in step(); only the call after the last one updates the parameters.
                 self._engine.step()
             total += float(losses.detach().sum())
         return total
@@ -190,6 +191,7 @@ class AdapterEngine:
         Raises:
             UserError: the checkpoint cannot be read, or belongs to another adapter.
         """
+        # A state of the current adapter provides tensors of the expected shapes to read into.
         state = self.state()
         group = dist.group.WORLD
         assert group is not None
@@ -238,4 +240,5 @@ class AdapterEngine:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state |= {key: torch.zeros_like(parameter) for key in _MOMENTS}
         if self.zero_stage != 3:
+            # ZeRO 1 and 2 link parameters to their moments lazily; the accessors of deepspeed.utils need the links.
             zero._lazy_init_hp_params_optimizer_state()

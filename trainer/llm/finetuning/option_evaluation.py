@@ -111,6 +111,7 @@ def baseline_scores(
         samples: samples to score.
         answers: task -> answer -> number of training samples with that answer.
     """
+    # Add one to each count, so that an answer that never occurred in training has a finite score.
     majority = [
         np.log([1.0 + answers.get(sample.task, {}).get(option, 0) for option in sample.options]) for sample in samples
     ]
@@ -149,6 +150,7 @@ def _metrics(chosen: Sequence[tuple[Sample, np.ndarray]], *, logits: bool) -> di
     hits, losses, probabilities, right = [], [], [], []
     for sample, scores in chosen:
         answer = sample.options.index(sample.answer)
+        # Options that tie for the best score share the choice.
         best = scores == scores.max()
         hits.append(best[answer] / best.sum())
         if logits:

@@ -78,6 +78,7 @@ class TokenBatch:
                 ids[row, at:end] = tokens.ids[start:stop]
                 # The label of a position is the next token, hence one place to the left of the answer.
                 labels[row, end - answer - 1 : end - 1] = tokens.ids[stop - answer : stop]
+                # Restart at 0 for this sample and all that follows in the row.
                 positions[row, at:] -= positions[row, at]
                 segments[row, at:end] = number
                 at, number = end, number + 1

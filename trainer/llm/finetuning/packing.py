@@ -102,6 +102,7 @@ class Schedule:
 
 def share_of_rank(packs: Packs, *, batch_size: int, rank: int, world: int, parts: int) -> list[Packs]:
     """Return the ``parts`` micro-batches of a rank in a step; in a short step the last ones are smaller or empty."""
+    # By position in the step, so that the samples of a step are the same for any number of ranks and parts.
     rows = batch_size // world // parts
     starts = [(rank * parts + part) * rows for part in range(parts)]
     return [packs[start : start + rows] for start in starts]

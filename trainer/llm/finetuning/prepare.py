@@ -118,6 +118,7 @@ def all_samples(config: FinetuneConfig, counts: ReadCounts) -> Iterator[Sample]:
     """Yield the training samples, then general samples up to the share that the job asks for."""
     yield from read_samples(config.data.train, counts)
     share = config.data.general_share
+    # A share s of all samples is s / (1 - s) times the number of training samples.
     wanted = round(counts.samples * share / (1 - share))
     yield from draw(read_samples(config.data.general, ReadCounts()), wanted, config.run.seed)
 

@@ -102,6 +102,7 @@ def _parse(line: str, place: str) -> Sample:
 
 def _list(fields: dict[str, Any], key: str, kind: type | tuple[type, ...], place: str) -> list[Any]:
     values = fields.get(key) or []
+    # isinstance(True, int) is true, but true is not a number of JSON.
     if not isinstance(values, list) or not all(
         isinstance(value, kind) and not isinstance(value, bool) for value in values
     ):

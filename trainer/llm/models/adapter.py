@@ -91,6 +91,7 @@ def check_adapter(base: BaseModelFiles, directory: Path) -> None:
             get_peft_model(empty_model(base.config), config), save_embedding_layers=False
         )
     except ValueError as error:
+        # peft raises this if the model has none of the adapter's target modules.
         raise UserError(f"{directory}: an adapter for another base model ({one_line(error)})") from None
     try:
         there = {name: tensor.shape for name, tensor in read_header(weights).items()}
@@ -114,6 +115,7 @@ def write_merged(base: BaseModelFiles, adapter: Path, out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"{out}: already exists; choose another directory")
+    # Keep the type of the base model's own weights.
     bf16 = str(getattr(base.config, "dtype", None)) == "torch.bfloat16"
     merged = load_adapter(base, base.load(bf16=bf16), adapter).merge_and_unload()
 

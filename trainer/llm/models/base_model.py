@@ -129,6 +129,7 @@ def fingerprint_of(directory: Path) -> str:
     # transformers writes these two keys about itself; they do not change the model.
     stable = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     digest.update(json.dumps(stable, sort_keys=True).encode())
+    # Only the ends of the files, because reading all weights of a large model takes long.
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -65,6 +65,7 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # The weights depend on the seed only, and the caller's random state stays unchanged.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
