@@ -1,6 +1,7 @@
 """The benchmark of Cross: its variants are jobs, its differences are paired by seed, a run is done once."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.quality.cross_report import (
     tables,
     with_interval,
 )
+from trainer.config.ranker import JobConfig
 from trainer.data.simulator.cross.write_dataset import simulate_cross
 from trainer.runtime.distributed import World
 
@@ -94,6 +96,27 @@ def test_a_run_is_done_once_and_the_rest_goes_on(
     assert done == [("CGC", 1), (FULL, 2), ("CGC", 2)]
     cross.run_missing(options, tmp_path / "world")
     assert len(done) == 3
+
+
+def test_main_writes_the_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(config: JobConfig, variant: str, world: World) -> VariantResult:
+        return VariantResult(variant, config.run.seed, 2.0, figures(0.7 if variant == FULL else 0.6))
+
+    monkeypatch.setattr(cross, "run", fake)
+    monkeypatch.setattr(cross, "simulate_cross", lambda path, *size: path.mkdir())
+    out = tmp_path / "results" / "cross.json"
+    options = ["--seeds", "1", "2", f"--out={out}", f"--work={tmp_path / 'work'}", "--users=8"]
+    with pytest.raises(SystemExit, match="no run of the full model is finished yet"):
+        cross.main([*options, "--minutes=0"])
+    cross.main(options)
+    written = json.loads(out.read_text())
+    assert (written["runs"], written["mean_cpu_seconds_of_a_run"]) == (2 * len(cross.VARIANTS), 2.0)
+    assert written["world"] == {"users": 8, "days": 60, "seed": 1}
+    assert written["table_2"]["click"]["difference"]["no long"]["auc"]["mean"] == pytest.approx(-10)
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert "AUC, no short videos, by activity" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks.measure import mean_and_half_width
+from benchmarks.quality import dynamic_ids
 from benchmarks.quality.dynamic_ids import VARIANTS, summarise, table, table_of
 from benchmarks.quality.dynamic_stream import PassingRooms
 from benchmarks.speed.id_maps import one_order, ours, stream
@@ -75,3 +79,24 @@ def test_one_bucket_of_all_rows_serves_as_many_as_one_order() -> None:
             served[number] += int((look_up(ids, step).numpy()[first] >= 0).sum())
         assert len(distinct) > 10
     assert abs(served[0] - served[1]) <= 0.1 * served[1]
+
+
+def test_a_small_run_and_again_nothing_to_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dynamic_ids, "RATES", (0.1, 0.2))
+    out = tmp_path / "results" / "dynamic_ids.json"
+    dynamic_ids.main(["--seeds=1", "--steps=12", f"--out={out}"])
+    written = json.loads(out.read_text())
+    assert [run["variant"] for run in written["runs"]] == list(VARIANTS)
+    assert set(written["result"]) == {*VARIANTS, "best possible"}
+    assert all(0.3 < run["auc"] < run["best_auc"] < 1 for run in written["runs"])
+    assert written["result"]["hash"]["minus_hash"] == [0, None]
+    assert "recency, after 2" in capsys.readouterr().out
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a run that is there is not repeated")
+
+    monkeypatch.setattr(dynamic_ids, "train", refuse)
+    dynamic_ids.main(["--seeds=1", "--steps=12", f"--out={out}"])
+    assert json.loads(out.read_text())["runs"] == written["runs"]

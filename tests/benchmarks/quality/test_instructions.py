@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.quality import instructions
 from benchmarks.quality.instruction_word_baseline import accuracy_of_words
 from benchmarks.quality.instructions import summarise, table
 from tests.paths import ROOT
@@ -65,3 +68,26 @@ def test_gains_are_over_the_better_baseline_of_each_seed() -> None:
     assert summary["staytime"]["model"][1] == pytest.approx(12.706 * 0.05, rel=1e-3)
     shown = table(summary)
     assert "0.550 ± 0.635" in shown and "0.700" in shown
+
+
+@pytest.mark.slow
+def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = InstructionPlan("2024-03-12", evaluate_samples=30, samples=120, templates=str(TEMPLATES))
+    monkeypatch.setattr(instructions, "PLAN", plan)
+    out = tmp_path / "results" / "instructions.json"
+    command = [f"--work={tmp_path / 'work'}", "--users=60", "--seeds=1", f"--out={out}"]
+    small = ["train.epochs=1", "small.hidden=16", "small.layers=1", "small.heads=2", "small.vocabulary=600"]
+    instructions.main([*command, *small])
+    written = json.loads(out.read_text())
+    assert set(written["tasks"]) == {"staytime", "top_comment", "user_comment"} and written["seeds"] == 1
+    for task in written["tasks"].values():
+        assert 0 <= task["model"][0] <= 1 and task["model"][1] is None and 0 <= task["words"] <= 1
+    assert written["settings"]["epochs"] == 1 and written["steps"] > 0
+    assert out.with_suffix(".svg").stat().st_size > 1000
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a run that is there is not repeated")
+
+    monkeypatch.setattr(instructions, "run_job", refuse)
+    instructions.main([*command, *small])
+    assert "gain over the better baseline" in capsys.readouterr().out
