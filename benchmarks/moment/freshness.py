@@ -113,7 +113,7 @@ class _Delays(Freshness):
         self._stream, stream.freshness = stream, self
 
     def add(self, arrived_ms: np.ndarray, counts: np.ndarray, now_ms: int) -> None:
-        """See :meth:`Freshness.add`."""
+        """Keep the delays of rows that were learnt while the stream was open; arguments as `Freshness.add`."""
         assert self._stream is not None
         if self._stream.seen_until_ms != END_OF_TIME:
             row, behaviour = np.nonzero(counts & (arrived_ms != NEVER))

@@ -1,1 +1,1 @@
-"""What is learnt: one file per question."""
+"""Benchmarks of the quality of trained models: one file per question."""

@@ -1,1 +1,1 @@
-"""What it costs: one file per question."""
+"""Benchmarks of time and memory: one file per question."""

@@ -100,7 +100,7 @@ def difference(one: Way, other: Way, gradients_of: Sequence[Tensor]) -> float:
     for way in (one, other):
         result = way()
         both.append([result.detach(), *torch.autograd.grad(result.square().sum(), gradients_of)])
-    return max(float((mine - theirs).abs().max() / theirs.abs().max()) for mine, theirs in zip(*both, strict=True))
+    return max(float((first - second).abs().max() / second.abs().max()) for first, second in zip(*both, strict=True))
 
 
 def time_of(way: Way, gradients_of: Sequence[Tensor]) -> tuple[float, float]:

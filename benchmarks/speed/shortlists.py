@@ -49,8 +49,8 @@ def top_of_shortlist(
     """Return the entries of each run with the largest scores among those of a short list.
 
     Args:
-        first: ``[n]`` int64: where the runs begin.
-        stop: ``[n]`` int64: where they end.
+        first: ``[n]`` int64: begins of the runs.
+        stop: ``[n]`` int64: their ends.
         length: most entries of a row.
         part: the dot products.
         shortlist: chooses the entries that are scored.
@@ -65,8 +65,8 @@ class HashCodes(NamedTuple):
     """Codes of all items.
 
     Attributes:
-        codes: ``[rows, words]`` uint64, of the rows of the search vectors.
-        oversample: the list has so many entries for each that is wanted; 1 is ETA as published.
+        codes: ``[rows, words]`` uint64, one for each row of the search vectors.
+        oversample: entries of the list for each entry of the result; 1 is ETA as published.
     """
 
     codes: np.ndarray
@@ -74,7 +74,11 @@ class HashCodes(NamedTuple):
 
     @staticmethod
     def of(vectors: SearchVectors, bits: int, seed: int, oversample: int = 4) -> HashCodes:
-        """Codes of ``bits``, a multiple of 64: on which sides of so many random hyperplanes a vector lies."""
+        """Return codes of ``bits`` random hyperplanes: the sides on which each vector lies.
+
+        Raises:
+            ValueError: ``bits`` is not a positive multiple of 64.
+        """
         if bits % _WORD or bits <= 0:
             raise ValueError(f"codes must have a multiple of {_WORD} bits, not {bits}")
         rows, width = vectors.values.shape
@@ -86,7 +90,7 @@ class HashCodes(NamedTuple):
         return HashCodes(codes, oversample)
 
     def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> SearchResult:
-        """The entries with the codes most like the candidate's; of equal ones the later."""
+        """Return the entries whose codes differ least from the candidate's; of equal ones the later."""
         query = self.codes[part.vectors.rows(part.candidate)]
         return search(
             _nearest_codes, length * self.oversample, first, stop, part.column, part.vectors.shift, self.codes, query
@@ -94,16 +98,18 @@ class HashCodes(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """Histories in clusters. A run is clustered up to a moment; it is used only where all of that is known.
+    """Histories cut into clusters.
+
+    A run is clustered up to a moment. Its clusters are used only where all of these entries are known.
 
     Attributes:
-        first: ``[runs]`` int64, ascending: where the runs begin.
-        stop: ``[runs]`` int64: up to where they are clustered.
-        cluster: ``[runs + 1]`` int64: where each run's clusters begin.
+        first: ``[runs]`` int64, ascending: begins of the runs.
+        stop: ``[runs]`` int64: ends of their clustered entries.
+        cluster: ``[runs + 1]`` int64: begins of each run's clusters.
         means: ``[clusters, width]`` float16.
-        member: ``[clusters + 1]`` int64: where each cluster's members begin.
-        members: places of the entries, ascending in each cluster.
-        oversample: the list has about so many entries for each that is wanted.
+        member: ``[clusters + 1]`` int64: begins of each cluster's members.
+        members: positions of the entries, ascending in each cluster.
+        oversample: about the entries of the list for each entry of the result.
     """
 
     first: np.ndarray
@@ -118,12 +124,12 @@ class Clusters(NamedTuple):
     def of(
         first: np.ndarray, stop: np.ndarray, column: np.ndarray, vectors: SearchVectors, size: int, oversample: int = 8
     ) -> Clusters:
-        """Cut runs into clusters of at most ``size`` entries, by 2-means again and again. Ahead of time, not fast.
+        """Cut runs into clusters of at most ``size`` entries by repeated 2-means; slow, to be done ahead of time.
 
         Args:
-            first: ``[runs]`` int64, ascending: where the runs begin.
-            stop: ``[runs]`` int64: where they end. What is searched later must know all of these entries.
-            column: of the history.
+            first: ``[runs]`` int64, ascending: begins of the runs.
+            stop: ``[runs]`` int64: their ends; a search that uses the clusters must know all of these entries.
+            column: ids of the history's entries.
             vectors: float16.
             size: most entries of a cluster.
             oversample: see :class:`Clusters`.
@@ -134,7 +140,7 @@ class Clusters(NamedTuple):
             values = vectors.values[vectors.rows(column[low:high])].astype(np.float32)
             order, ends = _split(values, size)
             begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-            # Members in order, cluster by cluster.
+            # Members ascend within each cluster.
             order = order[np.lexsort((order, np.repeat(np.arange(len(ends)), ends - begins)))]
             means.append(np.add.reduceat(values[order], begins, axis=0) / (ends - begins)[:, None])
             sizes.append(ends - begins)
@@ -151,7 +157,7 @@ class Clusters(NamedTuple):
         )
 
     def shortlist(self, first: np.ndarray, stop: np.ndarray, length: int, part: SearchPart) -> SearchResult:
-        """Members of the best clusters, and the entries since; whole runs where they are not clustered by then."""
+        """Return the members of the best clusters and all later entries; whole runs where clusters are not usable."""
         run = np.searchsorted(self.first, first, side="right") - 1
         if len(self.first):
             covered = (run >= 0) & (first < self.stop[run]) & (stop >= self.stop[run])
@@ -264,7 +270,7 @@ def _best_clusters(
                 break
             best = begins + place_of(keys[i])
             for place in range(member[best], member[best + 1]):
-                # Older ones than a user's last 10,000 are not looked at.
+                # A user's entries before the last 10,000 are not searched.
                 if members[place] >= low:
                     listed[count] = members[place]
                     count += 1
@@ -277,7 +283,7 @@ def _best_clusters(
 
 @numba.njit(nogil=True)
 def _split(values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of ``values [n, width]`` cluster by cluster, and where each cluster ends."""
+    """Return the positions of ``values [n, width]`` cluster by cluster, and the end of each cluster."""
     n, width = values.shape
     order, spare = np.arange(n), np.empty(n, np.int64)
     ends = [np.int64(0) for _ in range(0)]
@@ -289,7 +295,7 @@ def _split(values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
             if high > low:
                 ends.append(high)
             continue
-        # Two entries far apart: the one farthest from the first, and the one farthest from that.
+        # Start with two entries far apart: the one farthest from the first, and the one farthest from that.
         centres[0] = values[order[low]]
         for _ in range(2):
             farthest, distance = low, np.float32(-1)
@@ -319,7 +325,7 @@ def _split(values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
             centres[0] = sums[0] / np.float32(left - low)
             centres[1] = sums[1] / np.float32(high - left)
         if left in (low, high):
-            # Entries that are all the same.
+            # All entries are equal.
             left = (low + high) // 2
         waiting.append((left, high))
         waiting.append((low, left))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.measure import mean_and_half_width
 from benchmarks.quality.staytime import main
 from benchmarks.quality.staytime_report import METRICS, pareto, summarise
 
@@ -63,12 +62,6 @@ def test_differences_are_between_cells_of_one_seed() -> None:
     low, high = ttest_1samp(np.subtract(with_lcu, alone), 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
     assert summary["wlr with LCU"]["against"] == "wlr alone" and "difference" not in summary["wlr alone"]
-
-
-def test_one_seed_has_no_interval_and_undefined_stays_undefined() -> None:
-    assert mean_and_half_width([2.0]) == [2.0, None]
-    assert mean_and_half_width([2.0, None]) == [None, None]
-    assert mean_and_half_width([]) == [None, None]
 
 
 def test_pareto_keeps_what_nothing_beats() -> None:

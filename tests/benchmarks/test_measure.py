@@ -1,0 +1,68 @@
+"""Shared parts of the benchmarks: intervals, result files, ranks in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks import measure
+
+
+def test_intervals_are_students() -> None:
+    values = [0.71, 0.74, 0.72, 0.75]
+    mean, half = measure.mean_and_half_width(values)
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert (mean, half) == (pytest.approx(np.mean(values)), pytest.approx((high - low) / 2))
+
+
+def test_one_seed_has_no_interval_and_undefined_stays_undefined() -> None:
+    assert measure.mean_and_half_width([2.0]) == [2.0, None]
+    assert measure.mean_and_half_width([2.0, None]) == [None, None]
+    assert measure.mean_and_half_width([2.0, float("nan")]) == [None, None]
+    assert measure.mean_and_half_width([]) == [None, None]
+
+
+def test_a_result_has_its_environment_and_no_file_means_none(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "result.json"
+    measure.write_result(out, {"figure": 1}, ranks=3)
+    written = json.loads(out.read_text())
+    assert written["figure"] == 1 and written["environment"]["ranks"] == 3 and written["environment"]["cores"] > 0
+    measure.write_result(None, {"figure": 1})
+
+
+def test_every_benchmark_has_out(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = measure.make_parser("speed.nothing", "Measure nothing.\n\n    a line as it stands")
+    assert parser.parse_args(["--out=a.json"]).out == Path("a.json") and parser.parse_args([]).out is None
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert "python -m benchmarks.speed.nothing" in printed and "\n    a line as it stands\n" in printed
+
+
+@pytest.mark.parametrize("cpu_only", [True, False])
+def test_ranks_are_started_with_threads_and_write_a_file(monkeypatch: pytest.MonkeyPatch, cpu_only: bool) -> None:
+    def run(command: list[str], check: bool, env: dict[str, str]) -> None:
+        assert check and command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        assert command[5:-1] == ["-m", "benchmarks.some", "--one", "3"]
+        assert env["OMP_NUM_THREADS"] == "4" and env["CUDA_VISIBLE_DEVICES"] == ("" if cpu_only else "7")
+        Path(command[-1]).write_text('{"figure": 5}')
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(subprocess, "run", run)
+    found: dict[str, Any] = measure.run_ranks("benchmarks.some", ["--one", 3], ranks=2, threads=4, cpu_only=cpu_only)
+    assert found == {"figure": 5}
+
+
+def test_best_and_fastest() -> None:
+    assert measure.best_of([{"a": 1, "b": 5}, {"a": 2, "b": 4}]) == {"a": 2, "b": 5}
+    ticks = iter([0.0, 5.0, 10.0, 12.0])
+    assert measure.fastest(lambda: None, 2, lambda: next(ticks)) == 2
+    before = measure.busy_seconds(torch.device("cpu"))
+    assert measure.busy_seconds(torch.device("cpu")) >= before
