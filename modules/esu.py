@@ -30,9 +30,9 @@ class SequenceAttention(nn.Module):
 
     A score is the product of candidate and entry plus a learnt number for the entry's place, counted from the end of
     its row, where the newest entries are. As an option, cross features, which belong to the pair of user and entry (its
-    age, the user's behaviours), are split off as in TWIN: they add ``k_c w_c`` to the score, which does not depend on
-    the candidate, and take no part in the product. ``w_c`` is the paper's projection to a scalar times its weight,
-    which are only learnt as one product. Without the option an entry's age is a part of its key.
+    age, the user's behaviours), are split off as in TWIN: they take no part in the product, and add the term
+    ``k_c w_c`` to the score, which is independent of the candidate. ``w_c`` is the paper's projection to a scalar times
+    its weight, which are only learnt as one product. Without the option an entry's age is a part of its key.
 
     Columns of candidate and entry that hold the same feature from the same table (author and author) are also compared
     directly: ``sum_c w_c q_c k_c`` is added to the score, where ``w_c`` is learnt and starts at one. So attention

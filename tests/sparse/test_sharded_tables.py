@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Dynamic, Lookup, Table, initial_rows
@@ -12,6 +13,7 @@ from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse import sharded_tables as tables_module
+from trainer.sparse.cpu_exchange import CpuExchange
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables
 
@@ -58,7 +60,7 @@ def ids(**of_key: list[int]) -> KeyedJaggedTensor:
 WIDE = KeyedJaggedTensor(keys=["wide"], values=torch.tensor([4, 0]), lengths=torch.tensor([1, 1]))
 
 
-@pytest.mark.parametrize("path", ["flat", "torchrec"])
+@pytest.mark.parametrize("path", ["cpu", "torchrec"])
 def test_rows_have_initial_values_and_are_trained(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "torchrec":
         monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
@@ -112,6 +114,30 @@ def test_tables_that_do_not_fit_into_memory_are_an_error(world: World) -> None:
     with pytest.raises(UserError, match=r"no sharding of 17,592\.2 GB of tables on 1 ranks") as raised:
         make(world, TableOptimizer("sgd", 0.1), [Table("user", 1 << 40, 4)])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["cpu", "torchrec"])
+def test_making_exchanges_sends_nothing(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "torchrec":
+        monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
+    sharded = make(world, TableOptimizer("sgd", 0.5))
+    sent: list[torch.Tensor] = []
+
+    def all_to_all(exchange: CpuExchange, outgoing: torch.Tensor, *sizes: list[int]) -> tuple[torch.Tensor, None]:
+        sent.append(outgoing)
+        return outgoing, None
+
+    def input_dist(collection: object, context: object, keyed: KeyedJaggedTensor) -> None:
+        sent.append(keyed.values())
+
+    monkeypatch.setattr(CpuExchange, "_all_to_all", all_to_all)
+    monkeypatch.setattr(ShardedEmbeddingCollection, "input_dist", input_dist)
+    exchanges = sharded.exchanges([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])
+    assert not sent
+    for exchange in exchanges:
+        exchange.start()
+    # On a CPU there is one exchange for each sharding of a collection.
+    assert len(sent) == {"cpu": 3, "torchrec": 2}[path]
 
 
 def test_learning_rate(world: World) -> None:
