@@ -140,6 +140,7 @@ class SearchSpaceRefresher:
                             own_shards[place][begin:end].float().cpu().numpy(), float(largest)
                         )
                     if self._world.size > 1:
+                        # As bytes, so that every dtype of a space can be sent.
                         flat = torch.from_numpy(part.reshape(-1).view(np.uint8))
                         dist.broadcast(flat, src=rank, group=self._world.control)
                     columns = slice(place.column, place.column + place.columns)
@@ -171,6 +172,7 @@ def write_content_version(space: SearchSpace, table: ContentVectors, item: IdMap
     known = np.zeros(item.rows, bool)
     largest = 0.0
     for begin in range(0, len(table.ids), _CHUNK_ROWS):
+        # In chunks, because the embeddings are memory-mapped and may be larger than memory.
         part = np.asarray(table.vectors[begin : begin + _CHUNK_ROWS])
         finite = np.isfinite(part).all(axis=1)
         if not finite.all():
@@ -181,6 +183,7 @@ def write_content_version(space: SearchSpace, table: ContentVectors, item: IdMap
         ids = np.asarray(table.ids[begin : begin + _CHUNK_ROWS])
         inside = np.ones(len(ids), bool)
         if item.mapping == "direct":
+            # With direct ids, an id out of range has no row of its own.
             inside = (ids >= 0) & (ids < item.rows - 1)
         rows = np.empty(int(inside.sum()), np.int64)
         item(ids[inside], rows)

@@ -66,7 +66,7 @@ def train_stream(
         searching: updates the vectors of the history search; None without such a search.
 
     Raises:
-        UserError: the stream cannot be read on; the loss is not finite; a checkpoint cannot be written.
+        UserError: the stream cannot be read any further; the loss is not finite; a checkpoint cannot be written.
         Preempted: a rank was asked to stop; the state is saved.
     """
     settings = config.stream
@@ -81,19 +81,23 @@ def train_stream(
         Progress("stream", 0, "events", quiet=world.rank > 0) as progress,
     ):
         while True:
+            # A list and not a generator, because asking about a due step restarts the interval.
             due = any([checkpoints.is_due(step) for step in range(saved_step + 1, state.step + 1)])
             saved_step, lag = state.step, reader.lag()
             # One all-gather per slice carries everything that the ranks must decide together.
             values = (*trainer.waiting(), due, preemption.asked, pushed, lag.waiting, lag.event_ms)
             agreed = slices.agree(tuple(map(int, values)))
             rows, pending, by_clock, save, stop, events, behind, _ = agreed.values.sum(axis=0).tolist()
+            # The total grows with the stream; nobody knows its end.
             progress.total = progress.done + events + behind
             progress.advance(events, trainer.progress_note(behind, int(agreed.values[:, -1].max())))
             if agreed.finished:
                 break
+            # Train before taking the next slice, so that the model knows nothing of the requests it will predict.
             if pending and trainer.is_due(rows, agreed.number, by_clock > 0):
                 trainer.flush(rows, agreed.number)
             checkpoints.check()
+            # Between two slices the position, the open visits and the model agree, so a save loses and repeats nothing.
             if save or stop:
                 state.position = slices.position
                 with watchdog.busy("saving a checkpoint"):
@@ -102,9 +106,11 @@ def train_stream(
                 raise Preempted
             pushed = 0
             if agreed.number is not None:
+                # A rank without events in this slice still advances its watermark.
                 batches = slices.take(agreed.number)
                 pushed = stream.take(batches, slices.seen_until_ms(agreed.number))
             watchdog.beat(state.step)
+        # The end of the stream ends every open visit, so the last rows become complete.
         stream.take([], END_OF_TIME)
         with watchdog.busy("training on the last rows"):
             trainer.flush(world.sum(stream.live.trainable(END_OF_TIME)), None)
@@ -138,6 +144,7 @@ class _StreamTrainer:
         self._loss = float("nan")
         self._scalars = None
         if world.rank == 0:
+            # Points after the checkpoint belong to steps that are repeated now.
             self._scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
 
     def close(self) -> None:
@@ -151,6 +158,7 @@ class _StreamTrainer:
         """Return this rank's rows to train on, all rows and requests of a flush, and True if the clock makes it due."""
         live = self._stream.live
         rows = live.trainable(self._trainable_ms)
+        # The clock matters only for a topic that falls silent. One rank decides, because clocks differ.
         late = time.monotonic() - self._flushed_at >= self._flush_ms / 1000
         return rows, rows + live.unpredicted, self._endless and late and self._world.rank == 0
 
@@ -170,6 +178,7 @@ class _StreamTrainer:
         Raises:
             UserError: the loss is not finite.
         """
+        # Predictions come first: a prediction must not know the labels that train the model now.
         self._predict()
         try:
             self._train(-(-rows // self._config.train.batch_size))
@@ -190,8 +199,9 @@ class _StreamTrainer:
     def _trainable_ms(self) -> int:
         """Time before which labels must be complete for a row to be trained on.
 
-        The watermark is ``max_out_of_orderness_ms`` behind the events seen, and requests are predicted up to it. A row
-        waits ``max_out_of_orderness_ms`` more, so that no row trains the model before its labels could be known.
+        Requests are predicted up to the watermark, ``max_out_of_orderness_ms`` behind the events seen. At the time of
+        such a request, a live stream had only handed out rows that were older by ``max_out_of_orderness_ms``. So rows
+        wait for that long too, and no prediction knows labels that were not known at its request.
         """
         seen_until_ms = self._stream.seen_until_ms
         if seen_until_ms == END_OF_TIME:
@@ -204,6 +214,7 @@ class _StreamTrainer:
         requests = stream.live.take_requests()
         cuts = range(self._batch_rows, len(requests["user_id"]), self._batch_rows)
         parts = _split(requests, np.array(cuts, np.int64))
+        # A rank without requests takes part with no batch, because the lookup of ids is collective.
         predictions = self._engine.predict(self._batch(part) for part in parts if len(part["user_id"]))
         logits = [logits.cpu().numpy() for _, logits in predictions]
         stream.live.add_predictions(requests, np.concatenate([np.empty((0, len(stream.features.behaviours))), *logits]))
@@ -224,6 +235,7 @@ class _StreamTrainer:
             return
         rows = self._stream.live.take_rows(self._trainable_ms)
         n = len(rows["user_id"])
+        # Ranks have different numbers of rows, but all must make the same number of steps.
         parts = _split(rows, np.array([n * step // steps for step in range(1, steps)], np.int64))
         batches = (self._batch(part) for part in parts)
         for part, result in zip(parts, self._engine.steps(batches), strict=True):
@@ -247,6 +259,7 @@ class _StreamTrainer:
         entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
         state.trace.append(entry | lag)
+        # The window starts again, so that rates are of the steps since this entry.
         state.window = Window()
         if self._scalars is not None:
             write_scalars(self._scalars, state.trace[-1])
@@ -260,6 +273,7 @@ class _StreamTrainer:
         vectors = None if space is None else space.at(space.newest)
         packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
         batch = unpack(packed, stream.features.layout, {})
+        # The fast-slow policy has a loss of its own for slow rows.
         slow = rows["kind"] == SLOW
         return replace(batch, slow=torch.from_numpy(slow)) if self._config.labels.policy == "fast_slow" else batch
 

@@ -67,6 +67,7 @@ class TrainingStream:
     def take(self, batches: Sequence[EventBatch], until_ms: int) -> int:
         """Add the next events and advance to ``until_ms``, before which all have arrived; return their number."""
         for batch in batches:
+            # Events before the start of the stream are in the dataset's histories already.
             self.unused_events.write(self.live.push(batch.since(self.since_ms)))
         self.unused_events.write(self.live.advance(until_ms))
         self.seen_until_ms = until_ms
@@ -87,7 +88,9 @@ class TrainingStream:
         Raises:
             UserError: the states are of another source, or of another policy or other timeouts.
         """
+        # Every rank saved the same source, so the first state is enough.
         check_identity(states[0]["identity"], self.source.identity)
+        # Ranks may differ if one had no newer events; the earliest time is safe for all.
         self.seen_until_ms = min(state["seen_until_ms"] for state in states)
         self.flushed_ms = states[0]["flushed_ms"]
         self.live.load_state_dict([as_arrays(state["live"]) for state in states], counted)
@@ -179,6 +182,7 @@ def _tags(path: str, spec: DatasetSpec) -> Callable[[np.ndarray], np.ndarray]:
     def look_up(item_id: np.ndarray) -> np.ndarray:
         if not len(item):
             return np.zeros(len(item_id), np.int32)
+        # A position beyond the last item is clipped; the comparison below then gives tag 0.
         place = np.minimum(np.searchsorted(item, item_id), len(item) - 1)
         return np.where(item[place] == item_id, tag[place], 0).astype(np.int32)
 

@@ -76,6 +76,7 @@ def select_unused(events: Columns, at: np.ndarray, reason: int) -> Columns:
 
 def concatenate(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Concatenate the columns of one or more parts."""
+    # Most calls have one part, which need not be copied.
     if len(parts) == 1:
         return parts[0]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

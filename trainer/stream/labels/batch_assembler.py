@@ -96,6 +96,7 @@ def _realtime(visits: GroupedVisits, policy: Realtime) -> list[Rows]:
     every = np.arange(len(visits.end_ms))
     first_ms = visits.first_ms()
     happened = first_ms < END_OF_TIME
+    # A first positive is reported at the end of its tick, unless the visit ends before or at that time.
     visit, behaviour = np.nonzero(happened)
     reported_ms = _tick_end(visits.request_ms[visit], first_ms[visit, behaviour], policy.tick_ms)
     before_end = np.flatnonzero(reported_ms < visits.end_ms[visit])
@@ -104,6 +105,7 @@ def _realtime(visits: GroupedVisits, policy: Realtime) -> list[Rows]:
     # First positives of one tick of a visit share a report row.
     order = np.lexsort((reported_ms, visit))
     same = (np.diff(visit[order]) == 0) & (np.diff(reported_ms[order]) == 0)
+    # ``new`` marks the first entry of each report row, so its running count is the row number.
     new = np.append(np.ones(min(len(order), 1), bool), ~same)
     row = np.cumsum(new) - 1
     fresh = np.zeros((int(new.sum()), happened.shape[1]), np.uint8)
@@ -122,6 +124,7 @@ def _realtime(visits: GroupedVisits, policy: Realtime) -> list[Rows]:
 def _ticks(visits: GroupedVisits, tick_ms: int) -> Rows:
     """Return a row for every tick of every visit; the last tick ends with the visit."""
     length = visits.end_ms - visits.request_ms
+    # A visit of length 0 still has one tick.
     ticks = np.maximum(-(-length // tick_ms), 1)
     first_row = np.cumsum(ticks) - ticks
     visit = np.repeat(np.arange(len(ticks)), ticks)
@@ -129,6 +132,7 @@ def _ticks(visits: GroupedVisits, tick_ms: int) -> Rows:
     last = tick == ticks[visit]
     emit_ms = np.where(last, visits.end_ms[visit], visits.request_ms[visit] + tick * tick_ms)
 
+    # Here all behaviours count, not only the first of each kind.
     happened_by = _tick_end(visits.request_ms[visits.visit], visits.time_ms, tick_ms)
     tick_of_event = (happened_by - visits.request_ms[visits.visit]) // tick_ms
     label = np.zeros((len(visit), visits.applies.shape[1]), np.uint8)

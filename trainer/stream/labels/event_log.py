@@ -100,6 +100,7 @@ def check_order_of_ends(events: Columns, what: str) -> None:
     Raises:
         UserError: a visit exits before it starts; names the visit and both times.
     """
+    # Only these events can violate the order, and sorting few events is fast.
     ends = np.flatnonzero((events["event"] <= ENTER) | (events["event"] == EXIT))
     event = {name: events[name][ends] for name in (*_ENDS, "time_ms", "event")}
     order = np.lexsort((simultaneous_rank(event["event"]), event["time_ms"], event["visit_id"], event["user_id"]))
@@ -109,8 +110,10 @@ def check_order_of_ends(events: Columns, what: str) -> None:
     new[1:] = np.any([np.diff(event[name]) != 0 for name in _ENDS], axis=0)
     first = np.flatnonzero(new)
     opens = np.flatnonzero(event["event"] <= ENTER)
+    # ``place`` is the position of the first opening event at or after the first event of each visit.
     place = np.append(opens, len(order))[np.searchsorted(opens, first)]
     starts_in_log = place < np.append(first[1:], len(order))
+    # If the first event is an exit and an opening event follows, the visit exits before it starts.
     wrong = np.flatnonzero((event["event"][first] == EXIT) & starts_in_log)
     if len(wrong):
         at, start = first[wrong[0]], place[wrong[0]]

@@ -115,6 +115,7 @@ class _RealtimeReporter(Reporter):
     def happened(self, visit: OpenVisit, behaviour: int, time_ms: int) -> None:
         if not visit.seen & behaviour:
             visit.seen |= behaviour
+            # Rounded up to the end of the tick; a behaviour at the request itself belongs to the first tick.
             ticks = -(-(time_ms - visit.request_ms) // self._tick_ms) or 1
             visit.report_ms = visit.request_ms + ticks * self._tick_ms
 
@@ -126,6 +127,7 @@ class _RealtimeReporter(Reporter):
 
     def end(self, visit: OpenVisit) -> Report | None:
         visit.report_ms = END_OF_TIME
+        # Reported behaviours are masked, since they have a row; every other one gets its final label here.
         rest = visit.applies & ~visit.reported
         return Report(EXIT_ROW, visit.seen & rest, rest)
 
@@ -140,6 +142,7 @@ class _NaiveReporter(Reporter):
         return visit.request_ms + self._tick_ms
 
     def due(self, visit: OpenVisit) -> Report | None:
+        # Every tick starts anew, so a behaviour can be positive in several rows.
         label, visit.seen = visit.seen, 0
         visit.report_ms += self._tick_ms
         return Report(REPORT, label, visit.applies)

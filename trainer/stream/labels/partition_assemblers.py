@@ -68,6 +68,7 @@ class PartitionAssemblers:
                 if partition in found:
                     raise ValueError(f"two ranks have saved open visits of partition {partition}")
                 found[partition] = arrays
+        # All states are read before any is loaded, so that a duplicate is found wherever it is.
         for partition, assembler in self._assemblers.items():
             if partition not in found:
                 raise ValueError(f"no rank has saved open visits of partition {partition}")

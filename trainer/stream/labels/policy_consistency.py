@@ -55,6 +55,7 @@ def consistency(path: str | Path, idle_ms: int, progress: Callable[[int, int], N
     for partition in range(log.spec.partitions):
         events = log.read(partition)
         grouped = group_visits(log.spec, events, timeouts)
+        # One grouping of the visits serves all policies.
         visits += len(grouped.end_ms)
         active += len(np.unique(grouped.visit))
         early += _happened_by(grouped, names, FAST_MS)

@@ -109,7 +109,9 @@ class StreamAssembler:
         """
         watermark = self.watermark_ms
         if len(events["time_ms"]):
+            # Events of all domains move the watermark, also those that make no rows.
             self.watermark_ms = max(watermark, int(events["time_ms"].max()) - self._timeouts.max_out_of_orderness_ms)
+        # Each event is compared with the watermark at its own arrival, so cuts between portions change nothing.
         late = is_late(events["time_ms"], self._timeouts.max_out_of_orderness_ms, watermark)
         counted = in_domains(self._spec, events["domain"], self._domains)
         unused = [select_unused(events, np.flatnonzero(late & counted), LATE)]
@@ -128,7 +130,9 @@ class StreamAssembler:
 
     def state_dict(self) -> State:
         """Return the complete state between two calls, for ``load_state_dict``."""
+        # Every unfinished visit has exactly one valid timer, so the queue holds all of them.
         visits = {id(timer[-1]): timer[-1] for timer in self._queue if timer[-1].due_ms == timer[0]}
+        # In order of arrival, which decides the order of simultaneous events after a restore.
         buffered = [part for _, _, part in sorted(self._buffered, key=lambda entry: entry[1])]
         return {
             "settings": self._settings.copy(),
@@ -157,6 +161,7 @@ class StreamAssembler:
         self._open, self._queue, self._buffered, self._open_count = {}, [], [], 0
         columns = [state[f"visit.{name}"].tolist() for name in OpenVisit.__slots__]
         for values in zip(*columns, strict=True):
+            # All slots are restored; the constructor sets only some of them.
             visit = OpenVisit.__new__(OpenVisit)
             for name, value in zip(OpenVisit.__slots__, values, strict=True):
                 setattr(visit, name, value)
@@ -185,6 +190,7 @@ class StreamAssembler:
             stop = int(np.searchsorted(part["time_ms"], self.watermark_ms))
             ready.append((serial, {name: column[:stop] for name, column in part.items()}))
             if stop < len(part["time_ms"]):
+                # The rest keeps its serial number, because its order of arrival has not changed.
                 rest = {name: column[stop:] for name, column in part.items()}
                 heapq.heappush(self._buffered, (int(rest["time_ms"][0]), serial, rest))
         if ready:
@@ -222,6 +228,7 @@ class StreamAssembler:
                 continue
             visit.last_ms = time_ms
             if code == EXIT:
+                # The first exit counts.
                 if visit.exit_ms == END_OF_TIME:
                     visit.exit_ms = time_ms
                     self._set_timer(visit, time_ms)
@@ -257,6 +264,7 @@ class StreamAssembler:
         queue = self._queue
         while queue and queue[0][0] < until_ms:
             due_ms, *_, visit = heapq.heappop(queue)
+            # Other timers of the visit are stale.
             if visit.due_ms == due_ms:
                 self._on_timer(visit, due_ms)
 
@@ -274,6 +282,7 @@ class StreamAssembler:
         next_ms = visit.report_ms
         if not visit.ended:
             next_ms = min(next_ms, visit.last_ms + self._timeouts.idle_ms)
+        # Nothing more can come of the visit; dropping its timer frees it.
         if next_ms == END_OF_TIME:
             visit.due_ms = END_OF_TIME
             self._open_count -= 1

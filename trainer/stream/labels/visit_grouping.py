@@ -91,6 +91,7 @@ def group_visits(
     """
     late = is_late(events["time_ms"], timeouts.max_out_of_orderness_ms)
     counted = in_domains(spec, events["domain"], domains)
+    # The common case copies nothing.
     if counted.all() and not late.any():
         unused, event = [], events
     else:
@@ -98,6 +99,7 @@ def group_visits(
         event = {name: column[counted & ~late] for name, column in events.items()}
     # Simultaneous events are ordered as exposure, enter, behaviours, exit.
     order = stable_order(event["time_ms"] * 4 + simultaneous_rank(event["event"]))
+    # Stable sorts from the least to the most significant key.
     for name in ("visit_id", "user_id"):
         order = order[stable_order(event[name][order])]
     event = {name: np.take(column, order) for name, column in event.items()}
@@ -112,6 +114,7 @@ def group_visits(
     # An event between two visits has the number of the earlier one, so only events inside can be the last of a visit.
     inside = np.flatnonzero(within)
     last = inside[np.flatnonzero(np.diff(visit[inside], append=len(first)))] if len(inside) else inside
+    # Without an exit a visit ends by the idle timeout after its last event.
     end_ms = time_ms[last] + np.where(code[last] == EXIT, 0, timeouts.idle_ms)
 
     columns = {name: event[name][first] for name in ID_COLUMNS}
@@ -119,6 +122,7 @@ def group_visits(
     applies = masks(spec, columns["domain"])
     at = np.flatnonzero(within & (code >= FIRST_BEHAVIOUR))
     behaviour = code[at].astype(np.int64) - FIRST_BEHAVIOUR
+    # A behaviour outside of its domain keeps the visit open, but gives no label.
     can_happen = applies[visit[at], behaviour] > 0
     at, behaviour = at[can_happen], behaviour[can_happen]
     return GroupedVisits(
@@ -171,5 +175,6 @@ def _segments(event: Columns, opens: np.ndarray, idle_ms: int) -> tuple[np.ndarr
     last_opened = np.maximum.accumulate(np.where(opens, place, -1))
     last_closed = np.maximum.accumulate(np.where(closed, place, -1))
     within = last_opened >= last_closed
+    # An opening event inside of an open visit does not start another one.
     begins = opens & (np.append(-1, last_opened[:-1]) < last_closed)
     return begins, within

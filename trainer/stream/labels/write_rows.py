@@ -92,6 +92,7 @@ def assemble_dataset(
             events = log.read(partition)
             grouped = group_visits(log.spec, events, timeouts)
             visits += len(grouped.end_ms)
+            # The command prints the ratio to this policy, as the paper does.
             fast_slow_rows += len(visit_rows(grouped, FastSlow())["kind"])
             if mode == "batch":
                 whole = AssembledRows(visit_rows(grouped, policy), grouped.started(), concatenate(grouped.unused))
@@ -127,6 +128,7 @@ def _stream(
     for first in range(0, len(events["time_ms"]), _EVENTS_AT_ONCE):
         portion = {name: column[first : first + _EVENTS_AT_ONCE] for name, column in events.items()}
         yield assembler.push(portion), len(portion["time_ms"])
+    # The log has ended: advance past all remaining timers.
     yield assembler.advance(), 0
 
 

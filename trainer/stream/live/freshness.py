@@ -33,6 +33,7 @@ class Freshness:
             now_ms: the current time by the clock.
         """
         delays = np.maximum(now_ms - arrived_ms[counts & (arrived_ms != NEVER)], _FIRST_MS)
+        # Logarithmic bins give the same relative error for delays of milliseconds and of days.
         bins = np.minimum(np.log2(delays / _FIRST_MS) * _PER_OCTAVE, _BINS - 1).astype(np.int64)
         self._counts += np.bincount(bins, minlength=_BINS)
 

@@ -97,6 +97,7 @@ class LiveStream:
         self._spec, self._histories, self._tags, self._behaviours = spec, histories, tags, behaviours
         self._timeouts = event_timeouts(labels)
         self._candidates = [DOMAINS.index(domain) for domain in spec.candidates]
+        # Two assemblers: the job's policy makes rows to train on; the full policy makes outcomes and histories.
         self._labels = PartitionAssemblers(spec, report_policy(labels), self._timeouts, partitions)
         self._outcomes = PartitionAssemblers(spec, Full(), self._timeouts, partitions, DOMAINS)
         self._parts = {
@@ -122,6 +123,7 @@ class LiveStream:
 
     def advance(self, until_ms: int = END_OF_TIME) -> Columns:
         """Advance to ``until_ms``, before which all events have arrived; return unused events as :meth:`push` does."""
+        # Events may still arrive out of order by this much.
         watermark_ms = END_OF_TIME if until_ms == END_OF_TIME else until_ms - self._timeouts.max_out_of_orderness_ms
         unused = []
         for partition, part in self._parts.items():
@@ -150,6 +152,7 @@ class LiveStream:
         taken = []
         for partition, part in self._parts.items():
             stop = int(np.searchsorted(part.rows["emit_ms"], before_ms))
+            # Rows of a partition are in order of ``emit_ms``, so a prefix is complete.
             rows, part.rows = _cut(part.rows, stop)
             taken.append(_with_partition(partition, rows | part.store.features(rows)[0]))
         return _in_order(taken)
@@ -184,6 +187,7 @@ class LiveStream:
         rows, logits = [], [np.empty((0, self._behaviours), np.float32)]
         for part in self._parts.values():
             ended, part.ended = part.ended, no_rows(self._spec)
+            # An outcome may come without a prediction; such outcomes are counted and left out.
             predictions = [part.predicted.pop(key, None) for key in _requests(ended)]
             known = [place for place, logit in enumerate(predictions) if logit is not None]
             self.counts["unanswered"] += len(predictions) - len(known)
@@ -239,6 +243,7 @@ class LiveStream:
         """
         self._labels.load_state_dict(_entries(states, "labels"))
         self._outcomes.load_state_dict(_entries(states, "outcomes"))
+        # A duplicate partition was refused by the assemblers above.
         everything = {partition: saved for state in states for partition, saved in state["partitions"].items()}
         self._histories.load_state_dict({partition: saved["history"] for partition, saved in everything.items()})
         for partition, part in self._parts.items():
@@ -254,6 +259,7 @@ class LiveStream:
         part = self._parts[partition]
         part.rows = concatenate([part.rows, assembled.rows])
         part.requests = concatenate([part.requests, _request_rows(self._spec, assembled.started)])
+        # Visits of other domains enter the histories, but are not predicted.
         in_candidates = np.isin(ended.rows["domain"], self._candidates)
         part.ended = concatenate([part.ended, {name: column[in_candidates] for name, column in ended.rows.items()}])
         visits = self._visits(part.store, ended.rows)
@@ -263,6 +269,7 @@ class LiveStream:
         """Return the ended visits with watch time or a behaviour, in the form of histories."""
         watched_ms = store.watched_ms(rows, self._timeouts.idle_ms)
         bits = label_bits(rows["label"])
+        # A visit without watch time and behaviour tells nothing about the user.
         kept = np.flatnonzero((watched_ms > 0) | (bits != 0))
         columns = {
             **{name: rows[name][kept] for name in ("user_id", "domain", "item_id", "author_id", "request_ms")},

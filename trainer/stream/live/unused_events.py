@@ -41,6 +41,7 @@ class UnusedEventLog:
         Raises:
             UserError: the file cannot be written.
         """
+        # No empty file for a stream without unused events.
         if not len(events["reason"]):
             return
         columns = [self._readable(name, events[name]) for name in (*EVENT_TYPES, "reason")]

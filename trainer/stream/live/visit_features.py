@@ -74,6 +74,7 @@ class VisitFeatureStore:
             for key, request_ms in zip(_visits(rows), rows["request_ms"].tolist(), strict=True)
         ]
         out = {name: np.zeros((len(found), *empty.shape), empty.dtype) for name, empty in self._empty.items()}
+        # ``np.stack`` needs at least one row.
         there = [place for place, values in enumerate(found) if values is not None]
         for column, name in enumerate(FEATURES):
             if there:
@@ -90,6 +91,7 @@ class VisitFeatureStore:
             idle_ms: idle timeout of a visit without an exit.
         """
         ends = zip(_visits(rows), rows["emit_ms"].tolist(), strict=True)
+        # The exit has the time of the visit's end; another exit of the id belongs to another visit.
         watched = [self._watched.get(key, {}).get(end_ms) for key, end_ms in ends]
         silent = np.maximum(rows["emit_ms"] - idle_ms - rows["request_ms"], 0).tolist()
         return np.array(

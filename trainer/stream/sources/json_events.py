@@ -49,6 +49,7 @@ def _parse(lines: list[bytes], first: int, tables: list[pa.Table], bad: dict[int
     if table is not None:
         tables.append(table)
     elif len(lines) > _FEW_LINES:
+        # Halving keeps most good lines on the fast path when a few lines are bad.
         half = len(lines) // 2
         _parse(lines[:half], first, tables, bad)
         _parse(lines[half:], first + half, tables, bad)
@@ -69,6 +70,7 @@ def parse_together(parts: list[bytes], lines: int) -> pa.Table | None:
     ``parse_lines`` accepts the same lines with the same values.
     """
     joined = b"\n".join(parts)
+    # One opening brace per line, at its start, rules out nested objects and lines that are not objects.
     objects = joined.count(b"{")
     if not objects or objects != lines or not joined.startswith(b"{") or joined.count(b"\n{") != lines - 1:
         return None

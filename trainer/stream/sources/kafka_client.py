@@ -96,6 +96,7 @@ class BrokerStatus:
 
     def __call__(self, error: Any) -> None:
         """Record an error; clients call this as their ``error_cb``."""
+        # The text of this error says nothing; the errors before it name the reason.
         if error.code() == library().KafkaError._ALL_BROKERS_DOWN:
             self.down_since = time.monotonic() if self.down_since is None else self.down_since
         else:
@@ -214,6 +215,7 @@ def watermarks(
 
     def request(partition: int, timeout: float) -> tuple[int, int]:
         held = consumer.get_watermark_offsets(kafka.TopicPartition(config.topic, partition), timeout=timeout)
+        # The library returns None on a timeout, but ``retry`` expects an exception.
         if held is None:
             raise kafka.KafkaException(kafka.KafkaError(kafka.KafkaError._TIMED_OUT))
         return int(held[0]), int(held[1])
@@ -232,6 +234,7 @@ def produce(producer: Any, topic: str, **message: Any) -> None:
             producer.produce(topic, **message)
             return
         except BufferError:
+            # Polling delivers reports of earlier messages, which frees the queue.
             producer.poll(0.1)
         except library().KafkaException as error:
             size = len(message["value"])

@@ -72,6 +72,7 @@ class DeadLetterProducer:
         if letters:
             self._write(letters)
             self._unreported += len(letters)
+            # A broken producer may send thousands of bad events a second.
             if time.monotonic() - self._last_report >= _LINE_SECONDS:
                 logger.info(
                     f"stream: {self._unreported:,} events of topic {self._config.topic} were rejected (such as "
@@ -83,6 +84,7 @@ class DeadLetterProducer:
         if total >= _WINDOW:
             rejected = sum(bad for _, bad in self._recent)
             self._recent = []
+            # So many rejections mean wrong settings, and training on the rest would hide them.
             if 2 * rejected > total:
                 example = f" (such as {letters[0]})" if letters else ""
                 raise UserError(
@@ -95,6 +97,7 @@ class DeadLetterProducer:
         """Produce the letters, and wait until they are delivered."""
         if self._producer is None:
             self._producer = make_producer(self._config, self._status)
+        # Delivery failures come in callbacks, which must not raise.
         failures: list[str] = []
 
         def delivered(error: Any, message: Any) -> None:

@@ -99,6 +99,7 @@ class KafkaSource:
         status = BrokerStatus()
         consumer = make_consumer(self._config, status)
         try:
+            # The position is checked now, so that a gap is reported before training starts.
             held = watermarks(consumer, sorted(partitions), self._config, status)
             bound = 0 if self._config.begin == "earliest" else 1
             start = starting_position(
@@ -141,6 +142,7 @@ def without_gaps(position: Position, held: Mapping[int, tuple[int, int]], config
     if config.on_gap == "error":
         raise UserError(f'{gap}; stream.on_gap = "earliest" continues without them')
     logger.info(f"stream: {gap}; continuing without them")
+    # The latest time and the count of rejected events stay; only the place moves.
     moved = {p: [held[p][0], 0, *position[p][2:]] for p in gone}
     return {**position, **moved}
 
@@ -172,6 +174,7 @@ class _KafkaFeed:
         self._next = {p: at[0] for p, at in position.items()}
         self._inside = {p: (at[0], at[1]) for p, at in position.items() if at[1]}
         self._rejected = {p: at[3] for p, at in position.items()}
+        # With ``until_end`` the end is fixed here; ``_high`` follows a growing topic for the lag.
         self._end = {p: high for p, (_, high) in held.items()}
         self._high = dict(self._end)
         self._newest_ms = 0
@@ -226,6 +229,7 @@ class _KafkaFeed:
         wanted = min(max(1, int(self._per_partition / self._per_message)), _MAX_MESSAGES)
         messages = self._consumer.consume(wanted, _POLL_SECONDS)
         if messages:
+            # A message is a sign of life of the brokers.
             self._status.down_since = None
         # The end of a partition is reported after its messages, so messages come first.
         if good := [message for message in messages if message.error() is None]:
@@ -248,6 +252,7 @@ class _KafkaFeed:
             return
         partition, offset = partition[order], offset[order]
         chosen = [messages[place] for place in order.tolist()]
+        # Only our own partitioner can be checked.
         checked = partition if self._config.partitioner == "limelight" else None
         decoded = self._codec.decode(
             [message.value() or b"" for message in chosen], round(time.time() * 1000), checked, self._partitions
@@ -278,7 +283,9 @@ class _KafkaFeed:
             logged = logged.take(np.flatnonzero(after))
             message, inside = message[after], inside[after]
             bad = [entry for entry in bad if (entry.message, entry.inside) >= (start, resumed[1])]
+        # The position after the last event of a message is the next message.
         done = inside + 1 == decoded.sizes[message]
+        # Message and number within it as one sortable key: the count of rejected events before each event.
         places = np.array([(entry.message << 32) + entry.inside for entry in bad], np.int64)
         self._merge.append(
             p,
@@ -295,6 +302,7 @@ class _KafkaFeed:
             self._newest_ms = max(self._newest_ms, int(events["time_ms"].max()))
         self._rejected[p] += len(bad)
         self._next[p] = int(offset[stop - 1]) + 1
+        # Silence is counted from the last message, good or not.
         self._heard[p] = time.monotonic()
         self._at_end.discard(p)
         return [DeadLetter(p, int(offset[entry.message]), entry.inside, entry.reason, entry.content) for entry in bad]
@@ -335,6 +343,7 @@ class _KafkaFeed:
 
     def _skip_rejected(self) -> EventBatch | None:
         """Return an empty batch whose position is after the rejected messages at the end of the topic, or None."""
+        # While events are in memory, the next batch brings its own position.
         if self._merge.events:
             return None
         moved = False
@@ -370,6 +379,7 @@ class _KafkaFeed:
             )
             if cached is not None:
                 self._high[p] = max(self._high[p], int(cached[1]))
+        # A request also finds out that the brokers are gone, which a quiet topic does not show.
         count, _ = retry(
             lambda timeout: topic_partitions(self._consumer, self._config.topic, timeout), self._config, self._status
         )

@@ -65,6 +65,7 @@ class TopicPublisher:
             held = watermarks(consumer, range(self.partitions), config, self._status)
         finally:
             consumer.close()
+        # Publishing twice by mistake would double every event.
         messages = sum(high - low for low, high in held.values())
         if messages and not self._append:
             raise UserError(
@@ -80,6 +81,7 @@ class TopicPublisher:
             UserError: earlier messages could not be delivered.
         """
         owner = partition_of(events["user_id"], self.partitions)
+        # The partition is given explicitly, because a producer's own hash would differ from ours.
         for p in np.unique(owner).tolist():
             at = np.flatnonzero(owner == p)
             own = {name: column[at] for name, column in events.items()}
@@ -88,6 +90,7 @@ class TopicPublisher:
                 produce(
                     self._producer, self._config.topic, key=key, value=value, partition=p, on_delivery=self._delivered
                 )
+            # Serves the delivery callbacks, which record failures.
             self._producer.poll(0)
         self._check()
 
@@ -105,6 +108,7 @@ class TopicPublisher:
     ) -> Iterator[tuple[bytes | None, bytes]]:
         """Yield keys and values; a message with events of several users has no key, only their partition."""
         if per_message == 1:
+            # The key is for other consumers; this project reads the user from the message.
             keys = (str(user).encode() for user in events["user_id"])
             yield from zip(keys, self._codec.encode(events, logged), strict=True)
             return

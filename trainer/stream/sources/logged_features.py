@@ -45,6 +45,7 @@ class RequestFeatures:
 
     def part(self, first: int, stop: int) -> RequestFeatures:
         """Return the features of the events ``[first, stop)`` of the batch."""
+        # Positions ascend, so a range of events is a range of rows.
         inside = slice(*np.searchsorted(self.at, [first, stop]).tolist())
         return self.rows(inside, self.at[inside] - first)
 

@@ -123,8 +123,10 @@ class MessageCodec:
         """
         table, message, inside, sizes, rejected = _from_json(values) if self._format == "json" else _from_arrow(values)
         events, reasons = self._checked(table, now_ms)
+        # Features of other events are ignored, so they cannot be a reason to reject.
         opens = (events["event"] <= ENTER) & in_domains(self._spec, events["domain"], None)
         logged, no_features = self._features.read(table, opens)
+        # An invalid field is the more basic reason.
         reasons = no_features | reasons
         if partition is not None:
             owner = partition_of(events["user_id"], partitions)
@@ -170,6 +172,7 @@ class MessageCodec:
             events["time_ms"].tolist(),
             events["value"].tolist(),
         ]
+        # A template is faster than ``json.dumps`` of a dict per event.
         lines = ["{" + template % row + "}" for row in zip(*columns, strict=True)]
         if logged is not None:
             for at, features in zip(logged.at.tolist(), self._features.lines(logged), strict=True):
@@ -205,6 +208,7 @@ class MessageCodec:
         for name, known in (("event", self._names), ("domain", DOMAINS)):
             codes = table[name]
             if not pa.types.is_integer(codes.type):
+                # Arrow may carry codes, JSON always has names.
                 codes = pc.index_in(codes, value_set=pa.array(known))
             code = codes.fill_null(-1).to_numpy()
             outside = (code < 0) | (code >= len(known))

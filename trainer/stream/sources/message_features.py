@@ -33,6 +33,7 @@ class FeatureListCodec:
             wanted: ``[n] bool``, the rows to read; the features of other rows are ignored.
         """
         lists = {name: table[name].combine_chunks() for name in FEATURES}
+        # Without any features there is nothing to check.
         if all(column.null_count == len(column) for column in lists.values()):
             return self._none, {}
         present = {name: column.is_valid().to_numpy(zero_copy_only=False) & wanted for name, column in lists.items()}
@@ -68,6 +69,7 @@ class FeatureListCodec:
         if name == "side":
             wrong, reason = (column < 0) | (column >= self._side_rows), "side has a value outside of its feature's rows"
         else:
+            # An overflow gives infinity, which is rejected below.
             with np.errstate(over="ignore"):
                 column = column.astype(np.float32)
             wrong, reason = ~np.isfinite(column), f"{name} has a value that is not a finite float32"

@@ -28,6 +28,7 @@ def open_source(
     if config.source == "kafka":
         return KafkaSource(config, spec).connect()
     source = ReplaySource(config.path or path, config, since_ms, until_ms)
+    # A replay of other columns would train the model on the wrong features without an error.
     expected = _stream_columns(spec)
     for what, replayed in _stream_columns(source.spec).items():
         if replayed != expected[what]:

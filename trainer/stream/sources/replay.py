@@ -67,6 +67,7 @@ class ReplaySource:
         """Digest of the dataset's description and of its files' metadata, independent of its path."""
         digest = hashlib.blake2b(self.spec.to_json().encode(), digest_size=16)
         if self.spec.rows:
+            # The features of the rows are part of the stream.
             digest.update(fingerprint(str(self._path), self.spec).encode())
         for partition in range(self.partitions):
             digest.update(PartitionLog(self._path, self.spec, partition).digest)
@@ -144,6 +145,7 @@ class PartitionLog:
         """
         if place >= self.rows:
             return
+        # Row groups before ``place`` are skipped without reading.
         first = int(np.searchsorted(self._starts, place, "right")) - 1
         at = int(self._starts[first])
         try:
@@ -224,9 +226,11 @@ class _ReplayFeed:
         merge = TimeMerge(self.position)
         max_rows = min(_MAX_ROWS, max(1, self._config.buffer_events // max(1, len(self.position))))
         chunks = {partition: self._logs[partition].chunks(at[0], max_rows) for partition, at in self.position.items()}
+        # At a speed, a batch covers the event time that passes in ``linger_seconds``.
         played_ms = max(1, round(self._config.linger_seconds * 1000 * self._config.speed)) if self._config.speed else 0
         ticks_ms = [tick_ms for tick_ms in (played_ms, self._slice_ms) if tick_ms]
         while not stop.is_set():
+            # A partition is read only when it has no events in memory, which bounds memory.
             for partition in [partition for partition in chunks if not merge.held(partition)]:
                 columns = self._until(next(chunks[partition], None))
                 if columns is None:
@@ -244,6 +248,7 @@ class _ReplayFeed:
         waiting = sum(self._logs[partition].rows - at[0] for partition, at in position.items())
         newest = self._last_ms
         if self._config.speed:
+            # A live stream would not have the later events yet.
             newest = min(newest, self._anchor_ms + int((time.time() - self._began) * 1000 * self._config.speed))
         return waiting, newest
 
@@ -261,5 +266,6 @@ class _ReplayFeed:
             return replace(batch, arrived_ms=np.full(len(batch), round(time.time() * 1000)))
         since = (batch.events["time_ms"] - self._anchor_ms) / (1000 * self._config.speed)
         due = self._began + since
+        # Waiting on the event lets ``close`` interrupt a long pause.
         stop.wait(max(0.0, float(due[-1]) - time.time()))
         return replace(batch, arrived_ms=(np.maximum(due, self._began) * 1000).astype(np.int64))

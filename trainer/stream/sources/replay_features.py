@@ -53,6 +53,7 @@ class ReplayFeatures:
         if self._index is None or not len(exposure):
             return none
         wanted = [events[name][exposure] for name in ("visit_id", "user_id", "time_ms")]
+        # Records whose range of requests overlaps the portion's.
         first_ms, last_ms = int(wanted[2].min()), int(wanted[2].max())
         needed = np.flatnonzero((self._index.request_min <= last_ms) & (self._index.request_max >= first_ms)).tolist()
         records = [self._read(record) for record in needed]
@@ -98,6 +99,7 @@ def _first_equal(keys: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray
     both = [np.concatenate(columns) for columns in zip(keys, wanted, strict=True)]
     # The sort is stable, so among equal entries the keys come before the wanted ones.
     order = np.lexsort(both)
+    # ``head`` is for each entry the first entry of its run of equal keys.
     new = np.ones(len(order), bool)
     new[1:] = np.any([np.diff(column[order]) != 0 for column in both], axis=0)
     head = order[np.flatnonzero(new)][np.cumsum(new) - 1]

@@ -202,6 +202,7 @@ class StreamReader:
             return None
         if isinstance(item, EventBatch):
             self.position = item.position
+            # An empty batch only moves the position; the lag is measured from the last event.
             if len(item):
                 self._last = item
             return item
@@ -220,6 +221,7 @@ class StreamReader:
         waiting, newest_ms = self._feed.backlog(self.position)
         if self._last is None:
             return Lag(waiting, 0, 0)
+        # A batch is in merge order, so its last event arrived last or nearly so.
         taken_ms, arrived_ms = int(self._last.events["time_ms"].max()), int(self._last.arrived_ms[-1])
         wait_ms = max(0, round(time.time() * 1000) - arrived_ms) if waiting else 0
         return Lag(waiting, max(0, newest_ms - taken_ms), wait_ms)
@@ -242,6 +244,7 @@ class StreamReader:
     def _read(self) -> None:
         end: BaseException | None = None
         try:
+            # Closing the generator releases the feed's resources in this thread.
             with closing(self._feed.batches(self._stop)) as batches:
                 for batch in batches:
                     self._put(batch)
@@ -252,6 +255,7 @@ class StreamReader:
     def _put(self, item: EventBatch | BaseException | None) -> None:
         while not self._stop.is_set():
             try:
+                # With a timeout, so that ``close`` is noticed while the queue is full.
                 self._batches.put(item, timeout=_WAKE_SECONDS)
                 return
             except queue.Full:

@@ -122,6 +122,7 @@ class TimeMerge:
         """
         time_ms = columns["time_ms"]
         if len(time_ms):
+            # The key never goes back, so a partition keeps its log order in the merge.
             latest_ms = np.maximum.accumulate(np.maximum(time_ms, self._latest[partition]))
             self._latest[partition] = int(latest_ms[-1])
             owner = np.full(len(time_ms), partition, np.int32)
@@ -149,6 +150,7 @@ class TimeMerge:
         size = min(events, self._ready.rows)
         complete = size == events or rest
         if size and ticks_ms:
+            # The tick of the first event bounds the batch.
             end_ms = min((self._ready.first_ms() // tick_ms + 1) * tick_ms for tick_ms in ticks_ms)
             inside = self._ready.before(end_ms, inclusive=False)
             complete, size = complete or inside < self._ready.rows, min(size, inside)
@@ -160,10 +162,12 @@ class TimeMerge:
         bound = min(((self._latest[partition], partition) for partition in self._awaited), default=None)
         taken = []
         for partition, lane in self._lanes.items():
+            # Ties are ordered by partition, so events at the bound are safe in partitions up to the bound's.
             safe = lane.rows if bound is None else lane.before(bound[0], inclusive=partition <= bound[1])
             taken += lane.take(safe)
         if taken:
             block = _EventBlock.join(taken)
+            # Lanes are concatenated by partition and the sort is stable: ties stay in order of partition.
             self._ready.append(block.take(stable_order(block.columns["latest_ms"])))
 
     def _batch(self, block: _EventBlock) -> EventBatch:

@@ -61,10 +61,12 @@ class TimeSlices:
             UserError: the stream cannot be read any further.
         """
         self._look_ahead()
+        # One message carries the slice number and all values.
         local = torch.tensor([self._next, *values], dtype=torch.int64)
         gathered = [torch.empty_like(local) for _ in range(self._world.size)]
         dist.all_gather(gathered, local, group=self._world.control)
         table = torch.stack(gathered).numpy()
+        # The earliest slice of any rank comes next; END_OF_TIME is the minimum only if all streams have ended.
         number = int(table[:, 0].min())
         return SliceAgreement(number if number < _NOTHING_NOW else None, number == END_OF_TIME, table[:, 1:])
 
@@ -85,6 +87,7 @@ class TimeSlices:
 
     def seen_until_ms(self, number: int) -> int:
         """Return the event time before which, after a slice, all known events of this rank have been taken."""
+        # The next event is in a later slice, so this slice is complete.
         if self._next > number and self._next != _NOTHING_NOW:
             return (number + 1) * self._slice_ms
         return self._now_ms
