@@ -73,10 +73,12 @@ class DenseInputs:
         out[:, :features] = rows["dense"][:, self._features]
         if self._keys and n:
             counts = rows["stat"].reshape(n, len(self._spec.statistics), 1 + len(self._spec.behaviours))
+            # Column 0 of a key is its number of rows, which every rate needs as the denominator.
             chosen = counts[:, self._keys][:, :, [0, *(1 + k for k in self._rates)]]
             rates = prior[self._rates]
             strength = smoothing_strength(rates, self._smoothing)
             out[:, features:] = smoothed_rates(chosen.reshape(n, -1), rates, strength)
+        # A single NaN would spread to all parameters in one step, so it is refused here, where the row is known.
         if not np.isfinite(out).all():
             self._refuse(out, rows)
         return out

@@ -108,6 +108,7 @@ class FeatureMap:
         }
         self._sequences = HistoryReader(spec, config, self._ids)
         self.author_side, self.needs_space = config.author_side, config.needs_space
+        # Histories read the same tables as candidates, so an item has one embedding in both roles.
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:
             lookups.append(Lookup("side", "side", self._side.width))
@@ -115,6 +116,7 @@ class FeatureMap:
             lookups += [Lookup(f"{name}_{key}", key, None) for key in ("item", "author")]
             lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=self._side.context_ids))
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
+        # Without a lookup, a table would only cost memory and gradients.
         rows = {**fitted.table_rows, "side": self._side.rows}
         self.tables: tuple[Table, ...] = tuple(
             Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding, getattr(own, "dynamic", None))
@@ -157,6 +159,7 @@ class FeatureMap:
                 feature, or a dense value is NaN or infinite.
         """
         n = len(rows["visit_id"])
+        # Histories come first: the number of their entries determines the size of the buffer.
         slices = self.read_histories(rows, histories, as_of_ms, space)
         lengths = self._lengths(n, slices)
         ids_per_key = {key: int(each.sum()) for key, each in lengths.items()}
@@ -169,6 +172,7 @@ class FeatureMap:
         for column in ("user_id", "visit_id", "request_ms"):
             next(places)[:] = rows[column]
 
+        # From here on every id is written straight into its place in the buffer, without a copy.
         for name, table in self._ids.items():
             table(rows[f"{name}_id"], ids[name])
         if self._side.width:
@@ -185,6 +189,7 @@ class FeatureMap:
         np.subtract(self._inputs.raw(rows, self.fitted.prior), self.fitted.mean, out=standardised)
         standardised /= self.fitted.deviation
         np.clip(standardised, -self._clip, self._clip, out=standardised)
+        # Masked labels become 0, so that no result depends on an undefined value.
         label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         return PackedBatch(integers, floats, n, ids_per_key)
@@ -202,6 +207,7 @@ class FeatureMap:
             if lookup.length is not None:
                 lengths[lookup.name] = np.full(rows, lookup.length)
             else:
+                # Names of histories may contain underscores; the key after the last one does not.
                 history, _, key = lookup.name.rpartition("_")
                 entries = slices[history].lengths
                 lengths[lookup.name] = entries * self._side.context_ids if key == "context" else entries
@@ -245,6 +251,7 @@ class _PackedSide:
     def fill(self, rows: Rows, out: np.ndarray) -> None:
         """Write the ids of each row into ``[n, width]`` int64."""
         features = len(self._features)
+        # Selecting columns copies the array, which is not needed if no feature is excluded.
         values = rows["side"] if features == rows["side"].shape[1] else rows["side"][:, self._columns]
         if len(values) and features and (values.min() < 0 or (values.max(axis=0) >= self._limits).any()):
             row, column = np.argwhere((values < 0) | (values >= self._limits))[0]
@@ -259,6 +266,7 @@ class _PackedSide:
 
     def fill_context(self, visits: HistorySlice, age_ms: np.ndarray, out: np.ndarray) -> None:
         """Write the context ids of each history entry into ``[n, context_ids]`` int64."""
+        # All behaviours of a visit together are one id: each combination has a row of its own.
         np.bitwise_and(visits.bits, (1 << ACTION_BITS) - 1, out=out[:, 0])
         out[:, 0] += self._actions
         np.add(gap_bucket(age_ms), self._age, out=out[:, 1])
@@ -289,6 +297,7 @@ def side_ranges(layout: Mapping[str, Any], config: FeatureConfig) -> dict[str, r
         sizes |= {ACTIONS_RANGE: 1 << min(len(layout["behaviours"]), ACTION_BITS), AGE_RANGE: GAP_BUCKETS}
     if any(history.domain == "both" for history in config.history.values()):
         sizes[PAST_DOMAIN_RANGE] = len(DOMAINS)
+    # The order of the ranges is part of every checkpoint: rows of the table are known only by their position.
     ends = itertools.accumulate(sizes.values(), initial=1)
     return {name: range(end, end + size) for (name, size), end in zip(sizes.items(), ends, strict=False)}
 

@@ -152,6 +152,7 @@ def _selected(store: RowStore, selection: Selection, limit: int | None) -> Itera
         chosen = np.flatnonzero(selection.touches(index))
         records += [(partition, record) for record in chosen.tolist()]
         rows += int(index.rows[chosen].sum())
+    # Whole records are read and not single rows, because a record is the unit of a read.
     if limit is not None and rows > limit:
         spaced = np.linspace(0, len(records) - 1, max(1, len(records) * limit // rows)).astype(int)
         records = [records[place] for place in spaced]
@@ -188,6 +189,7 @@ def _moments(
         values = inputs.raw(columns, prior).astype(np.float64)
         n = len(values)
         if n:
+            # Sums of squares about each mean are merged: plain sums of squares would cancel for large values.
             own = values.mean(axis=0)
             shift = own - mean
             squares += ((values - own) ** 2).sum(axis=0) + shift**2 * (count * n / (count + n))
@@ -221,6 +223,8 @@ def _vocabularies(
                 for name, tally in watched.items():
                     tally.add(getattr(visits, f"{name}_id"))
     vocabularies = {}
+    # An id qualifies if it is frequent among the rows or among the visits; the two counts are not added, since the same
+    # visit can be in both.
     for name in tables:
         kept = [
             tally.ids[tally.counts >= getattr(config, name).min_count]

@@ -82,6 +82,7 @@ class HistoryReader:
             space: search vectors for dot products; None if no history needs them.
         """
         slices = {}
+        # All histories that need the runs share one lookup of them.
         first = stop = np.empty((0, len(DOMAINS)), np.int64)
         if any(read.search != "latest" or read.domain is None for read in self._reads.values()):
             first, stop = histories.runs(rows["user_id"], as_of_ms)
@@ -91,6 +92,7 @@ class HistoryReader:
                 found = gsu.latest_of_all(first, stop, length, *columns, require)
                 live = DOMAINS.index("live")
                 low, high = (np.repeat(ends[:, live], found.lengths) for ends in (first, stop))
+                # The search mixes the runs of both domains; the position of an entry tells its domain.
                 is_live = (found.at >= low) & (found.at < high)
                 slices[name] = histories.take(*found, np.where(is_live, live, 1 - live).astype(np.uint8))
                 continue
@@ -122,6 +124,7 @@ class HistoryReader:
             first = stop - lengths
         parts = []
         for name, column in zip(self._tables, columns, strict=True):
+            # Direct ids are not mapped: the kernel adds 1, which skips row 0.
             vectors = SearchVectors(space[name], shift=int(self._ids[name].mapping == "direct"))
             assert column is not None
             parts.append(SearchPart(column, self._column(name, rows[f"{name}_id"]), vectors))
@@ -133,6 +136,7 @@ class HistoryReader:
         ids = histories.column(f"{name}_id")
         if self._ids[name].mapping == "direct":
             return ids
+        # Columns of growing histories are replaced when they grow; a mapped copy is valid only for the same array.
         known = self._columns.get(name)
         return known[1] if known is not None and known[0] is ids else None
 

@@ -78,11 +78,13 @@ def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> N
     mixed = out.view(np.uint64)
     np.bitwise_xor(ids.view(np.uint64), salt, out=mixed)
     scratch = np.empty_like(mixed)
+    # All steps work in place on `out`: this runs over every id of every batch.
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         np.right_shift(mixed, np.uint64(shift), out=scratch)
         mixed ^= scratch
         mixed *= np.uint64(factor)
     # The last step of the finaliser, mixed ^ mixed >> 31, is left out: it does not change the upper 31 bits.
+    # A multiplication and a shift scale 32 bits to the rows, which is faster than a remainder.
     mixed >>= np.uint64(32)
     mixed *= np.uint64(rows - 1)
     mixed >>= np.uint64(32)

@@ -66,6 +66,7 @@ class SearchSpace:
         self.refresh_steps, self.newest = refresh_steps, -1
         self._dtype = np.dtype(dtype)
         self._tables = (dict(tables), dict(later))
+        # Memory is mapped once with the larger size, because forked workers cannot see a later mapping.
         size = max(sum(_values(table) for table in each.values()) for each in self._tables)
         self._places = [
             np.frombuffer(_memory(size * self._dtype.itemsize, forked), self._dtype)
@@ -90,6 +91,7 @@ class SearchSpace:
 
     def version_of(self, step: int) -> int:
         """Return the version that a batch uses; ``step`` is the number of steps done before the step of the batch."""
+        # One interval behind the newest copy: see the module's docstring.
         return max(step // self.refresh_steps - 1, 0) if self.refresh_steps else 0
 
     def is_due(self, step: int) -> bool:
@@ -103,6 +105,7 @@ class SearchSpace:
             values: float32, finite.
             largest: largest absolute value of the version over all tables; int8 values are scaled by it.
         """
+        # One scale for all tables keeps the sum of their dot products in proportion.
         if self._dtype == np.int8:
             return np.rint(values * (BYTE_RANGE / largest if largest > 0 else 0.0)).astype(np.int8)
         return np.clip(values, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)

@@ -196,6 +196,7 @@ def write_parts(
             with open(partial[part], "wb") as file:
                 np.save(file, values)
         digest = _hash_of(partial["ids"], partial["vectors"])
+        # The name of the files follows from their content: the same vectors give the same names.
         version = hashlib.blake2b((digest + origin.hash).encode() + texts.tobytes(), digest_size=6).hexdigest()
         files = {part: f"{part}-{version}.npy" for part in _PARTS}
         for part in _PARTS:
@@ -250,6 +251,7 @@ def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: n
         if not good.all():
             first_refused = first_refused if refused else int(part_ids[np.argmin(good)])
             refused += int((~good).sum())
+        # Overflow was checked above; numpy's warning would only repeat it.
         with np.errstate(over="ignore", invalid="ignore"):
             vectors[rows] = part
         written[rows] = True

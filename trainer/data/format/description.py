@@ -44,11 +44,11 @@ def describe(path: str | Path) -> dict[str, Any]:
         seen = np.zeros(0, np.int64)
         for record in range(len(index.rows)):
             columns = store.read(partition, record, ("user_id", "domain", "label", "mask"))
-            if columns is not None:
-                positives += (columns["label"] * columns["mask"]).sum(0, dtype=np.int64)
-                unmasked += columns["mask"].sum(0, dtype=np.int64)
-                domain_rows += np.bincount(columns["domain"], minlength=len(DOMAINS))
-                seen = np.union1d(seen, columns["user_id"])
+            assert columns is not None, "a store that does not skip corrupt records raises an error instead"
+            positives += (columns["label"] * columns["mask"]).sum(0, dtype=np.int64)
+            unmasked += columns["mask"].sum(0, dtype=np.int64)
+            domain_rows += np.bincount(columns["domain"], minlength=len(DOMAINS))
+            seen = np.union1d(seen, columns["user_id"])
         users.append(seen)
     return {
         "path": str(path),

@@ -95,6 +95,7 @@ class _FeatureTable:
                 *((name, pa.float32()) for name in self._dense),
             ]
         )
+        # Other columns of the table are allowed and not checked.
         for name in schema.names:
             if name not in table.column_names:
                 raise UserError(f"{what}: column {name!r} is missing")

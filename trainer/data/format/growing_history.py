@@ -170,6 +170,7 @@ class GrowingHistories(Histories):
 
     def _ended_by_now(self) -> Columns:
         """Return, once each, the visits that were open when the stream began and have ended by now."""
+        # The partitions of these users are unknown here, so a visit waits until every partition has passed its end.
         waiting, now_ms = self._still_open, min(self._passed.values(), default=self._since_ms)
         ended = waiting["known_ms"] < now_ms
         self._still_open = {name: column[~ended] for name, column in waiting.items()}
@@ -177,6 +178,7 @@ class GrowingHistories(Histories):
 
     def _make_room(self, runs: np.ndarray, more: np.ndarray) -> None:
         """Move each run that has no room for ``more`` entries to a place of twice the size that it needs."""
+        # Moved runs leave gaps behind. Compaction when three quarters are gaps keeps its cost per visit constant.
         if self._used > 4 * self._live + _SPARE:
             self._compact()
         begin, end, room = (column.reshape(-1) for column in (self._begin, self._end, self._room))
@@ -212,6 +214,7 @@ class GrowingHistories(Histories):
         for user, drop in zip(users.tolist(), (total - HISTORY_LIMIT).tolist(), strict=True):
             for domain in range(len(DOMAINS)):
                 begin, end = int(self._begin[user, domain]), int(self._end[user, domain])
+                # The ordinals of a run increase, so those to drop are a prefix of it.
                 ordinal = self._entries["ordinal"][begin:end]
                 gone = int(np.searchsorted(ordinal, drop))
                 ordinal -= drop

@@ -222,6 +222,7 @@ class Histories:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: histories cannot be read ({error})") from None
         self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
+        # A broadcast zero stands for a missing column without memory of its own.
         for name in _LATER_COLUMNS - columns.keys():
             columns[name] = np.broadcast_to(np.zeros(1, ENTRY_COLUMNS[name]), columns["item_id"].shape)
         self._entries = columns
@@ -248,6 +249,7 @@ class HistoryWriter:
             visits: ``user_id``, ``domain`` and the columns of an entry except ``ordinal``; without ``tag`` all tags are
                 0 (unknown).
         """
+        # Users are numbered within the partition. Runs are sorted by user, then domain; each run by time.
         visits = {"tag": np.zeros(len(visits["user_id"]), np.int32), **visits}
         user_id, number = np.unique(visits["user_id"], return_inverse=True)
         run = number * len(DOMAINS) + visits["domain"]
@@ -274,6 +276,7 @@ class HistoryWriter:
             file.close()
         user_id = np.concatenate([np.empty(0, np.int64), *self._users])
         offsets = np.concatenate([np.empty((0, len(DOMAINS) + 1), np.int64), *self._offsets])
+        # Entries stay in the order of the partitions; only the table of users is sorted, for binary search.
         order = stable_order(user_id)
         np.save(self._folder / "user_id.npy", user_id[order])
         np.save(self._folder / "offsets.npy", offsets[order])
@@ -342,10 +345,12 @@ def _reopen(folder: Path) -> Histories:
 def _cached(url: str, spec: DatasetSpec) -> Path:
     """Return the local copy of a remote dataset's histories; copy them first if there is none."""
     root = Path(os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight"))
+    # The description has the seed, spans and counts of the dataset, so a new version gets a new directory.
     copy = root / hashlib.sha256(f"{url}\n{spec.to_json()}".encode()).hexdigest()[:32] / FOLDER
     if copy.exists():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
+    # Copied under another name first: several processes of a machine may do this at the same time.
     tmp_path = Path(tempfile.mkdtemp(dir=copy.parent))
     try:
         filesystem, inside = storage.open_url(storage.join(url, FOLDER))

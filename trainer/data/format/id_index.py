@@ -63,6 +63,7 @@ class IdIndex:
             grown[:first] = self._ids[:first]
             self._ids = grown
         self._ids[first : self._count] = new
+        # A table at most half full keeps probe sequences short.
         if 2 * self._count > self._mask + 1:
             self._allocate(1 << (4 * self._count - 1).bit_length())
             first = 0

@@ -111,6 +111,7 @@ class RowStore:
         except OSError as error:
             wrong = error.strerror or str(error)
         else:
+            # The checksum is in the index and not in the shard, so it also finds a shard that was replaced.
             if len(data) == size and zlib.crc32(data) == index.crc32[record]:
                 return records.decode(data, columns)
             wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
@@ -215,10 +216,12 @@ class ShardWriter:
         start = 0
         while start < len(emit):
             stop = start + self._rows_per_record
+            # A change of the hour in the first quarter is ignored: records would become very small.
             turn = np.searchsorted(turns, start + max(self._rows_per_record // 4, 1))
             if turn < len(turns):
                 stop = min(stop, int(turns[turn]))
             if stop > len(emit):
+                # An incomplete record waits for more rows.
                 if not last:
                     break
                 stop = len(emit)
@@ -319,6 +322,7 @@ def read_rows(
         if emit_until is not None:
             inside &= index.emit_min < emit_until
         for record in np.flatnonzero(inside):
+            # Records are selected as a whole; rows outside the range are left out below.
             rows = store.read(partition, int(record), list(dict.fromkeys([*wanted, "request_ms", "emit_ms"])))
             assert rows is not None
             kept = np.ones(len(rows["request_ms"]), bool)

@@ -66,6 +66,7 @@ class Statistics:
 
         new = _Outcomes.of(self._spec, rows, self._keys)
         known = _Outcomes.join(self._pending, new)
+        # Outcomes emitted at or after the latest request wait for a later call.
         due = known.emit_ms < self._now
         self._pending = known.take(np.flatnonzero(~due))
         passed = np.flatnonzero(due)
@@ -113,6 +114,7 @@ class Statistics:
             sequence.sort()
             place = sequence & 0xFFFF
             code = sequence >> 16
+            # First and last event of each key in the sorted sequence.
             head = np.flatnonzero(np.append(True, code[1:] != code[:-1]))
             last = np.append(head[1:], size) - 1
             row = np.take(row_at, place)
@@ -128,6 +130,7 @@ class Statistics:
                 summed -= np.repeat(before, last - head + 1)
                 earlier[:, lane] = np.take(summed, asked)
             counts.reserve(int(code[-1]) + 1)
+            # Counts of earlier chunks, plus those of earlier events in this one.
             seen = np.take(counts.values, np.take(code, asked), axis=0)
             seen += _lanes(earlier, self._width)
             result[np.take(row, asked), key] = _items(seen.astype(np.float32))
@@ -233,6 +236,7 @@ class _Keys:
         if len(key) == 1:
             values, known = rows[_ID_COLUMNS[key[0]]], None
         else:
+            # Numbers of parts are below 2^32, so a pair of them fits one int64 exactly: crosses never collide.
             first, last = (self._codes(part, rows, add, done) for part in (key[:-1], key[-1:]))
             values = (first << 32) | last
             known = (first >= 0) & (last >= 0)

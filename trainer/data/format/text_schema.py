@@ -155,6 +155,7 @@ def read_texts(path: str | Path, name: str, columns: list[str] | None = None) ->
     order = [("request_ms", "ascending"), ("visit_id", "ascending")] if name == "visits" else []
     read = list(dict.fromkeys([*wanted, *(column for column, _ in order)]))
     try:
+        # Only the columns that are asked for are checked: other columns may be added later or by other tools.
         with pq.ParquetFile(pa.BufferReader(storage.read_bytes(file)) if storage.is_remote(file) else file) as source:
             missing = [column for column in read if column not in source.schema_arrow.names]
             if missing:

@@ -165,6 +165,7 @@ class ReadPlan:
             for taken in _runs(len(owners), wanted, self._batch_size):
                 counts = np.bincount(owners[taken], minlength=len(partitions))
                 for i in np.flatnonzero(counts).tolist():
+                    # An offset counts rows of its own window; in a new window it starts again at 0.
                     at = position[partitions[i]]
                     offset = at[2] if at[:2] == [epoch, window] else 0
                     stop = offset + int(counts[i])
@@ -189,6 +190,8 @@ class ReadPlan:
         for partition, part in self._partitions.items():
             for window in part.windows.tolist():
                 members.setdefault(window, []).append(partition)
+        # Partitions can stand in different epochs or windows after a change of ranks. The walk starts at the earliest,
+        # and `done` skips what a partition has already consumed.
         for epoch in range(first_epoch, self._epochs):
             for window in sorted(members):
                 partitions = members[window]
@@ -208,6 +211,7 @@ class ReadPlan:
         if self._shuffled:
             chosen = np.random.default_rng([self._seed, epoch, partition, window]).permutation(chosen)
         rows, total = part.rows[chosen], int(part.window_rows[i])
+        # Records are dealt to blocks by the share of the rows before them, so that blocks have nearly equal sizes.
         number = (np.cumsum(rows) - rows) * -(-total // self._block_rows) // total
         cuts = np.flatnonzero(np.diff(number)) + 1
         return list(zip(np.split(part.records[chosen], cuts), np.split(rows, cuts), strict=True))
@@ -227,6 +231,7 @@ class ReadPlan:
         epoch, window, offset = (int(part) for part in state[partition])
         known = self._partitions[partition].windows
         rows = self._window_rows(partition, window) if window in known else 0
+        # A larger offset means that the window has changed since the position was saved.
         if offset > rows:
             raise UserError(
                 f"the saved read position of partition {partition} is row {offset} of window {window}, which has "
@@ -302,6 +307,7 @@ def _interleaved(rows: np.ndarray, done: np.ndarray) -> Iterator[np.ndarray]:
         left = np.maximum(high - low, 0)
         owner = np.repeat(np.arange(len(rows)), left)
         step = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
+        # Each slice takes the same share of every partition, so the partitions stay in step over the whole window.
         progress = (low[owner] + step + 0.5) / rows[owner]
         yield owner[np.argsort(progress, kind="stable")]
 

@@ -87,6 +87,7 @@ class BlockReader:
         for record, planned in zip(part.records.tolist(), part.rows.tolist(), strict=True):
             rows = self._store.read(part.key.partition, record)
             if rows is None:
+                # The plan has counted these rows: they keep their places, so that all positions stay valid.
                 place.append(np.full(planned, -1))
                 continue
             mask = self._selection.mask(rows)

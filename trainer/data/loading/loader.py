@@ -112,6 +112,7 @@ class Loader:
             state=state,
         )
         self._layout = feature_map.layout
+        # Reader and feature map are copied into each worker by the fork; only slices and batches travel later.
         reader = BlockReader(store, feature_map.spec, selection, None if shuffle_ms is None else seed)
         self._maker = _BatchMaker(reader, histories, feature_map, as_of_limit_ms, frozen_statistics, space)
         self._space, self._first_step = space, first_step
@@ -142,6 +143,7 @@ class Loader:
             UserError: a record is corrupt, a value is not finite, or an id does not fit into its table; the message
                 names it. Or a worker process ended; the message gives its process id and the signal or exit status.
         """
+        # Workers return batches in the order of the plan, so a queue matches each with its position.
         positions: deque[ReadPosition] = deque()
         self._maker.prepare()
 
@@ -234,6 +236,7 @@ class _BatchMaker(Dataset):
         """Return the model inputs of one batch."""
         rows, skipped = self._reader.gather(task.slices)
         as_of = rows["request_ms"]
+        # In an evaluation with frozen features, the histories end where training ended.
         if self._as_of_limit_ms is not None:
             as_of = np.minimum(as_of, self._as_of_limit_ms)
         if self._frozen is not None:
@@ -262,6 +265,7 @@ def _live_as_long_as_the_rank(worker: int) -> None:
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         # Torch's handlers would print a fragment of a message; the rank reports the signal in a full one.
         signal.signal(number, signal.SIG_DFL)
+    # A blocked signal can be received with sigwaitinfo, which returns the sender; a Python handler does not get it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_the_rank() -> None:

@@ -88,6 +88,7 @@ class DatasetBuilder:
         self._out = Path(out)
         if self._out.exists():
             raise UserError(f"{out}: exists already; choose another directory or remove it")
+        # Beside the final directory: a rename is atomic only within one file system.
         self._tmp_path = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}")
         self._work = self._tmp_path / "work"
         self._spec = spec
@@ -245,6 +246,7 @@ class DatasetBuilder:
                 report("sorting visits", partition, spec.partitions)
                 sorted_exposures.append(self._sort_partition(partition, history, totals))
             report("sorting visits", spec.partitions, spec.partitions)
+        # Memory-mapped: the next pass goes through all partitions at once.
         exposures = sorted_exposures.read()
         history.close()
 
@@ -268,6 +270,7 @@ class DatasetBuilder:
             events=totals.events,
             extra={**spec.extra, **extra},
         )
+        # dataset.json is the last file: a directory without it is not a dataset.
         shutil.rmtree(self._work)
         (self._tmp_path / "dataset.json").write_text(spec.to_json())
         os.rename(self._tmp_path, self._out)
@@ -277,6 +280,7 @@ class DatasetBuilder:
         """Write events, history and truth of a partition, and return its exposures that become training rows."""
         visits = self._spills["visits"].pop(partition)
         if self._deduplicate:
+            # All visits of a user are in one partition, so duplicates are found within it.
             first = first_of_each([visits[name] for name in self._deduplicate])
             visits = {name: column[first] for name, column in visits.items()}
         totals.exposures += len(visits["visit_id"])

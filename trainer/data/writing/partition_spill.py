@@ -34,6 +34,7 @@ class Spill:
         self._blocks: list[list[int]] = [[] for _ in range(partitions)]
         self._waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         self._waiting_rows = 0
+        # With many partitions, a small buffer would write only a few rows to each file at a time.
         self._limit = max(_ROWS_IN_MEMORY, _ROWS_PER_PARTITION * partitions)
 
     @property
@@ -62,6 +63,7 @@ class Spill:
             spans = [(columns, span) for columns, span in spans if span.start < span.stop]
             if not spans:
                 continue
+            # Opened for each write: there can be more partitions than a process may have open files.
             with open(self._file(partition), "ab") as file:
                 for columns, span in spans:
                     blocks.append(int(span.stop - span.start))

@@ -81,6 +81,7 @@ class TextWriter:
         writer = self._files.get(f"{FOLDER}/comments")
         if writer is None:
             return np.empty(0, np.int64), np.empty(0, np.int64)
+        # All comments come before the first visit, so their file is complete and can be read back.
         writer.close()
         stored = pq.read_table(self._dataset / FOLDER / "comments.parquet", columns=["comment_id", "item_id"])
         ids, items = (stored.column(column).to_numpy() for column in ("comment_id", "item_id"))
@@ -96,6 +97,7 @@ class TextWriter:
         for name in ("shown", "interacted"):
             ids, offsets = flat_lists(visits.column(name))
             owner = np.repeat(np.arange(len(item)), np.diff(offsets))
+            # Behind the largest id searchsorted gives a position outside the array; the comparison below refuses it.
             at = np.minimum(np.searchsorted(known, ids), max(len(known) - 1, 0))
             there = known[at] == ids if len(known) else np.zeros(len(ids), bool)
             if not there.all():

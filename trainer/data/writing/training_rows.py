@@ -46,6 +46,7 @@ def assemble(
     total = sum(len(request) for request in requests)
     done = np.zeros(len(exposures), np.int64)
     waiting: Rows = {}
+    # Every slice ends at one time for all partitions: the statistics need all rows in the order of their requests.
     for until in _cuts(requests, rows_per_slice):
         stop = np.array([np.searchsorted(request, until) for request in requests], np.int64)
         rows = _rows(spec, join, exposures, done, stop)
@@ -59,6 +60,7 @@ def assemble(
 
 def _cuts(requests: Sequence[np.ndarray], rows_per_slice: int) -> list[int]:
     """Return times with about ``rows_per_slice`` requests between them; the last one is later than all rows."""
+    # A sample of the requests is enough for slices of about equal size.
     step = max(rows_per_slice // (8 * len(requests)), 1)
     sample = np.sort(np.concatenate([request[step::step] for request in requests]))
     inner = np.unique(sample[rows_per_slice // step :: max(rows_per_slice // step, 1)])
