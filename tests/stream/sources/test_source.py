@@ -69,7 +69,6 @@ def test_a_slow_consumer_stops_the_feed():
             assert feed.made <= taken + 4
         lag = reader.lag()
         assert (lag.waiting, lag.event_ms) == (990, 990)
-        assert str(lag).startswith("990 waiting, 1.0 s of events and ")
     assert feed.closed
     assert reader.finished
 
@@ -79,7 +78,7 @@ def test_the_end_and_an_error_come_after_the_batches():
         assert len(list(reader)) == 5
         assert reader.finished
         assert reader.take() is None
-        assert reader.lag().wait_ms == 0
+        assert (reader.lag().waiting, reader.lag().event_ms) == (0, 0)
     with StreamReader(Counting(5, fails=True), 2) as reader:
         for _ in range(5):
             assert reader.take() is not None

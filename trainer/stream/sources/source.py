@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -108,17 +107,10 @@ class Lag:
     Attributes:
         waiting: number of rows or messages of the rank's partitions that were not taken yet.
         event_ms: event time from the last event taken to the newest known event.
-        wait_ms: clock time since the last event taken came to the source; 0 if nothing waits.
     """
 
     waiting: int
     event_ms: int
-    wait_ms: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.waiting:,} waiting, {self.event_ms / 1000:,.1f} s of events and {self.wait_ms / 1000:,.1f} s behind"
-        )
 
 
 class EventFeed(Protocol):
@@ -178,7 +170,7 @@ class StreamReader:
         self._feed = feed
         self._batches: queue.Queue[EventBatch | BaseException | None] = queue.Queue(queue_batches)
         self._stop = threading.Event()
-        self._last: EventBatch | None = None
+        self._taken_ms: int | None = None
         self.position: Position = feed.position
         self.finished = False
         self._thread = threading.Thread(target=self._read, name="stream", daemon=True)
@@ -204,7 +196,7 @@ class StreamReader:
             self.position = item.position
             # An empty batch only moves the position; the lag is measured from the last event.
             if len(item):
-                self._last = item
+                self._taken_ms = int(item.events["time_ms"].max())
             return item
         self.finished = True
         if item is not None:
@@ -219,12 +211,7 @@ class StreamReader:
     def lag(self) -> Lag:
         """Return the distance of the batches taken behind the end of the stream."""
         waiting, newest_ms = self._feed.backlog(self.position)
-        if self._last is None:
-            return Lag(waiting, 0, 0)
-        # A batch is in merge order, so its last event arrived last or nearly so.
-        taken_ms, arrived_ms = int(self._last.events["time_ms"].max()), int(self._last.arrived_ms[-1])
-        wait_ms = max(0, round(time.time() * 1000) - arrived_ms) if waiting else 0
-        return Lag(waiting, max(0, newest_ms - taken_ms), wait_ms)
+        return Lag(waiting, 0 if self._taken_ms is None else max(0, newest_ms - self._taken_ms))
 
     def close(self) -> None:
         """Stop reading, and drop the batches that were read ahead."""
