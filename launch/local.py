@@ -1,4 +1,4 @@
-"""Starts the ranks of a job on this machine, as torchrun would, and ends with the status of the one that failed.
+"""Start the ranks of a job on this machine, as torchrun would, and return the status of the rank that failed.
 
 Imports next to nothing, so that the ranks start at once.
 """
@@ -27,19 +27,19 @@ from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS, USER_ERRO
 from trainer.console.run_log import LOG_NOTE_VARIABLE
 
 SETTLE_SECONDS = 1.0
-"""After the first failure the other ranks may fail by themselves for so long: then it is seen who failed for cause."""
+"""Time after the first failure in which others may fail too, before the rank that caused it is chosen."""
 
 TERMINATE_SECONDS = 30.0
-"""Between asking the remaining ranks to end and ending them, as long as torchrun's: one may be writing a checkpoint."""
+"""Time between SIGTERM and SIGKILL for the remaining ranks, as long as torchrun's: one may be writing a checkpoint."""
 
 LAST_LINES = 30
-"""Lines of a failed rank that are shown, and more where a traceback began earlier."""
+"""Number of last lines shown of a failed rank; more if its traceback starts earlier."""
 
 TRACEBACK_LINES = 200
-"""Lines of a failed rank among which the beginning of its traceback is looked for."""
+"""Number of last lines of a failed rank in which the start of its traceback is searched."""
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable of a rank: the file into which torch's ``record`` puts the exception that ended the job."""
+"""Environment variable of a rank: file into which torch's ``record`` writes the exception that ended the job."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -48,7 +48,7 @@ _LIBC = ctypes.CDLL(None)
 
 @dataclass
 class Rank:
-    """One started process. Rank 0 writes to the terminal, the others to a file that is shown when they fail."""
+    """One started process. Rank 0 writes to the terminal, the others to files whose ends are shown when they fail."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -57,7 +57,7 @@ class Rank:
 
     @property
     def error(self) -> str | None:
-        """The exception that ended the job on this rank, as ``type: message``; None if it had none."""
+        """Exception that ended the job on this rank, as ``type: message``; None if there was none."""
         try:
             text: str = json.loads((self.notes / ERROR_FILE_VARIABLE).read_text())["message"]["message"]
         except (OSError, ValueError):
@@ -66,13 +66,13 @@ class Rank:
 
     @property
     def status(self) -> int:
-        """How it ended, as of a process; 1 if by an exception, though it may have been ended on its way out."""
+        """Exit status of the process; 1 after an exception, even if a signal ended the process on its way out."""
         status: int = self.process.returncode
         return 1 if status < 0 and self.error is not None else status
 
     @property
     def log(self) -> str | None:
-        """Path of this rank's log, None if it did not get that far."""
+        """Path of this rank's log; None if it ended before it opened one."""
         try:
             return (self.notes / LOG_NOTE_VARIABLE).read_text()
         except OSError:
@@ -82,15 +82,15 @@ class Rank:
 def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
     """Run ``python -m module arguments`` as ``ranks`` processes and wait for all of them.
 
-    SIGINT and SIGTERM are passed on to the ranks; a second one ends them at once. When a rank fails the others are
-    ended, and the last lines of the failed one, with its traceback, are the last that is printed.
+    SIGINT and SIGTERM are passed on to the ranks; a second one ends them at once. When a rank fails, the others are
+    ended, and the last lines of the failed rank, with its traceback, are printed last.
 
     Returns:
         0; PREEMPTED_STATUS when the ranks saved their state on SIGTERM; the exit status of the rank that failed; or
         128 + the signal that ended a rank or was passed on.
 
     Raises:
-        UserError: MASTER_PORT is given but in use.
+        UserError: MASTER_PORT is set but in use.
     """
     port = rendezvous_port()
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -126,25 +126,25 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
 
 
 def rendezvous_port() -> int:
-    """MASTER_PORT if it is given, else a free port.
+    """Return MASTER_PORT if it is set, else a free port.
 
     Raises:
-        UserError: MASTER_PORT is no port, or another process has it.
+        UserError: MASTER_PORT is not a port number, or another process uses it.
     """
-    given = os.environ.get("MASTER_PORT")
-    if given is None:
+    port = os.environ.get("MASTER_PORT")
+    if port is None:
         return free_port()
-    if not given.isdecimal() or not 0 < int(given) < 65536:
-        raise UserError(f"MASTER_PORT={given}: not a port; use 1 to 65535, or unset it to have a free one chosen")
-    if port_in_use(int(given)):
-        raise UserError(f"MASTER_PORT={given}: in use by another process; unset it to have a free one chosen")
-    return int(given)
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"MASTER_PORT={port}: not a port; use 1 to 65535, or unset it to have a free one chosen")
+    if port_in_use(int(port)):
+        raise UserError(f"MASTER_PORT={port}: in use by another process; unset it to have a free one chosen")
+    return int(port)
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun would set for one rank of ``ranks`` on this machine, beside the present environment.
+    """Return the present environment with the variables that torchrun sets for one of ``ranks`` on this machine.
 
-    OMP_NUM_THREADS is kept when set; else the ranks share the cores evenly.
+    OMP_NUM_THREADS is kept if it is set; otherwise the ranks share the cores evenly.
     """
     return {
         "OMP_NUM_THREADS": str(max(1, available_cores() // ranks)),
@@ -162,7 +162,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: i
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        # Nobody is there to pass signals on any more, nor to end a rank that hangs.
+        # Without this process nothing passes signals on, and nothing ends a rank that hangs.
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -186,7 +186,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: i
 
 
 def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None:
-    """Wait for all ranks; after a failure end those that remain. The rank that failed for cause, None if none did."""
+    """Wait for all ranks, and after a failure end the others. Returns the rank that caused it, or None."""
     running = len(started)
     failed: list[Rank] = []
     terminate_at = kill_at = float("inf")
@@ -208,7 +208,7 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
         running -= 1
         status = rank.status
         if status == HUNG_STATUS:
-            # The watchdogs have waited long enough; a rank that does not answer them does not hear SIGTERM either.
+            # The watchdogs have waited long enough, and a rank that hangs does not react to SIGTERM either.
             terminate_at, kill_at = float("inf"), min(kill_at, time.monotonic() + SETTLE_SECONDS)
             asked = True
             failed.append(rank)
@@ -216,7 +216,7 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
             # The state is saved on all ranks before the first of them ends.
             kill_at = min(kill_at, time.monotonic() + TERMINATE_SECONDS)
         elif status and status != PREEMPTED_STATUS and (not asked or rank.error is not None):
-            # What ends once it was asked to may yet be the cause: a rank can take its time over the end.
+            # A rank that ends after SIGTERM may still be the cause: its exception can take a while to end the process.
             if not failed and not asked:
                 terminate_at, kill_at = time.monotonic() + SETTLE_SECONDS, float("inf")
             failed.append(rank)
@@ -224,10 +224,10 @@ def _wait(started: Sequence[Rank], ended: queue.SimpleQueue[int]) -> Rank | None
 
 
 def _consequence(rank: Rank) -> int:
-    """How likely a failure is only the consequence of another rank's; equal ones stay in order of time.
+    """Return a sort key: the larger, the likelier a rank failed only because another one did. Ties keep their order.
 
-    A peer that has gone makes an exception, or an abort in a thread of gloo's or NCCL's, so a mistake of the user's, a
-    signal or another exception comes first; rank 0's mistake stands on the terminal already.
+    A lost peer causes an exception, or an abort in a thread of gloo or NCCL. So a user's mistake, a signal and any
+    other exception come before these; a mistake on rank 0 comes first, since it is on the terminal already.
     """
     status = rank.status
     if status == USER_ERROR_STATUS:
@@ -240,7 +240,7 @@ def _consequence(rank: Rank) -> int:
 
 
 def _report(rank: Rank) -> int:
-    """Say how a rank failed and where its log is, its last lines last. Its exit status."""
+    """Print how a rank failed, where its log is, and its last lines. Returns its exit status."""
     status = rank.status
     lines = _last_lines(rank)
     if status == USER_ERROR_STATUS:
@@ -257,7 +257,7 @@ def _report(rank: Rank) -> int:
 
 
 def _last_lines(rank: Rank) -> list[str]:
-    """What a rank printed last, from the beginning of its traceback; nothing for rank 0, which printed it for all."""
+    """Return a rank's last lines, from the start of its traceback; none for rank 0, which prints to the terminal."""
     if rank.output is None:
         return []
     rank.output.seek(0)
@@ -267,7 +267,7 @@ def _last_lines(rank: Rank) -> list[str]:
 
 
 def _signal(started: Sequence[Rank], number: int) -> None:
-    """Signal the ranks that still run; SIGKILL also takes the processes they started, such as loader workers."""
+    """Signal the ranks that still run; SIGKILL also ends the processes that they started, such as loader workers."""
     for rank in started:
         try:
             if number == signal.SIGKILL:

@@ -1,6 +1,6 @@
-"""What this machine has: cores, an NVIDIA driver, free ports.
+"""Cores, NVIDIA driver and free ports of this machine.
 
-Standard library only: the set-up asks before there is a ``.venv``.
+Standard library only: the set-up runs before there is a ``.venv``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def available_cores() -> int:
-    """Cores this process may use: its CPU affinity, and in a container the CPU quota of the control group."""
+    """Return the number of cores of this process: its CPU affinity, and in a container the cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -22,12 +22,12 @@ def available_cores() -> int:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether the NVIDIA kernel driver is loaded and shows at least one device."""
+    """True if the NVIDIA kernel driver is loaded and shows at least one device."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/proc/driver/nvidia/version").exists()
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """Return a TCP port on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
@@ -35,9 +35,9 @@ def free_port() -> int:
 
 
 def port_in_use(port: int) -> bool:
-    """Whether another process holds ``port`` on any address of this machine."""
+    """True if another process holds ``port`` on any address of this machine."""
     with socket.socket() as probe:
-        # As the rendezvous store does: a port that only waits out an old connection is free.
+        # As the rendezvous store sets it: a port in TIME_WAIT after an old connection is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))

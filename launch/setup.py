@@ -1,11 +1,7 @@
-"""Makes ``.venv`` and installs the pinned versions into it, in the order that these libraries need.
+"""Create ``.venv`` and install the pinned versions into it, in the order that these libraries need.
 
-``make`` runs ``python3 -m launch.setup`` before every job; when ``.venv`` is up to date it prints and does nothing.
-Standard library only.
-
-torch goes in first and by its exact version, since fbgemm is built against one torch. torchrec goes in without its
-dependencies: its wheel demands fbgemm-gpu even on a CPU, where that would overwrite the files of fbgemm-gpu-cpu. What
-else it needs is named in pyproject.toml.
+``make`` runs ``python3 -m launch.setup`` before every job; if ``.venv`` is up to date, it prints and does nothing.
+Standard library only. launch/README.md gives the reasons for the order.
 """
 
 from __future__ import annotations
@@ -28,10 +24,10 @@ from typing import Any, NoReturn
 from launch.machine import has_nvidia_driver
 
 NEWEST_PYTHON = (3, 14)
-"""The newest for which torch, fbgemm and torchrec publish wheels at the pinned versions."""
+"""Newest Python for which torch, fbgemm and torchrec publish wheels at the pinned versions."""
 
 GIGABYTES_NEEDED = {"cpu": 4, "cuda": 14}
-"""Free disk that an install asks for, downloads included."""
+"""Free disk space that an installation needs, downloads included."""
 
 SHOW_DOWNLOADS_FROM_MB = 20.0
 
@@ -48,7 +44,7 @@ NETWORK_SIGNS = (
 
 
 class SetupError(Exception):
-    """An install cannot go on; the message is one line that says why and what to type."""
+    """An installation failed; the message is one line with the reason and what to type."""
 
 
 class Environment:
@@ -65,9 +61,9 @@ class Environment:
         self.python = self.directory / "bin" / "python"
         self.constraints = root / "launch" / "constraints.txt"
         self.log = self.directory / "setup.log"
-        # Written last, so that it is there only after an install that went through.
+        # Written last, so that it exists only after a complete installation.
         self.stamp = self.directory / "limelight-setup.json"
-        # There from before the first file until after the stamp: an install that was cut short is known by it.
+        # Exists from before the first file until after the stamp, and so marks an interrupted installation.
         self.unfinished = self.directory / "limelight-setup.unfinished"
         self.extras = tuple(extras)
         self.project: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text())["project"]
@@ -80,7 +76,7 @@ class Environment:
             raise SetupError(f"no extra is named {unknown[0]!r}; known: {known}")
 
     def installed(self) -> dict[str, str]:
-        """The stamp of the last complete install, empty without one."""
+        """Return the stamp of the last complete installation; empty if there is none."""
         try:
             stamp: dict[str, str] = json.loads(self.stamp.read_text())
         except (OSError, ValueError):
@@ -88,12 +84,12 @@ class Environment:
         return stamp if self.python.exists() and not self.unfinished.exists() else {}
 
     def digest(self, device: str) -> str:
-        """Identifies everything an install depends on."""
+        """Return a hash of everything that an installation depends on."""
         parts = [self.project, self.constraints.read_text(), device, self.extras, str(self.root)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def steps(self, device: str) -> list[tuple[str, list[str]]]:
-        """Name and pip arguments of each step, in order."""
+        """Return the name and the pip arguments of each step, in order."""
         requirements: list[str] = self.project["dependencies"]
         optional: dict[str, list[str]] = self.project["optional-dependencies"]
         torch = [item for item in requirements if item.startswith("torch==")]
@@ -111,7 +107,7 @@ class Environment:
         ]
 
     def install(self, device: str) -> None:
-        """Bring ``.venv`` to the pinned versions.
+        """Install the pinned versions into ``.venv``.
 
         Raises:
             SetupError: no network, no disk space, no matching wheel, no venv module, or pip's own reason.
@@ -128,19 +124,19 @@ class Environment:
         _say(f"done in {time.monotonic() - started:.0f} s; the log is {self.log}")
 
     def _prepare(self, device: str) -> None:
-        """An environment that pip can install into, begun afresh where the present one cannot be trusted."""
+        """Prepare an environment for pip; one that cannot be trusted is removed and created again."""
         held = self.installed()
         reason = None
         if self.unfinished.exists():
-            # pip takes a package for installed once its metadata is there, complete or not.
+            # pip takes a package as installed if its metadata exists, whether its files are complete or not.
             reason = "an earlier set-up was interrupted"
         elif self.directory.exists() and not _runs([str(self.python), "-m", "pip", "--version"]):
             reason = "it has no working Python and pip"
         elif held.get("device", device) != device:
-            # The CPU and the CUDA build of fbgemm own the same files.
+            # The CPU and the CUDA build of fbgemm install files of the same names.
             reason = f"it holds the {held['device']} build"
         elif held.get("root", str(self.root)) != str(self.root):
-            # The commands in it name their Python by its full path.
+            # The commands in .venv/bin name their Python by its full path.
             reason = f"it was made in {held['root']}"
         if reason is not None:
             _say(f"starting {self.directory} afresh: {reason}")
@@ -162,7 +158,7 @@ class Environment:
                 raise SetupError(_explain(made.stdout + made.stderr, self.directory))
 
     def _pip(self, arguments: Sequence[str]) -> None:
-        """Run ``pip install``, show its large downloads, keep all of its output in the log."""
+        """Run ``pip install``, print its large downloads, and write all of its output to the log."""
         command = [str(self.python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
         command += ["--progress-bar", "off", *arguments]
         lines: list[str] = []
@@ -182,10 +178,9 @@ class Environment:
 
 
 def pick_device(wanted: str, environment: Environment) -> str:
-    """``cpu`` or ``cuda``; says what it picked and why when that is not what ``.venv`` holds already.
+    """Return ``cpu`` or ``cuda``, and print the choice with its reason if ``.venv`` does not hold that build yet.
 
-    ``auto`` stays with the build that is installed: one checkout can be shared by a login node without a GPU and by
-    the nodes that have one.
+    ``auto`` keeps the build that is installed: a login node without a GPU and the nodes with one can share a checkout.
     """
     held = environment.installed().get("device")
     if wanted == "auto" and held:
@@ -202,7 +197,7 @@ def pick_device(wanted: str, environment: Environment) -> str:
 
 
 def _explain(output: str, directory: Path) -> str:
-    """One line for the reason why pip or venv gave up."""
+    """Return one line with the reason why pip or venv failed."""
     if "No space left on device" in output or "[Errno 28]" in output:
         temporary = os.environ.get("TMPDIR", "/tmp")
         return f"the disk is full: free space at {directory.parent} or {temporary} (or point TMPDIR elsewhere)"
@@ -239,7 +234,7 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Bring ``.venv`` of the checkout around this file up to date."""
+    """Bring the ``.venv`` of this checkout up to date."""
     parser = argparse.ArgumentParser(prog="python3 -m launch.setup", description=main.__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="which build to install")
     parser.add_argument("--extras", default="", help="further extras of pyproject.toml, such as llm,dev")

@@ -1,1 +1,1 @@
-"""``limelight doctor``: what is wrong with an installation or a machine, and what to type."""
+"""``limelight doctor``: checks of the installation and the machine, each with what to type if it fails."""

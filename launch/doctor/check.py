@@ -1,4 +1,4 @@
-"""One answer of the doctor's."""
+"""Result of one check of the doctor."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at and what was found.
+    """Result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: part that was checked.
         status: ``fail`` if training cannot work, ``warn`` if it may be slow or fail later.
-        message: what was found.
-        fix: what to type; empty when nothing is wrong.
+        message: finding.
+        fix: command or setting that helps; empty if nothing is wrong.
     """
 
     name: str

@@ -13,21 +13,21 @@ from launch.doctor.probe import ProbeError, run_probes
 from launch.machine import available_cores, free_port, port_in_use
 
 SHARED_MEMORY_FAIL, SHARED_MEMORY_WARN = 128e6, 1e9
-"""Free bytes of /dev/shm: loader processes hand batches over in it, and containers get 64 MB unless told otherwise."""
+"""Free bytes of /dev/shm: loader processes pass batches through it, and a container has 64 MB by default."""
 
 DISK_FAIL, DISK_WARN = 1e9, 10e9
-"""Free bytes for runs and data, and for temporary files."""
+"""Free bytes for runs, data and temporary files."""
 
 OPEN_FILES_WARN = 1024
-"""Soft limit of open files: a loader process holds a few for each batch that it has made ahead."""
+"""Soft limit of open files: a loader process holds a few for each batch that it prefetches."""
 
 
 def check_collectives(backend: str, ranks: int) -> Check:
-    """A real all-reduce between processes on the loopback interface."""
+    """Run a real all-reduce between processes on the loopback interface."""
     try:
         results = run_probes("all_reduce", backend, ranks=ranks)
     except ProbeError as error:
-        fix = "export GLOO_SOCKET_IFNAME=lo" if backend == "gloo" else "export NCCL_DEBUG=INFO, and see what it says"
+        fix = "export GLOO_SOCKET_IFNAME=lo" if backend == "gloo" else "export NCCL_DEBUG=INFO, and read its messages"
         return Check(backend, "fail", f"an all-reduce of {ranks} processes failed: {error}", fix)
     wrong = [result["sum"] for result in results if result["sum"] != ranks * (ranks + 1) / 2]
     if wrong:
@@ -36,7 +36,7 @@ def check_collectives(backend: str, ranks: int) -> Check:
 
 
 def check_compiler() -> Check:
-    """What DeepSpeed compiles at run time, which the jobs here do not use."""
+    """Report the compilers with which DeepSpeed builds optimizers at run time; no job here uses these."""
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     needed_for = "only DeepSpeed's own CPU or fused optimizers are compiled at run time, and no job here uses them"
     if missing:
@@ -45,34 +45,34 @@ def check_compiler() -> Check:
 
 
 def check_port() -> Check:
-    """Where the ranks meet."""
-    given = os.environ.get("MASTER_PORT")
-    if given is None:
-        return Check("port", "ok", f"a free one can be had, such as {free_port()}")
-    if not given.isdecimal() or not 0 < int(given) < 65536:
-        return Check("port", "fail", f"MASTER_PORT={given} is no port", "unset MASTER_PORT")
-    if port_in_use(int(given)):
-        return Check("port", "fail", f"MASTER_PORT={given} is in use by another process", "unset MASTER_PORT")
-    return Check("port", "ok", f"MASTER_PORT={given} is free")
+    """Check the port of the rendezvous."""
+    port = os.environ.get("MASTER_PORT")
+    if port is None:
+        return Check("port", "ok", f"free ports are available, such as {free_port()}")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        return Check("port", "fail", f"MASTER_PORT={port} is not a port; use 1 to 65535", "unset MASTER_PORT")
+    if port_in_use(int(port)):
+        return Check("port", "fail", f"MASTER_PORT={port} is in use by another process", "unset MASTER_PORT")
+    return Check("port", "ok", f"MASTER_PORT={port} is free")
 
 
 def check_shared_memory(path: str = "/dev/shm") -> Check:
-    """Room for the batches that loader processes hand over."""
+    """Check the free shared memory, through which loader processes pass batches."""
     try:
         free = shutil.disk_usage(path).free
     except OSError:
-        return Check("shared memory", "warn", f"{path} is not there", "data.workers=0 reads without it")
+        return Check("shared memory", "warn", f"{path} does not exist", "data.workers=0 reads without it")
     message = f"{_size(free)} free in {path}"
     fix = "docker run --shm-size=8g ..., or data.workers=0"
     if free < SHARED_MEMORY_FAIL:
-        return Check("shared memory", "fail", f"{message}: loader processes will die of SIGBUS", fix)
+        return Check("shared memory", "fail", f"{message}: loader processes will end with SIGBUS", fix)
     if free < SHARED_MEMORY_WARN:
-        return Check("shared memory", "warn", f"{message}: little for large batches", fix)
+        return Check("shared memory", "warn", f"{message}: too little for large batches", fix)
     return Check("shared memory", "ok", message)
 
 
 def check_disk(path: Path) -> Check:
-    """Room for runs and data below ``path``, and for temporary files."""
+    """Check the free disk space for runs and data below ``path``, and for temporary files."""
     free, place = min((shutil.disk_usage(place).free, place) for place in (path, Path(tempfile.gettempdir())))
     message = f"{_size(free)} free at {place}"
     fix = f"df -h {place}: free some space" + (", or point TMPDIR elsewhere" if place != path else "")
@@ -82,7 +82,7 @@ def check_disk(path: Path) -> Check:
 
 
 def check_open_files() -> Check:
-    """The limit of open files."""
+    """Check the limit of open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < OPEN_FILES_WARN:
         return Check(
@@ -92,14 +92,14 @@ def check_open_files() -> Check:
 
 
 def check_threads() -> Check:
-    """Threads per rank beside the cores."""
-    cores, given = available_cores(), os.environ.get("OMP_NUM_THREADS")
-    if given is None:
+    """Check that the threads of a rank do not exceed the cores."""
+    cores, threads = available_cores(), os.environ.get("OMP_NUM_THREADS")
+    if threads is None:
         return Check("threads", "ok", f"{cores} cores; each rank gets its share of them")
-    if not given.isdecimal() or int(given) > cores:
-        message = f"OMP_NUM_THREADS={given} on {cores} cores: the threads of each rank are in each other's way"
+    if not threads.isdecimal() or int(threads) > cores:
+        message = f"OMP_NUM_THREADS={threads} on {cores} cores: more threads than cores slow each other down"
         return Check("threads", "warn", message, "unset OMP_NUM_THREADS")
-    return Check("threads", "ok", f"OMP_NUM_THREADS={given} for each rank, on {cores} cores")
+    return Check("threads", "ok", f"OMP_NUM_THREADS={threads} for each rank, on {cores} cores")
 
 
 def _size(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Checks of what is installed: versions, the torch / fbgemm / torchrec triple, and whether it really runs."""
+"""Checks of the installation: versions, the torch / fbgemm / torchrec triple, and a real lookup."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError, run_probe
 
 MEASURED_TRIPLES = (("2.13.0", "1.8.0", "1.8.0"), ("2.11.0", "1.6.0", "1.6.1"))
-"""Versions of torch, fbgemm and torchrec that were seen to work together: the pinned ones, and one on a GPU."""
+"""Versions of torch, fbgemm and torchrec that were measured to work together: the pinned ones, and one on a GPU."""
 
 REINSTALL = "make clean setup"
 
 
 def installed_versions() -> dict[str, str]:
-    """Normalised name -> version of every distribution that this Python sees."""
+    """Return normalised name -> version of every distribution that this Python finds."""
     return {_normal(item.metadata["Name"]): item.version for item in distributions()}
 
 
 def pinned_versions() -> dict[str, str]:
-    """Normalised name -> version that Limelight asks for, of its dependencies in every build; empty if unknown."""
+    """Return normalised name -> pinned version of the dependencies that every build has; empty if unknown."""
     try:
         requirements = requires("limelight") or []
     except PackageNotFoundError:
@@ -37,13 +37,13 @@ def pinned_versions() -> dict[str, str]:
 
 
 def check_python() -> Check:
-    """The interpreter itself."""
+    """Report the interpreter."""
     version = ".".join(map(str, sys.version_info[:3]))
     return Check("python", "ok", f"{version} ({sys.executable})")
 
 
 def check_pins(installed: Mapping[str, str], pinned: Mapping[str, str]) -> Check:
-    """Whether every dependency is there at the version that was measured."""
+    """Check that every dependency is installed at its pinned version."""
     if not pinned:
         return Check("packages", "fail", "limelight is not installed in this Python", "make setup")
     missing = [name for name in pinned if name not in installed]
@@ -58,7 +58,7 @@ def check_pins(installed: Mapping[str, str], pinned: Mapping[str, str]) -> Check
 
 
 def check_triple(installed: Mapping[str, str]) -> Check:
-    """Whether torch, fbgemm and torchrec were made for each other."""
+    """Check that torch, fbgemm and torchrec were built for each other."""
     name = "torch, fbgemm, torchrec"
     builds = [build for build in ("fbgemm-gpu", "fbgemm-gpu-cpu") if build in installed]
     lacking = [package for package in ("torch", "torchrec") if package not in installed]
@@ -81,7 +81,7 @@ def check_triple(installed: Mapping[str, str]) -> Check:
 
 
 def check_lookup() -> tuple[Check, dict[str, Any]]:
-    """Run one fused lookup and update. The check, and what else the probe saw, empty if it failed."""
+    """Run one fused lookup and update. Returns the check and the probe's result, empty if it failed."""
     name = "fused lookup"
     try:
         seen = run_probe("lookup")
@@ -94,13 +94,13 @@ def check_lookup() -> tuple[Check, dict[str, Any]]:
 
 
 def check_accelerator(cuda_build: str | None, devices: list[str], fbgemm_cuda: bool, driver: bool) -> Check:
-    """Whether the installed builds fit the machine.
+    """Check that the installed builds fit the machine.
 
     Args:
-        cuda_build: CUDA version torch was built for, None for a CPU build.
+        cuda_build: CUDA version that torch was built for, None for a CPU build.
         devices: GPUs that torch can use.
-        fbgemm_cuda: whether fbgemm's CUDA build is the installed one.
-        driver: whether an NVIDIA driver is loaded.
+        fbgemm_cuda: True if fbgemm's CUDA build is installed.
+        driver: True if an NVIDIA driver is loaded.
     """
     name = "accelerator"
     if devices and not fbgemm_cuda:
@@ -127,7 +127,7 @@ def _normal(name: str) -> str:
 
 
 def _public(version: str) -> str:
-    """A version without its build tag: 2.13.0 for 2.13.0+cpu."""
+    """Return a version without its build tag: 2.13.0 for 2.13.0+cpu."""
     return version.split("+")[0]
 
 

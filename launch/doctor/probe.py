@@ -1,6 +1,6 @@
-"""What the doctor runs in processes of their own, since a broken installation may crash instead of raising.
+"""Probes that the doctor runs in separate processes, since a broken installation may crash instead of raising.
 
-``python -m launch.doctor.probe lookup`` and ``... all_reduce BACKEND`` print one line of JSON, their last.
+``python -m launch.doctor.probe lookup`` and ``... all_reduce BACKEND`` print one line of JSON as their last line.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TIMEOUT_SECONDS = 120.0
 
 
 class ProbeError(Exception):
-    """A probe failed; the message is the last thing it said."""
+    """A probe failed; the message is its last line on stderr, or how it ended."""
 
 
 def run_probe(*arguments: str) -> dict[str, Any]:
-    """The JSON object that a probe prints.
+    """Run a probe and return the JSON object that it prints.
 
     Raises:
         ProbeError: it crashed, raised or hung.
@@ -32,13 +32,13 @@ def run_probe(*arguments: str) -> dict[str, Any]:
 
 
 def run_probes(*arguments: str, ranks: int) -> list[dict[str, Any]]:
-    """One probe on each of ``ranks`` processes that meet on the loopback interface.
+    """Run one probe on each of ``ranks`` processes that form a group on the loopback interface.
 
     Raises:
         ProbeError: one of them crashed, raised or hung.
     """
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    processes = [_start(arguments, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = [_start(arguments, {**rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
     try:
         return [_result(process) for process in processes]
     finally:
@@ -64,18 +64,18 @@ def _result(process: subprocess.Popen[str]) -> dict[str, Any]:
         process.communicate()
         raise ProbeError(f"no answer within {TIMEOUT_SECONDS:.0f} s") from None
     if process.returncode:
-        said = [line.strip() for line in stderr.splitlines() if line.strip()]
+        lines = [line.strip() for line in stderr.splitlines() if line.strip()]
         how = f"killed by signal {-process.returncode}" if process.returncode < 0 else "no reason given"
-        raise ProbeError(said[-1] if said and process.returncode > 0 else how)
+        raise ProbeError(lines[-1] if lines and process.returncode > 0 else how)
     result: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return result
 
 
 def lookup() -> dict[str, Any]:
-    """One fused lookup and update by fbgemm, compared with plain torch, then TorchRec's own import.
+    """Run one fused lookup and update by fbgemm, compare them with plain torch, and import TorchRec.
 
     Returns:
-        ``cuda_build`` (CUDA version torch was built for, or None) and ``devices`` (names of usable GPUs).
+        ``cuda_build`` (CUDA version that torch was built for, or None) and ``devices`` (names of usable GPUs).
     """
     import torch
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -109,7 +109,7 @@ def lookup() -> dict[str, Any]:
 
 
 def all_reduce(backend: str) -> dict[str, Any]:
-    """A sum over all ranks of this probe: ``sum`` of the numbers 1 to ``ranks``."""
+    """Run an all-reduce over all ranks of this probe, which gives the ``sum`` of the numbers 1 to ``ranks``."""
     import torch
     import torch.distributed as dist
 

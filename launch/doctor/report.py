@@ -1,4 +1,4 @@
-"""Runs all checks and tells what they found."""
+"""Run all checks and print their results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from trainer.console.exit_status import CHECK_FAILED_STATUS
 
 
 def all_checks() -> Iterator[Check]:
-    """Every check in order, each as soon as it is done. The slow ones are the lookup and the collectives."""
+    """Yield the result of every check as soon as it is done. The lookup and the collectives are slow."""
     installed = installed_versions()
     yield check_python()
     yield check_pins(installed, pinned_versions())
@@ -53,7 +53,7 @@ def all_checks() -> Iterator[Check]:
 
 
 def examine(*, as_json: bool) -> int:
-    """Print all checks, as lines when each is done or as one JSON object at the end. The exit status."""
+    """Print all checks, a line for each as it is done or one JSON object at the end. Returns the exit status."""
     checks = []
     for check in all_checks():
         checks.append(check)
