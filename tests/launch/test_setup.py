@@ -132,7 +132,7 @@ def test_digest_changes_with_everything_an_install_depends_on(root: Path, tmp_pa
     assert digests[0] == Environment(root, []).digest("cpu")
     digests += [Environment(root, []).digest("cuda"), Environment(root, ["dev"]).digest("cpu")]
     constraints, description = root / "launch" / "constraints.txt", root / "pyproject.toml"
-    constraints.write_text(constraints.read_text().replace("jinja2==3.1.6", "jinja2==3.1.5"))
+    constraints.write_text(constraints.read_text().replace("absl-py==2.5.1", "absl-py==2.5.0"))
     digests.append(Environment(root, []).digest("cpu"))
     description.write_text(description.read_text().replace("webdataset==1.0.2", "webdataset==1.0.1"))
     digests.append(Environment(root, []).digest("cpu"))
