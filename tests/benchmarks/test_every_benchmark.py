@@ -1,0 +1,47 @@
+"""Every benchmark is run by a test, is listed in benchmarks/README.md, and has its own result file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+FILES = sorted(file for file in BENCHMARKS.rglob("*.py") if re.search(r"^def main\(", file.read_text(), re.MULTILINE))
+OTHER_RESULTS = {"chaos", "throughput_bf16"}
+"""Results of `make chaos`, and of a second run of the throughput."""
+
+
+def name_of(file: Path) -> str:
+    """Name of a benchmark below ``benchmarks``, such as ``speed.loader`` or ``moment``."""
+    return ".".join(file.relative_to(BENCHMARKS).with_suffix("").parts).removesuffix(".__main__")
+
+
+def test_there_are_benchmarks() -> None:
+    assert {"moment", "report", "speed.throughput", "quality.cross"} <= {name_of(file) for file in FILES}
+    assert len(FILES) >= 19
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_test_calls_its_main(file: Path) -> None:
+    tests = ROOT / "tests" / "benchmarks"
+    if file.name == "__main__.py":
+        candidates = [tests / file.parent.name / "test_main.py", tests / f"test_{file.parent.name}.py"]
+    else:
+        candidates = [tests / file.relative_to(BENCHMARKS).parent / f"test_{file.name}"]
+    sources = [candidate.read_text() for candidate in candidates if candidate.exists()]
+    assert any(re.search(r"\bmain\(\[?", source) for source in sources), f"no test calls main of {file}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_the_readme_lists_it(file: Path) -> None:
+    text = (BENCHMARKS / "README.md").read_text()
+    assert f"`{name_of(file)}`" in text or f"python -m benchmarks.{name_of(file)}" in text
+
+
+def test_result_files_are_named_as_their_benchmark() -> None:
+    names = {name_of(file).rpartition(".")[2] for file in FILES} | OTHER_RESULTS
+    assert {file.stem for file in (BENCHMARKS / "results").glob("*.json")} <= names
