@@ -44,6 +44,7 @@ class DailyTopComments:
         self._first_day = first_day
         shape = (last_day - first_day + 1, len(self._items), SHOWN)
         self._comments, self._counts = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        # each list is made before the interactions of its own day are counted
         count = np.zeros(len(comment_id), np.int64)
         np.add.at(count, position[day < first_day], 1)
         for number in range(shape[0]):

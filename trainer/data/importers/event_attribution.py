@@ -80,14 +80,15 @@ class EventJoin:
         self._events.flush()
         visits, events = self._visits.pop(partition), self._events.pop(partition)
         visit = last_touch(visits, events)
-        own = visit >= 0
-        orphans = len(visit) - int(own.sum())
-        visit, events = visit[own], {name: column[own] for name, column in events.items()}
+        belongs = visit >= 0
+        orphans = len(visit) - int(belongs.sum())
+        visit, events = visit[belongs], {name: column[belongs] for name, column in events.items()}
         delay = events["time_ms"] - visits["request_ms"][visit]
 
         repeated = np.ones(len(visit), bool)
         for code, behaviour in enumerate(self._spec.behaviours):
             rows = np.flatnonzero(events["behaviour"] == code)
+            # sorted by visit and delay, so that the first event of each visit is the earliest
             rows = rows[np.lexsort((delay[rows], visit[rows]))]
             with_behaviour, first = np.unique(visit[rows], return_index=True)
             earliest = rows[first]
@@ -132,6 +133,7 @@ def last_touch(visits: Columns, events: Columns) -> np.ndarray:
         events: ``user_id``, ``item_id``, ``time_ms``.
     """
     n, m = len(visits["user_id"]), len(events["user_id"])
+    # Visits and events are sorted together; the latest visit before an event is then a running maximum.
     user = np.concatenate([visits["user_id"], events["user_id"]])
     item = np.concatenate([visits["item_id"], events["item_id"]])
     time = np.concatenate([visits["request_ms"], events["time_ms"]])
@@ -139,13 +141,13 @@ def last_touch(visits: Columns, events: Columns) -> np.ndarray:
     rank = np.concatenate([-np.arange(1, n + 1), np.zeros(m, np.int64)])
     order = np.lexsort((rank, time, item, user))
     latest = np.maximum.accumulate(np.where(order < n, np.arange(n + m), -1))
-    at = np.flatnonzero(order >= n)
-    touched = order[latest[at]]
-    event = order[at]
-    own = (latest[at] >= 0) & (user[touched] == user[event]) & (item[touched] == item[event])
-    own &= time[event] - time[touched] <= np.iinfo(np.int32).max
+    event_rows = np.flatnonzero(order >= n)
+    touched = order[latest[event_rows]]
+    event = order[event_rows]
+    belongs = (latest[event_rows] >= 0) & (user[touched] == user[event]) & (item[touched] == item[event])
+    belongs &= time[event] - time[touched] <= np.iinfo(np.int32).max
     result = np.empty(m, np.int64)
-    result[event - n] = np.where(own, touched, -1)
+    result[event - n] = np.where(belongs, touched, -1)
     return result
 
 

@@ -29,8 +29,8 @@ class IdLookup:
             self._sort()
         if not len(self._ids):
             return np.full(len(ids), self._missing)
-        place = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        return np.where(self._ids[place] == ids, self._values[place], self._missing)
+        position = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[position] == ids, self._values[position], self._missing)
 
     def _sort(self) -> None:
         ids, values = zip((self._ids, self._values), *self._parts, strict=True)

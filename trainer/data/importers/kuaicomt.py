@@ -120,10 +120,8 @@ def import_kuaicomt(
         for texts in source.comments():
             builder.texts("comments", texts)
         with scratch_folder(out) as folder:
-            staytimes, interactions = (
-                StaytimeSpill(folder / "stays", partitions),
-                Spill(folder / "interactions", _INTERACTIONS, partitions),
-            )
+            staytimes = StaytimeSpill(folder / "stays", partitions)
+            interactions = Spill(folder / "interactions", _INTERACTIONS, partitions)
             for visits, columns in source.visits():
                 builder.visits(visits)
                 staytimes.add(columns)
@@ -151,6 +149,7 @@ def _join(
         visit = last_touch(visits, interacted)
         orphans += int((visit < 0).sum())
         visit, comment = visit[visit >= 0], interacted["comment_id"][visit >= 0]
+        # a user can like and answer the same comment; it is listed once per visit
         first = first_of_each([comment, visit])
         order = first[np.argsort(visit[first], kind="stable")]
         edges = np.searchsorted(visit[order], np.arange(len(visits["visit_id"]) + 1))

@@ -128,6 +128,7 @@ def import_kuailive(
                 for columns in source.events(behaviour):
                     join.events(behaviour, columns)
             orphans = add_joined(join, builder, partitions, progress)
+        # after the clicks, because the builder keeps the first of several visits with the same key
         for columns in source.exposures("negative"):
             builder.visits(pa.table(columns))
         without = write_title_vectors(builder.folder(ITEM_VECTORS), source.titles, *source.title_of_shown())
@@ -165,7 +166,7 @@ class _KuaiLiveFiles:
         """Return the values of the categories, by feature."""
         values: dict[str, set[str]] = {}
         for name, features in _category_columns():
-            columns = [self._own_name(name, column) for column in features]
+            columns = [self._column_name(name, column) for column in features]
             for batch in read_column_batches(self.files[name], dict.fromkeys(columns)):
                 for column, feature in zip(columns, features.values(), strict=True):
                     values.setdefault(feature, set()).update(distinct_values([batch.column(column)]))
@@ -175,22 +176,25 @@ class _KuaiLiveFiles:
         self, name: str, key: str, owner: str, categories: tuple[str, ...], vocabularies: dict[str, tuple[str, ...]]
     ) -> Iterator[pa.Table]:
         """Yield the table of users or authors, batch by batch, and keep their dates."""
-        own = {column: self._own_name(name, column) for column in (key, *categories)}
+        file_columns = {column: self._column_name(name, column) for column in (key, *categories)}
         dates = {age: column for age, (file, column) in _AGES.items() if file == name}
-        types = {column: pa.int64() if column == own[key] else None for column in (*own.values(), *dates.values())}
+        types = {
+            column: pa.int64() if column == file_columns[key] else None
+            for column in (*file_columns.values(), *dates.values())
+        }
         known = IdIndex()
         for batch in self._reader.batches(self.files[name], types):
-            ids = batch.ids(own[key])
-            batch.require(first_occurrences(known, ids), own[key], "an id that occurs only once")
+            ids = batch.ids(file_columns[key])
+            batch.require(first_occurrences(known, ids), file_columns[key], "an id that occurs only once")
             for age, column in dates.items():
                 self._days[age].add(ids, batch.days(column))
-            features = {_feature(owner, column): batch.column(own[column]) for column in categories}
+            features = {_feature(owner, column): batch.column(file_columns[column]) for column in categories}
             codes = {feature: encode(values, vocabularies[feature]) for feature, values in features.items()}
             yield pa.table({f"{owner}_id": ids, **codes})
 
     def rooms(self, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
         """Yield the table of items, batch by batch, each room once."""
-        author = self._own_name("room", "streamer_id")
+        author = self._column_name("room", "streamer_id")
         numbers = ("live_id", author, "start_timestamp", "live_name_id")
         known = IdIndex()
         types = {**dict.fromkeys(numbers, pa.int64()), **dict.fromkeys(_ROOM_CATEGORIES)}
@@ -208,7 +212,7 @@ class _KuaiLiveFiles:
 
     def exposures(self, name: str) -> Iterator[Columns]:
         """Yield the visits of ``click`` or ``negative`` before events are attributed, batch by batch."""
-        author = self._own_name(name, "streamer_id")
+        author = self._column_name(name, "streamer_id")
         types = dict.fromkeys(("user_id", "live_id", author, "timestamp"), pa.int64())
         clicked = name == "click"
         if clicked:
@@ -256,7 +260,7 @@ class _KuaiLiveFiles:
         ids = np.sort(self._shown.ids)
         return ids, self._room_title.lookup(ids)
 
-    def _own_name(self, name: str, column: str) -> str:
+    def _column_name(self, name: str, column: str) -> str:
         """Return the name of a column in a file.
 
         If the file has neither name, the published one is returned, and reading the column raises the error.
@@ -271,6 +275,7 @@ class _KuaiLiveFiles:
         ages = {}
         for age, (name, _) in _AGES.items():
             day = self._days[age].lookup(user_id if name == "user" else author_id)
+            # a date counts from the next day on: its time within the day is not known
             past = (day != _UNKNOWN_DAY) & (day < today)
             ages[f"log_{age}"] = np.log1p(np.where(past, today - day, 0)).astype(np.float32)
         return ages

@@ -96,15 +96,16 @@ class UserLog:
         self._vocabularies = vocabularies
         self._first_rows: list[int] = []
         names, rule = mapping.columns, mapping.domain
-        own = [names.user_id, names.author_id, names.item_id, names.time, names.visit_id, names.play_ms, rule.column]
-        own += [names.event, names.value] if mapping.layout == "events" else []
-        own += [column for behaviour in mapping.behaviours.values() for column in (behaviour.column, behaviour.delay)]
-        own += [*mapping.features.context.side, *mapping.features.context.dense]
-        self._types: dict[str, pa.DataType | None] = dict.fromkeys(name for name in own if name is not None)
-        named = [(canonical, own_name) for canonical, own_names in mapping.event_names() for own_name in own_names]
-        self._event_names = [own_name for _, own_name in named]
+        used = [names.user_id, names.author_id, names.item_id, names.time, names.visit_id, names.play_ms, rule.column]
+        used += [names.event, names.value] if mapping.layout == "events" else []
+        used += [column for behaviour in mapping.behaviours.values() for column in (behaviour.column, behaviour.delay)]
+        used += [*mapping.features.context.side, *mapping.features.context.dense]
+        # only the columns that the mapping uses are read
+        self._types: dict[str, pa.DataType | None] = dict.fromkeys(name for name in used if name is not None)
+        pairs = [(canonical, log_name) for canonical, log_names in mapping.event_names() for log_name in log_names]
+        self._event_names = [log_name for _, log_name in pairs]
         order = [canonical for canonical, _ in mapping.event_names()]
-        self._event_codes = np.array([order.index(canonical) for canonical, _ in named], np.int8)
+        self._event_codes = np.array([order.index(canonical) for canonical, _ in pairs], np.int8)
         self._ignored = order.index("ignore")
 
     def batches(self, report: Callable[[int, int], None]) -> Iterator[Columns]:
@@ -149,9 +150,9 @@ class UserLog:
         """Return the canonical columns of a batch; ``latest_ms`` is the time of the line before it in the file."""
         mapping, names = self._mapping, self._mapping.columns
         columns: Columns = {"row": np.arange(self.rows, self.rows + batch.rows)}
-        own = {"user_id": names.user_id, "author_id": names.author_id, "item_id": names.item_id}
-        own |= {} if names.visit_id is None else {"visit_id": names.visit_id}
-        for name, column in own.items():
+        id_columns = {"user_id": names.user_id, "author_id": names.author_id, "item_id": names.item_id}
+        id_columns |= {} if names.visit_id is None else {"visit_id": names.visit_id}
+        for name, column in id_columns.items():
             columns[name] = self._ids.convert(name, batch.column(column), batch.file, column, batch.first_row)
         columns.setdefault("visit_id", columns["row"])
         columns["time_ms"] = self._times(batch, latest_ms)
@@ -202,8 +203,8 @@ class UserLog:
         rule = self._mapping.domain
         if rule.column is None:
             return np.full(batch.rows, DOMAINS.index(rule.constant or ""), np.int8)
-        own = {"video": rule.video, "live": rule.live}
-        names = [name for domain in DOMAINS for name in own[domain]]
+        values = {"video": rule.video, "live": rule.live}
+        names = [name for domain in DOMAINS for name in values[domain]]
         accepted = f"one of {', '.join(names)} (domain.video and domain.live in the mapping)"
         known = batch.convert(rule.column, partial(field_parsers.codes, names=names), accepted)
-        return np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(own[domain]) for domain in DOMAINS])[known]
+        return np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(values[domain]) for domain in DOMAINS])[known]

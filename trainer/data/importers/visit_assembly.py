@@ -61,27 +61,31 @@ def assemble_visits(events: Columns, codes: EventCodes, *, by_visit_id: bool, ha
         value_gift`` and the other columns. ``events`` has the columns of the canonical log, with ``code``; an exposure
         and an exit are added to visits without one. ``orphans`` are positions in the argument ``events``.
     """
+    # Sort by group, then time. Within a group, everything up to the next begin event is then one visit.
     group = ("user_id", "visit_id") if by_visit_id else ("user_id", "item_id")
     code = events["code"]
     rank = np.where(code == codes.begin, 0, np.where(code == codes.EXIT, 2, 1))
     order = np.lexsort((events["row"], rank, events["time_ms"], *(events[name] for name in reversed(group))))
     event = {name: column[order] for name, column in events.items()}
 
-    place = np.arange(len(order))
-    new_group = place == 0
+    position = np.arange(len(order))
+    new_group = position == 0
     for name in group:
         new_group[1:] |= event[name][1:] != event[name][:-1]
-    group_first = np.maximum.accumulate(np.where(new_group, place, 0))
+    group_first = np.maximum.accumulate(np.where(new_group, position, 0))
     begins = event["code"] == codes.begin
     if by_visit_id:
+        # only the first begin event of a (user, visit_id) begins a visit
         count = np.cumsum(begins)
         before_group = (count - begins)[group_first]
         begins &= count - before_group == 1
-    begin_at = np.maximum.accumulate(np.where(begins, place, -1))
+    # position of the latest begin event so far; it is an event of another group if this group has none yet
+    begin_at = np.maximum.accumulate(np.where(begins, position, -1))
     orphan = (begin_at < group_first) | (event["time_ms"] - event["time_ms"][begin_at] > _LONGEST_MS)
 
     orphans = order[orphan]
     event = {name: column[~orphan] for name, column in event.items()}
+    # a begin event is never an orphan, so its running number is that of the visit
     visit = np.cumsum(begins[~orphan]) - 1
     first = np.flatnonzero(begins[~orphan])
     start_ms = event["time_ms"][first]
@@ -94,14 +98,15 @@ def assemble_visits(events: Columns, codes: EventCodes, *, by_visit_id: bool, ha
     visits["exit_ms"] = event["time_ms"][last] if len(first) else start_ms
     visits["play_ms"] = _play(event, codes, visit, start_ms, has_value)
     for k, behaviour in enumerate(codes.behaviours, codes.FIRST_BEHAVIOUR):
-        at = np.flatnonzero(event["code"] == k)
-        with_behaviour, earliest = np.unique(visit[at], return_index=True)
+        rows = np.flatnonzero(event["code"] == k)
+        # events are in order of time, so the first index of each visit is its first behaviour
+        with_behaviour, earliest = np.unique(visit[rows], return_index=True)
         delay = np.full(len(first), -1, np.int32)
-        delay[with_behaviour] = event["time_ms"][at[earliest]] - start_ms[with_behaviour]
+        delay[with_behaviour] = event["time_ms"][rows[earliest]] - start_ms[with_behaviour]
         visits[f"delay_{behaviour}"] = delay
         if behaviour == "gift":
             visits["value_gift"] = np.zeros(len(first), np.float32)
-            visits["value_gift"][with_behaviour] = event["value"][at[earliest]]
+            visits["value_gift"][with_behaviour] = event["value"][rows[earliest]]
     return AssembledVisits(visits, _complete_log(event, codes, visit, visits), orphans)
 
 

@@ -108,9 +108,9 @@ def comment_areas(
         + APPEAL_TOPIC * topical
     )
     read = filled[:, :READ]
-    some = read.any(axis=1)
+    any_comment = read.any(axis=1)
     mean_appeal = np.where(
-        some, (appeal[:, :READ] * read).sum(axis=1) / np.maximum(read.sum(axis=1), 1), NOTHING_TO_READ
+        any_comment, (appeal[:, :READ] * read).sum(axis=1) / np.maximum(read.sum(axis=1), 1), NOTHING_TO_READ
     )
     liked_genre = (items.genre[item][:, None] == favourites).any(axis=1)
     quality, chattiness = items.quality[item].astype(np.float64), readers.chattiness[user].astype(np.float64)
@@ -170,6 +170,7 @@ def _visit_part(
     n = len(areas.open)
     opened = rng.random(n) < areas.open
     touched = (rng.random(areas.shown.shape) < areas.interact) & opened[:, None]
+    # log-normal noise of mean 1, so that the mean without interactions is exactly ``areas.seconds``
     noise = np.exp(SECONDS_SPREAD * rng.standard_normal(n) - SECONDS_SPREAD**2 / 2)
     seconds = areas.seconds * noise + SECONDS_PER_INTERACTION * touched.sum(axis=1)
     keys = {name: visits[name] for name in _KEYS}
@@ -200,15 +201,16 @@ def _display(
     comments: Comments, item: np.ndarray, request_ms: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the comments at the top of the area, the mask of filled places, and the likes; all ``[n, SHOWN]``."""
-    place = comments.first[item][:, None] + np.arange(MOST_COMMENTS)
-    written = place < comments.first[item + 1][:, None]
-    place = np.minimum(place, max(len(comments.item) - 1, 0))
-    written &= comments.time_ms[place] <= request_ms[:, None]
-    likes = comments.likes(place, request_ms[:, None])
-    score = np.log1p(likes, dtype=np.float32) + DISPLAY_NOISE * rng.standard_normal(place.shape, np.float32)
+    position = comments.first[item][:, None] + np.arange(MOST_COMMENTS)
+    # a table of all comments of each video, padded to the longest list
+    written = position < comments.first[item + 1][:, None]
+    position = np.minimum(position, max(len(comments.item) - 1, 0))
+    written &= comments.time_ms[position] <= request_ms[:, None]
+    likes = comments.likes(position, request_ms[:, None])
+    score = np.log1p(likes, dtype=np.float32) + DISPLAY_NOISE * rng.standard_normal(position.shape, np.float32)
     score[~written] = -np.inf
     order = np.argsort(-score, axis=1, kind="stable")[:, :SHOWN]
-    return tuple(np.take_along_axis(values, order, axis=1) for values in (place, written, likes))  # type: ignore[return-value]
+    return tuple(np.take_along_axis(values, order, axis=1) for values in (position, written, likes))  # type: ignore[return-value]
 
 
 def _offsets(filled: np.ndarray) -> np.ndarray:

@@ -70,6 +70,7 @@ def make_comments(world: SimulatedWorld) -> Comments:
     item = np.repeat(videos, count)
     time_ms = items.start_ms[item] + rng.exponential(DELAY_MS, len(item)).astype(np.int64)
     item, time_ms = item[time_ms < config.end_ms], time_ms[time_ms < config.end_ms]
+    # comments after the end of the world are dropped above, so positions (the ids) have no gaps
     order = np.lexsort((time_ms, item))
     item, time_ms = item[order], time_ms[order]
     n = len(item)

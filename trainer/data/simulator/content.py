@@ -153,6 +153,7 @@ def _segments(config: WorldConfig, category: np.ndarray, count: np.ndarray) -> t
             if len(rooms) == 0:
                 continue
             values, levels = _phase_runs(rng, phases, count[rooms])
+            # from positions among the drawn segments to positions in the columns of all rooms
             starts = np.repeat(first[rooms] - np.concatenate([[0], np.cumsum(count[rooms])[:-1]]), count[rooms])
             positions = starts + np.arange(len(values))
             topic[positions], intensity[positions] = values, levels
@@ -170,6 +171,7 @@ def _phase_runs(
         Topic codes ``int8`` and intensities ``float32`` of all segments, room after room.
     """
     names, shortest, longest, low, high = (np.array(column) for column in zip(*phases, strict=True))
+    # enough cycles of the shortest phases to fill the longest room
     turns = len(phases) * (int(count.max()) // int(shortest.sum()) + 2)
     phase = (rng.integers(0, len(phases), (len(count), 1)) + np.arange(turns)) % len(phases)
     ends = np.minimum(np.cumsum(rng.integers(shortest[phase], longest[phase] + 1), axis=1), count[:, None])

@@ -67,6 +67,7 @@ def repeat_table(world: SimulatedWorld, visits: VisitColumns, rng: np.random.Gen
     for name, chance in REPEATS.items():
         k = BEHAVIOURS.index(name)
         rows = np.flatnonzero(visits["delay"][k] >= 0)
+        # each occurrence is followed by another with the same probability, so their number is geometric
         more = np.minimum(rng.geometric(1 - chance, len(rows)) - 1, MOST_REPEATS)
         again, first = np.repeat(rows, more), np.repeat(visits["delay"][k][rows], more)
         last = visits["play_ms"][again]

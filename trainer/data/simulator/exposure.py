@@ -58,10 +58,10 @@ class BucketSearch:
 
     def search(self, value: np.ndarray) -> np.ndarray:
         """Return ``np.searchsorted(column, value, side="right")``."""
-        at = self._first.take(self._bucket(value))
-        while (before := self._column.take(at) <= value).any():
-            at += before
-        return at
+        position = self._first.take(self._bucket(value))
+        while (before := self._column.take(position) <= value).any():
+            position += before
+        return position
 
     def _bucket(self, value: np.ndarray) -> np.ndarray:
         """Return the bucket of each value, int64."""
@@ -127,9 +127,9 @@ class CandidateIndex:
 
         ``author [f, n]``, ``time_ms [n]`` -> ids ``[f, n]``; -1 where the author has no such item.
         """
-        at = self.author_search[domain].search(_author_key(author, time_ms, self.span_ms)) - 1 - back
-        item = self.by_author[domain].take(np.maximum(at, 0))
-        return np.where((at >= 0) & (self.items.author.take(item) == author), item, -1)
+        position = self.author_search[domain].search(_author_key(author, time_ms, self.span_ms)) - 1 - back
+        item = self.by_author[domain].take(np.maximum(position, 0))
+        return np.where((position >= 0) & (self.items.author.take(item) == author), item, -1)
 
 
 def make_candidate_index(config: WorldConfig, items: Items) -> CandidateIndex:
@@ -140,12 +140,14 @@ def make_candidate_index(config: WorldConfig, items: Items) -> CandidateIndex:
     start = np.clip(-(-(items.start_ms[videos:] - START_MS) // SLOT_MS), 0, slots)
     end = np.clip(-(-(items.end_ms[videos:] - START_MS) // SLOT_MS), start, slots)
     length = end - start
+    # one entry for each room and each slot at whose start it is open, then sorted by slot
     slot = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
     order = np.argsort(slot, kind="stable")
     slot_room = videos + np.repeat(np.arange(n - videos), length)[order]
     split = [np.arange(videos), np.arange(videos, n)]
     share = _cumulative(weight[VIDEO][:videos]) / weight[VIDEO][:videos].sum()
     draws = DRAWS_PER_VIDEO * videos
+    # evenly spaced quantiles of the cumulative popularity give each video entries in proportion to its weight
     video_draw = np.searchsorted(share[1:-1], (np.arange(draws) + 0.5) / draws, side="right")
     opening = START_MS + SLOT_MS * np.arange(slots)
     drawn_start = items.start_ms[video_draw]
@@ -208,6 +210,7 @@ def choose_items(
         drawn, known = index.popular_videos(time_ms, uniform), index.latest_by_author(domain, familiar, time_ms, back)
     candidate = np.concatenate([drawn, known])
     if domain == LIVE:
+        # also removes an author's latest room if that has closed already
         candidate[items.end_ms.take(candidate) - time_ms < LAST_CALL_MS] = -1
     interest = users.vector[domain].take(user, axis=0)[:, TASTE]
     score = np.einsum("nd,cnd->cn", interest, index.taste.take(candidate, axis=0))

@@ -139,6 +139,7 @@ def make_users(config: WorldConfig, genres: Genres) -> Users:
     """Draw the users of a world."""
     rng, n = config.generator("users"), config.users
     age = rng.choice(AGE_BANDS, size=n, p=np.array([6, 16, 20, 18, 14, 12, 8, 6]) / 100)
+    # the largest Gumbel variables are a draw without replacement by the weights of the genres
     gumbel = rng.gumbel(size=(n, GENRES)) + np.log(genres.weight) + genres.age_lift[age]
     favourites = np.argsort(-gumbel, axis=1)[:, :3]
     share = rng.dirichlet([2.0, 1.2, 0.8], size=n)
@@ -160,6 +161,7 @@ def make_users(config: WorldConfig, genres: Genres) -> Users:
         topic_taste=0.8 * _normal(rng, (n, len(TOPICS))),
         trait=trait,
         novelty=0.6 * _normal(rng, n),
+        # 0.32 = 0.8**2 / 2 makes the mean of the log-normal factor 1
         daily=config.exposures_per_day * np.exp(log_activity - 0.32),
         shift_hours=1.5 * rng.standard_normal(n) - 0.3 * (age - 3),
         side={

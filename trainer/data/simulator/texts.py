@@ -85,14 +85,14 @@ def author_texts(world: SimulatedWorld) -> pa.Table:
 def segment_texts(world: SimulatedWorld, first: int, last: int) -> pa.Table:
     """Return the speech of the segments at positions ``first`` to ``last`` (excluded) of the world's columns."""
     items, rng = world.items, world.config.generator("segment texts", first)
-    at = np.arange(first, last)
-    item = np.searchsorted(items.first_segment, at, side="right") - 1
-    segment = at - items.first_segment[item]
-    uniform = rng.random((2, len(at)))
-    volume = np.minimum((items.intensity[at] * BANDS).astype(np.int64), BANDS - 1)
+    position = np.arange(first, last)
+    item = np.searchsorted(items.first_segment, position, side="right") - 1
+    segment = position - items.first_segment[item]
+    uniform = rng.random((2, len(position)))
+    volume = np.minimum((items.intensity[position] * BANDS).astype(np.int64), BANDS - 1)
     text = join_words(
-        pick_words([[word] for word in VOLUME], volume, np.zeros(len(at))),
-        pick_words(SEGMENT_SPEECH, items.topic[at], uniform[0]),
+        pick_words([[word] for word in VOLUME], volume, np.zeros(len(position))),
+        pick_words(SEGMENT_SPEECH, items.topic[position], uniform[0]),
         pick_words(TOPIC_WORDS, items.genre[item], uniform[1]),
     )
     start_ms = items.start_ms[item] + segment * SEGMENT_MS

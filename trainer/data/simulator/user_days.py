@@ -95,6 +95,7 @@ def _simulate_day(
     steps = []
     for step in range(max(1, int(count[0]))):
         active = order[: np.searchsorted(-count, -step)]
+        # a user's exposures are spread evenly over the sessions of the day
         session = step * sessions[: len(active)] // count[: len(active)]
         state.enter_session(users, active, session, starts[active, session], rng)
         active = active[state.now_ms[active] < config.end_ms]
@@ -116,10 +117,12 @@ def _simulate_step(
     inclination = world.users.inclination(shown.domain, shown.user)
     probabilities = behaviour_probabilities(log_odds(factors, context, shown.scene, inclination.T), allowed)
     items = world.items
+    # of a room, the time until it closes; of a video, its whole length
     left = items.end_ms[shown.item] - np.where(on_air, shown.time_ms, items.start_ms[shown.item])
     outcome = draw_outcome(rng, probabilities, visit_thresholds(on_air, left), on_air, late_share)
 
     visits = {
+        # unique without a global counter, so that blocks of users are independent
         "visit_id": (shown.user << 24) + state.exposures[rows],
         "user_id": shown.user,
         "author_id": shown.author,
@@ -199,6 +202,7 @@ def _factors(
     matrix = np.zeros((len(FACTORS), len(user)), np.float32)
     for name, values in factors.items():
         matrix[ROW[name]] = values
+    # the factors of segments are 0 for videos
     on_air = np.flatnonzero(context)
     segment = items.segment(item[on_air], shown.time_ms[on_air])
     intensity = items.intensity[segment]

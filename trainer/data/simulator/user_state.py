@@ -102,6 +102,7 @@ def initial_user_state(world: SimulatedWorld, user: np.ndarray, rng: np.random.G
     weight = np.cumsum(np.exp(0.8 * authors.popularity.astype(np.float64)))
     met = np.searchsorted(weight, rng.random((n, AUTHORS_MET)) * weight[-1])
     taste = np.einsum("nd,nmd->nm", world.users.vector[LIVE, user][:, TASTE], authors.vector[met][..., TASTE])
+    # of the authors met, those that match the user's taste best
     known = np.take_along_axis(met, np.argsort(-taste, axis=1, kind="stable"), axis=1)[:, :FAMILIAR_AUTHORS]
     state = UserState(
         user=user,

@@ -146,6 +146,7 @@ def draw_outcome(
     late = late_share.draw(probabilities, on_air, late_capable)
     late_candidates = late_capable[clicked[late_capable] & long[late_capable]]
     click_late = uniform[8, late_candidates] < late[0]
+    # given an early click, late[1:] must be reached by this conditional probability
     rest_late = click_late | (uniform[9:13, late_candidates] < ((late[1:] - late[0]) / (1 - late[0]))[:, None])
 
     fast_end = np.minimum(play, FAST_MS)

@@ -108,15 +108,15 @@ class TaskSampler:
     def samples(self, task: str, rows: np.ndarray, most: int) -> Iterator[Record]:
         """Yield up to ``most`` samples of a task from the visits at positions ``rows``, in that order."""
         make = {"staytime": self._staytime, "top_comment": self._top_comment, "user_comment": self._user_comment}[task]
-        made = 0
+        written = 0
         for row in rows.tolist():
-            if made == most:
+            if written == most:
                 return
             record = make(row)
             if record is None:
                 self.counts.without_sample[task] += 1
                 continue
-            made += 1
+            written += 1
             ids = {"visit_id": int(self._visits.visit_id[row]), "time_ms": int(self._visits.request_ms[row])}
             yield {"task": task, **record, **ids}
 
@@ -126,13 +126,15 @@ class TaskSampler:
         The options are the ranges in increasing order.
         """
         visits, template = self._visits, self._templates["staytime"]
-        then = self._visits_by_user.latest(visits.user_id[row], visits.request_ms[row], self._history)
-        *videos, video = self._videos(visits.item_id[np.append(then, row)])
+        earlier_rows = self._visits_by_user.latest(visits.user_id[row], visits.request_ms[row], self._history)
+        *videos, video = self._videos(visits.item_id[np.append(earlier_rows, row)])
         if not video["video"]:
             return None
         earlier = [
             template.fill("history", **seen, answer=LETTERS[bucket], seconds=f"{staytime_ms / 1000:.0f}")
-            for seen, bucket, staytime_ms in zip(videos, self._bucket[then], visits.staytime_ms[then], strict=True)
+            for seen, bucket, staytime_ms in zip(
+                videos, self._bucket[earlier_rows], visits.staytime_ms[earlier_rows], strict=True
+            )
         ]
         texts = self._texts(visits.shown[row][: self._candidates])
         options = [

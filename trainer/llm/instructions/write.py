@@ -110,6 +110,7 @@ def write_instructions(
     )
     tmp_path = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
     try:
+        # written beside the target and renamed at the end, so that ``out`` is complete or not there
         tmp_path.mkdir(parents=True)
         counts = _write_splits(tmp_path, visits, split_rows, tasks, plan, progress or (lambda phase, done, total: None))
         with open(tmp_path / GENERAL, "w", encoding="utf-8") as file:

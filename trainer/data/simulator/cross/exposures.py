@@ -192,8 +192,10 @@ def _thresholds(catalogue: CrossCatalogue, shown: CrossExposures) -> VisitThresh
     """
     on_air = shown.domain == LIVE
     length = catalogue.length_ms[np.where(on_air, 0, shown.item)]
-    own = visit_thresholds(on_air, np.where(on_air, shown.available_ms, length))
-    return VisitThresholds(own.effective, own.long, np.minimum(own.limit, shown.available_ms.astype(np.float64)))
+    thresholds = visit_thresholds(on_air, np.where(on_air, shown.available_ms, length))
+    return VisitThresholds(
+        thresholds.effective, thresholds.long, np.minimum(thresholds.limit, shown.available_ms.astype(np.float64))
+    )
 
 
 def _hold_until_change(rng: np.random.Generator, changes: np.ndarray, values: int) -> np.ndarray:

@@ -85,6 +85,7 @@ def make_catalogue(config: CrossConfig) -> CrossCatalogue:
     """Draw the authors, their videos and their rooms."""
     rng = config.generator("catalogue")
     video_phase, room_phase = rng.random((2, AUTHORS))
+    # publications are periodic, so the latest video and the open room follow from the time without a search
     videos = np.arange(config.videos_per_author) - LATEST_VIDEOS + video_phase[:, None]
     rooms = np.arange(config.rooms_per_author) - 1 + room_phase[:, None]
     start = [VIDEO_EVERY_MS * videos, ROOM_EVERY_MS * rooms]
