@@ -63,7 +63,11 @@ class FastSlow:
     slow_ms: int = HOUR_MS
 
     def __post_init__(self) -> None:
-        """Raises: UserError: ``0 < fast_ms < slow_ms`` does not hold."""
+        """Check the windows.
+
+        Raises:
+            UserError: ``0 < fast_ms < slow_ms`` does not hold.
+        """
         if not 0 < self.fast_ms < self.slow_ms:
             raise UserError(
                 f"fast_slow: windows of {self.fast_ms} and {self.slow_ms} ms; "
@@ -79,7 +83,11 @@ class Realtime:
     tick_ms: int = 30 * SECOND_MS
 
     def __post_init__(self) -> None:
-        """Raises: UserError: ``tick_ms`` is not above 0."""
+        """Check the tick.
+
+        Raises:
+            UserError: ``tick_ms`` is not above 0.
+        """
         _check_tick(self.name, self.tick_ms)
 
 
@@ -91,7 +99,11 @@ class RealtimeNaive:
     tick_ms: int = 30 * SECOND_MS
 
     def __post_init__(self) -> None:
-        """Raises: UserError: ``tick_ms`` is not above 0."""
+        """Check the tick.
+
+        Raises:
+            UserError: ``tick_ms`` is not above 0.
+        """
         _check_tick(self.name, self.tick_ms)
 
 
@@ -117,7 +129,11 @@ class EventTimeouts:
     max_out_of_orderness_ms: int = 10 * SECOND_MS
 
     def __post_init__(self) -> None:
-        """Raises: UserError: ``idle_ms`` is not above 0, or ``max_out_of_orderness_ms`` is negative."""
+        """Check the waiting times.
+
+        Raises:
+            UserError: ``idle_ms`` is not above 0, or ``max_out_of_orderness_ms`` is negative.
+        """
         if self.idle_ms <= 0:
             raise UserError(f"idle_ms is {self.idle_ms}; it must be above 0")
         if self.max_out_of_orderness_ms < 0:
@@ -159,5 +175,6 @@ def make_policy(name: str, **settings: int) -> Policy:
 
 
 def _check_tick(name: str, tick_ms: int) -> None:
+    """Raise if ``tick_ms`` is not above 0."""
     if tick_ms <= 0:
         raise UserError(f"{name}: tick_ms is {tick_ms}; it must be above 0")
