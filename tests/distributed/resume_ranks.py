@@ -109,7 +109,9 @@ def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, 
     def recording_save(self: Checkpoints, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
         if wait:
             found["saved"] = everything(engine, world)
-            found["trace"] = [{key: entry[key] for key in ("step", "loss", "rows", "auc")} for entry in state.trace]
+            found["trace"] = [
+                {key: entry[key] for key in ("step", "loss", "rows", "auc")} for entry in state.metric_history
+            ]
             found["step"], found["random"] = state.step, torch.get_rng_state()
         save(self, engine, state, wait=wait)
 

@@ -63,7 +63,7 @@ def saved_steps(directory: Path) -> list[int]:
 def test_what_is_saved_is_restored(world: World, tmp_path: Path) -> None:
     engine = single_engine(world)
     state = trained(engine, 5)
-    state.trace.append({"step": 5, "loss": 0.5})
+    state.metric_history.append({"step": 5, "loss": 0.5})
     torch.manual_seed(77)
     drawn = torch.get_rng_state()
     saving = Checkpoints(tmp_path / "checkpoints", identity(), world)
@@ -79,7 +79,12 @@ def test_what_is_saved_is_restored(world: World, tmp_path: Path) -> None:
     restoring = Checkpoints(tmp_path / "checkpoints", identity(), world)
     assert restoring.restore(other, loaded) == {0: tuple(state.position[0])}
     assert torch.equal(torch.rand(4), expected)
-    assert (loaded.step, loaded.rows_done, loaded.trace, loaded.finished) == (5, state.rows_done, state.trace, False)
+    assert (loaded.step, loaded.rows_done, loaded.metric_history, loaded.finished) == (
+        5,
+        state.rows_done,
+        state.metric_history,
+        False,
+    )
     assert loaded.progressive.compute() == state.progressive.compute()
     assert loaded.window.entry(5, {}, {})["loss"] == state.window.entry(5, {}, {})["loss"]
     again = single_engine(world)
@@ -196,7 +201,7 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
             "table_optimizer rowwise_adagrad there",
         ),
         (single_engine(world), identity(kind="cgc"), "kind ple there, cgc here"),
-        (single_engine(world), identity(fingerprint="g"), "resume.allow_new_data=true goes on with this one"),
+        (single_engine(world), identity(fingerprint="g"), "resume.allow_new_data=true accepts it"),
     ):
         with pytest.raises(UserError) as refused:
             Checkpoints(tmp_path, given, world).restore(other, state)

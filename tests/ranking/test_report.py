@@ -33,7 +33,7 @@ def test_the_report_is_one_file_with_its_pictures(tmp_path: Path) -> None:
         title="a <run>",
         config={"data": {"path": "d"}},
         models={"ple": {"click": {**METRICS, "rows": 99}}},
-        trace=[{"step": step, **entry} for step in (1, 2)],
+        history=[{"step": step, **entry} for step in (1, 2)],
         plan=[{"table": "user", "sharding": "row_wise"}],
         calibration={"click": [(0.1, 0.2, 10), (0.3, 0.25, 10)]},
     )
@@ -45,5 +45,5 @@ def test_the_report_is_one_file_with_its_pictures(tmp_path: Path) -> None:
 
 
 def test_a_report_without_rows_or_metrics_is_still_one(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", title="empty", config={}, models={}, trace=[], plan=[], calibration={})
+    write_report(tmp_path / "report.html", title="empty", config={}, models={}, history=[], plan=[], calibration={})
     assert "The job has no held-out range." in (tmp_path / "report.html").read_text()

@@ -14,7 +14,7 @@ from trainer.config.features import FeatureConfig, HistoryConfig, TableConfig
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import side_ranges
 from trainer.data.features.fit import FittedFeatures
-from trainer.ranking.row_mapping import RangeMap, RowMap, Side, VocabularyMap, map_rows
+from trainer.ranking.row_mapping import ModelFeatures, RangeMap, RowMap, VocabularyMap, map_rows
 
 LAYOUT = {
     "behaviours": ["click", "like", "gift"],
@@ -25,11 +25,11 @@ LAYOUT = {
 }
 
 
-def side(config: FeatureConfig | None = None, **layout: Any) -> Side:
+def side(config: FeatureConfig | None = None, **layout: Any) -> ModelFeatures:
     """What a model knows about its features."""
     nothing = np.empty(0)
     fitted = FittedFeatures({**LAYOUT, **layout}, {}, nothing, nothing, nothing)
-    return Side(config or FeatureConfig(), fitted)
+    return ModelFeatures(config or FeatureConfig(), fitted)
 
 
 def pairs(rows: RowMap, old_rows: int, step: int) -> list[tuple[int, int]]:
@@ -96,7 +96,7 @@ def test_dynamic_ids_are_refused(then: str, now: str) -> None:
         map_rows("item", *(side(config) for config in configs), 30, 30)
 
 
-def side_pairs(old: Side, new: Side) -> set[tuple[int, int]]:
+def side_pairs(old: ModelFeatures, new: ModelFeatures) -> set[tuple[int, int]]:
     before, now = (side_ranges(each.fitted.layout, each.config) for each in (old, new))
     return {(0, 0)} | {
         (rows.start + value, now[name].start + value)
@@ -118,7 +118,7 @@ def side_pairs(old: Side, new: Side) -> set[tuple[int, int]]:
         (side(), side(behaviours=["click", "like", "gift", "follow"])),
     ],
 )
-def test_features_of_the_packed_table_keep_their_values(old: Side, new: Side) -> None:
+def test_features_of_the_packed_table_keep_their_values(old: ModelFeatures, new: ModelFeatures) -> None:
     rows = max(each.stop for each in side_ranges(old.fitted.layout, old.config).values())
     found = pairs(map_rows("side", old, new, 0, 0), rows, 11)
     assert set(found) == side_pairs(old, new) and len(found) == len(set(found))
@@ -133,7 +133,7 @@ def test_features_of_the_packed_table_keep_their_values(old: Side, new: Side) ->
         (side(behaviours=["click", "like"]), "behaviours of a past visit had 8 values and has 4"),
     ],
 )
-def test_side_features_that_mean_something_else_are_refused(new: Side, told: str) -> None:
+def test_side_features_that_mean_something_else_are_refused(new: ModelFeatures, told: str) -> None:
     with pytest.raises(UserError, match=told):
         map_rows("side", side(), new, 0, 0)
 

@@ -1,1 +1,1 @@
-"""What trains, streams and evaluates a ranker."""
+"""Training, streaming and evaluation of a ranker."""

@@ -1,6 +1,6 @@
-"""Checkpoints of a ranker: saved while training goes on, whole or not there, loaded by any number of ranks.
+"""Checkpoints of a ranker: written in the background, atomic, loadable by any number of ranks.
 
-A save takes a copy of the model, and a thread writes it (``trainer.checkpoint.store``).
+A save copies the model, and a thread writes the copy (``trainer.checkpoint.store``).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint must share with the run that goes on from it.
+    """The properties that a checkpoint must share with the run that resumes from it.
 
     Attributes:
         config: the job.
-        kind: of the ranker; a baseline's differs from the job's.
-        behaviours: that it predicts.
-        dataset: that it reads.
+        kind: network of the ranker; for a baseline it differs from the job's.
+        behaviours: predicted behaviours.
+        dataset: of the run.
     """
 
     config: JobConfig
@@ -49,12 +49,12 @@ class Identity:
 
 
 class Checkpoints(CheckpointStore):
-    """The checkpoints of a ranker.
+    """Checkpoints of a ranker.
 
     Args:
-        directory: that holds them, on a file system that all ranks share; made if it is not there.
+        directory: of the checkpoints, on a file system that all ranks share; made if it does not exist.
         identity: of the run.
-        world: its ranks.
+        world: the ranks.
         after_save: see :class:`CheckpointStore`.
     """
 
@@ -69,29 +69,29 @@ class Checkpoints(CheckpointStore):
         self._identity = identity
 
     def save(self, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
-        """Save the model and how far its training is. The save before it is waited for.
+        """Save the model and the state of its training, after the save before it has ended.
 
         Args:
             engine: the model.
             state: of its training.
-            wait: return when it is on disk; otherwise it is written in the background, if the job says so.
+            wait: return when the checkpoint is on disk; otherwise it is written in the background, if the job's
+                settings allow it.
 
         Raises:
-            UserError: this save or the one before could not be written, with the reason.
+            UserError: this save or the one before it failed, with the reason.
         """
-        self._save(lambda copy: self._take(engine, state, copy), wait)
+        self._save(lambda copy: self._snapshot(engine, state, copy), wait)
 
     def restore(self, engine: HybridEngine, state: TrainingState) -> Mapping[int, tuple[int, ...]] | None:
-        """Go on from the newest whole checkpoint: fill the model and the state of its training.
+        """Load the newest complete checkpoint into the model and the state of its training.
 
-        Random states go on on the same number of ranks; on another number they start anew, from the seed and the step.
+        Random states are restored on the same number of ranks. On another number they start anew from seed and step.
 
         Returns:
-            The read position of all partitions; None if there is no checkpoint.
+            The read position of all partitions; ``None`` if there is no checkpoint.
 
         Raises:
-            UserError: none of those that are there is whole; or it is of another model or dataset: what differs is
-                listed.
+            UserError: no checkpoint is complete, or it belongs to another model or dataset; the differences are listed.
         """
         found = self._newest_whole()
         if found is None:
@@ -103,7 +103,7 @@ class Checkpoints(CheckpointStore):
         self._number = manifest.number
         job = agreed(self._world, lambda: _read_json(directory / JOB))
         state.step, state.rows_done, state.finished = manifest.step, manifest.rows_done, manifest.finished
-        state.trace[:] = job["trace"]
+        state.metric_history[:] = job["trace"]
         self._restore_own(directory, manifest, state)
         ranks = (
             "" if manifest.ranks == self._world.size else f", saved by {manifest.ranks} ranks, now {self._world.size}"
@@ -111,12 +111,12 @@ class Checkpoints(CheckpointStore):
         logger.info(f"resuming from {directory}: step {manifest.step:,}, {manifest.rows_done:,} rows trained on{ranks}")
         return manifest.positions
 
-    def _take(self, engine: HybridEngine, state: TrainingState, copy: bool) -> Save:
+    def _snapshot(self, engine: HybridEngine, state: TrainingState, copy: bool) -> Save:
         return Save(
             directory=self._directory,
             model=engine.state(copy=copy),
             own=rank_state(state) | (search_state(state) if self._world.rank == 0 else {}),
-            job={"config": self._identity.config.model_dump(mode="json"), "trace": list(state.trace)},
+            job={"config": self._identity.config.model_dump(mode="json"), "trace": list(state.metric_history)},
             manifest=Manifest(
                 step=state.step,
                 number=self._number,
@@ -139,13 +139,13 @@ class Checkpoints(CheckpointStore):
 
     def _restore_own(self, directory: Path, manifest: Manifest, state: TrainingState) -> None:
         rank, size = self._world.rank, self._world.size
-        # Whoever wrote them: each rank's metrics are added to exactly one of the new ranks.
+        # On another number of ranks too, the metrics of each stored rank are added on exactly one rank.
         states = [
             torch.load(directory / rank_file(saved), weights_only=True) for saved in range(rank, manifest.ranks, size)
         ]
         state.progressive.load_state_dict(*(saved["progressive"] for saved in states))
         if state.stream is not None:
-            # A rank goes on with partitions of any rank that saved.
+            # The partitions of a rank may have belonged to any stored rank.
             everyone = [torch.load(directory / rank_file(saved), weights_only=True) for saved in range(manifest.ranks)]
             mine = range(rank, manifest.ranks, size)
             state.stream.load_state_dicts([saved["stream"] for saved in everyone], mine)
@@ -174,11 +174,11 @@ class Checkpoints(CheckpointStore):
         if then.fingerprint != now.fingerprint and not self._identity.config.resume.allow_new_data:
             raise UserError(
                 f"{directory}: trained on another dataset ({then.path} then, {now.path} now, or its rows have "
-                "changed); resume.allow_new_data=true goes on with this one"
+                "changed); resume.allow_new_data=true accepts it"
             )
 
     def _model_facts(self, engine: HybridEngine) -> dict[str, Any]:
-        """What a manifest tells of the model, and the model must share with it."""
+        """Return the entries of the manifest that describe the model."""
         parameters, buffers = engine.dense_shapes
         return {
             "kind": self._identity.kind,
@@ -191,12 +191,12 @@ class Checkpoints(CheckpointStore):
 
 
 def step_request(checkpoints: Checkpoints, stop: Callable[[], bool]) -> Callable[[int], StepRequest]:
-    """What a rank asks for after a step: a save when one is due, and to stop when ``stop`` says so."""
+    """Return a function from the step to a rank's request after it: to save when one is due, to stop if ``stop()``."""
     return lambda step: StepRequest(save=checkpoints.is_due(step), stop=stop())
 
 
 def rank_state(state: TrainingState) -> dict[str, Any]:
-    """What only this rank has, as tensors, numbers and strings."""
+    """Return the state of this rank alone, as tensors, numbers and strings."""
     return {
         "random": random_states(),
         "progressive": state.progressive.state_dict(),
@@ -206,7 +206,7 @@ def rank_state(state: TrainingState) -> dict[str, Any]:
 
 
 def search_state(state: TrainingState) -> dict[str, Any]:
-    """The vectors that histories are searched with; the first rank has them for all."""
+    """Return the search vectors of the histories; they are equal on all ranks, and the first rank saves them."""
     return {} if state.space is None else {"search": state.space.state_dict()}
 
 

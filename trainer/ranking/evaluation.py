@@ -21,17 +21,17 @@ from trainer.data.format.schema import DatasetSpec, partition_of
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import BehaviourMetrics, Report
-from trainer.ranking.training_state import Trace
+from trainer.ranking.training_state import MetricHistory
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 
 CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
-"""Edges of the predicted probabilities between which the calibration curve takes its means."""
+"""Bin edges of the calibration curve, as predicted probabilities."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """This rank's rows of a held-out range.
+    """Predictions and labels of this rank's rows of a held-out range.
 
     Attributes:
         user_id, visit_id, request_ms: ``[rows]`` int64.
@@ -48,7 +48,7 @@ class Predictions:
 
 
 def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "evaluate") -> Predictions:
-    """Predict every row of a loader. Collective: all ranks call it, whatever they have to read."""
+    """Predict every row of a loader. Collective: a rank without rows calls it too."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
         for batch, logits in engine.predict(iter(loader)):
@@ -60,7 +60,7 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
 
 
 def evaluate(predictions: Predictions, behaviours: Sequence[str], truth: Tensor | None = None) -> Report:
-    """Metrics over all ranks, with ``best_auc`` and ``best_gauc`` of the true probabilities where they are known.
+    """Compute metrics over all ranks, with ``best_auc`` and ``best_gauc`` of the true probabilities if they are known.
 
     Args:
         predictions: of this rank.
@@ -83,21 +83,22 @@ def _metrics(predictions: Predictions, probability: Tensor, behaviours: Sequence
 
 
 def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -> Tensor | None:
-    """True probabilities of the rows, ``[rows, K]`` float32; None for a dataset without truth. Nothing that trains
-    calls this.
+    """Read the true probabilities of the rows, ``[rows, K]`` float32; ``None`` for a dataset without truth.
+
+    Training never calls this function.
 
     Args:
         path: the dataset.
-        predictions: the rows of this rank.
-        behaviours: the K columns.
+        predictions: of this rank; they name the rows.
+        behaviours: names of the K columns.
     """
     spec = DatasetSpec.load(path)
     columns = ["visit_id", *(f"p_{behaviour}" for behaviour in behaviours)]
     truth = np.full((len(predictions.visit_id), len(behaviours)), np.nan, np.float32)
-    home = partition_of(predictions.user_id.numpy(), spec.partitions)
+    owner = partition_of(predictions.user_id.numpy(), spec.partitions)
     for partition in range(spec.partitions):
         file = storage.join(path, f"truth/part-{partition:05d}.parquet")
-        mine = np.flatnonzero(home == partition)
+        mine = np.flatnonzero(owner == partition)
         if partition and not len(mine):
             continue
         try:
@@ -113,7 +114,12 @@ def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -
 
 
 def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> dict[str, list[tuple[float, float, int]]]:
-    """Mean predicted probability, share observed and rows between :data:`CALIBRATION_EDGES`, over all ranks."""
+    """Compute the calibration curve over all ranks. Collective.
+
+    Returns:
+        Behaviour -> mean predicted probability, observed share and number of rows for each non-empty bin of
+        :data:`CALIBRATION_EDGES`.
+    """
     bins = len(CALIBRATION_EDGES) + 1
     sums = torch.zeros(len(behaviours), 3, bins, dtype=torch.float64)
     for column in range(len(behaviours)):
@@ -131,7 +137,10 @@ def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> di
 
 
 def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence[str], world: World) -> None:
-    """Write all ranks' rows to one Parquet file: ids, time, and per behaviour ``p_B``, ``label_B``, ``mask_B``."""
+    """Write the rows of all ranks to one Parquet file. Collective.
+
+    Columns: ``user_id``, ``visit_id``, ``request_ms``, and for each behaviour B ``p_B``, ``label_B``, ``mask_B``.
+    """
     columns = {name: getattr(predictions, name).numpy() for name in ("user_id", "visit_id", "request_ms")}
     for k, behaviour in enumerate(behaviours):
         columns[f"p_{behaviour}"] = predictions.probability[:, k].numpy()
@@ -143,20 +152,28 @@ def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence
 
 
 def metrics_document(
-    config: JobConfig, kind: str, report: Report | None, trace: Trace, stalls: Sequence[float]
+    config: JobConfig, kind: str, report: Report | None, history: MetricHistory, stalls: Sequence[float]
 ) -> dict[str, Any]:
-    """The content of ``metrics.json``; undefined metrics are null. ``stalls`` are of the last start of the job."""
-    seconds = {phase: sum(entry[phase] for entry in trace) for phase in PHASES}
+    """Return the content of ``metrics.json``; undefined metrics are null.
+
+    Args:
+        config: the job.
+        kind: network of the model.
+        report: metrics of the held-out range, if there is one.
+        history: metrics of the training steps.
+        stalls: seconds for which each save stopped training, in the last start of the job.
+    """
+    seconds = {phase: sum(entry[phase] for entry in history) for phase in PHASES}
     total = sum(seconds.values())
-    rows = sum(entry["rows"] for entry in trace)
+    rows = sum(entry["rows"] for entry in history)
     return {
         "behaviours": report or {},
         "model": kind,
         "held_out": {"from": config.data.eval_from, "until": config.data.eval_until, "frozen": config.data.frozen},
         "training": {
             "rows": rows,
-            "skipped_rows": sum(entry["skipped_rows"] for entry in trace),
-            "rows_per_second": rows / sum(entry["rows"] / entry["rows_per_second"] for entry in trace),
+            "skipped_rows": sum(entry["skipped_rows"] for entry in history),
+            "rows_per_second": rows / sum(entry["rows"] / entry["rows_per_second"] for entry in history),
             "share_of_time": {phase: value / total for phase, value in seconds.items()},
             "checkpoint_stalls_seconds": list(stalls),
         },

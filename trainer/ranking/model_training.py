@@ -188,7 +188,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write plan, report and metrics of a model, and close it. Collective. Returns the content of ``metrics.json``."""
     config, kind, state = job.config, model.kind, model.state
-    document = metrics_document(config, kind, report, state.trace, model.checkpoints.stalls)
+    document = metrics_document(config, kind, report, state.metric_history, model.checkpoints.stalls)
     if model.stream is not None:
         document["stream"] = model.stream.summary(job.world, state.progressive)
         logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
@@ -199,7 +199,7 @@ def write_results(
             title=f"{config.run.name}: {kind}",
             config=config.model_dump(mode="json"),
             models={} if report is None else {kind: report},
-            trace=state.trace,
+            history=state.metric_history,
             plan=model.engine.plan,
             calibration=calibration,
         )

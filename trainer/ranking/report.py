@@ -53,7 +53,7 @@ def write_report(
     title: str,
     config: Mapping[str, Any],
     models: Mapping[str, Metrics],
-    trace: Sequence[Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
     plan: Sequence[Mapping[str, Any]],
     calibration: Mapping[str, Sequence[tuple[float, float, int]]],
 ) -> None:
@@ -64,15 +64,18 @@ def write_report(
         title: name of the run.
         config: the resolved job.
         models: metrics of the held-out range per model.
-        trace: one entry every ``train.log_every`` steps: ``step``, ``loss``, ``rows_per_second``, ``auc`` (behaviour ->
-            progressive AUC or None) and the seconds of each of ``PHASES``.
+        history: one entry every ``train.log_every`` steps: ``step``, ``loss``, ``rows_per_second``, ``auc`` (behaviour
+            -> progressive AUC or None) and the seconds of each of ``PHASES``.
         plan: placement of each table.
         calibration: behaviour -> (mean predicted, mean observed, rows) of the rows between two predicted probabilities.
     """
     pictures = [
-        ("Loss of the training steps", _picture(lambda axes: _loss(axes, trace))),
-        ("Progressive AUC: each batch is predicted before it is trained on", _picture(lambda axes: _auc(axes, trace))),
-        ("Share of time by phase", _picture(lambda axes: _phases(axes, trace))),
+        ("Loss of the training steps", _picture(lambda axes: _loss(axes, history))),
+        (
+            "Progressive AUC: each batch is predicted before it is trained on",
+            _picture(lambda axes: _auc(axes, history)),
+        ),
+        ("Share of time by phase", _picture(lambda axes: _phases(axes, history))),
         ("Calibration on the held-out range", _picture(lambda axes: _calibration(axes, calibration))),
     ]
     template = resources.files(__package__).joinpath("report.html.jinja").read_text()
@@ -99,29 +102,29 @@ def _picture(draw: Callable[[Axes], None]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _loss(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
-    axes.plot([entry["step"] for entry in trace], [entry["loss"] for entry in trace], color="#1f6f8b")
+def _loss(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history], color="#1f6f8b")
     axes.set(xlabel="step", ylabel="sum of the behaviours' losses, per row")
 
 
-def _auc(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
-    for behaviour in trace[0]["auc"] if trace else ():
-        points = [(entry["step"], entry["auc"][behaviour]) for entry in trace if entry["auc"][behaviour] is not None]
+def _auc(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    for behaviour in history[0]["auc"] if history else ():
+        points = [(entry["step"], entry["auc"][behaviour]) for entry in history if entry["auc"][behaviour] is not None]
         axes.plot([step for step, _ in points], [value for _, value in points], label=behaviour)
     axes.set(xlabel="step", ylabel="AUC so far")
-    if trace:
+    if history:
         axes.legend(fontsize=8, ncols=2)
 
 
-def _phases(axes: Axes, trace: Sequence[Mapping[str, Any]]) -> None:
-    steps = [entry["step"] for entry in trace]
-    totals = [sum(entry[phase] for phase in PHASES) or 1.0 for entry in trace]
-    shares = [[entry[phase] / total for entry, total in zip(trace, totals, strict=True)] for phase in PHASES]
-    if trace:
+def _phases(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    steps = [entry["step"] for entry in history]
+    totals = [sum(entry[phase] for phase in PHASES) or 1.0 for entry in history]
+    shares = [[entry[phase] / total for entry, total in zip(history, totals, strict=True)] for phase in PHASES]
+    if history:
         axes.stackplot(steps, shares, labels=PHASES, colors=("#9bc1bc", "#5d576b", "#ed6a5a", "#f4f1bb"))
         axes.legend(fontsize=8, ncols=4, loc="upper center")
         rate = axes.twinx()
-        rate.plot(steps, [entry["rows_per_second"] for entry in trace], color="black", linewidth=1)
+        rate.plot(steps, [entry["rows_per_second"] for entry in history], color="black", linewidth=1)
         rate.set_ylabel("rows per second (line)")
     axes.set(xlabel="step", ylabel="share of the step", ylim=(0, 1))
 

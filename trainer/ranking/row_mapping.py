@@ -1,4 +1,4 @@
-"""Which rows of a new embedding table mean the same as rows of an old one."""
+"""Maps rows of an old embedding table to the rows of a new one with the same meaning."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class RowMap(Protocol):
 
     @property
     def taken(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
 
     def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs whose old row is in ``[first, last)``: old rows and new rows, ``[pairs]`` int64."""
+        """Return the pairs with an old row in ``[first, last)``: old rows and new rows, ``[pairs]`` int64."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class RangeMap:
 
     @property
     def taken(self) -> int:
-        """See :class:`RowMap`."""
+        """Return the number of pairs."""
         return sum(rows for _, _, rows in self.ranges)
 
     def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`RowMap`."""
+        """Return the pairs with an old row in ``[first, last)``; see :class:`RowMap`."""
         old, new = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for theirs, ours, rows in self.ranges:
             part = np.arange(max(first, theirs), min(last, theirs + rows))
@@ -52,10 +52,10 @@ class RangeMap:
 
 @dataclass(frozen=True)
 class VocabularyMap:
-    """Rows of the ids that two vocabularies share, and row 0, that of all other ids.
+    """Rows of the ids that both vocabularies have, and row 0, the row of all other ids.
 
     Attributes:
-        theirs, ours: known ids, ascending; the k-th has row ``k + 1``.
+        theirs, ours: known ids of the old and the new table, ascending; the k-th id has row ``k + 1``.
     """
 
     theirs: np.ndarray
@@ -63,11 +63,11 @@ class VocabularyMap:
 
     @property
     def taken(self) -> int:
-        """See :class:`RowMap`."""
+        """Return the number of pairs."""
         return 1 + len(np.intersect1d(self.theirs, self.ours, assume_unique=True))
 
     def of(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`RowMap`."""
+        """Return the pairs with an old row in ``[first, last)``; see :class:`RowMap`."""
         start = max(first, 1)
         ids = self.theirs[start - 1 : max(last, 1) - 1]
         place = np.searchsorted(self.ours, ids)
@@ -80,22 +80,21 @@ class VocabularyMap:
 
 
 @dataclass(frozen=True)
-class Side:
-    """What one of the two models knows about its features."""
+class ModelFeatures:
+    """Feature settings and fitted features of one of the two models."""
 
     config: FeatureConfig
     fitted: FittedFeatures
 
 
-def map_rows(table: str, old: Side, new: Side, old_rows: int, new_rows: int) -> RowMap:
-    """The rows of a table that mean the same in both models.
+def map_rows(table: str, old: ModelFeatures, new: ModelFeatures, old_rows: int, new_rows: int) -> RowMap:
+    """Map the rows of a table that have the same meaning in both models.
 
-    Rows of ids that are looked up go by the ids. Rows of direct ids, and of a value of a side feature, keep their
-    place; a table or feature may have got more of them. Hashed ids need the same number of rows, and dynamic ones are
-    not taken over.
+    Looked-up ids are matched by id. Rows of direct ids, and of the values of a side feature, keep their place, and a
+    table or feature may have grown. Hashed ids need the same number of rows, and dynamic ids are not taken over.
 
     Raises:
-        UserError: rows would mean something else, or there are fewer than before.
+        UserError: rows would have another meaning, or there are fewer than before.
     """
     where = f"init_from: table {table!r}"
     if table not in ID_TABLES:
@@ -123,7 +122,7 @@ def map_rows(table: str, old: Side, new: Side, old_rows: int, new_rows: int) -> 
     return RangeMap([(0, 0, old_rows)])
 
 
-def _map_side(where: str, old: Side, new: Side) -> RowMap:
+def _map_side(where: str, old: ModelFeatures, new: ModelFeatures) -> RowMap:
     theirs, ours = (side_ranges(side.fitted.layout, side.config) for side in (old, new))
     pairs = [(0, 0, 1)]
     for name, rows in theirs.items():
@@ -140,7 +139,7 @@ def _map_side(where: str, old: Side, new: Side) -> RowMap:
 
 
 def _check_actions(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """A row of the actions is a set of behaviours, one bit each: new behaviours may follow the old ones."""
+    """Check that new behaviours only follow the old ones, since a row of the actions is a set with a bit for each."""
     before, now = old["behaviours"], new["behaviours"]
     if now[: len(before)] != before:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the jobs share: the split in time, the loaders, the model."""
+"""Setup of a ranker's jobs: the split in time, the loaders, the model."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _MINUTE_MS = 60_000
 
 @dataclass(frozen=True)
 class Split:
-    """The training and the held-out range, in milliseconds UTC; both half-open.
+    """The training range and the held-out range, half-open, in milliseconds UTC.
 
     Attributes:
-        train_from: first emission of a training row.
-        fit_until: features are fitted on rows whose labels were complete before this.
-        stream_from: first event of a stream, no earlier.
-        train_until: every label of the training rows was complete before this; a stream ends here.
-        eval_from: first request of the held-out range; None without evaluation.
+        train_from: earliest emission time of a training row.
+        fit_until: features are fitted on rows whose labels were complete before this time.
+        stream_from: time of the first event of a stream, not before ``fit_until``.
+        train_until: the labels of all training rows were complete before this time; a stream ends here.
+        eval_from: first request of the held-out range; ``None`` without evaluation.
         eval_until: end of the held-out range.
     """
 
@@ -53,17 +53,17 @@ class Split:
 
     @property
     def fitting(self) -> Selection:
-        """Rows to fit features on."""
+        """Return the rows to fit features on."""
         return Selection(emit_from=self.train_from, emit_until=self.fit_until)
 
     @property
     def training(self) -> Selection:
-        """Rows to train on."""
+        """Return the rows to train on."""
         return Selection(emit_from=self.train_from, emit_until=self.train_until)
 
     @property
     def held_out(self) -> Selection:
-        """Rows to evaluate on.
+        """Return the rows to evaluate on.
 
         Raises:
             ValueError: there is no held-out range.
@@ -74,10 +74,10 @@ class Split:
 
 
 def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
-    """The split that a job asks for.
+    """Return the split that a job defines.
 
     Raises:
-        UserError: a time that is none, or ranges that are empty or overlap.
+        UserError: a value is not a time, or ranges are empty or overlap.
     """
     data, stream = config.data, config.stream
 
@@ -85,7 +85,7 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
         text = getattr(getattr(config, section), key)
         return parse_time(text, spec.timezone, f"{section}.{key}") if text else otherwise
 
-    # Labels of the last requests are complete a visit later; an open end takes them too.
+    # Labels of the last requests are complete only when their visits end, so an open end must include them.
     end = 1 << 62
     eval_from = moment("data", "eval_from", end)
     begin = fit_until = train_until = moment("data", "train_until", eval_from)
@@ -94,10 +94,10 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
         if begin < fit_until:
             raise UserError(
                 f"stream.since = {stream.since!r} is before data.train_until = {data.train_until!r}: features would be "
-                "fitted on what the stream is still to bring"
+                "fitted on events that the stream has not delivered yet"
             )
         if begin >= train_until:
-            raise UserError(f"stream.until = {stream.until!r} is not after the beginning of the stream")
+            raise UserError(f"stream.until = {stream.until!r} is not after the start of the stream")
     split = Split(
         train_from=moment("data", "train_from", 0),
         fit_until=fit_until,
@@ -120,14 +120,14 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
 
 
 def fit_once(config: JobConfig, data: Dataset, split: Split, directory: Path, world: World) -> FittedFeatures:
-    """Fit the features on the training range, once in a run: the first rank does, the others read what it wrote."""
+    """Fit the features on the training range, once in a run: the first rank fits them, the others read its files."""
     if world.rank == 0 and not directory.exists():
         fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
-        aside = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        fitted.save(aside)
-        aside.rename(directory)
+        tmp_path = directory.with_name(f".{directory.name}.partial")
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        tmp_path.mkdir(parents=True)
+        fitted.save(tmp_path)
+        tmp_path.rename(directory)
     world.barrier()
     return FittedFeatures.load(directory)
 
@@ -143,9 +143,17 @@ def training_loader(
     space: SearchSpace | None = None,
     first_step: int = 0,
 ) -> Loader:
-    """This rank's training batches, shuffled inside time windows; from a position of all partitions on.
+    """Return the loader of this rank's training batches, shuffled inside time windows.
 
-    ``first_step`` steps were done up to there; they say which version of the ``space`` a batch is made with.
+    Args:
+        config: the job.
+        data: the dataset.
+        split: the training range.
+        features: of the model.
+        world: the ranks.
+        position: of all partitions, to continue from; the start by default.
+        space: search vectors of the histories.
+        first_step: steps done up to ``position``; it selects the version of ``space`` for each batch.
     """
     return Loader(
         data.store,
@@ -170,7 +178,10 @@ def held_out_loader(
     frozen: FrozenStatistics | None,
     space: SearchSpace | None = None,
 ) -> Loader:
-    """This rank's held-out batches in stored order; with ``frozen`` nothing after the end of training is looked at."""
+    """Return the loader of this rank's held-out batches, in stored order.
+
+    With ``frozen`` statistics, histories too are read as of the end of training.
+    """
     return Loader(
         data.store,
         data.histories,
@@ -184,7 +195,7 @@ def held_out_loader(
 
 
 def _reading(config: JobConfig, world: World) -> dict[str, Any]:
-    """How any loader of a job reads."""
+    """Return the arguments that all loaders of a job share."""
     return {
         "rank": world.rank,
         "world": world.size,
@@ -197,17 +208,17 @@ def _reading(config: JobConfig, world: World) -> dict[str, Any]:
 
 
 def freeze_at_end_of_training(config: JobConfig, data: Dataset, split: Split) -> FrozenStatistics | None:
-    """The statistics at the end of training, if the job evaluates with frozen ones."""
+    """Return the statistics at the end of training if the job evaluates with frozen statistics, else ``None``."""
     if not config.data.frozen:
         return None
     return freeze_statistics(data, split.train_until)
 
 
 def rows_per_rank(config: JobConfig, ranks: int) -> int:
-    """Rows of one rank in an optimizer step.
+    """Return the rows of one rank in an optimizer step.
 
     Raises:
-        UserError: the batch cannot be divided by the ranks.
+        UserError: the batch size is not a multiple of the number of ranks.
     """
     rows, rest = divmod(config.train.batch_size, ranks)
     if rest:
@@ -226,11 +237,12 @@ def require_training_rows(config: JobConfig, rows: int) -> None:
 
 
 def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> None:
-    """Find what would only be noticed after the features are fitted, before anything is written.
+    """Check a job against its dataset before anything is written or fitted.
 
     Raises:
-        UserError: a batch that the ranks cannot share, more ranks than partitions, a behaviour that is not predicted,
-            a feature or history that is not there, or no DeepSpeed settings.
+        UserError: the batch size is not a multiple of the ranks, there are more ranks than partitions, a weight or
+            exponent names a behaviour that is not predicted, a feature or history does not exist, or the DeepSpeed
+            settings cannot be read.
     """
     rows_per_rank(config, ranks)
     partitions_of_rank(spec.partitions, 0, ranks)
@@ -248,7 +260,7 @@ def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> None:
 
 
 def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None:
-    """How the histories of a job are aligned; None if they are not."""
+    """Return the alignment of a job's histories, or ``None`` if the job has none."""
     wanted = config.alignment
     if not wanted.anchor:
         return None
@@ -264,10 +276,10 @@ def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None
 
 
 def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, world: World) -> HybridEngine:
-    """The model of a job: sharded tables and the dense network, with their optimizers.
+    """Build the model of a job: sharded tables and the dense network, with their optimizers. Collective.
 
     Raises:
-        UserError: settings that the engine refuses, with the reason.
+        UserError: the engine refuses a setting, with the reason.
     """
     ranker = build_ranker(config, features, kind)
     return HybridEngine(

@@ -28,7 +28,7 @@ from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import rows_per_rank
 from trainer.ranking.train_loop import keep_batch, write_scalars
-from trainer.ranking.training_state import TrainingState, Window
+from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
@@ -258,11 +258,11 @@ class _StreamTrainer:
         state = self._state
         entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
-        state.trace.append(entry | lag)
+        state.metric_history.append(entry | lag)
         # The window starts again, so that rates are of the steps since this entry.
-        state.window = Window()
+        state.window = MetricWindow()
         if self._scalars is not None:
-            write_scalars(self._scalars, state.trace[-1])
+            write_scalars(self._scalars, state.metric_history[-1])
             for name, value in lag.items():
                 self._scalars.add_scalar(name, value, state.step)
 

@@ -1,4 +1,4 @@
-"""The training loop of one model, from wherever it stands to its last row."""
+"""The training loop of one model, from its present position to the last row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import require_training_rows, rows_per_rank
-from trainer.ranking.training_state import TrainingState, Window
+from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
@@ -40,22 +40,22 @@ def train(
     model_dir: Path,
     searching: SearchSpaceRefresher | None = None,
 ) -> None:
-    """One optimizer step after another until all ranks are out of rows; every batch is predicted before it is learnt.
+    """Run optimizer steps until all ranks are out of rows; each batch is predicted before the step that trains on it.
 
     Args:
         engine: the model.
-        loader: of this rank, from where ``state`` stands.
-        state: of the training so far; advanced.
-        checkpoints: to save to; at the end, in intervals, and when the job is asked to stop.
+        loader: of this rank, at the position of ``state``.
+        state: of the training so far; updated.
+        checkpoints: to save to: in intervals, on a request to stop, and at the end.
         config: the job.
-        world: its ranks.
-        preemption: whether this process has been asked to stop.
-        model_dir: of the model's files.
-        searching: keeps the vectors up to date that histories are searched with.
+        world: the ranks.
+        preemption: tells if this process was asked to stop.
+        model_dir: directory of the model's files.
+        searching: renews the search vectors of the histories.
 
     Raises:
-        UserError: there are no rows in the training range; the loss is not finite; a checkpoint cannot be written.
-        Preempted: a rank was asked to stop; the state is saved.
+        UserError: the training range has no rows, the loss is not finite, or a checkpoint cannot be written.
+        Preempted: a rank was asked to stop, and the state is saved.
     """
     state.rows_total = world.sum(loader.rows_total)
     require_training_rows(config, state.rows_total)
@@ -64,7 +64,7 @@ def train(
     state.position = loader.position
     scalars = None
     if world.rank == 0:
-        # What was written after the checkpoint that training goes on from happens again.
+        # Steps after the checkpoint are repeated, and so are their scalars.
         scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
     with (
         preemption.deferred(),
@@ -82,14 +82,16 @@ def train(
                     with watchdog.busy("renewing the search vectors"):
                         searching.after_step(state.step)
                 if state.step % config.train.log_every == 0 or state.step == steps_total:
-                    state.trace.append(state.window.entry(state.step, state.progressive.compute(), engine.id_counts()))
-                    state.window = Window()
+                    state.metric_history.append(
+                        state.window.entry(state.step, state.progressive.compute(), engine.id_counts())
+                    )
+                    state.window = MetricWindow()
                     if scalars is not None:
-                        write_scalars(scalars, state.trace[-1])
+                        write_scalars(scalars, state.metric_history[-1])
                 progress.advance(result.rows_global, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
                 _set_learning_rate(engine, config, state)
                 checkpoints.check()
-                # After the last step comes a save of its own.
+                # The last step is saved below, with the state marked as finished.
                 if result.stop or (result.save and state.step < steps_total):
                     if scalars is not None:
                         scalars.flush()
@@ -118,7 +120,7 @@ def _set_learning_rate(engine: HybridEngine, config: JobConfig, state: TrainingS
 
 
 def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
-    """Write this rank's batch of a step without a loss; what to tell of it."""
+    """Write this rank's batch of a step without a finite loss; returns the message for the user."""
     directory = model_dir / "not-finite" / f"step-{stopped.step:08d}"
     batch = stopped.batch
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,13 +137,13 @@ def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
         directory / f"rank-{rank:05d}.pt",
     )
     return (
-        f"{stopped}; nothing has learnt from it, and the rows of each rank are in {directory}; the same command goes "
-        "on from the last checkpoint"
+        f"{stopped}; no weight was updated, and the rows of each rank are in {directory}; the same command resumes "
+        "from the last checkpoint"
     )
 
 
 def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:
-    """An entry of the trace as TensorBoard scalars."""
+    """Write an entry of the metric history as TensorBoard scalars."""
     step = entry["step"]
     for name in ("loss", "alignment", "rows_per_second"):
         scalars.add_scalar(name, entry[name], step)

@@ -1,4 +1,4 @@
-"""What training knows beside the model: how far it is, and what it has seen so far."""
+"""State of the training of a ranker beside its weights: progress, metrics, read position."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from trainer.metrics.behaviour_metrics import ProgressiveMetrics, Report
 from trainer.runtime.phase_timer import PHASES
 from trainer.sparse.dynamic_ids import IdCounts
 
-Trace = list[dict[str, Any]]
+MetricHistory = list[dict[str, Any]]
 """Metrics and rates of training, an entry every ``train.log_every`` steps; see ``trainer.ranking.report``."""
 
 
 class StreamState(Protocol):
-    """What a stream of training must keep beside its position: ``trainer.ranking.training_stream.TrainingStream``."""
+    """State of a training stream beside its position; ``trainer.ranking.training_stream`` implements it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, as tensors, numbers and strings."""
+        """Return the state of this rank, as tensors, numbers and strings."""
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]], counted: Sequence[int]) -> None:
-        """Go on from what all ranks have saved; the counts of the ranks ``counted`` are this rank's."""
+        """Load the states of all ranks; this rank takes over the counts of the stored ranks ``counted``."""
 
 
-class Window:
-    """Sums over the steps since the last entry of the trace."""
+class MetricWindow:
+    """Sums over the steps since the last entry of the metric history."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -38,11 +38,11 @@ class Window:
 
     @property
     def rows(self) -> int:
-        """Rows of the steps so far."""
+        """Return the number of rows of the steps so far."""
         return self._rows
 
     def add(self, result: StepResult) -> None:
-        """Count a step."""
+        """Add a step."""
         self._loss += float(result.loss) * result.rows_global
         self._alignment += float(result.alignment) * result.rows_global
         self._rows += result.rows_global
@@ -51,7 +51,7 @@ class Window:
             self._seconds[phase] += result.seconds[phase]
 
     def entry(self, step: int, metrics: Report, ids: Mapping[str, IdCounts]) -> dict[str, Any]:
-        """An entry of the trace; ``ids`` are the counts of dynamic tables since the first step."""
+        """Return an entry of the metric history; ``ids`` are the counts of dynamic tables since the first step."""
         return {
             "step": step,
             "loss": self._loss / max(self._rows, 1),
@@ -66,7 +66,7 @@ class Window:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, and the seconds that they took."""
+        """Return the sums, and the seconds since the window began."""
         return {
             "loss": self._loss,
             "alignment": self._alignment,
@@ -77,9 +77,9 @@ class Window:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore the result of :meth:`state_dict`."""
         self._loss, self._rows, self._skipped = state["loss"], state["rows"], state["skipped"]
-        # Checkpoints of before there was an alignment do not have it.
+        # Checkpoints of versions without an alignment loss do not have it.
         self._alignment = state.get("alignment", 0.0)
         self._seconds = dict(state["seconds"])
         self._started = time.perf_counter() - state["elapsed"]
@@ -87,19 +87,19 @@ class Window:
 
 @dataclass
 class TrainingState:
-    """How far the training of a model is.
+    """Progress of the training of a model.
 
     Attributes:
-        progressive: metrics of this rank's rows, each predicted before it was learnt.
-        rows_total: rows of all ranks over all epochs; 0 of a stream.
-        step: optimizer steps done.
-        rows_done: rows of all ranks trained on.
-        position: where this rank's reading stands.
-        trace: entries so far; the same on all ranks but for the seconds.
-        window: towards the next entry.
-        finished: all rows are trained on.
-        stream: where the stream stands that is trained on; None of stored rows.
-        space: vectors that histories are searched with; None if there are no such histories.
+        progressive: metrics of this rank's rows, each predicted before it was trained on.
+        rows_total: rows of all ranks over all epochs; 0 for a stream.
+        step: number of optimizer steps.
+        rows_done: rows trained on by all ranks.
+        position: read position of this rank's partitions.
+        metric_history: entries so far; equal on all ranks except for the seconds.
+        window: sums for the next entry.
+        finished: True if all rows are trained on.
+        stream: state of the stream; ``None`` for stored rows.
+        space: search vectors of the histories; ``None`` if no history needs them.
     """
 
     progressive: ProgressiveMetrics
@@ -107,22 +107,21 @@ class TrainingState:
     step: int = 0
     rows_done: int = 0
     position: ReadPosition = field(default_factory=dict)
-    trace: Trace = field(default_factory=list)
-    window: Window = field(default_factory=Window)
+    metric_history: MetricHistory = field(default_factory=list)
+    window: MetricWindow = field(default_factory=MetricWindow)
     finished: bool = False
     stream: StreamState | None = None
-
     space: SearchSpace | None = None
 
     @staticmethod
     def at_start(
         behaviours: Sequence[str], stream: StreamState | None = None, space: SearchSpace | None = None
     ) -> TrainingState:
-        """Of a model that has not been trained."""
+        """Return the state of a new model."""
         return TrainingState(ProgressiveMetrics(behaviours), stream=stream, space=space)
 
     def advance(self, result: StepResult) -> None:
-        """Count a step."""
+        """Record a completed step."""
         self.step += 1
         self.rows_done += result.rows_global
         self.position = result.batch.position or self.position

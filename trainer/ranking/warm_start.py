@@ -1,6 +1,7 @@
-"""A new model that starts from tables of an old one, and from its dense network if that is asked for.
+"""Warm start: a new model takes tables from an old one, and its dense network on request.
 
-A rank reads the stored pieces that its own shards have rows of, one at a time, whatever ranks and shardings wrote them.
+A rank reads the stored pieces with rows of its own shards, one at a time, for any number of ranks and any sharding of
+the old model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trainer.console.text_table import text_table
 from trainer.data.features.feature_map import FeatureMap, side_ranges
 from trainer.data.features.fit import ID_TABLES
 from trainer.engine.hybrid_engine import HybridEngine
-from trainer.ranking.row_mapping import RowMap, Side, map_rows
+from trainer.ranking.row_mapping import ModelFeatures, RowMap, map_rows
 from trainer.runtime.distributed import World
 from trainer.sparse.sharded_tables import Shard
 
@@ -33,14 +34,14 @@ _ROWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class TakenTable:
-    """What became of a table of the new model.
+    """Summary of one table that was taken from the old model.
 
     Attributes:
-        table: its name.
-        rows: of the new table.
-        taken: rows that have their values from the old one; the others have the values of a new model.
-        left: rows of the old table that have no place in the new one.
-        optimizer: the state of the optimizer was taken for these rows; otherwise it starts anew.
+        table: name.
+        rows: rows of the new table.
+        taken: rows with values of the old table; the others have initial values.
+        left: rows of the old table without a row in the new one.
+        optimizer: True if the optimizer's state was taken for these rows; otherwise it starts anew.
     """
 
     table: str
@@ -52,16 +53,16 @@ class TakenTable:
 
 @dataclass(frozen=True)
 class WarmStartSummary:
-    """What a new model has from an old one.
+    """Summary of a warm start.
 
     Attributes:
-        checkpoint: of the old one.
+        checkpoint: of the old model.
         step: of the checkpoint.
-        tables: that were taken.
-        fresh: tables of the new model that were not.
+        tables: taken tables.
+        fresh: tables of the new model with initial values.
         unused: tables of the old model that were not taken.
-        dense: parameters of the dense network that were taken: all or none. Their optimizer starts anew.
-        optimizers: of the tables, then and now.
+        dense: taken parameters of the dense network, all or none; their optimizer starts anew.
+        optimizers: optimizer of the tables in the old and in the new model.
     """
 
     checkpoint: Path
@@ -74,10 +75,10 @@ class WarmStartSummary:
 
 
 def check_source(config: JobConfig) -> None:
-    """Find what :func:`warm_start` would refuse, as far as it is known before the features are fitted.
+    """Check the conditions of :func:`warm_start` that are known before the features are fitted.
 
     Raises:
-        UserError: no checkpoint there; a table that one of the models does not have, or that has another dimension.
+        UserError: there is no checkpoint, a table is missing in one of the models, or its dimension differs.
     """
     tables = [name for name in (*ID_TABLES, "side") if not (name == "user" and "user_id" in config.features.exclude)]
     dims = {name: getattr(config.features, name).dim for name in tables}
@@ -87,27 +88,27 @@ def check_source(config: JobConfig) -> None:
 def warm_start(
     engine: HybridEngine, config: JobConfig, kind: RankerKind, features: FeatureMap, world: World
 ) -> WarmStartSummary:
-    """Fill a new model from ``init_from``. Collective.
+    """Copy values of the old model of ``init_from`` into a new one. Collective.
 
-    What the old model does not have keeps its fresh values: further rows of a table, tables that are not named, and
-    the dense network without ``init_from.dense``, or where it is a baseline's.
+    All other values stay initial: new rows of a table, tables that are not named, and the dense network without
+    ``init_from.dense`` or of a baseline.
 
     Args:
-        engine: not trained yet.
+        engine: the new model, not trained yet.
         config: of the new job; ``init_from.run`` is set.
-        kind: of the new network.
+        kind: network of the new model.
         features: of the new model.
-        world: its ranks.
+        world: the ranks.
 
     Raises:
-        UserError: no checkpoint there, or it is damaged; a table that one of the models does not have, that has
-            another dimension, or whose rows would mean something else; another dense network.
+        UserError: there is no checkpoint, or it is damaged; a table is missing in one of the models, has another
+            dimension, or its rows have another meaning; the dense networks differ.
     """
     wanted, old = config.init_from, Checkpoint.open(config.init_from.run)
     _verify(old, world)
     there = {entry.table: entry for entry in old.manifest.tables}
     here = {table.name: table for table in features.tables}
-    sides = Side(old.config.features, old.fitted), Side(config.features, features.fitted)
+    sides = ModelFeatures(old.config.features, old.fitted), ModelFeatures(config.features, features.fitted)
     names = _choose(wanted, old, {table.name: table.dim for table in features.tables})
     maps = {name: map_rows(name, *sides, there[name].rows, here[name].rows) for name in names}
     dense = wanted.dense and kind == config.model.kind
@@ -138,7 +139,7 @@ def warm_start(
 
 
 def format_taken(taken: WarmStartSummary) -> str:
-    """What was taken, for a person."""
+    """Format the summary of a warm start as text."""
     then, now = taken.optimizers
     lines = [
         [
@@ -165,7 +166,7 @@ def format_taken(taken: WarmStartSummary) -> str:
 
 
 def _verify(old: Checkpoint, world: World) -> None:
-    """Read every file once, each rank its share, and compare the checksums."""
+    """Verify the checksums of all files; each rank reads a share of them."""
     mine = sorted(old.manifest.files)[world.rank :: world.size]
     found = world.agree(world.gather(check_files(old.directory, old.manifest, mine))) or []
     problems = [problem for of_rank in found for problem in of_rank]
@@ -174,7 +175,7 @@ def _verify(old: Checkpoint, world: World) -> None:
 
 
 def _choose(wanted: InitFromConfig, old: Checkpoint, dims: Mapping[str, int]) -> list[str]:
-    """The tables to take; ``dims`` are those of the new model."""
+    """Return the tables to take; ``dims`` are the dimensions of the new model's tables."""
     there = {entry.table: entry.dim for entry in old.manifest.tables}
     for name in wanted.tables:
         for has, who in ((there, f"{old.directory}"), (dims, "this model")):
@@ -193,7 +194,7 @@ def _choose(wanted: InitFromConfig, old: Checkpoint, dims: Mapping[str, int]) ->
 
 
 def _check_dense(old: Checkpoint, engine: HybridEngine, config: JobConfig, features: FeatureMap) -> None:
-    """Equal shapes are not enough: columns of the inputs and outputs must mean the same."""
+    """Check that inputs and outputs of both networks have the same meaning, since equal shapes are not enough."""
     before = _meaning(old.config, old.fitted.layout, old.manifest.behaviours)
     now = _meaning(config, features.fitted.layout, features.behaviours)
     for what, value in before.items():
@@ -209,7 +210,7 @@ def _check_dense(old: Checkpoint, engine: HybridEngine, config: JobConfig, featu
 
 
 def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[str]) -> dict[str, Any]:
-    """What the columns of a network's inputs and outputs stand for."""
+    """Return the settings that define the columns of a network's inputs and outputs."""
     features = config.features
     return {
         "model.kind": config.model.kind,
@@ -229,7 +230,7 @@ def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[
 
 
 def _fill(stored: StoredTensor, shards: list[Shard], rows: RowMap) -> None:
-    """Copy rows into the live memory of shards; a piece is read if one of them has rows of it."""
+    """Copy rows into the memory of shards; only pieces with rows of these shards are read."""
     for piece in stored.pieces:
         read = cache(piece.read)
         first, last = piece.offsets[0], piece.offsets[0] + piece.sizes[0]
