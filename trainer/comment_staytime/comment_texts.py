@@ -129,12 +129,12 @@ def load_comments(
         id_row=np.where(known, np.cumsum(known), 0),
         id_rows=int(known.sum()) + 1,
         share_touched=float(touched[training].sum() / max(1, (comment_visits.touched[training] >= 0).sum())),
-        item_text=_texts("lcu.item_embeddings", lcu.item_embeddings, visits.column("item_id").to_numpy()),
-        comment_text=_texts("lcu.comment_embeddings", lcu.comment_embeddings, ids),
+        item_text=_open_vectors("lcu.item_embeddings", lcu.item_embeddings, visits.column("item_id").to_numpy()),
+        comment_text=_open_vectors("lcu.comment_embeddings", lcu.comment_embeddings, ids),
     )
 
 
-def _texts(key: str, path: str, ids: np.ndarray) -> TextVectors | None:
+def _open_vectors(key: str, path: str, ids: np.ndarray) -> TextVectors | None:
     if not path:
         return None
     table = ContentVectors.open(path)

@@ -64,7 +64,7 @@ def train_and_evaluate(
     seconds = time.monotonic() - started
     predictions = predict(config, data, base, network, device, data.held_out)
     if directory is not None:
-        write_json(directory / "fitted.json", fitted(data, base.facts))
+        write_json(directory / "fitted.json", fitted_values(data, base.facts))
         save_model(network, str(directory / "model.safetensors"))
         write_predictions(directory / "predictions.parquet", data, predictions)
     return {
@@ -154,7 +154,7 @@ def _cell(value: float | int | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def fitted(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
+def fitted_values(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``fitted.json``: values fitted on the training range, and a digest of its inputs.
 
     A stored model may only be used with inputs for which this function returns the same content.

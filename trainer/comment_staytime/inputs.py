@@ -94,7 +94,7 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
         raise UserError(
             f"{data.path}: no comment area was opened in the training range; change data.train_from or data.train_until"
         )
-    author, duration = _of_items(data.path, visits.column("item_id").to_numpy())
+    author, duration = _author_and_duration(data.path, visits.column("item_id").to_numpy())
     ids = {
         "user_id": visits.column("user_id").to_numpy(),
         "item_id": visits.column("item_id").to_numpy(),
@@ -185,7 +185,7 @@ def _split(
     return training, held_out
 
 
-def _of_items(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _author_and_duration(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return author (-1 if unknown) and duration in seconds (0 if unknown) of each visit's video."""
     items = read_texts(path, "items", ["item_id", "author_id", "duration_ms"])
     known, author, duration = (items.column(name).to_numpy() for name in items.column_names)

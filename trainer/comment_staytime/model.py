@@ -91,19 +91,19 @@ def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> BaseLoss:
 def build_network(config: StaytimeConfig, data: StaytimeData, base: BaseLoss) -> nn.Module:
     """Build the network of a job, from ``StaytimeInputs`` to ``StaytimeOutput``; uses torch's current random state."""
     if "separate_opening" in config.lcu.peculiar:
-        return SeparateOpening(*(_one_network(config, data, start) for start in base.start.split(1)))
-    return _one_network(config, data, base.start)
+        return SeparateOpening(*(_build_network(config, data, start) for start in base.start.split(1)))
+    return _build_network(config, data, base.start)
 
 
-def _one_network(config: StaytimeConfig, data: StaytimeData, start: Tensor) -> StaytimeNetwork:
+def _build_network(config: StaytimeConfig, data: StaytimeData, start: Tensor) -> StaytimeNetwork:
     base, dim = config.base, config.input.dim
     fields_, n_dense = len(data.field_names), len(data.dense_names)
-    lcu = None if data.comments is None else _lcu(config.lcu, data.comments, fields_ + (n_dense > 0), dim)
+    lcu = None if data.comments is None else _build_lcu(config.lcu, data.comments, fields_ + (n_dense > 0), dim)
     shape = BackboneShape(base.backbone, base.widths, base.depth, base.heads, base.dropout)
     return StaytimeNetwork(data.rows, fields_, n_dense, dim, shape, start, lcu)
 
 
-def _lcu(
+def _build_lcu(
     lcu: LcuConfig, comments: StaytimeComments, tokens: int, dim: int
 ) -> CommentUnderstanding | ReleasedCommentUnderstanding:
     item_width, comment_width = (

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
-from trainer.comment_staytime.evaluation import evaluate, fitted, write_predictions
+from trainer.comment_staytime.evaluation import evaluate, fitted_values, write_predictions
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.comment_staytime.model import build_network, fit_base_on, predict
 from trainer.config.load import parse_time
@@ -53,7 +53,7 @@ def score_range(
     columns = load_staytime(config.data, config.input, config.lcu, config.run.seed)
     device = choose_device(config.train.device, 0)
     base = fit_base_on(config, columns)
-    _check_same(run, config.data.path, fitted(columns, base.facts))
+    _check_same(run, config.data.path, fitted_values(columns, base.facts))
     network = build_network(config, columns, base)
     _load(network, run)
     predictions = predict(config, columns, base.to(device), network.to(device), device, columns.held_out)

@@ -51,14 +51,10 @@ class KindTexts:
         ids, texts = ids[order], texts.take(pa.array(order))
         return KindTexts(ids, _hashes(texts), texts, int((~filled).sum()))
 
-    def of(self, rows: np.ndarray) -> list[str]:
+    def texts_at(self, rows: np.ndarray) -> list[str]:
         """Return the texts at positions ``rows``."""
         texts: list[str] = self.texts.take(pa.array(rows)).to_pylist()
         return texts
-
-    def only(self, rows: np.ndarray) -> KindTexts:
-        """Return the subset at positions ``rows``, in that order."""
-        return KindTexts(self.ids[rows], self.hashes[rows], self.texts.take(pa.array(rows)), self.empty)
 
 
 def _hashes(texts: pa.Array) -> np.ndarray:

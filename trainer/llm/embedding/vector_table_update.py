@@ -168,7 +168,9 @@ def write_missing_parts(update: TableUpdate, template: Template, encoder: Encode
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 before = encoder.counts.truncated
-                vectors = encoder.vectors([template.fill(update.kind, text=text) for text in update.texts.of(rows)])
+                vectors = encoder.vectors(
+                    [template.fill(update.kind, text=text) for text in update.texts.texts_at(rows)]
+                )
                 # A vector may be finite in float32 and overflow in the stored type.
                 good = finite_rows(vectors, update.dtype)
                 columns = {

@@ -67,7 +67,7 @@ class AdapterCheckpoints(CheckpointStore):
         Raises:
             UserError: this or the previous save could not be written, with the reason.
         """
-        self._save(lambda copy: self._take(engine, state, copy), wait)
+        self._save(lambda copy: self._snapshot(engine, state, copy), wait)
 
     def restore(self, engine: AdapterEngine, state: FinetuneState) -> bool:
         """Resume from the newest complete checkpoint. Returns False if there is no checkpoint.
@@ -112,7 +112,7 @@ class AdapterCheckpoints(CheckpointStore):
         logger.info(f"resuming from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
         return True
 
-    def _take(self, engine: AdapterEngine, state: FinetuneState, copy: bool) -> Save:
+    def _snapshot(self, engine: AdapterEngine, state: FinetuneState, copy: bool) -> Save:
         model = engine.state(copy=copy)
         job: dict[str, Any] = {
             "config": self._identity.config.model_dump(mode="json"),
