@@ -156,8 +156,8 @@ class SearchConfig(BaseModel):
     refresh_steps: int = Field(
         1000,
         ge=0,
-        description="Number of training steps between two copies of the tables for the search. A copy is used this "
-        "number of steps after it was taken or later, so that batches can be made ahead. 0: keep the first vectors.",
+        description="Training steps between two copies of the tables for the search. A copy comes into use one such "
+        "interval after it was taken, so that batches can be made ahead. 0: keep the first search vectors.",
     )
     dtype: Literal["float16", "int8"] = Field("float16", description="Data type of the copies.")
     embedding: str = Field(
