@@ -146,13 +146,13 @@ class PlainTraining:
                 ]
                 for name in HISTORIES
             ]
-            given = self.alignment
+            settings = self.alignment
             aligned = alignment_loss(
                 entries,
                 rows.user_id.tolist(),
-                given.temperature,
-                symmetric=given.symmetric,
-                detached=given.detached,
+                settings.temperature,
+                symmetric=settings.symmetric,
+                detached=settings.detached,
             ).sum()
             aligned = aligned / n
         self.adam.zero_grad()

@@ -39,15 +39,17 @@ STAGES = (0, 1, 2)
 STEP = [{"parts": parts, "clipping": clipping} for parts, clipping in product((1, 3), (0.0, 0.5))]
 
 FLOAT32 = [
-    *(replace(given, stage=stage, **step) for given, stage, step in product(SHARDED, STAGES, STEP)),
+    *(replace(combination, stage=stage, **step) for combination, stage, step in product(SHARDED, STAGES, STEP)),
     *(Combination("sgd", "column_wise", stage, **step) for stage, step in product(STAGES, STEP[::3])),
     *(Combination("adagrad", sharding, 1, **STEP[3]) for sharding in ("table_wise", "row_wise", "column_wise")),
     *(Combination("rowwise_adagrad", sharding, 1, **STEP[3]) for sharding in ("auto", "mixed")),
     # TorchRec's own path, which a CPU takes for column-wise tables only.
-    *(replace(given, torchrec_path=True) for given in SHARDED),
-    *(replace(given, deduplicate=False) for given in SHARDED),
+    *(replace(combination, torchrec_path=True) for combination in SHARDED),
+    *(replace(combination, deduplicate=False) for combination in SHARDED),
 ]
-NO_OVERLAP = [replace(given, overlap=False) for given in (*SHARDED, Combination("sgd", "column_wise", 0, **STEP[3]))]
+NO_OVERLAP = [
+    replace(combination, overlap=False) for combination in (*SHARDED, Combination("sgd", "column_wise", 0, **STEP[3]))
+]
 BFLOAT16 = [
     Combination("rowwise_adagrad", "row_wise", 1, **STEP[3], bf16=True),
     Combination("rowwise_adagrad", "row_wise", 1, **STEP[3], bf16=True, accumulate_in="fp32"),

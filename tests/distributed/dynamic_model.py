@@ -54,7 +54,7 @@ CASES = [
     Case("adagrad", "row_wise", "frequency"),
     Case("sgd", "mixed", "recency", admit_after=3),
 ]
-NO_OVERLAP = [replace(given, overlap=False) for given in CASES[::3]]
+NO_OVERLAP = [replace(case, overlap=False) for case in CASES[::3]]
 CHECKPOINTED = CASES[:2]
 
 
@@ -63,11 +63,11 @@ def resharded(saved: Case) -> Case:
     return replace(saved, sharding={"row_wise": "table_wise", "table_wise": "row_wise"}[saved.sharding])
 
 
-def dynamic_tables(given: Case) -> list[Table]:
-    dynamic = Dynamic(given.admit_after, given.evict)
+def dynamic_tables(case: Case) -> list[Table]:
+    dynamic = Dynamic(case.admit_after, case.evict)
     return [
         replace(table, rows=SIZES[table.name], dynamic=dynamic) if table.name in SIZES else table
-        for table in tables(given.sharding)
+        for table in tables(case.sharding)
     ]
 
 
@@ -101,12 +101,12 @@ def dynamic_batches(rank: int, world: int) -> Iterator[RankingBatch]:
 class DynamicTraining(PlainTraining):
     """Plain training on the rows of a reference id map; row and optimizer state of a new id are reset."""
 
-    def __init__(self, given: Case) -> None:
-        declared = dynamic_tables(replace(given, sharding="auto"))
-        super().__init__(given.optimizer, given.clipping, declared)
+    def __init__(self, case: Case) -> None:
+        declared = dynamic_tables(replace(case, sharding="auto"))
+        super().__init__(case.optimizer, case.clipping, declared)
         self.declared = {table.name: table for table in declared}
         self.maps = {
-            name: ReferenceIds(name, rows, given.admit_after, given.evict, BUCKET_ROWS) for name, rows in SIZES.items()
+            name: ReferenceIds(name, rows, case.admit_after, case.evict, BUCKET_ROWS) for name, rows in SIZES.items()
         }
         self.steps_done = self.renewed = 0
 

@@ -36,26 +36,26 @@ from trainer.runtime.distributed import World
 HALF = STEPS // 2
 
 
-def make_engine(given: Case, world: World) -> HybridEngine:
+def make_engine(case: Case, world: World) -> HybridEngine:
     plain = PlainTraining
     return HybridEngine(
-        dynamic_tables(given),
+        dynamic_tables(case),
         LOOKUPS,
         ranker(),
-        table_optimizer=TableOptimizer(given.optimizer, plain.LEARNING_RATE, plain.EPS),
+        table_optimizer=TableOptimizer(case.optimizer, plain.LEARNING_RATE, plain.EPS),
         dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
-        deepspeed={"gradient_clipping": given.clipping, "gradient_accumulation_steps": given.parts},
+        deepspeed={"gradient_clipping": case.clipping, "gradient_accumulation_steps": case.parts},
         behaviour_weights=WEIGHTS,
         batch_size=2 * ROWS,
         device=world.device,
         seed=SEED,
-        overlap=given.overlap,
+        overlap=case.overlap,
     )
 
 
 def columns(engine: HybridEngine, world: World) -> dict[str, Tensor]:
     """Return whole columns of the id maps by ``TABLE/COLUMN``; every row comes from exactly one rank."""
-    mine = [
+    own_shards = [
         (f"{name}/{column}", len(tensor), offset[0], shard.clone())
         for name, state in engine._state()["dynamic"].items()
         for column, tensor in state.items()
@@ -63,7 +63,7 @@ def columns(engine: HybridEngine, world: World) -> dict[str, Tensor]:
         for shard, offset in zip(tensor.to_local().local_shards(), tensor.to_local().local_offsets(), strict=True)
     ]
     found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, own_shards)
     assembled: dict[str, Tensor] = {}
     held: dict[str, int] = {}
     for key, rows, first, shard in (part for parts in found for part in parts):
@@ -83,8 +83,8 @@ def snapshot(engine: HybridEngine, world: World) -> dict[str, Any]:
     return {"tensors": everything(engine, world) | columns(engine, world), "counts": counts(engine)}
 
 
-def train(given: Case, world: World) -> dict[str, Any]:
-    engine = make_engine(given, world)
+def train(case: Case, world: World) -> dict[str, Any]:
+    engine = make_engine(case, world)
     losses = losses_of(engine.steps(dynamic_batches(world.rank, world.size)))
     outcome = {
         "losses": losses,
@@ -99,17 +99,17 @@ def train(given: Case, world: World) -> dict[str, Any]:
     return outcome
 
 
-def save_halfway(given: Case, world: World, path: Path) -> dict[str, Any]:
+def save_halfway(case: Case, world: World, path: Path) -> dict[str, Any]:
     """Return the final states of an uninterrupted run and of one that a new engine resumed halfway."""
     batches = [*dynamic_batches(world.rank, world.size)]
-    engine = make_engine(given, world)
+    engine = make_engine(case, world)
     # The next batch is on its way already when the first half ends.
     stopped = losses_of(islice(engine.steps(iter(batches)), HALF))
     engine.save(path)
     saved = snapshot(engine, world)
     engine.close()
 
-    engine = make_engine(given, world)
+    engine = make_engine(case, world)
     engine.load(path)
     loaded = snapshot(engine, world)
     losses = stopped + losses_of(engine.steps(iter(batches[HALF:])))
@@ -118,9 +118,9 @@ def save_halfway(given: Case, world: World, path: Path) -> dict[str, Any]:
     return outcome
 
 
-def load_elsewhere(given: Case, world: World, path: Path) -> dict[str, Any]:
+def load_elsewhere(case: Case, world: World, path: Path) -> dict[str, Any]:
     """Load a checkpoint of another number of ranks and another layout, and train on."""
-    engine = make_engine(resharded(given), world)
+    engine = make_engine(resharded(case), world)
     engine.load(path)
     loaded = snapshot(engine, world)
     losses = losses_of(engine.steps(islice(dynamic_batches(world.rank, world.size), HALF, None)))
@@ -134,14 +134,14 @@ def main(out: Path) -> None:
         outcome: dict[str, Any] = {}
         again = (out / f"{world.size}.pt").exists()
         world.barrier()
-        for given in () if again else (*CASES, *NO_OVERLAP):
-            outcome[str(given)] = train(given, world)
-        for number, given in enumerate(CHECKPOINTED):
+        for case in () if again else (*CASES, *NO_OVERLAP):
+            outcome[str(case)] = train(case, world)
+        for number, case in enumerate(CHECKPOINTED):
             if not again:
-                outcome[f"resumed {given}"] = save_halfway(given, world, out / f"{world.size}-{number}")
+                outcome[f"resumed {case}"] = save_halfway(case, world, out / f"{world.size}-{number}")
             other = out / f"{3 - world.size}-{number}"
             if other.exists():
-                outcome[f"elsewhere {given}"] = load_elsewhere(given, world, other)
+                outcome[f"elsewhere {case}"] = load_elsewhere(case, world, other)
         if world.rank == 0:
             torch.save(outcome, out / f"{world.size}{'-again' if again else ''}.pt")
 

@@ -60,14 +60,14 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
 
 def whole(sharded: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """Join the shards of all ranks to whole tensors; an element that no rank has is NaN."""
-    mine = [
+    own_shards = [
         (name, tuple(tensor.shape), offset, shard.clone())
         for name, tensor in sharded.items()
         if isinstance(tensor, DTensor)
         for shard, offset in zip(tensor.to_local().local_shards(), tensor.to_local().local_offsets(), strict=False)
     ]
     found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, own_shards)
     tensors: dict[str, Tensor] = {}
     for name, shape, offset, shard in (part for parts in found for part in parts):
         into = tensors.setdefault(name.split(".")[-2], torch.full(shape, torch.nan))
@@ -185,16 +185,18 @@ def learning_rates(world: World) -> dict[str, Any]:
 def main(out: Path) -> None:
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {
-            "trained": {str(given): train(given, world) for given in (*FLOAT32, *NO_OVERLAP, *BFLOAT16)},
+            "trained": {
+                str(combination): train(combination, world) for combination in (*FLOAT32, *NO_OVERLAP, *BFLOAT16)
+            },
             "predicted": predict(world),
             "learning_rates": learning_rates(world),
         }
-        for number, given in enumerate(CHECKPOINTED):
+        for number, combination in enumerate(CHECKPOINTED):
             checkpoint = out / f"checkpoint-{number}"
             if world.size == 2:
-                outcome.setdefault("saved", {})[str(given)] = save_halfway(given, world, checkpoint)
+                outcome.setdefault("saved", {})[str(combination)] = save_halfway(combination, world, checkpoint)
             else:
-                outcome.setdefault("loaded", {})[str(given)] = load_elsewhere(given, world, checkpoint)
+                outcome.setdefault("loaded", {})[str(combination)] = load_elsewhere(combination, world, checkpoint)
         own_rows = world.gather([result["own_rows"] for result in outcome["trained"].values()])
         if world.rank == 0:
             torch.save(outcome | {"own_rows": own_rows}, out / f"{world.size}.pt")

@@ -41,26 +41,26 @@ def outcomes(run_ranks: Any, out: Path) -> dict[str, dict[str, Any]]:
 
 
 @cache
-def plain(given: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
+def plain(case: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
     """Return losses, the training at its end, and its predictions for every step."""
-    training = DynamicTraining(given)
+    training = DynamicTraining(case)
     losses = [training.step(rows) for rows in dynamic_steps()]
     return losses, training, [training.predict(training.mapped(rows)).detach() for rows in dynamic_steps()]
 
 
-def reference(given: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
-    return plain(Case(given.optimizer, "auto", given.evict, given.admit_after, clipping=given.clipping))
+def reference(case: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
+    return plain(Case(case.optimizer, "auto", case.evict, case.admit_after, clipping=case.clipping))
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
-@pytest.mark.parametrize("given", [*CASES, *NO_OVERLAP], ids=str)
-def test_agrees_with_plain_training(given: Case, world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    outcome, (losses, training, logits) = outcomes[world][str(given)], reference(given)
+@pytest.mark.parametrize("case", [*CASES, *NO_OVERLAP], ids=str)
+def test_agrees_with_plain_training(case: Case, world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    outcome, (losses, training, logits) = outcomes[world][str(case)], reference(case)
     assert relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses)) <= TOLERANCE
     for name, expected in training.parameters().items():
         assert relative_error(outcome["parameters"][name], expected) <= TOLERANCE, name
     for name, moment in training.accumulated.items():
-        if given.optimizer != "sgd":
+        if case.optimizer != "sgd":
             got = outcome["tensors"][f"{name.split('.')[-2]}/accumulated"]
             assert relative_error(got.view_as(moment), moment) <= TOLERANCE, name
     for step, expected in enumerate(logits):
@@ -70,10 +70,10 @@ def test_agrees_with_plain_training(given: Case, world: str, outcomes: dict[str,
 
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_ids_and_counts_are_those_of_the_reference(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    for given in (*CASES, *NO_OVERLAP):
-        outcome, (_, training, _) = outcomes[world][str(given)], reference(given)
+    for case in (*CASES, *NO_OVERLAP):
+        outcome, (_, training, _) = outcomes[world][str(case)], reference(case)
         for name, ids in training.maps.items():
-            assert outcome["counts"][name] == ids.counts, f"{given}: {name}"
+            assert outcome["counts"][name] == ids.counts, f"{case}: {name}"
             rows = {row: slot for bucket in ids.buckets.values() for row, slot in bucket.served.items()}
             for column in ("id", "seen", "sightings"):
                 held = outcome["tensors"][f"{name}/{column}"]
@@ -83,20 +83,20 @@ def test_ids_and_counts_are_those_of_the_reference(world: str, outcomes: dict[st
 
 def test_the_reference_admits_evicts_and_leaves_unserved() -> None:
     """Without this the tests above would prove little."""
-    for given in CASES:
-        _, training, _ = reference(given)
+    for case in CASES:
+        _, training, _ = reference(case)
         total = {key: sum(ids.counts[key] for ids in training.maps.values()) for key in ("evicted", "unserved")}
         assert total["evicted"] > 20
-        assert total["unserved"] > 20 or given.admit_after == 1
+        assert total["unserved"] > 20 or case.admit_after == 1
         assert training.renewed > 5, "rows had been trained before they were given to another id"
 
 
 def test_one_rank_and_two_hold_the_same_ids(outcomes: dict[str, dict[str, Any]]) -> None:
-    for given in (*CASES, *NO_OVERLAP):
-        one, two = (outcomes[world][str(given)] for world in "12")
+    for case in (*CASES, *NO_OVERLAP):
+        one, two = (outcomes[world][str(case)] for world in "12")
         for name, column in one["tensors"].items():
             if name.split("/")[0] in SIZES and "/" in name and not name.endswith("/accumulated"):
-                assert torch.equal(column, two["tensors"][name]), f"{given}: {name}"
+                assert torch.equal(column, two["tensors"][name]), f"{case}: {name}"
 
 
 def test_tables_are_cut_between_buckets(outcomes: dict[str, dict[str, Any]]) -> None:
@@ -108,25 +108,25 @@ def test_tables_are_cut_between_buckets(outcomes: dict[str, dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_overlap_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    for overlapped, given in zip(CASES[::3], NO_OVERLAP, strict=True):
-        assert outcomes[world][str(overlapped)]["losses"] == outcomes[world][str(given)]["losses"]
-        assert_same(outcomes[world][str(overlapped)], outcomes[world][str(given)], str(given))
+    for overlapped, case in zip(CASES[::3], NO_OVERLAP, strict=True):
+        assert outcomes[world][str(overlapped)]["losses"] == outcomes[world][str(case)]["losses"]
+        assert_same(outcomes[world][str(overlapped)], outcomes[world][str(case)], str(case))
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_predicting_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    for given in (*CASES, *NO_OVERLAP):
-        outcome = outcomes[world][str(given)]
-        assert_same(outcome, outcome["after_prediction"], str(given))
+    for case in (*CASES, *NO_OVERLAP):
+        outcome = outcomes[world][str(case)]
+        assert_same(outcome, outcome["after_prediction"], str(case))
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_resuming_on_the_same_ranks_is_bitwise(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    for given in CHECKPOINTED:
-        resumed, through = outcomes[world][f"resumed {given}"], outcomes[world][str(given)]
+    for case in CHECKPOINTED:
+        resumed, through = outcomes[world][f"resumed {case}"], outcomes[world][str(case)]
         assert resumed["losses"] == through["losses"]
-        assert_same(through, resumed, str(given))
-        assert_same(resumed["saved"], resumed["loaded"], str(given))
+        assert_same(through, resumed, str(case))
+        assert_same(resumed["saved"], resumed["loaded"], str(case))
         assert resumed["saved"]["counts"] != resumed["counts"]
 
 
@@ -141,9 +141,9 @@ def test_two_ranks_take_ids_and_rows_of_one(outcomes: dict[str, dict[str, Any]],
 
 
 def assert_taken_over(there: dict[str, Any], here: dict[str, Any]) -> None:
-    for given in CHECKPOINTED:
-        saved, loaded = there[f"resumed {given}"], here[f"elsewhere {given}"]
-        assert_same(saved["saved"], loaded["loaded"], str(given))
+    for case in CHECKPOINTED:
+        saved, loaded = there[f"resumed {case}"], here[f"elsewhere {case}"]
+        assert_same(saved["saved"], loaded["loaded"], str(case))
         expected = torch.tensor(saved["losses"][STEPS // 2 :])
         assert relative_error(torch.tensor(loaded["losses"]), expected) <= TOLERANCE
         assert loaded["counts"] == saved["counts"]

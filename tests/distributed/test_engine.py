@@ -44,8 +44,8 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).abs().max() / expected.abs().max())
 
 
-def errors(outcome: dict[str, Any], given: Combination) -> dict[str, float]:
-    losses, parameters, _ = plain(given.optimizer, given.clipping)
+def errors(outcome: dict[str, Any], combination: Combination) -> dict[str, float]:
+    losses, parameters, _ = plain(combination.optimizer, combination.clipping)
     assert outcome["parameters"].keys() == parameters.keys()
     found = {name: relative_error(outcome["parameters"][name], parameters[name]) for name in parameters}
     return found | {"losses": relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses))}
@@ -54,19 +54,19 @@ def errors(outcome: dict[str, Any], given: Combination) -> dict[str, float]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_float32_agrees_with_plain_training(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
     wrong = {}
-    for given in (*FLOAT32, *NO_OVERLAP):
-        outcome = outcomes[world]["trained"][str(given)]
+    for combination in (*FLOAT32, *NO_OVERLAP):
+        outcome = outcomes[world]["trained"][str(combination)]
         assert outcome["rows"] == [len(rows) for rows in steps()]
-        for name, error in errors(outcome, given).items():
+        for name, error in errors(outcome, combination).items():
             if not error <= TOLERANCE:
-                wrong[f"{given}: {name}"] = error
+                wrong[f"{combination}: {name}"] = error
     assert not wrong
 
 
 def test_some_steps_were_clipped_and_some_were_not() -> None:
-    for given in FLOAT32:
-        if given.clipping:
-            assert 0 < plain(given.optimizer, given.clipping)[2] < STEPS
+    for combination in FLOAT32:
+        if combination.clipping:
+            assert 0 < plain(combination.optimizer, combination.clipping)[2] < STEPS
 
 
 def test_ranks_had_unequal_shares(outcomes: dict[int, dict[str, Any]]) -> None:
@@ -78,12 +78,12 @@ def test_ranks_had_unequal_shares(outcomes: dict[int, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_overlap_changes_no_number(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
-    for given in NO_OVERLAP:
+    for combination in NO_OVERLAP:
         trained = outcomes[world]["trained"]
-        without, overlapped = trained[str(given)], trained[str(replace(given, overlap=True))]
+        without, overlapped = trained[str(combination)], trained[str(replace(combination, overlap=True))]
         assert without["losses"] == overlapped["losses"]
         for name, parameter in without["parameters"].items():
-            assert torch.equal(parameter, overlapped["parameters"][name]), f"{given}: {name}"
+            assert torch.equal(parameter, overlapped["parameters"][name]), f"{combination}: {name}"
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -92,26 +92,26 @@ def test_every_table_has_a_fused_kernel_and_learns(world: int, outcomes: dict[in
     for rows in steps():
         for lookup, table in (("user", "user"), ("item", "item"), ("seen", "item"), ("side", "side"), ("room", "room")):
             read[table].update(torch.cat(rows.ids[lookup]).tolist())
-    for given in FLOAT32:
-        outcome = outcomes[world]["trained"][str(given)]
-        for table in tables(given.sharding):
+    for combination in FLOAT32:
+        outcome = outcomes[world]["trained"][str(combination)]
+        for table in tables(combination.sharding):
             before, after = initial_rows(table, SEED, 0, table.rows), outcome["parameters"][table.name]
             changed = (before != after).any(1).nonzero().flatten().tolist()
-            assert set(changed) == read[table.name], f"{given}: {table.name}"
+            assert set(changed) == read[table.name], f"{combination}: {table.name}"
         for planned in outcome["plan"]:
             assert planned["kernel"] == "fused"
             assert sum(rows * columns for rows, columns in planned["shards"]) == planned["rows"] * planned["dim"]
-            if given.sharding.endswith("_wise"):
-                assert planned["sharding"] == given.sharding
-                assert len(planned["ranks"]) == (1 if given.sharding == "table_wise" else world)
+            if combination.sharding.endswith("_wise"):
+                assert planned["sharding"] == combination.sharding
+                assert len(planned["ranks"]) == (1 if combination.sharding == "table_wise" else world)
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_bfloat16_stays_near_float32(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
-    for given in BFLOAT16:
-        found = errors(outcomes[world]["trained"][str(given)], given)
-        assert found["losses"] < 5e-3, f"{given}: {found}"
-        assert max(found.values()) < 0.1, f"{given}: {found}"
+    for combination in BFLOAT16:
+        found = errors(outcomes[world]["trained"][str(combination)], combination)
+        assert found["losses"] < 5e-3, f"{combination}: {found}"
+        assert max(found.values()) < 0.1, f"{combination}: {found}"
         assert max(found.values()) > TOLERANCE, "this cannot have been bfloat16"
 
 
@@ -125,22 +125,22 @@ def test_seconds_of_a_step(world: int, outcomes: dict[int, dict[str, Any]]) -> N
 
 
 def test_resuming_on_the_same_ranks_is_bitwise(outcomes: dict[int, dict[str, Any]]) -> None:
-    for given in CHECKPOINTED:
-        outcome = outcomes[2]["saved"][str(given)]
+    for combination in CHECKPOINTED:
+        outcome = outcomes[2]["saved"][str(combination)]
         assert outcome["steps_done"] == STEPS // 2
-        assert outcome["resumed"] == outcome["through"], str(given)
+        assert outcome["resumed"] == outcome["through"], str(combination)
         for before, after in (("saved", "loaded"), ("end", "end_resumed")):
-            assert_equal(outcome[before], outcome[after], f"{given}: {after}")
+            assert_equal(outcome[before], outcome[after], f"{combination}: {after}")
         assert not torch.equal(outcome["saved"]["item"], outcome["end"]["item"])
 
 
 def test_loading_on_other_ranks_layouts_and_stages(outcomes: dict[int, dict[str, Any]]) -> None:
-    for given in CHECKPOINTED:
-        saved, loaded = outcomes[2]["saved"][str(given)], outcomes[1]["loaded"][str(given)]
-        assert_equal(saved["saved"], loaded["loaded"], str(given))
-        if not given.bf16:
+    for combination in CHECKPOINTED:
+        saved, loaded = outcomes[2]["saved"][str(combination)], outcomes[1]["loaded"][str(combination)]
+        assert_equal(saved["saved"], loaded["loaded"], str(combination))
+        if not combination.bf16:
             expected = torch.tensor(saved["through"][STEPS // 2 :])
-            assert relative_error(torch.tensor(loaded["losses"]), expected) <= TOLERANCE, str(given)
+            assert relative_error(torch.tensor(loaded["losses"]), expected) <= TOLERANCE, str(combination)
 
 
 def assert_equal(expected: dict[str, Tensor], got: dict[str, Tensor], what: str) -> None:
@@ -152,8 +152,8 @@ def assert_equal(expected: dict[str, Tensor], got: dict[str, Tensor], what: str)
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_predictions_are_those_of_the_plain_model(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
-    outcome, given = outcomes[world]["predicted"], SHARDED[-1]
-    training = PlainTraining(given.optimizer, given.clipping)
+    outcome, combination = outcomes[world]["predicted"], SHARDED[-1]
+    training = PlainTraining(combination.optimizer, combination.clipping)
     losses = [training.step(rows) for rows in steps()[: STEPS // 2]]
     expected = [training.predict(rows).detach() for rows in steps()]
     losses += [training.step(rows) for rows in steps()[STEPS // 2 :]]

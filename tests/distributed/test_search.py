@@ -28,7 +28,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return _outcomes
 
 
-def test_stopping_and_going_on_is_bitwise_as_if_nothing_had_happened(outcomes: dict[str, Any]) -> None:
+def test_stopping_and_resuming_is_bitwise_equal(outcomes: dict[str, Any]) -> None:
     """The stop is between two refreshes, and the checkpoints before it are at other steps than the refreshes."""
     through, stopped, resumed = outcomes["through"], outcomes["stopped"], outcomes["resumed"]
     assert stopped["report"] is None and 8 < stopped["step"] < through["step"]

@@ -17,7 +17,7 @@ def test_against_a_loop(seed: int) -> None:
     lengths[0] = 7
     states = torch.randn(9, 7, 5, generator=generator)
     query = torch.randn(5, generator=generator)
-    # what stands behind the end has no part in anything
+    # The states after the end must not contribute.
     states[torch.arange(7) >= lengths[:, None]] = math.nan
     last, mean, weighted = (pool(states, lengths, how, query) for how in ("last", "mean", "query"))
     for row, length in enumerate(lengths.tolist()):
