@@ -128,6 +128,7 @@ class SourceReader:
         self._report()
 
     def _report(self) -> None:
+        """Report the bytes of the finished files; a partly read file does not count."""
         if self._progress is not None:
             done = sum(self._sizes[file] for file in self._read)
             self._progress("reading files", done, sum(self._sizes.values()))

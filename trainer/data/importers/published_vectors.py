@@ -65,7 +65,7 @@ def find_title_file(folder: Path) -> Path:
     for name in ("title_embeddings.npy", "title_embeddings.npz"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder}/title_embeddings.npy: is missing; it is one of the files that KuaiLive consists of")
+    raise UserError(f"{folder}/title_embeddings.npy: is missing; it is one of the files of KuaiLive")
 
 
 def write_title_vectors(folder: Path, file: Path, item_id: np.ndarray, title: np.ndarray) -> int:

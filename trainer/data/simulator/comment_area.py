@@ -80,11 +80,11 @@ def make_comment_readers(world: SimulatedWorld) -> CommentReaders:
     """Draw the readers' traits of all users. Chattiness is correlated with the inclination to comment."""
     rng, users = world.config.generator("readers"), world.users
     n = world.config.users
-    comments_much = users.inclination(np.full(n, VIDEO), np.arange(n))[:, BEHAVIOURS.index("comment")]
-    comments_much = comments_much / TRAIT_SCALE[BEHAVIOURS.index("comment")]
+    comment_inclination = users.inclination(np.full(n, VIDEO), np.arange(n))[:, BEHAVIOURS.index("comment")]
+    comment_inclination = comment_inclination / TRAIT_SCALE[BEHAVIOURS.index("comment")]
     return CommentReaders(
         taste=rng.standard_normal((n, len(KINDS)), np.float32),
-        chattiness=0.6 * comments_much + 0.8 * rng.standard_normal(n, np.float32),
+        chattiness=0.6 * comment_inclination + 0.8 * rng.standard_normal(n, np.float32),
     )
 
 
@@ -131,14 +131,14 @@ def comment_areas(
         + 0.2 * quality
         + 0.1 * length
     )
-    touch_odds = INTERACT_CONSTANT + INTERACT_APPEAL * appeal + INTERACT_PLACE * np.arange(SHOWN)
+    interact_odds = INTERACT_CONSTANT + INTERACT_APPEAL * appeal + INTERACT_PLACE * np.arange(SHOWN)
     return CommentAreas(
         shown=shown,
         filled=filled,
         likes=likes,
         open=_logistic(open_odds),
         seconds=np.exp(log_median + SECONDS_SPREAD**2 / 2),
-        interact=np.where(filled, _logistic(touch_odds), 0.0),
+        interact=np.where(filled, _logistic(interact_odds), 0.0),
     )
 
 
@@ -152,8 +152,8 @@ def comment_visits(
     """
     video_rows = np.flatnonzero(visits["domain"] == VIDEO)
     parts = [
-        _visit_part(world, comments, readers, {name: visits[name][at] for name in _KEYS}, rng)
-        for at in np.array_split(video_rows, max(1, -(-len(video_rows) // VISITS_AT_ONCE)))
+        _visit_part(world, comments, readers, {name: visits[name][rows] for name in _KEYS}, rng)
+        for rows in np.array_split(video_rows, max(1, -(-len(video_rows) // VISITS_AT_ONCE)))
     ]
     tables, truths = zip(*parts, strict=True)
     return pa.concat_tables(tables), pa.concat_tables(truths)
@@ -169,10 +169,10 @@ def _visit_part(
     areas = comment_areas(world, comments, readers, visits["user_id"], visits["item_id"], visits["request_ms"], rng)
     n = len(areas.open)
     opened = rng.random(n) < areas.open
-    touched = (rng.random(areas.shown.shape) < areas.interact) & opened[:, None]
+    interacted = (rng.random(areas.shown.shape) < areas.interact) & opened[:, None]
     # log-normal noise of mean 1, so that the mean without interactions is exactly ``areas.seconds``
     noise = np.exp(SECONDS_SPREAD * rng.standard_normal(n) - SECONDS_SPREAD**2 / 2)
-    seconds = areas.seconds * noise + SECONDS_PER_INTERACTION * touched.sum(axis=1)
+    seconds = areas.seconds * noise + SECONDS_PER_INTERACTION * interacted.sum(axis=1)
     keys = {name: visits[name] for name in _KEYS}
     # a staytime of 0 means that the area was not opened, so an opened one gets at least 1 ms
     staytime_ms = np.where(opened, np.maximum(1, np.rint(SECOND_MS * seconds)), 0).astype(np.int64)
@@ -183,7 +183,7 @@ def _visit_part(
             "staytime_ms": staytime_ms,
             "shown": list_column(areas.shown[areas.filled], offsets),
             "shown_likes": list_column(areas.likes[areas.filled], offsets),
-            "interacted": list_column(areas.shown[touched], _offsets(touched)),
+            "interacted": list_column(areas.shown[interacted], _offsets(interacted)),
         }
     )
     interact = pa.ListArray.from_arrays(

@@ -217,12 +217,12 @@ def choose_items(
     score *= TASTE_SCALE
     score += np.float32(MOOD_WEIGHT) * (items.genre.take(candidate) == mood)
     score[popular:] += FAMILIAR_WEIGHT + np.float32(FOLLOWING_TAB_WEIGHT) * (scene == FOLLOWING_TAB)
-    # The smallest of exponential variables with rates exp(score) is distributed as the softmax of the scores.
-    ring = rng.standard_exponential(score.shape, np.float32)
-    ring *= np.exp(-score)
+    # Of exponential variables with rates exp(score), each is the smallest with the probability of its softmax.
+    waiting = rng.standard_exponential(score.shape, np.float32)
+    waiting *= np.exp(-score)
     # A missing candidate is never the smallest, except where all are missing; then the result is -1.
-    ring[candidate < 0] = np.inf
-    return candidate[ring.argmin(axis=0), np.arange(len(user))]
+    waiting[candidate < 0] = np.inf
+    return candidate[waiting.argmin(axis=0), np.arange(len(user))]
 
 
 def _cumulative(weight: np.ndarray) -> np.ndarray:
