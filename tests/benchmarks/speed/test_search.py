@@ -123,6 +123,46 @@ def test_runs_of_others_have_no_clusters():
     assert rows(top_of_shortlist(first, stop, 25, part, none)) == rows(exact)
 
 
+def test_a_run_of_as_many_entries_as_a_cluster_holds_is_one_cluster():
+    first, stop, part = make(6)
+    clusters = Clusters.of(first, stop, part.column, part.vectors, N // RUNS)
+    assert clusters.cluster.tolist() == list(range(RUNS + 1))
+    smaller = Clusters.of(first, stop, part.column, part.vectors, N // RUNS - 1)
+    assert (np.diff(smaller.cluster) == 2).all()
+
+
+def test_clusters_of_one_entry_list_as_many_as_are_wanted():
+    """A run that is clustered up to its end uses its clusters, and no cluster follows when enough are listed."""
+    first, stop, part = make(7)
+    clusters = Clusters.of(first, stop, part.column, part.vectors, 1, oversample=2)
+    listed = clusters.shortlist(first, stop, 30, part)
+    assert listed.lengths.tolist() == [60] * RUNS
+    later = clusters.shortlist(first, stop + np.array([0, 0, 0, -1]), 30, part)
+    assert later.lengths.tolist() == [60, 60, 60, N // RUNS - 1], "one that ends before its clusters is listed whole"
+
+
+def test_a_list_begins_with_the_first_entry_of_a_run_that_moved_on():
+    first, stop, part = make(8)
+    clusters = Clusters.of(first, stop, part.column, part.vectors, 20, oversample=N)
+    moved = first + 7
+    assert rows(clusters.shortlist(moved, stop, 25, part)) == [
+        list(range(low, high)) for low, high in zip(moved.tolist(), stop.tolist(), strict=True)
+    ]
+
+
+def test_the_oldest_and_the_newest_entry_can_be_the_nearest():
+    vectors = SearchVectors(np.concatenate([np.zeros((1, 16)), np.ones((1, 16)), -np.ones((1, 16))]).astype(np.float16))
+    codes = HashCodes.of(vectors, 64, seed=0, oversample=1)
+    first, stop = np.array([0, 40]), np.array([40, 60])
+    column = np.full(60, 2)
+    column[[0, 39, 40, 59]] = 1
+    part = SearchPart(column, np.array([1, 1]), vectors)
+    assert rows(codes.shortlist(first, stop, 2, part)) == [[0, 39], [40, 59]]
+    # Of equal codes the later ones; a run that is not longer than the list is listed whole.
+    assert rows(codes.shortlist(first, stop, 3, part)) == [[0, 38, 39], [40, 58, 59]]
+    assert rows(codes.shortlist(first, stop, 20, part))[1] == list(range(40, 60))
+
+
 @pytest.mark.parametrize("bits", [0, 100])
 def test_codes_of_other_lengths_are_refused(bits):
     with pytest.raises(ValueError, match="multiple of 64"):
