@@ -1,8 +1,8 @@
-"""Evaluate a trained run on a range of time it has not seen.
+"""Evaluate a trained run on a time range that it was not trained on.
 
     limelight evaluate RUN --data PATH --from 2022-05-04 --until 2022-05-06
 
-The job behind ``limelight evaluate``; ``trainer/rank.py`` ends with the same functions.
+``trainer/rank.py`` evaluates a model with the same functions at the end of training.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from trainer.serving.trained_run import open_run, with_range
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight evaluate`` and ``python -m trainer.evaluate``."""
-    given = parse_rank_arguments("trainer.evaluate", "Evaluate a finished run.", EVALUATE_ARGUMENTS, arguments)
+    options = parse_rank_arguments("trainer.evaluate", "Evaluate a finished run.", EVALUATE_ARGUMENTS, arguments)
 
     def job() -> None:
         with World.join("auto") as world:
-            run = open_run(given.directory, world, given.data)
-            config = with_range(run.config, given.data, given.time_from, given.time_until)
+            run = open_run(options.directory, world, options.data)
+            config = with_range(run.config, options.data, options.time_from, options.time_until)
             split = split_in_time(config, run.data.spec)
             frozen = freeze_at_end_of_training(config, run.data, split)
             loader = held_out_loader(config, run.data, split, run.features, world, frozen, run.space)
@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(
                     f"{config.data.path}: no rows in the range {config.data.eval_from} to {config.data.eval_until}"
                 )
-            held_out = predict(run.engine, loader, quiet=given.json or world.rank > 0)
+            held_out = predict(run.engine, loader, quiet=options.json or world.rank > 0)
             behaviours = run.features.behaviours
             report = evaluate(held_out, behaviours, read_truth(config.data.path, held_out, behaviours))
-            if given.predictions:
-                write_predictions(Path(given.predictions), held_out, behaviours, world)
+            if options.predictions:
+                write_predictions(Path(options.predictions), held_out, behaviours, world)
             if world.rank == 0:
                 document = {"behaviours": report, "model": config.model.kind}
-                print(json.dumps(document, indent=1) if given.json else metrics_table({config.model.kind: report}))
+                print(json.dumps(document, indent=1) if options.json else metrics_table({config.model.kind: report}))
 
     return run_rank(job)
 

@@ -1,9 +1,9 @@
-"""Train a multi-task ranker and evaluate it on later days. One process of it runs on every rank.
+"""Train a multi-task ranker and evaluate it on later days. One process of this module runs per rank.
 
-limelight train configs/simulated.toml --ranks 2
-torchrun --nproc-per-node 2 -m trainer.rank configs/simulated.toml train.epochs=2
+    limelight train configs/simulated.toml --ranks 2
+    torchrun --nproc-per-node 2 -m trainer.rank configs/simulated.toml train.epochs=2
 
-The same command, options again, resumes an unfinished run.
+The same command with the same overrides resumes an unfinished run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from trainer.ranking.warm_start import check_source
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.run_lock import locked
-from trainer.serving.publish import publisher
+from trainer.serving.publish import make_publisher
 
 logger = logging.getLogger("trainer.rank")
 
@@ -54,14 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def job() -> None:
         config = load_config(options.config, options.overrides)
         with World.join(config.train.device) as world:
-            # Only now: while a rank waits for the others to join, Python runs no signal handlers.
+            # Handlers are installed after the join: while a rank waits in it, Python runs no signal handlers.
             run_job(config, world, Preemption())
 
     return run_rank(lambda: until_preempted(job))
 
 
 def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str, Report]:
-    """Train the model of a job and its baselines, evaluate them, and write the run. Returns metrics by model."""
+    """Train the model of a job and its baselines, evaluate them, and write the run.
+
+    Returns:
+        Kind of model -> its metrics on the held-out range.
+    """
     directory = Path(world.agree(str(choose_directory(config))))
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
@@ -96,8 +100,12 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
 
 
 def train_and_evaluate(job: RankerJob, kind: RankerKind, model_dir: Path) -> dict[str, Any]:
-    """Train one model from its newest checkpoint or from the start, and evaluate it. Returns ``metrics.json``."""
-    model = prepare_model(job, kind, model_dir, publisher(job.config, model_dir))
+    """Train one model, from its newest checkpoint if there is one, and evaluate it.
+
+    Returns:
+        The content of its ``metrics.json``.
+    """
+    model = prepare_model(job, kind, model_dir, make_publisher(job.config, model_dir))
     train_model(job, model)
     report, calibration = evaluate_model(job, model)
     return write_results(job, model, report, calibration)

@@ -1,10 +1,10 @@
 """Score candidates with a trained run, or an exported model: probabilities per behaviour and the ranking score.
 
-The candidates file has ``user_id``, ``item_id``, ``author_id`` and ``request_ms``, and, where the model uses them, a
-column for each feature of the request itself; one that is left out is unknown. Features of users, authors and items,
-histories and statistics come from the run's dataset, as of each request.
+The candidates file has the columns ``user_id``, ``item_id``, ``author_id`` and ``request_ms``, and one for each feature
+of the request that the model uses; a missing feature counts as unknown. Features of users, authors and items, histories
+and statistics come from the run's dataset, as of each request.
 
-An exported model is scored without TorchRec and DeepSpeed: what a run needs is imported when it is a run.
+An exported model is scored without TorchRec and DeepSpeed: they are imported only to open a run.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from trainer.serving.scoring import score_file
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``limelight score`` and ``python -m trainer.score``."""
-    given = parse_rank_arguments("trainer.score", "Score candidates with a run.", SCORE_ARGUMENTS, arguments)
+    options = parse_rank_arguments("trainer.score", "Score candidates with a run.", SCORE_ARGUMENTS, arguments)
 
     def job() -> None:
-        if is_export(given.directory):
-            score_file(open_export(given.directory), Path(given.candidates), Path(given.out))
+        if is_export(options.directory):
+            score_file(open_export(options.directory), Path(options.candidates), Path(options.out))
             return
         from trainer.serving.trained_run import open_run
 
         with World.join("auto") as world:
-            score_file(open_run(given.directory, world), Path(given.candidates), Path(given.out))
+            score_file(open_run(options.directory, world), Path(options.candidates), Path(options.out))
 
     return run_rank(job)
 

@@ -159,7 +159,7 @@ def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
     file.write_bytes(content)
     (tmp_path / "file").write_text("")
     for source, place, told in (
-        (out / "float32", out / "float32-ple", "is there already; choose another directory or remove it"),
+        (out / "float32", out / "float32-ple", "exists already; choose another directory or remove it"),
         (run, target, "damaged (model/__1_0.distcp has another content than was written)"),
         (tmp_path, target, "no checkpoint and no run with checkpoints here"),
         (out / "float32", tmp_path / "file" / "model", "cannot be written (Not a directory)"),
@@ -180,7 +180,7 @@ def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
         (
             "config.json",
             lambda content: content.replace(b'"ple"', b'"cgc"'),
-            "not the model that config.json describes",
+            "the tensors do not fit the model of config.json",
         ),
         ("features/features.json", None, "features.json is missing"),
         ("export.json", lambda content: content.replace(b'version": 1', b'version": 2'), "by a newer version"),

@@ -1,4 +1,4 @@
-"""An explanation as text and as a picture, and who the author of a candidate is."""
+"""Explanations as text, JSON and plot, and the search for the author of a candidate."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ import pytest
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text
 from trainer.data.format.history import HistorySlice
-from trainer.serving.explanation import Explanation, HistoryAttention, author_of, document_of, text_of
+from trainer.serving.explanation import (
+    Explanation,
+    HistoryAttention,
+    explanation_document,
+    find_author,
+    format_explanation,
+)
 from trainer.serving.explanation_plot import write_picture
 
 AT = 1_709_956_800_000
 HOUR = 3_600_000
 
 
-def found(items: list[int], attention: list[list[float]], domain: int = 0) -> HistoryAttention:
-    """Entries of hours ago, the first the oldest; item i is of author i // 10 and had the behaviours of i's bits."""
+def history(items: list[int], attention: list[list[float]], domain: int = 0) -> HistoryAttention:
+    """Return a history with an entry every hour, the oldest first.
+
+    The author of item i is i // 10, and its behaviours are the lowest two bits of i.
+    """
     n = len(items)
     entries = HistorySlice(
         lengths=np.array([n]),
@@ -40,16 +49,16 @@ def found(items: list[int], attention: list[list[float]], domain: int = 0) -> Hi
 
 def explanation() -> Explanation:
     histories = {
-        "short": found([31, 42, 53, 64], [[0.1, 0.3], [0.2, 0.6], [0.6, 0.0], [0.1, 0.1]]),
-        "author": found([], []),
-        "live": found([77], [[1.0, 1.0]], domain=1),
+        "short": history([31, 42, 53, 64], [[0.1, 0.3], [0.2, 0.6], [0.6, 0.0], [0.1, 0.1]]),
+        "author": history([], []),
+        "live": history([77], [[1.0, 1.0]], domain=1),
     }
     return Explanation(5, 49, 4, AT, {"click": 0.25, "gift": 0.0125}, histories)
 
 
-def test_text_tells_the_entries_with_the_most_attention() -> None:
-    told = text_of(explanation(), ("click", "gift"), "Asia/Shanghai", shown=2)
-    assert told.splitlines() == [
+def test_text_lists_the_entries_with_the_most_attention() -> None:
+    text = format_explanation(explanation(), ("click", "gift"), "Asia/Shanghai", shown=2)
+    assert text.splitlines() == [
         "user 5, candidate 49 of author 4, as of 2024-03-09T12:00:00+08:00",
         "click 0.2500, gift 0.0125",
         "",
@@ -69,7 +78,7 @@ def test_text_tells_the_entries_with_the_most_attention() -> None:
 
 
 def test_a_document_has_the_same_entries_in_the_same_order() -> None:
-    document = document_of(explanation(), ("click", "gift"), shown=2)
+    document = explanation_document(explanation(), ("click", "gift"), shown=2)
     assert document["probabilities"] == {"click": 0.25, "gift": 0.0125} and document["at_ms"] == AT
     assert [history["found"] for history in document["histories"].values()] == [4, 0, 1]
     first, second = document["histories"]["short"]["entries"]
@@ -86,11 +95,11 @@ def test_a_document_has_the_same_entries_in_the_same_order() -> None:
     assert json.loads(json.dumps(document)) == document
 
 
-def test_text_tells_what_an_entry_and_the_candidate_have_in_common() -> None:
-    plain = found([42, 53, 64], [[0.5], [0.3], [0.2]])
-    alike = {"topic": np.array([True, True, False]), "style": np.array([False, True, False])}
-    own = Explanation(1, 2, 9, AT, {}, {"short": HistoryAttention(plain.entries, plain.shares, alike)})
-    assert text_of(own, ("click", "gift"), "UTC").splitlines()[-4:] == [
+def test_text_names_the_features_that_an_entry_shares_with_the_candidate() -> None:
+    plain = history([42, 53, 64], [[0.5], [0.3], [0.2]])
+    same_value = {"topic": np.array([True, True, False]), "style": np.array([False, True, False])}
+    one = Explanation(1, 2, 9, AT, {}, {"short": HistoryAttention(plain.entries, plain.weights, same_value)})
+    assert format_explanation(one, ("click", "gift"), "UTC").splitlines()[-4:] == [
         "attention  domain  item  author  ago    did    as the candidate",
         "50.0%      video   42    4       3.0 h  gift   topic",
         "30.0%      video   53    5       2.0 h  click  topic style",
@@ -98,9 +107,9 @@ def test_text_tells_what_an_entry_and_the_candidate_have_in_common() -> None:
     ]
 
 
-def test_of_equal_attention_the_latest_is_told_first() -> None:
-    own = Explanation(1, 2, 9, AT, {}, {"short": found([11, 22, 33], [[0.25], [0.5], [0.25]])})
-    lines = text_of(own, ("click", "gift"), "UTC").splitlines()
+def test_among_entries_of_equal_attention_the_latest_comes_first() -> None:
+    one = Explanation(1, 2, 9, AT, {}, {"short": history([11, 22, 33], [[0.25], [0.5], [0.25]])})
+    lines = format_explanation(one, ("click", "gift"), "UTC").splitlines()
     assert [line.split()[2] for line in lines[-3:]] == ["22", "33", "11"]
 
 
@@ -115,13 +124,13 @@ def test_ages_in_the_largest_unit(age_ms: int, expected: str) -> None:
 def test_a_picture_is_a_png_also_of_empty_histories(tmp_path: Path) -> None:
     write_picture(tmp_path / "full.png", explanation())
     write_picture(tmp_path / "none.png", Explanation(1, 2, 3, AT, {}, {}))
-    plain = found([42, 53], [[0.5], [0.5]])
-    alike = {"topic": np.array([True, False]), "style": np.array([False, False])}
+    plain = history([42, 53], [[0.5], [0.5]])
+    same_value = {"topic": np.array([True, False]), "style": np.array([False, False])}
     write_picture(
-        tmp_path / "alike.png",
-        Explanation(1, 2, 3, AT, {}, {"a": HistoryAttention(plain.entries, plain.shares, alike)}),
+        tmp_path / "same-value.png",
+        Explanation(1, 2, 3, AT, {}, {"a": HistoryAttention(plain.entries, plain.weights, same_value)}),
     )
-    for name in ("full", "none", "alike"):
+    for name in ("full", "none", "same-value"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"none/a.png: cannot be written \(No such file"):
         write_picture(tmp_path / "none" / "a.png", explanation())
@@ -132,13 +141,13 @@ def test_the_author_of_a_candidate(tmp_path: Path) -> None:
     data: Any = SimpleNamespace(
         spec=SimpleNamespace(candidates=("live",)), histories=SimpleNamespace(column=columns.__getitem__)
     )
-    assert author_of(data, str(tmp_path), 60) == 6
+    assert find_author(data, str(tmp_path), 60) == 6
     with pytest.raises(UserError, match="--candidate 70: the dataset has no such item"):
-        author_of(data, str(tmp_path), 70)
+        find_author(data, str(tmp_path), 70)
     items = {"item_id": [60, 70, 80], "author_id": [7, 8, 9], "domain": pa.array([1, 1, 0], pa.int8())}
     pq.write_table(pa.table(items), tmp_path / "items.parquet")
-    assert [author_of(data, str(tmp_path), item) for item in (50, 60, 70)] == [5, 7, 8]
-    with pytest.raises(UserError, match="--candidate 80: a video item; the dataset's candidates are live"):
-        author_of(data, str(tmp_path), 80)
+    assert [find_author(data, str(tmp_path), item) for item in (50, 60, 70)] == [5, 7, 8]
+    with pytest.raises(UserError, match="--candidate 80: this is a video item; the dataset's candidates are live"):
+        find_author(data, str(tmp_path), 80)
     pq.write_table(pa.table({"item_id": [50], "duration": [3]}), tmp_path / "items.parquet")
-    assert author_of(data, str(tmp_path), 50) == 5
+    assert find_author(data, str(tmp_path), 50) == 5

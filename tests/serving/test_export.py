@@ -1,4 +1,4 @@
-"""Exports are streamed: no table is in memory as a whole."""
+"""Memory of exports and comparisons: no table is in memory as a whole."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ MB = 1 << 20
 
 
 def memory(key: str) -> int:
-    """Of this process in bytes: ``VmRSS`` now, ``VmHWM`` at most since :func:`reset_peak`."""
+    """Return this process's memory in bytes: ``VmRSS`` now, ``VmHWM`` the peak since :func:`reset_peak`."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def reset_peak() -> int:
-    """Let the peak begin again; memory in use."""
+    """Reset the peak, and return the memory in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A table of 192 MB, cut into pieces of less than 5 MB, by rows and by columns."""
-    home = tmp_path / "run"
+    """Run with a table of 192 MB, cut into pieces of less than 5 MB, by rows and by columns."""
+    directory = tmp_path / "run"
     weight = torch.arange(3 * (1 << 20) * 16, dtype=torch.float32).view(-1, 16)
     cuts = {"tables.collections.0.embeddings.user.weight": [list(range(0, len(weight), 100_000)), [0, 12]]}
-    write_checkpoint(home, {"user": weight}, {}, {"w": torch.ones(2)}, cuts=cuts)
-    (home / "features").mkdir()
-    (home / "deepspeed.json").write_text("{}")
-    return home
+    write_checkpoint(directory, {"user": weight}, {}, {"w": torch.ones(2)}, cuts=cuts)
+    (directory / "features").mkdir()
+    (directory / "deepspeed.json").write_text("{}")
+    return directory
 
 
 def test_exporting_takes_the_memory_of_a_piece(run: Path, tmp_path: Path) -> None:
@@ -54,5 +54,5 @@ def test_exporting_takes_the_memory_of_a_piece(run: Path, tmp_path: Path) -> Non
 def test_comparing_takes_the_memory_of_a_block(run: Path) -> None:
     before = reset_peak()
     assert diff_checkpoints(run, run, block_bytes=8 * MB)["equal"]
-    # One of the two tables; the allocator keeps some of what pieces and blocks have taken.
+    # The limit is the size of one of the two tables: the allocator keeps some of the memory of pieces and blocks.
     assert memory("VmHWM") - before < 192 * MB

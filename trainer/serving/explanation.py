@@ -21,7 +21,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.loading.batch import unpack
-from trainer.serving.scoring import rows_of_candidates
+from trainer.serving.scoring import candidate_rows
 from trainer.serving.trained_run import TrainedModel
 
 SHOWN = 10
@@ -30,33 +30,35 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class HistoryAttention:
-    """The entries of one history, and the attention that each of them got.
+    """The entries of one history and the attention that each of them receives.
 
     Attributes:
-        entries: of the one row, n of them, oldest first.
-        shares: ``[n, heads]`` float32, attention of each entry; 1 in all for a head.
-        alike: feature that entries carry -> ``[n]`` bool, which have the candidate's value.
+        entries: the n entries of one row, oldest first.
+        weights: ``[n, heads]`` float32, attention of each entry; the weights of a head add up to 1.
+        same_value: feature that entries carry -> ``[n]`` bool, True for entries with the candidate's value.
     """
 
     entries: HistorySlice
-    shares: np.ndarray
-    alike: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: np.ndarray
+    same_value: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def attention(self) -> np.ndarray:
-        """Mean over the heads, ``[n]``."""
-        return self.shares.mean(1)
+        """Mean attention over the heads, ``[n]``."""
+        return self.weights.mean(1)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One user, one candidate, one time.
+    """Prediction for one user, one candidate and one time, with the attention to each history.
 
     Attributes:
-        user_id, item_id, author_id: of the user and the candidate.
-        at_ms: the time, UTC.
+        user_id: id of the user.
+        item_id: id of the candidate.
+        author_id: author of the candidate.
+        at_ms: time of the request, UTC.
         probabilities: behaviour -> predicted probability.
-        histories: name -> what was found.
+        histories: name -> entries of that history and their attention.
     """
 
     user_id: int
@@ -68,24 +70,24 @@ class Explanation:
 
 
 def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Explanation:
-    """Score a candidate and keep what the model looked at. Collective of a single rank.
+    """Score a candidate and return the attention to the user's histories. Runs on a single rank.
 
     Raises:
-        UserError: the dataset knows nothing of the user before the time, or has no such candidate.
+        UserError: the dataset has no entries of the user before the time, or no such candidate.
     """
     data, features = model.data, model.features
     first, stop = data.histories.runs(np.array([user_id]), np.array([at_ms]))
     if not (stop > first).any():
         ever = (stop - first).any() or user_id in data.histories.lengths()[0]
-        what = "has seen nothing before that time" if ever else "is not in the histories of the dataset"
-        raise UserError(f"--user {user_id}: {what} ({model.config.data.path})")
-    author_id = author_of(data, model.config.data.path, item_id)
+        reason = "has no history before --at; use a later time" if ever else "is not in the histories of the dataset"
+        raise UserError(f"--user {user_id}: {reason} ({model.config.data.path})")
+    author_id = find_author(data, model.config.data.path, item_id)
     candidate = {"user_id": user_id, "item_id": item_id, "author_id": author_id, "request_ms": at_ms}
     columns = {name: np.array([value]) for name, value in candidate.items()}
-    # Of the request itself nothing is known.
+    # The request is hypothetical: its own features are unknown (0).
     columns |= {side.name: np.zeros(1, np.int32) for side in data.spec.side if side.of == "context"}
     columns |= {dense.name: np.zeros(1, np.float32) for dense in data.spec.dense if dense.of == "context"}
-    rows = rows_of_candidates(model, model.config.data.path, columns)
+    rows = candidate_rows(model, model.config.data.path, columns)
     space = None if model.space is None else model.space.at(model.space.newest)
     packed = features.pack(rows, data.histories, rows["request_ms"], space)
     entries = features.read_histories(rows, data.histories, rows["request_ms"], space)
@@ -98,27 +100,28 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
         at_ms,
         dict(zip(features.behaviours, torch.sigmoid(logits[0]).tolist(), strict=True)),
         {
-            name: HistoryAttention(found, shares[name].cpu().numpy(), _alike(features, rows, found))
-            for name, found in entries.items()
+            name: HistoryAttention(history, shares[name].cpu().numpy(), _same_values(features, rows, history))
+            for name, history in entries.items()
         },
     )
 
 
-def _alike(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str, np.ndarray]:
-    """Which entries have the tag of the one row, and which its author's features; what is unknown is not alike."""
-    spec, known = features.spec, features.fitted.author_side
+def _same_values(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str, np.ndarray]:
+    """Return for the tag and each author feature which entries have the value of the single row in ``rows``."""
+    spec, author_side = features.spec, features.fitted.author_side
     values = {spec.tag: entries.tag} if spec.tag else {}
-    if known is not None:
-        values |= dict(zip(features.author_side, known.lookup(entries.author_id).T, strict=True))
-    own = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
-    return {name: (column == own[name]) & (column > 0) for name, column in values.items()}
+    if author_side is not None:
+        values |= dict(zip(features.author_side, author_side.lookup(entries.author_id).T, strict=True))
+    candidate = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
+    # 0 stands for an unknown value; two unknown values are not the same.
+    return {name: (column == candidate[name]) & (column > 0) for name, column in values.items()}
 
 
-def author_of(data: Dataset, path: str, item_id: int) -> int:
-    """The author of a candidate: from the dataset's table of items, or else from anybody's history.
+def find_author(data: Dataset, path: str, item_id: int) -> int:
+    """Return the author of a candidate from the dataset's table of items, or else from any user's history.
 
     Raises:
-        UserError: neither has the item, or it is of a domain that has no candidates.
+        UserError: neither has the item, or its domain has no candidates.
     """
     try:
         items = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(path, "items.parquet"))))
@@ -130,7 +133,7 @@ def author_of(data: Dataset, path: str, item_id: int) -> int:
         domain = DOMAINS[item["domain"]] if "domain" in item else data.spec.candidates[0]
         if domain not in data.spec.candidates:
             expected = " or ".join(data.spec.candidates)
-            raise UserError(f"--candidate {item_id}: a {domain} item; the dataset's candidates are {expected}")
+            raise UserError(f"--candidate {item_id}: this is a {domain} item; the dataset's candidates are {expected}")
         return int(item["author_id"])
     place = np.flatnonzero(data.histories.column("item_id") == item_id)
     if not len(place):
@@ -138,17 +141,17 @@ def author_of(data: Dataset, path: str, item_id: int) -> int:
     return int(data.histories.column("author_id")[place[0]])
 
 
-def document_of(explanation: Explanation, behaviours: Sequence[str], shown: int = SHOWN) -> dict[str, Any]:
+def explanation_document(explanation: Explanation, behaviours: Sequence[str], shown: int = SHOWN) -> dict[str, Any]:
     """Return an explanation as a JSON document.
 
     Args:
-        explanation: to convert.
-        behaviours: of the dataset, in the order of the bits.
-        shown: most entries of a history, those with the most attention first.
+        explanation: the explanation to convert.
+        behaviours: behaviours of the dataset, in the order of the bits.
+        shown: maximum number of entries of a history, those with the most attention first.
     """
     histories: dict[str, Any] = {}
-    for name, found in explanation.histories.items():
-        entries, attention = found.entries, found.attention
+    for name, history in explanation.histories.items():
+        entries, attention = history.entries, history.attention
         histories[name] = {
             "found": len(attention),
             "entries": [
@@ -159,7 +162,7 @@ def document_of(explanation: Explanation, behaviours: Sequence[str], shown: int 
                     "author_id": int(entries.author_id[place]),
                     "request_ms": int(entries.request_ms[place]),
                     "behaviours": [b for bit, b in enumerate(behaviours) if entries.bits[place] >> bit & 1],
-                    "as_the_candidate": [feature for feature, same in found.alike.items() if same[place]],
+                    "as_the_candidate": [feature for feature, same in history.same_value.items() if same[place]],
                 }
                 for place in _by_attention(attention, shown)
             ],
@@ -175,47 +178,66 @@ def document_of(explanation: Explanation, behaviours: Sequence[str], shown: int 
 
 
 def _by_attention(attention: np.ndarray, shown: int) -> np.ndarray:
-    """Return the positions of the entries with the most attention in order; of equal ones the latest first."""
+    """Return the positions of the ``shown`` entries with the most attention; among equal ones the latest first."""
     order: np.ndarray = np.lexsort((-np.arange(len(attention)), -attention))[:shown]
     return order
 
 
-def text_of(explanation: Explanation, behaviours: Sequence[str], timezone: str, shown: int = SHOWN) -> str:
-    """An explanation as a person reads it.
+def format_explanation(explanation: Explanation, behaviours: Sequence[str], timezone: str, shown: int = SHOWN) -> str:
+    """Return an explanation as text for the terminal.
 
     Args:
-        explanation: to tell.
-        behaviours: of the dataset, in the order of the bits.
-        timezone: of times.
-        shown: most entries of a history.
+        explanation: the explanation to format.
+        behaviours: behaviours of the dataset, in the order of the bits.
+        timezone: time zone of the printed times.
+        shown: maximum number of entries of a history.
     """
-    own = explanation
-    at = datetime.fromtimestamp(own.at_ms / 1000, UTC).astimezone(ZoneInfo(timezone)).isoformat(timespec="seconds")
-    lines = [f"user {own.user_id}, candidate {own.item_id} of author {own.author_id}, as of {at}"]
-    lines.append(", ".join(f"{behaviour} {p:.4f}" for behaviour, p in own.probabilities.items()))
-    for name, found in own.histories.items():
-        n, attention = len(found.attention), found.attention
+    at = (
+        datetime.fromtimestamp(explanation.at_ms / 1000, UTC)
+        .astimezone(ZoneInfo(timezone))
+        .isoformat(timespec="seconds")
+    )
+    lines = [
+        f"user {explanation.user_id}, candidate {explanation.item_id} of author {explanation.author_id}, as of {at}"
+    ]
+    lines.append(", ".join(f"{behaviour} {p:.4f}" for behaviour, p in explanation.probabilities.items()))
+    for name, history in explanation.histories.items():
+        n, attention = len(history.attention), history.attention
         if not n:
             lines += ["", f"{name}: found nothing"]
             continue
         order = _by_attention(attention, shown)
-        told = f" the {len(order)} with the most attention, {attention[order].sum():.0%} of it:" if n > shown else ""
-        lines += ["", f"{name}: found {n};{told}" if told else f"{name}: found {n}:"]
-        entries = found.entries
+        selection = (
+            f"; the {len(order)} with the most attention, {attention[order].sum():.0%} of it" if n > shown else ""
+        )
+        lines += ["", f"{name}: found {n}{selection}:"]
+        entries = history.entries
         cells = [
             [
                 f"{attention[place]:.1%}",
                 DOMAINS[entries.domain[place]],
                 str(entries.item_id[place]),
-                str(entries.author_id[place]) + (" *" if entries.author_id[place] == own.author_id else ""),
-                age_text(own.at_ms - int(entries.request_ms[place])),
+                str(entries.author_id[place]) + (" *" if entries.author_id[place] == explanation.author_id else ""),
+                age_text(explanation.at_ms - int(entries.request_ms[place])),
                 " ".join(b for bit, b in enumerate(behaviours) if entries.bits[place] >> bit & 1),
-                *([" ".join(feature for feature, same in found.alike.items() if same[place])] if found.alike else []),
+                *(
+                    [" ".join(feature for feature, same in history.same_value.items() if same[place])]
+                    if history.same_value
+                    else []
+                ),
             ]
             for place in order
         ]
-        titles = ["attention", "domain", "item", "author", "ago", "did", *(["as the candidate"] if found.alike else [])]
+        titles = [
+            "attention",
+            "domain",
+            "item",
+            "author",
+            "ago",
+            "did",
+            *(["as the candidate"] if history.same_value else []),
+        ]
         lines.append(text_table(titles, cells, texts=len(titles)))
-    if any((found.entries.author_id == own.author_id).any() for found in own.histories.values()):
+    if any((history.entries.author_id == explanation.author_id).any() for history in explanation.histories.values()):
         lines += ["", "* the candidate's author"]
     return "\n".join(lines)

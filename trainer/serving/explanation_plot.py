@@ -1,4 +1,4 @@
-"""An explanation as a picture: for each history its entries in order of time, and their attention."""
+"""Plot of an explanation: for each history, its entries in order of time and their attention."""
 
 from __future__ import annotations
 
@@ -16,34 +16,37 @@ from trainer.serving.explanation import Explanation, HistoryAttention
 _COLOURS = {"video": "#1f6f8b", "live": "#c8553d"}
 _SHADES = ("#3c3c3c", "#8a6fae", "#c9a227")
 _AGES = 6
-"""Entries of a history whose age is told."""
+"""Number of entries of a history whose age is written below the axis."""
 
 
 def write_picture(file: Path, explanation: Explanation) -> None:
-    """Write a PNG.
+    """Write the plot as a PNG file.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     histories = explanation.histories
     figure = Figure(figsize=(9, 0.9 + 1.5 * max(1, len(histories))), layout="constrained")
     figure.suptitle(
         f"user {explanation.user_id}, candidate {explanation.item_id} of author {explanation.author_id}", fontsize=11
     )
-    for axes, (name, found) in zip(
+    for axes, (name, history) in zip(
         np.atleast_1d(figure.subplots(max(1, len(histories)), 1)), histories.items(), strict=False
     ):
-        _draw(axes, name, found, explanation)
+        _draw(axes, name, history, explanation)
     try:
         figure.savefig(file, dpi=120, format="png")
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def _draw(axes: Axes, name: str, found: HistoryAttention, explanation: Explanation) -> None:
-    """A stem for each entry, the latest at the right, with ages under some; rings around the candidate's author, and
-    a row of dots for each feature that entries may have in common with the candidate."""
-    entries, attention = found.entries, found.attention
+def _draw(axes: Axes, name: str, history: HistoryAttention, explanation: Explanation) -> None:
+    """Draw one history.
+
+    Each entry is a stem, the latest at the right; some have their age below. Rings mark entries of the candidate's
+    author, and a row of dots marks the entries that have the candidate's value of a feature.
+    """
+    entries, attention = history.entries, history.attention
     place = np.arange(len(attention))
     axes.set_title(f"{name}: {len(attention)} found", loc="left", fontsize=9)
     axes.set_ylabel("attention", fontsize=8)
@@ -57,17 +60,19 @@ def _draw(axes: Axes, name: str, found: HistoryAttention, explanation: Explanati
     if same.any():
         label = "candidate's author"
         axes.scatter(place[same], attention[same], s=60, facecolors="none", edgecolors="black", label=label)
-    told = np.unique(np.linspace(0, max(0, len(place) - 1), _AGES).round().astype(int))[: len(place)]
-    axes.set_xticks(told, [age_text(explanation.at_ms - int(entries.request_ms[at])) for at in told])
+    ticks = np.unique(np.linspace(0, max(0, len(place) - 1), _AGES).round().astype(int))[: len(place)]
+    axes.set_xticks(ticks, [age_text(explanation.at_ms - int(entries.request_ms[tick])) for tick in ticks])
     axes.tick_params(labelsize=8)
     axes.set_xlim(-1, max(1, len(place)))
     highest = max(0.01, 1.15 * float(attention.max(initial=0)))
-    for row, (feature, alike) in enumerate(found.alike.items()):
-        below = np.full(int(alike.sum()), -(0.08 + 0.1 * row) * highest)
-        axes.scatter(place[alike], below, s=6, marker="s", color=_SHADES[row % len(_SHADES)], label=f"same {feature}")
+    for row, (feature, matching) in enumerate(history.same_value.items()):
+        below = np.full(int(matching.sum()), -(0.08 + 0.1 * row) * highest)
+        axes.scatter(
+            place[matching], below, s=6, marker="s", color=_SHADES[row % len(_SHADES)], label=f"same {feature}"
+        )
     axes.axhline(0, color="black", linewidth=0.5)
-    axes.set_ylim(-0.1 * (len(found.alike) + 0.3) * highest if found.alike else 0, highest)
+    axes.set_ylim(-0.1 * (len(history.same_value) + 0.3) * highest if history.same_value else 0, highest)
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= highest])
     if len(attention):
-        # Beside the entries, since any of them may be high.
+        # The legend stands beside the axes, where no stem can be hidden by it.
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

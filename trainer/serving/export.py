@@ -1,7 +1,7 @@
-"""A checkpoint as a plain model: one safetensors file with whole tables, its settings and its fitted features.
+"""Export of a checkpoint: one safetensors file with whole tables and the network, the settings, the fitted features.
 
-A table goes into the file a stored piece at a time, through a memory map of its place there; it is never in memory as
-a whole. ``trainer/serving/exported_model.py`` reads the result.
+A table is copied one stored piece at a time, through a memory map of its place in the file; it is never in memory as a
+whole. ``trainer/serving/exported_model.py`` reads the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.files import sync, write_json
-from trainer.serving.exported_model import CONFIG, FEATURES, ORIGIN, SCHEMA, SEARCH, SERVED, WEIGHTS
+from trainer.serving.exported_model import CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
 
 _TYPES = {
     torch.float64: "F64",
@@ -31,56 +31,56 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Names that safetensors has for types of elements."""
+"""Dtype -> its name in the header of a safetensors file."""
 
 
 def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the model of a checkpoint to a new directory, which is complete or not there.
+    """Write the model of a checkpoint to a new directory, which appears only when it is complete.
 
     Args:
-        path: a checkpoint, or a run, whose newest one is taken.
-        out: directory to make.
+        path: a checkpoint, or a run, whose newest checkpoint is exported.
+        out: directory to create.
 
     Returns:
-        The content of its ``export.json``: what it came from.
+        The content of the export's ``export.json``: its checkpoint, dataset, precision and table shapes.
 
     Raises:
-        UserError: no checkpoint, a damaged one, or ``out`` is there already or cannot be written.
+        UserError: there is no checkpoint, it is damaged, or ``out`` exists already or cannot be written.
     """
     checkpoint, target = Checkpoint.open(path), Path(out)
     if target.exists():
-        raise UserError(f"{target}: is there already; choose another directory or remove it")
+        raise UserError(f"{target}: exists already; choose another directory or remove it")
     if checkpoint.manifest.kind == ADAPTER:
         raise UserError(
-            f"{checkpoint.directory}: a checkpoint of an adapter; `limelight export RUN OUT` writes the model of a "
-            "finished fine-tuning run"
+            f"{checkpoint.directory}: this is a checkpoint of an adapter; `limelight export RUN OUT` exports the model "
+            "of a finished fine-tuning run"
         )
     problems = check_files(checkpoint.directory, checkpoint.manifest)
     if problems:
         raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")
     origin = _origin(checkpoint)
-    aside = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")
+    tmp_path = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")
     try:
-        aside.mkdir(parents=True)
-        _write_weights(aside / WEIGHTS, checkpoint.model)
-        write_json(aside / CONFIG, checkpoint.config.model_dump(mode="json"))
-        shutil.copytree(checkpoint.run / "features", aside / FEATURES)
+        tmp_path.mkdir(parents=True)
+        _write_weights(tmp_path / WEIGHTS, checkpoint.model)
+        write_json(tmp_path / CONFIG, checkpoint.config.model_dump(mode="json"))
+        shutil.copytree(checkpoint.run / "features", tmp_path / FEATURES)
         if checkpoint.config.features.needs_space:
-            torch.save(stored_search(checkpoint.directory), aside / SEARCH)
-        write_json(aside / ORIGIN, origin)
-        sync(aside)
-        aside.rename(target)
+            torch.save(stored_search(checkpoint.directory), tmp_path / SEARCH)
+        write_json(tmp_path / ORIGIN, origin)
+        sync(tmp_path)
+        tmp_path.rename(target)
         sync(target.parent)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
     return origin
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
-    # The network computes in this type, from the float32 parameters that the checkpoint has.
+    # The network computed in this type; the checkpoint has the float32 master parameters.
     bf16 = load_deepspeed(str(checkpoint.run / "deepspeed.json")).get("bf16", {}).get("enabled", False)
     return {
         "schema_version": SCHEMA,
@@ -97,7 +97,7 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
 def _write_weights(file: Path, model: StoredModel) -> None:
     tensors = {f"tables.{name}": table.weight for name, table in model.tables.items()}
     for name, table in model.tables.items():
-        tensors |= {f"ids.{name}.{column}": table.ids[column] for column in SERVED if table.ids}
+        tensors |= {f"ids.{name}.{column}": table.ids[column] for column in ID_COLUMNS if table.ids}
     tensors |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
     tensors |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
     header, size = encode_header((name, _TYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items())
@@ -113,13 +113,13 @@ def _write_weights(file: Path, model: StoredModel) -> None:
 
 
 def _copy(tensor: StoredTensor, file: Path, start: int) -> None:
-    """Write a tensor to its place in a file, as integers of the same width: numpy does not know bfloat16."""
+    """Write a tensor to its place in a file, as raw bytes of the same width, because numpy has no bfloat16."""
     for piece in tensor.pieces:
         values = piece.read()
         if not values.numel():
             continue
         plain = values.contiguous().reshape(-1).view(torch.uint8).numpy()
-        # A map of its own for each piece: what was written does not stay in this process's memory.
+        # Each piece has a memory map of its own, so that written pages do not stay in this process's memory.
         mapped = np.memmap(file, np.uint8, "r+", start, (tensor.bytes,))
         whole = mapped.view(f"V{tensor.dtype.itemsize}").reshape(tensor.shape)
         whole[piece.place] = plain.view(f"V{tensor.dtype.itemsize}").reshape(piece.sizes)

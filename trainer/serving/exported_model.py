@@ -1,13 +1,13 @@
-"""An exported model, opened to score in one process; needs neither TorchRec nor DeepSpeed.
+"""Exported model, opened for scoring in one process. It needs neither TorchRec nor DeepSpeed.
 
 ::
 
-    model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network; of a dynamic table
-                        ids.NAME.id and ids.NAME.seen [rows], which id each row has (none where seen is 0)
-    config.json         the job
+    model.safetensors   tables.NAME [rows, dim], dense.PARAMETER and buffers.BUFFER of the network; for a dynamic table
+                        also ids.NAME.id and ids.NAME.seen [rows]: the id of each row (no id where seen is 0)
+    config.json         the job's settings
     features/           vocabularies and standardisation (trainer/data/features/fit.py)
-    search.pt           search vectors, of models with histories that are searched by dot product
-    export.json         what it came from
+    search.pt           search vectors, for models with histories that are searched by dot product
+    export.json         checkpoint, dataset, precision and table shapes (trainer/serving/export.py)
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ CONFIG = "config.json"
 FEATURES = "features"
 SEARCH = "search.pt"
 ORIGIN = "export.json"
-SERVED = ("id", "seen")
-"""Columns of a dynamic table's ids that tell which id has which row."""
+ID_COLUMNS = ("id", "seen")
+"""Columns that an export keeps of a dynamic table's ids: enough to look ids up, not to admit new ones."""
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model with whole tables, on the CPU.
+    """Model with whole tables, on the CPU.
 
     Attributes:
-        config: of the job that trained it.
-        data: the dataset that features, histories and statistics come from.
-        features: of the model.
+        config: settings of the job that trained the model.
+        data: dataset that features, histories and statistics come from.
+        features: map from stored rows to the model's inputs.
         tables: name -> ``[rows, dim]`` float32, mapped from the file.
-        ranker: the dense network, in the type that it was trained in.
-        served: name of a dynamic table -> which ids have its rows; the others read row 0.
-        space: vectors that histories are searched with; None if there are no such histories.
+        ranker: dense network, in the precision that it was trained in.
+        dynamic_ids: name of a dynamic table -> its map from id to row; ids without a row read row 0.
+        space: vectors that histories are searched with; None if no history is searched.
     """
 
     config: JobConfig
@@ -65,12 +65,12 @@ class ExportedModel:
     features: FeatureMap
     tables: dict[str, Tensor]
     ranker: Ranker
-    served: dict[str, DynamicIds]
+    dynamic_ids: dict[str, DynamicIds]
     space: SearchSpace | None
 
     @torch.no_grad()
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
-        """``[rows, behaviours]`` float32 of each batch."""
+        """Yield the logits of each batch, ``[rows, behaviours]`` float32."""
         lookups = {lookup.name: lookup for lookup in self.features.lookups}
         layout = self.features.layout
         for packed in batches:
@@ -80,8 +80,8 @@ class ExportedModel:
                 for place, key in enumerate(group.keys):
                     ids = group.values[group.offsets[place] : group.offsets[place + 1]]
                     table = lookups[key].table
-                    if table in self.served:
-                        ids = self.served[table].find(ids).clamp(min=0)
+                    if table in self.dynamic_ids:
+                        ids = self.dynamic_ids[table].find(ids).clamp(min=0)
                     embedded[key] = self.tables[table][ids]
                     if lookups[key].length is None:
                         lengths[key] = of_rows[place]
@@ -89,56 +89,64 @@ class ExportedModel:
 
 
 def is_export(directory: str | Path) -> bool:
-    """Whether a directory is an exported model rather than a run."""
+    """True if a directory is an exported model rather than a run."""
     return (Path(directory) / ORIGIN).is_file()
 
 
 def open_export(directory: str | Path) -> ExportedModel:
-    """Open what ``limelight export`` wrote, over the dataset that the model was trained on.
+    """Open a directory that ``limelight export`` wrote, with the dataset that the model was trained on.
 
     Raises:
-        UserError: a file is missing, damaged or of a newer version, or the dataset does not fit.
+        UserError: a file is missing, damaged or of a newer version, or the model does not fit the dataset.
     """
-    home = Path(directory)
-    origin = _read_json(home / ORIGIN)
+    model_dir = Path(directory)
+    origin = _read_json(model_dir / ORIGIN)
     if origin["schema_version"] > SCHEMA:
-        raise UserError(f"{home / ORIGIN}: written by a newer version (schema {origin['schema_version']})")
-    config = validate_stored(JobConfig, _read_json(home / CONFIG), str(home / CONFIG))
+        schema = f"schema {origin['schema_version']}; this one reads up to {SCHEMA}"
+        raise UserError(f"{model_dir / ORIGIN}: written by a newer version ({schema})")
+    config = validate_stored(JobConfig, _read_json(model_dir / CONFIG), str(model_dir / CONFIG))
     data = Dataset.open(config.data.path, config.data.on_corrupt)
-    features = FeatureMap(data.spec, config.features, FittedFeatures.load(home / FEATURES), config.data.behaviours)
+    features = FeatureMap(data.spec, config.features, FittedFeatures.load(model_dir / FEATURES), config.data.behaviours)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, origin["precision"])).eval()
-    found = _read_weights(home / WEIGHTS)
+    found = _read_weights(model_dir / WEIGHTS)
     tensors: dict[str, Tensor] = {f"dense.{name}": parameter for name, parameter in ranker.named_parameters()}
     tensors |= {f"buffers.{name}": buffer for name, buffer in ranker.named_buffers()}
     expected: dict[str, tuple[int, ...]] = {
         f"tables.{table.name}": (table.rows, table.dim) for table in features.tables
     }
     dynamic = [table for table in features.tables if table.dynamic]
-    expected |= {f"ids.{table.name}.{column}": (table.rows,) for table in dynamic for column in SERVED}
+    expected |= {f"ids.{table.name}.{column}": (table.rows,) for table in dynamic for column in ID_COLUMNS}
     expected |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     differences = list_differences({name: tuple(tensor.shape) for name, tensor in found.items()}, expected)
     if differences:
-        raise UserError(f"{home / WEIGHTS}: not the model that {CONFIG} describes: {differences}")
+        raise UserError(f"{model_dir / WEIGHTS}: the tensors do not fit the model of {CONFIG}: {differences}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
     tables = {table.name: found[f"tables.{table.name}"] for table in features.tables}
-    served = {table.name: DynamicIds(table, 0, table.rows) for table in dynamic}
-    for name, ids in served.items():
-        for column in SERVED:
+    dynamic_ids = {table.name: DynamicIds(table, 0, table.rows) for table in dynamic}
+    for name, ids in dynamic_ids.items():
+        for column in ID_COLUMNS:
             ids.columns[column].copy_(found[f"ids.{name}.{column}"])
     return ExportedModel(
-        config, data, features, tables, ranker, served, _read_space(home / SEARCH) if features.needs_space else None
+        config,
+        data,
+        features,
+        tables,
+        ranker,
+        dynamic_ids,
+        _read_space(model_dir / SEARCH) if features.needs_space else None,
     )
 
 
 def _read_space(file: Path) -> SearchSpace:
+    """Read the search vectors of an export."""
     try:
         return stored_space(torch.load(file, weights_only=True))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{file}: damaged; export the checkpoint again") from None
+        raise UserError(f"{file}: damaged; repeat `limelight export RUN OUT`") from None
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -148,7 +156,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged ({' '.join(str(error).split())})") from None
+        raise UserError(
+            f"{file}: damaged ({' '.join(str(error).split())}); repeat `limelight export RUN OUT`"
+        ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -157,4 +167,4 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (OSError, ValueError):
-        raise UserError(f"{file}: damaged (not JSON)") from None
+        raise UserError(f"{file}: damaged (not JSON); repeat `limelight export RUN OUT`") from None

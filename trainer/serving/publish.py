@@ -1,9 +1,9 @@
-"""Models for scoring while training goes on: checkpoints, exported under a name that always has the newest.
+"""Publication of models during training: checkpoints are exported, and a link names the newest export.
 
 ::
 
     RUN/published/step-00000120/    an exported model (trainer/serving/export.py)
-    RUN/published/current           a link to the newest, replaced in one step
+    RUN/published/current           a link to the newest one, replaced atomically
 
 ``limelight score RUN/published/current ...`` needs neither TorchRec nor DeepSpeed.
 """
@@ -27,34 +27,35 @@ FOLDER, CURRENT = "published", "current"
 
 
 class Publisher:
-    """Publishes checkpoints, no more often than asked for.
+    """Publishes checkpoints, at most one per interval.
 
     Args:
-        home: of the model.
-        minutes: between two of them; 0 publishes none.
-        keep: newest models to keep.
+        model_dir: directory of the model in the run.
+        minutes: least time between two publications; 0 publishes nothing.
+        keep: number of newest exports to keep.
     """
 
-    def __init__(self, home: Path, minutes: float, keep: int) -> None:
-        self._home, self._seconds, self._keep = home / FOLDER, 60 * minutes, keep
+    def __init__(self, model_dir: Path, minutes: float, keep: int) -> None:
+        self._directory, self._seconds, self._keep = model_dir / FOLDER, 60 * minutes, keep
         self._published_at: float | None = None
 
     def __call__(self, checkpoint: Path) -> None:
-        """Publish a checkpoint if it is time; that it fails is told, and training goes on."""
+        """Publish a complete checkpoint if the interval has passed. A failure is logged and training continues."""
         now = time.monotonic()
         if not self._seconds or (self._published_at is not None and now - self._published_at < self._seconds):
             return
         self._published_at = now
-        model = self._home / checkpoint.name
+        model = self._directory / checkpoint.name
         try:
-            self._home.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
             if not model.exists():
                 export_checkpoint(checkpoint, model)
-            aside = self._home / f".{CURRENT}.{os.getpid()}"
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(model.name)
-            aside.replace(self._home / CURRENT)
-            for old in sorted(self._home.glob("step-*"))[: -self._keep]:
+            tmp_path = self._directory / f".{CURRENT}.{os.getpid()}"
+            tmp_path.unlink(missing_ok=True)
+            # A link cannot be changed in place: a rename of a new one leaves no moment without a current model.
+            tmp_path.symlink_to(model.name)
+            tmp_path.replace(self._directory / CURRENT)
+            for old in sorted(self._directory.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old)
         except (OSError, UserError) as error:
             logger.info(f"{model}: could not be published ({error})")
@@ -62,8 +63,8 @@ class Publisher:
             logger.info(f"published {model}")
 
 
-def publisher(config: JobConfig, home: Path) -> Callable[[Path], None]:
-    """What a job does with a checkpoint of the model in ``home`` once it is whole."""
+def make_publisher(config: JobConfig, model_dir: Path) -> Callable[[Path], None]:
+    """Return the function that publishes complete checkpoints of a model; without a stream it does nothing."""
     if config.stream is None:
         return lambda checkpoint: None
-    return Publisher(home, config.stream.publish_minutes, config.stream.keep_published)
+    return Publisher(model_dir, config.stream.publish_minutes, config.stream.keep_published)

@@ -1,4 +1,4 @@
-"""Scores a file of candidates with a trained ranker."""
+"""Scoring of a candidates file with a trained ranker."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
-
+"""Columns that a candidates file must have."""
 
 BATCH_ROWS = 4096
+"""Candidates that are scored together."""
 
 
 class Scorer(Protocol):
-    """A model that scores: of a run, or exported.
+    """Model that can score: the model of a run, or an exported one.
 
     Attributes:
-        config: of the job that trained it.
-        data: the dataset that features, histories and statistics come from.
-        features: of the model.
-        space: vectors that histories are searched with; None if there are no such histories.
+        config: settings of the job that trained the model.
+        data: dataset that features, histories and statistics come from.
+        features: map from stored rows to the model's inputs.
+        space: vectors that histories are searched with; None if no history is searched.
     """
 
     @property
@@ -49,28 +50,28 @@ class Scorer(Protocol):
     def space(self) -> SearchSpace | None: ...
 
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
-        """``[rows, behaviours]`` float32 of each batch, on the CPU."""
+        """Yield the logits of each batch, ``[rows, behaviours]`` float32, on the CPU."""
 
 
 def ranking_score(probability: np.ndarray, exponents: Sequence[float]) -> np.ndarray:
-    """Product over behaviours of ``(1 + p) ** exponent`` (Moment&Cross equation 4).
+    """Return the product over behaviours of ``(1 + p) ** exponent`` (Moment&Cross equation 4).
 
     Args:
         probability: ``[n, behaviours]`` in [0, 1].
-        exponents: one a behaviour.
+        exponents: one per behaviour.
 
     Returns:
         ``[n]`` float64.
     """
-    # A sum of logarithms: long products of large exponents would overflow.
+    # A sum of logarithms, because a long product with large exponents could overflow on the way.
     return np.exp(np.log1p(probability.astype(np.float64)) @ np.asarray(exponents, np.float64))
 
 
 def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
-    """Columns of a candidates file; features of the request that it lacks are unknown, or 0 where dense.
+    """Read the columns of a candidates file. A missing column of request features counts as unknown (0 if dense).
 
     Raises:
-        UserError: no such file, not Parquet, a required column is missing, or a value cannot be.
+        UserError: no such file, not Parquet, a required column is missing, or a value is invalid.
     """
     try:
         table = pq.read_table(file)
@@ -99,10 +100,10 @@ def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
     return columns
 
 
-def rows_of_candidates(model: Scorer, path: str, candidates: validation.Columns) -> Rows:
-    """Training rows without labels: what the model may know of each candidate at its request.
+def candidate_rows(model: Scorer, path: str, candidates: validation.Columns) -> Rows:
+    """Return the candidates as rows without labels, with the features that are known at each request.
 
-    Statistics are those of the earliest request of the file, so that nothing later than any request is in them.
+    The statistics are frozen at the earliest request of the file, so that no request sees its own future.
     """
     spec = model.data.spec
     join = FeatureJoin(spec)
@@ -115,7 +116,7 @@ def rows_of_candidates(model: Scorer, path: str, candidates: validation.Columns)
     join.check()
     n = len(candidates["user_id"])
     side, dense = join.features(candidates)
-    nothing = np.zeros((n, len(spec.behaviours)), np.uint8)
+    no_labels = np.zeros((n, len(spec.behaviours)), np.uint8)
     rows: Rows = {
         **{name: candidates[name] for name in ("user_id", "author_id", "item_id", "request_ms")},
         "visit_id": np.arange(n),
@@ -124,16 +125,19 @@ def rows_of_candidates(model: Scorer, path: str, candidates: validation.Columns)
         "kind": np.full(n, KINDS.index("full"), np.uint8),
         "side": side,
         "dense": dense,
-        "label": nothing,
-        "mask": nothing,
+        "label": no_labels,
+        "mask": no_labels,
     }
     rows["stat"] = freeze_statistics(model.data, int(candidates["request_ms"].min())).lookup(rows)
     return rows
 
 
 def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -> pa.Table:
-    """Scores in the order of the candidates: ``user_id, item_id, author_id, request_ms, p_B ..., score``."""
-    rows = rows_of_candidates(model, path, candidates)
+    """Score candidates. Returns one row per candidate, in order.
+
+    The columns are ``user_id, item_id, author_id, request_ms``, a probability ``p_B`` per behaviour, and ``score``.
+    """
+    rows = candidate_rows(model, path, candidates)
     n = len(candidates["user_id"])
     vectors = None if model.space is None else model.space.at(model.space.newest)
 
@@ -155,20 +159,20 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
 
 
 def score_file(model: Scorer, candidates_file: Path, out: Path) -> None:
-    """Score the candidates of a file into a file, which appears when it is complete.
+    """Score the candidates of one file and write another one, which appears only when it is complete.
 
     Raises:
-        UserError: candidates that cannot be scored, or a file that cannot be written.
+        UserError: the candidates cannot be scored, or the file cannot be written.
     """
     candidates = read_candidates(candidates_file, model.data.spec)
     if not len(candidates["user_id"]):
-        raise UserError(f"{candidates_file}: no candidates in it")
+        raise UserError(f"{candidates_file}: has no candidates; at least one row is needed")
     scores = score_candidates(model, model.config.data.path, candidates)
-    aside = Path(f"{out}.{os.getpid()}")
+    tmp_path = Path(f"{out}.{os.getpid()}")
     try:
-        pq.write_table(scores, aside)
-        aside.replace(out)
+        pq.write_table(scores, tmp_path)
+        tmp_path.replace(out)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     print(f"{scores.num_rows:,} candidates scored: {out}")

@@ -1,4 +1,4 @@
-"""Opens a finished run for prediction: its newest checkpoint, its features, its dataset."""
+"""Opening of a run for prediction: its newest checkpoint, its fitted features and its dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ from trainer.runtime.distributed import World
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A finished run, opened again."""
+    """Model of a run, loaded for prediction.
+
+    Attributes:
+        config: settings of the job that trained the model.
+        data: dataset that features, histories and statistics come from.
+        features: map from stored rows to the model's inputs.
+        engine: tables and network with the checkpoint's values.
+        space: vectors that histories are searched with; None if no history is searched.
+    """
 
     config: JobConfig
     data: Dataset
@@ -36,16 +44,16 @@ class TrainedModel:
     space: SearchSpace | None
 
     def logits(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
-        """``[rows, behaviours]`` float32 of each batch, on the CPU. Collective."""
+        """Yield the logits of each batch, ``[rows, behaviours]`` float32, on the CPU. Collective."""
         unpacked = (unpack(packed, self.features.layout, {}) for packed in batches)
-        return (found.float().cpu() for _, found in self.engine.predict(unpacked))
+        return (logits.float().cpu() for _, logits in self.engine.predict(unpacked))
 
 
 def open_run(directory: str, world: World, data_path: str | None = None) -> TrainedModel:
-    """Load the model of a finished run over its own dataset, or another one of the same layout.
+    """Load the newest checkpoint of a run, with the run's own dataset or another one of the same layout.
 
     Raises:
-        UserError: no finished run there, or a dataset that the model does not fit.
+        UserError: there is no run or no whole checkpoint, or the model does not fit the dataset.
     """
     config = load_run(directory)
     data = Dataset.open(data_path or config.data.path, config.data.on_corrupt)
@@ -56,16 +64,21 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     checkpoint = find_checkpoint(directory)
     manifest = read_manifest(checkpoint)
     if not manifest.finished and world.rank == 0:
-        print(f"limelight: training has not finished; taking {checkpoint}", file=sys.stderr, flush=True)
+        print(f"limelight: training has not finished; using {checkpoint}", file=sys.stderr, flush=True)
     engine.load(checkpoint / MODEL)
     space = stored_space(stored_search(checkpoint)) if features.needs_space else None
     return TrainedModel(config, data, features, engine, space)
 
 
 def with_range(config: JobConfig, data: str | None, since: str | None, until: str | None) -> JobConfig:
-    """The job of a run with another dataset or held-out range; the end of training stays the run's."""
+    """Return the job of a run with another dataset or held-out range.
+
+    Raises:
+        UserError: neither the run nor ``since`` gives a held-out range.
+    """
+    # Without the run's own end of training, a later --from would move it.
     changes = {"train_until": config.data.train_until or config.data.eval_from}
     changes |= {k: v for k, v in (("path", data), ("eval_from", since), ("eval_until", until)) if v is not None}
     if not changes.get("eval_from", config.data.eval_from):
-        raise UserError("the run has no held-out range of its own; say which by --from and --until")
+        raise UserError("the run has no held-out range (data.eval_from is unset); give one with --from and --until")
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})

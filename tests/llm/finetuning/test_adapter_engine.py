@@ -107,7 +107,7 @@ def check_shown(run: Path, steps: int) -> None:
     assert found["dense_bytes"] == 3 * 4 * values
     shown = format_checkpoint(found, everything=True)
     assert "adapter of a language model" in shown and f"of {values:,} values" in shown
-    with pytest.raises(UserError, match="a checkpoint of an adapter; `limelight export RUN OUT` writes the model"):
+    with pytest.raises(UserError, match="a checkpoint of an adapter; `limelight export RUN OUT` exports the model"):
         export_checkpoint(run, run / "exported")
 
 
