@@ -251,7 +251,7 @@ def test_all_histories_are_read_together_with_all_features_of_the_candidate(kind
     attention = ranker.attention
     assert isinstance(attention, SequenceAttention)
     assert (attention.cross is not None) == (kind == "twin")
-    # The query is item, side 2, side 0 and a dense feature. An entry is its item and two ids of the context, from$
+    # The query is item, side 2, side 0 and a dense feature. An entry is its item and two ids of the context, from
     # column 6 on, which are TWIN's cross features.
     pairs = [*zip(range(6), range(6), strict=True), *([] if kind == "twin" else [(6, 9), (7, 10), (8, 11)])]
     assert list(zip(attention.of_query.tolist(), attention.of_key.tolist(), strict=True)) == pairs
