@@ -25,6 +25,7 @@ from trainer.console.job_arguments import EVALUATE_ARGUMENTS, EXPLAIN_ARGUMENTS
 @click.pass_context
 def evaluate(context: click.Context, ranks: int, **arguments: object) -> int:
     """Start the ranks of ``trainer.evaluate``."""
+    _require_ranker(context)
     from launch.local import start_ranks
 
     return start_ranks("trainer.evaluate", forwarded(context), ranks)
@@ -103,6 +104,7 @@ def score(
 @click.pass_context
 def explain(context: click.Context, **arguments: object) -> int:
     """Start the one rank of ``trainer.explain``."""
+    _require_ranker(context)
     from launch.local import start_ranks
 
     return start_ranks("trainer.explain", forwarded(context), 1)
@@ -148,6 +150,14 @@ def export(run: str, out: str, as_json: bool) -> None:
         return
     print(f"{out}: {origin['kind']} of step {origin['step']:,}, from {origin['checkpoint']}")
     print(f"score with it: limelight score {out} CANDIDATES.parquet OUT.parquet")
+
+
+def _require_ranker(context: click.Context) -> None:
+    run = context.params["directory"]
+    kind = _kind_of(run)
+    if kind not in ("ranker", None):
+        other = {"export": "an exported model", "finetune": "a fine-tuning run", "staytime": "a staytime run"}[kind]
+        raise UserError(f"{run}: limelight {context.info_name} takes a ranker's run, and this is {other}")
 
 
 def _score_staytime(

@@ -126,6 +126,16 @@ def test_export_of_what_has_no_export(
     assert told in capsys.readouterr().err and not calls
 
 
+@pytest.mark.parametrize("kind", ["export", "finetune", "staytime"])
+@pytest.mark.parametrize("command", [["evaluate"], ["explain", "--user", "1", "--candidate", "2"]], ids=" ".join)
+def test_evaluate_and_explain_take_a_rankers_run(
+    command: list[str], kind: str, tmp_path: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, directory_of(kind, tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"limelight {command[0]} takes a ranker's run, and this is a" in line and not calls
+
+
 @pytest.mark.parametrize("command", ["score", "export"])
 def test_settings_that_are_not_json(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text("{")
