@@ -27,10 +27,10 @@ train: setup
 	@.venv/bin/limelight train configs/simulated.toml --ranks 2
 
 test: setup
-	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 test-all: setup
-	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --slow
+	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder --slow
 
 # The tests of Kafka sources on real brokers; without these they run on a cluster that librdkafka brings along.
 test-kafka: setup

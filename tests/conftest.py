@@ -27,7 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
 
 
+LONG_FIRST = ("tests/distributed", "tests/faults", "tests/llm", "tests/launch", "tests/stream", "tests/benchmarks")
+"""Folders whose modules take longest; started first, so that the test processes end at about the same time."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((at for at, folder in enumerate(LONG_FIRST) if item.nodeid.startswith(folder)), len(LONG_FIRST))
+
+    items.sort(key=place)
     if not config.getoption("--slow"):
         reason = pytest.mark.skip(reason="slow: run with --slow or `make test-all`")
         for item in items:
