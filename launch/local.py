@@ -23,7 +23,7 @@ from typing import IO
 
 from launch.machine import available_cores, free_port, port_in_use
 from trainer.console.errors import UserError, is_lost_peer
-from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
+from trainer.console.exit_status import BROKEN_PIPE_STATUS, HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.console.run_log import LOG_NOTE_VARIABLE
 
 SETTLE_SECONDS = 1.0
@@ -230,7 +230,7 @@ def _consequence(rank: Rank) -> int:
     other exception come before these; a mistake on rank 0 comes first, since it is on the terminal already.
     """
     status = rank.status
-    if status == USER_ERROR_STATUS:
+    if status in (USER_ERROR_STATUS, BROKEN_PIPE_STATUS):
         return 0 if rank.number == 0 else 1
     if status == -signal.SIGABRT:
         return 4
@@ -242,6 +242,9 @@ def _consequence(rank: Rank) -> int:
 def _report(rank: Rank) -> int:
     """Print how a rank failed, where its log is, and its last lines. Returns its exit status."""
     status = rank.status
+    if status == BROKEN_PIPE_STATUS:
+        # Whoever closed the pipe expects no more output: `limelight evaluate RUN --json | head -1`.
+        return status
     lines = _last_lines(rank)
     if status == USER_ERROR_STATUS:
         lines = [line for line in lines if line.startswith("limelight: error:")] or lines

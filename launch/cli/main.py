@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import select
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ import click
 from launch.cli import checkpoint, config, data, doctor, jobs, models, stream
 from launch.cli.command import Group
 from trainer.console.errors import UserError
-from trainer.console.exit_status import BROKEN_PIPE_STATUS, exit_status
+from trainer.console.exit_status import exit_status
 from trainer.console.job_arguments import usage_message
 
 COMPLETE_VARIABLE = "_LIMELIGHT_COMPLETE"
@@ -73,17 +72,7 @@ def completion(shell: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: trainer/console/exit_status.py has the table."""
-    try:
-        try:
-            return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _stdout_has_no_reader():
-            raise
-        # Python flushes stdout once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE_STATUS
+    return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _run(arguments: list[str]) -> int | None:
@@ -136,13 +125,6 @@ def _commands(group: click.Group) -> dict[str, str]:
         if isinstance(member, click.Group):
             paths |= {f"{name} {path}": f"{name} {path}" for path in _commands(member)}
     return paths
-
-
-def _stdout_has_no_reader() -> bool:
-    """True if stdout is a pipe whose reader has gone; another broken pipe is an error of the work."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

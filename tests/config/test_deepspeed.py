@@ -1,4 +1,4 @@
-"""What a user may write into DeepSpeed's JSON, and what is answered to the rest."""
+"""DeepSpeed settings that are accepted, and the messages about all others."""
 
 from typing import Any
 
@@ -16,25 +16,25 @@ def test_batch_sizes_are_filled_in() -> None:
 
 
 def test_batch_sizes_that_agree_are_accepted() -> None:
-    given = {"train_batch_size": 192, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 4}
-    assert complete_settings(given, batch_size=96, world=2)["train_micro_batch_size_per_gpu"] == 24
+    accepted = {"train_batch_size": 192, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 4}
+    assert complete_settings(accepted, batch_size=96, world=2)["train_micro_batch_size_per_gpu"] == 24
 
 
 def test_what_the_user_sets_stays() -> None:
-    given = {
+    accepted = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "none"}},
         "bf16": {"enabled": True},
         "gradient_clipping": 1.5,
         "fp16": {"enabled": False},
     }
-    settings = complete_settings(given, batch_size=8, world=1)
+    settings = complete_settings(accepted, batch_size=8, world=1)
     for key in ("zero_optimization", "bf16", "gradient_clipping"):
-        assert settings[key] == given[key]
+        assert settings[key] == accepted[key]
     assert "fp16" not in settings
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("settings", "message"),
     [
         ({"zero_optimization": {"stage": 3}}, "stage = 3: use 0, 1 or 2"),
         ({"zero_optimization": {"stage": "2"}}, "stage = '2': use 0, 1 or 2"),
@@ -52,12 +52,12 @@ def test_what_the_user_sets_stays() -> None:
         ({"gradient_accumulation_steps": 5}, "gradient_accumulation_steps = 5 does not divide the 8 rows"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0"),
         ({"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps = 'auto'"),
-        ({"train_batch_size": 8}, "train_batch_size = 8 contradicts the job, whose batch makes it 16"),
-        ({"train_micro_batch_size_per_gpu": 4}, "whose batch makes it 8"),
+        ({"train_batch_size": 8}, "train_batch_size = 8 contradicts the job, which needs 16"),
+        ({"train_micro_batch_size_per_gpu": 4}, "which needs 8"),
     ],
 )
-def test_mistakes_are_told(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as told:
-        complete_settings(given, batch_size=8, world=2)
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+def test_mistakes_are_named_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        complete_settings(settings, batch_size=8, world=2)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""The job file: defaults, overrides, and one clear line for every mistake."""
+"""Job files: defaults, overrides, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER_JOBS: dict[str, type[BaseModel]] = {
     "finetune_small.toml": FinetuneConfig,
     "qwen2_7b_lora.toml": FinetuneConfig,
 }
-"""Shipped job files that are not a ranker's, and what they are."""
+"""Shipped job file of another job than a ranker's -> its schema."""
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -111,7 +111,9 @@ def test_times_are_taken_in_the_datasets_time_zone() -> None:
         parse_time("noon", "UTC", "data.eval_from")
 
 
-@pytest.mark.parametrize(("text", "expected"), [("[1]", "is a list"), ("{", "not valid JSON")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("[1]", "must be a JSON object, but the file has a list"), ("{", "not valid JSON")]
+)
 def test_deepspeed_settings_must_be_an_object(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(text)
@@ -132,7 +134,7 @@ def test_a_key_may_change_on_resume_only_if_it_is_marked(job: type[JobConfig] | 
 
 
 def test_keys_that_may_change_are_those_that_change_no_result() -> None:
-    """A key that is marked or loses its mark shows up here, to be thought about."""
+    """Fails for every key that gets or loses its mark: compare it with what the key changes, then list it here."""
     free = set(changeable_keys(JobConfig))
     assert {key for key in free if key.startswith(("features", "tables", "model", "labels", "alignment"))} == {
         *(f"features.{table}.sharding" for table in ("user", "author", "item", "side")),

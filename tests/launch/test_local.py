@@ -18,6 +18,7 @@ from launch import local
 from launch.local import rank_environment, rendezvous_port
 from tests.paths import ROOT
 from trainer.console.errors import UserError
+from trainer.console.exit_status import BROKEN_PIPE_STATUS
 
 TIMEOUTS = 60.0
 
@@ -208,6 +209,12 @@ def test_the_same_user_error_on_all_ranks_is_told_once(launch: Launch) -> None:
     process = launch('print("limelight: error: no dataset", file=sys.stderr); sys.exit(2)', 3)
     _, stderr = process.communicate(timeout=TIMEOUTS)
     assert (process.returncode, stderr) == (2, "limelight: error: no dataset\n")
+
+
+def test_a_closed_pipe_ends_the_ranks_without_a_word(launch: Launch) -> None:
+    process = launch(f"sys.exit({BROKEN_PIPE_STATUS}) if rank == 0 else recorded(LOST)")
+    _, stderr = process.communicate(timeout=TIMEOUTS)
+    assert (process.returncode, stderr) == (BROKEN_PIPE_STATUS, "")
 
 
 def test_a_killed_rank_is_named_with_its_signal(launch: Launch) -> None:

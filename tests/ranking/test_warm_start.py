@@ -52,5 +52,5 @@ def test_what_does_not_is_told(run: Path, tables: tuple[str, ...], features: dic
 def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint and no run with checkpoints here"):
         check_source(config_of(tmp_path / "none"))
-    with pytest.raises(UserError, match="need a `run` to take them from"):
+    with pytest.raises(UserError, match=r"need a `run` to copy from; set init_from\.run"):
         config_of("", ("user",))

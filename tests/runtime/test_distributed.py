@@ -1,14 +1,16 @@
-"""Joining the ranks of a job, and what is said when that fails."""
+"""Joining the ranks of a job, the errors of a failed join, and the exit status of a rank."""
 
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainer.console.errors import UserError
+from trainer.console.exit_status import BROKEN_PIPE_STATUS
 from trainer.runtime.distributed import World, choose_device
 
 JOIN = """
@@ -38,19 +40,19 @@ def test_one_process_needs_no_launcher_and_no_port() -> None:
     assert done.stdout == "0 1 from 0 [0]\n1 0\n"
 
 
-def test_a_port_in_use_is_told() -> None:
+def test_a_port_in_use_is_named_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         done = join(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert done.returncode == 2
-    told = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
-    assert len(told) == 1 and f"127.0.0.1:{port}" in told[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("limelight: error:")]
+    assert len(errors) == 1 and f"127.0.0.1:{port}" in errors[0]
     assert "Traceback" not in done.stderr
 
 
-def test_a_rank_that_is_no_number_is_told() -> None:
+def test_a_rank_that_is_no_number_is_named() -> None:
     done = join(RANK="first", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     assert done.returncode == 2
     assert "RANK='first'" in done.stderr and "Traceback" not in done.stderr
@@ -72,3 +74,26 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu", 7).type == "cpu"
     with pytest.raises(UserError, match="there are 2"):
         choose_device("auto", 2)
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_rank_ends_quietly_when_the_reader_of_its_output_has_closed_the_pipe(size: int, tmp_path: Path) -> None:
+    """A small text fails at the last flush of stdout, a large one in ``print``."""
+    program = (
+        "import sys; from trainer.runtime.distributed import World, run_rank\n"
+        "def job():\n"
+        f"    with World.join('cpu'): print('x' * {size})\n"
+        "sys.exit(run_rank(job))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE_STATUS, "")

@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON settings: which of them the engines support, and the batch sizes that they fill in."""
+"""DeepSpeed's JSON settings: the check that the engines support them, and the batch sizes that Limelight adds."""
 
 from __future__ import annotations
 
@@ -35,82 +35,84 @@ _NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
-class Support:
-    """What an engine supports of ZeRO.
+class ZeroSupport:
+    """ZeRO features that an engine supports.
 
     Attributes:
-        stages: over how much the ranks may share the memory.
-        said: what to use instead of another stage.
-        offload: optimizer and parameters may be kept in host memory.
+        stages: stages of ZeRO (0: nothing is partitioned, 1: optimizer state, 2: also gradients, 3: also parameters).
+        advice: end of the message that refuses another stage.
+        offload: True if optimizer state and parameters may be kept in host memory.
     """
 
     stages: tuple[int, ...]
-    said: str
+    advice: str
     offload: bool
 
 
-DENSE_NETWORK = Support(
+DENSE_NETWORK = ZeroSupport(
     (0, 1, 2),
-    "use 0, 1 or 2 (3 cuts the parameters themselves, and the dense network is small beside the tables)",
+    "use 0, 1 or 2 (3 partitions the parameters, but the dense network is small compared with the tables)",
     offload=False,
 )
-LANGUAGE_MODEL = Support((1, 2, 3), "use 1, 2 or 3", offload=True)
+LANGUAGE_MODEL = ZeroSupport((1, 2, 3), "use 1, 2 or 3", offload=True)
 
 
 def complete_settings(
-    given: Mapping[str, Any], batch_size: int, world: int, support: Support = DENSE_NETWORK
+    settings: Mapping[str, Any], batch_size: int, world: int, support: ZeroSupport = DENSE_NETWORK
 ) -> dict[str, Any]:
-    """DeepSpeed's settings as a user gives them, checked, with the batch sizes filled in.
+    """Check a user's DeepSpeed settings and return them with the batch sizes added.
 
     Args:
-        given: the JSON.
-        batch_size: rows of one rank in an optimizer step; they are cut into ``gradient_accumulation_steps`` parts.
+        settings: the JSON object.
+        batch_size: rows of one rank in an optimizer step, split into ``gradient_accumulation_steps`` micro-batches.
         world: number of ranks.
-        support: of the engine that takes them.
+        support: ZeRO features of the engine that receives the settings.
 
     Raises:
-        UserError: a key that is unknown or that the engine does not support, or a batch size that contradicts.
+        UserError: a key is unknown or the engine does not support it, or a batch size contradicts the job.
     """
-    for key, value in given.items():
-        if key in _REFUSED and asks(value):
+    for key, value in settings.items():
+        if key in _REFUSED and is_enabled(value):
             raise UserError(f"deepspeed settings: {key!r} is not supported: {_REFUSED[key]}")
         if key not in _ACCEPTED and key not in _REFUSED:
             nearest = difflib.get_close_matches(key, _ACCEPTED, n=1, cutoff=0.0)[0]
             raise UserError(f"deepspeed settings: {key!r} is not supported; did you mean {nearest!r}?")
-    accumulated = given.get("data_types", {}).get("grad_accum_dtype")
-    if accumulated not in (None, "fp32") and not asks(given.get("bf16")):
+    accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated not in (None, "fp32") and not is_enabled(settings.get("bf16")):
         raise UserError(f'deepspeed settings: data_types.grad_accum_dtype = {accumulated!r} without bf16: use "fp32"')
-    _check_zero(given.get("zero_optimization", {}), asks(given.get("bf16")), support)
-    clipping = given.get("gradient_clipping", 0.0)
+    _check_zero(settings.get("zero_optimization", {}), is_enabled(settings.get("bf16")), support)
+    clipping = settings.get("gradient_clipping", 0.0)
     if not isinstance(clipping, int | float) or clipping < 0:
         raise UserError(f"deepspeed settings: gradient_clipping = {clipping!r}: use a number above 0, or 0 for none")
     return {
-        # DeepSpeed would report its own progress beside ours.
+        # DeepSpeed would print progress lines of its own.
         "steps_per_print": _NEVER,
-        **{key: value for key, value in given.items() if key in _ACCEPTED},
-        **_batch_sizes(given, batch_size, world),
+        **{key: value for key, value in settings.items() if key in _ACCEPTED},
+        **_batch_sizes(settings, batch_size, world),
     }
 
 
-def _check_zero(zero: Any, bf16: bool, support: Support) -> None:
+def _check_zero(zero: Any, bf16: bool, support: ZeroSupport) -> None:
+    """Raise UserError if the engine does not support the settings in ``zero_optimization``."""
     if not isinstance(zero, Mapping):
         raise UserError(f'deepspeed settings: zero_optimization = {zero!r}: use an object such as {{"stage": 1}}')
     stage = zero.get("stage", 0)
     if stage not in support.stages:
-        raise UserError(f"deepspeed settings: zero_optimization.stage = {stage!r}: {support.said}")
-    # The last is an old name of the first.
+        raise UserError(f"deepspeed settings: zero_optimization.stage = {stage!r}: {support.advice}")
+    # `cpu_offload` is DeepSpeed's old name of `offload_optimizer`; it is refused for every engine.
     for key in ("offload_optimizer", "offload_param", "cpu_offload"):
-        if asks(zero.get(key)) and (not support.offload or key == "cpu_offload"):
+        if is_enabled(zero.get(key)) and (not support.offload or key == "cpu_offload"):
             raise UserError(f"deepspeed settings: zero_optimization.{key} is not supported; remove it")
     if stage == 0 and bf16:
         raise UserError(
-            "deepspeed settings: bf16 with zero_optimization.stage = 0 has an optimizer whose state cannot be saved; "
+            "deepspeed settings: bf16 with zero_optimization.stage = 0 uses an optimizer whose state cannot be saved; "
             "use stage 1 or 2"
         )
 
 
-def _batch_sizes(given: Mapping[str, Any], batch_size: int, world: int) -> dict[str, int]:
-    parts = given.get("gradient_accumulation_steps", 1)
+def _batch_sizes(settings: Mapping[str, Any], batch_size: int, world: int) -> dict[str, int]:
+    """Return DeepSpeed's three batch sizes; raise UserError if a setting contradicts them."""
+    parts = settings.get("gradient_accumulation_steps", 1)
     if not isinstance(parts, int) or parts < 1 or batch_size % parts:
         raise UserError(
             f"deepspeed settings: gradient_accumulation_steps = {parts!r} does not divide "
@@ -118,16 +120,16 @@ def _batch_sizes(given: Mapping[str, Any], batch_size: int, world: int) -> dict[
         )
     sizes = {"train_batch_size": batch_size * world, "train_micro_batch_size_per_gpu": batch_size // parts}
     for key, size in sizes.items():
-        if given.get(key, "auto") not in ("auto", size):
+        if settings.get(key, "auto") not in ("auto", size):
             raise UserError(
-                f"deepspeed settings: {key} = {given[key]!r} contradicts the job, whose batch makes it {size}; "
-                "remove it (train.batch_size sets it)"
+                f"deepspeed settings: {key} = {settings[key]!r} contradicts the job, which needs {size}; remove the "
+                "key, train.batch_size sets it"
             )
     return {**sizes, "gradient_accumulation_steps": parts}
 
 
-def asks(setting: Any) -> bool:
-    """Whether a setting asks for something; ``{"enabled": false}`` and ``{"device": "none"}`` do not."""
+def is_enabled(setting: Any) -> bool:
+    """True if a setting turns a feature on; ``{"enabled": false}`` and ``{"device": "none"}`` do not."""
     if isinstance(setting, Mapping):
         return bool(setting.get("enabled", setting.get("device") != "none"))
     return bool(setting)

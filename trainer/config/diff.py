@@ -1,4 +1,4 @@
-"""Compares two resolved jobs key by key, and lists the keys that may differ when a run is resumed."""
+"""Comparison of two resolved jobs key by key, and the keys that may differ when a run is resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.config.toml import section_of
 
 
 def changeable_keys(job: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """List the keys and sections of a job marked with ``trainer.config.sections.MAY_CHANGE``, as dotted names."""
+    """Yield the dotted names of keys and sections that are marked with ``trainer.config.sections.MAY_CHANGE``."""
     for name, info in job.model_fields.items():
         extra, section = info.json_schema_extra, section_of(info.annotation)
         if isinstance(extra, dict) and extra.get("may_change_on_resume"):
@@ -21,26 +21,35 @@ def changeable_keys(job: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from changeable_keys(section, f"{prefix}{name}.")
 
 
-def differences(then: dict[str, Any], now: dict[str, Any], but: tuple[str, ...]) -> list[str]:
-    """Settings of :func:`flat_settings` that are not the same, a line each; those below the keys ``but`` are free."""
+def differences(then: dict[str, Any], now: dict[str, Any], ignored: tuple[str, ...]) -> list[str]:
+    """Describe the settings that differ, one line each.
+
+    Args:
+        then: earlier settings, from :func:`flat_settings`.
+        now: present settings, from :func:`flat_settings`.
+        ignored: keys and sections that may differ.
+    """
     return [
         f"{key} = {_shown(then, key)} then, {_shown(now, key)} now"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in but)
+        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in ignored)
     ]
 
 
 def _shown(settings: dict[str, Any], key: str) -> str:
+    """Format one setting for a message."""
     return json.dumps(settings[key]) if key in settings else "unset"
 
 
 def flat_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value, over all depths."""
+    """Flatten nested settings to ``section.key`` -> value."""
     return dict(_walk(section, ""))
 
 
 def _walk(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of a section, depth first."""
     for key, value in section.items():
+        # An empty table stays a value; it would vanish from the comparison as a section without keys.
         if isinstance(value, Mapping) and value:
             yield from _walk(value, f"{prefix}{key}.")
         else:

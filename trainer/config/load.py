@@ -1,4 +1,4 @@
-"""Reads a job file, applies overrides from the command line, and validates it."""
+"""Reading of job files: overrides from the command line are applied, and the result is validated."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from trainer.console.errors import UserError
 
 
 def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """Read a job file and apply ``section.key=value`` overrides, whose values are TOML (bare words are strings).
+    """Read a job file, apply ``section.key=value`` overrides, and validate the result.
 
     Args:
-        model: the job's config object.
-        path: the file.
-        overrides: as typed.
+        model: schema of the job.
+        path: the job file.
+        overrides: words of the command line. A value is TOML; a bare word is a string.
 
     Raises:
-        UserError: missing file, not TOML, unknown key (the nearest known one is named), wrong type or range.
+        UserError: missing file, not TOML, unknown key (the message names the nearest one), wrong type or range.
     """
     return validate(model, read_job(path, overrides), str(path))
 
 
 def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a job file and apply overrides, without a check of the keys.
+    """Read a job file and apply overrides, without validating keys and values.
 
     Raises:
         UserError: missing file, not TOML, or an override without a key.
@@ -42,10 +42,10 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load_deepspeed(path: str) -> dict[str, Any]:
-    """DeepSpeed's JSON settings as given; batch sizes are filled in by the engine.
+    """Read DeepSpeed's JSON settings. The engine adds the batch sizes later.
 
     Raises:
-        UserError: missing file or not a JSON object.
+        UserError: missing file, or not a JSON object.
     """
     try:
         settings = json.loads(Path(path).read_text())
@@ -54,15 +54,21 @@ def load_deepspeed(path: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: DeepSpeed settings are a JSON object, this is a {type(settings).__name__}")
+        kind = type(settings).__name__
+        raise UserError(f"{path}: DeepSpeed settings must be a JSON object, but the file has a {kind}")
     return settings
 
 
 def parse_time(text: str, timezone: str, key: str) -> int:
-    """Milliseconds UTC of an ISO date or time; one without an offset is taken in ``timezone``.
+    """Convert an ISO date or time to milliseconds UTC. A time without an offset is in ``timezone``.
+
+    Args:
+        text: the date or time.
+        timezone: IANA name of a time zone.
+        key: key or option that the time belongs to, for the message.
 
     Raises:
-        UserError: not an ISO time.
+        UserError: not an ISO date or time.
     """
     try:
         moment = datetime.fromisoformat(text)
@@ -74,19 +80,21 @@ def parse_time(text: str, timezone: str, key: str) -> int:
 
 
 def _times_as_text(value: Any) -> Any:
-    """TOML's own dates and times as the ISO strings that the config has: 2022-05-04 needs no quotes."""
+    """Convert TOML's dates and times to the ISO strings of the config, so that 2022-05-04 needs no quotes."""
     if isinstance(value, dict):
         return {key: _times_as_text(inner) for key, inner in value.items()}
     return value.isoformat() if isinstance(value, date) else value
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in a nested mapping; missing sections are created."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        # A bare word such as `mmoe` is not TOML: strings need no quotes on the command line.
         value = text
     *sections, last = key.split(".")
     node = raw

@@ -1,6 +1,6 @@
-"""The job file: one TOML file, parsed into typed, frozen objects before any process is started.
+"""Schema of a ranker's job file: typed, frozen objects, parsed before any rank is started.
 
-``load_config`` is the only way in. It names the file, the key and the value of a mistake, and what would be accepted.
+``load_config`` reads the file. Its message about a mistake has the file, the key, the value and what would be accepted.
 ``limelight config train`` prints every key.
 """
 
@@ -31,131 +31,152 @@ from trainer.config.toml import validate
 
 
 class DataConfig(Section):
-    """Which rows are trained on and which are held out. Times are ISO dates or times, in the dataset's time zone."""
+    """Dataset, training range and held-out range. Times are ISO dates or times in the dataset's time zone."""
 
     path: str = Field(
-        ..., description="Dataset directory, or any fsspec URL of one.", min_length=1, json_schema_extra=MAY_CHANGE
+        ..., description="Dataset: a directory or an fsspec URL.", min_length=1, json_schema_extra=MAY_CHANGE
     )
     behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
-    train_from: str = Field("", description="First moment of training. Empty: the dataset's first.")
+    train_from: str = Field("", description="Start of the training range. Empty: the start of the dataset.")
     train_until: str = Field(
-        "", description="End of training: only rows whose labels were complete before it. Empty: `eval_from`."
+        "", description="End of the training range; labels must be complete before it. Empty: `eval_from`."
     )
-    eval_from: str = Field("", description="First request of the held-out range. Empty: no evaluation.")
-    eval_until: str = Field("", description="End of the held-out range. Empty: the dataset's end.")
+    eval_from: str = Field("", description="Time of the first held-out request. Empty: no evaluation.")
+    eval_until: str = Field("", description="End of the held-out range. Empty: the end of the dataset.")
     frozen: bool = Field(
         False,
         description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",
     )
-    shuffle_minutes: Rate = Field(60.0, description="Rows are shuffled inside windows of this length, never across.")
+    shuffle_minutes: Rate = Field(
+        60.0, description="Length of a time window. Rows are shuffled inside a window, never across windows."
+    )
     workers: int = Field(
-        1, description="Loader processes per rank; 0 reads in the training process.", ge=0, json_schema_extra=MAY_CHANGE
+        1,
+        description="Loader processes per rank. 0: the training process reads the data itself.",
+        ge=0,
+        json_schema_extra=MAY_CHANGE,
     )
     prefetch: Positive = Field(
-        4, description="Batches that each loader process prepares ahead.", json_schema_extra=MAY_CHANGE
+        4, description="Batches that each loader process prepares in advance.", json_schema_extra=MAY_CHANGE
     )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",
-        description="A corrupt record ends the run with its name (`error`) or is counted and left out (`skip`).",
+        description="Treatment of a corrupt record: the run ends with a message that names it (`error`), or the record "
+        "is counted and left out (`skip`).",
         json_schema_extra=MAY_CHANGE,
     )
 
 
 class TableOptimizerConfig(Section):
-    """The optimizer fused into the embedding tables' backward pass."""
+    """Optimizer of the embedding tables, fused into their backward pass."""
 
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = Field(
-        "rowwise_adagrad", description="`rowwise_adagrad` keeps one accumulator a row; column-wise tables need another."
+        "rowwise_adagrad",
+        description="Optimizer. `rowwise_adagrad` keeps one accumulator per row, so column-wise sharded tables cannot "
+        "use it.",
     )
     learning_rate: Rate = Field(0.02, description="Peak learning rate of the tables.")
-    eps: Rate = Field(1e-8, description="Added to the root of Adagrad's accumulator.")
+    eps: Rate = Field(1e-8, description="Constant that is added to the root of Adagrad's accumulator.")
     deduplicate: bool = Field(
         True,
-        description="Look each id up and send it to its rank once in a step, however often a batch has it.",
+        description="Send and look up each id once per step, however often it occurs in the batch.",
         json_schema_extra=MAY_CHANGE,
     )
 
 
 class ModelConfig(Section):
-    """The dense network over the embeddings."""
+    """Dense network over the embeddings."""
 
     kind: Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"] = Field(
-        "ple", description="Multi-task network; `logistic` is a logistic regression on the same inputs."
+        "ple", description="Multi-task network. `logistic` is a logistic regression on the same inputs."
     )
-    task_experts: Positive = Field(2, description="Experts of each behaviour (PLE, CGC); MMoE shares as many in all.")
+    task_experts: Positive = Field(
+        2, description="Experts per behaviour (PLE, CGC). MMoE has the same total number of experts, all shared."
+    )
     shared_experts: Positive = Field(2, description="Experts that all behaviours share.")
     expert_layers: tuple[tuple[Positive, ...], ...] = Field(
         ((256, 128), (128, 64)),
-        description="Widths of the experts, one list an extraction layer. PLE uses all, the others the first.",
+        description="Widths of the experts, one list per extraction layer. PLE uses all lists, the others the first.",
         min_length=1,
     )
     tower: tuple[Positive, ...] = Field((64,), description="Hidden widths of each behaviour's tower.")
     attention_kind: Literal["din", "multi_head", "twin"] = Field(
         "din",
-        description="How histories are read: by a small network on candidate and entry (`din`), by multi-head target "
-        "attention of all that describes the candidate (`multi_head`), or so with TWIN's split of item and cross "
-        "features (`twin`).",
+        description="Attention to histories: a small network on candidate and entry (`din`), multi-head target "
+        "attention with a query from all features of the candidate (`multi_head`), or the same with TWIN's split of "
+        "item and cross features (`twin`).",
     )
-    attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of the network of `din`.")
-    heads: Positive = Field(4, description="Heads of `multi_head` and `twin`.")
-    head_dim: Positive = Field(16, description="Width of a head.")
+    attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of the attention network of `din`.")
+    heads: Positive = Field(4, description="Number of heads of `multi_head` and `twin`.")
+    head_dim: Positive = Field(16, description="Width of one head.")
     dropout: Share = Field(0.0, description="Dropout in experts and towers.")
 
 
 class AlignmentConfig(Section):
-    """A contrastive loss that draws a user's histories towards one of them, Moment&Cross equation 6."""
+    """Contrastive loss that aligns a user's histories with one of them, Moment&Cross equation 6."""
 
-    anchor: str = Field("", description="History that each other one is aligned with, such as `mixed`. Empty: none.")
-    weight: Rate = Field(0.05, description="Weight of the loss beside that of the behaviours.")
-    temperature: Rate = Field(0.1, description="Divides the cosines of two sides.")
-    symmetric: bool = Field(
-        True, description="Both directions, each with half the weight; false: from the anchor to the others."
+    anchor: str = Field(
+        "", description="History that all others are aligned with, such as `mixed`. Empty: no alignment loss."
     )
-    detached: Literal["none", "anchor", "others"] = Field("none", description="Sides that the loss does not move.")
+    weight: Rate = Field(0.05, description="Weight of this loss; the loss of the behaviours has weight 1.")
+    temperature: Rate = Field(0.1, description="Temperature: the cosine similarities are divided by it.")
+    symmetric: bool = Field(
+        True,
+        description="Use both directions, each with half the weight (true), or only the direction from the anchor to "
+        "the others (false).",
+    )
+    detached: Literal["none", "anchor", "others"] = Field(
+        "none", description="Histories that receive no gradient from this loss."
+    )
 
 
 class TrainConfig(DistributedTrainConfig):
-    """The training loop of the ranker."""
+    """Training loop of the ranker."""
 
-    batch_size: Positive = Field(2048, description="Rows of all ranks together in one optimizer step.")
+    batch_size: Positive = Field(2048, description="Rows per optimizer step, over all ranks.")
     epochs: Positive = Field(1, description="Passes over the training range.")
     overlap: bool = Field(
-        True, description="Exchange the next batch's ids while the dense network works.", json_schema_extra=MAY_CHANGE
+        True,
+        description="Exchange the ids of the next batch while the dense network computes.",
+        json_schema_extra=MAY_CHANGE,
     )
     baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
         (),
-        description="Networks to train after `model.kind` on the same data, for the same table of metrics.",
+        description="Networks to train after `model.kind` on the same data; the table of metrics compares them.",
         json_schema_extra=MAY_CHANGE,
     )
-    weights: dict[str, float] = Field({}, description="Loss weight of single behaviours; the others weigh 1.")
+    weights: dict[str, float] = Field({}, description="Loss weight per behaviour; the default is 1.")
 
 
 class ScoreConfig(Section):
-    """The ranking score."""
+    """Ranking score of `limelight score`."""
 
     exponents: dict[str, float] = Field(
-        {}, description="Exponent of (1 + p) per behaviour, Moment&Cross equation 4; the others have 1."
+        {}, description="Exponent of (1 + p) per behaviour, Moment&Cross equation 4; the default is 1."
     )
 
 
 class InitFromConfig(Section):
-    """An old run whose tables a new model starts from."""
+    """Warm start: an earlier run whose tables a new model starts from."""
 
-    run: str = Field("", description="A run, or one of its checkpoints. Empty: start anew.")
+    run: str = Field("", description="A run, or one of its checkpoints. Empty: no warm start.")
     tables: tuple[str, ...] = Field(
-        (), description="Tables to take: `user`, `author`, `item`, `side`. Empty: all that both models have."
+        (), description="Tables to copy: `user`, `author`, `item`, `side`. Empty: all tables that both models have."
     )
-    dense: bool = Field(False, description="Take the dense network too, which must have the same inputs and outputs.")
+    dense: bool = Field(
+        False, description="Copy the dense network too; it must have the same inputs, outputs and shapes."
+    )
 
     @model_validator(mode="after")
-    def _of_a_run(self) -> InitFromConfig:
+    def _require_run(self) -> InitFromConfig:
+        """Refuse keys that have no effect without ``run``."""
         if (self.tables or self.dense) and not self.run:
-            raise ValueError("`tables` and `dense` need a `run` to take them from")
+            raise ValueError("`tables` and `dense` need a `run` to copy from; set init_from.run")
         return self
 
 
 class JobConfig(Section):
-    """One training job."""
+    """Job file of a ranker: `limelight train`."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     data: DataConfig
@@ -173,15 +194,16 @@ class JobConfig(Section):
     score: ScoreConfig = Field(default_factory=ScoreConfig, json_schema_extra=MAY_CHANGE)
 
     @model_validator(mode="after")
-    def _fits_a_stream(self) -> JobConfig:
+    def _check_stream(self) -> JobConfig:
+        """Refuse settings that a stream cannot have, and labels without a stream."""
         if self.stream is None:
             if self.labels != LabelConfig():
-                raise ValueError("[labels] is of a stream, and there is no section [stream]")
+                raise ValueError("[labels] belongs to a stream; add the section [stream], or remove [labels]")
             return self
         if not self.data.train_until:
             raise ValueError(
-                "[stream] needs data.train_until: features are fitted on what was known before, and the stream begins "
-                "there"
+                "[stream] needs data.train_until: the stream starts at this time, and features are fitted on earlier "
+                "rows"
             )
         for key, value, needed in (
             ("train.epochs", self.train.epochs, 1),
@@ -190,15 +212,15 @@ class JobConfig(Section):
             ("data.frozen", self.data.frozen, False),
         ):
             if value != needed:
-                raise ValueError(f"{key} = {value!r}: a stream has no end that is known; it needs {needed!r}")
+                raise ValueError(f"{key} = {value!r}: the end of a stream is unknown, so this must be {needed!r}")
         return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read the job file of a ranker, as :func:`load_job` does."""
+    """Read the job file of a ranker; :func:`trainer.config.load.load_job` describes arguments and errors."""
     return load_job(JobConfig, path, overrides)
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> JobConfig:
-    """Validate a nested mapping; ``origin`` is named in errors."""
+    """Validate a nested mapping as a ranker's job; ``origin`` is the file that messages name."""
     return validate(JobConfig, raw, origin)

@@ -1,4 +1,4 @@
-"""The config reference: every key of a job file as Markdown tables."""
+"""Config reference: every key of a job file as Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.config.toml import fields, section_of
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as the reference shows it."""
+    """Format a field's type for the reference."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " \\| ".join(json.dumps(choice) for choice in arguments)
@@ -30,6 +30,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _default(info: FieldInfo) -> str:
+    """Format a field's default for the reference."""
     if info.is_required():
         return "required"
     value = info.get_default(call_default_factory=True)
@@ -37,19 +38,20 @@ def _default(info: FieldInfo) -> str:
 
 
 def reference(job: type[BaseModel]) -> str:
-    """Every key of a job with type, default and meaning, as Markdown tables: the README's config reference."""
+    """Return every key of a job with type, default and meaning, as Markdown tables: the content of docs/config.md."""
     lines: list[str] = []
     for section, info in job.model_fields.items():
         model = section_of(info.annotation)
         assert model is not None
         summary = (model.__doc__ or "").strip().split("\n")[0]
         lines += [f"**`[{section}]`** {summary}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        same: dict[int, tuple[list[str], FieldInfo]] = {}
+        # Sections of the same type share their fields, so that one line of the table describes all of them.
+        shared: dict[int, tuple[list[str], FieldInfo]] = {}
         for name, field in fields(model):
-            same.setdefault(id(field), ([], field))[0].append(f"`{name}`")
+            shared.setdefault(id(field), ([], field))[0].append(f"`{name}`")
         lines += [
             f"| {', '.join(names)} | {_type_name(field.annotation)} | {_default(field)} | {field.description} |"
-            for names, field in same.values()
+            for names, field in shared.values()
         ]
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -1,4 +1,4 @@
-"""TOML files as typed objects: a mistake is told with its file, key and value, and what would be accepted."""
+"""TOML files as typed objects. The message of a mistake has the file, the key, the value and what would be accepted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
-    """The content of a file; ``what`` it is, such as ``job file``, is named in errors.
+    """Read a TOML file.
+
+    Args:
+        path: the file.
+        what: kind of file for the messages, such as ``job file``.
 
     Raises:
         UserError: missing file, or not TOML.
@@ -35,10 +39,15 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def validate(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
-    """``raw`` as a ``model``; ``origin`` is named in errors.
+    """Convert a nested mapping to a typed object.
+
+    Args:
+        model: schema of the object.
+        raw: the mapping.
+        origin: file that the mapping comes from, for the messages.
 
     Raises:
-        UserError: unknown key (the nearest known one is named), wrong type or range.
+        UserError: unknown key (the message names the nearest one), wrong type or range.
     """
     try:
         return model.model_validate(raw)
@@ -56,15 +65,16 @@ def list_mistakes(model: type[BaseModel], raw: dict[str, Any]) -> list[str]:
 
 
 def validate_stored(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
-    """Validate a job that an earlier version may have written, with keys that were renamed since.
+    """Validate a job that an earlier version may have written: earlier names of keys are accepted.
 
     Raises:
-        UserError: as :func:`validate`.
+        UserError: the same as :func:`validate`.
     """
     return validate(model, _with_new_names(model, raw), origin)
 
 
 def _with_new_names(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
+    """Return ``raw`` with earlier names of keys replaced by the present ones, in all sections."""
     new_names = {former_name(info): name for name, info in model.model_fields.items() if former_name(info)}
     named = {new_names.get(key, key): value for key, value in raw.items()}
     for name, info in model.model_fields.items():
@@ -74,14 +84,14 @@ def _with_new_names(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, An
 
 
 def former_name(info: FieldInfo) -> str | None:
-    """Return the earlier name of a key that was renamed, given by ``json_schema_extra={"formerly": ...}``."""
+    """Return the earlier name of a renamed key; the field has it as ``json_schema_extra={"formerly": ...}``."""
     extra = info.json_schema_extra
     name = extra.get("formerly") if isinstance(extra, dict) else None
     return name if isinstance(name, str) else None
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted name and field of every key of a section, depth first; ``NAME`` stands for a free key."""
+    """Yield the dotted name and the field of every key of a section, depth first; ``NAME`` stands for a free key."""
     for name, info in model.model_fields.items():
         inner, free = _section_and_keys(info.annotation)
         if inner is not None:
@@ -91,17 +101,17 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether a field's type is a section of its own."""
+    """True if a field's type is a section."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a type holds, if any."""
+    """Return the section that a field's type holds, or None."""
     return _section_and_keys(annotation)[0]
 
 
 def _section_and_keys(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a type holds, if any, and whether under free keys."""
+    """Return the section that a field's type holds, or None, and True if the section stands under free keys."""
     if is_section(annotation):
         return annotation, False
     free = get_origin(annotation) is dict
@@ -111,7 +121,7 @@ def _section_and_keys(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _explain(mistake: ErrorDetails, raw: dict[str, Any], model: type[BaseModel]) -> str:
-    """Return a mistake as one line; for an unknown key it names the nearest known one."""
+    """Describe a mistake in one line. For an unknown key the line names the nearest known one."""
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         for name, info in fields(model):
@@ -122,17 +132,19 @@ def _explain(mistake: ErrorDetails, raw: dict[str, Any], model: type[BaseModel])
         return f"unknown key {key}; did you mean {nearest}?"
     if mistake["type"] == "missing":
         return f"{key} is missing"
-    said = mistake["msg"].removeprefix("Value error, ")
-    said = f"{said[0].lower()}{said[1:]}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    message = f"{message[0].lower()}{message[1:]}"
     value: Any = raw
     for part in mistake["loc"]:
         value = _item(value, part)
     if isinstance(value, dict) and mistake["type"] == "value_error":
-        return f"[{key}]: {said}" if key else said
-    return f"{key} = {value!r}: {said}"
+        # A validator of a whole section: its message names the keys, and the section's value would only be noise.
+        return f"[{key}]: {message}" if key else message
+    return f"{key} = {value!r}: {message}"
 
 
 def _item(container: Any, key: str | int) -> Any:
+    """Return an item of a mapping or list, or None if there is none."""
     try:
         return container[key]
     except (KeyError, IndexError, TypeError):

@@ -17,6 +17,8 @@ status  meaning
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -43,12 +45,31 @@ BROKEN_PIPE_STATUS = 141
 
 
 def exit_status(job: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status; print a UserError as one line."""
+    """Run a command or a rank, and return its exit status.
+
+    A UserError is printed as one line. If the reader of stdout has closed the pipe, nothing is printed.
+    """
     start_log()
     try:
-        return job() or 0
-    except UserError as error:
-        print(f"limelight: error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR_STATUS
-    except KeyboardInterrupt:
-        return INTERRUPTED_STATUS
+        try:
+            return job() or 0
+        except UserError as error:
+            print(f"limelight: error: {error}", file=sys.stderr, flush=True)
+            return USER_ERROR_STATUS
+        except KeyboardInterrupt:
+            return INTERRUPTED_STATUS
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_has_no_reader():
+            raise
+        # Python flushes stdout once more when it exits, which would print a second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE_STATUS
+
+
+def _stdout_has_no_reader() -> bool:
+    """True if stdout is a pipe that its reader has closed; any other broken pipe is an error of the work."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
