@@ -145,7 +145,7 @@ def train_all(options: argparse.Namespace, world: World, wanted: Iterator[Traini
 
 def read_predictions(file: Path) -> StreamPredictions:
     """Return the predictions of a training."""
-    with np.load(file) as arrays:
+    with np.load(file, allow_pickle=False) as arrays:
         return StreamPredictions(arrays["visit_id"], arrays["probability"], json.loads(str(arrays["facts"][()])))
 
 

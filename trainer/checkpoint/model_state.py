@@ -15,11 +15,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
+from trainer.checkpoint.model_index import DAMAGED, SafeReader, read_index
 from trainer.console.errors import UserError, one_line
 from trainer.console.text_table import shape_text
 
@@ -64,16 +65,14 @@ def read_state(state: State, path: str | Path, group: dist.ProcessGroup) -> None
     Raises:
         UserError: there is no state, or its tensors differ; the differences are listed.
     """
-    if not (Path(path) / ".metadata").is_file():
-        raise UserError(f"{path}: no model here (.metadata is missing)")
+    found = read_index(Path(path)).state_dict_metadata
     try:
-        found = FileSystemReader(path).read_metadata().state_dict_metadata
         stored = {name: tuple(entry.size) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
         differences = list_differences(stored, _shapes_of_all_ranks(state, group))
         if differences:
             raise UserError(f"{path}: a checkpoint of another model: {differences}")
-        dcp.load(dict(state), storage_reader=FileSystemReader(path), process_group=group)
-    except (CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
+        dcp.load(dict(state), storage_reader=SafeReader(path), process_group=group)
+    except (CheckpointException, OSError, *DAMAGED) as error:
         raise UserError(f"{path}: cannot read the model: {_reason(error)}") from None
 
 

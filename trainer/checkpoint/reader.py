@@ -1,15 +1,13 @@
 """Reads a checkpoint in a single process: its description, and its tensors by blocks of rows.
 
 The model in a checkpoint is a ``torch.distributed.checkpoint``. It is opened here without ranks and without that
-library's planner, which would need memory for whole tables. No file can run code: the index is unpickled with a list of
-allowed types, the tensors with ``weights_only``.
+library's planner, which would need memory for whole tables. ``trainer.checkpoint.model_index`` reads the files.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, find_checkpoint, read_manifest
+from trainer.checkpoint.model_index import DAMAGED, load_archive, load_tensors, read_index
 from trainer.checkpoint.writer import rank_file
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
@@ -30,27 +29,6 @@ from trainer.data.features.fit import FittedFeatures
 
 BLOCK_BYTES = 64 << 20
 """Approximate size of a block of rows."""
-
-_INDEX = ".metadata"
-_INDEX_TYPES = {
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
 
 
 @dataclass(frozen=True)
@@ -85,12 +63,12 @@ class StoredPiece:
             with self.file.open("rb") as file:
                 file.seek(self.start)
                 content = file.read(self.length)
-            values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            values = load_archive(io.BytesIO(content), len(content))
             if tuple(values.shape) != self.sizes:
                 raise ValueError
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
-        except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
+        except DAMAGED:
             raise UserError(f"{self.file}: damaged; `limelight checkpoint verify` lists the damaged files") from None
         return values
 
@@ -191,7 +169,7 @@ class StoredModel:
         self.dense: dict[str, dict[str, StoredTensor]] = {}
         self.buffers: dict[str, StoredTensor] = {}
         self.counters: dict[str, StoredTensor] = {}
-        tensors = sorted(_read_index(directory).items())
+        tensors = sorted(_read_tensors(directory).items())
         # Tables come first, since optimizer states are added to them.
         for key, tensor in sorted(tensors, key=lambda item: not item[0].startswith("tables.")):
             section, _, rest = key.partition(".")
@@ -287,45 +265,20 @@ class Checkpoint:
         return FittedFeatures.load(self.run / "features")
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles only the types of which the index of a torch.distributed.checkpoint consists."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _INDEX_TYPES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _read_index(directory: Path) -> dict[str, StoredTensor]:
+def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Read the index: every tensor by its stored name."""
-    file = directory / _INDEX
-    try:
-        with file.open("rb") as opened:
-            index = _IndexUnpickler(opened).load()
-        if not isinstance(index, Metadata) or index.storage_data is None:
-            raise ValueError
-        tensors = {}
-        for key, entry in index.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise ValueError
-            pieces = []
-            for chunk in entry.chunks:
-                stored = index.storage_data[MetadataIndex(key, chunk.offsets)]
-                where = directory / stored.relative_path, stored.offset, stored.length
-                pieces.append(StoredPiece(tuple(chunk.offsets), tuple(chunk.sizes), *where))
-            pieces.sort(key=lambda piece: piece.offsets)
-            tensors[key] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(pieces))
-            if sum(prod(piece.sizes) for piece in pieces) != tensors[key].elements:
-                raise ValueError
-        return tensors
-    except FileNotFoundError:
-        raise UserError(f"{directory}: no model here ({_INDEX} is missing)") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except Exception as error:
-        # Unpickling a damaged file can raise any exception.
-        raise UserError(f"{file}: damaged ({type(error).__name__} while reading it)") from None
+    index = read_index(directory)
+    tensors = {}
+    for key, entry in index.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata) and index.storage_data is not None
+        pieces = []
+        for chunk in entry.chunks:
+            stored = index.storage_data[MetadataIndex(key, chunk.offsets)]
+            where = directory / stored.relative_path, stored.offset, stored.length
+            pieces.append(StoredPiece(tuple(chunk.offsets), tuple(chunk.sizes), *where))
+        pieces.sort(key=lambda piece: piece.offsets)
+        tensors[key] = StoredTensor(tuple(entry.size), entry.properties.dtype, tuple(pieces))
+    return tensors
 
 
 def stored_search(directory: Path) -> dict[str, dict[str, Tensor]]:
@@ -335,7 +288,7 @@ def stored_search(directory: Path) -> dict[str, dict[str, Tensor]]:
         UserError: the checkpoint has none.
     """
     try:
-        return torch.load(directory / rank_file(0), weights_only=True)["search"]
+        return load_tensors(directory / rank_file(0))["search"]
     except KeyError:
         raise UserError(
             f"{directory}: has no search vectors, which features.history.* with search = 'top' needs"

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.checkpoint.manifest import JOB, MODEL, DatasetEntry, Manifest, TableEntry
+from trainer.checkpoint.model_index import load_tensors
 from trainer.checkpoint.model_state import list_differences
 from trainer.checkpoint.reader import stored_search
 from trainer.checkpoint.store import CheckpointStore, agreed
@@ -140,13 +139,11 @@ class Checkpoints(CheckpointStore):
     def _restore_own(self, directory: Path, manifest: Manifest, state: TrainingState) -> None:
         rank, size = self._world.rank, self._world.size
         # On another number of ranks too, the metrics of each stored rank are added on exactly one rank.
-        states = [
-            torch.load(directory / rank_file(saved), weights_only=True) for saved in range(rank, manifest.ranks, size)
-        ]
+        states = [load_tensors(directory / rank_file(saved)) for saved in range(rank, manifest.ranks, size)]
         state.progressive.load_state_dict(*(saved["progressive"] for saved in states))
         if state.stream is not None:
             # The partitions of a rank may have belonged to any stored rank.
-            everyone = [torch.load(directory / rank_file(saved), weights_only=True) for saved in range(manifest.ranks)]
+            everyone = [load_tensors(directory / rank_file(saved)) for saved in range(manifest.ranks)]
             mine = range(rank, manifest.ranks, size)
             state.stream.load_state_dicts([saved["stream"] for saved in everyone], mine)
         if state.space is not None:

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modules.ranker import Ranker
+from trainer.checkpoint.model_index import load_tensors
 from trainer.checkpoint.model_state import list_differences
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
@@ -135,18 +135,8 @@ def open_export(directory: str | Path) -> ExportedModel:
         tables,
         ranker,
         dynamic_ids,
-        _read_space(model_dir / SEARCH) if features.needs_space else None,
+        stored_space(load_tensors(model_dir / SEARCH)) if features.needs_space else None,
     )
-
-
-def _read_space(file: Path) -> SearchSpace:
-    """Read the search vectors of an export."""
-    try:
-        return stored_space(torch.load(file, weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{file}: damaged; repeat `limelight export RUN OUT`") from None
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.features import FeatureConfig
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.data.features.author_features import AuthorSide, read_author_side
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.id_map import table_rows
@@ -23,6 +23,7 @@ from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
 from trainer.data.format.shards import RowStore
 from trainer.data.format.time_selection import Selection
+from trainer.runtime.stored_files import load_arrays, read_json_object
 
 ID_TABLES: tuple[str, ...] = ("user", "author", "item")
 """Embedding tables of ids; the id column of table T is ``T_id``, in rows and in histories."""
@@ -78,27 +79,31 @@ class FittedFeatures:
         """Read the files that :meth:`save` wrote.
 
         Raises:
-            UserError: a file is missing.
+            UserError: a file is missing or damaged.
         """
+        folder = Path(directory)
         try:
-            text = json.loads((Path(directory) / _JSON_FILE).read_text())
-            with np.load(Path(directory) / _ARRAY_FILE) as arrays:
-                vocabularies = {name: arrays[name] for name in arrays.files}
+            text = read_json_object(folder / _JSON_FILE)
+            vocabularies = load_arrays(folder / _ARRAY_FILE)
             author_side = None
-            if (Path(directory) / _AUTHOR_FILE).exists():
-                with np.load(Path(directory) / _AUTHOR_FILE) as arrays:
-                    author_side = AuthorSide(arrays["author_id"], arrays["values"])
+            if (folder / _AUTHOR_FILE).exists():
+                arrays = load_arrays(folder / _AUTHOR_FILE)
+                author_side = AuthorSide(arrays["author_id"], arrays["values"])
+            return FittedFeatures(
+                layout=text["layout"],
+                table_rows=text["table_rows"],
+                prior=np.array(text["prior"], np.float64),
+                mean=np.array(text["mean"], np.float64),
+                deviation=np.array(text["deviation"], np.float64),
+                vocabularies=vocabularies,
+                author_side=author_side,
+            )
         except FileNotFoundError as error:
             raise UserError(f"{directory}: not a run of `limelight train` ({error.filename} is missing)") from None
-        return FittedFeatures(
-            layout=text["layout"],
-            table_rows=text["table_rows"],
-            prior=np.array(text["prior"]),
-            mean=np.array(text["mean"]),
-            deviation=np.array(text["deviation"]),
-            vocabularies=vocabularies,
-            author_side=author_side,
-        )
+        except OSError as error:
+            raise UserError(f"{directory}: the features cannot be read ({one_line(error)})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}: the features are damaged ({one_line(error)})") from None
 
 
 def feature_layout(spec: DatasetSpec) -> dict[str, Any]:

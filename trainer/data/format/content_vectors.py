@@ -15,7 +15,6 @@ process may write at a time.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.runtime.files import sync, write_json
+from trainer.runtime.stored_files import file_inside, load_array, read_json_object
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -101,23 +101,27 @@ class ContentVectors:
             manifest = _read_manifest(folder)
             try:
                 ids, vectors, texts = (
-                    np.load(folder / manifest["files"][part], mmap_mode="r", allow_pickle=False) for part in _PARTS
+                    load_array(file_inside(folder, manifest["files"][part]), 2 if part == "vectors" else 1)
+                    for part in _PARTS
                 )
+                shape = (manifest["count"], manifest["dim"])
+                origin, digest = Origin(**manifest["origin"]), manifest["hash"]
                 break
             except FileNotFoundError:
                 # The table was replaced after its manifest was read; the new manifest names files that exist.
                 continue
-            except (KeyError, ValueError, EOFError, OSError) as error:
-                raise UserError(f"{folder}: the embedding table is damaged ({error}); make it again") from None
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"{folder / MANIFEST}: damaged ({one_line(error):.120}); make the table again"
+                ) from None
         else:
             raise UserError(f"{folder}: files named in {MANIFEST} are missing; make the table again")
-        shape = (manifest["count"], manifest["dim"])
         if ids.shape != shape[:1] or texts.shape != shape[:1] or vectors.shape != shape:
             raise UserError(
                 f"{folder}: {MANIFEST} lists {shape[0]} vectors with {shape[1]} elements, but the files have ids of "
                 f"shape {ids.shape} and vectors of shape {vectors.shape}; make the table again"
             )
-        return ContentVectors(folder, ids, vectors, texts, Origin(**manifest["origin"]), manifest["hash"])
+        return ContentVectors(folder, ids, vectors, texts, origin, digest)
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
         """Return the row of each id, or -1 if the table has no vector for it. The result has the shape of ``ids``."""
@@ -268,13 +272,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a table, and check its version."""
     file = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
+        manifest = read_json_object(file)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no embedding table here ({MANIFEST} is missing); `limelight embed` creates one"
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
     if manifest.get("version") != VERSION:
         raise UserError(f"{file}: version is {manifest.get('version')}; this release reads version {VERSION}")
     return manifest

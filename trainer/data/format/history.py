@@ -215,7 +215,7 @@ class Histories:
         try:
             # Plain arrays over the mapped memory: every index into np.memmap makes a new instance of the subclass.
             columns = {
-                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
                 for name in (*ENTRY_COLUMNS, *_USER_COLUMNS)
                 if name not in _LATER_COLUMNS or (folder / f"{name}.npy").exists()
             }

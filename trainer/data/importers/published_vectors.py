@@ -103,7 +103,7 @@ def _load_titles(file: Path) -> np.ndarray:
         UserError: the file cannot be read, or it is not one array of that shape.
     """
     try:
-        loaded = np.load(file, mmap_mode="r")
+        loaded = np.load(file, mmap_mode="r", allow_pickle=False)
         titles = loaded if isinstance(loaded, np.ndarray) else loaded[_only(file, loaded.files)]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: cannot be read as an array ({error})") from None

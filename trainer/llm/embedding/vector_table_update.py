@@ -26,6 +26,7 @@ from trainer.llm.models.adapter import load_adapter
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World
+from trainer.runtime.stored_files import load_array, load_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,7 @@ def stored_query(config: EmbeddingJob, encoder: Encoder, template: Template, nam
         logger.info("fitting the query vector")
         query = fit_query(encoder, config.data.path, template, config.embed.seed)
         _write(file, lambda stream: np.save(stream, query))
-    stored: np.ndarray = np.load(file, allow_pickle=False)
-    return stored
+    return load_array(file, 1)
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,10 @@ def merge_parts(update: TableUpdate, dim: int) -> None:
     old_texts = np.empty(0, np.uint64) if update.old is None else update.old.texts[update.kept]
     ids, texts, truncated = [old_ids], [old_texts], 0
     for file in update.files:
-        with np.load(file) as part:
-            ids.append(part["ids"])
-            texts.append(part["texts"])
-            truncated += int(part["truncated"])
+        part = load_arrays(file)
+        ids.append(part["ids"])
+        texts.append(part["texts"])
+        truncated += int(part["truncated"])
     made = sum(map(len, ids[1:]))
     refused = len(update.new) - made
     if refused and not made and not len(update.kept):
@@ -234,8 +234,8 @@ def _all_parts(update: TableUpdate) -> Iterator[VectorPart]:
     if update.old is not None:
         yield from update.old.parts(update.kept)
     for file in update.files:
-        with np.load(file) as part:
-            yield part["ids"], part["vectors"]
+        part = load_arrays(file)
+        yield part["ids"], part["vectors"]
 
 
 def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:

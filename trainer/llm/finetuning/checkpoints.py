@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.checkpoint.manifest import ADAPTER, JOB, MODEL, DatasetEntry, Manifest
+from trainer.checkpoint.model_index import load_tensors
 from trainer.checkpoint.store import CheckpointStore, agreed
 from trainer.checkpoint.writer import Save, rank_file
 from trainer.config.finetune import FinetuneConfig
@@ -102,7 +101,7 @@ class AdapterCheckpoints(CheckpointStore):
         state.metric_history[:] = job["trace"]
         # The sums of the open window are the same on all ranks, so the file of rank 0 has them too.
         same = manifest.ranks == size
-        saved = torch.load(directory / rank_file(rank if same else 0), weights_only=True)
+        saved = load_tensors(directory / rank_file(rank if same else 0))
         state.window.load_state_dict(saved["window"])
         if same:
             restore_random_states(saved["random"])

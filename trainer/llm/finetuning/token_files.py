@@ -8,7 +8,6 @@ at its end. A sample without room for any prompt token is left out. Both cases a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -17,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.llm.finetuning.samples import Sample
 from trainer.runtime.files import write_json
+from trainer.runtime.stored_files import load_array, open_regular, read_json_object
 
 _CHUNK = 4096
 """Number of samples that are tokenised together."""
@@ -91,12 +91,26 @@ class Tokens:
 
     @staticmethod
     def open(directory: Path) -> Tokens:
-        """Memory-map the files of :func:`write_tokens`."""
-        starts = np.load(directory / "starts.npy")
-        # An empty file cannot be memory-mapped.
-        ids = np.memmap(directory / "ids.int32", np.int32, "r") if starts[-1] else np.empty(0, np.int32)
-        counts = TokenCounts(**json.loads((directory / "counts.json").read_text()))
-        return Tokens(ids, starts, np.load(directory / "answers.npy"), counts)
+        """Memory-map the files of :func:`write_tokens`.
+
+        Raises:
+            UserError: a file is missing or damaged, or the files do not belong together.
+        """
+        try:
+            starts, answers = (load_array(directory / f"{name}.npy", 1) for name in ("starts", "answers"))
+            counts = TokenCounts(**read_json_object(directory / "counts.json"))
+            open_regular(directory / "ids.int32").close()
+            # An empty file cannot be memory-mapped.
+            empty = not (directory / "ids.int32").stat().st_size
+            ids = np.empty(0, np.int32) if empty else np.memmap(directory / "ids.int32", np.int32, "r")
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{directory}: the tokens cannot be read ({one_line(error)}); remove it to write it again"
+            ) from None
+        lengths = np.diff(starts)
+        if len(starts) != len(answers) + 1 or starts[0] or starts[-1] != len(ids) or (lengths < answers).any():
+            raise UserError(f"{directory}: the files of the tokens do not belong together; remove it to write it again")
+        return Tokens(ids, starts, answers, counts)
 
 
 def write_tokens(samples: Iterable[Sample], tokenizer: Any, length: int, directory: Path) -> TokenCounts:

@@ -5,7 +5,6 @@ Any adapter of peft can be read. An adapter that this package wrote is refused f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from trainer.checkpoint.model_state import list_differences
 from trainer.checkpoint.run_directory import base_path, load_finetune_run
 from trainer.console.errors import UserError, one_line
 from trainer.data.format.safetensors_header import read_header
-from trainer.llm.models.base_model import BaseModelFiles, empty_model
+from trainer.llm.models.base_model import BaseModelFiles, empty_model, refuse_code
 from trainer.runtime.files import write_json, write_whole
+from trainer.runtime.stored_files import read_json_object
 
 RECORD = "limelight.json"
 """File beside peft's files with the fingerprint of the base model, sequence length and tasks."""
@@ -77,8 +77,10 @@ def check_adapter(base: BaseModelFiles, directory: Path) -> None:
     weights = directory / "adapter_model.safetensors"
     if not weights.is_file() or not (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: no adapter here (adapter_config.json or adapter_model.safetensors is missing)")
+    refuse_code(directory)
+    _check_kind(directory / "adapter_config.json")
     if (directory / RECORD).is_file():
-        made_for = json.loads((directory / RECORD).read_text())["base"]
+        made_for = read_json_object(directory / RECORD).get("base")
         if made_for != base.fingerprint:
             raise UserError(
                 f"{directory}: an adapter for another base model (of fingerprint {made_for}; "
@@ -100,6 +102,19 @@ def check_adapter(base: BaseModelFiles, directory: Path) -> None:
     differences = list_differences(there, {name: tuple(value.shape) for name, value in expected.items()})
     if differences:
         raise UserError(f"{directory}: an adapter for another base model than {base.directory}: {differences}")
+
+
+def _check_kind(file: Path) -> None:
+    """Check that a configuration of peft describes a plain LoRA adapter: other kinds load further models or modules.
+
+    Raises:
+        UserError: it does not.
+    """
+    config = read_json_object(file)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type is {config.get('peft_type')!a:.60}; only LORA adapters can be read")
+    if config.get("megatron_config"):
+        raise UserError(f"{file}: megatron_config is set, for which peft imports a module by name; it must be null")
 
 
 def write_merged(base: BaseModelFiles, adapter: Path, out: Path) -> None:

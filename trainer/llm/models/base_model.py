@@ -14,6 +14,7 @@ import torch
 
 from trainer.config.finetune import LoraConfig
 from trainer.console.errors import UserError, one_line
+from trainer.runtime.stored_files import read_json_object
 
 _ENDS_BYTES = 1 << 20
 """Number of bytes at the beginning and at the end of a weight file that are part of the fingerprint."""
@@ -49,8 +50,11 @@ class BaseModelFiles:
         """
         quiet_libraries()
         directory = find_directory(path, "model.path")
+        tokens = find_directory(tokenizer, "model.tokenizer") if tokenizer else directory
+        for files in dict.fromkeys((directory, tokens)):
+            refuse_code(files)
         config = _read_config(directory)
-        loaded = _read_tokenizer(find_directory(tokenizer, "model.tokenizer") if tokenizer else directory)
+        loaded = _read_tokenizer(tokens)
         _check_tokenizer(loaded, config, tokenizer or path)
         return BaseModelFiles(directory, config, loaded, fingerprint_of(directory))
 
@@ -70,6 +74,8 @@ class BaseModelFiles:
                 attn_implementation=attention,
                 output_loading_info=True,
                 local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             )
         except Exception as error:
             # Broad, because safetensors raises error types of its own.
@@ -115,6 +121,36 @@ def find_directory(path: str, key: str) -> Path:
         raise UserError(
             f"{key} = {path!r}: no such directory, and it cannot be downloaded from the hub ({one_line(error)})"
         ) from None
+
+
+def refuse_code(directory: Path) -> None:
+    """Check that a model or adapter asks for no Python code of its own, and names no weight file elsewhere.
+
+    Raises:
+        UserError: a configuration file has ``auto_map`` or is damaged, or an index names a file of another directory.
+    """
+    for file in sorted(directory.glob("*config.json")):
+        if "auto_map" in _read_object(file):
+            raise UserError(
+                f"{file}: the model asks for Python code of its own (auto_map), which is never run; use a model whose "
+                "classes are part of transformers, or remove auto_map"
+            )
+    for file in sorted(directory.glob("*.index.json")):
+        weights = _read_object(file).get("weight_map")
+        for name in set(weights.values()) if isinstance(weights, dict) else {weights}:
+            # A file of the hub's cache is a link to another folder, so only the name is checked.
+            if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+                raise UserError(f"{file}: names a weight file {name!a:.120}; it must be NAME.safetensors beside it")
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".txt", ".model") and not file.is_file():
+            raise UserError(f"{file}: not a regular file")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def is_hub_id(path: str) -> bool:
@@ -182,7 +218,8 @@ def empty_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config)
+        # The attention is named, because the configuration may ask for an implementation that would be downloaded.
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
 
 
 def _is_linear(module: Any) -> bool:
@@ -193,7 +230,7 @@ def _read_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Broad, because the checks of transformers raise many types.
         raise UserError(f"{directory}: no transformers model here ({one_line(error)})") from None
@@ -215,7 +252,7 @@ def _read_tokenizer(directory: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Broad, because the libraries raise the errors of their parsers.
         raise UserError(f"{directory}: the tokenizer cannot be read ({one_line(error)})") from None

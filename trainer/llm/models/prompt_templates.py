@@ -80,12 +80,15 @@ def _sections(path: Path, content: str) -> dict[str, str]:
 
 def _check(path: Path, section: str, text: str, known: frozenset[str]) -> None:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        places = [place[1:] for place in string.Formatter().parse(text) if place[1] is not None]
     except ValueError as error:
         raise UserError(f"{path}: section [{section}]: {error}; write {{{{ and }}}} for braces") from None
-    for name in names:
+    for name, format_spec, conversion in places:
         if name not in known:
             raise UserError(f"{path}: section [{section}]: unknown {{{name}}}; known are {_listed(known)}")
+        # A format may hold places of its own, with attributes of the values.
+        if format_spec or conversion:
+            raise UserError(f"{path}: section [{section}]: write {{{name}}} without a format")
     if not text.strip():
         raise UserError(f"{path}: section [{section}] is empty; write a template")
 

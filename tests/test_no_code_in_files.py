@@ -1,0 +1,232 @@
+"""No file that Limelight opens can run code: payloads in every kind of file, and the calls that read them."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from tests.checkpoint.stored_checkpoint import write_model
+from tests.paths import ROOT
+from trainer.checkpoint.model_index import load_tensors, read_index
+from trainer.checkpoint.model_state import read_state
+from trainer.checkpoint.reader import StoredModel
+from trainer.console.errors import UserError
+from trainer.data.features.fit import FittedFeatures
+from trainer.data.format.content_vectors import ContentVectors
+from trainer.llm.finetuning.token_files import Tokens
+from trainer.llm.models.base_model import BaseModelFiles, refuse_code
+from trainer.llm.models.prompt_templates import Template
+from trainer.runtime.distributed import World
+
+STORED = ROOT / "tests/checkpoint/stored/runs_0.1.tar.xz"
+
+
+class Payload:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """The file that a payload makes; a test fails if it is there at its end."""
+    path = tmp_path / "code-was-run"
+    yield path
+    assert not path.exists(), "code from a file was run"
+
+
+def test_the_payload_works(tmp_path: Path) -> None:
+    marker = tmp_path / "code-was-run"
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists()
+
+
+def pickled_tensor_file(marker: Path) -> bytes:
+    """What ``torch.save`` writes for a payload."""
+    content = io.BytesIO()
+    torch.save({"search": Payload(marker), "random": Payload(marker)}, content)
+    return content.getvalue()
+
+
+def one_line_of(call: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as refused:
+        call()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    write_model(directory, {"a": torch.ones(3)}, {})
+    return directory
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    with World.join("cpu") as alone:
+        yield alone.control
+
+
+def test_an_index_is_unpickled_without_code(model: Path, marker: Path, group: dist.ProcessGroup) -> None:
+    payload = pickle.dumps(Payload(marker))
+    into = {"a": torch.zeros(3)}
+    for content in (payload, payload.replace(b"posix", b"torch", 1), b"\x80\x04cos\nmkdir\n."):
+        (model / ".metadata").write_bytes(content)
+        for opened in (lambda: read_state(into, model, group), lambda: StoredModel(model), lambda: read_index(model)):
+            assert str(model / ".metadata") in one_line_of(opened)
+
+
+def changed_index(model: Path, change: Callable[[Any], object]) -> None:
+    """Write a whole index again after a change."""
+    index = pickle.loads((model / ".metadata").read_bytes())
+    change(index)
+    (model / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def test_bytes_of_an_index_are_never_unpickled(model: Path, marker: Path, group: dist.ProcessGroup) -> None:
+    (model / "__0_0.distcp").write_bytes(pickled_tensor_file(marker))
+    changed_index(model, lambda index: index.state_dict_metadata.update(a=BytesStorageMetadata()))
+    assert "BytesStorageMetadata" in one_line_of(lambda: read_state({"a": torch.zeros(3)}, model, group))
+
+
+def test_a_tensor_of_a_checkpoint_is_no_code(model: Path, marker: Path, group: dist.ProcessGroup) -> None:
+    content = pickled_tensor_file(marker)
+    for file in model.glob("*.distcp"):
+        file.write_bytes(content)
+    changed_index(
+        model,
+        lambda index: [vars(place).update(offset=0, length=len(content)) for place in index.storage_data.values()],
+    )
+    one_line_of(lambda: read_state({"a": torch.zeros(3)}, model, group))
+    one_line_of(StoredModel(model).counters["a"].read)
+
+
+def test_an_index_changes_no_class(model: Path) -> None:
+    before = pickle.loads((model / ".metadata").read_bytes())
+    attack = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n(N}\x8c\x05wrong\x8c\x01xs\x86b."
+    (model / ".metadata").write_bytes(attack.replace(b"(N}", b"N}"))
+    one_line_of(lambda: read_index(model))
+    assert not hasattr(type(before), "wrong")
+
+
+def test_a_short_index_takes_little_memory(model: Path) -> None:
+    # The C implementation would make room for 2 ** 32 remembered objects.
+    (model / ".metadata").write_bytes(b"\x80\x04Nr\xf0\xff\xff\xff.")
+    one_line_of(lambda: read_index(model))
+
+
+def test_torch_files_hold_tensors_only(tmp_path: Path, marker: Path) -> None:
+    file = tmp_path / "rank-00000.pt"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}." + bytes(1 << 20))
+    for content in (pickled_tensor_file(marker), pickle.dumps(Payload(marker)), packed.getvalue(), b"", b"PK\x03\x04"):
+        file.write_bytes(content)
+        assert str(file) in one_line_of(lambda: load_tensors(file))
+
+
+def test_arrays_are_no_code(tmp_path: Path, marker: Path) -> None:
+    objects = np.array([Payload(marker)], object)
+    np.save(tmp_path / "starts.npy", objects)
+    np.savez(tmp_path / "vocabularies.npz", user=objects)
+    (tmp_path / "features.json").write_text(json.dumps({"layout": {}, "table_rows": {}, "prior": []}))
+    np.save(tmp_path / "ids-1.npy", objects)
+    files = {"ids": "ids-1.npy", "vectors": "ids-1.npy", "texts": "ids-1.npy"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "count": 1, "dim": 1, "files": files}))
+    for opened in (Tokens.open, FittedFeatures.load, ContentVectors.open):
+        one_line_of(lambda opened=opened: opened(tmp_path))
+
+
+def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, marker: Path) -> None:
+    code = f"import os\nos.mkdir({str(marker)!r})\n"
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+        directory = tmp_path / name.removesuffix(".json")
+        directory.mkdir()
+        (directory / "evil.py").write_text(code)
+        (directory / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+        (directory / name).write_text(json.dumps({"model_type": "qwen2", "auto_map": {"AutoConfig": "evil.Config"}}))
+        message = one_line_of(lambda directory=directory: BaseModelFiles.open(str(directory)))
+        assert message.startswith(f"{directory / name}: ") and "auto_map" in message
+
+
+def test_weights_elsewhere_are_refused(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    for name in ("../model.safetensors", "/model.safetensors", "pytorch_model.bin", 7, None):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        assert str(index) in one_line_of(lambda: refuse_code(tmp_path))
+
+
+def test_templates_only_have_places(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    for text in ("{text.__class__}", "{text[0]}", "{text!r}", "{text:{text.__class__}}", "{0}", "{}", "{{ 7 * 7 }}{x}"):
+        file.write_text(f"[prompt]\n{text}\n")
+        one_line_of(lambda: Template.read(file, {"prompt": frozenset({"text"})}))
+
+
+READERS = {
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "numpy.load": ("allow_pickle", False),
+    "from_config": ("trust_remote_code", False),
+    "AutoConfig.from_pretrained": ("trust_remote_code", False),
+    "AutoTokenizer.from_pretrained": ("trust_remote_code", False),
+    "AutoModelForCausalLM.from_pretrained": ("trust_remote_code", False),
+}
+"""Calls that run code from a file unless an argument forbids it."""
+
+NEVER = (
+    "pickle.load",
+    "pickle.loads",
+    "marshal.load",
+    "marshal.loads",
+    "eval",
+    "exec",
+    "yaml.load",
+    "FileSystemReader",
+)
+"""Calls that run code from a file, or could."""
+
+
+_SUSPECT = re.compile(r"\b(load|loads|eval|exec|from_pretrained|from_config|FileSystemReader)\(")
+"""Files without any such call are not parsed, which would take seconds."""
+
+
+def calls() -> Iterator[tuple[str, str, dict[str | None, object]]]:
+    """Each call in the product: where it is, what is called, and its keyword arguments that are constants."""
+    for package in ("modules", "trainer", "launch", "benchmarks"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            text = file.read_text()
+            for node in ast.walk(ast.parse(text)) if _SUSPECT.search(text) else ():
+                if isinstance(node, ast.Call):
+                    constants = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+                    yield f"{file.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), constants
+
+
+def test_every_reader_forbids_code() -> None:
+    found = 0
+    for place, called, constants in calls():
+        assert called not in NEVER, f"{place}: {called} can run code from a file"
+        for reader, (argument, value) in READERS.items():
+            if called == reader or called.endswith(f".{reader}"):
+                found += 1
+                assert constants.get(argument) is value, f"{place}: {called} needs {argument}={value}"
+    assert found >= len(READERS)

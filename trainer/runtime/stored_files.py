@@ -1,0 +1,149 @@
+"""Access to files that were stored earlier: regular files only, inside of their directory, and of bounded size.
+
+A run, an export or a dataset may come from someone else, and its files name other files. These functions refuse a name
+that leads elsewhere, and a file that would block the reader (a FIFO) or fill its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trainer.console.errors import UserError, one_line
+
+MAX_JSON_BYTES = 1 << 28
+"""Largest JSON file that is read; the manifest of a checkpoint of 10,000 ranks has about 10 MB."""
+
+_MAX_NAME = 1024
+
+
+def file_inside(directory: Path, name: object) -> Path:
+    """Return the path of a file that a manifest or index in ``directory`` names.
+
+    Raises:
+        UserError: the name is not a relative path below the directory, or a link on the way leads out of it.
+    """
+    if not _is_relative_name(name):
+        raise UserError(
+            f"{directory}: names a file {name!a:.120}; a name must be a relative path in this directory, without '..'"
+        )
+    assert isinstance(name, str)
+    path = directory / name
+    home = os.path.realpath(directory)
+    if os.path.commonpath([home, os.path.realpath(path)]) != home:
+        raise UserError(f"{path}: a link that leads out of {directory}; put the file itself there")
+    return path
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, without waiting for the writer of a FIFO.
+
+    Raises:
+        OSError: the file cannot be opened.
+        UserError: it is a FIFO, a device, a socket or a directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path}: not a regular file but {kind_of(os.fstat(descriptor).st_mode)}")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Read a whole regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it is not a regular file, or it is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise UserError(f"{path}: has {size:,} bytes; such a file has at most {limit:,}")
+        return file.read(limit)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file with one object.
+
+    Raises:
+        OSError: the file cannot be read.
+        UserError: it is not a regular file, it is too large, or its content is not a JSON object.
+    """
+    content = read_limited(path)
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{path}: damaged, not JSON ({one_line(error):.120})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def load_array(file: Path, ndim: int) -> np.ndarray:
+    """Read a ``.npy`` file of numbers with ``ndim`` dimensions, as a read-only memory map.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, is damaged, or has objects or another number of dimensions.
+    """
+    with _array_errors(file):
+        open_regular(file).close()
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.ndim != ndim:
+            raise ValueError(f"an array of {ndim} dimensions is expected")
+        return array
+
+
+def load_arrays(file: Path) -> dict[str, np.ndarray]:
+    """Read a file of ``np.savez``, which compresses nothing, so it needs as much memory as it has bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, is damaged, or has objects.
+    """
+    with _array_errors(file), open_regular(file) as opened:
+        with zipfile.ZipFile(opened) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+@contextmanager
+def _array_errors(file: Path) -> Iterator[None]:
+    """Turn errors of numpy about a file into one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
+    except (ValueError, TypeError, EOFError, KeyError, MemoryError, OverflowError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: damaged, or not an array of numbers ({one_line(error):.120})") from None
+
+
+def kind_of(mode: int) -> str:
+    """Return the kind of a file that is not a regular one, for a message."""
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+
+
+def _is_relative_name(name: object) -> bool:
+    if not isinstance(name, str) or not name or len(name) > _MAX_NAME or "\0" in name or "\\" in name:
+        return False
+    # Two notations of one path could name a file twice, so only the plain one is accepted.
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."
