@@ -38,7 +38,7 @@ def test_the_report_is_one_file_with_its_pictures(tmp_path: Path) -> None:
         calibration={"click": [(0.1, 0.2, 10), (0.3, 0.25, 10)]},
     )
     text = (tmp_path / "report.html").read_text()
-    assert "a &lt;run&gt;" in text
+    assert "a &lt;run&gt;" in text and "0 rows" not in text
     assert text.count("data:image/svg+xml;base64,") == 4
     assert "http" not in text.replace("http-equiv", "")
     assert "row_wise" in text and "0.7123" in text
@@ -46,4 +46,5 @@ def test_the_report_is_one_file_with_its_pictures(tmp_path: Path) -> None:
 
 def test_a_report_without_rows_or_metrics_is_still_one(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", title="empty", config={}, models={}, history=[], plan=[], calibration={})
-    assert "The job has no held-out range." in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "The job has no held-out range." in text and "The model was trained on 0 rows." in text

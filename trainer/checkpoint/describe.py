@@ -181,7 +181,10 @@ def _positions(positions: dict[str, list[int]], stream: bool) -> str:
         return "none"
     partitions = _count(len(positions), "partition")
     if stream:
-        latest = time.strftime("%F %T", time.gmtime(max(place[2] for place in positions.values()) / 1000))
+        latest_ms = max(place[2] for place in positions.values())
+        if not latest_ms:
+            return f"{partitions} of a stream, no events yet"
+        latest = time.strftime("%F %T", time.gmtime(latest_ms / 1000))
         return f"{partitions} of a stream, events up to {latest} UTC"
     epochs = sorted({place[0] for place in positions.values()})
     text = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"

@@ -154,7 +154,7 @@ def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence
 def metrics_document(
     config: JobConfig, kind: str, report: Report | None, history: MetricHistory, stalls: Sequence[float]
 ) -> dict[str, Any]:
-    """Return the content of ``metrics.json``; undefined metrics are null.
+    """Return the content of ``metrics.json``; undefined metrics are null, as are rates of a stream without a row.
 
     Args:
         config: the job.
@@ -166,6 +166,8 @@ def metrics_document(
     seconds = {phase: sum(entry[phase] for entry in history) for phase in PHASES}
     total = sum(seconds.values())
     rows = sum(entry["rows"] for entry in history)
+    # An entry whose rows were all skipped has a rate of 0.
+    duration = sum(entry["rows"] / entry["rows_per_second"] for entry in history if entry["rows"])
     return {
         "behaviours": report or {},
         "model": kind,
@@ -173,8 +175,8 @@ def metrics_document(
         "training": {
             "rows": rows,
             "skipped_rows": sum(entry["skipped_rows"] for entry in history),
-            "rows_per_second": rows / sum(entry["rows"] / entry["rows_per_second"] for entry in history),
-            "share_of_time": {phase: value / total for phase, value in seconds.items()},
+            "rows_per_second": rows / duration if duration else None,
+            "share_of_time": {phase: value / total if total else None for phase, value in seconds.items()},
             "checkpoint_stalls_seconds": list(stalls),
         },
     }

@@ -85,6 +85,7 @@ def write_report(
             title=title,
             metrics=metrics_table(models) if models else "",
             pictures=pictures,
+            trained=bool(history),
             plan=plan,
             job=json.dumps(config, indent=1),
         )
