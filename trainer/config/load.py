@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from trainer.config.iso_time import ISO_FORMS, read_iso
 from trainer.config.toml import Model, read_toml, validate
 from trainer.console.errors import UserError
 
@@ -70,13 +71,15 @@ def parse_time(text: str, timezone: str, key: str) -> int:
     Raises:
         UserError: not an ISO date or time.
     """
+    milliseconds = read_iso(text, timezone)
+    if milliseconds is not None:
+        return milliseconds
     try:
+        # Stored jobs may have a form that only Python reads, such as 20220504.
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(f"{key} = {text!r}: not a time; write 2022-05-04 or 2022-05-04T12:00+08:00") from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=ZoneInfo(timezone))
-    return round(moment.timestamp() * 1000)
+        raise UserError(f"{key} = {text!r}: not a time; write {ISO_FORMS}") from None
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=ZoneInfo(timezone))).timestamp() * 1000)
 
 
 def _times_as_text(value: Any) -> Any:

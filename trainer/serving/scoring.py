@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,9 @@ from trainer.data.format import storage, validation
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
+from trainer.data.format.times import accepted_times, times_ms
+from trainer.data.importers.field_parsers import accepted_ids, integer_ids
+from trainer.data.importers.table_files import convert
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 """Columns that a candidates file must have."""
@@ -86,18 +90,35 @@ def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
     dense = tuple(dense.name for dense in spec.dense if dense.of == "context")
     schema = pa.schema(
         [
-            *((name, pa.int64()) for name in REQUIRED),
             *((side.name, pa.int32()) for side in context),
             *((name, pa.float32()) for name in dense),
         ]
     )
+    columns = {name: _required(table, name, file) for name in REQUIRED}
     table = table.select([name for name in schema.names if name in table.column_names])
-    optional = frozenset(schema.names) - frozenset(REQUIRED)
-    columns = validation.columns_of(table, schema, str(file), optional)
-    validation.check_ids(columns, REQUIRED, str(file))
+    columns |= validation.columns_of(table, schema, str(file), frozenset(schema.names))
     validation.check_side(columns, context, str(file))
     validation.check_finite(columns, dense, str(file))
     return columns
+
+
+def _required(table: pa.Table, name: str, file: Path) -> np.ndarray:
+    """Return a required column of a candidates file, ``[n]`` int64; times are milliseconds UTC.
+
+    Raises:
+        UserError: a value is no id, or no time; names file, row, column and value.
+    """
+    column = table.column(name)
+    # Times without a zone are UTC, as in pandas, polars and Arrow, and as in the numbers of this column.
+    read: Callable[[pa.Array], pa.Array] = partial(times_ms, unit="ms", timezone="UTC")
+    accepted = accepted_times(column.type, "ms", "UTC")
+    if name != "request_ms":
+        read, accepted = integer_ids, accepted_ids(column.type)
+    parts, row = [np.empty(0, np.int64)], 1
+    for chunk in column.chunks:
+        parts.append(convert(chunk, read, file, name, row, accepted).to_numpy())
+        row += len(chunk)
+    return np.concatenate(parts)
 
 
 def candidate_rows(model: Scorer, path: str, candidates: validation.Columns) -> Rows:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
+from trainer.data.format.times import times_ms
 from trainer.data.importers import field_parsers
 from trainer.data.importers.events import import_events
 from trainer.data.importers.visit_assembly import EventCodes, assemble_visits
@@ -360,13 +361,45 @@ def test_hash_collisions_are_counted_once_each(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_times(values: list, unit: str, zone: str, expected: list[int]) -> None:
-    assert field_parsers.times_ms(pa.array(values), unit, zone).to_pylist() == expected
+    assert times_ms(pa.array(values), unit, zone).to_pylist() == expected
 
 
 def test_arrow_times() -> None:
     naive = pa.array([1651593600000000], pa.timestamp("us"))
-    assert field_parsers.times_ms(naive, "s", "Asia/Shanghai").to_pylist() == [1651593600000 - 8 * 3_600_000]
-    assert field_parsers.times_ms(naive.cast(pa.timestamp("us", "UTC")), "s", "Asia/Shanghai").to_pylist() == [
-        1651593600000
-    ]
-    assert field_parsers.times_ms(pa.array([19116], pa.date32()), "s", "UTC").to_pylist() == [1651622400000]
+    assert times_ms(naive, "s", "Asia/Shanghai").to_pylist() == [1651593600000 - 8 * 3_600_000]
+    assert times_ms(naive.cast(pa.timestamp("us", "UTC")), "s", "Asia/Shanghai").to_pylist() == [1651593600000]
+    assert times_ms(pa.array([19116], pa.date32()), "s", "UTC").to_pylist() == [1651622400000]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("uid", pa.array([2.0**53 + 2, 7, 7]), r"row 1: column 'uid' is 9007199254740994.0; .*2\^53.*int64 or as text"),
+        ("uid", pa.array([7, None, 7], pa.float64()), r"row 2: column 'uid' is None"),
+        ("ts", pa.array(np.array([1650000000 + i for i in range(3)], np.float32)), r"row 1: column 'ts'.*float32"),
+        (
+            "ts",
+            pa.array([1650000000000, 1650000001, 1650000002000]),
+            r"row 2: column .ts. is 1650000001; .*2000",
+        ),
+    ],
+)
+def test_columns_that_lost_digits_are_refused(tmp_path: Path, column: str, values: pa.Array, message: str) -> None:
+    arguments = write(tmp_path, EXPOSURES, EXPOSURE_LINES)
+    table = pa.csv.read_csv(tmp_path / "log" / "a.csv")
+    (tmp_path / "log" / "a.csv").unlink()
+    table = table.set_column(table.column_names.index(column), column, values)
+    pq.write_table(table, tmp_path / "log" / "a.parquet")
+    with pytest.raises(UserError, match=message) as error:
+        import_events(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_seven_point_zero_is_seven(tmp_path: Path) -> None:
+    lines = EXPOSURE_LINES.replace("\n7,71", "\n7.0,71")
+    import_events(**write(tmp_path / "whole", EXPOSURES, lines))
+    assert rows_of(tmp_path / "whole" / "out")["user_id"].tolist() == [7, 7, 8]
+    mapping = EXPOSURES.replace("[columns]", 'hash_ids = ["user_id"]\n[columns]', 1)
+    import_events(**write(tmp_path / "hashed", mapping, lines))
+    users = rows_of(tmp_path / "hashed" / "out")["user_id"]
+    assert users[0] == users[1] != users[2]

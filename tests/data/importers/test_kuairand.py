@@ -290,3 +290,12 @@ def test_real_log(tmp_path: Path, real_kuairand: Path) -> None:
     clock = [datetime.fromtimestamp(moment / 1000, zone) for moment in column["time_ms"].tolist()]
     assert side_of(spec, rows, "hour") == [moment.hour + 1 for moment in clock]
     assert side_of(spec, rows, "weekday") == [moment.isoweekday() for moment in clock]
+
+
+@pytest.mark.parametrize("wrong", ["0", "1651334400", "1651334400000000", "4102444800000"])
+def test_a_time_of_another_unit_is_refused(tmp_path: Path, wrong: str) -> None:
+    data = write_version(tmp_path / "src", "pure")
+    log = data / "log_standard_4_22_to_5_08_pure.csv"
+    log.write_text(log.read_text().replace(str(T0 + 3_600_000), wrong))
+    with pytest.raises(UserError, match=rf"log_standard_4_22_to_5_08_pure.csv: row 2: column 'time_ms' is {wrong}; it"):
+        import_kuairand(data, tmp_path / "out", 2)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.format.times import accepted_times, times_ms
 from trainer.data.importers import field_parsers
 from trainer.data.importers.table_files import convert, raise_bad_value, read_batches
 from trainer.data.writing.builder import Progress
@@ -47,7 +48,7 @@ class ColumnBatch:
 
     def ids(self, name: str) -> np.ndarray:
         """Return a column of ids, whole numbers of 0 or more, as ``[rows] int64``."""
-        return self.convert(name, field_parsers.integer_ids, "a whole number, 0 or more")
+        return self.convert(name, field_parsers.integer_ids, field_parsers.accepted_ids(self.column(name).type))
 
     def numbers(self, name: str) -> np.ndarray:
         """Return a numeric column as ``[rows] float64``; missing is 0, true and false are 1 and 0."""
@@ -59,8 +60,8 @@ class ColumnBatch:
         The column holds milliseconds since 1970, ISO 8601 text or Arrow times; ``timezone`` is that of times without
         an offset.
         """
-        read = partial(field_parsers.times_ms, unit="ms", timezone=timezone)
-        return self.convert(name, read, "a time between 2000 and 2100: milliseconds since 1970, or ISO 8601")
+        read = partial(times_ms, unit="ms", timezone=timezone)
+        return self.convert(name, read, accepted_times(self.column(name).type, "ms", timezone))
 
     def days(self, name: str) -> np.ndarray:
         """Return a column of dates as days since 1970, ``[rows] int64``; missing is -1."""

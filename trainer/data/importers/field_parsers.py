@@ -13,20 +13,61 @@ import pyarrow.compute as pc
 
 from trainer.data.format.id_index import IdIndex
 
-EARLIEST_MS, LATEST_MS = 946_684_800_000, 4_102_444_800_000
-"""Start of the years 2000 and 2100. A time outside this range was probably read in the wrong unit."""
+_WHOLE = r"^(-?[0-9]+)\.0*$"
+_EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
+"""Bits of a float: from 2^bits on, it does not tell neighbouring whole numbers apart."""
 
-_PER_MS = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}
-_NUMBER = r"^-?[0-9]+(\.[0-9]+)?$"
-_OFFSET = r"(Z|[+-][0-9]{2}:?[0-9]{2})$"
+
+def accepted_ids(kind: pa.DataType, hash_column: str = "") -> str:
+    """Return a description of the ids that are read, for the message about a value of type ``kind``.
+
+    Args:
+        kind: type of the column.
+        hash_column: canonical name of the column if ``hash_ids`` of a mapping may name it.
+    """
+    if kind in _EXACT_BITS:
+        return (
+            f"a whole number from 0 to 2^{_EXACT_BITS[kind]} - 1, because a {kind} column does not tell larger ids "
+            "apart; write the ids as int64 or as text"
+        )
+    hint = f' (ids that are text: hash_ids = ["{hash_column}"] in the mapping)' if hash_column else ""
+    return f"a whole number, 0 or more{hint}"
 
 
 def integer_ids(values: pa.Array) -> pa.Array:
-    """Parse ids that are whole numbers of 0 or more, as numbers or as text; int64."""
-    ids = _cast(_present(values), pa.int64())
+    """Parse ids that are whole numbers of 0 or more, as numbers or as text; int64. ``7`` and ``7.0`` are one id."""
+    ids = _cast(_one_spelling(_present(_plain(values))), pa.int64())
     if len(ids) and pc.min(ids).as_py() < 0:
         raise pa.ArrowInvalid("negative id")
     return ids
+
+
+def whole_numbers(values: pa.Array) -> pa.Array:
+    """Return a column as int64, null where it is null; a float that does not hold the number exactly raises."""
+    return _cast(_one_spelling(values) if values.type in _EXACT_BITS else values, pa.int64())
+
+
+def _one_spelling(values: pa.Array) -> pa.Array:
+    """Return ids without the point that a detour over floats leaves: floats as int64, and the text ``7.0`` as ``7``.
+
+    Other values are returned unchanged. A float that may stand for several ids raises ``pa.ArrowInvalid``.
+    """
+    if values.type in _EXACT_BITS:
+        limit = 2.0 ** _EXACT_BITS[values.type]
+        floats = values.cast(pa.float64())
+        if not pc.all(pc.less(pc.abs(floats), limit)).as_py():
+            raise pa.ArrowInvalid("float does not hold the id exactly")
+        return floats.cast(pa.int64())
+    if pa.types.is_string(values.type):
+        pointed = pc.match_substring_regex(values, _WHOLE)
+        if pc.any(pointed).as_py():
+            whole = pc.replace_substring_regex(values, _WHOLE, r"\1")
+            exact = _cast(whole.filter(pointed), pa.float64())
+            # Text with a point was a float64 once.
+            if not pc.all(pc.less(pc.abs(exact), 2.0**53)).as_py():
+                raise pa.ArrowInvalid("text of a float that does not hold the id exactly")
+            return whole
+    return values
 
 
 class IdHash:
@@ -48,7 +89,7 @@ class IdHash:
 
     def ids(self, values: pa.Array) -> pa.Array:
         """Return the ids of a part of a column; null raises ``pa.ArrowInvalid``."""
-        coded = pc.dictionary_encode(_cast(_present(values), pa.string()))
+        coded = pc.dictionary_encode(_cast(_one_spelling(_present(_plain(values))), pa.string()))
         digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in coded.dictionary.to_pylist()]
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
         ids = (halves[:, 0] >> np.uint64(1)).astype(np.int64)
@@ -67,42 +108,13 @@ class IdHash:
         self._collided.update(checks[self._checks[number] != checks].tolist())
 
 
-def times_ms(values: pa.Array, unit: str, timezone: str) -> pa.Array:
-    """Parse numbers in ``unit``, ISO 8601 text, or Arrow times and dates to milliseconds UTC, int64.
-
-    Text and Arrow times without an offset are in ``timezone``. Fractions of a millisecond are cut off.
-    """
-    values = _plain(_present(values))
-    if pa.types.is_string(values.type):
-        if pc.all(pc.match_substring_regex(values, _NUMBER)).as_py():
-            values = _number(values)
-        else:
-            offset = pc.any(pc.match_substring_regex(values, _OFFSET)).as_py()
-            values = values.cast(pa.timestamp("us", "UTC" if offset else None))
-    if pa.types.is_date(values.type):
-        values = values.cast(pa.timestamp("ms"))
-    if pa.types.is_timestamp(values.type):
-        if values.type.tz is None:
-            values = pc.assume_timezone(values, timezone, ambiguous="earliest", nonexistent="latest")
-        milliseconds = values.cast(pa.timestamp("ms", "UTC"), safe=False).cast(pa.int64())
-    elif pa.types.is_integer(values.type):
-        whole = values.cast(pa.int64())
-        milliseconds = pc.multiply_checked(whole, 1000) if unit == "s" else pc.divide(whole, _PER_MS[unit])
-    else:
-        # A float of seconds is exact to 0.0003 ms only. Without the margin, .436 s would be cut to 435 ms.
-        milliseconds = pc.floor(pc.add(pc.divide(numbers(values), _PER_MS[unit]), 0.001)).cast(pa.int64())
-    if len(milliseconds):
-        least, most = pc.min_max(milliseconds).as_py().values()
-        if least < EARLIEST_MS or most >= LATEST_MS:
-            raise pa.ArrowInvalid("time out of range")
-    return milliseconds
-
-
 def numbers(values: pa.Array) -> pa.Array:
     """Parse numbers, text, or true and false to float64; null becomes 0, NaN and infinity raise."""
     values = _plain(values)
-    if pa.types.is_string(values.type) and pc.all(pc.is_in(values, value_set=_TRUTH)).as_py():
-        values = pc.is_in(values, value_set=_TRUE)
+    if pa.types.is_string(values.type):
+        # Value by value: a column may have both 1 and true.
+        values = pc.if_else(pc.is_in(values, value_set=_TRUE), "1", values)
+        values = pc.if_else(pc.is_in(values, value_set=_FALSE), "0", values)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
     floats = pc.fill_null(_cast(values, pa.float64()), 0.0)
@@ -120,7 +132,7 @@ def codes(values: pa.Array, names: list[str]) -> pa.Array:
 
 
 _TRUE = pa.array(["true", "True", "TRUE"])
-_TRUTH = pa.array(["true", "True", "TRUE", "false", "False", "FALSE", None])
+_FALSE = pa.array(["false", "False", "FALSE"])
 
 
 def _present(values: pa.Array) -> pa.Array:

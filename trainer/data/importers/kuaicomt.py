@@ -29,6 +29,7 @@ from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.data.format.sorting import first_of_each
 from trainer.data.format.text_schema import UNKNOWN_TIME, UNKNOWN_USER, list_column
+from trainer.data.format.times import times_ms
 from trainer.data.importers import field_parsers, shanghai_time
 from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
 from trainer.data.importers.columns import ColumnBatch, SourceReader, read_column_batches
@@ -332,13 +333,17 @@ def _times(batch: ColumnBatch, name: str, late_ms: int = 0) -> np.ndarray:
     ``late_ms`` is added to times in seconds.
     """
 
+    kind = batch.column(name).type
+    if pa.types.is_temporal(kind) or pa.types.is_float16(kind) or pa.types.is_float32(kind):
+        return batch.times(name, shanghai_time.TIMEZONE)
+
     def read(values: pa.Array) -> pa.Array:
         numbers = field_parsers.numbers(values).to_numpy(zero_copy_only=False)
         seconds = numbers < _SECONDS_BELOW
-        times_ms = np.where(seconds, 1_000 * numbers + late_ms, numbers)
-        return field_parsers.times_ms(pa.array(times_ms), "ms", shanghai_time.TIMEZONE)
+        milliseconds = np.where(seconds, 1_000 * numbers + late_ms, numbers)
+        return times_ms(pa.array(milliseconds), "ms", shanghai_time.TIMEZONE)
 
-    return batch.convert(name, read, "a time between 2000 and 2100, in milliseconds or seconds since 1970")
+    return batch.convert(name, read, "a time from 2000 to 2100, in milliseconds or seconds since 1970")
 
 
 def _text(batch: ColumnBatch, name: str) -> pa.Array:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,13 @@ import pyarrow.compute as pc
 
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
+from trainer.data.format.times import accepted_times, times_ms
 from trainer.data.importers import shanghai_time
 from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
 from trainer.data.importers.id_lookup import IdLookup
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.staytime_spill import KEY, StaytimeSpill, write_staytimes
-from trainer.data.importers.table_files import raise_bad_value, read_batches
+from trainer.data.importers.table_files import convert, raise_bad_value, read_batches
 from trainer.data.writing.builder import DatasetBuilder, Progress
 
 SOURCE = (
@@ -323,7 +325,10 @@ def _visits(log: Path, first_row: int, authors: _VideoAuthors, random: bool) -> 
                 empty = row + 1 + int(np.argmax(batch.column(name).is_null().to_numpy(zero_copy_only=False)))
                 raise UserError(f"{log}: row {empty}: column {name!r} has no value")
         column = {name: batch.column(name).to_numpy() for name in names}
-        time_ms, play_ms = column["time_ms"], np.maximum(column["play_time_ms"], 0)
+        read = partial(times_ms, unit="ms", timezone=shanghai_time.TIMEZONE)
+        accepted = accepted_times(pa.int64(), "ms", shanghai_time.TIMEZONE)
+        time_ms = convert(batch.column("time_ms"), read, log, "time_ms", row + 1, accepted).to_numpy()
+        play_ms = np.maximum(column["play_time_ms"], 0)
         tab = column["tab"]
         visits = {
             "visit_id": np.arange(first_row + row, first_row + row + batch.num_rows),

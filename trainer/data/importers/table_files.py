@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
+from trainer.data.importers import field_parsers
 
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 17
@@ -143,10 +144,20 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
         for name, kind in types.items():
             values = batch.column(name)
             if kind is not None and values.type != kind:
-                values = convert(values, partial(pc.cast, target_type=kind), file, name, row, str(kind))
+                values = _typed(values, kind, file, name, row)
             arrays.append(values)
         yield pa.record_batch(arrays, names=list(types))
         row += batch.num_rows
+
+
+def _typed(values: pa.Array, kind: pa.DataType, file: Path, column: str, first_row: int) -> pa.Array:
+    """Return part of a column cast to ``kind`` without loss; the other arguments are for the error, see ``convert``."""
+    function: Callable[[pa.Array], pa.Array] = partial(pc.cast, target_type=kind)
+    accepted = str(kind)
+    if kind == pa.int64() and pa.types.is_floating(values.type):
+        function = field_parsers.whole_numbers
+        accepted = field_parsers.accepted_ids(values.type)
+    return convert(values, function, file, column, first_row, accepted)
 
 
 def _csv_batches(
@@ -185,7 +196,7 @@ def _raise_with_row(file: Path, types: Mapping[str, pa.DataType], block_bytes: i
     try:
         for batch in _csv_batches(file, dict.fromkeys(types, pa.string()), block_bytes, multiline, threads=False):
             for name, kind in types.items():
-                convert(batch.column(name), partial(pc.cast, target_type=kind), file, name, row, str(kind))
+                _typed(batch.column(name), kind, file, name, row)
             row += batch.num_rows
     except pa.ArrowInvalid as error:
         # Arrow writes "... Row #7: Expected 19 columns, got 3: <the line>" and counts the header.

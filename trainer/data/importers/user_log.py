@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DOMAINS
+from trainer.data.format.times import EARLIEST_MS, accepted_times, times_ms
 from trainer.data.format.validation import Columns
 from trainer.data.importers import field_parsers
 from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
@@ -66,8 +67,9 @@ class IdColumns:
     def convert(self, name: str, values: pa.Array, file: Path, column: str, first_row: int) -> np.ndarray:
         """Return the ids of a part of a column; ``name`` is the canonical name, ``column`` the name in the file."""
         if name in self._hashes:
-            return convert(values, self._hashes[name].ids, file, column, first_row, "a text").to_numpy()
-        accepted = f'a whole number, 0 or more (ids that are text: hash_ids = ["{name}"] in the mapping)'
+            accepted = "a text" if pa.types.is_string(values.type) else field_parsers.accepted_ids(values.type)
+            return convert(values, self._hashes[name].ids, file, column, first_row, accepted).to_numpy()
+        accepted = field_parsers.accepted_ids(values.type, name)
         return convert(values, field_parsers.integer_ids, file, column, first_row, accepted).to_numpy()
 
     @property
@@ -126,7 +128,7 @@ class UserLog:
         for number, file in enumerate(self._files):
             report(sum(sizes[:number]), sum(sizes))
             self._first_rows.append(self.rows)
-            latest = field_parsers.EARLIEST_MS
+            latest = EARLIEST_MS
             for batch in read_column_batches(file, self._types):
                 columns = self._columns(batch, latest)
                 latest = int(columns["time_ms"][-1])
@@ -185,11 +187,9 @@ class UserLog:
             UserError: a time is bad, or it is earlier than the one before and the mapping forbids that.
         """
         mapping = self._mapping
-        accepted = (
-            f"a time between 2000 and 2100: {mapping.time_unit} since 1970 (time_unit in the mapping sets the unit), "
-            "or ISO 8601, with an offset in all lines or in none"
-        )
-        read = partial(field_parsers.times_ms, unit=mapping.time_unit, timezone=mapping.timezone)
+        kind = batch.column(mapping.columns.time).type
+        accepted = accepted_times(kind, f"{mapping.time_unit} (time_unit in the mapping)", mapping.timezone)
+        read = partial(times_ms, unit=mapping.time_unit, timezone=mapping.timezone)
         times = batch.convert(mapping.columns.time, read, accepted)
         if mapping.out_of_order == "error":
             earlier = np.flatnonzero(np.diff(times, prepend=latest_ms) < 0)
