@@ -70,6 +70,77 @@ def test_an_adapter_is_peft_s_own_and_merges(base: BaseModelFiles, tmp_path: Pat
         write_merged(base, tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.fixture(scope="module")
+def tied(base: BaseModelFiles, tmp_path_factory: pytest.TempPathFactory) -> BaseModelFiles:
+    """Base model whose output head is its embedding matrix."""
+    path = tmp_path_factory.mktemp("tied") / "base"
+    model = base.load(bf16=False)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(path)
+    base.tokenizer.save_pretrained(path)
+    return BaseModelFiles.open(str(path))
+
+
+def save_changed(base: BaseModelFiles, lora: LoraConfig, directory: Path) -> torch.Tensor:
+    """Save an adapter whose trained values are all changed; return its logits."""
+    model = adapted(base, lora=lora)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for value in trained_values(model).values():
+            value.add_(0.03 * torch.randn_like(value))
+    save_adapter(model, trained_values(model), directory, {"base": base.fingerprint})
+    return logits_of(model, base)
+
+
+@pytest.mark.parametrize(
+    ("targets", "whole", "stays_tied"),
+    [
+        (("q_proj",), (), True),
+        (("lm_head",), (), False),
+        (("embed_tokens",), (), False),
+        (("lm_head", "embed_tokens", "q_proj"), (), False),
+        (("lm_head",), ("embed_tokens",), False),
+        (("embed_tokens",), ("lm_head",), False),
+        (("q_proj",), ("lm_head",), False),
+    ],
+)
+def test_tied_embeddings_are_untied_by_a_merge_that_changes_one_of_them(
+    tied: BaseModelFiles, tmp_path: Path, targets: tuple[str, ...], whole: tuple[str, ...], stays_tied: bool
+) -> None:
+    lora = LORA.model_copy(update={"targets": targets, "modules_to_save": whole})
+    expected = save_changed(tied, lora, tmp_path / "adapter")
+    assert (logits_of(tied.load(bf16=False), tied) - expected).abs().max() > 0.1
+    write_merged(tied, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged, tied), expected, atol=1e-4, rtol=0)
+    assert merged.config.tie_word_embeddings is stays_tied
+
+
+def test_a_bfloat16_model_merges_within_its_rounding(tied: BaseModelFiles, tmp_path: Path) -> None:
+    tied.load(bf16=True).save_pretrained(tmp_path / "base")
+    tied.tokenizer.save_pretrained(tmp_path / "base")
+    half = BaseModelFiles.open(str(tmp_path / "base"))
+    save_changed(half, LORA.model_copy(update={"targets": ("lm_head", "q_proj")}), tmp_path / "adapter")
+    write_merged(half, tmp_path / "adapter", tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_a_merged_model_with_other_logits_is_not_written(
+    tied: BaseModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    tied.load(bf16=bf16).save_pretrained(tmp_path / "base")
+    tied.tokenizer.save_pretrained(tmp_path / "base")
+    base = BaseModelFiles.open(str(tmp_path / "base"))
+    save_changed(base, LORA.model_copy(update={"targets": ("embed_tokens",)}), tmp_path / "adapter")
+    # The defect that the comparison was written for: the head stays tied, and gets the update of the embeddings.
+    monkeypatch.setattr("trainer.llm.models.adapter._untie", lambda model: None)
+    with pytest.raises(UserError, match="not written: the merged model computes other logits than base model plus"):
+        write_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 def test_an_adapter_for_another_model_is_refused(base: BaseModelFiles, tmp_path: Path) -> None:
     model = adapted(base)
     save_adapter(model, trained_values(model), tmp_path / "adapter", {"base": base.fingerprint})

@@ -5,10 +5,12 @@ Any adapter of peft can be read. An adapter that this package wrote is refused f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from trainer.checkpoint.model_state import list_differences
@@ -21,6 +23,15 @@ from trainer.runtime.stored_files import read_json_object
 
 RECORD = "limelight.json"
 """File beside peft's files with the fingerprint of the base model, sequence length and tasks."""
+
+MERGE_TOLERANCE = 1e-3
+"""Largest difference of a merged model's logits in float32, as a share of their root mean square: rounding only."""
+
+MERGE_TOLERANCE_BF16 = 0.05
+"""The same in bfloat16, which rounds each merged weight and each state to 8 bits."""
+
+_COMPARED = (4, 64)
+"""Number of samples whose logits are compared after a merge, and tokens of each."""
 
 
 def save_adapter(model: Any, values: Mapping[str, Tensor], directory: Path, record: Mapping[str, Any]) -> None:
@@ -117,26 +128,46 @@ def _check_kind(file: Path) -> None:
         raise UserError(f"{file}: megatron_config is set, for which peft imports a module by name; it must be null")
 
 
-def write_merged(base: BaseModelFiles, adapter: Path, out: Path) -> None:
+def write_merged(base: BaseModelFiles, adapter: Path, out: Path, samples: Sequence[Sequence[int]] = ()) -> None:
     """Merge an adapter into the weights of its base model, and write a directory that transformers loads on its own.
+
+    The written model is loaded again and its logits are compared with those of base model plus adapter, before the
+    directory gets its name. If the base model's output head is tied to its embeddings and the adapter changes only one
+    of the two, the merged model has both matrices.
 
     Args:
         base: files of the base model; its tokenizer is written too.
         adapter: directory of the adapter.
         out: directory to create.
+        samples: token ids to compare logits on, besides random ones.
 
     Raises:
-        UserError: ``out`` exists, or the adapter is for another model.
+        UserError: ``out`` exists, the adapter is for another model, or the merged model has other logits.
     """
     if out.exists():
         raise UserError(f"{out}: already exists; choose another directory")
     # Keep the type of the base model's own weights.
     bf16 = str(getattr(base.config, "dtype", None)) == "torch.bfloat16"
-    merged = load_adapter(base, base.load(bf16=bf16), adapter).merge_and_unload()
+    adapted = load_adapter(base, base.load(bf16=bf16), adapter)
+    compared = [list(sample) for sample in samples if len(sample)] + _random_samples(base.config.vocab_size)
+    expected = _logits(adapted, compared)
+    _untie(adapted.get_base_model())
+    merged = adapted.merge_and_unload()
+    _tie_equal(merged, tied=base.config.tie_word_embeddings)
 
     def write(tmp_path: Path) -> None:
         merged.save_pretrained(tmp_path)
         base.tokenizer.save_pretrained(tmp_path)
+        written = BaseModelFiles.open(str(tmp_path)).load(bf16=bf16)
+        tolerance = MERGE_TOLERANCE_BF16 if bf16 else MERGE_TOLERANCE
+        difference = _relative_difference(_logits(written, compared), expected)
+        # A negated comparison, so that NaN is an error too.
+        if not difference <= tolerance:
+            raise UserError(
+                f"{out}: not written: the merged model computes other logits than base model plus adapter (they "
+                f"differ by {difference:.2g} of their size, {tolerance:g} is allowed); use {adapter} with its base "
+                "model instead"
+            )
 
     write_whole(out, write)
 
@@ -145,9 +176,61 @@ def merge_run(run: Path, out: Path) -> None:
     """Merge the adapter of a finished fine-tuning run into its base model: the work of ``limelight export RUN OUT``.
 
     Raises:
-        UserError: the run has not finished, its base model is missing, or ``out`` exists.
+        UserError: the run has not finished, its base model is missing, ``out`` exists, or the merged model differs.
     """
     config = load_finetune_run(run)
     if not (run / "adapter").is_dir():
         raise UserError(f"{run}: this run has not finished; run its limelight finetune command again to resume it")
-    write_merged(BaseModelFiles.open(base_path(config, run), config.model.tokenizer), run / "adapter", out)
+    base = BaseModelFiles.open(base_path(config, run), config.model.tokenizer)
+    write_merged(base, run / "adapter", out, _training_samples(run / "tokens" / "ids.int32"))
+
+
+def _training_samples(path: Path) -> list[list[int]]:
+    """Return tokens from the beginning of a run's training samples; none if the user has removed the file."""
+    if not path.is_file():
+        return []
+    number, length = _COMPARED
+    ids = np.fromfile(path, np.int32, number * length)
+    return [part.tolist() for part in np.split(ids, range(length, len(ids), length))]
+
+
+def _random_samples(vocabulary: int) -> list[list[int]]:
+    """Draw token ids from the whole vocabulary, the same in every call."""
+    drawn: list[list[int]] = np.random.default_rng(0).integers(0, vocabulary, _COMPARED).tolist()
+    return drawn
+
+
+@torch.inference_mode()
+def _logits(model: Any, samples: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Compute the logits of each sample ``[1, tokens, vocabulary]`` float32, less their mean, which has no effect."""
+    found = [model.eval()(input_ids=torch.tensor([sample])).logits.float() for sample in samples]
+    return [logits - logits.mean(-1, keepdim=True) for logits in found]
+
+
+def _relative_difference(logits: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest root mean square difference of a sample, as a share of the expected root mean square."""
+    pairs = zip(logits, expected, strict=True)
+    return max(float((one - other).square().mean().sqrt() / other.square().mean().sqrt()) for one, other in pairs)
+
+
+def _untie(model: Any) -> None:
+    """Give a model, which may hold peft's layers, an output head of its own if it shares that of the embeddings.
+
+    Merging adds the update of one of the two to the shared matrix, and so to the other one too.
+    """
+    head, embeddings = (
+        layer.base_layer if hasattr(layer, "base_layer") else layer
+        for layer in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    if head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _tie_equal(model: Any, *, tied: bool) -> None:
+    """Tie output head and embeddings again if the base model had them tied and they are still equal."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    equal = tied and torch.equal(head.weight, embeddings.weight)
+    model.config.tie_word_embeddings = equal
+    if equal:
+        head.weight = embeddings.weight

@@ -96,6 +96,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
     # peft warns if the model's name differs; check_adapter compares fingerprint and shapes instead.
     warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
+    # write_merged unties embeddings and output head itself, and compares the merged model with the adapter's.
+    warnings.filterwarnings("ignore", r"Model (has|with) `tie_word_embeddings=True` and")
+    warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied after merging")
 
 
 def find_directory(path: str, key: str) -> Path:
