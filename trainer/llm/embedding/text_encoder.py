@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.text_pooling import Pooling, pool
+from trainer.llm.models.text_tokens import text_tokens
 
 
 @dataclass
@@ -72,8 +73,7 @@ class Encoder:
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the first ``length`` tokens of each text."""
-        # verbose=False: no warning for texts longer than the model's maximum, because they are truncated here.
-        tokens = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = text_tokens(self._tokenizer, texts)
         self.counts.texts += len(tokens)
         self.counts.truncated += sum(len(one) > self._length for one in tokens)
         return [one[: self._length] for one in tokens]

@@ -71,6 +71,8 @@ def open_encoder(config: EmbeddingJob, base: BaseModelFiles, template: Template,
     model = base.load(bf16=bf16, attention=config.model.attention)
     # Everything that changes a vector is part of the hash, so that only comparable vectors are kept in a table.
     parts = [base.fingerprint, _hash(base.tokenizer.backend_tokenizer.to_str()), str(bf16), str(settings.length)]
+    # Tables from before this part existed have other vectors for texts that spell a control token.
+    parts.append("texts without control tokens")
     if adapter:
         model = load_adapter(base, model, Path(adapter))
         files = ("adapter_config.json", "adapter_model.safetensors")

@@ -8,7 +8,7 @@ at its end. A sample without room for any prompt token is left out. Both cases a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from trainer.console.errors import UserError, one_line
 from trainer.llm.finetuning.samples import Sample
+from trainer.llm.models.text_tokens import text_tokens
 from trainer.runtime.files import write_json
 from trainer.runtime.stored_files import load_array, open_regular, read_json_object
 
@@ -149,8 +150,8 @@ def _tokenise(
     """Yield the tokens of each sample and the number of its answer tokens, which includes the end-of-text token."""
     remaining = iter(samples)
     while chunk := list(islice(remaining, _CHUNK)):
-        prompts = _ids(tokenizer, [sample.prompt for sample in chunk])
-        answers = _ids(tokenizer, [sample.answer for sample in chunk])
+        prompts = text_tokens(tokenizer, [sample.prompt for sample in chunk])
+        answers = text_tokens(tokenizer, [sample.answer for sample in chunk])
         for sample, prompt, answer in zip(chunk, prompts, answers, strict=True):
             answer = [*answer, tokenizer.eos_token_id]
             room = length - len(answer)
@@ -161,9 +162,3 @@ def _tokenise(
             tokens = prompt[-room:] + answer
             counts.add(sample, len(tokens), len(answer))
             yield tokens, len(answer)
-
-
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    # verbose=False: no warning for texts longer than the model's maximum, because _tokenise truncates them.
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
