@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from trainer.checkpoint.manifest import DatasetEntry, Manifest, TableEntry, file_entry, write_manifest
+from trainer.checkpoint.manifest import DatasetEntry, Manifest, TableEntry, file_entry, rank_file, write_manifest
 from trainer.config.ranker import parse_config
 
 Cuts = Mapping[str, list[list[int]]]
@@ -112,6 +112,8 @@ def write_checkpoint(
     write_model(directory / "model", tensors, cuts or random_cuts(tensors, seed))
     job = parse_config({"data": {"path": "nowhere"}, **(config or {})}, "test")
     (directory / "job.json").write_text(json.dumps({"config": job.model_dump(mode="json"), "trace": []}))
+    for rank in range(manifest.get("ranks", 2)):
+        torch.save({}, directory / rank_file(rank))
     files = {
         str(file.relative_to(directory)): file_entry(file) for file in sorted(directory.rglob("*")) if file.is_file()
     }

@@ -89,7 +89,7 @@ def test_verify_reads_every_checkpoint_of_a_run(run: Path, capsys: pytest.Captur
     assert main(["checkpoint", "verify", str(run)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert {line[0] for line in lines[1:]} == {"step-00000007", "step-00000012"}
-    assert all(line[-1] == "ok" for line in lines[1:]) and len(lines) == 1 + 2 * 4
+    assert all(line[-1] == "ok" for line in lines[1:]) and len(lines) == 1 + 2 * 6
     assert main(["checkpoint", "verify", str(newest(run))]) == 0
     assert "step-00000007" not in capsys.readouterr().out
 

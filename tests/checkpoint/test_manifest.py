@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.checkpoint.stored_checkpoint import write_model
 from trainer.checkpoint.manifest import (
     MANIFEST,
     DatasetEntry,
@@ -18,6 +22,7 @@ from trainer.checkpoint.manifest import (
     Manifest,
     NewerSchema,
     TableEntry,
+    check_complete,
     check_files,
     directory_name,
     file_entry,
@@ -27,6 +32,9 @@ from trainer.checkpoint.manifest import (
     step_of,
     write_manifest,
 )
+from trainer.checkpoint.store import _try_manifest
+from trainer.checkpoint.writer import _retire
+from trainer.config.sections import CheckpointConfig
 from trainer.console.errors import UserError
 
 names = st.text("abc./_-é", min_size=1, max_size=8)
@@ -128,12 +136,15 @@ def test_a_newer_schema_and_a_missing_manifest(tmp_path: Path) -> None:
 
 
 def checkpoint(directory: Path, step: int) -> Path:
-    """A checkpoint of two files."""
+    """A checkpoint of two files of any content, and those without which none is complete."""
     path = directory / directory_name(step)
-    (path / "model").mkdir(parents=True)
+    write_model(path / "model", {"t": torch.ones(3)}, {}, files=1)
     (path / "model" / "a").write_bytes(os.urandom(1000))
     (path / "b").write_bytes(os.urandom(10))
-    files = {name: file_entry(path / name) for name in ("model/a", "b")}
+    (path / "job.json").write_text("{}")
+    (path / "rank-00000.pt").write_bytes(os.urandom(10))
+    names = ("model/a", "b", "job.json", "rank-00000.pt", "model/.metadata", "model/__0_0.distcp")
+    files = {name: file_entry(path / name) for name in names}
     write_manifest(path, example(step=step, files=files))
     return path
 
@@ -175,3 +186,132 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     (first / MANIFEST).write_text(json.dumps({}))
     with pytest.raises(UserError, match=r"no whole checkpoint .*b is missing.*manifest\.json is missing.*damaged"):
         find_checkpoint(run)
+
+
+def test_a_manifest_must_be_of_its_directory(tmp_path: Path) -> None:
+    older = checkpoint(tmp_path / "checkpoints", 20)
+    copied = tmp_path / "checkpoints" / directory_name(300)
+    shutil.copytree(older, copied)
+    message = f"{copied}: its manifest.json is of step 20; a checkpoint of this step is named step-00000020"
+    with pytest.raises(UserError) as refused:
+        read_manifest(copied)
+    assert str(refused.value) == message
+    assert find_checkpoint(tmp_path) == older
+    _retire(tmp_path / "checkpoints", CheckpointConfig(keep=5))
+    assert list_checkpoints(tmp_path / "checkpoints") == [older], "a copy is not kept for good"
+    # Under a name that claims no step, a copy is a checkpoint like any other.
+    shutil.copytree(older, tmp_path / "copy")
+    assert find_checkpoint(tmp_path / "copy") == tmp_path / "copy" and read_manifest(tmp_path / "copy").step == 20
+
+
+@pytest.mark.parametrize("left_out", ["job.json", "rank-00000.pt", "model/.metadata", "model/__0_0.distcp"])
+def test_a_manifest_without_a_shard_is_not_complete(tmp_path: Path, left_out: str) -> None:
+    older, newer = (checkpoint(tmp_path / "checkpoints", step) for step in (20, 300))
+    manifest = read_manifest(newer)
+    files = {name: entry for name, entry in manifest.files.items() if name != left_out}
+    (newer / left_out).unlink()
+    write_manifest(newer, manifest.model_copy(update={"files": files}))
+    assert check_files(newer, read_manifest(newer)) == []
+    (problem,) = check_complete(newer, read_manifest(newer))
+    assert left_out in problem
+    assert find_checkpoint(tmp_path) == older
+    assert _try_manifest(newer) == (problem, None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../b", "model/../b", "/etc/hostname", "", ".", "./b", "a\\b", "b\0", "x" * 2000, "link", "folder/file", "fifo"],
+)
+def test_files_outside_of_a_checkpoint_are_refused(tmp_path: Path, name: str) -> None:
+    path = checkpoint(tmp_path, 20)
+    (path / "link").symlink_to("/etc/hostname")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("x")
+    (path / "folder").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(path / "fifo")
+    manifest = read_manifest(path)
+    write_manifest(path, manifest.model_copy(update={"files": {**manifest.files, name: manifest.files["b"]}}))
+    for checksums in (True, False):
+        (problem,) = check_files(path, read_manifest(path), checksums=checksums)
+        assert "\n" not in problem and (name[:50] in problem or repr(name)[1:50] in problem)
+
+
+def test_a_manifest_that_is_no_regular_file(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 20)
+    (path / MANIFEST).unlink()
+    os.mkfifo(path / MANIFEST)
+    with pytest.raises(UserError, match=r"manifest\.json: not a regular file but a FIFO"):
+        read_manifest(path)
+    (path / MANIFEST).unlink()
+    with (path / MANIFEST).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="such a file has at most"):
+        read_manifest(path)
+
+
+atoms = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from(
+        [10**400, -1, -(10**30), 1 << 64, 0, 1, 7, float("inf"), float("nan"), 1e308, "", "x", "../b", "7"]
+    ),
+)
+trees = st.recursive(
+    atoms, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An older and a newer checkpoint of a run."""
+    checkpoints = tmp_path_factory.mktemp("run") / "checkpoints"
+    return checkpoint(checkpoints, 20), checkpoint(checkpoints, 300)
+
+
+@given(data=st.data(), change=trees, deep=st.sampled_from([False] * 9 + [True]), valid_checksum=st.booleans())
+def test_a_damaged_manifest_never_blocks_the_checkpoint_before_it(
+    two_checkpoints: tuple[Path, Path], data: st.DataObject, change: Any, deep: bool, valid_checksum: bool
+) -> None:
+    older, newer = two_checkpoints
+    # Only the newer manifest is written anew; the older checkpoint stays as it is.
+    content: Any = json.loads((older / MANIFEST).read_text()) | {"step": 300}
+    holder, keys = content, []
+    while True:
+        key = data.draw(st.sampled_from(sorted(holder)))
+        keys.append(key)
+        if not isinstance(holder[key], dict) or not holder[key] or data.draw(st.booleans()):
+            break
+        holder = holder[key]
+    action = data.draw(st.sampled_from(["replace", "remove", "add"]))
+    if action == "remove":
+        del holder[key]
+    else:
+        holder[key if action == "replace" else data.draw(st.text(max_size=5))] = "DEEP" if deep else change
+    if valid_checksum and isinstance(content, dict) and action != "add":
+        content["crc32"] = zlib.crc32(
+            json.dumps(
+                {k: v for k, v in content.items() if k != "crc32"}, sort_keys=True, separators=(",", ":")
+            ).encode()
+        )
+    (newer / MANIFEST).write_text(json.dumps(content).replace('"DEEP"', DEEP))
+    try:
+        problem, manifest = _try_manifest(newer)
+        assert (problem is None) != (manifest is None) and "\n" not in (problem or "")
+        found = find_checkpoint(older.parent)
+        whole = manifest is not None and not check_files(newer, manifest, checksums=False)
+        assert found == (newer if whole else older)
+    except NewerSchema as error:
+        # Only a manifest with a right checksum can say so: a newer version wrote it.
+        assert valid_checksum and keys == ["schema_version"] and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text", [DEEP, '{"a":' * 50_000, "1e999", "-Infinity", "9" * 10_000, '{"schema_version": 9}', "\ud800"]
+)
+def test_any_text_as_a_manifest(two_checkpoints: tuple[Path, Path], text: str) -> None:
+    older, newer = two_checkpoints
+    (newer / MANIFEST).write_bytes(text.encode(errors="surrogatepass"))
+    assert find_checkpoint(older.parent) == older
+    problem, manifest = _try_manifest(newer)
+    assert manifest is None and problem is not None and "\n" not in problem and len(problem) < 400

@@ -23,7 +23,7 @@ from tests.distributed.small_model import (
     tables,
 )
 from trainer.checkpoint import writer
-from trainer.checkpoint.manifest import MANIFEST, DatasetEntry, list_checkpoints, read_manifest
+from trainer.checkpoint.manifest import MANIFEST, DatasetEntry, list_checkpoints, read_manifest, write_manifest
 from trainer.config.ranker import parse_config
 from trainer.console.errors import UserError
 from trainer.engine.hybrid_engine import HybridEngine, TableOptimizer
@@ -207,8 +207,8 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
             Checkpoints(tmp_path, given, world).restore(other, state)
         assert told in str(refused.value) and "\n" not in str(refused.value)
     assert Checkpoints(tmp_path, identity("g", resume=True), world).restore(single_engine(world), state) == {}
-    manifest = tmp_path / "step-00000000" / MANIFEST
-    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    directory = tmp_path / "step-00000000"
+    write_manifest(directory, read_manifest(directory).model_copy(update={"schema_version": 2}))
     with pytest.raises(UserError, match="written by a newer version"):
         Checkpoints(tmp_path, identity(), world).restore(engine, state)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import ADAPTER, MANIFEST, check_files, checkpoints_at, read_manifest
+from trainer.checkpoint.manifest import ADAPTER, MANIFEST, check_complete, check_files, checkpoints_at, read_manifest
 from trainer.checkpoint.reader import Checkpoint
 from trainer.console.errors import UserError
 from trainer.console.text_table import shape_text, size_text, text_table
@@ -141,11 +141,8 @@ def _verify(directory: Path) -> dict[str, Any]:
     for name, entry in manifest.files.items():
         problems = check_files(directory, manifest, [name])
         files.append({"name": name, "bytes": entry.bytes, "problem": problems[0] if problems else None})
-    return {
-        "path": str(directory),
-        "files": files,
-        "problems": [file["problem"] for file in files if file["problem"]],
-    }
+    problems = [str(file["problem"]) for file in files if file["problem"]]
+    return {"path": str(directory), "files": files, "problems": problems or check_complete(directory, manifest)}
 
 
 def _tables(tables: list[dict[str, Any]]) -> str:

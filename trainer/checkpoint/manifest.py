@@ -20,12 +20,13 @@ import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.runtime.files import sync
+from trainer.runtime.stored_files import file_inside, open_regular, read_json_object
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -35,7 +36,7 @@ JOB = "job.json"
 ADAPTER = "lora"
 """Kind of the checkpoints of a fine-tuning job, whose model is an adapter."""
 
-_STEP = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-([0-9]{8,18})")
 _CHUNK_BYTES = 16 << 20
 
 
@@ -43,13 +44,18 @@ class NewerSchema(UserError):
     """A checkpoint written by a later version, which this version cannot check."""
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+MAX_RANKS = 1 << 20
+
+
 class FileEntry(BaseModel):
     """One file of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bytes: int
-    crc32: int
+    bytes: Count
+    crc32: Count
 
 
 class TableEntry(BaseModel):
@@ -58,8 +64,8 @@ class TableEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     table: str
-    rows: int
-    dim: int
+    rows: Count
+    dim: Count
     module: str
     sharding: str
     kernel: str
@@ -104,14 +110,14 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA
-    step: int
-    number: int
+    step: Count
+    number: Count
     finished: bool
     created: str
-    ranks: int
-    zero_stage: int
-    rows_done: int
-    rows_total: int
+    ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)]
+    zero_stage: Count
+    rows_done: Count
+    rows_total: Count
     kind: str
     behaviours: tuple[str, ...]
     table_optimizer: str
@@ -131,6 +137,11 @@ class Manifest(BaseModel):
 def directory_name(step: int) -> str:
     """Return the name of the checkpoint after ``step`` steps."""
     return f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of the file with a rank's own state."""
+    return f"rank-{rank:05d}.pt"
 
 
 def step_of(directory: Path) -> int | None:
@@ -169,7 +180,8 @@ def find_checkpoint(path: str | Path) -> Path:
     reasons = []
     for directory in reversed(found):
         try:
-            problems = check_files(directory, read_manifest(directory), checksums=False)
+            manifest = read_manifest(directory)
+            problems = check_files(directory, manifest, checksums=False) or check_complete(directory, manifest)
         except UserError as error:
             problems = [str(error)]
         if not problems:
@@ -200,24 +212,55 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        schema, crc = int(content["schema_version"]), content.pop("crc32")
+        content = read_json_object(path)
+        schema, crc = content["schema_version"], content.pop("crc32")
+        # The checksum comes first: a damaged number of the schema must not look like that of a newer version.
+        if crc != _crc_of(content):
+            raise UserError(f"{path}: damaged (its checksum does not match)")
     except FileNotFoundError:
         raise UserError(f"{directory}: not a whole checkpoint ({MANIFEST} is missing)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except KeyError:
         raise UserError(f"{path}: damaged (not a manifest)") from None
-    if schema > SCHEMA:
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error):.120})") from None
+    if type(schema) is int and schema > SCHEMA:
         raise NewerSchema(f"{path}: written by a newer version (schema {schema}; this one reads up to {SCHEMA})")
-    if crc != _crc_of(content):
-        raise UserError(f"{path}: damaged (its checksum does not match)")
     try:
         # From text, since JSON has no integer keys: pydantic converts text keys only in this mode.
-        return Manifest.model_validate_json(json.dumps(content))
+        manifest = Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc'])):.120}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({one_line(error):.120})") from None
+    if step_of(directory) not in (None, manifest.step):
+        raise UserError(
+            f"{directory}: its {MANIFEST} is of step {manifest.step}; a checkpoint of this step is named "
+            f"{directory_name(manifest.step)}"
+        )
+    return manifest
+
+
+def check_complete(directory: Path, manifest: Manifest) -> list[str]:
+    """Check that a manifest lists every file of its checkpoint; returns a line for each problem.
+
+    The index of the model is read, since only it has the names of the files with the tensors.
+    """
+    from trainer.checkpoint.model_index import INDEX, read_index
+
+    index = f"{MODEL}/{INDEX}"
+    wanted = [JOB, index, *(rank_file(rank) for rank in range(manifest.ranks))]
+    missing = [name for name in wanted if name not in manifest.files]
+    if not missing:
+        try:
+            stored = read_index(directory / MODEL).storage_data or {}
+        except UserError as error:
+            return [str(error)]
+        names = sorted({f"{MODEL}/{place.relative_path}" for place in stored.values()})
+        missing = [name for name in names if name not in manifest.files]
+    return [f"{MANIFEST} does not list {name}" for name in missing]
 
 
 def check_files(
@@ -233,13 +276,17 @@ def check_files(
     """
     problems = []
     for name in manifest.files if names is None else names:
-        path, expected = directory / name, manifest.files[name]
+        expected = manifest.files[name]
         try:
-            size = path.stat().st_size
+            path = file_inside(directory, name)
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
             if size != expected.bytes:
                 problems.append(f"{name} has {size:,} bytes instead of {expected.bytes:,}")
             elif checksums and file_entry(path) != expected:
                 problems.append(f"{name} has another content than was written")
+        except UserError as error:
+            problems.append(str(error))
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
@@ -250,7 +297,7 @@ def check_files(
 def file_entry(path: Path) -> FileEntry:
     """Compute the size and CRC-32 of a file."""
     size = crc = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return FileEntry(bytes=size, crc32=crc)

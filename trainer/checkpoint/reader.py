@@ -7,7 +7,6 @@ library's planner, which would need memory for whole tables. ``trainer.checkpoin
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +18,22 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, find_checkpoint, read_manifest
+from trainer.checkpoint.manifest import (
+    JOB,
+    MODEL,
+    Manifest,
+    check_complete,
+    check_files,
+    find_checkpoint,
+    rank_file,
+    read_manifest,
+)
 from trainer.checkpoint.model_index import DAMAGED, load_archive, load_tensors, read_index
-from trainer.checkpoint.writer import rank_file
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.features.fit import FittedFeatures
+from trainer.runtime.stored_files import read_json_object
 
 BLOCK_BYTES = 64 << 20
 """Approximate size of a block of rows."""
@@ -219,7 +227,7 @@ class Checkpoint:
         """
         directory = find_checkpoint(path)
         manifest = read_manifest(directory)
-        problems = check_files(directory, manifest, checksums=False)
+        problems = check_files(directory, manifest, checksums=False) or check_complete(directory, manifest)
         if problems:
             raise UserError(f"{directory}: not a whole checkpoint ({problems[0]})")
         return Checkpoint(directory, manifest)
@@ -234,11 +242,16 @@ class Checkpoint:
         """Read the resolved job; ``model.kind`` is the network of this checkpoint, which may be a baseline.
 
         Raises:
-            UserError: the job has keys that this version does not know.
+            UserError: the job is damaged, or has keys that this version does not know.
         """
         file = self.directory / JOB
-        raw: dict[str, Any] = json.loads(file.read_text())["config"]
-        raw["model"]["kind"] = self.manifest.kind
+        try:
+            raw: dict[str, Any] = read_json_object(file)["config"]
+            raw["model"]["kind"] = self.manifest.kind
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        except (KeyError, TypeError):
+            raise UserError(f"{file}: damaged (it has no job)") from None
         return validate_stored(JobConfig, raw, str(file))
 
     @cached_property

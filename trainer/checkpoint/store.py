@@ -16,7 +16,14 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from trainer.checkpoint.manifest import Manifest, NewerSchema, check_files, list_checkpoints, read_manifest
+from trainer.checkpoint.manifest import (
+    Manifest,
+    NewerSchema,
+    check_complete,
+    check_files,
+    list_checkpoints,
+    read_manifest,
+)
 from trainer.checkpoint.writer import Save, clear
 from trainer.config.sections import CheckpointConfig
 from trainer.console.errors import UserError, is_lost_peer, one_line
@@ -173,8 +180,10 @@ def _try_manifest(directory: Path) -> tuple[str | None, Manifest | None]:
         NewerSchema: a later version wrote it; falling back to an older checkpoint would undo its training.
     """
     try:
-        return None, read_manifest(directory)
+        manifest = read_manifest(directory)
     except NewerSchema:
         raise
     except UserError as error:
         return str(error), None
+    problems = check_complete(directory, manifest)
+    return (problems[0], None) if problems else (None, manifest)

@@ -26,6 +26,7 @@ from trainer.checkpoint.manifest import (
     directory_name,
     file_entry,
     list_checkpoints,
+    rank_file,
     read_manifest,
     write_manifest,
 )
@@ -139,11 +140,6 @@ class Save:
             if failure is not None:
                 raise UserError(f"checkpoint after step {self.manifest.step}: {failure}")
         return [result for result, _ in results]
-
-
-def rank_file(rank: int) -> str:
-    """Return the name of the file with a rank's own state."""
-    return f"rank-{rank:05d}.pt"
 
 
 def clear(directory: Path) -> None:

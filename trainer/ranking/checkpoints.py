@@ -5,7 +5,6 @@ A save copies the model, and a thread writes the copy (``trainer.checkpoint.stor
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import JOB, MODEL, DatasetEntry, Manifest, TableEntry
+from trainer.checkpoint.manifest import JOB, MODEL, DatasetEntry, Manifest, TableEntry, rank_file
 from trainer.checkpoint.model_index import load_tensors
 from trainer.checkpoint.model_state import list_differences
 from trainer.checkpoint.reader import stored_search
 from trainer.checkpoint.store import CheckpointStore, agreed
-from trainer.checkpoint.writer import Save, rank_file
+from trainer.checkpoint.writer import Save
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.engine.batch_pipeline import StepRequest
@@ -26,6 +25,7 @@ from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
+from trainer.runtime.stored_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Checkpoints(CheckpointStore):
         self._compare(directory, manifest, engine)
         engine.load(directory / MODEL)
         self._number = manifest.number
-        job = agreed(self._world, lambda: _read_json(directory / JOB))
+        job = agreed(self._world, lambda: read_json_object(directory / JOB))
         state.step, state.rows_done, state.finished = manifest.step, manifest.rows_done, manifest.finished
         state.metric_history[:] = job["trace"]
         self._restore_own(directory, manifest, state)
@@ -211,7 +211,3 @@ def _shapes(
     tables: Sequence[TableEntry], dense: Mapping[str, tuple[int, ...]], buffers: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     return {**{f"table {table.table}": (table.rows, table.dim) for table in tables}, **dense, **buffers}
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text())

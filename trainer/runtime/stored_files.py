@@ -6,6 +6,7 @@ that leads elsewhere, and a file that would block the reader (a FIFO) or fill it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -48,12 +49,15 @@ def open_regular(path: Path) -> BinaryIO:
 
     Raises:
         OSError: the file cannot be opened.
-        UserError: it is a FIFO, a device, a socket or a directory.
+        UserError: it is a FIFO, a device or a socket.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"{path}: not a regular file but {kind_of(os.fstat(descriptor).st_mode)}")
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path}: not a regular file but {_kind_of(mode)}")
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -135,10 +139,8 @@ def _array_errors(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: damaged, or not an array of numbers ({one_line(error):.120})") from None
 
 
-def kind_of(mode: int) -> str:
-    """Return the kind of a file that is not a regular one, for a message."""
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
-    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+def _kind_of(mode: int) -> str:
+    return "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def _is_relative_name(name: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -241,3 +242,30 @@ def test_a_store_is_small_to_send_and_reads_there(stored):
     store = RowStore(path, SPEC)
     sent = pickle.loads(pickle.dumps(store))
     same(sent.read(0, 1), store.read(0, 1))
+
+
+@pytest.mark.parametrize("name", ["../part-00000-000000.tar", "/etc/hostname", "", None, 7, "part-00000-000000.tar\n"])
+def test_an_index_names_shards_of_its_own_directory_only(stored, name):
+    path, _ = stored
+    index = path / FOLDER / index_name(0)
+    entries = json.loads(index.read_text())
+    entries[0]["shard"] = name
+    index.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=r"part-00000\.index\.json: not a valid shard index .*shard") as refused:
+        RowStore(path, SPEC).records(0)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_fifo_blocks_no_reader_and_an_index_reserves_no_memory(stored):
+    path, _ = stored
+    index = path / FOLDER / index_name(0)
+    entries = json.loads(index.read_text())
+    entries[0]["size"] = 1 << 60
+    index.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="cut short"):
+        RowStore(path, SPEC).read(0, 0)
+    shard = path / FOLDER / entries[0]["shard"]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match="not a regular file but a FIFO"):
+        RowStore(path, SPEC).read(0, 0)

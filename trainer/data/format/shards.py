@@ -13,6 +13,7 @@ lists the records of the partition::
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from trainer.data.format.sorting import time_order
 FOLDER = "rows"
 HOUR_MS = 3_600_000
 
+_SHARD = re.compile(r"part-[0-9]+-[0-9]+\.tar")
 _TAR_BLOCK = 512
 
 
@@ -163,9 +165,16 @@ class _Index:
                 column(entry["rows"] for entry in entries),
                 *(column(entry[name][end] for entry in entries) for name, end in ends),
             ),
-            [entry["shard"] for entry in entries],
+            [_shard_name(entry["shard"]) for entry in entries],
             *(column(entry[name] for entry in entries) for name in ("offset", "size", "crc32")),
         )
+
+
+def _shard_name(name: object) -> str:
+    """Return the name of a shard, which is a file beside its index."""
+    if not isinstance(name, str) or not _SHARD.fullmatch(name):
+        raise ValueError(f"shard {name!a:.60} is not a name such as part-00000-000000.tar")
+    return name
 
 
 class ShardWriter:

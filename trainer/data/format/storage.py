@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.console.errors import UserError
+from trainer.runtime.stored_files import open_regular
 
 
 def is_remote(path: str | Path) -> bool:
@@ -24,21 +25,22 @@ def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> by
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: the protocol of the URL is unknown, or its package is not installed.
+        UserError: the protocol of the URL is unknown, or its package is not installed; or the path is a FIFO or a
+            device.
     """
     if is_remote(path):
         filesystem, inside = open_url(str(path))
         return bytes(filesystem.cat_file(inside, start=offset, end=None if size is None else offset + size))
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        wanted = os.fstat(handle).st_size - offset if size is None else size
+    with open_regular(Path(path)) as file:
+        handle = file.fileno()
+        rest = max(0, os.fstat(handle).st_size - offset)
+        # No more than the file has: a damaged index may ask for any number of bytes.
+        wanted = rest if size is None else min(size, rest)
         # The kernel may return fewer bytes than asked for, at most 2 GiB in one call.
         data = os.pread(handle, wanted, offset)
         while len(data) < wanted and (more := os.pread(handle, wanted - len(data), offset + len(data))):
             data += more
         return data
-    finally:
-        os.close(handle)
 
 
 def open_url(url: str) -> tuple[Any, str]:

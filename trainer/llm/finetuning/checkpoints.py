@@ -6,23 +6,23 @@ each rank reads the values that its own ZeRO stage and rank need.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import ADAPTER, JOB, MODEL, DatasetEntry, Manifest
+from trainer.checkpoint.manifest import ADAPTER, JOB, MODEL, DatasetEntry, Manifest, rank_file
 from trainer.checkpoint.model_index import load_tensors
 from trainer.checkpoint.store import CheckpointStore, agreed
-from trainer.checkpoint.writer import Save, rank_file
+from trainer.checkpoint.writer import Save
 from trainer.config.finetune import FinetuneConfig
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
+from trainer.runtime.stored_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class AdapterCheckpoints(CheckpointStore):
             start_random_states(seed, 0, rank)
             return False
         directory, manifest = found
-        job = agreed(self._world, lambda: json.loads((directory / JOB).read_text()))
+        job = agreed(self._world, lambda: read_json_object(directory / JOB))
         if manifest.kind != ADAPTER or job["base"] != self._identity.base:
             raise UserError(
                 f"{directory}: this checkpoint is of an adapter for another base model; choose another run.directory"

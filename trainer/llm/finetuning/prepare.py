@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 from trainer.runtime.rng_state import start_random_states
+from trainer.runtime.stored_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def sources(config: FinetuneConfig) -> dict[str, Any]:
     for path in map(Path, (*config.data.train, *config.data.general, *config.data.evaluate)):
         manifest = path.with_name("manifest.json")
         entry = file_entry(path).model_dump()
-        known[str(path)] = {**entry, "manifest": json.loads(manifest.read_text()) if manifest.is_file() else None}
+        known[str(path)] = {**entry, "manifest": read_json_object(manifest) if manifest.is_file() else None}
     return known
 
 
