@@ -6,6 +6,7 @@ and answers each with one line. Launcher and ranks are the real ones, each a pro
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import json
@@ -32,6 +33,10 @@ PRELOADED = (
     "torch.utils.tensorboard.summary",
 )
 """Modules that take a rank long to import, early or late."""
+
+
+CLONE_NEWNS = 0x20000
+"""Flag of unshare for a new mount namespace, from linux/sched.h; Python has it from 3.12 on."""
 
 
 class Ended(NamedTuple):
@@ -82,6 +87,7 @@ class Nursery:
         environment: Mapping[str, str],
         out: Path,
         err: Path | None = None,
+        shared_memory: int = 0,
     ) -> int:
         """Start a launcher of ``module``, and return its process id.
 
@@ -92,8 +98,9 @@ class Nursery:
             environment: added to this process's.
             out: file for the output of the launcher and its ranks.
             err: file for standard error; ``out`` by default.
+            shared_memory: size of its own /dev/shm in bytes; 0 for that of the machine.
         """
-        order = ["start", module, list(arguments), ranks, dict(environment), str(out), str(err or out)]
+        order = ["start", module, list(arguments), ranks, dict(environment), str(out), str(err or out), shared_memory]
         return int(self._ask(order))
 
     def run(
@@ -104,11 +111,13 @@ class Nursery:
         ranks: int = 0,
         environment: Mapping[str, str] | None = None,
         timeout: float = 300,
+        shared_memory: int = 0,
     ) -> Ended:
         """Run ``python -m module`` to its end, by itself or on some ranks; ends it after ``timeout`` seconds."""
         with tempfile.TemporaryDirectory(prefix="nursery-") as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
-            process = self.start(module, [str(argument) for argument in arguments], ranks, environment or {}, out, err)
+            words = [str(argument) for argument in arguments]
+            process = self.start(module, words, ranks, environment or {}, out, err, shared_memory)
             status = self.wait(process, timeout)
             if status is None:
                 # The kernel ends ranks whose launcher is gone.
@@ -226,11 +235,23 @@ def _run_as_main(module: str, arguments: Sequence[str]) -> int:
 
 
 def _launch(
-    module: str, arguments: Sequence[str], ranks: int, environment: Mapping[str, str], out: str, err: str
+    module: str,
+    arguments: Sequence[str],
+    ranks: int,
+    environment: Mapping[str, str],
+    out: str,
+    err: str,
+    shared_memory: int,
 ) -> int:
     from launch import local
     from trainer.console.exit_status import exit_status
 
+    if shared_memory:
+        # A mount namespace of this process and its ranks alone.
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), "unshare")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={shared_memory}", "tmpfs", "/dev/shm"]
+        subprocess.run(command, check=True)
     for number, name in enumerate((out, err), 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -8,9 +8,12 @@ planned again.
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 from collections import deque
@@ -21,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.console.errors import UserError
+from trainer.console.text_table import size_text
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.history_sequences import Space
 from trainer.data.features.packed_batch import PackedBatch
@@ -42,6 +46,12 @@ _PR_SET_PDEATHSIG = 1
 
 FETCHED_AHEAD = 2
 """Number of batches that the engine has fetched beyond the batch of the last step."""
+
+SHARED_MEMORY = "/dev/shm"
+"""File system of the shared memory through which workers pass batches; a container has 64 MB of it by default."""
+
+_LOCKS, _LOCKS_PER_WORKER = 8, 4
+"""Upper limits of the locks of a DataLoader, each of which takes a page of shared memory."""
 
 DEATH_SECONDS = 1.0
 """Time within which the end of a worker is known after its connection was lost."""
@@ -114,7 +124,15 @@ class Loader:
         self._layout = feature_map.layout
         # Reader and feature map are copied into each worker by the fork; only slices and batches travel later.
         reader = BlockReader(store, feature_map.spec, selection, None if shuffle_ms is None else seed)
-        self._maker = _BatchMaker(reader, histories, feature_map, as_of_limit_ms, frozen_statistics, space)
+        self._maker = _BatchMaker(
+            reader,
+            histories,
+            feature_map,
+            as_of_limit_ms,
+            frozen_statistics,
+            space,
+            batches=workers * prefetch + FETCHED_AHEAD,
+        )
         self._space, self._first_step = space, first_step
         if space is not None and first_step is not None:
             space.check_prefetch(max(workers * prefetch, 1) + FETCHED_AHEAD)
@@ -179,6 +197,7 @@ class Loader:
 
     def _from_workers(self, made: DataLoader) -> Iterator[PackedBatch | UserError]:
         """Yield the batches that the worker processes make; turn the death of a worker into a one-line error."""
+        _check_locks(self._workers)
         before = multiprocessing.active_children()
         with _signal_left_alone(signal.SIGCHLD):
             packed = iter(made)
@@ -217,7 +236,10 @@ class _BatchMaker(Dataset):
         as_of_limit_ms: int | None,
         frozen_statistics: FrozenStatistics | None,
         space: SearchSpace | None,
+        *,
+        batches: int,
     ) -> None:
+        self._batches = batches
         self._reader, self._histories, self._feature_map = reader, histories, feature_map
         self._as_of_limit_ms, self._frozen, self._space = as_of_limit_ms, frozen_statistics, space
 
@@ -227,7 +249,10 @@ class _BatchMaker(Dataset):
 
     def __getitem__(self, task: _BatchTask) -> PackedBatch | UserError:
         try:
-            return self._make(task)
+            packed = self._make(task)
+            if get_worker_info() is not None:
+                _share(packed, self._batches)
+            return packed
         except UserError as error:
             # Returned as a value, because DataLoader adds the worker's traceback to the message of an exception.
             return error
@@ -252,6 +277,61 @@ class _BatchMaker(Dataset):
 def _unchanged(made: Any) -> Any:
     """Return the batch as it is; used in place of DataLoader's collation of samples."""
     return made
+
+
+def _share(packed: PackedBatch, batches: int) -> None:
+    """Move a batch into shared memory, as DataLoader would when it sends the batch.
+
+    DataLoader sends in a thread of the worker. An error there loses the batch, and the rank would wait for it forever.
+
+    Args:
+        packed: batch of a worker; its tensors are moved.
+        batches: number of batches of this rank that are in shared memory at a time.
+
+    Raises:
+        UserError: shared memory is full, or the process has too many open files.
+    """
+    tensors = (packed.integers, packed.floats)
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        # torch has no type for it: the operating system's reason is in the message.
+        if os.strerror(errno.EMFILE) in str(error):
+            raise UserError("a loader worker has too many open files; raise the limit: ulimit -n 65536") from None
+        if os.strerror(errno.ENOSPC) not in str(error) and os.strerror(errno.ENOMEM) not in str(error):
+            raise
+        size = sum(tensor.nbytes for tensor in tensors)
+        need = f"a batch has {size_text(size)}, and a rank keeps up to {batches} of them, {size_text(size * batches)}"
+        raise UserError(_full_message(need)) from None
+
+
+def _check_locks(workers: int) -> None:
+    """Check that shared memory has room for the locks of DataLoader's queues.
+
+    DataLoader would fail half-way, and print a traceback of its clean-up in addition.
+
+    Raises:
+        UserError: shared memory is full.
+    """
+    locks = _LOCKS + _LOCKS_PER_WORKER * workers
+    try:
+        [multiprocessing.get_context("fork").Lock() for _ in range(locks)]
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        need = f"the locks of {workers} loader workers need {size_text(locks * mmap.PAGESIZE)}"
+        raise UserError(_full_message(need)) from None
+
+
+def _full_message(need: str) -> str:
+    """Return the message for full shared memory; ``need`` says how much is needed."""
+    disk = shutil.disk_usage(SHARED_MEMORY)
+    return (
+        f"shared memory is full: {SHARED_MEMORY} has {size_text(disk.free)} free of {size_text(disk.total)}; {need}; "
+        "give it more (docker run --shm-size=8g, mount -o remount,size=8g /dev/shm), lower data.workers or "
+        "data.prefetch, or set data.workers=0"
+    )
 
 
 def _live_as_long_as_the_rank(worker: int) -> None:
