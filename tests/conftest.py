@@ -1,4 +1,4 @@
-"""Fixtures and markers that tests of every folder share."""
+"""Fixtures and markers of all tests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from tests.nursery import Ended, Nursery
 from tests.paths import ROOT
 
-# Set before anything imports torch: several test processes share the cores.
+# Several test processes share the cores; torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def messages_on_the_terminal() -> None:
-    """Show messages as every command does."""
+    """Print log messages, as every command does."""
     from trainer.console.run_log import start_log
 
     start_log()
@@ -56,7 +56,7 @@ def _has_cuda() -> bool:
 
 @pytest.fixture
 def real_kuairand() -> Path:
-    """The folder of KuaiRand-Pure, wherever this machine has it."""
+    """Return the folder of KuaiRand-Pure; skip the test if this machine does not have it."""
     folder = Path(os.environ.get("LIMELIGHT_KUAIRAND", ROOT.parent / "shared" / "data" / "kuairand-pure"))
     if not folder.is_dir():
         pytest.skip("no KuaiRand-Pure on this machine: set LIMELIGHT_KUAIRAND to its folder")
@@ -68,17 +68,17 @@ RunRanks = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    """A process that has imported what takes long, and forks the processes of tests."""
+    """Yield a process that has imported the slow modules, and forks the processes of tests."""
     with Nursery() as nursery:
         yield nursery
 
 
 @pytest.fixture
 def run_ranks(nursery: Nursery) -> RunRanks:
-    """``run_ranks(module, *arguments, ranks=2, timeout=180, environment=None, expect=0) -> stdout``.
+    """Return ``run_ranks(module, *arguments, ranks=2, timeout=180, environment=None, expect=0) -> stdout``.
 
-    Each rank is a process with one thread and the CPU backend, in the repository's root. Another exit status than
-    ``expect`` fails the test, with the end of the ranks' output.
+    Each rank is a process with one thread on the CPU, in the repository's root. Another exit status than ``expect``
+    fails the test, with the end of the ranks' output.
     """
 
     def run(
@@ -104,7 +104,10 @@ Limelight = Callable[..., Ended]
 
 @pytest.fixture(scope="session")
 def limelight(nursery: Nursery) -> Limelight:
-    """``limelight(*arguments, expect=0) -> Ended``: the command, in a process of its own in the repository's root."""
+    """Return ``limelight(*arguments, expect=0) -> Ended``, which runs the command in the repository's root.
+
+    The command is a process of its own. Another exit status than ``expect`` fails the test.
+    """
 
     def run(*arguments: object, expect: int = 0) -> Ended:
         ended = nursery.run("launch.cli.main", arguments)

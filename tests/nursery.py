@@ -1,7 +1,7 @@
-"""Starts jobs without the seconds that Python takes to import torch: one process imports it, and forks all others.
+"""Start of jobs without the seconds of importing torch: one process imports it, and all others are forked from it.
 
-A nursery is a process of its own. It reads orders to start and to wait, a line of JSON each, from its standard input,
-and answers each with one line. Launcher and ranks are the real ones, each a process; only ``exec`` is left out.
+A nursery is a process of its own. It reads orders (start, wait, mount) from its standard input, one line of JSON each,
+and answers each with one line. Launcher and ranks are the real ones, each in its own process; only ``exec`` is skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PRELOADED = (
     "pyarrow.dataset",
     "torch.utils.tensorboard.summary",
 )
-"""Modules that take a rank long to import, early or late."""
+"""Modules whose import takes long, at the start of a rank or later."""
 
 
 CLONE_NEWNS = 0x20000
@@ -48,11 +48,15 @@ class Ended(NamedTuple):
 
 
 class Nursery:
-    """A running nursery, as a test sees it; a context manager."""
+    """Client of a nursery, used by tests as a context manager.
+
+    Attributes:
+        can_mount: True if the nursery has a mount namespace of its own.
+    """
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        # In a mount namespace of its own, where it is allowed, file systems of any size can be made.
+        # A mount namespace of its own, where the machine allows one, makes file systems of any size possible.
         probe = ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]
         self.can_mount = (
             shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True).returncode
@@ -76,7 +80,7 @@ class Nursery:
         self._process.wait()
 
     def path(self, path: Path) -> Path:
-        """A path of the nursery's own mount namespace, as this process sees it."""
+        """Convert a path in the nursery's mount namespace to one that this process can read."""
         return Path(f"/proc/{self._process.pid}/root{path}") if self.can_mount else path
 
     def start(
@@ -93,9 +97,9 @@ class Nursery:
 
         Args:
             module: run as ``python -m module``.
-            arguments: of each rank.
-            ranks: number of ranks; 0 runs the module by itself, without a launcher.
-            environment: added to this process's.
+            arguments: arguments of each rank.
+            ranks: number of ranks; 0 runs the module alone, without a launcher.
+            environment: variables that are added to the environment of this process.
             out: file for the output of the launcher and its ranks.
             err: file for standard error; ``out`` by default.
             shared_memory: size of its own /dev/shm in bytes; 0 for that of the machine.
@@ -113,7 +117,7 @@ class Nursery:
         timeout: float = 300,
         shared_memory: int = 0,
     ) -> Ended:
-        """Run ``python -m module`` to its end, by itself or on some ranks; ends it after ``timeout`` seconds."""
+        """Run ``python -m module`` to its end, alone or on ``ranks`` ranks. It is killed after ``timeout`` seconds."""
         with tempfile.TemporaryDirectory(prefix="nursery-") as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
             words = [str(argument) for argument in arguments]
@@ -126,12 +130,12 @@ class Nursery:
             return Ended(-signal.SIGKILL if status is None else status, out.read_text(), err.read_text())
 
     def wait(self, process: int, timeout: float) -> int | None:
-        """Exit status of a launcher, negative for a signal; None when it has not ended in time."""
+        """Wait for a launcher. Returns its exit status, negative for a signal, or None if it has not ended in time."""
         status = self._ask(["wait", process, timeout])
         return None if status is None else int(status)
 
     def mount(self, path: Path, size: int) -> None:
-        """Put what is in ``path`` on a file system of so many bytes, or change the size of the one that is there."""
+        """Move the content of ``path`` to a file system of ``size`` bytes, or resize the file system that it is on."""
         self._ask(["mount", str(path), size])
 
     def _ask(self, order: list[Any]) -> Any:
@@ -149,7 +153,7 @@ class Nursery:
 
 
 class ForkedProcess:
-    """Takes the place of ``subprocess.Popen`` in ``launch.local``: ``python -m module`` in a fork of this process."""
+    """Replacement of ``subprocess.Popen`` in ``launch.local``: runs ``python -m module`` in a fork of this process."""
 
     def __init__(
         self,
@@ -190,7 +194,7 @@ class ForkedProcess:
 
 
 def _fork(run: Callable[[], int]) -> int:
-    """Run a function in a child with a session of its own; the child's process id."""
+    """Run a function in a child process with a session of its own, and return the child's process id."""
     child = os.fork()
     if child:
         return child
@@ -205,7 +209,7 @@ def _fork(run: Callable[[], int]) -> int:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        # Exit handlers are the nursery's; of a rank's own, the launcher ends its loader workers.
+        # Without exit handlers, which belong to the nursery; the launcher ends the loader workers of a rank.
         os._exit(status)
 
 
@@ -217,7 +221,7 @@ def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str,
         os.dup2(output, 2)
     from trainer.console import run_log
 
-    # It was imported before there was a rank.
+    # The module was imported before the rank was known.
     run_log._position.rank = int(environment["RANK"])
     return _run_as_main(module, arguments)
 
@@ -255,7 +259,7 @@ def _launch(
     for number, name in enumerate((out, err), 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # Line by line, as on a terminal, for what launcher and ranks say to be in order.
+    # Unbuffered, so that lines of the launcher and of the ranks are in order.
     for name, number in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", 0), write_through=True))
     os.environ.update(environment)
@@ -290,7 +294,7 @@ def _mount(path: str, size: int) -> str:
 
 
 def main() -> None:
-    """Serve until the standard input ends."""
+    """Execute orders until the standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in PRELOADED:

@@ -1,4 +1,4 @@
-"""Import rules that import-linter has no contract for: what each package may take from outside."""
+"""Import rules that import-linter has no contract for: the outside packages that each of our packages may import."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAY_IMPORT = {
 
 
 def imports(package: str) -> Iterator[tuple[str, str]]:
-    """File and top-level name of every absolute import, those inside functions too."""
+    """Yield file and top-level name of every absolute import, also of imports inside functions."""
     for path in sorted((ROOT / package).rglob("*.py")):
         place = str(path.relative_to(ROOT))
         for node in ast.walk(ast.parse(path.read_text())):
@@ -57,7 +57,7 @@ def test_only_packages_below_are_imported(package: str) -> None:
 def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
     providers = packages_distributions()
     extras = ["cpu", "llm", "kafka", "s3"] + (["dev"] if package in ("benchmarks", "tests") else [])
-    # Triton comes with the CUDA build of PyTorch.
+    # Triton is installed with the CUDA build of PyTorch.
     allowed = declared(*extras) | {"fbgemm-gpu", "triton"}
     outside = [(place, name) for place, name in imports(package) if name not in OWN | set(sys.stdlib_module_names)]
     wrong = [
@@ -68,7 +68,7 @@ def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
     assert not wrong
 
 
-def test_modules_know_tensors_arrays_and_compilers_only() -> None:
+def test_modules_import_only_tensors_arrays_and_compilers() -> None:
     outside = {name for _, name in imports("modules") if name not in {"modules"} | set(sys.stdlib_module_names)}
     assert outside <= {"torch", "torchrec", "numpy", "numba", "llvmlite", "triton"}
 

@@ -1,4 +1,4 @@
-"""Checkpoints made by hand, of known tensors, in any pieces: what readers are tested on without training anything."""
+"""Checkpoints made by hand from known tensors in arbitrary pieces, for tests of readers without any training."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from trainer.checkpoint.manifest import DatasetEntry, Manifest, TableEntry, file
 from trainer.config.ranker import parse_config
 
 Cuts = Mapping[str, list[list[int]]]
-"""Tensor -> for each of its dimensions where pieces begin."""
+"""Tensor -> for each of its dimensions, the indices where pieces begin."""
 
 
 def random_cuts(tensors: Mapping[str, Tensor], seed: int, most: int = 4) -> dict[str, list[list[int]]]:
-    """Up to ``most`` parts in each of the first two dimensions."""
+    """Return random cuts into up to ``most`` parts in each of the first two dimensions."""
     choose = random.Random(seed)
     return {
         name: [
@@ -42,7 +42,7 @@ def random_cuts(tensors: Mapping[str, Tensor], seed: int, most: int = 4) -> dict
 
 
 def write_model(directory: Path, tensors: Mapping[str, Tensor], cuts: Cuts, files: int = 2) -> None:
-    """A model as torch.distributed.checkpoint has it; test_checkpoint_reader.py has that library read one."""
+    """Write a model in the format of torch.distributed.checkpoint; test_reader.py checks it with that library."""
     directory.mkdir(parents=True)
     entries, places, contents = {}, {}, [io.BytesIO() for _ in range(files)]
     for name, tensor in tensors.items():
@@ -75,12 +75,12 @@ def model_tensors(
     dense: Mapping[str, Tensor],
     ids: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Tensors under the names that the engine saves them as.
+    """Return tensors under the names that the engine saves them as.
 
     Args:
         tables: name -> weight.
-        states: table -> the one state of its optimizer.
-        dense: parameter -> value; its moments are made of it.
+        states: table -> the single state of its optimizer.
+        dense: parameter -> value; its two moments are computed from it.
         ids: dynamic table -> columns and counts.
     """
     named = {f"tables.collections.0.embeddings.{name}.weight": weight for name, weight in tables.items()}
@@ -106,7 +106,10 @@ def write_checkpoint(
     ids: Mapping[str, Mapping[str, Tensor]] | None = None,
     **manifest: Any,
 ) -> Path:
-    """A whole checkpoint of a run, its tensors in ``cuts`` or random pieces; further arguments go into its manifest."""
+    """Write a whole checkpoint of a run, and return its directory.
+
+    The tensors are cut by ``cuts`` or at random. Further arguments are fields of the manifest.
+    """
     directory = run / "checkpoints" / f"step-{step:08d}"
     tensors = model_tensors(tables, states, dense, ids or {})
     write_model(directory / "model", tensors, cuts or random_cuts(tensors, seed))
@@ -117,7 +120,7 @@ def write_checkpoint(
     files = {
         str(file.relative_to(directory)): file_entry(file) for file in sorted(directory.rglob("*")) if file.is_file()
     }
-    facts: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "step": step,
         "number": 1,
         "finished": False,
@@ -147,5 +150,5 @@ def write_checkpoint(
         "dataset": DatasetEntry(path="nowhere", fingerprint="0"),
         "positions": {0: (0, 5, 200), 1: (1, 0, 100)},
     }
-    write_manifest(directory, Manifest(**{**facts, **manifest}, files=files))
+    write_manifest(directory, Manifest(**{**fields, **manifest}, files=files))
     return directory

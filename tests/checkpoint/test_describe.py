@@ -1,4 +1,4 @@
-"""`limelight checkpoint show` and `verify`, as a user types them."""
+"""Commands `limelight checkpoint show` and `verify`, as a user types them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DENSE = {"network.weight": torch.randn(3, 5), "network.bias": torch.randn(3)}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two checkpoints of a run."""
+    """Return a run with two checkpoints."""
     for step in (7, 12):
         write_checkpoint(tmp_path, TABLES, STATES, DENSE, step=step, seed=step)
     return tmp_path
@@ -28,7 +28,7 @@ def newest(run: Path) -> Path:
     return run / "checkpoints" / "step-00000012"
 
 
-def test_show_tells_what_is_in_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_lists_progress_model_and_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "show", str(run)]) == 0
     shown = capsys.readouterr().out
     for words in (
@@ -42,12 +42,12 @@ def test_show_tells_what_is_in_it(run: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert words in shown
     (user,) = (line.split() for line in shown.splitlines() if line.startswith("user"))
-    # 6 rows of 4 float32, and one for the optimizer.
+    # Each of the 6 rows has 4 float32 values, and one of the optimizer.
     assert user == ["user", "table_wise", "1", "of", "6", "x", "4", "momentum1", "6", "6", "4", "120", "B"]
     assert "network.weight" not in shown
 
 
-def test_show_tells_of_ids_that_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_counts_admitted_and_evicted_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = torch.tensor([2000, 500, 11, 4])
     ids = {"item": {"id": torch.arange(9), "seen": torch.arange(9, dtype=torch.int32), "counts": counts}}
     write_checkpoint(tmp_path, TABLES, STATES, DENSE, ids=ids)
@@ -56,7 +56,7 @@ def test_show_tells_of_ids_that_come_and_go(tmp_path: Path, capsys: pytest.Captu
     assert "7 of 8 rows taken; 11 admitted, 4 evicted; 25.0 % of 2,000 look-ups unserved" in shown
     assert shown.count("rows taken") == 1
     (item,) = (line.split() for line in shown.splitlines() if line.startswith("item"))
-    # 9 rows of 4 float32 and one for the optimizer; an int64 and an int32 for the id, and four counts.
+    # Each of the 9 rows has 4 float32 values, one of the optimizer, and an int64 and an int32 of the id; plus 4 counts.
     assert item[-2:] == [str(9 * 20 + 9 * 12 + 32), "B"]
     assert main(["checkpoint", "show", str(tmp_path), "--json"]) == 0
     item = json.loads(capsys.readouterr().out)["tables"][1]["ids"]
@@ -75,7 +75,7 @@ def test_show_as_json_has_the_numbers(run: Path, capsys: pytest.CaptureFixture[s
     assert main(["checkpoint", "show", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["rows_done"], found["dense_values"]) == (12, 300, 18)
-    # A parameter and its two moments, float32.
+    # A parameter and its two moments are float32.
     assert found["dense_bytes"] == 18 * 4 * 3
     assert found["tables"][1]["states"] == {"momentum1": {"shape": [9], "bytes": 36}}
     files = {
@@ -108,19 +108,19 @@ def damage(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "problem"),
     [("flip", "another content"), ("zero", "another content"), ("cut", "bytes instead of"), ("remove", "is missing")],
 )
 @pytest.mark.parametrize("name", ["model/__1_0.distcp", "model/.metadata", "job.json"])
 def test_verify_names_a_broken_file(
-    run: Path, capsys: pytest.CaptureFixture[str], name: str, how: str, told: str
+    run: Path, capsys: pytest.CaptureFixture[str], name: str, how: str, problem: str
 ) -> None:
     damage(newest(run) / name, how)
     assert main(["checkpoint", "verify", str(run)]) == 1
     printed = capsys.readouterr()
     (error,) = printed.err.splitlines()
     assert error.startswith("limelight: error: 1 of 2 checkpoints broken: step-00000012: ")
-    assert name in error and told in error
+    assert name in error and problem in error
     (line,) = (line for line in printed.out.splitlines() if not line.endswith(" ok") and line.startswith("step"))
     assert line.split()[:2] == ["step-00000012", name]
 
@@ -136,7 +136,7 @@ def test_verify_names_a_broken_manifest(run: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("command", ["show", "verify"])
-def test_where_there_is_no_checkpoint_it_says_so(
+def test_a_path_without_checkpoints_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     for path in (tmp_path, tmp_path / "none"):

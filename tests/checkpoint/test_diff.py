@@ -1,4 +1,4 @@
-"""Differences of two checkpoints against plain comparisons of the tensors that were written."""
+"""Differences between two checkpoints, against direct comparisons of the tensors that were written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.checkpoint.diff import diff_checkpoints
 
 
 def tensors(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Tables, states of their optimizer, dense parameters."""
+    """Return tables, states of their optimizer, and dense parameters."""
     generator = torch.Generator().manual_seed(seed)
     tables = {name: torch.randn(rows, 4, generator=generator) for name, rows in (("user", 13), ("item", 30))}
     states = {name: torch.rand(len(weight), generator=generator) for name, weight in tables.items()}

@@ -1,4 +1,4 @@
-"""Runs that an earlier version wrote are resumed and scored by this one. ``stored/README.md`` says what they are."""
+"""Resuming and scoring of runs that an earlier version wrote; ``tests/checkpoint/stored/README.md`` describes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.comment_staytime.scoring import score_range
 STORED = ROOT / "tests/checkpoint/stored/runs_0.1.tar.xz"
 
 SAME = {"rel": 2e-3, "abs": 2e-3}
-"""Another processor rounds otherwise; a row lost or trained on twice changes these metrics by far more."""
+"""Tolerance for the rounding of other processors; a lost or repeated row changes the metrics by far more."""
 
 
 FINETUNE = """
@@ -49,7 +49,7 @@ log_every = 1
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stored runs, in the directory that their relative paths belong to."""
+    """Extract the stored runs, and return the directory that their relative paths start from."""
     directory = tmp_path_factory.mktemp("earlier")
     with tarfile.open(STORED) as archive:
         archive.extractall(directory, filter="data")
@@ -57,7 +57,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def limelight(directory: Path, *arguments: str) -> str:
-    """Run a command in ``directory``; returns what it printed."""
+    """Run a command in ``directory``, and return its output."""
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli.main", *arguments],
         cwd=directory,
@@ -105,7 +105,7 @@ def test_an_export_and_a_staytime_run_score_as_before(earlier: Path, monkeypatch
 
 
 def same_table(now: Path, then: Path) -> None:
-    """The same columns and rows; numbers up to rounding."""
+    """Assert that two files have the same columns and rows, with numbers equal up to rounding."""
     ours, theirs = pq.read_table(now), pq.read_table(then)
     assert ours.column_names == theirs.column_names
     for name in ours.column_names:

@@ -1,4 +1,4 @@
-"""What a checkpoint directory must be before anything is read from it."""
+"""Manifests, and the checks of a checkpoint directory before it is read."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_changed_byte_is_noticed(place: int, value: int, tmp_path_factory: pyt
     text[place % len(text)] = value
     path.write_bytes(text)
     try:
-        # White space between two values may change; no value may.
+        # A changed byte may be white space between two values, but no value may change.
         assert read_manifest(directory) == example()
     except UserError as error:
         assert changed and "\n" not in str(error)
@@ -136,7 +136,7 @@ def test_a_newer_schema_and_a_missing_manifest(tmp_path: Path) -> None:
 
 
 def checkpoint(directory: Path, step: int) -> Path:
-    """A checkpoint of two files of any content, and those without which none is complete."""
+    """Write a checkpoint with two files of random content and the files that every checkpoint needs; return it."""
     path = directory / directory_name(step)
     write_model(path / "model", {"t": torch.ones(3)}, {}, files=1)
     (path / "model" / "a").write_bytes(os.urandom(1000))
@@ -154,13 +154,13 @@ def test_files_that_are_not_what_was_written(tmp_path: Path) -> None:
     manifest = read_manifest(path)
     assert check_files(path, manifest) == []
     content = (path / "model" / "a").read_bytes()
-    for wrong, told in (
+    for wrong, problem in (
         (content[:-1], "model/a has 999 bytes instead of 1,000"),
         (bytes(1000), "model/a has another content than was written"),
         (content[:500] + bytes([content[500] ^ 1]) + content[501:], "model/a has another content than was written"),
     ):
         (path / "model" / "a").write_bytes(wrong)
-        assert check_files(path, manifest) == [told]
+        assert check_files(path, manifest) == [problem]
         assert check_files(path, manifest, ["b"]) == []
     (path / "model" / "a").unlink()
     (path / "b").unlink()

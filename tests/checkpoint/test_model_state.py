@@ -1,4 +1,4 @@
-"""The state of a model in blocks on disk, and what differs between two of them."""
+"""State of a model in blocks on disk, and the differences between two states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 
 def sharded(whole: Tensor) -> DTensor:
-    """A table as TorchRec has it on a single rank."""
+    """Return a table in TorchRec's representation on a single rank."""
     mesh = init_device_mesh("cpu", (1,))
     held = LocalShardsWrapper([whole], [(0,) * whole.dim()])
     return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
@@ -55,7 +55,7 @@ def test_shards_are_written_in_blocks(
     assert torch.equal(shard, values) and torch.equal(into["plain"]["x"], plain)  # type: ignore[index]
 
 
-def test_a_copy_does_not_change_with_what_it_was_taken_of(
+def test_a_copy_does_not_change_with_its_source(
     group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_state, "BLOCK_BYTES", 64)
@@ -70,24 +70,24 @@ def test_a_copy_does_not_change_with_what_it_was_taken_of(
     assert torch.equal(into["plain"], before[1])
 
 
-def test_nothing_is_dropped_and_nothing_is_left_as_it_was(group: dist.ProcessGroup, tmp_path: Path) -> None:
+def test_a_state_of_another_model_is_refused_and_loads_nothing(group: dist.ProcessGroup, tmp_path: Path) -> None:
     write_state({"a": torch.ones(3), "b": torch.ones(2, 2)}, tmp_path / "model", group)
-    for state, told in (
+    for state, message in (
         ({"a": torch.zeros(3)}, "b 2 x 2 only there"),
         ({"a": torch.zeros(3), "b": torch.zeros(2, 2), "c": torch.zeros(())}, "c (a number) only here"),
         ({"a": torch.zeros(4), "b": torch.zeros(2, 2)}, "a 3 there, 4 here"),
     ):
         with pytest.raises(UserError) as refused:
             read_state(state, tmp_path / "model", group)
-        assert str(refused.value) == f"{tmp_path / 'model'}: a checkpoint of another model: {told}"
+        assert str(refused.value) == f"{tmp_path / 'model'}: a checkpoint of another model: {message}"
         assert not any(tensor.any() for tensor in state.values()), "nothing was loaded"
 
 
 def test_many_differences_are_counted() -> None:
     there = {f"t{i:02d}": (i,) for i in range(LISTED + 3)}
     assert list_differences(there, there) == ""
-    told = list_differences(there, {})
-    assert told.count("only there") == LISTED and told.endswith("; and 3 more")
+    message = list_differences(there, {})
+    assert message.count("only there") == LISTED and message.endswith("; and 3 more")
     assert list_differences({"x": (1000, 2)}, {"x": (1000, 3), "y": ()}) == (
         "y (a number) only here; x 1,000 x 2 there, 1,000 x 3 here"
     )

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints in any pieces, against the same tensors, and against torch.distributed.checkpoint."""
+"""Tensors read from checkpoints in arbitrary pieces, against the written ones and torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_blocks_and_whole_tensors_are_what_was_written(
         f"buffers.b{k}": (100 * torch.randn(shape, generator=generator)).to(dtype)
         for k, (shape, dtype) in enumerate(shapes)
     }
-    with tempfile.TemporaryDirectory() as home:
-        write_model(Path(home) / "model", tensors, random_cuts(tensors, seed))
-        stored = StoredModel(Path(home) / "model").buffers
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(Path(directory) / "model", tensors, random_cuts(tensors, seed))
+        stored = StoredModel(Path(directory) / "model").buffers
         assert len(stored) == len(tensors)
         for name, tensor in tensors.items():
             found = stored[name.partition(".")[2]]

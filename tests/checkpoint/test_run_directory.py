@@ -1,4 +1,4 @@
-"""The directory of a run: chosen, begun, resumed, refused."""
+"""Directories of runs: choice, first start, resumption and refusal."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import locked
 
 CONFIG = parse_config({"data": {"path": "d"}, "run": {"name": "n"}}, "test")
-
-
 DATA = DatasetEntry(path="d", fingerprint="abc")
 
 
 def changed(**sections: dict[str, Any]) -> JobConfig:
-    """``CONFIG`` with other keys."""
+    """Return ``CONFIG`` with changed keys."""
     raw = CONFIG.model_dump(mode="json")
     for name, keys in sections.items():
         raw[name] |= keys
     return parse_config(raw, "test")
 
 
-def test_a_run_reads_back_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_reads_back_and_resumes(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
     make_directory(run)
     begin_run(run, CONFIG, world=2, dataset=DATA)
@@ -45,7 +43,7 @@ def test_a_run_reads_back_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "told"),
+    ("sections", "message"),
     [
         ({"train": {"batch_size": 64}}, "train.batch_size = 2048 then, 64 now"),
         ({"run": {"seed": 7}}, "run.seed = 1 then, 7 now"),
@@ -54,15 +52,15 @@ def test_a_run_reads_back_and_goes_on(tmp_path: Path) -> None:
         ({"resume": {"enabled": False}}, "a run is already here"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_settings(tmp_path: Path, sections: dict[str, Any], told: str) -> None:
+def test_a_run_does_not_resume_with_other_settings(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
     with pytest.raises(UserError) as refused:
         begin_run(tmp_path, changed(**sections), world=1, dataset=DATA)
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
     assert load_run(tmp_path).train.batch_size == CONFIG.train.batch_size
 
 
-def test_a_run_goes_on_with_what_changes_no_result(tmp_path: Path) -> None:
+def test_a_run_resumes_with_settings_that_change_no_result(tmp_path: Path) -> None:
     begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
     zero2 = tmp_path / "zero2.json"
     settings = load_deepspeed(CONFIG.train.deepspeed) | {"zero_optimization": {"stage": 2}}
@@ -106,7 +104,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         make_directory(tmp_path / "file" / "run")
 
 
-def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_goes_on(
+def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deepspeed = {"deepspeed": str(Path(CONFIG.train.deepspeed).resolve())}
@@ -132,16 +130,16 @@ def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_goes_on(
     try:
         assert started.stdout is not None and started.stdout.readline() == "locked\n"
         assert choose_directory(config) == Path("runs/n-1"), "another process runs in the one before"
-        told = pytest.raises(UserError, match=f"another job is running here .process {started.pid} on ")
-        with told, locked(Path("runs/n-2")):
+        refused = pytest.raises(UserError, match=f"another job is running here .process {started.pid} on ")
+        with refused, locked(Path("runs/n-2")):
             pass
     finally:
         started.kill()
         started.wait()
     assert choose_directory(config) == Path("runs/n-2"), "a lock does not outlive its owner"
     assert choose_directory(config.model_copy(update={"resume": ResumeConfig(enabled=False)})).name.startswith("n-2")
-    given = config.model_copy(update={"run": config.run.model_copy(update={"directory": "a/b"})})
-    assert choose_directory(given) == Path("a/b")
+    named = config.model_copy(update={"run": config.run.model_copy(update={"directory": "a/b"})})
+    assert choose_directory(named) == Path("a/b")
 
 
 HOLD_LOCK = """
@@ -151,7 +149,7 @@ from trainer.runtime.run_lock import locked
 with locked(Path(sys.argv[1])):
     child = os.fork()
     if not child:
-        time.sleep(2)  # A forked loader process: it outlives its parent for a while, and must not keep the lock.
+        time.sleep(2)  # As a forked loader process does, it outlives its parent; it must not keep the lock.
         os._exit(0)
     print("locked", flush=True)
     time.sleep(60)

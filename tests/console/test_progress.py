@@ -1,4 +1,4 @@
-"""Progress lines without a terminal."""
+"""Progress lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_progress_elsewhere_than_on_a_terminal_is_plain_lines(
             now[0] += 2.0
             progress.advance(50, "loss 0.5")
     lines = capsys.readouterr().out.splitlines()
-    # A line every five seconds at most, and one at the end.
+    # There is at most one line every five seconds, and one at the end.
     assert lines[0] == "train: 150/1,000 rows (15 %), 25 rows/s, 0:06 so far, ETA 0:34, loss 0.5"
     assert len(lines) == 4
     assert lines[-1].startswith("train: 500/1,000 rows (50 %), 25 rows/s, 0:20 so far, ETA 0:20")
@@ -27,7 +27,7 @@ def test_progress_elsewhere_than_on_a_terminal_is_plain_lines(
     assert capsys.readouterr().out == ""
 
 
-def test_progress_goes_on_where_an_earlier_process_stopped(
+def test_progress_continues_where_an_earlier_process_stopped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]

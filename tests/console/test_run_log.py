@@ -1,4 +1,4 @@
-"""What a job says: on the terminal, and in a file for each rank."""
+"""Log of a job: messages on the terminal, and in a file for each rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ rank = int(os.environ["RANK"])
 
 
 def talk(body: str, logs: Path, rank: int = 0, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run ``body`` as one rank of a job, in a process of its own, since the log takes over the process's hooks."""
+    """Run ``body`` as one rank of a job, in a process of its own, because the log replaces hooks of the process."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
         [sys.executable, "-c", HEAD + body, str(logs)],
@@ -43,7 +43,7 @@ def talk(body: str, logs: Path, rank: int = 0, status: int = 0) -> subprocess.Co
 
 
 def read(logs: Path, rank: int = 0) -> list[tuple[int, int, str]]:
-    """Rank, step and text of each line of a rank's file; every line has the form that is promised."""
+    """Return rank, step and text of each line of a rank's file, and check the form of every line."""
     lines = []
     for line in (logs / f"rank-{rank:05d}.log").read_text().splitlines():
         match = LINE.fullmatch(line)
@@ -84,7 +84,7 @@ set_step(0); logger.info("")
     ]
 
 
-def test_a_restart_continues_the_file_and_says_who_goes_on(tmp_path: Path) -> None:
+def test_a_restart_continues_the_file_and_names_its_process(tmp_path: Path) -> None:
     for number in range(2):
         talk(f"open_log(logs, rank); logger.info('start {number}')", tmp_path)
     assert texts(tmp_path) == ["start 0", "start 1"]
@@ -130,7 +130,7 @@ def test_a_crash_leaves_its_traceback_in_the_file(
     done = talk(f"open_log(logs, rank); set_step(7)\n{failure}", tmp_path, rank=1, status=status)
     assert terminal in done.stderr
     if last is None:
-        # The interpreter is gone when this is written: no head on these lines.
+        # faulthandler writes these lines without the head, because the interpreter has crashed.
         raw = (tmp_path / "rank-00001.log").read_text()
         assert "Segmentation fault" in raw and 'File "<string>"' in raw
         return
@@ -171,7 +171,7 @@ def test_a_second_log_takes_over(tmp_path: Path) -> None:
     assert texts(tmp_path / "b")[0] == "two" and texts(tmp_path / "b")[-1].startswith("ZeroDivisionError")
 
 
-def test_a_full_disk_is_told_once_and_does_not_end_the_job(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_once_and_does_not_end_the_job(tmp_path: Path) -> None:
     body = """
 open_log(logs, rank)
 os.dup2(os.open("/dev/full", os.O_WRONLY), 3 if os.readlink("/proc/self/fd/3").endswith(".log") else 4)

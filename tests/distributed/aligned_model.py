@@ -16,7 +16,7 @@ from trainer.data.loading.batch import RankingBatch
 from trainer.engine.history_alignment import Alignment
 
 SEED, STEPS, MOST, LONGEST = 3, 6, 8, 3
-"""``MOST`` rows of a rank in a step, ``LONGEST`` entries of a history."""
+"""Maximum number of rows of a rank in a step (``MOST``), and of entries of a history (``LONGEST``)."""
 HISTORIES = ("mixed", "short", "author")
 LOOKUPS = (
     Lookup("user", "user", 1),

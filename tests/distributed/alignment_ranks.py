@@ -61,7 +61,7 @@ def train(way: Way, world: World) -> dict[str, Any]:
 
 
 def not_finite(world: World) -> bool:
-    """Return True if an alignment loss that is not finite stops all ranks before anything is trained."""
+    """True if an alignment loss that is not finite stops all ranks before anything is trained."""
     engine = make_engine(Way(alignment=replace(ALIGNMENT, temperature=1e-45)), world)
     before = parameters(engine, world)
     try:

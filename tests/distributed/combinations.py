@@ -43,7 +43,7 @@ FLOAT32 = [
     *(Combination("sgd", "column_wise", stage, **step) for stage, step in product(STAGES, STEP[::3])),
     *(Combination("adagrad", sharding, 1, **STEP[3]) for sharding in ("table_wise", "row_wise", "column_wise")),
     *(Combination("rowwise_adagrad", sharding, 1, **STEP[3]) for sharding in ("auto", "mixed")),
-    # TorchRec's own path, which a CPU takes for column-wise tables only.
+    # TorchRec's own exchange; by default a CPU uses it for column-wise tables only.
     *(replace(combination, torchrec_path=True) for combination in SHARDED),
     *(replace(combination, deduplicate=False) for combination in SHARDED),
 ]
@@ -65,7 +65,7 @@ CHECKPOINTED = [
 
 
 def resharded(saved: Combination) -> Combination:
-    """Another layout and, in float32, another ZeRO stage, to load a checkpoint into."""
+    """Return another layout and, in float32, another ZeRO stage, to load a checkpoint into."""
     sharding = {"table_wise": "row_wise", "row_wise": "table_wise", "column_wise": "row_wise"}[saved.sharding]
     stage = saved.stage % 2 + 1 if saved.bf16 else (saved.stage + 1) % 3
     return replace(saved, sharding=sharding, stage=stage, accumulate_in="")

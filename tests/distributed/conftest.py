@@ -1,4 +1,4 @@
-"""A small world and a run on it that nothing disturbed, for all tests that launch jobs."""
+"""Fixtures of the tests that launch jobs: a small dataset and an undisturbed run on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(small_world: Path) -> Path:
-    """Directory of a run on two ranks that ``limelight train`` started."""
+    """Return the directory of a run of ``limelight train`` on two ranks."""
     directory = small_world.parent / "undisturbed"
     end([start(*LIMELIGHT, "train", *job(small_world, directory), "--ranks", "2")])
     return directory

@@ -26,7 +26,7 @@ from trainer.data.loading.batch import RankingBatch
 from trainer.sparse.dynamic_ids import BUCKET_ROWS
 
 SIZES = {"item": 70, "room": 70}
-"""Rows of the dynamic tables: two buckets each, one for each of two ranks."""
+"""Rows of each dynamic table: two buckets, one for each of two ranks."""
 
 TABLE_OF = {lookup.name: lookup.table for lookup in LOOKUPS}
 
@@ -59,7 +59,7 @@ CHECKPOINTED = CASES[:2]
 
 
 def resharded(saved: Case) -> Case:
-    """The other layout, to load a checkpoint into."""
+    """Return the other layout, to load a checkpoint into."""
     return replace(saved, sharding={"row_wise": "table_wise", "table_wise": "row_wise"}[saved.sharding])
 
 

@@ -1,9 +1,9 @@
-"""What test_export.py has two ranks do, all in one start of them.
+"""Ranks of test_export.py, started once for all its tests.
 
     torchrun --nproc-per-node 2 -m tests.distributed.export_ranks OUT DATASET CANDIDATES
 
-trains every kind of network, and one in bfloat16, and scores the candidates with each as it is in its checkpoint:
-OUT/float32 and OUT/bfloat16 are runs, OUT/PRECISION-KIND.parquet scores.
+trains every kind of network in float32, and one in bfloat16, and scores the candidates with each checkpoint.
+OUT/float32 and OUT/bfloat16 are runs, OUT/PRECISION-KIND.parquet are scores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS = (
     "features.item.rows=70",
     "train.batch_size=96",
     "train.log_every=50",
-    # Large steps, so that few of them tell the candidates apart.
+    # Large learning rates: after a few steps the candidates must have different scores.
     "optimizer.learning_rate=0.02",
     "tables.learning_rate=0.3",
     "train.device=cpu",
@@ -52,19 +52,19 @@ def main(out: Path, dataset: str, candidates: Path) -> None:
     (out / "float32.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     with World.join("cpu") as world:
         for precision, kinds in RUNS.items():
-            given = (
+            overrides = (
                 f"data.path={dataset}",
                 f"run.directory={out / precision}",
                 f"train.deepspeed={out / precision}.json",
                 f"train.baselines={json.dumps(kinds[1:])}",
             )
-            config = load_config("configs/simulated.toml", (*SETTINGS, *given))
+            config = load_config("configs/simulated.toml", (*SETTINGS, *overrides))
             run_job(config, world, Preemption())
             run = open_run(str(out / precision), world)
             run.engine.close()
-            for kind, home in model_dirs(out / precision, config).items():
+            for kind, model_dir in model_dirs(out / precision, config).items():
                 engine = build_engine(run.config, run.features, kind, world)
-                engine.load(find_checkpoint(home) / MODEL)
+                engine.load(find_checkpoint(model_dir) / MODEL)
                 # All ranks score all candidates: scoring is collective.
                 rows = read_candidates(candidates, run.data.spec)
                 scores = score_candidates(replace(run, engine=engine), dataset, rows)

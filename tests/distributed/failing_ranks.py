@@ -1,4 +1,4 @@
-"""Two ranks: the second fails by an error, a mistake of the user's or a signal, while the first waits for it.
+"""Two ranks: the second fails by an error, a mistake of the user or a signal, while the first waits for it.
 
 torchrun --nproc-per-node 2 -m tests.distributed.failing_ranks error DIRECTORY
 """

@@ -15,18 +15,18 @@ ADDRESSES = ("10.71.0.1", "10.71.0.2")
 
 @dataclass(frozen=True)
 class Host:
-    """Where a command runs.
+    """Host on which a command runs.
 
     Attributes:
-        prefix: what stands before the command.
-        address: by which the other host reaches this one.
+        prefix: words before the command that run it on this host.
+        address: address by which the other host reaches this one.
     """
 
     prefix: tuple[str, ...]
     address: str
 
     def run(self, command: str) -> str:
-        """Run a command to its end: its output."""
+        """Run a command to its end, and return its output."""
         done = subprocess.run(
             [*self.prefix, *shlex.split(command)], capture_output=True, text=True, timeout=TIMEOUTS, check=True
         )
@@ -35,10 +35,10 @@ class Host:
 
 @contextmanager
 def namespaces() -> Iterator[list[Host]]:
-    """Two namespaces that see each other only through a pair of virtual network cards.
+    """Yield two network namespaces that are connected only by a pair of virtual network cards.
 
     Raises:
-        OSError, subprocess.SubprocessError: this machine does not let a user make them, or has no ``ip``.
+        OSError, subprocess.SubprocessError: a user may not create namespaces on this machine, or it has no ``ip``.
     """
     with ExitStack() as stack:
         first = stack.enter_context(_namespace(["unshare", "--user", "--map-root-user", "--net"]))
@@ -56,7 +56,7 @@ def namespaces() -> Iterator[list[Host]]:
 
 @contextmanager
 def _namespace(command: Sequence[str]) -> Iterator[int]:
-    """A process that keeps a namespace open, which ``command`` makes: its process id."""
+    """Create a namespace by ``command``, keep it open by a process, and yield the id of that process."""
     keep = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
     process = subprocess.Popen([*command, *keep], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -70,5 +70,5 @@ def _namespace(command: Sequence[str]) -> Iterator[int]:
 
 
 def loopbacks() -> list[Host]:
-    """Two hosts that share this machine's network."""
+    """Return two hosts that share this machine's network."""
     return [Host((), "127.0.0.1"), Host((), "127.0.0.2")]

@@ -1,8 +1,8 @@
-"""What test_init_from.py has ranks do, all in one start of them.
+"""Ranks of test_init_from.py, started once for all its tests.
 
     torchrun --nproc-per-node N -m tests.distributed.init_ranks OUT DATASET
 
-starts new models in every layout from the runs OUT/SEED-OPTIMIZER, and leaves what was in them then in OUT/<ranks>.pt.
+starts new models in every layout from the runs OUT/SEED-OPTIMIZER, and writes their content to OUT/<ranks>.pt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.runtime.distributed import World
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a new model; ``layout`` is the sharding of all tables, or ``mixed``."""
+    """Settings of the start of a new model; ``layout`` is the sharding of all tables, or ``mixed``."""
 
     seed: int
     then: str
@@ -80,14 +80,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a smaller table": ({"features.author.rows": 39}, "table 'author': it had 40 rows and has 39 now"),
     "damaged": ({"init_from.run": "damaged"}, "is damaged (model/__1_0.distcp has another content"),
 }
-"""Changes to the first start -> part of the one line that tells of them."""
+"""Mistake -> changes to the first start, and a part of the message about them."""
 
 
 def begin(start: Start, changes: dict[str, Any], world: World, out: Path, spec: DatasetSpec) -> tuple[Any, ...]:
-    """The new engine, and the report."""
-    given = {**start.changes, "train.deepspeed": str(out / f"zero{start.stage}.json"), **changes}
-    given["init_from.run"] = str(out / given["init_from.run"])
-    config = config_of(given)
+    """Start a new model, and return its engine and the summary of the warm start."""
+    settings = {**start.changes, "train.deepspeed": str(out / f"zero{start.stage}.json"), **changes}
+    settings["init_from.run"] = str(out / settings["init_from.run"])
+    config = config_of(settings)
     features = features_of(spec, config, vocabularies(start.seed)[1])
     engine = build_engine(config, features, config.model.kind, world)
     try:
@@ -125,12 +125,12 @@ def main(out: Path, dataset: str) -> None:
             }
             engine.close()
         for name, (changes, _) in MISTAKES.items() if world.size > 1 else ():
-            told = ""
+            message = ""
             try:
                 begin(STARTS[0], changes, world, out, spec)
             except UserError as error:
-                told = str(error)
-            outcome["mistakes"][name] = world.agree(world.gather(told))
+                message = str(error)
+            outcome["mistakes"][name] = world.agree(world.gather(message))
         if world.rank == 0:
             torch.save(outcome, out / f"{world.size}.pt")
 

@@ -1,4 +1,4 @@
-"""Launches of a small training job, by each launcher as a user types it."""
+"""Launches of a small training job by each launcher, as a user types them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ TIMEOUTS = 280.0
 
 
 def simulate(path: Path) -> Path:
-    """A world of 200 users, small enough for a run of a few seconds."""
+    """Simulate a dataset of 200 users, small enough for a run of a few seconds."""
     world = ("data", "simulate", str(path), "--users", "200", "--days", "3", "--partitions", "4", "--seed", "5")
     end([start(*LIMELIGHT, *world)])
     return path
 
 
 def job(world: Path, directory: Path, *overrides: str) -> list[str]:
-    """Arguments of ``trainer.rank``."""
+    """Return the arguments of ``trainer.rank``."""
     return [*SETTINGS, f"data.path={world}", f"run.directory={directory}", *overrides]
 
 
@@ -67,7 +67,7 @@ def start(*command: str, prefix: tuple[str, ...] = (), **environment: str) -> su
 
 
 def end(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[str]:
-    """Wait for all; what each of them printed. Another exit status than ``expect`` fails the test."""
+    """Wait for all commands, and return their outputs. Another exit status than ``expect`` fails the test."""
     printed = []
     try:
         for process in processes:
@@ -77,17 +77,17 @@ def end(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[str]:
             if process.poll() is None:
                 os.killpg(process.pid, 9)
                 process.communicate()
-    told = "\n".join(text[-8000:] for text in printed)
-    assert [process.returncode for process in processes] == [expect] * len(processes), told
+    output = "\n".join(text[-8000:] for text in printed)
+    assert [process.returncode for process in processes] == [expect] * len(processes), output
     return printed
 
 
 def metrics(directory: Path) -> dict[str, Any]:
-    """The metrics of a run, by behaviour."""
+    """Return the metrics of a run by behaviour."""
     document: dict[str, Any] = json.loads((directory / "metrics.json").read_text())
     return dict(document["behaviours"])
 
 
 def last_checkpoint(directory: Path) -> Manifest:
-    """What the newest checkpoint of a run holds."""
+    """Return the manifest of the newest checkpoint of a run."""
     return read_manifest(list_checkpoints(directory / "checkpoints")[-1])

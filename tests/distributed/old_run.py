@@ -1,7 +1,7 @@
-"""An old run made by hand and jobs that start from it, for test_init_from.py and its ranks.
+"""Old run made by hand, and jobs that start from it, for test_init_from.py and its ranks.
 
-Every mapping of ids is there: users are looked up, authors direct, items hashed; a feature of the packed table has got
-more values, and where the jobs say so it has lost one and got another.
+It has every mapping of ids: users by lookup, authors direct, items hashed. Since the old run, a feature of the packed
+table has got more values; in some jobs one feature was removed and another one added.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from trainer.engine.build_ranker import build_ranker
 DIMS = {"user": 16, "author": 8, "item": 16, "side": 8}
 OLD_AUTHORS, NEW_AUTHORS, ITEMS = 40, 57, 90
 OLD_EXCLUDE = {1: ("city_tier",)}
-"""Features that the old run of a seed did not see."""
+"""Seed of an old run -> features that it excluded."""
 GROWN = 3
-"""Values that the first side feature has more than before."""
+"""Number of values that the first side feature has gained since the old run."""
 
 SETTINGS: dict[str, Any] = {
     "data": {"path": "nowhere"},
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with ``section.key`` changed."""
+    """Return settings with changes, which are given by ``section.key``."""
     result = copy.deepcopy(dict(settings))
     for key, value in changes.items():
         *sections, last = key.split(".")
@@ -54,24 +54,24 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def config_of(changes: Mapping[str, Any]) -> JobConfig:
-    """A job with ``section.key`` changed."""
+    """Return a job with changes, which are given by ``section.key``."""
     return parse_config(merged(SETTINGS, changes), "test")
 
 
 def vocabularies(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Users of the old and of the new run: some in both, some in one."""
+    """Return the users of the old and of the new run; some are in both, some in only one."""
     random = np.random.default_rng(seed)
     return np.sort(random.choice(200, 70, replace=False)), np.sort(random.choice(200, 90, replace=False))
 
 
 def features_of(spec: DatasetSpec, config: JobConfig, users: np.ndarray, less: int = 0) -> FeatureMap:
-    """Features fitted on nothing.
+    """Return features with made-up fitted values.
 
     Args:
-        spec: of the dataset.
-        config: of the job.
-        users: that are known.
-        less: values that the first side feature has fewer; the tables are then not those of ``spec``.
+        spec: layout of the dataset.
+        config: settings of the job.
+        users: ids of the known users.
+        less: number of values that the first side feature lacks compared with ``spec``.
     """
     layout = feature_layout(spec)
     rows = {name: getattr(config.features, name).rows for name in ("author", "item")}
@@ -89,19 +89,19 @@ def features_of(spec: DatasetSpec, config: JobConfig, users: np.ndarray, less: i
 
 
 def old_changes(seed: int) -> dict[str, Any]:
-    """Settings that the old run had otherwise."""
+    """Return the settings in which the old run differs from the new jobs."""
     return {"features.author.rows": OLD_AUTHORS, "features.exclude": OLD_EXCLUDE.get(seed, ())}
 
 
 def old_features(spec: DatasetSpec, seed: int) -> FeatureMap:
-    """Features of the old run; ``side`` of their layout is what it was then."""
+    """Return the features of the old run, with the side features of that time."""
     return features_of(spec, config_of(old_changes(seed)), vocabularies(seed)[0], GROWN)
 
 
-def write_old_run(home: Path, spec: DatasetSpec, seed: int, optimizer: str) -> dict[str, Tensor]:
-    """Write a run with random tables; the tensors that are in it, by name.
+def write_old_run(directory: Path, spec: DatasetSpec, seed: int, optimizer: str) -> dict[str, Tensor]:
+    """Write a run with random tables, and return its tensors by name.
 
-    A table's are named by it and ``TABLE/accumulated``; those of the dense network by its parameters.
+    The names are ``TABLE`` and ``TABLE/accumulated`` for a table, and the parameter's name for the dense network.
     """
     changes = old_changes(seed)
     config, features = config_of(changes), old_features(spec, seed)
@@ -116,10 +116,10 @@ def write_old_run(home: Path, spec: DatasetSpec, seed: int, optimizer: str) -> d
     }
     ranker = build_ranker(config, features, config.model.kind)
     dense = {name: torch.randn(p.shape, generator=generator) for name, p in ranker.named_parameters()}
-    (home / "features").mkdir(parents=True)
-    features.fitted.save(home / "features")
+    (directory / "features").mkdir(parents=True)
+    features.fitted.save(directory / "features")
     write_checkpoint(
-        home,
+        directory,
         tables,
         states,
         dense,

@@ -1,10 +1,10 @@
-"""What test_resume.py has ranks do, all that one start of them can.
+"""Ranks of test_resume.py, started once for as many tests as possible.
 
     torchrun --nproc-per-node N -m tests.distributed.resume_ranks OUT DATASET SAVED ...
 
-saves small models of every layout, loads those that the starts named by SAVED have saved into every layout, and does
-the same with whole jobs: one that is stopped halfway, and those that earlier starts have stopped. What came out is left
-in OUT/<start>.pt; a start is named by its ranks and a letter, such as ``2a``.
+saves small models of every layout, and loads the models that the starts SAVED saved into every layout. It does the same
+with whole jobs: it stops one halfway, and resumes those that the starts SAVED stopped. The results are written to
+OUT/<start>.pt; a start is named by its number of ranks and a letter, such as ``2a``.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ JOB = (
 )
 ELSEWHERE = ("features.item.sharding=table_wise", "features.user.sharding=row_wise")
 STOP_AFTER = 11
-"""Step after which SIGTERM comes: between two entries of the trace, and two checkpoints."""
+"""Step after which SIGTERM comes: between two entries of the metric history, and between two checkpoints."""
 
 
 def save_all(world: World, out: Path) -> dict[str, Any]:
-    """Models of every layout after a few steps, saved to ``out``; what was in them."""
+    """Train models of every layout for a few steps, save them to ``out``, and return their tensors."""
     saved = {}
     for number, (optimizer, layouts) in enumerate(LAYOUTS.items()):
         for layout in layouts:
@@ -74,7 +74,7 @@ def save_all(world: World, out: Path) -> dict[str, Any]:
 
 
 def load_all(world: World, out: Path, saved: dict[str, dict[str, Tensor]]) -> list[str]:
-    """Differences after loading each of :func:`save_all` into each layout, under each ZeRO stage."""
+    """Load each model of :func:`save_all` into each layout under each ZeRO stage, and return the differences."""
     wrong = []
     for optimizer, layouts in LAYOUTS.items():
         for number, (there, here) in enumerate(product(layouts, layouts)):
@@ -95,7 +95,7 @@ def load_all(world: World, out: Path, saved: dict[str, dict[str, Tensor]]) -> li
 
 @contextmanager
 def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
-    """Records what training does and saves; after step ``stop_after`` the last rank, and only that, gets SIGTERM."""
+    """Record training and its checkpoints. After step ``stop_after`` only the last rank gets SIGTERM."""
     found: dict[str, Any] = {"losses": [], "visits": []}
     advance, save, restore = TrainingState.advance, Checkpoints.save, Checkpoints.restore
 
@@ -132,7 +132,7 @@ def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, 
 
 
 def run(world: World, config: JobConfig, stop_after: int | None = None) -> dict[str, Any]:
-    """One start of a job: what it did, with the visits and random states of all ranks."""
+    """Start a job, and return its record with the visits and random states of all ranks."""
     with recorded(world, stop_after) as found:
         try:
             report = run_job(config, world, Preemption())
@@ -151,7 +151,7 @@ def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
 
 
 def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
-    # So small that every shard is cut.
+    # Blocks are so small that every shard is written in several pieces.
     trainer_state.BLOCK_BYTES = 256
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {"saved": save_all(world, out / start / "models"), "wrong": {}, "resumed": {}}

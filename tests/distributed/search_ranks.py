@@ -31,7 +31,7 @@ JOB = (
     "model.expert_layers=[[16], [8]]",
     "model.tower=[8]",
     *(f"features.history.{name}.length=6" for name in ("short", "long", "author", "live_long", "mixed")),
-    # The file searches in contents, which this world has none of; here the trained tables are the space.
+    # The job file searches by content vectors, which this dataset lacks; here the trained tables are the search space.
     "features.search.tables=['item', 'author']",
     "features.search.embedding=",
     "features.search.refresh_steps=4",

@@ -123,7 +123,7 @@ def make_rows(step: int, rows: int) -> Rows:
     random = torch.Generator().manual_seed(1000 + step)
 
     def draw(high: int, lengths: list[int]) -> list[Tensor]:
-        # Squared: some ids come often, also within a step and on both ranks.
+        # The square makes some ids frequent, so that they repeat within a step and on both ranks.
         return [(torch.rand(n, generator=random) ** 2 * high).long() for n in lengths]
 
     lengths = torch.randint(0, MAX_LENGTH + 1, (2, rows), generator=random).tolist()
@@ -167,8 +167,8 @@ class PlainTraining:
 
     Args:
         optimizer: optimizer of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
-        clipping: largest norm of the dense gradient; the tables' is scaled by the same factor. 0 is none.
-        declared: tables; those of the small model if left out.
+        clipping: largest norm of the dense gradient; the tables' gradient is scaled by the same factor. 0: no clipping.
+        declared: tables; by default the tables of the small model.
     """
 
     LEARNING_RATE, EPS = 0.1, 1e-3

@@ -44,10 +44,10 @@ SEARCHING = (
     "features.history.long.length=5",
     "features.search.refresh_steps=3",
 )
-"""Settings of one of the policies: a history search whose vectors training refreshes."""
+"""Additional settings of one label policy: a history search whose vectors are refreshed during training."""
 
 STOP_AFTER = 7
-"""Step of SIGTERM: at that time rows wait, visits are open, and predictions have no outcome yet."""
+"""Step of SIGTERM: at this time rows are buffered, visits are open, and predictions wait for their outcome."""
 
 
 def job(dataset: Path, directory: Path, policy: str) -> JobConfig:

@@ -1,4 +1,4 @@
-"""Workers and machines are lost under torchrun; the job goes on from its last checkpoint without a person."""
+"""Loss of workers and machines under torchrun: the job resumes from its last checkpoint without a person."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.checkpoint.manifest import list_checkpoints, read_manifest
 
 
 def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[str]]) -> None:
-    """Wait until so many ranks have saved their state twice: the older one stays while its manifest is read."""
+    """Wait until ``ranks`` ranks have saved two checkpoints; the older one exists while its manifest is read."""
     deadline = time.monotonic() + TIMEOUTS
     while True:
         saved = list_checkpoints(directory / "checkpoints")[:-1]
@@ -30,13 +30,13 @@ def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[
 
 
 def start_machine(endpoint: str, arguments: list[str], *, first: bool) -> subprocess.Popen[str]:
-    """An agent of a job on one or two machines, each with a worker; the first one keeps the rendezvous."""
+    """Start the torchrun agent of one machine, with one worker; the first agent hosts the rendezvous."""
     return start(
         *(*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint={endpoint}", "--rdzv-conf"),
         f"is_host={int(first)},last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=4",
         *("-m", "trainer.rank", *arguments),
-        # Without it no machine can join later.
+        # Without this setting no machine can join a running job.
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )
 
@@ -46,7 +46,7 @@ def ranks_of_starts(run: Path) -> list[int]:
 
 
 def worker(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
-    """The process of a rank that an agent started."""
+    """Return the process id of the rank that an agent started."""
     (found,) = (child for child in psutil.Process(agent.pid).children() if child.environ().get("RANK") == str(rank))
     return found
 
@@ -55,7 +55,7 @@ def worker(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
 def test_a_lost_worker_is_restarted_and_nothing_is_lost(
     small_world: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:
-    """At the same number of ranks the end is bit for bit that of a run that nothing happened to."""
+    """On the same number of ranks, the result equals that of an undisturbed run bit for bit."""
     run = tmp_path / "run"
     command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "trainer.rank")
     agent = start(*command, *job(small_world, run))
@@ -74,12 +74,12 @@ def test_a_lost_worker_is_restarted_and_nothing_is_lost(
 def test_a_lost_machine_leaves_a_job_on_those_that_remain(
     small_world: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:
-    """Two agents, each with a worker; one of them is gone with its worker, the other one finishes alone."""
+    """One of two agents is killed with its worker, and the other one finishes alone."""
     run = tmp_path / "run"
     endpoint = f"127.0.0.1:{free_port()}"
     agents = [start_machine(endpoint, job(small_world, run), first=first) for first in (True, False)]
     await_checkpoint(run, 2, agents)
-    # A machine that loses its power: all of its processes at one moment, the agent first, which would start others.
+    # As in a power failure, all processes end at once; the agent is first, because it would start a new worker.
     for process in (agents[1].pid, *(child.pid for child in psutil.Process(agents[1].pid).children())):
         os.kill(process, signal.SIGKILL)
     agents[1].communicate()
@@ -96,7 +96,7 @@ def test_a_lost_machine_leaves_a_job_on_those_that_remain(
 
 @pytest.mark.slow
 def test_a_machine_that_comes_later_takes_part(small_world: Path, tmp_path: Path) -> None:
-    """The first one saves its state when the second one asks to join, and both go on from there."""
+    """The first machine saves its state when the second one joins, and both continue from this checkpoint."""
     run = tmp_path / "run"
     endpoint = f"127.0.0.1:{free_port()}"
     arguments = job(small_world, run, "train.batch_size=8", "train.epochs=12", "checkpoint.every_steps=50")

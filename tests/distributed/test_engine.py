@@ -24,7 +24,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     """Number of ranks -> results of engine_ranks.py; the ranks are started once for all tests."""
     if not _outcomes:
         out = tmp_path_factory.mktemp("engine")
-        # Two ranks first: the single one reads their checkpoints.
+        # Two ranks start first, because the single rank reads their checkpoints.
         for world in (2, 1):
             run_ranks("tests.distributed.engine_ranks", out, ranks=world, timeout=400)
             _outcomes[world] = torch.load(out / f"{world}.pt")
@@ -162,7 +162,7 @@ def test_predictions_are_those_of_the_plain_model(world: int, outcomes: dict[int
     for step, logits in enumerate(expected):
         parts = [of_rank[step] for of_rank in outcome["logits"]]
         assert relative_error(torch.cat(parts), logits) <= TOLERANCE
-    # Training was stopped early before, and goes on after.
+    # The predictions are made after a training that was stopped early, and training continues after them.
     assert relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses)) <= TOLERANCE
 
 

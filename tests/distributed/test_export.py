@@ -1,4 +1,4 @@
-"""Exported models score as the runs that they are from, in one process that cannot import TorchRec or DeepSpeed."""
+"""Exported models give the scores of their runs, in one process that cannot import TorchRec or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ _made: list[Path] = []
 
 @pytest.fixture
 def out(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What export_ranks.py left, and the export of each model as PRECISION-KIND; made once for all tests."""
+    """Return the directory with the results of export_ranks.py and the export of each model as PRECISION-KIND."""
     if not _made:
-        home = tmp_path_factory.mktemp("export")
-        simulate(home / "world", 50, 2, 2, 3)
-        write_candidates(home / "world", home / "candidates.parquet")
-        run_ranks("tests.distributed.export_ranks", home, home / "world", home / "candidates.parquet")
+        directory = tmp_path_factory.mktemp("export")
+        simulate(directory / "world", 50, 2, 2, 3)
+        write_candidates(directory / "world", directory / "candidates.parquet")
+        run_ranks("tests.distributed.export_ranks", directory, directory / "world", directory / "candidates.parquet")
         for precision, kind in MODELS:
-            run = home / precision if kind == "ple" else home / precision / "baselines" / kind
-            assert main(["export", str(run), str(home / f"{precision}-{kind}")]) == 0
-        _made.append(home)
+            run = directory / precision if kind == "ple" else directory / precision / "baselines" / kind
+            assert main(["export", str(run), str(directory / f"{precision}-{kind}")]) == 0
+        _made.append(directory)
     return _made[0]
 
 
 def write_candidates(world: Path, file: Path) -> None:
-    """The last exposures of a dataset as candidates, with the features of their requests."""
+    """Write the last exposures of a dataset as candidates, with the features of their requests."""
     spec = DatasetSpec.load(world)
     rows = read_rows(world, spec)
     last = np.argsort(rows["request_ms"])[-80:]
@@ -66,7 +66,7 @@ def write_candidates(world: Path, file: Path) -> None:
 
 
 def largest_difference(one: pa.Table, other: pa.Table) -> float:
-    """Of the probabilities of all behaviours."""
+    """Return the largest difference of the probabilities over all behaviours."""
     assert one.column_names == other.column_names and one.num_rows == other.num_rows == 80
     names = [name for name in one.column_names if name.startswith("p_")]
     return max(float(np.abs(one[name].to_numpy() - other[name].to_numpy()).max()) for name in names)
@@ -79,7 +79,7 @@ def test_probabilities_are_those_of_the_run(out: Path, precision: str, kind: str
     scores = score_candidates(model, str(out / "world"), candidates)
     expected = pq.read_table(out / f"{precision}-{kind}.parquet")
     assert largest_difference(scores, expected) <= 1e-6
-    # bfloat16 has few logits to choose from.
+    # Logits in bfloat16 have few distinct values.
     assert len(np.unique(scores["p_click"].to_numpy())) > {"float32": 60, "bfloat16": 10}[precision]
 
 
@@ -127,11 +127,11 @@ def test_the_command_scores_without_torchrec_and_deepspeed(out: Path, tmp_path: 
 
 @pytest.mark.parametrize(("precision", "kind"), MODELS)
 def test_an_export_has_whole_tables_and_float32_parameters(out: Path, precision: str, kind: str) -> None:
-    home = out / f"{precision}-{kind}"
-    origin = json.loads((home / "export.json").read_text())
+    directory = out / f"{precision}-{kind}"
+    origin = json.loads((directory / "export.json").read_text())
     checkpoint = Checkpoint.open(origin["checkpoint"])
     assert (origin["precision"], origin["kind"], origin["step"]) == (precision, kind, checkpoint.manifest.step)
-    weights, model = load_file(home / "model.safetensors"), checkpoint.model
+    weights, model = load_file(directory / "model.safetensors"), checkpoint.model
     expected = {f"tables.{name}": table.weight for name, table in model.tables.items()}
     expected |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
     expected |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
@@ -145,10 +145,10 @@ def test_an_export_has_whole_tables_and_float32_parameters(out: Path, precision:
     assert counts.evicted > 0
     last = json.loads((checkpoint.directory / "job.json").read_text())["trace"][-1]
     assert last["ids"] == {"item": asdict(counts)}
-    assert json.loads((home / "config.json").read_text())["model"]["kind"] == kind
+    assert json.loads((directory / "config.json").read_text())["model"]["kind"] == kind
 
 
-def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
+def test_an_impossible_export_is_one_line_and_leaves_no_files(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, target = tmp_path / "run", tmp_path / "model"
@@ -158,7 +158,7 @@ def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (tmp_path / "file").write_text("")
-    for source, place, told in (
+    for source, place, message in (
         (out / "float32", out / "float32-ple", "exists already; choose another directory or remove it"),
         (run, target, "damaged (model/__1_0.distcp has another content than was written)"),
         (tmp_path, target, "no checkpoint and no run with checkpoints here"),
@@ -166,12 +166,12 @@ def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
     ):
         assert main(["export", str(source), str(place)]) == 2
         (error,) = capsys.readouterr().err.splitlines()
-        assert told in error
+        assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         ("model.safetensors", lambda content: content[:-5], "model.safetensors: damaged"),
         ("model.safetensors", lambda content: b"", "model.safetensors: damaged"),
@@ -186,8 +186,8 @@ def test_an_export_that_cannot_be_is_told_in_a_line_and_leaves_nothing(
         ("export.json", lambda content: content.replace(b'version": 1', b'version": 2'), "by a newer version"),
     ],
 )
-def test_a_damaged_export_is_told_in_a_line(
-    out: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes] | None, told: str
+def test_a_damaged_export_is_named_in_one_line(
+    out: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes] | None, message: str
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(out / "float32-ple", model)
@@ -199,4 +199,4 @@ def test_a_damaged_export_is_told_in_a_line(
         assert (model / name).read_bytes() != before
     with pytest.raises(UserError) as error:
         open_export(model)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""New models that start from old ones, against a reference that looks up every row by itself."""
+"""Warm start of new models from old runs, against a reference that looks up every row separately."""
 
 from __future__ import annotations
 
@@ -33,44 +33,44 @@ from trainer.data.simulator.write_dataset import simulate
 Outcomes = dict[int, dict[str, Any]]
 
 CHANGED = {STARTS[2]: ({"feature device"}, {"feature city_tier"}), STARTS[3]: (set(), {"feature city_tier"})}
-"""Start -> ranges of the packed table that only the old, and only the new model has."""
+"""Start -> ranges of the packed table that only the old model has, and ranges that only the new model has."""
 
 _made: dict[str, Any] = {}
 
 
 @pytest.fixture
 def old(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """Old run -> its tensors."""
+    """Return the tensors of each old run."""
     if "old" not in _made:
-        home = tmp_path_factory.mktemp("init")
-        simulate(home / "world", 40, 2, 2, 3)
-        spec = DatasetSpec.load(home / "world")
+        directory = tmp_path_factory.mktemp("init")
+        simulate(directory / "world", 40, 2, 2, 3)
+        spec = DatasetSpec.load(directory / "world")
         runs = sorted({(start.seed, start.then) for start in STARTS})
         _made["old"] = {
-            f"{seed}-{then}": write_old_run(home / f"{seed}-{then}", spec, seed, then) for seed, then in runs
+            f"{seed}-{then}": write_old_run(directory / f"{seed}-{then}", spec, seed, then) for seed, then in runs
         }
-        shutil.copytree(home / f"{STARTS[0].seed}-{STARTS[0].then}", home / "damaged")
-        (file,) = (home / "damaged").rglob("__1_0.distcp")
+        shutil.copytree(directory / f"{STARTS[0].seed}-{STARTS[0].then}", directory / "damaged")
+        (file,) = (directory / "damaged").rglob("__1_0.distcp")
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        _made["home"], _made["spec"] = home, spec
+        _made["directory"], _made["spec"] = directory, spec
     return _made["old"]
 
 
 @pytest.fixture
 def outcomes(old: dict[str, dict[str, Tensor]], run_ranks: Any) -> Outcomes:
-    """Number of ranks -> what init_ranks.py left; started once for all tests."""
+    """Return by number of ranks the results of init_ranks.py, which is started once for all tests."""
     if "outcomes" not in _made:
-        home, _made["outcomes"] = _made["home"], {}
+        directory, _made["outcomes"] = _made["directory"], {}
         for world in (1, 2):
-            run_ranks("tests.distributed.init_ranks", home, home / "world", ranks=world)
-            _made["outcomes"][world] = torch.load(home / f"{world}.pt", weights_only=False)
+            run_ranks("tests.distributed.init_ranks", directory, directory / "world", ranks=world)
+            _made["outcomes"][world] = torch.load(directory / f"{world}.pt", weights_only=False)
     return _made["outcomes"]
 
 
 def row_pairs(start: Start) -> dict[str, dict[int, int]]:
-    """Table -> new row -> the old row of the same meaning."""
+    """Return by table and new row the old row of the same meaning."""
     theirs, ours = (users.tolist() for users in vocabularies(start.seed))
     users = {ours.index(user) + 1: theirs.index(user) + 1 for user in ours if user in theirs}
     spec = _made["spec"]
@@ -159,15 +159,15 @@ def test_a_rank_reads_only_pieces_that_it_has_rows_of(outcomes: Outcomes) -> Non
 
 
 def _pieces_of_author(start: Start) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    stored = Checkpoint.open(_made["home"] / f"{start.seed}-{start.then}").model.tables["author"].weight
+    stored = Checkpoint.open(_made["directory"] / f"{start.seed}-{start.then}").model.tables["author"].weight
     return {(str(piece.file), piece.offsets, piece.sizes) for piece in stored.pieces}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_does_not_fit_is_told_in_a_line_on_every_rank(outcomes: Outcomes, mistake: str) -> None:
-    told = outcomes[2]["mistakes"][mistake]
-    assert len(told) == 2 and len(set(told)) == 1
-    assert MISTAKES[mistake][1] in told[0] and "\n" not in told[0]
+def test_what_does_not_fit_is_one_line_on_every_rank(outcomes: Outcomes, mistake: str) -> None:
+    messages = outcomes[2]["mistakes"][mistake]
+    assert len(messages) == 2 and len(set(messages)) == 1
+    assert MISTAKES[mistake][1] in messages[0] and "\n" not in messages[0]
 
 
 def test_the_dimensions_are_the_jobs(outcomes: Outcomes) -> None:

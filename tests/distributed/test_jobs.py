@@ -1,4 +1,4 @@
-"""The commands a user types, one after the other, on a small world: simulate, train, evaluate, score."""
+"""Commands as a user types them, one after the other, on a small dataset: simulate, train, evaluate, score."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def world(limelight: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(limelight: Any, world: Path) -> Path:
-    """A run on two ranks, with a baseline; its histories are read together and aligned."""
+    """Return a run on two ranks, with a baseline, attention over all histories, and aligned histories."""
     directory = world.parent / "run"
     printed = limelight(
         "train",
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_the_readme_says(run: Path, world: Path) -> None:
     click = document["behaviours"]["click"]
     held_out = read_rows(world, spec, request_from=spec.span_ms[0] + 2 * 86_400_000 - 60_000)
     assert click["rows"] == pytest.approx(len(held_out["visit_id"]), rel=0.02)
-    # Half a percent of room for the sampling error of the truth's own AUC.
+    # The margin of 0.005 covers the sampling error of the AUC of the true probabilities.
     assert 0.5 < click["auc"] < click["best_auc"] + 0.005
     assert document["training"]["rows"] > 1000
     assert sum(document["training"]["share_of_time"].values()) == pytest.approx(1)
@@ -90,7 +90,7 @@ def test_evaluating_again_gives_the_same_metrics(limelight: Any, run: Path, rank
     first = json.loads((run / "metrics.json").read_text())["behaviours"]
     assert again.keys() == first.keys()
     for behaviour, metrics in first.items():
-        # Batches of other sizes round otherwise, and one pair of nearly equal scores may change its order.
+        # Batches of another size have other rounding errors, which may swap two nearly equal scores.
         pair = 1 / (metrics["positives"] * (metrics["rows"] - metrics["positives"]))
         for name, value in metrics.items():
             close = pytest.approx(value, rel=1e-4, abs=3 * pair if name == "auc" else 0)
@@ -134,7 +134,7 @@ def test_scoring_a_request_gives_what_evaluation_predicted(
     )
 
 
-def test_a_run_explains_what_it_looked_at(limelight: Any, run: Path, world: Path, tmp_path: Path) -> None:
+def test_a_run_explains_a_prediction(limelight: Any, run: Path, world: Path, tmp_path: Path) -> None:
     items = pq.read_table(world / "items.parquet").to_pylist()
     room = max(item["item_id"] for item in items if item["domain"] == 1)
     user = int(np.load(world / "history" / "user_id.npy")[0])
@@ -171,25 +171,25 @@ def test_the_ranking_score_is_equation_4() -> None:
 def test_a_mistake_is_one_line_and_leaves_no_run(
     world: Path, tmp_path: Path, overrides: list[str], expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What a rank says and returns; the next test has the command around it."""
+    """Tests the output and status of a rank; the next test has the same for the whole command."""
     status = train_one_rank([*SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", *overrides])
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     assert status == 2
-    assert_one_error(said, expected)
+    assert_one_error(output, expected)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_of_all_ranks_is_told_once(limelight: Any, world: Path, tmp_path: Path) -> None:
-    given = [*SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", "train.batch_size=127"]
-    done = limelight("train", *given, "--ranks", 2, expect=2)
+def test_a_mistake_of_all_ranks_is_printed_once(limelight: Any, world: Path, tmp_path: Path) -> None:
+    arguments = [*SETTINGS, f"data.path={world}", f"run.directory={tmp_path / 'run'}", "train.batch_size=127"]
+    done = limelight("train", *arguments, "--ranks", 2, expect=2)
     assert_one_error(done.stderr, "train.batch_size = 127 is not a multiple of the 2 ranks")
     assert not (tmp_path / "run").exists()
 
 
-def assert_one_error(said: str, expected: str) -> None:
-    errors = [line for line in said.splitlines() if line.startswith("limelight: error:")]
-    assert len(errors) == 1 and expected in errors[0], said[-3000:]
-    assert "Traceback" not in said
+def assert_one_error(output: str, expected: str) -> None:
+    errors = [line for line in output.splitlines() if line.startswith("limelight: error:")]
+    assert len(errors) == 1 and expected in errors[0], output[-3000:]
+    assert "Traceback" not in output
 
 
 def test_more_ranks_than_partitions_are_refused(limelight: Any, world: Path, tmp_path: Path) -> None:
@@ -206,36 +206,36 @@ def test_a_finished_run_is_kept(limelight: Any, run: Path, world: Path) -> None:
         return {name: (run / name).read_bytes() for name in ("metrics.json", "report.html", "plan.json")}
 
     before = files()
-    given = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={run}")
-    again = limelight(*given, 'train.baselines=["logistic"]')
+    arguments = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={run}")
+    again = limelight(*arguments, 'train.baselines=["logistic"]')
     assert "ple: finished already" in again.stdout and "logistic: finished already" in again.stdout
     assert [line.split()[:2] for line in again.stdout.splitlines() if line.startswith("click")] == [
         ["click", "ple"],
         ["click", "logistic"],
     ]
-    refused = limelight(*given, "resume.enabled=false", expect=2)
+    refused = limelight(*arguments, "resume.enabled=false", expect=2)
     assert "a run is already here" in refused.stderr
-    refused = limelight(*given, "train.batch_size=64", "optimizer.warmup=0.5", expect=2)
+    refused = limelight(*arguments, "train.batch_size=64", "optimizer.warmup=0.5", expect=2)
     assert "optimizer.warmup = 0.05 then, 0.5 now; train.batch_size = 128 then, 64 now" in refused.stderr
     assert files() == before
 
 
 def test_a_new_model_starts_from_an_old_one(limelight: Any, run: Path, world: Path, tmp_path: Path) -> None:
-    given = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={tmp_path / 'run'}")
-    started = limelight(*given, f"init_from.run={run}", "init_from.dense=true", "tables.learning_rate=1e-6").stdout
+    arguments = ("train", *SETTINGS, *READ_TOGETHER, f"data.path={world}", f"run.directory={tmp_path / 'run'}")
+    started = limelight(*arguments, f"init_from.run={run}", "init_from.dense=true", "tables.learning_rate=1e-6").stdout
     (author,) = [line.split() for line in started.splitlines() if line.startswith("author ") and "taken" in line]
     assert author[1] == "taken" and author[2] == author[3] and author[4:] == ["0", "0"]
     clicks = [
         json.loads((each / "metrics.json").read_text())["behaviours"]["click"] for each in (run, tmp_path / "run")
     ]
     assert clicks[0]["rows"] == clicks[1]["rows"]
-    fresh = limelight(*given[:-1], f"run.directory={tmp_path / 'fresh'}", "tables.learning_rate=1e-6").stdout
+    fresh = limelight(*arguments[:-1], f"run.directory={tmp_path / 'fresh'}", "tables.learning_rate=1e-6").stdout
     assert "taken" not in fresh
     assert first_loss(tmp_path / "run") < first_loss(tmp_path / "fresh"), "it begins as a trained model"
 
 
 def first_loss(run: Path) -> float:
-    """Of the first steps of a finished run."""
+    """Return the loss of the first steps of a finished run."""
     *_, last = sorted(run.glob("checkpoints/*/job.json"))
     loss: float = json.loads(last.read_text())["trace"][0]["loss"]
     return loss

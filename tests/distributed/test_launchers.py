@@ -1,4 +1,4 @@
-"""The same job by every launcher, on one machine and on two: the same model comes out."""
+"""The same job under every launcher, on one machine and on two, gives the same model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.distributed.launches import DEEPSPEED, TORCHRUN, end, job, metrics, s
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two hosts with a cable between them; where the machine forbids that, two addresses of its own."""
+    """Yield two hosts with a network between them, or two addresses of this machine if it allows no namespaces."""
     with ExitStack() as stack:
         try:
             found = stack.enter_context(namespaces())
@@ -70,7 +70,7 @@ FAILING = "tests.distributed.failing_ranks"
 
 
 def test_the_first_failing_ranks_traceback_is_the_last_word(tmp_path: Path) -> None:
-    """Rank 0 fails as well, of the lost connection; it is not what the user needs to see."""
+    """Rank 0 fails too, because of the lost connection, but its error is only a consequence."""
     (printed,) = end([start(*LOCAL, FAILING, "error", str(tmp_path))], expect=1)
     report = printed[printed.index("limelight: rank 1") :]
     log = tmp_path / "rank-00001.log"

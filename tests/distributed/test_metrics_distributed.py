@@ -1,4 +1,4 @@
-"""Every rank reports the metrics of all rows, whichever way the rows lie on the ranks."""
+"""Every rank reports the metrics of all rows, for any division of the rows among the ranks."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def world_rows(seed: int) -> tuple[np.ndarray, ...]:
 
 
 def owner(user_id: np.ndarray, layout: str, world: int) -> np.ndarray:
-    """Rank of each row: users spread over ranks, or all on the last rank so that the others have none."""
+    """Return the rank of each row: users are spread over all ranks, or the last rank has all of them."""
     return partition_of(user_id, world) if layout == "spread" else np.full(len(user_id), world - 1)
 
 
@@ -36,13 +36,13 @@ def report(rank: int, world: int, layout: str, out: str) -> None:
     reports = []
     for seed in range(3):
         rows = world_rows(seed)
-        mine = owner(rows[0], layout, world) == rank
+        own_rows = owner(rows[0], layout, world) == rank
         for metrics in (BehaviourMetrics(BEHAVIOURS), ProgressiveMetrics(BEHAVIOURS)):
-            metrics.update(*(torch.from_numpy(column[mine]) for column in rows))
+            metrics.update(*(torch.from_numpy(column[own_rows]) for column in rows))
             reports.append(metrics.compute())
-        # Fewer sampled rows than there are: the ranks have to agree on one sample of users.
+        # The sample is smaller than the data, so the ranks have to agree on one sample of users.
         sampled = ProgressiveMetrics(BEHAVIOURS, sampled_rows=1500)
-        sampled.update(*(torch.from_numpy(column[mine]) for column in rows))
+        sampled.update(*(torch.from_numpy(column[own_rows]) for column in rows))
         reports.append(sampled.compute())
     Path(out, f"{rank}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A job that was stopped goes on: on the same ranks bit for bit, on others with the same model and each row once."""
+"""Resuming a stopped job: bit for bit on the same ranks; the same model and each row once on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
 
 STARTS = {"2a": (), "1a": ("2a",), "4a": ("2a",), "2b": ("1a", "4a")}
-"""Starts in order, by number of ranks, and whose checkpoints they go on from."""
+"""Starts in order, with their number of ranks and the earlier starts whose checkpoints they load."""
 
 _outcomes: dict[str, Any] = {}
 
@@ -34,11 +34,11 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def trained(outcome: dict[str, Any]) -> Counter[int]:
-    """How often each visit was trained on, over all ranks."""
+    """Count how often each visit was trained on, over all ranks."""
     return Counter(visit for of_rank in outcome["visits"] for visit in of_rank)
 
 
-def test_stopping_and_going_on_is_bitwise_as_if_nothing_had_happened(outcomes: dict[str, Any]) -> None:
+def test_a_resumed_run_equals_an_undisturbed_one_bitwise(outcomes: dict[str, Any]) -> None:
     through, stopped, resumed = (
         outcomes["2a"]["through"],
         outcomes["2a"]["stopped"],
@@ -62,7 +62,7 @@ def test_any_number_of_ranks_loads_any_layout_of_any_other(outcomes: dict[str, A
 
 
 @pytest.mark.parametrize(("start", "earlier"), [(start, name) for start, names in STARTS.items() for name in names])
-def test_a_job_goes_on_on_another_number_of_ranks(outcomes: dict[str, Any], start: str, earlier: str) -> None:
+def test_a_job_resumes_on_another_number_of_ranks(outcomes: dict[str, Any], start: str, earlier: str) -> None:
     stopped, resumed = outcomes[earlier]["stopped"], outcomes[start]["resumed"][earlier]
     assert stopped["saved"].keys() == resumed["loaded"].keys()
     for name, tensor in stopped["saved"].items():
@@ -78,7 +78,7 @@ def test_a_job_goes_on_on_another_number_of_ranks(outcomes: dict[str, Any], star
 
 
 def test_progressive_metrics_count_each_row_once_whatever_ranks_saw_it(outcomes: dict[str, Any]) -> None:
-    """Histograms add up over ranks, so the last AUC differs only by what the models predict."""
+    """Histograms are sums over ranks, so the last AUC differs only by the predictions of the models."""
     whole = outcomes["2a"]["through"]["trace"][-1]
     for start, earlier in (("1a", "2a"), ("4a", "2a"), ("2b", "1a"), ("2b", "4a")):
         last = outcomes[start]["resumed"][earlier]["trace"][-1]

@@ -87,8 +87,8 @@ def test_another_number_of_ranks_resumes_with_the_same_model(outcomes: dict[str,
     for name, tensor in stopped["saved"].items():
         assert torch.equal(tensor, resumed["loaded"][name]), name
     counts = [
-        json.loads((outcomes["dataset"].parent / home / "metrics.json").read_text())["stream"]["counts"]
-        for home in (f"2a/{policy}/through", f"1a/{policy}/from-2a")
+        json.loads((outcomes["dataset"].parent / model_dir / "metrics.json").read_text())["stream"]["counts"]
+        for model_dir in (f"2a/{policy}/through", f"1a/{policy}/from-2a")
     ]
     assert counts[0] == counts[1]
     assert counts[0]["unanswered"] == counts[0]["without_features"] == 0
@@ -116,20 +116,20 @@ def test_every_prediction_is_compared_with_its_outcome(outcomes: dict[str, Any])
 
 
 def test_a_run_directory_of_a_stream(outcomes: dict[str, Any]) -> None:
-    home: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
-    trace = json.loads(sorted((home / "checkpoints").glob("step-*"))[-1].joinpath("job.json").read_text())["trace"]
+    model_dir: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
+    trace = json.loads(sorted((model_dir / "checkpoints").glob("step-*"))[-1].joinpath("job.json").read_text())["trace"]
     assert {"lag_events", "lag_seconds"} <= trace[-1].keys()
-    assert (home / "report.html").exists()
+    assert (model_dir / "report.html").exists()
 
 
 def test_models_are_published_during_training(outcomes: dict[str, Any]) -> None:
-    home: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
-    published = sorted(entry.name for entry in (home / "published").glob("step-*"))
-    last = sorted((home / "checkpoints").glob("step-*"))[-1].name
+    model_dir: Path = outcomes["dataset"].parent / "2a" / "realtime" / "through"
+    published = sorted(entry.name for entry in (model_dir / "published").glob("step-*"))
+    last = sorted((model_dir / "checkpoints").glob("step-*"))[-1].name
     assert len(published) == 2 and published[-1] == last
-    assert (home / "published" / "current").resolve().name == last
+    assert (model_dir / "published" / "current").resolve().name == last
     spec = DatasetSpec.load(outcomes["dataset"])
-    model = open_export(home / "published" / "current")
+    model = open_export(model_dir / "published" / "current")
     rows = {name: column[:40] for name, column in read_rows(outcomes["dataset"], spec).items()}
     batch = model.features.pack(rows, Histories(outcomes["dataset"], spec), rows["request_ms"])
     (logits,) = model.logits([batch])

@@ -1,4 +1,4 @@
-"""The watchdog on real ranks: who is named, where, and who is left alone."""
+"""The watchdog on real ranks: the rank and the line that it names, and the jobs that it does not end."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from trainer.runtime.watchdog import State, find_culprits, main_thread_state, re
 TIMEOUT = 90.0
 THROUGH = "through\n"
 
-# Torch is imported once, by the server that the ranks are forked from.
+# A server process imports torch once, and the ranks are forked from it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([watchdog_ranks.__name__])
 
 
 class Ranks:
-    """Ranks that run ``watchdog_ranks.main``, each a process that writes what it says to a file."""
+    """Ranks that run ``watchdog_ranks.main``; each is a process that writes its output to a file."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Ranks:
             process.start()
 
     def ended(self, rank: int) -> tuple[int | None, str]:
-        """Exit status of a rank, and what it wrote."""
+        """Wait for a rank, and return its exit status and output."""
         self.processes[rank].join(TIMEOUT)
         return self.processes[rank].exitcode, self.files[rank].read_text()
 
@@ -65,16 +65,16 @@ def test_a_rank_that_sleeps_is_named_with_its_line_and_the_collective_of_the_oth
     ranks = Ranks(tmp_path, "sleep", 1.0)
     try:
         for rank in (0, 1):
-            status, said = ranks.ended(rank)
+            status, output = ranks.ended(rank)
             assert status == HUNG_STATUS
-            (line,) = [line for line in said.splitlines() if line.startswith("limelight: error:")]
+            (line,) = [line for line in output.splitlines() if line.startswith("limelight: error:")]
             assert "after step 2: rank 1 is not in a collective: at " in line
             assert "watchdog_ranks.py" in line and "in sleep_for_ever" in line
             assert "rank 0 waits in all_reduce at trainer/runtime/distributed.py" in line
-            # Only the culprit says more.
-            assert ("limelight: stacks of rank 1" in said) == (rank == 1)
-            assert ("sleep_for_ever()\n" in said) == (rank == 1)
-            assert "Traceback" not in said
+            # Only the rank at fault prints its stacks.
+            assert ("limelight: stacks of rank 1" in output) == (rank == 1)
+            assert ("sleep_for_ever()\n" in output) == (rank == 1)
+            assert "Traceback" not in output
     finally:
         ranks.kill()
 
@@ -82,9 +82,9 @@ def test_a_rank_that_sleeps_is_named_with_its_line_and_the_collective_of_the_oth
 def test_a_rank_that_hangs_in_its_first_step_is_found_later(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "sleep at first", 1.0)
     try:
-        status, said = ranks.ended(0)
+        status, output = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert re.search(r"no step for \d+ s after step 0: rank 1 is not in a collective", said)
+        assert re.search(r"no step for \d+ s after step 0: rank 1 is not in a collective", output)
     finally:
         ranks.kill()
 
@@ -92,9 +92,9 @@ def test_a_rank_that_hangs_in_its_first_step_is_found_later(tmp_path: Path) -> N
 def test_ranks_of_several_machines_find_each_other(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "sleep", 1.0, environment={"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"})
     try:
-        status, said = ranks.ended(0)
+        status, output = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert "rank 1 is not in a collective" in said and "rank 0 waits in all_reduce" in said
+        assert "rank 1 is not in a collective" in output and "rank 0 waits in all_reduce" in output
     finally:
         ranks.kill()
 
@@ -102,9 +102,9 @@ def test_ranks_of_several_machines_find_each_other(tmp_path: Path) -> None:
 def test_a_rank_that_is_stopped_does_not_answer(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "stop", 1.0)
     try:
-        status, said = ranks.ended(0)
+        status, output = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert "rank 1 does not answer at all (stopped" in said and "rank 0 waits in all_reduce" in said
+        assert "rank 1 does not answer at all (stopped" in output and "rank 0 waits in all_reduce" in output
         assert ranks.processes[1].is_alive()
         ranks.processes[1].kill()
         assert ranks.ended(1)[0] == -signal.SIGKILL
@@ -136,7 +136,7 @@ def test_slow_ranks_and_strangers_end_nothing(tmp_path: Path, scenario: str) -> 
         ranks.kill()
 
 
-def test_announced_work_ends_nothing_and_is_told(tmp_path: Path) -> None:
+def test_announced_work_is_reported_and_ends_nothing(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "busy", 1.5)
     try:
         assert [ranks.ended(rank)[0] for rank in (0, 1)] == [0, 0]
@@ -146,18 +146,18 @@ def test_announced_work_ends_nothing_and_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "said"),
+    ("scenario", "output"),
     [
         ("stop while others are busy", "rank 1 does not answer at all"),
         ("sleep while others are busy", "rank 1 is not in a collective"),
     ],
 )
-def test_announced_work_that_waits_for_another_rank_is_no_excuse(tmp_path: Path, scenario: str, said: str) -> None:
+def test_announced_work_that_waits_for_another_rank_is_no_excuse(tmp_path: Path, scenario: str, output: str) -> None:
     ranks = Ranks(tmp_path, scenario, 1.0)
     try:
         status, printed = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert said in printed and "rank 0 waits in barrier at trainer/runtime/distributed.py" in printed
+        assert output in printed and "rank 0 waits in barrier at trainer/runtime/distributed.py" in printed
     finally:
         ranks.kill()
 
@@ -165,9 +165,9 @@ def test_announced_work_that_waits_for_another_rank_is_no_excuse(tmp_path: Path,
 def test_a_rank_that_hangs_in_its_last_step_is_found(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "last", 1.0)
     try:
-        status, said = ranks.ended(0)
+        status, output = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert "rank 1 is not in a collective" in said and "rank 0 waits in barrier" in said
+        assert "rank 1 is not in a collective" in output and "rank 0 waits in barrier" in output
     finally:
         ranks.kill()
 
@@ -175,12 +175,12 @@ def test_a_rank_that_hangs_in_its_last_step_is_found(tmp_path: Path) -> None:
 def test_ranks_in_different_collectives_are_all_shown(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "different", 1.0)
     try:
-        status, said = ranks.ended(0)
+        status, output = ranks.ended(0)
         if status == HUNG_STATUS:
-            assert "all wait in collectives" in said and "limelight: stacks of rank 0" in said
+            assert "all wait in collectives" in output and "limelight: stacks of rank 0" in output
         else:
-            # Gloo may notice that the messages differ.
-            assert status == 1 and "Traceback" in said
+            # Instead of hanging, gloo may report that the messages have different sizes.
+            assert status == 1 and "Traceback" in output
     finally:
         ranks.kill()
 
@@ -188,9 +188,9 @@ def test_ranks_in_different_collectives_are_all_shown(tmp_path: Path) -> None:
 def test_a_rank_that_fails_is_no_hang(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "mistake", 30.0)
     try:
-        status, said = ranks.ended(1)
-        assert status == 1 and said.rstrip().endswith("ValueError: rank 1 fails by itself")
-        assert "limelight: error" not in said
+        status, output = ranks.ended(1)
+        assert status == 1 and output.rstrip().endswith("ValueError: rank 1 fails by itself")
+        assert "limelight: error" not in output
         assert ranks.ended(0)[0] == 1
     finally:
         ranks.kill()
@@ -199,9 +199,9 @@ def test_a_rank_that_fails_is_no_hang(tmp_path: Path) -> None:
 def test_a_job_of_one_rank_is_watched_too(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "sleep", 1.0, ranks=1)
     try:
-        status, said = ranks.ended(0)
+        status, output = ranks.ended(0)
         assert status == HUNG_STATUS
-        assert "rank 0 is not in a collective" in said and "limelight: stacks of rank 0" in said
+        assert "rank 0 is not in a collective" in output and "limelight: stacks of rank 0" in output
     finally:
         ranks.kill()
 
@@ -214,7 +214,7 @@ def test_zero_seconds_switch_it_off(tmp_path: Path) -> None:
         ranks.kill()
 
 
-def test_who_is_at_fault() -> None:
+def test_the_rank_at_fault_is_found() -> None:
     waiting = State(0, 7, "all_reduce", "trainer/a.py:1 in f", "")
     working = State(1, 7, "", "trainer/b.py:2 in g", "")
     assert find_culprits({0: waiting, 1: working}, set(), 2) == [1]

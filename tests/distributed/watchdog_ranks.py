@@ -1,4 +1,4 @@
-"""A rank of test_watchdog.py: steps that are an all-reduce each, with something going wrong on rank 1 after a few."""
+"""Rank of test_watchdog.py: each step is an all-reduce, and after a few steps rank 1 fails or hangs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(scenario: str, seconds: float) -> None:
             if culprit and scenario == "slow steps":
                 time.sleep(0.4 * seconds)
             if step == STEPS and culprit and scenario == "last":
-                # Rank 0 has no step left to wait in.
+                # The last step: rank 0 finishes it, and waits in the barrier at the end.
                 world.sum(1)
                 sleep_for_ever()
             if step == BROKEN and scenario == "stop while others are busy":
@@ -72,7 +72,7 @@ def main(scenario: str, seconds: float) -> None:
 
 
 def start(environment: Mapping[str, str], output: Path, scenario: str, seconds: float) -> None:
-    """Be a rank, from a process that has just been forked; all that it says goes to a file."""
+    """Run a rank in a process that has just been forked; its output goes to a file."""
     os.environ.update(environment)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)

@@ -1,10 +1,10 @@
-"""A hundred faults in real jobs of two ranks, at random: does the same command always go on as if nothing had happened?
+"""Puts a hundred random faults into real jobs of two ranks, and checks that the same command always recovers.
 
     make chaos
     python -m tests.faults.chaos --faults 20 --seed 7
 
-Jobs are disturbed again and again until they have come to their end; then all of their state must be, bit by bit, that
-of a job that nothing happened to. Writes ``benchmarks/results/chaos.json`` and the table that it prints, ``chaos.log``.
+A job is started and disturbed repeatedly until it finishes. Its state must then equal that of an undisturbed job, bit
+for bit. Writes ``benchmarks/results/chaos.json``, and the table that it prints to ``chaos.log`` beside it.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from trainer.runtime.environment import environment
 
 RESULTS = ROOT / "benchmarks" / "results"
 MOST_FAULTS = 4
-"""Faults in one job, most."""
+"""Maximum number of faults in one job."""
 
 WEIGHTS = {"kill_rank": 3, "kill_launcher": 2, "kill_all": 2, "terminate": 3, "stop_in_save": 5, "damage_newest": 3}
-"""Kinds that come more often than once in a round."""
+"""Kinds that occur more than once per round, and how often."""
 
 
 @dataclass
 class Entry:
-    """One fault that struck.
+    """Result of one fault that happened.
 
     Attributes:
-        job: in which it did.
-        kind: what it was.
-        where: what exactly was hit, as the rank itself noted.
+        job: number of the job.
+        kind: kind of the fault.
+        where: place of the fault, as the rank recorded it.
         status: exit status of the launcher.
-        said: the line that says what is wrong.
-        seconds: from the start to the end.
-        resumed_from: the checkpoint that the next start went on from.
-        equal: the job's final state is that of the undisturbed one.
-        problems: what a user would complain of.
+        message: line of the output that describes the fault.
+        seconds: from the start of the job to its end.
+        resumed_from: checkpoint from which the next start continued.
+        equal: True if the final state of the job equals that of the undisturbed job.
+        problems: defects of the reaction, such as a missing message; empty if there are none.
     """
 
     job: int
     kind: str
     where: str
     status: int
-    said: str
+    message: str
     seconds: float
     resumed_from: str = ""
     equal: bool = False
@@ -65,14 +65,14 @@ class Entry:
 
 
 class Deck:
-    """Kinds of faults in random order, each as often as its weight says; what did not strike is put back."""
+    """Kinds of faults in random order, each as often as its weight. A fault that did not happen is put back."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._cards: list[kinds.Draw] = []
 
     def draw(self, job: Job) -> kinds.Draw:
-        """A kind that can happen to a job as it is."""
+        """Return the next kind that is possible with the checkpoints that the job has."""
         damageable = len(job.checkpoints()) > 1
         while True:
             for card in self._cards:
@@ -83,12 +83,12 @@ class Deck:
             self._cards += self._rng.sample(more, len(more))
 
     def put_back(self, card: kinds.Draw) -> None:
-        """It comes next."""
+        """Make a kind the next one."""
         self._cards.insert(0, card)
 
 
 def disturb(job: Job, number: int, rng: random.Random, deck: Deck, faults: int) -> list[Entry]:
-    """Start a job until it has ended, with at most so many faults in it."""
+    """Start a job until it has finished, with at most ``faults`` faults."""
     entries: list[Entry] = []
     while True:
         card = deck.draw(job) if len(entries) < faults else None
@@ -124,17 +124,26 @@ def disturb(job: Job, number: int, rng: random.Random, deck: Deck, faults: int) 
 
 
 def _last_word(ending: Ending, attack: kinds.Attack) -> str:
-    """The line that says what happened."""
-    says = attack.says or "^stopped by SIGTERM"
-    lines = [line for line in ending.said.splitlines() if re.search(says, line)]
+    """Return the line of the output that describes the fault."""
+    pattern = attack.message or "^stopped by SIGTERM"
+    lines = [line for line in ending.output.splitlines() if re.search(pattern, line)]
     return [*lines[-1:], *ending.errors[-1:], ""][0]
 
 
 def table(entries: list[Entry]) -> str:
-    """A line for each fault, and the counts by kind."""
-    rows = [("job", "fault", "where", "status", "seconds", "resumed from", "equal", "said")]
+    """Return a line per fault, and the counts by kind."""
+    rows = [("job", "fault", "where", "status", "seconds", "resumed from", "equal", "message")]
     rows += [
-        (str(e.job), e.kind, e.where, str(e.status), str(e.seconds), e.resumed_from, "yes" if e.equal else "NO", e.said)
+        (
+            str(e.job),
+            e.kind,
+            e.where,
+            str(e.status),
+            str(e.seconds),
+            e.resumed_from,
+            "yes" if e.equal else "NO",
+            e.message,
+        )
         for e in entries
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
@@ -143,23 +152,23 @@ def table(entries: list[Entry]) -> str:
     ]
     counts = Counter(entry.kind for entry in entries)
     good = Counter(entry.kind for entry in entries if entry.equal and not entry.problems)
-    lines += ["", f"{'fault':<50}  count  told well, and equal at the end"]
+    lines += ["", f"{'fault':<50}  count  clear message, and equal at the end"]
     lines += [f"{kind:<50}  {count:>5}  {good[kind]:>5}" for kind, count in sorted(counts.items())]
     lines.append(f"{'all':<50}  {counts.total():>5}  {good.total():>5}")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Entry point; 1 if any fault was not endured."""
+    """Entry point. Returns 1 if a job did not recover from a fault, or reported it badly."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults.chaos",
-        description="Disturb real two-rank jobs at random, and compare what they end as with one left in peace.",
+        description="Put random faults into real jobs of two ranks, and compare their end with an undisturbed job.",
         epilog="example:\n  make chaos\n  python -m tests.faults.chaos --faults 20 --seed 7",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--faults", type=int, default=100, metavar="N", help="faults that strike (default: 100)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of everything drawn (default: 1)")
-    parser.add_argument("--keep", metavar="DIR", help="keep the jobs here (default: removed)")
+    parser.add_argument("--faults", type=int, default=100, metavar="N", help="number of faults (default: 100)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="seed of all random choices (default: 1)")
+    parser.add_argument("--keep", metavar="DIR", help="keep the jobs in this directory (default: remove them)")
     options = parser.parse_args()
 
     started = time.time()
@@ -170,7 +179,7 @@ def main() -> int:
             world = small_world(directory / "world")
             undisturbed = Job(nursery, directory / "undisturbed", world)
             ending = undisturbed.start()
-            assert ending.status == 0, ending.said
+            assert ending.status == 0, ending.output
             number, deck = 0, Deck(random.Random(options.seed))
             while len(entries) < options.faults:
                 number += 1
@@ -179,7 +188,7 @@ def main() -> int:
                 most = min(rng.randint(1, MOST_FAULTS), options.faults - len(entries))
                 found = disturb(job, number, rng, deck, most)
                 ended = bool(job.checkpoints()) and (job.run / "metrics.json").exists()
-                different = differences(job, undisturbed) if ended else ["the job has not come to its end"]
+                different = differences(job, undisturbed) if ended else ["the job has not finished"]
                 for entry in found:
                     entry.equal = not different
                     entry.problems += different[:10]
@@ -195,12 +204,12 @@ def main() -> int:
     for entry in bad:
         print(f"job {entry.job}, {entry.kind}: {'; '.join(entry.problems)}", file=sys.stderr)
     if bad:
-        print(f"limelight: error: {len(bad)} faults were not endured; their jobs are in {directory}", file=sys.stderr)
+        print(f"limelight: error: jobs did not recover from {len(bad)} faults; see {directory}", file=sys.stderr)
     return 1 if bad else 0
 
 
 def report(entries: list[Entry], seed: int, jobs: int, seconds: float) -> None:
-    """Print the table and write both files."""
+    """Print the table, and write it and the results as JSON."""
     text = table(entries)
     document: dict[str, Any] = {
         "seed": seed,
@@ -216,7 +225,7 @@ def report(entries: list[Entry], seed: int, jobs: int, seconds: float) -> None:
     (RESULTS / "chaos.json").write_text(json.dumps(document, indent=1) + "\n")
     (RESULTS / "chaos.log").write_text(
         f"{len(entries)} faults in {jobs} jobs of two ranks, seed {seed}, {seconds:.0f} s; written by `make chaos`.\n"
-        "JOB is the directory of a job; a launcher that is killed says nothing.\n\n"
+        "JOB is the directory of a job; a killed launcher prints nothing.\n\n"
         f"{text}\n"
     )
 

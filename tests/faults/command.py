@@ -1,4 +1,4 @@
-"""``limelight train`` itself, as a person types it: nothing is forked, and no fault is built in."""
+"""``limelight train`` as a user types it: a process of its own, without a built-in fault."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from tests.paths import ROOT
 
 
 class Command:
-    """``limelight train`` of a job, typed again and again."""
+    """``limelight train`` of a job, started repeatedly."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, step: int, act: Callable[[int, list[int]], None]) -> tuple[int, str]:
-        """Type it; when a checkpoint of ``step`` or later is there, act on the launcher and its ranks. Exit status and
-        all that is printed."""
+        """Run the command once.
+
+        Args:
+            step: ``act`` is called when a checkpoint of this step or a later one exists.
+            act: receives the process ids of the launcher and of its ranks.
+
+        Returns:
+            Exit status and output.
+        """
         process = self.process = subprocess.Popen(
             [sys.executable, "-m", "launch.cli.main", "train", *self.job.arguments, "--ranks", "2"],
             cwd=ROOT,
@@ -40,14 +47,14 @@ class Command:
         return process.returncode, printed
 
     def kill(self) -> None:
-        """End what may still run."""
+        """End the command if it still runs."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
 
 def children(process: int) -> list[int]:
-    """Processes that a process has started and that are still there."""
+    """Return the process ids of the running children of a process, in order."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

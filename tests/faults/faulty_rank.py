@@ -1,7 +1,7 @@
-"""``trainer.rank``, with one fault in it at a given moment, and a record of the rows that every step trained on.
+"""``trainer.rank`` with one fault at a chosen moment, and a record of the rows that every step trained on.
 
-Started in place of ``trainer.rank``. The environment says where the record goes and which fault is wanted; steps are
-counted from the start of the process.
+The harness starts this module in place of ``trainer.rank``. Environment variables give the directory of the record and
+the fault. Steps are counted from the start of the process.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from trainer.ranking import model_training
 from trainer.ranking.training_state import TrainingState
 
 DIRECTORY_VARIABLE = "LIMELIGHT_FAULT_DIRECTORY"
-"""Environment variable: where the record goes."""
+"""Environment variable with the directory of the record."""
 
 FAULT_VARIABLE = "LIMELIGHT_FAULT"
-"""Environment variable: the fault as JSON, ``{"kind": ..., "rank": ..., ...}``; see ``FAULTS``."""
+"""Environment variable with the fault as JSON, ``{"kind": ..., "rank": ..., ...}``; see ``FAULTS``."""
 
 Fault = dict[str, Any]
 StepHook = Callable[[int], None]
@@ -42,20 +42,20 @@ _steps = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be a rank of a job."""
+    """Run one rank of a job."""
     rank, directory = int(os.environ["RANK"]), Path(os.environ[DIRECTORY_VARIABLE])
     (directory / f"process-{rank}").write_text(str(os.getpid()))
     _record_rows(directory / f"rows-{rank}")
     fault = json.loads(os.environ.get(FAULT_VARIABLE) or "null")
     if fault is not None:
         FAULTS[fault["kind"]](fault, fault.get("rank", 0) == rank)
-    # Pictures take longer than all the rest of this little job.
+    # The plots of the report take longer than all the rest of this small job.
     model_training.write_report = lambda *arguments, **options: None
     return trainer.rank.main(arguments)
 
 
 def strike(what: str) -> None:
-    """Note that a fault happens now."""
+    """Record that a fault happens now."""
     with (Path(os.environ[DIRECTORY_VARIABLE]) / "struck").open("a") as file:
         file.write(f"{what}\n")
 
@@ -76,7 +76,7 @@ def _record_rows(file: Path) -> None:
 
 
 def _at_step(step: int, act: Callable[[], None], delay: float = 0.0) -> None:
-    """Do something after a step, some seconds later."""
+    """Call ``act`` when ``step`` steps are done, ``delay`` seconds later."""
 
     def hook(done: int) -> None:
         if done == step:
@@ -102,7 +102,7 @@ def _ranks() -> list[int]:
 
 
 def _send(fault: Fault) -> Callable[[], None]:
-    """Send a signal to the launcher, to this rank, or to all processes of the job."""
+    """Return a function that sends a signal to the launcher, to this rank, or to all processes of the job."""
 
     def act() -> None:
         number, to = signal.Signals(fault["signal"]), fault["to"]
@@ -110,15 +110,18 @@ def _send(fault: Fault) -> Callable[[], None]:
         processes = {"rank": [os.getpid()], "launcher": [os.getppid()]}.get(to)
         # Every rank leads a process group, with its loader workers in it.
         processes = processes or [os.getppid(), *(-rank for rank in _ranks())]
-        # By another process: a worker obeys its rank.
+        # Another process sends the signal, because a loader worker obeys a SIGTERM of its own rank.
         subprocess.Popen(["kill", "-s", number.name[3:], "--", *map(str, processes)], start_new_session=True)
 
     return act
 
 
-def arm_signal(fault: Fault, mine: bool) -> None:
-    """``to``: launcher, rank, all; ``signal``; after ``step`` steps, or in ``phase`` start or evaluation; ``delay``."""
-    if not mine:
+def arm_signal(fault: Fault, this_rank: bool) -> None:
+    """Send ``signal`` to ``to`` (launcher, rank or all) after ``step`` steps or in ``phase`` (start or evaluation).
+
+    The signal is sent ``delay`` seconds later.
+    """
+    if not this_rank:
         return
     if fault.get("phase") == "start":
         _later(fault["delay"], _send(fault))
@@ -134,12 +137,12 @@ def arm_signal(fault: Fault, mine: bool) -> None:
         _at_step(fault["step"], _send(fault), fault["delay"])
 
 
-def arm_stop_in_save(fault: Fault, mine: bool) -> None:
-    """``file``: a part of a file's name; in save number ``save``, half of it is written and the process ends.
+def arm_stop_in_save(fault: Fault, this_rank: bool) -> None:
+    """End the process in save number ``save``, when half of a file is written whose name contains ``file``.
 
-    Or one of ``RENAMES``: the process ends around the ``save``-th rename of that kind.
+    If ``file`` is one of ``RENAMES``, the process ends at the ``save``-th rename of that kind.
     """
-    if not mine:
+    if not this_rank:
         return
     if fault["file"] in RENAMES:
         _at_rename(fault)
@@ -160,7 +163,8 @@ RENAMES = {
     "removal": lambda source, target: ".old-" in target,
     "replacement": lambda source, target: target.endswith(".replaced"),
 }
-"""What makes a checkpoint valid, takes an old one away, or puts a damaged one aside for another of the same step."""
+"""Kind of a rename -> test of source and target name: a checkpoint becomes valid, an old one is removed, or a damaged
+one makes room for another one of the same step."""
 
 
 def _at_rename(fault: Fault) -> None:
@@ -177,9 +181,9 @@ def _at_rename(fault: Fault) -> None:
     os.rename = renamed
 
 
-def arm_write_error(fault: Fault, mine: bool) -> None:
-    """``file``, ``save``: as above; the write fails with ``errno`` and the process lives on."""
-    if not mine:
+def arm_write_error(fault: Fault, this_rank: bool) -> None:
+    """Make the write of ``file`` in save number ``save`` fail with ``errno``; the process survives."""
+    if not this_rank:
         return
 
     def fail(descriptor: int, path: Path) -> None:
@@ -190,15 +194,15 @@ def arm_write_error(fault: Fault, mine: bool) -> None:
 
 
 def _at_sync(fault: Fault, act: Callable[[int, Path], None]) -> None:
-    """Act where the ``save``-th checkpoint syncs a file: what it holds by then is not on disk yet."""
+    """Call ``act`` when the ``save``-th checkpoint syncs ``file``, whose content is not on disk before that."""
     sync, directories = os.fsync, []
 
     def synced(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        aside = next((part for part in path.parts if part.startswith(".step-")), None)
-        if aside is not None and fault["file"] in path.name:
-            if aside not in directories:
-                directories.append(aside)
+        partial = next((part for part in path.parts if part.startswith(".step-")), None)
+        if partial is not None and fault["file"] in path.name:
+            if partial not in directories:
+                directories.append(partial)
             if len(directories) == fault["save"]:
                 act(descriptor, path)
         sync(descriptor)
@@ -206,9 +210,9 @@ def _at_sync(fault: Fault, act: Callable[[int, Path], None]) -> None:
     os.fsync = synced
 
 
-def arm_file_limit(fault: Fault, mine: bool) -> None:
-    """After ``step`` steps no file may grow beyond ``bytes``."""
-    if mine:
+def arm_file_limit(fault: Fault, this_rank: bool) -> None:
+    """Limit the size of files to ``bytes`` after ``step`` steps."""
+    if this_rank:
 
         def limit() -> None:
             strike(f"no file beyond {fault['bytes']} bytes")
@@ -217,9 +221,9 @@ def arm_file_limit(fault: Fault, mine: bool) -> None:
         _at_step(fault["step"], limit)
 
 
-def arm_worker(fault: Fault, mine: bool) -> None:
-    """After ``step`` steps and ``delay`` seconds a loader worker of the rank gets ``signal``."""
-    if mine:
+def arm_worker(fault: Fault, this_rank: bool) -> None:
+    """Send ``signal`` to a loader worker of the rank, ``delay`` seconds after ``step`` steps."""
+    if this_rank:
 
         def kill() -> None:
             (worker, *_) = multiprocessing.active_children()
@@ -230,9 +234,9 @@ def arm_worker(fault: Fault, mine: bool) -> None:
         _at_step(fault["step"], kill, fault["delay"])
 
 
-def arm_hang(fault: Fault, mine: bool) -> None:
-    """After ``step`` steps the rank sleeps for ever, or is stopped."""
-    if mine:
+def arm_hang(fault: Fault, this_rank: bool) -> None:
+    """Let the rank sleep for ever, or stop it by SIGSTOP (``stopped``), after ``step`` steps."""
+    if this_rank:
 
         def hang() -> None:
             strike("stops" if fault["stopped"] else "sleeps")
@@ -243,9 +247,9 @@ def arm_hang(fault: Fault, mine: bool) -> None:
         _at_step(fault["step"], hang)
 
 
-def arm_not_a_number(fault: Fault, mine: bool) -> None:
-    """The loss of the step after ``step`` steps is not a number."""
-    if mine:
+def arm_not_a_number(fault: Fault, this_rank: bool) -> None:
+    """Make the loss NaN in the step after ``step`` steps."""
+    if this_rank:
         masked_bce = trainer.engine.hybrid_engine.masked_bce
 
         def poisoned(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,9 +262,9 @@ def arm_not_a_number(fault: Fault, mine: bool) -> None:
         trainer.engine.hybrid_engine.masked_bce = poisoned
 
 
-def arm_shard(fault: Fault, mine: bool) -> None:
-    """After ``step`` steps the file ``shard`` is missing, truncated, zeroed, or a directory (``harm``)."""
-    if mine:
+def arm_shard(fault: Fault, this_rank: bool) -> None:
+    """Damage the file ``shard`` after ``step`` steps; ``harm`` is missing, truncated, zeroed or directory."""
+    if this_rank:
 
         def harm() -> None:
             strike(f"{Path(fault['shard']).name} {fault['harm']}")
@@ -272,7 +276,7 @@ def arm_shard(fault: Fault, mine: bool) -> None:
 def damage(file: Path, harm: str) -> None:
     """Make a file ``missing``, ``truncated``, ``zeroed``, a ``directory``, or one byte of it ``altered``.
 
-    Its hard links are left as they are.
+    Other hard links of the file keep their content.
     """
     content = file.read_bytes()
     file.unlink()

@@ -1,4 +1,4 @@
-"""Real jobs of two ranks that something happens to, and the proof that they end as if nothing had happened."""
+"""Real jobs of two ranks with faults, and the comparison of their final state with an undisturbed job."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ from trainer.checkpoint.manifest import JOB, MODEL, Manifest, check_files, list_
 
 RANKS = 2
 LIMIT_SECONDS = 150.0
-"""No start of a job takes so long, not even on a crowded machine."""
+"""Time limit of one start of a job, enough on a machine under load."""
 
 WATCHDOG_SECONDS = 5
-"""Long enough for a step on a crowded machine."""
+"""Limit of the watchdog, enough for a step on a machine under load."""
 
 TIMES = {"rows_per_second", "data", "tables", "dense", "communication", "lag_events", "lag_seconds"}
-"""Entries of the trace that differ from run to run."""
+"""Entries of the metric history that differ from run to run."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a start of a job ended.
+    """Result of one start of a job.
 
     Attributes:
-        status: of the launcher, negative for a signal.
-        said: what launcher and ranks printed.
-        struck: what was done to it.
-        seconds: that it took.
+        status: exit status of the launcher, negative for a signal.
+        output: text that launcher and ranks printed.
+        struck: faults that happened, as the ranks recorded them.
+        seconds: from the start to the end.
     """
 
     status: int
-    said: str
+    output: str
     struck: list[str]
     seconds: float
 
     @property
     def errors(self) -> list[str]:
-        """Lines in which the job says what is wrong, the last one for what it ended."""
-        return [line for line in self.said.splitlines() if line.startswith("limelight: ")]
+        """Error lines of the output; the last one is the cause of the end."""
+        return [line for line in self.output.splitlines() if line.startswith("limelight: ")]
 
     @property
     def resumed_from(self) -> str | None:
-        """The checkpoint that this start went on from."""
-        lines = [line for line in self.said.splitlines() if line.startswith("resuming from ")]
+        """Name of the checkpoint from which this start resumed, or None."""
+        lines = [line for line in self.output.splitlines() if line.startswith("resuming from ")]
         return lines[0].split(":")[0].rpartition("/")[2].split(" ")[0] if lines else None
 
 
 class Job:
-    """One job, started again and again until it has ended.
+    """A job that is started repeatedly until it has finished.
 
     Args:
-        nursery: that it is started in.
-        directory: for all of its files.
-        world: the dataset; the job gets one of its own, in which files can be broken.
-        overrides: of the job file.
+        nursery: process that starts the job.
+        directory: directory of all files of the job.
+        world: dataset; the job gets a copy, whose files can be damaged.
+        overrides: overrides of the job file.
 
     Attributes:
-        arguments: of ``limelight train``.
-        starts: of it, so far.
+        arguments: arguments of ``limelight train``.
+        starts: number of starts so far.
     """
 
     def __init__(self, nursery: Nursery, directory: Path, world: Path, *overrides: str) -> None:
@@ -93,7 +93,7 @@ class Job:
         ]
 
     def start(self, fault: Fault | None = None) -> Ending:
-        """Give the same command again, with a fault in it; wait for the end."""
+        """Start the same command again, with a fault or without one, and wait for its end."""
         self.starts += 1
         began = time.monotonic()
         for rank in range(RANKS):
@@ -128,33 +128,33 @@ class Job:
                 os.killpg(rank, signal.SIGKILL)
 
     def _wait_for_ranks(self) -> None:
-        """When the launcher is killed, the kernel ends the ranks; that may take a moment."""
+        """Wait until all ranks have ended; after a kill of the launcher the kernel ends them, with some delay."""
         until = time.monotonic() + 20
         while alive := [rank for rank in self._ranks() if _lives(rank)]:
             assert time.monotonic() < until, f"ranks {alive} outlive their launcher"
             time.sleep(0.02)
 
     def checkpoints(self) -> list[Path]:
-        """Directories of this job's checkpoints, as this process sees them."""
+        """Return the directories of the checkpoints, as paths that this process can read."""
         return list_checkpoints(self.nursery.path(self.run / "checkpoints"))
 
     def limit_disk(self, size: int) -> None:
-        """Give the checkpoints a disk of so many bytes, or change its size."""
+        """Put the checkpoints on a file system of ``size`` bytes, or change its size."""
         (self.run / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.nursery.mount(self.run / "checkpoints", size)
 
     def restore_data(self) -> None:
-        """Put the files of the dataset back as they were."""
+        """Restore the files of the dataset."""
         shutil.rmtree(self.data)
         shutil.copytree(self._world, self.data, copy_function=os.link)
 
     def shards(self) -> list[Path]:
-        """Files of training rows."""
+        """Return the files of training rows."""
         return sorted((self.data / "rows").glob("*.tar"))
 
 
 def small_world(path: Path) -> Path:
-    """A simulated world of a few hundred training rows, in records so small that training reads them one by one."""
+    """Write a simulated dataset of a few hundred rows. Its records are small, so that a run reads many of them."""
     builder = partial(trainer.data.simulator.write_dataset.DatasetBuilder, rows_per_record=16)
     with mock.patch.object(trainer.data.simulator.write_dataset, "DatasetBuilder", builder):
         trainer.data.simulator.write_dataset.simulate(path, users=120, days=3, partitions=4, seed=5)
@@ -170,7 +170,7 @@ def _lives(process: int) -> bool:
 
 
 def differences(found: Job, expected: Job) -> list[str]:
-    """What of a finished job is not bit by bit what it is in another: model, optimizers, metrics, rows trained on."""
+    """List the parts of two finished jobs that are not equal bit for bit: model, optimizers, metrics, trained rows."""
     different = state_differences(found, expected)
     rows = [trained_rows(found, rank) for rank in range(RANKS)]
     different += [
@@ -183,7 +183,7 @@ def differences(found: Job, expected: Job) -> list[str]:
 
 
 def state_differences(found: Job, expected: Job) -> list[str]:
-    """The same without the rows, which only ``faulty_rank`` notes."""
+    """List the differences of the stored state, without the trained rows, which only ``faulty_rank`` records."""
     (newest, manifest), (reference, reference_manifest) = _newest(found), _newest(expected)
     different = [
         f"manifest: {name}"
@@ -193,7 +193,7 @@ def state_differences(found: Job, expected: Job) -> list[str]:
     different += _unequal("model", dict(model_of(newest)), dict(model_of(reference)))
     for rank in range(RANKS):
         name = f"rank-{rank:05d}.pt"
-        different += _unequal(name, *(dict(_flat(_own(directory / name))) for directory in (newest, reference)))
+        different += _unequal(name, *(dict(_flat(_rank_state(directory / name))) for directory in (newest, reference)))
     different += _unequal("trace", *(dict(enumerate(_trace(directory))) for directory in (newest, reference)))
     different += _unequal("metrics", _metrics(found), _metrics(expected))
     return different
@@ -208,7 +208,7 @@ def _newest(job: Job) -> tuple[Path, Manifest]:
 
 
 def model_of(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every table, its optimizer's state, and the dense network's with its own, read in this process alone."""
+    """Yield every tensor of a checkpoint: tables, dense network, and the state of both optimizers."""
     reader = dcp.FileSystemReader(directory / MODEL)
     stored = reader.read_metadata().state_dict_metadata
     state = {
@@ -218,13 +218,13 @@ def model_of(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     }
     assert len(state) == len(stored)
     with warnings.catch_warnings():
-        # That it is for a single process is meant.
+        # torch warns that no process group exists; reading in a single process is intended here.
         warnings.simplefilter("ignore")
         dcp.load(state, storage_reader=reader, no_dist=True)
     yield from state.items()
 
 
-def _own(file: Path) -> dict[str, Any]:
+def _rank_state(file: Path) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(file, weights_only=True)
     del state["window"]["seconds"], state["window"]["elapsed"]
     return state
@@ -242,7 +242,7 @@ def _metrics(job: Job) -> dict[str, Any]:
 
 
 def trained_rows(job: Job, rank: int) -> dict[int, list[int]]:
-    """Step -> visits that this rank trained on in it, the last time that the step was done."""
+    """Return by step the visits that a rank trained on, in the last execution of the step."""
     lines = (job.directory / f"rows-{rank}").read_text().splitlines()
     return dict(json.loads(line) for line in lines)
 

@@ -1,4 +1,4 @@
-"""The kinds of faults: how one is drawn, what the job must answer, and what a person does about it before going on."""
+"""Kinds of faults: the random draw of one, the reaction that a job must show, and the repair before the next start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAVE_FILES = {
     )
     for rank in range(RANKS)
 }
-"""Rank -> the files that it writes in a save."""
+"""Rank -> files that it writes in a save."""
 
 ROOM_BYTES = 64 << 20
 PAGE_BYTES = 4096
@@ -32,36 +32,36 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Attack:
-    """One fault, drawn.
+    """One fault with the expected reaction.
 
     Attributes:
-        name: of its kind.
-        fault: for ``faulty_rank``.
-        statuses: of the launcher, one of which must be the answer.
-        says: pattern of a line that must be said.
-        prepare: to be done before the start.
-        repair: to be done before the next one.
+        name: name of the kind.
+        fault: fault for ``faulty_rank``; None if it is made outside of the ranks.
+        statuses: exit statuses of the launcher that are accepted.
+        message: pattern of a line that the job must print.
+        prepare: called before the start.
+        repair: called before the next start.
     """
 
     name: str
     fault: Fault | None
     statuses: tuple[int, ...]
-    says: str = ""
+    message: str = ""
     prepare: Callable[[Job], None] = field(default=lambda job: None)
     repair: Callable[[Job], None] = field(default=lambda job: None)
 
     def problems(self, ending: Ending) -> list[str]:
-        """What is wrong with the answer; a user should have one clear line."""
+        """List the defects of the reaction: a user must get the right exit status and one clear line."""
         found = []
         if ending.status not in self.statuses:
             found.append(f"exit status {ending.status} instead of {self.statuses}")
-        if not re.search(self.says, ending.said, re.MULTILINE):
-            found.append(f"nothing like {self.says!r} is said")
-        if "Traceback" in ending.said:
+        if not re.search(self.message, ending.output, re.MULTILINE):
+            found.append(f"no line matches {self.message!r}")
+        if "Traceback" in ending.output:
             found.append("a traceback is shown")
-        told = {line for line in ending.errors if line.startswith("limelight: error:")}
-        if len(told) > bool({USER_ERROR_STATUS, HUNG_STATUS} & {*self.statuses}):
-            found.append("more than one error is told")
+        errors = {line for line in ending.errors if line.startswith("limelight: error:")}
+        if len(errors) > bool({USER_ERROR_STATUS, HUNG_STATUS} & {*self.statuses}):
+            found.append("more than one error is printed")
         return found
 
 
@@ -69,48 +69,48 @@ Draw = Callable[[random.Random, Job], Attack]
 
 
 def kill_rank(rng: random.Random, job: Job) -> Attack:
-    """``kill -9`` of one rank."""
+    """Kill one rank."""
     fault = _signal(rng, signal.SIGKILL, "rank")
     return Attack("kill -9 of a rank", fault, (KILLED,), _ended(fault))
 
 
 def kill_launcher(rng: random.Random, job: Job) -> Attack:
-    """``kill -9`` of the launcher."""
+    """Kill the launcher."""
     return Attack("kill -9 of the launcher", _signal(rng, signal.SIGKILL, "launcher"), (-signal.SIGKILL,))
 
 
 def kill_all(rng: random.Random, job: Job) -> Attack:
-    """``kill -9`` of everything."""
+    """Kill the launcher and all ranks."""
     return Attack("kill -9 of all", _signal(rng, signal.SIGKILL, "all"), (-signal.SIGKILL,))
 
 
 def kill_in_start(rng: random.Random, job: Job) -> Attack:
-    """``kill -9`` of a rank while the job starts."""
+    """Kill a rank while the job starts."""
     fault = {**_signal(rng, signal.SIGKILL, "rank"), "phase": "start", "delay": rng.uniform(0.05, 0.9)}
     return Attack("kill -9 of a rank at the start", fault, (KILLED,), _ended(fault))
 
 
 def kill_in_evaluation(rng: random.Random, job: Job) -> Attack:
-    """``kill -9`` of a rank while the held-out rows are predicted."""
+    """Kill a rank while it predicts the held-out rows."""
     fault = {**_signal(rng, signal.SIGKILL, "rank"), "phase": "evaluation", "delay": rng.uniform(0, 0.15)}
     return Attack("kill -9 of a rank in evaluation", fault, (KILLED,), _ended(fault))
 
 
 def terminate(rng: random.Random, job: Job) -> Attack:
-    """SIGTERM to the launcher, to one rank, or to every process down to the loader workers."""
+    """Send SIGTERM to the launcher, to one rank, or to every process with the loader workers."""
     to = rng.choice(["launcher", "rank", "all"])
     fault = _signal(rng, signal.SIGTERM, to)
     return Attack(f"SIGTERM to {'a rank' if to == 'rank' else to}", fault, (PREEMPTED_STATUS,), "^stopped by SIGTERM")
 
 
 def terminate_in_start(rng: random.Random, job: Job) -> Attack:
-    """SIGTERM while the job starts."""
+    """Send SIGTERM to the launcher while the job starts."""
     fault = {**_signal(rng, signal.SIGTERM, "launcher"), "phase": "start", "delay": rng.uniform(0.05, 0.9)}
     return Attack("SIGTERM at the start", fault, (PREEMPTED_STATUS, 128 + signal.SIGTERM))
 
 
 def stop_in_save(rng: random.Random, job: Job, file: str | None = None) -> Attack:
-    """The process ends when half of a file is on disk, or beside the rename that makes a checkpoint valid."""
+    """End a rank when half of a file is on disk, or before or after the rename that makes a checkpoint valid."""
     if file is None:
         file = rng.choice([*SAVE_FILES[0], *SAVE_FILES[1], "rename-before", "rename-after"])
     rank = next((rank for rank, files in SAVE_FILES.items() if file in files), 0)
@@ -119,21 +119,23 @@ def stop_in_save(rng: random.Random, job: Job, file: str | None = None) -> Attac
 
 
 def stop_in_removal(rng: random.Random, job: Job) -> Attack:
-    """The process ends when the oldest checkpoint has lost its name, and is not removed yet."""
+    """End a rank when the oldest checkpoint is renamed but not removed yet."""
     fault = {"kind": "stop in save", "rank": 0, "file": "removal", "save": 1}
     return Attack("stop while an old checkpoint is removed", fault, (KILLED,), _ended(fault))
 
 
 def stop_in_replacement(rng: random.Random, job: Job) -> Attack:
-    """The newest checkpoint is damaged; the process ends when it is to be replaced by another one of the same step.
-    There must be two checkpoints."""
+    """Damage the newest checkpoint, and end a rank while another one of the same step replaces it.
+
+    The job must have two checkpoints.
+    """
     attack = damage_newest(rng, job)
     fault = {"kind": "stop in save", "rank": 0, "file": "replacement", "save": 1}
-    return Attack("stop while a damaged one is replaced", fault, (KILLED,), attack.says)
+    return Attack("stop while a damaged one is replaced", fault, (KILLED,), attack.message)
 
 
 def write_error(rng: random.Random, job: Job) -> Attack:
-    """A file of a save cannot be written."""
+    """Make the write of a file of a save fail."""
     rank, code = rng.randrange(RANKS), rng.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT])
     fault = {
         "kind": "write error",
@@ -149,24 +151,27 @@ def write_error(rng: random.Random, job: Job) -> Attack:
 
 
 def full_disk(rng: random.Random, job: Job) -> Attack:
-    """The checkpoints' file system has no room for the next save; where none can be made, files have a largest size."""
-    says = "^limelight: error: .*(No space left on device|is the disk full|File too large)"
+    """Leave no space for the next save on the file system of the checkpoints.
+
+    Where no file system can be mounted, the size of files is limited instead.
+    """
+    pattern = "^limelight: error: .*(No space left on device|is the disk full|File too large)"
     if not job.nursery.can_mount:
         fault = {"kind": "file limit", "rank": rng.randrange(RANKS), "step": rng.randint(1, 6), "bytes": 200_000}
-        return Attack("full disk, as a largest size", fault, (USER_ERROR_STATUS,), says)
+        return Attack("full disk, as a largest size", fault, (USER_ERROR_STATUS,), pattern)
     size = _size_of(job) + rng.randrange(200_000, 1_800_000)
     return Attack(
         "full disk",
         None,
         (USER_ERROR_STATUS,),
-        says,
+        pattern,
         prepare=lambda job: job.limit_disk(size),
         repair=lambda job: job.limit_disk(ROOM_BYTES),
     )
 
 
 def kill_worker(rng: random.Random, job: Job) -> Attack:
-    """A loader worker is killed, as when memory runs out."""
+    """Kill a loader worker, as the kernel does when memory runs out."""
     rank, number = rng.randrange(RANKS), rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGBUS])
     fault = {
         "kind": "worker",
@@ -175,12 +180,12 @@ def kill_worker(rng: random.Random, job: Job) -> Attack:
         "delay": rng.uniform(0, 0.05),
         "signal": int(number),
     }
-    says = rf"^limelight: error: rank {rank}: loader worker, process \d+, was ended by {number.name}"
-    return Attack(f"loader worker gets {number.name}", fault, (USER_ERROR_STATUS,), says)
+    pattern = rf"^limelight: error: rank {rank}: loader worker, process \d+, was ended by {number.name}"
+    return Attack(f"loader worker gets {number.name}", fault, (USER_ERROR_STATUS,), pattern)
 
 
 def break_shard(rng: random.Random, job: Job) -> Attack:
-    """A file of training rows becomes unreadable."""
+    """Make a file of training rows unreadable."""
     harm = rng.choice(["missing", "truncated", "zeroed", "directory"])
     fault = {
         "kind": "shard",
@@ -189,23 +194,23 @@ def break_shard(rng: random.Random, job: Job) -> Attack:
         "shard": str(rng.choice(job.shards())),
         "harm": harm,
     }
-    says = r"^limelight: error: .*\.tar: record \d+ .* cannot be read"
-    return Attack(f"shard {harm}", fault, (USER_ERROR_STATUS,), says, repair=Job.restore_data)
+    pattern = r"^limelight: error: .*\.tar: record \d+ .* cannot be read"
+    return Attack(f"shard {harm}", fault, (USER_ERROR_STATUS,), pattern, repair=Job.restore_data)
 
 
 def hang(rng: random.Random, job: Job, stopped: bool | None = None) -> Attack:
-    """A rank sleeps for ever, or is stopped; the watchdog ends the job."""
+    """Let a rank sleep for ever, or stop it by SIGSTOP; the watchdog ends the job."""
     rank = rng.randrange(RANKS)
     stopped = rng.random() < 0.5 if stopped is None else stopped
-    # The first step is given two minutes.
+    # From step 2: the watchdog allows the first step two minutes.
     fault = {"kind": "hang", "rank": rank, "step": rng.randint(2, 8), "stopped": stopped}
     what = "does not answer at all" if stopped else "is not in a collective: at trainer/ranking/train_loop.py"
-    says = rf"limelight: error: no step for \d+ s after step \d+: rank {rank} {what}.*rank {1 - rank} waits in "
-    return Attack("stopped rank" if stopped else "rank that hangs", fault, (HUNG_STATUS,), says)
+    pattern = rf"limelight: error: no step for \d+ s after step \d+: rank {rank} {what}.*rank {1 - rank} waits in "
+    return Attack("stopped rank" if stopped else "rank that hangs", fault, (HUNG_STATUS,), pattern)
 
 
 def not_a_number(rng: random.Random, job: Job) -> Attack:
-    """A loss that is not a number."""
+    """Make the loss of a step NaN."""
     fault = {"kind": "not a number", "rank": rng.randrange(RANKS), "step": rng.randint(1, 8)}
     return Attack(
         "loss that is not a number", fault, (USER_ERROR_STATUS,), r"^limelight: error: the loss of step \d+ is nan"
@@ -213,7 +218,10 @@ def not_a_number(rng: random.Random, job: Job) -> Attack:
 
 
 def damage_newest(rng: random.Random, job: Job, file: str | None = None, harm: str | None = None) -> Attack:
-    """A file of the newest checkpoint is damaged between two starts. Done at once; there must be two checkpoints."""
+    """Damage a file of the newest checkpoint between two starts.
+
+    The damage is done by this call. The job must have two checkpoints.
+    """
     newest = job.checkpoints()[-1]
     names = ["manifest.json", *read_manifest(newest).files]
     name = file or rng.choice(names)
@@ -225,7 +233,7 @@ def damage_newest(rng: random.Random, job: Job, file: str | None = None, harm: s
 
 
 NEED_TWO = (damage_newest, stop_in_replacement)
-"""Kinds that need two checkpoints."""
+"""Kinds for which the job must have two checkpoints."""
 
 KINDS: dict[str, Draw] = {
     draw.__name__: draw
@@ -267,6 +275,6 @@ def _ended(fault: Fault) -> str:
 
 
 def _size_of(job: Job) -> int:
-    """Bytes, in pages, of the checkpoints that are there, and of what killed saves have left."""
+    """Return the bytes, in whole pages, of all checkpoints and of remains of killed saves."""
     entries = job.nursery.path(job.run / "checkpoints").rglob("*")
     return sum(-(-entry.stat().st_size // PAGE_BYTES) * PAGE_BYTES for entry in entries)

@@ -1,5 +1,7 @@
-"""Twenty-odd faults, each in a real job of two ranks: it says what is wrong, and the same command goes on as if nothing
-had happened. One or two of a sort, all with ``--slow``; ``make chaos`` does it a hundred times, at random."""
+"""Faults in real jobs of two ranks: the job reports the fault, and the same command ends with the undisturbed state.
+
+One or two faults of each kind run by default, all of them with ``--slow``; ``make chaos`` draws a hundred at random.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(nursery: Nursery, world: Path) -> Job:
     job = Job(nursery, world.parent / "undisturbed", world)
     ending = job.start()
-    assert ending.status == 0, ending.said[-6000:]
-    assert len(job.checkpoints()) == 3, "more are not kept"
+    assert ending.status == 0, ending.output[-6000:]
+    assert len(job.checkpoints()) == 3, "checkpoint.keep is 3"
     return job
 
 
@@ -42,17 +44,17 @@ def job(nursery: Nursery, world: Path, tmp_path: Path) -> Job:
 
 
 def endure(job: Job, attack: kinds.Attack, undisturbed: Job) -> None:
-    """The fault happens, is told, and leaves no trace once the same command has come to its end."""
+    """Start a job with a fault, check the reaction, and check that the same command ends as the undisturbed job."""
     attack.prepare(job)
     ending = job.start(attack.fault)
-    assert not attack.problems(ending), f"{attack.problems(ending)}\n{ending.said[-6000:]}"
-    assert ending.struck or attack.fault is None, ending.said[-6000:]
+    assert not attack.problems(ending), f"{attack.problems(ending)}\n{ending.output[-6000:]}"
+    assert ending.struck or attack.fault is None, ending.output[-6000:]
     attack.repair(job)
     go_on(job, undisturbed)
 
 
 def late(attack: kinds.Attack) -> kinds.Attack:
-    """The same when there is a checkpoint to go on from."""
+    """Return the attack at a later time, when there is a checkpoint to resume from."""
     assert attack.fault is not None
     later = {
         name: least + attack.fault.get(name, 0) for name, least in (("step", 5), ("save", 1)) if name in attack.fault
@@ -60,16 +62,17 @@ def late(attack: kinds.Attack) -> kinds.Attack:
     return replace(attack, fault={**attack.fault, **later})
 
 
-def go_on(job: Job, undisturbed: Job, says: str = "") -> None:
-    there = job.checkpoints()
+def go_on(job: Job, undisturbed: Job, message: str = "") -> None:
+    """Start the job again; it must print ``message``, finish, and equal the undisturbed job."""
+    checkpoints = job.checkpoints()
     ending = job.start()
-    assert ending.status == 0 and not ending.errors and says in ending.said, ending.said[-6000:]
-    if there and not says:
-        assert ending.resumed_from == there[-1].name, "the newest checkpoint is not used"
+    assert ending.status == 0 and not ending.errors and message in ending.output, ending.output[-6000:]
+    if checkpoints and not message:
+        assert ending.resumed_from == checkpoints[-1].name, "the newest checkpoint is not used"
     assert differences(job, undisturbed) == []
 
 
-def test_a_job_that_learnt_otherwise_is_found_different(
+def test_a_job_with_another_seed_is_found_different(
     nursery: Nursery, world: Path, tmp_path: Path, undisturbed: Job
 ) -> None:
     other = Job(nursery, tmp_path / "other", world, "run.seed=2")
@@ -133,7 +136,7 @@ def test_a_loss_that_is_not_a_number_is_not_learnt_from_and_its_rows_are_kept(jo
 def test_a_damaged_checkpoint_is_passed_over(file: str, harm: str, job: Job, undisturbed: Job) -> None:
     stop_late(job)
     attack = kinds.damage_newest(random.Random(file), job, file, harm)
-    go_on(job, undisturbed, attack.says)
+    go_on(job, undisturbed, attack.message)
 
 
 def test_a_stop_while_a_damaged_checkpoint_is_replaced_leaves_one_of_the_two(job: Job, undisturbed: Job) -> None:
@@ -142,7 +145,7 @@ def test_a_stop_while_a_damaged_checkpoint_is_replaced_leaves_one_of_the_two(job
 
 
 def stop_late(job: Job) -> None:
-    """Have two checkpoints or more, and a job that is not at its end."""
+    """Stop a job before its end, when it has two checkpoints or more."""
     fault = kinds.kill_all(random.Random(1), job).fault
     assert fault is not None
     job.start({**fault, "step": 14})
@@ -152,16 +155,16 @@ def stop_late(job: Job) -> None:
 def test_the_command_itself_is_killed_and_preempted_and_goes_on(job: Job, undisturbed: Job) -> None:
     command = Command(job)
     try:
-        status, said = command.run(4, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
-        assert status == 128 + signal.SIGKILL, said
-        assert "limelight: rank 1 was ended by SIGKILL (out of memory?)" in said and "Traceback" not in said
+        status, output = command.run(4, lambda launcher, ranks: os.kill(ranks[1], signal.SIGKILL))
+        assert status == 128 + signal.SIGKILL, output
+        assert "limelight: rank 1 was ended by SIGKILL (out of memory?)" in output and "Traceback" not in output
 
-        status, said = command.run(16, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
-        assert status == PREEMPTED_STATUS, said
-        assert "resuming from " in said and "stopped by SIGTERM" in said
+        status, output = command.run(16, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
+        assert status == PREEMPTED_STATUS, output
+        assert "resuming from " in output and "stopped by SIGTERM" in output
 
-        status, said = command.run(16, lambda launcher, ranks: None)
-        assert status == 0 and "limelight: " not in said, said
+        status, output = command.run(16, lambda launcher, ranks: None)
+        assert status == 0 and "limelight: " not in output, output
     finally:
         command.kill()
     assert (job.run / "report.html").exists()

@@ -1,4 +1,4 @@
-"""A few kills of ranks that train on a stream; ``python -m tests.faults.stream_kills`` has more."""
+"""A few kills of ranks that train on a stream; ``python -m tests.faults.stream_kills`` does more of them."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ pytestmark = pytest.mark.slow
 def test_kills_leave_no_trace(source: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if source == "kafka" and importlib.util.find_spec("confluent_kafka") is None:
         pytest.skip("needs confluent-kafka: make setup EXTRAS=llm,dev,kafka")
-    given = argparse.Namespace(source=source, kills=2, users=150, days=2, seed=3)
-    assert compare(given, tmp_path) == 0, capfd.readouterr().out
+    options = argparse.Namespace(source=source, kills=2, users=150, days=2, seed=3)
+    assert compare(options, tmp_path) == 0, capfd.readouterr().out

@@ -1,6 +1,6 @@
-"""Checkpoints of one rank: when they are saved, which are kept, and what is not taken for one.
+"""Checkpoints of one rank: schedule, retention, resumption, and refusal of damaged or foreign ones.
 
-What several ranks save and load is tested in tests/distributed/test_resume.py, faults in tests/faults.
+Several ranks are tested in tests/distributed/test_resume.py, faults in tests/faults.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def identity(fingerprint: str = "f", kind: str = "ple", resume: bool = False, **
 
 
 def trained(engine: HybridEngine, steps: int) -> TrainingState:
-    """The state after some steps on the first batches of a stream."""
+    """Train ``steps`` steps on the first batches of a stream, and return the state."""
     state = TrainingState.at_start(NAMES)
     for result in engine.steps(batch for batch, _ in zip(batches_of(0, 1), range(steps), strict=False)):
         batch = result.batch
@@ -70,7 +70,7 @@ def test_what_is_saved_is_restored(world: World, tmp_path: Path) -> None:
     assert saving.restore(engine, TrainingState.at_start(NAMES)) is None
     torch.set_rng_state(drawn)
     saving.save(engine, state)
-    # In the background: training goes on, and changes nothing of what is written.
+    # The save runs in the background: training continues, and must not change the written values.
     expected = torch.rand(4)
     trained(engine, 3)
     saving.close()
@@ -108,7 +108,7 @@ def test_the_newest_and_every_nth_are_kept(world: World, tmp_path: Path) -> None
         checkpoints.save(engine, state, wait=step % 2 == 0)
     checkpoints.wait()
     assert saved_steps(tmp_path) == [30, 60, 70, 80]
-    # A run that goes on counts on.
+    # A resumed run continues to count its saves.
     more = Checkpoints(tmp_path, identity(keep=1, keep_every=3), world)
     more.restore(engine, state)
     assert state.step == 80
@@ -161,10 +161,10 @@ def test_a_damaged_file_takes_training_back_to_the_checkpoint_before(
         loaded = TrainingState.at_start(NAMES)
         Checkpoints(tmp_path, identity(), world).restore(engine, loaded)
         assert loaded.step == 1, file
-        told = [line for line in capsys.readouterr().out.splitlines() if "damaged, trying the checkpoint" in line]
-        assert len(told) == 1 and file.name in told[0]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "damaged, trying the checkpoint" in line]
+        assert len(lines) == 1 and file.name in lines[0]
         file.write_bytes(content)
-    # Training from the one before comes by the damaged one again, and takes its place.
+    # Training from the checkpoint before reaches the step of the damaged one again, and replaces it.
     damage(newest / "job.json", how)
     again = Checkpoints(tmp_path, identity(), world)
     again.restore(engine, loaded)
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
     lookups = [Lookup(each.name, "lobby" if each.table == "room" else each.table, each.length) for each in LOOKUPS]
     wider = SmallRanker()
     wider.extra = torch.nn.Linear(BEHAVIOURS, 2)  # type: ignore[assignment]
-    for other, given, told in (
+    for other, expected, message in (
         (single_engine(world, tables=larger), identity(), "another model: table room 17 x 16 there, 18 x 16 here"),
         (
             single_engine(world, tables=renamed, lookups=lookups),
@@ -204,8 +204,8 @@ def test_a_checkpoint_of_something_else_is_refused(world: World, tmp_path: Path)
         (single_engine(world), identity(fingerprint="g"), "resume.allow_new_data=true accepts it"),
     ):
         with pytest.raises(UserError) as refused:
-            Checkpoints(tmp_path, given, world).restore(other, state)
-        assert told in str(refused.value) and "\n" not in str(refused.value)
+            Checkpoints(tmp_path, expected, world).restore(other, state)
+        assert message in str(refused.value) and "\n" not in str(refused.value)
     assert Checkpoints(tmp_path, identity("g", resume=True), world).restore(single_engine(world), state) == {}
     directory = tmp_path / "step-00000000"
     write_manifest(directory, read_manifest(directory).model_copy(update={"schema_version": 2}))
@@ -230,9 +230,9 @@ def test_a_failure_in_the_background_ends_training_with_its_reason(
             failing = Checkpoints(tmp_path, identity(), world)
             state.step = 2
             failing.save(engine, state)
-            with pytest.raises(UserError, match="No space left on device") as told:
+            with pytest.raises(UserError, match="No space left on device") as refused:
                 failing.wait()
-            assert "\n" not in str(told.value)
+            assert "\n" not in str(refused.value)
             with pytest.raises(UserError, match="No space left on device"):
                 failing.save(engine, state)
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], f"{name}: nothing is left behind"

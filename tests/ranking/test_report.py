@@ -1,4 +1,4 @@
-"""The metrics table and the report of a run."""
+"""Metrics table and report of a run."""
 
 from __future__ import annotations
 

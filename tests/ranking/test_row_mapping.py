@@ -1,4 +1,4 @@
-"""Rows that mean the same, against looking every id up by itself."""
+"""Maps between rows of the same meaning in two models, against a separate lookup of every id."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LAYOUT = {
 
 
 def side(config: FeatureConfig | None = None, **layout: Any) -> ModelFeatures:
-    """What a model knows about its features."""
+    """Return the features of a model on the layout ``LAYOUT`` with changes."""
     nothing = np.empty(0)
     fitted = FittedFeatures({**LAYOUT, **layout}, {}, nothing, nothing, nothing)
     return ModelFeatures(config or FeatureConfig(), fitted)
 
 
 def pairs(rows: RowMap, old_rows: int, step: int) -> list[tuple[int, int]]:
-    """All of a map, read in parts of ``step`` old rows."""
+    """Return all pairs of a map, read in parts of ``step`` old rows."""
     found = []
     for first in range(0, old_rows, step):
         last = min(first + step, old_rows)
@@ -125,7 +125,7 @@ def test_features_of_the_packed_table_keep_their_values(old: ModelFeatures, new:
 
 
 @pytest.mark.parametrize(
-    ("new", "told"),
+    ("new", "message"),
     [
         (side(side=[["hour", 24], ["city", 8], ["tag", 30]]), "feature city had 9 values and has 8 now"),
         (side(side=[["city", 9], ["hour", 24], ["tag", 30]]), "in another order"),
@@ -133,8 +133,8 @@ def test_features_of_the_packed_table_keep_their_values(old: ModelFeatures, new:
         (side(behaviours=["click", "like"]), "behaviours of a past visit had 8 values and has 4"),
     ],
 )
-def test_side_features_that_mean_something_else_are_refused(new: ModelFeatures, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_side_features_that_mean_something_else_are_refused(new: ModelFeatures, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         map_rows("side", side(), new, 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""The split in time that a job asks for."""
+"""Split of a dataset in time: training range and held-out range of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Mistakes in `[init_from]` that are found before anything is fitted; what is taken is in tests/distributed."""
+"""Mistakes in `[init_from]` that are found before anything is fitted.
+
+tests/distributed/test_init_from.py tests the copied tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from trainer.ranking.warm_start import check_source
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of users of dimension 16, rooms of 8, and nothing else."""
+    """Return a run with a user table of dimension 16 and a room table of dimension 8."""
     write_checkpoint(tmp_path / "run", {"user": torch.ones(5, 16), "room": torch.ones(4, 8)}, {}, {})
     return tmp_path / "run"
 
@@ -33,7 +36,7 @@ def test_what_fits_passes(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tables", "features", "told"),
+    ("tables", "features", "message"),
     [
         (("usr",), {}, "step-00000007 has no table 'usr'; it has room, user"),
         (("room",), {}, "this model has no table 'room'; it has author, item, side, user"),
@@ -43,13 +46,13 @@ def test_what_fits_passes(run: Path) -> None:
         ((), {"exclude": ["user_id"], "user": {"dim": 8}}, "has no table in common with this model"),
     ],
 )
-def test_what_does_not_is_told(run: Path, tables: tuple[str, ...], features: dict[str, Any], told: str) -> None:
+def test_what_does_not_fit_is_named(run: Path, tables: tuple[str, ...], features: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         check_source(config_of(run, tables, **features))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint and no run with checkpoints here"):
         check_source(config_of(tmp_path / "none"))
     with pytest.raises(UserError, match=r"need a `run` to copy from; set init_from\.run"):

@@ -1,4 +1,4 @@
-"""Which interface the machines of a job reach each other by."""
+"""Choice of the network interface by which the machines of a job reach each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_machines_that_are_all_this_one_meet_on_the_loopback(master: str) -> Non
 def test_the_network_to_the_first_machine_is_taken_and_never_a_loopback(
     master: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Own names often lead to the loopback, by which other machines cannot come: the default route is taken then."""
+    """A host's own name often leads to the loopback, which other machines cannot reach: the default route is used."""
     own = {"10.0.0.7": "10.0.0.9", "master.cluster": "10.0.0.9", "this-host": "127.0.1.1", "192.0.2.1": "172.16.0.2"}
     names = {"10.0.0.9": "ib0", "172.16.0.2": "eth0", "127.0.1.1": "lo"}
 
@@ -37,13 +37,13 @@ def test_the_network_to_the_first_machine_is_taken_and_never_a_loopback(
     assert interface_towards(master) == expected
 
 
-def test_a_machine_without_a_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_network_has_no_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network_interfaces, "_source_address", lambda target: None)
     assert interface_towards("10.0.0.7") is None
 
 
 def test_interfaces_are_known_by_their_addresses() -> None:
-    """Against the kernel: a socket bound to an interface's address is found to be that interface's."""
+    """Compares with the kernel's own list of interfaces."""
     assert network_interfaces._interface_of(ipaddress.ip_address("127.0.0.1")) == "lo"
     found = interface_towards("192.0.2.1")
     assert found is None or found in {name for _, name in socket.if_nameindex()}

@@ -1,4 +1,4 @@
-"""Time is split into phases without gaps or overlaps."""
+"""Split of time into phases without gaps or overlaps."""
 
 import time
 
@@ -20,7 +20,7 @@ def test_a_phase_inside_another_interrupts_it() -> None:
         time.sleep(0.01)
     seconds = clock.lap().total()
     assert seconds.keys() == set(PHASES)
-    # Sleeping may take longer than asked for, never shorter.
+    # A sleep may take longer than its argument, but never less.
     assert seconds["tables"] >= 0.03
     assert seconds["communication"] >= 0.05
     assert seconds["dense"] >= 0.01

@@ -1,4 +1,4 @@
-"""Ranks of one start find each other in a store that earlier starts have used."""
+"""Rendezvous of the ranks of one start in a store that earlier starts have used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMEOUTS = timedelta(seconds=60)
 
 
 def meet(store: dist.Store, size: int) -> list[str]:
-    """One start: what each rank reads of a key that the first one writes, once all have met."""
+    """Let the ranks of one start meet, and return the value that each rank reads of a key that the first one wrote."""
 
     def rank(number: int) -> str:
         part = fresh_part(store, number, size, TIMEOUTS)
@@ -30,7 +30,7 @@ def meet(store: dist.Store, size: int) -> list[str]:
 def test_every_start_has_a_part_of_its_own(sizes: tuple[int, ...]) -> None:
     store = dist.HashStore()
     for start, size in enumerate(sizes):
-        # A rank of an earlier start that has called and died, or was about to confirm.
+        # Remains of a rank of an earlier start that died after its call, or just before its confirmation.
         for rank in range(1, size):
             if start % 2:
                 store.set(f"limelight/call/{rank}", f"dead{start}")

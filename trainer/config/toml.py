@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from trainer.console.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_TOML_TYPES = {
+    "tuple_type": "input should be a list, such as [1, 2]",
+    "dict_type": "input should be a table of keys and values",
+    "model_type": "input should be a section of keys and values",
+}
+"""Kind of a mistake -> message in TOML's terms; pydantic names Python's types."""
 
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def _section_and_keys(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return (inner[0] if inner else None), free
 
 
-def _explain(mistake: ErrorDetails, raw: dict[str, Any], model: type[BaseModel]) -> str:
+def _explain(mistake: Mapping[str, Any], raw: dict[str, Any], model: type[BaseModel]) -> str:
     """Describe a mistake in one line. For an unknown key the line names the nearest known one."""
     key = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
@@ -132,7 +138,7 @@ def _explain(mistake: ErrorDetails, raw: dict[str, Any], model: type[BaseModel])
         return f"unknown key {key}; did you mean {nearest}?"
     if mistake["type"] == "missing":
         return f"{key} is missing"
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = _TOML_TYPES.get(mistake["type"], mistake["msg"]).removeprefix("Value error, ")
     message = f"{message[0].lower()}{message[1:]}"
     value: Any = raw
     for part in mistake["loc"]:
