@@ -333,3 +333,77 @@ def test_arrow_events_may_be_plain_text_in_other_columns_order():
         writer.write_table(table)
     decoded = codec("arrow").decode([sink.getvalue().to_pybytes()], NOW_MS)
     assert as_tuples(decoded.events) == as_tuples(codec("json").decode([line()], NOW_MS).events)
+
+
+def stream_of(columns: list[tuple[str, pa.Array]]) -> bytes:
+    """Return an Arrow message with columns of any names and types."""
+    table = pa.Table.from_arrays([column for _, column in columns], names=[name for name, _ in columns])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("name", [*EVENT_COLUMNS.names, *FEATURES, "more"])
+def test_a_column_that_comes_twice(name):
+    row = {**OPEN, "domain": 1, "more": "x"}
+    columns = [(key, pa.array([value])) for key, value in row.items()]
+    sent = stream_of([*columns, (name, pa.array([row[name]]))])
+    good = stream_of(columns)
+    decoded = codec("arrow").decode([good, sent, sent, good], NOW_MS)
+    if name == "more":
+        assert decoded.rejected == [] and decoded.message.tolist() == [0, 1, 2, 3]
+        return
+    reason = f"not an Arrow stream of events: it has the column {name} more than once"
+    assert [(bad.message, bad.reason, bad.content) for bad in decoded.rejected] == [
+        (1, reason, sent),
+        (2, reason, sent),
+    ]
+    assert decoded.message.tolist() == [0, 3]
+
+
+ARROW_TYPES = [
+    pa.null(), pa.bool_(), pa.int8(), pa.uint64(), pa.int64(), pa.float16(), pa.float64(), pa.decimal128(38, 2),
+    pa.decimal256(76, 10), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary(3), pa.date32(),
+    pa.date64(), pa.time64("ns"), pa.timestamp("us"), pa.timestamp("ns", "UTC"), pa.duration("s"),
+    pa.month_day_nano_interval(), pa.list_(pa.int64()), pa.list_(pa.float32(), 2), pa.large_list(pa.string()),
+    pa.list_view(pa.int64()), pa.struct([("a", pa.int64())]), pa.map_(pa.string(), pa.int64()),
+    pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.int64()),
+    pa.run_end_encoded(pa.int32(), pa.int64()),
+]  # fmt: skip
+
+
+@st.composite
+def arrow_messages(draw: st.DrawFn) -> bytes:
+    """Draw a message of events of which columns have other types, are missing or come twice, and bytes are changed."""
+    rows = draw(st.integers(0, 3))
+    columns = []
+    for name, value in {**OPEN, "domain": 1, "more": "x"}.items():
+        column = pa.array([value] * rows, type=pa.array([value]).type)
+        change = draw(st.sampled_from(["none"] * 12 + ["type", "type", "null", "drop", "twice"]))
+        if change == "type":
+            type = draw(st.sampled_from(ARROW_TYPES))
+            try:
+                column = column.cast(type)
+            except (pa.ArrowException, NotImplementedError):
+                column = pa.nulls(rows, type)
+        elif change == "null":
+            column = pa.nulls(rows, column.type)
+        columns += [] if change == "drop" else [(name, column)] * (2 if change == "twice" else 1)
+    message = bytearray(stream_of(draw(st.permutations(columns))))
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
+        message[draw(st.integers(0, len(message) - 1))] = draw(st.integers(0, 255))
+    return bytes(message[: draw(st.sampled_from([None, None, None, len(message) // 2]))])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(arrow_messages(), min_size=1, max_size=4))
+def test_any_arrow_message_is_read_or_rejected(values):
+    good = codec("arrow").encode_together({name: column[:2] for name, column in EVENTS.items()})
+    decoded = codec("arrow").decode([*values, good], NOW_MS)
+    assert decoded.sizes[-1] == 2 and (decoded.message == len(values)).sum() == 2
+    for place in range(len(values)):
+        rejected = [bad for bad in decoded.rejected if bad.message == place]
+        whole = len(rejected) == 1 and rejected[0].content == values[place]
+        assert whole or (decoded.message == place).sum() + len(rejected) == decoded.sizes[place]
+    assert all("\n" not in bad.reason for bad in decoded.rejected)

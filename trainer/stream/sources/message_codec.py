@@ -54,7 +54,6 @@ _LISTS = pa.schema(
 _NAMED_EVENTS = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.field("event", pa.string()))
 # ``side`` is read as int64, so that a value beyond int32 rejects one event and not the whole message.
 _READ = pa.schema([*_NAMED_EVENTS, *_LISTS.set(0, pa.field("side", pa.list_(pa.int64())))])
-_NOT_ARROW = (pa.ArrowException, OSError, ValueError)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -263,7 +262,8 @@ def _from_arrow(values: Sequence[bytes]) -> _Parsed:
         try:
             with pa.ipc.open_stream(value) as stream:
                 opened.append(stream.read_all())
-        except _NOT_ARROW as error:
+        except Exception as error:
+            # Broad, because a message may hold anything, and an error would come again at the same offset.
             opened.append(pa.table({}))
             rejected.append(_not_arrow(place, value, error))
             whole[place] = False
@@ -271,12 +271,12 @@ def _from_arrow(values: Sequence[bytes]) -> _Parsed:
         # Most messages share a schema, and one conversion of all of them is much faster.
         tables.append(_named(pa.concat_tables([opened[place] for place in np.flatnonzero(whole).tolist()])))
         sizes[whole] = [opened[place].num_rows for place in np.flatnonzero(whole).tolist()]
-    except _NOT_ARROW:
+    except Exception:
         for place in np.flatnonzero(whole).tolist():
             try:
                 tables.append(_named(opened[place]))
                 sizes[place] = opened[place].num_rows
-            except _NOT_ARROW as error:
+            except Exception as error:
                 rejected.append(_not_arrow(place, values[place], error))
                 whole[place] = False
     return pa.concat_tables(tables).combine_chunks(), *_places(sizes, whole), sizes, rejected
@@ -288,6 +288,9 @@ def _named(table: pa.Table) -> pa.Table:
     missing = [name for name in EVENT_COLUMNS.names if name not in table.column_names]
     if missing:
         raise pa.ArrowInvalid(f"it has no column {missing[0]}")
+    twice = [name for name in _READ.names if table.column_names.count(name) > 1]
+    if twice:
+        raise pa.ArrowInvalid(f"it has the column {twice[0]} more than once")
     for name in FEATURES:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, _READ.field(name).type))
