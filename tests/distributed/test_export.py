@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
 from trainer.serving.exported_model import open_export
-from trainer.serving.scoring import read_candidates, score_candidates
+from trainer.serving.scoring import read_candidates, score_candidates, score_file
 from trainer.sparse.dynamic_ids import IdCounts
 
 MODELS = [(precision, kind) for precision, kinds in RUNS.items() for kind in kinds]
@@ -81,6 +82,82 @@ def test_probabilities_are_those_of_the_run(out: Path, precision: str, kind: str
     assert largest_difference(scores, expected) <= 1e-6
     # Logits in bfloat16 have few distinct values.
     assert len(np.unique(scores["p_click"].to_numpy())) > {"float32": 60, "bfloat16": 10}[precision]
+
+
+@pytest.mark.parametrize(("precision", "kind"), MODELS)
+def test_a_candidate_changes_no_other_result(out: Path, tmp_path: Path, precision: str, kind: str) -> None:
+    model = open_export(out / f"{precision}-{kind}")
+    table = pq.read_table(out / "candidates.parquet")
+    changes = {
+        "request_ms": [int(table["request_ms"][0].as_py()) - 86_400_000, 946_684_800_000],
+        "user_id": [int(table["user_id"][40].as_py()), 2**63 - 1],
+        "author_id": [2**40],
+        "item_id": [int(table["item_id"][40].as_py()), 2**62],
+    }
+
+    def scores(changed: pa.Table) -> np.ndarray:
+        pq.write_table(changed, tmp_path / "candidates.parquet")
+        candidates = read_candidates(tmp_path / "candidates.parquet", model.data.spec)
+        scored = score_candidates(model, str(out / "world"), candidates).drop_columns(["request_ms", "user_id"])
+        return np.stack([column.to_numpy() for column in scored.drop_columns(["item_id", "author_id"])], axis=1)
+
+    expected = scores(table)
+    for name, values in changes.items():
+        for value in values:
+            column = table[name].to_numpy().copy()
+            column[33] = value
+            found = scores(table.set_column(table.column_names.index(name), name, pa.array(column)))
+            np.testing.assert_array_equal(
+                np.delete(found, 33, 0), np.delete(expected, 33, 0), err_msg=f"{name} {value}"
+            )
+
+
+def test_times_of_candidates_may_have_any_unit(out: Path, tmp_path: Path) -> None:
+    spec, table = DatasetSpec.load(out / "world"), pq.read_table(out / "candidates.parquet")
+    expected = table["request_ms"].to_numpy()
+    milliseconds = table["request_ms"].combine_chunks()
+    place = table.column_names.index("request_ms")
+
+    def read(column: pa.Array) -> np.ndarray:
+        pq.write_table(table.set_column(place, "request_ms", column), tmp_path / "candidates.parquet")
+        return read_candidates(tmp_path / "candidates.parquet", spec)["request_ms"]
+
+    stamps = milliseconds.cast(pa.timestamp("ms"))
+    zoned = milliseconds.cast(pa.timestamp("ms", "Asia/Shanghai"))
+    text = pc.strftime(stamps.cast(pa.timestamp("ms", "UTC")), "%Y-%m-%d %H:%M:%S UTC")
+    for column in (
+        *(stamps.cast(pa.timestamp(unit)) for unit in ("us", "ns")),
+        zoned,
+        milliseconds.cast(pa.float64()),
+        text,
+    ):
+        np.testing.assert_array_equal(read(column), expected)
+    for column in (
+        pc.divide(milliseconds, 1000),
+        pc.multiply(milliseconds, 1000),
+        pa.array(expected.astype(np.float32)),
+    ):
+        with pytest.raises(UserError, match=r"candidates.parquet: row 1: column 'request_ms' is"):
+            read(column)
+    for wrong in (2**53, -1.0, 7.5):
+        users = table["user_id"].to_numpy().astype(float)
+        users[5] = wrong
+        changed = table.set_column(table.column_names.index("user_id"), "user_id", pa.array(users))
+        pq.write_table(changed, tmp_path / "candidates.parquet")
+        with pytest.raises(UserError, match=r"candidates.parquet: row 6: column 'user_id' is .*2\^53"):
+            read_candidates(tmp_path / "candidates.parquet", spec)
+
+
+def test_new_users_and_items_are_counted_in_a_line(out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = pq.read_table(out / "candidates.parquet")
+    users = table["user_id"].to_numpy().copy()
+    users[[3, 70]] = 10**6
+    pq.write_table(table.set_column(table.column_names.index("user_id"), "user_id", pa.array(users)), tmp_path / "c")
+    with caplog.at_level("INFO"):
+        score_file(open_export(out / "float32-ple"), tmp_path / "c", tmp_path / "scores.parquet")
+    assert [line for line in caplog.messages if "unknown ids: 2 of user (direct" in line]
+    found = pq.read_table(tmp_path / "scores.parquet")
+    assert found.num_rows == 80 and found["user_id"].to_pylist() == users.tolist()
 
 
 def test_a_model_is_scored_in_the_precision_of_its_run(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from trainer.config.ranker import JobConfig
 from trainer.console.progress import Progress
+from trainer.data.features.fit import ID_TABLES
+from trainer.data.features.id_map import beyond_message
 from trainer.data.format import storage
 from trainer.data.format.schema import DatasetSpec, partition_of
 from trainer.data.loading.loader import Loader
@@ -27,6 +30,9 @@ from trainer.runtime.phase_timer import PHASES
 
 CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
 """Bin edges of the calibration curve, as predicted probabilities."""
+
+_BEYOND = (*ID_TABLES, "histories")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,18 @@ class Predictions:
 def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "evaluate") -> Predictions:
     """Predict every row of a loader. Collective: a rank without rows calls it too."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
+    beyond = torch.zeros(len(_BEYOND), dtype=torch.int64)
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
         for batch, logits in engine.predict(iter(loader)):
             for name in ("user_id", "visit_id", "request_ms", "label", "mask"):
                 parts[name].append(getattr(batch, name).cpu().clone())
             parts["probability"].append(torch.sigmoid(logits.float()).cpu())
+            beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
             progress.advance(batch.rows)
+    if dist.is_initialized():
+        dist.all_reduce(beyond)
+    if beyond.any() and (not dist.is_initialized() or dist.get_rank() == 0):
+        logger.info(f"{label}: {beyond_message(dict(zip(_BEYOND, beyond.tolist(), strict=True)))}")
     return Predictions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
 

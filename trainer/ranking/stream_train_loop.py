@@ -8,7 +8,9 @@ model that has learnt nothing of that moment or later, with histories as of the 
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
+from trainer.data.features.id_map import beyond_message
 from trainer.data.format.schema import Rows
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
@@ -36,6 +39,8 @@ from trainer.runtime.watchdog import Watchdog
 from trainer.stream.labels.assembled_rows import END_OF_TIME, SLOW
 from trainer.stream.sources.source import StreamReader
 from trainer.stream.sources.time_slices import TimeSlices
+
+logger = logging.getLogger(__name__)
 
 
 def train_stream(
@@ -141,6 +146,7 @@ class _StreamTrainer:
         self._endless = config.stream.endless
         self._flushed_at = time.monotonic()
         self._lag = (0, 0)
+        self._beyond: Counter[str] = Counter()
         self._loss = float("nan")
         self._scalars = None
         if world.rank == 0:
@@ -256,6 +262,9 @@ class _StreamTrainer:
     def _record_metrics(self) -> None:
         """Append an entry to the metric history, and write it as scalars."""
         state = self._state
+        if self._beyond:
+            logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
+            self._beyond.clear()
         entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
         state.metric_history.append(entry | lag)
@@ -272,6 +281,7 @@ class _StreamTrainer:
         space = self._state.space
         vectors = None if space is None else space.at(space.newest)
         packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
+        self._beyond.update(packed.beyond)
         batch = unpack(packed, stream.features.layout, {})
         # The fast-slow policy has a loss of its own for slow rows.
         slow = rows["kind"] == SLOW

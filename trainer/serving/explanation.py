@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ import torch
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text, text_table
 from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.id_map import beyond_message
 from trainer.data.format import storage
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import HistorySlice
@@ -23,6 +25,8 @@ from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.loading.batch import unpack
 from trainer.serving.scoring import candidate_rows
 from trainer.serving.trained_run import TrainedModel
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 10
 """Entries of a history that the text shows, those with the most attention."""
@@ -90,6 +94,8 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
     rows = candidate_rows(model, model.config.data.path, columns)
     space = None if model.space is None else model.space.at(model.space.newest)
     packed = features.pack(rows, data.histories, rows["request_ms"], space)
+    if packed.beyond:
+        logger.info(beyond_message(packed.beyond))
     entries = features.read_histories(rows, data.histories, rows["request_ms"], space)
     (logits,) = model.logits([packed])
     ((_, shares),) = model.engine.attention(iter([unpack(packed, features.layout, {})]))

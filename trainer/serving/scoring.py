@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,10 +19,11 @@ from torch import Tensor
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap
+from trainer.data.features.id_map import beyond_message
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format import storage, validation
-from trainer.data.format.dataset import Dataset, freeze_statistics
+from trainer.data.format.dataset import Dataset, statistics_as_of
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
 from trainer.data.format.times import accepted_times, times_ms
@@ -29,6 +32,8 @@ from trainer.data.importers.table_files import convert
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 """Columns that a candidates file must have."""
+
+logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 4096
 """Candidates that are scored together."""
@@ -124,7 +129,7 @@ def _required(table: pa.Table, name: str, file: Path) -> np.ndarray:
 def candidate_rows(model: Scorer, path: str, candidates: validation.Columns) -> Rows:
     """Return the candidates as rows without labels, with the features that are known at each request.
 
-    The statistics are frozen at the earliest request of the file, so that no request sees its own future.
+    Statistics are as of each candidate's own request, so that no candidate changes the result of another one.
     """
     spec = model.data.spec
     join = FeatureJoin(spec)
@@ -149,7 +154,7 @@ def candidate_rows(model: Scorer, path: str, candidates: validation.Columns) -> 
         "label": no_labels,
         "mask": no_labels,
     }
-    rows["stat"] = freeze_statistics(model.data, int(candidates["request_ms"].min())).lookup(rows)
+    rows["stat"] = statistics_as_of(model.data, rows)
     return rows
 
 
@@ -160,14 +165,19 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
     """
     rows = candidate_rows(model, path, candidates)
     n = len(candidates["user_id"])
+    beyond: Counter[str] = Counter()
     vectors = None if model.space is None else model.space.at(model.space.newest)
 
     def batches() -> Iterator[PackedBatch]:
         for first in range(0, n, BATCH_ROWS):
             part = {name: column[first : first + BATCH_ROWS] for name, column in rows.items()}
-            yield model.features.pack(part, model.data.histories, part["request_ms"], vectors)
+            packed = model.features.pack(part, model.data.histories, part["request_ms"], vectors)
+            beyond.update(packed.beyond)
+            yield packed
 
     probability = torch.sigmoid(torch.cat(list(model.logits(batches())))).numpy()
+    if beyond:
+        logger.info(beyond_message(beyond))
     behaviours = model.features.behaviours
     exponents = [model.config.score.exponents.get(behaviour, 1.0) for behaviour in behaviours]
     return pa.table(

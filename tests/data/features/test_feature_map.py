@@ -276,7 +276,7 @@ def test_no_rows_make_an_empty_batch(write_dataset):
         ),
         (lambda rows: rows["side"].__setitem__((7, 1), 9), "side feature 'city' is 9 in visit 1007; .* values 0 to 8"),
         (lambda rows: rows["side"].__setitem__((7, 2), -1), "side feature 'tag' is -1 in visit 1007"),
-        (lambda rows: rows["item_id"].__setitem__(7, 4321), "item id 4321 is outside table 'item'"),
+        (lambda rows: rows["item_id"].__setitem__(7, -4), "item id -4 is negative"),
     ],
 )
 def test_bad_values_are_named(write_dataset, edit, message):
@@ -288,6 +288,34 @@ def test_bad_values_are_named(write_dataset, edit, message):
     edit(rows)
     with pytest.raises(UserError, match=message):
         batch_of(features, rows, dataset.histories(), rows["request_ms"])
+
+
+def test_new_ids_read_row_0_and_change_no_other_row(write_dataset):
+    dataset = write_dataset(rows=50)
+    config = FeatureConfig(history=HISTORY)
+    features = FeatureMap(dataset.spec, config, fitted_by_hand(dataset, config, 14))
+    expected = unpack_ids(batch_of(features, dataset.rows, dataset.histories(), dataset.rows["request_ms"]))
+    rows = {name: column.copy() for name, column in dataset.rows.items()}
+    rows["item_id"][7], rows["author_id"][7], rows["author_id"][9] = 4321, 2**63 - 1, 77
+    batch = batch_of(features, rows, dataset.histories(), rows["request_ms"])
+    assert batch.beyond == {"item": 1, "author": 2}
+    found = unpack_ids(batch)
+    assert (found["item"][7], found["author"][7], found["author"][9]) == ([0], [0], [0])
+    for key, ids in found.items():
+        same = [place for place in range(50) if place not in (7, 9)]
+        assert [ids[place] for place in same] == [expected[key][place] for place in same]
+
+
+def test_new_ids_of_histories_read_row_0(write_dataset):
+    def later(visits):
+        visits["item_id"][:] = 10_000
+
+    dataset = write_dataset(rows=50, edit_visits=later)
+    config = FeatureConfig(history={"live": HistoryConfig(domain="live", length=5)})
+    features = FeatureMap(dataset.spec, config, fitted_by_hand(dataset, config, 14))
+    batch = batch_of(features, dataset.rows, dataset.histories(), dataset.rows["request_ms"])
+    ids = [each for row in unpack_ids(batch)["live_item"] for each in row]
+    assert ids and set(ids) == {0} and batch.beyond == {"histories": len(ids)}
 
 
 @pytest.mark.parametrize(

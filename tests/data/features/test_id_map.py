@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.embeddings import Dynamic
@@ -76,12 +76,31 @@ def test_direct_is_the_next_row():
     assert rows_of(IdMap("user", "direct", 12), []) == []
 
 
-@pytest.mark.parametrize("wrong", [11, 2**62, -1])
-def test_direct_names_the_table_and_the_id_that_has_no_row(wrong):
-    with pytest.raises(
-        UserError, match=rf"author id {wrong} is outside table 'author': its 12 rows accept ids 0 to 10"
-    ):
-        rows_of(IdMap("author", "direct", 12), [3, wrong, 5])
+@pytest.mark.parametrize("new", [11, 2**62, 2**63 - 1])
+def test_direct_ids_beyond_the_table_are_unknown_and_counted(new):
+    out = np.full(4, 9, np.int64)
+    assert IdMap("author", "direct", 12)(np.array([3, new, 10, new]), out) == 2
+    assert out.tolist() == [4, 0, 11, 0]
+
+
+def test_direct_refuses_negative_ids():
+    with pytest.raises(UserError, match="author id -1 is negative"):
+        rows_of(IdMap("author", "direct", 12), [3, -1, 5])
+
+
+@given(
+    st.sampled_from(["direct", "hash", "lookup"]),
+    st.lists(st.one_of(st.integers(0, 20), st.integers(0, 2**63 - 1)), max_size=6),
+)
+@settings(max_examples=1_000, deadline=None)
+def test_every_id_has_a_row_of_the_table(mapping, ids):
+    table = IdMap("item", mapping, 12, np.arange(11) if mapping == "lookup" else None)
+    out = np.full(len(ids), -9, np.int64)
+    beyond = table(np.array(ids, np.int64), out)
+    assert ((out >= 0) & (out < 12)).all()
+    if mapping != "hash":
+        assert out.tolist() == [each + 1 if each < 11 else 0 for each in ids]
+    assert beyond == (sum(each > 10 for each in ids) if mapping == "direct" else 0)
 
 
 def test_rows_of_a_table():
@@ -97,7 +116,7 @@ def test_rows_of_a_table():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
         ({"ids": "hash"}, "needs `rows`"),
         ({"ids": "lookup", "rows": 10}, "remove `rows`"),
@@ -111,6 +130,6 @@ def test_rows_of_a_table():
         ({"ids": "crc"}, "'direct', 'hash', 'lookup' or 'dynamic'"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings, message):
+def test_settings_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TableConfig(**settings)
+        TableConfig(**options)

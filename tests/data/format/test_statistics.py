@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.data.statistics_reference import ID_COLUMN, statistics_as_of
 from trainer.data.format import statistics as module
 from trainer.data.format.schema import DatasetSpec, SideFeature
-from trainer.data.format.statistics import FrozenStatistics, Statistics, smoothed_rates
+from trainer.data.format.statistics import FrozenStatistics, Statistics, StatisticsAsOf, smoothed_rates
 
 KEYS = (("user",), ("hour",), ("item", "hour"), ("user", "author"), ("hour", "city"), ("user", "author", "item"))
 
@@ -93,6 +93,11 @@ def test_any_slicing_gives_the_definition(seed, n, behaviours, places, far_apart
     incremental = Statistics(spec)
     slices = [incremental.advance(part) for part in cut(rows, [min(place, n) for place in places])]
     np.testing.assert_array_equal(np.concatenate(slices), expected)
+    requests = {name: column[::-1] for name, column in rows.items()}
+    as_of = StatisticsAsOf(spec, requests)
+    for part in reversed(cut(rows, [min(place, n) for place in places])):
+        as_of.add(part)
+    np.testing.assert_array_equal(as_of.lookup(), expected[::-1])
     np.testing.assert_array_equal(statistics_as_of(spec, rows, rows["request_ms"]), expected)
 
 

@@ -155,8 +155,8 @@ class FeatureMap:
             space: search vectors, for histories that search by dot product.
 
         Raises:
-            UserError: an id does not fit into a directly mapped table, a side value is outside the range of its
-                feature, or a dense value is NaN or infinite.
+            UserError: a direct id is negative, a side value is outside the range of its feature, or a dense value is
+                NaN or infinite.
         """
         n = len(rows["visit_id"])
         # Histories come first: the number of their entries determines the size of the buffer.
@@ -173,13 +173,13 @@ class FeatureMap:
             next(places)[:] = rows[column]
 
         # From here on every id is written straight into its place in the buffer, without a copy.
-        for name, table in self._ids.items():
-            table(rows[f"{name}_id"], ids[name])
+        beyond = {name: table(rows[f"{name}_id"], ids[name]) for name, table in self._ids.items()}
+        beyond["histories"] = 0
         if self._side.width:
             self._side.fill(rows, ids["side"].reshape(n, self._side.width))
         for name, visits in slices.items():
-            self._ids["item"](visits.item_id, ids[f"{name}_item"])
-            self._ids["author"](visits.author_id, ids[f"{name}_author"])
+            beyond["histories"] += self._ids["item"](visits.item_id, ids[f"{name}_item"])
+            beyond["histories"] += self._ids["author"](visits.author_id, ids[f"{name}_author"])
             age_ms = np.repeat(as_of_ms, visits.lengths) - visits.request_ms
             self._side.fill_context(visits, age_ms, ids[f"{name}_context"].reshape(-1, self._side.context_ids))
 
@@ -192,7 +192,8 @@ class FeatureMap:
         # Masked labels become 0, so that no result depends on an undefined value.
         label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
-        return PackedBatch(integers, floats, n, ids_per_key)
+        beyond = {name: count for name, count in beyond.items() if count}
+        return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond)
 
     def read_histories(
         self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None

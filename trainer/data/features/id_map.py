@@ -6,6 +6,7 @@ Ids of dynamic tables are not mapped here: the table itself assigns their rows.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -32,33 +33,49 @@ class IdMap:
         if vocabulary is not None:
             self._index.add(vocabulary)
 
-    def __call__(self, ids: np.ndarray, out: np.ndarray) -> None:
+    def __call__(self, ids: np.ndarray, out: np.ndarray) -> int:
         """Write the row of each id, in ``[0, rows)``; for a dynamic table, write the id itself.
+
+        New users and items are the normal case: a direct id beyond the table has row 0, like any unknown id.
 
         Args:
             ids: ``[n]`` int64.
             out: ``[n]`` int64, contiguous; written.
 
+        Returns:
+            The number of direct ids beyond the table.
+
         Raises:
-            UserError: the mapping is ``direct``, and an id is negative or too large for the table.
+            UserError: the mapping is ``direct``, and an id is negative.
         """
         if not len(ids):
-            return
+            return 0
         if self.mapping == "direct":
             low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high + 1 >= self.rows:
-                wrong = low if low < 0 else high
-                raise UserError(
-                    f"{self.name} id {wrong} is outside table {self.name!r}: its {self.rows} rows accept ids 0 to "
-                    f"{self.rows - 2}; give the table more rows, or map its ids by 'hash' or 'lookup'"
-                )
+            if low < 0:
+                raise UserError(f"{self.name} id {low} is negative; ids are 0 or more")
             np.add(ids, 1, out=out)
+            if high + 1 >= self.rows:
+                beyond = ids >= self.rows - 1
+                out[beyond] = 0
+                return int(beyond.sum())
         elif self.mapping == "hash":
             hash_rows(ids, self._salt, self.rows, out)
         elif self.mapping == "dynamic":
             out[:] = ids
         else:
             np.add(self._index.find(ids), 1, out=out)
+        return 0
+
+
+def beyond_message(beyond: Mapping[str, int]) -> str:
+    """Return a line about direct ids beyond their tables.
+
+    Args:
+        beyond: number of such ids, of candidates by table and of ``histories``.
+    """
+    counts = ", ".join(f"{count:,} of {name}" for name, count in beyond.items() if count)
+    return f"unknown ids: {counts} (direct ids beyond the rows of their tables; they read row 0)"
 
 
 def hash_salt(table: str) -> np.uint64:

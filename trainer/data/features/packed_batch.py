@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,7 @@ class PackedBatch:
         rows: number of rows.
         ids_per_key: lookup name -> number of ids.
         skipped_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
+        beyond: see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     integers: Tensor
@@ -70,6 +71,7 @@ class PackedBatch:
     rows: int
     ids_per_key: dict[str, int]
     skipped_rows: int = 0
+    beyond: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch with its buffers in page-locked memory; ``DataLoader`` calls this method."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 
 from trainer.data.format import storage
 from trainer.data.format.history import Histories
-from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import FOLDER, RowStore, index_name
-from trainer.data.format.statistics import FrozenStatistics
+from trainer.data.format.statistics import FrozenStatistics, StatisticsAsOf
 from trainer.data.format.time_selection import Selection
 
 
@@ -51,12 +52,34 @@ def fingerprint(path: str, spec: DatasetSpec) -> str:
 
 def freeze_statistics(data: Dataset, until_ms: int) -> FrozenStatistics:
     """Count the statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
-    known = Selection(emit_until=until_ms)
     frozen = FrozenStatistics(data.spec)
+    for rows in _emitted_before(data, until_ms):
+        frozen.add(rows)
+    return frozen
+
+
+def statistics_as_of(data: Dataset, requests: Rows) -> np.ndarray:
+    """Return the statistics of requests, each over the rows of a dataset emitted before it, in one pass.
+
+    Args:
+        data: dataset whose rows are counted.
+        requests: n rows with the columns of the keys and ``request_ms``, in any order.
+
+    Returns:
+        ``[n, keys * (1 + behaviours)] float32``.
+    """
+    statistics = StatisticsAsOf(data.spec, requests)
+    for rows in _emitted_before(data, int(requests["request_ms"].max(initial=0))):
+        statistics.add(rows)
+    return statistics.lookup()
+
+
+def _emitted_before(data: Dataset, until_ms: int) -> Iterator[Rows]:
+    """Yield the rows emitted before ``until_ms``, record by record."""
+    known = Selection(emit_until=until_ms)
     for partition in range(data.store.partitions):
         for record in np.flatnonzero(known.touches(data.store.records(partition))).tolist():
             rows = data.store.read(partition, record)
             if rows is not None:
                 kept = known.mask(rows)
-                frozen.add({name: column[kept] for name, column in rows.items()})
-    return frozen
+                yield {name: column[kept] for name, column in rows.items()}

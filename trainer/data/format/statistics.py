@@ -5,7 +5,7 @@ exact: two different combinations never share a count. A row counts for other ro
 of a row are over the rows with ``emit_ms < request_ms``, strictly, so they hold no information from after the request.
 
 ``Statistics`` goes through time in slices and serves each request as of its time; ``FrozenStatistics`` holds the counts
-of one moment.
+of one moment; ``StatisticsAsOf`` counts for a few requests, each as of its own time, from rows in any order.
 """
 
 from __future__ import annotations
@@ -174,6 +174,59 @@ class FrozenStatistics:
             known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
             out[known, key] = counts.values[codes[key][known]]
         return _flat(out)
+
+
+class StatisticsAsOf:
+    """Counts per key for some requests, each as of its own time. Memory grows with the requests, not with the rows.
+
+    Args:
+        spec: description of the dataset, which lists the keys and the behaviours.
+        requests: n rows with the columns of the keys and ``request_ms``, in any order.
+    """
+
+    def __init__(self, spec: DatasetSpec, requests: Rows) -> None:
+        self._keys = _Keys(spec)
+        self._width = 1 + len(spec.behaviours)
+        self._times = np.unique(requests["request_ms"])
+        self._requests = len(requests["request_ms"])
+        rank = np.searchsorted(self._times, requests["request_ms"])
+        # A point is a code and a time as one integer, so that the points of a code are consecutive and in time order.
+        points = (
+            np.unique(self._points(codes, rank), return_inverse=True) for codes in self._keys.codes(requests, add=True)
+        )
+        self._points_of: list[tuple[np.ndarray, np.ndarray]] = list(points)
+        self._counts = [np.zeros((len(known), self._width), np.int64) for known, _ in self._points_of]
+
+    def add(self, rows: Rows) -> None:
+        """Add rows of any times; a row counts for the requests after its emission."""
+        outcomes = np.ones((len(rows["emit_ms"]), self._width), np.int64)
+        outcomes[:, 1:] = rows["label"] & rows["mask"]
+        # Rank of the first request after the emission; behind the last one there is no point of the same code.
+        rank = np.searchsorted(self._times, rows["emit_ms"], side="right")
+        for codes, (known, _), counts in zip(
+            self._keys.codes(rows, add=False), self._points_of, self._counts, strict=True
+        ):
+            place = np.searchsorted(known, self._points(codes, rank))
+            counted = np.flatnonzero(place < len(known))
+            counted = counted[known[place[counted]] // self._span == codes[counted]]
+            np.add.at(counts, place[counted], outcomes[counted])
+
+    def lookup(self) -> np.ndarray:
+        """Return the counts of the requests, ``[n, keys * (1 + behaviours)] float32``."""
+        parts = []
+        for (known, request), counts in zip(self._points_of, self._counts, strict=True):
+            total = np.cumsum(counts, axis=0)
+            head = np.searchsorted(known, known // self._span * self._span)
+            parts.append((total - total[head] + counts[head])[request])
+        return _flat(np.stack(parts, axis=1).astype(np.float32)) if parts else np.zeros((self._requests, 0), np.float32)
+
+    @property
+    def _span(self) -> int:
+        """Number of ranks of a code, with one behind the last request."""
+        return len(self._times) + 1
+
+    def _points(self, codes: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        return codes * self._span + rank
 
 
 def smoothed_rates(counts: np.ndarray, prior: np.ndarray, strength: float | np.ndarray) -> np.ndarray:

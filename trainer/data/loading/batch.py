@@ -32,6 +32,7 @@ class RankingBatch:
         rows: number of rows, possibly 0.
         position: position of this rank after the batch.
         skipped_rows: rows of corrupt records that would have been in this batch.
+        beyond: numbers of direct ids beyond their tables, by table and for ``histories``; such an id reads row 0.
         slow: ``[rows]`` bool, True for rows of kind ``slow``, which correct a negative label of an earlier row; None if
             the batch has no such rows.
     """
@@ -46,6 +47,7 @@ class RankingBatch:
     rows: int
     position: ReadPosition = field(default_factory=dict)
     skipped_rows: int = 0
+    beyond: dict[str, int] = field(default_factory=dict)
     slow: Tensor | None = None
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -92,6 +94,7 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         rows=packed.rows,
         position=position,
         skipped_rows=packed.skipped_rows,
+        beyond=packed.beyond,
     )
 
 
