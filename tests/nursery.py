@@ -92,6 +92,7 @@ class Nursery:
         out: Path,
         err: Path | None = None,
         shared_memory: int = 0,
+        directory: Path = ROOT,
     ) -> int:
         """Start a launcher of ``module``, and return its process id.
 
@@ -103,8 +104,10 @@ class Nursery:
             out: file for the output of the launcher and its ranks.
             err: file for standard error; ``out`` by default.
             shared_memory: size of its own /dev/shm in bytes; 0 for that of the machine.
+            directory: working directory.
         """
-        order = ["start", module, list(arguments), ranks, dict(environment), str(out), str(err or out), shared_memory]
+        files = [str(out), str(err or out)]
+        order = ["start", module, list(arguments), ranks, dict(environment), *files, shared_memory, str(directory)]
         return int(self._ask(order))
 
     def run(
@@ -116,12 +119,13 @@ class Nursery:
         environment: Mapping[str, str] | None = None,
         timeout: float = 300,
         shared_memory: int = 0,
+        directory: Path = ROOT,
     ) -> Ended:
         """Run ``python -m module`` to its end, alone or on ``ranks`` ranks. It is killed after ``timeout`` seconds."""
         with tempfile.TemporaryDirectory(prefix="nursery-") as folder:
             out, err = Path(folder) / "out", Path(folder) / "err"
             words = [str(argument) for argument in arguments]
-            process = self.start(module, words, ranks, environment or {}, out, err, shared_memory)
+            process = self.start(module, words, ranks, environment or {}, out, err, shared_memory, directory)
             status = self.wait(process, timeout)
             if status is None:
                 # The kernel ends ranks whose launcher is gone.
@@ -246,6 +250,7 @@ def _launch(
     out: str,
     err: str,
     shared_memory: int,
+    directory: str,
 ) -> int:
     from launch import local
     from trainer.console.exit_status import exit_status
@@ -263,6 +268,7 @@ def _launch(
     for name, number in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", 0), write_through=True))
     os.environ.update(environment)
+    os.chdir(directory)
     local.subprocess = SimpleNamespace(  # type: ignore[assignment]
         Popen=ForkedProcess, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
     )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.checkpoint.manifest import list_checkpoints
-from trainer.comment_staytime.scoring import score_range
 
 STORED = ROOT / "tests/checkpoint/stored/runs_0.1.tar.xz"
 
@@ -56,24 +55,22 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def limelight(directory: Path, *arguments: str) -> str:
-    """Run a command in ``directory``, and return its output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli.main", *arguments],
-        cwd=directory,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def command(nursery: Nursery, earlier: Path) -> Callable[..., str]:
+    """Run a command beside the stored runs; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        ended = nursery.run("launch.cli.main", arguments, directory=earlier)
+        assert ended.status == 0, ended.stderr[-3000:]
+        return ended.stdout
+
+    return run
 
 
 @pytest.mark.parametrize("run", ["batch", "stream"])
-def test_a_rankers_run_is_resumed_to_the_same_end(earlier: Path, run: str) -> None:
+def test_a_rankers_run_is_resumed_to_the_same_end(command: Callable[..., str], earlier: Path, run: str) -> None:
     (stopped,) = list_checkpoints(earlier / run / "checkpoints")
-    printed = limelight(earlier, "train", f"{run}.toml")
+    printed = command("train", f"{run}.toml")
     assert f"from {run}/checkpoints/{stopped.name}" in printed
     then = json.loads((earlier / "expected" / f"{run}_metrics.json").read_text())
     now = json.loads((earlier / run / "metrics.json").read_text())
@@ -88,19 +85,18 @@ def test_a_rankers_run_is_resumed_to_the_same_end(earlier: Path, run: str) -> No
             assert now[behaviour][name] == pytest.approx(then[behaviour][name], **SAME), f"{behaviour} {name}"
 
 
-def test_a_fine_tuning_run_is_resumed(earlier: Path) -> None:
+def test_a_fine_tuning_run_is_resumed(command: Callable[..., str], earlier: Path) -> None:
     (stopped,) = list_checkpoints(earlier / "finetune" / "checkpoints")
     (earlier / "finetune.toml").write_text(FINETUNE)
-    printed = limelight(earlier, "finetune", "finetune.toml")
+    printed = command("finetune", "finetune.toml")
     assert f"from finetune/checkpoints/{stopped.name}" in printed
     assert json.loads((earlier / "finetune" / "metrics.json").read_text())
 
 
-def test_an_export_and_a_staytime_run_score_as_before(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limelight(earlier, "score", "export", "candidates.parquet", "now.parquet")
+def test_an_export_and_a_staytime_run_score_as_before(command: Callable[..., str], earlier: Path) -> None:
+    command("score", "export", "candidates.parquet", "now.parquet")
     same_table(earlier / "now.parquet", earlier / "expected" / "scores_export.parquet")
-    monkeypatch.chdir(earlier)
-    score_range(Path("staytime"), Path("staytime_now.parquet"))
+    command("score", "staytime", "staytime_now.parquet")
     same_table(earlier / "staytime_now.parquet", earlier / "expected" / "staytime_scores.parquet")
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launches import ENVIRONMENT, ROOT
+from tests.distributed.launches import ENVIRONMENT
 from tests.distributed.stream_ranks import JOB
+from tests.nursery import Nursery
 from tests.stream.conftest import Cluster
 from trainer.checkpoint.manifest import checkpoints_at, read_manifest
 from trainer.config.load import parse_time
@@ -60,7 +60,9 @@ def world(tmp_path: Path) -> Path:
     return tmp_path / "world"
 
 
-def test_a_live_topic_is_trained_on_as_it_arrives(cluster: Cluster, world: Path, tmp_path: Path) -> None:
+def test_a_live_topic_is_trained_on_as_it_arrives(
+    cluster: Cluster, nursery: Nursery, world: Path, tmp_path: Path
+) -> None:
     spec, run = DatasetSpec.load(world), tmp_path / "run"
     config = cluster.config(cluster.topic(), format="arrow")
     settings = [
@@ -74,35 +76,29 @@ def test_a_live_topic_is_trained_on_as_it_arrives(cluster: Cluster, world: Path,
         "stream.idle_seconds=0.2",
         "checkpoint.every_steps=2",
     ]
-    command = [sys.executable, "-m", "launch.cli.main", "train", "configs/moment.toml", *settings]
+    arguments = ["train", "configs/moment.toml", *settings]
     publish(config, world, spec, (0, 6))
 
-    with (tmp_path / "out").open("w") as out:
-        live = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + LIMIT_SECONDS
-            while not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("step-*")):
-                assert live.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
-                time.sleep(0.1)
-            publish(config, world, spec, (6, 10))
-            os.kill(live.pid, signal.SIGTERM)
-            assert live.wait(LIMIT_SECONDS) == PREEMPTED_STATUS, (tmp_path / "out").read_text()
-        finally:
-            live.kill()
-            live.wait()
+    out = tmp_path / "out"
+    live = nursery.start("launch.cli.main", arguments, 0, ENVIRONMENT, out)
+    try:
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not (run / "checkpoints").exists() or not list((run / "checkpoints").glob("step-*")):
+            assert nursery.wait(live, 0.1) is None and time.monotonic() < deadline, out.read_text()
+        publish(config, world, spec, (6, 10))
+        os.kill(live, signal.SIGTERM)
+        assert nursery.wait(live, LIMIT_SECONDS) == PREEMPTED_STATUS, out.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(live, signal.SIGKILL)
     saved = read_manifest(checkpoints_at(run)[-1])
     assert not saved.finished and saved.rows_done > 0
 
     publish(config, world, spec, (10, 14))
-    ended = subprocess.run(
-        [*command, "stream.until_end=true"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
+    ended = nursery.run(
+        "launch.cli.main", [*arguments, "stream.until_end=true"], environment=ENVIRONMENT, timeout=LIMIT_SECONDS
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.status == 0, ended.stdout + ended.stderr
     assert "resuming from" in ended.stdout
     last, rows = read_manifest(checkpoints_at(run)[-1]), expected_rows(world, spec, 14)
     assert last.finished and last.rows_done == rows > saved.rows_done
