@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from launch.cli.command import Command, json_option, print_json
+from trainer.console.errors import UserError
 
 
 @click.command(
@@ -14,7 +16,9 @@ from launch.cli.command import Command, json_option, print_json
     short_help="Publish a dataset's events to a Kafka topic.",
     example="limelight stream publish data/world --brokers localhost:9092 --topic watch --speed 60",
 )
-@click.argument("dataset", metavar="DATASET", type=click.Path(), help="Dataset: a directory or an fsspec URL.")
+@click.argument(
+    "dataset", metavar="[DATASET]", required=False, type=click.Path(), help="Dataset: a directory or an fsspec URL."
+)
 @click.option("--brokers", required=True, metavar="HOST:PORT,...", help="Kafka bootstrap brokers.")
 @click.option("--topic", required=True, metavar="T", help="Topic to write to.")
 @click.option(
@@ -41,6 +45,14 @@ from launch.cli.command import Command, json_option, print_json
     metavar="N",
     help="Most events of a message (default: 1 of JSON, 1000 of Arrow); all are of one partition.",
 )
+@click.option(
+    "--dead-letters",
+    is_flag=True,
+    help="Put the topic's dead letters back on it, instead of a dataset's events; those put back before are left out.",
+)
+@click.option(
+    "--dead-letter-topic", default="", metavar="T", help="Topic of the dead letters (default: TOPIC-dead-letters)."
+)
 @click.option("--append", is_flag=True, help="Write to a topic that has messages already.")
 @click.option(
     "--properties", default="", metavar="FILE", type=click.Path(), help="librdkafka properties, such as for TLS."
@@ -55,10 +67,12 @@ from launch.cli.command import Command, json_option, print_json
 )
 @json_option
 def publish(
-    dataset: str,
+    dataset: str | None,
     message_format: str,
     partitions: int | None,
     events_per_message: int | None,
+    dead_letters: bool,
+    dead_letter_topic: str,
     append: bool,
     as_json: bool,
     **settings: Any,
@@ -68,7 +82,15 @@ def publish(
     Each event goes to the partition of its user, in event time order, and each exposure carries the features of its
     training row as of its request. A topic that does not exist is created. The messages are described at the top of
     trainer/stream/sources/message_codec.py.
+
+    With --dead-letters, messages that a job has rejected are put back on the topic, such as after a mistake in the
+    job's settings was corrected: without the events that were trained on, and with their keys and headers.
     """
+    if dead_letters:
+        _put_back({**settings, "dead_letter": dead_letter_topic}, as_json, dataset or partitions or append)
+        return
+    if dataset is None:
+        raise UserError("stream publish: name a DATASET, or --dead-letters")
     from trainer.config.stream import StreamConfig
     from trainer.config.toml import validate
     from trainer.console.progress import Progress
@@ -93,3 +115,28 @@ def publish(
         print_json({"events": spec.events, "topic": config.topic, "partitions": topic.partitions})
         return
     print(f"{spec.events:,} events are on topic {config.topic} in {topic.partitions} partitions")
+
+
+def _put_back(settings: dict[str, Any], as_json: bool, unused: Any) -> None:
+    """Put dead letters back, and print their numbers."""
+    from trainer.config.stream import StreamConfig
+    from trainer.config.toml import validate
+    from trainer.console.progress import Progress
+    from trainer.stream.sources.kafka_put_back import put_back
+
+    if unused:
+        raise UserError("stream publish: --dead-letters takes no DATASET, --partitions or --append")
+    config = validate(StreamConfig, settings, "limelight stream publish")
+    with Progress("putting back", 0, "letters", quiet=as_json) as progress:
+
+        def reached(done: int, total: int) -> None:
+            progress.total = total
+            progress.advance(done - progress.done)
+
+        counts = put_back(config, reached)
+    if as_json:
+        print_json({"topic": config.topic, **asdict(counts)})
+        return
+    left = f"; {counts.foreign:,} messages that are no dead letters of this topic were left" if counts.foreign else ""
+    repeated = f", {counts.duplicates:,} repeated dead letters left out" if counts.duplicates else ""
+    print(f"messages put back on topic {config.topic}: {counts.messages:,}{repeated}{left}")

@@ -51,7 +51,7 @@ class StreamConfig(BaseModel):
     )
     dead_letter: str = Field(
         "",
-        description="Dead-letter topic for messages that are not events. Empty: the topic's name and `-dead-letters`.",
+        description="Dead-letter topic for messages with rejected events. Empty: the topic's name and `-dead-letters`.",
         json_schema_extra=MAY_CHANGE,
     )
     begin: Literal["earliest", "latest"] = Field(

@@ -191,8 +191,11 @@ def write_results(
     document = metrics_document(config, kind, report, state.metric_history, model.checkpoints.stalls)
     if model.stream is not None:
         document["stream"] = model.stream.summary(job.world, state.progressive)
+        counts = document["stream"]["counts"]
+        if counts["before_start"]:
+            logger.info(f"{kind}: skipped {counts['before_start']:,} events from before the start of the stream")
         if not document["training"]["rows"]:
-            events = document["stream"]["counts"]["events"]
+            events = counts["events"]
             logger.info(f"{kind}: trained on 0 rows: the stream has ended, and its events ({events:,}) gave no row")
         logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
     if job.world.rank == 0:

@@ -68,7 +68,9 @@ class TrainingStream:
         """Add the next events and advance to ``until_ms``, before which all have arrived; return their number."""
         for batch in batches:
             # Events before the start of the stream are in the dataset's histories already.
-            self.unused_events.write(self.live.push(batch.since(self.since_ms)))
+            kept = batch.since(self.since_ms)
+            self.live.counts["before_start"] += len(batch) - len(kept)
+            self.unused_events.write(self.live.push(kept))
         self.unused_events.write(self.live.advance(until_ms))
         self.seen_until_ms = until_ms
         return sum(map(len, batches))

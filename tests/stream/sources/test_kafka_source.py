@@ -150,17 +150,21 @@ def test_rejected_events_are_kept_with_the_reason_and_counted_once(cluster):
     end = batches[-1].position
     assert [end[p][3] for p in ALL] == [1, 3, 1, 0]
     letters = cluster.messages(f"{config.topic}-dead-letters")
-    found = {tuple(value.decode() for _, value in letter.headers()): letter.value() or b"" for letter in letters}
-    at = end[1][0]
+    found = {tuple(value.decode() for _, value in letter.headers()): letter.value() for letter in letters}
+    at, none = end[1][0], "not JSON: Expecting value: line 1 column 1 (char 0)"
+    both = good + b"\n" + good.replace(b'"time_ms": 1', b'"time_ms": -1')
     assert found == {
-        ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "0", "0", "0"): b"early",
-        ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 3), "0"): b"nonsense",
-        ("not JSON: Expecting value: line 1 column 1 (char 0)", config.topic, "1", str(at - 2), "0"): b"",
-        ("time_ms is negative", config.topic, "1", str(at - 1), "1"): good.replace(b'"time_ms": 1', b'"time_ms": -1'),
-        ("its user belongs to partition 1, not to partition 2", config.topic, "2", str(end[2][0] - 1), "0"): good,
+        (none, config.topic, "0", "0", "json", "0", "0"): b"early",
+        (none, config.topic, "1", str(at - 3), "json", "0", "1"): b"nonsense",
+        ("the message has no value (null)", config.topic, "1", str(at - 2), "json", "0", "1"): None,
+        ("time_ms is negative", config.topic, "1", str(at - 1), "json", "1", "1"): both,
+        (
+            "its user belongs to partition 1, not to partition 2",
+            *(config.topic, "2", str(end[2][0] - 1), "json", "0", "1"),
+        ): good,
     }
-    assert {key for letter in letters for key, _ in letter.headers()} == {
-        f"limelight.{name}" for name in ("reason", "topic", "partition", "offset", "inside")
+    assert {tuple(key for key, _ in letter.headers()) for letter in letters} == {
+        tuple(f"limelight.{name}" for name in ("reason", "topic", "partition", "offset", "format", "inside", "target"))
     }
     # A reader that resumes in the middle ends with the same counts.
     batch = batches[3]

@@ -31,9 +31,9 @@ from trainer.stream.labels.policy import Full, event_timeouts, report_policy
 from trainer.stream.live.visit_features import VisitFeatureStore
 from trainer.stream.sources.source import EventBatch
 
-COUNTS = ("events", "late", "no_open_visit", "requests", "without_features", "unanswered")
-"""Counters: events that arrived, unused events by reason, predicted requests, requests without logged features, and
-outcomes of requests that were not predicted."""
+COUNTS = ("events", "late", "no_open_visit", "requests", "without_features", "unanswered", "before_start")
+"""Counters: events that arrived, unused events by reason, predicted requests, requests without logged features,
+outcomes of requests that were not predicted, and events that were skipped because the stream starts after them."""
 
 _ORDER = ("request_ms", "visit_id", "user_id", "emit_ms")
 """Sort keys of rows, in the order of ``np.lexsort``: the last key is the most significant."""
@@ -252,7 +252,7 @@ class LiveStream:
             part.rows, part.requests, part.ended = (dict(saved[name]) for name in ("rows", "requests", "ended"))
             keys = (tuple(key) for key in saved["predicted"]["requests"].tolist())
             part.predicted = dict(zip(keys, saved["predicted"]["logits"], strict=True))
-        self.counts = {name: sum(states[rank]["counts"][name] for rank in counted) for name in COUNTS}
+        self.counts = {name: sum(states[rank]["counts"].get(name, 0) for rank in counted) for name in COUNTS}
 
     def _keep(self, partition: int, assembled: AssembledRows, ended: AssembledRows) -> None:
         """Store the output of both assemblers, and append the ended visits to the histories."""

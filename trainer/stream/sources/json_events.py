@@ -1,4 +1,4 @@
-"""Parser of JSON lines, one event per line: a fast path for plain lines, and a path line by line for the others."""
+"""Parser of JSON events: a fast path for plain lines of one event each, and a path event by event for the others."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ JSON_SCHEMA = pa.schema(
 
 _PARSE = paj.ParseOptions(explicit_schema=JSON_SCHEMA, unexpected_field_behavior="ignore")
 _FEW_LINES = 32
+_JSON_SPACE = " \t\r\n"
+_DECODER = json.JSONDecoder()
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -31,6 +33,37 @@ def parse_lines(lines: list[bytes]) -> tuple[pa.Table, dict[int, str]]:
     bad: dict[int, str] = {}
     _parse(lines, 0, tables, bad)
     return pa.concat_tables(tables).combine_chunks(), bad
+
+
+def split_events(value: bytes) -> list[bytes]:
+    """Split a message into its events, each without a line break: JSON objects, one per line or over several lines.
+
+    The result is the whole message if it is not JSON and none of its lines looks like an object.
+    """
+    lines = [line for line in value.split(b"\n") if line.strip()]
+    like_objects = [line.strip().startswith(b"{") and line.strip().endswith(b"}") for line in lines]
+    if lines and all(like_objects):
+        return lines
+    # Objects over several lines, such as those of a pretty printer.
+    if pieces := _split_values(value):
+        return pieces
+    return lines if any(like_objects) else [value.replace(b"\n", b" ")]
+
+
+def _split_values(value: bytes) -> list[bytes]:
+    """Split a message into its JSON values, which may be over several lines; return none if it is not JSON."""
+    pieces, place = [], 0
+    try:
+        text = value.decode()
+        while rest := text[place:].lstrip(_JSON_SPACE):
+            place = len(text) - len(rest)
+            end = _DECODER.raw_decode(text, place)[1]
+            # JSON strings cannot hold a line break, so all of these are white space.
+            pieces.append(text[place:end].replace("\n", " ").encode())
+            place = end
+    except (ValueError, RecursionError):
+        return []
+    return pieces
 
 
 def is_text(value: bytes) -> bool:

@@ -118,11 +118,13 @@ def make_client(kind: Callable[..., Any], properties: dict[str, Any], status: Br
     return client
 
 
-def make_consumer(config: StreamConfig, status: BrokerStatus) -> Any:
-    """Create a consumer that commits no offsets, never resets its offset, and reports the ends of partitions."""
+def make_consumer(config: StreamConfig, status: BrokerStatus, group: str = "limelight") -> Any:
+    """Create a consumer that commits no offsets, never resets its offset, and reports the ends of partitions.
+
+    The library requires a ``group``; nothing is stored under the default one.
+    """
     properties = {
-        # The library requires a group; nothing is ever stored under it.
-        "group.id": "limelight",
+        "group.id": group,
         **client_properties(config),
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -237,8 +239,11 @@ def produce(producer: Any, topic: str, **message: Any) -> None:
             # Polling delivers reports of earlier messages, which frees the queue.
             producer.poll(0.1)
         except library().KafkaException as error:
-            size = len(message["value"])
-            raise UserError(f"topic {topic}: a message of {size:,} bytes is refused ({_text(error)})") from None
+            size = len(message["value"] or b"")
+            raise UserError(
+                f"topic {topic}: a message of {size:,} bytes is refused ({_text(error)}); raise "
+                f"message.max.bytes in the file of stream.properties"
+            ) from None
 
 
 def _text(error: Exception) -> str:

@@ -1,10 +1,21 @@
-"""Dead letters: writes rejected events with the reason to a topic of their own, before the position passes them.
+"""Dead letters: writes messages with rejected events to a topic of their own, before the position passes them.
 
-A dead letter has the format of the stream. It holds only the rejected event, or the whole message if that cannot be
-split into events. Its headers give the reason and the source: ``limelight.reason``, ``limelight.topic``,
-``limelight.partition``, ``limelight.offset`` and ``limelight.inside`` (the number of the event in its message). A job
-that was killed sends the dead letters since its last checkpoint again; the headers identify the duplicates. The counts
-in positions have each event once.
+A dead letter is the whole message, with its key, value and headers. These headers are added:
+
+======================  ===========================================================================================
+header                  content
+======================  ===========================================================================================
+``limelight.reason``    reason; for several rejected events ``event 1: reason; event 4: reason``
+``limelight.topic``     topic of the message, like ``limelight.partition`` and ``limelight.offset``
+``limelight.format``    ``stream.format`` of the job
+``limelight.inside``    numbers of the rejected events in the message, from 0 and with commas between; the other events
+                        of the message are trained on
+``limelight.target``    partition for each of these events, in which it can be put back
+======================  ===========================================================================================
+
+``limelight stream publish --dead-letters`` puts the rejected events back on the topic; see
+``trainer.stream.sources.kafka_put_back``. A job that was killed sends the dead letters since its last checkpoint again;
+the headers identify the duplicates. The counts in positions have each event once.
 """
 
 from __future__ import annotations
@@ -18,6 +29,7 @@ from typing import Any
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
 from trainer.stream.sources.kafka_client import BrokerStatus, make_producer, produce
+from trainer.stream.sources.message_codec import RejectedEvent
 
 logger = logging.getLogger(__name__)
 
@@ -25,30 +37,62 @@ _LINE_SECONDS = 30.0
 _WINDOW = 1000
 
 
+HEADERS = ("reason", "topic", "partition", "offset", "format", "inside", "target")
+"""Headers of a dead letter, each after ``HEADER_PREFIX``."""
+
+HEADER_PREFIX = "limelight."
+_REASONS = 20
+
+
 @dataclass(frozen=True)
 class DeadLetter:
-    """Rejected event and its place in the topic.
+    """Message with rejected events.
 
     Attributes:
-        partition: partition of the topic.
-        offset: offset of the message.
-        inside: number of the event in the message.
-        reason: reason as text for a person.
-        content: see ``trainer.stream.sources.message_codec.RejectedEvent``.
+        message: message of the library.
+        rejected: its rejected events.
     """
 
-    partition: int
-    offset: int
-    inside: int
-    reason: str
-    content: bytes
+    message: Any
+    rejected: tuple[RejectedEvent, ...]
 
     def __str__(self) -> str:
-        return f"partition {self.partition} offset {self.offset}: {self.reason}"
+        return f"partition {self.message.partition()} offset {self.message.offset()}: {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """Reason as text for a person."""
+        if len(self.rejected) == 1:
+            return self.rejected[0].reason
+        reasons = [f"event {event.inside}: {event.reason}" for event in self.rejected[:_REASONS]]
+        if len(self.rejected) > _REASONS:
+            reasons.append(f"and {len(self.rejected) - _REASONS} more")
+        return "; ".join(reasons)
+
+    def headers(self, format: str) -> list[tuple[str, bytes | None]]:
+        """Return the headers of the message, and those that are described at the top of this file."""
+        message, partition = self.message, self.message.partition()
+        targets = [partition if event.owner is None else event.owner for event in self.rejected]
+        added = {
+            "reason": self.reason,
+            "topic": message.topic(),
+            "partition": partition,
+            "offset": message.offset(),
+            "format": format,
+            "inside": ",".join(str(event.inside) for event in self.rejected),
+            "target": ",".join(map(str, targets)),
+        }
+        return own_headers(message) + [(f"{HEADER_PREFIX}{name}", str(value).encode()) for name, value in added.items()]
+
+
+def own_headers(message: Any) -> list[tuple[str, bytes | None]]:
+    """Return the headers of a message without those of a dead letter."""
+    added = {f"{HEADER_PREFIX}{name}" for name in HEADERS}
+    return [(name, value) for name, value in message.headers() or [] if name not in added]
 
 
 class DeadLetterProducer:
-    """Sends rejected events to the dead-letter topic, and stops the job if most of a stream is rejected.
+    """Sends messages with rejected events to the dead-letter topic, and stops the job if most of a stream is rejected.
 
     The producer is created with the first dead letter.
 
@@ -64,14 +108,19 @@ class DeadLetterProducer:
         self._unreported, self._last_report = 0, -_LINE_SECONDS
 
     def send(self, letters: Sequence[DeadLetter], good: int) -> None:
-        """Write rejected events to the dead-letter topic, and count them against the ``good`` ones of the same chunk.
+        """Write messages to the dead-letter topic, and count their rejected events against the ``good`` ones.
+
+        Args:
+            letters: messages with rejected events.
+            good: number of the events of the same chunk that were not rejected.
 
         Raises:
             UserError: they cannot be written, or most of the latest events were rejected.
         """
+        bad = sum(len(letter.rejected) for letter in letters)
         if letters:
             self._write(letters)
-            self._unreported += len(letters)
+            self._unreported += bad
             # A broken producer may send thousands of bad events a second.
             if time.monotonic() - self._last_report >= _LINE_SECONDS:
                 logger.info(
@@ -79,7 +128,7 @@ class DeadLetterProducer:
                     f"{letters[0]}); they are in the dead-letter topic {self._topic}"
                 )
                 self._unreported, self._last_report = 0, time.monotonic()
-        self._recent.append((good, len(letters)))
+        self._recent.append((good, bad))
         total = sum(good + bad for good, bad in self._recent)
         if total >= _WINDOW:
             rejected = sum(bad for _, bad in self._recent)
@@ -105,18 +154,12 @@ class DeadLetterProducer:
                 failures.append(error.str())
 
         for letter in letters:
-            headers = {
-                "reason": letter.reason,
-                "topic": self._config.topic,
-                "partition": letter.partition,
-                "offset": letter.offset,
-                "inside": letter.inside,
-            }
             produce(
                 self._producer,
                 self._topic,
-                value=letter.content,
-                headers=[(f"limelight.{name}", str(value).encode()) for name, value in headers.items()],
+                key=letter.message.key(),
+                value=letter.message.value(),
+                headers=letter.headers(self._config.format),
                 on_delivery=delivered,
             )
         # The position may pass these events only once they are stored.

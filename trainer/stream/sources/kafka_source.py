@@ -23,6 +23,7 @@ import logging
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -254,22 +255,30 @@ class _KafkaFeed:
         chosen = [messages[place] for place in order.tolist()]
         # Only our own partitioner can be checked.
         checked = partition if self._config.partitioner == "limelight" else None
-        decoded = self._codec.decode(
-            [message.value() or b"" for message in chosen], round(time.time() * 1000), checked, self._partitions
-        )
-        arrived = np.array([message.timestamp()[1] for message in chosen])
+        now_ms = round(time.time() * 1000)
+        decoded = self._codec.decode([message.value() for message in chosen], now_ms, checked, self._partitions)
+        arrived = np.array([message.timestamp()[1] for message in chosen], np.int64)
+        # A message without a timestamp arrives now.
+        arrived[arrived < 0] = now_ms
         self._per_message = float(decoded.sizes.max())
         edges = np.flatnonzero(np.diff(partition)) + 1
         starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(partition)]
         letters: list[DeadLetter] = []
         for start, stop in zip(starts, stops, strict=True):
-            letters += self._append_partition(int(partition[start]), offset, arrived, decoded, start, stop)
+            letters += self._append_partition(chosen, offset, arrived, decoded, start, stop)
         self._dead_letters.send(letters, len(decoded.message))
 
     def _append_partition(
-        self, p: int, offset: np.ndarray, arrived: np.ndarray, decoded: DecodedMessages, start: int, stop: int
+        self,
+        messages: Sequence[Any],
+        offset: np.ndarray,
+        arrived: np.ndarray,
+        decoded: DecodedMessages,
+        start: int,
+        stop: int,
     ) -> list[DeadLetter]:
-        """Add the events of messages ``start`` to ``stop`` to partition ``p``; return the rejected ones."""
+        """Add the events of messages ``start`` to ``stop`` to their partition; return the dead letters."""
+        p = int(messages[start].partition())
         first, last = np.searchsorted(decoded.message, [start, stop])
         message, inside = decoded.message[first:last], decoded.inside[first:last]
         events = {name: column[first:last] for name, column in decoded.events.items()}
@@ -305,7 +314,10 @@ class _KafkaFeed:
         # Silence is counted from the last message, good or not.
         self._heard[p] = time.monotonic()
         self._at_end.discard(p)
-        return [DeadLetter(p, int(offset[entry.message]), entry.inside, entry.reason, entry.content) for entry in bad]
+        return [
+            DeadLetter(messages[place], tuple(rejected))
+            for place, rejected in groupby(bad, lambda entry: entry.message)
+        ]
 
     def _on_error(self, error: Any, p: int, offset: int | None) -> None:
         """Handle an error message: the end of a partition, a deleted offset, or a failure."""

@@ -1,6 +1,6 @@
 """Codec between events and messages of a topic. Invalid events are returned with a reason and never raise an error.
 
-``json``: one or more events, each a JSON object on a line of its own (a message of one event is one object)::
+``json``: one or more events, each a JSON object on a line of its own or over several lines::
 
     {"user_id": 17, "author_id": 3, "item_id": 90, "domain": "live", "visit_id": 5, "event": "like",
      "time_ms": 1700000000000, "value": 0}
@@ -14,7 +14,7 @@ field         json                   meaning
 user_id       integer                required and not negative, like ``author_id``, ``item_id`` and ``visit_id``
 domain        "video", "live"        an int8 position in ``schema.DOMAINS`` in Arrow
 event         string                 exposure, enter, exit, or one of the job's behaviours
-time_ms       integer                milliseconds UTC, not negative and not far ahead of the clock
+time_ms       integer                milliseconds UTC, from the year 2000 on and not far ahead of the clock
 value         number, null or none   float32 in Arrow; watch time in ms of an exit, price of a gift, otherwise 0
 side          list, null or none     integers, int32 in Arrow: each in ``[0, rows)`` of its ``DatasetSpec.side``
 dense         list, null or none     numbers, float32 in Arrow: one for each ``DatasetSpec.dense``
@@ -30,8 +30,8 @@ and are in the order of the log.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -40,11 +40,12 @@ import pyarrow.compute as pc
 
 from trainer.config.stream import MessageFormat
 from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, partition_of
+from trainer.data.format.times import EARLIEST_MS
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names, event_table
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES
 from trainer.stream.labels.visit_grouping import in_domains
-from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together
+from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together, split_events
 from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.message_features import FeatureListCodec
 
@@ -55,6 +56,7 @@ _NAMED_EVENTS = EVENT_COLUMNS.set(EVENT_COLUMNS.get_field_index("event"), pa.fie
 # ``side`` is read as int64, so that a value beyond int32 rejects one event and not the whole message.
 _READ = pa.schema([*_NAMED_EVENTS, *_LISTS.set(0, pa.field("side", pa.list_(pa.int64())))])
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+_EMPTY = {None: "the message has no value (null)", b"": "the message is empty"}
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,13 @@ class RejectedEvent:
         message: position of its message in the call.
         inside: number of the event in its message.
         reason: reason as text for a person.
-        content: message of the same format with only this event, or the raw content if it is not an event.
+        owner: partition of its user, if the event is in another one; otherwise None.
     """
 
     message: int
     inside: int
     reason: str
-    content: bytes
+    owner: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,34 +111,44 @@ class MessageCodec:
         self._names, self._features = event_names(spec), FeatureListCodec(spec)
 
     def decode(
-        self, values: Sequence[bytes], now_ms: int, partition: np.ndarray | None = None, partitions: int = 0
+        self, values: Sequence[bytes | None], now_ms: int, partition: np.ndarray | None = None, partitions: int = 0
     ) -> DecodedMessages:
         """Decode messages.
 
         Args:
-            values: contents of the messages.
+            values: contents of the messages; None for a message without one.
             now_ms: the current time by the clock.
             partition: ``[messages]`` partition of each message, which is compared with ``schema.partition_of`` of its
                 users; None skips this check.
             partitions: number of partitions of the topic.
         """
-        table, message, inside, sizes, rejected = _from_json(values) if self._format == "json" else _from_arrow(values)
+        present = [value or b"" for value in values]
+        parsed = _from_json(present) if self._format == "json" else _from_arrow(present)
+        table, message, inside, sizes, rejected = parsed
+        rejected = [
+            entry if present[entry.message] else replace(entry, reason=_EMPTY[values[entry.message]])
+            for entry in rejected
+        ]
         events, reasons = self._checked(table, now_ms)
         # Features of other events are ignored, so they cannot be a reason to reject.
         opens = (events["event"] <= ENTER) & in_domains(self._spec, events["domain"], None)
         logged, no_features = self._features.read(table, opens)
         # An invalid field is the more basic reason.
         reasons = no_features | reasons
+        owners: dict[int, int] = {}
         if partition is not None:
             owner = partition_of(events["user_id"], partitions)
             for row in np.flatnonzero(owner != partition[message]).tolist():
-                reasons.setdefault(
-                    row, f"its user belongs to partition {owner[row]}, not to partition {partition[message[row]]}"
-                )
-        for row, reason in reasons.items():
-            at = int(message[row]), int(inside[row])
-            content = _line(values[at[0]], at[1]) if self._format == "json" else _stream(table.slice(row, 1))
-            rejected.append(RejectedEvent(*at, reason, content))
+                # An invalid field is the more basic reason.
+                if row not in reasons:
+                    owners[row] = int(owner[row])
+                    reasons[row] = (
+                        f"its user belongs to partition {owner[row]}, not to partition {partition[message[row]]}"
+                    )
+        rejected += [
+            RejectedEvent(int(message[row]), int(inside[row]), reason, owners.get(row))
+            for row, reason in reasons.items()
+        ]
         if reasons:
             kept = np.ones(len(message), bool)
             kept[list(reasons)] = False
@@ -201,6 +213,7 @@ class MessageCodec:
         refuse(
             time_ms > now_ms + self._ahead_ms, f"time_ms is more than {self._ahead_ms / 3.6e6:g} h ahead of the clock"
         )
+        refuse(time_ms < EARLIEST_MS, "time_ms is before the year 2000; it must be in milliseconds")
         for name in INTEGERS:
             refuse(columns[name] < 0, f"{name} is negative")
         columns["value"] = np.where(np.abs(value) <= _LARGEST_FLOAT32, value, 0).astype(np.float32)
@@ -231,14 +244,16 @@ def _from_json(values: Sequence[bytes]) -> _Parsed:
     table = parse_together(values, int(sizes.sum()))
     if table is not None:
         return table, *_places(sizes, np.ones(len(values), bool)), sizes, []
-    # Some line is not plain, so the lines are parsed apart as far as necessary.
+    # Some line is not plain, so the events are parsed apart as far as necessary.
     text = np.array([is_text(value) for value in values], bool)
     sizes[~text] = 1
-    rejected = [RejectedEvent(place, 0, "not UTF-8 text", values[place]) for place in np.flatnonzero(~text).tolist()]
-    lines = list(chain.from_iterable(values[place].split(b"\n") for place in np.flatnonzero(text).tolist()))
+    rejected = [RejectedEvent(place, 0, "not UTF-8 text") for place in np.flatnonzero(~text).tolist()]
+    events = [split_events(values[place]) for place in np.flatnonzero(text).tolist()]
+    sizes[text] = [len(pieces) for pieces in events]
+    lines = list(chain.from_iterable(events))
     message, inside = _places(sizes, text)
     table, bad = parse_lines(lines)
-    rejected += [RejectedEvent(int(message[row]), int(inside[row]), reason, lines[row]) for row, reason in bad.items()]
+    rejected += [RejectedEvent(int(message[row]), int(inside[row]), reason) for row, reason in bad.items()]
     kept = np.ones(len(lines), bool)
     kept[list(bad)] = False
     return table, message[kept], inside[kept], sizes, rejected
@@ -260,12 +275,11 @@ def _from_arrow(values: Sequence[bytes]) -> _Parsed:
     opened: list[pa.Table] = []
     for place, value in enumerate(values):
         try:
-            with pa.ipc.open_stream(value) as stream:
-                opened.append(stream.read_all())
+            opened.append(_read(value))
         except Exception as error:
             # Broad, because a message may hold anything, and an error would come again at the same offset.
             opened.append(pa.table({}))
-            rejected.append(_not_arrow(place, value, error))
+            rejected.append(_not_arrow(place, error))
             whole[place] = False
     try:
         # Most messages share a schema, and one conversion of all of them is much faster.
@@ -277,7 +291,7 @@ def _from_arrow(values: Sequence[bytes]) -> _Parsed:
                 tables.append(_named(opened[place]))
                 sizes[place] = opened[place].num_rows
             except Exception as error:
-                rejected.append(_not_arrow(place, values[place], error))
+                rejected.append(_not_arrow(place, error))
                 whole[place] = False
     return pa.concat_tables(tables).combine_chunks(), *_places(sizes, whole), sizes, rejected
 
@@ -297,15 +311,44 @@ def _named(table: pa.Table) -> pa.Table:
     return table.select(_READ.names).cast(_READ)
 
 
-def _not_arrow(place: int, value: bytes, error: Exception) -> RejectedEvent:
+def _read(value: bytes) -> pa.Table:
+    """Return the table of an IPC stream of at least one row."""
+    with pa.ipc.open_stream(value) as stream:
+        table = stream.read_all()
+    if not table.num_rows:
+        # A message that gives neither an event nor a dead letter would vanish.
+        raise pa.ArrowInvalid("it has no events")
+    return table
+
+
+def _not_arrow(place: int, error: Exception) -> RejectedEvent:
     """Return the rejection of a whole message."""
     message = (str(error).splitlines() or [type(error).__name__])[0]
-    return RejectedEvent(place, 0, f"not an Arrow stream of events: {message:.120}", value)
+    return RejectedEvent(place, 0, f"not an Arrow stream of events: {message:.120}")
 
 
-def _line(value: bytes, inside: int) -> bytes:
-    """Return one line of a message."""
-    return value.split(b"\n")[inside]
+def select_events(format: MessageFormat, value: bytes | None, numbers: Collection[int]) -> bytes | None:
+    """Return a message with only some events of a message; the same message if these are all, or if it has none.
+
+    Args:
+        format: format of the message.
+        value: content of the message; None for a message without one.
+        numbers: numbers of the events in the message, as ``RejectedEvent.inside``.
+    """
+    if not value:
+        return value
+    if format == "json":
+        pieces = split_events(value) if is_text(value) else [value]
+        chosen = [piece for number, piece in enumerate(pieces) if number in numbers]
+        return value if len(chosen) == len(pieces) else b"\n".join(chosen)
+    try:
+        table = _read(value)
+        _named(table)
+        rows = [number for number in range(table.num_rows) if number in numbers]
+        return value if len(rows) == table.num_rows else _stream(table.take(rows))
+    except Exception:
+        # A message that was rejected whole may hold anything.
+        return value
 
 
 def _stream(table: pa.Table) -> bytes:
