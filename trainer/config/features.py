@@ -15,10 +15,29 @@ MAX_TABLE_ROWS = 1 << 31
 """Largest number of rows of a table: hashing maps 32 bits to the rows, which is even enough up to this size."""
 
 
-class TableConfig(BaseModel):
-    """Embedding table of one kind of id."""
+class EmbeddingTableConfig(BaseModel):
+    """Keys of every embedding table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = Field(
+        16, ge=1, description="Dimension of an embedding. Each distinct dimension needs its own all-to-all."
+    )
+    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the initial values.")
+    init_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Half-width of a uniform `init`, or standard deviation of a normal one. Default: 0.1 / sqrt(dim).",
+    )
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
+        "auto",
+        description="Sharding of the table over the ranks; `auto` leaves the choice to the planner.",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+
+class TableConfig(EmbeddingTableConfig):
+    """Embedding table of one kind of id."""
 
     ids: IdMapping = Field(
         "direct",
@@ -52,20 +71,6 @@ class TableConfig(BaseModel):
         "default): the id seen longest ago. `frequency`: the id seen in the fewest steps, unless the new one was seen "
         "in fewer. `both`: the id with the lowest ratio of steps in which it was seen to steps since then.",
     )
-    dim: int = Field(
-        16, ge=1, description="Dimension of an embedding. Each distinct dimension needs its own all-to-all."
-    )
-    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the initial values.")
-    init_scale: float | None = Field(
-        None,
-        gt=0,
-        description="Half-width of a uniform `init`, or standard deviation of a normal one. Default: 0.1 / sqrt(dim).",
-    )
-    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
-        "auto",
-        description="Sharding of the table over the ranks; `auto` leaves the choice to the planner.",
-        json_schema_extra=MAY_CHANGE,
-    )
 
     @property
     def dynamic(self) -> Dynamic | None:
@@ -90,25 +95,8 @@ class TableConfig(BaseModel):
         return self
 
 
-class SideTableConfig(BaseModel):
+class SideTableConfig(EmbeddingTableConfig):
     """Embedding table that all categorical side features and the contexts of histories share."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dim: int = Field(
-        16, ge=1, description="Dimension of an embedding. Each distinct dimension needs its own all-to-all."
-    )
-    init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the initial values.")
-    init_scale: float | None = Field(
-        None,
-        gt=0,
-        description="Half-width of a uniform `init`, or standard deviation of a normal one. Default: 0.1 / sqrt(dim).",
-    )
-    sharding: Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"] = Field(
-        "auto",
-        description="Sharding of the table over the ranks; `auto` leaves the choice to the planner.",
-        json_schema_extra=MAY_CHANGE,
-    )
 
 
 class HistoryConfig(BaseModel):
