@@ -14,6 +14,7 @@ A run has these files::
     logs/                log of the job
     model.safetensors    the network
     predictions.parquet  visit_id, user_id, item_id, seconds, predicted, score of the held-out visits
+    checksums.json       size and CRC-32 of config.json, fitted.json and model.safetensors
     metrics.json         metrics; written last, so a run that has it has finished
 """
 
@@ -30,6 +31,7 @@ from trainer.comment_staytime.inputs import load_staytime
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.errors import UserError
 from trainer.console.run_log import open_log
+from trainer.runtime.checksums import write_checksums
 from trainer.runtime.distributed import choose_device
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
@@ -55,6 +57,7 @@ def run_job(config: StaytimeConfig) -> None:
         write_json(directory / "config.json", config.model_dump(mode="json"))
         write_json(directory / "environment.json", {"command": sys.argv, **environment(1)})
         metrics = train_and_evaluate(config, data, device, directory)
+        write_checksums(directory, ("config.json", "fitted.json", "model.safetensors"))
         write_json(directory / "metrics.json", metrics)
     logger.info("\n" + metrics_table(metrics))
     logger.info(f"\nrun: {directory}")

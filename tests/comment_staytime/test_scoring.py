@@ -16,6 +16,7 @@ from tests.paths import ROOT
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
+from trainer.runtime.checksums import write_checksums
 
 JOB = ROOT / "configs" / "staytime.toml"
 SMALL = ["train.epochs=1", "train.batch_size=512", "input.dim=8", "base.widths=[8]", "lcu.heads=2", "lcu.hidden=8"]
@@ -143,6 +144,8 @@ def test_bad_runs_are_told_in_one_line(
     config["lcu"]["comment_embeddings"] = str(tmp_path / "comments")
     shutil.copytree(run, changed, dirs_exist_ok=True)
     (changed / "config.json").write_text(json.dumps(config))
+    assert "config.json: damaged" in refused(changed)
+    write_checksums(changed, ("config.json", "fitted.json", "model.safetensors"))
     assert "does not fit the run's job" in refused(changed)
 
     other = tmp_path / "other"

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.console.errors import UserError, one_line
+from trainer.runtime.checksums import size_and_crc32
 from trainer.runtime.files import sync
 from trainer.runtime.stored_files import file_inside, open_regular, read_json_object
 
@@ -37,7 +38,6 @@ ADAPTER = "lora"
 """Kind of the checkpoints of a fine-tuning job, whose model is an adapter."""
 
 _STEP = re.compile(r"step-([0-9]{8,18})")
-_CHUNK_BYTES = 16 << 20
 
 
 class NewerSchema(UserError):
@@ -296,10 +296,7 @@ def check_files(
 
 def file_entry(path: Path) -> FileEntry:
     """Compute the size and CRC-32 of a file."""
-    size = crc = 0
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    size, crc = size_and_crc32(path)
     return FileEntry(bytes=size, crc32=crc)
 
 

@@ -5,6 +5,7 @@ A ranker's run holds::
     config.json        the resolved job
     deepspeed.json     DeepSpeed's own settings, as they were at the start
     environment.json   of every start: versions, machine, command line, dataset
+    checksums.json     size and CRC-32 of config.json and deepspeed.json
     lock               held while a job runs here
     features/          id maps and standardisation, fitted on the training range
     checkpoints/       the model and the state of its training; the newest one is the run's model
@@ -42,6 +43,7 @@ from trainer.config.load import load_deepspeed
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import Model, validate_stored
 from trainer.console.errors import UserError
+from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked
@@ -103,12 +105,15 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
             starts = json.loads((directory / "environment.json").read_text())["starts"]
             if dataset is not None and not config.resume.allow_new_data:
                 _check_same_dataset(directory, starts[-1]["dataset"], dataset)
+        # Removed first: a start that is killed here must not leave checksums of other settings.
+        (directory / CHECKSUMS).unlink(missing_ok=True)
         write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))
         start = {"command": sys.argv, "host": platform.node(), **environment(world)}
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
         write_json(directory / "environment.json", {"starts": [*starts, start]})
         write_json(directory / "config.json", config.model_dump(mode="json"))
+        write_checksums(directory, ("config.json", "deepspeed.json"))
     except OSError as error:
         raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
 

@@ -129,9 +129,7 @@ class CheckpointStore:
         for directory in candidates:
             problem, manifest = agreed(self._world, partial(_try_manifest, directory))
             if manifest is not None:
-                mine = sorted(manifest.files)[self._world.rank :: self._world.size]
-                found = self._world.agree(self._world.gather(check_files(directory, manifest, mine))) or []
-                problem = next((problems[0] for problems in found if problems), None)
+                problem = verify_together(directory, manifest, self._world)
                 if problem is None:
                     return directory, manifest
             logger.info(f"{directory}: damaged, trying the checkpoint before it ({problem})")
@@ -157,6 +155,13 @@ class CheckpointStore:
             logger.info(f"saved {directory}: {size_text(size)} in {time.monotonic() - started:.1f} s{remark}")
             if self._world.rank == 0:
                 self._after_save(directory)
+
+
+def verify_together(directory: Path, manifest: Manifest, world: World) -> str | None:
+    """Read every file of a checkpoint once, a share on each rank, and return the first problem. Collective."""
+    share = sorted(manifest.files)[world.rank :: world.size]
+    found = world.agree(world.gather(check_files(directory, manifest, share))) or []
+    return next((problems[0] for problems in found if problems), None)
 
 
 def agreed(world: World, look: Callable[[], T]) -> T:

@@ -25,6 +25,7 @@ from trainer.config.staytime import StaytimeConfig, StaytimeDataConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import choose_device
 
 
@@ -45,6 +46,7 @@ def score_range(
             what the run was trained on, or ``out`` cannot be written.
     """
     config = load_staytime_run(run)
+    verify_checksums(run, ("config.json", "fitted.json", "model.safetensors"))
     # Check cheap mistakes first, because reading the dataset takes longest.
     if not out.parent.is_dir():
         raise UserError(f"{out}: cannot be written, there is no directory {out.parent}")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from modules.ranker import RankerKind
-from trainer.checkpoint.manifest import check_files
 from trainer.checkpoint.model_state import list_differences
 from trainer.checkpoint.reader import Checkpoint, StoredPiece, StoredTensor
+from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import InitFromConfig, JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import text_table
@@ -167,11 +167,8 @@ def format_taken(taken: WarmStartSummary) -> str:
 
 def _verify(old: Checkpoint, world: World) -> None:
     """Verify the checksums of all files; each rank reads a share of them."""
-    mine = sorted(old.manifest.files)[world.rank :: world.size]
-    found = world.agree(world.gather(check_files(old.directory, old.manifest, mine))) or []
-    problems = [problem for of_rank in found for problem in of_rank]
-    if problems:
-        raise UserError(f"init_from.run: {old.directory} is damaged ({'; '.join(problems)})")
+    if problem := verify_together(old.directory, old.manifest, world):
+        raise UserError(f"init_from.run: {old.directory} is damaged ({problem})")
 
 
 def _choose(wanted: InitFromConfig, old: Checkpoint, dims: Mapping[str, int]) -> list[str]:

@@ -19,6 +19,7 @@ from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, sto
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
 from trainer.data.format.safetensors_header import encode_header
+from trainer.runtime.checksums import write_checksums
 from trainer.runtime.files import sync, write_json
 from trainer.serving.exported_model import CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
 
@@ -68,6 +69,7 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
         if checkpoint.config.features.needs_space:
             torch.save(stored_search(checkpoint.directory), tmp_path / SEARCH)
         write_json(tmp_path / ORIGIN, origin)
+        write_checksums(tmp_path)
         sync(tmp_path)
         tmp_path.rename(target)
         sync(target.parent)

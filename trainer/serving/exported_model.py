@@ -7,6 +7,7 @@
     config.json         the job's settings
     features/           vocabularies and standardisation (trainer/data/features/fit.py)
     search.pt           search vectors, for models with histories that are searched by dot product
+    checksums.json      size and CRC-32 of each file; all of them are verified when the model is opened
     export.json         checkpoint, dataset, precision and table shapes (trainer/serving/export.py)
 """
 
@@ -34,6 +35,7 @@ from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
 from trainer.data.format.dataset import Dataset
 from trainer.engine.build_ranker import build_ranker
+from trainer.runtime.checksums import verify_checksums
 from trainer.sparse.dynamic_ids import DynamicIds
 
 SCHEMA = 1
@@ -100,6 +102,7 @@ def open_export(directory: str | Path) -> ExportedModel:
         UserError: a file is missing, damaged or of a newer version, or the model does not fit the dataset.
     """
     model_dir = Path(directory)
+    verify_checksums(model_dir, (ORIGIN, CONFIG, WEIGHTS, SEARCH))
     origin = _read_json(model_dir / ORIGIN)
     if origin["schema_version"] > SCHEMA:
         schema = f"schema {origin['schema_version']}; this one reads up to {SCHEMA}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.checkpoint.manifest import MODEL, find_checkpoint, read_manifest
 from trainer.checkpoint.reader import stored_search
 from trainer.checkpoint.run_directory import load_run
+from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap
@@ -22,6 +23,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch import unpack
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.setup import build_engine
+from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import World
 
 
@@ -56,6 +58,7 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
         UserError: there is no run or no whole checkpoint, or the model does not fit the dataset.
     """
     config = load_run(directory)
+    verify_checksums(Path(directory), ("config.json", "deepspeed.json"))
     data = Dataset.open(data_path or config.data.path, config.data.on_corrupt)
     features = FeatureMap(
         data.spec, config.features, FittedFeatures.load(Path(directory) / "features"), config.data.behaviours
@@ -63,6 +66,8 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     engine = build_engine(config, features, config.model.kind, world)
     checkpoint = find_checkpoint(directory)
     manifest = read_manifest(checkpoint)
+    if problem := verify_together(checkpoint, manifest, world):
+        raise UserError(f"{checkpoint}: damaged ({problem}); `limelight checkpoint verify` lists all damaged files")
     if not manifest.finished and world.rank == 0:
         print(f"limelight: training has not finished; using {checkpoint}", file=sys.stderr, flush=True)
     engine.load(checkpoint / MODEL)

@@ -23,6 +23,7 @@ from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
 from trainer.data.format.shards import RowStore
 from trainer.data.format.time_selection import Selection
+from trainer.runtime.checksums import verify_checksums, write_checksums
 from trainer.runtime.stored_files import load_arrays, read_json_object
 
 ID_TABLES: tuple[str, ...] = ("user", "author", "item")
@@ -62,7 +63,7 @@ class FittedFeatures:
     author_side: AuthorSide | None = None
 
     def save(self, directory: str | Path) -> None:
-        """Write ``features.json``, ``vocabularies.npz`` and, if there are any, ``authors.npz`` into a directory."""
+        """Write ``features.json``, ``vocabularies.npz``, ``authors.npz`` if there are any, and their checksums."""
         text = {
             "layout": self.layout,
             "table_rows": self.table_rows,
@@ -73,6 +74,8 @@ class FittedFeatures:
             known = self.author_side
             np.savez(Path(directory) / _AUTHOR_FILE, author_id=known.author_id, values=known.values)
         (Path(directory) / _JSON_FILE).write_text(json.dumps(text, indent=1))
+        names = (_JSON_FILE, _ARRAY_FILE, *([] if self.author_side is None else [_AUTHOR_FILE]))
+        write_checksums(Path(directory), names)
 
     @staticmethod
     def load(directory: str | Path) -> FittedFeatures:
@@ -82,6 +85,7 @@ class FittedFeatures:
             UserError: a file is missing or damaged.
         """
         folder = Path(directory)
+        verify_checksums(folder, (_JSON_FILE, _ARRAY_FILE, _AUTHOR_FILE))
         try:
             text = read_json_object(folder / _JSON_FILE)
             vocabularies = load_arrays(folder / _ARRAY_FILE)

@@ -18,6 +18,7 @@ from trainer.checkpoint.run_directory import base_path, load_finetune_run
 from trainer.console.errors import UserError, one_line
 from trainer.data.format.safetensors_header import read_header
 from trainer.llm.models.base_model import BaseModelFiles, empty_model, refuse_code
+from trainer.runtime.checksums import verify_checksums, write_checksums
 from trainer.runtime.files import write_json, write_whole
 from trainer.runtime.stored_files import read_json_object
 
@@ -48,6 +49,7 @@ def save_adapter(model: Any, values: Mapping[str, Tensor], directory: Path, reco
         state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
         model.save_pretrained(tmp_path, state_dict=state, save_embedding_layers=False)
         write_json(tmp_path / RECORD, record)
+        write_checksums(tmp_path)
 
     write_whole(directory, write)
 
@@ -69,6 +71,7 @@ def load_adapter(base: BaseModelFiles, model: Any, directory: Path) -> Any:
     from peft import PeftModel
 
     check_adapter(base, directory)
+    verify_checksums(directory, ("adapter_config.json", "adapter_model.safetensors", RECORD))
     try:
         return PeftModel.from_pretrained(model, str(directory)).eval()
     except Exception as error:
@@ -158,6 +161,7 @@ def write_merged(base: BaseModelFiles, adapter: Path, out: Path, samples: Sequen
     def write(tmp_path: Path) -> None:
         merged.save_pretrained(tmp_path)
         base.tokenizer.save_pretrained(tmp_path)
+        write_checksums(tmp_path)
         written = BaseModelFiles.open(str(tmp_path)).load(bf16=bf16)
         tolerance = MERGE_TOLERANCE_BF16 if bf16 else MERGE_TOLERANCE
         difference = _relative_difference(_logits(written, compared), expected)

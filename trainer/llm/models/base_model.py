@@ -14,6 +14,7 @@ import torch
 
 from trainer.config.finetune import LoraConfig
 from trainer.console.errors import UserError, one_line
+from trainer.runtime.checksums import CHECKSUMS, verify_checksums
 from trainer.runtime.stored_files import read_json_object
 
 _ENDS_BYTES = 1 << 20
@@ -66,6 +67,9 @@ class BaseModelFiles:
         """
         from transformers import AutoModelForCausalLM
 
+        # Models of other programs have no checksums, and need no line about it.
+        if (self.directory / CHECKSUMS).exists():
+            verify_checksums(self.directory)
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 self.directory,
