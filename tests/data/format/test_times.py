@@ -177,7 +177,13 @@ def test_every_column_is_right_or_refused_at_length(drawn: Any) -> None:
     check_right_or_refused(drawn)
 
 
-@given(st.text(max_size=30) | st.from_regex(r"[0-9T:+. ZUC-]{0,30}", fullmatch=True))
+@given(
+    st.text(max_size=30)
+    | st.from_regex(r"[0-9T:+. ZUC-]{0,30}", fullmatch=True)
+    | st.from_regex(
+        r"20[0-9]{2}-[01][0-9]-[0-3][0-9][Tt ][0-9:]{0,9}[.,]?[0-9]{0,10} ?[-+ZzUTC0-9:]{0,6}", fullmatch=True
+    )
+)
 @settings(max_examples=1_000, deadline=None)
 def test_any_text_is_read_like_a_single_time_or_refused(text: str) -> None:
     found, scalar = read(pa.array([text])), read_iso(text, "UTC")

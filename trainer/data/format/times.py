@@ -131,6 +131,13 @@ def _from_decimals(values: pa.Array, unit: str) -> np.ndarray:
 
 def _from_iso(values: pa.Array, timezone: str) -> np.ndarray:
     """Return ISO 8601 text as milliseconds."""
+    # Arrow's parser is much faster, and reads the usual forms if all values have an offset or none has.
+    for zone in (None, "UTC"):
+        try:
+            nanoseconds = values.cast(pa.timestamp("ns", zone)).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            continue
+        return _local(nanoseconds, "ns", timezone) if zone is None else _from_integers(nanoseconds, "ns")
     parts = pc.extract_regex(values, ISO_TIME)
     if parts.null_count:
         raise pa.ArrowInvalid("not ISO 8601")

@@ -21,7 +21,7 @@ the events (``visit_assembly.py``). All keys, with their defaults::
     author_id = "anchor"
     item_id = "room"
     time = "ts"
-    visit_id = "session"             # optional; unique in the log
+    visit_id = "session"             # optional; of one visit in the whole log: checked
     play_ms = "watched"              # "exposures", optional: milliseconds watched
     event = "action"                 # "events": required
     value = "amount"                 # "events", optional: milliseconds watched for an exit, price for a gift
@@ -47,7 +47,8 @@ the events (``visit_assembly.py``). All keys, with their defaults::
     user = {file = "users.csv", id = "uid", side = ["city"], dense = ["age"]}
                                      # likewise author and item; the path is relative to the mapping's folder
 
-Ids are whole numbers, 0 or more. Columns of text ids must be named in ``hash_ids``: an id then becomes 63 bits of a
+Ids are whole numbers, 0 or more. An item has one author and one domain in the whole log: number videos and rooms so
+that they share no id. Columns of text ids must be named in ``hash_ids``: an id then becomes 63 bits of a
 BLAKE2b hash. The number of texts that share an id with another text is written to ``extra.hash_collisions`` of
 ``dataset.json`` (n^2 / 2^64 are expected for n ids). The code of a side feature is 1 + the position in
 ``extra.vocabularies``; 0 means missing.
@@ -61,13 +62,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.format.schema import EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec, DenseFeature, SideFeature, SideOwner
+from trainer.data.format.id_index import IdIndex
+from trainer.data.format.schema import (
+    DOMAINS,
+    EVENT_COLUMNS,
+    VISIT_EVENTS,
+    DatasetSpec,
+    DenseFeature,
+    SideFeature,
+    SideOwner,
+)
 from trainer.data.format.validation import Columns
 from trainer.data.importers import field_parsers
 from trainer.data.importers.category_codes import encode
+from trainer.data.importers.id_consistency import IdConsistency, line_hash
+from trainer.data.importers.id_lookup import first_occurrences
 from trainer.data.importers.mapping import EventMapping, TableFeatures, load_mapping
 from trainer.data.importers.scratch_dir import scratch_folder
-from trainer.data.importers.table_files import convert, read_batches
+from trainer.data.importers.table_files import convert, raise_bad_value, read_batches
 from trainer.data.importers.user_log import IdColumns, UserLog, collect_vocabularies, source_files
 from trainer.data.importers.visit_assembly import EventCodes, assemble_visits
 from trainer.data.writing.builder import DatasetBuilder, Progress
@@ -113,13 +125,62 @@ def import_events(
             for part in _feature_table(tables[owner], owner, table, by_owner[owner], ids):
                 builder.table(f"{owner}s", part)
         orphans = 0
+        checks = _IdChecks(folder, rules)
         if rules.layout == "events":
-            orphans = _import_single_events(log, rules, builder, spec, folder, report)
+            orphans = _import_single_events(log, rules, builder, spec, folder, report, checks)
         else:
             for lines in log.batches(lambda done, total: report("reading logs", done, total)):
+                checks.add(lines)
                 builder.visits(pa.table(_visits(lines, rules)))
+            checks.finish(log)
         found = {"log_rows": log.rows, "orphans_dropped": orphans, "hash_collisions": ids.collisions}
         return builder.finish(progress, found)
+
+
+class _IdChecks:
+    """Checks of the ids of a log that later stages rely on.
+
+    An item has one author and one domain. With ``layout = "events"`` a visit has one user, author, item and domain;
+    with ``layout = "exposures"`` it has one line, apart from exact repetitions of it.
+    """
+
+    def __init__(self, folder: Path, rules: EventMapping) -> None:
+        self._mapping = rules
+        self._whole_lines = rules.layout == "exposures"
+        self._checks = {"item_id": IdConsistency(folder / "items", "item_id", ("author_id", "domain"))}
+        if rules.columns.visit_id is not None:
+            same = ("user_id", "item_id", "author_id", "domain", *(("time_ms", "line") if self._whole_lines else ()))
+            self._checks["visit_id"] = IdConsistency(folder / "visits", "visit_id", same)
+
+    def add(self, lines: Columns) -> None:
+        """Add lines of the log."""
+        columns = lines
+        if "visit_id" in self._checks and self._whole_lines:
+            columns = {**lines, "line": line_hash(lines)}
+        for check in self._checks.values():
+            check.add(columns)
+
+    def finish(self, log: UserLog) -> None:
+        """Check all lines.
+
+        Raises:
+            UserError: an id stands for two things; names file, row and column, and the other line.
+        """
+        for name, check in self._checks.items():
+            found = check.find()
+            if found is None:
+                continue
+            file, row = log.place(found.earlier)
+            here, there = found.value, found.other
+            if found.column == "line":
+                differ = "with other outcomes or features"
+            elif found.column == "domain":
+                differ = f"with domain {DOMAINS[there]} (here {DOMAINS[here]})"
+            else:
+                differ = f"with {found.column} {there} (here {here})"
+            what = "an id of one visit" if name == "visit_id" else "an id of one item, with one author and one domain"
+            file_column, id_here = getattr(self._mapping.columns, name), found.id
+            log.raise_bad_value(found.row, file_column, id_here, f"{what}; row {row} of {file.name} has it {differ}")
 
 
 def _spec(
@@ -161,9 +222,14 @@ def _feature_table(
     file: Path, owner: str, rules: TableFeatures, vocabularies: Vocabularies, ids: IdColumns
 ) -> Iterator[pa.Table]:
     """Yield the table of users, authors or items, batch by batch."""
-    row = 1
+    row, known = 1, IdIndex()
     for batch in read_batches(file, dict.fromkeys((rules.id, *rules.side, *rules.dense))):
         columns = {f"{owner}_id": ids.convert(f"{owner}_id", batch.column(rules.id), file, rules.id, row)}
+        first = first_occurrences(known, columns[f"{owner}_id"])
+        if not first.all():
+            place = int(np.argmin(first))
+            value, accepted = batch.column(rules.id)[place].as_py(), f"unique: each {owner} has one line"
+            raise_bad_value(file, row + place, rules.id, value, accepted)
         columns |= {name: encode(batch.column(name), vocabularies[name]) for name in rules.side}
         for name in rules.dense:
             values = convert(
@@ -193,7 +259,13 @@ def _visits(lines: Columns, rules: EventMapping) -> Columns:
 
 
 def _import_single_events(
-    log: UserLog, rules: EventMapping, builder: DatasetBuilder, spec: DatasetSpec, folder: Path, report: Progress
+    log: UserLog,
+    rules: EventMapping,
+    builder: DatasetBuilder,
+    spec: DatasetSpec,
+    folder: Path,
+    report: Progress,
+    checks: _IdChecks,
 ) -> int:
     """Assemble visits from single events, partition by partition; return the number of orphans."""
     ids = ("user_id", "author_id", "item_id", "visit_id", "time_ms", "row")
@@ -210,8 +282,10 @@ def _import_single_events(
     )
     spill = Spill(folder / "events", schema, spec.partitions)
     for lines in log.batches(lambda done, total: report("reading logs", done, total)):
+        checks.add(lines)
         spill.add(lines)
     spill.flush()
+    checks.finish(log)
     begin = EventCodes.EXPOSURE if rules.events.exposure else EventCodes.ENTER
     codes = EventCodes(spec.behaviours, begin)
     names = np.array([*VISIT_EVENTS, *spec.behaviours])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -139,14 +140,19 @@ class UserLog:
                 yield columns
         report(sum(sizes), sum(sizes))
 
-    def raise_bad_value(self, row: int, column: str, value: object, accepted: str) -> None:
+    def raise_bad_value(self, row: int, column: str, value: object, accepted: str) -> NoReturn:
         """Raise the error of a bad value in the line with running number ``row``.
 
         Raises:
             UserError: always.
         """
+        file, number = self.place(row)
+        raise_bad_value(file, number, column, value, accepted)
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file and the number in it, from 1, of the line with running number ``row``."""
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        raise_bad_value(self._files[number], row - self._first_rows[number] + 1, column, value, accepted)
+        return self._files[number], row - self._first_rows[number] + 1
 
     def _columns(self, batch: ColumnBatch, latest_ms: int) -> Columns:
         """Return the canonical columns of a batch; ``latest_ms`` is the time of the line before it in the file."""
