@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -180,14 +179,14 @@ def _kind_of(directory: str) -> Literal["export", "finetune", "ranker", "staytim
     Raises:
         UserError: the run's settings are not JSON.
     """
+    from trainer.runtime.stored_files import read_json_object
+
     if (Path(directory) / "export.json").is_file():
         return "export"
     file = Path(directory) / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = read_json_object(file)
     except OSError:
         return None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
     # The section that only this job has.
     return "staytime" if "lcu" in config else "finetune" if "lora" in config else "ranker"

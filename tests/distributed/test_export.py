@@ -27,6 +27,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
+from trainer.runtime.checksums import CHECKSUMS
 from trainer.serving.exported_model import open_export
 from trainer.serving.scoring import read_candidates, score_candidates, score_file
 from trainer.sparse.dynamic_ids import IdCounts
@@ -253,7 +254,7 @@ def test_an_impossible_export_is_one_line_and_leaves_no_files(
         ("model.safetensors", lambda content: content[:-5], "model.safetensors: damaged"),
         ("model.safetensors", lambda content: b"", "model.safetensors: damaged"),
         ("model.safetensors", None, "model.safetensors: no such file"),
-        ("config.json", lambda content: content[:9], "config.json: damaged (not JSON)"),
+        ("config.json", lambda content: content[:9], "config.json: not valid JSON"),
         (
             "config.json",
             lambda content: content.replace(b'"ple"', b'"cgc"'),
@@ -274,6 +275,12 @@ def test_a_damaged_export_is_named_in_one_line(
         before = (model / name).read_bytes()
         (model / name).write_bytes(change(before))
         assert (model / name).read_bytes() != before
+    with pytest.raises(UserError) as error:
+        open_export(model)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    # An export of an earlier version has no checksums, and must name the damage too.
+    (model / CHECKSUMS).unlink()
+    (model / "features" / CHECKSUMS).unlink()
     with pytest.raises(UserError) as error:
         open_export(model)
     assert message in str(error.value) and "\n" not in str(error.value)

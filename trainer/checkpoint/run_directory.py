@@ -28,7 +28,6 @@ A fine-tuning run has the same ``config.json``, ``deepspeed.json``, ``environmen
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -47,6 +46,7 @@ from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked
+from trainer.runtime.stored_files import read_json_object
 
 ResumableJob = JobConfig | FinetuneConfig
 """Jobs whose runs can be resumed."""
@@ -102,7 +102,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         starts = []
         if (directory / "config.json").exists():
             _check_same_job(directory, config)
-            starts = json.loads((directory / "environment.json").read_text())["starts"]
+            starts = _starts(directory / "environment.json")
             if dataset is not None and not config.resume.allow_new_data:
                 _check_same_dataset(directory, starts[-1]["dataset"], dataset)
         # Removed first: a start that is killed here must not leave checksums of other settings.
@@ -155,14 +155,22 @@ def _read_job(
 ) -> Model:
     path = run / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json_object(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run}: no run here (config.json is missing)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not is_kind(raw):
         raise UserError(f"{run}: not a run of {command}")
     return validate_stored(model, raw, str(path))
+
+
+def _starts(file: Path) -> list[Any]:
+    """Return the earlier starts of a run."""
+    starts = read_json_object(file).get("starts")
+    if not isinstance(starts, list) or not starts:
+        raise UserError(f"{file}: damaged (it has no starts)")
+    return starts
 
 
 def _is_finished(directory: Path, config: ResumableJob) -> bool:

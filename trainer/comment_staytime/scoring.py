@@ -27,6 +27,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import choose_device
+from trainer.runtime.stored_files import open_regular, read_json_object
 
 
 def score_range(
@@ -82,12 +83,11 @@ def load_staytime_run(run: Path) -> StaytimeConfig:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        raw: dict[str, Any] = json.loads(file.read_text())
+        return read_json_object(file)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file.parent}: no run here ({file.name} is missing)") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    return raw
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _in_range(data: StaytimeDataConfig, path: str, time_from: str | None, time_until: str | None) -> StaytimeDataConfig:
@@ -122,6 +122,7 @@ def _check_same(run: Path, path: str, now: dict[str, Any]) -> None:
 def _load(network: nn.Module, run: Path) -> None:
     file = run / "model.safetensors"
     try:
+        open_regular(file).close()
         load_model(network, file)
     except FileNotFoundError:
         raise UserError(f"{run}: no run here ({file.name} is missing)") from None

@@ -89,9 +89,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}: damaged, not JSON ({one_line(error):.120})") from None
+        raise UserError(f"{path}: not valid JSON ({one_line(error):.120})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, a JSON object is expected, not {type(value).__name__}")
+        raise UserError(f"{path}: damaged, a JSON object is expected, this is a {type(value).__name__}")
     return value
 
 

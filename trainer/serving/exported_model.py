@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from trainer.data.features.search_vectors import SearchSpace, stored_space
 from trainer.data.format.dataset import Dataset
 from trainer.engine.build_ranker import build_ranker
 from trainer.runtime.checksums import verify_checksums
+from trainer.runtime.stored_files import open_regular, read_json_object
 from trainer.sparse.dynamic_ids import DynamicIds
 
 SCHEMA = 1
@@ -104,13 +104,16 @@ def open_export(directory: str | Path) -> ExportedModel:
     model_dir = Path(directory)
     verify_checksums(model_dir, (ORIGIN, CONFIG, WEIGHTS, SEARCH))
     origin = _read_json(model_dir / ORIGIN)
-    if origin["schema_version"] > SCHEMA:
-        schema = f"schema {origin['schema_version']}; this one reads up to {SCHEMA}"
+    schema, precision = origin.get("schema_version"), origin.get("precision")
+    if type(schema) is not int or precision not in ("float32", "bfloat16"):
+        raise UserError(f"{model_dir / ORIGIN}: damaged; repeat `limelight export RUN OUT`")
+    if schema > SCHEMA:
+        schema = f"schema {schema}; this one reads up to {SCHEMA}"
         raise UserError(f"{model_dir / ORIGIN}: written by a newer version ({schema})")
     config = validate_stored(JobConfig, _read_json(model_dir / CONFIG), str(model_dir / CONFIG))
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     features = FeatureMap(data.spec, config.features, FittedFeatures.load(model_dir / FEATURES), config.data.behaviours)
-    ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, origin["precision"])).eval()
+    ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, precision)).eval()
     found = _read_weights(model_dir / WEIGHTS)
     tensors: dict[str, Tensor] = {f"dense.{name}": parameter for name, parameter in ranker.named_parameters()}
     tensors |= {f"buffers.{name}": buffer for name, buffer in ranker.named_buffers()}
@@ -144,6 +147,7 @@ def open_export(directory: str | Path) -> ExportedModel:
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
+        open_regular(file).close()
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except FileNotFoundError:
@@ -156,8 +160,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_bytes())
+        return read_json_object(file)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError):
-        raise UserError(f"{file}: damaged (not JSON); repeat `limelight export RUN OUT`") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
