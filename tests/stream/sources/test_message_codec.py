@@ -394,6 +394,37 @@ def test_arrow_features_of_another_producer():
     assert text.reason.startswith("not an Arrow stream of events: ")
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "Asia/Shanghai"])
+def test_arrow_times_are_converted_by_their_unit(unit, zone):
+    per = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[unit]
+    row = {**GOOD, "domain": 1, "time_ms": int(GOOD["time_ms"] * per)}
+    decoded = codec("arrow").decode([arrow(row, time_ms=pa.timestamp(unit, zone))], NOW_MS)
+    assert (decoded.events["time_ms"].tolist(), decoded.rejected) == ([GOOD["time_ms"]], [])
+    wrong = arrow(row, {**row, "time_ms": 0}, time_ms=pa.timestamp(unit, zone))
+    (bad,) = codec("arrow").decode([wrong], NOW_MS).rejected
+    assert bad.inside == 1 and "before the year 2000" in bad.reason
+    far = arrow({**row, "time_ms": 2**62}, time_ms=pa.timestamp(unit, zone))
+    assert len(codec("arrow").decode([far], NOW_MS).rejected) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "right"),
+    [
+        (pa.float64(), 2**53 - 1, True),
+        (pa.float64(), 2**53, False),
+        (pa.float32(), 7, True),
+        (pa.float32(), 2**24, False),
+    ],
+)
+def test_arrow_ids_in_floats_are_exact_or_rejected(kind, value, right):
+    decoded = codec("arrow").decode([arrow({**GOOD, "domain": 1, "item_id": float(value)}, item_id=kind)], NOW_MS)
+    assert decoded.events["item_id"].tolist() == ([value] if right else [])
+    assert [bad.reason for bad in decoded.rejected] == (
+        [] if right else ["not an Arrow stream of events: float does not hold the id exactly"]
+    )
+
+
 def test_a_message_of_one_event_is_as_large_as_its_own_features():
     one = {name: column[:1] for name, column in EVENTS.items()}
     one["event"][:], one["visit_id"][:] = 0, 1

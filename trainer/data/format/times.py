@@ -72,6 +72,18 @@ def times_ms(values: pa.Array, unit: str, timezone: str) -> pa.Array:
     raise pa.ArrowInvalid(f"{kind} does not hold times")
 
 
+def milliseconds_of(timestamps: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return timestamps as milliseconds UTC, int64, whatever their unit and time; null stays null.
+
+    Timestamps without a zone are UTC.
+
+    Raises:
+        pa.ArrowInvalid: a time does not fit 64 bits.
+    """
+    raw, unit = timestamps.cast(pa.int64()), timestamps.type.unit
+    return pc.multiply_checked(raw, 1000) if unit == "s" else pc.divide(raw, _PER_SECOND[unit] // 1000)
+
+
 def _in_range(values: np.ndarray, earliest: int, latest: int) -> np.ndarray:
     """Return the values; one outside ``[earliest, latest)``, or NaN, raises ``pa.ArrowInvalid``."""
     if not ((values >= earliest) & (values < latest)).all():

@@ -40,9 +40,10 @@ import pyarrow.compute as pc
 
 from trainer.config.stream import MessageFormat
 from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, partition_of
-from trainer.data.format.times import EARLIEST_MS
+from trainer.data.format.times import EARLIEST_MS, milliseconds_of
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names, event_table
+from trainer.data.importers.field_parsers import whole_numbers
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES
 from trainer.stream.labels.visit_grouping import in_domains
 from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together, split_events
@@ -308,6 +309,11 @@ def _named(table: pa.Table) -> pa.Table:
     for name in FEATURES:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, _READ.field(name).type))
+    for name in INTEGERS:
+        column = table[name]
+        if pa.types.is_timestamp(column.type) or pa.types.is_floating(column.type):
+            exact = milliseconds_of if pa.types.is_timestamp(column.type) else whole_numbers
+            table = table.set_column(table.column_names.index(name), name, exact(column))
     return table.select(_READ.names).cast(_READ)
 
 
