@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.checkpoint.stored_checkpoint import write_model
+from tests.nursery import Nursery
 from tests.paths import ROOT
+from trainer.checkpoint.manifest import file_entry, read_manifest, write_manifest
 from trainer.checkpoint.model_index import load_tensors, read_index
 from trainer.checkpoint.model_state import read_state
 from trainer.checkpoint.reader import StoredModel
@@ -230,3 +233,102 @@ def test_every_reader_forbids_code() -> None:
                 found += 1
                 assert constants.get(argument) is value, f"{place}: {called} needs {argument}={value}"
     assert found >= len(READERS)
+
+
+Attack = Callable[..., None]
+"""``attack({file: payload}, *command, reads=False)``: run a command on stored runs with payloads in place of files."""
+
+EXPORTED = ("score", "export", "candidates.parquet", "out.parquet")
+SCORED = ("score", "batch", "candidates.parquet", "out.parquet")
+CHECKPOINT = "batch/checkpoints/step-00000007"
+
+
+@pytest.fixture
+def attack(tmp_path: Path, marker: Path, nursery: Nursery) -> Attack:
+    with tarfile.open(STORED) as archive:
+        archive.extractall(tmp_path, filter="data")
+
+    def run(files: dict[str, bytes], *arguments: str, reads: bool = False) -> None:
+        before = {name: (tmp_path / name).read_bytes() if (tmp_path / name).exists() else None for name in files}
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        ended = nursery.run("launch.cli.main", arguments, directory=tmp_path)
+        assert not marker.exists(), f"{arguments} ran code of {', '.join(files)}"
+        assert "Traceback" not in ended.stderr, ended.stderr[-3000:]
+        errors = [line for line in ended.stderr.splitlines() if line.startswith("limelight: error: ")]
+        if not reads:
+            assert ended.status != 0 and len(errors) <= 1, f"{arguments} accepted {', '.join(files)}"
+        for name, content in before.items():
+            if content is None:
+                (tmp_path / name).unlink()
+            else:
+                (tmp_path / name).write_bytes(content)
+
+    return run
+
+
+def in_checkpoint(directory: Path, name: str, payload: bytes) -> dict[str, bytes]:
+    """A payload in a checkpoint, and a manifest that agrees with it: whoever writes the one writes the other."""
+    manifest = read_manifest(directory / CHECKPOINT)
+    copy = directory / "copy" / Path(CHECKPOINT).name
+    copy.mkdir(parents=True, exist_ok=True)
+    (copy / "payload").write_bytes(payload)
+    files = {**manifest.files, name: file_entry(copy / "payload")}
+    write_manifest(copy, manifest.model_copy(update={"files": files}))
+    return {f"{CHECKPOINT}/{name}": payload, f"{CHECKPOINT}/manifest.json": (copy / "manifest.json").read_bytes()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate batch",
+        " ".join(SCORED),
+        "explain batch --user 1 --candidate 1 --at 2024-03-12T20:00",
+        "train batch.toml",
+        "export batch out",
+        "checkpoint show batch",
+        "checkpoint diff batch stream",
+        "checkpoint verify batch",
+    ],
+)
+def test_no_command_runs_the_index_of_a_checkpoint(tmp_path: Path, marker: Path, attack: Attack, command: str) -> None:
+    attack(in_checkpoint(tmp_path, "model/.metadata", pickle.dumps(Payload(marker))), *command.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rank-00000.pt", "model/__0_0.distcp"])
+def test_no_command_runs_the_tensors_of_a_checkpoint(tmp_path: Path, marker: Path, attack: Attack, name: str) -> None:
+    crafted = in_checkpoint(tmp_path, name, pickled_tensor_file(marker))
+    attack(crafted, "train", "batch.toml")
+    # Scoring reads the state of a rank only for histories that are searched.
+    attack(crafted, *SCORED, reads=name == "rank-00000.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["features.json", "vocabularies.npz", "authors.npz"])
+def test_no_command_runs_the_features(marker: Path, attack: Attack, name: str) -> None:
+    arrays = io.BytesIO()
+    np.savez(arrays, user=np.array([Payload(marker)], object))
+    attack({f"batch/features/{name}": arrays.getvalue()}, *SCORED)
+    attack({f"export/features/{name}": arrays.getvalue()}, *EXPORTED)
+
+
+@pytest.mark.slow
+def test_no_command_runs_an_export_a_staytime_run_or_a_table(marker: Path, attack: Attack) -> None:
+    payload = pickle.dumps(Payload(marker))
+    for name in ("model.safetensors", "export.json", "config.json"):
+        attack({f"export/{name}": payload}, *EXPORTED)
+    for name in ("model.safetensors", "fitted.json", "config.json"):
+        attack({f"staytime/{name}": payload}, "score", "staytime", "out.parquet")
+    attack({"candidates.parquet": payload}, *EXPORTED)
+
+
+@pytest.mark.slow
+def test_no_command_runs_the_code_of_a_model(tmp_path: Path, marker: Path, attack: Attack) -> None:
+    config = json.loads((tmp_path / "finetune/base/config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.C"}}
+    code = f"import os\nos.mkdir({str(marker)!r})\n".encode()
+    job = '[run]\ndirectory = "other"\n[data]\ntrain = ["samples/train.jsonl"]\n[model]\npath = "finetune/base"\n'
+    (tmp_path / "finetune.toml").write_text(job)
+    model = {"finetune/base/config.json": json.dumps(config).encode(), "finetune/base/evil.py": code}
+    attack(model, "finetune", "finetune.toml")
