@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.config.iso_time import ISO_FORMS, ISO_TIME
+from trainer.data.format.column_types import check_type
 
 EARLIEST_MS, LATEST_MS = 946_684_800_000, 4_102_444_800_000
 """Start of the years 2000 and 2100. A time outside this range was probably read in the wrong unit."""
@@ -69,6 +70,7 @@ def times_ms(values: pa.Array, unit: str, timezone: str) -> pa.Array:
         # A float of seconds is exact to 0.0003 ms only. Without the margin, .436 s would be cut to 435 ms.
         milliseconds = np.floor(values.to_numpy(zero_copy_only=False) / per_ms + 0.001)
         return pa.array(_in_range(milliseconds, EARLIEST_MS, LATEST_MS).astype(np.int64))
+    check_type(values, "time")
     raise pa.ArrowInvalid(f"{kind} does not hold times")
 
 

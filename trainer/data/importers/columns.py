@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from trainer.data.format.times import accepted_times, times_ms
 from trainer.data.importers import field_parsers
-from trainer.data.importers.table_files import convert, raise_bad_value, read_batches
+from trainer.data.importers.table_files import convert, python_value, raise_bad_value, read_batches
 from trainer.data.writing.builder import Progress
 
 _LONGEST_MS = np.iinfo(np.int32).max
@@ -88,7 +88,7 @@ class ColumnBatch:
         Raises:
             UserError: always.
         """
-        raise_bad_value(self.file, self.first_row + position, name, self.column(name)[position].as_py(), accepted)
+        raise_bad_value(self.file, self.first_row + position, name, python_value(self.column(name)[position]), accepted)
 
 
 def read_column_batches(

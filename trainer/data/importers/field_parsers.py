@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.format.column_types import check_type
 from trainer.data.format.id_index import IdIndex
 
 _WHOLE = r"^(-?[0-9]+)\.0*$"
@@ -36,6 +37,7 @@ def accepted_ids(kind: pa.DataType, hash_column: str = "") -> str:
 
 def integer_ids(values: pa.Array) -> pa.Array:
     """Parse ids that are whole numbers of 0 or more, as numbers or as text; int64. ``7`` and ``7.0`` are one id."""
+    check_type(_plain(values), "id")
     ids = _cast(_one_spelling(_present(_plain(values))), pa.int64())
     if len(ids) and pc.min(ids).as_py() < 0:
         raise pa.ArrowInvalid("negative id")
@@ -89,6 +91,7 @@ class IdHash:
 
     def ids(self, values: pa.Array) -> pa.Array:
         """Return the ids of a part of a column; null raises ``pa.ArrowInvalid``."""
+        check_type(_plain(values), "id")
         coded = pc.dictionary_encode(_cast(_one_spelling(_present(_plain(values))), pa.string()))
         digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in coded.dictionary.to_pylist()]
         halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
@@ -111,6 +114,7 @@ class IdHash:
 def numbers(values: pa.Array) -> pa.Array:
     """Parse numbers, text, or true and false to float64; null becomes 0, NaN and infinity raise."""
     values = _plain(values)
+    check_type(values, "number")
     if pa.types.is_string(values.type):
         # Value by value: a column may have both 1 and true.
         values = pc.if_else(pc.is_in(values, value_set=_TRUE), "1", values)

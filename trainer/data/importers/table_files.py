@@ -18,11 +18,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
+from trainer.data.format.column_types import WrongType, simplify
 from trainer.data.importers import field_parsers
 
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 17
 _NULLS = ["", "NULL", "null", "NaN", "nan"]
+_LONGEST_SHOWN = 200
 _OTHER_DELIMITERS = (";", "|")
 
 
@@ -58,16 +60,20 @@ def read_batches(
     Args:
         file: ``.csv`` or ``.csv.gz`` (UTF-8, with a header line; separated by tabs if the header has one, else by
             commas), or ``.parquet``.
-        types: type of each column after conversion; None keeps Parquet columns as they are and CSV columns as text.
+        types: type of each column after conversion; None gives Parquet columns as ``column_types.simplify`` does, and
+            CSV columns as text.
         block_bytes: size of a block of a CSV file.
         multiline: True if quoted text of a CSV file may contain line breaks, which is slower. If lines end with a line
             feed only, text may then also contain carriage returns; they become spaces.
 
     Raises:
-        UserError: a column is missing, a line has too few or too many fields, or a value does not fit its type.
+        UserError: a column is missing or there twice, its type cannot be read, a line has too few or too many fields,
+            or a value does not fit its type.
     """
     names = column_names(file)
     for name in types:
+        if names.count(name) > 1:
+            raise UserError(f"{file}: {names.count(name)} columns have the name {name!r}; only one may have it")
         if name not in names:
             delimiter = next((mark for mark in _OTHER_DELIMITERS if len(names) == 1 and mark in names[0]), None)
             hint = "" if delimiter is None else f" (separated by {delimiter!r}? it must be a comma or a tab)"
@@ -102,6 +108,10 @@ def convert(
     """
     try:
         return function(values)
+    except WrongType as error:
+        raise UserError(
+            f"{file}: column {column!r} has the type {values.type}, which cannot be read here; accepted are {error}"
+        ) from None
     except pa.ArrowException:
         # bisection: all of values[:good] are good, and values[:bad] has a bad value
         good, bad = 0, len(values)
@@ -112,7 +122,15 @@ def convert(
             good = middle
         except pa.ArrowException:
             bad = middle
-    raise_bad_value(file, first_row + good, column, values[good].as_py(), accepted)
+    raise_bad_value(file, first_row + good, column, python_value(values[good]), accepted)
+
+
+def python_value(value: pa.Scalar) -> object:
+    """Return a value as a Python object; as text or a number if Python has none for it, such as for nanoseconds."""
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        return str(value.cast(pa.int64() if value.type.bit_width == 64 else pa.int32()).as_py())
 
 
 def raise_bad_value(file: Path, row: int, column: str, value: object, accepted: str) -> NoReturn:
@@ -121,7 +139,10 @@ def raise_bad_value(file: Path, row: int, column: str, value: object, accepted: 
     Raises:
         UserError: always.
     """
-    raise UserError(f"{file}: row {row}: column {column!r} is {value!r}; it must be {accepted}")
+    shown = repr(value)
+    if len(shown) > _LONGEST_SHOWN:
+        shown = f"{shown[:_LONGEST_SHOWN]}..."
+    raise UserError(f"{file}: row {row}: column {column!r} is {shown}; it must be {accepted}")
 
 
 def _header(file: Path) -> str:
@@ -142,7 +163,7 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
     for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(types)):
         arrays = []
         for name, kind in types.items():
-            values = batch.column(name)
+            values = convert(batch.column(name), simplify, file, name, row, "UTF-8 text")
             if kind is not None and values.type != kind:
                 values = _typed(values, kind, file, name, row)
             arrays.append(values)
