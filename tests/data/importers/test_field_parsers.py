@@ -55,6 +55,11 @@ def test_text_with_a_point_is_the_same_id(text: str, expected: int | None) -> No
     assert read(pa.array([text, "8"]).dictionary_encode()) == (None if expected is None else [expected, 8])
 
 
+@pytest.mark.parametrize("kind", [*EXACT, pa.string(), pa.int64()], ids=str)
+def test_no_rows_are_no_ids(kind: pa.DataType) -> None:
+    assert read(pa.array([], kind)) == IdHash().ids(pa.array([], kind)).to_pylist() == []
+
+
 def test_a_hash_does_not_tell_seven_from_seven_point_zero() -> None:
     columns = [pa.array(["7"]), pa.array(["7.0"]), pa.array([7.0]), pa.array([7]), pa.array(["7"], pa.large_string())]
     assert len({tuple(IdHash().ids(column).to_pylist()) for column in columns}) == 1

@@ -48,6 +48,18 @@ BAD_VISITS = {
         edited(item_id=None).append_column("item_id", pa.array(["seven"] * 300)),
         "visits: column 'item_id' is not int64",
     ),
+    "rounded ids": (
+        edited(item_id=None).append_column("item_id", pa.array([2.0**53 + 2] * 300)),
+        "visits: column 'item_id' is not int64 .float does not hold the id exactly",
+    ),
+    "time of a day": (
+        edited(request_ms=None).append_column("request_ms", pa.array([5] * 300, pa.time64("us"))),
+        "visits: column 'request_ms' is not int64 .it is time64",
+    ),
+    "duration": (
+        edited(play_ms=None).append_column("play_ms", pa.array([5] * 300, pa.duration("us"))),
+        "visits: column 'play_ms' is not int64 .it is duration",
+    ),
     "unknown": (edited().append_column("fame", pa.array(np.zeros(300))), "visits: unknown column 'fame'"),
     "null": (
         edited(load=None).append_column("load", pa.array([None if row == 7 else 1.0 for row in range(300)])),

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.console.errors import UserError
+from trainer.data.format.exact_floats import check_exact
 from trainer.data.format.schema import DOMAINS, UNKNOWN, DatasetSpec, SideFeature
+from trainer.data.format.times import milliseconds_of
 
 Columns = dict[str, np.ndarray]
 
@@ -40,6 +42,12 @@ def columns_of(table: pa.Table, schema: pa.Schema, what: str, optional: frozense
         if column.type != field.type:
             # Floats may be rounded to 32 bits; integers and times must not change.
             try:
+                if pa.types.is_timestamp(column.type) and field.name.endswith("_ms"):
+                    column = milliseconds_of(column)
+                elif pa.types.is_floating(column.type) and pa.types.is_int64(field.type):
+                    check_exact(column)
+                elif pa.types.is_temporal(column.type):
+                    raise pa.ArrowInvalid(f"it is {column.type}")
                 column = column.cast(field.type, safe=not pa.types.is_floating(field.type))
             except pa.ArrowException as error:
                 raise UserError(f"{what}: column {field.name!r} is not {field.type} ({error})") from None

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.data.format.column_types import check_type
+from trainer.data.format.exact_floats import EXACT_BITS, check_exact
 from trainer.data.format.id_index import IdIndex
 
 _WHOLE = r"^(-?[0-9]+)\.0*$"
-_EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
-"""Bits of a float: from 2^bits on, it does not tell neighbouring whole numbers apart."""
 
 
 def accepted_ids(kind: pa.DataType, hash_column: str = "") -> str:
@@ -26,9 +25,9 @@ def accepted_ids(kind: pa.DataType, hash_column: str = "") -> str:
         kind: type of the column.
         hash_column: canonical name of the column if ``hash_ids`` of a mapping may name it.
     """
-    if kind in _EXACT_BITS:
+    if kind in EXACT_BITS:
         return (
-            f"a whole number from 0 to 2^{_EXACT_BITS[kind]} - 1, because a {kind} column does not tell larger ids "
+            f"a whole number from 0 to 2^{EXACT_BITS[kind]} - 1, because a {kind} column does not tell larger ids "
             "apart; write the ids as int64 or as text"
         )
     hint = f' (ids that are text: hash_ids = ["{hash_column}"] in the mapping)' if hash_column else ""
@@ -46,7 +45,7 @@ def integer_ids(values: pa.Array) -> pa.Array:
 
 def whole_numbers(values: pa.Array) -> pa.Array:
     """Return a column as int64, null where it is null; a float that does not hold the number exactly raises."""
-    return _cast(_one_spelling(values) if values.type in _EXACT_BITS else values, pa.int64())
+    return _cast(_one_spelling(values) if values.type in EXACT_BITS else values, pa.int64())
 
 
 def _one_spelling(values: pa.Array) -> pa.Array:
@@ -54,20 +53,15 @@ def _one_spelling(values: pa.Array) -> pa.Array:
 
     Other values are returned unchanged. A float that may stand for several ids raises ``pa.ArrowInvalid``.
     """
-    if values.type in _EXACT_BITS:
-        limit = 2.0 ** _EXACT_BITS[values.type]
-        floats = values.cast(pa.float64())
-        if not pc.all(pc.less(pc.abs(floats), limit)).as_py():
-            raise pa.ArrowInvalid("float does not hold the id exactly")
-        return floats.cast(pa.int64())
+    if values.type in EXACT_BITS:
+        check_exact(values)
+        return values.cast(pa.float64()).cast(pa.int64())
     if pa.types.is_string(values.type):
         pointed = pc.match_substring_regex(values, _WHOLE)
         if pc.any(pointed).as_py():
             whole = pc.replace_substring_regex(values, _WHOLE, r"\1")
-            exact = _cast(whole.filter(pointed), pa.float64())
             # Text with a point was a float64 once.
-            if not pc.all(pc.less(pc.abs(exact), 2.0**53)).as_py():
-                raise pa.ArrowInvalid("text of a float that does not hold the id exactly")
+            check_exact(_cast(whole.filter(pointed), pa.float64()))
             return whole
     return values
 
