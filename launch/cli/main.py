@@ -12,7 +12,7 @@ import click
 from launch.cli import checkpoint, config, data, doctor, jobs, models, stream
 from launch.cli.command import Group
 from trainer.console.errors import UserError
-from trainer.console.exit_status import exit_status
+from trainer.console.exit_status import end_on_sigterm, exit_status
 from trainer.console.job_arguments import usage_message
 
 COMPLETE_VARIABLE = "_LIMELIGHT_COMPLETE"
@@ -72,6 +72,7 @@ def completion(shell: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: trainer/console/exit_status.py has the table."""
+    end_on_sigterm()
     return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
 
 

@@ -186,7 +186,7 @@ def _kind_of(directory: str) -> Literal["export", "finetune", "ranker", "staytim
     file = Path(directory) / "config.json"
     try:
         config = read_json_object(file)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     # The section that only this job has.
     return "staytime" if "lcu" in config else "finetune" if "lora" in config else "ranker"

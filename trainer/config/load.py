@@ -11,8 +11,8 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from trainer.config.iso_time import ISO_FORMS, read_iso
-from trainer.config.toml import Model, read_toml, validate
-from trainer.console.errors import UserError
+from trainer.config.toml import Model, check_depth, read_toml, validate
+from trainer.console.errors import UserError, one_line
 
 
 def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
@@ -38,6 +38,7 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     raw = read_toml(path, "job file")
     for override in overrides:
         _apply_override(raw, override)
+        check_depth(raw, f"override {override[:100]!r}")
     raw = _times_as_text(raw)
     return raw
 
@@ -49,11 +50,11 @@ def load_deepspeed(path: str) -> dict[str, Any]:
         UserError: missing file, or not a JSON object.
     """
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"train.deepspeed = {path!r}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {one_line(error)}") from None
     if not isinstance(settings, dict):
         kind = type(settings).__name__
         raise UserError(f"{path}: DeepSpeed settings must be a JSON object, but the file has a {kind}")
@@ -96,6 +97,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
+    except RecursionError:
+        raise UserError(f"override {key}: arrays or tables are nested too deeply") from None
     except tomllib.TOMLDecodeError:
         # A bare word such as `mmoe` is not TOML: strings need no quotes on the command line.
         value = text

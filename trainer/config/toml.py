@@ -22,6 +22,9 @@ _TOML_TYPES = {
 }
 """Kind of a mistake -> message in TOML's terms; pydantic names Python's types."""
 
+_MAX_DEPTH = 50
+"""Levels of arrays and tables in a TOML file; a job file needs five."""
+
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
     """Read a TOML file.
@@ -35,13 +38,35 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        return tomllib.loads(file.read_text())
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such {what}") from None
     except (IsADirectoryError, UnicodeDecodeError):
         raise UserError(f"{file}: not a TOML file") from None
+    except RecursionError:
+        raise UserError(f"{file}: not a {what}: arrays or tables are nested too deeply") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file}: not valid TOML: {error}") from None
+    check_depth(raw, f"{file}: not a {what}")
+    return raw
+
+
+def check_depth(raw: dict[str, Any], what: str) -> None:
+    """Check that a value has few levels, so that no later step needs a deep recursion.
+
+    Args:
+        raw: the value.
+        what: beginning of the message.
+
+    Raises:
+        UserError: it has more than 50 levels of arrays and tables.
+    """
+    level: list[Any] = [raw]
+    for _ in range(_MAX_DEPTH):
+        containers = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [inner for values in containers for inner in values if isinstance(inner, dict | list)]
+    if level:
+        raise UserError(f"{what}: arrays or tables are nested too deeply")
 
 
 def validate(model: type[Model], raw: dict[str, Any], origin: str) -> Model:

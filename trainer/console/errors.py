@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 
@@ -23,6 +25,57 @@ def one_line(error: BaseException) -> str:
         # torch reports a failed write so; the operating system's reason is lost if it comes from another rank.
         return "a file could not be written whole; is the disk full, or a quota used up?"
     return f"{type(error).__name__}: {text}"
+
+
+_STORAGE_ERRORS = frozenset(
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+        *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE),
+    )
+)
+"""Errors of the operating system that are about files, even if Python does not know the name of the file."""
+
+_FILE_LIBRARIES = frozenset(("pyarrow", "safetensors_rust", "fsspec", "s3fs", "gcsfs", "adlfs", "botocore", "zlib"))
+"""Packages whose exceptions are about files or storage."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """Return one line for an error about files or storage; None for any other one, which is a defect of Limelight.
+
+    Code that knows the file and what would be accepted raises a UserError itself. This is for the rest: a file without
+    read permission, a full disk, a name that is too long, a damaged file that a library refuses.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if is_lost_peer(f"{type(error).__name__}: {error}"):
+        return None
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | BrokenPipeError | ChildProcessError):
+        if error.filename is None and error.errno not in _STORAGE_ERRORS:
+            return one_line(error) if _package(error) in _FILE_LIBRARIES else None
+        line = one_line(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line += "; free some space (df -h shows where), or write to another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            line += f"; the user {os.geteuid()} needs the permission"
+        return line
+    if isinstance(error, UnicodeEncodeError):
+        # The error has the text, not the file: it is a path, or the terminal's.
+        return (
+            f"{error.object[:200]!a}: the locale's encoding {error.encoding} has no such characters; "
+            "export LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        )
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file is not {error.encoding} text: byte 0x{error.object[error.start]:02x} at {error.start:,}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):
+        return f"{str(error).partition(' from ')[2]}: {os.strerror(errno.ELOOP)}"
+    if isinstance(error, RuntimeError) and "inline_container" in str(error) and "unexpected pos" in str(error):
+        return one_line(error)
+    return one_line(error) if _package(error) in _FILE_LIBRARIES else None
+
+
+def _package(error: BaseException) -> str:
+    """Return the package that defines an exception's type."""
+    return type(error).__module__.partition(".")[0]
 
 
 _LOST_PEER = re.compile(r"\bgloo/|\bNCCL\b|\bDist(Backend|Network|Store)Error\b")

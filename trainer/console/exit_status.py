@@ -10,6 +10,7 @@ status  meaning
 70      The watchdog ended the job because a rank made no progress (EX_SOFTWARE of sysexits.h).
 75      The job received SIGTERM and saved its state; the same command continues (EX_TEMPFAIL of sysexits.h).
 130     Interrupted by ctrl-C (128 + SIGINT).
+143     A command without state to save was ended by SIGTERM (128 + SIGTERM).
 141     The reader of the output closed the pipe (128 + SIGPIPE).
 128+N   A rank was ended by signal N, for example 137 (SIGKILL) when memory ran out.
 ======  ================================================================================================
@@ -17,12 +18,16 @@ status  meaning
 
 from __future__ import annotations
 
+import logging
 import os
 import select
+import signal
 import sys
+import traceback
 from collections.abc import Callable
+from types import FrameType
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, user_message
 from trainer.console.run_log import start_log
 
 CHECK_FAILED_STATUS = 1
@@ -44,10 +49,37 @@ BROKEN_PIPE_STATUS = 141
 """The reader of the output closed the pipe: 128 + SIGPIPE."""
 
 
+TERMINATED_STATUS = 143
+"""SIGTERM ended a command that has no state to save: 128 + SIGTERM."""
+
+logger = logging.getLogger(__name__)
+
+
+class Terminated(BaseException):
+    """SIGTERM has arrived; raised in the main thread, so that a command removes its unfinished files."""
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM raise :class:`Terminated` in this process. Jobs that save their state replace the handler."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # A second signal ends the process at once.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() == process:
+            raise Terminated
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    process = os.getpid()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+
+
 def exit_status(job: Callable[[], int | None]) -> int:
     """Run a command or a rank, and return its exit status.
 
-    A UserError is printed as one line. If the reader of stdout has closed the pipe, nothing is printed.
+    A UserError and any other error about a file of the user are printed as one line; the traceback of the latter goes
+    to the log only. Any other traceback means a defect of Limelight. If the reader of stdout has closed the pipe,
+    nothing is printed.
     """
     start_log()
     try:
@@ -56,8 +88,19 @@ def exit_status(job: Callable[[], int | None]) -> int:
         except UserError as error:
             print(f"limelight: error: {error}", file=sys.stderr, flush=True)
             return USER_ERROR_STATUS
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            message = user_message(error)
+            if message is None:
+                raise
+            logger.debug("".join(traceback.format_exception(error)))
+            print(f"limelight: error: {message}", file=sys.stderr, flush=True)
+            return USER_ERROR_STATUS
         except KeyboardInterrupt:
             return INTERRUPTED_STATUS
+        except Terminated:
+            return TERMINATED_STATUS
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

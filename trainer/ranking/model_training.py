@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from trainer.ranking.warm_start import format_taken, warm_start
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption
+from trainer.runtime.stored_files import read_json_object
 from trainer.sparse.planner import format_plan
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def finished_report(model_dir: Path, world: World) -> dict[str, Any] | None:
     """Return ``metrics.json`` of a model that an earlier start of the job finished, or ``None``. Collective."""
     document = None
     if world.rank == 0 and (model_dir / "metrics.json").exists():
-        document = json.loads((model_dir / "metrics.json").read_text())
+        document = read_json_object(model_dir / "metrics.json")
         logger.info(f"{document['model']}: finished already, in {model_dir}")
     return world.agree(document)
 

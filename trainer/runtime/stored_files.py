@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import zipfile
@@ -85,14 +86,30 @@ def read_json_object(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         UserError: it is not a regular file, it is too large, or its content is not a JSON object.
     """
-    content = read_limited(path)
+    return parse_json_object(read_limited(path), path)
+
+
+def parse_json_object(content: bytes, name: str | Path) -> dict[str, Any]:
+    """Return the object of a JSON text.
+
+    Raises:
+        UserError: the content is not a JSON object, or a number is too large; ``name`` stands for the file.
+    """
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_float=_finite)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}: not valid JSON ({one_line(error):.120})") from None
+        raise UserError(f"{name}: not valid JSON ({one_line(error):.120})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, a JSON object is expected, this is a {type(value).__name__}")
+        raise UserError(f"{name}: damaged, a JSON object is expected, this is a {type(value).__name__}")
     return value
+
+
+def _finite(text: str) -> float:
+    """Return a number of a JSON file; Python would read 1e999 as infinity, which we never write so."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text:.20} is too large")
+    return number
 
 
 def load_array(file: Path, ndim: int) -> np.ndarray:

@@ -84,12 +84,14 @@ def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
     """
     try:
         table = pq.read_table(file)
+        # Names are decoded when they are asked for.
+        names = table.column_names
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
     for name in REQUIRED:
-        if name not in table.column_names:
+        if name not in names:
             raise UserError(f"{file}: column {name!r} is missing; candidates need {', '.join(REQUIRED)}")
     context = tuple(side for side in spec.side if side.of == "context")
     dense = tuple(dense.name for dense in spec.dense if dense.of == "context")

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from trainer.runtime.compiled import compiled
 from trainer.sparse.exchange import Exchange, Gradients
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -122,7 +122,7 @@ def unique_ids(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return torch.from_numpy(unique), list(torch.from_numpy(places).split([len(of_list) for of_list in lists]))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the unique ids ``[unique]`` int64 and the index of each id among them, ``[ids]`` int32.
 
@@ -145,7 +145,7 @@ def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return unique[:found].copy(), places
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _add_rows(total: np.ndarray, places: np.ndarray, rows: np.ndarray) -> None:
     """Add ``rows[i]`` to ``total[places[i]]`` for every ``i``, in order."""
     for i in range(len(places)):

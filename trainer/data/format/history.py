@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.data.format import storage
 from trainer.data.format.schema import DOMAINS, DatasetSpec
 from trainer.data.format.sorting import stable_order
@@ -219,8 +219,8 @@ class Histories:
                 for name in (*ENTRY_COLUMNS, *_USER_COLUMNS)
                 if name not in _LATER_COLUMNS or (folder / f"{name}.npy").exists()
             }
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: histories cannot be read ({error})") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{folder}: histories cannot be read ({one_line(error)})") from None
         self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
         # A broadcast zero stands for a missing column without memory of its own.
         for name in _LATER_COLUMNS - columns.keys():

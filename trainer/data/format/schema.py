@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.runtime.stored_files import parse_json_object
 
 SCHEMA_VERSION = 1
 
@@ -155,18 +156,16 @@ class DatasetSpec:
         """
         file = storage.join(path, "dataset.json")
         try:
-            raw = json.loads(storage.read_bytes(file))
+            raw = parse_json_object(storage.read_bytes(file), file)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path}: no dataset here (dataset.json is missing); `limelight data` creates one"
             ) from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}: not valid JSON ({error})") from None
         version = raw.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise UserError(f"{file}: schema version is {version}; this release reads version {SCHEMA_VERSION}")
         try:
-            return DatasetSpec(
+            spec = DatasetSpec(
                 **{
                     **raw,
                     "behaviours": tuple(raw["behaviours"]),
@@ -179,8 +178,36 @@ class DatasetSpec:
                     "span_ms": tuple(raw["span_ms"]),
                 }
             )
-        except (KeyError, TypeError) as error:
+            _check_types(spec)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file}: not a dataset description of this release ({error})") from None
+        return spec
+
+
+def _check_types(spec: DatasetSpec) -> None:
+    """Check the types of the values of a description that was read from a file.
+
+    Raises:
+        TypeError: a value has another type.
+    """
+    whole = {name: getattr(spec, name) for name in ("partitions", "rows", "exposures", "events")}
+    whole |= {f"span_ms[{at}]": time for at, time in enumerate(spec.span_ms)}
+    whole |= {f"side {side.name}": side.rows for side in spec.side}
+    whole |= {f"ids.{name}.{part}": number for name, ids in spec.ids.items() for part, number in asdict(ids).items()}
+    for name, number in whole.items():
+        if type(number) is not int or (number < 0 and not name.startswith("span_ms")):
+            raise TypeError(f"{name} is {number!r}, not a whole number")
+    if len(spec.span_ms) != 2 or spec.partitions < 1:
+        raise TypeError("span_ms needs two times, and partitions must be 1 or more")
+    texts = [spec.name, spec.source, spec.licence, spec.timezone, spec.tag, *spec.behaviours, *spec.candidates]
+    texts += [text for side in spec.side for text in (side.name, side.of)]
+    texts += [text for dense in spec.dense for text in (dense.name, dense.of)]
+    texts += [text for key in (*spec.statistics, *spec.applies.values()) for text in key]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is not a text")
+    if not isinstance(spec.extra, dict):
+        raise TypeError("extra is not an object")
 
 
 def visit_schema(spec: DatasetSpec) -> pa.Schema:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.data.format.column_types import WrongType, simplify
 from trainer.data.importers import field_parsers
 
@@ -49,7 +49,13 @@ def column_names(file: Path) -> list[str]:
         raise UserError(f"{file}: cannot be read as a table ({error})") from None
     if not header:
         raise UserError(f"{file}: is empty; the first line of a table must have the column names")
-    return next(csv.reader([header], delimiter=_delimiter(header)))
+    try:
+        return next(csv.reader([header], delimiter=_delimiter(header)))
+    except csv.Error:
+        raise UserError(
+            f"{file}: a line ends with a carriage return alone; lines must end with a line feed, or with both (write "
+            "them anew: tr '\\r' '\\n')"
+        ) from None
 
 
 def read_batches(
@@ -160,7 +166,15 @@ def _delimiter(header: str) -> str:
 def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Iterator[pa.RecordBatch]:
     """Yield the columns of a Parquet file; see ``read_batches``."""
     row = 1
-    for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(types)):
+    batches = pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(types))
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError) as error:
+            # Named here, because the writer of the dataset would take an OSError for one of its own files.
+            raise UserError(f"{file}: damaged after row {row - 1:,} ({one_line(error)})") from None
         arrays = []
         for name, kind in types.items():
             values = convert(batch.column(name), simplify, file, name, row, "UTF-8 text")

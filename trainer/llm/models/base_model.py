@@ -168,7 +168,7 @@ def is_hub_id(path: str) -> bool:
 def fingerprint_of(directory: Path) -> str:
     """Return a hash of a model's configuration and of size, beginning and end of each of its weight files."""
     digest = hashlib.sha256()
-    config = json.loads((directory / "config.json").read_text())
+    config = read_json_object(directory / "config.json")
     # transformers writes these two keys about itself; they do not change the model.
     stable = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     digest.update(json.dumps(stable, sort_keys=True).encode())

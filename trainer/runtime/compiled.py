@@ -1,0 +1,30 @@
+"""Loops compiled by numba, whose machine code is kept on disk where there is a place for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numba
+
+Loop = TypeVar("Loop", bound=Callable[..., object])
+
+
+def compiled(*, nogil: bool = False) -> Callable[[Loop], Loop]:
+    """Return a decorator that compiles a function at its first call, with numba's cache on disk if possible.
+
+    numba looks for a place beside the source file and in the user's home directory. A container that runs as another
+    user, with a read-only home, has neither: the function is then compiled again in every process, in a few seconds.
+    The environment variable NUMBA_CACHE_DIR names another place.
+    """
+
+    def compile_(function: Loop) -> Loop:
+        try:
+            loop: Loop = numba.njit(cache=True, nogil=nogil)(function)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            loop = numba.njit(nogil=nogil)(function)
+        return loop
+
+    return compile_
