@@ -59,7 +59,7 @@ from trainer.data.importers.category_codes import distinct_values, encode, vocab
 from trainer.data.importers.columns import ColumnBatch, SourceReader, read_column_batches
 from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
-from trainer.data.importers.published_vectors import ITEM_VECTORS, SEGMENT_VECTORS, read_vectors, write_vectors
+from trainer.data.importers.published_vectors import ITEM_VECTORS, SEGMENT_VECTORS, VECTORS, read_vectors, write_vectors
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.writing.builder import DatasetBuilder, Progress
 
@@ -328,7 +328,7 @@ class _KuaiLiveM3Files:
         """Write the content vectors of videos and of segments."""
         file = self.files["video vectors"]
         ids = [_items(batch, "photo_id", _VIDEO) for batch in read_column_batches(file, {"photo_id": None})]
-        parts = self._reader.batches(file, dict.fromkeys(("photo_id", "feature")))
+        parts = self._reader.batches(file, {"photo_id": None, "feature": VECTORS})
         vectors = ((_items(batch, "photo_id", _VIDEO), read_vectors(batch, "feature", VECTOR_DIM)) for batch in parts)
         write_vectors(builder.folder(ITEM_VECTORS), np.concatenate([_NO_IDS, *ids]), vectors, VECTOR_DIM, file.name)
         count = sum(pq.read_metadata(file).num_rows for file in self.segment_files)
@@ -338,7 +338,7 @@ class _KuaiLiveM3Files:
         """Yield row numbers in ``segments.parquet`` and segment vectors ``[rows, VECTOR_DIM]``, batch by batch."""
         first = 0
         for file in self.segment_files:
-            for batch in self._reader.batches(file, {"feature_128": None}):
+            for batch in self._reader.batches(file, {"feature_128": VECTORS}):
                 yield np.arange(first, first + batch.rows), read_vectors(batch, "feature_128", VECTOR_DIM)
                 first += batch.rows
 

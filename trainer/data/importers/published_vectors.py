@@ -19,6 +19,8 @@ ITEM_VECTORS, SEGMENT_VECTORS = "embeddings/items", "embeddings/segments"
 DTYPE = "float16"
 _LARGEST = np.finfo(DTYPE).max
 _BLOCK = 1 << 16
+VECTORS = pa.list_(pa.float64())
+"""Type of a column of vectors, for ``table_files.read_batches``."""
 
 
 def read_vectors(batch: ColumnBatch, name: str, width: int) -> np.ndarray:

@@ -67,7 +67,7 @@ def read_batches(
         file: ``.csv`` or ``.csv.gz`` (UTF-8, with a header line; separated by tabs if the header has one, else by
             commas), or ``.parquet``.
         types: type of each column after conversion; None gives Parquet columns as ``column_types.simplify`` does, and
-            CSV columns as text.
+            CSV columns as text. A list type gives a Parquet column unchanged, for a caller that reads lists.
         block_bytes: size of a block of a CSV file.
         multiline: True if quoted text of a CSV file may contain line breaks, which is slower. If lines end with a line
             feed only, text may then also contain carriage returns; they become spaces.
@@ -177,7 +177,11 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
             raise UserError(f"{file}: damaged after row {row - 1:,} ({one_line(error)})") from None
         arrays = []
         for name, kind in types.items():
-            values = convert(batch.column(name), simplify, file, name, row, "UTF-8 text")
+            values = batch.column(name)
+            if kind is not None and pa.types.is_list(kind):
+                arrays.append(values)
+                continue
+            values = convert(values, simplify, file, name, row, "UTF-8 text")
             if kind is not None and values.type != kind:
                 values = _typed(values, kind, file, name, row)
             arrays.append(values)
