@@ -158,7 +158,8 @@ def _explain(mistake: Mapping[str, Any], raw: dict[str, Any], model: type[BaseMo
         for name, info in fields(model):
             if (former := former_name(info)) and key == ".".join([*name.split(".")[:-1], former]):
                 return f"{key} is called {name} now"
-        known = [name for name, _ in fields(model)] + list(model.model_fields)
+        # A key of a section is near to other keys, and a section to sections.
+        known = [name for name, _ in fields(model)] if "." in key else list(model.model_fields)
         nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         return f"unknown key {key}; did you mean {nearest}?"
     if mistake["type"] == "missing":

@@ -6,12 +6,18 @@ import errno
 import os
 import re
 
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 class UserError(Exception):
     """A mistake of the user, with a message of one line: what, where, and what would be accepted.
 
-    Commands print it as ``limelight: error: <message>`` and exit with status 2; nothing else is printed.
+    Commands print it as ``limelight: error: <message>`` and exit with status 2; nothing else is printed. A control
+    character in the message, which may come from a file's content or name, is escaped: ``\\n`` stays on the line.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
 
 
 def one_line(error: BaseException) -> str:
