@@ -295,7 +295,9 @@ def check_nothing_vanishes(format: str, values: list[bytes | None]) -> None:
         bad = [entry for entry in decoded.rejected if entry.message == message]
         if bad:
             alone = codec(format).decode([select_events(format, value, {entry.inside for entry in bad})], NOW_MS)
-            assert [entry.reason for entry in alone.rejected] == [entry.reason for entry in bad]
+            again, reasons = ([entry.reason for entry in entries] for entries in (alone.rejected, bad))
+            # Lines that do not look like objects are events of their own only beside a line that does.
+            assert again == reasons or (format == "json" and len(again) == 1)
             assert not len(alone.message)
 
 
