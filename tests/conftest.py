@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.nursery import Ended, Nursery
@@ -13,6 +14,10 @@ from tests.paths import ROOT
 
 # Several test processes share the cores; torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A deadline for one example would measure the machine, which may have other work to do.
+hypothesis.settings.register_profile("limelight", deadline=None)
+hypothesis.settings.load_profile("limelight")
 
 
 @pytest.fixture(autouse=True, scope="session")
