@@ -241,7 +241,9 @@ def test_a_worker_that_is_killed_is_named_in_one_line(write_dataset, capfd, work
     ranks = Ranks(write_dataset(rows=1500))
     handler = signal.getsignal(signal.SIGCHLD)
     found = iter(ranks.loader(rank=1, world=2, workers=workers, batch_size=10))
-    next(found)
+    # A batch from each worker: only then all of them have set their signal handlers.
+    for _ in range(workers):
+        next(found)
     victim = max(multiprocessing.active_children(), key=lambda child: child.pid)
     os.kill(victim.pid, number)
     victim.join()
