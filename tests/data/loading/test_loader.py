@@ -280,6 +280,21 @@ def test_workers_outlive_a_signal_to_the_whole_job(write_dataset):
     assert [first, *map(content, found)] == alone
 
 
+def test_workers_outlive_a_signal_in_the_moment_after_the_fork(write_dataset, monkeypatch):
+    ranks = Ranks(write_dataset(rows=1500))
+    alone = [content(batch) for batch in ranks.loader()]
+    start = multiprocessing.process.BaseProcess.start
+
+    def start_and_signal(child):
+        start(child)
+        # By another process: a worker obeys its rank.
+        subprocess.run(["kill", str(child.pid)], check=True)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_and_signal)
+    assert [content(batch) for batch in ranks.loader(workers=2)] == alone
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("harm", "expected"),

@@ -199,7 +199,7 @@ class Loader:
         """Yield the batches that the worker processes make; turn the death of a worker into a one-line error."""
         _check_locks(self._workers)
         before = multiprocessing.active_children()
-        with _signal_left_alone(signal.SIGCHLD):
+        with _signal_left_alone(signal.SIGCHLD), _signal_blocked(signal.SIGTERM):
             packed = iter(made)
         workers = [child for child in multiprocessing.active_children() if child not in before]
         while True:
@@ -345,8 +345,8 @@ def _live_as_long_as_the_rank(worker: int) -> None:
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         # Torch's handlers would print a fragment of a message; the rank reports the signal in a full one.
         signal.signal(number, signal.SIG_DFL)
-    # A blocked signal can be received with sigwaitinfo, which returns the sender; a Python handler does not get it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # SIGTERM is blocked since before the fork. A blocked signal can be received with sigwaitinfo, which returns the
+    # sender; a Python handler does not get it.
 
     def wait_for_the_rank() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
@@ -369,6 +369,19 @@ def _signal_left_alone(number: int) -> Iterator[None]:
     finally:
         if signal.getsignal(number) is not previous:
             signal.signal(number, previous)
+
+
+@contextmanager
+def _signal_blocked(number: int) -> Iterator[None]:
+    """Block a signal inside the ``with`` statement, and for good in the processes that are forked there.
+
+    A pre-emption in the moment after the fork would end a worker that has not set itself up yet, and with it the rank.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _death_message(rank: int, pid: int | None, status: int) -> str:
