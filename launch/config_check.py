@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,9 @@ def _check_ranker(job: JobConfig, ranks: int, found: JobCheck) -> None:
         split = found.run("times", lambda: split_in_time(job, data.spec))
         if split is not None:
             found.run("rows of training", lambda: require_training_rows(job, count_rows(data, split.fitting)))
-        found.run("behaviours, features and ranks", lambda: check_settings(job, data.spec, ranks))
+        settings = found.run("behaviours, features and ranks", lambda: check_settings(job, data.spec, ranks))
+        if settings is not None:
+            found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
     if job.init_from.run:
         found.run(f"tables of {job.init_from.run}", lambda: check_source(job))
 
@@ -131,7 +133,9 @@ def _check_finetune(job: FinetuneConfig, ranks: int, found: JobCheck) -> None:
     from trainer.llm.finetuning.prepare import check_length, deepspeed_settings
     from trainer.llm.finetuning.samples import ReadCounts, read_samples
 
-    found.run("DeepSpeed settings and ranks", lambda: deepspeed_settings(job, ranks))
+    settings = found.run("batch size and ranks", lambda: deepspeed_settings(job, ranks))
+    if settings is not None:
+        found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
 
     def count(paths: Sequence[str]) -> int:
         return sum(1 for _ in read_samples(paths, ReadCounts()))
@@ -171,6 +175,19 @@ def _check_staytime(job: StaytimeConfig, found: JobCheck) -> None:
     )
     if data is not None:
         found.checked.append(f"{len(data.training):,} training and {len(data.held_out):,} held-out visits")
+
+
+def _check_deepspeed(settings: Mapping[str, Any], file: str) -> None:
+    """Let DeepSpeed check settings as at the start of a job.
+
+    Raises:
+        UserError: DeepSpeed refuses a setting.
+    """
+    from trainer.engine.dense_engine import check_settings, import_deepspeed
+
+    parts, rows = settings["gradient_accumulation_steps"], settings["train_micro_batch_size_per_gpu"]
+    # This process is the only rank, and DeepSpeed compares the batch sizes with the number of ranks.
+    check_settings(import_deepspeed(), {**settings, "train_batch_size": parts * rows}, file)
 
 
 def _check_base(path: str, tokenizer: str, found: JobCheck) -> BaseModelFiles | None:

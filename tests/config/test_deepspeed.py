@@ -40,7 +40,13 @@ def test_what_the_user_sets_stays() -> None:
         ({"zero_optimization": {"stage": "2"}}, "stage = '2': use 0, 1 or 2"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"zero_optimization": {"stage": 1, "cpu_offload": True}}, "cpu_offload"),
+        ({"zero_optimization": {"stage": True}}, "stage = True: use 0, 1 or 2"),
+        ({"zero_optimization": {"stage": [1]}}, "stage = [1]: use 0, 1 or 2"),
         ({"zero_optimization": 1}, "zero_optimization = 1"),
+        ({"zero_optimization": None}, "zero_optimization = None"),
+        ({"bf16": True}, "bf16 = True: use an object"),
+        ({"data_types": "fp32"}, "data_types = 'fp32': use an object"),
+        ({"comms_logger": []}, "comms_logger = []: use an object"),
         ({"bf16": {"enabled": True}}, "use stage 1 or 2"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = 'bf16' without bf16"),
         ({"fp16": {"enabled": True}}, "'fp16' is not supported"),
@@ -49,6 +55,8 @@ def test_what_the_user_sets_stays() -> None:
         ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'"),
         ({"gradient_clipping": -1}, "gradient_clipping = -1"),
         ({"gradient_clipping": "1"}, "gradient_clipping = '1'"),
+        ({"gradient_clipping": True}, "gradient_clipping = True"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping = nan"),
         ({"gradient_accumulation_steps": 5}, "gradient_accumulation_steps = 5 does not divide the 8 rows"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0"),
         ({"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps = 'auto'"),
@@ -58,6 +66,6 @@ def test_what_the_user_sets_stays() -> None:
 )
 def test_mistakes_are_named_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
-        complete_settings(settings, batch_size=8, world=2)
-    assert message in str(refused.value)
+        complete_settings(settings, batch_size=8, world=2, origin="configs/mine.json")
+    assert str(refused.value).startswith("configs/mine.json: ") and message in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -115,7 +115,7 @@ def test_times_are_taken_in_the_datasets_time_zone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("[1]", "must be a JSON object, but the file has a list"), ("{", "not valid JSON")]
+    ("text", "expected"), [("[1]", "a JSON object is expected, this is a list"), ("{", "not valid JSON")]
 )
 def test_deepspeed_settings_must_be_an_object(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "ds.json"

@@ -69,8 +69,19 @@ def test_the_kind_of_a_file_is_found_by_its_sections(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "checked"),
     [
-        ("train", ["world", "times", "rows of training", "behaviours, features and ranks"]),
-        ("finetune", ["DeepSpeed settings and ranks", "data.train", "data.evaluate", "base", "data.length", "options"]),
+        ("train", ["world", "times", "rows of training", "behaviours, features and ranks", "DeepSpeed settings"]),
+        (
+            "finetune",
+            [
+                "batch size and ranks",
+                "DeepSpeed settings",
+                "data.train",
+                "data.evaluate",
+                "base",
+                "data.length",
+                "options",
+            ],
+        ),
         (
             "embed",
             ["embed.txt", "texts of items", "texts of comments", "texts of segments", "texts of authors", "base"],
@@ -142,6 +153,27 @@ def test_a_bad_job_has_one_line_for_each_problem(
     assert main(["config", "check", *job_of(kind, data, *overrides), "--json"]) == 2
     document = json.loads(capsys.readouterr().out)
     assert [f"limelight: error: {problem}" for problem in document["problems"]] == lines and not document["ok"]
+
+
+@pytest.mark.parametrize("kind", ["train", "finetune"])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage = 7: use "),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com = True: Extra inputs"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "perhaps"}}, "enabled = 'perhaps'"),
+        ({"zero_optimization": {"stage": 2}, "optimiser": {}}, "'optimiser' is not supported"),
+        ([], "a JSON object is expected"),
+    ],
+)
+def test_a_problem_of_deepspeed_settings_names_their_file(
+    kind: str, settings: object, told: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(settings))
+    assert main(["config", "check", *job_of(kind, data, f"train.deepspeed={file}"), "--ranks", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"limelight: error: {file}: ") and told in line
 
 
 def test_ranks_that_do_not_fit(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

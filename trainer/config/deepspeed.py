@@ -31,7 +31,19 @@ _REFUSED = {
     "fp16": "float16 would need a loss scale, which the engines do not keep; use bf16",
     "amp": "use bf16",
 }
+_OBJECTS = {
+    "zero_optimization": '{"stage": 1}',
+    "bf16": '{"enabled": true}',
+    "data_types": '{"grad_accum_dtype": "fp32"}',
+    "comms_logger": '{"enabled": true}',
+    "flops_profiler": '{"enabled": true}',
+}
+"""Keys whose value is an object -> an example."""
+
 _NEVER = 1 << 62
+
+SETTINGS = "deepspeed settings"
+"""Name of settings that come from no file, in messages."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,11 @@ LANGUAGE_MODEL = ZeroSupport((1, 2, 3), "use 1, 2 or 3", offload=True)
 
 
 def complete_settings(
-    settings: Mapping[str, Any], batch_size: int, world: int, support: ZeroSupport = DENSE_NETWORK
+    settings: Mapping[str, Any],
+    batch_size: int,
+    world: int,
+    support: ZeroSupport = DENSE_NETWORK,
+    origin: str = SETTINGS,
 ) -> dict[str, Any]:
     """Check a user's DeepSpeed settings and return them with the batch sizes added.
 
@@ -67,62 +83,65 @@ def complete_settings(
         batch_size: rows of one rank in an optimizer step, split into ``gradient_accumulation_steps`` micro-batches.
         world: number of ranks.
         support: ZeRO features of the engine that receives the settings.
+        origin: file that the settings come from, for the messages.
 
     Raises:
         UserError: a key is unknown or the engine does not support it, or a batch size contradicts the job.
     """
     for key, value in settings.items():
         if key in _REFUSED and is_enabled(value):
-            raise UserError(f"deepspeed settings: {key!r} is not supported: {_REFUSED[key]}")
+            raise UserError(f"{origin}: {key!r} is not supported: {_REFUSED[key]}")
         if key not in _ACCEPTED and key not in _REFUSED:
             nearest = difflib.get_close_matches(key, _ACCEPTED, n=1, cutoff=0.0)[0]
-            raise UserError(f"deepspeed settings: {key!r} is not supported; did you mean {nearest!r}?")
+            raise UserError(f"{origin}: {key!r} is not supported; did you mean {nearest!r}?")
+    for key, example in _OBJECTS.items():
+        if not isinstance(settings.get(key, {}), Mapping):
+            raise UserError(f"{origin}: {key} = {settings[key]!r}: use an object such as {example}")
     accumulated = settings.get("data_types", {}).get("grad_accum_dtype")
     if accumulated not in (None, "fp32") and not is_enabled(settings.get("bf16")):
-        raise UserError(f'deepspeed settings: data_types.grad_accum_dtype = {accumulated!r} without bf16: use "fp32"')
-    _check_zero(settings.get("zero_optimization", {}), is_enabled(settings.get("bf16")), support)
+        raise UserError(f'{origin}: data_types.grad_accum_dtype = {accumulated!r} without bf16: use "fp32"')
+    _check_zero(settings.get("zero_optimization", {}), is_enabled(settings.get("bf16")), support, origin)
     clipping = settings.get("gradient_clipping", 0.0)
-    if not isinstance(clipping, int | float) or clipping < 0:
-        raise UserError(f"deepspeed settings: gradient_clipping = {clipping!r}: use a number above 0, or 0 for none")
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < float("inf"):
+        raise UserError(f"{origin}: gradient_clipping = {clipping!r}: use a number above 0, or 0 for none")
     return {
         # DeepSpeed would print progress lines of its own.
         "steps_per_print": _NEVER,
         **{key: value for key, value in settings.items() if key in _ACCEPTED},
-        **_batch_sizes(settings, batch_size, world),
+        **_batch_sizes(settings, batch_size, world, origin),
     }
 
 
-def _check_zero(zero: Any, bf16: bool, support: ZeroSupport) -> None:
+def _check_zero(zero: Mapping[str, Any], bf16: bool, support: ZeroSupport, origin: str) -> None:
     """Raise UserError if the engine does not support the settings in ``zero_optimization``."""
-    if not isinstance(zero, Mapping):
-        raise UserError(f'deepspeed settings: zero_optimization = {zero!r}: use an object such as {{"stage": 1}}')
     stage = zero.get("stage", 0)
-    if stage not in support.stages:
-        raise UserError(f"deepspeed settings: zero_optimization.stage = {stage!r}: {support.advice}")
+    # A list would not be hashable, and True is equal to 1.
+    if type(stage) is not int or stage not in support.stages:
+        raise UserError(f"{origin}: zero_optimization.stage = {stage!r}: {support.advice}")
     # `cpu_offload` is DeepSpeed's old name of `offload_optimizer`; it is refused for every engine.
     for key in ("offload_optimizer", "offload_param", "cpu_offload"):
         if is_enabled(zero.get(key)) and (not support.offload or key == "cpu_offload"):
-            raise UserError(f"deepspeed settings: zero_optimization.{key} is not supported; remove it")
+            raise UserError(f"{origin}: zero_optimization.{key} is not supported; remove it")
     if stage == 0 and bf16:
         raise UserError(
-            "deepspeed settings: bf16 with zero_optimization.stage = 0 uses an optimizer whose state cannot be saved; "
+            f"{origin}: bf16 with zero_optimization.stage = 0 uses an optimizer whose state cannot be saved; "
             "use stage 1 or 2"
         )
 
 
-def _batch_sizes(settings: Mapping[str, Any], batch_size: int, world: int) -> dict[str, int]:
+def _batch_sizes(settings: Mapping[str, Any], batch_size: int, world: int, origin: str) -> dict[str, int]:
     """Return DeepSpeed's three batch sizes; raise UserError if a setting contradicts them."""
     parts = settings.get("gradient_accumulation_steps", 1)
-    if not isinstance(parts, int) or parts < 1 or batch_size % parts:
+    if type(parts) is not int or parts < 1 or batch_size % parts:
         raise UserError(
-            f"deepspeed settings: gradient_accumulation_steps = {parts!r} does not divide "
+            f"{origin}: gradient_accumulation_steps = {parts!r} does not divide "
             f"the {batch_size} rows of a rank in a step"
         )
     sizes = {"train_batch_size": batch_size * world, "train_micro_batch_size_per_gpu": batch_size // parts}
     for key, size in sizes.items():
         if settings.get(key, "auto") not in ("auto", size):
             raise UserError(
-                f"deepspeed settings: {key} = {settings[key]!r} contradicts the job, which needs {size}; remove the "
+                f"{origin}: {key} = {settings[key]!r} contradicts the job, which needs {size}; remove the "
                 "key, train.batch_size sets it"
             )
     return {**sizes, "gradient_accumulation_steps": parts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from datetime import date, datetime
@@ -12,7 +11,8 @@ from zoneinfo import ZoneInfo
 
 from trainer.config.iso_time import ISO_FORMS, read_iso
 from trainer.config.toml import Model, check_depth, read_toml, validate
-from trainer.console.errors import UserError, one_line
+from trainer.console.errors import UserError
+from trainer.runtime.stored_files import MAX_SETTINGS_BYTES, read_json_object
 
 
 def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
@@ -50,15 +50,11 @@ def load_deepspeed(path: str) -> dict[str, Any]:
         UserError: missing file, or not a JSON object.
     """
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json_object(Path(path), MAX_SETTINGS_BYTES)
     except FileNotFoundError:
         raise UserError(f"train.deepspeed = {path!r}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {one_line(error)}") from None
-    if not isinstance(settings, dict):
-        kind = type(settings).__name__
-        raise UserError(f"{path}: DeepSpeed settings must be a JSON object, but the file has a {kind}")
-    return settings
+    except IsADirectoryError:
+        raise UserError(f"train.deepspeed = {path!r}: a directory; name a file with DeepSpeed's settings") from None
 
 
 def parse_time(text: str, timezone: str, key: str) -> int:

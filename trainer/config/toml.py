@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from trainer.console.errors import UserError
+from trainer.runtime.stored_files import read_settings
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -38,7 +39,7 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        raw = tomllib.loads(read_settings(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such {what}") from None
     except (IsADirectoryError, UnicodeDecodeError):

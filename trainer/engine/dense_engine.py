@@ -14,6 +14,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from trainer.config.deepspeed import SETTINGS
 from trainer.console.errors import UserError
 from trainer.runtime.phase_timer import PhaseClock
 
@@ -39,6 +40,7 @@ class DenseNetwork:
         settings: settings of :func:`trainer.config.deepspeed.complete_settings`.
         device: device of this rank.
         clock: counts the reduction of gradients as communication.
+        origin: file that the settings come from, for messages.
 
     Attributes:
         parts: number of micro-batches of a step (``gradient_accumulation_steps``).
@@ -57,6 +59,7 @@ class DenseNetwork:
         *,
         device: torch.device,
         clock: PhaseClock,
+        origin: str = SETTINGS,
     ) -> None:
         deepspeed = start_deepspeed()
         settings = dict(settings)
@@ -76,7 +79,7 @@ class DenseNetwork:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        check_settings(deepspeed, settings)
+        check_settings(deepspeed, settings, origin)
         # One of DeepSpeed's optimizers prints its memory usage to stdout, whatever the log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=settings)
@@ -191,30 +194,41 @@ class DenseNetwork:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def check_settings(deepspeed: Any, settings: dict[str, Any]) -> None:
+def check_settings(deepspeed: Any, settings: Mapping[str, Any], origin: str) -> None:
     """Let DeepSpeed check its settings.
+
+    Args:
+        deepspeed: the module.
+        settings: settings of :func:`trainer.config.deepspeed.complete_settings`.
+        origin: file that the settings come from, for the message.
 
     Raises:
         UserError: a setting that DeepSpeed refuses, in one line.
     """
     try:
-        deepspeed.DeepSpeedConfig(settings)
+        deepspeed.DeepSpeedConfig(dict(settings))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"deepspeed settings: {key} = {first['input']!r}: {first['msg']}") from None
+        raise UserError(f"{origin}: {key} = {first['input']!r}: {first['msg']}") from None
     except (ValueError, deepspeed.DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed settings: {' '.join(str(error).split())}") from None
+        raise UserError(f"{origin}: {' '.join(str(error).split())}") from None
 
 
-def start_deepspeed() -> Any:
-    """Return the module ``deepspeed``, initialised on the default process group.
+def import_deepspeed() -> Any:
+    """Return the module ``deepspeed``, which prints only errors.
 
     It is imported late because ``World.join`` decides which device DeepSpeed finds.
     """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def start_deepspeed() -> Any:
+    """Return the module ``deepspeed``, initialised on the default process group."""
+    deepspeed = import_deepspeed()
     # Prevent compilation: DeepSpeed would build an all-reduce for inference on CPUs when it takes over the process
     # group, and even its check of which ops could be built starts compilers.
     deepspeed.ops.__compatible_ops__ = {}

@@ -25,7 +25,7 @@ from modules.embeddings import Lookup, Table
 from modules.losses import masked_bce, report_loss
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
-from trainer.config.deepspeed import complete_settings
+from trainer.config.deepspeed import SETTINGS, complete_settings
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import NO_REQUEST, BatchPipeline, InFlightBatch, StepRequest
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
@@ -106,6 +106,7 @@ class HybridEngine:
         overlap: exchange the ids of the next batch while the dense network works on this one.
         alignment: alignment of the histories; None for none.
         deduplicate: see :class:`trainer.sparse.sharded_tables.ShardedTables`.
+        deepspeed_file: file that the DeepSpeed settings come from, for messages.
 
     Attributes:
         plan: placement of each table, see :func:`trainer.sparse.planner.describe_plan`.
@@ -133,9 +134,10 @@ class HybridEngine:
         overlap: bool = True,
         alignment: Alignment | None = None,
         deduplicate: bool = True,
+        deepspeed_file: str = SETTINGS,
     ) -> None:
         self._world = dist.get_world_size()
-        settings = complete_settings(deepspeed, batch_size, self._world)
+        settings = complete_settings(deepspeed, batch_size, self._world, origin=deepspeed_file)
         self._control = control_group()
         self._clock = PhaseClock(device)
         self._weights = behaviour_weights.to(device)
@@ -154,7 +156,9 @@ class HybridEngine:
             control=self._control,
             deduplicate=deduplicate,
         )
-        self._dense = DenseNetwork(ranker, dense_optimizer, settings, device=device, clock=self._clock)
+        self._dense = DenseNetwork(
+            ranker, dense_optimizer, settings, device=device, clock=self._clock, origin=deepspeed_file
+        )
         self.plan = self._tables.plan
         self.table_optimizer = table_optimizer
         self.zero_stage = self._dense.zero_stage

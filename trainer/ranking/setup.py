@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from modules.ranker import RankerKind
+from trainer.config.deepspeed import complete_settings
 from trainer.config.load import load_deepspeed, parse_time
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
@@ -236,15 +237,18 @@ def require_training_rows(config: JobConfig, rows: int) -> None:
         raise UserError(f"{config.data.path}: no training rows in the range that data.train_from and train_until give")
 
 
-def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> None:
+def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> dict[str, Any]:
     """Check a job against its dataset before anything is written or fitted.
+
+    Returns:
+        The job's DeepSpeed settings with the batch sizes.
 
     Raises:
         UserError: the batch size is not a multiple of the ranks, there are more ranks than partitions, a weight or
             exponent names a behaviour that is not predicted, a feature or history does not exist, or the DeepSpeed
-            settings cannot be read.
+            settings cannot be read or are not supported.
     """
-    rows_per_rank(config, ranks)
+    rows = rows_per_rank(config, ranks)
     partitions_of_rank(spec.partitions, 0, ranks)
     check_names(spec, config.features, config.data.behaviours)
     predicted = config.data.behaviours or spec.behaviours
@@ -256,7 +260,7 @@ def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> None:
     if anchor and (anchor not in histories or len(histories) < 2):
         have = ", ".join(histories) or "none"
         raise UserError(f"alignment.anchor = {anchor!r}: must be one of two or more histories; the job has {have}")
-    load_deepspeed(config.train.deepspeed)
+    return complete_settings(load_deepspeed(config.train.deepspeed), rows, ranks, origin=config.train.deepspeed)
 
 
 def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None:
@@ -298,4 +302,5 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         overlap=config.train.overlap,
         alignment=build_alignment(config, features),
         deduplicate=config.tables.deduplicate,
+        deepspeed_file=config.train.deepspeed,
     )

@@ -24,6 +24,9 @@ from trainer.console.errors import UserError, one_line
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read; the manifest of a checkpoint of 10,000 ranks has about 10 MB."""
 
+MAX_SETTINGS_BYTES = 1 << 22
+"""Largest text file of settings that is read: a job file, a mapping, a template, DeepSpeed's settings."""
+
 _MAX_NAME = 1024
 
 
@@ -76,17 +79,33 @@ def read_limited(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise UserError(f"{path}: has {size:,} bytes; such a file has at most {limit:,}")
-        return file.read(limit)
+        content = file.read(limit + 1)
+        # A file of /proc has a size of 0, and a file may grow.
+        if len(content) > limit:
+            raise UserError(f"{path}: has more than {limit:,} bytes; such a file has at most {limit:,}")
+        return content
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file with one object.
+def read_settings(path: Path) -> str:
+    """Read a UTF-8 text file of settings, of at most 4 MiB; line ends become ``\\n``.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is not UTF-8 text.
+        UserError: it is not a regular file, or it is too large.
+    """
+    text = read_limited(path, MAX_SETTINGS_BYTES).decode("utf-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file with one object, of at most ``limit`` bytes.
 
     Raises:
         OSError: the file cannot be read.
         UserError: it is not a regular file, it is too large, or its content is not a JSON object.
     """
-    return parse_json_object(read_limited(path), path)
+    return parse_json_object(read_limited(path, limit), path)
 
 
 def parse_json_object(content: bytes, name: str | Path) -> dict[str, Any]:

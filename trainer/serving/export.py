@@ -16,6 +16,7 @@ import torch
 
 from trainer.checkpoint.manifest import ADAPTER, check_files
 from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
+from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
 from trainer.data.format.safetensors_header import encode_header
@@ -83,7 +84,7 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
     # The network computed in this type; the checkpoint has the float32 master parameters.
-    bf16 = load_deepspeed(str(checkpoint.run / "deepspeed.json")).get("bf16", {}).get("enabled", False)
+    bf16 = is_enabled(load_deepspeed(str(checkpoint.run / "deepspeed.json")).get("bf16"))
     return {
         "schema_version": SCHEMA,
         "checkpoint": str(checkpoint.directory.resolve()),

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.checkpoint.model_state import State, in_blocks, read_state
+from trainer.config.deepspeed import SETTINGS
 from trainer.config.finetune import FinetuneOptimizerConfig
 from trainer.engine.dense_engine import check_settings, start_deepspeed
 from trainer.llm.finetuning.answer_loss import AnswerModel
@@ -54,6 +55,7 @@ class AdapterEngine:
         settings: DeepSpeed settings from :func:`trainer.config.deepspeed.complete_settings`.
         device: device of this rank.
         checkpointing: recompute the layers' activations in the backward pass (gradient checkpointing).
+        origin: file that the settings come from, for messages.
 
     Attributes:
         parts: number of micro-batches in a step (``gradient_accumulation_steps``).
@@ -73,6 +75,7 @@ class AdapterEngine:
         *,
         device: torch.device,
         checkpointing: bool = False,
+        origin: str = SETTINGS,
     ) -> None:
         deepspeed = start_deepspeed()
         if checkpointing:
@@ -97,7 +100,7 @@ class AdapterEngine:
             },
             "zero_force_ds_cpu_optimizer": False,
         }
-        check_settings(deepspeed, completed)
+        check_settings(deepspeed, completed, origin)
         # One of DeepSpeed's optimizers prints its memory usage to stdout at any log level.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(model=network.to(device), optimizer=self._adam, config=completed)

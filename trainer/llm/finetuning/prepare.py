@@ -46,8 +46,9 @@ def deepspeed_settings(config: FinetuneConfig, ranks: int) -> dict[str, Any]:
     rows, rest = divmod(config.train.batch_size, ranks)
     if rest:
         raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {ranks} ranks")
-    settings = load_deepspeed(config.train.deepspeed)
-    return complete_settings({"zero_optimization": {"stage": 2}, **settings}, rows, ranks, LANGUAGE_MODEL)
+    file = config.train.deepspeed
+    settings = {"zero_optimization": {"stage": 2}, **load_deepspeed(file)}
+    return complete_settings(settings, rows, ranks, LANGUAGE_MODEL, file)
 
 
 def prepare_base(config: FinetuneConfig, directory: Path, world: World) -> BaseModelFiles:
@@ -156,7 +157,12 @@ def start_engine(
         model = base.load(bf16=settings.get("bf16", {}).get("enabled", False), attention=config.model.attention)
     adapted = add_adapter(model, config.lora, base_path(config, directory))
     engine = AdapterEngine(
-        adapted, config.optimizer, settings, device=device, checkpointing=config.model.gradient_checkpointing
+        adapted,
+        config.optimizer,
+        settings,
+        device=device,
+        checkpointing=config.model.gradient_checkpointing,
+        origin=config.train.deepspeed,
     )
     return adapted, engine
 

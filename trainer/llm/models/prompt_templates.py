@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
+from trainer.runtime.stored_files import read_settings
 
 _SECTION = re.compile(r"\[([a-z_]+)\]\s*")
 
@@ -45,11 +46,11 @@ class Template:
         """
         path = Path(file)
         try:
-            content = path.read_text(encoding="utf-8")
+            content = read_settings(path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such template; Limelight's own are in configs/templates") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a UTF-8 text file ({error})") from None
+            raise UserError(f"{path}: not a readable UTF-8 text file ({one_line(error)})") from None
         sections = _sections(path, content)
         for name in sections:
             if name not in places:
