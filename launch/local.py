@@ -6,25 +6,28 @@ Imports next to nothing, so that the ranks start at once.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.machine import available_cores, free_port, port_in_use
+from launch.machine import available_cores
 from trainer.console.errors import UserError, is_lost_peer
 from trainer.console.exit_status import BROKEN_PIPE_STATUS, HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.console.run_log import LOG_NOTE_VARIABLE
+from trainer.runtime.store_socket import STORE_SOCKET_VARIABLE, open_store_socket
 
 SETTLE_SECONDS = 1.0
 """Time after the first failure in which others may fail too, before the rank that caused it is chosen."""
@@ -92,7 +95,8 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
     Raises:
         UserError: MASTER_PORT is set but in use.
     """
-    port = rendezvous_port()
+    listener = rendezvous_socket()
+    port, descriptor = listener.getsockname()[1], listener.fileno()
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     started: list[Rank] = []
     signals: list[int] = []
@@ -109,7 +113,11 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="limelight-ranks-") as notes:
             for number in range(ranks):
-                started.append(_start(module, arguments, number, ranks, port, Path(notes) / str(number)))
+                environment = {**rank_environment(number, ranks, port), STORE_SOCKET_VARIABLE: str(descriptor)}
+                inherited = () if number else (descriptor,)
+                started.append(_start(module, arguments, number, environment, inherited, Path(notes) / str(number)))
+                # The first rank alone keeps it: when that rank ends, the others find the port closed.
+                listener.close()
             for rank in started:
                 threading.Thread(target=await_end, args=(rank,), daemon=True).start()
             failed = _wait(started, ended)
@@ -120,25 +128,28 @@ def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
                 return 128 + signals[0]
             return _report(failed)
     finally:
+        listener.close()
         _signal(started, signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def rendezvous_port() -> int:
-    """Return MASTER_PORT if it is set, else a free port.
+def rendezvous_socket() -> socket.socket:
+    """Return a socket that listens on MASTER_PORT if it is set, else on a free port.
 
     Raises:
-        UserError: MASTER_PORT is not a port number, or another process uses it.
+        UserError: MASTER_PORT is not a port number, another process uses it, or this user may not open it.
     """
     port = os.environ.get("MASTER_PORT")
     if port is None:
-        return free_port()
+        return open_store_socket()
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"MASTER_PORT={port}: not a port; use 1 to 65535, or unset it to have a free one chosen")
-    if port_in_use(int(port)):
-        raise UserError(f"MASTER_PORT={port}: in use by another process; unset it to have a free one chosen")
-    return int(port)
+    try:
+        return open_store_socket(int(port))
+    except OSError as error:
+        reason = "in use by another process" if error.errno == errno.EADDRINUSE else f"{error.strerror}"
+        raise UserError(f"MASTER_PORT={port}: {reason}; unset it to have a free one chosen") from None
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -158,7 +169,14 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: int, notes: Path) -> Rank:
+def _start(
+    module: str,
+    arguments: Sequence[str],
+    rank: int,
+    environment: Mapping[str, str],
+    inherited: Sequence[int],
+    notes: Path,
+) -> Rank:
     parent = os.getpid()
 
     def die_with_parent() -> None:
@@ -172,7 +190,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: i
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env={
-            **rank_environment(rank, ranks, port),
+            **environment,
             **{variable: str(notes / variable) for variable in (LOG_NOTE_VARIABLE, ERROR_FILE_VARIABLE)},
         },
         stdin=subprocess.DEVNULL,
@@ -180,6 +198,7 @@ def _start(module: str, arguments: Sequence[str], rank: int, ranks: int, port: i
         stderr=subprocess.STDOUT if rank else None,
         # Its own session: ctrl-C reaches the ranks once, through us.
         start_new_session=True,
+        pass_fds=inherited,
         preexec_fn=die_with_parent,
     )
     return Rank(rank, process, output, notes)

@@ -27,10 +27,21 @@ def has_nvidia_driver() -> bool:
 
 
 def free_port() -> int:
-    """Return a TCP port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
+    """Return a TCP port on which nothing listens, and which the kernel gives to no other process for a minute.
+
+    A connection that this side closed first leaves the port in TIME_WAIT. The kernel then chooses it for nobody, but a
+    process that names it and sets SO_REUSEADDR, as torch's rendezvous does, may listen on it.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        port: int = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = listener.accept()
+            accepted.close()
+            # The server's side becomes TIME_WAIT only after the client has closed too.
+            client.recv(1)
         return port
 
 

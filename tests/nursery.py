@@ -168,6 +168,7 @@ class ForkedProcess:
         stdout: Any,
         stderr: int | None,
         start_new_session: bool,
+        pass_fds: Sequence[int],
         preexec_fn: Callable[[], None],
     ) -> None:
         module, *arguments = command[2:]

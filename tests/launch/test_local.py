@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch import local
-from launch.local import rank_environment, rendezvous_port
+from launch.local import rank_environment, rendezvous_socket
 from tests.paths import ROOT
 from trainer.console.errors import UserError
 from trainer.console.exit_status import BROKEN_PIPE_STATUS
@@ -348,12 +348,64 @@ def test_a_given_port_is_used_and_one_in_use_is_refused(monkeypatch: pytest.Monk
         port = listener.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError, match=f"MASTER_PORT={port}: in use by another process; unset it"):
-            rendezvous_port()
-    assert rendezvous_port() == port
+            rendezvous_socket()
+    with rendezvous_socket() as opened:
+        assert opened.getsockname() == ("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("given", ["0", "65536", "ssh", "-1", ""])
 def test_a_port_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", given)
     with pytest.raises(UserError, match="not a port; use 1 to 65535"):
-        rendezvous_port()
+        rendezvous_socket()
+
+
+def test_the_store_is_served_on_a_socket_that_is_never_closed_before_the_job_ends(
+    launch: Launch, tmp_path: Path
+) -> None:
+    """Another process asks for the rendezvous port before the first rank serves the store: it cannot have it."""
+    body = """
+import socket
+from datetime import timedelta
+from trainer.runtime.rendezvous import launcher_store
+if rank == 0:
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            thief.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+            thief.listen()
+        except OSError as error:
+            (here / "thief").write_text(error.strerror)
+store = launcher_store(rank, 2, timedelta(seconds=60))
+store.set(str(rank), "here")
+store.wait([str(1 - rank)])
+store.set(f"{rank} ends", "")
+if rank == 0:
+    store.wait(["1 ends"])
+"""
+    process = launch(body)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
+    assert process.returncode == 0, stderr
+    assert (tmp_path / "thief").read_text() == "Address already in use"
+
+
+def test_the_first_rank_alone_holds_the_socket_of_the_store(launch: Launch, tmp_path: Path) -> None:
+    """When that rank ends, the port is closed, so that the others do not wait for an answer."""
+    body = """
+import socket
+def holds_the_socket():
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with found:
+            if found.family == socket.AF_INET and found.getsockname()[1] == int(os.environ["MASTER_PORT"]):
+                return True
+    return False
+(here / f"holds{rank}").write_text(str(holds_the_socket()))
+"""
+    process = launch(body, 3)
+    _, stderr = process.communicate(timeout=TIMEOUTS)
+    assert process.returncode == 0, stderr
+    assert [(tmp_path / f"holds{rank}").read_text() for rank in range(3)] == ["True", "False", "False"]

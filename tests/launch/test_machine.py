@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import machine
+from trainer.runtime.store_socket import open_store_socket
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
@@ -38,6 +39,10 @@ def test_a_listening_port_is_in_use_and_a_closed_one_is_not(address: str) -> Non
     assert not machine.port_in_use(port)
 
 
-def test_a_free_port_can_be_bound() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", machine.free_port()))
+def test_a_free_port_is_refused_to_a_process_that_does_not_name_it_and_opened_by_the_rendezvous() -> None:
+    port = machine.free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        # Without SO_REUSEADDR, as for a port that the kernel chooses.
+        other.bind(("127.0.0.1", port))
+    open_store_socket(port).close()
+    assert not machine.port_in_use(port)

@@ -22,7 +22,7 @@ from trainer.console.errors import UserError, is_lost_peer
 from trainer.console.exit_status import exit_status
 from trainer.runtime.malloc import keep_freed_memory
 from trainer.runtime.network_interfaces import interface_towards, loopback_interface
-from trainer.runtime.rendezvous import fresh_part, shared_store
+from trainer.runtime.rendezvous import fresh_part, launcher_store, shared_store
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +80,14 @@ class World:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         try:
-            store = shared_store(timeout)
+            agent = shared_store(timeout)
+            # One rank without a launcher uses a store in memory, which needs no port.
+            store = launcher_store(rank, size, timeout) if agent is None else fresh_part(agent, rank, size, timeout)
             if store is None and "MASTER_PORT" in os.environ and "RANK" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                # One rank without a launcher uses a store in memory, which needs no port.
-                part = dist.HashStore() if store is None else fresh_part(store, rank, size, timeout)
-                dist.init_process_group(backend, store=part, rank=rank, world_size=size, timeout=timeout)
+                store = dist.HashStore() if store is None else store
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
             control = control_group()
         except (RuntimeError, ValueError) as error:
             place = f"{master}:{os.environ.get('MASTER_PORT', '-')}"

@@ -1,5 +1,7 @@
 """Rendezvous of the ranks of one start of a job.
 
+``limelight train`` opens the store's socket before it starts the ranks, and the first rank serves the store on it.
+
 torchrun keeps one store over all restarts. In torch 2.13 the ranks read entries that an earlier start left there, and
 gloo connects to processes that no longer exist ("Connection refused" in ``connectFullMesh``). No variable of a rank
 identifies the start: each agent counts restarts for itself. So the ranks agree on a name for their start.
@@ -14,7 +16,29 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from trainer.runtime.store_socket import STORE_SOCKET_VARIABLE
+
 POLL_SECONDS = 0.02
+
+
+def launcher_store(rank: int, size: int, timeout: timedelta) -> dist.Store | None:
+    """Return the store on the socket that ``limelight`` opened for its ranks; ``None`` under other launchers.
+
+    Raises:
+        RuntimeError: the first rank does not answer within the timeout.
+    """
+    number = os.environ.get(STORE_SOCKET_VARIABLE)
+    if number is None:
+        return None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=int(number) if rank == 0 else None,
+    )
 
 
 def shared_store(timeout: timedelta) -> dist.Store | None:
