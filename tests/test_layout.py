@@ -19,9 +19,9 @@ RIDDLE = re.compile(r"(What|Which|How|Where|When|Who|Whether|Of|That|Those|Their
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def modules() -> Iterator[tuple[Path, ast.Module]]:
-    """Yield every module of the product, and its syntax tree."""
-    for package in PACKAGES:
+def modules(packages: tuple[str, ...] = PACKAGES) -> Iterator[tuple[Path, ast.Module]]:
+    """Yield every module of the packages, by default those of the product, and its syntax tree."""
+    for package in packages:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield path, ast.parse(path.read_text())
 
@@ -62,7 +62,7 @@ def test_class_names_stand_once() -> None:
 def test_the_first_line_of_a_docstring_is_a_sentence_or_a_noun() -> None:
     riddles = [
         f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
-        for path, tree in modules()
+        for path, tree in modules((*PACKAGES, "tests"))
         for node in ast.walk(tree)
         if isinstance(node, Documented) and (text := ast.get_docstring(node)) and RIDDLE.match(text)
     ]

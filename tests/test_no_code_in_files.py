@@ -63,7 +63,7 @@ def test_the_payload_works(tmp_path: Path) -> None:
 
 
 def pickled_tensor_file(marker: Path) -> bytes:
-    """What ``torch.save`` writes for a payload."""
+    """Return the bytes that ``torch.save`` writes for a payload."""
     content = io.BytesIO()
     torch.save({"search": Payload(marker), "random": Payload(marker)}, content)
     return content.getvalue()

@@ -34,7 +34,7 @@ def job_of(arguments: list[str]) -> JobConfig:
 
 
 def parse_torchrun(arguments: list[str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What torchrun makes of its command line and of ``PET_*`` in the environment."""
+    """Return the arguments that torchrun takes from its command line and from ``PET_*`` in the environment."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     given = get_args_parser().parse_args(arguments)
@@ -187,7 +187,7 @@ of values, a list of one form, or keys and their forms; those that end in ? may 
 
 
 def misfits(value: object, form: Any, path: str = "") -> list[str]:
-    """Where a document differs from its form."""
+    """Return the places where a document differs from its form."""
     if isinstance(form, tuple):
         return [] if value in form else [f"{path}: {value!r} is none of {form}"]
     if isinstance(form, type):

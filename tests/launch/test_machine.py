@@ -1,4 +1,4 @@
-"""What the machine has."""
+"""Tests of the report on what the machine has."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_full_rows_are_the_training_rows_of_the_dataset(world: Path, tmp_path: P
 def test_both_modes_write_the_same_rows_and_find_the_same_unused_events(
     world: Path, tmp_path: Path, policy: str
 ) -> None:
-    """Of a log that arrives in disorder, some of it too late."""
+    """The log arrives in disorder, and some of it too late."""
     log = tmp_path / "log"
     shutil.copytree(world, log, ignore=shutil.ignore_patterns("rows", "history", "truth"))
     rng = np.random.default_rng(0)

@@ -89,7 +89,7 @@ def test_a_state_is_a_copy_of_plain_arrays() -> None:
 
 
 def test_simultaneous_events_stay_in_order_of_arrival() -> None:
-    """Of two exposures of a visit at one millisecond the first to arrive gives the ids, also after a restore."""
+    """The first to arrive of two exposures of a visit at one millisecond gives the ids, also after a restore."""
     first = Event(1, 7, 11, 12, "live", "exposure", 50)
     second = [Event(1, 8, 0, 0, "live", "exposure", 40), first._replace(author_id=99)]
     stream = StreamAssembler(SPEC, Full(), TIMEOUTS)
