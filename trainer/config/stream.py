@@ -36,7 +36,9 @@ class StreamConfig(BaseModel):
     )
     topic: str = Field("", description="Kafka topic. Its partitions are divided among the ranks.")
     format: MessageFormat = Field(
-        "json", description="Format of the messages: `json` has one event per line, `arrow` has IPC streams of events."
+        "json",
+        description="Format of the messages: `json` has JSON objects, one per line, over several lines or in arrays; "
+        "`arrow` has IPC streams of events.",
     )
     partitioner: Literal["limelight", "producer"] = Field(
         "limelight",

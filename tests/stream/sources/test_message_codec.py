@@ -85,7 +85,12 @@ BROKEN = [
     (b" \n\t\n", "not JSON: Expecting value"),
     (line()[:-9] + b"\n " + line()[-9:-1], "not JSON: "),
     (b"{}", "event is missing"),
-    (b"[1]", "not a JSON object but list"),
+    (b"[1]", "not a JSON object but int"),
+    (b" [ ] ", "an empty array has no events"),
+    (b"[[" + line() + b"]]", "not a JSON object but list"),
+    (b"[" + line() + b",]", "not JSON: "),
+    (b"[" + line() + b" " + line() + b"]", "not JSON: "),
+    (b"[" + line(), "not JSON: "),
     (b"\xff{", "not UTF-8 text"),
     (line()[:-1], "not JSON: "),
     (line() + b"}", "not JSON: Extra data"),
@@ -213,6 +218,39 @@ def test_objects_over_several_lines_are_events(value: bytes, users: list[int]) -
     assert decoded.events["value"].tolist() == [0.5] * (len(users) + 1)
 
 
+def array(*values: bytes) -> bytes:
+    return b"[" + b", ".join(values) + b"]"
+
+
+@pytest.mark.parametrize(
+    ("value", "users"),
+    [
+        (array(line(user_id=1), line(user_id=2)), [1, 2]),
+        (array(line(user_id=1)) + b"\n" + array(line(user_id=2), line(user_id=3)) + b"\n", [1, 2, 3]),
+        (line(user_id=1) + array(line(user_id=2)) + b"\n" + line(user_id=3), [1, 2, 3]),
+        (json.dumps([GOOD, {**OPEN, "more": ["],", {"a": [1]}]}], indent=2).encode(), [17, 17]),
+        (b"\t[ " + line() + b"\r\n , " + line(user_id=2) + b" ] ", [17, 2]),
+    ],
+)
+def test_the_objects_of_an_array_are_events(value: bytes, users: list[int]) -> None:
+    decoded = codec("json").decode([value, line(user_id=5)], NOW_MS)
+    assert decoded.rejected == []
+    assert decoded.events["user_id"].tolist() == [*users, 5]
+    assert decoded.sizes.tolist() == [len(users), 1]
+
+
+def test_a_bad_element_takes_nothing_else_of_its_array() -> None:
+    value = array(line(user_id=1), b"3", line(event="poke"), b"[]", line(user_id=2))
+    decoded = codec("json").decode([value], NOW_MS)
+    assert decoded.events["user_id"].tolist() == [1, 2] and decoded.sizes.tolist() == [5]
+    assert [entry.inside for entry in decoded.rejected] == [1, 2, 3]
+    assert select_events("json", value, {1, 2, 3}) == b"\n".join([b"3", line(event="poke"), b"[]"])
+    # A line that is not JSON leaves the arrays and the objects beside it as they are.
+    decoded = codec("json").decode([b"\n".join([line(), value, b"x"])], NOW_MS)
+    assert decoded.events["user_id"].tolist() == [17, 1, 2]
+    assert [entry.inside for entry in decoded.rejected] == [2, 3, 4, 6]
+
+
 def test_a_bad_object_over_several_lines_is_one_rejected_event() -> None:
     bad = json.dumps({**GOOD, "event": "poke"}, indent=2).encode()
     for value, inside in ((bad, [0]), (bad[:-1], [0]), (PRETTY + b"\n" + bad + PRETTY, [1]), (b"[\n" + bad, [0])):
@@ -275,6 +313,7 @@ JUNK = st.one_of(
     st.binary(max_size=40),
     LINES.filter(lambda value: value is not None).map(lambda value: value.replace(b", ", b",\n ")),
     st.lists(LINES.filter(lambda value: value is not None), max_size=4).map(b"\n".join),
+    st.lists(LINES.filter(lambda value: value is not None), max_size=4).map(lambda values: array(*values)),
     st.recursive(
         st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*OPEN, "x"]), inner, max_size=4),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,7 @@ JSON_SCHEMA = pa.schema(
 
 _PARSE = paj.ParseOptions(explicit_schema=JSON_SCHEMA, unexpected_field_behavior="ignore")
 _FEW_LINES = 32
-_JSON_SPACE = " \t\r\n"
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -36,34 +38,70 @@ def parse_lines(lines: list[bytes]) -> tuple[pa.Table, dict[int, str]]:
 
 
 def split_events(value: bytes) -> list[bytes]:
-    """Split a message into its events, each without a line break: JSON objects, one per line or over several lines.
+    """Split a message into its events, each without a line break.
 
-    The result is the whole message if it is not JSON and none of its lines looks like an object.
+    Events are JSON objects, one per line or over several lines, or the elements of JSON arrays. The result is the whole
+    message if it is not JSON and none of its lines looks like an object.
     """
     lines = [line for line in value.split(b"\n") if line.strip()]
     like_objects = [line.strip().startswith(b"{") and line.strip().endswith(b"}") for line in lines]
     if lines and all(like_objects):
         return lines
-    # Objects over several lines, such as those of a pretty printer.
+    # Arrays, and objects over several lines, such as those of a pretty printer.
     if pieces := _split_values(value):
         return pieces
-    return lines if any(like_objects) else [value.replace(b"\n", b" ")]
+    if not any(like_objects):
+        return [value.replace(b"\n", b" ")]
+    # A line that is not JSON must not take the others with it, and some of those may be arrays.
+    return list(chain.from_iterable(_split_values(line) or [line] for line in lines))
 
 
 def _split_values(value: bytes) -> list[bytes]:
-    """Split a message into its JSON values, which may be over several lines; return none if it is not JSON."""
-    pieces, place = [], 0
+    """Split a message into its JSON values and the elements of its arrays; return none if it is not JSON."""
+    pieces: list[bytes] = []
     try:
         text = value.decode()
-        while rest := text[place:].lstrip(_JSON_SPACE):
-            place = len(text) - len(rest)
-            end = _DECODER.raw_decode(text, place)[1]
+        place = _after_space(text, 0)
+        while place < len(text):
+            found, end = _values_at(text, place)
             # JSON strings cannot hold a line break, so all of these are white space.
-            pieces.append(text[place:end].replace("\n", " ").encode())
-            place = end
+            pieces += [text[first:stop].replace("\n", " ").encode() for first, stop in found]
+            place = _after_space(text, end)
     except (ValueError, RecursionError):
         return []
     return pieces
+
+
+def _values_at(text: str, place: int) -> tuple[list[tuple[int, int]], int]:
+    """Return begin and end of each element of the array at ``place``, or of the other value there, and its end.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    if not text.startswith("[", place):
+        end = _DECODER.raw_decode(text, place)[1]
+        return [(place, end)], end
+    first = _after_space(text, place + 1)
+    if text.startswith("]", first):
+        # An empty array is an event of its own, which is rejected, because it would vanish otherwise.
+        return [(place, first + 1)], first + 1
+    found = []
+    while True:
+        end = _DECODER.raw_decode(text, first)[1]
+        found.append((first, end))
+        after = _after_space(text, end)
+        if text.startswith("]", after):
+            return found, after + 1
+        if not text.startswith(",", after):
+            raise ValueError("an array has neither a comma nor a bracket after an element")
+        first = _after_space(text, after + 1)
+
+
+def _after_space(text: str, place: int) -> int:
+    """Return the position of the first character from ``place`` on that is not white space."""
+    space = _JSON_SPACE.match(text, place)
+    assert space is not None
+    return space.end()
 
 
 def is_text(value: bytes) -> bool:
@@ -124,6 +162,8 @@ def _parse_one(line: bytes) -> dict[str, object] | str:
         parsed = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         return f"not JSON: {str(error).splitlines()[0]:.80}"
+    if parsed == []:
+        return "an empty array has no events"
     if not isinstance(parsed, dict):
         return f"not a JSON object but {type(parsed).__name__}"
     row: dict[str, object] = {}

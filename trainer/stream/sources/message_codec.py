@@ -1,6 +1,6 @@
 """Codec between events and messages of a topic. Invalid events are returned with a reason and never raise an error.
 
-``json``: one or more events, each a JSON object on a line of its own or over several lines::
+``json``: one or more events, each a JSON object, on a line of its own or over several lines, or in a JSON array::
 
     {"user_id": 17, "author_id": 3, "item_id": 90, "domain": "live", "visit_id": 5, "event": "like",
      "time_ms": 1700000000000, "value": 0}
