@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
+from launch.python_path import safe_environment
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 
@@ -69,7 +70,7 @@ def run_ranks(
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", module, *map(str, arguments), out.name]
         settings = {"OMP_NUM_THREADS": str(threads), **({"CUDA_VISIBLE_DEVICES": ""} if cpu_only else {})}
-        subprocess.run(command, check=True, env={**os.environ, **settings})
+        subprocess.run(command, check=True, env={**safe_environment(os.environ), **settings})
         result: dict[str, Any] = json.loads(Path(out.name).read_text())
     return result
 
@@ -80,7 +81,8 @@ def run_limelight(*arguments: object) -> None:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    subprocess.run([sys.executable, "-m", "launch.cli.main", *map(str, arguments)], check=True)
+    command = [sys.executable, "-m", "launch.cli.main", *map(str, arguments)]
+    subprocess.run(command, check=True, env=safe_environment(os.environ))
 
 
 def busy_seconds(device: torch.device) -> float:

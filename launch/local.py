@@ -24,6 +24,7 @@ from types import FrameType
 from typing import IO
 
 from launch.machine import available_cores
+from launch.python_path import safe_environment
 from trainer.console.errors import UserError, is_lost_peer
 from trainer.console.exit_status import BROKEN_PIPE_STATUS, HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.console.run_log import LOG_NOTE_VARIABLE
@@ -155,11 +156,12 @@ def rendezvous_socket() -> socket.socket:
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """Return the present environment with the variables that torchrun sets for one of ``ranks`` on this machine.
 
-    OMP_NUM_THREADS is kept if it is set; otherwise the ranks share the cores evenly.
+    OMP_NUM_THREADS is kept if it is set; otherwise the ranks share the cores evenly. A rank imports nothing from the
+    working directory.
     """
     return {
         "OMP_NUM_THREADS": str(max(1, available_cores() // ranks)),
-        **os.environ,
+        **safe_environment(os.environ),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),

@@ -240,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--extras", default="", help="further extras of pyproject.toml, such as llm,dev")
     options = parser.parse_args(arguments)
     root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").exists():
+        _fail(f"{root}: no checkout of Limelight, so there is nothing to set up; this is an installed wheel", 2)
     # Two `make` of one checkout take turns.
     turn = os.open(root, os.O_RDONLY)
     try:

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.measure import busy_seconds, make_parser, write_result
+from launch.python_path import safe_environment
 from modules.text_pooling import pool
 from trainer.config.finetune import SmallConfig
 from trainer.console.text_table import text_table
@@ -246,7 +247,7 @@ def renewal(base: BaseModelFiles, adapter: str, world: Path, directory: Path) ->
     for share in (None, *CHANGED):
         changed = change_comments(world, share or 0.0)
         command = [sys.executable, "-m", "trainer.embed", str(job)]
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, env={**safe_environment(os.environ), "OMP_NUM_THREADS": "1"})
         _, status, used = os.wait4(process.pid, 0)
         # Popen must not wait for a process that has been waited for.
         process.returncode = os.waitstatus_to_exitcode(status)

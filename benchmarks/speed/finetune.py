@@ -43,6 +43,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import busy_seconds, make_parser, write_result
+from launch.python_path import safe_environment
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneOptimizerConfig, LoraConfig
 from trainer.console.text_table import text_table
@@ -254,7 +255,8 @@ def measure(cell: FinetuneCell, shape: str) -> dict[str, Any]:
     """Measure a cell in a process of its own; return its figures, or under ``failed`` the reason of a failure."""
     command = [sys.executable, "-m", "benchmarks.speed.finetune", "--cell", json.dumps(asdict(cell)), "--shape", shape]
     one_thread = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env={**os.environ, **one_thread})
+    environment = {**safe_environment(os.environ), **one_thread}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     if result.returncode or not lines:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import click
 
-from launch.cli import checkpoint, config, data, doctor, jobs, models, stream
+from launch.cli import checkpoint, config, configs, data, doctor, jobs, models, stream
 from launch.cli.command import Group
+from launch.cli.version import print_versions
 from trainer.console.errors import UserError
 from trainer.console.exit_status import end_on_sigterm, exit_status
 from trainer.console.job_arguments import usage_message
@@ -34,6 +35,14 @@ RENAMED_OPTIONS = {"--disorder-seconds": "--max-out-of-orderness-seconds"}
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     example="limelight train configs/simulated.toml --ranks 2",
 )
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=print_versions,
+    help="Print the versions of Limelight and of its libraries.",
+)
 def limelight() -> None:
     """Train live-streaming recommenders."""
 
@@ -51,6 +60,7 @@ for command in (
     models.export,
     checkpoint.checkpoint,
     config.config,
+    configs.configs,
     doctor.doctor,
 ):
     limelight.add_command(command)

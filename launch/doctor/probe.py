@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.machine import free_port
+from launch.python_path import safe_environment
 
 TIMEOUT_SECONDS = 120.0
 
@@ -49,7 +50,7 @@ def run_probes(*arguments: str, ranks: int) -> list[dict[str, Any]]:
 def _start(arguments: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "launch.doctor.probe", *arguments],
-        env={"OMP_NUM_THREADS": "1", **os.environ, **environment},
+        env={"OMP_NUM_THREADS": "1", **safe_environment(os.environ), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

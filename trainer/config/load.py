@@ -10,6 +10,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 from trainer.config.iso_time import ISO_FORMS, read_iso
+from trainer.config.own_files import find_settings, missing_job_advice
 from trainer.config.toml import Model, check_depth, read_toml, validate
 from trainer.console.errors import UserError
 from trainer.runtime.stored_files import MAX_SETTINGS_BYTES, read_json_object
@@ -35,6 +36,8 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: missing file, not TOML, or an override without a key.
     """
+    if advice := missing_job_advice(path):
+        raise UserError(f"{path}: no such job file; {advice}")
     raw = read_toml(path, "job file")
     for override in overrides:
         _apply_override(raw, override)
@@ -46,11 +49,13 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def load_deepspeed(path: str) -> dict[str, Any]:
     """Read DeepSpeed's JSON settings. The engine adds the batch sizes later.
 
+    A file of ``configs/deepspeed/`` that the working directory does not have is Limelight's own.
+
     Raises:
         UserError: missing file, or not a JSON object.
     """
     try:
-        return read_json_object(Path(path), MAX_SETTINGS_BYTES)
+        return read_json_object(find_settings(path), MAX_SETTINGS_BYTES)
     except FileNotFoundError:
         raise UserError(f"train.deepspeed = {path!r}: no such file") from None
     except IsADirectoryError:

@@ -34,7 +34,7 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["trian"], ["stream", "assemble", "--help"], ["train"]], ids=" ".join
+    "arguments", [["--help"], ["--version"], ["trian"], ["stream", "assemble", "--help"], ["train"]], ids=" ".join
 )
 def test_help_and_mistakes_load_nothing_heavy(arguments: list[str]) -> None:
     done = run_python(

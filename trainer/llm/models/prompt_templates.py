@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.own_files import find_settings
 from trainer.console.errors import UserError, one_line
 from trainer.runtime.stored_files import read_settings
 
@@ -38,7 +39,7 @@ class Template:
         """Read a template file.
 
         Args:
-            file: path of the file.
+            file: path of the file. One in ``configs/`` that the working directory does not have is Limelight's own.
             places: section name -> allowed placeholder names. The file must have exactly these sections.
 
         Raises:
@@ -46,7 +47,7 @@ class Template:
         """
         path = Path(file)
         try:
-            content = read_settings(path)
+            content = read_settings(find_settings(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such template; Limelight's own are in configs/templates") from None
         except (OSError, UnicodeDecodeError) as error:
