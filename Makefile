@@ -10,13 +10,15 @@
 DEVICE = auto
 EXTRAS = llm,dev,kafka
 WORLD = data/simulated
+# The version that torch's CUDA build brings along.
+TRITON = 3.7.1
 
 ifndef PYTHON
 PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do \
 	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
 endif
 
-.PHONY: setup train test test-all test-kafka chaos lint format doctor clean
+.PHONY: setup train test test-all test-kafka test-triton chaos lint format doctor clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
@@ -36,6 +38,16 @@ test-all: setup
 test-kafka: setup
 	@test -n "$(BROKERS)" || { echo "limelight: error: name the brokers: make test-kafka BROKERS=host:9092" >&2; exit 2; }
 	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest tests/stream/sources/test_kafka_source.py
+
+# The GPU search without a GPU: in Triton's interpreter, and compiled ahead of time. About 700 MB go to build/, where no
+# other command finds them, since libraries behave otherwise once they can import Triton.
+test-triton: setup build/triton-$(TRITON)
+	@PYTHONPATH=build/triton-$(TRITON) TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/modules/search/test_triton_kernel.py
+
+build/triton-$(TRITON):
+	@mkdir -p build && rm -rf $@.partial
+	@.venv/bin/python -m pip install --quiet --no-deps --target $@.partial triton==$(TRITON)
+	@mv $@.partial $@
 
 # About ten minutes on two cores; SEED=2 draws other faults, FAULTS=20 fewer.
 chaos: setup

@@ -1,14 +1,20 @@
-"""Search for the largest dot products on a GPU, in Triton. It is not wired into a job yet: only a test imports it.
+"""Search for the largest dot products on a GPU, in Triton. It is not wired into a job yet: only tests import it.
 
-Gather, dot product and selection are one kernel. A program has one candidate and reads its run block by block. Scores
-stay in registers, as 64-bit keys of score and place; keys that are larger than the worst of the best so far are merged
-into the list of the best by a sort. So 10,000 vectors are read once, and only the places of the best are written.
+Two kernels, neither of which sorts:
+
+* ``_score`` reads the vectors of the runs and writes one 32-bit key for each entry, ordered like its score. All blocks
+  of all runs are programs of their own, so a long run keeps the whole GPU busy.
+* ``_select`` finds the key of the last entry to take, digit by digit from histograms of 256 bins, and then writes the
+  places of the larger keys and of the latest equal ones. The keys are 4 bytes where a vector has 128, and stay in the
+  second-level cache.
 
 Scores equal those of ``modules/search/reference.py`` bit by bit: products of float16 values are exact in float32, so a
 fused multiply-add rounds as an addition, and lanes are summed and joined in the same order.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,119 +24,228 @@ from torch import Tensor
 LANES = 16
 """Same as in ``modules/search/cpu_intrinsics.py``, which is not imported because it needs numba."""
 
-_FEWEST = 128
-"""Smallest number of entries that are scored together; the list of the best has room for as many."""
+SCORED = 128
+"""Entries that one program of ``_score`` reads: one for each of its threads."""
+
+SELECTED = 1024
+"""Entries that ``_select`` reads at a time."""
+
+KEY_BYTES = 1 << 26
+"""Largest memory of the keys; larger batches are searched in several parts. Small enough for second-level caches."""
+
+
+class DevicePart(NamedTuple):
+    """One part of a score, as :class:`modules.search.search.SearchPart`, with tensors of one device.
+
+    Attributes:
+        column: column of the history, int64 or int32: ids of its entries.
+        candidate: ``[n]`` int64, ids of the candidates.
+        vectors: ``[rows, width]`` float16 or int8, contiguous, width a multiple of 16; row 0 is zeros.
+        shift: added to the id in a history to get its row.
+    """
+
+    column: Tensor
+    candidate: Tensor
+    vectors: Tensor
+    shift: int = 0
 
 
 @triton.jit
-def _ordered(score):  # type: ignore[no-untyped-def]
-    """Return float bits as an integer that is ordered like the float."""
-    bits = score.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+def _joined(low, high, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add ``low`` and ``high``, the lanes of each entry ``[entries, WIDTH]``, and then their halves, down to one."""
+    lanes = low + high
+    if WIDTH == 1:
+        joined = tl.reshape(lanes, (lanes.shape[0],))
+    else:
+        halves = tl.permute(tl.reshape(lanes, (lanes.shape[0], 2, WIDTH // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
+        joined = _joined(first, second, WIDTH // 2)
+    return joined
 
 
 @triton.jit
-def _halve(lanes, rows: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add lane ``l + width / 2`` to lane l: ``[rows, width]`` -> ``[rows, width / 2]``, one addition each."""
-    halves = tl.permute(tl.reshape(lanes, (rows, 2, width // 2)), (0, 2, 1))
-    low, high = tl.split(halves)
-    return low + high
+def _dots(  # type: ignore[no-untyped-def]
+    column,
+    shift,
+    vectors,
+    rows,
+    query,
+    at,
+    inside,
+    WIDTH: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """Return the dot products of the entries at the places ``at`` with row ``query``."""
+    item = tl.load(column + at, mask=inside, other=0).to(tl.int64) + shift
+    item = tl.where((item > 0) & (item < rows), item, 0)
+    # Lanes 0 to 7 and 8 to 15 apart: a thread has all of an entry's lanes, and joins them without other threads. Each
+    # thread reads the query, all from the same addresses, so that nothing goes through shared memory.
+    lane = tl.arange(0, 8)[None, :]
+    entry = vectors + item[:, None] * WIDTH + lane
+    candidate = vectors + tl.broadcast_to(query, item.shape)[:, None] * WIDTH + lane
+    low = tl.zeros((at.shape[0], 8), tl.int32 if BYTES else tl.float32)
+    high = tl.zeros((at.shape[0], 8), tl.int32 if BYTES else tl.float32)
+    for block in tl.static_range(WIDTH // 16):
+        for half in tl.static_range(2):
+            offset = block * 16 + half * 8
+            value = tl.load(entry + offset, mask=inside[:, None], other=0).to(low.dtype)
+            product = value * tl.load(candidate + offset).to(low.dtype)
+            if half == 0:
+                low += product
+            else:
+                high += product
+    return _joined(low, high, 8)
 
 
 @triton.jit
-def _top(  # type: ignore[no-untyped-def]
+def _score(  # type: ignore[no-untyped-def]
     first_of,
     stop_of,
     column,
     shift,
     vectors,
     rows,
-    candidates,
-    out,
-    length,
+    queries,
+    column_2,
+    shift_2,
+    vectors_2,
+    rows_2,
+    queries_2,
+    keys,
+    longest,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
-    KEPT: tl.constexpr,
+    WIDTH_2: tl.constexpr,
     BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Write the places of one row's best entries to ``out[row]``, -1 where there are fewer than ``length``."""
+    """Write the keys of a block of one run to ``keys[row]``: uint32, ordered like the scores."""
     row = tl.program_id(0)
     first, stop = tl.load(first_of + row), tl.load(stop_of + row)
-    candidate = tl.load(candidates + row).to(tl.int64)
-    lane = tl.arange(0, 16)
-    place = tl.arange(0, KEPT)
-    # Key 0 marks an empty place of the list: entries are counted from 1, so none has this key.
-    best = tl.zeros((KEPT,), tl.int64)
-    least = tl.full((), 0, tl.int64)
-    for begin in range(0, stop - first, KEPT):
-        here = begin + place
-        inside = here < stop - first
-        item = tl.load(column + first + here, mask=inside, other=-1 - shift).to(tl.int64) + shift
-        item = tl.where((item > 0) & (item < rows), item, 0)
-        lanes = tl.zeros((KEPT, 16), tl.int32 if BYTES else tl.float32)
-        for block in tl.static_range(WIDTH // 16):
-            values = tl.load(
-                vectors + item[:, None] * WIDTH + block * 16 + lane[None, :], mask=inside[:, None], other=0
-            )
-            query = tl.load(vectors + candidate * WIDTH + block * 16 + lane)
-            lanes += values.to(lanes.dtype) * query.to(lanes.dtype)[None, :]
-        lanes = _halve(lanes, KEPT, 16)
-        lanes = _halve(lanes, KEPT, 8)
-        lanes = _halve(lanes, KEPT, 4)
-        score = tl.reshape(_halve(lanes, KEPT, 2), (KEPT,))
-        high = score.to(tl.int64) + 0x80000000 if BYTES else _ordered(score)
-        # 32 bits of score, 31 of place: a signed key above 0.
-        key = tl.where(inside, (high << 31) | (here + 1), 0)
-        if tl.max(key, 0) > least:
-            ordered = tl.sort(tl.reshape(tl.join(best, key), (2 * KEPT,)), descending=True)
-            best, _ = tl.split(tl.permute(tl.reshape(ordered, (2, KEPT)), (1, 0)))
-            least = tl.max(tl.where(place == length - 1, best, 0), 0)
-    found = tl.where(best > 0, first + (best & 0x7FFFFFFF) - 1, -1)
-    tl.store(out + row * length + place, found, mask=place < length)
+    here = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = here < stop - first
+    if tl.program_id(1) * BLOCK < stop - first:
+        query = tl.load(queries + row).to(tl.int64)
+        score = _dots(column, shift, vectors, rows, query, first + here, inside, WIDTH, BYTES)
+        if PARTS == 2:
+            query_2 = tl.load(queries_2 + row).to(tl.int64)
+            score += _dots(column_2, shift_2, vectors_2, rows_2, query_2, first + here, inside, WIDTH_2, BYTES)
+        if BYTES:
+            key = score
+        else:
+            # Negative floats are ordered against their bits.
+            bits = score.to(tl.int32, bitcast=True)
+            key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        # The sign bit turned: order of unsigned integers.
+        tl.store(keys + row.to(tl.int64) * longest + here, key ^ -0x80000000, mask=inside)
 
 
-def top(
-    first: Tensor, stop: Tensor, length: int, column: Tensor, candidate: Tensor, vectors: Tensor, shift: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Find the entries of :func:`modules.search.search.top` for one part, on a GPU.
+@triton.jit
+def _select(first_of, stop_of, keys, longest, out, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the places of one row's largest keys to ``out[row]``, ascending; of equal keys the latest are taken."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(first_of + row)
+    count = (tl.load(stop_of + row) - first).to(tl.int32)
+    place, digits = tl.arange(0, BLOCK), tl.arange(0, 256)
+    start = keys + row * longest
+    # After each pass: the leading digits of the last key to take, the number of keys that begin with them, and how many
+    # of these are to be taken.
+    leading = tl.full((), 0, tl.uint32)
+    equal = count
+    wanted = tl.minimum(count, length)
+    for step in tl.static_range(4):
+        counts = tl.zeros((256,), tl.int32)
+        for begin in range(0, count, BLOCK):
+            inside = begin + place < count
+            key = tl.load(start + begin + place, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            if step > 0:
+                inside &= (key >> (32 - 8 * step)) == leading
+            counts += tl.histogram(((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=inside)
+        at_least = tl.cumsum(counts, 0, reverse=True)
+        digit = tl.max(tl.where(at_least >= wanted, digits, 0), 0)
+        wanted -= tl.sum(tl.where(digits > digit, counts, 0), 0)
+        equal = tl.sum(tl.where(digits == digit, counts, 0), 0)
+        leading = (leading << 8) | digit.to(tl.uint32)
+    earlier = equal - wanted
+    seen = tl.full((), 0, tl.int32)
+    written = tl.full((), 0, tl.int32)
+    for begin in range(0, count, BLOCK):
+        inside = begin + place < count
+        key = tl.load(start + begin + place, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        same = inside & (key == leading)
+        taken = inside & ((key > leading) | (same & (seen + tl.cumsum(same.to(tl.int32), 0) > earlier)))
+        position = written + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(out + row * length + position, first + begin + place, mask=taken)
+        seen += tl.sum(same.to(tl.int32), 0)
+        written += tl.sum(taken.to(tl.int32), 0)
+
+
+def top(first: Tensor, stop: Tensor, length: int, *parts: DevicePart, longest: int | None = None) -> Tensor:
+    """Find the entries of :func:`modules.search.search.top`, on a GPU.
 
     Args:
         first: ``[n]`` int64, first place of each run.
         stop: ``[n]`` int64, place after the last one of each run; runs have less than 2^31 entries.
         length: largest number of entries of a row.
-        column: column of the history, int64 or int32.
-        candidate: ``[n]`` int64, ids of the candidates.
-        vectors: ``[rows, width]`` float16 or int8, contiguous, width a multiple of 16.
-        shift: see ``modules.search.search.SearchVectors``.
+        parts: one part, or two whose dot products are added. The vectors of both have the same type.
+        longest: number of entries of the longest run, or more. Without it the host waits for the device to count them.
 
     Returns:
-        ``at [lengths.sum()]`` and ``lengths [n]``, int64.
+        ``[n, length]`` int64: the places of each row, ascending, then -1 where a row has fewer than ``length``.
+
+    Raises:
+        ValueError: the vectors have a wrong type or width, or there are more than two parts.
+    """
+    dtypes = {part.vectors.dtype for part in parts}
+    if len(parts) not in (1, 2) or len(dtypes) > 1:
+        raise ValueError(f"a search has one or two parts of one type, not {len(parts)} of {len(dtypes)}")
+    tables, queries = [_table(part) for part in parts], [_queries(part) for part in parts]
+    out = torch.full((len(first), length), -1, dtype=torch.int64, device=first.device)
+    if not len(first):
+        return out
+    if longest is None:
+        longest = int((stop - first).max())
+    if not longest:
+        return out
+    rows = max(1, KEY_BYTES // (4 * longest))
+    keys = torch.empty(min(rows, len(first)), longest, dtype=torch.int32, device=first.device)
+    for begin in range(0, len(first), rows):
+        part = slice(begin, begin + rows)
+        n = len(first[part])
+        _score[(n, triton.cdiv(longest, SCORED))](
+            first[part],
+            stop[part],
+            *tables[0],
+            queries[0][part],
+            # Of a search with one part the kernel does not read these.
+            *tables[-1],
+            queries[-1][part],
+            keys,
+            longest,
+            PARTS=len(parts),
+            WIDTH=parts[0].vectors.shape[1],
+            WIDTH_2=parts[-1].vectors.shape[1],
+            BYTES=parts[0].vectors.dtype == torch.int8,
+            BLOCK=SCORED,
+        )
+        _select[(n,)](first[part], stop[part], keys, longest, out[part], length, BLOCK=SELECTED)
+    return out
+
+
+def _table(part: DevicePart) -> tuple[Tensor, int, Tensor, int]:
+    """Return column, shift, vectors and the number of their rows.
 
     Raises:
         ValueError: the vectors have a wrong type or width.
     """
+    vectors = part.vectors
     rows, width = vectors.shape
     if vectors.dtype not in (torch.float16, torch.int8) or width % LANES or not vectors.is_contiguous():
         raise ValueError(f"search vectors must be rows of float16 or int8, not {vectors.dtype} of width {width}")
-    n = len(first)
-    query = candidate + shift
-    query = torch.where((query > 0) & (query < rows), query, 0)
-    out = torch.empty(n, length, dtype=torch.int64, device=first.device)
-    if n:
-        kept = max(triton.next_power_of_2(length), _FEWEST)
-        _top[(n,)](
-            first,
-            stop,
-            column,
-            shift,
-            vectors,
-            rows,
-            query,
-            out,
-            length,
-            WIDTH=width,
-            KEPT=kept,
-            BYTES=vectors.dtype == torch.int8,
-        )
-    ordered = out.sort(dim=1).values
-    lengths = (stop - first).clamp(max=length)
-    return ordered[ordered >= 0], lengths
+    return part.column, part.shift, vectors, rows
+
+
+def _queries(part: DevicePart) -> Tensor:
+    """Return the rows of the candidates' vectors, ``[n]`` int64; 0 for ids outside the table."""
+    query = part.candidate + part.shift
+    return torch.where((query > 0) & (query < len(part.vectors)), query, 0)

@@ -1,12 +1,18 @@
-"""GPU search against its definition in plain PyTorch, entry by entry.
+"""GPU search against its definition in plain PyTorch, entry by entry, and its compilation for GPUs.
 
-Without a GPU the kernel runs in Triton's interpreter, if Triton is installed, which takes minutes instead of seconds.
+``make test-triton`` runs them without a GPU: the kernels run in Triton's interpreter, and are compiled ahead of time,
+since the interpreter cannot see what the compiler refuses.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,37 +20,140 @@ import torch
 
 from modules.search import reference
 from modules.search.search import SearchPart, SearchVectors
+from tests.paths import ROOT
 
 GPU = torch.cuda.is_available()
-DEVICE, ENTRIES, SEEDS = ("cuda", 4000, 3) if GPU else ("cpu", 600, 1)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE, ENTRIES = ("cuda", 5000) if GPU and not INTERPRETED else ("cpu", 2100)
+LENGTHS = (1, 100, 128, 129, 300, 1000)
 
 pytestmark = [
-    pytest.mark.gpu if GPU else pytest.mark.slow,
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: pip install triton"),
+    *([pytest.mark.gpu] if GPU else []),
+    pytest.mark.skipif(
+        not importlib.util.find_spec("triton") or not (GPU or INTERPRETED),
+        reason="needs Triton, and a GPU or its interpreter: run `make test-triton`",
+    ),
 ]
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.int8])
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("length", [1, 7, 100, 300] if GPU else [1, 100])
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_the_gpu_finds_the_same(dtype: type, ties: bool, length: int, seed: int) -> None:
-    if not GPU:
-        # Read when Triton is imported.
-        os.environ["TRITON_INTERPRET"] = "1"
+def random_parts(
+    rng: np.random.Generator, parts: int, n: int, entries: int, dtype: type, ties: bool
+) -> list[SearchPart]:
+    """Return parts with tables of their own sizes and widths; some ids have no row, some rows no vector."""
+    found = []
+    for part in range(parts):
+        rows, width, column_type = 300 + part, 16 * int(rng.integers(1, 6)), (np.int64, np.int32)[part]
+        values = rng.integers(-1, 2, (rows, width)) if ties else rng.standard_normal((rows, width)) * 40
+        values = values.clip(-128, 127).astype(dtype)
+        values[0] = 0
+        column = rng.integers(-1, rows + 3, entries).astype(column_type)
+        found.append(SearchPart(column, rng.integers(-1, rows + 3, n), SearchVectors(values, shift=part)))
+    return found
+
+
+@pytest.fixture
+def search() -> Callable[..., list[list[int]]]:
+    """Run the GPU search on NumPy arrays and return the places of each row."""
     from modules.search import triton_kernel
 
-    rng = np.random.default_rng(seed)
-    n, entries, rows, width = 9, ENTRIES, 300, 16 * int(rng.integers(1, 6))
-    values = rng.integers(-1, 2, (rows, width)) if ties else rng.standard_normal((rows, width)) * 40
-    values = values.clip(-128, 127).astype(dtype)
-    values[0] = 0
-    first = rng.integers(0, entries + 1, n)
-    stop = np.minimum(first + rng.choice([0, 1, 3, entries], n), entries)
-    column, candidate = rng.integers(-1, rows + 3, entries), rng.integers(-1, rows + 3, n)
-    expected = reference.top(first, stop, length, SearchPart(column, candidate, SearchVectors(values, shift=1)))
-    arrays = (torch.from_numpy(array).to(DEVICE) for array in (first, stop))
-    more = (torch.from_numpy(array).to(DEVICE) for array in (column, candidate, values))
-    at, lengths = triton_kernel.top(*arrays, length, *more, shift=1)
-    np.testing.assert_array_equal(lengths.cpu().numpy(), expected.lengths)
-    np.testing.assert_array_equal(at.cpu().numpy(), expected.at)
+    def run(
+        first: np.ndarray, stop: np.ndarray, length: int, parts: list[SearchPart], longest: int | None = None
+    ) -> list[list[int]]:
+        tensors = [
+            triton_kernel.DevicePart(
+                *(torch.from_numpy(array).to(DEVICE) for array in (part.column, part.candidate, part.vectors.values)),
+                part.vectors.shift,
+            )
+            for part in parts
+        ]
+        runs = (torch.from_numpy(array).to(DEVICE) for array in (first, stop))
+        places = triton_kernel.top(*runs, length, *tensors, longest=longest).cpu()
+        assert places.shape == (len(first), length)
+        counts = (places >= 0).sum(1)
+        assert all((row[count:] == -1).all() for row, count in zip(places, counts.tolist(), strict=True))
+        return [row[:count].tolist() for row, count in zip(places, counts.tolist(), strict=True)]
+
+    return run
+
+
+def expected(first: np.ndarray, stop: np.ndarray, length: int, parts: list[SearchPart]) -> list[list[int]]:
+    at, lengths = reference.top(first, stop, length, *parts)
+    return [row.tolist() for row in np.split(at, np.cumsum(lengths)[:-1])]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dtype", [np.float16, np.int8])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_gpu_finds_the_same(search: Callable, parts: int, dtype: type, ties: bool, length: int) -> None:
+    rng = np.random.default_rng([length, parts, ties])
+    n = 7
+    first = rng.integers(0, ENTRIES + 1, n)
+    # Also rows with fewer entries than asked for, with exactly as many, with one more, and with none.
+    sizes = np.array([0, 1, length, length + 1, 1024, 1025, ENTRIES])
+    first = np.minimum(first, np.maximum(ENTRIES - sizes, 0))
+    stop = np.minimum(first + sizes, ENTRIES)
+    random = random_parts(rng, parts, n, ENTRIES, dtype, ties)
+    assert search(first, stop, length, random) == expected(first, stop, length, random)
+
+
+def test_of_equal_scores_the_latest_are_taken(search: Callable) -> None:
+    first, stop = np.array([3, 3]), np.array([1500, 1900])
+    column, candidate = np.full(2000, 1), np.array([1, 0])
+    parts = [SearchPart(column, candidate, SearchVectors(np.ones((2, 16), np.int8)))]
+    assert search(first, stop, 5, parts) == [list(range(1495, 1500)), list(range(1895, 1900))]
+
+
+def test_a_batch_beyond_the_memory_of_the_keys_is_searched_in_parts(
+    search: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modules.search import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "KEY_BYTES", 4 * 50 * 3)
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 200, 10)
+    stop = first + rng.integers(0, 51, 10)
+    parts = random_parts(rng, 2, 10, 250, np.float16, ties=False)
+    assert search(first, stop, 8, parts, longest=50) == expected(first, stop, 8, parts)
+    # Larger than any run: the host then needs no answer of the device.
+    assert search(first, stop, 8, parts, longest=1000) == expected(first, stop, 8, parts)
+
+
+def test_no_rows_and_empty_runs(search: Callable) -> None:
+    parts = random_parts(np.random.default_rng(1), 1, 2, 10, np.float16, ties=False)
+    assert search(np.array([4, 9]), np.array([4, 9]), 3, parts) == [[], []]
+    none = [part._replace(candidate=part.candidate[:0]) for part in parts]
+    assert search(np.empty(0, np.int64), np.empty(0, np.int64), 3, none) == []
+
+
+def test_wrong_vectors_are_refused(search: Callable) -> None:
+    first, stop = np.array([0]), np.array([4])
+    (part,) = random_parts(np.random.default_rng(2), 1, 1, 4, np.float16, ties=False)
+    for values in (np.zeros((9, 24), np.float16), np.zeros((9, 16), np.float32)):
+        with pytest.raises(ValueError, match="rows of float16 or int8"):
+            search(first, stop, 1, [part._replace(vectors=SearchVectors(values))])
+    with pytest.raises(ValueError, match="one or two parts of one type, not 3 of 1"):
+        search(first, stop, 1, [part] * 3)
+
+
+def test_the_kernels_compile_for_ampere_and_hopper(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.modules.search.triton_compilation"],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [kernel["kernel"] for kernel in kernels].count("_select") == 2
+    scores = [kernel for kernel in kernels if kernel["kernel"] == "_score"]
+    assert {(kernel["capability"], kernel["PARTS"], kernel["BYTES"]) for kernel in scores} == {
+        (capability, parts, byte) for capability in (80, 90) for parts in (1, 2) for byte in (0, 1)
+    }
+    for kernel in scores:
+        blocks = kernel["WIDTH"] // 16 + (kernel["WIDTH_2"] // 16 if kernel["PARTS"] == 2 else 0)
+        # Half a block of 16 lanes is one load, of an entry and of the candidate, and nothing is exchanged by threads.
+        assert kernel["wide_loads"] >= 4 * blocks, kernel
+        assert kernel["shared"] == 0 and kernel["cubin"] > 0, kernel
