@@ -82,6 +82,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
             begin_run(directory, config, world.size, dataset)
         world.barrier()
         open_log(directory / "logs", world.rank)
+        data.verify(world)
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
             logger.info(f"resuming the unfinished run {directory}; resume.enabled=false starts a new one")
         fitted = fit_once(config, data, split, directory / "features", world)

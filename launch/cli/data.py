@@ -1,7 +1,8 @@
-"""``limelight data``: make a dataset, or describe one."""
+"""``limelight data``: make, describe and verify datasets."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,20 @@ import click
 from launch.cli.command import Group, json_option, print_json
 from launch.cli.data_instructions import instructions
 from trainer.console.errors import UserError
+from trainer.console.exit_status import CHECK_FAILED_STATUS
 
 if TYPE_CHECKING:
     from trainer.console.progress import Phases
     from trainer.data.format.schema import DatasetSpec
 
-_UNITS = {"simulating": "blocks", "writing rows": "rows", "reading files": "bytes"}
+_UNITS = {
+    "simulating": "blocks",
+    "writing rows": "rows",
+    "reading files": "bytes",
+    "computing checksums": "bytes",
+    "comparing checksums": "bytes",
+    "reading rows": "rows",
+}
 
 partitions_option = click.option(
     "--partitions",
@@ -35,7 +44,7 @@ def source_argument(help_text: str) -> Callable[[Callable[..., Any]], Callable[.
 
 @click.group(cls=Group, example="limelight data describe data/world")
 def data() -> None:
-    """Make datasets and describe them."""
+    """Make, describe and verify datasets."""
 
 
 @data.command(
@@ -208,6 +217,33 @@ def describe(path: str, as_json: bool) -> None:
 
     description = describe_dataset(path)
     print_json(description) if as_json else print(format_description(description))
+
+
+@data.command(
+    short_help="Read a dataset whole, and compare its checksums.",
+    help="Read every file of a dataset, compare it with the checksum that was recorded when it was written, and check "
+    "that rows, histories, events and tables fit together.\n\n"
+    f"Exit status {CHECK_FAILED_STATUS} if a file is damaged; one line on stderr names each.",
+    example="limelight data verify data/world",
+)
+@click.argument("path", metavar="PATH", type=click.Path(), help="Dataset: a directory or an fsspec URL.")
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Record the present files after a change on purpose, or for a dataset without checksums.",
+)
+@json_option
+def verify(path: str, record: bool, as_json: bool) -> int:
+    """Print the result, and the damage on stderr."""
+    from trainer.console.progress import Phases
+    from trainer.data.format.verification import record_dataset, verify_dataset
+
+    with Phases(_UNITS, quiet=as_json) as progress:
+        result = (record_dataset if record else verify_dataset)(path, progress)
+    print_json(result.to_json()) if as_json else print(result)
+    for problem in result.problems:
+        print(f"limelight: error: {problem}", file=sys.stderr)
+    return CHECK_FAILED_STATUS if result.problems else 0
 
 
 data.add_command(instructions)

@@ -1,7 +1,8 @@
 """Sizes and checksums of the files of a directory, in a manifest beside them.
 
-``checksums.json`` has the size and CRC-32 of every file of an export, of fitted features, or of a finished run, and of
-itself. It is written last, and verified when the directory is opened. A directory of an earlier version has none; it is
+``checksums.json`` has the size and CRC-32 of every file of a dataset, of an export, of fitted features, or of a
+finished run, and of itself. It is written last, and verified when the directory is opened. Datasets can be large or on
+a URL; ``trainer/data/format/dataset_files.py`` verifies their files. A directory of an earlier version has none; it is
 opened with a line in the log.
 
 A verification reads every byte once, in blocks. It takes about as long as reading the files from disk: CRC-32 needs
@@ -14,13 +15,13 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from trainer.console.errors import UserError, one_line
 from trainer.runtime.files import write_json
-from trainer.runtime.stored_files import file_inside, open_regular, read_json_object
+from trainer.runtime.stored_files import file_inside, open_regular, parse_json_object, read_limited
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +32,35 @@ _CHUNK_BYTES = 4 << 20
 REPAIR = f"restore it, or remove {CHECKSUMS} if it was changed on purpose"
 
 
-def size_and_crc32(path: Path) -> tuple[int, int]:
+class FileChecksum(NamedTuple):
+    """Size and CRC-32 of a file when it was written."""
+
+    bytes: int
+    crc32: int
+
+
+def size_and_crc32(path: Path, advance: Callable[[int], None] = lambda size: None) -> FileChecksum:
     """Return the size and CRC-32 of a file, which is read in blocks.
+
+    Args:
+        path: the file.
+        advance: called with the number of bytes of each block.
 
     Raises:
         OSError: it cannot be read.
         UserError: it is not a regular file.
     """
-    size = crc = 0
     with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
+        return stream_checksum(file, advance)
+
+
+def stream_checksum(file: BinaryIO, advance: Callable[[int], None] = lambda size: None) -> FileChecksum:
+    """Return the size and CRC-32 of the rest of an open file, which is read in blocks."""
+    size = crc = 0
+    while chunk := file.read(_CHUNK_BYTES):
+        size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        advance(len(chunk))
+    return FileChecksum(size, crc)
 
 
 def write_checksums(directory: Path, names: Iterable[str] | None = None) -> None:
@@ -55,10 +73,37 @@ def write_checksums(directory: Path, names: Iterable[str] | None = None) -> None
     if names is None:
         files = (path for path in directory.rglob("*") if path.is_file() and path != directory / CHECKSUMS)
         names = [str(path.relative_to(directory)) for path in files]
-    entries = {
-        name: dict(zip(("bytes", "crc32"), size_and_crc32(directory / name), strict=True)) for name in sorted(names)
-    }
+    store_checksums(directory, {name: size_and_crc32(directory / name) for name in names})
+
+
+def store_checksums(directory: Path, checksums: Mapping[str, FileChecksum]) -> None:
+    """Write the manifest of a directory from known sizes and checksums of its files, atomically."""
+    entries = {name: checksums[name]._asdict() for name in sorted(checksums)}
     write_json(directory / CHECKSUMS, {"files": entries, "crc32": _crc_of(entries)})
+
+
+def parse_checksums(content: bytes, name: str | Path, repair: str = REPAIR) -> dict[str, FileChecksum]:
+    """Return the sizes and checksums of a manifest by file.
+
+    Args:
+        content: of the manifest.
+        name: of the manifest, for messages.
+        repair: advice for the case of damage.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    manifest = parse_json_object(content, name)
+    entries = manifest.get("files")
+    if not isinstance(entries, dict) or manifest.get("crc32") != _crc_of(entries):
+        raise UserError(f"{name}: damaged (its checksum does not match); {repair}")
+    checksums = {}
+    for file, entry in entries.items():
+        numbers = [entry.get(field) for field in FileChecksum._fields] if isinstance(entry, dict) else []
+        if not numbers or any(type(number) is not int or number < 0 for number in numbers):
+            raise UserError(f"{name}: damaged (no size and checksum of {file!a:.120}); {repair}")
+        checksums[file] = FileChecksum(entry["bytes"], entry["crc32"])
+    return checksums
 
 
 def verify_checksums(directory: Path, needed: Iterable[str] = (), *, repair: str = REPAIR) -> None:
@@ -74,7 +119,7 @@ def verify_checksums(directory: Path, needed: Iterable[str] = (), *, repair: str
     """
     manifest = directory / CHECKSUMS
     try:
-        content = read_json_object(manifest)
+        entries = parse_checksums(read_limited(manifest), manifest, repair)
     except FileNotFoundError:
         logger.info(
             f"{directory}: not verified, it has no {CHECKSUMS} (an earlier version or another program wrote it)"
@@ -82,9 +127,6 @@ def verify_checksums(directory: Path, needed: Iterable[str] = (), *, repair: str
         return
     except OSError as error:
         raise UserError(f"{manifest}: cannot be read ({one_line(error)})") from None
-    entries = content.get("files")
-    if not isinstance(entries, dict) or content.get("crc32") != _crc_of(entries):
-        raise UserError(f"{manifest}: damaged (its checksum does not match); {repair}")
     for name, entry in entries.items():
         _verify(directory, name, entry, repair)
     for name in needed:
@@ -92,14 +134,14 @@ def verify_checksums(directory: Path, needed: Iterable[str] = (), *, repair: str
             raise UserError(f"{manifest}: does not list {name}, which is there; {repair}")
 
 
-def _verify(directory: Path, name: str, entry: Any, repair: str) -> None:
+def _verify(directory: Path, name: str, entry: FileChecksum, repair: str) -> None:
     path = file_inside(directory, name)
     try:
         with open_regular(path) as file:
             size = file.seek(0, 2)
-        if not isinstance(entry, dict) or entry.get("bytes") != size:
+        if entry.bytes != size:
             raise UserError(f"{path}: damaged, it has {size:,} bytes; {repair}")
-        if entry.get("crc32") != size_and_crc32(path)[1]:
+        if entry.crc32 != size_and_crc32(path).crc32:
             raise UserError(f"{path}: damaged, it has another content than was written; {repair}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing, but {CHECKSUMS} lists it; {repair}") from None

@@ -120,6 +120,10 @@ class World:
         if error is not None and self.size > 1 and is_lost_peer(f"{type(error).__name__}: {error}"):
             time.sleep(LOST_PEER_SECONDS)
 
+    def place_on_machine(self) -> tuple[int, int]:
+        """Return the number of this rank among those of its machine, and how many they are."""
+        return _from_environment("LOCAL_RANK", self.rank), local_size()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier(group=self.control)

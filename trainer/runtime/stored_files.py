@@ -36,7 +36,7 @@ def file_inside(directory: Path, name: object) -> Path:
     Raises:
         UserError: the name is not a relative path below the directory, or a link on the way leads out of it.
     """
-    if not _is_relative_name(name):
+    if not is_relative_name(name):
         raise UserError(
             f"{directory}: names a file {name!a:.120}; a name must be a relative path in this directory, without '..'"
         )
@@ -131,18 +131,29 @@ def _finite(text: str) -> float:
     return number
 
 
-def load_array(file: Path, ndim: int) -> np.ndarray:
+def load_array(file: Path, ndim: int, dtype: np.dtype | None = None) -> np.ndarray:
     """Read a ``.npy`` file of numbers with ``ndim`` dimensions, as a read-only memory map.
+
+    Args:
+        file: to read.
+        ndim: number of dimensions that it must have.
+        dtype: type that it must have; any by default.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it cannot be read, is damaged, or has objects or another number of dimensions.
+        UserError: it cannot be read, is damaged, has objects, another number of dimensions or another type, or is
+            longer or shorter than its header says.
     """
     with _array_errors(file):
-        open_regular(file).close()
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.ndim != ndim:
+        if not isinstance(array, np.memmap) or array.ndim != ndim:
             raise ValueError(f"an array of {ndim} dimensions is expected")
+        if dtype is not None and array.dtype != dtype:
+            raise ValueError(f"an array of {dtype} is expected, this one has {array.dtype}")
+        if array.offset + array.nbytes != size:
+            raise ValueError(f"its header needs {array.offset + array.nbytes:,} bytes, the file has {size:,}")
         return array
 
 
@@ -179,7 +190,8 @@ def _kind_of(mode: int) -> str:
     return "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
-def _is_relative_name(name: object) -> bool:
+def is_relative_name(name: object) -> bool:
+    """True if a manifest may name a file so: a relative path in its plain notation, without '..'."""
     if not isinstance(name, str) or not name or len(name) > _MAX_NAME or "\0" in name or "\\" in name:
         return False
     # Two notations of one path could name a file twice, so only the plain one is accepted.

@@ -112,6 +112,7 @@ def open_export(directory: str | Path) -> ExportedModel:
         raise UserError(f"{model_dir / ORIGIN}: written by a newer version ({schema})")
     config = validate_stored(JobConfig, _read_json(model_dir / CONFIG), str(model_dir / CONFIG))
     data = Dataset.open(config.data.path, config.data.on_corrupt)
+    data.verify()
     features = FeatureMap(data.spec, config.features, FittedFeatures.load(model_dir / FEATURES), config.data.behaviours)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, precision)).eval()
     found = _read_weights(model_dir / WEIGHTS)

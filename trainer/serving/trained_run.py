@@ -60,6 +60,7 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     config = load_run(directory)
     verify_checksums(Path(directory), ("config.json", "deepspeed.json"))
     data = Dataset.open(data_path or config.data.path, config.data.on_corrupt)
+    data.verify(world)
     features = FeatureMap(
         data.spec, config.features, FittedFeatures.load(Path(directory) / "features"), config.data.behaviours
     )

@@ -233,7 +233,7 @@ def test_any_fsspec_url(stored):
 
 
 def test_an_unknown_protocol_is_refused():
-    with pytest.raises(UserError, match=r"nosuch://x/rows/.* cannot be opened"):
+    with pytest.raises(UserError, match=r"nosuch://x/.* cannot be opened"):
         RowStore("nosuch://x", SPEC).records(0)
 
 

@@ -89,11 +89,21 @@ def test_description_tells_what_is_there(tmp_path):
     assert built.ids == {"user": IdSpace(12, 11 * 977), "author": IdSpace(6, 5), "item": IdSpace(10, 100)}
     assert built.extra == {"seed": 3, "dropped": 4}
     assert [done for what, done, total in seen if what == "sorting visits"] == [0, 1, 2, 3]
-    assert seen[-1] == ("writing rows", 300, 300)
+    assert ("writing rows", 300, 300) in seen
+    assert seen[-1][0] == "computing checksums" and seen[-1][1] == seen[-1][2] > 0
     for name, table in make_tables().items():
         assert pq.read_table(tmp_path / "out" / f"{name}.parquet") == table
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
-        ["dataset.json", "users.parquet", "authors.parquet", "items.parquet", "events", "rows", "history"]
+        [
+            "checksums.json",
+            "dataset.json",
+            "users.parquet",
+            "authors.parquet",
+            "items.parquet",
+            "events",
+            "rows",
+            "history",
+        ]
     )
 
 
@@ -309,7 +319,8 @@ def test_a_table_may_come_in_parts(tmp_path):
         builder.visits(pa.table(visits))
         builder.finish()
     left, right = files_of(tmp_path / "whole"), files_of(tmp_path / "parts")
-    assert [name for name in left if left[name] != right[name]] == ["authors.parquet", "items.parquet", "users.parquet"]
+    different = ["authors.parquet", "checksums.json", "items.parquet", "users.parquet"]
+    assert [name for name in left if left[name] != right[name]] == different
     for name in make_tables():
         whole, parts = (pq.read_table(tmp_path / way / f"{name}.parquet") for way in ("whole", "parts"))
         assert whole == parts

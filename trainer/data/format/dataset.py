@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import FOLDER, RowStore, index_name
 from trainer.data.format.statistics import FrozenStatistics, StatisticsAsOf
 from trainer.data.format.time_selection import Selection
+from trainer.runtime.checksums import CHECKSUMS
+
+if TYPE_CHECKING:
+    from trainer.runtime.distributed import World
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,49 @@ class Dataset:
 
     @staticmethod
     def open(path: str, on_corrupt: Any = "error") -> Dataset:
-        """Open the dataset at ``path``; ``on_corrupt`` is an argument of :class:`RowStore`.
+        """Open the dataset at ``path``, and check that its files fit together; ``on_corrupt`` is for :class:`RowStore`.
+
+        This reads the description, the index of the rows, and of the histories the users, offsets and times. The other
+        columns of the histories are not compared with their checksums before :meth:`verify`.
 
         Raises:
-            UserError: there is no dataset, it has another schema version, or its histories cannot be read.
+            UserError: there is no dataset, it has another schema version, or a file is missing, of another size than
+                was recorded, damaged, or does not fit to the others; names the file.
         """
-        spec = DatasetSpec.load(path)
-        return Dataset(spec, RowStore(path, spec, on_corrupt), Histories(path, spec))
+        spec, files = DatasetSpec.load(path), DatasetFiles(path)
+        # Shards have a checksum for each record; a job can leave out the records that are damaged.
+        files.check_sizes(skip=lambda name: on_corrupt == "skip" and name.endswith(".tar"))
+        store = RowStore(path, spec, on_corrupt)
+        store.check(spec)
+        return Dataset(spec, store, Histories(path, spec))
+
+    def verify(self, world: World | None = None) -> None:
+        """Read the histories whole, and compare them with their checksums.
+
+        Args:
+            world: ranks of the job, each of which reads its share of the files once on its machine. Collective. None
+                reads all files in this process.
+
+        Raises:
+            UserError: a file is damaged; names the file, on every rank.
+        """
+        files = DatasetFiles(self.store.path)
+        if files.checksums is None and (world is None or world.rank == 0):
+            logger.info(
+                f"{files.path}: only its structure is checked, it has no {CHECKSUMS} (an earlier version made it); "
+                f"`limelight data verify {files.path} --record` adds one"
+            )
+        first, step = (0, 1) if world is None else world.place_on_machine()
+        problem = None
+        try:
+            self.histories.verify(files, self.histories.file_names[first::step])
+        except UserError as error:
+            problem = str(error)
+        if world is not None:
+            found = world.gather(problem)
+            problem = world.agree(next(filter(None, found), None) if found else None)
+        if problem is not None:
+            raise UserError(problem)
 
 
 def fingerprint(path: str, spec: DatasetSpec) -> str:

@@ -10,9 +10,9 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from trainer.console.text_table import text_table
+from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DOMAINS, SCHEMA_VERSION, DatasetSpec
-from trainer.data.format.shards import RowStore
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -33,8 +33,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is no dataset, or a shard cannot be read.
     """
-    spec = DatasetSpec.load(path)
-    store = RowStore(path, spec)
+    data = Dataset.open(str(path))
+    data.verify()
+    spec, store = data.spec, data.store
     positives, unmasked = np.zeros((2, len(spec.behaviours)), np.int64)
     domain_rows = np.zeros(len(DOMAINS), np.int64)
     rows, users = [], []
@@ -68,7 +69,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             behaviour: {"positives": int(hits), "rows": int(all_), "rate": hits / all_ if all_ else None}
             for behaviour, hits, all_ in zip(spec.behaviours, positives.tolist(), unmasked.tolist(), strict=True)
         },
-        "histories": _histories(Histories(path, spec), np.concatenate(users)),
+        "histories": _histories(data.histories, np.concatenate(users)),
         "ids": {name: {"count": space.count, "max": space.max} for name, space in spec.ids.items()},
         "side": {side.name: {"of": side.of, "values": side.rows} for side in spec.side},
         "dense": {dense.name: {"of": dense.of} for dense in spec.dense},

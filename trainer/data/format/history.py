@@ -7,6 +7,10 @@ latest visits of a user in a domain are one run of entries. ``user_id.npy`` (sor
 
 A visit is known from its end on: ``known_ms`` is its ``exit_ms``. Every read takes a time and returns only entries with
 ``known_ms < as_of_ms``, so no read leaks information from the future.
+
+The searches trust the offsets, and compiled kernels read at them without a check. So opening histories checks that the
+columns have their types and equal lengths, that the runs of all users cover the entries exactly once, and that times
+rise in each run.
 """
 
 from __future__ import annotations
@@ -15,17 +19,19 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from trainer.console.errors import UserError, one_line
+from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.schema import DOMAINS, DatasetSpec
 from trainer.data.format.sorting import stable_order
+from trainer.runtime.stored_files import file_inside, load_array
 
 FOLDER = "history"
 
@@ -46,9 +52,13 @@ ENTRY_COLUMNS: dict[str, np.dtype] = {
     "ordinal": np.dtype(np.int32),
     "tag": np.dtype(np.int32),
 }
-_USER_COLUMNS = ("user_id", "offsets")
+USER_COLUMNS = ("user_id", "offsets")
+"""Columns with one row for each user."""
 _LATER_COLUMNS = frozenset({"tag"})
 """Columns that older datasets do not have; there all entries are 0."""
+_CHECKED_ENTRIES = 1 << 20
+"""Number of entries whose times are checked at a time."""
+
 _RESULT_COLUMNS = ("item_id", "author_id", "request_ms", "play_ms", "bits", "tag")
 
 
@@ -77,6 +87,10 @@ class HistorySlice:
     domain: np.ndarray
 
 
+def _ignore(size: int) -> None:
+    """Report no progress."""
+
+
 class Histories:
     """Memory-mapped histories of a dataset. The object can be pickled and used in forked processes.
 
@@ -88,12 +102,16 @@ class Histories:
         spec: description of the dataset.
 
     Raises:
-        UserError: the dataset has no histories, or they cannot be read.
+        UserError: the dataset has no histories, they cannot be read, or their columns do not fit together.
     """
 
     def __init__(self, path: str | Path, spec: DatasetSpec) -> None:
-        folder = _cached(str(path), spec) if storage.is_remote(path) else Path(path) / FOLDER
-        self._open(folder)
+        files = DatasetFiles(path)
+        self._open(_cached(files, spec) if storage.is_remote(path) else Path(files.locate(FOLDER)))
+        if spec.tag:
+            # Only datasets without tags may have no such file.
+            _map_column(self._folder, "tag")
+        self._check()
 
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         return _reopen, (self._folder,)
@@ -208,24 +226,101 @@ class Histories:
             self._matches[require] = np.flatnonzero(self._entries["bits"] & require)
         return self._matches[require]
 
+    def verify(self, files: DatasetFiles, names: Iterable[str], advance: Callable[[int], None] = _ignore) -> None:
+        """Read some columns whole, and compare them with their checksums.
+
+        Args:
+            files: of the dataset.
+            names: of :attr:`file_names`.
+            advance: called with the number of bytes of each block that was read.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for name in names:
+            copy = self._folder / name if storage.is_remote(files.path) else None
+            files.verify(f"{FOLDER}/{name}", copy, advance)
+
+    def file_of(self, name: str) -> Path:
+        """Return the file of a column."""
+        return self._folder / f"{name}.npy"
+
+    @property
+    def file_names(self) -> list[str]:
+        """Names of the files of the histories, the largest first."""
+        return sorted(
+            (file.name for file in self._folder.glob("*.npy") if file.stem in (*ENTRY_COLUMNS, *USER_COLUMNS)),
+            key=lambda name: (-(self._folder / name).stat().st_size, name),
+        )
+
     def _open(self, folder: Path) -> None:
         """Map the columns of a history directory."""
         self._folder = folder
         self._matches: dict[int, np.ndarray] = {}
-        try:
-            # Plain arrays over the mapped memory: every index into np.memmap makes a new instance of the subclass.
-            columns = {
-                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-                for name in (*ENTRY_COLUMNS, *_USER_COLUMNS)
-                if name not in _LATER_COLUMNS or (folder / f"{name}.npy").exists()
-            }
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder}: histories cannot be read ({one_line(error)})") from None
-        self._user_id, self._offsets = (columns.pop(name) for name in _USER_COLUMNS)
+        # Plain arrays over the mapped memory: every index into np.memmap makes a new instance of the subclass.
+        columns = {
+            name: np.asarray(_map_column(folder, name))
+            for name in (*ENTRY_COLUMNS, *USER_COLUMNS)
+            if name not in _LATER_COLUMNS or os.path.lexists(folder / f"{name}.npy")
+        }
+        self._user_id, self._offsets = (columns.pop(name) for name in USER_COLUMNS)
         # A broadcast zero stands for a missing column without memory of its own.
         for name in _LATER_COLUMNS - columns.keys():
             columns[name] = np.broadcast_to(np.zeros(1, ENTRY_COLUMNS[name]), columns["item_id"].shape)
         self._entries = columns
+
+    def _check(self) -> None:
+        """Check that the columns fit together.
+
+        Raises:
+            UserError: a column has another length, the runs do not cover the entries, or times fall in a run; names
+                the file.
+        """
+        entries, users = len(self._entries["known_ms"]), len(self._user_id)
+        for name, column in self._entries.items():
+            if len(column) != entries:
+                self._refuse(name, f"has {len(column):,} entries, known_ms.npy has {entries:,}")
+        if self._offsets.shape != (users, len(DOMAINS) + 1):
+            self._refuse(
+                "offsets", f"has shape {self._offsets.shape}; {users:,} users need {(users, len(DOMAINS) + 1)}"
+            )
+        unsorted = np.flatnonzero(self._user_id[1:] <= self._user_id[:-1])
+        if len(unsorted):
+            self._refuse("user_id", f"is not in increasing order at user {unsorted[0] + 1}")
+        starts = self._check_runs(entries)
+        self._check_times(starts)
+
+    def _check_runs(self, entries: int) -> np.ndarray:
+        """Check that the runs of all users cover each entry once, and return where runs begin, in order."""
+        offsets = self._offsets
+        bad = (offsets < 0) | (offsets > entries)
+        bad[:, 1:] |= offsets[:, 1:] < offsets[:, :-1]
+        if bad.any():
+            user = int(np.argmax(bad.any(axis=1)))
+            runs = ", ".join(map(str, offsets[user].tolist()))
+            self._refuse("offsets", f"user {self._user_id[user]} has runs at {runs} of {entries:,} entries")
+        some = offsets[offsets[:, 0] < offsets[:, -1]]
+        some = some[stable_order(some[:, 0])]
+        edges = np.concatenate([[0], some[:, -1]])
+        gaps = np.flatnonzero(np.append(some[:, 0], entries) != edges)
+        if len(gaps):
+            self._refuse("offsets", f"the runs of the users do not cover each entry once (at entry {edges[gaps[0]]:,})")
+        return some[:, :-1].reshape(-1)
+
+    def _check_times(self, starts: np.ndarray) -> None:
+        """Check that the times of each run rise; ``starts`` says where runs begin."""
+        known_ms = self._entries["known_ms"]
+        for first in range(0, len(known_ms), _CHECKED_ENTRIES):
+            piece = known_ms[first : first + _CHECKED_ENTRIES + 1]
+            falls = np.flatnonzero(piece[1:] < piece[:-1]) + first + 1
+            place = np.minimum(np.searchsorted(starts, falls), len(starts) - 1)
+            inside = starts[place] != falls
+            if inside.any():
+                entry = int(falls[np.argmax(inside)])
+                self._refuse("known_ms", f"entry {entry:,} is earlier than the one before it in the same history")
+
+    def _refuse(self, column: str, problem: str) -> NoReturn:
+        raise UserError(f"{self.file_of(column)}: damaged, {problem}; restore the dataset, or make it again")
 
 
 class HistoryWriter:
@@ -309,6 +404,19 @@ class _GrowingColumn:
         np.lib.format.write_array_header_1_0(self._file, description)
 
 
+def _map_column(folder: Path, name: str) -> np.ndarray:
+    """Map a column.
+
+    Raises:
+        UserError: the file is missing, lies elsewhere, or is not an array of the column's type.
+    """
+    dtype, ndim = ENTRY_COLUMNS.get(name, np.dtype(np.int64)), 2 if name == "offsets" else 1
+    try:
+        return load_array(file_inside(folder, f"{name}.npy"), ndim, dtype)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder / name}.npy is missing; restore the dataset, or make it again") from None
+
+
 def _bisect(column: np.ndarray, first: np.ndarray, stop: np.ndarray, value: np.ndarray) -> np.ndarray:
     """Return the first position in each run ``[first, stop)`` whose value is not below ``value``, ``[n]``.
 
@@ -342,8 +450,9 @@ def _reopen(folder: Path) -> Histories:
     return histories
 
 
-def _cached(url: str, spec: DatasetSpec) -> Path:
-    """Return the local copy of a remote dataset's histories; copy them first if there is none."""
+def _cached(files: DatasetFiles, spec: DatasetSpec) -> Path:
+    """Return the local copy of a remote dataset's histories; copy and verify them first if there is none."""
+    url = files.path
     root = Path(os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight"))
     # The description has the seed, spans and counts of the dataset, so a new version gets a new directory.
     copy = root / hashlib.sha256(f"{url}\n{spec.to_json()}".encode()).hexdigest()[:32] / FOLDER
@@ -355,9 +464,10 @@ def _cached(url: str, spec: DatasetSpec) -> Path:
     try:
         filesystem, inside = storage.open_url(storage.join(url, FOLDER))
         try:
-            for name in (*ENTRY_COLUMNS, *_USER_COLUMNS):
+            for name in (*ENTRY_COLUMNS, *USER_COLUMNS):
                 if name not in _LATER_COLUMNS or filesystem.exists(f"{inside}/{name}.npy"):
                     filesystem.get_file(f"{inside}/{name}.npy", str(tmp_path / f"{name}.npy"))
+                    files.verify(f"{FOLDER}/{name}.npy", tmp_path / f"{name}.npy")
         except FileNotFoundError as error:
             raise UserError(f"{url}: the dataset has no histories ({error})") from None
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 
@@ -38,6 +39,8 @@ def decode(data: bytes, columns: Sequence[str] | None = None) -> Rows:
     wanted = layout if columns is None else columns
     rows = {}
     for name in wanted:
+        if name not in layout:
+            raise ValueError(f"it has no column {name!r}")
         dtype, shape, offset, count = layout[name]
         rows[name] = np.frombuffer(data, dtype, count, start + offset).reshape(shape)
     return rows
@@ -54,7 +57,10 @@ def _header(columns: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
 @lru_cache(maxsize=256)
 def _layout(header: bytes) -> dict[str, tuple[np.dtype, tuple[int, ...], int, int]]:
     """Return the dtype, shape, first byte and number of elements of each column."""
-    return {
-        name: (_DTYPES[tensor.dtype], tensor.shape, tensor.start, int(np.prod(tensor.shape)))
-        for name, tensor in decode_header(header).items()
-    }
+    layout = {}
+    for name, tensor in decode_header(header).items():
+        sizes = (*tensor.shape, tensor.start)
+        if tensor.dtype not in _DTYPES or any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError(f"column {name!r} has no type, shape and place that a record can have")
+        layout[name] = (_DTYPES[tensor.dtype], tensor.shape, tensor.start, prod(tensor.shape))
+    return layout

@@ -93,7 +93,7 @@ def decode_header(header: bytes) -> dict[str, TensorEntry]:
             for name, entry in json.loads(header[_LENGTH_BYTES:]).items()
             if name != "__metadata__"
         }
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not the header of a safetensors file ({error!r})") from None
 
 

@@ -27,7 +27,8 @@ import pyarrow as pa
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage
-from trainer.runtime.stored_files import parse_json_object
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.runtime.stored_files import MAX_JSON_BYTES, parse_json_object
 
 SCHEMA_VERSION = 1
 
@@ -152,11 +153,12 @@ class DatasetSpec:
         """Read ``path/dataset.json``; ``path`` is a local path or an fsspec URL.
 
         Raises:
-            UserError: there is no dataset, the file is not valid JSON, or it has another schema version.
+            UserError: there is no dataset, the file is not valid JSON, has another checksum than was recorded, or has
+                another schema version.
         """
         file = storage.join(path, "dataset.json")
         try:
-            raw = parse_json_object(storage.read_bytes(file), file)
+            raw = parse_json_object(DatasetFiles(path).read("dataset.json", MAX_JSON_BYTES), file)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path}: no dataset here (dataset.json is missing); `limelight data` creates one"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,17 +23,23 @@ from typing import Literal
 
 import numpy as np
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.data.format import record as records
 from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.schema import DatasetSpec, Rows, partition_of, row_columns
 from trainer.data.format.sorting import time_order
+from trainer.runtime.stored_files import MAX_JSON_BYTES
 
 FOLDER = "rows"
 HOUR_MS = 3_600_000
 
 _SHARD = re.compile(r"part-[0-9]+-[0-9]+\.tar")
 _TAR_BLOCK = 512
+_MAX_HEADERS = 4 * _TAR_BLOCK
+"""Largest distance between the bytes of two records: padding of one block, and headers of the next member."""
+_MAX_TAIL = 23 * _TAR_BLOCK
+"""Largest number of bytes behind the last record: padding, and the end of the tar, which fills 20 blocks."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,39 @@ class RowStore:
         self.partitions = spec.partitions
         self.on_corrupt = on_corrupt
         self.skipped_rows = 0
+        self._columns = row_columns(spec)
+        self._files = DatasetFiles(path)
         self._index: dict[int, _Index] = {}
+        self._places: dict[str, str] = {}
+
+    def check(self, spec: DatasetSpec) -> None:
+        """Check the index of every partition: in itself, against the sizes of the shards, and its rows in all.
+
+        Args:
+            spec: description of the dataset.
+
+        Raises:
+            UserError: an index is damaged, names other shards than there are, has times that do not rise or lie outside
+                the dataset's, or the rows of all do not add up; names the file. With ``on_corrupt="skip"`` shards may
+                be missing or cut short.
+        """
+        sizes = self._files.sizes(FOLDER)
+        shards = _shards_by_partition(sizes or {})
+        rows = 0
+        for partition in range(self.partitions):
+            index = self._open(partition)
+            problem = index.problem(partition, spec)
+            if problem is None and sizes is not None:
+                problem = index.missing_part(shards.get(partition, []), sizes, self.on_corrupt == "skip")
+            if problem is not None:
+                file = storage.join(self.path, f"{FOLDER}/{index_name(partition)}")
+                raise UserError(f"{file}: damaged, {problem}; restore the dataset, or make it again")
+            rows += int(index.records.rows.sum())
+        if rows != spec.rows:
+            raise UserError(
+                f"{storage.join(self.path, FOLDER)}/*.index.json: damaged, they list {rows:,} rows in all, and "
+                f"dataset.json {spec.rows:,}; restore the dataset, or make it again"
+            )
 
     def records(self, partition: int) -> RecordIndex:
         """Return rows and times of the records of a partition, in emission order.
@@ -104,10 +142,10 @@ class RowStore:
                 the shard.
         """
         index = self._open(partition)
-        file = storage.join(self.path, f"{FOLDER}/{index.shard[record]}")
+        file = self.shard_of(partition, record)
         offset, size, rows = int(index.offset[record]), int(index.size[record]), int(index.records.rows[record])
         try:
-            data = storage.read_bytes(file, offset, size)
+            data = storage.read_bytes(self._locate(index.shard[record]), offset, size)
         except FileNotFoundError:
             wrong = "the shard is missing"
         except OSError as error:
@@ -115,8 +153,12 @@ class RowStore:
         else:
             # The checksum is in the index and not in the shard, so it also finds a shard that was replaced.
             if len(data) == size and zlib.crc32(data) == index.crc32[record]:
-                return records.decode(data, columns)
-            wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
+                try:
+                    return self._decode(data, columns, index.records, record)
+                except ValueError as error:
+                    wrong = one_line(error).partition(": ")[2]
+            else:
+                wrong = "the shard is cut short" if len(data) < size else "its checksum does not match"
         if self.on_corrupt == "error":
             raise UserError(
                 f"{file}: record {record} at byte {offset} ({rows} rows) cannot be read: {wrong}; restore the file, or "
@@ -125,19 +167,52 @@ class RowStore:
         self.skipped_rows += rows
         return None
 
+    def shard_of(self, partition: int, record: int) -> str:
+        """Return the path or URL of the shard that holds a record."""
+        return storage.join(self.path, f"{FOLDER}/{self._open(partition).shard[record]}")
+
+    def _decode(self, data: bytes, columns: Sequence[str] | None, index: RecordIndex, record: int) -> Rows:
+        """Return columns of a record, which must be as the index and the description of the dataset say.
+
+        Raises:
+            ValueError: they are not.
+        """
+        wanted = list(self._columns if columns is None else columns)
+        rows = records.decode(data, list(dict.fromkeys([*wanted, "request_ms", "emit_ms"])))
+        n = int(index.rows[record])
+        for name, column in rows.items():
+            dtype, shape = self._columns[name]
+            if column.dtype != dtype or column.shape != (n, *shape):
+                raise ValueError(f"column {name!r} is {column.dtype} {column.shape}, not {dtype} {(n, *shape)}")
+        for name, low, high in (
+            ("request_ms", index.request_min, index.request_max),
+            ("emit_ms", index.emit_min, index.emit_max),
+        ):
+            if (rows[name].min(), rows[name].max()) != (low[record], high[record]):
+                raise ValueError(f"its {name} are not those of the index")
+        return {name: rows[name] for name in wanted}
+
+    def _locate(self, shard: str) -> str:
+        """Return the path of a shard; links are resolved once for each shard."""
+        if shard not in self._places:
+            self._places[shard] = self._files.locate(f"{FOLDER}/{shard}")
+        return self._places[shard]
+
     def _open(self, partition: int) -> _Index:
         """Return the index of a partition, which is read once."""
         if partition not in self._index:
             file = storage.join(self.path, f"{FOLDER}/{index_name(partition)}")
             try:
-                self._index[partition] = _Index.parse(storage.read_bytes(file))
+                self._index[partition] = _Index.parse(
+                    self._files.read(f"{FOLDER}/{index_name(partition)}", MAX_JSON_BYTES)
+                )
             except FileNotFoundError:
                 raise UserError(f"{file}: the index of partition {partition} is missing") from None
             except OSError as error:
                 wrong = error.strerror or str(error)
                 raise UserError(f"{file}: the index of partition {partition} cannot be read ({wrong})") from None
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise UserError(f"{file}: not a valid shard index ({error!r})") from None
+            except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError, MemoryError) as error:
+                raise UserError(f"{file}: not a valid shard index ({error!r:.200})") from None
         return self._index[partition]
 
 
@@ -155,9 +230,16 @@ class _Index:
     def parse(text: bytes) -> _Index:
         """Read the JSON of an index file."""
         entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise ValueError("a list is expected")
+        # Records name few shards, so they share one string each.
+        names: dict[str, str] = {}
 
         def column(values: Iterable[int]) -> np.ndarray:
-            return np.fromiter(values, np.int64, len(entries))
+            whole = list(values)
+            if not all(type(value) is int for value in whole):
+                raise ValueError("a value is not a whole number")
+            return np.array(whole, np.int64)
 
         ends = ((name, end) for name in ("request_ms", "emit_ms") for end in (0, 1))
         return _Index(
@@ -165,9 +247,77 @@ class _Index:
                 column(entry["rows"] for entry in entries),
                 *(column(entry[name][end] for entry in entries) for name, end in ends),
             ),
-            [_shard_name(entry["shard"]) for entry in entries],
+            [names.setdefault(name, name) for name in (_shard_name(entry["shard"]) for entry in entries)],
             *(column(entry[name] for entry in entries) for name in ("offset", "size", "crc32")),
         )
+
+    def problem(self, partition: int, spec: DatasetSpec) -> str | None:
+        """Return what is wrong with the index in itself, or None.
+
+        Args:
+            partition: number of the partition.
+            spec: description of the dataset.
+        """
+        index = self.records
+        first_ms, last_ms = spec.span_ms
+        for name in sorted(set(self.shard)):
+            if _partition_of_shard(name) != partition:
+                return f"it lists {name}, which belongs to partition {_partition_of_shard(name)}"
+        early = np.zeros(len(index.rows), bool)
+        early[1:] = index.emit_min[1:] < index.emit_max[:-1]
+        bad = {
+            "has no rows or no bytes": (index.rows < 1) | (self.size < 1) | (self.offset < 0),
+            "ends before it begins": (index.request_min > index.request_max) | (index.emit_min > index.emit_max),
+            "is emitted before it is requested": (index.request_min > index.emit_min)
+            | (index.request_max > index.emit_max),
+            "was requested outside the times of dataset.json": (index.request_min < first_ms)
+            | (index.request_max > last_ms),
+            "is emitted before the record before it": early,
+        }
+        for what, where in bad.items():
+            if where.any():
+                return f"record {int(np.argmax(where))} {what}"
+        return None
+
+    def missing_part(self, shards: Iterable[str], sizes: Mapping[str, int], skip: bool) -> str | None:
+        """Return how the index and the shards of its partition differ, or None.
+
+        Args:
+            shards: names of the shards that are there.
+            sizes: bytes of each file in the folder.
+            skip: shards may be missing or cut short.
+        """
+        if extra := sorted(set(shards) - set(self.shard)):
+            return f"it does not list {extra[0]}, which is there"
+        stop = self.offset + self.size
+        first = np.array([k == 0 or self.shard[k] != self.shard[k - 1] for k in range(len(self.shard))], bool)
+        # Bytes between a record and the end of the one before it, or the beginning of the shard.
+        gap = self.offset - np.where(first, 0, np.append(0, stop[:-1])[: len(stop)])
+        if ((gap < 0) | (gap > _MAX_HEADERS)).any() or first.sum() != len(set(self.shard)):
+            return "the places of its records overlap or leave gaps"
+        for record in np.flatnonzero(np.append(first[1:], True)[: len(first)]).tolist():
+            name, end = self.shard[record], int(stop[record])
+            size = sizes.get(name)
+            if skip and (size is None or size < end):
+                continue
+            if size is None:
+                return f"it lists {name}, which is missing"
+            if not 0 <= size - end <= _MAX_TAIL:
+                return f"it lists {end:,} bytes of {name}, which has {size:,}"
+        return None
+
+
+def _shards_by_partition(names: Iterable[str]) -> dict[int, list[str]]:
+    """Return partition -> names of its shards, of names of files."""
+    shards: dict[int, list[str]] = {}
+    for name in names:
+        if _SHARD.fullmatch(name):
+            shards.setdefault(_partition_of_shard(name), []).append(name)
+    return shards
+
+
+def _partition_of_shard(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def _shard_name(name: object) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainer.console.errors import UserError
 from trainer.runtime.stored_files import open_regular
@@ -41,6 +42,30 @@ def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> by
         while len(data) < wanted and (more := os.pread(handle, wanted - len(data), offset + len(data))):
             data += more
         return data
+
+
+def size_of(path: str | Path) -> int:
+    """Return the size of a file in bytes."""
+    if is_remote(path):
+        filesystem, inside = open_url(str(path))
+        return int(filesystem.size(inside))
+    return os.stat(path).st_size
+
+
+def list_url(url: str) -> dict[str, int] | None:
+    """Return the sizes of all files below a URL by their path from there; None if its file system cannot list them."""
+    filesystem, inside = open_url(url)
+    try:
+        found = filesystem.find(inside, detail=True)
+    except NotImplementedError:
+        return None
+    start = len(inside.rstrip("/")) + 1
+    return {name[start:]: int(entry["size"]) for name, entry in found.items()}
+
+
+def as_file(data: bytes) -> BinaryIO:
+    """Return bytes in memory as an open file."""
+    return io.BytesIO(data)
 
 
 def open_url(url: str) -> tuple[Any, str]:

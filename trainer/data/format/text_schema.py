@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.data.format.parquet_files import read_table
 
 FOLDER = "texts"
 
@@ -156,18 +157,12 @@ def read_texts(path: str | Path, name: str, columns: list[str] | None = None) ->
     read = list(dict.fromkeys([*wanted, *(column for column, _ in order)]))
     try:
         # Only the columns that are asked for are checked: other columns may be added later or by other tools.
-        with pq.ParquetFile(pa.BufferReader(storage.read_bytes(file)) if storage.is_remote(file) else file) as source:
-            missing = [column for column in read if column not in source.schema_arrow.names]
-            if missing:
-                raise UserError(f"{file}: column {missing[0]!r} is missing")
-            table = source.read(columns=read)
+        table = read_table(DatasetFiles(path), f"{FOLDER}/{name}.parquet", read)
     except FileNotFoundError:
         raise UserError(
             f"{path}: has no {FOLDER}/{name}.parquet; `limelight data simulate --texts` and `limelight data import "
             "kuaicomt` make datasets with texts"
         ) from None
-    except pa.ArrowException as error:
-        raise UserError(f"{file}: cannot be read as a table ({error})") from None
     table = _checked(table, SCHEMAS[name], file)
     return (table.sort_by(order) if order else table).select(wanted)
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from trainer.console.errors import UserError
 from trainer.data.format import history as histories
 from trainer.data.format import shards, storage, validation
+from trainer.data.format.dataset_files import record_checksums
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
@@ -270,9 +271,10 @@ class DatasetBuilder:
             events=totals.events,
             extra={**spec.extra, **extra},
         )
-        # dataset.json is the last file: a directory without it is not a dataset.
         shutil.rmtree(self._work)
         (self._tmp_path / "dataset.json").write_text(spec.to_json())
+        # The files are read back from the page cache, so this also finds a file that was not written as it was meant.
+        record_checksums(self._tmp_path, lambda done, total: report("computing checksums", done, total))
         os.rename(self._tmp_path, self._out)
         return spec
 
