@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             held_out = predict(run.engine, loader, quiet=options.json or world.rank > 0)
             behaviours = run.features.behaviours
-            report = evaluate(held_out, behaviours, read_truth(config.data.path, held_out, behaviours))
+            truth = read_truth(config.data.path, held_out, behaviours)
+            report = evaluate(held_out, behaviours, world.control, truth)
             if options.predictions:
                 write_predictions(Path(options.predictions), held_out, behaviours, world)
             if world.rank == 0:

@@ -124,7 +124,7 @@ def run(config: JobConfig, variant: str, world: World) -> VariantResult:
     groups = {"all": torch.ones(len(band), dtype=torch.bool)}
     groups |= {name: torch.from_numpy(band == 1 + number) for number, name in enumerate(GROUPS)}
     reports = {
-        name: evaluate(subset(held_out, rows), features.behaviours, truth[rows]) for name, rows in groups.items()
+        name: evaluate(subset(held_out, rows), features.behaviours, None, truth[rows]) for name, rows in groups.items()
     }
     figures = {
         name: {behaviour: {metric: found[metric] for metric in METRICS} for behaviour, found in report.items()}

@@ -120,7 +120,7 @@ def all_reduce(backend: str) -> dict[str, Any]:
         torch.cuda.set_device(device)
     dist.init_process_group(backend)
     value = torch.tensor([dist.get_rank() + 1.0], device=device)
-    dist.all_reduce(value)
+    dist.all_reduce(value, group=dist.group.WORLD)
     result = {"sum": value.item(), "ranks": dist.get_world_size(), "host": socket.gethostname()}
     dist.destroy_process_group()
     return result

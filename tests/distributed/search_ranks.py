@@ -88,7 +88,7 @@ def evaluated(world: World, directory: Path, config: JobConfig) -> dict[str, Any
     model = open_run(str(directory), world)
     split = split_in_time(config, model.data.spec)
     loader = held_out_loader(config, model.data, split, model.features, world, None, model.space)
-    return evaluate(predict(model.engine, loader, quiet=True), model.features.behaviours)
+    return evaluate(predict(model.engine, loader, quiet=True), model.features.behaviours, world.control)
 
 
 def main(out: Path, dataset: Path) -> None:

@@ -39,11 +39,11 @@ def report(rank: int, world: int, layout: str, out: str) -> None:
         own_rows = owner(rows[0], layout, world) == rank
         for metrics in (BehaviourMetrics(BEHAVIOURS), ProgressiveMetrics(BEHAVIOURS)):
             metrics.update(*(torch.from_numpy(column[own_rows]) for column in rows))
-            reports.append(metrics.compute())
+            reports.append(metrics.compute(dist.group.WORLD))
         # The sample is smaller than the data, so the ranks have to agree on one sample of users.
         sampled = ProgressiveMetrics(BEHAVIOURS, sampled_rows=1500)
         sampled.update(*(torch.from_numpy(column[own_rows]) for column in rows))
-        reports.append(sampled.compute())
+        reports.append(sampled.compute(dist.group.WORLD))
     Path(out, f"{rank}.json").write_text(json.dumps(reports))
     dist.destroy_process_group()
 

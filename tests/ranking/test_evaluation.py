@@ -13,6 +13,7 @@ import torch
 from trainer.data.features.packed_batch import BatchLayout
 from trainer.data.loading.batch import RankingBatch, empty_batch
 from trainer.ranking.evaluation import predict
+from trainer.runtime.distributed import World
 
 
 @pytest.mark.parametrize("new", [0, 3])
@@ -26,9 +27,11 @@ def test_ids_beyond_the_tables_are_said_once(caplog: pytest.LogCaptureFixture, n
         def __iter__(self) -> Iterator[RankingBatch]:
             return iter(batches)
 
-    engine: Any = SimpleNamespace(predict=lambda batches: ((batch, torch.empty(0, 2)) for batch in batches))
     loader: Any = Loader()
-    with caplog.at_level("INFO"):
+    with World.join("cpu") as world, caplog.at_level("INFO"):
+        engine: Any = SimpleNamespace(
+            predict=lambda batches: ((batch, torch.empty(0, 2)) for batch in batches), control=world.control
+        )
         assert predict(engine, loader, quiet=True).probability.shape == (0, 2)
     lines = [line for line in caplog.messages if "unknown ids" in line]
     expected = ["evaluate: unknown ids: 6 of item, 12 of histories (direct ids beyond the rows of their tables; "]

@@ -45,6 +45,7 @@ class Alignment:
         embedded: Mapping[str, Tensor],
         lengths: Mapping[str, Tensor],
         user_id: Tensor,
+        group: dist.ProcessGroup,
         control: dist.ProcessGroup,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of this rank's rows and its gradients of the histories' looked-up rows. Collective.
@@ -53,6 +54,7 @@ class Alignment:
             embedded: lookup name -> ``[ids, dim]`` float32.
             lengths: lookup name -> number of ids of each row, ``[rows]`` int64.
             user_id: ``[rows]`` int64.
+            group: group of all ranks for tensors on the device of the lookups.
             control: a gloo group of all ranks.
 
         Returns:
@@ -65,10 +67,10 @@ class Alignment:
             sides = torch.stack([_means(keys, leaves, lengths) for keys in self.histories])
             present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])
             sizes = _sizes(len(user_id), control)
-            joined = join_rows(sides.detach().transpose(0, 1), sizes).transpose(0, 1).requires_grad_()
+            joined = join_rows(sides.detach().transpose(0, 1), sizes, group).transpose(0, 1).requires_grad_()
             # User ids and presence flags share one gather.
-            facts = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes)
-            first = sum(sizes[: dist.get_rank()])
+            facts = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes, group)
+            first = sum(sizes[: dist.get_rank(group)])
             own_rows = slice(first, first + len(user_id))
             loss = contrastive_loss(
                 joined,
@@ -82,17 +84,18 @@ class Alignment:
         (gradient,) = torch.autograd.grad(self.weight * loss, joined)
         if len(sizes) > 1:
             gradient = gradient.contiguous()
-            dist.all_reduce(gradient)
+            dist.all_reduce(gradient, group=group)
         gradients = torch.autograd.grad(sides, list(leaves.values()), gradient[:, own_rows])
         return loss.detach(), dict(zip(leaves, gradients, strict=True))
 
 
-def join_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+def join_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Return the rows of all ranks, in the order of the ranks. Collective.
 
     Args:
         rows: ``[n, ...]``, rows of this rank.
         sizes: number of rows of each rank.
+        group: group of all ranks for tensors on the device of the rows.
 
     Returns:
         ``[sum of sizes, ...]``.
@@ -104,7 +107,7 @@ def join_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = rows.new_empty(len(sizes) * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    dist.all_gather_into_tensor(gathered, padded, group=group)
     return torch.cat([of_rank[:size] for of_rank, size in zip(gathered.split(most), sizes, strict=True)])
 
 

@@ -109,6 +109,7 @@ class HybridEngine:
         deepspeed_file: file that the DeepSpeed settings come from, for messages.
 
     Attributes:
+        control: a gloo group of all ranks.
         plan: placement of each table, see :func:`trainer.sparse.planner.describe_plan`.
         table_optimizer: as given.
         zero_stage: DeepSpeed's ZeRO stage.
@@ -136,9 +137,12 @@ class HybridEngine:
         deduplicate: bool = True,
         deepspeed_file: str = SETTINGS,
     ) -> None:
-        self._world = dist.get_world_size()
+        group = dist.group.WORLD
+        assert group is not None
+        self._group = group
+        self._world = dist.get_world_size(group)
         settings = complete_settings(deepspeed, batch_size, self._world, origin=deepspeed_file)
-        self._control = control_group()
+        self.control = control_group()
         self._clock = PhaseClock(device)
         self._weights = behaviour_weights.to(device)
         self._fixed_lengths = {lookup.name: lookup.length for lookup in lookups}
@@ -153,7 +157,7 @@ class HybridEngine:
             batch_size=batch_size,
             seed=seed,
             clock=self._clock,
-            control=self._control,
+            control=self.control,
             deduplicate=deduplicate,
         )
         self._dense = DenseNetwork(
@@ -259,7 +263,7 @@ class HybridEngine:
         Raises:
             UserError: the directory cannot be written.
         """
-        write_state(self.state(copy=False), path, self._control)
+        write_state(self.state(copy=False), path, self.control)
 
     def state(self, *, copy: bool) -> State:
         """Return the state that :meth:`save` writes, for ``trainer.checkpoint.model_state.write_state``. Collective.
@@ -278,7 +282,7 @@ class HybridEngine:
             UserError: the directory holds no model, or a different one; the message lists the differences.
         """
         state = self._state()
-        read_state(state, path, self._control)
+        read_state(state, path, self.control)
         self._tables.loaded(state)
         self.steps_done = int(state["steps"])
         self._dense.load_state(state, self.steps_done)
@@ -315,7 +319,7 @@ class HybridEngine:
     def _pipeline(self, batches: Iterator[RankingBatch]) -> BatchPipeline:
         """Return a pipeline over the batches; the time before it counts for no step."""
         self._clock.lap()
-        return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self._control)
+        return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self.control)
 
     def _state(self) -> dict[str, Any]:
         """Return the state of tables and dense network over live memory. Collective."""
@@ -346,7 +350,7 @@ class HybridEngine:
                 losses[0] += loss.detach()
                 last = part is parts[-1]
                 if last:
-                    summed = dist.all_reduce(losses, async_op=True)
+                    summed = dist.all_reduce(losses, group=self._group, async_op=True)
                     # Before the last backward pass: the ids of the next batch are sent while it runs.
                     if following is not None:
                         following.send()
@@ -373,7 +377,7 @@ class HybridEngine:
             return torch.zeros((), device=batch.dense.device), [{}] * self._dense.parts
         with self._clock.phase("dense"):
             lengths = row_lengths(batch, self._fixed_lengths)
-            loss, gradients = self._alignment.gradients(embedded, lengths, batch.user_id, self._control)
+            loss, gradients = self._alignment.gradients(embedded, lengths, batch.user_id, self._group, self.control)
             # The tables divide the summed gradients by the number of ranks; this makes it a mean over all rows.
             scaled = {name: gradient.mul_(self._world / max(rows, 1)) for name, gradient in gradients.items()}
             parts = split_micro_batches(batch, scaled, self._fixed_lengths, self._dense.parts)

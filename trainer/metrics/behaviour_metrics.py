@@ -133,34 +133,32 @@ def _user_bucket(user_id: np.ndarray | Tensor) -> np.ndarray:
 
 
 class _Ranks:
-    """Collectives of the metrics; without a process group they work as on a single rank."""
+    """Collectives of the metrics on host memory; without a process group they work as on a single rank."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        self.alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+        self.alone = group is None or dist.get_world_size(group) == 1
         self.world = 1 if self.alone else dist.get_world_size(group)
         self.rank = 0 if self.alone else dist.get_rank(group)
-        nccl = not self.alone and dist.get_backend(group) == "nccl"
-        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """All-gather ``values``, which have the same shape on every rank, into ``[world, *shape]`` in rank order."""
         if self.alone:
             return values[None]
-        local = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        local = torch.from_numpy(np.ascontiguousarray(values))
         parts = [torch.empty_like(local) for _ in range(self.world)]
         dist.all_gather(parts, local, group=self.group)
-        return torch.stack(parts).cpu().numpy()
+        return torch.stack(parts).numpy()
 
     def exchange(self, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Send ``counts[r]`` consecutive elements of ``values [n]`` to rank r. Returns what was received, by sender."""
         if self.alone:
             return values
         incoming = self.gather(counts.astype(np.int64))[:, self.rank]
-        local = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        local = torch.from_numpy(np.ascontiguousarray(values))
         received = local.new_empty(int(incoming.sum()))
         dist.all_to_all_single(received, local, incoming.tolist(), counts.tolist(), group=self.group)
-        return received.cpu().numpy()
+        return received.numpy()
 
     def auc(self, scores: np.ndarray, labels: np.ndarray) -> float | None:
         """Compute the exact AUC over the rows of all ranks, with about an equal share of the scores on each rank.
@@ -228,7 +226,10 @@ class BehaviourMetrics:
             batches[-1] = _as_columns(torch.cat(pair) for pair in zip(batches[-1], last, strict=True))
 
     def compute(self, group: dist.ProcessGroup | None = None) -> Report:
-        """Compute the metrics over all ranks of ``group`` (None: default group), the same on every rank. Collective.
+        """Compute the metrics over all ranks of a group, the same on every rank. Collective.
+
+        Args:
+            group: a group for tensors on the CPU, such as ``World.control``; None for the rows of this process alone.
 
         Raises:
             UserError: a prediction is NaN or infinite; raised on every rank.
@@ -316,7 +317,10 @@ class ProgressiveMetrics:
             self._sample.keep_users(self._user_limit)
 
     def compute(self, group: dist.ProcessGroup | None = None) -> Report:
-        """Compute the metrics over all ranks of ``group`` (None: default group), the same on every rank. Collective.
+        """Compute the metrics over all ranks of a group, the same on every rank. Collective.
+
+        Args:
+            group: a group for tensors on the CPU, such as ``World.control``; None for the rows of this process alone.
 
         Raises:
             UserError: a prediction is NaN or infinite; raised on every rank.

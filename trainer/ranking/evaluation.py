@@ -64,34 +64,41 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
             parts["probability"].append(torch.sigmoid(logits.float()).cpu())
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
             progress.advance(batch.rows)
-    if dist.is_initialized():
-        dist.all_reduce(beyond)
-    if beyond.any() and (not dist.is_initialized() or dist.get_rank() == 0):
+    dist.all_reduce(beyond, group=engine.control)
+    if beyond.any() and dist.get_rank(engine.control) == 0:
         logger.info(f"{label}: {beyond_message(dict(zip(_BEYOND, beyond.tolist(), strict=True)))}")
     return Predictions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
 
-def evaluate(predictions: Predictions, behaviours: Sequence[str], truth: Tensor | None = None) -> Report:
+def evaluate(
+    predictions: Predictions,
+    behaviours: Sequence[str],
+    control: dist.ProcessGroup | None,
+    truth: Tensor | None = None,
+) -> Report:
     """Compute metrics over all ranks, with ``best_auc`` and ``best_gauc`` of the true probabilities if they are known.
 
     Args:
         predictions: of this rank.
         behaviours: names of the K columns.
+        control: a gloo group of all ranks; None for the rows of this process alone.
         truth: ``[rows, K]`` true probabilities of this rank's rows, see :func:`read_truth`.
     """
-    report = _metrics(predictions, predictions.probability, behaviours)
+    report = _metrics(predictions, predictions.probability, behaviours, control)
     if truth is not None:
-        best = _metrics(predictions, truth, behaviours)
+        best = _metrics(predictions, truth, behaviours, control)
         for behaviour in behaviours:
             report[behaviour]["best_auc"] = best[behaviour]["auc"]
             report[behaviour]["best_gauc"] = best[behaviour]["gauc"]
     return report
 
 
-def _metrics(predictions: Predictions, probability: Tensor, behaviours: Sequence[str]) -> Report:
+def _metrics(
+    predictions: Predictions, probability: Tensor, behaviours: Sequence[str], control: dist.ProcessGroup | None
+) -> Report:
     metrics = BehaviourMetrics(behaviours)
     metrics.update(predictions.user_id, probability, predictions.label, predictions.mask)
-    return metrics.compute()
+    return metrics.compute(control)
 
 
 def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -> Tensor | None:
@@ -125,8 +132,15 @@ def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -
     return torch.from_numpy(truth)
 
 
-def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> dict[str, list[tuple[float, float, int]]]:
+def calibration_curve(
+    predictions: Predictions, behaviours: Sequence[str], control: dist.ProcessGroup | None
+) -> dict[str, list[tuple[float, float, int]]]:
     """Compute the calibration curve over all ranks. Collective.
+
+    Args:
+        predictions: of this rank.
+        behaviours: names of the K columns.
+        control: a gloo group of all ranks; None for the rows of this process alone.
 
     Returns:
         Behaviour -> mean predicted probability, observed share and number of rows for each non-empty bin of
@@ -140,8 +154,8 @@ def calibration_curve(predictions: Predictions, behaviours: Sequence[str]) -> di
         place = torch.bucketize(predicted, torch.from_numpy(CALIBRATION_EDGES))
         for row, values in enumerate((predicted, predictions.label[kept, column].double(), torch.ones_like(predicted))):
             sums[column, row].index_add_(0, place, values)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    if control is not None:
+        dist.all_reduce(sums, group=control)
     return {
         behaviour: [(p / n, y / n, int(n)) for p, y, n in sums[column].T.tolist() if n]
         for column, behaviour in enumerate(behaviours)

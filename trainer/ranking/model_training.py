@@ -179,8 +179,9 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
     frozen = freeze_at_end_of_training(config, job.data, job.split)
     loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space)
     held_out = predict(model.engine, loader, quiet=job.world.rank > 0)
-    report = evaluate(held_out, behaviours, read_truth(config.data.path, held_out, behaviours))
-    return report, calibration_curve(held_out, behaviours)
+    control = job.world.control
+    report = evaluate(held_out, behaviours, control, read_truth(config.data.path, held_out, behaviours))
+    return report, calibration_curve(held_out, behaviours, control)
 
 
 def write_results(

@@ -265,7 +265,7 @@ class _StreamTrainer:
         if self._beyond:
             logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
             self._beyond.clear()
-        entry = state.window.entry(state.step, state.progressive.compute(), self._engine.id_counts())
+        entry = state.window.entry(state.step, state.progressive.compute(self._world.control), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
         state.metric_history.append(entry | lag)
         # The window starts again, so that rates are of the steps since this entry.

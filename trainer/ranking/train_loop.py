@@ -83,7 +83,7 @@ def train(
                         searching.after_step(state.step)
                 if state.step % config.train.log_every == 0 or state.step == steps_total:
                     state.metric_history.append(
-                        state.window.entry(state.step, state.progressive.compute(), engine.id_counts())
+                        state.window.entry(state.step, state.progressive.compute(world.control), engine.id_counts())
                     )
                     state.window = MetricWindow()
                     if scalars is not None:

@@ -120,7 +120,7 @@ def run_case(base: BaseModelFiles, tokens: Tokens, case: str, world: World, out:
 
 def resume(base: BaseModelFiles, tokens: Tokens, case: str, world: World, path: Path) -> dict[str, Any]:
     engine = make_engine(base, case, world)
-    engine.load(path, HALF)
+    engine.load(path, HALF, world.control)
     losses = train(engine, tokens, world, HALF, STEPS, weight_of(case))
     outcome = {"losses": losses, "adapter": clone(engine)}
     engine.close()

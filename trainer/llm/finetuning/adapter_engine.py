@@ -184,21 +184,20 @@ class AdapterEngine:
         steps = [state["step"] for state in self._adam.state.values() if "step" in state]
         return in_blocks({"adapter": adapter, "adapter_step": steps[0].cpu().clone()}, copy=copy)
 
-    def load(self, path: Path, steps: int) -> None:
+    def load(self, path: Path, steps: int, control: dist.ProcessGroup) -> None:
         """Load a :meth:`state` from a checkpoint, written by any number of ranks under any ZeRO stage. Collective.
 
         Args:
             path: model directory of the checkpoint.
             steps: number of optimizer steps of the checkpoint.
+            control: a gloo group of all ranks.
 
         Raises:
             UserError: the checkpoint cannot be read, or belongs to another adapter.
         """
         # A state of the current adapter provides tensors of the expected shapes to read into.
         state = self.state()
-        group = dist.group.WORLD
-        assert group is not None
-        read_state(state, path, group)
+        read_state(state, path, control)
         self._load(state, steps)
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ class AdapterCheckpoints(CheckpointStore):
                 f"{directory}: this checkpoint was trained on other samples than {self._identity.samples.path}; choose "
                 "another run.directory"
             )
-        engine.load(directory / MODEL, manifest.step)
+        engine.load(directory / MODEL, manifest.step, self._world.control)
         self._number = manifest.number
         state.step, state.sequences_done = manifest.step, manifest.rows_done
         state.finished = manifest.finished
