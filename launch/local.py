@@ -184,6 +184,9 @@ def _start(
     def die_with_parent() -> None:
         # Without this process nothing passes signals on, and nothing ends a rank that hangs.
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Until the rank handles it in trainer/console/exit_status.py: importing torch takes seconds, and a
+        # KeyboardInterrupt in the middle of an import is a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         if os.getppid() != parent:
             os._exit(1)
 
@@ -291,12 +294,25 @@ def _last_lines(rank: Rank) -> list[str]:
 
 
 def _signal(started: Sequence[Rank], number: int) -> None:
-    """Signal the ranks that still run; SIGKILL also ends the processes that they started, such as loader workers."""
+    """Signal the ranks that still run; SIGKILL also ends the processes that they started, such as loader workers.
+
+    SIGINT ends a rank that has not begun its work at once.
+    """
     for rank in started:
         try:
-            if number == signal.SIGKILL:
-                os.killpg(rank.process.pid, number)
+            if number == signal.SIGKILL or (number == signal.SIGINT and _blocks_ctrl_c(rank.process.pid)):
+                os.killpg(rank.process.pid, signal.SIGKILL)
             elif rank.process.poll() is None:
                 rank.process.send_signal(number)
         except ProcessLookupError:
             continue
+
+
+def _blocks_ctrl_c(process: int) -> bool:
+    """True if a rank still imports its modules: it has written nothing, and would take seconds to answer."""
+    try:
+        fields = Path(f"/proc/{process}/status").read_text().split()
+        blocked = int(fields[fields.index("SigBlk:") + 1], 16)
+    except (OSError, ValueError, IndexError):
+        return False
+    return bool(blocked >> (signal.SIGINT - 1) & 1)

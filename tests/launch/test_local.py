@@ -239,6 +239,7 @@ def note(number, frame):
     with open(here / f"noted{{rank}}", "a") as file: file.write(f"{{number}}\\n")
     sys.exit(5)
 signal.signal({int(number)}, note)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [{int(number)}])
 wait()
 """
     process = launch(body)
@@ -304,6 +305,7 @@ wait()
 def test_a_second_signal_ends_ranks_that_do_not_listen(launch: Launch, tmp_path: Path) -> None:
     body = """
 signal.signal(signal.SIGINT, lambda number, frame: (here / f"heard{rank}").touch())
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 ready()
 while True: time.sleep(1)
 """
@@ -409,3 +411,30 @@ def holds_the_socket():
     _, stderr = process.communicate(timeout=TIMEOUTS)
     assert process.returncode == 0, stderr
     assert [(tmp_path / f"holds{rank}").read_text() for rank in range(3)] == ["True", "False", "False"]
+
+
+def test_ctrl_c_while_a_rank_imports_torch_is_answered_without_a_traceback(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "slow_library.py").write_text(
+        "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)\n"
+    )
+    process = launch("import slow_library", 2)
+    stdout, stderr = process.communicate(timeout=TIMEOUTS)
+    assert (process.returncode, stdout, stderr) == (130, "", "")
+
+
+def test_ctrl_c_is_an_interrupt_for_a_rank_that_has_begun(launch: Launch, tmp_path: Path) -> None:
+    body = """
+from trainer.console.exit_status import exit_status
+def work():
+    try:
+        wait()
+    finally:
+        (here / f"removed{rank}").touch()
+sys.exit(exit_status(work))
+"""
+    process = launch(body)
+    ready_pids(tmp_path, 2)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=TIMEOUTS)
+    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert all((tmp_path / f"removed{rank}").exists() for rank in range(2))
