@@ -392,7 +392,7 @@ if rank == 0:
 
 
 def test_the_first_rank_alone_holds_the_socket_of_the_store(launch: Launch, tmp_path: Path) -> None:
-    """When that rank ends, the port is closed, so that the others do not wait for an answer."""
+    """The port is closed when that rank ends, so that the others do not wait for an answer."""
     body = """
 import socket
 def holds_the_socket():

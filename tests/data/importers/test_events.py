@@ -256,7 +256,7 @@ def test_assembly_equals_event_by_event(lines: list[tuple[int, ...]], by_visit_i
             EXPOSURE_LINES.replace("8,70", "eve,70"),
             r"row 3: column 'uid' is 'eve'.*hash_ids = \[\"user_id\"\]",
         ),
-        (EXPOSURES, EXPOSURE_LINES.replace("8,70", ",70"), r"row 3: column 'uid' is None"),
+        (EXPOSURES, EXPOSURE_LINES.replace("8,70", ",70"), r"row 3: column 'uid' is empty"),
         (EXPOSURES, EXPOSURE_LINES.replace("party", "audio"), r"row 3: column 'kind' is 'audio'.*one of v, l, party"),
         (EXPOSURES, EXPOSURE_LINES.replace("true,1200", "true,-3"), r"row 1: column 'like_ms' is '-3'"),
         (EXPOSURES, EXPOSURE_LINES.replace("2.5", "inf"), r"row 3: column 'price' is 'inf'.*finite"),
@@ -375,7 +375,7 @@ def test_arrow_times() -> None:
     ("column", "values", "message"),
     [
         ("uid", pa.array([2.0**53 + 2, 7, 7]), r"row 1: column 'uid' is 9007199254740994.0; .*2\^53.*int64 or as text"),
-        ("uid", pa.array([7, None, 7], pa.float64()), r"row 2: column 'uid' is None"),
+        ("uid", pa.array([7, None, 7], pa.float64()), r"row 2: column 'uid' is empty"),
         ("ts", pa.array(np.array([1650000000 + i for i in range(3)], np.float32)), r"row 1: column 'ts'.*float32"),
         (
             "ts",

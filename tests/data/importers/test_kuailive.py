@@ -235,7 +235,7 @@ def test_older_names_of_columns(tmp_path: Path) -> None:
         ("click", "watch_live_time", "watched", r"click\.csv: column 'watch_live_time' is missing"),
         ("click", "60000", "a minute", r"click\.csv: row 1: column 'watch_live_time' is 'a minute'"),
         ("click", "2852", "-2852", r"click\.csv: row 2: column 'watch_live_time' is -2852.0; it must be milliseconds"),
-        ("click", f"{T0 + 1_000}", "", r"click\.csv: row 2: column 'timestamp' is None; it must be a time"),
+        ("click", f"{T0 + 1_000}", "", r"click\.csv: row 2: column 'timestamp' is empty; it must be a time"),
         (
             "like",
             f"{T0 + 1_500}",

@@ -15,7 +15,7 @@ from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.format.text_schema import read_texts
-from trainer.data.importers import kuairand, table_files
+from trainer.data.importers import columns, kuairand, table_files
 from trainer.data.importers.kuairand import BEHAVIOURS, DURATION_EDGES_S, find_files, import_kuairand
 
 LOG_HEADER = (
@@ -187,7 +187,11 @@ def test_blocks_and_partitions_change_nothing(tmp_path: Path, monkeypatch: pytes
     import_kuairand(src, tmp_path / "whole", 1)
     with monkeypatch.context() as patch:
         whole = table_files.read_batches
-        patch.setattr(kuairand, "read_batches", lambda file, types: whole(file, types, block_bytes=1 << 9))
+        patch.setattr(
+            columns,
+            "read_batches",
+            lambda file, types, multiline: whole(file, types, block_bytes=1 << 9, multiline=multiline),
+        )
         patch.setattr(kuairand, "_ITEMS_AT_ONCE", 1)
         import_kuairand(src, tmp_path / "blocks", 4)
     one, other = rows_of(tmp_path / "whole")[1], rows_of(tmp_path / "blocks")[1]
@@ -208,18 +212,43 @@ def spoil(data: Path, name: str, old: str, new: str) -> None:
         ("log_standard_4_08*", ",700,1,0,6", ",-700,1,0,6", r"row 2: column 'comment_stay_time' is -700; .* 0 or more"),
         ("log_standard_4_08*", "is_like", "liked", r"log_standard_4_08\S+: column 'is_like' is missing"),
         ("log_standard_4_08*", f"{T0},1,1", "noon,1,1", r"log_standard_4_08\S+: row 2: column 'time_ms' is 'noon'"),
-        ("log_standard_4_08*", f"{T0},1,1", ",1,1", r"log_standard_4_08\S+: row 2: column 'time_ms' has no value"),
+        ("log_standard_4_08*", f"{T0},1,1", ",1,1", r"log_standard_4_08\S+: row 2: column 'time_ms' is empty"),
         ("log_standard_4_08*", "0,700,1,0,6", "0,700", r"log_standard_4_08\S+: line 3: "),
         (
             "log_standard_4_22*",
             "6,30,",
             "6,31,",
-            r"log_standard_4_22\S+: row 1: video_id 31 is not in video_features_basic_27k",
+            r"log_standard_4_22\S+: row 1: column 'video_id' is 31; .*video_features_basic_27k\.csv, which",
         ),
-        ("log_standard_4_08*", "5,20,", "-5,20,", r"'user_id' is -5"),
+        (
+            "log_standard_4_08*",
+            "5,20,",
+            "-5,20,",
+            r"log_standard_4_08\S+: row 1: column 'user_id' is -5; it must be a whole",
+        ),
         ("user*", "onehot_feat3,", "", r"user_features_27k\.csv: column 'onehot_feat3' is missing"),
         ("video*", "8000.0", "8 s", r"video_features_basic_27k\.csv: row 2: column 'video_duration' is '8 s'"),
-        ("video*", "20,2000", "10,2000", r"item_id 10 comes twice"),
+        (
+            "video*",
+            "20,2000",
+            "10,2000",
+            r"video_features_basic_27k\.csv: row 2: column 'video_id' is 10; .* only once",
+        ),
+        (
+            "video*",
+            "20,2000",
+            "20,",
+            r"video_features_basic_27k\.csv: row 2: column 'author_id' is empty; it must be the author of video 20",
+        ),
+        ("video*", "20,2000", "20,NULL", r"video_features_basic_27k\.csv: row 2: column 'author_id' is empty"),
+        ("user*", "\n6,", "\n5,", r"user_features_27k\.csv: row 2: column 'user_id' is 5; .* only once"),
+        (
+            "user*",
+            "5,full_active,0,1,1,3,",
+            "5,full_active,0,1,1,inf,",
+            r"27k\.csv: row 1: column 'follow_user_num' is inf",
+        ),
+        ("log_standard_4_08*", ",9000,", ",2147483648,", r"08\S+: row 1: column 'play_time_ms' is 2147483648; it"),
     ],
 )
 def test_mistakes_name_file_row_and_column(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:

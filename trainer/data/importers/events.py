@@ -7,7 +7,8 @@ the events (``visit_assembly.py``). All keys, with their defaults::
     layout = "exposures"             # or "events"
     name = "events"                  # of the dataset; also source = "" and licence = ""
     timezone = "UTC"                 # time zone of the calendar days, and of times without an offset
-    files = "*"                      # pattern of the files in SRC; only .csv, .csv.gz and .parquet are read
+    files = "*"                      # pattern of the files in SRC; only .csv, .csv.gz and .parquet are read;
+                                     # "**/*.parquet" for folders dt=2022-05-04, whose keys are columns, too
     time_unit = "ms"                 # unit of numeric times: "s", "ms", "us", "ns"; text times are ISO 8601
     out_of_order = "error"           # a time earlier than in the line before: "error" or "sort"
     orphans = "error"                # "events": an event without an earlier exposure: "error" or "drop" (and count)
@@ -15,6 +16,12 @@ the events (``visit_assembly.py``). All keys, with their defaults::
     candidates = ["video", "live"]   # domains whose exposures become training rows
     statistics = [["user"], ["item"], ["author"], ["user", "author"]]
     tag = ""                         # side feature of items that histories store with every visit; empty: none
+
+    [nulls]                          # texts that mean "no value"; an empty text always does
+    values = ["\\N", "NULL", "null", "NA", "N/A", "n/a", "NaN", "nan", "None", "<NA>", "UNKNOWN"]
+                                     # in categories, numbers and outcomes
+    ids = ["\\N"]                    # in columns of hash_ids: a user may be named NULL
+    columns = {}                     # in single columns instead, such as {country = ["-"]}
 
     [columns]                        # canonical name = your column
     user_id = "uid"                  # required, as are author_id, item_id and time
@@ -51,7 +58,7 @@ Ids are whole numbers, 0 or more. An item has one author and one domain in the w
 that they share no id. Columns of text ids must be named in ``hash_ids``: an id then becomes 63 bits of a
 BLAKE2b hash. The number of texts that share an id with another text is written to ``extra.hash_collisions`` of
 ``dataset.json`` (n^2 / 2^64 are expected for n ids). The code of a side feature is 1 + the position in
-``extra.vocabularies``; 0 means missing.
+``extra.vocabularies``; 0 means missing. ``docs/data.md`` says how values are read.
 """
 
 from __future__ import annotations
@@ -73,14 +80,14 @@ from trainer.data.format.schema import (
     SideOwner,
 )
 from trainer.data.format.validation import Columns
-from trainer.data.importers import field_parsers
-from trainer.data.importers.category_codes import encode
+from trainer.data.importers.columns import read_column_batches
 from trainer.data.importers.id_consistency import IdConsistency, line_hash
 from trainer.data.importers.id_lookup import first_occurrences
+from trainer.data.importers.log_files import LogFile, find_log_files
 from trainer.data.importers.mapping import EventMapping, TableFeatures, load_mapping
+from trainer.data.importers.null_markers import NullMarkers
 from trainer.data.importers.scratch_dir import scratch_folder
-from trainer.data.importers.table_files import convert, raise_bad_value, read_batches
-from trainer.data.importers.user_log import IdColumns, UserLog, collect_vocabularies, source_files
+from trainer.data.importers.user_log import IdColumns, UserLog, collect_vocabularies
 from trainer.data.importers.visit_assembly import EventCodes, assemble_visits
 from trainer.data.writing.builder import DatasetBuilder, Progress
 from trainer.data.writing.partition_spill import Spill
@@ -112,17 +119,19 @@ def import_events(
     rules = load_mapping(mapping)
     report = progress or (lambda what, done, total: None)
     tables = {owner: Path(mapping).parent / table.file for owner, table in rules.features.tables().items()}
-    files = source_files(Path(src), rules.files, {file.resolve() for file in tables.values()})
-    context = collect_vocabularies(files, rules.features.context.side)
+    found_files = find_log_files(Path(src), rules.files, {file.resolve() for file in tables.values()})
+    files, nulls = found_files.read, rules.null_markers()
+    context = collect_vocabularies(files, rules.features.context.side, nulls)
     by_owner = {
-        owner: collect_vocabularies((tables[owner],), table.side) for owner, table in rules.features.tables().items()
+        owner: collect_vocabularies((LogFile(tables[owner], table.file, {}),), table.side, nulls)
+        for owner, table in rules.features.tables().items()
     }
     ids = IdColumns(rules)
     log = UserLog(files, rules, ids, context)
     spec = _spec(rules, files, partitions, context, by_owner)
     with DatasetBuilder(out, spec) as builder, scratch_folder(out) as folder:
         for owner, table in rules.features.tables().items():
-            for part in _feature_table(tables[owner], owner, table, by_owner[owner], ids):
+            for part in _feature_table(tables[owner], owner, table, by_owner[owner], ids, nulls):
                 builder.table(f"{owner}s", part)
         orphans = 0
         checks = _IdChecks(folder, rules)
@@ -185,7 +194,7 @@ class _IdChecks:
 
 def _spec(
     rules: EventMapping,
-    files: tuple[Path, ...],
+    files: tuple[LogFile, ...],
     partitions: int,
     context: Vocabularies,
     by_owner: dict[str, Vocabularies],
@@ -219,25 +228,17 @@ def _spec(
 
 
 def _feature_table(
-    file: Path, owner: str, rules: TableFeatures, vocabularies: Vocabularies, ids: IdColumns
+    file: Path, owner: str, rules: TableFeatures, vocabularies: Vocabularies, ids: IdColumns, nulls: NullMarkers
 ) -> Iterator[pa.Table]:
     """Yield the table of users, authors or items, batch by batch."""
-    row, known = 1, IdIndex()
-    for batch in read_batches(file, dict.fromkeys((rules.id, *rules.side, *rules.dense))):
-        columns = {f"{owner}_id": ids.convert(f"{owner}_id", batch.column(rules.id), file, rules.id, row)}
+    known = IdIndex()
+    for batch in read_column_batches(file, dict.fromkeys(rules.columns()), nulls=nulls):
+        columns = {f"{owner}_id": ids.convert(f"{owner}_id", batch, rules.id)}
         first = first_occurrences(known, columns[f"{owner}_id"])
-        if not first.all():
-            place = int(np.argmin(first))
-            value, accepted = batch.column(rules.id)[place].as_py(), f"unique: each {owner} has one line"
-            raise_bad_value(file, row + place, rules.id, value, accepted)
-        columns |= {name: encode(batch.column(name), vocabularies[name]) for name in rules.side}
-        for name in rules.dense:
-            values = convert(
-                batch.column(name), field_parsers.numbers, file, name, row, "a finite number, true or false"
-            )
-            columns[name] = values.to_numpy(zero_copy_only=False).astype(np.float32)
+        batch.require(first, rules.id, f"unique: each {owner} has one line")
+        columns |= {name: batch.codes(name, vocabularies[name]) for name in rules.side}
+        columns |= {name: batch.small_numbers(name) for name in rules.dense}
         yield pa.table(columns)
-        row += batch.num_rows
 
 
 def _visits(lines: Columns, rules: EventMapping) -> Columns:

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 from trainer.data.format.column_types import check_type
 from trainer.data.format.exact_floats import EXACT_BITS, check_exact
 from trainer.data.format.id_index import IdIndex
+from trainer.data.importers.category_codes import category_text
+from trainer.data.importers.null_markers import ID_NULLS, VALUE_NULLS, without_markers
 
 _WHOLE = r"^(-?[0-9]+)\.0*$"
 
@@ -37,7 +39,7 @@ def accepted_ids(kind: pa.DataType, hash_column: str = "") -> str:
 def integer_ids(values: pa.Array) -> pa.Array:
     """Parse ids that are whole numbers of 0 or more, as numbers or as text; int64. ``7`` and ``7.0`` are one id."""
     check_type(_plain(values), "id")
-    ids = _cast(_one_spelling(_present(_plain(values))), pa.int64())
+    ids = _cast(_one_spelling(_present(without_markers(_plain(values), ()))), pa.int64())
     if len(ids) and pc.min(ids).as_py() < 0:
         raise pa.ArrowInvalid("negative id")
     return ids
@@ -66,6 +68,20 @@ def _one_spelling(values: pa.Array) -> pa.Array:
     return values
 
 
+def text_hashes(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return the BLAKE2b hashes of the distinct texts of a column, and the position of each value's hash among them.
+
+    Args:
+        values: text without nulls.
+
+    Returns:
+        Hashes ``[distinct, 2] uint64``, and positions ``[n] int32``.
+    """
+    coded = pc.dictionary_encode(values)
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in coded.dictionary.to_pylist()]
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2), coded.indices.to_numpy()
+
+
 class IdHash:
     """Ids of texts: 63 bits of a text's BLAKE2b hash, the same on every machine.
 
@@ -83,15 +99,18 @@ class IdHash:
         """Number of texts whose id already belonged to another text."""
         return len(self._collided)
 
-    def ids(self, values: pa.Array) -> pa.Array:
-        """Return the ids of a part of a column; null raises ``pa.ArrowInvalid``."""
+    def ids(self, values: pa.Array, nulls: tuple[str, ...] = ID_NULLS) -> pa.Array:
+        """Return the ids of a part of a column; spaces around a text do not count.
+
+        Raises:
+            pa.ArrowInvalid: a text is empty or a null marker of ``nulls``.
+        """
         check_type(_plain(values), "id")
-        coded = pc.dictionary_encode(_cast(_one_spelling(_present(_plain(values))), pa.string()))
-        digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in coded.dictionary.to_pylist()]
-        halves = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+        texts = _present(without_markers(_plain(values), nulls))
+        halves, which = text_hashes(_cast(_one_spelling(texts), pa.string()))
         ids = (halves[:, 0] >> np.uint64(1)).astype(np.int64)
         self._compare(ids, halves[:, 1])
-        return pa.array(ids[coded.indices.to_numpy()])
+        return pa.array(ids[which])
 
     def _compare(self, ids: np.ndarray, checks: np.ndarray) -> None:
         """Record the check bits of new ids, and the texts whose check bits differ from those of their id."""
@@ -105,32 +124,43 @@ class IdHash:
         self._collided.update(checks[self._checks[number] != checks].tolist())
 
 
-def numbers(values: pa.Array) -> pa.Array:
-    """Parse numbers, text, or true and false to float64; null becomes 0, NaN and infinity raise."""
+def numbers(values: pa.Array, nulls: tuple[str, ...] = VALUE_NULLS) -> pa.Array:
+    """Parse numbers, text, or true and false to float64; a missing value becomes 0, infinity raises.
+
+    Null, NaN, an empty text and the null markers ``nulls`` are missing values.
+    """
     values = _plain(values)
     check_type(values, "number")
     if pa.types.is_string(values.type):
+        values = without_markers(values, nulls)
         # Value by value: a column may have both 1 and true.
         values = pc.if_else(pc.is_in(values, value_set=_TRUE), "1", values)
         values = pc.if_else(pc.is_in(values, value_set=_FALSE), "0", values)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
     floats = pc.fill_null(_cast(values, pa.float64()), 0.0)
+    # Programs write a missing number as null or as NaN, and do not tell them apart.
+    floats = pc.if_else(pc.is_nan(floats), 0.0, floats)
     if not pc.all(pc.is_finite(floats)).as_py():
         raise pa.ArrowInvalid("not finite")
     return floats
 
 
 def codes(values: pa.Array, names: list[str]) -> pa.Array:
-    """Return the position of each value, as text, in ``names``; null and other values raise."""
-    position = pc.index_in(_cast(_present(values), pa.string()), value_set=pa.array(names, pa.string()))
+    """Return the position of each value, as text, in ``names``; other values raise.
+
+    Values and names are compared as categories are, so ``1`` and ``1.0`` are one name; a missing value is the name "".
+    """
+    known = [name or "" for name in category_text(pa.array(names, pa.string())).to_pylist()]
+    position = pc.index_in(pc.fill_null(category_text(values), ""), value_set=pa.array(known, pa.string()))
     if position.null_count:
         raise pa.ArrowInvalid("unknown name")
     return position
 
 
-_TRUE = pa.array(["true", "True", "TRUE"])
-_FALSE = pa.array(["false", "False", "FALSE"])
+# Postgres writes t and f.
+_TRUE = pa.array(["true", "True", "TRUE", "t"])
+_FALSE = pa.array(["false", "False", "FALSE", "f"])
 
 
 def _present(values: pa.Array) -> pa.Array:
@@ -145,15 +175,6 @@ def _plain(values: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     return values.cast(pa.string()) if pa.types.is_large_string(values.type) else values
-
-
-def _number(text: pa.Array) -> pa.Array:
-    """Parse numeric text to int64 if possible, else to float64."""
-    # nanoseconds since 1970 do not fit the 53 bits of a float, so int64 comes first
-    try:
-        return text.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return text.cast(pa.float64())
 
 
 def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -31,11 +31,12 @@ from trainer.data.format.sorting import first_of_each
 from trainer.data.format.text_schema import UNKNOWN_TIME, UNKNOWN_USER, list_column
 from trainer.data.format.times import times_ms
 from trainer.data.importers import field_parsers, shanghai_time
-from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
+from trainer.data.importers.category_codes import vocabulary
 from trainer.data.importers.columns import ColumnBatch, SourceReader, read_column_batches
 from trainer.data.importers.daily_top_comments import DailyTopComments
 from trainer.data.importers.event_attribution import last_touch
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
+from trainer.data.importers.null_markers import VALUE_NULLS, without_markers
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.staytime_spill import StaytimeSpill, row_slices
 from trainer.data.importers.table_files import column_names
@@ -204,7 +205,7 @@ class _KuaiComtFiles:
             file_columns = {self._column_name(name, column): feature for column, feature in features.items()}
             for batch in read_column_batches(self.files[name], dict.fromkeys(file_columns), multiline=True):
                 for column, feature in file_columns.items():
-                    values.setdefault(feature, set()).update(distinct_values([batch.column(column)]))
+                    values.setdefault(feature, set()).update(batch.categories(column))
         return {feature: vocabulary(found) for feature, found in values.items()}
 
     def users(self) -> Iterator[pa.Table]:
@@ -214,7 +215,7 @@ class _KuaiComtFiles:
         for batch in self._reader.batches(self.files["users"], types):
             ids = batch.ids("user_id")
             batch.require(first_occurrences(known, ids), "user_id", _UNIQUE_ID)
-            codes = {name: encode(batch.column(name), self.vocabularies[name]) for name in _USER_CATEGORIES}
+            codes = {name: batch.codes(name, self.vocabularies[name]) for name in _USER_CATEGORIES}
             days = np.log1p(np.maximum(batch.numbers("register_days"), 0)).astype(np.float32)
             yield pa.table({"user_id": ids, **codes, "log_register_days": days})
 
@@ -228,10 +229,10 @@ class _KuaiComtFiles:
             batch.require(first_occurrences(known, ids), key, _UNIQUE_ID)
             self._author.add(ids, author)
             columns = {"item_id": ids, "author_id": author, "domain": np.full(batch.rows, _VIDEO, np.int8)}
-            texts = {"duration_ms": duration_ms, "tag": _text(batch, "category"), "text": _text(batch, "caption")}
+            texts = {"duration_ms": duration_ms, "tag": _tag(batch), "text": batch.text("caption")}
             codes = {
-                "video_type": encode(batch.column(kind), self.vocabularies["video_type"]),
-                "category": encode(batch.column("category"), self.vocabularies["category"]),
+                "video_type": batch.codes(kind, self.vocabularies["video_type"]),
+                "category": batch.codes("category", self.vocabularies["category"]),
                 "log_duration": np.log1p(duration_ms / 1_000).astype(np.float32),
             }
             yield pa.table(columns | codes), pa.table(columns | texts)
@@ -255,7 +256,7 @@ class _KuaiComtFiles:
                     "user_id": np.full(batch.rows, UNKNOWN_USER),
                     "time_ms": np.full(batch.rows, UNKNOWN_TIME),
                     "likes": likes.astype(np.int64),
-                    "text": _text(batch, "comment_content"),
+                    "text": batch.text("comment_content"),
                 }
             )
 
@@ -346,9 +347,9 @@ def _times(batch: ColumnBatch, name: str, late_ms: int = 0) -> np.ndarray:
     return batch.convert(name, read, "a time from 2000 to 2100, in milliseconds or seconds since 1970")
 
 
-def _text(batch: ColumnBatch, name: str) -> pa.Array:
-    """Return a column as text; null is empty."""
-    return pc.fill_null(batch.column(name).cast(pa.string()), "")
+def _tag(batch: ColumnBatch) -> pa.Array:
+    """Return the category of videos as a tag; missing is empty."""
+    return pc.fill_null(without_markers(batch.text("category"), VALUE_NULLS), "")
 
 
 def _spec(source: _KuaiComtFiles, partitions: int) -> DatasetSpec:

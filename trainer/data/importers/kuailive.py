@@ -43,7 +43,7 @@ from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature, SideOwner
 from trainer.data.format.validation import Columns
 from trainer.data.importers import shanghai_time, view_thresholds
-from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
+from trainer.data.importers.category_codes import vocabulary
 from trainer.data.importers.columns import SourceReader, read_column_batches
 from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
@@ -169,7 +169,7 @@ class _KuaiLiveFiles:
             columns = [self._column_name(name, column) for column in features]
             for batch in read_column_batches(self.files[name], dict.fromkeys(columns)):
                 for column, feature in zip(columns, features.values(), strict=True):
-                    values.setdefault(feature, set()).update(distinct_values([batch.column(column)]))
+                    values.setdefault(feature, set()).update(batch.categories(column))
         return {feature: vocabulary(found) for feature, found in values.items()}
 
     def profiles(
@@ -188,8 +188,8 @@ class _KuaiLiveFiles:
             batch.require(first_occurrences(known, ids), file_columns[key], "an id that occurs only once")
             for age, column in dates.items():
                 self._days[age].add(ids, batch.days(column))
-            features = {_feature(owner, column): batch.column(file_columns[column]) for column in categories}
-            codes = {feature: encode(values, vocabularies[feature]) for feature, values in features.items()}
+            features = {_feature(owner, column): file_columns[column] for column in categories}
+            codes = {feature: batch.codes(column, vocabularies[feature]) for feature, column in features.items()}
             yield pa.table({f"{owner}_id": ids, **codes})
 
     def rooms(self, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
@@ -207,7 +207,7 @@ class _KuaiLiveFiles:
             columns = {"item_id": ids, "author_id": batch.ids(author), "start_ms": start_ms}
             columns["domain"] = np.full(batch.rows, _LIVE, np.int8)
             for column, feature in _ROOM_CATEGORIES.items():
-                columns[feature] = encode(batch.column(column), vocabularies[feature])
+                columns[feature] = batch.codes(column, vocabularies[feature])
             yield pa.table({name: values[first] for name, values in columns.items()})
 
     def exposures(self, name: str) -> Iterator[Columns]:
@@ -252,7 +252,7 @@ class _KuaiLiveFiles:
             columns = {"user_id": batch.ids("user_id"), "item_id": batch.ids("live_id")}
             columns["time_ms"] = batch.times("timestamp", shanghai_time.TIMEZONE)
             if behaviour == "gift":
-                columns["value"] = batch.numbers("gift_price").astype(np.float32)
+                columns["value"] = batch.small_numbers("gift_price")
             yield columns
 
     def title_of_shown(self) -> tuple[np.ndarray, np.ndarray]:

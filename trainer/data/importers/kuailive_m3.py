@@ -55,10 +55,11 @@ from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.data.format.validation import Columns
 from trainer.data.importers import shanghai_time, view_thresholds
-from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
+from trainer.data.importers.category_codes import vocabulary
 from trainer.data.importers.columns import ColumnBatch, SourceReader, read_column_batches
 from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
+from trainer.data.importers.null_markers import VALUE_NULLS, NullMarkers
 from trainer.data.importers.published_vectors import ITEM_VECTORS, SEGMENT_VECTORS, VECTORS, read_vectors, write_vectors
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.writing.builder import DatasetBuilder, Progress
@@ -103,7 +104,7 @@ _EVENT_COLUMNS = {
 """Columns of room and time in the behaviour's own file, by behaviour."""
 _AUTHOR_CATEGORIES = {"gender": "author_gender", "age_segment": "author_age"}
 _CATEGORIES = {"first_level_category_name": "category_1", "second_level_category_name": "category_2"}
-_MISSING = ("", "U", "UNKNOWN", "unknown")
+_NULLS = NullMarkers((*VALUE_NULLS, "U", "unknown"))
 _UNIQUE_ID = "an id that occurs only once"
 _NO_IDS = np.empty(0, np.int64)
 
@@ -180,7 +181,7 @@ class _KuaiLiveM3Files:
         if not self.segment_files:
             raise UserError(f"{folder / _SEGMENTS}: no *.parquet here; KuaiLive-M3 keeps its segment vectors there")
         self.exposed = 0
-        self._reader = SourceReader((*self.files.values(), *self.segment_files), progress)
+        self._reader = SourceReader((*self.files.values(), *self.segment_files), progress, _NULLS)
         self._room_start = IdLookup(missing=-1)
         self._duration = IdLookup(missing=0)
 
@@ -188,9 +189,9 @@ class _KuaiLiveM3Files:
         """Return the values of the categories, by feature."""
         values: dict[str, set[str]] = {}
         for file, features in (("authors", _AUTHOR_CATEGORIES), ("tags", _CATEGORIES)):
-            for batch in read_column_batches(self.files[file], dict.fromkeys(features)):
+            for batch in read_column_batches(self.files[file], dict.fromkeys(features), nulls=_NULLS):
                 for column, feature in features.items():
-                    values.setdefault(feature, set()).update(distinct_values([batch.column(column)], _MISSING))
+                    values.setdefault(feature, set()).update(batch.categories(column))
         return {feature: vocabulary(found) for feature, found in values.items()}
 
     def authors(self, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
@@ -200,7 +201,7 @@ class _KuaiLiveM3Files:
         for batch in self._reader.batches(self.files["authors"], types):
             ids = batch.ids("author_id")
             batch.require(first_occurrences(known, ids), "author_id", _UNIQUE_ID)
-            codes = {name: encode(batch.column(own), vocabularies[name]) for own, name in _AUTHOR_CATEGORIES.items()}
+            codes = {name: batch.codes(own, vocabularies[name]) for own, name in _AUTHOR_CATEGORIES.items()}
             yield pa.table({"author_id": ids, **codes})
 
     def rooms(self) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -216,7 +217,7 @@ class _KuaiLiveM3Files:
             self._room_start.add(item_id[first], start_ms[first])
             nothing = np.zeros(batch.rows, np.int64)
             columns = _item_columns(item_id, batch.ids("author_id"), _LIVE, start_ms, nothing, nothing, nothing)
-            texts = {"tag": pa.array([""] * batch.rows), "text": _text(batch.column("live_name"))}
+            texts = {"tag": pa.array([""] * batch.rows), "text": batch.text("live_name")}
             yield tuple(table.filter(first) for table in _item_tables(columns, texts))
 
     def videos(self, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -227,7 +228,7 @@ class _KuaiLiveM3Files:
             item_id = _items(batch, "photo_id", _VIDEO)
             batch.require(first_occurrences(known, item_id), "photo_id", _UNIQUE_ID)
             for column, feature in _CATEGORIES.items():
-                codes[feature].add(item_id, encode(batch.column(column), vocabularies[feature]).astype(np.int64))
+                codes[feature].add(item_id, batch.codes(column, vocabularies[feature]).astype(np.int64))
         known = IdIndex()
         names = pa.array(["", *vocabularies["category_2"]])
         types = dict.fromkeys(("photo_id", "author_id", "duration", "cover_title", "video_texts"))
@@ -238,7 +239,7 @@ class _KuaiLiveM3Files:
             category = [codes[feature].lookup(item_id) for feature in _CATEGORIES.values()]
             nothing = np.zeros(batch.rows, np.int64)
             columns = _item_columns(item_id, batch.ids("author_id"), _VIDEO, nothing, duration_ms, *category)
-            title, inside = (_text(batch.column(name)) for name in ("cover_title", "video_texts"))
+            title, inside = (batch.text(name) for name in ("cover_title", "video_texts"))
             text = pc.utf8_trim_whitespace(pc.binary_join_element_wise(title, inside, "\n"))
             yield _item_tables(columns, {"tag": names.take(pa.array(category[1])), "text": text})
 
@@ -258,7 +259,7 @@ class _KuaiLiveM3Files:
             visits["delay_click"] = np.where(batch.numbers("is_auto_play") > 0, -1, 0).astype(np.int32)
             for behaviour, count in _COUNTED.items():
                 visits[f"delay_{behaviour}"] = np.where(batch.numbers(count) > 0, length, -1).astype(np.int32)
-            visits["value_gift"] = batch.numbers("send_gift_num").astype(np.float32)
+            visits["value_gift"] = batch.small_numbers("send_gift_num")
             yield visits
 
     def shows(self) -> Iterator[Columns]:
@@ -309,7 +310,7 @@ class _KuaiLiveM3Files:
                     "user_id": batch.ids("user_id"),
                     "time_ms": batch.times(time, shanghai_time.TIMEZONE),
                     "likes": np.zeros(batch.rows, np.int64),
-                    "text": _text(batch.column("content")),
+                    "text": batch.text("content"),
                 }
             )
 
@@ -327,10 +328,14 @@ class _KuaiLiveM3Files:
     def write_vectors(self, builder: DatasetBuilder) -> None:
         """Write the content vectors of videos and of segments."""
         file = self.files["video vectors"]
-        ids = [_items(batch, "photo_id", _VIDEO) for batch in read_column_batches(file, {"photo_id": None})]
+        ids = [_NO_IDS]
+        known = IdIndex()
+        for batch in read_column_batches(file, {"photo_id": None}):
+            ids.append(_items(batch, "photo_id", _VIDEO))
+            batch.require(first_occurrences(known, ids[-1]), "photo_id", _UNIQUE_ID)
         parts = self._reader.batches(file, {"photo_id": None, "feature": VECTORS})
         vectors = ((_items(batch, "photo_id", _VIDEO), read_vectors(batch, "feature", VECTOR_DIM)) for batch in parts)
-        write_vectors(builder.folder(ITEM_VECTORS), np.concatenate([_NO_IDS, *ids]), vectors, VECTOR_DIM, file.name)
+        write_vectors(builder.folder(ITEM_VECTORS), np.concatenate(ids), vectors, VECTOR_DIM, file.name)
         count = sum(pq.read_metadata(file).num_rows for file in self.segment_files)
         write_vectors(builder.folder(SEGMENT_VECTORS), np.arange(count), self._segment_vectors(), VECTOR_DIM, _SEGMENTS)
 
@@ -418,8 +423,3 @@ def _item_columns(
     codes = {name: code.astype(np.int32) for name, code in zip(_CATEGORIES.values(), categories, strict=True)}
     columns = {"item_id": item_id, "author_id": author_id, "domain": np.full(len(item_id), domain, np.int8)}
     return {**columns, "start_ms": start_ms, "duration_ms": duration_ms, **codes}
-
-
-def _text(values: pa.Array) -> pa.Array:
-    """Return values as text; null is empty."""
-    return pc.fill_null(values.cast(pa.string()), "")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.console.errors import UserError
+from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
-from trainer.data.format.times import accepted_times, times_ms
 from trainer.data.importers import shanghai_time
 from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
-from trainer.data.importers.id_lookup import IdLookup
+from trainer.data.importers.columns import ColumnBatch, read_column_batches
+from trainer.data.importers.id_lookup import IdLookup, first_occurrences
+from trainer.data.importers.null_markers import VALUE_NULLS, NullMarkers, without_markers
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.staytime_spill import KEY, StaytimeSpill, write_staytimes
-from trainer.data.importers.table_files import convert, raise_bad_value, read_batches
 from trainer.data.writing.builder import DatasetBuilder, Progress
 
 SOURCE = (
@@ -95,7 +95,8 @@ _VIDEO_CATEGORIES = {
     "music_type": pa.float64(),
 }
 _VIDEO_MEASURES = ("video_duration", "server_width", "server_height")
-_MISSING = ("", "UNKNOWN", "-124")
+_NULLS = NullMarkers((*VALUE_NULLS, "-124"))
+_UNIQUE_ID = "an id that occurs only once"
 _TABS = 15
 _ITEMS_AT_ONCE = 1_000_000
 
@@ -127,7 +128,8 @@ def import_kuairand(
     vocabularies = _user_vocabularies(files.users) | _video_vocabularies(files.videos)
     spec = _spec(files, vocabularies, partitions)
     with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
-        builder.table("users", _users(files.users, vocabularies))
+        for table in _users(files.users, vocabularies):
+            builder.table("users", table)
         authors = IdLookup(missing=-1)
         for items, texts in _items(files.videos, vocabularies):
             builder.table("items", items)
@@ -240,32 +242,32 @@ def _spec(files: KuaiRandFiles, vocabularies: dict[str, tuple[str, ...]], partit
 
 def _user_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
     """Return the values of the users' categories, by feature."""
-    batches = list(read_batches(file, _USER_CATEGORIES))
-    return {
-        feature: vocabulary(distinct_values((batch.column(feature) for batch in batches), _MISSING))
-        for feature in _USER_CATEGORIES
-    }
+    values: dict[str, set[str]] = {feature: set() for feature in _USER_CATEGORIES}
+    for batch in read_column_batches(file, _USER_CATEGORIES, nulls=_NULLS):
+        for feature, found in values.items():
+            found |= batch.categories(feature)
+    return {feature: vocabulary(found) for feature, found in values.items()}
 
 
-def _users(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> pa.Table:
-    """Return the table of users."""
+def _users(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[pa.Table]:
+    """Yield the table of users, batch by batch."""
     types = {"user_id": pa.int64(), **_USER_CATEGORIES, **dict.fromkeys(_USER_COUNTS, pa.float64())}
-    parts = []
-    for batch in read_batches(file, types):
-        columns = {"user_id": batch.column("user_id")}
-        columns |= {feature: encode(batch.column(feature), vocabularies[feature]) for feature in _USER_CATEGORIES}
-        columns |= {f"log_{count}": _log_count(_numbers(batch.column(count))) for count in _USER_COUNTS}
-        parts.append(pa.table(columns))
-    return pa.concat_tables(parts)
+    known = IdIndex()
+    for batch in read_column_batches(file, types, nulls=_NULLS):
+        columns = {"user_id": batch.ids("user_id")}
+        batch.require(first_occurrences(known, columns["user_id"]), "user_id", _UNIQUE_ID)
+        columns |= {feature: batch.codes(feature, vocabularies[feature]) for feature in _USER_CATEGORIES}
+        columns |= {f"log_{count}": _log_count(batch.numbers(count)) for count in _USER_COUNTS}
+        yield pa.table(columns)
 
 
 def _video_vocabularies(file: Path) -> dict[str, tuple[str, ...]]:
     """Return the values of the videos' categories, by feature."""
     values: dict[str, set[str]] = {feature: set() for feature in (*_VIDEO_CATEGORIES, "tag")}
-    for batch in read_batches(file, {**_VIDEO_CATEGORIES, "tag": pa.string()}):
+    for batch in read_column_batches(file, {**_VIDEO_CATEGORIES, "tag": pa.string()}, nulls=_NULLS):
         for feature in _VIDEO_CATEGORIES:
-            values[feature] |= distinct_values([batch.column(feature)], _MISSING)
-        values["tag"] |= distinct_values(_two_tags(batch.column("tag")), _MISSING)
+            values[feature] |= batch.categories(feature)
+        values["tag"] |= distinct_values(_two_tags(batch.column("tag")), _NULLS.values)
     return {feature: vocabulary(found) for feature, found in values.items()}
 
 
@@ -278,11 +280,16 @@ def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tup
     types |= dict.fromkeys(_VIDEO_MEASURES, pa.float64())
     parts: list[pa.Table] = []
     text_parts: list[pa.Table] = []
-    for batch in read_batches(file, types):
-        duration, width, height = (_numbers(batch.column(measure)) for measure in _VIDEO_MEASURES)
-        columns = {"item_id": batch.column("video_id"), "author_id": batch.column("author_id")}
-        columns["domain"] = np.full(batch.num_rows, DOMAINS.index("video"), np.int8)
-        columns |= {feature: encode(batch.column(feature), vocabularies[feature]) for feature in _VIDEO_CATEGORIES}
+    known = IdIndex()
+    for batch in read_column_batches(file, types, nulls=_NULLS):
+        duration, width, height = (batch.numbers(measure) for measure in _VIDEO_MEASURES)
+        columns = {"item_id": batch.ids("video_id")}
+        batch.require(first_occurrences(known, columns["item_id"]), "video_id", _UNIQUE_ID)
+        for row in np.flatnonzero(batch.column("author_id").is_null().to_numpy(zero_copy_only=False))[:1].tolist():
+            batch.raise_bad_value("author_id", row, f"the author of video {columns['item_id'][row]}")
+        columns["author_id"] = batch.ids("author_id")
+        columns["domain"] = np.full(batch.rows, DOMAINS.index("video"), np.int8)
+        columns |= {feature: batch.codes(feature, vocabularies[feature]) for feature in _VIDEO_CATEGORIES}
         for number, tag in enumerate(_two_tags(batch.column("tag"))):
             columns[f"tag_{number}"] = encode(tag, vocabularies["tag"])
         columns["duration_bucket"] = _bucket(duration / 1000, DURATION_EDGES_S)
@@ -292,9 +299,10 @@ def _items(file: Path, vocabularies: dict[str, tuple[str, ...]]) -> Iterator[tup
         columns["log_duration"] = _log_count(duration / 1000)
         parts.append(pa.table(columns))
         keys = {name: columns[name] for name in ("item_id", "author_id", "domain")}
-        first_tag = pc.fill_null(_two_tags(batch.column("tag"))[0], "")
+        first_tag = pc.fill_null(without_markers(_two_tags(batch.column("tag"))[0], _NULLS.values), "")
+        batch.require(duration <= np.iinfo(np.int32).max, "video_duration", "milliseconds, at most 2^31 - 1")
         milliseconds = np.maximum(duration, 0).astype(np.int64)
-        texts = {"duration_ms": milliseconds, "tag": first_tag, "text": np.full(batch.num_rows, "")}
+        texts = {"duration_ms": milliseconds, "tag": first_tag, "text": np.full(batch.rows, "")}
         text_parts.append(pa.table(keys | texts))
         if sum(part.num_rows for part in parts) >= _ITEMS_AT_ONCE:
             yield pa.concat_tables(parts), pa.concat_tables(text_parts)
@@ -318,31 +326,29 @@ def _visits(log: Path, first_row: int, authors: _VideoAuthors, random: bool) -> 
         *BEHAVIOURS.values(),
         *(["is_rand"] * random),
     )
-    row = 0
-    for batch in read_batches(log, dict.fromkeys(names, pa.int64())):
+    for batch in read_column_batches(log, dict.fromkeys(names, pa.int64())):
         for name in names:
-            if batch.column(name).null_count:
-                empty = row + 1 + int(np.argmax(batch.column(name).is_null().to_numpy(zero_copy_only=False)))
-                raise UserError(f"{log}: row {empty}: column {name!r} has no value")
+            present = batch.column(name).is_valid().to_numpy(zero_copy_only=False)
+            batch.require(present, name, "a whole number")
         column = {name: batch.column(name).to_numpy() for name in names}
-        read = partial(times_ms, unit="ms", timezone=shanghai_time.TIMEZONE)
-        accepted = accepted_times(pa.int64(), "ms", shanghai_time.TIMEZONE)
-        time_ms = convert(batch.column("time_ms"), read, log, "time_ms", row + 1, accepted).to_numpy()
+        column |= {name: batch.ids(name) for name in ("user_id", "video_id")}
+        time_ms = batch.times("time_ms", shanghai_time.TIMEZONE)
+        batch.require(column["play_time_ms"] < 1 << 31, "play_time_ms", "milliseconds, at most 2^31 - 1")
         play_ms = np.maximum(column["play_time_ms"], 0)
+        first = first_row + batch.first_row - 1
         tab = column["tab"]
         visits = {
-            "visit_id": np.arange(first_row + row, first_row + row + batch.num_rows),
+            "visit_id": np.arange(first, first + batch.rows),
             "user_id": column["user_id"],
-            "author_id": authors.lookup(column["video_id"], log, row + 1),
+            "author_id": authors.lookup(column["video_id"], batch),
             "item_id": column["video_id"],
-            "domain": np.full(batch.num_rows, DOMAINS.index("video"), np.int8),
+            "domain": np.full(batch.rows, DOMAINS.index("video"), np.int8),
             "request_ms": time_ms,
             "exit_ms": time_ms + play_ms,
             "play_ms": play_ms,
         }
-        end = np.minimum(play_ms, np.iinfo(np.int32).max)
         for behaviour, name in BEHAVIOURS.items():
-            happens = 0 if behaviour == "click" else end
+            happens = 0 if behaviour == "click" else play_ms
             visits[f"delay_{behaviour}"] = np.where(column[name] > 0, happens, -1).astype(np.int32)
         visits["tab"] = np.where((tab >= 0) & (tab < _TABS), tab + 1, 0).astype(np.int32)
         visits["hour"] = shanghai_time.hour_code(time_ms)
@@ -354,11 +360,8 @@ def _visits(log: Path, first_row: int, authors: _VideoAuthors, random: bool) -> 
         if random:
             visits["is_rand"] = (column["is_rand"] > 0).astype(np.int32) + 1
         staytime_ms = column["comment_stay_time"]
-        if (staytime_ms < 0).any():
-            bad = int(np.argmax(staytime_ms < 0))
-            raise_bad_value(log, row + 1 + bad, "comment_stay_time", int(staytime_ms[bad]), "milliseconds, 0 or more")
+        batch.require(staytime_ms >= 0, "comment_stay_time", "milliseconds, 0 or more")
         yield pa.table(visits), staytime_ms
-        row += batch.num_rows
 
 
 class _VideoAuthors:
@@ -368,17 +371,14 @@ class _VideoAuthors:
         self._file = file
         self._authors = authors
 
-    def lookup(self, video_id: np.ndarray, log: Path, first_row: int) -> np.ndarray:
-        """Return the authors of ``video_id [n]``, ``[n] int64``; ``log`` and ``first_row`` are for the error.
+    def lookup(self, video_id: np.ndarray, batch: ColumnBatch) -> np.ndarray:
+        """Return the authors of ``video_id [n]``, the videos of a batch of a log, ``[n] int64``.
 
         Raises:
             UserError: a video is not in the video file.
         """
         author_id = self._authors.lookup(video_id)
-        unknown = author_id < 0
-        if unknown.any():
-            row = int(np.argmax(unknown))
-            raise UserError(f"{log}: row {first_row + row}: video_id {video_id[row]} is not in {self._file.name}")
+        batch.require(author_id >= 0, "video_id", f"a video that is in {self._file}, which has the authors")
         return author_id
 
 
@@ -387,11 +387,6 @@ def _two_tags(tags: pa.Array) -> tuple[pa.Array, pa.Array]:
     lists = pc.split_pattern(pc.fill_null(tags, ""), ",")
     both = pc.list_slice(lists, 0, 2, return_fixed_size_list=True).flatten()
     return both[0::2], both[1::2]
-
-
-def _numbers(values: pa.Array) -> np.ndarray:
-    """Return values as float64; null is 0."""
-    return pc.fill_null(values, 0.0).to_numpy(zero_copy_only=False)
 
 
 def _log_count(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from trainer.config.toml import read_toml, validate
 from trainer.data.format.schema import VISIT_EVENTS
+from trainer.data.importers.null_markers import ID_NULLS, VALUE_NULLS, NullMarkers
 
 DomainName = Literal["video", "live"]
 IdColumn = Literal["user_id", "author_id", "item_id", "visit_id"]
@@ -51,6 +52,14 @@ class DomainRule(_Section):
         return self
 
 
+class NullRules(_Section):
+    """Texts that mean "no value", besides the empty text; see ``null_markers.py``."""
+
+    values: tuple[str, ...] = VALUE_NULLS
+    ids: tuple[str, ...] = ID_NULLS
+    columns: dict[str, tuple[str, ...]] = {}
+
+
 class BehaviourRule(_Section):
     """Rule that derives one behaviour from the log."""
 
@@ -83,6 +92,10 @@ class TableFeatures(FeatureColumns):
     file: str
     id: str
 
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the table that are read, each once."""
+        return tuple(dict.fromkeys((self.id, *self.side, *self.dense)))
+
 
 class FeatureRules(_Section):
     """Features by their owner; ``context`` columns are in the log itself."""
@@ -110,10 +123,12 @@ class EventMapping(_Section):
     time_unit: Literal["s", "ms", "us", "ns"] = "ms"
     out_of_order: Literal["error", "sort"] = "error"
     orphans: Literal["error", "drop"] = "error"
+    duplicates: Literal["drop", "keep"] = "drop"
     hash_ids: tuple[IdColumn, ...] = ()
     candidates: tuple[DomainName, ...] = ("video", "live")
     statistics: tuple[tuple[str, ...], ...] = (("user",), ("item",), ("author",), ("user", "author"))
     tag: str = ""
+    nulls: NullRules = NullRules()
     columns: ColumnNames
     domain: DomainRule
     behaviours: dict[str, BehaviourRule]
@@ -126,6 +141,21 @@ class EventMapping(_Section):
         if zone not in available_timezones():
             raise ValueError("not an IANA time zone; use a name such as UTC or Asia/Shanghai")
         return zone
+
+    @field_validator("files")
+    @classmethod
+    def _check_files(cls, pattern: str) -> str:
+        if not pattern or pattern.startswith("/") or ".." in pattern.split("/"):
+            raise ValueError('it must be a pattern of paths below the folder of the log, such as "**/*.parquet"')
+        return pattern
+
+    @model_validator(mode="after")
+    def _check_nulls(self) -> EventMapping:
+        known = {*self.log_columns(), *(name for table in self.features.tables().values() for name in table.columns())}
+        for name in self.nulls.columns:
+            if name not in known:
+                raise ValueError(f"nulls.columns has {name!r}, which is no column of this mapping")
+        return self
 
     @model_validator(mode="after")
     def _check_layout(self) -> EventMapping:
@@ -149,6 +179,19 @@ class EventMapping(_Section):
             if names.count(name) > 1:
                 raise ValueError(f"the event {name!r} is mapped twice")
         return self
+
+    def log_columns(self) -> list[str]:
+        """Return the columns of the log that the mapping uses, each once."""
+        names, rule = self.columns, self.domain
+        used = [names.user_id, names.author_id, names.item_id, names.time, names.visit_id, names.play_ms, rule.column]
+        used += [names.event, names.value] if self.layout == "events" else []
+        used += [column for behaviour in self.behaviours.values() for column in (behaviour.column, behaviour.delay)]
+        used += [*self.features.context.side, *self.features.context.dense]
+        return list(dict.fromkeys(name for name in used if name is not None))
+
+    def null_markers(self) -> NullMarkers:
+        """Return the null markers of the columns of the log and of the tables."""
+        return NullMarkers(self.nulls.values, self.nulls.ids, self.nulls.columns)
 
     def event_names(self) -> list[tuple[str, tuple[str, ...]]]:
         """Return pairs of a canonical event and the log's names for it; ``ignore`` comes last."""

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from trainer.console.errors import UserError, one_line
 from trainer.data.format.column_types import WrongType, simplify
 from trainer.data.importers import field_parsers
+from trainer.data.importers.null_markers import VALUE_NULLS, without_markers
 
 _BLOCK_BYTES = 1 << 24
 _BATCH_ROWS = 1 << 17
-_NULLS = ["", "NULL", "null", "NaN", "nan"]
 _LONGEST_SHOWN = 200
 _OTHER_DELIMITERS = (";", "|")
 
@@ -59,7 +59,12 @@ def column_names(file: Path) -> list[str]:
 
 
 def read_batches(
-    file: Path, types: Mapping[str, pa.DataType | None], *, block_bytes: int = _BLOCK_BYTES, multiline: bool = False
+    file: Path,
+    types: Mapping[str, pa.DataType | None],
+    *,
+    block_bytes: int = _BLOCK_BYTES,
+    multiline: bool = False,
+    partition: tuple[str, ...] = (),
 ) -> Iterator[pa.RecordBatch]:
     """Yield the columns named in ``types``, in that order, in bounded memory: a few blocks of 16 MB at a time.
 
@@ -71,6 +76,7 @@ def read_batches(
         block_bytes: size of a block of a CSV file.
         multiline: True if quoted text of a CSV file may contain line breaks, which is slower. If lines end with a line
             feed only, text may then also contain carriage returns; they become spaces.
+        partition: columns that the path of the file has, for the message that a column is missing.
 
     Raises:
         UserError: a column is missing or there twice, its type cannot be read, a line has too few or too many fields,
@@ -83,7 +89,7 @@ def read_batches(
         if name not in names:
             delimiter = next((mark for mark in _OTHER_DELIMITERS if len(names) == 1 and mark in names[0]), None)
             hint = "" if delimiter is None else f" (separated by {delimiter!r}? it must be a comma or a tab)"
-            raise UserError(f"{file}: column {name!r} is missing; there are {', '.join(names)}{hint}")
+            raise UserError(f"{file}: column {name!r} is missing; there are {', '.join((*names, *partition))}{hint}")
     if file.name.endswith(".parquet"):
         yield from _parquet_batches(file, types)
         return
@@ -145,7 +151,7 @@ def raise_bad_value(file: Path, row: int, column: str, value: object, accepted: 
     Raises:
         UserError: always.
     """
-    shown = repr(value)
+    shown = "empty" if value is None or value == "" else repr(value)
     if len(shown) > _LONGEST_SHOWN:
         shown = f"{shown[:_LONGEST_SHOWN]}..."
     raise UserError(f"{file}: row {row}: column {column!r} is {shown}; it must be {accepted}")
@@ -191,6 +197,7 @@ def _parquet_batches(file: Path, types: Mapping[str, pa.DataType | None]) -> Ite
 
 def _typed(values: pa.Array, kind: pa.DataType, file: Path, column: str, first_row: int) -> pa.Array:
     """Return part of a column cast to ``kind`` without loss; the other arguments are for the error, see ``convert``."""
+    values = values if kind == pa.string() else without_markers(values, VALUE_NULLS)
     function: Callable[[pa.Array], pa.Array] = partial(pc.cast, target_type=kind)
     accepted = str(kind)
     if kind == pa.int64() and pa.types.is_floating(values.type):
@@ -218,7 +225,11 @@ def _csv_batches(
         read_options=pa.csv.ReadOptions(block_size=block_bytes, use_threads=threads),
         parse_options=pa.csv.ParseOptions(delimiter=_delimiter(header), newlines_in_values=multiline),
         convert_options=pa.csv.ConvertOptions(
-            column_types=types, include_columns=list(types), null_values=_NULLS, strings_can_be_null=True
+            column_types=types,
+            include_columns=list(types),
+            null_values=["", *VALUE_NULLS],
+            # Which texts mean that there is no value depends on the meaning of the column: its parser decides.
+            strings_can_be_null=False,
         ),
     )
     with reader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -15,33 +14,20 @@ from trainer.data.format.schema import DOMAINS
 from trainer.data.format.times import EARLIEST_MS, accepted_times, times_ms
 from trainer.data.format.validation import Columns
 from trainer.data.importers import field_parsers
-from trainer.data.importers.category_codes import distinct_values, encode, vocabulary
+from trainer.data.importers.category_codes import vocabulary
 from trainer.data.importers.columns import ColumnBatch, read_column_batches
+from trainer.data.importers.log_files import LogFile
 from trainer.data.importers.mapping import EventMapping
-from trainer.data.importers.table_files import convert, is_table, raise_bad_value, read_batches
+from trainer.data.importers.null_markers import NullMarkers
+from trainer.data.importers.table_files import raise_bad_value
 
 MOST_CATEGORIES = 1_000_000
 """Most distinct values of a column that may become a category."""
 
 
-def source_files(src: Path, pattern: str, others: set[Path]) -> tuple[Path, ...]:
-    """Return the files of a log: ``src`` itself, or the tables in the folder ``src`` that match ``pattern``.
-
-    Files in ``others`` are left out.
-
-    Raises:
-        UserError: there is no such file.
-    """
-    if src.is_file() and is_table(src):
-        return (src,)
-    found = sorted(src.glob(pattern)) if src.is_dir() else []
-    files = tuple(file for file in found if is_table(file) and file.resolve() not in others)
-    if not files:
-        raise UserError(f"{src}: no .csv, .csv.gz or .parquet file here that matches files = {pattern!r}")
-    return files
-
-
-def collect_vocabularies(files: tuple[Path, ...], side: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def collect_vocabularies(
+    files: tuple[LogFile, ...], side: tuple[str, ...], nulls: NullMarkers
+) -> dict[str, tuple[str, ...]]:
     """Return the sorted distinct values of each category column over all files.
 
     Raises:
@@ -49,12 +35,12 @@ def collect_vocabularies(files: tuple[Path, ...], side: tuple[str, ...]) -> dict
     """
     values: dict[str, set[str]] = {name: set() for name in side}
     for file in files if side else ():
-        for batch in read_batches(file, dict.fromkeys(side)):
+        for batch in read_column_batches(file.path, dict.fromkeys(side), nulls=nulls, partition=file.partition):
             for name in side:
-                values[name] |= distinct_values([batch.column(name)])
+                values[name] |= batch.categories(name)
                 if len(values[name]) > MOST_CATEGORIES:
                     raise UserError(
-                        f"{file}: column {name!r} has more than {MOST_CATEGORIES:,} values, too many for `side`"
+                        f"{file.path}: column {name!r} has more than {MOST_CATEGORIES:,} values, too many for `side`"
                     )
     return {name: vocabulary(found) for name, found in values.items()}
 
@@ -65,13 +51,11 @@ class IdColumns:
     def __init__(self, mapping: EventMapping) -> None:
         self._hashes = {name: field_parsers.IdHash() for name in mapping.hash_ids}
 
-    def convert(self, name: str, values: pa.Array, file: Path, column: str, first_row: int) -> np.ndarray:
+    def convert(self, name: str, batch: ColumnBatch, column: str) -> np.ndarray:
         """Return the ids of a part of a column; ``name`` is the canonical name, ``column`` the name in the file."""
         if name in self._hashes:
-            accepted = "a text" if pa.types.is_string(values.type) else field_parsers.accepted_ids(values.type)
-            return convert(values, self._hashes[name].ids, file, column, first_row, accepted).to_numpy()
-        accepted = field_parsers.accepted_ids(values.type, name)
-        return convert(values, field_parsers.integer_ids, file, column, first_row, accepted).to_numpy()
+            return batch.hashed_ids(column, self._hashes[name])
+        return batch.ids(column, name)
 
     @property
     def collisions(self) -> dict[str, int]:
@@ -90,7 +74,11 @@ class UserLog:
     """
 
     def __init__(
-        self, files: tuple[Path, ...], mapping: EventMapping, ids: IdColumns, vocabularies: dict[str, tuple[str, ...]]
+        self,
+        files: tuple[LogFile, ...],
+        mapping: EventMapping,
+        ids: IdColumns,
+        vocabularies: dict[str, tuple[str, ...]],
     ) -> None:
         self.rows = 0
         self._files = files
@@ -98,13 +86,8 @@ class UserLog:
         self._ids = ids
         self._vocabularies = vocabularies
         self._first_rows: list[int] = []
-        names, rule = mapping.columns, mapping.domain
-        used = [names.user_id, names.author_id, names.item_id, names.time, names.visit_id, names.play_ms, rule.column]
-        used += [names.event, names.value] if mapping.layout == "events" else []
-        used += [column for behaviour in mapping.behaviours.values() for column in (behaviour.column, behaviour.delay)]
-        used += [*mapping.features.context.side, *mapping.features.context.dense]
         # only the columns that the mapping uses are read
-        self._types: dict[str, pa.DataType | None] = dict.fromkeys(name for name in used if name is not None)
+        self._types: dict[str, pa.DataType | None] = dict.fromkeys(mapping.log_columns())
         pairs = [(canonical, log_name) for canonical, log_names in mapping.event_names() for log_name in log_names]
         self._event_names = [log_name for _, log_name in pairs]
         order = [canonical for canonical, _ in mapping.event_names()]
@@ -125,12 +108,15 @@ class UserLog:
         Raises:
             UserError: a column is missing or a value is bad; names file, row, column and value.
         """
-        sizes = [file.stat().st_size for file in self._files]
+        sizes = [file.path.stat().st_size for file in self._files]
         for number, file in enumerate(self._files):
             report(sum(sizes[:number]), sum(sizes))
             self._first_rows.append(self.rows)
             latest = EARLIEST_MS
-            for batch in read_column_batches(file, self._types):
+            batches = read_column_batches(
+                file.path, self._types, nulls=self._mapping.null_markers(), partition=file.partition
+            )
+            for batch in batches:
                 columns = self._columns(batch, latest)
                 latest = int(columns["time_ms"][-1])
                 self.rows += batch.rows
@@ -147,9 +133,9 @@ class UserLog:
             UserError: always.
         """
         file, number = self.place(row)
-        raise_bad_value(file, number, column, value, accepted)
+        raise_bad_value(file.path, number, column, value, accepted)
 
-    def place(self, row: int) -> tuple[Path, int]:
+    def place(self, row: int) -> tuple[LogFile, int]:
         """Return the file and the number in it, from 1, of the line with running number ``row``."""
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         return self._files[number], row - self._first_rows[number] + 1
@@ -161,14 +147,14 @@ class UserLog:
         id_columns = {"user_id": names.user_id, "author_id": names.author_id, "item_id": names.item_id}
         id_columns |= {} if names.visit_id is None else {"visit_id": names.visit_id}
         for name, column in id_columns.items():
-            columns[name] = self._ids.convert(name, batch.column(column), batch.file, column, batch.first_row)
+            columns[name] = self._ids.convert(name, batch, column)
         columns.setdefault("visit_id", columns["row"])
         columns["time_ms"] = self._times(batch, latest_ms)
         columns["domain"] = self._domain(batch)
         for name in mapping.features.context.side:
-            columns[name] = encode(batch.column(name), self._vocabularies[name])
+            columns[name] = batch.codes(name, self._vocabularies[name])
         for name in mapping.features.context.dense:
-            columns[name] = batch.numbers(name).astype(np.float32)
+            columns[name] = batch.small_numbers(name)
         if mapping.layout == "events":
             assert names.event is not None
             accepted = f"one of {', '.join(self._event_names)} (ignore others: events.ignore in the mapping)"

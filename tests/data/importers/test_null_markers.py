@@ -1,0 +1,182 @@
+"""Tests of null markers: the columns to which they apply, their defaults, and the keys that change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.importers.test_events import EXPOSURE_LINES, EXPOSURES, rows_of, write
+from trainer.console.errors import UserError
+from trainer.data.importers import field_parsers
+from trainer.data.importers.columns import read_column_batches
+from trainer.data.importers.events import import_events
+from trainer.data.importers.null_markers import VALUE_NULLS, NullMarkers, without_markers
+
+HASHED = EXPOSURES.replace("[columns]", 'hash_ids = ["user_id", "item_id"]\n[columns]', 1)
+
+
+def as_parquet(arguments: dict[str, Any]) -> None:
+    """Replace the log by a Parquet file of the same texts."""
+    file = arguments["src"] / "a.csv"
+    names = file.read_text().splitlines()[0].split(",")
+    options = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    pq.write_table(pa.csv.read_csv(file, convert_options=options), arguments["src"] / "a.parquet")
+    file.unlink()
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+@pytest.mark.parametrize("marker", VALUE_NULLS)
+def test_a_marker_is_no_value_in_features_and_outcomes(tmp_path: Path, marker: str, parquet: bool) -> None:
+    lines = EXPOSURE_LINES.replace("1,true,1200,0,home,0.5", ",".join([marker] * 6))
+    users = f"uid,city,age\n7,{marker},{marker}\n8,Rome,1\n"
+    arguments = write(tmp_path, EXPOSURES, lines, users)
+    if parquet:
+        as_parquet(arguments)
+    spec, rows = import_events(**arguments), rows_of(tmp_path / "out")
+    assert spec.extra["vocabularies"] == {"city": ["Rome"], "tab": ["hot"]}
+    assert rows["label"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 1]]
+    assert rows["side"].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert rows["dense"].tolist() == [[0, 0], [0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+@pytest.mark.parametrize("name", [marker for marker in VALUE_NULLS if marker != r"\N"])
+def test_a_user_and_an_item_may_have_the_name_of_a_marker(tmp_path: Path, name: str, parquet: bool) -> None:
+    lines = EXPOSURE_LINES.replace("\n7,71,701", f"\n{name},71,{name}")
+    arguments = write(tmp_path, HASHED, lines, f"uid,city,age\n{name},Rome,30\n7,Berlin,2\n")
+    if parquet:
+        as_parquet(arguments)
+    spec, rows = import_events(**arguments), rows_of(tmp_path / "out")
+    expected = field_parsers.IdHash().ids(pa.array(["7", name, "8"])).to_pylist()
+    assert rows["user_id"].tolist() == expected and spec.ids["user"].count == 3
+    assert rows["side"][:, 0].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+@pytest.mark.parametrize("name", [r"\N", "", "  "])
+def test_a_text_that_is_no_id_is_refused(tmp_path: Path, name: str, parquet: bool) -> None:
+    arguments = write(tmp_path, HASHED, EXPOSURE_LINES.replace("\n7,71", f"\n{name},71"))
+    if parquet:
+        as_parquet(arguments)
+    with pytest.raises(UserError) as refused:
+        import_events(**arguments)
+    assert f"row 2: column 'uid' is {'empty' if not name else repr(name)}; it must be a text" in str(refused.value)
+
+
+def test_markers_can_be_chosen_for_all_columns_and_for_one(tmp_path: Path) -> None:
+    lines = EXPOSURE_LINES.replace(",home,", ",NA,").replace(",hot,", ",-,").replace("0.5", "?")
+    users = "uid,city,age\n7,NA,?\n8,-,2\n"
+    chosen = '\n[nulls]\nvalues = ["?", "-"]\nids = ["7"]\ncolumns = {uid = ["9"], city = ["NA"]}\n'
+    spec = import_events(**write(tmp_path, HASHED + chosen, lines, users))
+    assert spec.extra["vocabularies"] == {"city": ["-"], "tab": ["NA"]}
+    assert rows_of(tmp_path / "out")["dense"].tolist() == [[0, 0], [0, 0], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('[nulls]\ncolumns = {town = ["-"]}', "nulls.columns has 'town', which is no column of this mapping"),
+        ('[nulls]\nvalue = ["-"]', "unknown key nulls.value; .* nulls.values"),
+        ('[nulls]\nids = "-"', "nulls.ids"),
+    ],
+)
+def test_a_mistake_in_the_markers_is_named(tmp_path: Path, more: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"map\.toml: .*{message}") as refused:
+        import_events(**write(tmp_path, f"{EXPOSURES}\n{more}\n", EXPOSURE_LINES))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_a_text_is_text(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = ["null", "NA", "NaN", "", None, " two ", r"\N"]
+    pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("n,text\n" + "".join(f"1,{text or ''}\n" for text in texts))
+    for file in (tmp_path / "a.parquet", tmp_path / "a.csv"):
+        (batch,) = read_column_batches(file, {"text": None})
+        assert batch.text("text").to_pylist() == [text or "" for text in texts]
+
+
+FLOATS = [("a.csv", "nan"), ("a.csv", ""), ("a.csv", "NaN"), ("a.parquet", float("nan")), ("a.parquet", None)]
+
+
+def numbers_of(folder: Path, name: str, value: Any) -> np.ndarray:
+    """Return a column of 2.5 and a value as numbers."""
+    if name == "a.csv":
+        (folder / name).write_text(f"y,x\n1,2.5\n1,{value}\n")
+    else:
+        pq.write_table(pa.table({"x": pa.array([2.5, value], pa.float64())}), folder / name)
+    (batch,) = read_column_batches(folder / name, {"x": None})
+    return batch.small_numbers("x")
+
+
+@pytest.mark.parametrize(("name", "value"), FLOATS)
+def test_nan_is_a_missing_value_in_every_format(tmp_path: Path, name: str, value: Any) -> None:
+    assert numbers_of(tmp_path, name, value).tolist() == [2.5, 0]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e300])
+def test_a_number_that_no_feature_holds_is_refused_in_every_format(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{name}: row 2: column 'x' is .*; it must be a"):
+        numbers_of(tmp_path, name, value)
+
+
+def test_truth_values_of_databases_are_numbers() -> None:
+    read = field_parsers.numbers(pa.array(["t", "f", "true", "False", " 1 ", r"\N"]))
+    assert read.to_pylist() == [1, 0, 1, 0, 1, 0]
+
+
+CELLS = st.one_of(
+    st.sampled_from(["1", "1.0", " 7", "1,5", "1 000", "1_0", "0x1F", "inf", "-inf", "nan", "t", "yes", "1e400", "-3"]),
+    st.sampled_from(VALUE_NULLS),
+    st.floats().map(repr),
+    st.integers().map(str),
+    st.text(max_size=3),
+)
+
+
+def check_number(cell: str, nulls: tuple[str, ...]) -> None:
+    """Check that a text is read as its number, or refused."""
+    try:
+        (found,) = field_parsers.numbers(pa.array([cell]), nulls).to_pylist()
+    except pa.ArrowInvalid:
+        return
+    trimmed = cell.strip(" \t\r\n\v\f")
+    if trimmed in ("", *nulls) or trimmed.lower().lstrip("+-") == "nan":
+        assert found == 0
+    else:
+        truths = dict.fromkeys(("t", "true", "True", "TRUE"), 1.0) | dict.fromkeys(
+            ("f", "false", "False", "FALSE"), 0.0
+        )
+        assert found == (truths[trimmed] if trimmed in truths else float(trimmed.replace("_", "x")))
+
+
+NULLS = st.sampled_from([VALUE_NULLS, (), ("7", "1.0"), ("nan",)])
+
+
+@settings(max_examples=1_000, deadline=None)
+@given(CELLS, NULLS)
+def test_a_number_is_right_or_refused(cell: str, nulls: tuple[str, ...]) -> None:
+    check_number(cell, nulls)
+
+
+@pytest.mark.slow
+@settings(max_examples=100_000, deadline=None)
+@given(CELLS, NULLS)
+def test_a_number_is_right_or_refused_at_length(cell: str, nulls: tuple[str, ...]) -> None:
+    check_number(cell, nulls)
+
+
+def test_columns_without_text_have_no_markers() -> None:
+    values = pa.array([1, None])
+    assert without_markers(values, ("1",)) is values
+    markers = NullMarkers(columns={"x": ("-",)})
+    assert (markers.of_value("x"), markers.of_id("x"), markers.of_id("y")) == (("-",), ("-",), (r"\N",))
