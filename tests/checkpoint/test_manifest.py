@@ -104,6 +104,16 @@ def example(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
+@pytest.mark.parametrize("change", [1, -1, 1 << 31])
+def test_a_manifest_whose_checksum_alone_is_wrong_is_damaged(tmp_path: Path, change: int) -> None:
+    write_manifest(tmp_path, example())
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    content["crc32"] += change
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest\.json: damaged \(its checksum does not match\)"):
+        read_manifest(tmp_path)
+
+
 @given(place=st.integers(0, 10_000), value=st.integers(0, 255))
 def test_a_changed_byte_is_noticed(place: int, value: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("m")

@@ -55,6 +55,29 @@ def test_shards_are_written_in_blocks(
     assert torch.equal(shard, values) and torch.equal(into["plain"]["x"], plain)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("block_bytes", [1, 40, 1000])
+def test_shards_keep_their_place_in_the_table(
+    group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    """A rank may hold shards that begin in the middle of a table, in its rows and in its columns."""
+    monkeypatch.setattr(trainer_state, "BLOCK_BYTES", block_bytes)
+    whole, into = torch.arange(77.0).view(11, 7), torch.full((11, 7), torch.nan)
+    places = [(0, 0, 4, 5), (4, 0, 7, 5), (0, 5, 11, 2)]
+
+    def shards(of: Tensor) -> DTensor:
+        parts = [of[row : row + rows, column : column + columns] for row, column, rows, columns in places]
+        held = LocalShardsWrapper(parts, [(row, column) for row, column, *_ in places])
+        mesh = init_device_mesh("cpu", (1,))
+        return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=of.shape, stride=of.stride())
+
+    write_state(in_blocks({"table": shards(whole)}, copy=block_bytes == 40), tmp_path / "model", group)
+    read_state({"table": sharded(into)}, tmp_path / "model", group)
+    assert torch.equal(into, whole)
+    again = torch.full((11, 7), torch.nan)
+    read_state({"table": shards(again)}, tmp_path / "model", group)
+    assert torch.equal(again, whole)
+
+
 def test_a_copy_does_not_change_with_its_source(
     group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

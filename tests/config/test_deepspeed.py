@@ -33,6 +33,13 @@ def test_what_the_user_sets_stays() -> None:
     assert "fp16" not in settings
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_without_the_key_deepspeed_clips_no_gradient(stage: int) -> None:
+    """DeepSpeed's own default is a norm of 1, by which the tables' gradients would not be scaled."""
+    settings = complete_settings({"zero_optimization": {"stage": stage}}, batch_size=8, world=1)
+    assert settings["gradient_clipping"] == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

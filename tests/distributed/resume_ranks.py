@@ -96,13 +96,15 @@ def load_all(world: World, out: Path, saved: dict[str, dict[str, Tensor]]) -> li
 @contextmanager
 def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
     """Record training and its checkpoints. After step ``stop_after`` only the last rank gets SIGTERM."""
-    found: dict[str, Any] = {"losses": [], "visits": []}
+    found: dict[str, Any] = {"losses": [], "visits": [], "slow": []}
     advance, save, restore = TrainingState.advance, Checkpoints.save, Checkpoints.restore
 
     def recording_advance(self: TrainingState, result: StepResult) -> None:
         advance(self, result)
         found["losses"].append(float(result.loss))
         found["visits"] += result.batch.visit_id.tolist()
+        if result.batch.slow is not None:
+            found["slow"] += result.batch.visit_id[result.batch.slow].tolist()
         if self.step == stop_after and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -139,7 +141,7 @@ def run(world: World, config: JobConfig, stop_after: int | None = None) -> dict[
             found["report"] = report
         except Preempted:
             found["report"] = None
-    for key in ("visits", "random"):
+    for key in ("visits", "slow", "random"):
         found[key] = world.agree(world.gather(found[key]))
     return found
 

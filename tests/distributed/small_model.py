@@ -169,6 +169,9 @@ class PlainTraining:
         optimizer: optimizer of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
         clipping: largest norm of the dense gradient; the tables' gradient is scaled by the same factor. 0: no clipping.
         declared: tables; by default the tables of the small model.
+
+    Attributes:
+        rates: learning rates of the tables and of the dense network, from the next step on.
     """
 
     LEARNING_RATE, EPS = 0.1, 1e-3
@@ -182,6 +185,7 @@ class PlainTraining:
             self.ranker.parameters(), self.DENSE_RATE, self.BETAS, weight_decay=self.WEIGHT_DECAY
         )
         self.kind, self.clipping = optimizer, clipping
+        self.rates = self.LEARNING_RATE, self.DENSE_RATE
         self.accumulated = {
             name: torch.zeros_like(p[:, :1] if optimizer == "rowwise_adagrad" else p)
             for name, p in self.tables.named_parameters()
@@ -195,8 +199,13 @@ class PlainTraining:
         lengths = {name: found[name].lengths() for name in ("seen", "room")}
         return self.ranker(embedded, lengths, batch.dense)
 
-    def step(self, rows: Rows) -> float:
-        losses = nn.functional.binary_cross_entropy_with_logits(self.predict(rows), rows.label, reduction="none")
+    def step(self, rows: Rows, slow: Tensor | None = None) -> float:
+        """Train one step, and return its loss; ``slow [rows]`` is True for rows that correct an earlier negative."""
+        logits = self.predict(rows)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, rows.label, reduction="none")
+        if slow is not None:
+            p = torch.sigmoid(logits)
+            losses = torch.where(slow[:, None], -(torch.log(p) - torch.log(1 - p)), losses)
         loss = (losses * rows.mask * WEIGHTS).sum() / len(rows)
         self.adam.zero_grad()
         self.tables.zero_grad()
@@ -206,6 +215,7 @@ class PlainTraining:
             norm = float(nn.utils.clip_grad_norm_(self.ranker.parameters(), self.clipping))
             factor = min(1.0, self.clipping / (norm + 1e-6))
             self.clipped += factor < 1
+        table_rate, self.adam.param_groups[0]["lr"] = self.rates
         self.adam.step()
         with torch.no_grad():
             for name, parameter in self.tables.named_parameters():
@@ -216,7 +226,7 @@ class PlainTraining:
                 self.accumulated[name] += squared
                 if self.kind != "sgd":
                     gradient = gradient / (self.accumulated[name].sqrt() + self.EPS)
-                parameter -= self.LEARNING_RATE * gradient
+                parameter -= table_rate * gradient
         return float(loss.detach())
 
     def parameters(self) -> dict[str, Tensor]:

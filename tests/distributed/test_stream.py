@@ -19,6 +19,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
 from trainer.serving.exported_model import open_export
+from trainer.stream.labels.assembled_rows import SLOW
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
 from trainer.stream.labels.policy import event_timeouts, report_policy
@@ -67,15 +68,20 @@ def test_every_row_of_the_log_is_trained_on_once(outcomes: dict[str, Any], polic
     assert config.stream is not None
     since, until = (parse_time(text, log.spec.timezone, "t") for text in (config.data.train_until, config.stream.until))
     expected: Counter[int] = Counter()
+    slow: Counter[int] = Counter()
     for partition in range(log.spec.partitions):
         events = log.read(partition)
         inside = (events["time_ms"] >= since) & (events["time_ms"] < until)
         events = {name: column[inside] for name, column in events.items()}
         rows = assemble_batch(log.spec, report_policy(config.labels), event_timeouts(config.labels), events).rows
         expected.update(rows["visit_id"].tolist())
+        slow.update(rows["visit_id"][rows["kind"] == SLOW].tolist())
     assert expected and max(expected.values()) > 1
     found = outcomes["2a"][policy]
     assert trained(found["through"]) == expected
+    # Slow rows have a loss of their own; only this policy has any.
+    assert bool(slow) == (policy == "fast_slow")
+    assert Counter(visit for of_rank in found["through"]["slow"] for visit in of_rank) == slow
     assert trained(found["stopped"]) + trained(found["resumed"]["2a"]) == expected
     assert trained(found["stopped"]) + trained(outcomes["1a"][policy]["resumed"]["2a"]) == expected
 

@@ -1,4 +1,7 @@
-"""Errors of the engine for files and settings that do not fit; tests/distributed tests its numbers."""
+"""The engine on one rank: errors for files and settings that do not fit, losses and learning rates.
+
+tests/distributed tests its numbers on several ranks.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,17 +13,22 @@ import torch
 from torch import nn
 
 from modules.embeddings import Lookup
+from tests.distributed.engine_ranks import parameters
 from tests.distributed.small_model import (
     BEHAVIOURS,
     LOOKUPS,
+    ROWS,
+    SEED,
     WEIGHTS,
+    PlainTraining,
     SmallRanker,
     batches_of,
+    make_rows,
     single_engine,
     tables,
 )
 from trainer.console.errors import UserError
-from trainer.engine.hybrid_engine import TableOptimizer
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.runtime.distributed import World
 
 
@@ -101,3 +109,49 @@ def test_the_result_of_a_step(world: World) -> None:
     torch.testing.assert_close(results[0].loss, (losses * batches[0].mask * WEIGHTS).sum() / batches[0].rows)
     assert engine.steps_done == len(batches)
     assert not any(result.logits.requires_grad or result.loss.requires_grad for result in results)
+
+
+def sgd_engine(world: World, parts: int = 1) -> HybridEngine:
+    """Return the engine that ``PlainTraining("sgd", 0.0)`` is the reference of."""
+    plain = PlainTraining
+    return single_engine(
+        world,
+        table_optimizer=TableOptimizer("sgd", plain.LEARNING_RATE, plain.EPS),
+        dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
+        deepspeed={"gradient_accumulation_steps": parts},
+        seed=SEED,
+    )
+
+
+def assert_equal_to(plain: PlainTraining, engine: HybridEngine, world: World) -> None:
+    trained = parameters(engine, world)
+    expected = plain.parameters()
+    assert trained.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(trained[name], values, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_slow_rows_train_by_equation_3_of_moment_and_cross(world: World, parts: int) -> None:
+    engine, plain = sgd_engine(world, parts), PlainTraining("sgd", 0.0)
+    random = torch.Generator().manual_seed(8)
+    rows = [make_rows(step, ROWS + step % 2) for step in range(5)]
+    # No row of the first batch is slow, all of the second are, and any of the others.
+    slow = [
+        torch.rand(len(each), generator=random) < share for each, share in zip(rows, (0, 1, 0.5, 0.3, 0.5), strict=True)
+    ]
+    batches = [replace(each.batch(0, len(each)), slow=late) for each, late in zip(rows, slow, strict=True)]
+    for result, each, late in zip(engine.steps(iter(batches)), rows, slow, strict=True):
+        assert float(result.loss) == pytest.approx(plain.step(each, late), rel=1e-5)
+    assert_equal_to(plain, engine, world)
+
+
+def test_tables_and_network_have_learning_rates_of_their_own(world: World) -> None:
+    engine, plain = sgd_engine(world), PlainTraining("sgd", 0.0)
+    for step, rates in enumerate([(0.3, 0.0), (0.0, 0.02), (0.05, 0.004), (0.0, 0.0)]):
+        engine.set_learning_rate(*rates)
+        plain.rates = rates
+        rows = make_rows(step, ROWS)
+        (result,) = engine.steps(iter([rows.batch(0, len(rows))]))
+        assert float(result.loss) == pytest.approx(plain.step(rows), rel=1e-5)
+        assert_equal_to(plain, engine, world)

@@ -27,7 +27,8 @@ def test_parts_follow_each_other(lengths: list[int], parts: int, fixed: int) -> 
     embedded = {"seen": torch.randn(sum(lengths), 2), "side": torch.randn(rows * fixed, 3)}
     dense, label, mask = torch.randn(rows, 2), torch.randn(rows, 3), torch.randn(rows, 3)
     index = torch.arange(rows)
-    batch = RankingBatch([keyed], dense, label, mask, index, index, index, rows)
+    slow = torch.rand(rows) < 0.5
+    batch = RankingBatch([keyed], dense, label, mask, index, index, index, rows, slow=slow)
 
     cut = split_micro_batches(batch, embedded, {"seen": None, "side": fixed}, parts)
 
@@ -35,7 +36,7 @@ def test_parts_follow_each_other(lengths: list[int], parts: int, fixed: int) -> 
     assert len(cut) == parts and max(sizes) - min(sizes) <= 1
     for name in embedded:
         assert torch.equal(torch.cat([part.embedded[name] for part in cut]), embedded[name])
-    for name, whole in (("dense", dense), ("label", label), ("mask", mask)):
+    for name, whole in (("dense", dense), ("label", label), ("mask", mask), ("slow", slow)):
         assert torch.equal(torch.cat([getattr(part, name) for part in cut]), whole)
     assert all(part.lengths.keys() == {"seen"} for part in cut)
     assert torch.cat([part.lengths["seen"] for part in cut]).tolist() == lengths
@@ -49,6 +50,7 @@ def test_gradients_of_unused_lookups_are_zero() -> None:
     keyed = KeyedJaggedTensor(keys=["user"], values=index, lengths=torch.ones(2, dtype=torch.int64), stride=2)
     batch = RankingBatch([keyed], *[torch.zeros(2, 1)] * 3, index, index, index, 2)
     (part,) = split_micro_batches(batch, {"user": torch.ones(2, 3)}, {"user": 1}, 1)
+    assert part.slow is None
     part.embedded["user"].requires_grad_()
     assert torch.equal(part.gradient("user"), torch.zeros(2, 3))
     (part.embedded["user"] * 5).sum().backward()

@@ -1,12 +1,18 @@
-"""Split of a dataset in time: training range and held-out range of a job."""
+"""Split of a dataset in time, and the settings of a job that its engine gets."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.engine.hybrid_engine import DenseOptimizer, TableOptimizer
+from trainer.ranking import setup
 from trainer.ranking.setup import split_in_time
 
 DAY_MS = 86_400_000
@@ -68,3 +74,26 @@ def test_without_a_held_out_range_all_is_trained_on() -> None:
 def test_ranges_that_cannot_be_are_refused(data: dict[str, str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         split_in_time(job(**data), spec())
+
+
+def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of the losses are in the order of the behaviours that the model predicts, and 1 where none is set."""
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr(setup, "build_ranker", lambda *arguments: None)
+    monkeypatch.setattr(setup, "HybridEngine", lambda *tables, **options: arguments.update(options))
+    config = parse_config(
+        {
+            "data": {"path": "x"},
+            "train": {"weights": {"gift": 3.0, "click": 0.5}, "batch_size": 64},
+            "tables": {"learning_rate": 0.2, "eps": 1e-4, "optimizer": "adagrad"},
+            "optimizer": {"learning_rate": 0.01, "weight_decay": 0.3, "betas": [0.8, 0.95]},
+        },
+        "test",
+    )
+    features: Any = SimpleNamespace(behaviours=("click", "like", "gift"), tables=[], lookups=[], sequences=[])
+    world: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
+    setup.build_engine(config, features, "ple", world)
+    assert arguments["behaviour_weights"].tolist() == [0.5, 1.0, 3.0]
+    assert arguments["table_optimizer"] == TableOptimizer("adagrad", 0.2, 1e-4)
+    assert arguments["dense_optimizer"] == DenseOptimizer(0.01, 0.3, (0.8, 0.95))
+    assert arguments["batch_size"] == 32 and arguments["alignment"] is None

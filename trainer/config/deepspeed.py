@@ -108,6 +108,8 @@ def complete_settings(
         # DeepSpeed would print progress lines of its own.
         "steps_per_print": _NEVER,
         **{key: value for key, value in settings.items() if key in _ACCEPTED},
+        # DeepSpeed would clip at a norm of 1 without this key, and the tables' gradients would not be scaled along.
+        "gradient_clipping": clipping,
         **_batch_sizes(settings, batch_size, world, origin),
     }
 

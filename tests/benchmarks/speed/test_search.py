@@ -55,6 +55,25 @@ def test_codes_are_the_sides_of_planes_and_the_nearest_win(bits, oversample):
     assert recall > 0.2
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_codes_of_runs_of_every_small_size(length):
+    """Runs of 0 to 150 entries: shorter than the list, as long, one longer, and beyond the buffer of best entries."""
+    rng = np.random.default_rng(length)
+    sizes = np.array([*range(30), *range(60, 151)])
+    stop = np.cumsum(sizes)
+    first = stop - sizes
+    values = np.concatenate([np.zeros((1, 16)), rng.standard_normal((40, 16))]).astype(np.float16)
+    part = SearchPart(rng.integers(0, 40, stop[-1]), rng.integers(0, 40, len(sizes)), SearchVectors(values, shift=1))
+    codes = HashCodes.of(part.vectors, 64, seed=1, oversample=1)
+    bits = np.unpackbits(codes.codes.view(np.uint8), axis=1)
+    wanted = bits[part.vectors.rows(part.candidate)]
+    listed = rows(codes.shortlist(first, stop, length, part))
+    for run, (low, high) in enumerate(zip(first.tolist(), stop.tolist(), strict=True)):
+        apart = (bits[part.vectors.rows(part.column[low:high])] != wanted[run]).sum(axis=1)
+        nearest = np.lexsort((-np.arange(high - low), apart))[:length]
+        assert listed[run] == sorted((low + nearest).tolist()), f"a run of {high - low}"
+
+
 @pytest.mark.parametrize("size", [1, 20, 10_000])
 def test_every_entry_is_in_one_cluster_with_its_mean(size):
     first, stop, part = make(1)

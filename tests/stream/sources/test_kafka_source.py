@@ -31,12 +31,13 @@ from tests.stream.event_logs import (
     store,
 )
 from tests.stream.random_logs import SPEC
+from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
 from trainer.data.format.schema import partition_of
 from trainer.data.format.validation import Columns
 from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.stream.sources import kafka_source
-from trainer.stream.sources.kafka_client import BrokerStatus
+from trainer.stream.sources.kafka_client import BrokerStatus, library
 from trainer.stream.sources.kafka_source import KafkaSource, without_gaps
 from trainer.stream.sources.kafka_topic import TopicPublisher
 from trainer.stream.sources.message_codec import MessageCodec
@@ -380,6 +381,60 @@ def test_a_message_that_is_delivered_twice_counts_once():
     )
     feed = kafka_source._KafkaFeed(Repeating(), BrokerStatus(), {0: [0, 0, 0, 0]}, {0: (0, 6)}, 1, config, SPEC, 0)
     assert events_of(feed.batches(threading.Event())) == as_tuples(part(EVENTS, 0, 6))
+
+
+class EndOfPartition:
+    """Message of librdkafka at the end of a partition; its offset is the one after the last record."""
+
+    def __init__(self, partition: int, offset: int | None) -> None:
+        self._place = partition, offset
+
+    def error(self) -> object:
+        return library().KafkaError(library().KafkaError._PARTITION_EOF)
+
+    def partition(self) -> int:
+        return self._place[0]
+
+    def offset(self) -> int | None:
+        return self._place[1]
+
+
+@pytest.mark.parametrize(
+    ("offset", "until_end", "ends"),
+    [(10, True, True), (12, True, True), (9, True, False), (None, True, False), (12, False, False)],
+)
+def test_marks_of_transactions_at_the_end_of_a_partition_are_passed(offset, until_end, ends):
+    """The topic ends at offset 10; messages were delivered up to offset 6, and marks of transactions follow."""
+    config = StreamConfig(source="kafka", brokers="b:9", topic="t", until_end=until_end)
+    waiting = EndOfPartition(0, offset)
+
+    class Consumer:
+        def __init__(self) -> None:
+            self.polls = 0
+
+        def incremental_assign(self, partitions: object) -> None:
+            pass
+
+        def consume(self, wanted: int, seconds: float) -> list[EndOfPartition]:
+            self.polls += 1
+            if self.polls > 3:
+                stop.set()
+            return [waiting] if self.polls == 1 else []
+
+        def get_watermark_offsets(self, partition: object, cached: bool) -> None:
+            return None
+
+        def close(self) -> None:
+            pass
+
+    stop, consumer = threading.Event(), Consumer()
+    feed = kafka_source._KafkaFeed(
+        consumer, BrokerStatus(), {0: [7, 0, 5, 2]}, {0: (0, 10)}, 1, config, SPEC, slice_ms=0
+    )
+    batches = list(feed.batches(stop))
+    assert stop.is_set() != ends, "the topic has been read to its end"
+    # The place after the marks is stored, so a resumed run does not wait for them.
+    assert [batch.position for batch in batches] == ([{0: [offset, 0, 5, 2]}] if ends else [])
 
 
 def test_a_missing_topic_is_waited_for_and_then_an_error(cluster, capsys):

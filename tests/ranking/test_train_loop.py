@@ -1,0 +1,92 @@
+"""Training loop of stored rows on one rank: weights of the losses, and the schedule of both learning rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config.ranker import JobConfig, load_config
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.simulator.write_dataset import simulate
+from trainer.engine.hybrid_engine import HybridEngine, StepResult
+from trainer.rank import run_job
+from trainer.ranking.training_state import TrainingState
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
+
+ROWS = 24
+WEIGHTS = {"click": 0.25, "gift": 4.0}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("train") / "world"
+    simulate(path, users=60, days=2, partitions=2, seed=2)
+    return path
+
+
+def job(dataset: Path, directory: Path, decay: str) -> JobConfig:
+    settings = [
+        f"data.path={dataset}",
+        f"run.directory={directory}",
+        "data.eval_from=",
+        "model.expert_layers=[[8]]",
+        "model.tower=[4]",
+        "features.history.short.length=3",
+        "features.history.live.length=3",
+        "tables.learning_rate=0.2",
+        "optimizer.learning_rate=0.01",
+        "optimizer.warmup=0.3",
+        f"optimizer.decay={decay}",
+        f"train.batch_size={ROWS}",
+        "train.epochs=2",
+        "train.device=cpu",
+        *(f"train.weights.{name}={weight}" for name, weight in WEIGHTS.items()),
+    ]
+    return load_config("configs/simulated.toml", settings)
+
+
+@pytest.mark.parametrize("decay", ["linear", "constant"])
+def test_weights_and_learning_rates_of_each_step(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decay: str
+) -> None:
+    rates: list[tuple[float, float]] = []
+    results: list[StepResult] = []
+    used: list[tuple[float, float]] = []
+    set_rates, advance = HybridEngine.set_learning_rate, TrainingState.advance
+
+    def recording_rates(self: HybridEngine, tables: float, dense: float) -> None:
+        rates.append((tables, dense))
+        set_rates(self, tables, dense)
+
+    def recording_advance(self: TrainingState, result: StepResult) -> None:
+        results.append(result)
+        used.append(rates[-1])
+        advance(self, result)
+
+    monkeypatch.setattr(HybridEngine, "set_learning_rate", recording_rates)
+    monkeypatch.setattr(TrainingState, "advance", recording_advance)
+    config = job(dataset, tmp_path / "run", decay)
+    with World.join("cpu") as world:
+        run_job(config, world, Preemption())
+
+    assert len(results) > 10
+    total, done = sum(result.rows_global for result in results) / ROWS, 0.0
+    rise = 0.3 * total
+    behaviours = DatasetSpec.load(dataset).behaviours
+    assert set(WEIGHTS) < set(behaviours)
+    for result, (tables, dense) in zip(results, used, strict=True):
+        factor = 1.0
+        if done + 1 < rise:
+            factor = (done + 1) / rise
+        elif decay == "linear":
+            factor = 1 - max(0.0, done - rise) / (total - rise)
+        assert tables == pytest.approx(0.2 * factor) and dense == pytest.approx(0.01 * factor)
+        done += result.rows_global / ROWS
+        batch = result.batch
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(result.logits, batch.label, reduction="none")
+        weight = torch.tensor([WEIGHTS.get(name, 1.0) for name in behaviours])
+        torch.testing.assert_close(result.loss, (losses * batch.mask * weight).sum() / batch.rows)
+    assert used[0][0] < used[1][0], "it warms up"
