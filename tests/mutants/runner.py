@@ -1,0 +1,320 @@
+"""Runs tests against a copy of the tree that has one small bug.
+
+A test process is a fork of this process, which has imported torch and its like, and imports the project from the copy.
+The nursery of the tests (``tests/nursery.py``) is a fork as well. So a bug costs the seconds of its tests and not those
+of the imports.
+
+``tests.mutants.targets`` names the test files of a module. They run in one process until a test fails: first the tests
+of this process, then those that start others, and in a second process the tests on several ranks. A test that has found
+a bug must pass without it; otherwise it is left out, and the others run again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import Phase
+
+OWN = ("tests", "trainer", "modules", "launch", "benchmarks")
+PRELOADED = (
+    *("torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torchrec", "fbgemm_gpu", "deepspeed"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "torchrec.distributed.model_parallel", "numba", "pyarrow.dataset"),
+    *("pyarrow.parquet", "pydantic", "confluent_kafka", "scipy.stats", "sklearn.metrics"),
+    *("transformers.models.qwen2.modeling_qwen2", "peft", "tokenizers", "safetensors.torch", "webdataset", "fsspec"),
+    *("torch.distributed.run", "torch._dynamo", "matplotlib.pyplot"),
+)
+"""Modules of others whose import takes long; one that is not installed is left out."""
+
+PROCESSES = {"nursery", "run_ranks", "limelight"}
+"""Fixtures of tests that run the project in other processes."""
+
+TEST_SECONDS, PROCESS_SECONDS = 180, 900
+"""Seconds after which a test is ended, alone or with processes of its own: a bug may make a loop endless."""
+
+RANKS = "tests/distributed/"
+"""Tests on several ranks, which take longest."""
+
+_DEATH_SIGNAL, _SUBREAPER = 1, 36
+"""PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of linux/prctl.h: a process that ends takes its children along, and
+processes whose parent has ended become children of this one."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a test process.
+
+    Attributes:
+        found: test that failed or did not end; ``the import of FILE`` or ``the start of the tests``; None if all tests
+            passed.
+        ran: number of tests that ran.
+        seconds: elapsed time.
+    """
+
+    found: str | None
+    ran: int
+    seconds: float
+
+
+def copy_tree(root: Path, copy: Path) -> None:
+    """Copy the files of a repository that git knows or would add, and nothing else."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (root / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, copy / name)
+
+
+def preload() -> None:
+    """Import the slow modules of others into this process, and take care of the processes that tests leave."""
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    for name in PRELOADED:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue
+
+
+class TestRunner:
+    """Runs test files of a copy of the tree in forks of this process; call :func:`preload` before.
+
+    Args:
+        copy: directory of the copy.
+        work: directory for the outputs of the test processes.
+    """
+
+    __test__ = False
+
+    def __init__(self, copy: Path, work: Path) -> None:
+        self._copy, self._work = copy, work
+        self._passing: set[str] = set()
+        self._failing: set[str] = set()
+
+    def find(self, file: str, content: bytes, tests: Sequence[str]) -> Outcome:
+        """Look for a test that fails with other content of a file, which is restored.
+
+        Args:
+            file: path below the copy.
+            content: of the file, with the bug.
+            tests: test files.
+        """
+        path = self._copy / file
+        plain, times = path.read_bytes(), path.stat()
+        # numba keeps compiled code by the file of the outer function, and does not see a change in an inner one.
+        compiled = self._work / "numba" if b"numba" in plain or b"compiled(" in plain else None
+        slow = [test for test in tests if test.startswith(RANKS)]
+        tiers = [[test for test in tests if test not in slow], slow]
+        seconds, ran = 0.0, 0
+        while tiers:
+            if not tiers[0]:
+                tiers.pop(0)
+                continue
+            if compiled is not None:
+                shutil.rmtree(compiled, ignore_errors=True)
+            try:
+                path.write_bytes(content)
+                _forget_bytecode(path)
+                outcome = self.run(tiers[0], compiled)
+            finally:
+                path.write_bytes(plain)
+                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+                _forget_bytecode(path)
+            seconds, ran = seconds + outcome.seconds, ran + outcome.ran
+            if outcome.found is None:
+                tiers.pop(0)
+            elif self._passes(outcome.found):
+                return Outcome(outcome.found, ran, seconds)
+        return Outcome(None, ran, seconds)
+
+    def _passes(self, test: str) -> bool:
+        """True if a test passes without a bug, or is none."""
+        if "::" in test and test not in self._passing | self._failing:
+            passes = self.run([test]).found is None
+            (self._passing if passes else self._failing).add(test)
+            if not passes:
+                print(f"{test} fails without a bug, and is left out", flush=True)
+        return test not in self._failing
+
+    def run(self, tests: Sequence[str], compiled: Path | None = None) -> Outcome:
+        """Run test files, or tests, in a fork until one fails.
+
+        Args:
+            tests: files below the copy, or names of tests.
+            compiled: directory for the code that numba compiles; None for the usual place.
+        """
+        written = self._work / "outcome.json"
+        written.unlink(missing_ok=True)
+        started, others = time.monotonic(), _children()
+        child = _fork(lambda: _test(self._copy, tests, self._failing, written, compiled), self._work / "output")
+        os.waitpid(child, 0)
+        _end(others)
+        elapsed = time.monotonic() - started
+        if not written.exists():
+            return Outcome("the start of the tests", 0, elapsed)
+        found = json.loads(written.read_text())
+        # A process that was killed has not got to the end of its test.
+        return Outcome(found["failed"] or found["running"], found["ran"], elapsed)
+
+
+class _Watch:
+    """Plugin of pytest that orders tests, limits their time, and records their ends."""
+
+    def __init__(self, failing: set[str], written: Path) -> None:
+        self._failing, self._written = failing, written
+        self._result: dict[str, Any] = {"failed": None, "running": None, "ran": 0}
+
+    def pytest_collection(self) -> None:
+        # A counterexample is enough; nobody reads a small one.
+        hypothesis.settings.register_profile(
+            "mutants", deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
+        )
+        hypothesis.settings.load_profile("mutants")
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid not in self._failing]
+        items.sort(key=_starts_processes)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed and self._result["failed"] is None:
+            self._result["failed"] = f"the import of {report.nodeid}"
+            self._write()
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        # The signal ends the process, with all that the test has started.
+        signal.alarm(PROCESS_SECONDS if _starts_processes(item) else TEST_SECONDS)
+        self._result["running"] = item.nodeid
+        self._write()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._result["ran"] += report.when == "call"
+        if report.failed and self._result["failed"] is None:
+            self._result["failed"] = report.nodeid
+        if report.when == "teardown":
+            self._result["running"] = None
+            self._write()
+
+    def pytest_sessionfinish(self) -> None:
+        signal.alarm(0)
+        self._write()
+
+    def _write(self) -> None:
+        self._written.write_text(json.dumps(self._result))
+
+
+def _starts_processes(item: Any) -> bool:
+    return not PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))
+
+
+def _test(copy: Path, tests: Sequence[str], failing: set[str], written: Path, compiled: Path | None) -> None:
+    """Run pytest on a copy, in a process that has imported nothing of the project."""
+    os.chdir(copy)
+    if compiled is not None:
+        os.environ["NUMBA_CACHE_DIR"] = str(compiled)
+        numba = sys.modules.get("numba")
+        if numba is not None:
+            numba.core.config.reload_config()
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+        del sys.modules[name]
+    sys.path[:] = [str(copy), *(place for place in sys.path if place and not Path(place, "trainer").is_dir())]
+    os.environ["PYTHONPATH"] = str(copy)
+    importlib.invalidate_caches()
+    if (copy / "tests" / "nursery.py").exists():
+        _replace_nursery()
+    options = ["-q", "-x", "--tb=short", "--show-capture=no", "--disable-warnings", "-p", "no:cacheprovider"]
+    options += [f"--rootdir={copy}", f"--basetemp={written.with_name('tests')}", "--hypothesis-seed=0"]
+    pytest.main([*options, *tests], plugins=[_Watch(failing, written)])
+
+
+def _replace_nursery() -> None:
+    """Fork the nursery now, while nothing of the project is imported; it starts when a test asks for it."""
+    wake, wakes = os.pipe()
+    orders, ordered = os.pipe()
+    answers, answered = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        for descriptor in (wakes, ordered, answers):
+            os.close(descriptor)
+        if not os.read(wake, 1):
+            os._exit(0)
+        os.dup2(orders, 0)
+        os.dup2(answered, 1)
+        sys.stdin = os.fdopen(0)
+        try:
+            importlib.import_module("tests.nursery").main()
+        finally:
+            os._exit(0)
+    for descriptor in (wake, orders, answered):
+        os.close(descriptor)
+
+    def start(self: Any) -> None:
+        os.write(wakes, b".")
+        self.can_mount = False
+        self._process = SimpleNamespace(
+            pid=child,
+            stdin=os.fdopen(ordered, "w"),
+            stdout=os.fdopen(answers),
+            wait=lambda: os.waitpid(child, 0),
+        )
+        self._answer()
+
+    nursery = importlib.import_module("tests.nursery")
+    nursery.Nursery.__init__ = start
+
+
+def _fork(run: Callable[[], None], output: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        run()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)
+
+
+def _children() -> set[int]:
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
+def _end(others: set[int]) -> None:
+    """Kill the processes that a test process has left, and those that they have left; ``others`` are not of it."""
+    while left := _children() - others:
+        for child in left:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _forget_bytecode(path: Path) -> None:
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        compiled.unlink()

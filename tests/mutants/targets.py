@@ -1,0 +1,153 @@
+"""Modules of the core, the test files of each, and the bugs that change nothing."""
+
+from __future__ import annotations
+
+ENGINE = ("tests/engine/test_hybrid_engine.py", "tests/ranking/test_checkpoints.py", "tests/distributed/test_engine.py")
+STREAM = ("tests/stream/live/test_live_stream.py", "tests/ranking/test_stream_train_loop.py")
+LABELS = ("tests/stream/labels/test_assemblers.py", "tests/stream/labels/test_partition_assemblers.py")
+LOADER = ("tests/data/loading/test_batch_plan.py", "tests/data/loading/test_loader.py")
+SEARCH = ("tests/modules/search/test_search.py",)
+SPARSE = (
+    "tests/sparse/test_sharded_tables.py",
+    "tests/sparse/test_dedup_exchange.py",
+    "tests/engine/test_hybrid_engine.py",
+    "tests/distributed/test_engine.py",
+)
+DYNAMIC = ("tests/sparse/test_dynamic_ids.py", "tests/distributed/test_dynamic.py")
+TUNING = (
+    "tests/llm/finetuning/test_packed_batch.py",
+    "tests/llm/finetuning/test_adapter_engine.py",
+    "tests/llm/finetuning/test_jobs.py",
+)
+STAYTIME = ("tests/comment_staytime/test_evaluation.py", "tests/comment_staytime/test_scoring.py")
+CHECKPOINTS = ("tests/checkpoint/test_manifest.py", "tests/ranking/test_checkpoints.py")
+
+TESTS: dict[str, tuple[str, ...]] = {
+    # Losses and networks.
+    "modules/losses.py": ("tests/modules/test_losses.py",),
+    "modules/alignment.py": ("tests/modules/test_alignment.py",),
+    "modules/din.py": ("tests/modules/test_din.py",),
+    "modules/esu.py": ("tests/modules/test_esu.py",),
+    "modules/multitask.py": ("tests/modules/test_multitask.py",),
+    "modules/ranker.py": ("tests/modules/test_ranker.py",),
+    "modules/embeddings.py": ("tests/modules/test_embeddings.py",),
+    "modules/staytime/backbones.py": ("tests/modules/staytime/test_backbones.py",),
+    "modules/staytime/base_losses.py": ("tests/modules/staytime/test_base_losses.py",),
+    "modules/staytime/comment_losses.py": ("tests/modules/staytime/test_comment_losses.py",),
+    "modules/staytime/networks.py": ("tests/modules/staytime/test_networks.py",),
+    # Searches.
+    "modules/search/search.py": SEARCH,
+    "modules/search/reference.py": SEARCH,
+    "modules/search/cpu_kernels.py": SEARCH,
+    "benchmarks/speed/shortlists.py": ("tests/benchmarks/speed/test_search.py",),
+    "trainer/data/features/search_vectors.py": ("tests/data/features/test_search_vectors.py",),
+    "trainer/ranking/search_refresh.py": (
+        "tests/data/features/test_search_vectors.py",
+        "tests/distributed/test_search.py",
+    ),
+    # Assemblers and streams.
+    "trainer/stream/labels/assembled_rows.py": LABELS,
+    "trainer/stream/labels/batch_assembler.py": LABELS,
+    "trainer/stream/labels/open_visit.py": LABELS,
+    "trainer/stream/labels/policy.py": ("tests/stream/labels/test_policy.py", *LABELS),
+    "trainer/stream/labels/partition_assemblers.py": LABELS,
+    "trainer/stream/labels/streaming_assembler.py": LABELS,
+    "trainer/stream/labels/visit_grouping.py": LABELS,
+    "trainer/stream/labels/write_rows.py": ("tests/stream/labels/test_write_rows.py", *LABELS),
+    "trainer/stream/live/freshness.py": ("tests/stream/live/test_freshness.py", *STREAM),
+    "trainer/stream/live/live_stream.py": STREAM,
+    "trainer/stream/live/visit_features.py": ("tests/stream/live/test_visit_features.py", *STREAM),
+    "trainer/stream/sources/kafka_source.py": ("tests/stream/sources/test_kafka_source.py",),
+    "trainer/stream/sources/replay.py": ("tests/stream/sources/test_replay.py",),
+    "trainer/stream/sources/source.py": ("tests/stream/sources/test_source.py", "tests/stream/sources/test_replay.py"),
+    "trainer/stream/sources/time_merge.py": (
+        "tests/stream/sources/test_time_merge.py",
+        "tests/stream/sources/test_replay.py",
+    ),
+    "trainer/stream/sources/time_slices.py": (
+        "tests/stream/sources/test_replay.py",
+        "tests/ranking/test_stream_train_loop.py",
+        "tests/distributed/test_stream.py",
+    ),
+    "trainer/ranking/stream_train_loop.py": (
+        "tests/ranking/test_stream_train_loop.py",
+        "tests/distributed/test_stream.py",
+    ),
+    # Loader.
+    "trainer/data/loading/batch_plan.py": LOADER,
+    "trainer/data/loading/batch.py": LOADER,
+    "trainer/data/loading/block_reader.py": LOADER,
+    "trainer/data/loading/loader.py": LOADER,
+    "trainer/data/features/history_sequences.py": ("tests/data/features/test_history_sequences.py",),
+    "trainer/data/features/dense_inputs.py": (
+        "tests/data/features/test_dense_inputs.py",
+        "tests/data/features/test_feature_map.py",
+    ),
+    "trainer/data/features/id_map.py": ("tests/data/features/test_id_map.py",),
+    "trainer/data/format/growing_history.py": ("tests/data/format/test_growing_history.py",),
+    "trainer/data/format/history.py": ("tests/data/format/test_history.py",),
+    "trainer/data/format/shards.py": ("tests/data/format/test_shards.py",),
+    "trainer/data/format/statistics.py": ("tests/data/format/test_statistics.py",),
+    "trainer/data/format/time_selection.py": ("tests/data/format/test_times.py", *LOADER),
+    # Engine and tables.
+    "trainer/engine/batch_pipeline.py": ("tests/engine/test_batch_pipeline.py", *ENGINE),
+    "trainer/engine/dense_engine.py": ENGINE,
+    "trainer/engine/history_alignment.py": ("tests/distributed/test_alignment.py",),
+    "trainer/engine/hybrid_engine.py": ENGINE,
+    "trainer/engine/lr_schedule.py": ("tests/engine/test_lr_schedule.py",),
+    "trainer/engine/micro_batches.py": ("tests/engine/test_micro_batches.py",),
+    "trainer/sparse/cpu_exchange.py": SPARSE,
+    "trainer/sparse/dedup_exchange.py": SPARSE,
+    "trainer/sparse/exchange.py": SPARSE,
+    "trainer/sparse/planner.py": ("tests/sparse/test_planner.py",),
+    "trainer/sparse/sharded_tables.py": SPARSE,
+    "trainer/sparse/dynamic_exchange.py": DYNAMIC,
+    "trainer/sparse/dynamic_id_kernel.py": DYNAMIC,
+    "trainer/sparse/dynamic_ids.py": DYNAMIC,
+    "trainer/sparse/dynamic_tables.py": DYNAMIC,
+    "trainer/ranking/warm_start.py": ("tests/ranking/test_warm_start.py", "tests/distributed/test_init_from.py"),
+    "trainer/ranking/row_mapping.py": ("tests/ranking/test_row_mapping.py",),
+    # Checkpoints.
+    "trainer/checkpoint/diff.py": ("tests/checkpoint/test_diff.py",),
+    "trainer/checkpoint/manifest.py": CHECKPOINTS,
+    "trainer/checkpoint/model_state.py": ("tests/checkpoint/test_model_state.py",),
+    "trainer/checkpoint/reader.py": ("tests/checkpoint/test_reader.py", "tests/checkpoint/test_diff.py"),
+    "trainer/checkpoint/store.py": CHECKPOINTS,
+    "trainer/checkpoint/writer.py": CHECKPOINTS,
+    "trainer/ranking/checkpoints.py": CHECKPOINTS,
+    "trainer/ranking/training_state.py": CHECKPOINTS,
+    # Metrics.
+    "trainer/metrics/behaviour_metrics.py": (
+        "tests/metrics/test_behaviour_metrics.py",
+        "tests/distributed/test_metrics_distributed.py",
+    ),
+    "trainer/metrics/staytime_metrics.py": ("tests/metrics/test_staytime_metrics.py",),
+    "trainer/ranking/evaluation.py": ("tests/ranking/test_evaluation.py", "tests/distributed/test_jobs.py"),
+    # Language model.
+    "modules/text_pooling.py": ("tests/modules/test_text_pooling.py",),
+    "trainer/llm/finetuning/adapter_engine.py": TUNING,
+    "trainer/llm/finetuning/answer_loss.py": TUNING,
+    "trainer/llm/finetuning/option_evaluation.py": ("tests/llm/finetuning/test_option_evaluation.py", *TUNING),
+    "trainer/llm/finetuning/packed_batch.py": TUNING,
+    "trainer/llm/finetuning/packing.py": ("tests/llm/finetuning/test_packing.py",),
+    "trainer/llm/finetuning/samples.py": ("tests/llm/finetuning/test_samples.py",),
+    "trainer/llm/finetuning/token_files.py": ("tests/llm/finetuning/test_token_files.py",),
+    "trainer/llm/embedding/text_encoder.py": ("tests/llm/embedding/test_embed.py",),
+    "trainer/llm/instructions/buckets.py": ("tests/llm/instructions/test_instructions.py",),
+    "trainer/llm/instructions/tasks.py": ("tests/llm/instructions/test_instructions.py",),
+    "trainer/llm/models/adapter.py": ("tests/llm/models/test_base_model.py", "tests/llm/embedding/test_embed.py"),
+    # Staytime.
+    "trainer/comment_staytime/comment_selection.py": (
+        "tests/comment_staytime/test_comment_selection.py",
+        *STAYTIME,
+    ),
+    "trainer/comment_staytime/comment_texts.py": ("tests/comment_staytime/test_comment_selection.py", *STAYTIME),
+    "trainer/comment_staytime/evaluation.py": STAYTIME,
+    "trainer/comment_staytime/inputs.py": STAYTIME,
+    "trainer/comment_staytime/model.py": STAYTIME,
+    "trainer/comment_staytime/scoring.py": STAYTIME,
+}
+"""Module -> its test files; the mirrored file first."""
+
+EQUAL: dict[tuple[str, str, str], str] = {}
+"""File, line and line with the bug -> reason why no result changes."""
