@@ -122,7 +122,7 @@ class Ranker(nn.Module):
             )
         elif kind != "logistic" and self.sequences:
             query_lookups = [name for history in self.sequences for name in history.query]
-            self.query_columns = _columns(row_widths, declared, dims, query_lookups, query_ids or {}, query_dense)
+            self.query_columns = columns_of(row_widths, declared, dims, query_lookups, query_ids or {}, query_dense)
             cross = [name for name in self.sequences[0].keys if declared[name].ids_per_entry > 1]
             self.attention = SequenceAttention(
                 len(self.query_columns),
@@ -282,7 +282,7 @@ class Ranker(nn.Module):
         return first
 
 
-def _columns(
+def columns_of(
     row_widths: Mapping[str, int],
     lookups: Mapping[str, Lookup],
     dims: Mapping[str, int],

@@ -149,6 +149,8 @@ def export(run: str, out: str, as_json: bool) -> None:
         return
     print(f"{out}: {origin['kind']} of step {origin['step']:,}, from {origin['checkpoint']}")
     print(f"score with it: limelight score {out} CANDIDATES.parquet OUT.parquet")
+    if (Path(out) / "README.md").exists():
+        print(f"without Limelight: {Path(out) / 'README.md'} says how, {Path(out) / 'score_one.py'} does it in PyTorch")
 
 
 def _require_ranker(context: click.Context) -> None:

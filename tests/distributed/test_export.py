@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from launch.cli.main import main
 from tests.distributed.export_ranks import RUNS
 from tests.paths import ROOT
+from tests.serving.plain_scores import plain_probabilities, row_documents
 from trainer.checkpoint.reader import Checkpoint
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
@@ -83,6 +84,18 @@ def test_probabilities_are_those_of_the_run(out: Path, precision: str, kind: str
     assert largest_difference(scores, expected) <= 1e-6
     # Logits in bfloat16 have few distinct values.
     assert len(np.unique(scores["p_click"].to_numpy())) > {"float32": 60, "bfloat16": 10}[precision]
+
+
+def test_the_plain_scripts_compute_the_probabilities_of_the_runs(out: Path) -> None:
+    rows = {}
+    for precision, kind in MODELS:
+        model = open_export(out / f"{precision}-{kind}")
+        candidates = read_candidates(out / "candidates.parquet", model.data.spec)
+        rows[out / f"{precision}-{kind}"] = row_documents(model, str(out / "world"), candidates)
+    for (precision, kind), found in zip(MODELS, plain_probabilities(rows), strict=True):
+        table = pq.read_table(out / f"{precision}-{kind}.parquet")
+        expected = np.stack([table[name].to_numpy() for name in table.column_names if name.startswith("p_")], 1)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 if precision == "float32" else 0.02)
 
 
 @pytest.mark.parametrize(("precision", "kind"), MODELS)

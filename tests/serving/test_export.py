@@ -51,6 +51,16 @@ def test_exporting_takes_the_memory_of_a_piece(run: Path, tmp_path: Path) -> Non
             assert torch.equal(found[row : row + 1][0], expected)
 
 
+def test_an_export_without_its_dataset_has_no_guide_and_says_so(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        export_checkpoint(run, tmp_path / "out")
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path / 'out'}: no README.md and no score_one.py (")
+    assert not {"README.md", "score_one.py", "inputs.json"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_comparing_takes_the_memory_of_a_block(run: Path) -> None:
     before = reset_peak()
     assert diff_checkpoints(run, run, block_bytes=8 * MB)["equal"]

@@ -6,6 +6,7 @@ whole. ``trainer/serving/exported_model.py`` reads the result.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -18,11 +19,15 @@ from trainer.checkpoint.manifest import ADAPTER, check_files
 from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
 from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
+from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums
 from trainer.runtime.files import sync, write_json
+from trainer.serving.export_guide import README, SCRIPT, write_guide
 from trainer.serving.exported_model import CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 _TYPES = {
     torch.float64: "F64",
@@ -70,6 +75,7 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
         if checkpoint.config.features.needs_space:
             torch.save(stored_search(checkpoint.directory), tmp_path / SEARCH)
         write_json(tmp_path / ORIGIN, origin)
+        _write_guide(tmp_path, target, checkpoint.config, origin)
         write_checksums(tmp_path)
         sync(tmp_path)
         tmp_path.rename(target)
@@ -79,6 +85,15 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
     return origin
+
+
+def _write_guide(directory: Path, target: Path, config: JobConfig, origin: dict[str, Any]) -> None:
+    """Write the guide for serving systems, or a line in the log that says why there is none."""
+    try:
+        write_guide(directory, config, origin, WEIGHTS, FEATURES)
+    except UserError as error:
+        # The model is whole without its guide, for which dataset.json must be there.
+        logger.info(f"{target}: no {README} and no {SCRIPT} ({error})")
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -8,6 +8,7 @@
     features/           vocabularies and standardisation (trainer/data/features/fit.py)
     search.pt           search vectors, for models with histories that are searched by dot product
     checksums.json      size and CRC-32 of each file; all of them are verified when the model is opened
+    README.md, score_one.py, inputs.json, ...   the guide for other programs (trainer/serving/export_guide.py)
     export.json         checkpoint, dataset, precision and table shapes (trainer/serving/export.py)
 """
 

@@ -1,0 +1,89 @@
+"""Rows of candidates in the form that an export's ``score_one.py`` reads, and its probabilities for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.features.dense_inputs import statistic_name
+from trainer.data.format.schema import DOMAINS
+from trainer.data.format.validation import Columns
+from trainer.serving.exported_model import ExportedModel
+from trainer.serving.scoring import candidate_rows
+
+REFUSED = ("trainer", "modules", "launch", "configs", "torchrec", "fbgemm_gpu", "deepspeed", "pyarrow")
+
+DRIVER = f"""
+import json, runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {REFUSED}:
+            raise ImportError("refused: " + name)
+sys.meta_path.insert(0, Refuse())
+exports = json.load(sys.stdin)
+found = []
+for directory, rows in exports.items():
+    probabilities = runpy.run_path(directory + "/score_one.py")["probabilities"]
+    found.append([probabilities(row) for row in rows])
+assert not {set(REFUSED)} & set(sys.modules)
+print(json.dumps(found))
+"""
+
+
+def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[dict[str, Any]]:
+    """Return a document for each candidate: the features, counts and visits that were known at its request."""
+    spec, rows = model.data.spec, candidate_rows(model, path, candidates)
+    space = None if model.space is None else model.space.at(model.space.newest)
+    slices = model.features.read_histories(rows, model.data.histories, rows["request_ms"], space)
+    starts = {name: np.cumsum(visits.lengths) - visits.lengths for name, visits in slices.items()}
+    counts = rows["stat"].reshape(len(rows["user_id"]), len(spec.statistics), -1)
+    documents = []
+    for row in range(len(rows["user_id"])):
+        histories = {
+            name: [
+                {
+                    "item_id": int(visits.item_id[at]),
+                    "author_id": int(visits.author_id[at]),
+                    "request_ms": int(visits.request_ms[at]),
+                    "domain": DOMAINS[visits.domain[at]],
+                    "tag": int(visits.tag[at]) if spec.tag else 0,
+                    "behaviours": [name for bit, name in enumerate(spec.behaviours) if visits.bits[at] >> bit & 1],
+                }
+                for at in range(starts[name][row], starts[name][row] + visits.lengths[row])
+            ]
+            for name, visits in slices.items()
+        }
+        documents.append(
+            {
+                **{name: int(rows[name][row]) for name in ("user_id", "item_id", "author_id", "request_ms")},
+                "domain": DOMAINS[rows["domain"][row]],
+                "side": {side.name: int(rows["side"][row, k]) for k, side in enumerate(spec.side)},
+                "dense": {dense.name: float(rows["dense"][row, k]) for k, dense in enumerate(spec.dense)},
+                "statistics": {
+                    statistic_name(key): dict(zip(("rows", *spec.behaviours), map(int, counts[row, k]), strict=True))
+                    for k, key in enumerate(spec.statistics)
+                },
+                "histories": histories,
+            }
+        )
+    return documents
+
+
+def plain_probabilities(exports: Mapping[Path, Sequence[Mapping[str, Any]]]) -> list[np.ndarray]:
+    """Run each export's script on rows, in one process that cannot import Limelight; ``[rows, behaviours]`` each."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", DRIVER],
+        input=json.dumps({str(directory): list(rows) for directory, rows in exports.items()}),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [np.array([list(row.values()) for row in rows]) for rows in json.loads(done.stdout)]
