@@ -93,6 +93,27 @@ def test_a_copy_does_not_change_with_its_source(
     assert torch.equal(into["plain"], before[1])
 
 
+def test_a_copy_stays_in_host_memory_with_a_mesh_of_another_device(
+    group: dist.ProcessGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``meta`` stands for a GPU: DTensor.from_local moves what it gets to the device type of the mesh."""
+    monkeypatch.setattr(trainer_state, "BLOCK_BYTES", 64)
+    values = torch.randn(9, 4)
+    table = sharded(values)
+    monkeypatch.setattr(table.device_mesh, "_device_type", "meta")
+    moved = DTensor.from_local(torch.zeros(1), table.device_mesh, [Shard(0)], run_check=False)
+    assert moved.to_local().device.type == "meta", "the stand-in is moved to, as a GPU would be"
+    copied = in_blocks({"table": table}, copy=True)
+    blocks = copied["table"].to_local().local_shards()
+    assert [len(block) for block in blocks] == [4, 4, 1]
+    assert all(block.device.type == "cpu" for block in blocks)
+    assert torch.equal(torch.cat(blocks), values)
+    write_state(copied, tmp_path / "model", group)
+    into = {"table": sharded(torch.zeros(9, 4))}
+    read_state(into, tmp_path / "model", group)
+    assert torch.equal(into["table"].to_local().local_shards()[0], values)  # type: ignore[attr-defined]
+
+
 def test_a_state_of_another_model_is_refused_and_loads_nothing(group: dist.ProcessGroup, tmp_path: Path) -> None:
     write_state({"a": torch.ones(3), "b": torch.ones(2, 2)}, tmp_path / "model", group)
     for state, message in (

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modules.alignment import Detached, contrastive_loss
+from modules.alignment import SCORE_BYTES, Detached, contrastive_gradient, contrastive_loss
 from modules.pooling import mean_by_row
 from tests.modules.alignment_reference import alignment_loss
+from tests.peak_memory import peak_bytes
 
 TEMPERATURE = 0.3
 
@@ -144,3 +147,70 @@ def test_alignment_pulls_the_sides_of_a_taste_together(seed: int) -> None:
         optimizer.step()
     assert abs(before) < 0.3
     assert margin() > before + 0.4
+
+
+def random_sides(batch: int, dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return float32 sides of three histories, many of them absent, and users with several rows each."""
+    random = torch.Generator().manual_seed(seed)
+    present = torch.rand(3, batch, generator=random) < 0.8
+    return (
+        torch.randn(3, batch, dim, generator=random),
+        present,
+        torch.randint(0, batch // 2, (batch,), generator=random),
+    )
+
+
+@pytest.mark.parametrize("detached", ["none", "anchor", "others"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "chunk"), [((3, 37), 64), ((3, 37), 34), ((3, 37), 7), ((0, 40), 1), ((5, 5), 4)])
+def test_a_gradient_in_chunks_is_that_of_autograd(
+    rows: tuple[int, int], chunk: int, symmetric: bool, detached: Detached
+) -> None:
+    sides, present, user_id = random_sides(40, 6, 1)
+    sides.requires_grad_()
+    way: dict[str, Any] = {"symmetric": symmetric, "detached": detached}
+    expected = contrastive_loss(sides, present, user_id, slice(*rows), TEMPERATURE, **way)
+    (gradient,) = torch.autograd.grad(0.3 * expected.sum(), sides)
+    budget = chunk * SCORE_BYTES * 2 * 40
+    loss, found = contrastive_gradient(
+        sides, present, user_id, slice(*rows), TEMPERATURE, weight=0.3, budget_bytes=budget, **way
+    )
+    if chunk >= rows[1] - rows[0]:
+        assert torch.equal(loss, expected) and torch.equal(found, gradient), "one chunk: bit for bit"
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [256, 1024])
+def test_chunks_stay_within_their_budget(rows: int) -> None:
+    """The plain loss keeps memory for its backward pass that grows with the rows; the chunks do not."""
+    sides, present, user_id = random_sides(2048, 8, 2)
+    kept: list[int] = []
+    alive: set[int] = set()
+
+    def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        token = torch.empty(0)
+        alive.add(id(token))
+        weakref.finalize(token, alive.discard, id(token))
+        sizes[id(token)] = tensor.numel() * tensor.element_size()
+        kept.append(sum(sizes[each] for each in alive))
+        return token, tensor
+
+    sizes: dict[int, int] = {}
+    score = 2 * rows * 2048
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved[1]):
+        contrastive_loss(sides.requires_grad_(), present, user_id, slice(0, rows), TEMPERATURE)
+        assert max(kept) > 8 * score, "two float32 tensors of all scores at least"
+        kept.clear()
+        alive.clear()
+        budget = 2 << 20
+        contrastive_gradient(sides.detach(), present, user_id, slice(0, rows), TEMPERATURE, budget_bytes=budget)
+    assert max(kept) < budget
+    assert (
+        peak_bytes(
+            lambda: contrastive_gradient(
+                sides.detach(), present, user_id, slice(0, rows), TEMPERATURE, budget_bytes=budget
+            )
+        )
+        < budget + 12 * sides.numel() * 4
+    )

@@ -111,14 +111,8 @@ def _tensor_in_blocks(tensor: Tensor, copy: bool) -> Tensor:
             offsets.append((offset[0] + start, *offset[1:]))
     if not blocks:
         return tensor
-    return DTensor.from_local(
-        LocalShardsWrapper(blocks, offsets),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
+    # DTensor.from_local would copy the blocks to the device of the mesh: a second copy of the tables in GPU memory.
+    return DTensor(LocalShardsWrapper(blocks, offsets), tensor._spec, requires_grad=False)
 
 
 def _copied(tensor: Tensor) -> Tensor:

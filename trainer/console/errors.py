@@ -53,8 +53,11 @@ def user_message(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if is_lost_peer(f"{type(error).__name__}: {error}"):
+    text = f"{type(error).__name__}: {error}"
+    if is_lost_peer(text):
         return None
+    if _COLLECTIVE.search(text):
+        return _nccl_message(text)
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | BrokenPipeError | ChildProcessError):
         if error.filename is None and error.errno not in _STORAGE_ERRORS:
             return one_line(error) if _package(error) in _FILE_LIBRARIES else None
@@ -84,12 +87,64 @@ def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
 
 
-_LOST_PEER = re.compile(r"\bgloo/|\bNCCL\b|\bDist(Backend|Network|Store)Error\b")
+_COLLECTIVE = re.compile(r"\bgloo/|\bNCCL\b|\bDist(Backend|Network|Store)Error\b")
+"""Errors of collectives and of the rendezvous store. gloo, NCCL and torch have no exception types for their causes."""
+
+_NCCL = re.compile(r"\bNCCL\b|\bDistBackendError\b")
+
+_OTHER_FAULT = re.compile(
+    r"Duplicate GPU detected|No space left on device|shared memory segment|ncclInvalid(Usage|Argument)"
+    r"|\binvalid (usage|argument)\b|unhandled cuda error|ncclUnhandledCudaError|Cuda failure|CUDA error|out of memory"
+    r"|Mismatched NCCL version|EADDRINUSE|address already in use|size doesn't match expected size|op\.preamble"
+)
+"""Signs in an error of a collective that this rank or its machine is at fault, and not the loss of another rank."""
+
+_LOST_PEER = re.compile(
+    r"ncclRemoteError|remote process exited|closed by (remote )?peer|reset by peer|Broken pipe|Connection refused"
+    r"|recv failed|got 0 bytes|communicator was aborted|[Tt]imed out|[Tt]imeout|completion from peer"
+)
+"""Signs in NCCL's errors that another rank has ended, hangs, or cannot be reached."""
+
+_ADVICE = (
+    (
+        re.compile(r"Duplicate GPU detected"),
+        "two ranks must not share a GPU: start at most one rank for each GPU that CUDA_VISIBLE_DEVICES lists",
+    ),
+    (
+        re.compile(r"shared memory segment|/dev/shm|No space left on device"),
+        "NCCL needs more room in /dev/shm: docker run --shm-size=8g, or in Kubernetes an emptyDir with "
+        "medium: Memory at /dev/shm",
+    ),
+    (re.compile(r"Mismatched NCCL version"), "all machines need the same versions: make clean setup on each of them"),
+    (re.compile(r"out of memory"), "NCCL finds no free memory on the GPU: use a smaller train.batch_size"),
+)
+"""Faults of the machine or of the command that started the job -> what helps."""
 
 
 def is_lost_peer(message: str) -> bool:
-    """True if an exception, given as ``type: message``, means that another rank's process ended.
+    """True if an exception, given as ``type: message``, means that another rank ended, hangs or cannot be reached.
 
-    gloo and NCCL have no exception type for it.
+    Other errors of collectives, such as two ranks on one GPU, have their cause on this rank.
     """
-    return _LOST_PEER.search(message) is not None
+    if _COLLECTIVE.search(message) is None or _OTHER_FAULT.search(message) is not None:
+        return False
+    return _NCCL.search(message) is None or _LOST_PEER.search(message) is not None
+
+
+def collective_cause(message: str) -> str:
+    """Return the cause in an error of a collective as one line, without source lines of libraries and their advice."""
+    last_error = message.partition("Last error:")[2].strip()
+    if last_error:
+        return last_error.splitlines()[0].strip()
+    line = " ".join(message.split())
+    # gloo's message begins with its source line and ends with advice; the reason stands between.
+    of_gloo = line.rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0]
+    of_nccl = re.search(r"\.[ch]pp:\d+, (.+?)(?: \(run with|, NCCL version|$)", line)
+    return of_gloo or (of_nccl[1] if of_nccl else line)
+
+
+def _nccl_message(message: str) -> str | None:
+    """Return one line for an error of NCCL that the user can mend; None for any other one."""
+    if _NCCL.search(message) is None:
+        return None
+    return next((f"NCCL: {collective_cause(message)}; {help}" for sign, help in _ADVICE if sign.search(message)), None)

@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modules.alignment import Detached, contrastive_loss
+from modules.alignment import Detached, contrastive_gradient
 from modules.embeddings import Lookup
 from modules.pooling import mean_by_row
+
+BUDGET_BYTES = 1 << 30
+"""Memory of the scores that are held at the same time; see ``modules.alignment.contrastive_gradient``."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +70,28 @@ class Alignment:
             sides = torch.stack([_means(keys, leaves, lengths) for keys in self.histories])
             present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])
             sizes = _sizes(len(user_id), control)
-            joined = join_rows(sides.detach().transpose(0, 1), sizes, group).transpose(0, 1).requires_grad_()
+            joined = join_rows(sides.detach().transpose(0, 1), sizes, group).transpose(0, 1)
             # User ids and presence flags share one gather.
             facts = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes, group)
             first = sum(sizes[: dist.get_rank(group)])
             own_rows = slice(first, first + len(user_id))
-            loss = contrastive_loss(
-                joined,
-                facts[:, 1:].t() > 0,
-                facts[:, 0],
-                own_rows,
-                self.temperature,
-                symmetric=self.symmetric,
-                detached=self.detached,
-            ).sum()
-        (gradient,) = torch.autograd.grad(self.weight * loss, joined)
+        # In chunks, because the scores of this rank's rows with the rows of all ranks grow with the number of ranks.
+        losses, gradient = contrastive_gradient(
+            joined,
+            facts[:, 1:].t() > 0,
+            facts[:, 0],
+            own_rows,
+            self.temperature,
+            symmetric=self.symmetric,
+            detached=self.detached,
+            weight=self.weight,
+            budget_bytes=BUDGET_BYTES,
+        )
         if len(sizes) > 1:
             gradient = gradient.contiguous()
             dist.all_reduce(gradient, group=group)
         gradients = torch.autograd.grad(sides, list(leaves.values()), gradient[:, own_rows])
-        return loss.detach(), dict(zip(leaves, gradients, strict=True))
+        return losses.sum(), dict(zip(leaves, gradients, strict=True))
 
 
 def join_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:

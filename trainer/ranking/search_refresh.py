@@ -124,7 +124,7 @@ class SearchSpaceRefresher:
             if shard.table in self.space.tables(version)
         ]
         # All ranks quantise with one scale, so they need the largest value of all tables.
-        largest = torch.tensor([float(values.abs().max()) for _, values in shards if values.numel()] or [0.0]).max()
+        largest = torch.tensor([largest_magnitude(values) for _, values in shards if values.numel()] or [0.0]).max()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._world.control)
         places_by_rank: list[list[_ShardPlace]] = [[] for _ in range(self._world.size)]
         dist.all_gather_object(places_by_rank, [place for place, _ in shards], group=self._world.control)
@@ -150,6 +150,12 @@ class SearchSpaceRefresher:
             values[0] = 0
             values[:, self.space.tables(version)[name].dim :] = 0
         self.space.newest = version
+
+
+def largest_magnitude(values: torch.Tensor) -> float:
+    """Return the largest absolute value, without a copy of the values; NaN if there is one among them."""
+    lowest, highest = values.aminmax()
+    return float(torch.maximum(-lowest, highest))
 
 
 def write_content_version(space: SearchSpace, table: ContentVectors, item: IdMap) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from trainer.console.errors import UserError, is_lost_peer
+from trainer.console.errors import UserError, collective_cause, is_lost_peer
 from trainer.console.exit_status import exit_status
 from trainer.runtime.malloc import keep_freed_memory
 from trainer.runtime.network_interfaces import interface_towards, loopback_interface
@@ -175,8 +175,7 @@ def run_rank(job: Callable[[], int | None]) -> int:
         if not is_lost_peer(f"{type(error).__name__}: {error}"):
             raise
         logger.debug(traceback.format_exc())
-        # gloo's message begins with its source line and ends with advice; the reason stands between.
-        reason = " ".join(str(error).split()).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or str(error)
+        reason = collective_cause(str(error))
         rank = _from_environment("RANK", 0)
         print(f"limelight: rank {rank} has lost another rank: {reason}", file=sys.stderr, flush=True)
         return 1
