@@ -18,6 +18,7 @@ import torch
 from scipy.stats import t as student
 
 from launch.python_path import safe_environment
+from trainer.console.outputs import local_argument
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 
@@ -34,7 +35,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result to this file")
+    parser.add_argument("--out", type=local_argument, metavar="FILE.json", help="write the result to this file")
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import read_job
+from trainer.config.paths import check_outputs
 from trainer.config.ranker import JobConfig
 from trainer.config.staytime import StaytimeConfig
 from trainer.config.toml import list_mistakes, validate
@@ -82,6 +83,7 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
     if not found.problems:
         found.checked.append("keys and values")
         job = validate(model, raw, file)
+        found.run("outputs", partial(check_outputs, job))
         if isinstance(job, JobConfig):
             _check_ranker(job, ranks, found)
         elif isinstance(job, FinetuneConfig):

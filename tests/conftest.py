@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from tests.nursery import Ended, Nursery
 from tests.paths import ROOT
+from tests.s3 import Bucket, make_bucket, server_environment
 
 # Several test processes share the cores; torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -121,3 +123,26 @@ def limelight(nursery: Nursery) -> Limelight:
         return ended
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Yield the port of a local S3 server; skip the test if moto or s3fs is not installed."""
+    for package in ("s3fs", "moto.server"):
+        pytest.importorskip(package, reason="no local S3 server: pip install s3fs 'moto[s3]' flask flask-cors")
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """Return a new bucket of the local S3 server, which this process finds by its environment."""
+    environment = server_environment(s3_port)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return make_bucket(environment)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 from trainer.checkpoint.run_directory import make_directory
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
+from trainer.console.outputs import local_path
 from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.vector_table_update import merge_parts, open_encoder, plan_update, write_missing_parts
 from trainer.llm.models.base_model import BaseModelFiles
@@ -52,7 +52,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
     """
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
     base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
-    directory = Path(config.embed.directory)
+    directory = local_path(config.embed.directory)
     if world.rank == 0:
         make_directory(directory)
     world.barrier()

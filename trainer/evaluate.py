@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from trainer.console.errors import UserError
 from trainer.console.job_arguments import EVALUATE_ARGUMENTS, parse_rank_arguments
@@ -27,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         with World.join("auto") as world:
+            if options.predictions and world.rank == 0:
+                options.predictions.check()
             run = open_run(options.directory, world, options.data)
             config = with_range(run.config, options.data, options.time_from, options.time_until)
             split = split_in_time(config, run.data.spec)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             truth = read_truth(config.data.path, held_out, behaviours)
             report = evaluate(held_out, behaviours, world.control, truth)
             if options.predictions:
-                write_predictions(Path(options.predictions), held_out, behaviours, world)
+                write_predictions(options.predictions, held_out, behaviours, world)
             if world.rank == 0:
                 document = {"behaviours": report, "model": config.model.kind}
                 print(json.dumps(document, indent=1) if options.json else metrics_table({config.model.kind: report}))

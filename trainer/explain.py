@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer.config.load import parse_time
 from trainer.console.job_arguments import EXPLAIN_ARGUMENTS, parse_rank_arguments
+from trainer.console.outputs import Output
 from trainer.runtime.distributed import World, run_rank
 from trainer.serving.explanation import explain, explanation_document, format_explanation
 from trainer.serving.explanation_plot import write_picture
@@ -27,20 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         with World.join("auto") as world:
+            if options.out:
+                options.out.check()
             model = open_run(options.directory, world)
             spec = model.data.spec
             at_ms = parse_time(options.at, spec.timezone, "--at") if options.at else spec.span_ms[1]
             explanation = explain(model, options.user, options.candidate, at_ms)
             default = f"explain-{options.user}-{options.candidate}.png"
-            picture = Path(options.out) if options.out else Path(options.directory) / default
+            out = options.out or Output.of(Path(options.directory) / default)
             if not options.as_json:
                 print(format_explanation(explanation, spec.behaviours, spec.timezone, options.top))
-            write_picture(picture, explanation)
+            with out.writing(quiet=True) as picture:
+                write_picture(picture, explanation)
             if options.as_json:
                 document = explanation_document(explanation, spec.behaviours, options.top)
-                print(json.dumps({**document, "picture": str(picture)}, indent=1))
+                print(json.dumps({**document, "picture": str(out)}, indent=1))
             else:
-                print(f"\npicture: {picture}")
+                print(f"\npicture: {out}")
 
     return run_rank(job)
 

@@ -23,13 +23,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import Path
 
 from trainer.checkpoint.run_directory import make_directory
 from trainer.comment_staytime.evaluation import metrics_table, train_and_evaluate
 from trainer.comment_staytime.inputs import load_staytime
+from trainer.config.paths import absolute_paths
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.errors import UserError
+from trainer.console.outputs import local_path
 from trainer.console.run_log import open_log
 from trainer.runtime.checksums import write_checksums
 from trainer.runtime.distributed import choose_device
@@ -47,14 +48,14 @@ def run_job(config: StaytimeConfig) -> None:
         UserError: a finished run is already there, or the data or the job has a mistake.
     """
     device = choose_device(config.train.device, 0)
-    directory = Path(config.run.directory or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory = local_path(config.run.directory or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (directory / "metrics.json").exists():
         raise UserError(f"{directory}: a finished run is already here; choose another run.directory or remove it")
     data = load_staytime(config.data, config.input, config.lcu, config.run.seed)
     make_directory(directory)
     with locked(directory):
         open_log(directory / "logs", 0)
-        write_json(directory / "config.json", config.model_dump(mode="json"))
+        write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_json(directory / "environment.json", {"command": sys.argv, **environment(1)})
         metrics = train_and_evaluate(config, data, device, directory)
         write_checksums(directory, ("config.json", "fitted.json", "model.safetensors"))

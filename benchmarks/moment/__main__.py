@@ -39,6 +39,7 @@ from benchmarks.moment.plots import plot_reactions, plot_room
 from benchmarks.moment.reactions import AGES_S, by_age, response, room_jumps, times
 from benchmarks.moment.run import JOB, POLICIES, StreamPredictions, predict_stream, stream_job
 from benchmarks.moment.world import BEHAVIOURS, WorldExposures, WorldSize, levels, read_exposures, write_world
+from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
@@ -368,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("moment", __doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default: all, in order)")
-    parser.add_argument("--work", type=Path, required=True, help="directory of worlds and predictions")
+    parser.add_argument("--work", type=local_argument, required=True, help="directory of worlds and predictions")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="default: all")

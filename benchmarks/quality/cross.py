@@ -44,6 +44,7 @@ from benchmarks.quality.cross_report import (
     tables,
 )
 from trainer.config.ranker import JobConfig, load_config
+from trainer.console.outputs import local_argument
 from trainer.console.progress import Progress
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("quality.cross", __doc__)
     parser.add_argument(
         "--work",
-        type=Path,
+        type=local_argument,
         default=Path("runs/cross"),
         help="keeps world and results (default: %(default)s)",
     )

@@ -24,6 +24,7 @@ import torch
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
 from benchmarks.quality.instruction_word_baseline import accuracy_of_words
 from trainer.config.finetune import load_finetune
+from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.data.simulator.write_dataset import simulate
 from trainer.finetune import run_job
@@ -142,7 +143,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("quality.instructions", __doc__)
-    parser.add_argument("--work", type=Path, required=True, help="directory of data and runs")
+    parser.add_argument("--work", type=local_argument, required=True, help="directory of data and runs")
     parser.add_argument("--users", type=int, default=USERS, help="users of the simulated world (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")

@@ -40,6 +40,7 @@ from trainer.comment_staytime.evaluation import train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.config.load import load_job
 from trainer.config.staytime import PECULIARITIES, InputConfig, LcuConfig, StaytimeConfig, StaytimeDataConfig
+from trainer.console.outputs import local_argument
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
@@ -222,7 +223,7 @@ def named_directory(text: str) -> tuple[str, Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("quality.staytime", __doc__)
-    parser.add_argument("--work", type=Path, required=True, help="directory of data and finished cells")
+    parser.add_argument("--work", type=local_argument, required=True, help="directory of data and finished cells")
     parser.add_argument("--users", type=int, default=250, help="users of the simulated world (default: %(default)s)")
     parser.add_argument("--kuairand", type=Path, help="imported KuaiRand; adds its part")
     parser.add_argument(

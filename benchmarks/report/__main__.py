@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.report.pages import config_page, readme_table, results_page, with_readme_table
+from trainer.console.outputs import local_argument
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a document is stale")
     parser.add_argument(
-        "--root", type=Path, default=ROOT, help="directory of README.md and docs/ (default: %(default)s)"
+        "--root", type=local_argument, default=ROOT, help="directory of README.md and docs/ (default: %(default)s)"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="measured results (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -33,6 +33,7 @@ from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.manifest import MODEL, DatasetEntry, directory_name, find_checkpoint
 from trainer.config.ranker import parse_config
+from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import StepRequest
@@ -289,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("speed.checkpoint", __doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of tables and optimizer (default: 2)")
-    parser.add_argument("--directory", type=Path, help="directory to write to (default: the system's temporary one)")
+    parser.add_argument(
+        "--directory", type=local_argument, help="directory to write to (default: the system's temporary one)"
+    )
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one:

@@ -8,6 +8,7 @@ import click
 
 from launch.cli.command import Group, json_option, print_json
 from trainer.console.exit_status import CHECK_FAILED_STATUS
+from trainer.console.outputs import InputPath
 
 
 @click.group(cls=Group, example="limelight checkpoint show runs/first")
@@ -19,7 +20,7 @@ def checkpoint() -> None:
     short_help="Print what a checkpoint holds.",
     example="limelight checkpoint show runs/first",
 )
-@click.argument("path", metavar="PATH", type=click.Path(), help="A checkpoint, or a run with checkpoints.")
+@click.argument("path", metavar="PATH", type=InputPath(), help="A checkpoint, or a run with checkpoints.")
 @click.option("--all", "everything", is_flag=True, help="List every dense parameter, position and file.")
 @json_option
 def show(path: str, everything: bool, as_json: bool) -> None:
@@ -39,7 +40,7 @@ def show(path: str, everything: bool, as_json: bool) -> None:
     f"Exit status {CHECK_FAILED_STATUS} if a checkpoint is damaged.",
     example="limelight checkpoint verify runs/first",
 )
-@click.argument("path", metavar="PATH", type=click.Path(), help="A checkpoint, or a run: all its checkpoints are read.")
+@click.argument("path", metavar="PATH", type=InputPath(), help="A checkpoint, or a run: all its checkpoints are read.")
 @json_option
 def verify(path: str, as_json: bool) -> int:
     """Print the state of each checkpoint, and the damage on stderr."""
@@ -61,8 +62,8 @@ def verify(path: str, as_json: bool) -> int:
     f"Exit status 0 if all tensors are equal, {CHECK_FAILED_STATUS} if not; settings do not count.",
     example="limelight checkpoint diff runs/first/checkpoints/step-00000120 runs/second",
 )
-@click.argument("first", metavar="A", type=click.Path(), help="A checkpoint, or a run with checkpoints.")
-@click.argument("second", metavar="B", type=click.Path(), help="The other one.")
+@click.argument("first", metavar="A", type=InputPath(), help="A checkpoint, or a run with checkpoints.")
+@click.argument("second", metavar="B", type=InputPath(), help="The other one.")
 @click.option("--all", "everything", is_flag=True, help="List equal tensors as well.")
 @json_option
 def diff(first: str, second: str, everything: bool, as_json: bool) -> int:

@@ -11,11 +11,12 @@ from launch.cli.command import Command, Group, json_option, messages_on_stderr, 
 from launch.cli.jobs import ranks_option
 from trainer.console.exit_status import USER_ERROR_STATUS
 from trainer.console.job_arguments import OVERRIDES
+from trainer.console.outputs import InputPath
 
 JOBS = ("train", "finetune", "embed", "staytime")
 """Commands that take a job file."""
 
-FILE = click.Argument(["file"], metavar="FILE", type=click.Path(), help="Job file.")
+FILE = click.Argument(["file"], metavar="FILE", type=InputPath(), help="Job file.")
 
 
 @click.group(cls=Group, example="limelight config check configs/simulated.toml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from launch.cli.command import Command
+from trainer.console.outputs import LocalOutputPath
 
 
 @click.command(
@@ -22,7 +23,9 @@ Paths in the copies name the copies, as seen from the working directory of now. 
 and nothing is written, unless --overwrite is given.""",
     example="limelight configs configs",
 )
-@click.argument("directory", metavar="DIR", type=click.Path(), help="Directory to write; it is made if it is missing.")
+@click.argument(
+    "directory", metavar="DIR", type=LocalOutputPath(), help="Directory to write; it is made if it is missing."
+)
 @click.option("--overwrite", is_flag=True, help="Replace files that exist with another content.")
 def configs(directory: str, overwrite: bool) -> None:
     """Copy the files and print where the job files are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from launch.cli.command import Group, json_option, print_json
 from launch.cli.data_instructions import instructions
 from trainer.console.errors import UserError
 from trainer.console.exit_status import CHECK_FAILED_STATUS
+from trainer.console.outputs import InputPath, Output, OutputPath
 
 if TYPE_CHECKING:
     from trainer.console.progress import Phases
@@ -34,12 +36,14 @@ partitions_option = click.option(
     metavar="P",
     help="Partitions of the users, at least as many as ranks will train.",
 )
-out_argument = click.argument("out", metavar="OUT", type=click.Path(), help="Dataset to make; it must not exist.")
+out_argument = click.argument(
+    "out", metavar="OUT", type=OutputPath(), help="Dataset to make, a directory or a URL such as s3://; must not exist."
+)
 
 
 def source_argument(help_text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the argument ``SRC`` of an import."""
-    return click.argument("src", metavar="SRC", type=click.Path(), help=help_text)
+    return click.argument("src", metavar="SRC", type=InputPath(), help=help_text)
 
 
 @click.group(cls=Group, example="limelight data describe data/world")
@@ -69,7 +73,7 @@ def data() -> None:
 )
 @json_option
 def simulate(
-    out: str, world: str, users: int, days: int, partitions: int, seed: int, texts: bool, as_json: bool
+    out: Output, world: str, users: int, days: int, partitions: int, seed: int, texts: bool, as_json: bool
 ) -> None:
     """Simulate users of short videos and live rooms, and write their log as a dataset.
 
@@ -81,10 +85,10 @@ def simulate(
     if texts and world == "cross":
         raise UserError("--texts: the world `cross` has no texts; leave it out, or choose --world everyday")
 
-    def work(progress: Phases) -> DatasetSpec:
+    def work(target: Path, progress: Phases) -> DatasetSpec:
         if world == "cross":
-            return simulate_cross(out, users, days, partitions, seed, progress)
-        return simulate_everyday(out, users, days, partitions, seed, progress, texts=texts)
+            return simulate_cross(target, users, days, partitions, seed, progress)
+        return simulate_everyday(target, users, days, partitions, seed, progress, texts=texts)
 
     _make(out, work, as_json)
 
@@ -103,11 +107,15 @@ def import_() -> None:
 @partitions_option
 @click.option("--random", is_flag=True, help="Also import the randomly exposed videos of log_random_*.")
 @json_option
-def kuairand(src: str, out: str, partitions: int, random: bool, as_json: bool) -> None:
+def kuairand(src: str, out: Output, partitions: int, random: bool, as_json: bool) -> None:
     """Import KuaiRand as its authors publish it (Gao et al., CIKM 2022; https://zenodo.org/records/10439422)."""
     from trainer.data.importers.kuairand import import_kuairand
 
-    _make(out, lambda progress: import_kuairand(src, out, partitions, random=random, progress=progress), as_json)
+    _make(
+        out,
+        lambda target, progress: import_kuairand(src, target, partitions, random=random, progress=progress),
+        as_json,
+    )
 
 
 @import_.command(
@@ -118,14 +126,14 @@ def kuairand(src: str, out: str, partitions: int, random: bool, as_json: bool) -
 @out_argument
 @partitions_option
 @json_option
-def kuailive(src: str, out: str, partitions: int, as_json: bool) -> None:
+def kuailive(src: str, out: Output, partitions: int, as_json: bool) -> None:
     """Import KuaiLive as its authors publish it (https://zenodo.org/records/16565801; not for commercial use).
 
     trainer/data/importers/kuailive.py lists the columns that are left out because they contain the future.
     """
     from trainer.data.importers.kuailive import import_kuailive
 
-    _make(out, lambda progress: import_kuailive(src, out, partitions, progress), as_json)
+    _make(out, lambda target, progress: import_kuailive(src, target, partitions, progress), as_json)
 
 
 @import_.command(
@@ -137,14 +145,14 @@ def kuailive(src: str, out: str, partitions: int, as_json: bool) -> None:
 @out_argument
 @partitions_option
 @json_option
-def kuailive_m3(src: str, out: str, partitions: int, as_json: bool) -> None:
+def kuailive_m3(src: str, out: Output, partitions: int, as_json: bool) -> None:
     """Import KuaiLive-M3 as its authors publish it (https://huggingface.co/datasets/imgkkk2004/KuaiLive-M3).
 
     trainer/data/importers/kuailive_m3.py lists the columns that are left out because they contain the future.
     """
     from trainer.data.importers.kuailive_m3 import import_kuailive_m3
 
-    _make(out, lambda progress: import_kuailive_m3(src, out, partitions, progress), as_json)
+    _make(out, lambda target, progress: import_kuailive_m3(src, target, partitions, progress), as_json)
 
 
 @import_.command(
@@ -155,14 +163,14 @@ def kuailive_m3(src: str, out: str, partitions: int, as_json: bool) -> None:
 @out_argument
 @partitions_option
 @json_option
-def kuaicomt(src: str, out: str, partitions: int, as_json: bool) -> None:
+def kuaicomt(src: str, out: Output, partitions: int, as_json: bool) -> None:
     """Import KuaiComt as its authors publish it (https://github.com/lyingCS/KuaiComt.github.io).
 
     Its files may be separated by commas or tabs.
     """
     from trainer.data.importers.kuaicomt import import_kuaicomt
 
-    _make(out, lambda progress: import_kuaicomt(src, out, partitions, progress), as_json)
+    _make(out, lambda target, progress: import_kuaicomt(src, target, partitions, progress), as_json)
 
 
 @import_.command(
@@ -172,11 +180,11 @@ def kuaicomt(src: str, out: str, partitions: int, as_json: bool) -> None:
 @source_argument("A .parquet, .csv or .csv.gz file, or a folder of them.")
 @out_argument
 @click.option(
-    "--mapping", required=True, metavar="MAP.toml", type=click.Path(), help="File that says what each column means."
+    "--mapping", required=True, metavar="MAP.toml", type=InputPath(), help="File that says what each column means."
 )
 @partitions_option
 @json_option
-def events(src: str, out: str, mapping: str, partitions: int, as_json: bool) -> None:
+def events(src: str, out: Output, mapping: str, partitions: int, as_json: bool) -> None:
     """Turn a log of your own (Parquet or CSV) into a dataset. A TOML file says what its columns mean:
 
     \b
@@ -201,14 +209,14 @@ def events(src: str, out: str, mapping: str, partitions: int, as_json: bool) -> 
     """
     from trainer.data.importers.events import import_events
 
-    _make(out, lambda progress: import_events(src, out, mapping, partitions, progress), as_json)
+    _make(out, lambda target, progress: import_events(src, target, mapping, partitions, progress), as_json)
 
 
 @data.command(
     short_help="Print counts and distributions of a dataset.",
     example="limelight data describe data/world --json",
 )
-@click.argument("path", metavar="PATH", type=click.Path(), help="Dataset: a directory or an fsspec URL.")
+@click.argument("path", metavar="PATH", type=InputPath(urls=True), help="Dataset: a directory or an fsspec URL.")
 @json_option
 def describe(path: str, as_json: bool) -> None:
     """Print counts, time span, behaviour rates, history lengths, cardinalities and the balance of the partitions."""
@@ -226,7 +234,7 @@ def describe(path: str, as_json: bool) -> None:
     f"Exit status {CHECK_FAILED_STATUS} if a file is damaged; one line on stderr names each.",
     example="limelight data verify data/world",
 )
-@click.argument("path", metavar="PATH", type=click.Path(), help="Dataset: a directory or an fsspec URL.")
+@click.argument("path", metavar="PATH", type=InputPath(urls=True), help="Dataset: a directory or an fsspec URL.")
 @click.option(
     "--record",
     is_flag=True,
@@ -249,17 +257,17 @@ def verify(path: str, record: bool, as_json: bool) -> int:
 data.add_command(instructions)
 
 
-def _make(out: str, work: Callable[[Phases], DatasetSpec], as_json: bool) -> None:
+def _make(out: Output, work: Callable[[Path, Phases], DatasetSpec], as_json: bool) -> None:
     """Make a dataset with progress bars, and print its size."""
     from trainer.console.progress import Phases
     from trainer.runtime.malloc import keep_freed_memory
 
     keep_freed_memory()
-    with Phases(_UNITS, quiet=as_json) as progress:
-        spec = work(progress)
+    with out.writing("dataset.json", quiet=as_json) as target, Phases(_UNITS, quiet=as_json) as progress:
+        spec = work(target, progress)
     users = spec.ids["user"].count
     if as_json:
-        print_json({"out": out, "rows": spec.rows, "users": users, "partitions": spec.partitions})
+        print_json({"out": str(out), "rows": spec.rows, "users": users, "partitions": spec.partitions})
         return
     print(f"{out}: {spec.rows:,} training rows of {users:,} users in {spec.partitions} partitions")
     print(f"look at it: limelight data describe {out}")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from launch.cli.command import Command, json_option, print_json
+from trainer.console.outputs import InputPath, Output, OutputPath
 
 
 def _number(
@@ -32,9 +33,9 @@ def _by_task(context: click.Context, parameter: click.Parameter, texts: tuple[st
     example="limelight data instructions data/world data/world-instructions --evaluate-from 2024-03-08",
 )
 @click.argument(
-    "dataset", metavar="DATASET", type=click.Path(), help="Dataset with texts: a directory or an fsspec URL."
+    "dataset", metavar="DATASET", type=InputPath(urls=True), help="Dataset with texts: a directory or an fsspec URL."
 )
-@click.argument("out", metavar="OUT", type=click.Path(), help="Directory to make; it must not exist.")
+@click.argument("out", metavar="OUT", type=OutputPath(), help="Directory or URL to make; it must not exist.")
 @click.option(
     "--evaluate-from",
     required=True,
@@ -57,14 +58,14 @@ def _by_task(context: click.Context, parameter: click.Parameter, texts: tuple[st
 )
 @click.option(
     "--templates",
-    type=click.Path(),
+    type=InputPath(),
     default="configs/templates",
     show_default=True,
     metavar="DIR",
     help="Folder of templates.",
 )
 @json_option
-def instructions(dataset: str, out: str, as_json: bool, **settings: Any) -> None:
+def instructions(dataset: str, out: Output, as_json: bool, **settings: Any) -> None:
     """Write instruction samples of LCU's three tasks as JSON lines, split by time.
 
     The tasks: how long a user stays in the comments of a video, which comment people like most, and which one the user
@@ -72,13 +73,13 @@ def instructions(dataset: str, out: str, as_json: bool, **settings: Any) -> None
     --evaluate-from only.
     """
     from trainer.console.progress import Phases
-    from trainer.llm.instructions.write import InstructionPlan, write_instructions
+    from trainer.llm.instructions.write import MANIFEST, InstructionPlan, write_instructions
 
     plan = InstructionPlan(**settings)
-    with Phases({}, "samples", quiet=as_json) as progress:
-        manifest = write_instructions(dataset, out, plan, progress)
+    with out.writing(MANIFEST, quiet=as_json) as target, Phases({}, "samples", quiet=as_json) as progress:
+        manifest = write_instructions(dataset, target, plan, progress)
     if as_json:
-        print_json({"out": out, **manifest})
+        print_json({"out": str(out), **manifest})
         return
     for split, counts in manifest["samples"].items():
         print(f"{out}/{split}.jsonl: " + ", ".join(f"{count:,} {task}" for task, count in counts.items()))

@@ -11,6 +11,7 @@ from launch.cli.command import Command, json_option, messages_on_stderr, print_j
 from launch.cli.jobs import forwarded, ranks_option
 from trainer.console.errors import UserError
 from trainer.console.job_arguments import EVALUATE_ARGUMENTS, EXPLAIN_ARGUMENTS
+from trainer.console.outputs import InputPath, Output, OutputPath
 
 
 @click.command(
@@ -48,22 +49,24 @@ limelight score RUN OUT.parquet [--data PATH] [--from T] [--until T]
   is the run's held-out one. The dataset may have grown since.""",
     example="limelight score runs/kuairand candidates.parquet scores.parquet",
 )
-@click.argument("model", metavar="MODEL", type=click.Path(), help="Directory of a run or of an exported model.")
+@click.argument("model", metavar="MODEL", type=InputPath(), help="Directory of a run or of an exported model.")
 @click.argument(
     "files",
     metavar="[CANDIDATES.parquet] OUT.parquet",
     nargs=-1,
     required=True,
-    type=click.Path(),
+    type=OutputPath(),
     help="Candidates to score (of a ranker only), and the file to write.",
 )
-@click.option("--data", metavar="PATH", type=click.Path(), help="Staytime: dataset, if the run's own was moved.")
+@click.option(
+    "--data", metavar="PATH", type=InputPath(urls=True), help="Staytime: dataset, if the run's own was moved."
+)
 @click.option("--from", "time_from", metavar="T", help="Staytime: first request, such as 2024-03-10.")
 @click.option("--until", "time_until", metavar="T", help="Staytime: end of the range; this time is left out.")
 @click.option("--json", "as_json", is_flag=True, help="Staytime: print the metrics as JSON instead of a table.")
 def score(
     model: str,
-    files: tuple[str, ...],
+    files: tuple[Output, ...],
     data: str | None,
     time_from: str | None,
     time_until: str | None,
@@ -78,7 +81,7 @@ def score(
     if kind == "staytime":
         if len(files) != 1:
             raise UserError(f"{model} is a staytime run, which takes one file: limelight score {model} OUT.parquet")
-        _score_staytime(Path(model), Path(files[0]), data, time_from, time_until, as_json)
+        _score_staytime(Path(model), files[0], data, time_from, time_until, as_json)
         return 0
     for option, value in (("--data", data), ("--from", time_from), ("--until", time_until), ("--json", as_json)):
         if value:
@@ -89,7 +92,7 @@ def score(
         )
     from launch.local import start_ranks
 
-    return start_ranks("trainer.score", [model, *files], 1)
+    return start_ranks("trainer.score", [model, *map(str, files)], 1)
 
 
 @click.command(
@@ -121,11 +124,11 @@ A finished fine-tuning run: the model with the adapter merged into its weights, 
     example="limelight export runs/first exported/first",
 )
 @click.argument(
-    "run", metavar="RUN", type=click.Path(), help="A run, whose newest checkpoint is taken, or a ranker's checkpoint."
+    "run", metavar="RUN", type=InputPath(), help="A run, whose newest checkpoint is taken, or a ranker's checkpoint."
 )
-@click.argument("out", metavar="OUT", type=click.Path(), help="Directory to make; it must not exist.")
+@click.argument("out", metavar="OUT", type=OutputPath(), help="Directory or URL to make; it must not exist.")
 @json_option
-def export(run: str, out: str, as_json: bool) -> None:
+def export(run: str, out: Output, as_json: bool) -> None:
     """Export in the format that fits the run."""
     kind = _kind_of(run)
     if kind == "staytime":
@@ -135,22 +138,26 @@ def export(run: str, out: str, as_json: bool) -> None:
     if kind == "finetune":
         from trainer.llm.models.adapter import merge_run
 
-        merge_run(Path(run), Path(out))
+        with out.writing("config.json", quiet=as_json) as target:
+            merge_run(Path(run), target)
         if as_json:
-            print_json({"kind": "merged", "out": out})
+            print_json({"kind": "merged", "out": str(out)})
         else:
             print(f"{out}: the model of {run} with its adapter merged")
         return
     from trainer.serving.export import export_checkpoint
 
-    origin = export_checkpoint(run, out)
+    with out.writing("export.json", quiet=as_json) as target:
+        origin = export_checkpoint(run, target)
+        explained = (target / "README.md").exists()
     if as_json:
-        print_json({"out": out, **origin})
+        print_json({"out": str(out), **origin})
         return
     print(f"{out}: {origin['kind']} of step {origin['step']:,}, from {origin['checkpoint']}")
-    print(f"score with it: limelight score {out} CANDIDATES.parquet OUT.parquet")
-    if (Path(out) / "README.md").exists():
-        print(f"without Limelight: {Path(out) / 'README.md'} says how, {Path(out) / 'score_one.py'} does it in PyTorch")
+    copied = "" if out.path is not None else " (a local copy of the directory)"
+    print(f"score with it: limelight score {out} CANDIDATES.parquet OUT.parquet{copied}")
+    if explained:
+        print(f"without Limelight: {out}/README.md says how, {out}/score_one.py does it in PyTorch")
 
 
 def _require_ranker(context: click.Context) -> None:
@@ -162,13 +169,13 @@ def _require_ranker(context: click.Context) -> None:
 
 
 def _score_staytime(
-    run: Path, out: Path, data: str | None, time_from: str | None, time_until: str | None, as_json: bool
+    run: Path, out: Output, data: str | None, time_from: str | None, time_until: str | None, as_json: bool
 ) -> None:
     from trainer.comment_staytime.evaluation import metrics_table
     from trainer.comment_staytime.scoring import score_range
 
-    with messages_on_stderr(as_json):
-        metrics = score_range(run, out, data=data, time_from=time_from, time_until=time_until)
+    with messages_on_stderr(as_json), out.writing(quiet=as_json) as file:
+        metrics = score_range(run, file, data=data, time_from=time_from, time_until=time_until)
     if as_json:
         print_json({"out": str(out), **metrics})
     else:

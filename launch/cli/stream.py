@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +11,7 @@ import click
 
 from launch.cli.command import Group, json_option, print_json
 from launch.cli.stream_publish import publish
+from trainer.console.outputs import InputPath, Output, OutputPath
 
 if TYPE_CHECKING:
     from trainer.console.progress import Progress
@@ -44,7 +44,7 @@ def _seconds(name: str, help_text: str) -> Callable[[Callable[..., Any]], Callab
 
 
 dataset_argument = click.argument(
-    "dataset", metavar="DATASET", type=click.Path(), help="Dataset: a directory or an fsspec URL."
+    "dataset", metavar="DATASET", type=InputPath(urls=True), help="Dataset: a directory or an fsspec URL."
 )
 idle_option = _seconds("idle", "A visit without an exit event ends so long after its last event")
 
@@ -59,7 +59,9 @@ def stream() -> None:
     example="limelight stream assemble data/world --policy realtime rows.parquet",
 )
 @dataset_argument
-@click.argument("out", metavar="OUT.parquet", type=click.Path(), help="File to write; an existing one is replaced.")
+@click.argument(
+    "out", metavar="OUT.parquet", type=OutputPath(), help="File or URL to write; an existing one is replaced."
+)
 @click.option("--policy", required=True, type=click.Choice(POLICIES), help="Report policy, see above.")
 @click.option(
     "--mode",
@@ -76,7 +78,7 @@ def stream() -> None:
 @json_option
 def assemble(
     dataset: str,
-    out: str,
+    out: Output,
     policy: str,
     mode: Literal["batch", "incremental"],
     fast_seconds: int | None,
@@ -100,23 +102,29 @@ def assemble(
     realtime_naive  positives and negatives every --tick-seconds
     """
     from trainer.stream.labels.policy import make_policy
-    from trainer.stream.labels.write_rows import assemble_dataset
+    from trainer.stream.labels.write_rows import assemble_dataset, unused_events_name
 
     windows = {"fast_ms": fast_seconds, "slow_ms": slow_seconds, "tick_ms": tick_seconds}
     report_policy = make_policy(policy, **{name: value for name, value in windows.items() if value is not None})
     timeouts = _timeouts(idle_seconds, max_out_of_orderness_seconds)
-    with _EventsBar("assembling", quiet=as_json) as progress:
-        written = assemble_dataset(dataset, report_policy, timeouts, Path(out), mode, progress.reached)
+    # Made beside the rows, with a name of its own.
+    unused = unused_events_name(str(out))
+    with (
+        out.writing(companions=(unused,), quiet=as_json) as file,
+        _EventsBar("assembling", quiet=as_json) as progress,
+    ):
+        written = assemble_dataset(dataset, report_policy, timeouts, file, mode, progress.reached)
+    unused_file = None if written.unused_file is None else out.beside(unused)
     rows = sum(written.rows.values())
     if as_json:
         print_json(
             {
-                "out": out,
+                "out": str(out),
                 "visits": written.visits,
                 "rows": written.rows,
                 "fast_slow_rows": written.fast_slow_rows,
                 "unused_events": {reason: count for reason, count in written.unused_events.items() if count},
-                "unused_events_file": None if written.unused_file is None else str(written.unused_file),
+                "unused_events_file": unused_file,
             }
         )
         return
@@ -124,9 +132,9 @@ def assemble(
     print(f"{out}: {rows:,} rows of {written.visits:,} visits" + (f" ({kinds})" if kinds else ""))
     if written.fast_slow_rows:
         print(f"rows to those of fast_slow: {rows / written.fast_slow_rows:.2f}")
-    if written.unused_file is not None:
+    if unused_file is not None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in written.unused_events.items() if count)
-        print(f"{written.unused_file}: {sum(written.unused_events.values()):,} events that change no row ({reasons})")
+        print(f"{unused_file}: {sum(written.unused_events.values()):,} events that change no row ({reasons})")
 
 
 @stream.command(

@@ -9,6 +9,7 @@ import click
 
 from launch.cli.command import Command, json_option, print_json
 from trainer.console.errors import UserError
+from trainer.console.outputs import InputPath
 
 
 @click.command(
@@ -17,7 +18,11 @@ from trainer.console.errors import UserError
     example="limelight stream publish data/world --brokers localhost:9092 --topic watch --speed 60",
 )
 @click.argument(
-    "dataset", metavar="[DATASET]", required=False, type=click.Path(), help="Dataset: a directory or an fsspec URL."
+    "dataset",
+    metavar="[DATASET]",
+    required=False,
+    type=InputPath(urls=True),
+    help="Dataset: a directory or an fsspec URL.",
 )
 @click.option("--brokers", required=True, metavar="HOST:PORT,...", help="Kafka bootstrap brokers.")
 @click.option("--topic", required=True, metavar="T", help="Topic to write to.")
@@ -55,7 +60,7 @@ from trainer.console.errors import UserError
 )
 @click.option("--append", is_flag=True, help="Write to a topic that has messages already.")
 @click.option(
-    "--properties", default="", metavar="FILE", type=click.Path(), help="librdkafka properties, such as for TLS."
+    "--properties", default="", metavar="FILE", type=InputPath(), help="librdkafka properties, such as for TLS."
 )
 @click.option(
     "--retry-seconds",

@@ -25,6 +25,7 @@ from tests.paths import ROOT
 from tests.serving.plain_scores import plain_probabilities, row_documents
 from trainer.checkpoint.reader import Checkpoint
 from trainer.console.errors import UserError
+from trainer.console.outputs import Output
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
@@ -168,7 +169,7 @@ def test_new_users_and_items_are_counted_in_a_line(out: Path, tmp_path: Path, ca
     users[[3, 70]] = 10**6
     pq.write_table(table.set_column(table.column_names.index("user_id"), "user_id", pa.array(users)), tmp_path / "c")
     with caplog.at_level("INFO"):
-        score_file(open_export(out / "float32-ple"), tmp_path / "c", tmp_path / "scores.parquet")
+        score_file(open_export(out / "float32-ple"), tmp_path / "c", Output.of(tmp_path / "scores.parquet"))
     assert [line for line in caplog.messages if "unknown ids: 2 of user (direct" in line]
     found = pq.read_table(tmp_path / "scores.parquet")
     assert found.num_rows == 80 and found["user_id"].to_pylist() == users.tolist()

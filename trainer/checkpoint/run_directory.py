@@ -42,6 +42,7 @@ from trainer.config.load import load_deepspeed
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import Model, validate_stored
 from trainer.console.errors import UserError
+from trainer.console.outputs import local_path
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
@@ -62,7 +63,7 @@ def choose_directory(config: ResumableJob) -> Path:
     on; else a fresh directory under ``runs/``.
     """
     if config.run.directory:
-        return Path(config.run.directory)
+        return local_path(config.run.directory)
     runs = Path("runs")
     if config.resume.enabled:
         for directory in sorted(runs.glob(f"{config.run.name}-*"), reverse=True):

@@ -27,7 +27,7 @@ from trainer.metrics.staytime_metrics import (
     released_metrics,
     staytime_metrics,
 )
-from trainer.runtime.files import write_json
+from trainer.runtime.files import whole_file, write_json
 
 COLUMNS = ("rmse", "mae", "rmse_opened", "mae_opened", "bias", "xauc", "gauc", "ndcg@1", "ndcg@3", "ndcg@5", "mrr")
 """Metrics of the printed table; all of them are in metrics.json."""
@@ -195,4 +195,5 @@ def write_predictions(file: Path, data: StaytimeData, predictions: StaytimePredi
         "predicted": predictions.seconds.astype(np.float32),
         "score": predictions.score.astype(np.float32),
     }
-    pq.write_table(pa.table(columns), file)
+    with whole_file(file) as tmp_path:
+        pq.write_table(pa.table(columns), tmp_path)

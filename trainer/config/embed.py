@@ -10,6 +10,7 @@ from pydantic import Field
 
 from modules.text_pooling import Pooling
 from trainer.config.load import load_job
+from trainer.config.paths import InputFile, TableDirectory
 from trainer.config.sections import Device, Positive, Section
 
 Kind = Literal["items", "comments", "segments", "authors"]
@@ -18,7 +19,7 @@ Kind = Literal["items", "comments", "segments", "authors"]
 class EmbedDataConfig(Section):
     """The texts that become vectors."""
 
-    path: str = Field(..., description="Dataset directory with texts, or an fsspec URL of one.", min_length=1)
+    path: InputFile = Field(..., description="Dataset directory with texts, or an fsspec URL of one.", min_length=1)
     kinds: tuple[Kind, ...] = Field(
         ("items", "comments"),
         description="Kinds of text to embed: videos and rooms (`items`), `comments`, 30-second `segments` of rooms, "
@@ -30,15 +31,15 @@ class EmbedDataConfig(Section):
 class EmbedModelConfig(Section):
     """The language model that encodes the texts."""
 
-    path: str = Field(
+    path: InputFile = Field(
         ...,
         description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id.",
         min_length=1,
     )
-    tokenizer: str = Field(
+    tokenizer: InputFile = Field(
         "", description="Directory or hub id of another tokenizer. Empty: the model's own tokenizer."
     )
-    adapter: str = Field("", description="Directory of a peft adapter, such as `RUN/adapter`. Empty: no adapter.")
+    adapter: InputFile = Field("", description="Directory of a peft adapter, such as `RUN/adapter`. Empty: no adapter.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of weights and activations. `auto`: bfloat16 on a GPU, float32 on a CPU."
     )
@@ -48,12 +49,12 @@ class EmbedModelConfig(Section):
 class EmbedConfig(Section):
     """Encoding of texts into vectors, and the tables to write."""
 
-    directory: str = Field(
+    directory: TableDirectory = Field(
         ...,
         description="Output directory. Each kind has its own table in it, such as `DIRECTORY/items`.",
         min_length=1,
     )
-    template: str = Field(
+    template: InputFile = Field(
         "configs/templates/embed.txt", description="Prompt template: a text file with one section for each kind."
     )
     pooling: Pooling = Field(

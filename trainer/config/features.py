@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modules.embeddings import Dynamic, Evict
+from trainer.config.paths import InputFile
 from trainer.config.sections import MAY_CHANGE
 
 IdMapping = Literal["direct", "hash", "lookup", "dynamic"]
@@ -148,7 +149,7 @@ class SearchConfig(BaseModel):
         "interval after it was taken, so that batches can be made ahead. 0: keep the first search vectors.",
     )
     dtype: Literal["float16", "int8"] = Field("float16", description="Data type of the copies.")
-    embedding: str = Field(
+    embedding: InputFile = Field(
         "",
         description="Directory of content embeddings of items, made by `limelight embed`, to use as the first search "
         "vectors. Empty: the initial values of the tables, in which equal ids match and other ids are random.",

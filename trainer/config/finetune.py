@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from trainer.config.load import load_job
+from trainer.config.paths import InputFile, InputFiles
 from trainer.config.sections import (
     MAY_CHANGE,
     CheckpointConfig,
@@ -44,13 +45,13 @@ class FinetuneRunConfig(RunConfig):
 class FinetuneDataConfig(Section):
     """Instruction samples: JSON Lines files, in the format of `trainer/llm/finetuning/samples.py`."""
 
-    train: tuple[str, ...] = Field(..., description="Sample files to train on.", min_length=1)
-    evaluate: tuple[str, ...] = Field(
+    train: InputFiles = Field(..., description="Sample files to train on.", min_length=1)
+    evaluate: InputFiles = Field(
         (),
         description="Sample files with `options`, of later days, to evaluate on. Empty: no evaluation.",
         json_schema_extra=MAY_CHANGE,
     )
-    general: tuple[str, ...] = Field(
+    general: InputFiles = Field(
         (), description="Files of general-purpose samples that are mixed in to prevent forgetting."
     )
     general_share: Share = Field(
@@ -73,13 +74,13 @@ class FinetuneDataConfig(Section):
 class FinetuneModelConfig(Section):
     """The base model that the adapter is trained for."""
 
-    path: str = Field(
+    path: InputFile = Field(
         "",
         description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id. Empty: a small "
         "model with random weights, see `[small]`.",
         json_schema_extra=MAY_CHANGE,
     )
-    tokenizer: str = Field(
+    tokenizer: InputFile = Field(
         "",
         description="Directory or hub id of another tokenizer. Empty: the model's own tokenizer.",
         json_schema_extra=MAY_CHANGE,

@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 from trainer.config.iso_time import ISO_FORMS, read_iso
 from trainer.config.own_files import find_settings, missing_job_advice
+from trainer.config.paths import check_outputs
 from trainer.config.toml import Model, check_depth, read_toml, validate
 from trainer.console.errors import UserError
 from trainer.runtime.stored_files import MAX_SETTINGS_BYTES, read_json_object
@@ -25,9 +26,12 @@ def load_job(model: type[Model], path: str | Path, overrides: Sequence[str] = ()
         overrides: words of the command line. A value is TOML; a bare word is a string.
 
     Raises:
-        UserError: missing file, not TOML, unknown key (the message names the nearest one), wrong type or range.
+        UserError: missing file, not TOML, unknown key (the message names the nearest one), wrong type or range, or an
+            output that must be local is a URL.
     """
-    return validate(model, read_job(path, overrides), str(path))
+    job = validate(model, read_job(path, overrides), str(path))
+    check_outputs(job)
+    return job
 
 
 def read_job(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from trainer.config.features import FeatureConfig
 from trainer.config.load import load_job
+from trainer.config.paths import InputFile
 from trainer.config.sections import (
     MAY_CHANGE,
     CheckpointConfig,
@@ -33,7 +34,7 @@ from trainer.config.toml import validate
 class DataConfig(Section):
     """Dataset, training range and held-out range. Times are ISO dates or times in the dataset's time zone."""
 
-    path: str = Field(
+    path: InputFile = Field(
         ..., description="Dataset: a directory or an fsspec URL.", min_length=1, json_schema_extra=MAY_CHANGE
     )
     behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
@@ -159,7 +160,7 @@ class ScoreConfig(Section):
 class InitFromConfig(Section):
     """Warm start: an earlier run whose tables a new model starts from."""
 
-    run: str = Field("", description="A run, or one of its checkpoints. Empty: no warm start.")
+    run: InputFile = Field("", description="A run, or one of its checkpoints. Empty: no warm start.")
     tables: tuple[str, ...] = Field(
         (), description="Tables to copy: `user`, `author`, `item`, `side`. Empty: all tables that both models have."
     )

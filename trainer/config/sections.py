@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
+from trainer.config.paths import InputFile, RunDirectory
+
 MAY_CHANGE: JsonDict = {"may_change_on_resume": True}
 """``json_schema_extra`` of a key or a section that may differ when a run is resumed, because it changes neither the
 result nor the data. DeepSpeed's settings are compared separately, and a dataset by its fingerprint."""
@@ -22,7 +24,7 @@ Device = Annotated[
 ]
 Decay = Literal["constant", "linear", "cosine"]
 DeepSpeedFile = Annotated[
-    str,
+    InputFile,
     Field(
         description="JSON file of DeepSpeed settings: ZeRO stage, precision, clipping, gradient accumulation.",
         json_schema_extra=MAY_CHANGE,
@@ -61,7 +63,7 @@ class RunConfig(Section):
         min_length=1,
         json_schema_extra=MAY_CHANGE,
     )
-    directory: str = Field(
+    directory: RunDirectory = Field(
         "",
         description="Directory of the run. Empty: the newest unfinished run of the same job continues; if there is "
         "none, `runs/<name>-<date>-<time>` is created.",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from modules.staytime.backbones import BackboneKind
 from modules.staytime.base_losses import BaseKind
+from trainer.config.paths import InputFile
 from trainer.config.sections import Decay, Device, Positive, Rate, RunConfig, Section, Share
 
 Peculiarity = Literal[
@@ -25,7 +26,7 @@ PECULIARITIES: tuple[Peculiarity, ...] = get_args(Peculiarity)
 class StaytimeDataConfig(Section):
     """The visits to train and to evaluate on. Times are ISO dates or times, in the dataset's time zone."""
 
-    path: str = Field(..., description="Dataset directory with `texts/visits.parquet`.", min_length=1)
+    path: InputFile = Field(..., description="Dataset directory with `texts/visits.parquet`.", min_length=1)
     train_from: str = Field("", description="First request of training. Empty: the dataset's first.")
     train_until: str = Field(
         "", description="End of training: only visits whose comment area was left before it. Empty: `eval_from`."
@@ -96,8 +97,8 @@ class LcuConfig(Section):
     lambda2: float = Field(
         0.3, description="Weight of the interaction task: predict which comments the user interacts with.", ge=0
     )
-    item_embeddings: str = Field("", description="Table of text embeddings of the videos. Empty: none.")
-    comment_embeddings: str = Field("", description="Table of text embeddings of the comments. Empty: none.")
+    item_embeddings: InputFile = Field("", description="Table of text embeddings of the videos. Empty: none.")
+    comment_embeddings: InputFile = Field("", description="Table of text embeddings of the comments. Empty: none.")
     comment_ids: bool | None = Field(
         None,
         description="Give each comment an embedding of its id. Unset: only if there are no text embeddings of "

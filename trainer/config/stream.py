@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trainer.config.paths import InputFile
 from trainer.config.sections import MAY_CHANGE
 
 MessageFormat = Literal["json", "arrow"]
@@ -19,7 +20,7 @@ class StreamConfig(BaseModel):
     source: Literal["files", "kafka"] = Field(
         "files", description="`files` replays the events of a stored dataset; `kafka` reads a topic."
     )
-    path: str = Field(
+    path: InputFile = Field(
         "",
         description="Dataset to replay, a directory or an fsspec URL. Empty: `data.path`.",
         json_schema_extra=MAY_CHANGE,
@@ -45,7 +46,7 @@ class StreamConfig(BaseModel):
         description="Assignment of users to partitions: `limelight` checks that each event is in the partition of this "
         "project's hash of its user; `producer` trusts the producer to keep every user in one partition.",
     )
-    properties: str = Field(
+    properties: InputFile = Field(
         "",
         description="File of librdkafka properties, one `key=value` per line, such as for TLS and SASL. It is read at "
         "every start and not copied to the run.",

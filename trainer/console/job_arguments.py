@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import click
 
 from trainer.console.exit_status import USER_ERROR_STATUS
+from trainer.console.outputs import InputPath, OutputPath
 
 Parameters = tuple[click.Parameter, ...]
 
@@ -23,7 +24,7 @@ OVERRIDES = click.Argument(
 )
 
 TRAIN_ARGUMENTS: Parameters = (
-    click.Argument(["config"], metavar="CONFIG", type=click.Path(), help="Job file, such as configs/simulated.toml."),
+    click.Argument(["config"], metavar="CONFIG", type=InputPath(), help="Job file, such as configs/simulated.toml."),
     OVERRIDES,
 )
 """``CONFIG [section.key=value ...]``."""
@@ -37,15 +38,15 @@ RANGE_OPTIONS: Parameters = (
 """``[--from T] [--until T]``."""
 
 EVALUATE_ARGUMENTS: Parameters = (
-    click.Argument(["directory"], metavar="RUN", type=click.Path(), help="Directory of a finished run."),
+    click.Argument(["directory"], metavar="RUN", type=InputPath(), help="Directory of a finished run."),
     click.Option(
-        ["--data"], metavar="PATH", type=click.Path(), help="Dataset to evaluate on (default: the run's own)."
+        ["--data"], metavar="PATH", type=InputPath(urls=True), help="Dataset to evaluate on (default: the run's own)."
     ),
     *RANGE_OPTIONS,
     click.Option(
         ["--predictions"],
         metavar="OUT.parquet",
-        type=click.Path(),
+        type=OutputPath(),
         help="Also write the probabilities and labels of each row to this file.",
     ),
     click.Option(["--json"], is_flag=True, help="Print the metrics as JSON instead of a table."),
@@ -53,15 +54,15 @@ EVALUATE_ARGUMENTS: Parameters = (
 """``RUN [--data PATH] [--from T] [--until T] [--predictions OUT.parquet] [--json]``."""
 
 SCORE_ARGUMENTS: Parameters = (
-    click.Argument(["directory"], metavar="RUN", type=click.Path(), help="Directory of a run or of an exported model."),
-    click.Argument(["candidates"], metavar="CANDIDATES.parquet", type=click.Path(), help="Candidates to score."),
-    click.Argument(["out"], metavar="OUT.parquet", type=click.Path(), help="File to write, one row per candidate."),
+    click.Argument(["directory"], metavar="RUN", type=InputPath(), help="Directory of a run or of an exported model."),
+    click.Argument(["candidates"], metavar="CANDIDATES.parquet", type=InputPath(), help="Candidates to score."),
+    click.Argument(["out"], metavar="OUT.parquet", type=OutputPath(), help="File to write, one row per candidate."),
 )
 """``RUN CANDIDATES.parquet OUT.parquet``."""
 
 EXPLAIN_ARGUMENTS: Parameters = (
     click.Argument(
-        ["directory"], metavar="RUN", type=click.Path(), help="Directory of a run; its newest checkpoint is read."
+        ["directory"], metavar="RUN", type=InputPath(), help="Directory of a run; its newest checkpoint is read."
     ),
     click.Option(["--user"], type=int, required=True, metavar="U", help="Id of the user."),
     click.Option(["--candidate"], type=int, required=True, metavar="C", help="Item id of the candidate."),
@@ -72,7 +73,7 @@ EXPLAIN_ARGUMENTS: Parameters = (
         ["--top"], type=int, default=10, show_default=True, metavar="N", help="Entries of each history to print."
     ),
     click.Option(
-        ["--out"], metavar="PICTURE.png", type=click.Path(), help="Picture to write (default: RUN/explain-U-C.png)."
+        ["--out"], metavar="PICTURE.png", type=OutputPath(), help="Picture to write (default: RUN/explain-U-C.png)."
     ),
     click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config.ranker import JobConfig
+from trainer.console.outputs import Output
 from trainer.console.progress import Progress
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
@@ -26,6 +26,7 @@ from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import BehaviourMetrics, Report
 from trainer.ranking.training_state import MetricHistory
 from trainer.runtime.distributed import World
+from trainer.runtime.files import whole_file
 from trainer.runtime.phase_timer import PHASES
 
 CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
@@ -162,7 +163,7 @@ def calibration_curve(
     }
 
 
-def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence[str], world: World) -> None:
+def write_predictions(out: Output, predictions: Predictions, behaviours: Sequence[str], world: World) -> None:
     """Write the rows of all ranks to one Parquet file. Collective.
 
     Columns: ``user_id``, ``visit_id``, ``request_ms``, and for each behaviour B ``p_B``, ``label_B``, ``mask_B``.
@@ -174,7 +175,8 @@ def write_predictions(file: Path, predictions: Predictions, behaviours: Sequence
         columns[f"mask_{behaviour}"] = predictions.mask[:, k].to(torch.uint8).numpy()
     tables = world.gather(pa.table(columns))
     if tables is not None:
-        pq.write_table(pa.concat_tables(tables), file)
+        with out.writing(quiet=True) as file, whole_file(file) as tmp_path:
+            pq.write_table(pa.concat_tables(tables), tmp_path)
 
 
 def metrics_document(

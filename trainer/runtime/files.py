@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``file``; what the block writes there is synced and renamed to ``file``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    tmp_path = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield tmp_path
+        sync(tmp_path)
+        tmp_path.replace(file)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UserError(f"{file}: cannot be written ({reason})") from None
+    finally:
+        with suppress(OSError):
+            tmp_path.unlink(missing_ok=True)
 
 
 def write_whole(directory: Path, write: Callable[[Path], None]) -> None:

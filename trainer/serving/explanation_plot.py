@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trainer.console.errors import UserError
 from trainer.console.text_table import age_text
 from trainer.data.format.schema import DOMAINS
+from trainer.runtime.files import whole_file
 from trainer.serving.explanation import Explanation, HistoryAttention
 
 _COLOURS = {"video": "#1f6f8b", "live": "#c8553d"}
@@ -34,10 +34,8 @@ def write_picture(file: Path, explanation: Explanation) -> None:
         np.atleast_1d(figure.subplots(max(1, len(histories)), 1)), histories.items(), strict=False
     ):
         _draw(axes, name, history, explanation)
-    try:
-        figure.savefig(file, dpi=120, format="png")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+    with whole_file(file) as tmp_path:
+        figure.savefig(tmp_path, dpi=120, format="png")
 
 
 def _draw(axes: Axes, name: str, history: HistoryAttention, explanation: Explanation) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
+from trainer.console.outputs import Output
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
 from trainer.data.features.packed_batch import PackedBatch
@@ -29,6 +29,7 @@ from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
 from trainer.data.format.times import accepted_times, times_ms
 from trainer.data.importers.field_parsers import accepted_ids, integer_ids
 from trainer.data.importers.table_files import convert
+from trainer.runtime.files import whole_file
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 """Columns that a candidates file must have."""
@@ -191,21 +192,17 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
     )
 
 
-def score_file(model: Scorer, candidates_file: Path, out: Path) -> None:
+def score_file(model: Scorer, candidates_file: Path, out: Output) -> None:
     """Score the candidates of one file and write another one, which appears only when it is complete.
 
     Raises:
         UserError: the candidates cannot be scored, or the file cannot be written.
     """
+    out.check()
     candidates = read_candidates(candidates_file, model.data.spec)
     if not len(candidates["user_id"]):
         raise UserError(f"{candidates_file}: has no candidates; at least one row is needed")
     scores = score_candidates(model, model.config.data.path, candidates)
-    tmp_path = Path(f"{out}.{os.getpid()}")
-    try:
+    with out.writing() as file, whole_file(file) as tmp_path:
         pq.write_table(scores, tmp_path)
-        tmp_path.replace(out)
-    except OSError as error:
-        tmp_path.unlink(missing_ok=True)
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     print(f"{scores.num_rows:,} candidates scored: {out}")

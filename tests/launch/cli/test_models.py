@@ -30,8 +30,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         made.append(("score_range", str(run), str(out), *options.values()))
         return {"all": {"rmse": 2.0, "rows": 3}, "exposures": {}, "constant": {}}
 
-    def export_checkpoint(path: str, out: str) -> dict[str, Any]:
-        made.append(("export_checkpoint", path, out))
+    def export_checkpoint(path: str, out: Path) -> dict[str, Any]:
+        made.append(("export_checkpoint", path, str(out)))
         return {"kind": "ple", "step": 1200, "checkpoint": f"{path}/checkpoints/step-00001200"}
 
     monkeypatch.setattr(local, "start_ranks", start_ranks)

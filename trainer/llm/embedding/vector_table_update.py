@@ -17,6 +17,7 @@ import torch
 
 from trainer.config.embed import EmbeddingJob, Kind
 from trainer.console.errors import UserError, one_line
+from trainer.console.outputs import local_path
 from trainer.console.progress import Progress
 from trainer.data.format.content_vectors import MANIFEST, ContentVectors, Origin, VectorPart, finite_rows, write_parts
 from trainer.llm.embedding.dataset_texts import KindTexts
@@ -96,7 +97,7 @@ def stored_query(config: EmbeddingJob, encoder: Encoder, template: Template, nam
 
     It is learned once per model and stored beside the tables, so that vectors added later are comparable.
     """
-    file = Path(config.embed.directory) / f"query-{name}.npy"
+    file = local_path(config.embed.directory) / f"query-{name}.npy"
     if not file.exists():
         logger.info("fitting the query vector")
         query = fit_query(encoder, config.data.path, template, config.embed.seed)
@@ -140,7 +141,7 @@ class TableUpdate:
 
 def plan_update(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Origin) -> TableUpdate:
     """Compare the texts with the existing table; the result is the same on all ranks."""
-    settings, directory = config.embed, Path(config.embed.directory)
+    settings, directory = config.embed, local_path(config.embed.directory)
     table = directory / kind
     old = ContentVectors.open(table) if settings.incremental and (table / MANIFEST).exists() else None
     if old is not None and (old.origin.hash != origin.hash or old.vectors.dtype != settings.dtype):

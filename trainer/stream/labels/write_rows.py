@@ -82,7 +82,7 @@ def assemble_dataset(
     """
     log = EventLog(path)
     out = Path(out)
-    unused_file = out.with_name(f"{out.name.removesuffix('.parquet')}.unused_events.parquet")
+    unused_file = out.with_name(unused_events_name(out))
     kinds, reasons = np.zeros(len(KINDS), np.int64), np.zeros(len(REASONS), np.int64)
     done = visits = fast_slow_rows = 0
     with _parquet_file(out) as write_rows, _parquet_file(unused_file) as write_unused:
@@ -118,6 +118,11 @@ def assemble_dataset(
         unused_events,
         unused_file if any(unused_events.values()) else None,
     )
+
+
+def unused_events_name(out: str | Path) -> str:
+    """Return the name of the file of unused events, which is written beside the file of rows."""
+    return f"{Path(out).name.removesuffix('.parquet')}.unused_events.parquet"
 
 
 def _stream(

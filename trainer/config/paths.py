@@ -1,0 +1,94 @@
+"""Keys of job files that are paths: outputs are checked, relative paths become absolute before they are stored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from trainer.config.toml import Model
+from trainer.console.errors import UserError
+from trainer.console.outputs import local_path
+
+
+@dataclass(frozen=True)
+class PathMark:
+    """Mark of a key whose value is a path, or a list of paths.
+
+    Attributes:
+        instead: advice for a URL, if the key is an output that must be local; empty for an input.
+    """
+
+    instead: str = ""
+
+
+InputFile = Annotated[str, PathMark()]
+"""Key of a file or directory that is read; a hub id of a model is none and stays as it is."""
+
+InputFiles = Annotated[tuple[str, ...], PathMark()]
+
+RunDirectory = Annotated[
+    str,
+    PathMark(
+        "a job locks it, appends to its logs and replaces its checkpoints; set a local path, and copy the finished run "
+        "or give a URL to `limelight export`"
+    ),
+]
+
+TableDirectory = Annotated[
+    str,
+    PathMark("later jobs reuse and map the vectors that are there; set a local path and copy the finished tables"),
+]
+
+
+def path_mark(info: FieldInfo) -> PathMark | None:
+    """Return the mark of a key that is a path; None for other keys."""
+    return next((mark for mark in info.metadata if isinstance(mark, PathMark)), None)
+
+
+def check_outputs(job: BaseModel, prefix: str = "") -> None:
+    """Check that no output of a job is a URL of another protocol than ``file://``.
+
+    Args:
+        job: the job, or a section of it.
+        prefix: name of the section and a dot, for the message.
+
+    Raises:
+        UserError: one is; the line names the key.
+    """
+    for name, info in type(job).model_fields.items():
+        value, mark = getattr(job, name), path_mark(info)
+        if isinstance(value, BaseModel):
+            check_outputs(value, f"{prefix}{name}.")
+        elif mark is not None and mark.instead and value:
+            try:
+                local_path(value, "it", mark.instead)
+            except UserError as error:
+                raise UserError(f"{prefix}{name} = {error}") from None
+
+
+def absolute_paths(job: Model) -> Model:
+    """Return a job whose relative paths are absolute, so that it means the same in every directory.
+
+    A path that does not exist stays as it is: it may be a hub id, or a path of an earlier version that was stored
+    relative to another directory.
+    """
+    changes: dict[str, Any] = {}
+    for name, info in type(job).model_fields.items():
+        value = getattr(job, name)
+        if isinstance(value, BaseModel):
+            changes[name] = absolute_paths(value)
+        elif isinstance(value, dict) and any(isinstance(inner, BaseModel) for inner in value.values()):
+            changes[name] = {key: absolute_paths(inner) for key, inner in value.items()}
+        elif path_mark(info) is not None:
+            changes[name] = absolute(value) if isinstance(value, str) else tuple(map(absolute, value))
+    return job.model_copy(update=changes)
+
+
+def absolute(path: str) -> str:
+    """Return the absolute path of something that exists; URLs, and names of nothing that exists, stay as they are."""
+    return os.path.abspath(path) if path and "://" not in path and Path(path).exists() else path
