@@ -44,7 +44,8 @@ class StreamConfig(BaseModel):
     partitioner: Literal["limelight", "producer"] = Field(
         "limelight",
         description="Assignment of users to partitions: `limelight` checks that each event is in the partition of this "
-        "project's hash of its user; `producer` trusts the producer to keep every user in one partition.",
+        "project's hash of its user; `producer` expects that the producer keeps every user in one partition, and "
+        "counts the users in two.",
     )
     properties: InputFile = Field(
         "",

@@ -16,6 +16,7 @@ from tests.stream.conftest import PARTITIONS, Cluster
 from tests.stream.event_logs import START_MS, by_partition, random_events
 from tests.stream.random_logs import SPEC
 from trainer.config.stream import StreamConfig
+from trainer.stream.sources import kafka_client, kafka_put_back
 from trainer.stream.sources.kafka_put_back import PutBack, put_back
 from trainer.stream.sources.kafka_source import KafkaSource
 from trainer.stream.sources.message_codec import MessageCodec
@@ -88,7 +89,10 @@ def test_whole_messages_are_kept_and_come_back_once(cluster: Cluster) -> None:
     }
     # Only the rejected events of a message with others come back, and an event of another partition goes there.
     assert again == {(None, b"\n".join(future), 1), (b"moved", lines(1, [6])[0], 1)}
-    assert all(message.headers() == HEADERS for message in messages)
+    assert all(message.headers()[:2] == HEADERS for message in messages)
+    assert sorted(message.headers()[2:] for message in messages)[-6:] == [
+        [("limelight.put_back", origin)] for origin in (b"0:0:0", b"0:1:0", b"1:1:1,2", b"1:2:0", b"2:0:0", b"3:0:0")
+    ]
 
     # With the setting corrected, everything that is an event is trained on: what was good, and what has come back.
     corrected = config.model_copy(update={"future_hours": 1e7, "dead_letter": f"{config.topic}-others"})
@@ -128,7 +132,85 @@ def test_dead_letters_of_version_0_1_come_back(cluster: Cluster) -> None:
     assert cluster.producer.flush(30) == 0
     assert put_back(cluster.config(topic)) == PutBack(messages=1)
     (message,) = cluster.messages(topic)
-    assert (message.partition(), message.value(), message.headers()) == (3, line, None)
+    assert (message.partition(), message.value()) == (3, line)
+    assert message.headers() == [("limelight.put_back", b"3:5:2")]
+
+
+class Killed(Exception):
+    """Death of the command."""
+
+
+def dead_letters(cluster: Cluster, messages: int) -> tuple[StreamConfig, list[tuple[int, bytes]]]:
+    """Return the config of a topic with rejected events in all partitions, and these events with their partition."""
+    config = cluster.config(cluster.topic())
+    sent = [(p, lines(p, [visit], time_ms=FUTURE_MS)[0]) for visit in range(messages) for p in range(PARTITIONS)]
+    for p, value in sent:
+        cluster.producer.produce(config.topic, value=value, partition=p)
+    assert cluster.producer.flush(30) == 0
+    assert train_on(config) == ([], len(sent))
+    return config, sorted(sent)
+
+
+def returned(cluster: Cluster, topic: str) -> list[tuple[int, bytes]]:
+    """Return the messages that were put back on a topic, with their partition."""
+    return sorted((message.partition(), message.value()) for message in cluster.messages(topic) if message.headers())
+
+
+@pytest.mark.parametrize("step", ["produce", "flush", "commit"])
+def test_a_killed_command_is_repeated_and_puts_every_event_back_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(kafka_client, "READ_MESSAGES", 3)
+    config, sent = dead_letters(cluster, 4)
+    allowed = 0
+    target: Any = kafka_put_back if step == "produce" else kafka_put_back._LetterReturn
+    name = "produce" if step == "produce" else f"_{step}"
+    real = getattr(target, name)
+
+    def deadly(first: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal allowed
+        if allowed == 0:
+            producer = first if step == "produce" else first._producer
+            # Messages that are still in the queue of the producer die with it.
+            if len(deaths) % 2:
+                producer.purge(in_flight=False)
+            assert producer.flush(30) == 0
+            raise Killed
+        allowed -= 1
+        real(first, *arguments, **options)
+
+    monkeypatch.setattr(target, name, deadly)
+    deaths: list[int] = []
+    for allowance in (0, 1, 2, 0, 1000):
+        allowed = allowance
+        try:
+            put_back(config)
+        except Killed:
+            deaths.append(allowance)
+    assert deaths == [0, 1, 2, 0]
+    assert returned(cluster, config.topic) == sent
+    monkeypatch.undo()
+    assert put_back(config) == PutBack()
+
+
+def test_a_letter_that_is_written_again_after_it_was_put_back_stays(cluster: Cluster) -> None:
+    config, sent = dead_letters(cluster, 2)
+    position = {p: [0, 0, 0, 0] for p in range(PARTITIONS)}
+    assert put_back(config).messages == len(sent)
+    # A job that was killed continues at its last checkpoint: it rejects the same messages again, and then the new ones.
+    with KafkaSource(config, SPEC).connect().open(range(PARTITIONS), position) as reader:
+        assert sum(map(len, reader)) == 0
+    counts = put_back(config)
+    assert (counts.messages, counts.duplicates) == (len(sent), len(sent))
+    assert returned(cluster, config.topic) == sorted([*sent, *sent])
+
+
+def test_nobody_elses_message_counts_as_put_back(cluster: Cluster) -> None:
+    config, sent = dead_letters(cluster, 1)
+    headers = [("limelight.put_back", value) for value in (b"", None, b"1:2", b"x:0:0", b"0:0:\xff")]
+    cluster.producer.produce(config.topic, value=b"other", partition=0, headers=headers)
+    assert cluster.producer.flush(30) == 0
+    assert put_back(config).messages == len(sent)
 
 
 def test_the_command_puts_dead_letters_back(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,14 +229,70 @@ def test_the_producers_partitioner_is_trusted_if_configured(cluster):
     assert sorted(events_of(batches)) == sorted(as_tuples(EVENTS))
     for batch in batches:
         assert (batch.partition == (batch.events["user_id"] * 7 + 1) % PARTITIONS).all()
-    with pytest.raises(UserError, match=r"of the last 3,000 events of topic .* were rejected \(such as partition"):
-        read(config.model_copy(update={"partitioner": "limelight"}))
 
 
-def test_a_topic_in_another_format_is_refused(cluster):
+def dead_letters(cluster, config) -> int:
+    known = cluster.producer.list_topics(timeout=20).topics
+    return len(cluster.messages(f"{config.topic}-dead-letters")) if f"{config.topic}-dead-letters" in known else 0
+
+
+def test_a_topic_of_another_partitioner_is_refused_before_the_first_dead_letter(cluster):
+    config = cluster.config(cluster.topic())
+    owner = (EVENTS["user_id"] * 7 + 1) % PARTITIONS
+    values = MessageCodec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
+    for p in ALL:
+        cluster.send(config.topic, p, [values[k] for k in np.flatnonzero(owner == p)])
+    refused = (
+        rf"topic {config.topic} partition \d: \d+ of the \d+ users at offsets 0 to \d+ belong to other partitions "
+        r"\(such as offset \d+: its user belongs to partition \d, not to partition \d\): the topic has another "
+        r'partitioner; set stream.partitioner = "producer" if its producer keeps every user in one partition$'
+    )
+    # A job that is started again decides the same, from any position and on any number of ranks.
+    for partitions, position in ((ALL, None), (ALL, None), ([2], None), (ALL, {p: [300, 0, 0, 0] for p in ALL})):
+        with pytest.raises(UserError, match=refused):
+            KafkaSource(config, SPEC).connect().open(partitions, position)
+    assert dead_letters(cluster, config) == 0
+
+
+def test_messages_of_another_partitioner_that_come_later_stop_the_job_before_they_are_dead_letters(cluster):
+    config = cluster.config(cluster.topic(), until_end=False, linger_seconds=0.05, idle_seconds=0.1)
+    values = MessageCodec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
+    with KafkaSource(config, SPEC).connect().open(ALL) as reader:
+        cluster.send(
+            config.topic, 1, [values[k] for k in np.flatnonzero(partition_of(EVENTS["user_id"], PARTITIONS) == 2)]
+        )
+        with pytest.raises(UserError, match=r"partition 1: \d+ of the \d+ users .* the topic has another partitioner"):
+            while True:
+                reader.take(1.0)
+    # Until six users were seen, nothing could be decided.
+    assert len({by_user(message) for message in cluster.messages(f"{config.topic}-dead-letters")}) < 6
+
+
+def test_a_few_misplaced_messages_are_dead_letters(cluster):
+    config = cluster.published(EVENTS, 1)
+    values = MessageCodec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
+    at = np.flatnonzero(partition_of(EVENTS["user_id"], PARTITIONS) == 2)
+    misplaced = [values[k] for k in at[np.unique(EVENTS["user_id"][at], return_index=True)[1][:3]]]
+    cluster.send(config.topic, 1, misplaced)
+    batches = read(config)
+    assert events_of(batches) == merged(EVENTS, ALL)
+    assert batches[-1].position[1][3] == dead_letters(cluster, config) == 3
+    # From the position in front of them, with the messages before as evidence, they are dead letters again.
+    assert read(config, ALL, {p: [at[0] - 3 * (p == 1), *at[1:]] for p, at in batches[-1].position.items()})
+    assert dead_letters(cluster, config) == 6
+
+
+def test_a_topic_in_another_format_is_refused_before_the_first_dead_letter(cluster):
     config = cluster.published(EVENTS, 1).model_copy(update={"format": "arrow"})
-    with pytest.raises(UserError, match=r"check that stream.format = 'arrow' and stream.partitioner = 'limelight' are"):
-        read(config)
+    reason = (
+        r"partition \d: 50 of the 50 messages at offsets 0 to 49 were rejected \(such as offset \d+: not an Arrow "
+        r"stream of events: .*\); "
+        "check that stream.format = 'arrow' and stream.partitioner = 'limelight' are those of the topic$"
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match=reason):
+            read(config)
+    assert dead_letters(cluster, config) == 0
 
 
 def drop_oldest(cluster: Cluster, topic: str, partition: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,10 @@ RESERVED_PROPERTIES = {
 LINE_SECONDS = 5.0
 """Minimum time between two progress lines of one retry."""
 
+READ_MESSAGES = 1000
+"""Maximum number of messages in a portion of :func:`read_ranges`."""
+
+_READ_SECONDS = 0.5
 _REQUEST_SECONDS = 2.0
 _PAUSE_SECONDS = 0.5
 
@@ -223,6 +227,59 @@ def watermarks(
         return int(held[0]), int(held[1])
 
     return {partition: retry(partial(request, partition), config, status) for partition in partitions}
+
+
+def without_errors(offsets: list[Any]) -> list[Any]:
+    """Return the offsets of partitions, as a request has returned them.
+
+    Raises:
+        KafkaException: the request has failed for one of the partitions.
+    """
+    for at in offsets:
+        if at.error is not None:
+            raise library().KafkaException(at.error)
+    return offsets
+
+
+def read_ranges(topic: str, ranges: Mapping[int, tuple[int, int]], config: StreamConfig) -> Iterator[list[Any]]:
+    """Yield the messages of a topic in the range ``[first, end)`` of each partition, in portions of any size.
+
+    It has a consumer of its own, because one that reads a partition again may report the earlier end once more.
+
+    Raises:
+        UserError: a partition cannot be read, or no message comes for ``retry_seconds``.
+    """
+    kafka, status = library(), BrokerStatus()
+    missing = {p: end for p, (first, end) in ranges.items() if first < end}
+    if not missing:
+        return
+    consumer = make_consumer(config, status)
+    # Polling would take a message away.
+    status.poll = None
+    consumer.assign([kafka.TopicPartition(topic, p, ranges[p][0]) for p in missing])
+    heard = time.monotonic()
+    try:
+        while missing:
+            portion, ended = [], set()
+            for message in consumer.consume(READ_MESSAGES, _READ_SECONDS):
+                heard, p, error = time.monotonic(), message.partition(), message.error()
+                if error is not None and error.code() != kafka.KafkaError._PARTITION_EOF:
+                    raise UserError(f"topic {topic} partition {p}: cannot be read ({error.str()})")
+                if error is None and p in missing and message.offset() < missing[p]:
+                    portion.append(message)
+                # The end of a partition may come before ``end``: transaction markers have offsets, but do not arrive.
+                if p in missing and (error is not None or message.offset() + 1 >= missing[p]):
+                    ended.add(p)
+            if ended:
+                consumer.incremental_unassign([kafka.TopicPartition(topic, p) for p in ended])
+                missing = {p: end for p, end in missing.items() if p not in ended}
+            if portion:
+                yield portion
+            elif time.monotonic() - heard > config.retry_seconds:
+                reason = status.last_error or "no broker answers"
+                raise UserError(f"topic {topic}: no message for {config.retry_seconds:g} s ({reason})")
+    finally:
+        consumer.close()
 
 
 def produce(producer: Any, topic: str, **message: Any) -> None:

@@ -34,13 +34,14 @@ from trainer.stream.sources.message_codec import RejectedEvent
 logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 30.0
-_WINDOW = 1000
-
 
 HEADERS = ("reason", "topic", "partition", "offset", "format", "inside", "target")
 """Headers of a dead letter, each after ``HEADER_PREFIX``."""
 
 HEADER_PREFIX = "limelight."
+PUT_BACK_HEADER = f"{HEADER_PREFIX}put_back"
+"""Header of a message that was put back on its topic."""
+
 _REASONS = 20
 
 
@@ -86,13 +87,13 @@ class DeadLetter:
 
 
 def own_headers(message: Any) -> list[tuple[str, bytes | None]]:
-    """Return the headers of a message without those of a dead letter."""
-    added = {f"{HEADER_PREFIX}{name}" for name in HEADERS}
+    """Return the headers of a message without those of a dead letter or of a message that was put back."""
+    added = {PUT_BACK_HEADER, *(f"{HEADER_PREFIX}{name}" for name in HEADERS)}
     return [(name, value) for name, value in message.headers() or [] if name not in added]
 
 
 class DeadLetterProducer:
-    """Sends messages with rejected events to the dead-letter topic, and stops the job if most of a stream is rejected.
+    """Sends messages with rejected events to the dead-letter topic.
 
     The producer is created with the first dead letter.
 
@@ -104,43 +105,25 @@ class DeadLetterProducer:
         self._config, self._status = config, BrokerStatus()
         self._producer: Any = None
         self._topic = config.dead_letter or f"{config.topic}-dead-letters"
-        self._recent: list[tuple[int, int]] = []
         self._unreported, self._last_report = 0, -_LINE_SECONDS
 
-    def send(self, letters: Sequence[DeadLetter], good: int) -> None:
-        """Write messages to the dead-letter topic, and count their rejected events against the ``good`` ones.
-
-        Args:
-            letters: messages with rejected events.
-            good: number of the events of the same chunk that were not rejected.
+    def send(self, letters: Sequence[DeadLetter]) -> None:
+        """Write messages to the dead-letter topic.
 
         Raises:
-            UserError: they cannot be written, or most of the latest events were rejected.
+            UserError: they cannot be written.
         """
-        bad = sum(len(letter.rejected) for letter in letters)
-        if letters:
-            self._write(letters)
-            self._unreported += bad
-            # A broken producer may send thousands of bad events a second.
-            if time.monotonic() - self._last_report >= _LINE_SECONDS:
-                logger.info(
-                    f"stream: {self._unreported:,} events of topic {self._config.topic} were rejected (such as "
-                    f"{letters[0]}); they are in the dead-letter topic {self._topic}"
-                )
-                self._unreported, self._last_report = 0, time.monotonic()
-        self._recent.append((good, bad))
-        total = sum(good + bad for good, bad in self._recent)
-        if total >= _WINDOW:
-            rejected = sum(bad for _, bad in self._recent)
-            self._recent = []
-            # So many rejections mean wrong settings, and training on the rest would hide them.
-            if 2 * rejected > total:
-                example = f" (such as {letters[0]})" if letters else ""
-                raise UserError(
-                    f"{rejected:,} of the last {total:,} events of topic {self._config.topic} were rejected{example}; "
-                    f"check that stream.format = {self._config.format!r} and stream.partitioner = "
-                    f"{self._config.partitioner!r} are those of the topic"
-                )
+        if not letters:
+            return
+        self._write(letters)
+        self._unreported += sum(len(letter.rejected) for letter in letters)
+        # A broken producer may send thousands of bad events a second.
+        if time.monotonic() - self._last_report >= _LINE_SECONDS:
+            logger.info(
+                f"stream: {self._unreported:,} events of topic {self._config.topic} were rejected (such as "
+                f"{letters[0]}); they are in the dead-letter topic {self._topic}"
+            )
+            self._unreported, self._last_report = 0, time.monotonic()
 
     def _write(self, letters: Sequence[DeadLetter]) -> None:
         """Produce the letters, and wait until they are delivered."""

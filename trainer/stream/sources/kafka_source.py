@@ -3,9 +3,11 @@
 **Partitions.** The partitions of the topic are those of the job. In a topic of N partitions, partition p has the events
 of the users with ``schema.partition_of(user_id, N) == p``, as ``limelight stream publish`` writes them, and rank
 ``p % world`` reads it. An event of a user in another partition is rejected, because another rank has that user's
-visits. A topic of a producer with its own partitioner is read with ``partitioner = "producer"``; then the producer must
-keep each user's messages in one partition and in order, which is not checked. A topic whose number of partitions has
-changed is refused, because its users have moved.
+visits; a topic of which many users are in other partitions is refused before that, see
+``trainer.stream.sources.topic_check``. A topic of a producer with its own partitioner is read with
+``partitioner = "producer"``; then the producer must keep each user's messages in one partition and in order. Users in
+two partitions are counted, see ``trainer.stream.live.user_partitions``. A topic whose number of partitions has changed
+is refused, because its users have moved.
 
 **Exactly once.** Partitions are assigned, not subscribed to, and no offset is committed. A reader that is opened at a
 position seeks to it. Messages at the position that the broker has deleted are a gap; a gap is an error unless
@@ -23,7 +25,7 @@ import logging
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from trainer.stream.sources.kafka_client import (
     BrokerStatus,
     library,
     make_consumer,
+    read_ranges,
     retry,
     topic_partitions,
     watermarks,
@@ -45,6 +48,7 @@ from trainer.stream.sources.logged_features import empty_features
 from trainer.stream.sources.message_codec import DecodedMessages, MessageCodec
 from trainer.stream.sources.source import EventBatch, Position, SourceIdentity, StreamReader, starting_position
 from trainer.stream.sources.time_merge import TimeMerge
+from trainer.stream.sources.topic_check import TopicCheck
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +115,11 @@ class KafkaSource:
             consumer.close()
             raise
         feed = _KafkaFeed(consumer, status, start, held, self._partitions, self._config, self._spec, slice_ms)
+        try:
+            feed.check_settings(held)
+        except BaseException:
+            consumer.close()
+            raise
         return StreamReader(feed, self._config.queue_batches)
 
 
@@ -148,10 +157,18 @@ def without_gaps(position: Position, held: Mapping[int, tuple[int, int]], config
     return {**position, **moved}
 
 
+def _places(messages: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return partition and offset of each message, ``[n]`` int64."""
+    return (
+        np.array([message.partition() for message in messages], np.int64),
+        np.array([message.offset() for message in messages], np.int64),
+    )
+
+
 class _KafkaFeed:
     """Feed of some partitions of a topic, merged by event time.
 
-    Everything except :meth:`backlog` runs in the thread of the reader.
+    Everything except :meth:`check_settings` and :meth:`backlog` runs in the thread of the reader.
     """
 
     def __init__(
@@ -171,6 +188,7 @@ class _KafkaFeed:
         self._ticks_ms = [slice_ms] if slice_ms else []
         self._codec = MessageCodec(config.format, spec, round(config.future_hours * 3_600_000))
         self._dead_letters = DeadLetterProducer(config)
+        self._check = TopicCheck(config, partitions)
         self._merge = TimeMerge(position)
         self._next = {p: at[0] for p, at in position.items()}
         self._inside = {p: (at[0], at[1]) for p, at in position.items() if at[1]}
@@ -213,6 +231,25 @@ class _KafkaFeed:
         finally:
             self._consumer.close()
 
+    def check_settings(self, held: Mapping[int, tuple[int, int]]) -> None:
+        """Check with the messages around the position that the topic fits the settings of the job.
+
+        Raises:
+            UserError: it has another partitioner or format, or these messages cannot be read.
+        """
+        ranges = self._check.ranges(self._next, held)
+        messages = list(chain.from_iterable(read_ranges(self._config.topic, ranges, self._config)))
+        if messages:
+            partition, offset = _places(messages)
+            order = np.lexsort([offset, partition])
+            self._check.add(partition[order], offset[order], self._decode([messages[at] for at in order.tolist()]))
+
+    def _decode(self, messages: Sequence[Any]) -> DecodedMessages:
+        """Decode messages, and compare their partitions with their users if the partitioner is our own."""
+        partition = _places(messages)[0] if self._config.partitioner == "limelight" else None
+        now_ms = round(time.time() * 1000)
+        return self._codec.decode([message.value() for message in messages], now_ms, partition, self._partitions)
+
     def _take(self, rest: bool) -> EventBatch | None:
         return self._merge.take(self._config.batch_events, ticks_ms=self._ticks_ms, rest=rest)
 
@@ -241,8 +278,7 @@ class _KafkaFeed:
 
     def _append(self, messages: list[Any]) -> None:
         """Decode messages, add their events to the merge, and send rejected ones to the dead letters."""
-        partition = np.array([message.partition() for message in messages])
-        offset = np.array([message.offset() for message in messages])
+        partition, offset = _places(messages)
         order = np.argsort(partition, kind="stable")
         # After a pause or a seek, the library may deliver messages again that were already read.
         wanted = offset >= np.array([self._next[p] for p in partition.tolist()])
@@ -253,20 +289,19 @@ class _KafkaFeed:
             return
         partition, offset = partition[order], offset[order]
         chosen = [messages[place] for place in order.tolist()]
-        # Only our own partitioner can be checked.
-        checked = partition if self._config.partitioner == "limelight" else None
-        now_ms = round(time.time() * 1000)
-        decoded = self._codec.decode([message.value() for message in chosen], now_ms, checked, self._partitions)
+        decoded = self._decode(chosen)
+        # Before the first dead letter is written and before anything is trained on.
+        self._check.add(partition, offset, decoded)
         arrived = np.array([message.timestamp()[1] for message in chosen], np.int64)
         # A message without a timestamp arrives now.
-        arrived[arrived < 0] = now_ms
+        arrived[arrived < 0] = round(time.time() * 1000)
         self._per_message = float(decoded.sizes.max())
         edges = np.flatnonzero(np.diff(partition)) + 1
         starts, stops = [0, *edges.tolist()], [*edges.tolist(), len(partition)]
         letters: list[DeadLetter] = []
         for start, stop in zip(starts, stops, strict=True):
             letters += self._append_partition(chosen, offset, arrived, decoded, start, stop)
-        self._dead_letters.send(letters, len(decoded.message))
+        self._dead_letters.send(letters)
 
     def _append_partition(
         self,

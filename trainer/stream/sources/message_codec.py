@@ -69,12 +69,14 @@ class RejectedEvent:
         inside: number of the event in its message.
         reason: reason as text for a person.
         owner: partition of its user, if the event is in another one; otherwise None.
+        user: its user, if ``owner`` is set.
     """
 
     message: int
     inside: int
     reason: str
     owner: int | None = None
+    user: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,13 @@ class MessageCodec:
                         f"its user belongs to partition {owner[row]}, not to partition {partition[message[row]]}"
                     )
         rejected += [
-            RejectedEvent(int(message[row]), int(inside[row]), reason, owners.get(row))
+            RejectedEvent(
+                int(message[row]),
+                int(inside[row]),
+                reason,
+                owners.get(row),
+                int(events["user_id"][row]) if row in owners else None,
+            )
             for row, reason in reasons.items()
         ]
         if reasons:
