@@ -1,4 +1,4 @@
-"""Test of training on a live topic: stopped by SIGTERM, resumed to the end of the topic, every row once."""
+"""Tests of training on a topic: stopped and resumed with every row once, and with users in several partitions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.launches import ENVIRONMENT
 from tests.distributed.stream_ranks import JOB
 from tests.nursery import Nursery
-from tests.stream.conftest import Cluster
+from tests.stream.conftest import PARTITIONS, Cluster
 from trainer.checkpoint.manifest import checkpoints_at, read_manifest
 from trainer.config.load import parse_time
 from trainer.config.stream import LabelConfig, StreamConfig
@@ -25,6 +26,7 @@ from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
 from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.sources.kafka_topic import TopicPublisher
+from trainer.stream.sources.message_codec import MessageCodec
 from trainer.stream.sources.replay import ReplaySource
 
 LIMIT_SECONDS = 200.0
@@ -106,3 +108,31 @@ def test_a_live_topic_is_trained_on_as_it_arrives(
     assert stream["counts"]["unanswered"] == stream["counts"]["without_features"] == stream["counts"]["late"] == 0
     assert stream["counts"]["requests"] == stream["progressive"]["click"]["rows"] > 0
     assert stream["freshness_seconds"]["count"] > 0
+
+
+def test_users_that_a_producer_spreads_over_partitions_are_counted_and_named_at_once(
+    limelight: Any, cluster: Cluster, world: Path, tmp_path: Path
+) -> None:
+    spec, run = DatasetSpec.load(world), tmp_path / "run"
+    config = cluster.config(cluster.topic())
+    begin = parse_time(SINCE, spec.timezone, "t")
+    codec, sent, users = MessageCodec("json", spec, 0), 0, set()
+    with ReplaySource(world, StreamConfig(), begin, begin + 3 * 3_600_000).open(range(spec.partitions)) as reader:
+        for batch in reader:
+            users |= set(batch.events["user_id"].tolist())
+            # A producer without keys writes its messages to one partition after another.
+            for value in codec.encode(batch.events, batch.logged):
+                cluster.producer.produce(config.topic, value=value, partition=sent % PARTITIONS)
+                sent += 1
+            assert cluster.producer.flush(30) == 0
+    settings = [setting for setting in JOB if not setting.startswith("stream.until=")]
+    settings += [f"data.path={world}", f"run.directory={run}", "stream.source=kafka", f"stream.topic={config.topic}"]
+    settings += [f"stream.brokers={config.brokers}", "stream.until_end=true", "stream.partitioner=producer"]
+    done = limelight("train", "configs/moment.toml", *settings, "--ranks", 2)
+    found = json.loads((run / "metrics.json").read_text())["stream"]
+    assert found["counts"]["events"] == sent and found["users"]["counted_share"] == 1
+    assert found["users"]["seen"] == len(users)
+    assert found["users"]["in_two_partitions"] > len(users) / 2
+    lines = [line for line in done.stdout.splitlines() if "users have events in two partitions (such as user " in line]
+    assert len(lines) >= 2 and "ple: " in lines[-1] and "ple: " not in lines[0]
+    assert done.stdout.index(lines[0]) < done.stdout.index("predicted as requests came")

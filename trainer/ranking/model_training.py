@@ -195,6 +195,9 @@ def write_results(
         counts = document["stream"]["counts"]
         if counts["before_start"]:
             logger.info(f"{kind}: skipped {counts['before_start']:,} events from before the start of the stream")
+        if document["stream"]["users"] and document["stream"]["users"]["in_two_partitions"]:
+            assert model.stream.users is not None
+            logger.info(f"{kind}: {model.stream.users.message()}")
         if not document["training"]["rows"]:
             events = counts["events"]
             logger.info(f"{kind}: trained on 0 rows: the stream has ended, and its events ({events:,}) gave no row")

@@ -90,9 +90,12 @@ def train_stream(
             due = any([checkpoints.is_due(step) for step in range(saved_step + 1, state.step + 1)])
             saved_step, lag = state.step, reader.lag()
             # One all-gather per slice carries everything that the ranks must decide together.
-            values = (*trainer.waiting(), due, preemption.asked, pushed, lag.waiting, lag.event_ms)
+            users = 0 if stream.users is None else stream.users.unexchanged
+            values = (*trainer.waiting(), due, preemption.asked, users, pushed, lag.waiting, lag.event_ms)
             agreed = slices.agree(tuple(map(int, values)))
-            rows, pending, by_clock, save, stop, events, behind, _ = agreed.values.sum(axis=0).tolist()
+            rows, pending, by_clock, save, stop, users, events, behind, _ = agreed.values.sum(axis=0).tolist()
+            if users and stream.users is not None:
+                stream.users.exchange(world)
             # The total grows with the stream; nobody knows its end.
             progress.total = progress.done + events + behind
             progress.advance(events, trainer.progress_note(behind, int(agreed.values[:, -1].max())))

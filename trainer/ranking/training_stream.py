@@ -25,6 +25,7 @@ from trainer.runtime.distributed import World
 from trainer.stream.live.freshness import Freshness
 from trainer.stream.live.live_stream import LiveStream, PredictedOutcomes
 from trainer.stream.live.unused_events import UnusedEventLog
+from trainer.stream.live.user_partitions import UserPartitions
 from trainer.stream.sources.open_source import open_source
 from trainer.stream.sources.source import EventBatch, Source, StreamReader, check_identity
 
@@ -46,6 +47,7 @@ class TrainingStream:
         live: state of the stream on this rank.
         unused_events: log of the events that change no row.
         freshness: delays from events to training steps; None in a replay at full speed, where they mean nothing.
+        users: users by partition; None if the source guarantees that a user is in one partition.
         observe: function called with new outcomes.
         seen_until_ms: event time before which all events of this rank have arrived.
         flushed_ms: event time of the last training; the same on all ranks.
@@ -60,6 +62,7 @@ class TrainingStream:
     live: LiveStream
     unused_events: UnusedEventLog
     freshness: Freshness | None
+    users: UserPartitions | None = None
     observe: OutcomeObserver = field(default=lambda outcomes: None)
     seen_until_ms: int = 0
     flushed_ms: int = 0
@@ -70,6 +73,8 @@ class TrainingStream:
             # Events before the start of the stream are in the dataset's histories already.
             kept = batch.since(self.since_ms)
             self.live.counts["before_start"] += len(batch) - len(kept)
+            if self.users is not None:
+                self.users.add(kept.events["user_id"], kept.partition)
             self.unused_events.write(self.live.push(kept))
         self.unused_events.write(self.live.advance(until_ms))
         self.seen_until_ms = until_ms
@@ -82,6 +87,7 @@ class TrainingStream:
             "seen_until_ms": self.seen_until_ms,
             "flushed_ms": self.flushed_ms,
             "live": as_tensors(self.live.state_dict()),
+            **({} if self.users is None else {"users": as_tensors(self.users.state_dict())}),
         }
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]], counted: Sequence[int]) -> None:
@@ -96,6 +102,9 @@ class TrainingStream:
         self.seen_until_ms = min(state["seen_until_ms"] for state in states)
         self.flushed_ms = states[0]["flushed_ms"]
         self.live.load_state_dict([as_arrays(state["live"]) for state in states], counted)
+        # Runs of earlier versions have not counted users.
+        if self.users is not None and "users" in states[0]:
+            self.users.load_state_dict(as_arrays(states[0]["users"]))
 
     def open(self, position: Mapping[int, Sequence[int]] | None) -> StreamReader:
         """Start to read this rank's partitions from a position of all partitions; None starts at the beginning.
@@ -110,12 +119,14 @@ class TrainingStream:
 
         Returns:
             ``progressive``: metrics of the predictions that were made at the requests; ``counts`` over all ranks, see
-            ``live_stream.COUNTS``; ``freshness_seconds``: see :class:`Freshness`, or null.
+            ``live_stream.COUNTS``; ``freshness_seconds``: see :class:`Freshness`, or null; ``users``: see
+            :meth:`UserPartitions.summary`, or null.
         """
         return {
             "progressive": progressive.compute(world.control),
             "counts": {name: world.sum(count) for name, count in self.live.counts.items()},
             "freshness_seconds": None if self.freshness is None else self.freshness.summary(world),
+            "users": None if self.users is None else self.users.summary(),
         }
 
 
@@ -140,8 +151,10 @@ def open_stream(
     source = open_source(settings, data.spec, config.data.path, split.stream_from, split.train_until)
     partitions = partitions_of_rank(source.partitions, world.rank, world.size)
 
+    producers_own = settings.source == "kafka" and settings.partitioner == "producer"
+
     def is_own(user_id: np.ndarray) -> np.ndarray:
-        if settings.source == "kafka" and settings.partitioner == "producer":
+        if producers_own:
             # The users of a partition are known only when their events arrive.
             return np.ones(len(user_id), bool)
         return np.isin(partition_of(user_id, source.partitions), partitions)
@@ -168,6 +181,7 @@ def open_stream(
         live=live,
         unused_events=UnusedEventLog(model_dir, data.spec, world.rank),
         freshness=Freshness() if in_time else None,
+        users=UserPartitions() if producers_own and source.partitions > 1 else None,
     )
 
 
