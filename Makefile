@@ -18,7 +18,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do 
 	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
 endif
 
-.PHONY: setup train test test-all test-kafka test-triton chaos lint format doctor clean
+.PHONY: setup train test test-all test-kafka test-triton test-gpu chaos lint format doctor clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
@@ -48,6 +48,11 @@ build/triton-$(TRITON):
 	@mkdir -p build && rm -rf $@.partial
 	@.venv/bin/python -m pip install --quiet --no-deps --target $@.partial triton==$(TRITON)
 	@mv $@.partial $@
+
+# All that only a GPU can show, in ten minutes on one card, where pyproject.toml's packages are installed already: set-up
+# would replace a machine's own torch.
+test-gpu:
+	@test -x .venv/bin/python && python=.venv/bin/python || python=$(PYTHON); $$python -m benchmarks.speed.gpu --out benchmarks/results/gpu.json
 
 # About ten minutes on two cores; SEED=2 draws other faults, FAULTS=20 fewer.
 chaos: setup
