@@ -172,6 +172,27 @@ def test_a_rank_that_hangs_in_its_last_step_is_found(tmp_path: Path) -> None:
         ranks.kill()
 
 
+def test_ranks_that_wait_for_their_gpus_are_not_at_fault(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "sleep while others wait for their GPUs", 1.0)
+    try:
+        status, output = ranks.ended(0)
+        assert status == HUNG_STATUS
+        assert "rank 1 is not in a collective" in output and "rank 0 waits in item() for its GPU" in output
+        assert "limelight: stacks of rank 0" not in output
+    finally:
+        ranks.kill()
+
+
+def test_gpus_that_all_hang_are_reported_as_such(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "GPUs", 1.0)
+    try:
+        status, output = ranks.ended(0)
+        assert status == HUNG_STATUS
+        assert "a GPU hangs (dmesg: Xid)" in output and "is not in a collective" not in output
+    finally:
+        ranks.kill()
+
+
 def test_ranks_in_different_collectives_are_all_shown(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "different", 1.0)
     try:

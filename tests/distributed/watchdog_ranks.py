@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 import trainer.runtime.watchdog
 from trainer.runtime.distributed import World
 from trainer.runtime.watchdog import Watchdog
@@ -22,15 +24,27 @@ def sleep_for_ever() -> None:
     time.sleep(1000)
 
 
+class Loss:
+    """Stand-in for a loss on a GPU that waits for a collective there: its value never comes."""
+
+    def __init__(self) -> None:
+        lock = threading.Lock()
+        lock.acquire()
+        self.item = lock.acquire
+
+
 def main(scenario: str, seconds: float) -> None:
     if scenario == "sleep at first":
         trainer.runtime.watchdog.FIRST_STEP_SECONDS = 2 * seconds
     with World.join("cpu") as world, Watchdog(world, seconds) as watchdog:
         time.sleep(2 * seconds if scenario == "slow start" else 0)
         culprit = world.rank == world.size - 1
+        if scenario.endswith("GPUs"):
+            world.device = torch.device("cuda", world.rank)
+            trainer.runtime.watchdog._OWN += (__file__,)
         for step in range(1, STEPS + 1):
             if step == BROKEN and culprit:
-                if scenario == "sleep":
+                if scenario in ("sleep", "sleep while others wait for their GPUs"):
                     sleep_for_ever()
                 if scenario == "stop":
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -66,6 +80,8 @@ def main(scenario: str, seconds: float) -> None:
             if world.size == 2 and step == BROKEN and scenario == "different":
                 world.barrier() if culprit else world.agree(step)
                 world.barrier()
+            if step == BROKEN and scenario.endswith("GPUs"):
+                Loss().item()
             world.sum(1)
             watchdog.beat(step)
     print("through", flush=True)

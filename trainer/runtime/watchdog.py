@@ -7,6 +7,9 @@ all others. Every rank reports it in one line, and the blocking rank adds the st
 
 from __future__ import annotations
 
+import ast
+import dis
+import itertools
 import json
 import linecache
 import logging
@@ -46,6 +49,46 @@ _LIBRARIES = tuple(
     f"{Path(torch.__file__).parents[1] / package}{os.sep}" for package in ("torch", "torchrec", "deepspeed")
 )
 _COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
+_GPU_LIBRARIES = tuple(
+    f"{Path(torch.__file__).parents[1] / package}{os.sep}"
+    for package in ("torch", "torchrec", "fbgemm_gpu", "deepspeed", "transformers", "peft")
+)
+_NO_GPU = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        *(_ROOT / "trainer" / package for package in ("config", "console", "data", "stream", "checkpoint")),
+        *(Path(torch.__file__).parent / package for package in ("utils/data", "multiprocessing", "distributed")),
+    )
+)
+"""Code that works with arrays and files of the host: its ``tolist()`` may wait for a disk, but for no GPU."""
+
+_GPU_CALLS = frozenset(
+    (
+        *("item", "tolist", "cpu", "numpy", "to", "float", "int", "bool", "equal", "allclose", "nonzero", "argwhere"),
+        *(
+            "masked_select",
+            "unique",
+            "bincount",
+            "synchronize",
+            "wait",
+            "run_backward",
+            "print",
+            "str",
+            "repr",
+            "format",
+        ),
+    )
+)
+"""Functions that return only when the GPU has done the work that was queued before, if their tensors are on one."""
+
+_GPU_INSTRUCTIONS = {
+    **dict.fromkeys(("UNARY_NOT", "TO_BOOL"), "bool()"),
+    **dict.fromkeys(("FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC"), "format()"),
+    **dict.fromkeys(("BINARY_SUBSCR", "STORE_SUBSCR"), "an index"),
+}
+"""Instructions of Python that do the same without a call, and what a report calls them."""
+
+_FOR_ITS_GPU = " for its GPU"
 _LISTED = 4
 """Ranks, or groups of ranks at one place, that a report lists."""
 
@@ -57,7 +100,8 @@ class State:
     Attributes:
         rank: of the process.
         step: last completed step.
-        collective: collective in which it waits for the other ranks, such as ``all_reduce``; empty if it does not wait.
+        collective: collective in which it waits for the other ranks, such as ``all_reduce``, or call in which it waits
+            for its GPU, whose collectives wait for the other ranks; empty if it does not wait.
         place: innermost lines of the project's own code, such as ``trainer/engine/hybrid_engine.py:120 in steps``.
         busy: announced long work, see :meth:`Watchdog.busy`; empty while this work waits for other ranks itself.
     """
@@ -148,7 +192,9 @@ class Watchdog:
 
     def _compare(self, seconds: float) -> None:
         """Exchange states with all ranks, and end this process if a rank hangs."""
-        mine = self._heard[self._world.rank] = main_thread_state(self._world.rank, self._step, self._busy, self._main)
+        mine = self._heard[self._world.rank] = main_thread_state(
+            self._world.rank, self._step, self._busy, self._main, gpu=self._world.device.type == "cuda"
+        )
         gone = self._tell(mine)
         until = time.monotonic() + ANSWER_SECONDS
         while len(self._heard) + len(gone) < self._world.size and (left := until - time.monotonic()) > 0:
@@ -208,7 +254,7 @@ class Watchdog:
         return True
 
 
-def main_thread_state(rank: int, step: int, busy: str, thread: int) -> State:
+def main_thread_state(rank: int, step: int, busy: str, thread: int, *, gpu: bool = False) -> State:
     """Return the present state of a thread; other threads are searched too, since they may do its announced work.
 
     Args:
@@ -216,11 +262,12 @@ def main_thread_state(rank: int, step: int, busy: str, thread: int) -> State:
         step: last completed step.
         busy: announced work, or empty.
         thread: identity of the main thread.
+        gpu: True if the rank computes on a GPU.
     """
     stacks = {identity: _frames(innermost) for identity, innermost in sys._current_frames().items()}
-    doing = [_doing(stacks.get(thread, []))]
+    doing = [_doing(stacks.get(thread, []), gpu)]
     if busy:
-        doing += [_doing(frames) for identity, frames in stacks.items() if identity != thread]
+        doing += [_doing(frames, gpu) for identity, frames in stacks.items() if identity != thread]
     waiting = [(collective, place) for collective, place in doing if collective]
     collective, place = waiting[0] if waiting else doing[0]
     return State(rank, step, collective, place, "" if waiting else busy)
@@ -234,13 +281,14 @@ def _frames(innermost: FrameType | None) -> list[FrameType]:
     return frames
 
 
-def _doing(frames: list[FrameType]) -> tuple[str, str]:
-    """Return the collective that a thread waits in, or an empty text, and its place in the project's own code."""
+def _doing(frames: list[FrameType], gpu: bool) -> tuple[str, str]:
+    """Return what a thread waits in, or an empty text, and its place in the project's own code."""
     own = [place for place, inner in enumerate(frames) if inner.f_code.co_filename.startswith(_OWN)]
     # Calls from the project's code inward; all calls if none of them is the project's.
     inside = frames[: own[0] + 1] if own else frames
     shown = [frames[place] for place in own if not frames[place].f_code.co_name.startswith("<")][:3] or frames[:1]
-    return _collective(inside), ", called at ".join(map(_place, shown))
+    waiting = _collective(inside) or (_gpu_wait(frames[0]) if gpu and frames else "")
+    return waiting, ", called at ".join(map(_place, shown))
 
 
 def _collective(frames: list[FrameType]) -> str:
@@ -257,6 +305,43 @@ def _collective(frames: list[FrameType]) -> str:
     return "wait() of an asynchronous collective" if ".wait(" in line else ""
 
 
+def _gpu_wait(frame: FrameType) -> str:
+    """Return the call in which the innermost frame waits for the GPU, or an empty text.
+
+    On a GPU a collective is queued like any other work, and the thread runs on until it needs a value. So a rank that
+    waits for others stands in ``item()`` or in the test of ``if not losses.isfinite().all()``, not in a collective.
+    """
+    file = frame.f_code.co_filename
+    if file.startswith(_NO_GPU) or not file.startswith((*_OWN, *_GPU_LIBRARIES)):
+        return ""
+    operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    if "JUMP" in operation and "_IF_" in operation:
+        return "bool()" + _FOR_ITS_GPU
+    if operation in _GPU_INSTRUCTIONS:
+        return _GPU_INSTRUCTIONS[operation] + _FOR_ITS_GPU
+    called = _called(frame)
+    return f"{called}(){_FOR_ITS_GPU}" if called in _GPU_CALLS else ""
+
+
+def _called(frame: FrameType) -> str:
+    """Return the name of the function or method that a frame calls now, or an empty text."""
+    first, last, start, stop = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    if first is None or last is None or start is None or stop is None:
+        return ""
+    lines = [linecache.getline(frame.f_code.co_filename, number).encode() for number in range(first, last + 1)]
+    # Columns are bytes; the last line is cut first, since it may be the first one too.
+    lines[-1] = lines[-1][:stop]
+    lines[0] = lines[0][start:]
+    try:
+        call = ast.parse(b"".join(lines), mode="eval").body
+    except (SyntaxError, ValueError):
+        return ""
+    function = call.func if isinstance(call, ast.Call) else None
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
 def _place(frame: FrameType) -> str:
     file = Path(frame.f_code.co_filename)
     name = file.relative_to(_ROOT) if file.is_relative_to(_ROOT) else file
@@ -264,7 +349,10 @@ def _place(frame: FrameType) -> str:
 
 
 def find_culprits(heard: Mapping[int, State], gone: set[int], size: int) -> list[int]:
-    """Return the ranks that block the others: ended, silent, or not in a collective. Empty if all are in one."""
+    """Return the ranks that block the others: ended, silent, or neither in a collective nor waiting for their GPU.
+
+    Empty if there is none.
+    """
     return [rank for rank in range(size) if rank in gone or rank not in heard or not heard[rank].collective]
 
 
@@ -285,7 +373,11 @@ def report(heard: Mapping[int, State], gone: set[int], size: int, seconds: float
     parts = [f"{_ranks(ranks)} {what}" for what, ranks in list(doing.items())[:_LISTED]]
     if len(doing) > _LISTED:
         parts.append(f"others at {len(doing) - _LISTED} more places")
-    if not culprits:
+    if not culprits and any(state.collective.endswith(_FOR_ITS_GPU) for state in heard.values()):
+        parts.append(
+            "all wait for each other or for their GPUs: they are in different collectives, or a GPU hangs (dmesg: Xid)"
+        )
+    elif not culprits:
         parts.append("all wait in collectives, but not in the same one")
     step = max((state.step for state in heard.values()), default=0)
     return f"no step for {seconds:.0f} s after step {step}: {'; '.join(parts)}"
