@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.predictions and world.rank == 0:
                 options.predictions.check()
             run = open_run(options.directory, world, options.data)
-            config = with_range(run.config, options.data, options.time_from, options.time_until)
+            config = with_range(run.config, options.time_from, options.time_until)
             split = split_in_time(config, run.data.spec)
             frozen = freeze_at_end_of_training(config, run.data, split)
             loader = held_out_loader(config, run.data, split, run.features, world, frozen, run.space)

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with World.join("auto") as world:
             if options.out:
                 options.out.check()
-            model = open_run(options.directory, world)
+            model = open_run(options.directory, world, options.data)
             spec = model.data.spec
             at_ms = parse_time(options.at, spec.timezone, "--at") if options.at else spec.span_ms[1]
             explanation = explain(model, options.user, options.candidate, at_ms)

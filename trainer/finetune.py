@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer.checkpoint.run_directory import begin_run, choose_directory, make_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
+from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, AdapterIdentity
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dict[str, Any]:
     """Train an adapter, evaluate it, and write the run. Returns the content of ``metrics.json``."""
     directory = Path(world.agree(str(choose_directory(config))))
+    # The run, its checkpoints and its adapter mean the same in every directory; messages up to here are as typed.
+    config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     held_out = list(read_samples(config.data.evaluate, ReadCounts()))
     if world.rank == 0:

@@ -18,6 +18,7 @@ from typing import Any
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
 from trainer.checkpoint.run_directory import begin_run, choose_directory, make_directory, model_dirs
+from trainer.config.paths import absolute_paths
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log
@@ -67,6 +68,8 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         Kind of model -> its metrics on the held-out range.
     """
     directory = Path(world.agree(str(choose_directory(config))))
+    # The run, its checkpoints and its adapter mean the same in every directory; messages up to here are as typed.
+    config = absolute_paths(config)
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     check_settings(config, data.spec, world.size)

@@ -25,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         if is_export(options.directory):
-            score_file(open_export(options.directory), Path(options.candidates), options.out)
+            score_file(open_export(options.directory, options.data), Path(options.candidates), options.out)
             return
         from trainer.serving.trained_run import open_run
 
         with World.join("auto") as world:
-            score_file(open_run(options.directory, world), Path(options.candidates), options.out)
+            score_file(open_run(options.directory, world, options.data), Path(options.candidates), options.out)
 
     return run_rank(job)
 

@@ -59,7 +59,10 @@ limelight score RUN OUT.parquet [--data PATH] [--from T] [--until T]
     help="Candidates to score (of a ranker only), and the file to write.",
 )
 @click.option(
-    "--data", metavar="PATH", type=InputPath(urls=True), help="Staytime: dataset, if the run's own was moved."
+    "--data",
+    metavar="PATH",
+    type=InputPath(urls=True),
+    help="Dataset (default: the model's own).",
 )
 @click.option("--from", "time_from", metavar="T", help="Staytime: first request, such as 2024-03-10.")
 @click.option("--until", "time_until", metavar="T", help="Staytime: end of the range; this time is left out.")
@@ -83,7 +86,7 @@ def score(
             raise UserError(f"{model} is a staytime run, which takes one file: limelight score {model} OUT.parquet")
         _score_staytime(Path(model), files[0], data, time_from, time_until, as_json)
         return 0
-    for option, value in (("--data", data), ("--from", time_from), ("--until", time_until), ("--json", as_json)):
+    for option, value in (("--from", time_from), ("--until", time_until), ("--json", as_json)):
         if value:
             raise UserError(f"{option} is for a staytime run, and {model} is none; a ranker scores CANDIDATES.parquet")
     if len(files) != 2:
@@ -92,7 +95,7 @@ def score(
         )
     from launch.local import start_ranks
 
-    return start_ranks("trainer.score", [model, *map(str, files)], 1)
+    return start_ranks("trainer.score", [model, *map(str, files), *(["--data", data] if data else [])], 1)
 
 
 @click.command(
@@ -127,8 +130,16 @@ A finished fine-tuning run: the model with the adapter merged into its weights, 
     "run", metavar="RUN", type=InputPath(), help="A run, whose newest checkpoint is taken, or a ranker's checkpoint."
 )
 @click.argument("out", metavar="OUT", type=OutputPath(), help="Directory or URL to make; it must not exist.")
+@click.option(
+    "--data", metavar="PATH", type=InputPath(urls=True), help="Dataset (default: the path that the run stores)."
+)
+@click.option(
+    "--with-dataset",
+    is_flag=True,
+    help="Copy the part of the dataset that scoring reads, so that OUT scores on a machine without it.",
+)
 @json_option
-def export(run: str, out: Output, as_json: bool) -> None:
+def export(run: str, out: Output, data: str | None, with_dataset: bool, as_json: bool) -> None:
     """Export in the format that fits the run."""
     kind = _kind_of(run)
     if kind == "staytime":
@@ -136,6 +147,8 @@ def export(run: str, out: Output, as_json: bool) -> None:
     if kind == "export":
         raise UserError(f"{run}: this is an exported model already; name the run that it came from")
     if kind == "finetune":
+        if data or with_dataset:
+            raise UserError(f"--data and --with-dataset are for a ranker, and {run} is a fine-tuning run")
         from trainer.llm.models.adapter import merge_run
 
         with out.writing("config.json", quiet=as_json) as target:
@@ -148,7 +161,7 @@ def export(run: str, out: Output, as_json: bool) -> None:
     from trainer.serving.export import export_checkpoint
 
     with out.writing("export.json", quiet=as_json) as target:
-        origin = export_checkpoint(run, target)
+        origin = export_checkpoint(run, target, data, with_dataset=with_dataset)
         explained = (target / "README.md").exists()
     if as_json:
         print_json({"out": str(out), **origin})

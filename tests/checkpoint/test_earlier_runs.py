@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from peft import AutoPeftModelForCausalLM
 
 from tests.nursery import Nursery
 from tests.paths import ROOT
@@ -91,6 +92,22 @@ def test_a_fine_tuning_run_is_resumed(command: Callable[..., str], earlier: Path
     printed = command("finetune", "finetune.toml")
     assert f"from finetune/checkpoints/{stopped.name}" in printed
     assert json.loads((earlier / "finetune" / "metrics.json").read_text())
+    # peft finds the base model from here, another directory than that of the command.
+    adapted = AutoPeftModelForCausalLM.from_pretrained(earlier / "finetune" / "adapter")
+    assert adapted.peft_config["default"].base_model_name_or_path == str(earlier / "finetune" / "base")
+
+
+def test_a_staytime_run_of_another_directory_names_data(
+    nursery: Nursery, earlier: Path, tmp_path: Path, command: Callable[..., str]
+) -> None:
+    arguments = ["score", str(earlier / "staytime"), "out.parquet"]
+    ended = nursery.run("launch.cli.main", arguments, directory=tmp_path)
+    stored = json.loads((earlier / "staytime" / "config.json").read_text())["data"]["path"]
+    assert ended.status == 2 and f"error: {stored}: no dataset here" in ended.stderr and "--data PATH" in ended.stderr
+    assert "an earlier version stored this relative path" in ended.stderr and len(ended.stderr.splitlines()) == 1
+    ended = nursery.run("launch.cli.main", [*arguments, "--data", str(earlier / stored)], directory=tmp_path)
+    assert ended.status == 0, ended.stderr[-3000:]
+    same_table(tmp_path / "out.parquet", earlier / "expected" / "staytime_scores.parquet")
 
 
 def test_an_export_and_a_staytime_run_score_as_before(command: Callable[..., str], earlier: Path) -> None:

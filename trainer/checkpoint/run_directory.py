@@ -39,6 +39,7 @@ from trainer.checkpoint.manifest import DatasetEntry
 from trainer.config.diff import changeable_keys, differences, flat_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
+from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import Model, validate_stored
 from trainer.console.errors import UserError
@@ -113,7 +114,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
         write_json(directory / "environment.json", {"starts": [*starts, start]})
-        write_json(directory / "config.json", config.model_dump(mode="json"))
+        write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_checksums(directory, ("config.json", "deepspeed.json"))
     except OSError as error:
         raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
@@ -147,8 +148,8 @@ def load_finetune_run(directory: Path) -> FinetuneConfig:
 
 
 def base_path(config: FinetuneConfig, directory: Path) -> str:
-    """Return the directory or hub id of the model that a fine-tuning run adapts."""
-    return config.model.path or str(directory / "base")
+    """Return the absolute directory, or the hub id, of the model that a fine-tuning run adapts."""
+    return absolute(config.model.path or str(directory / "base"))
 
 
 def _read_job(
@@ -213,8 +214,9 @@ def _changes(directory: Path, config: ResumableJob) -> list[str]:
     job = type(config)
     then = load_run(directory) if isinstance(config, JobConfig) else load_finetune_run(directory)
     changes = differences(
-        flat_settings(then.model_dump(mode="json")),
-        flat_settings(config.model_dump(mode="json")),
+        # An earlier version stored paths as they were typed.
+        flat_settings(absolute_paths(then).model_dump(mode="json")),
+        flat_settings(absolute_paths(config).model_dump(mode="json")),
         tuple(changeable_keys(job)),
     )
     deepspeed_then = flat_settings(load_deepspeed(str(directory / "deepspeed.json")))

@@ -24,6 +24,7 @@ from trainer.config.load import parse_time
 from trainer.config.staytime import StaytimeConfig, StaytimeDataConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
+from trainer.data.format.carried_dataset import dataset_of
 from trainer.data.format.schema import DatasetSpec
 from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import choose_device
@@ -51,7 +52,7 @@ def score_range(
     # Check cheap mistakes first, because reading the dataset takes longest.
     if not out.parent.is_dir():
         raise UserError(f"{out}: cannot be written, there is no directory {out.parent}")
-    ranged = _in_range(config.data, data or config.data.path, time_from, time_until)
+    ranged = _in_range(config.data, dataset_of(run, config.data.path, data), time_from, time_until)
     config = config.model_copy(update={"data": ranged})
     columns = load_staytime(config.data, config.input, config.lcu, config.run.seed)
     device = choose_device(config.train.device, 0)

@@ -74,8 +74,8 @@ def check_outputs(job: BaseModel, prefix: str = "") -> None:
 def absolute_paths(job: Model) -> Model:
     """Return a job whose relative paths are absolute, so that it means the same in every directory.
 
-    A path that does not exist stays as it is: it may be a hub id, or a path of an earlier version that was stored
-    relative to another directory.
+    An input that does not exist stays as it is: it may be a hub id, or a path that an earlier version stored relative
+    to another directory.
     """
     changes: dict[str, Any] = {}
     for name, info in type(job).model_fields.items():
@@ -84,8 +84,11 @@ def absolute_paths(job: Model) -> Model:
             changes[name] = absolute_paths(value)
         elif isinstance(value, dict) and any(isinstance(inner, BaseModel) for inner in value.values()):
             changes[name] = {key: absolute_paths(inner) for key, inner in value.items()}
-        elif path_mark(info) is not None:
-            changes[name] = absolute(value) if isinstance(value, str) else tuple(map(absolute, value))
+        elif (mark := path_mark(info)) is not None and value:
+            if mark.instead:
+                changes[name] = os.path.abspath(local_path(value))
+            else:
+                changes[name] = absolute(value) if isinstance(value, str) else tuple(map(absolute, value))
     return job.model_copy(update=changes)
 
 

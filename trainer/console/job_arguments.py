@@ -37,11 +37,13 @@ RANGE_OPTIONS: Parameters = (
 )
 """``[--from T] [--until T]``."""
 
+DATA_OPTION = click.Option(
+    ["--data"], metavar="PATH", type=InputPath(urls=True), help="Dataset (default: the path that the model stores)."
+)
+
 EVALUATE_ARGUMENTS: Parameters = (
     click.Argument(["directory"], metavar="RUN", type=InputPath(), help="Directory of a finished run."),
-    click.Option(
-        ["--data"], metavar="PATH", type=InputPath(urls=True), help="Dataset to evaluate on (default: the run's own)."
-    ),
+    DATA_OPTION,
     *RANGE_OPTIONS,
     click.Option(
         ["--predictions"],
@@ -57,13 +59,15 @@ SCORE_ARGUMENTS: Parameters = (
     click.Argument(["directory"], metavar="RUN", type=InputPath(), help="Directory of a run or of an exported model."),
     click.Argument(["candidates"], metavar="CANDIDATES.parquet", type=InputPath(), help="Candidates to score."),
     click.Argument(["out"], metavar="OUT.parquet", type=OutputPath(), help="File to write, one row per candidate."),
+    DATA_OPTION,
 )
-"""``RUN CANDIDATES.parquet OUT.parquet``."""
+"""``RUN CANDIDATES.parquet OUT.parquet [--data PATH]``."""
 
 EXPLAIN_ARGUMENTS: Parameters = (
     click.Argument(
         ["directory"], metavar="RUN", type=InputPath(), help="Directory of a run; its newest checkpoint is read."
     ),
+    DATA_OPTION,
     click.Option(["--user"], type=int, required=True, metavar="U", help="Id of the user."),
     click.Option(["--candidate"], type=int, required=True, metavar="C", help="Item id of the candidate."),
     click.Option(
@@ -77,7 +81,7 @@ EXPLAIN_ARGUMENTS: Parameters = (
     ),
     click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."),
 )
-"""``RUN --user U --candidate C [--at T] [--top N] [--out PICTURE.png] [--json]``."""
+"""``RUN [--data PATH] --user U --candidate C [--at T] [--top N] [--out PICTURE.png] [--json]``."""
 
 
 def parse_rank_arguments(

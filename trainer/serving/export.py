@@ -19,13 +19,15 @@ from trainer.checkpoint.manifest import ADAPTER, check_files
 from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
 from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
+from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
+from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums
 from trainer.runtime.files import sync, write_json
 from trainer.serving.export_guide import README, SCRIPT, write_guide
-from trainer.serving.exported_model import CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
+from trainer.serving.exported_model import CARRIED, CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +43,23 @@ _TYPES = {
 """Dtype -> its name in the header of a safetensors file."""
 
 
-def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
+def export_checkpoint(
+    path: str | Path, out: str | Path, data_path: str | None = None, *, with_dataset: bool = False
+) -> dict[str, Any]:
     """Write the model of a checkpoint to a new directory, which appears only when it is complete.
 
     Args:
         path: a checkpoint, or a run, whose newest checkpoint is exported.
         out: directory to create.
+        data_path: dataset; None for the one that the run stores.
+        with_dataset: copy the part of the dataset that scoring reads, so that the export scores on any machine.
 
     Returns:
         The content of the export's ``export.json``: its checkpoint, dataset, precision and table shapes.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or ``out`` exists already or cannot be written.
+        UserError: there is no checkpoint, it is damaged, ``out`` exists already or cannot be written, or the dataset is
+            to be copied and is not there.
     """
     checkpoint, target = Checkpoint.open(path), Path(out)
     if target.exists():
@@ -65,18 +72,24 @@ def export_checkpoint(path: str | Path, out: str | Path) -> dict[str, Any]:
     problems = check_files(checkpoint.directory, checkpoint.manifest)
     if problems:
         raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")
-    origin = _origin(checkpoint)
+    origin, config = _origin(checkpoint), absolute_paths(checkpoint.config)
+    if data_path is not None or with_dataset:
+        dataset = absolute(dataset_of(checkpoint.run, config.data.path, data_path))
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": dataset})})
     tmp_path = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")
     try:
         tmp_path.mkdir(parents=True)
         _write_weights(tmp_path / WEIGHTS, checkpoint.model)
-        write_json(tmp_path / CONFIG, checkpoint.config.model_dump(mode="json"))
+        write_json(tmp_path / CONFIG, config.model_dump(mode="json"))
         shutil.copytree(checkpoint.run / "features", tmp_path / FEATURES)
-        if checkpoint.config.features.needs_space:
+        if config.features.needs_space:
             torch.save(stored_search(checkpoint.directory), tmp_path / SEARCH)
         write_json(tmp_path / ORIGIN, origin)
-        _write_guide(tmp_path, target, checkpoint.config, origin)
+        _write_guide(tmp_path, target, config, origin)
         write_checksums(tmp_path)
+        if with_dataset:
+            # After the checksums: a dataset has its own, and rows and tables need not be read to open the model.
+            carry_dataset(config.data.path, tmp_path / CARRIED)
         sync(tmp_path)
         tmp_path.rename(target)
         sync(target.parent)

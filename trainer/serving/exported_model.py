@@ -9,6 +9,7 @@
     search.pt           search vectors, for models with histories that are searched by dot product
     checksums.json      size and CRC-32 of each file; all of them are verified when the model is opened
     README.md, score_one.py, inputs.json, ...   the guide for other programs (trainer/serving/export_guide.py)
+    dataset/            the part of the dataset that scoring reads, with checksums of its own (--with-dataset)
     export.json         checkpoint, dataset, precision and table shapes (trainer/serving/export.py)
 """
 
@@ -33,6 +34,7 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
+from trainer.data.format.carried_dataset import SCORING_FILES, dataset_of
 from trainer.data.format.dataset import Dataset
 from trainer.engine.build_ranker import build_ranker
 from trainer.runtime.checksums import verify_checksums
@@ -45,6 +47,8 @@ CONFIG = "config.json"
 FEATURES = "features"
 SEARCH = "search.pt"
 ORIGIN = "export.json"
+CARRIED = "dataset"
+"""Folder with the part of the dataset that scoring reads, if the export carries it."""
 ID_COLUMNS = ("id", "seen")
 """Columns that an export keeps of a dynamic table's ids: enough to look ids up, not to admit new ones."""
 
@@ -96,8 +100,12 @@ def is_export(directory: str | Path) -> bool:
     return (Path(directory) / ORIGIN).is_file()
 
 
-def open_export(directory: str | Path) -> ExportedModel:
-    """Open a directory that ``limelight export`` wrote, with the dataset that the model was trained on.
+def open_export(directory: str | Path, data_path: str | None = None) -> ExportedModel:
+    """Open a directory that ``limelight export`` wrote, with a dataset.
+
+    Args:
+        directory: the export.
+        data_path: dataset; None for the one that the export carries, or else the one that the model was trained on.
 
     Raises:
         UserError: a file is missing, damaged or of a newer version, or the model does not fit the dataset.
@@ -112,7 +120,13 @@ def open_export(directory: str | Path) -> ExportedModel:
         schema = f"schema {schema}; this one reads up to {SCHEMA}"
         raise UserError(f"{model_dir / ORIGIN}: written by a newer version ({schema})")
     config = validate_stored(JobConfig, _read_json(model_dir / CONFIG), str(model_dir / CONFIG))
-    data = Dataset.open(config.data.path, config.data.on_corrupt)
+    carried = model_dir / CARRIED
+    if data_path is None and carried.is_dir():
+        data_path = str(carried)
+    carry = f" (scoring reads {SCORING_FILES}), or repeat `limelight export` with --with-dataset, which copies them"
+    path = dataset_of(model_dir, config.data.path, data_path, carry)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    data = Dataset.open(path, config.data.on_corrupt)
     data.verify()
     features = FeatureMap(data.spec, config.features, FittedFeatures.load(model_dir / FEATURES), config.data.behaviours)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, precision)).eval()

@@ -19,6 +19,7 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
+from trainer.data.format.carried_dataset import dataset_of
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.batch import unpack
 from trainer.engine.hybrid_engine import HybridEngine
@@ -59,7 +60,9 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     """
     config = load_run(directory)
     verify_checksums(Path(directory), ("config.json", "deepspeed.json"))
-    data = Dataset.open(data_path or config.data.path, config.data.on_corrupt)
+    path = dataset_of(directory, config.data.path, data_path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    data = Dataset.open(path, config.data.on_corrupt)
     data.verify(world)
     features = FeatureMap(
         data.spec, config.features, FittedFeatures.load(Path(directory) / "features"), config.data.behaviours
@@ -76,15 +79,15 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     return TrainedModel(config, data, features, engine, space)
 
 
-def with_range(config: JobConfig, data: str | None, since: str | None, until: str | None) -> JobConfig:
-    """Return the job of a run with another dataset or held-out range.
+def with_range(config: JobConfig, since: str | None, until: str | None) -> JobConfig:
+    """Return the job of a run with another held-out range.
 
     Raises:
         UserError: neither the run nor ``since`` gives a held-out range.
     """
     # Without the run's own end of training, a later --from would move it.
     changes = {"train_until": config.data.train_until or config.data.eval_from}
-    changes |= {k: v for k, v in (("path", data), ("eval_from", since), ("eval_until", until)) if v is not None}
+    changes |= {k: v for k, v in (("eval_from", since), ("eval_until", until)) if v is not None}
     if not changes.get("eval_from", config.data.eval_from):
         raise UserError("the run has no held-out range (data.eval_from is unset); give one with --from and --until")
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})

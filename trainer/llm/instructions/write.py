@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.config.load import parse_time
+from trainer.config.paths import absolute
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
@@ -118,7 +119,7 @@ def write_instructions(
         share = np.bincount(bucket_of(visits.staytime_ms[split_rows["train"]], edges), minlength=plan.buckets)
         manifest = {
             "dataset": spec.name,
-            "plan": asdict(plan),
+            "plan": asdict(replace(plan, templates=absolute(plan.templates))),
             "edges_s": edges,
             "ranges": dict(zip(LETTERS, ranges(edges), strict=False)),
             "range_shares": (share / share.sum()).tolist(),
