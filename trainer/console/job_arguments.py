@@ -20,7 +20,7 @@ OVERRIDES = click.Argument(
     ["overrides"],
     nargs=-1,
     metavar="[section.key=value]...",
-    help="Keys that replace those of the file, such as train.epochs=2.",
+    help="Keys that replace those of the file; limelight config prints all of them.",
 )
 
 TRAIN_ARGUMENTS: Parameters = (
