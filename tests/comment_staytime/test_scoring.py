@@ -13,6 +13,7 @@ import pytest
 
 from launch.cli.main import main
 from tests.paths import ROOT
+from trainer.comment_staytime import model
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
@@ -74,7 +75,11 @@ def predicted(file: Path) -> dict[int, float]:
     return dict(zip(table["visit_id"].to_pylist(), table["predicted"].to_pylist(), strict=True))
 
 
-def test_a_part_of_the_range_is_that_part(world: Path, run: Path, tmp_path: Path) -> None:
+def test_a_part_of_the_range_is_that_part(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The run predicted all rows at once.
+    monkeypatch.setattr(model, "ROWS_AT_ONCE", 7)
     out = tmp_path / "part.parquet"
     assert main(["score", str(run), str(out), "--from", "2024-03-06T08:00", "--until", "2024-03-06T16:00"]) == 0
     part, whole = (predicted(file) for file in (out, run / "predictions.parquet"))

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.operators import Mutant, chosen, has_meaning, mutants
-from tests.mutants.runner import TestRunner, copy_tree, preload
-from tests.mutants.targets import EQUAL, TESTS
+from tests.mutants.runner import Outcome, TestRunner, copy_tree, preload
+from tests.mutants.targets import EQUAL, LEFT_OUT, TESTS
 from tests.paths import ROOT
 from trainer.console.progress import Progress
 from trainer.console.run_log import start_log
@@ -80,6 +80,30 @@ def read_entries(out: Path, current: Mapping[Key, Mutant]) -> list[dict[str, Any
     ]
 
 
+def entry_of(mutant: Mutant, number: int, outcome: Outcome) -> dict[str, Any]:
+    """Return the entry of a bug in the result; ``checked`` becomes True when its test has passed without the bug."""
+    return {
+        "file": mutant.file,
+        "line": mutant.line,
+        "function": mutant.function,
+        "number": number,
+        "kind": mutant.kind,
+        "original": mutant.original,
+        "mutant": mutant.mutant,
+        "found_by": outcome.found,
+        "equal": EQUAL.get((mutant.file, mutant.original, mutant.mutant)),
+        "checked": False,
+        "tests": outcome.ran,
+        "seconds": round(outcome.seconds, 2),
+    }
+
+
+def write_entries(out: Path, entries: Mapping[Key, Mapping[str, Any]], seed: int) -> None:
+    """Write the results so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, document(list(entries.values()), seed))
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -89,6 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="seed of the choice (default: %(default)s)")
     parser.add_argument("--only", metavar="PATTERN", help="only bugs with this expression in `FILE FUNCTION: LINE`")
     parser.add_argument("--survivors", action="store_true", help="only bugs that no test has found so far, once more")
+    parser.add_argument("--quick", action="store_true", help="without the tests on several ranks")
     parser.add_argument("--list", action="store_true", help="print the chosen bugs and run nothing")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.json", help="results (default: %(default)s)")
     return parser.parse_args(argv)
@@ -127,33 +152,29 @@ def run(
             return document(list(entries.values()), options.seed)
         compileall.compile_dir(copy, quiet=2, workers=1)
         preload()
-        runner = TestRunner(copy, Path(work).resolve())
+        runner = TestRunner(copy, Path(work).resolve(), LEFT_OUT)
+        passing = {entry["found_by"] for entry in entries.values() if entry["checked"]}
+        left = wanted
         with Progress("mutants", len(wanted), "bugs") as progress:
-            for mutant in wanted:
-                existing = [file for file in tests[mutant.file] if (copy / file).exists()]
-                outcome = runner.find(mutant.file, mutant.apply(sources[mutant.file]), existing)
-                name = names[mutant]
-                entries[name] = {
-                    "file": mutant.file,
-                    "line": mutant.line,
-                    "function": mutant.function,
-                    "number": name[-1],
-                    "kind": mutant.kind,
-                    "original": mutant.original,
-                    "mutant": mutant.mutant,
-                    "found_by": outcome.found,
-                    "equal": EQUAL.get((mutant.file, mutant.original, mutant.mutant)),
-                    "tests": outcome.ran,
-                    "seconds": round(outcome.seconds, 2),
-                }
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(options.out, document(list(entries.values()), options.seed))
-                end = f"found by {outcome.found}" if outcome.found else "SURVIVED"
-                progress.advance(1, f"{mutant.file}:{mutant.line} {end}")
-                if outcome.found is None:
-                    print(
-                        f"survived: {mutant.file}:{mutant.line}\n  - {mutant.original}\n  + {mutant.mutant}", flush=True
-                    )
+            while left:
+                for mutant in left:
+                    existing = [file for file in tests[mutant.file] if (copy / file).exists()]
+                    content = mutant.apply(sources[mutant.file])
+                    outcome = runner.find(mutant.file, content, existing, not options.quick)
+                    entries[names[mutant]] = entry_of(mutant, names[mutant][-1], outcome)
+                    write_entries(options.out, entries, options.seed)
+                    progress.advance(1, f"{mutant.file}:{mutant.line} found by {outcome.found}")
+                    if outcome.found is None:
+                        print(f"survived: {mutant.file}:{mutant.line}\n  - {mutant.original}\n  + {mutant.mutant}")
+                # A test that fails without a bug has found nothing.
+                finders = {entry["found_by"] for entry in entries.values() if entry["found_by"] not in passing}
+                failing = runner.failing(sorted(filter(None, finders)))
+                passing |= finders - failing
+                runner.left_out |= failing
+                for entry in entries.values():
+                    entry["checked"] = entry["found_by"] in passing
+                write_entries(options.out, entries, options.seed)
+                left = [current[name] for name, entry in entries.items() if entry["found_by"] in failing]
         return document(list(entries.values()), options.seed)
 
 

@@ -6,7 +6,7 @@ of the imports.
 
 ``tests.mutants.targets`` names the test files of a module. They run in one process until a test fails: first the tests
 of this process, then those that start others, and in a second process the tests on several ranks. A test that has found
-a bug must pass without it; otherwise it is left out, and the others run again.
+a bug must pass without it, which :meth:`TestRunner.failing` finds out for all of them together.
 """
 
 from __future__ import annotations
@@ -101,29 +101,33 @@ class TestRunner:
     Args:
         copy: directory of the copy.
         work: directory for the outputs of the test processes.
+        left_out: tests that do not run.
+
+    Attributes:
+        left_out: as given; tests may be added.
     """
 
     __test__ = False
 
-    def __init__(self, copy: Path, work: Path) -> None:
+    def __init__(self, copy: Path, work: Path, left_out: Sequence[str] = ()) -> None:
         self._copy, self._work = copy, work
-        self._passing: set[str] = set()
-        self._failing: set[str] = set()
+        self.left_out = set(left_out)
 
-    def find(self, file: str, content: bytes, tests: Sequence[str]) -> Outcome:
+    def find(self, file: str, content: bytes, tests: Sequence[str], ranks: bool = True) -> Outcome:
         """Look for a test that fails with other content of a file, which is restored.
 
         Args:
             file: path below the copy.
             content: of the file, with the bug.
             tests: test files.
+            ranks: run the tests on several ranks as well, if all others pass.
         """
         path = self._copy / file
         plain, times = path.read_bytes(), path.stat()
         # numba keeps compiled code by the file of the outer function, and does not see a change in an inner one.
         compiled = self._work / "numba" if b"numba" in plain or b"compiled(" in plain else None
         slow = [test for test in tests if test.startswith(RANKS)]
-        tiers = [[test for test in tests if test not in slow], slow]
+        tiers = [[test for test in tests if test not in slow], slow if ranks else []]
         seconds, ran = 0.0, 0
         while tiers:
             if not tiers[0]:
@@ -140,20 +144,24 @@ class TestRunner:
                 os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
                 _forget_bytecode(path)
             seconds, ran = seconds + outcome.seconds, ran + outcome.ran
-            if outcome.found is None:
-                tiers.pop(0)
-            elif self._passes(outcome.found):
+            if outcome.found is not None:
                 return Outcome(outcome.found, ran, seconds)
+            tiers.pop(0)
         return Outcome(None, ran, seconds)
 
-    def _passes(self, test: str) -> bool:
-        """True if a test passes without a bug, or is none."""
-        if "::" in test and test not in self._passing | self._failing:
-            passes = self.run([test]).found is None
-            (self._passing if passes else self._failing).add(test)
-            if not passes:
-                print(f"{test} fails without a bug, and is left out", flush=True)
-        return test not in self._failing
+    def failing(self, tests: Sequence[str]) -> set[str]:
+        """Return those of some tests that fail without a bug."""
+        rest, failing = [test for test in tests if "::" in test], set()
+        while rest:
+            found = self.run(rest).found
+            if found is None:
+                break
+            # The tests before it may have passed or not run, since they are ordered by file.
+            failing.add(found)
+            if found not in rest:
+                break
+            rest.remove(found)
+        return failing
 
     def run(self, tests: Sequence[str], compiled: Path | None = None) -> Outcome:
         """Run test files, or tests, in a fork until one fails.
@@ -165,7 +173,7 @@ class TestRunner:
         written = self._work / "outcome.json"
         written.unlink(missing_ok=True)
         started, others = time.monotonic(), _children()
-        child = _fork(lambda: _test(self._copy, tests, self._failing, written, compiled), self._work / "output")
+        child = _fork(lambda: _test(self._copy, tests, self.left_out, written, compiled), self._work / "output")
         os.waitpid(child, 0)
         _end(others)
         elapsed = time.monotonic() - started
@@ -179,8 +187,8 @@ class TestRunner:
 class _Watch:
     """Plugin of pytest that orders tests, limits their time, and records their ends."""
 
-    def __init__(self, failing: set[str], written: Path) -> None:
-        self._failing, self._written = failing, written
+    def __init__(self, left_out: set[str], written: Path) -> None:
+        self._left_out, self._written = left_out, written
         self._result: dict[str, Any] = {"failed": None, "running": None, "ran": 0}
 
     def pytest_collection(self) -> None:
@@ -191,7 +199,7 @@ class _Watch:
         hypothesis.settings.load_profile("mutants")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self._failing]
+        items[:] = [item for item in items if self._left_out.isdisjoint({item.nodeid, item.nodeid.partition("[")[0]})]
         items.sort(key=_starts_processes)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -225,7 +233,7 @@ def _starts_processes(item: Any) -> bool:
     return not PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
-def _test(copy: Path, tests: Sequence[str], failing: set[str], written: Path, compiled: Path | None) -> None:
+def _test(copy: Path, tests: Sequence[str], left_out: set[str], written: Path, compiled: Path | None) -> None:
     """Run pytest on a copy, in a process that has imported nothing of the project."""
     os.chdir(copy)
     if compiled is not None:
@@ -242,7 +250,7 @@ def _test(copy: Path, tests: Sequence[str], failing: set[str], written: Path, co
         _replace_nursery()
     options = ["-q", "-x", "--tb=short", "--show-capture=no", "--disable-warnings", "-p", "no:cacheprovider"]
     options += [f"--rootdir={copy}", f"--basetemp={written.with_name('tests')}", "--hypothesis-seed=0"]
-    pytest.main([*options, *tests], plugins=[_Watch(failing, written)])
+    pytest.main([*options, *tests], plugins=[_Watch(left_out, written)])
 
 
 def _replace_nursery() -> None:

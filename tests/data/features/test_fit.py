@@ -90,7 +90,8 @@ def test_a_large_mean_does_not_swallow_the_deviation(write_dataset):
 
 
 @pytest.mark.parametrize("min_count", [1, 4])
-def test_vocabulary_is_what_training_rows_and_their_users_histories_hold(write_dataset, min_count):
+def test_vocabulary_is_what_training_rows_and_their_users_histories_hold(write_dataset, min_count, monkeypatch):
+    monkeypatch.setattr(fit_module, "_USERS_AT_ONCE", min_count)
     dataset = write_dataset(rows=120, users=10)
     selection = middle(dataset)
     config = FeatureConfig(**{name: TableConfig(ids="lookup", min_count=min_count) for name in ("user", "item")})

@@ -9,6 +9,7 @@ import pytest
 
 from tests.llm.tiny import samples
 from trainer.console.errors import UserError
+from trainer.llm.finetuning import token_files
 from trainer.llm.finetuning.samples import Sample
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
 from trainer.llm.models.base_model import BaseModelFiles
@@ -50,8 +51,9 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_answer_its_sample(base: Ba
     assert counts.answer_tokens == tokens.answers.sum()
 
 
-def test_files_hold_what_memory_does(base: BaseModelFiles, tmp_path: Path) -> None:
+def test_files_hold_what_memory_does(base: BaseModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = Tokens.of(samples(50), base.tokenizer, 8)
+    monkeypatch.setattr(token_files, "_CHUNK", 3)
     counts = write_tokens(samples(50), base.tokenizer, 8, tmp_path / "tokens")
     mapped = Tokens.open(tmp_path / "tokens")
     for name in ("ids", "starts", "answers"):

@@ -52,7 +52,8 @@ def lines(partition: int, visits: Sequence[int], **changes: Any) -> list[bytes]:
     return [json.dumps(event | {"event": "like", "visit_id": visit} | changes).encode() for visit in visits]
 
 
-def test_whole_messages_are_kept_and_come_back_once(cluster: Cluster) -> None:
+def test_whole_messages_are_kept_and_come_back_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka_put_back, "_PORTION", 3)
     config = cluster.config(cluster.topic())
     late = {"time_ms": FUTURE_MS}
     good, future = lines(1, (1, 2)), lines(1, (3, 4), **late)

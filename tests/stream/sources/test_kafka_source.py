@@ -122,6 +122,12 @@ def test_slices_of_time_end_batches(topic):
     assert len(slices) == len(set.union(*slices)), "a slice that fits is one batch"
 
 
+def test_a_poll_takes_few_messages(cluster, monkeypatch):
+    monkeypatch.setattr(kafka_source, "_MAX_MESSAGES", 3)
+    some = part(EVENTS, 0, 100)
+    assert events_of(read(cluster.published(some, 1, batch_events=40))) == merged(some, ALL)
+
+
 def replace_batch(config, batch_events: int):
     return config.model_copy(update={"batch_events": batch_events})
 

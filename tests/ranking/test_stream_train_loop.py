@@ -1,0 +1,187 @@
+"""Training on a stream on one rank: what is trained on, when, and with which loss.
+
+tests/distributed/test_stream.py tests several ranks and resumed runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.stream_ranks import JOB, SEARCHING
+from trainer.config.load import parse_time
+from trainer.config.ranker import JobConfig, load_config
+from trainer.data.format.schema import Rows
+from trainer.data.loading.batch import RankingBatch
+from trainer.data.simulator.write_dataset import simulate
+from trainer.engine.hybrid_engine import HybridEngine, StepResult
+from trainer.rank import run_job
+from trainer.ranking.training_state import TrainingState
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
+from trainer.stream.labels.assembled_rows import SLOW
+from trainer.stream.labels.batch_assembler import assemble_batch
+from trainer.stream.labels.event_log import EventLog
+from trainer.stream.labels.policy import event_timeouts, report_policy
+
+FLUSH_MS, SLICE_MS = 1_800_000, 300_000
+
+
+@dataclass
+class Recorded:
+    """Acts of a training on a stream, in order.
+
+    Attributes:
+        acts: ``("predict", request_ms of the requests)`` and ``("train", result of the step)``.
+        rates: learning rates that were set.
+        config: config of the job.
+        directory: directory of the run.
+    """
+
+    config: JobConfig
+    directory: Path
+    acts: list[tuple[str, Any]] = field(default_factory=list)
+    rates: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[StepResult]:
+        return [act for name, act in self.acts if name == "train"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stream") / "world"
+    simulate(path, users=100, days=2, partitions=4, seed=4)
+    return path
+
+
+@pytest.fixture(scope="module", params=["realtime", "fast_slow"])
+def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Recorded:
+    directory = tmp_path_factory.mktemp("run") / request.param
+    settings = [*JOB, *(SEARCHING if request.param == "fast_slow" else ()), "stream.until=2024-03-05T13:00"]
+    settings += ["train.batch_size=10", f"labels.policy={request.param}", f"data.path={dataset}"]
+    found = Recorded(load_config("configs/moment.toml", [*settings, f"run.directory={directory}"]), directory)
+    advance, predict, rate = TrainingState.advance, HybridEngine.predict, HybridEngine.set_learning_rate
+
+    def recording_advance(self: TrainingState, result: StepResult) -> None:
+        advance(self, result)
+        found.acts.append(("train", result))
+
+    def recording_predict(self: HybridEngine, batches: Iterator[RankingBatch]) -> Any:
+        taken = list(batches)
+        found.acts.append(("predict", [batch.request_ms for batch in taken]))
+        return predict(self, iter(taken))
+
+    def recording_rate(self: HybridEngine, tables: float, dense: float) -> None:
+        found.rates.append((tables, dense))
+        rate(self, tables, dense)
+
+    with pytest.MonkeyPatch.context() as patch, World.join("cpu") as world:
+        patch.setattr(TrainingState, "advance", recording_advance)
+        patch.setattr(HybridEngine, "predict", recording_predict)
+        patch.setattr(HybridEngine, "set_learning_rate", recording_rate)
+        run_job(found.config, world, Preemption())
+    return found
+
+
+def expected_rows(dataset: Path, config: JobConfig) -> Rows:
+    """Return the rows of the stream's events under the job's policy, from the batch assembler."""
+    log = EventLog(dataset)
+    assert config.stream is not None
+    since, until = (parse_time(text, log.spec.timezone, "t") for text in (config.data.train_until, config.stream.until))
+    parts = []
+    for partition in range(log.spec.partitions):
+        events = log.read(partition)
+        inside = (events["time_ms"] >= since) & (events["time_ms"] < until)
+        events = {name: column[inside] for name, column in events.items()}
+        parts.append(assemble_batch(log.spec, report_policy(config.labels), event_timeouts(config.labels), events).rows)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_every_row_once_with_its_kind_labels_and_mask(recorded: Recorded, dataset: Path) -> None:
+    rows = expected_rows(dataset, recorded.config)
+    policy = recorded.config.labels.policy
+    expected: Counter[tuple[Any, ...]] = Counter()
+    for place, visit in enumerate(rows["visit_id"].tolist()):
+        slow = policy == "fast_slow" and bool(rows["kind"][place] == SLOW)
+        expected[visit, slow, (rows["label"] & rows["mask"])[place].tobytes(), rows["mask"][place].tobytes()] += 1
+    found: Counter[tuple[Any, ...]] = Counter()
+    for result in recorded.steps:
+        batch = result.batch
+        assert (batch.slow is not None) == (policy == "fast_slow")
+        slow = torch.zeros(batch.rows, dtype=torch.bool) if batch.slow is None else batch.slow
+        labels, mask = (values.to(torch.uint8).numpy() for values in (batch.label * batch.mask, batch.mask))
+        for place, visit in enumerate(batch.visit_id.tolist()):
+            found[visit, bool(slow[place]), labels[place].tobytes(), mask[place].tobytes()] += 1
+    assert found == expected
+    assert any(slow for _, slow, *_ in found) == (policy == "fast_slow")
+
+
+def test_the_loss_of_a_step_is_that_of_the_policy(recorded: Recorded) -> None:
+    for result in recorded.steps:
+        batch, logits = result.batch, result.logits
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.label, reduction="none")
+        if batch.slow is not None:
+            p = torch.sigmoid(logits)
+            losses = torch.where(batch.slow[:, None], -(p.log() - (1 - p).log()), losses)
+        torch.testing.assert_close(result.loss, (losses * batch.mask).sum() / batch.rows, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_are_of_the_size_of_a_batch_and_rows_wait_for_a_flush_at_most(recorded: Recorded) -> None:
+    size = recorded.config.train.batch_size
+    groups: list[list[StepResult]] = [[]]
+    for name, act in recorded.acts:
+        if name == "predict":
+            groups.append([])
+        else:
+            groups[-1].append(act)
+    assert not groups[0], "requests are predicted before the first step"
+    for steps in groups[1:]:
+        rows = [result.rows_global for result in steps]
+        # A flush trains on all its rows in as few steps as they fit into, of nearly equal sizes.
+        assert len(rows) == -(-sum(rows) // size) and max(rows, default=0) - min(rows, default=0) <= 1
+    # Between two flushes there is a batch of rows, or the time of a flush.
+    whole = sum(sum(result.rows_global for result in steps) >= size for steps in groups[1:])
+    assert 0 < whole < len(groups) - 1
+    assert recorded.rates == [(recorded.config.tables.learning_rate, recorded.config.optimizer.learning_rate)]
+
+
+def test_requests_are_predicted_in_batches_and_once(recorded: Recorded) -> None:
+    sizes = [[len(part) for part in act] for name, act in recorded.acts if name == "predict"]
+    limit = recorded.config.train.batch_size
+    assert all(set(of_flush[:-1]) <= {limit} and of_flush[-1] <= limit for of_flush in sizes if of_flush)
+    assert any(len(of_flush) > 1 for of_flush in sizes)
+    summary = json.loads((recorded.directory / "metrics.json").read_text())["stream"]
+    assert sum(map(sum, sizes)) == summary["counts"]["requests"] == summary["progressive"]["click"]["rows"]
+
+
+def test_no_prediction_knows_a_label_of_its_time(recorded: Recorded) -> None:
+    """Whatever was trained on before a request was predicted had its labels complete before that request."""
+    horizon = recorded.config.labels.max_out_of_orderness_ms
+    trained_ms = 0
+    for name, act in recorded.acts:
+        if name == "train":
+            trained_ms = max(trained_ms, int(act.batch.request_ms.max()))
+        elif trained_ms and act:
+            assert min(int(part.min()) for part in act) > trained_ms - horizon - FLUSH_MS - SLICE_MS
+            assert max(int(part.max()) for part in act) > trained_ms
+
+
+def test_the_history_of_metrics_has_an_entry_every_few_steps_and_at_the_end(recorded: Recorded) -> None:
+    (last,) = sorted((recorded.directory / "checkpoints").glob("step-*"))[-1:]
+    trace = json.loads((last / "job.json").read_text())["trace"]
+    steps, every = len(recorded.steps), recorded.config.train.log_every
+    assert [entry["step"] for entry in trace] == list(range(every, steps + 1, every))
+    for entry in trace:
+        part = recorded.steps[entry["step"] - every : entry["step"]]
+        rows = sum(result.rows_global for result in part)
+        mean = sum(float(result.loss) * result.rows_global for result in part) / rows
+        assert entry["rows"] == rows and entry["loss"] == pytest.approx(mean)
