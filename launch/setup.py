@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.machine import has_nvidia_driver
+from launch.machine import CUDA_BUILD, driver_too_old, has_nvidia_driver, nvidia_driver_version
 
 NEWEST_PYTHON = (3, 14)
 """Newest Python for which torch, fbgemm and torchrec publish wheels at the pinned versions."""
@@ -118,10 +118,36 @@ class Environment:
         for number, (name, arguments) in enumerate(steps, 1):
             _say(f"[{number}/{len(steps)}] {name}")
             self._pip(arguments)
+        self._check_builds(device)
         stamp = {"digest": self.digest(device), "device": device, "root": str(self.root)}
         self.stamp.write_text(json.dumps(stamp) + "\n")
         self.unfinished.unlink()
         _say(f"done in {time.monotonic() - started:.0f} s; the log is {self.log}")
+
+    def _check_builds(self, device: str) -> None:
+        """Check that pip has installed the builds for a device.
+
+        pip prefers a version with a build tag (``2.13.0+cpu``) to the same one without, wherever it finds it.
+
+        Raises:
+            SetupError: the build of torch or fbgemm is for another device.
+        """
+        found = {
+            name: entry.name.removeprefix(f"{name}-").removesuffix(".dist-info")
+            for name in ("torch", "fbgemm_gpu", "fbgemm_gpu_cpu")
+            for entry in self.directory.glob(f"lib/python*/site-packages/{name}-*.dist-info")
+        }
+        if len(found.keys() - {"torch"}) > 1:
+            raise SetupError("fbgemm-gpu and fbgemm-gpu-cpu are both installed: make clean setup")
+        tag = found.get("torch", "").partition("+")[2]
+        if device == "cpu" or not tag or tag.startswith("cu" + CUDA_BUILD.split(".")[0]):
+            return
+        index = os.environ.get("LIMELIGHT_TORCH_INDEX")
+        where = f"LIMELIGHT_TORCH_INDEX={index} leads" if index else "an index or a folder of wheels leads"
+        raise SetupError(
+            f"pip has installed torch {found['torch']} for DEVICE=cuda, which needs the build for CUDA {CUDA_BUILD}: "
+            f"{where} to it; unset it (pip config list, PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) and repeat the command"
+        )
 
     def _prepare(self, device: str) -> None:
         """Prepare an environment for pip; one that cannot be trusted is removed and created again."""
@@ -191,6 +217,8 @@ def pick_device(wanted: str, environment: Environment) -> str:
         return wanted
     if has_nvidia_driver():
         _say("CUDA build: this machine has an NVIDIA driver (DEVICE=cpu takes the other one)")
+        if too_old := driver_too_old(nvidia_driver_version(), CUDA_BUILD):
+            _say(f"warning: no GPU can be used: {too_old}")
         return "cuda"
     _say("CPU build: this machine shows no NVIDIA driver (DEVICE=cuda takes the other one)")
     return "cpu"

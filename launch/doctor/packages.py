@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError, run_probe
+from launch.machine import CUDA_BUILD, OLDEST_DRIVER, driver_too_old
 
 MEASURED_TRIPLES = (("2.13.0", "1.8.0", "1.8.0"), ("2.11.0", "1.6.0", "1.6.1"))
 """Versions of torch, fbgemm and torchrec that were measured to work together: the pinned ones, and one on a GPU."""
@@ -93,7 +94,9 @@ def check_lookup() -> tuple[Check, dict[str, Any]]:
     return Check(name, "ok", "fbgemm looked up and updated a table, equal to plain torch"), seen
 
 
-def check_accelerator(cuda_build: str | None, devices: list[str], fbgemm_cuda: bool, driver: bool) -> Check:
+def check_accelerator(
+    cuda_build: str | None, devices: list[str], fbgemm_cuda: bool, driver: bool, driver_version: str | None = None
+) -> Check:
     """Check that the installed builds fit the machine.
 
     Args:
@@ -101,6 +104,7 @@ def check_accelerator(cuda_build: str | None, devices: list[str], fbgemm_cuda: b
         devices: GPUs that torch can use.
         fbgemm_cuda: True if fbgemm's CUDA build is installed.
         driver: True if an NVIDIA driver is loaded.
+        driver_version: of this driver; None if unknown.
     """
     name = "accelerator"
     if devices and not fbgemm_cuda:
@@ -108,11 +112,18 @@ def check_accelerator(cuda_build: str | None, devices: list[str], fbgemm_cuda: b
         return Check(name, "fail", message, "make setup DEVICE=cuda")
     if devices:
         return Check(name, "ok", f"{len(devices)} x {devices[0]}, CUDA {cuda_build}")
+    too_old = driver_too_old(driver_version, cuda_build or CUDA_BUILD)
+    if driver and too_old:
+        newer = f"install driver {OLDEST_DRIVER[int((cuda_build or CUDA_BUILD).split('.')[0])]} or newer"
+        if cuda_build is None:
+            return Check(name, "warn", f"this is the CPU build, and {too_old}", f"{newer}, then make setup DEVICE=cuda")
+        return Check(name, "fail", too_old, f"{newer} (nvidia-smi shows the version), or make setup DEVICE=cpu")
     if driver and cuda_build is None:
         return Check(name, "warn", "an NVIDIA driver is loaded, but this is the CPU build", "make setup DEVICE=cuda")
     if driver:
-        message = f"an NVIDIA driver is loaded, but torch (CUDA {cuda_build}) finds no usable GPU"
-        return Check(name, "fail", message, "nvidia-smi: is the driver new enough, CUDA_VISIBLE_DEVICES empty?")
+        found = f"NVIDIA driver {driver_version}" if driver_version else "an NVIDIA driver"
+        message = f"{found} is loaded, but torch (CUDA {cuda_build}) finds no usable GPU"
+        return Check(name, "fail", message, "nvidia-smi: does it list the GPUs? Is CUDA_VISIBLE_DEVICES empty?")
     if cuda_build is not None and not fbgemm_cuda:
         message = f"CPU only; torch is the large CUDA {cuda_build} build, which works"
         index = "https://download.pytorch.org/whl/cpu"

@@ -26,7 +26,7 @@ from launch.doctor.packages import (
     installed_versions,
     pinned_versions,
 )
-from launch.machine import has_nvidia_driver
+from launch.machine import has_nvidia_driver, nvidia_driver_version
 from trainer.console.exit_status import CHECK_FAILED_STATUS
 
 
@@ -40,7 +40,9 @@ def all_checks() -> Iterator[Check]:
     yield lookup
     if seen:
         gpus = seen["devices"]
-        yield check_accelerator(seen["cuda_build"], gpus, "fbgemm-gpu" in installed, has_nvidia_driver())
+        driver = has_nvidia_driver()
+        version = nvidia_driver_version() if driver else None
+        yield check_accelerator(seen["cuda_build"], gpus, "fbgemm-gpu" in installed, driver, version)
         yield check_collectives("gloo", 2)
         if gpus:
             yield check_collectives("nccl", min(len(gpus), 2))

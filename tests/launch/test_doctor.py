@@ -84,6 +84,34 @@ def test_accelerator(
     assert check.status == status and fix in check.fix and bool(check.fix) == bool(fix)
 
 
+@pytest.mark.parametrize(
+    ("cuda_build", "devices", "version", "status", "message", "fix"),
+    [
+        (
+            "13.0",
+            [],
+            "570.124.06",
+            "fail",
+            "CUDA 13.0 needs an NVIDIA driver of 580 or newer, and",
+            "driver 580 or newer",
+        ),
+        ("13.0", [], "579.99", "fail", "this machine has 579.99", "make setup DEVICE=cpu"),
+        ("12.6", [], "470.256.02", "fail", "CUDA 12.6 needs an NVIDIA driver of 525", "driver 525 or newer"),
+        (None, [], "550.54.15", "warn", "this is the CPU build, and CUDA 13.0 needs", "driver 580 or newer, then make"),
+        ("13.0", [], "580.65.06", "fail", "driver 580.65.06 is loaded, but torch (CUDA 13.0) finds no", "nvidia-smi"),
+        ("13.0", [], None, "fail", "an NVIDIA driver is loaded, but torch", "CUDA_VISIBLE_DEVICES"),
+        (None, [], "580.65.06", "warn", "this is the CPU build", "make setup DEVICE=cuda"),
+        # With NVIDIA's compatibility package an older driver works.
+        ("13.0", ["H200"], "570.124.06", "ok", "1 x H200", ""),
+    ],
+)
+def test_the_driver_that_the_build_needs_is_named(
+    cuda_build: str | None, devices: list[str], version: str | None, status: str, message: str, fix: str
+) -> None:
+    check = packages.check_accelerator(cuda_build, devices, True, True, version)
+    assert check.status == status and message in check.message and fix in check.fix
+
+
 def test_a_wrong_abi_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "fbgemm_gpu"
     broken.mkdir()

@@ -20,7 +20,9 @@ from tests.paths import ROOT
 
 FAKE_PYTHON = """#!/bin/sh
 case "$2" in
-  venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+  venv)
+    mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+    if [ -e "{calls}.tree" ]; then cp -r "{calls}.tree" "$3/lib"; fi ;;
   pip)
     [ "$3" = install ] || exit 0
     echo "$@" >> "{calls}"
@@ -62,6 +64,12 @@ class FakePip:
 
     def fail_on(self, pattern: str) -> None:
         self.fail_file.write_text(pattern)
+
+    def install_wheels(self, *names: str) -> None:
+        """Leave the metadata of these wheels in the next environment."""
+        for name in names:
+            wheels = self.calls_file.with_name("calls.tree") / "python3.11" / "site-packages"
+            (wheels / f"{name}.dist-info").mkdir(parents=True)
 
     def succeed(self) -> None:
         self.fail_file.unlink()
@@ -165,6 +173,52 @@ def test_auto_picks_by_the_driver_and_says_so(
     monkeypatch.setattr(setup, "has_nvidia_driver", lambda: driver)
     assert setup.pick_device("auto", Environment(root, [])) == device
     assert f"{device.upper()} build" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "wheels", "message"),
+    [
+        ("cuda", ["torch-2.13.0+cpu", "fbgemm_gpu-1.8.0"], r"torch 2.13.0\+cpu for DEVICE=cuda.* CUDA 13.0: an index"),
+        ("cuda", ["torch-2.13.0+cu126", "fbgemm_gpu-1.8.0"], r"torch 2.13.0\+cu126 for DEVICE=cuda"),
+        ("cuda", ["torch-2.13.0", "fbgemm_gpu-1.8.0", "fbgemm_gpu_cpu-1.8.0"], "are both installed"),
+        ("cuda", ["torch-2.13.0", "fbgemm_gpu-1.8.0"], None),
+        ("cuda", ["torch-2.13.0+cu130", "fbgemm_gpu-1.8.0"], None),
+        ("cpu", ["torch-2.13.0+cpu", "fbgemm_gpu_cpu-1.8.0"], None),
+        ("cpu", ["torch-2.13.0", "fbgemm_gpu_cpu-1.8.0"], None),
+    ],
+)
+def test_the_installed_builds_are_those_of_the_device(
+    device: str, wheels: list[str], message: str | None, root: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LIMELIGHT_TORCH_INDEX", raising=False)
+    pip.install_wheels(*wheels)
+    environment = Environment(root, [])
+    if message is None:
+        environment.install(device)
+        assert environment.installed()["device"] == device
+        return
+    with pytest.raises(SetupError, match=message) as refused:
+        environment.install(device)
+    assert "\n" not in str(refused.value) and not environment.installed()
+
+
+def test_the_index_that_a_wrong_build_comes_from_is_named(
+    root: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMELIGHT_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+    pip.install_wheels("torch-2.13.0+cpu")
+    with pytest.raises(SetupError, match=r"LIMELIGHT_TORCH_INDEX=https://download\.pytorch\.org/whl/cpu leads to it"):
+        Environment(root, []).install("cuda")
+
+
+def test_a_driver_that_is_too_old_is_named_before_the_download(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "has_nvidia_driver", lambda: True)
+    for driver, named in (("550.54.15", True), ("580.65.06", False), (None, False)):
+        monkeypatch.setattr(setup, "nvidia_driver_version", lambda driver=driver: driver)
+        assert setup.pick_device("auto", Environment(root, [])) == "cuda"
+        assert ("needs an NVIDIA driver of 580 or newer" in capsys.readouterr().out) == named
 
 
 def test_an_interrupted_install_starts_afresh(root: Path, pip: FakePip) -> None:
