@@ -260,6 +260,7 @@ data.add_command(instructions)
 def _make(out: Output, work: Callable[[Path, Phases], DatasetSpec], as_json: bool) -> None:
     """Make a dataset with progress bars, and print its size."""
     from trainer.console.progress import Phases
+    from trainer.data.importers.import_notes import import_notes
     from trainer.runtime.malloc import keep_freed_memory
 
     keep_freed_memory()
@@ -267,7 +268,10 @@ def _make(out: Output, work: Callable[[Path, Phases], DatasetSpec], as_json: boo
         spec = work(target, progress)
     users = spec.ids["user"].count
     if as_json:
-        print_json({"out": str(out), "rows": spec.rows, "users": users, "partitions": spec.partitions})
+        notes = import_notes(spec.extra)
+        print_json({"out": str(out), "rows": spec.rows, "users": users, "partitions": spec.partitions, "notes": notes})
         return
     print(f"{out}: {spec.rows:,} training rows of {users:,} users in {spec.partitions} partitions")
+    for note in import_notes(spec.extra):
+        print(f"  {note}")
     print(f"look at it: limelight data describe {out}")

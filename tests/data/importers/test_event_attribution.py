@@ -60,19 +60,22 @@ def test_last_touch_of_nothing() -> None:
 def test_join_gives_every_event_to_one_visit(tmp_path: Path, seed: int) -> None:
     """Test that first events become behaviours and others repeats, and that each event is counted exactly once."""
     visits, events = random_log(seed)
+    # No two lines are equal: neither these events, nor the visits below, which differ in the time watched.
+    events["line"] = np.arange(len(events["user_id"]))
     rng = np.random.default_rng(seed)
     gift = rng.random(len(events["user_id"])) < 0.5
     price = rng.integers(1, 9, len(gift)).astype(np.float32)
     n = len(visits["user_id"])
     columns = {**visits, "visit_id": np.arange(n), "author_id": visits["item_id"] * 7, "domain": np.ones(n, np.int8)}
-    columns |= {"exit_ms": visits["request_ms"] + 3, "play_ms": np.full(n, 3), **no_behaviours(("like", "gift"), n)}
+    columns |= {"exit_ms": visits["request_ms"] + 3, "play_ms": np.arange(n), **no_behaviours(("like", "gift"), n)}
     join = EventJoin(tmp_path / "join", SPEC)
     join.visits(columns)
     join.events("like", {name: column[~gift] for name, column in events.items()})
     join.events("gift", {name: column[gift] for name, column in events.items()} | {"value": price[gift]})
     parts = [join.join(partition) for partition in range(2)]
 
-    owner = np.array([search(visits, *event) for event in zip(*events.values(), strict=True)])
+    keys = (events[name] for name in ("user_id", "item_id", "time_ms"))
+    owner = np.array([search(visits, *event) for event in zip(*keys, strict=True)])
     assert sum(part.orphans for part in parts) == (owner < 0).sum()
     made = {row["visit_id"]: row for part in parts for row in part.visits.to_pylist()}
     assert sorted(made) == list(range(n))

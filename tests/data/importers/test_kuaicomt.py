@@ -122,6 +122,7 @@ def test_every_layout_gives_the_same_dataset(tmp_path: Path, layout: dict[str, A
     import_kuaicomt(write(tmp_path / "src", **layout), tmp_path / "out", 3)
     spec = DatasetSpec.load(tmp_path / "out")
     assert (spec.exposures, spec.rows, spec.extra["duplicates_dropped"], spec.extra["orphans_dropped"]) == (5, 5, 1, 1)
+    assert (spec.extra["duplicate_lines"], spec.extra["conflicting_visits_dropped"]) == (0, 1)
     rows = read_rows(str(tmp_path / "out"), spec)
     order = np.argsort(rows["visit_id"])
     rows = {name: column[order] for name, column in rows.items()}

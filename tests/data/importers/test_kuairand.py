@@ -94,6 +94,7 @@ def test_published_layout(tmp_path: Path, version: str, inside: bool) -> None:
     spec, rows = rows_of(tmp_path / "out")
     assert spec.name == {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}[version]
     assert (spec.extra["log_rows"], spec.extra["duplicates_dropped"], spec.exposures, spec.rows) == (6, 2, 4, 4)
+    assert (spec.extra["duplicate_lines"], spec.extra["conflicting_visits_dropped"]) == (1, 1)
     # Lines 3 of the first log and 2 of the second repeat (user, video, time): their first lines stay.
     assert rows["visit_id"].tolist() == [0, 1, 3, 4]
     assert rows["user_id"].tolist() == [5, 5, 6, 6]

@@ -27,6 +27,7 @@ from trainer.data.writing import builder as build
 from trainer.data.writing import partition_spill as spill
 from trainer.data.writing import training_rows as assemble
 from trainer.data.writing.builder import DatasetBuilder
+from trainer.data.writing.duplicates import DuplicateRule
 
 
 def expected_rows(spec: DatasetSpec, visits: dict[str, np.ndarray]) -> list[dict]:
@@ -302,7 +303,7 @@ def test_repeated_visits_can_be_dropped(tmp_path):
     visits = make_visits(8)
     twice = {name: np.concatenate([column, column[:40]]) for name, column in visits.items()}
     twice["visit_id"][300:] += 1000
-    built = build_dataset(tmp_path / "out", twice, deduplicate=("user_id", "item_id", "request_ms"))
+    built = build_dataset(tmp_path / "out", twice, duplicates=DuplicateRule())
     keys = set(zip(*(visits[name].tolist() for name in ("user_id", "item_id", "request_ms")), strict=True))
     assert built.exposures == built.rows == len(keys)
     assert built.extra["duplicates_dropped"] == 340 - len(keys)

@@ -42,7 +42,7 @@ def test_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = DatasetSpec.load(tmp_path / "world")
     assert spec.partitions == 2 and 0 < spec.rows <= spec.exposures
     document = json.loads(capsys.readouterr().out)
-    assert document == {"out": str(tmp_path / "world"), "rows": spec.rows, "users": 60, "partitions": 2}
+    assert document == {"out": str(tmp_path / "world"), "rows": spec.rows, "users": 60, "partitions": 2, "notes": []}
 
 
 def test_simulate_cross(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The attribution is last touch: an event belongs to the latest visit of its user to its room that began no later than the
 event. A gift is therefore counted once, even if its giver came back several times. An event without such a visit is an
-orphan.
+orphan. A line that repeats an earlier one in all columns that are read is dropped and counted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from trainer.data.format.schema import EVENT_COLUMNS, VISIT_EVENTS, DatasetSpec,
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_names
 from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.duplicates import DuplicateRule, find_duplicates
 from trainer.data.writing.partition_spill import Spill
 
 _EVENTS = pa.schema(
@@ -26,6 +27,7 @@ _EVENTS = pa.schema(
         ("time_ms", pa.int64()),
         ("behaviour", pa.int8()),
         ("value", pa.float32()),
+        ("line", pa.int64()),
     ]
 )
 
@@ -38,11 +40,13 @@ class JoinedVisits:
         visits: complete visits, as ``schema.visit_schema``.
         repeats: events after the first of their kind in a visit, as ``schema.EVENT_COLUMNS``.
         orphans: number of events without a visit.
+        duplicates: number of visits and events that repeat an earlier one exactly, and were dropped before the join.
     """
 
     visits: pa.Table
     repeats: pa.Table
     orphans: int
+    duplicates: int
 
 
 class EventJoin:
@@ -64,10 +68,17 @@ class EventJoin:
         self._visits.add(columns)
 
     def events(self, behaviour: str, columns: Columns) -> None:
-        """Add events of one behaviour: ``user_id``, ``item_id``, ``time_ms``, and ``value`` if they have one."""
+        """Add events of one behaviour.
+
+        Args:
+            behaviour: name of the behaviour.
+            columns: ``user_id``, ``item_id``, ``time_ms``; ``value`` if they have one; and ``line``, a hash of what
+                else their lines have, by which two events are told apart.
+        """
         n = len(columns["user_id"])
         code = np.full(n, self._spec.behaviours.index(behaviour), np.int8)
-        self._events.add({"value": np.zeros(n, np.float32), **columns, "behaviour": code})
+        absent = {"value": np.zeros(n, np.float32), "line": np.zeros(n, np.int64)}
+        self._events.add({**absent, **columns, "behaviour": code})
 
     def join(self, partition: int) -> JoinedVisits:
         """Attribute the events of a partition and return its visits in the order in which they were added.
@@ -79,6 +90,11 @@ class EventJoin:
         self._visits.flush()
         self._events.flush()
         visits, events = self._visits.pop(partition), self._events.pop(partition)
+        _, again = find_duplicates(events, ("user_id", "item_id", "time_ms", "behaviour"), list(events))
+        # Only one of two equal visits would get their events, and the two would no longer be equal.
+        visits, duplicates = DuplicateRule("lines").apply(visits)
+        duplicates += len(again)
+        events = {name: np.delete(column, again) for name, column in events.items()}
         visit = last_touch(visits, events)
         belongs = visit >= 0
         orphans = len(visit) - int(belongs.sum())
@@ -101,9 +117,8 @@ class EventJoin:
         visits["exit_ms"] = np.maximum(visits["exit_ms"], last)
 
         again = np.flatnonzero(repeated)
-        return JoinedVisits(
-            pa.table(visits, schema=self._schema), self._event_table(visits, visit, events, again), orphans
-        )
+        repeats = self._event_table(visits, visit, events, again)
+        return JoinedVisits(pa.table(visits, schema=self._schema), repeats, orphans, duplicates)
 
     def _event_table(self, visits: Columns, visit: np.ndarray, events: Columns, rows: np.ndarray) -> pa.Table:
         """Return the events at ``rows`` as ``EVENT_COLUMNS``; ``visit`` has the position of each event's visit."""
@@ -160,6 +175,7 @@ def add_joined(join: EventJoin, builder: DatasetBuilder, partitions: int, progre
         joined = join.join(partition)
         builder.visits(joined.visits)
         builder.repeats(joined.repeats)
+        builder.count_repeated_lines(joined.duplicates)
         orphans += joined.orphans
     report("joining events", partitions, partitions)
     return orphans

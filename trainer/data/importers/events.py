@@ -12,6 +12,8 @@ the events (``visit_assembly.py``). All keys, with their defaults::
     time_unit = "ms"                 # unit of numeric times: "s", "ms", "us", "ns"; text times are ISO 8601
     out_of_order = "error"           # a time earlier than in the line before: "error" or "sort"
     orphans = "error"                # "events": an event without an earlier exposure: "error" or "drop" (and count)
+    duplicates = "drop"              # lines that repeat an earlier one in all columns that are read: "drop" or "keep",
+                                     # such as for gifts of one second; they are counted in any case
     hash_ids = []                    # columns of text ids, from user_id, author_id, item_id, visit_id; see below
     candidates = ["video", "live"]   # domains whose exposures become training rows
     statistics = [["user"], ["item"], ["author"], ["user", "author"]]
@@ -65,6 +67,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +93,7 @@ from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.user_log import IdColumns, UserLog, collect_vocabularies
 from trainer.data.importers.visit_assembly import EventCodes, assemble_visits
 from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.duplicates import DuplicateRule, find_duplicates
 from trainer.data.writing.partition_spill import Spill
 
 Vocabularies = dict[str, tuple[str, ...]]
@@ -129,20 +133,27 @@ def import_events(
     ids = IdColumns(rules)
     log = UserLog(files, rules, ids, context)
     spec = _spec(rules, files, partitions, context, by_owner)
-    with DatasetBuilder(out, spec) as builder, scratch_folder(out) as folder:
+    whole_lines = rules.layout == "exposures"
+    rule = DuplicateRule(
+        "lines" if rules.duplicates == "drop" else "none", visit_ids=rules.columns.visit_id is not None
+    )
+    # Single events that repeat an earlier one are dropped before visits are assembled from them.
+    builder_rule = rule if whole_lines else None
+    with DatasetBuilder(out, spec, duplicates=builder_rule) as builder, scratch_folder(out) as folder:
         for owner, table in rules.features.tables().items():
             for part in _feature_table(tables[owner], owner, table, by_owner[owner], ids, nulls):
                 builder.table(f"{owner}s", part)
-        orphans = 0
+        found: dict[str, Any] = {"orphans_dropped": 0}
         checks = _IdChecks(folder, rules)
-        if rules.layout == "events":
-            orphans = _import_single_events(log, rules, builder, spec, folder, report, checks)
+        if not whole_lines:
+            found = _import_single_events(log, rules, builder, spec, folder, report, checks)
         else:
             for lines in log.batches(lambda done, total: report("reading logs", done, total)):
                 checks.add(lines)
                 builder.visits(pa.table(_visits(lines, rules)))
             checks.finish(log)
-        found = {"log_rows": log.rows, "orphans_dropped": orphans, "hash_collisions": ids.collisions}
+        found |= {"log_rows": log.rows, "hash_collisions": ids.collisions}
+        found |= {"duplicates": rules.duplicates, "files_left_out": len(found_files.left_out)}
         return builder.finish(progress, found)
 
 
@@ -267,8 +278,8 @@ def _import_single_events(
     folder: Path,
     report: Progress,
     checks: _IdChecks,
-) -> int:
-    """Assemble visits from single events, partition by partition; return the number of orphans."""
+) -> dict[str, int]:
+    """Assemble visits from single events, partition by partition; return the counts for ``DatasetSpec.extra``."""
     ids = ("user_id", "author_id", "item_id", "visit_id", "time_ms", "row")
     context = rules.features.context
     schema = pa.schema(
@@ -290,14 +301,20 @@ def _import_single_events(
     begin = EventCodes.EXPOSURE if rules.events.exposure else EventCodes.ENTER
     codes = EventCodes(spec.behaviours, begin)
     names = np.array([*VISIT_EVENTS, *spec.behaviours])
-    orphans = 0
+    own_ids = rules.columns.visit_id is not None
+    orphans = duplicates = 0
     for partition in range(spec.partitions):
         report("sorting events", partition, spec.partitions)
         events = spill.pop(partition)
+        compared = [name for name in events if name not in ({"row"} if own_ids else {"row", "visit_id"})]
+        _, again = find_duplicates(events, ("user_id", "item_id", "time_ms", "code"), compared)
+        duplicates += len(again)
+        if rules.duplicates == "drop":
+            events = {name: np.delete(column, again) for name, column in events.items()}
         assembled = assemble_visits(
             events,
             codes,
-            by_visit_id=rules.columns.visit_id is not None,
+            by_visit_id=own_ids,
             has_value=rules.columns.value is not None,
         )
         if len(assembled.orphans) and rules.orphans == "error":
@@ -310,7 +327,8 @@ def _import_single_events(
         builder.visits(pa.table(assembled.visits))
         builder.events(_event_table(assembled.events, names))
     report("sorting events", spec.partitions, spec.partitions)
-    return orphans
+    dropped = duplicates if rules.duplicates == "drop" else 0
+    return {"orphans_dropped": orphans, "duplicate_lines": duplicates, "duplicates_dropped": dropped}
 
 
 def _event_table(events: Columns, names: np.ndarray) -> pa.Table:

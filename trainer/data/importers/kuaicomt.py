@@ -41,6 +41,7 @@ from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.staytime_spill import StaytimeSpill, row_slices
 from trainer.data.importers.table_files import column_names
 from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.duplicates import DuplicateRule, find_duplicates
 from trainer.data.writing.partition_spill import Spill
 
 SOURCE = (
@@ -86,7 +87,7 @@ _UNIQUE_ID = "an id that occurs only once"
 _SECONDS_BELOW = 1e11
 """Limit below which a time is in seconds. As milliseconds it is March 1973, long before the log."""
 
-_INTERACTIONS = pa.schema([(name, pa.int64()) for name in ("user_id", "item_id", "time_ms", "comment_id")])
+_INTERACTIONS = pa.schema([(name, pa.int64()) for name in ("user_id", "item_id", "time_ms", "comment_id", "kind")])
 
 
 def import_kuaicomt(
@@ -113,7 +114,7 @@ def import_kuaicomt(
     """
     source = _KuaiComtFiles(Path(src), progress)
     spec = _spec(source, partitions)
-    with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
+    with DatasetBuilder(out, spec, duplicates=DuplicateRule()) as builder:
         for table in source.users():
             builder.table("users", table)
         for table, texts in source.videos():
@@ -129,7 +130,9 @@ def import_kuaicomt(
                 staytimes.add(columns)
             if not source.rows:
                 raise UserError(f"{source.files['visits']}: has no lines below its header")
-            top_comments = source.read_interactions(interactions)
+            lines = Spill(folder / "lines", _INTERACTIONS, partitions)
+            source.read_interactions(lines)
+            top_comments = source.top_comments(lines, interactions, builder)
             orphans = _join(builder, staytimes, interactions, top_comments, progress)
         return builder.finish(progress, {"log_rows": source.rows, "orphans_dropped": orphans})
 
@@ -294,12 +297,11 @@ class _KuaiComtFiles:
                 self._days = min(self._days[0], day), max(self._days[1], day)
             yield pa.table(visits), keys | {"staytime_ms": batch.milliseconds("comment_stay_time")}
 
-    def read_interactions(self, interactions: Spill) -> DailyTopComments:
-        """Spill the interactions with comments to disk; return the top comments of each video on each day."""
+    def read_interactions(self, lines: Spill) -> None:
+        """Spill the interactions with comments to disk."""
         key = self._column_name("interactions", "photo_id")
         types = dict.fromkeys(("user_id", "comment_id", key), pa.int64())
         types |= dict.fromkeys(("time_stamp", "is_like", "is_reply"))
-        pairs = [(np.empty(0, np.int64), np.empty(0, np.int64))]
         for batch in self._reader.batches(self.files["interactions"], types):
             comment, item = batch.ids("comment_id"), batch.ids(key)
             batch.require(
@@ -310,10 +312,25 @@ class _KuaiComtFiles:
             # Times in whole seconds are moved to the end of the second. Otherwise an interaction in the second in which
             # its visit began would come before the visit.
             time_ms = _times(batch, "time_stamp", late_ms=999)
-            happened = (batch.numbers("is_like") > 0) | (batch.numbers("is_reply") > 0)
+            liked, replied = (batch.numbers(name) > 0 for name in ("is_like", "is_reply"))
             columns = {"user_id": batch.ids("user_id"), "item_id": item, "time_ms": time_ms, "comment_id": comment}
-            interactions.add({name: column[happened] for name, column in columns.items()})
-            pairs.append((comment[happened], shanghai_time.local_day(time_ms[happened])))
+            columns["kind"] = liked + 2 * replied
+            lines.add({name: column[liked | replied] for name, column in columns.items()})
+        lines.flush()
+
+    def top_comments(self, lines: Spill, interactions: Spill, builder: DatasetBuilder) -> DailyTopComments:
+        """Move interactions from ``lines`` to ``interactions``, each once; return the top comments of each day.
+
+        The builder counts the lines that repeat an earlier one.
+        """
+        pairs = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for partition in range(lines.partitions):
+            columns = lines.pop(partition)
+            _, again = find_duplicates(columns, ("user_id", "comment_id", "time_ms"), list(columns))
+            columns = {name: np.delete(column, again) for name, column in columns.items()}
+            builder.count_repeated_lines(len(again))
+            pairs.append((columns["comment_id"], shanghai_time.local_day(columns["time_ms"])))
+            interactions.add(columns)
         interacted, day = (np.concatenate(column) for column in zip(*pairs, strict=True))
         comment_id, item_id = (np.concatenate(column) for column in zip(*self._comments, strict=True))
         return DailyTopComments(comment_id, item_id, interacted, day, *self._days)

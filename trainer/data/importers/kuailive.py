@@ -51,6 +51,7 @@ from trainer.data.importers.published_vectors import ITEM_VECTORS, find_title_fi
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.table_files import column_names
 from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.duplicates import DuplicateRule
 
 SOURCE = "KuaiLive, 5 to 25 May 2025: https://imgkkk574.github.io/KuaiLive, https://zenodo.org/records/16565801"
 LICENCE = "CC BY-NC-SA 4.0 (not for commercial use)"
@@ -113,7 +114,7 @@ def import_kuailive(
     source = _KuaiLiveFiles(Path(src), progress)
     vocabularies = source.vocabularies()
     spec = _spec(source, vocabularies, partitions)
-    with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
+    with DatasetBuilder(out, spec, duplicates=DuplicateRule()) as builder:
         for table in source.profiles("user", "user_id", "user", _USER_CATEGORIES, vocabularies):
             builder.table("users", table)
         for table in source.profiles("streamer", "streamer_id", "author", _STREAMER_CATEGORIES, vocabularies):

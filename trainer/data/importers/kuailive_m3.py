@@ -58,11 +58,14 @@ from trainer.data.importers import shanghai_time, view_thresholds
 from trainer.data.importers.category_codes import vocabulary
 from trainer.data.importers.columns import ColumnBatch, SourceReader, read_column_batches
 from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
+from trainer.data.importers.field_parsers import text_hashes
+from trainer.data.importers.id_consistency import line_hash
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
 from trainer.data.importers.null_markers import VALUE_NULLS, NullMarkers
 from trainer.data.importers.published_vectors import ITEM_VECTORS, SEGMENT_VECTORS, VECTORS, read_vectors, write_vectors
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.duplicates import DuplicateRule
 
 SOURCE = "KuaiLive-M3: https://github.com/imgkkk574/KuaiLive-M3, https://huggingface.co/datasets/imgkkk2004/KuaiLive-M3"
 LICENCE = "not stated with the data's description: see the dataset's page before you use or share it"
@@ -133,7 +136,7 @@ def import_kuailive_m3(
     source = _KuaiLiveM3Files(Path(src), progress)
     vocabularies = source.vocabularies()
     spec = _spec(source, vocabularies, partitions)
-    with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
+    with DatasetBuilder(out, spec, duplicates=DuplicateRule()) as builder:
         for table in source.authors(vocabularies):
             builder.table("authors", table)
         for table, texts in itertools.chain(source.rooms(), source.videos(vocabularies)):
@@ -288,31 +291,37 @@ class _KuaiLiveM3Files:
     def events(self, behaviour: str) -> Iterator[Columns]:
         """Yield likes, comments or shares, batch by batch."""
         room, time = _EVENT_COLUMNS[behaviour]
-        types = dict.fromkeys(("user_id", room, time, *(["is_share_success"] if behaviour == "share" else [])))
+        more = {"share": ("is_share_success",), "comment": ("content",)}.get(behaviour, ())
+        types = dict.fromkeys(("user_id", room, time, *more))
         for batch in self._reader.batches(self.files[behaviour], types, multiline=behaviour == "comment"):
             columns = {"user_id": batch.ids("user_id"), "item_id": _items(batch, room, _LIVE)}
             columns["time_ms"] = batch.times(time, shanghai_time.TIMEZONE)
+            if behaviour == "comment":
+                columns["line"] = _text_hash(batch)
             if behaviour == "share":
                 happened = batch.numbers("is_share_success") > 0
                 columns = {name: column[happened] for name, column in columns.items()}
             yield columns
 
     def comments(self) -> Iterator[pa.Table]:
-        """Yield the table of comment texts, batch by batch; a comment's id is the number of its line, from 0."""
+        """Yield the table of comment texts, batch by batch; a comment's id is the number of its line, from 0.
+
+        Lines that repeat an earlier one are left out. They are told by a hash of 64 bits.
+        """
+        known = IdIndex()
         room, time = _EVENT_COLUMNS["comment"]
         types = dict.fromkeys(("user_id", room, time, "content"))
         for batch in self._reader.batches(self.files["comment"], types, multiline=True):
             first = batch.first_row - 1
-            yield pa.table(
-                {
-                    "comment_id": np.arange(first, first + batch.rows),
-                    "item_id": _items(batch, room, _LIVE),
-                    "user_id": batch.ids("user_id"),
-                    "time_ms": batch.times(time, shanghai_time.TIMEZONE),
-                    "likes": np.zeros(batch.rows, np.int64),
-                    "text": batch.text("content"),
-                }
-            )
+            columns = {
+                "item_id": _items(batch, room, _LIVE),
+                "user_id": batch.ids("user_id"),
+                "time_ms": batch.times(time, shanghai_time.TIMEZONE),
+            }
+            new = first_occurrences(known, line_hash({**columns, "text": _text_hash(batch)}))
+            columns["comment_id"] = np.arange(first, first + batch.rows)
+            columns["likes"] = np.zeros(batch.rows, np.int64)
+            yield pa.table({**columns, "text": batch.text("content")}).filter(pa.array(new))
 
     def segments(self) -> Iterator[pa.Table]:
         """Yield ``segments.parquet``, batch by batch: room and time of availability of each segment vector."""
@@ -423,3 +432,9 @@ def _item_columns(
     codes = {name: code.astype(np.int32) for name, code in zip(_CATEGORIES.values(), categories, strict=True)}
     columns = {"item_id": item_id, "author_id": author_id, "domain": np.full(len(item_id), domain, np.int8)}
     return {**columns, "start_ms": start_ms, "duration_ms": duration_ms, **codes}
+
+
+def _text_hash(batch: ColumnBatch) -> np.ndarray:
+    """Return a hash of the text of each comment, ``[rows] int64``."""
+    hashes, which = text_hashes(batch.text("content"))
+    return hashes[which, 0].view(np.int64)

@@ -35,6 +35,7 @@ from trainer.data.importers.null_markers import VALUE_NULLS, NullMarkers, withou
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.staytime_spill import KEY, StaytimeSpill, write_staytimes
 from trainer.data.writing.builder import DatasetBuilder, Progress
+from trainer.data.writing.duplicates import DuplicateRule
 
 SOURCE = (
     "{name}: C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang, X. He. KuaiRand: An Unbiased Sequential "
@@ -127,7 +128,7 @@ def import_kuairand(
     report("reading videos", 0, 1)
     vocabularies = _user_vocabularies(files.users) | _video_vocabularies(files.videos)
     spec = _spec(files, vocabularies, partitions)
-    with DatasetBuilder(out, spec, deduplicate=("user_id", "item_id", "request_ms")) as builder:
+    with DatasetBuilder(out, spec, duplicates=DuplicateRule()) as builder:
         for table in _users(files.users, vocabularies):
             builder.table("users", table)
         authors = IdLookup(missing=-1)

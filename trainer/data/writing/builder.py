@@ -27,9 +27,10 @@ from trainer.data.format.dataset_files import record_checksums
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
-from trainer.data.format.sorting import first_of_each, stable_order, time_order
+from trainer.data.format.sorting import stable_order, time_order
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import behaviour_bits, derive_events, event_codes, event_names, event_table
+from trainer.data.writing.duplicates import DuplicateRule
 from trainer.data.writing.partition_spill import BatchFile, Spill
 from trainer.data.writing.text_writer import TextWriter
 from trainer.data.writing.training_rows import assemble
@@ -67,8 +68,10 @@ class DatasetBuilder:
             ``events``.
         rows_per_record: largest number of rows of a record of the training shards.
         records_per_shard: largest number of records of a shard.
-        deduplicate: columns, including ``user_id``, that identify a visit. Of several visits with the same values, the
-            one that was added first is kept. The number of dropped ones is in ``spec.extra["duplicates_dropped"]``.
+        duplicates: rule for visits that were added twice. ``spec.extra`` then gets ``duplicate_lines``, the number of
+            lines, dropped or kept, that repeat an earlier one in all columns; ``conflicting_visits_dropped``, the
+            number of visits that were dropped and have other values than the kept one; and ``duplicates_dropped``, the
+            number of all lines that were dropped.
 
     Raises:
         UserError: ``out`` exists or cannot be created, or the description is inconsistent.
@@ -81,7 +84,7 @@ class DatasetBuilder:
         *,
         rows_per_record: int = 1024,
         records_per_shard: int = 256,
-        deduplicate: tuple[str, ...] = (),
+        duplicates: DuplicateRule | None = None,
     ) -> None:
         validation.check_spec(spec, histories.MAX_BEHAVIOURS)
         if storage.is_remote(out):
@@ -94,7 +97,8 @@ class DatasetBuilder:
         self._work = self._tmp_path / "work"
         self._spec = spec
         self._record_limits = {"rows_per_record": rows_per_record, "records_per_shard": records_per_shard}
-        self._deduplicate = deduplicate
+        self._duplicates = duplicates
+        self._repeated_visits = self._repeated_lines = 0
         self._join = FeatureJoin(spec)
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._spills: dict[str, Spill] = {}
@@ -172,6 +176,10 @@ class DatasetBuilder:
             UserError: the errors of ``events``.
         """
         self._add_events("repeats", table)
+
+    def count_repeated_lines(self, lines: int) -> None:
+        """Count lines of a log that repeat an earlier one in all columns and that an importer dropped itself."""
+        self._repeated_lines += lines
 
     def truth(self, table: pa.Table) -> None:
         """Add true probabilities: ``visit_id``, ``user_id``, ``request_ms`` and ``p_B`` for each behaviour B.
@@ -259,9 +267,14 @@ class DatasetBuilder:
         for shard_writer in writers:
             shard_writer.close()
 
-        if self._deduplicate:
+        if self._duplicates is not None:
             dropped = self._spills["visits"].rows - totals.exposures
-            extra = {**extra, "duplicates_dropped": dropped}
+            extra = {
+                **extra,
+                "duplicate_lines": self._repeated_visits + self._repeated_lines,
+                "conflicting_visits_dropped": max(dropped - self._repeated_visits, 0),
+                "duplicates_dropped": dropped + self._repeated_lines,
+            }
         spec = replace(
             spec,
             ids={name: IdSpace(len(index), int(index.ids.max(initial=-1))) for name, index in self._ids.items()},
@@ -281,10 +294,10 @@ class DatasetBuilder:
     def _sort_partition(self, partition: int, history: histories.HistoryWriter, totals: _Totals) -> Columns:
         """Write events, history and truth of a partition, and return its exposures that become training rows."""
         visits = self._spills["visits"].pop(partition)
-        if self._deduplicate:
+        if self._duplicates is not None:
             # All visits of a user are in one partition, so duplicates are found within it.
-            first = first_of_each([visits[name] for name in self._deduplicate])
-            visits = {name: column[first] for name, column in visits.items()}
+            visits, exact = self._duplicates.apply(visits)
+            self._repeated_visits += exact
         totals.exposures += len(visits["visit_id"])
         order = time_order(visits["request_ms"], visits["visit_id"])
         visits = {name: np.take(column, order) for name, column in visits.items()}

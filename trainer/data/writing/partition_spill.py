@@ -30,7 +30,7 @@ class Spill:
         folder.mkdir(parents=True)
         self._dtypes = {field.name: np.dtype(field.type.to_pandas_dtype()) for field in schema}
         self._folder = folder
-        self._partitions = partitions
+        self.partitions = partitions
         self._blocks: list[list[int]] = [[] for _ in range(partitions)]
         self._waiting: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
         self._waiting_rows = 0
@@ -48,9 +48,9 @@ class Spill:
         for first in range(0, rows, self._limit):
             part = {name: columns[name][first : first + self._limit] for name in self._dtypes}
             # For 16-bit keys numpy's stable sort is a radix sort, much faster than a comparison sort.
-            owner = partition_of(part["user_id"], self._partitions).astype(np.uint16)
+            owner = partition_of(part["user_id"], self.partitions).astype(np.uint16)
             order = np.argsort(owner, kind="stable")
-            edges = np.append(0, np.cumsum(np.bincount(owner, minlength=self._partitions)))
+            edges = np.append(0, np.cumsum(np.bincount(owner, minlength=self.partitions)))
             self._waiting.append(({name: np.take(column, order) for name, column in part.items()}, edges))
             self._waiting_rows += len(order)
             if self._waiting_rows >= self._limit:
