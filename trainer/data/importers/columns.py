@@ -22,7 +22,7 @@ from trainer.data.importers.null_markers import DEFAULT_NULLS, NullMarkers, with
 from trainer.data.importers.table_files import convert, python_value, raise_bad_value, read_batches
 from trainer.data.writing.builder import Progress
 
-_LONGEST_MS = np.iinfo(np.int32).max
+LONGEST_MS = np.iinfo(np.int32).max
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -74,8 +74,16 @@ class ColumnBatch:
     def small_numbers(self, name: str) -> np.ndarray:
         """Return a numeric column as ``[rows] float32``, see :meth:`numbers`."""
         values = self.numbers(name)
-        self.require(np.abs(values) <= _LARGEST_FLOAT32, name, "a number that a float32 holds, up to 3.4e38")
+        self.require_float32(values, name)
         return values.astype(np.float32)
+
+    def require_float32(self, values: np.ndarray, name: str) -> None:
+        """Check that the numbers of a column are in the range of float32.
+
+        Raises:
+            UserError: one is not.
+        """
+        self.require(np.abs(values) <= _LARGEST_FLOAT32, name, "a number that a float32 holds, up to 3.4e38")
 
     def categories(self, name: str) -> set[str]:
         """Return the distinct categories of a column, without missing values."""
@@ -115,7 +123,7 @@ class ColumnBatch:
     def milliseconds(self, name: str) -> np.ndarray:
         """Return a column of durations in milliseconds, ``[rows] int64``; missing is 0."""
         values = self.numbers(name)
-        self.require((values >= 0) & (values <= _LONGEST_MS), name, "milliseconds, 0 to 2^31 - 1")
+        self.require((values >= 0) & (values <= LONGEST_MS), name, "milliseconds, 0 to 2^31 - 1")
         return values.astype(np.int64)
 
     def require(self, good: np.ndarray, name: str, accepted: str) -> None:

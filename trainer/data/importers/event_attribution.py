@@ -77,7 +77,7 @@ class EventJoin:
         """
         n = len(columns["user_id"])
         code = np.full(n, self._spec.behaviours.index(behaviour), np.int8)
-        absent = {"value": np.zeros(n, np.float32), "line": np.zeros(n, np.int64)}
+        absent: Columns = {"value": np.zeros(n, np.float32), "line": np.zeros(n, np.int64)}
         self._events.add({**absent, **columns, "behaviour": code})
 
     def join(self, partition: int) -> JoinedVisits:

@@ -15,11 +15,12 @@ from trainer.data.format.times import EARLIEST_MS, accepted_times, times_ms
 from trainer.data.format.validation import Columns
 from trainer.data.importers import field_parsers
 from trainer.data.importers.category_codes import vocabulary
-from trainer.data.importers.columns import ColumnBatch, read_column_batches
+from trainer.data.importers.columns import LONGEST_MS, ColumnBatch, read_column_batches
 from trainer.data.importers.log_files import LogFile
 from trainer.data.importers.mapping import EventMapping
 from trainer.data.importers.null_markers import NullMarkers
 from trainer.data.importers.table_files import raise_bad_value
+from trainer.data.importers.visit_assembly import EventCodes
 
 MOST_CATEGORIES = 1_000_000
 """Most distinct values of a column that may become a category."""
@@ -160,14 +161,22 @@ class UserLog:
             accepted = f"one of {', '.join(self._event_names)} (ignore others: events.ignore in the mapping)"
             known = batch.convert(names.event, partial(field_parsers.codes, names=self._event_names), accepted)
             columns["code"] = self._event_codes[known]
-            columns["value"] = np.zeros(batch.rows) if names.value is None else batch.numbers(names.value)
+            columns["value"] = np.zeros(batch.rows)
+            if names.value is not None:
+                columns["value"] = batch.numbers(names.value)
+                batch.require_float32(columns["value"], names.value)
+                watched = np.where(columns["code"] == EventCodes.EXIT, columns["value"], 0)
+                batch.require(
+                    (watched >= 0) & (watched <= LONGEST_MS), names.value, "0 to 2^31 - 1 milliseconds for an exit"
+                )
             return columns
         columns["play_ms"] = np.zeros(batch.rows, np.int64)
         if names.play_ms is not None:
             columns["play_ms"] = batch.milliseconds(names.play_ms)
         for name, behaviour in mapping.behaviours.items():
             assert behaviour.column is not None
-            columns[f"happened_{name}"] = batch.numbers(behaviour.column)
+            read = batch.small_numbers if name == "gift" else batch.numbers
+            columns[f"happened_{name}"] = read(behaviour.column)
             if behaviour.delay is not None:
                 columns[f"delay_{name}"] = batch.milliseconds(behaviour.delay)
         return columns
