@@ -70,7 +70,7 @@ def test_tables_come_in_parts_and_columns_in_any_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("comments", {"comment_id": [7, 7, 9]}, "texts/comments: comment_id 7 comes twice"),
+        ("comments", {"comment_id": [7, 7, 9]}, "texts/comments: comment_id 7 comes twice, in rows 0 and 1; each"),
         ("comments", {"likes": [0, -8, 2]}, "'likes' is -8 in row 1; it must be 0 or more"),
         ("comments", {"time_ms": [0, 0, -2]}, "'time_ms' is -2 in row 2; it must be -1 or more"),
         ("comments", {"text": ["a", None, "b"]}, "'text' has no value in row 1"),
@@ -96,10 +96,31 @@ def test_a_bad_value_is_told_in_one_line(tmp_path: Path, name: str, changed: dic
 
 def test_an_id_that_comes_twice_in_two_parts_is_refused(tmp_path: Path) -> None:
     writer = TextWriter(tmp_path)
-    for _ in range(2):
-        writer.add("comments", table("comments", COMMENTS).slice(0, 1))
-    with pytest.raises(UserError, match="comment_id 7 comes twice"):
+    for first in (1, 0, 2, 0):
+        writer.add("comments", table("comments", COMMENTS).slice(first, 1))
+    with pytest.raises(UserError, match="comment_id 7 comes twice, in rows 1 and 3; "):
         writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "row"),
+    [
+        ("comments", {"likes": [0, -8, 2]}, 4),
+        ("comments", {"text": ["a", "b", None]}, 5),
+        ("comments", {"comment_id": [1, 2, 1]}, 5),
+        ("visits", {"shown": [[5, 7], [-9]]}, 3),
+        ("visits", {"shown_likes": [[8], []]}, 2),
+        ("visits", {"shown": [[5, 7], [6]]}, 3),
+        ("visits", {"interacted": [[], [5]]}, 3),
+    ],
+)
+def test_rows_count_over_all_parts_of_a_table(tmp_path: Path, name: str, changed: dict[str, Any], row: int) -> None:
+    writer = TextWriter(tmp_path)
+    writer.add("comments", table("comments", COMMENTS))
+    if name == "visits":
+        writer.add("visits", table("visits", VISITS))
+    with pytest.raises(UserError, match=rf"row {row}|and {row};"):
+        writer.add(name, table(name, COMMENTS if name == "comments" else VISITS, **changed))
 
 
 def test_comments_after_visits_are_refused(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from trainer.data.importers.kuairand import import_kuairand
 CELLS = st.one_of(
     st.sampled_from(
         ["", "NULL", r"\N", "NA", "nan", "inf", "-1", "0", "1.0", "01", "1e300", "9223372036854775807", "1e-07"]
-        + ["9007199254740993.0", "4611686018427387904", "2147483648", "True", "t", "yes", "1,5", "2022-05-04", " 7 "]
+    ),
+    st.sampled_from(
+        ["9007199254740993.0", "4611686018427387904", "2147483648", "True", "t", "yes", "1,5", "2022-05-04", " 7 "]
     ),
     st.integers(-(1 << 65), 1 << 65).map(str),
     st.floats().map(repr),

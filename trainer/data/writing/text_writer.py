@@ -1,4 +1,7 @@
-"""Checks and writes the text tables of a dataset; an error names the table, column, row and value."""
+"""Checks and writes the text tables of a dataset; an error names the table, column, row and value.
+
+Rows count from 0 over all parts of a table. An importer checks what it reads before, and names file and row.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ class TextWriter:
         self._dataset = dataset
         self._files: dict[str, pq.ParquetWriter] = {}
         self._keys: dict[str, list[np.ndarray]] = {name: [] for name in _KEYS}
+        self._rows = dict.fromkeys(SCHEMAS, 0)
         self._item_of: tuple[np.ndarray, np.ndarray] | None = None
 
     def add(self, name: str, table: pa.Table) -> None:
@@ -39,14 +43,16 @@ class TextWriter:
             UserError: a column is missing or has a bad value, an id comes twice in a part, or a visit names a comment
                 that was not added or belongs to another item.
         """
-        table = checked(name, table)
+        first_row = self._rows.get(name, 0)
+        table = checked(name, table, first_row)
         if name == "comments" and self._item_of is not None:
             raise UserError("texts/comments: comments must be added before the visits that name them")
         if name == "visits":
-            self._check_comments(table)
+            self._check_comments(table, first_row)
         elif name in _KEYS:
             self._keys[name].append(table.column(_KEYS[name]).to_numpy())
         self._write(f"{FOLDER}/{name}", table)
+        self._rows[name] += table.num_rows
 
     def add_truth(self, name: str, table: pa.Table) -> None:
         """Add lines to the table ``name`` of ``TRUTHS``."""
@@ -88,8 +94,11 @@ class TextWriter:
         order = np.argsort(ids, kind="stable")
         return ids[order], items[order]
 
-    def _check_comments(self, visits: pa.Table) -> None:
-        """Check that the comments that visits name exist and belong to the visited item."""
+    def _check_comments(self, visits: pa.Table, first_row: int) -> None:
+        """Check that the comments that visits name exist and belong to the visited item.
+
+        ``first_row`` is the row of the first visit in the table.
+        """
         if self._item_of is None:
             self._item_of = self._comments()
         known, item_of = self._item_of
@@ -103,20 +112,25 @@ class TextWriter:
             if not there.all():
                 first = int(np.argmin(there))
                 raise UserError(
-                    f"texts/visits: column {name!r} in row {owner[first]} names comment {ids[first]}, "
+                    f"texts/visits: column {name!r} in row {first_row + owner[first]} names comment {ids[first]}, "
                     "which is not in texts/comments; comments must be added before visits"
                 )
             other = item_of[at] != item[owner]
             if other.any():
                 first = int(np.argmax(other))
                 raise UserError(
-                    f"texts/visits: column {name!r} in row {owner[first]} names comment {ids[first]} of item "
-                    f"{item_of[at[first]]}; the visit is to item {item[owner[first]]}"
+                    f"texts/visits: column {name!r} in row {first_row + owner[first]} names comment {ids[first]} of "
+                    f"item {item_of[at[first]]}; the visit is to item {item[owner[first]]}"
                 )
 
 
-def checked(name: str, table: pa.Table) -> pa.Table:
+def checked(name: str, table: pa.Table, first_row: int = 0) -> pa.Table:
     """Return ``table`` with the columns and types of ``SCHEMAS[name]``, after a check of its values.
+
+    Args:
+        name: name of the text table.
+        table: a part of it.
+        first_row: row of the first line of the part in the table, for messages.
 
     Raises:
         UserError: the table is unknown; a column is missing, unknown, has another type or lacks a value; a number
@@ -137,26 +151,29 @@ def checked(name: str, table: pa.Table) -> pa.Table:
     except (pa.ArrowException, ValueError) as error:
         raise UserError(f"{what}: a column has a wrong type ({error})") from None
     for field in schema:
-        _check_column(what, field, table.column(field.name))
+        _check_column(what, field, table.column(field.name), first_row)
     if name in _KEYS:
-        _check_unique(name, table.column(_KEYS[name]).to_numpy())
+        _check_unique(name, table.column(_KEYS[name]).to_numpy(), first_row)
     if name == "visits":
         shown, likes = (pc.list_value_length(table.column(column)).to_numpy() for column in ("shown", "shown_likes"))
         bad = (likes > 0) & (likes != shown)
         if bad.any():
             row = int(np.argmax(bad))
             raise UserError(
-                f"{what}: column 'shown_likes' has {likes[row]} values in row {row}; it must have as many as 'shown', "
-                f"{shown[row]}, or none"
+                f"{what}: column 'shown_likes' has {likes[row]} values in row {first_row + row}; it must have "
+                f"as many as 'shown', {shown[row]}, or none"
             )
     return table
 
 
-def _check_column(what: str, field: pa.Field, column: pa.ChunkedArray) -> None:
-    """Check that a column has no nulls and that its numbers are in range; ``what`` is the table, for messages."""
+def _check_column(what: str, field: pa.Field, column: pa.ChunkedArray, first_row: int) -> None:
+    """Check that a column has no nulls and that its numbers are in range.
+
+    ``what`` is the table and ``first_row`` the row of the first value in it, for messages.
+    """
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy()))
-        raise UserError(f"{what}: column {field.name!r} has no value in row {row}")
+        raise UserError(f"{what}: column {field.name!r} has no value in row {first_row + row}")
     if pa.types.is_string(field.type):
         return
     values = flat_lists(column)[0] if pa.types.is_list(field.type) else column.to_numpy()
@@ -170,12 +187,19 @@ def _check_column(what: str, field: pa.Field, column: pa.ChunkedArray) -> None:
         if pa.types.is_list(field.type):
             row = int(np.searchsorted(flat_lists(column)[1], place, side="right")) - 1
         accepted = f"in [0, {len(DOMAINS)})" if field.name == "domain" else f"{lowest} or more"
-        raise UserError(f"{what}: column {field.name!r} is {values[place]} in row {row}; it must be {accepted}")
+        raise UserError(
+            f"{what}: column {field.name!r} is {values[place]} in row {first_row + row}; it must be {accepted}"
+        )
 
 
-def _check_unique(name: str, keys: np.ndarray) -> None:
-    """Check that the ids of a table are distinct."""
-    ordered = np.sort(keys)
+def _check_unique(name: str, keys: np.ndarray, first_row: int = 0) -> None:
+    """Check that the ids of a table, or of a part of it from ``first_row`` on, are distinct."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise UserError(f"texts/{name}: {_KEYS[name]} {ordered[twice[0]]} comes twice; each one must have one line")
+        place = twice[np.argmin(order[twice + 1])]
+        rows = f"rows {first_row + order[place]} and {first_row + order[place + 1]}"
+        raise UserError(
+            f"texts/{name}: {_KEYS[name]} {ordered[place]} comes twice, in {rows}; each one must have one line"
+        )
