@@ -20,6 +20,7 @@ from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
+from trainer.llm.finetuning.adapter_card import training_sections
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, AdapterIdentity
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
 from trainer.llm.finetuning.prepare import (
@@ -38,6 +39,7 @@ from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.run_lock import locked
+from trainer.runtime.stored_files import read_json_object
 
 logger = logging.getLogger("trainer.finetune")
 
@@ -101,7 +103,8 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
         document = metrics_document(config, base, engine, tokens, state, report, checkpoints.stalls)
         if world.rank == 0:
             record = {key: document[key] for key in ("base", "length", "tasks")}
-            save_adapter(model, values, directory / "adapter", record)
+            sections = training_sections(config, document, read_json_object(directory / "tokens" / "sources.json"))
+            save_adapter(model, values, directory / "adapter", record, sections)
             # Written last, because a run with a metrics.json counts as finished.
             write_json(directory / "metrics.json", document)
         checkpoints.close()

@@ -26,7 +26,7 @@ from modules.staytime.comment_losses import (
     touched_bce,
 )
 from modules.staytime.networks import StaytimeOutput
-from tests.paths import ROOT
+from tests.paths import ROOT, files_of_their_owner_alone
 from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.comment_staytime.model import Labels, StaytimePredictions, build_network, fit_base_on, joint_loss, train
@@ -104,6 +104,7 @@ def test_a_run_leaves_what_it_says_and_is_not_overwritten(
     assert "true expectation" in printed and f"run: {run}" in printed and "fewer than 6 comments" in printed
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.json", "environment.json", "fitted.json", "model.safetensors", "metrics.json", "logs"}
+    assert files_of_their_owner_alone(run) == []
     config = StaytimeConfig.model_validate(json.loads((run / "config.json").read_text()))
     assert config == job(world, f"run.directory={run}", *embeddings)
     metrics = json.loads((run / "metrics.json").read_text())

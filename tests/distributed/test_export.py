@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from launch.cli.main import main
 from tests.distributed.export_ranks import RUNS
-from tests.paths import ROOT
+from tests.paths import ROOT, files_of_their_owner_alone
 from tests.serving.plain_scores import plain_probabilities, row_documents
 from trainer.checkpoint.reader import Checkpoint
 from trainer.console.errors import UserError
@@ -181,6 +181,10 @@ def test_a_model_is_scored_in_the_precision_of_its_run(out: Path) -> None:
     wider = replace(model, ranker=model.ranker.float())
     expected = pq.read_table(out / "bfloat16-ple.parquet")
     assert largest_difference(score_candidates(wider, str(out / "world"), candidates), expected) > 1e-5
+
+
+def test_others_may_read_the_files_of_an_export(out: Path) -> None:
+    assert files_of_their_owner_alone(out / "float32-ple") == []
 
 
 def test_the_models_differ(out: Path) -> None:

@@ -3,11 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from trainer.runtime.files import write_json
+from trainer.runtime.files import set_usual_modes, write_json
+
+
+def test_files_and_directories_get_the_modes_of_new_ones(tmp_path: Path) -> None:
+    made = Path(tempfile.mkdtemp(dir=tmp_path))
+    (made / "inner").mkdir(0o700)
+    for name in ("weights", "inner/weights"):
+        (made / name).touch(0o600)
+    (tmp_path / "elsewhere").touch(0o600)
+    (made / "link").symlink_to(tmp_path / "elsewhere")
+    previous = os.umask(0o022)
+    try:
+        set_usual_modes(made)
+    finally:
+        os.umask(previous)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (made, made / "inner", made / "weights")}
+    assert modes == {made.name: 0o755, "inner": 0o755, "weights": 0o644}
+    assert stat.S_IMODE((made / "inner" / "weights").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o600, "a link leads to a file of someone else"
+    assert {path.name for path in made.iterdir()} == {"inner", "weights", "link"}
+
+
+def test_one_file_gets_the_mode_of_a_new_one(tmp_path: Path) -> None:
+    for name in ("weights", "other"):
+        (tmp_path / name).touch(0o600)
+    previous = os.umask(0o002)
+    try:
+        set_usual_modes(tmp_path / "weights")
+    finally:
+        os.umask(previous)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("weights", "other")] == [0o664, 0o600]
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from trainer.metrics.staytime_metrics import (
     released_metrics,
     staytime_metrics,
 )
-from trainer.runtime.files import whole_file, write_json
+from trainer.runtime.files import set_usual_modes, whole_file, write_json
 
 COLUMNS = ("rmse", "mae", "rmse_opened", "mae_opened", "bias", "xauc", "gauc", "ndcg@1", "ndcg@3", "ndcg@5", "mrr")
 """Metrics of the printed table; all of them are in metrics.json."""
@@ -66,6 +66,7 @@ def train_and_evaluate(
     if directory is not None:
         write_json(directory / "fitted.json", fitted_values(data, base.facts))
         save_model(network, str(directory / "model.safetensors"))
+        set_usual_modes(directory / "model.safetensors")
         write_predictions(directory / "predictions.parquet", data, predictions)
     return {
         **evaluate(config, data, predictions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,24 @@ def whole_file(file: Path) -> Iterator[Path]:
             tmp_path.unlink(missing_ok=True)
 
 
+def set_usual_modes(path: Path) -> None:
+    """Give a file, or a directory and all in it, the permissions that new files and directories get at that place.
+
+    Some libraries, safetensors among them, write through a temporary file that only its owner can read, and leave it so
+    when they rename it; ``tempfile.mkdtemp`` makes such directories. A file system without permissions is no error.
+    """
+    probe = (path if path.is_dir() else path.parent) / f".mode.{os.getpid()}"
+    probe.mkdir()
+    (probe / "file").touch()
+    directory_mode, file_mode = (stat.S_IMODE(made.stat().st_mode) for made in (probe, probe / "file"))
+    shutil.rmtree(probe)
+    for entry in (path, *path.rglob("*")):
+        usual = directory_mode if entry.is_dir() else file_mode
+        if not entry.is_symlink() and stat.S_IMODE(entry.stat().st_mode) != usual:
+            with suppress(OSError):
+                entry.chmod(usual)
+
+
 def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
     """Write a directory atomically, and replace the one that exists.
 
@@ -67,6 +86,7 @@ def write_whole(directory: Path, write: Callable[[Path], None]) -> None:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path)
+        set_usual_modes(tmp_path)
         if directory.exists():
             replaced = directory.with_name(f".{directory.name}.replaced")
             directory.rename(replaced)

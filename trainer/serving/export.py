@@ -25,7 +25,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums
-from trainer.runtime.files import sync, write_json
+from trainer.runtime.files import set_usual_modes, sync, write_json
 from trainer.serving.export_guide import README, SCRIPT, write_guide
 from trainer.serving.exported_model import CARRIED, CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
 
@@ -90,6 +90,7 @@ def export_checkpoint(
         if with_dataset:
             # After the checksums: a dataset has its own, and rows and tables need not be read to open the model.
             carry_dataset(config.data.path, tmp_path / CARRIED)
+        set_usual_modes(tmp_path)
         sync(tmp_path)
         tmp_path.rename(target)
         sync(target.parent)

@@ -18,6 +18,7 @@ from launch.cli.main import main
 from launch.machine import free_port
 from tests.distributed.launches import DEEPSPEED, LIMELIGHT, ROOT, TORCHRUN, end, start
 from tests.llm.tiny import samples, write_samples
+from tests.paths import files_of_their_owner_alone
 from trainer.checkpoint.manifest import list_checkpoints
 from trainer.checkpoint.run_directory import begin_run, choose_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
@@ -110,7 +111,13 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     assert "resuming from" in printed
     assert metrics(stopped) == metrics(through), "the same number of ranks resumes bit for bit"
 
+    card = (stopped / "adapter" / "README.md").read_text()
+    for told in ("150 samples", str(tmp_path / "train.jsonl"), "160 optimizer steps", "fire (150)", "majority"):
+        assert told in card, told
+    assert "the small one" in card and "More Information Needed" not in card
+
     end([start(*LIMELIGHT, "export", str(stopped), str(tmp_path / "merged"))])
+    assert files_of_their_owner_alone(stopped) == files_of_their_owner_alone(tmp_path / "merged") == []
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = BaseModelFiles.open(str(tmp_path / "merged"))
     sample = samples(1, seed=3)[0]

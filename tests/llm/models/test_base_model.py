@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,6 +71,39 @@ def test_an_adapter_is_peft_s_own_and_merges(base: BaseModelFiles, tmp_path: Pat
     assert words("river fire")["input_ids"] == base.tokenizer("river fire")["input_ids"]
     with pytest.raises(UserError, match="already exists; choose another directory"):
         write_merged(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_adapter_has_a_card_with_nothing_left_to_fill_in(base: BaseModelFiles, tmp_path: Path) -> None:
+    model = adapted(base)
+    sections = {"Data": "150 samples", "Training": "160 steps"}
+    save_adapter(model, trained_values(model), tmp_path / "adapter", {"base": base.fingerprint}, sections)
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": str(base.directory),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "limelight"],
+    }
+    for told in (str(base.directory), base.fingerprint, "rank 4", "q_proj", "## Data\n\n150 samples", "160 steps"):
+        assert told in body
+    assert "More Information Needed" not in text and "<!--" not in text
+    assert "README.md" in json.loads((tmp_path / "adapter" / "checksums.json").read_text())["files"]
+
+
+def test_weights_have_the_modes_of_other_files(base: BaseModelFiles, tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        write_base(tmp_path / "base")
+        model = adapted(base)
+        save_adapter(model, trained_values(model), tmp_path / "adapter", {"base": base.fingerprint})
+        write_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    finally:
+        os.umask(previous)
+    for directory in ("base", "adapter", "merged"):
+        assert stat.S_IMODE((tmp_path / directory).stat().st_mode) == 0o750
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / directory).iterdir()}
+        assert any(name.endswith(".safetensors") for name in modes) and set(modes.values()) == {0o640}, modes
 
 
 @pytest.fixture(scope="module")

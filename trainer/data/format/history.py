@@ -31,6 +31,7 @@ from trainer.data.format import storage
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.schema import DOMAINS, DatasetSpec
 from trainer.data.format.sorting import stable_order
+from trainer.runtime.files import set_usual_modes
 from trainer.runtime.stored_files import file_inside, load_array
 
 FOLDER = "history"
@@ -470,6 +471,8 @@ def _cached(files: DatasetFiles, spec: DatasetSpec) -> Path:
                     files.verify(f"{FOLDER}/{name}.npy", tmp_path / f"{name}.npy")
         except FileNotFoundError as error:
             raise UserError(f"{url}: the dataset has no histories ({error})") from None
+        # Other users of the machine may share the cache.
+        set_usual_modes(tmp_path)
         try:
             tmp_path.rename(copy)
         except OSError:

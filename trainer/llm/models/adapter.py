@@ -5,6 +5,7 @@ Any adapter of peft can be read. An adapter that this package wrote is refused f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,23 +36,53 @@ _COMPARED = (4, 64)
 """Number of samples whose logits are compared after a merge, and tokens of each."""
 
 
-def save_adapter(model: Any, values: Mapping[str, Tensor], directory: Path, record: Mapping[str, Any]) -> None:
-    """Write an adapter in peft's format, atomically; an existing directory is replaced.
+def save_adapter(
+    model: Any,
+    values: Mapping[str, Tensor],
+    directory: Path,
+    record: Mapping[str, Any],
+    sections: Mapping[str, str] | None = None,
+) -> None:
+    """Write an adapter in peft's format with a model card, atomically; an existing directory is replaced.
 
     Args:
         model: peft's wrapper, for its configuration only; its weights are not read.
         values: float32 parameters by peft's names, see ``AdapterEngine.adapter``.
         directory: directory to write.
         record: content of the record file; ``base`` is the fingerprint of the base model.
+        sections: heading -> Markdown text, further sections of the card.
     """
 
     def write(tmp_path: Path) -> None:
         state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
         model.save_pretrained(tmp_path, state_dict=state, save_embedding_layers=False)
+        # peft writes a form with nothing filled in.
+        card = _model_card(model.peft_config["default"], record, sections or {})
+        (tmp_path / "README.md").write_text(card, encoding="utf-8")
         write_json(tmp_path / RECORD, record)
         write_checksums(tmp_path)
 
     write_whole(directory, write)
+
+
+def _model_card(lora: Any, record: Mapping[str, Any], sections: Mapping[str, str]) -> str:
+    """Return the model card of an adapter: what it adapts, its shape, how to load it, and further sections."""
+    base = str(lora.base_model_name_or_path)
+    whole = f" {', '.join(sorted(lora.modules_to_save))} are trained in full." if lora.modules_to_save else ""
+    parts = {
+        "Base model": f"`{base}`, with the fingerprint {record['base']}. Limelight refuses any other base model; peft "
+        "does not compare them.",
+        "Shape": f"LoRA of rank {lora.r} with alpha {lora.lora_alpha:g} and dropout {lora.lora_dropout:g} on "
+        f"{', '.join(sorted(lora.target_modules))}.{whole}",
+        **sections,
+        "Use": "With peft:\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\nmodel = "
+        'AutoPeftModelForCausalLM.from_pretrained("DIRECTORY_OF_THIS_FILE")\n```\n\n`limelight export RUN OUT` writes '
+        "the base model with the adapter merged into its weights, which transformers loads by itself.",
+    }
+    # JSON strings are YAML strings too, whatever the path has in it.
+    front = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "pipeline_tag: text-generation"]
+    front += ["tags:", "- lora", "- limelight", "---", "", "# A LoRA adapter trained by Limelight", ""]
+    return "\n".join(front) + "\n" + "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
 
 
 def load_adapter(base: BaseModelFiles, model: Any, directory: Path) -> Any:

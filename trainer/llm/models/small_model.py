@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from trainer.config.finetune import SmallConfig
 from trainer.console.errors import UserError
 from trainer.llm.models.base_model import quiet_libraries
+from trainer.runtime.files import write_whole
 
 END = "<|endoftext|>"
 """End-of-text token, the same as in Qwen2's tokenizer."""
@@ -31,7 +31,7 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
         UserError: hidden size and number of heads do not fit each other.
     """
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     if directory.exists():
         return
@@ -41,14 +41,13 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
             f"small.hidden = {settings.hidden} cannot be split into {settings.heads} heads of even width; "
             f"use a multiple of {2 * settings.heads}"
         )
-    tmp_path = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(tmp_path, ignore_errors=True)
-
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
         texts, vocab_size=settings.vocabulary, min_frequency=2, special_tokens=[END], show_progress=False
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=END, pad_token=END)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token=END, pad_token=END, model_max_length=length
+    )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -70,9 +69,17 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
     _initialise_mimetic(model)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    tmp_path.rename(directory)
+
+    def write(tmp_path: Path) -> None:
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        # Of these files transformers makes Qwen2's own tokenizer, which cuts texts otherwise (each digit is a token).
+        # This is the one that trains the model, so it is the one to keep: tokenizer.json alone has the same tokens.
+        AutoTokenizer.from_pretrained(tmp_path, local_files_only=True, trust_remote_code=False).save_pretrained(
+            tmp_path
+        )
+
+    write_whole(directory, write)
 
 
 @torch.no_grad()
