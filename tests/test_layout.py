@@ -45,7 +45,7 @@ def test_every_package_and_job_has_a_layer() -> None:
 
 
 def test_tests_mirror_the_tree() -> None:
-    own = {"distributed", "faults"}
+    own = {"distributed", "faults", "ecosystem"}
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")
         if folder == Path() or folder.parts[0] in own:

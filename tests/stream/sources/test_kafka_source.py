@@ -237,6 +237,23 @@ def test_the_producers_partitioner_is_trusted_if_configured(cluster):
         assert (batch.partition == (batch.events["user_id"] * 7 + 1) % PARTITIONS).all()
 
 
+@pytest.mark.parametrize("compression", ["gzip", "snappy", "lz4", "zstd"])
+def test_every_event_of_a_compressed_topic_with_headers_and_keys(cluster, compression):
+    config = cluster.config(cluster.topic())
+    producer = cluster.kafka.Producer(
+        {"bootstrap.servers": cluster.brokers, "compression.type": compression, "linger.ms": 50, "log_level": 2}
+    )
+    values = MessageCodec("json", SPEC, 0).encode(EVENTS, logged_of(EVENTS))
+    owner = partition_of(EVENTS["user_id"], PARTITIONS)
+    headers = [("trace", b"\x00\xff"), ("content-type", b"application/json"), ("empty", None)]
+    for user, p, value in zip(EVENTS["user_id"].tolist(), owner.tolist(), values, strict=True):
+        producer.produce(config.topic, key=str(user).encode(), value=value, partition=p, headers=headers)
+    assert producer.flush(30) == 0
+    batches = read(config)
+    assert events_of(batches) == merged(EVENTS, ALL)
+    assert sum(at[3] for at in batches[-1].position.values()) == 0
+
+
 def dead_letters(cluster, config) -> int:
     known = cluster.producer.list_topics(timeout=20).topics
     return len(cluster.messages(f"{config.topic}-dead-letters")) if f"{config.topic}-dead-letters" in known else 0
