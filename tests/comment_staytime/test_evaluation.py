@@ -38,6 +38,7 @@ from trainer.data.format.text_schema import flat_lists, list_column, read_texts
 from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
 from trainer.metrics.staytime_metrics import staytime_metrics
+from trainer.runtime.checksums import CHECKSUMS
 from trainer.staytime import run_job
 
 JOB = ROOT / "configs" / "staytime.toml"
@@ -80,6 +81,8 @@ def copy(world: Path, tmp_path: Path) -> Callable[..., Path]:
     def make(name: str, change: Callable[[pa.Table], pa.Table | None]) -> Path:
         out = tmp_path / "changed"
         shutil.copytree(world, out, dirs_exist_ok=True)
+        # Texts of one's own have no checksums.
+        (out / CHECKSUMS).unlink(missing_ok=True)
         file = out / "texts" / f"{name}.parquet"
         table = change(pq.read_table(file))
         file.unlink()

@@ -18,7 +18,8 @@ from trainer.comment_staytime.inputs import StaytimeData
 from trainer.comment_staytime.model import StaytimePredictions, build_network, fit_base_on, predict, train
 from trainer.config.staytime import StaytimeConfig
 from trainer.console.text_table import text_table
-from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.data.format.parquet_files import read_table
 from trainer.metrics.staytime_metrics import (
     Values,
     comment_metrics,
@@ -121,10 +122,9 @@ def read_truth(path: str, visit_id: np.ndarray) -> np.ndarray | None:
     Training never calls this.
     """
     try:
-        stored = storage.read_bytes(storage.join(path, "truth/staytime.parquet"))
+        table = read_table(DatasetFiles(path), "truth/staytime.parquet", ["visit_id", "p_open", "seconds_if_open"])
     except FileNotFoundError:
         return None
-    table = pq.read_table(pa.BufferReader(stored), columns=["visit_id", "p_open", "seconds_if_open"])
     ids = table.column("visit_id").to_numpy()
     order = np.argsort(ids)
     at = order[np.searchsorted(ids, visit_id, sorter=order)]

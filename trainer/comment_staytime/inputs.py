@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trainer.comment_staytime.comment_texts import StaytimeComments, check_unique, load_comments
 from trainer.config.load import parse_time
 from trainer.config.staytime import InputConfig, LcuConfig, StaytimeDataConfig
 from trainer.console.errors import UserError
-from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.text_schema import read_texts
 
@@ -211,9 +211,7 @@ def _features(
     owners = {feature.of for feature in side} | {feature.of for feature in dense}
     for owner, table in TABLE_OF.items():
         if owner in owners:
-            file = storage.join(path, f"{table}.parquet")
-            source = pa.BufferReader(storage.read_bytes(file)) if storage.is_remote(file) else file
-            join.add(owner, pq.read_table(source))
+            join.add(owner, read_table(DatasetFiles(path), f"{table}.parquet"))
     join.check()
     side_values, dense_values = join.features(ids)
     return (

@@ -15,11 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config.ranker import JobConfig
+from trainer.console.errors import UserError
 from trainer.console.outputs import Output
 from trainer.console.progress import Progress
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
 from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DatasetSpec, partition_of
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine
@@ -112,22 +115,25 @@ def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -
         predictions: of this rank; they name the rows.
         behaviours: names of the K columns.
     """
-    spec = DatasetSpec.load(path)
+    spec, files = DatasetSpec.load(path), DatasetFiles(path)
     columns = ["visit_id", *(f"p_{behaviour}" for behaviour in behaviours)]
     truth = np.full((len(predictions.visit_id), len(behaviours)), np.nan, np.float32)
     owner = partition_of(predictions.user_id.numpy(), spec.partitions)
     for partition in range(spec.partitions):
-        file = storage.join(path, f"truth/part-{partition:05d}.parquet")
+        name = f"truth/part-{partition:05d}.parquet"
         mine = np.flatnonzero(owner == partition)
         if partition and not len(mine):
             continue
         try:
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(file)), columns=columns)
+            table = read_table(files, name, columns)
         except FileNotFoundError:
             return None
         visits = table["visit_id"].to_numpy()
         order = np.argsort(visits)
-        line = order[np.searchsorted(visits, predictions.visit_id.numpy()[mine], sorter=order)]
+        wanted = predictions.visit_id.numpy()[mine]
+        if not np.isin(wanted, visits).all():
+            raise UserError(f"{storage.join(path, name)}: damaged, it has no probabilities of some rows")
+        line = order[np.searchsorted(visits, wanted, sorter=order)]
         for column, behaviour in enumerate(behaviours):
             truth[mine, column] = table[f"p_{behaviour}"].to_numpy()[line]
     return torch.from_numpy(truth)

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from trainer.config.ranker import JobConfig
 from trainer.data.features.feature_map import FeatureMap
-from trainer.data.format import storage
 from trainer.data.format.dataset import Dataset
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.growing_history import GrowingHistories
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DatasetSpec, partition_of
 from trainer.data.loading.batch_plan import partitions_of_rank
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics
@@ -189,8 +188,7 @@ def _tags(path: str, spec: DatasetSpec) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from item ids to the tags that histories keep; 0 for items that the dataset does not have."""
     if not spec.tag:
         return lambda item_id: np.zeros(len(item_id), np.int32)
-    file = pa.BufferReader(storage.read_bytes(storage.join(path, "items.parquet")))
-    table = pq.read_table(file, columns=["item_id", spec.tag])
+    table = read_table(DatasetFiles(path), "items.parquet", ["item_id", spec.tag])
     item, tag = (table.column(name).to_numpy() for name in ("item_id", spec.tag))
     order = np.argsort(item)
     item, tag = item[order], tag[order].astype(np.int32)

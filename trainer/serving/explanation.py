@@ -11,16 +11,16 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text, text_table
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
-from trainer.data.format import storage
 from trainer.data.format.dataset import Dataset
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.history import HistorySlice
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.loading.batch import unpack
 from trainer.serving.scoring import candidate_rows
@@ -130,7 +130,7 @@ def find_author(data: Dataset, path: str, item_id: int) -> int:
         UserError: neither has the item, or its domain has no candidates.
     """
     try:
-        items = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(path, "items.parquet"))))
+        items = read_table(DatasetFiles(path), "items.parquet")
     except FileNotFoundError:
         items = pa.table({"item_id": np.empty(0, np.int64)})
     place = np.flatnonzero(items["item_id"].to_numpy() == item_id)

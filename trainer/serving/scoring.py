@@ -22,14 +22,17 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
-from trainer.data.format import storage, validation
+from trainer.data.format import validation
 from trainer.data.format.dataset import Dataset, statistics_as_of
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
 from trainer.data.format.times import accepted_times, times_ms
 from trainer.data.importers.field_parsers import accepted_ids, integer_ids
 from trainer.data.importers.table_files import convert
 from trainer.runtime.files import whole_file
+from trainer.runtime.stored_files import open_regular
 
 REQUIRED = ("user_id", "item_id", "author_id", "request_ms")
 """Columns that a candidates file must have."""
@@ -84,6 +87,8 @@ def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
         UserError: no such file, not Parquet, a required column is missing, or a value is invalid.
     """
     try:
+        # Parquet is read from its end, so a pipe cannot be read. Arrow would wait for the writer of a FIFO.
+        open_regular(file).close()
         table = pq.read_table(file)
         # Names are decoded when they are asked for.
         names = table.column_names
@@ -138,7 +143,7 @@ def candidate_rows(model: Scorer, path: str, candidates: validation.Columns) -> 
     join = FeatureJoin(spec)
     for owner, name in TABLE_OF.items():
         try:
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(path, f"{name}.parquet"))))
+            table = read_table(DatasetFiles(path), f"{name}.parquet")
         except FileNotFoundError:
             continue
         join.add(owner, table)

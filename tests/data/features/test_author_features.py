@@ -20,6 +20,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import read_rows
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import unpack
+from trainer.runtime.checksums import CHECKSUMS
 
 CONFIG = FeatureConfig(
     history={
@@ -35,6 +36,8 @@ CONFIG = FeatureConfig(
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     build_dataset(tmp_path / "dataset", make_visits(3), spec=replace(SPEC, tag="topic"))
+    # Tests change its tables.
+    (tmp_path / "dataset" / CHECKSUMS).unlink()
     return tmp_path / "dataset"
 
 

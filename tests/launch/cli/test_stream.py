@@ -19,6 +19,7 @@ from tests.stream.stored_logs import Edit, with_column, write_log
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
+from trainer.runtime.checksums import CHECKSUMS
 from trainer.stream.labels.policy import POLICIES, EventTimeouts, FastSlow, Realtime
 
 MINUTE = 60_000
@@ -63,7 +64,7 @@ def test_both_modes_write_the_same_rows_and_find_the_same_unused_events(
 ) -> None:
     """The log arrives in disorder, and some of it too late."""
     log = tmp_path / "log"
-    shutil.copytree(world, log, ignore=shutil.ignore_patterns("rows", "history", "truth"))
+    shutil.copytree(world, log, ignore=shutil.ignore_patterns("rows", "history", "truth", CHECKSUMS))
     rng = np.random.default_rng(0)
     for file in sorted((log / "events").iterdir()):
         table = pq.read_table(file)

@@ -25,6 +25,7 @@ from trainer.llm.instructions.past import UserTimeline
 from trainer.llm.instructions.tasks import LETTERS, TASKS
 from trainer.llm.instructions.write import InstructionPlan, write_instructions
 from trainer.llm.models.prompt_templates import Template
+from trainer.runtime.checksums import CHECKSUMS
 
 TEMPLATES = ROOT / "configs/templates"
 DAY_MS = 86_400_000
@@ -70,6 +71,7 @@ def read(out: Path, split: str) -> list[Record]:
 def change_visits(world: Path, copy: Path, columns: dict[str, pa.Array]) -> None:
     """Copy a world with some columns of its visits replaced; values are in order of time."""
     shutil.copytree(world, copy)
+    (copy / CHECKSUMS).unlink()
     table = read_texts(copy, "visits")
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), SCHEMAS["visits"].field(name), values)
@@ -296,6 +298,7 @@ def test_other_mistakes_are_named_and_leave_no_files(world: Path, tmp_path: Path
 
 def test_videos_and_comments_without_text_are_left_out(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world, tmp_path / "world")
+    (tmp_path / "world" / CHECKSUMS).unlink()
     for name in ("items", "comments"):
         table = read_texts(world, name)
         texts = np.array(table.column("text").to_pylist(), object)

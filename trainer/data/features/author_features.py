@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage, validation
+from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.id_index import IdIndex
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DatasetSpec
 
 
@@ -58,7 +59,7 @@ def read_author_side(path: str, spec: DatasetSpec, names: Sequence[str]) -> Auth
     """
     file = storage.join(path, "authors.parquet")
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(file)))
+        table = read_table(DatasetFiles(path), "authors.parquet")
     except FileNotFoundError:
         raise UserError(f"features.author_side: the dataset has no table of authors ({file})") from None
     schema = pa.schema([("author_id", pa.int64()), *((name, pa.int32()) for name in names)])

@@ -99,8 +99,8 @@ class DatasetFiles:
 
         Raises:
             FileNotFoundError: there is no such file, and the dataset has no checksum of it.
-            OSError: it cannot be read.
-            UserError: it is missing, damaged, too large, or not a regular file.
+            NotADirectoryError: the dataset's path is that of a file.
+            UserError: it is missing, damaged, too large, not a regular file, or cannot be read.
         """
         file = self.locate(name)
         recorded = self.checksums.get(name) if self.checksums is not None else None
@@ -111,6 +111,10 @@ class DatasetFiles:
             if recorded is None:
                 raise
             raise UserError(self._missing(name)) from None
+        except NotADirectoryError:
+            raise
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror or one_line(error)})") from None
         if recorded is not None and len(data) != recorded.bytes:
             raise UserError(self._wrong_size(name, storage.size_of(file), recorded))
         if limit is not None and len(data) > limit:

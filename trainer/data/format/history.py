@@ -29,7 +29,7 @@ import numpy as np
 from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.data.format.dataset_files import DatasetFiles
-from trainer.data.format.schema import DOMAINS, DatasetSpec
+from trainer.data.format.schema import DOMAINS, DatasetSpec, partition_of
 from trainer.data.format.sorting import stable_order
 from trainer.runtime.files import set_usual_modes
 from trainer.runtime.stored_files import file_inside, load_array
@@ -112,7 +112,12 @@ class Histories:
         if spec.tag:
             # Only datasets without tags may have no such file.
             _map_column(self._folder, "tag")
-        self._check()
+        try:
+            self._check(spec.partitions)
+        except UserError:
+            # Columns that do not fit together do not tell which of them is damaged; checksums do.
+            self.verify(files, self.file_names)
+            raise
 
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         return _reopen, (self._folder,)
@@ -270,7 +275,7 @@ class Histories:
             columns[name] = np.broadcast_to(np.zeros(1, ENTRY_COLUMNS[name]), columns["item_id"].shape)
         self._entries = columns
 
-    def _check(self) -> None:
+    def _check(self, partitions: int) -> None:
         """Check that the columns fit together.
 
         Raises:
@@ -288,11 +293,15 @@ class Histories:
         unsorted = np.flatnonzero(self._user_id[1:] <= self._user_id[:-1])
         if len(unsorted):
             self._refuse("user_id", f"is not in increasing order at user {unsorted[0] + 1}")
-        starts = self._check_runs(entries)
+        starts = self._check_runs(entries, partitions)
         self._check_times(starts)
 
-    def _check_runs(self, entries: int) -> np.ndarray:
-        """Check that the runs of all users cover each entry once, and return where runs begin, in order."""
+    def _check_runs(self, entries: int, partitions: int) -> np.ndarray:
+        """Check that the runs of all users follow each other in the order of the partitions.
+
+        Returns:
+            The entries where runs begin, in order.
+        """
         offsets = self._offsets
         bad = (offsets < 0) | (offsets > entries)
         bad[:, 1:] |= offsets[:, 1:] < offsets[:, :-1]
@@ -300,13 +309,13 @@ class Histories:
             user = int(np.argmax(bad.any(axis=1)))
             runs = ", ".join(map(str, offsets[user].tolist()))
             self._refuse("offsets", f"user {self._user_id[user]} has runs at {runs} of {entries:,} entries")
-        some = offsets[offsets[:, 0] < offsets[:, -1]]
-        some = some[stable_order(some[:, 0])]
-        edges = np.concatenate([[0], some[:, -1]])
-        gaps = np.flatnonzero(np.append(some[:, 0], entries) != edges)
+        # The table of users is in order of their ids, entries lie partition after partition.
+        stored = offsets[stable_order(partition_of(self._user_id, partitions))]
+        edges = np.concatenate([[0], stored[:, -1]])
+        gaps = np.flatnonzero(np.append(stored[:, 0], entries) != edges)
         if len(gaps):
-            self._refuse("offsets", f"the runs of the users do not cover each entry once (at entry {edges[gaps[0]]:,})")
-        return some[:, :-1].reshape(-1)
+            self._refuse("offsets", f"the runs of the users leave gaps or overlap at entry {edges[gaps[0]]:,}")
+        return stored[:, :-1].reshape(-1)
 
     def _check_times(self, starts: np.ndarray) -> None:
         """Check that the times of each run rise; ``starts`` says where runs begin."""

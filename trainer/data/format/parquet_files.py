@@ -85,8 +85,9 @@ def open_parquet(files: DatasetFiles, name: str) -> pq.ParquetFile:
     else:
         # Arrow would wait for the writer of a FIFO.
         open_regular(Path(place)).close()
-    # With a buffer, pages are decoded one by one; without it, a whole row group would be read into memory.
-    return pq.ParquetFile(place, filesystem=filesystem, buffer_size=_PAGE_BYTES)
+    # With a buffer, pages are decoded one by one; without it, a whole row group would be read into memory. The names of
+    # events stay a dictionary, whatever their length.
+    return pq.ParquetFile(place, filesystem=filesystem, buffer_size=_PAGE_BYTES, read_dictionary=["event"])
 
 
 @contextmanager

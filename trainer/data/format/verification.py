@@ -88,10 +88,13 @@ def verify_dataset(path: str, report: Report) -> Verification:
         UserError: there is no dataset at ``path``.
     """
     files = DatasetFiles(path)
+    try:
+        checksums = files.checksums or {}
+    except UserError as error:
+        return Verification(path, 0, 0, True, (), (str(error),))
     if files.checksums is None:
         # Without it a mistyped path would count as a dataset that is damaged.
         DatasetSpec.load(path)
-    checksums = files.checksums or {}
     problems = list(_damaged_files(files, report))
     if not storage.is_remote(path):
         problems += _damaged_vectors(Path(path))
@@ -273,9 +276,8 @@ def _check_events(path: str, spec: DatasetSpec) -> None:
         with open_table(files, name) as opened:
             if opened.schema_arrow.names != EVENT_COLUMNS.names:
                 raise UserError(f"{storage.join(path, name)}: its columns are not {', '.join(EVENT_COLUMNS.names)}")
-            last_ms = 0
             for batch in opened.iter_batches(1 << 16):
-                last_ms = _check_event_batch(spec, partition, batch, last_ms, storage.join(path, name))
+                _check_event_batch(spec, partition, batch, storage.join(path, name))
                 count += batch.num_rows
     if spec.events and count != spec.events:
         raise UserError(
@@ -284,18 +286,11 @@ def _check_events(path: str, spec: DatasetSpec) -> None:
         )
 
 
-def _check_event_batch(spec: DatasetSpec, partition: int, batch: pa.RecordBatch, last_ms: int, file: str) -> int:
-    """Check some events of a partition, and return the time of the last one.
-
-    Args:
-        spec: description of the dataset.
-        partition: number of the partition.
-        batch: columns of ``EVENT_COLUMNS``.
-        last_ms: time of the event before them.
-        file: name for messages.
+def _check_event_batch(spec: DatasetSpec, partition: int, batch: pa.RecordBatch, file: str) -> None:
+    """Check some events of a partition, columns of ``EVENT_COLUMNS``. They may be in the order of their arrival.
 
     Raises:
-        UserError: an event has a value that no writer makes, or is earlier than the one before it.
+        UserError: an event has a value that no writer makes; names ``file``.
     """
     columns = validation.columns_of(
         pa.table([batch.column(name) for name in _NUMBERS.names], _NUMBERS.names), _NUMBERS, file
@@ -303,22 +298,16 @@ def _check_event_batch(spec: DatasetSpec, partition: int, batch: pa.RecordBatch,
     validation.check_ids(columns, ("user_id", "author_id", "item_id", "visit_id"), file)
     validation.check_finite(columns, ("value",), file)
     code = event_codes(spec, pa.chunked_array([batch.column("event")]))
-    domain, time_ms = columns["domain"], columns["time_ms"]
+    domain = columns["domain"]
+    elsewhere = partition_of(columns["user_id"], spec.partitions) != partition
     conditions = {
-        "is not known": ("event", code < 0),
-        "is not of a user of this partition": (
-            "user_id",
-            partition_of(columns["user_id"], spec.partitions) != partition,
-        ),
-        "is not known ": ("domain", (domain < 0) | (domain >= len(DOMAINS))),
-        "is earlier than the one before it": ("time_ms", np.diff(time_ms, prepend=last_ms) < 0),
+        "event": ("is not known", code < 0),
+        "domain": ("is not known", (domain < 0) | (domain >= len(DOMAINS))),
+        "user_id": (f"is not of a user of partition {partition}", elsewhere),
     }
-    for what, (name, where) in conditions.items():
+    for name, (what, where) in conditions.items():
         if where.any():
-            raise UserError(
-                f"{file}: damaged, {name} of an event {what.strip()}; restore the dataset, or make it again"
-            )
-    return int(time_ms[-1]) if len(time_ms) else last_ms
+            raise UserError(f"{file}: damaged, {name} of an event {what}; restore the dataset, or make it again")
 
 
 def _check_features(path: str, spec: DatasetSpec, owner: str) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.data.format.parquet_files import read_table
 from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, partition_of
 from trainer.data.format.validation import Columns, check_finite, check_ids, columns_of, refuse
 from trainer.data.format.visit_events import event_codes, event_names
@@ -39,7 +40,7 @@ class EventLog:
 
     def __init__(self, path: str | Path) -> None:
         self.spec = DatasetSpec.load(path)
-        self._path = path
+        self._path, self._files = path, DatasetFiles(path)
 
     def read(self, partition: int) -> Columns:
         """Read all events of a partition in stored order: columns of ``EVENT_TYPES``.
@@ -48,13 +49,19 @@ class EventLog:
             UserError: the file cannot be read, or an event is invalid; names file, column, row and value.
         """
         file = storage.join(self._path, f"events/part-{partition:05d}.parquet")
-        events = coded_events(self.spec, _read_table(file), file)
+        events = coded_events(self.spec, self._read_table(partition, file), file)
         now_ms = int(time.time() * 1000)
         check_events(self.spec, events, file, now_ms)
         elsewhere = partition_of(events["user_id"], self.spec.partitions) != partition
         refuse(elsewhere, events, "user_id", file, f"of a user of partition {partition}")
         check_order_of_ends(events, file)
         return events
+
+    def _read_table(self, partition: int, file: str) -> pa.Table:
+        try:
+            return read_table(self._files, f"events/part-{partition:05d}.parquet")
+        except FileNotFoundError:
+            raise UserError(f"{file}: no such file; the dataset has no event log of this partition") from None
 
 
 def coded_events(spec: DatasetSpec, table: pa.Table, what: str) -> Columns:
@@ -121,16 +128,3 @@ def check_order_of_ends(events: Columns, what: str) -> None:
             f"{what}: visit {event['visit_id'][at]} of user {event['user_id'][at]} exits at {event['time_ms'][at]} "
             f"before it starts at {event['time_ms'][start]}; an exit must come after its exposure or enter"
         )
-
-
-def _read_table(file: str) -> pa.Table:
-    """Read a Parquet file from a path or an fsspec URL."""
-    try:
-        if storage.is_remote(file):
-            filesystem, inside = storage.open_url(file)
-            return pq.read_table(inside, filesystem=filesystem)
-        return pq.read_table(Path(file))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; the dataset has no event log of this partition") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from None

@@ -13,7 +13,6 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,8 @@ from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.data.format.dataset import fingerprint
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.data.format.parquet_files import open_parquet
 from trainer.data.format.schema import EVENT_COLUMNS, DatasetSpec
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import event_codes
@@ -31,7 +32,6 @@ from trainer.stream.sources.replay_features import ReplayFeatures
 from trainer.stream.sources.source import EventBatch, Position, SourceIdentity, StreamReader, starting_position
 from trainer.stream.sources.time_merge import TimeMerge
 
-_PAGE_BYTES = 1 << 20
 _MAX_ROWS = 1 << 16
 
 
@@ -78,6 +78,8 @@ class ReplaySource:
     ) -> StreamReader:
         """Open a reader of some partitions; see :class:`trainer.stream.sources.source.Source`."""
         logs = {partition: PartitionLog(self._path, self.spec, partition) for partition in sorted(partitions)}
+        for log in logs.values():
+            log.verify()
 
         def beginning(partition: int) -> Sequence[int]:
             return (0, 0, 0, 0) if self._since_ms is None else (logs[partition].rows_before(self._since_ms), 0, 0, 0)
@@ -115,10 +117,8 @@ class PartitionLog:
     """
 
     def __init__(self, path: str | Path, spec: DatasetSpec, partition: int) -> None:
-        self._spec, self._name = spec, storage.join(path, f"events/part-{partition:05d}.parquet")
-        remote = storage.is_remote(self._name)
-        self._filesystem: Any
-        self._filesystem, self._inside = storage.open_url(self._name) if remote else (None, self._name)
+        self._spec, self._files, self._file = spec, DatasetFiles(path), f"events/part-{partition:05d}.parquet"
+        self._name = storage.join(path, self._file)
         try:
             with self._open() as file:
                 metadata = file.metadata
@@ -132,6 +132,14 @@ class PartitionLog:
         self.rows = int(self._starts[-1])
         last = [group.column(EVENT_COLUMNS.get_field_index("time_ms")).statistics for group in groups[-1:]]
         self.last_ms = int(last[0].max) if last and last[0] is not None and last[0].has_min_max else 0
+
+    def verify(self) -> None:
+        """Read the whole file, and compare it with its checksum.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        self._files.verify(self._file)
 
     def chunks(self, place: int, max_rows: int = _MAX_ROWS) -> Iterator[Columns]:
         """Yield the events from a row on, in portions: columns of ``EVENT_TYPES`` and ``place``.
@@ -194,8 +202,7 @@ class PartitionLog:
         return columns
 
     def _open(self) -> pq.ParquetFile:
-        # With a buffer, pages are decoded one by one; without it, a whole row group would be read into memory.
-        return pq.ParquetFile(self._inside, filesystem=self._filesystem, buffer_size=_PAGE_BYTES)
+        return open_parquet(self._files, self._file)
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(f"{self._name}: not a readable Parquet file ({str(error).splitlines()[0]})")
