@@ -13,6 +13,7 @@ from tests.paths import ROOT
 from trainer.checkpoint.manifest import list_checkpoints
 from trainer.comment_staytime.scoring import score_range
 from trainer.console.errors import UserError
+from trainer.data.format.verification import record_dataset, verify_dataset
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.distributed import World
 from trainer.serving.export import export_checkpoint
@@ -72,6 +73,31 @@ def test_a_run_is_verified(stored: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             with pytest.raises(UserError, match=f"{name}: damaged"):
                 open_run("verified", world)
             Path("verified", name).write_text(content)
+
+
+def test_the_dataset_of_a_run_is_verified(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stored)
+    shutil.copytree("world", "whole")
+    found = verify_dataset("world", lambda what, done, total: None)
+    assert not found.problems and not found.has_checksums, "a dataset of an earlier version is read as before"
+    assert not record_dataset("world", lambda what, done, total: None).problems
+    with World.join("cpu") as world:
+        files = [*Path("world/history").iterdir(), *Path("world/rows").iterdir()]
+        files += [Path("world/dataset.json"), Path("world", CHECKSUMS)]
+        for file in files:
+            content = file.read_bytes()
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+            # A bit in a record of the rows is found when the record is read.
+            for wrong in (b"", content[:-2], content + b"x", *([] if file.suffix == ".tar" else [flipped])):
+                file.write_bytes(wrong)
+                with pytest.raises(UserError) as refused:
+                    open_run("batch", world)
+                assert "\n" not in str(refused.value) and file.name in str(refused.value)
+            file.write_bytes(content)
+        open_run("batch", world)
+    shutil.rmtree("world")
+    Path("whole").rename("world")
 
 
 def test_a_staytime_run_is_verified(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

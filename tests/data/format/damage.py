@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.dataset_files import DatasetFiles, list_files
@@ -41,7 +42,10 @@ def content(path: Path) -> str:
     files = DatasetFiles(path)
     for name in list_files(path):
         if name.endswith(".parquet"):
-            digest.update(f"{name} {read_table(files, name).to_pylist()}".encode())
+            table, stream = read_table(files, name), pa.BufferOutputStream()
+            with pa.ipc.new_stream(stream, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            digest.update(name.encode() + stream.getvalue())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from launch.cli.main import main
 from trainer.data.format.schema import DatasetSpec
+from trainer.runtime.checksums import CHECKSUMS
 
 MAPPING = """
 layout = "exposures"
@@ -52,9 +53,36 @@ def test_simulate_cross(tmp_path: Path) -> None:
     assert (spec.name, spec.tag, spec.ids["item"].count) == ("simulated-cross", "item_niche", 144 * (2 + 5 + 5))
 
 
+def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = tmp_path / "world"
+    assert main(["data", "simulate", str(world), "--users", "20", "--days", "1", "--partitions", "2"]) == 0
+    capsys.readouterr()
+    assert main(["data", "verify", str(world)]) == 0
+    assert "all as they were written" in capsys.readouterr().out
+    whole = {name: (world / name).read_bytes() for name in ("history/bits.npy", "users.parquet")}
+    for name, content in whole.items():
+        (world / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(["data", "verify", str(world), "--json"]) == 1
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert (document["ok"], document["has_checksums"], len(document["problems"])) == (False, True, 2)
+    lines = printed.err.splitlines()
+    assert lines == [f"limelight: error: {problem}" for problem in document["problems"]]
+    assert "history/bits.npy: damaged" in lines[0] and "users.parquet: damaged" in lines[1]
+
+    (world / CHECKSUMS).unlink()
+    for name, content in whole.items():
+        (world / name).write_bytes(content)
+    assert main(["data", "verify", str(world)]) == 0
+    assert "there are no checksums to compare" in capsys.readouterr().out
+    assert main(["data", "verify", str(world), "--record"]) == 0
+    assert "all as they were written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["verify", "{}/none"], "no dataset here"),
         (["import", "kuairand", "{}/none", "{}/out"], "no such folder"),
         (["import", "events", "{}", "{}/out", "--mapping", "{}/none.toml"], "none.toml: no such mapping file"),
         (["simulate", "{}/out", "--users", "0"], "users is 0"),

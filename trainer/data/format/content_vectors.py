@@ -12,7 +12,7 @@ gets either the old or the new version, and a reader that has it open keeps the 
 process may write at a time.
 
 The manifest has a hash of ids and vectors, and the names of the files a hash of all. Opening a table reads it once and
-compares both, which takes 1.3 seconds per GB.
+compares both, which takes 1.15 seconds of processor time per GB.
 """
 
 from __future__ import annotations
