@@ -58,6 +58,7 @@ def save(number, frame):
     (here / "saved").touch()
     sys.exit(int(os.environ["STATUS"]))
 signal.signal(signal.SIGTERM, save)
+(here / "safe_path").write_text(os.environ.get("PYTHONSAFEPATH", ""))
 (here / "started.part").write_text(json.dumps(sys.argv[1:]))
 (here / "started.part").rename(here / "started")
 if os.environ["ENDS"] == "by itself": sys.exit(int(os.environ["STATUS"]))
@@ -123,6 +124,7 @@ def test_the_slurm_command_is_one_that_torchrun_and_the_job_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_batch(tmp_path, "configs/kuairand.toml", "train.epochs=2", ends="by itself", status=0)
+    assert (tmp_path / "safe_path").read_text() == "1", "a rank imports nothing from the working directory"
     given = parse_torchrun(json.loads((tmp_path / "started").read_text()), {}, monkeypatch)
     assert (given.nnodes, given.nproc_per_node, given.rdzv_backend) == ("2", "4", "c10d")
     assert given.rdzv_endpoint == "node1:24711" and given.rdzv_id == "4711"
@@ -231,6 +233,7 @@ def test_the_kubernetes_command_is_one_that_torchrun_and_the_job_take(monkeypatc
     pod = document["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["command"] == [f"{container['workingDir']}/.venv/bin/torchrun"]
+    assert {"name": "PYTHONSAFEPATH", "value": "1"} in container["env"]
     # As the operator sets them from elasticPolicy.
     environment = {"PET_NNODES": "1:4", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": "limelight-worker-0:23456"}
     given = parse_torchrun(container["args"], environment, monkeypatch)

@@ -115,7 +115,8 @@ def test_the_installed_command_finds_its_files(installed: Path, tmp_path: Path) 
     where = run(installed / "python", "-c", "import trainer, launch; print(trainer.__file__)", directory=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
     assert run(installed / "limelight", "--version", directory=tmp_path).startswith("limelight 0.")
-    assert "26 files written" in run(installed / "limelight", "configs", "configs", directory=tmp_path)
+    run(installed / "limelight", "configs", "configs", directory=tmp_path)
+    assert len(list((tmp_path / "configs").rglob("*.*"))) > 20
     assert (tmp_path / "configs" / "simulated.toml").read_bytes() == (ROOT / "configs" / "simulated.toml").read_bytes()
 
 

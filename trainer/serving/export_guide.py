@@ -231,6 +231,7 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
         "author_side": list(features.author_side),
         "row_side": [side.name for side in features.spec.side if side.name not in own.exclude],
         "searched": own.needs_space,
+        "search_tables": list(own.search.tables),
         "mapping_texts": _MAPPINGS,
         "search_texts": _SEARCHES,
         "context": _context(own.tags * [features.spec.tag], features.author_side, PAST_DOMAIN_RANGE in ranges),

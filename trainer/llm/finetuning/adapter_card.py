@@ -39,7 +39,7 @@ def training_sections(config: FinetuneConfig, metrics: Mapping[str, Any], source
     trained = (
         f"Only the answers have a loss. {training['steps']:,} optimizer steps of {config.train.batch_size} sequences "
         f"of at most {config.data.length} tokens ({'several samples' if config.data.packing else 'one sample'} in a "
-        f"sequence), {config.train.epochs} passes over the samples, with AdamW under DeepSpeed's ZeRO stage "
+        f"sequence), passes over the samples: {config.train.epochs}, with AdamW under DeepSpeed's ZeRO stage "
         f"{engine['zero_stage']}: learning rate {optimizer.learning_rate:g} ({optimizer.decay}, warm-up over "
         f"{optimizer.warmup:.0%} of the steps), weight decay {optimizer.weight_decay:g}, betas {optimizer.betas[0]:g} "
         f"and {optimizer.betas[1]:g}, answers weighted by `{config.train.answer_weight}`, seed {config.run.seed}."
