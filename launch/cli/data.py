@@ -190,6 +190,8 @@ def events(src: str, out: Output, mapping: str, partitions: int, as_json: bool) 
     \b
       layout = "exposures"        # a line is an exposure with its outcomes;
                                   # "events": a line is one event
+      files = "*"                 # "**/*.parquet" for folders dt=2022-05-04;
+                                  # then dt is a column, too
       timezone = "Asia/Shanghai"  # of days, and of times without an offset
       [columns]
       user_id = "uid"             # canonical name = your column
@@ -205,7 +207,8 @@ def events(src: str, out: Output, mapping: str, partitions: int, as_json: bool) 
       click = {column = "clicked", at = "start"}
       gift = {column = "gift_price"}               # the behaviour `gift` has a price
 
-    trainer/data/importers/events.py describes all keys, and the layout "events".
+    trainer/data/importers/events.py describes all keys, and the layout "events". docs/data.md says how values are
+    read: texts that mean "no value", categories, numbers, lines that are there twice.
     """
     from trainer.data.importers.events import import_events
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -81,7 +82,9 @@ def ranking_score(probability: np.ndarray, exponents: Sequence[float]) -> np.nda
 
 
 def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
-    """Read the columns of a candidates file. A missing column of request features counts as unknown (0 if dense).
+    """Read the columns of a candidates file.
+
+    Features of the request: a column or value that is missing, NaN included, is unknown (0 if dense), as in a log.
 
     Raises:
         UserError: no such file, not Parquet, a required column is missing, or a value is invalid.
@@ -109,10 +112,19 @@ def read_candidates(file: Path, spec: DatasetSpec) -> validation.Columns:
     )
     columns = {name: _required(table, name, file) for name in REQUIRED}
     table = table.select([name for name in schema.names if name in table.column_names])
+    for place, name in enumerate(table.column_names):
+        table = table.set_column(place, name, _filled(table.column(name)))
     columns |= validation.columns_of(table, schema, str(file), frozenset(schema.names))
     validation.check_side(columns, context, str(file))
     validation.check_finite(columns, dense, str(file))
     return columns
+
+
+def _filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of numbers with 0 for null and NaN; other columns are returned unchanged."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column.cast(pa.float64())), pa.scalar(0, column.type), column)
+    return column.fill_null(0) if pa.types.is_integer(column.type) or pa.types.is_floating(column.type) else column
 
 
 def _required(table: pa.Table, name: str, file: Path) -> np.ndarray:

@@ -94,8 +94,8 @@ def test_a_pattern_that_matches_nothing_names_the_one_that_would(tmp_path: Path)
     with pytest.raises(UserError) as refused:
         import_folder(tmp_path, MAPPING.replace('files = "**/*"', ""))
     assert str(refused.value) == (
-        f"{tmp_path}/log: no .csv, .csv.gz or .parquet file here that matches files = '*'; 2 lie deeper, such as "
-        'dt=2022-05-04/part-0.parquet: set files = "**/*.parquet" in the mapping'
+        f"{tmp_path}/log: no .csv, .csv.gz or .parquet file here that matches files = '*'; other names of tables "
+        'there: 2, such as dt=2022-05-04/part-0.parquet: set files = "**/*.parquet" in the mapping'
     )
     write_part(tmp_path / "log" / "more" / "a.csv", lines_of(1))
     with pytest.raises(UserError, match=r'set files = "\*\*/\*" in the mapping'):

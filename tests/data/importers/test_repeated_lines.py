@@ -119,5 +119,5 @@ def test_the_command_says_what_was_left_out(tmp_path: Path, capsys: pytest.Captu
     assert shown[-4:-1] == [
         "  repeated lines: 1 (equal to an earlier line in all columns that are read; dropped)",
         "  events without a visit: 1 (none began before them; dropped)",
-        "  files left out: 1 (they are no tables, or `files` of the mapping does not match them)",
+        "  files left out: 1 (notes.txt, ...: no tables, or `files` of the mapping does not match them)",
     ]

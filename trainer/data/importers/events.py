@@ -154,6 +154,7 @@ def import_events(
             checks.finish(log)
         found |= {"log_rows": log.rows, "hash_collisions": ids.collisions}
         found |= {"duplicates": rules.duplicates, "files_left_out": len(found_files.left_out)}
+        found["first_file_left_out"] = next(iter(found_files.left_out), None)
         return builder.finish(progress, found)
 
 

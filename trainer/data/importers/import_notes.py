@@ -18,7 +18,11 @@ def import_notes(extra: Mapping[str, Any]) -> list[str]:
             "user, item and time of an earlier line, and other values; dropped",
         ),
         ("events without a visit", "orphans_dropped", "none began before them; dropped"),
-        ("files left out", "files_left_out", "they are no tables, or `files` of the mapping does not match them"),
+        (
+            "files left out",
+            "files_left_out",
+            f"{extra.get('first_file_left_out')}, ...: no tables, or `files` of the mapping does not match them",
+        ),
     )
     notes = [f"{name}: {extra[key]:,} ({why})" for name, key, why in counts if extra.get(key)]
     if shared:

@@ -134,13 +134,13 @@ def _visible(file: Path, src: Path) -> bool:
 
 def _hint(src: Path, visible: Iterable[Path]) -> str:
     """Return the pattern that would match the tables below ``src``, for the message that none matches."""
-    deeper = [file for file in visible if is_table(file)]
-    if not deeper:
+    tables = [file for file in visible if is_table(file)]
+    if not tables:
         return ""
-    ending = "*.parquet" if all(file.name.endswith(".parquet") for file in deeper) else "*"
+    ending = "*.parquet" if all(file.name.endswith(".parquet") for file in tables) else "*"
     return (
-        f'; {len(deeper):,} lie deeper, such as {deeper[0].relative_to(src).as_posix()}: set files = "**/{ending}" in '
-        "the mapping"
+        f"; other names of tables there: {len(tables):,}, such as {tables[0].relative_to(src).as_posix()}: set "
+        f'files = "**/{ending}" in the mapping'
     )
 
 
