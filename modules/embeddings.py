@@ -75,6 +75,7 @@ class Lookup:
         pooling: way in which the dense part joins the embeddings of a row: ``sum``, ``mean``, or ``none``, which
             concatenates them if the length is fixed and reads them as a sequence if it varies.
         ids_per_entry: number of ids that together describe one entry of a sequence.
+        max_length: largest number of ids of one row of a sequence, for the planner's estimate; None if it is unknown.
     """
 
     name: str
@@ -82,6 +83,12 @@ class Lookup:
     length: int | None
     pooling: Pooling = "none"
     ids_per_entry: int = 1
+    max_length: int | None = None
+
+    @property
+    def most_ids(self) -> int:
+        """Return the largest number of ids of one row; 1 if it is unknown."""
+        return self.length or self.max_length or 1
 
 
 def group_lookups(tables: Sequence[Table], lookups: Sequence[Lookup]) -> tuple[tuple[int, tuple[Lookup, ...]], ...]:

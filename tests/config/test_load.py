@@ -57,6 +57,7 @@ def test_dates_need_no_quotes(tmp_path: Path) -> None:
         ("[data]\npath = 'd'\n", ["model.kinds=ple"], "unknown key model.kinds; did you mean model.kind?"),
         ("[data]\npath = 'd'\n", ["model.kind=plee"], "model.kind = 'plee': input should be 'ple', 'cgc'"),
         ("[data]\npath = 'd'\n", ["train.epochs=0"], "train.epochs = 0: input should be greater than or equal to 1"),
+        ("[data]\npath = 'd'\n", ["features.item.dim=6"], "features.item.dim = 6: input should be a multiple of 4"),
         ("[data]\npath = 'd'\n", ["train.epochs=many"], "train.epochs = 'many': input should be a valid integer"),
         ("[data]\npath = 'd'\n", ["tables.learning_rate=-1"], "tables.learning_rate = -1: input should be greater"),
         ("[data]\npath = 'd'\n", ["data.behaviours=click"], "data.behaviours = 'click': input should be a list"),

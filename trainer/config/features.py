@@ -22,7 +22,11 @@ class EmbeddingTableConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dim: int = Field(
-        16, ge=1, description="Dimension of an embedding. Each distinct dimension needs its own all-to-all."
+        16,
+        ge=4,
+        multiple_of=4,
+        description="Dimension of an embedding, a multiple of 4: fbgemm reads rows in vectors of four floats. Each "
+        "distinct dimension needs its own all-to-all.",
     )
     init: Literal["uniform", "normal", "zeros"] = Field("uniform", description="Distribution of the initial values.")
     init_scale: float | None = Field(

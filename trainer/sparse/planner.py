@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torchrec.optim as torchrec_optimizers
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -27,8 +29,19 @@ OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
 }
 
+_COUNTED_AS = {
+    "sgd": torchrec_optimizers.SGD,
+    "adagrad": torchrec_optimizers.Adagrad,
+    "rowwise_adagrad": torchrec_optimizers.RowWiseAdagrad,
+}
+"""Classes by which the planner knows the size of an optimizer's state."""
+
 COLUMN_MULTIPLE = 4
-"""Column shards are multiples of this: fbgemm reads rows in vectors of four floats."""
+"""Widths of tables and of column shards are multiples of this: fbgemm reads rows in vectors of four floats."""
+
+SMALL_TABLE_BYTES = 16 << 20
+"""Tables up to this size are not cut by rows on GPUs: each rank would send a few ids to every other rank, and the
+planner's estimate of the time does not count messages."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +60,21 @@ class TableOptimizer:
     eps: float = 1e-8
 
 
-def sharding_types(table: Table, optimizer: TableOptimizer, world: int) -> list[str]:
+def sharding_types(table: Table, optimizer: TableOptimizer, world: int, device_type: str = "cpu") -> list[str]:
     """Return the shardings that the planner may choose for a table.
 
     Returns:
         The sharding that the table's declaration sets. For ``auto`` the shardings that train the table exactly:
-        ``table_wise`` on one rank, where cutting gains nothing, else ``table_wise`` and ``row_wise``.
+        ``table_wise`` on one rank, where cutting gains nothing, and for small tables on GPUs, else ``table_wise`` and
+        ``row_wise``. On several machines TorchRec has nothing better: its unpooled collections have no
+        ``table_row_wise`` sharding, which would cut a table over the ranks of one machine only.
 
     Raises:
         UserError: the declaration sets a sharding that cannot train the table, with the reason.
     """
     if table.sharding == "auto":
-        return ["table_wise"] if world == 1 else ["table_wise", "row_wise"]
+        small = device_type == "cuda" and 4 * table.rows * table.dim <= SMALL_TABLE_BYTES
+        return ["table_wise"] if world == 1 or small else ["table_wise", "row_wise"]
     reason = None
     if table.sharding == "data_parallel":
         reason = (
@@ -107,12 +123,18 @@ def make_plan(
         control: a gloo group of all ranks.
 
     Raises:
-        UserError: a sharding is refused, or the tables do not fit into memory.
+        UserError: a sharding or a width is refused, or the tables do not fit into memory.
     """
     world = dist.get_world_size(control)
+    for table in tables.tables:
+        if table.dim % COLUMN_MULTIPLE:
+            raise UserError(f"table {table.name!r}: dim = {table.dim} is not a multiple of {COLUMN_MULTIPLE}")
+    lookups = [lookup for _, members in tables.groups for lookup in members]
     constraints = {
         table.name: ParameterConstraints(
-            sharding_types=sharding_types(table, optimizer, world),
+            sharding_types=sharding_types(table, optimizer, world, device.type),
+            # In the order of the table's features. Without it, the planner counts one id for all lookups of a table.
+            pooling_factors=[float(lookup.most_ids) for lookup in lookups if lookup.table == table.name],
             # On a GPU the planner may keep a table that is too large for it in host memory, behind a cache.
             compute_kernels=["fused"] if device.type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"],
             min_partition=table.dim // _column_parts(table.dim, world),
@@ -135,7 +157,8 @@ def make_plan(
             storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         )
         try:
-            answer[0] = planner.plan(tables, [sharder])
+            with _optimizer_counts(tables, optimizer):
+                answer[0] = planner.plan(tables, [sharder])
         except PlannerError as error:
             size = sum(table.rows * table.dim for table in tables.tables) * 4 / 1e9
             answer[0] = UserError(f"no sharding of {size:,.1f} GB of tables on {world} ranks: {_first_line(error)}")
@@ -151,6 +174,22 @@ def make_plan(
             if not parameter.compute_kernel.startswith("fused"):
                 raise RuntimeError(f"table {name!r} got kernel {parameter.compute_kernel!r}: it would never be trained")
     return answer[0]
+
+
+@contextmanager
+def _optimizer_counts(tables: TableSet, optimizer: TableOptimizer) -> Iterator[None]:
+    """Let the planner count the state of the fused optimizer, which it looks for at the parameters.
+
+    The mark is removed at the end, since the sharder would take it for another optimizer than its fused one.
+    """
+    parameters: list[Any] = list(tables.parameters())
+    for parameter in parameters:
+        parameter._optimizer_classes = [_COUNTED_AS[optimizer.kind]]
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            del parameter._optimizer_classes
 
 
 def _cut_between_buckets(shards: Sequence[ShardMetadata]) -> None:

@@ -112,9 +112,10 @@ class FeatureMap:
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:
             lookups.append(Lookup("side", "side", self._side.width))
-        for name in config.history:
-            lookups += [Lookup(f"{name}_{key}", key, None) for key in ("item", "author")]
-            lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=self._side.context_ids))
+        for name, history in config.history.items():
+            lookups += [Lookup(f"{name}_{key}", key, None, max_length=history.length) for key in ("item", "author")]
+            ids = self._side.context_ids
+            lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=ids, max_length=ids * history.length))
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
         # Without a lookup, a table would only cost memory and gradients.
         rows = {**fitted.table_rows, "side": self._side.rows}
