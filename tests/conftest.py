@@ -82,7 +82,7 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture
 def run_ranks(nursery: Nursery) -> RunRanks:
-    """Return ``run_ranks(module, *arguments, ranks=2, timeout=180, environment=None, expect=0) -> stdout``.
+    """Return ``run_ranks(module, *arguments, ranks=2, timeout=600, environment=None, expect=0) -> stdout``.
 
     Each rank is a process with one thread on the CPU, in the repository's root. Another exit status than ``expect``
     fails the test, with the end of the ranks' output.
@@ -92,7 +92,7 @@ def run_ranks(nursery: Nursery) -> RunRanks:
         module: str,
         *arguments: object,
         ranks: int = 2,
-        timeout: float = 180,
+        timeout: float = 600,
         environment: Mapping[str, str] | None = None,
         expect: int = 0,
     ) -> str:

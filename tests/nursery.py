@@ -117,7 +117,7 @@ class Nursery:
         *,
         ranks: int = 0,
         environment: Mapping[str, str] | None = None,
-        timeout: float = 300,
+        timeout: float = 600,
         shared_memory: int = 0,
         directory: Path = ROOT,
     ) -> Ended:

@@ -209,7 +209,7 @@ ELSEWHERE = {
     "trainer.data.writing.partition_spill:_ROWS_PER_PARTITION": "tests/data/writing/test_builder.py",
     "trainer.llm.finetuning.token_files:_CHUNK": "tests/llm/finetuning/test_token_files.py",
     "trainer.stream.live.live_stream:_SLACK": "tests/stream/live/test_live_stream.py",
-    "trainer.stream.sources.kafka_put_back:_PORTION": "tests/stream/sources/test_kafka_put_back.py",
+    "trainer.stream.sources.kafka_client:READ_MESSAGES": "tests/stream/sources/test_kafka_put_back.py",
     "trainer.stream.sources.kafka_source:_MAX_MESSAGES": "tests/stream/sources/test_kafka_source.py",
 }
 """Module and constant -> the test file that makes it small."""

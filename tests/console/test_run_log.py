@@ -36,7 +36,7 @@ def talk(body: str, logs: Path, rank: int = 0, status: int = 0) -> subprocess.Co
         env={**environment, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == status, done.stderr
     return done
@@ -208,7 +208,7 @@ with Progress("train", 10, "rows") as progress:
     environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen([sys.executable, "-c", body, str(tmp_path)], env=environment, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    assert job.wait(timeout=60) == 0
+    assert job.wait(timeout=600) == 0
     shown = os.read(ours, 100_000).decode()
     os.close(ours)
     assert re.search(r"[\r\n]in between\r\n", shown) and "100%" in shown

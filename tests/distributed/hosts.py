@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-TIMEOUTS = 60.0
+TIMEOUTS = 600.0
 ADDRESSES = ("10.71.0.1", "10.71.0.2")
 
 

@@ -38,7 +38,7 @@ ENVIRONMENT = {
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 LIMELIGHT = (sys.executable, "-m", "launch.cli.main")
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
-TIMEOUTS = 280.0
+TIMEOUTS = 600.0
 
 
 def simulate(path: Path) -> Path:

@@ -19,7 +19,7 @@ def test_ranks_train_as_one_process_with_the_joined_batch(
     world: int, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path_factory.mktemp("alignment")
-    run_ranks("tests.distributed.alignment_ranks", out, ranks=world, timeout=200)
+    run_ranks("tests.distributed.alignment_ranks", out, ranks=world, timeout=600)
     outcome = torch.load(out / f"{world}.pt")
     wrong = {}
     for name, way in WAYS.items():

@@ -35,7 +35,7 @@ def outcomes(run_ranks: Any, out: Path) -> dict[str, dict[str, Any]]:
     """Results that dynamic_ranks.py wrote with two ranks and then with one."""
     for name in ("2", "1"):
         if name not in _outcomes:
-            run_ranks("tests.distributed.dynamic_ranks", out, ranks=int(name), timeout=200)
+            run_ranks("tests.distributed.dynamic_ranks", out, ranks=int(name), timeout=600)
             _outcomes[name] = torch.load(out / f"{name}.pt")
     return _outcomes
 
@@ -136,7 +136,7 @@ def test_one_rank_takes_ids_and_rows_of_two(outcomes: dict[str, dict[str, Any]])
 
 @pytest.mark.slow
 def test_two_ranks_take_ids_and_rows_of_one(outcomes: dict[str, dict[str, Any]], run_ranks: Any, out: Path) -> None:
-    run_ranks("tests.distributed.dynamic_ranks", out, ranks=2, timeout=200)
+    run_ranks("tests.distributed.dynamic_ranks", out, ranks=2, timeout=600)
     assert_taken_over(outcomes["1"], torch.load(out / "2-again.pt"))
 
 

@@ -26,7 +26,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[i
         out = tmp_path_factory.mktemp("engine")
         # Two ranks start first, because the single rank reads their checkpoints.
         for world in (2, 1):
-            run_ranks("tests.distributed.engine_ranks", out, ranks=world, timeout=400)
+            run_ranks("tests.distributed.engine_ranks", out, ranks=world, timeout=600)
             _outcomes[world] = torch.load(out / f"{world}.pt")
     return _outcomes
 

@@ -209,7 +209,7 @@ def test_the_command_scores_without_torchrec_and_deepspeed(out: Path, tmp_path: 
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         assert "80 candidates scored" in done.stdout

@@ -28,7 +28,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         for start, earlier in STARTS.items():
             ranks = int(start[0])
             arguments = (start, out, out / "world", *earlier)
-            run_ranks("tests.distributed.resume_ranks", *arguments, ranks=ranks, timeout=400)
+            run_ranks("tests.distributed.resume_ranks", *arguments, ranks=ranks, timeout=600)
             _outcomes[start] = torch.load(out / f"{start}.pt")
     return _outcomes
 

@@ -23,7 +23,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     if not _outcomes:
         out = tmp_path_factory.mktemp("search")
         simulate(out / "world", users=70, days=3, partitions=4, seed=3)
-        run_ranks("tests.distributed.search_ranks", out, out / "world", timeout=400)
+        run_ranks("tests.distributed.search_ranks", out, out / "world", timeout=600)
         _outcomes.update(torch.load(out / "outcome.pt"), out=out)
     return _outcomes
 

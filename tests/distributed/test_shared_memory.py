@@ -22,7 +22,7 @@ def test_full_shared_memory_is_one_line(
         pytest.skip("this machine lets no user mount a file system")
     arguments = job(small_world, tmp_path / "run", "data.workers=2", "train.batch_size=512")
     # Far below the watchdog's time.
-    ended = nursery.run("trainer.rank", arguments, ranks=2, shared_memory=size, timeout=120)
+    ended = nursery.run("trainer.rank", arguments, ranks=2, shared_memory=size, timeout=600)
     assert ended.status == 2, ended
     lines = [line for line in (ended.stdout + ended.stderr).splitlines() if "error" in line]
     assert len(lines) == 1, ended

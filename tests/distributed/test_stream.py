@@ -37,7 +37,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         _outcomes["dataset"] = out / "world"
         for start, earlier in STARTS.items():
             arguments = (start, out, out / "world", *earlier)
-            run_ranks("tests.distributed.stream_ranks", *arguments, ranks=int(start[0]), timeout=400)
+            run_ranks("tests.distributed.stream_ranks", *arguments, ranks=int(start[0]), timeout=600)
             _outcomes[start] = torch.load(out / f"{start}.pt")
     return _outcomes
 

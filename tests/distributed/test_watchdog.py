@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from tests.distributed import watchdog_ranks
 from trainer.console.exit_status import HUNG_STATUS
 from trainer.runtime.watchdog import State, find_culprits, main_thread_state, report
 
-TIMEOUT = 90.0
+TIMEOUT = 600.0
 THROUGH = "through\n"
 
 # A server process imports torch once, and the ranks are forked from it.
@@ -260,8 +261,9 @@ def test_a_wait_of_python_s_own_is_no_collective() -> None:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     started.wait()
-    time.sleep(0.1)
     assert thread.ident is not None
+    while sys._current_frames()[thread.ident].f_code.co_name != "wait":
+        time.sleep(0.01)
     state = main_thread_state(3, 5, "", thread.ident)
     never.set()
     assert (state.rank, state.step, state.collective) == (3, 5, "")

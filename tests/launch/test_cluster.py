@@ -24,7 +24,7 @@ from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 
 CLUSTER = ROOT / "launch" / "cluster"
-TIMEOUTS = 60.0
+TIMEOUTS = 600.0
 
 
 def job_of(arguments: list[str]) -> JobConfig:

@@ -273,7 +273,7 @@ def test_text_files_are_utf8_in_any_locale(tmp_path: Path) -> None:
             cwd=ROOT,
             env=environment,
             capture_output=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
         told = (done.stdout + done.stderr).decode(errors="replace")
@@ -361,11 +361,11 @@ def test_a_signal_ends_a_command_and_its_unfinished_files(tmp_path: Path, number
         stderr=subprocess.STDOUT,
         text=True,
     )
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not any(tmp_path.iterdir()) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
-    told = process.communicate(timeout=60)[0]
+    told = process.communicate(timeout=600)[0]
     assert process.returncode == status, told
     assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []

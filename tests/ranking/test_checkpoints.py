@@ -245,7 +245,7 @@ def test_a_save_waits_for_the_one_before(world: World, tmp_path: Path, monkeypat
 
     def slow(*arguments: Any) -> None:
         running.append(threading.active_count())
-        hold.wait(20)
+        hold.wait(600)
         write(*arguments)
 
     monkeypatch.setattr(writer, "write_state", slow)

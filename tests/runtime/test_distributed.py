@@ -30,7 +30,7 @@ sys.exit(exit_status(job))
 def join(**environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     return subprocess.run(
-        [sys.executable, "-c", JOIN], env={**inherited, **environment}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", JOIN], env={**inherited, **environment}, capture_output=True, text=True, timeout=600
     )
 
 
@@ -93,7 +93,7 @@ def test_a_rank_ends_quietly_when_the_reader_of_its_output_has_closed_the_pipe(s
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE_STATUS, "")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from trainer.runtime.rendezvous import fresh_part
 
-TIMEOUTS = timedelta(seconds=60)
+TIMEOUTS = timedelta(seconds=600)
 
 
 def meet(store: dist.Store, size: int) -> list[str]:

@@ -29,7 +29,7 @@ class Cluster:
         self._created: list[str] = []
         if not brokers:
             self._mock = kafka.Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 2})
-            known = self._mock.list_topics(timeout=20).brokers.values()
+            known = self._mock.list_topics(timeout=120).brokers.values()
             brokers = ",".join(f"{broker.host}:{broker.port}" for broker in known)
         self.brokers = brokers
         self.producer = kafka.Producer({"bootstrap.servers": brokers, "log_level": 2, "linger.ms": 5})
@@ -46,12 +46,12 @@ class Cluster:
                 created.result(30)
             self._created += names
         else:
-            assert len(self.producer.list_topics(name, timeout=20).topics[name].partitions) == PARTITIONS
+            assert len(self.producer.list_topics(name, timeout=120).topics[name].partitions) == PARTITIONS
         return name
 
     def config(self, topic: str, **options: Any) -> StreamConfig:
         """Return the config of a stream that ends with the topic, changed by ``options``."""
-        defaults = {"until_end": True, "retry_seconds": 20.0}
+        defaults = {"until_end": True, "retry_seconds": 120.0}
         return StreamConfig(source="kafka", brokers=self.brokers, topic=topic, **{**defaults, **options})
 
     def published(self, events: Columns, per_message: int = 1, **options: Any) -> StreamConfig:
@@ -71,13 +71,13 @@ class Cluster:
                     break
                 except BufferError:
                     self.producer.poll(0.1)
-        assert self.producer.flush(30) == 0
+        assert self.producer.flush(120) == 0
 
     def messages(self, topic: str) -> list[Any]:
         """Return all messages of a topic."""
         settings = {"bootstrap.servers": self.brokers, "group.id": "test", "enable.partition.eof": True, "log_level": 2}
         consumer = self.kafka.Consumer({**settings, "enable.auto.commit": False})
-        partitions = sorted(consumer.list_topics(topic, timeout=20).topics[topic].partitions)
+        partitions = sorted(consumer.list_topics(topic, timeout=120).topics[topic].partitions)
         consumer.assign([self.kafka.TopicPartition(topic, p, self.kafka.OFFSET_BEGINNING) for p in partitions])
         found, ended = [], 0
         while ended < len(partitions):

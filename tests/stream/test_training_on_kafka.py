@@ -29,7 +29,7 @@ from trainer.stream.sources.kafka_topic import TopicPublisher
 from trainer.stream.sources.message_codec import MessageCodec
 from trainer.stream.sources.replay import ReplaySource
 
-LIMIT_SECONDS = 200.0
+LIMIT_SECONDS = 600.0
 SINCE = "2024-03-05"
 
 

@@ -83,7 +83,7 @@ def test_processes_see_what_is_put_later():
     put(space, 1)
     ours.send("put")
     assert ours.poll(60) and ours.recv() == 3 * 16 * 2
-    process.join(60)
+    process.join(600)
 
 
 def test_the_newest_version_is_opened_again():

@@ -222,7 +222,7 @@ def test_other_processes_read_the_same(tmp_path, method):
         queue = context.Queue()
         process = context.Process(target=_read, args=(histories, queue))
         process.start()
-        there = queue.get(timeout=60)
+        there = queue.get(timeout=600)
         process.join()
     else:
         pickled = pickle.dumps(histories)

@@ -229,7 +229,7 @@ except UserError as error:
     print(error)
 """
     command = [sys.executable, "-B", "-c", script, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'out'}: cannot be written (File too large)\n"
     assert not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ def shell_environment(tmp_path: Path) -> dict[str, str]:
 
 
 def output_of(shell: str, script: str, environment: dict[str, str]) -> str:
-    done = subprocess.run([shell, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([shell, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and not done.stderr, done
     return done.stdout
 

@@ -28,7 +28,7 @@ def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 
@@ -141,7 +141,7 @@ def test_a_reader_that_left_is_no_error(size: int, unbuffered: str) -> None:
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     os.close(writer)

@@ -39,7 +39,7 @@ from trainer.runtime.distributed import World
 TEMPLATE = ROOT / "configs/templates/embed.txt"
 WEIGHTS = "model.safetensors"
 DIM = 32
-TIMEOUTS = 280
+TIMEOUTS = 600
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}
 """Tolerance of float32 vectors that were computed in other batches."""
 

@@ -119,7 +119,7 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
     write_samples(tmp_path)
     (tmp_path / "manifest.json").write_text('{"templates": "v1"}')
     run_ranks(
-        "tests.llm.finetuning.engine_ranks", base.directory, tmp_path, *QUICK, ranks=2, timeout=400, environment=QUIET
+        "tests.llm.finetuning.engine_ranks", base.directory, tmp_path, *QUICK, ranks=2, timeout=600, environment=QUIET
     )
     check_all(torch.load(tmp_path / "2.pt"), QUICK, plains, 2)
     with World.join("cpu") as world:

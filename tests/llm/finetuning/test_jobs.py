@@ -100,7 +100,7 @@ def test_a_job_is_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     end([start(*command, *overrides(tmp_path, through, "train.epochs=40"))])
 
     process = start(*command, *overrides(tmp_path, stopped, "train.epochs=40", "checkpoint.every_steps=3"))
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     while not list_checkpoints(stopped / "checkpoints") and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

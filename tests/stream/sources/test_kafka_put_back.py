@@ -31,7 +31,7 @@ HEADERS: list[tuple[str, bytes | None]] = [("trace", b"\x00\xff"), ("trace", Non
 def send(cluster: Cluster, topic: str, partition: int, value: bytes | None, key: bytes | None) -> None:
     """Send one message with headers."""
     cluster.producer.produce(topic, value=value, key=key, partition=partition, headers=HEADERS)
-    assert cluster.producer.flush(30) == 0
+    assert cluster.producer.flush(120) == 0
 
 
 def train_on(config: StreamConfig) -> tuple[list[int], int]:
@@ -53,7 +53,7 @@ def lines(partition: int, visits: Sequence[int], **changes: Any) -> list[bytes]:
 
 
 def test_whole_messages_are_kept_and_come_back_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka_put_back, "_PORTION", 3)
+    monkeypatch.setattr(kafka_client, "READ_MESSAGES", 3)
     config = cluster.config(cluster.topic())
     late = {"time_ms": FUTURE_MS}
     good, future = lines(1, (1, 2)), lines(1, (3, 4), **late)
@@ -130,7 +130,7 @@ def test_dead_letters_of_version_0_1_come_back(cluster: Cluster) -> None:
         partition=0,
         headers=[(f"limelight.{name}", str(value).encode()) for name, value in headers.items()],
     )
-    assert cluster.producer.flush(30) == 0
+    assert cluster.producer.flush(120) == 0
     assert put_back(cluster.config(topic)) == PutBack(messages=1)
     (message,) = cluster.messages(topic)
     assert (message.partition(), message.value()) == (3, line)
@@ -147,7 +147,7 @@ def dead_letters(cluster: Cluster, messages: int) -> tuple[StreamConfig, list[tu
     sent = [(p, lines(p, [visit], time_ms=FUTURE_MS)[0]) for visit in range(messages) for p in range(PARTITIONS)]
     for p, value in sent:
         cluster.producer.produce(config.topic, value=value, partition=p)
-    assert cluster.producer.flush(30) == 0
+    assert cluster.producer.flush(120) == 0
     assert train_on(config) == ([], len(sent))
     return config, sorted(sent)
 
@@ -175,7 +175,7 @@ def test_a_killed_command_is_repeated_and_puts_every_event_back_once(
             # Messages that are still in the queue of the producer die with it.
             if len(deaths) % 2:
                 producer.purge(in_flight=False)
-            assert producer.flush(30) == 0
+            assert producer.flush(120) == 0
             raise Killed
         allowed -= 1
         real(first, *arguments, **options)
@@ -210,7 +210,7 @@ def test_nobody_elses_message_counts_as_put_back(cluster: Cluster) -> None:
     config, sent = dead_letters(cluster, 1)
     headers = [("limelight.put_back", value) for value in (b"", None, b"1:2", b"x:0:0", b"0:0:\xff")]
     cluster.producer.produce(config.topic, value=b"other", partition=0, headers=headers)
-    assert cluster.producer.flush(30) == 0
+    assert cluster.producer.flush(120) == 0
     assert put_back(config).messages == len(sent)
 
 
@@ -241,6 +241,6 @@ def test_a_letter_for_a_partition_that_is_gone_is_refused(cluster: Cluster, caps
         value=b"x",
         headers=[(f"limelight.{name}", str(value).encode()) for name, value in headers.items()],
     )
-    assert cluster.producer.flush(30) == 0
+    assert cluster.producer.flush(120) == 0
     assert main(["stream", "publish", "--dead-letters", "--brokers", cluster.brokers, "--topic", topic]) == 2
     assert f"for partition {PARTITIONS}, topic {topic} has {PARTITIONS}" in capsys.readouterr().err
