@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_rank_arguments("trainer.score", "Score candidates with a run.", SCORE_ARGUMENTS, arguments)
 
     def job() -> None:
+        options.out.check()
         if is_export(options.directory):
             score_file(open_export(options.directory, options.data), Path(options.candidates), options.out)
             return

@@ -86,6 +86,15 @@ def test_a_url_that_cannot_be_written_whole_is_refused(text: str, message: str) 
         OutputPath().convert(text, None, None)
 
 
+def test_a_local_file_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    Output.of(tmp_path / "new").check()
+    Output.of(tmp_path / "missing" / "dataset").check(new=True)
+    with pytest.raises(UserError, match=r"cannot be written, there is no directory .*missing"):
+        Output.of(tmp_path / "missing" / "file").check()
+    with pytest.raises(UserError, match="it is a directory"):
+        Output.of(tmp_path).check()
+
+
 def test_an_output_is_no_path() -> None:
     with pytest.raises(TypeError):
         Path(Output.of("out"))  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def home(at: At, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("moved")
     (home / "project").mkdir()
     (home / "elsewhere").mkdir()
-    at(home, "data", "simulate", "world", "--users", 80, "--days", 3, "--partitions", 2, "--seed", 5)
+    at(home, "data", "simulate", "world", "--users", 50, "--days", 3, "--partitions", 2, "--seed", 5)
     write_candidates(home / "world", home / "candidates.parquet")
     settings = [str(ROOT / SETTINGS[0]), *SETTINGS[1:], "data.workers=0"]
     at(home / "project", "train", *settings, "data.path=../world", "run.directory=runs/first")
@@ -115,12 +115,10 @@ def test_data_replaces_the_path_of_a_dataset_that_moved(at: At, home: Path, scor
     ]
     world.rename(moved)
     try:
-        for verb in verbs:
-            line = one_line(at(tmp_path, *verb, expect=2))
-            assert f"{world}: no dataset here, and " in line and "with --data PATH" in line
-        assert "history/ and rows/), or repeat `limelight export` with --with-dataset" in one_line(
-            at(tmp_path, *verbs[1], expect=2)
-        )
+        lines = [one_line(at(tmp_path, *verb, expect=2)) for verb in verbs]
+        assert [line for line in lines if f"{world}: no dataset here, and " not in line] == []
+        assert [line for line in lines if "with --data PATH" not in line] == []
+        assert "history/ and rows/), or repeat `limelight export` with --with-dataset" in lines[1]
         for verb in verbs:
             at(tmp_path, *verb, "--data", "moved")
     finally:

@@ -28,6 +28,7 @@ A fine-tuning run has the same ``config.json``, ``deepspeed.json``, ``environmen
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
@@ -110,7 +111,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         # Removed first: a start that is killed here must not leave checksums of other settings.
         (directory / CHECKSUMS).unlink(missing_ok=True)
         write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))
-        start = {"command": sys.argv, "host": platform.node(), **environment(world)}
+        start = {"command": sys.argv, "directory": os.getcwd(), "host": platform.node(), **environment(world)}
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
         write_json(directory / "environment.json", {"starts": [*starts, start]})

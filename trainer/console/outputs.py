@@ -81,16 +81,19 @@ class Output:
     def check(self, *, new: bool = False) -> None:
         """Check that the output can be written, so that a mistake is found before long work.
 
-        An empty object is written beside the result and removed: only this shows the permissions. Nothing is checked
-        for a local path.
+        An empty object is written beside the result and removed: only this shows the permissions. Of a local file, the
+        directory is checked.
 
         Args:
-            new: the output must not exist.
+            new: the output is a directory that must not exist.
 
         Raises:
-            UserError: no credentials, no bucket, no permission, no package for the protocol, or the output exists.
+            UserError: credentials, bucket, directory, permission or the package for the protocol are missing, or the
+                output exists.
         """
         if self.path is not None:
+            if not new:
+                _check_local_file(self.path)
             return
         filesystem, inside = self._open()
         probe = f"{inside}.limelight-{os.urandom(4).hex()}"
@@ -294,6 +297,16 @@ def _progress_callback(progress: Progress, end: int) -> Any:
             progress.advance(min(inc, end - progress.done))
 
     return Advance()
+
+
+def _check_local_file(path: Path) -> None:
+    """Check that a file can be written, or replaced, at a local path."""
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written, it is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: cannot be written, there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written, the user {os.geteuid()} may not write in {path.parent}")
 
 
 def _beside(inside: str, name: str) -> str:

@@ -215,7 +215,6 @@ def score_file(model: Scorer, candidates_file: Path, out: Output) -> None:
     Raises:
         UserError: the candidates cannot be scored, or the file cannot be written.
     """
-    out.check()
     candidates = read_candidates(candidates_file, model.data.spec)
     if not len(candidates["user_id"]):
         raise UserError(f"{candidates_file}: has no candidates; at least one row is needed")

@@ -248,6 +248,9 @@ def test_remote_histories_are_copied_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(UserError, match="has no histories"):
         Histories(f"memory://{tmp_path.name}-elsewhere", spec())
+    monkeypatch.setenv("LIMELIGHT_CACHE", "s3://bucket/cache")
+    with pytest.raises(UserError, match="s3://bucket/cache: LIMELIGHT_CACHE must be on a local or shared file system"):
+        Histories(url, spec())
     assert [file.name for file in (tmp_path / "cache").glob("*/*")] == [FOLDER]
 
 

@@ -30,8 +30,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         made.append(("score_range", str(run), str(out), *options.values()))
         return {"all": {"rmse": 2.0, "rows": 3}, "exposures": {}, "constant": {}}
 
-    def export_checkpoint(path: str, out: Path) -> dict[str, Any]:
-        made.append(("export_checkpoint", path, str(out)))
+    def export_checkpoint(path: str, out: Path, data: str | None, *, with_dataset: bool) -> dict[str, Any]:
+        made.append(("export_checkpoint", path, str(out), *([data, with_dataset] if data or with_dataset else [])))
         return {"kind": "ple", "step": 1200, "checkpoint": f"{path}/checkpoints/step-00001200"}
 
     monkeypatch.setattr(local, "start_ranks", start_ranks)
@@ -114,6 +114,20 @@ def test_export_by_the_kind_of_run(
     assert capsys.readouterr().out.startswith("out: ")
     assert main(["export", run, "out", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["out"] == "out"
+
+
+def test_a_dataset_is_named_and_carried_for_a_ranker_only(
+    tmp_path: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranker, finetune = directory_of("ranker", tmp_path), directory_of("finetune", tmp_path)
+    assert main(["export", ranker, "out", "--data", "moved", "--with-dataset"]) == 0
+    assert main(["score", ranker, "candidates.parquet", "out.parquet", "--data", "moved"]) == 0
+    scored = ("trainer.score", ranker, "candidates.parquet", "out.parquet", "--data", "moved", 1)
+    assert calls == [("export_checkpoint", ranker, "out", "moved", True), scored]
+    for option in (["--with-dataset"], ["--data", "moved"]):
+        assert main(["export", finetune, "out", *option]) == 2
+        assert f"are for a ranker, and {finetune} is a fine-tuning run" in capsys.readouterr().err
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from trainer.console.errors import UserError
+from trainer.console.outputs import local_path
 from trainer.data.format import storage
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.schema import DOMAINS, DatasetSpec, partition_of
@@ -463,7 +464,8 @@ def _reopen(folder: Path) -> Histories:
 def _cached(files: DatasetFiles, spec: DatasetSpec) -> Path:
     """Return the local copy of a remote dataset's histories; copy and verify them first if there is none."""
     url = files.path
-    root = Path(os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight"))
+    cache = os.environ.get("LIMELIGHT_CACHE", Path.home() / ".cache" / "limelight")
+    root = local_path(cache, "LIMELIGHT_CACHE", "name a local directory")
     # The description has the seed, spans and counts of the dataset, so a new version gets a new directory.
     copy = root / hashlib.sha256(f"{url}\n{spec.to_json()}".encode()).hexdigest()[:32] / FOLDER
     if copy.exists():
