@@ -273,6 +273,9 @@ def test_assembly_equals_event_by_event(lines: list[tuple[int, ...]], by_visit_i
         (EXPOSURES + "[x", EXPOSURE_LINES, r"map\.toml: not valid TOML"),
         (EXPOSURES.replace('column = "kind"', ""), EXPOSURE_LINES, r"domain.*either `constant` or `column`"),
         (EVENTS.replace('event = "action"', ""), "", r"needs columns\.event"),
+        (EVENTS.replace('["leave"]', '["leave", "gift"]'), "", r"map\.toml: .*the event 'gift' is mapped twice"),
+        (EXPOSURES.replace('["v"]', '["1", "1.0"]'), "", r"map\.toml: .*the value '1' is mapped twice"),
+        (EXPOSURES.replace('["v"]', '["l"]'), "", r"map\.toml: .*the value 'l' is mapped twice"),
     ],
 )
 def test_mistakes_give_a_one_line_message_and_leave_no_files(

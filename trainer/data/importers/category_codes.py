@@ -81,8 +81,18 @@ def encode(array: pa.Array, known: tuple[str, ...]) -> np.ndarray:
     Raises:
         pa.ArrowInvalid: see :func:`category_text`.
     """
+    if pa.types.is_string(array.type):
+        # Each text is spelled once.
+        coded = pc.dictionary_encode(array)
+        codes = np.append(_positions(coded.dictionary, known) + 1, np.int32(0))
+        return codes[pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False)]
+    return _positions(array, known) + 1
+
+
+def _positions(array: pa.Array, known: tuple[str, ...]) -> np.ndarray:
+    """Return the position of each category in ``known``, ``[n] int32``; -1 where it is missing or unknown."""
     position = pc.index_in(category_text(array), value_set=pa.array(known, pa.string()))
-    return pc.fill_null(position, -1).to_numpy(zero_copy_only=False).astype(np.int32) + 1
+    return pc.fill_null(position, -1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
 def _from_floats(values: pa.Array) -> pa.Array:

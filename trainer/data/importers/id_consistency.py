@@ -5,7 +5,6 @@ Lines are spilled to disk by id, without those that say again what a recent line
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.format.validation import Columns
+from trainer.data.writing.duplicates import hash_lines
 from trainer.data.writing.partition_spill import Spill
 
 _PARTS = 256
@@ -63,7 +63,7 @@ class IdConsistency:
         slot = (values[0].view(np.uint64) * _MIX >> np.uint64(48)).astype(np.int64)
         new = np.flatnonzero((self._recent[:, slot] != values).any(axis=0))
         # One hash is sorted instead of all columns; two of a batch's lines share one with a probability of 1e-9.
-        new = new[np.sort(np.unique(_hash(values[:, new]), return_index=True)[1])]
+        new = new[np.sort(np.unique(hash_lines(values[:, new]), return_index=True)[1])]
         self._recent[:, slot[new]] = values[:, new]
         part = {"user_id": values[0, new], "row": columns["row"][new]}
         self._spill.add(part | {f"same_{name}": values[1 + k, new] for k, name in enumerate(self._same)})
@@ -92,14 +92,4 @@ class IdConsistency:
 
 def line_hash(columns: Columns) -> np.ndarray:
     """Return a hash of all columns of each line except ``row``, ``[n] int64``; equal lines have equal hashes."""
-    return _hash([column for name, column in columns.items() if name != "row"])
-
-
-def _hash(columns: Iterable[np.ndarray]) -> np.ndarray:
-    """Return a hash of the values of n lines, ``[n] int64``."""
-    mixed = np.zeros(1, np.uint64)
-    for column in columns:
-        wide = column.astype(np.float64 if column.dtype.kind == "f" else np.int64)
-        mixed = (mixed ^ wide.view(np.uint64)) * _MIX
-        mixed ^= mixed >> np.uint64(29)
-    return mixed.view(np.int64)
+    return hash_lines([column for name, column in columns.items() if name != "row"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 from zoneinfo import available_timezones
 
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from trainer.config.toml import read_toml, validate
 from trainer.data.format.schema import VISIT_EVENTS
+from trainer.data.importers.category_codes import category_text
 from trainer.data.importers.null_markers import ID_NULLS, VALUE_NULLS, NullMarkers
 
 DomainName = Literal["video", "live"]
@@ -20,6 +23,18 @@ class _Section(BaseModel):
     """Section of a mapping file; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_each_once(names: Sequence[str], what: str) -> None:
+    """Check that names in a column differ, as categories do: ``1`` and ``1.0`` are one name.
+
+    Raises:
+        ValueError: two are one name; ``what`` is a word for it.
+    """
+    spelled = category_text(pa.array(names, pa.string())).to_pylist()
+    for name, spelling in zip(names, spelled, strict=True):
+        if spelled.count(spelling) > 1:
+            raise ValueError(f"the {what} {name!r} is mapped twice")
 
 
 class ColumnNames(_Section):
@@ -49,6 +64,7 @@ class DomainRule(_Section):
             raise ValueError("give either `constant` or `column`")
         if self.column is not None and not (self.video or self.live):
             raise ValueError("`column` needs a list of its values for `video`, `live` or both")
+        _check_each_once((*self.video, *self.live), "value")
         return self
 
 
@@ -174,10 +190,7 @@ class EventMapping(_Section):
             raise ValueError('layout = "events" needs columns.event')
         if self.layout == "events" and not (self.events.exposure or self.events.enter):
             raise ValueError('layout = "events" needs events.exposure or events.enter: such an event begins a visit')
-        names = [name for _, names in self.event_names() for name in names]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the event {name!r} is mapped twice")
+        _check_each_once([name for _, names in self.event_names() for name in names], "event")
         return self
 
     def log_columns(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from trainer.data.format.sorting import first_of_each
 from trainer.data.format.validation import Columns
 
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 VISIT_KEY = ("user_id", "item_id", "request_ms")
 """Columns of a visit; two visits with the same values are one visit in a log that repeats lines."""
 
@@ -56,15 +57,23 @@ def find_duplicates(columns: Columns, key: Sequence[str], compared: Sequence[str
         increasing order.
     """
     keys = [columns[name] for name in key]
-    order = np.lexsort(keys)
-    repeats = np.zeros(len(order), bool)
-    repeats[1:] = np.logical_and.reduce([column[order[1:]] == column[order[:-1]] for column in keys])
-    first = np.sort(order[~repeats])
-    # Only lines with one key can be equal: they are few in most logs.
-    shared = repeats.copy()
-    shared[:-1] |= repeats[1:]
-    rows = np.sort(order[shared])
-    if not len(rows):
-        return first, rows
+    # One hash is sorted instead of all keys. Only lines that share one can be equal, and they are few in most logs.
+    hashes = hash_lines(keys)
+    ordered = np.sort(hashes)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    if not len(shared):
+        return np.arange(len(hashes)), np.empty(0, np.int64)
+    rows = np.flatnonzero(np.isin(hashes, shared))
+    first = first_of_each([column[rows] for column in keys])
     distinct = first_of_each([columns[name][rows] for name in compared])
-    return first, np.delete(rows, distinct)
+    return np.delete(np.arange(len(hashes)), np.delete(rows, first)), np.delete(rows, distinct)
+
+
+def hash_lines(columns: Iterable[np.ndarray]) -> np.ndarray:
+    """Return a hash of the values of n lines, ``[n] int64``."""
+    mixed = np.zeros(1, np.uint64)
+    for column in columns:
+        wide = column.astype(np.float64 if column.dtype.kind == "f" else np.int64)
+        mixed = (mixed ^ wide.view(np.uint64)) * _MIX
+        mixed ^= mixed >> np.uint64(29)
+    return mixed.view(np.int64)
