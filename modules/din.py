@@ -30,7 +30,7 @@ class TargetAttention(nn.Module):
         hidden: widths of the ReLU layers, at least one.
     """
 
-    def __init__(self, query_dim: int, key_dim: int, hidden: Sequence[int] = (64, 16)) -> None:
+    def __init__(self, query_dim: int, key_dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.project = nn.Identity() if query_dim == key_dim else nn.Linear(query_dim, key_dim, bias=False)
         self.first = nn.Linear(4 * key_dim, hidden[0])

@@ -97,7 +97,7 @@ def test_attention_weights_are_the_weights_of_the_sum(kind: str) -> None:
 
 def test_float32_agrees_with_float64() -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(16, 16)
+    attention = TargetAttention(16, 16, (64, 16))
     lengths = some_lengths("mixed", 200, 50)
     query, keys = torch.randn(200, 16), torch.randn(int(lengths.sum()), 16)
     single = attention(query, keys, lengths, 50)
@@ -107,7 +107,7 @@ def test_float32_agrees_with_float64() -> None:
 
 def test_bfloat16_runs_and_is_close() -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(8, 8)
+    attention = TargetAttention(8, 8, (64, 16))
     lengths = some_lengths("mixed", 50, 9)
     query, keys = torch.randn(50, 8), torch.randn(int(lengths.sum()), 8)
     expected = attention(query, keys, lengths, 9)
@@ -121,7 +121,7 @@ def test_bfloat16_runs_and_is_close() -> None:
 
 def test_other_rows_do_not_matter() -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(4, 4)
+    attention = TargetAttention(4, 4, (64, 16))
     lengths = torch.tensor([3, 0, 5, 1])
     query, keys = torch.randn(4, 4), torch.randn(9, 4)
     together = attention(query, keys, lengths, 5)
@@ -133,12 +133,12 @@ def test_other_rows_do_not_matter() -> None:
 def test_only_the_mixture_of_entries_is_learnt_so_equal_entries_come_out_unchanged() -> None:
     torch.manual_seed(0)
     entry = torch.randn(4)
-    out = TargetAttention(4, 4)(torch.randn(2, 4), entry.expand(6, 4).contiguous(), torch.tensor([4, 2]), 4)
+    out = TargetAttention(4, 4, (64, 16))(torch.randn(2, 4), entry.expand(6, 4).contiguous(), torch.tensor([4, 2]), 4)
     torch.testing.assert_close(out, entry.expand(2, 4))
 
 
 def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros() -> None:
-    attention = TargetAttention(6, 4)
+    attention = TargetAttention(6, 4, (64, 16))
     attention(torch.zeros(0, 6), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 5).sum().backward()
     for name, parameter in attention.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
@@ -148,7 +148,7 @@ def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros() -> None:
 @pytest.mark.parametrize("kind", ["full", "mixed", "none"])
 def test_a_gpu_agrees_with_the_cpu(kind: str) -> None:
     torch.manual_seed(0)
-    attention = TargetAttention(5, 4).double()
+    attention = TargetAttention(5, 4, (64, 16)).double()
     lengths = some_lengths(kind, 30, 6)
     query, keys = torch.randn(30, 5).double(), torch.randn(int(lengths.sum()), 4).double()
     results = []

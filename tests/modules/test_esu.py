@@ -300,3 +300,8 @@ def test_a_gpu_agrees_with_the_cpu(kind: str) -> None:
         results.append([out, *(part.grad for seq in given for part in seq), *(p.grad for p in attention.parameters())])
     for mine, reference in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(mine.cpu(), reference.cpu())
+
+
+def test_an_entry_of_one_column_without_comparisons_is_accepted() -> None:
+    attention = SequenceAttention(3, [1], [4])
+    assert attention.alike is None and attention.key.shape[2:] == (16, 1)

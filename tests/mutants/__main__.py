@@ -146,11 +146,14 @@ def run(
             wanted = [mutant for mutant in drawn if names[mutant] not in entries]
         if options.only:
             wanted = [m for m in wanted if re.search(options.only, f"{m.file} {m.function}: {m.original}")]
+        # The server of a file's tests serves all of its bugs.
+        wanted.sort(key=lambda mutant: mutant.file)
         if options.list:
             for mutant in wanted:
                 print(f"{mutant.file}:{mutant.line} {mutant.original}\n    {mutant.mutant}")
             return document(list(entries.values()), options.seed)
-        compileall.compile_dir(copy, quiet=2, workers=1)
+        for package in ("trainer", "modules"):
+            compileall.compile_dir(copy / package, quiet=2, workers=1)
         preload()
         runner = TestRunner(copy, Path(work).resolve(), LEFT_OUT)
         passing = {entry["found_by"] for entry in entries.values() if entry["checked"]}
@@ -160,12 +163,13 @@ def run(
                 for mutant in left:
                     existing = [file for file in tests[mutant.file] if (copy / file).exists()]
                     content = mutant.apply(sources[mutant.file])
-                    outcome = runner.find(mutant.file, content, existing, not options.quick)
+                    outcome = runner.find(mutant.file, mutant.function, content, existing, not options.quick)
                     entries[names[mutant]] = entry_of(mutant, names[mutant][-1], outcome)
                     write_entries(options.out, entries, options.seed)
                     progress.advance(1, f"{mutant.file}:{mutant.line} found by {outcome.found}")
                     if outcome.found is None:
                         print(f"survived: {mutant.file}:{mutant.line}\n  - {mutant.original}\n  + {mutant.mutant}")
+                runner.close()
                 # A test that fails without a bug has found nothing.
                 finders = {entry["found_by"] for entry in entries.values() if entry["found_by"] not in passing}
                 failing = runner.failing(sorted(filter(None, finders)))

@@ -125,7 +125,7 @@ class _Finder(ast.NodeVisitor):
         for line in self._lines:
             self._starts.append(self._starts[-1] + len(line) + 1)
         self._scope: list[str] = []
-        self._functions = 0
+        self._function = ""
         self.visit(ast.parse(source))
 
     def _add(self, kind: str, start: int, stop: int, text: str) -> None:
@@ -134,8 +134,7 @@ class _Finder(ast.NodeVisitor):
         original = self._source[begin:end].decode().strip()
         rest = self._source[stop : max(end, stop)].decode() if stop <= end else ""
         changed = (self._source[begin:start].decode() + text + rest).strip()
-        function = ".".join(self._scope) if self._functions else ""
-        self.found.append(Mutant(self._file, line, function, kind, start, stop, text, original, changed))
+        self.found.append(Mutant(self._file, line, self._function, kind, start, stop, text, original, changed))
 
     def _span(self, node: ast.AST) -> tuple[int, int]:
         start = self._starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
@@ -151,14 +150,15 @@ class _Finder(ast.NodeVisitor):
     # Statements.
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._scope.append(node.name)
-        self._functions += 1
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
+        outer = self._function
+        self._scope.append(node.name)
+        self._function = outer or ".".join(self._scope)
         self._body(node.body)
-        self._functions -= 1
         self._scope.pop()
+        self._function = outer
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self._scope.append(node.name)
@@ -181,7 +181,7 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Assign(self, node: ast.Assign) -> None:
         # Without the first assignment of a name the function ends in an error, which tells nothing.
-        if self._functions and not isinstance(node.targets[0], ast.Name | ast.Tuple) and self._scope[-1] != "__init__":
+        if self._function and not isinstance(node.targets[0], ast.Name | ast.Tuple) and self._scope[-1] != "__init__":
             self._add("dropped statement", *self._span(node), "pass")
         self.generic_visit(node)
 

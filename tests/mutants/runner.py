@@ -4,14 +4,19 @@ A test process is a fork of this process, which has imported torch and its like,
 The nursery of the tests (``tests/nursery.py``) is a fork as well. So a bug costs the seconds of its tests and not those
 of the imports.
 
-``tests.mutants.targets`` names the test files of a module. They run in one process until a test fails: first the tests
-of this process, then those that start others, and in a second process the tests on several ranks. A test that has found
-a bug must pass without it, which :meth:`TestRunner.failing` finds out for all of them together.
+``tests.mutants.targets`` names the test files of a module. A server imports and collects them once. For each bug inside
+of a function it forks a process, which gives the function other code and runs the tests until one fails. Bugs outside
+of functions and in code that numba compiles need a process that imports everything again, and so do tests that start
+processes of their own; these run if all others pass, and the tests on several ranks last.
+
+A test that has found a bug must pass without it, which :meth:`TestRunner.failing` finds out for all of them together.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -23,7 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -42,6 +47,9 @@ PRELOADED = (
 
 PROCESSES = {"nursery", "run_ranks", "limelight"}
 """Fixtures of tests that run the project in other processes."""
+
+NO_CODE = 99
+"""Exit status of a process that could not give a function its code."""
 
 TEST_SECONDS, PROCESS_SECONDS = 180, 900
 """Seconds after which a test is ended, alone or with processes of its own: a bug may make a loop endless."""
@@ -112,12 +120,14 @@ class TestRunner:
     def __init__(self, copy: Path, work: Path, left_out: Sequence[str] = ()) -> None:
         self._copy, self._work = copy, work
         self.left_out = set(left_out)
+        self._server: _Server | None = None
 
-    def find(self, file: str, content: bytes, tests: Sequence[str], ranks: bool = True) -> Outcome:
+    def find(self, file: str, function: str, content: bytes, tests: Sequence[str], ranks: bool = True) -> Outcome:
         """Look for a test that fails with other content of a file, which is restored.
 
         Args:
             file: path below the copy.
+            function: outermost function that has changed; empty for other changes.
             content: of the file, with the bug.
             tests: test files.
             ranks: run the tests on several ranks as well, if all others pass.
@@ -126,28 +136,44 @@ class TestRunner:
         plain, times = path.read_bytes(), path.stat()
         # numba keeps compiled code by the file of the outer function, and does not see a change in an inner one.
         compiled = self._work / "numba" if b"numba" in plain or b"compiled(" in plain else None
-        slow = [test for test in tests if test.startswith(RANKS)]
-        tiers = [[test for test in tests if test not in slow], slow if ranks else []]
+        near = [test for test in tests if not test.startswith(RANKS)]
+        far = [test for test in tests if test.startswith(RANKS) and ranks]
         seconds, ran = 0.0, 0
-        while tiers:
-            if not tiers[0]:
-                tiers.pop(0)
-                continue
-            if compiled is not None:
-                shutil.rmtree(compiled, ignore_errors=True)
-            try:
-                path.write_bytes(content)
-                _forget_bytecode(path)
-                outcome = self.run(tiers[0], compiled)
-            finally:
-                path.write_bytes(plain)
-                os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-                _forget_bytecode(path)
-            seconds, ran = seconds + outcome.seconds, ran + outcome.ran
-            if outcome.found is not None:
-                return Outcome(outcome.found, ran, seconds)
-            tiers.pop(0)
+        server = self._served(near) if near and function and compiled is None else None
+        try:
+            path.write_bytes(content)
+            _forget_bytecode(path)
+            for kind, chosen in (("alone", near), ("processes", near), ("processes", far)):
+                if not chosen:
+                    continue
+                if compiled is not None:
+                    shutil.rmtree(compiled, ignore_errors=True)
+                outcome = None
+                if kind == "alone" and server is not None:
+                    outcome = server.find(path, function)
+                if outcome is None:
+                    outcome = self.run(chosen, kind, compiled)
+                seconds, ran = seconds + outcome.seconds, ran + outcome.ran
+                if outcome.found is not None:
+                    return Outcome(outcome.found, ran, seconds)
+        finally:
+            path.write_bytes(plain)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            _forget_bytecode(path)
         return Outcome(None, ran, seconds)
+
+    def _served(self, tests: list[str]) -> _Server | None:
+        """Return the server of some test files; None if it does not start."""
+        if self._server is None or self._server.tests != tests:
+            self.close()
+            self._server = _Server(self._copy, tests, self.left_out, self._work)
+        return self._server if self._server.ready else None
+
+    def close(self) -> None:
+        """End the server of tests."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def failing(self, tests: Sequence[str]) -> set[str]:
         """Return those of some tests that fail without a bug."""
@@ -163,32 +189,120 @@ class TestRunner:
             rest.remove(found)
         return failing
 
-    def run(self, tests: Sequence[str], compiled: Path | None = None) -> Outcome:
+    def run(self, tests: Sequence[str], kind: str = "all", compiled: Path | None = None) -> Outcome:
         """Run test files, or tests, in a fork until one fails.
 
         Args:
             tests: files below the copy, or names of tests.
+            kind: ``alone`` for the tests without processes of their own, ``processes`` for the others, or ``all``.
             compiled: directory for the code that numba compiles; None for the usual place.
         """
         written = self._work / "outcome.json"
         written.unlink(missing_ok=True)
         started, others = time.monotonic(), _children()
-        child = _fork(lambda: _test(self._copy, tests, self.left_out, written, compiled), self._work / "output")
+        watch = _Watch(self.left_out, kind, written)
+        child = _fork(lambda: _test(self._copy, tests, watch, compiled), self._work / "output")
         os.waitpid(child, 0)
         _end(others)
-        elapsed = time.monotonic() - started
-        if not written.exists():
-            return Outcome("the start of the tests", 0, elapsed)
-        found = json.loads(written.read_text())
-        # A process that was killed has not got to the end of its test.
-        return Outcome(found["failed"] or found["running"], found["ran"], elapsed)
+        return _outcome(written, started)
+
+
+def _outcome(written: Path, started: float) -> Outcome:
+    elapsed = time.monotonic() - started
+    if not written.exists():
+        return Outcome("the start of the tests", 0, elapsed)
+    found = json.loads(written.read_text())
+    # A process that was killed has not got to the end of its test.
+    return Outcome(found["failed"] or found["running"], found["ran"], elapsed)
+
+
+class _Server:
+    """A process that has collected some test files, and runs them in forks of itself.
+
+    Attributes:
+        tests: the files.
+        ready: True if they could be collected.
+    """
+
+    def __init__(self, copy: Path, tests: list[str], left_out: set[str], work: Path) -> None:
+        self.tests, self._written = tests, work / "outcome.json"
+        orders, ordered = os.pipe()
+        answers, answered = os.pipe()
+        watch = _Watch(left_out, "alone", self._written, (orders, answered))
+
+        def serve() -> None:
+            os.close(ordered)
+            os.close(answers)
+            _test(copy, tests, watch, None)
+
+        self._child = _fork(serve, work / "output-of-server")
+        os.close(orders)
+        os.close(answered)
+        self._orders, self._answers = os.fdopen(ordered, "w"), os.fdopen(answers)
+        self.ready = self._answers.readline() == "ready\n"
+
+    def find(self, path: Path, function: str) -> Outcome | None:
+        """Run the tests with the code that a function has in its file now; None if it cannot be given to it."""
+        self._written.unlink(missing_ok=True)
+        started, others = time.monotonic(), _children()
+        self._orders.write(json.dumps([str(path), function]) + "\n")
+        self._orders.flush()
+        answer = self._answers.readline()
+        _end(others)
+        return _outcome(self._written, started) if answer == "done\n" else None
+
+    def close(self) -> None:
+        """End the process."""
+        self._orders.close()
+        self._answers.close()
+        os.waitpid(self._child, 0)
+
+
+def _serve(orders: int, answered: int) -> bool:
+    """Fork a process for each order. Return False in such a process, which then runs its tests, True at the end."""
+    with os.fdopen(orders) as lines, os.fdopen(answered, "w") as answers:
+        print("ready", file=answers, flush=True)
+        for line in lines:
+            path, function = json.loads(line)
+            child = os.fork()
+            if not child:
+                ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+                if not _give_code(path, function):
+                    os._exit(NO_CODE)
+                return False
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print("no code" if status == NO_CODE else "done", file=answers, flush=True)
+    return True
+
+
+def _give_code(path: str, function: str) -> bool:
+    """Give a function that was imported the code that its file has now; False if this cannot be done."""
+    waiting, code = [compile(Path(path).read_bytes(), path, "exec")], None
+    while waiting:
+        each = waiting.pop()
+        if each.co_qualname == function:
+            code = each
+            break
+        waiting += [part for part in each.co_consts if isinstance(part, CodeType)]
+    found = [
+        each
+        for each in gc.get_objects()
+        if isinstance(each, FunctionType)
+        and each.__code__.co_filename == path
+        and each.__code__.co_qualname == function
+    ]
+    if code is None or not found or any(each.__code__.co_freevars != code.co_freevars for each in found):
+        return False
+    for each in found:
+        each.__code__ = code
+    return True
 
 
 class _Watch:
     """Plugin of pytest that orders tests, limits their time, and records their ends."""
 
-    def __init__(self, left_out: set[str], written: Path) -> None:
-        self._left_out, self._written = left_out, written
+    def __init__(self, left_out: set[str], kind: str, written: Path, pipes: tuple[int, int] | None = None) -> None:
+        self._left_out, self._kind, self.written, self._pipes = left_out, kind, written, pipes
         self._result: dict[str, Any] = {"failed": None, "running": None, "ran": 0}
 
     def pytest_collection(self) -> None:
@@ -200,7 +314,13 @@ class _Watch:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if self._left_out.isdisjoint({item.nodeid, item.nodeid.partition("[")[0]})]
-        items.sort(key=_starts_processes)
+        if self._kind != "all":
+            items[:] = [item for item in items if _starts_processes(item) == (self._kind == "processes")]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> bool | None:
+        # None lets pytest run the tests.
+        return None if self._pipes is None else _serve(*self._pipes) or None
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed and self._result["failed"] is None:
@@ -226,14 +346,14 @@ class _Watch:
         self._write()
 
     def _write(self) -> None:
-        self._written.write_text(json.dumps(self._result))
+        self.written.write_text(json.dumps(self._result))
 
 
 def _starts_processes(item: Any) -> bool:
     return not PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))
 
 
-def _test(copy: Path, tests: Sequence[str], left_out: set[str], written: Path, compiled: Path | None) -> None:
+def _test(copy: Path, tests: Sequence[str], watch: _Watch, compiled: Path | None) -> None:
     """Run pytest on a copy, in a process that has imported nothing of the project."""
     os.chdir(copy)
     if compiled is not None:
@@ -246,11 +366,18 @@ def _test(copy: Path, tests: Sequence[str], left_out: set[str], written: Path, c
     sys.path[:] = [str(copy), *(place for place in sys.path if place and not Path(place, "trainer").is_dir())]
     os.environ["PYTHONPATH"] = str(copy)
     importlib.invalidate_caches()
+    # If this process is a fork of pytest, the thread that this call would wait for is in the other process.
+    faulthandler.cancel_dump_traceback_later = lambda: None
     if (copy / "tests" / "nursery.py").exists():
         _replace_nursery()
     options = ["-q", "-x", "--tb=short", "--show-capture=no", "--disable-warnings", "-p", "no:cacheprovider"]
-    options += [f"--rootdir={copy}", f"--basetemp={written.with_name('tests')}", "--hypothesis-seed=0"]
-    pytest.main([*options, *tests], plugins=[_Watch(left_out, written)])
+    options += [
+        "--override-ini=faulthandler_timeout=0",
+        f"--rootdir={copy}",
+        f"--basetemp={watch.written.with_name('tests')}",
+        "--hypothesis-seed=0",
+    ]
+    pytest.main([*options, *tests], plugins=[watch])
 
 
 def _replace_nursery() -> None:

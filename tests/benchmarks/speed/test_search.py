@@ -89,6 +89,16 @@ def test_every_entry_is_in_one_cluster_with_its_mean(size):
             np.testing.assert_allclose(clusters.means[each], values[mine].mean(axis=0), atol=2e-3)
 
 
+def test_clusters_do_not_depend_on_the_scale_of_the_vectors():
+    first, stop, part = make(9)
+    whole = Clusters.of(first, stop, part.column, part.vectors, 15)
+    # A power of two is exact.
+    small = SearchVectors(part.vectors.values / np.float16(64), part.vectors.shift)
+    found = Clusters.of(first, stop, part.column, small, 15)
+    for name in ("cluster", "member", "members"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+
+
 def test_the_best_clusters_are_listed_with_what_came_since():
     first, stop, part = make(2)
     until = stop - 100

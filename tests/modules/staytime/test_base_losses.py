@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from itertools import pairwise
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -206,3 +207,15 @@ def test_nothing_opened_and_unknown_bases_are_refused() -> None:
         fit_base("wlr", np.zeros(3), np.ones(3))
     with pytest.raises(ValueError, match="no base loss is called 'svr'"):
         fit_base("svr", np.ones(3), np.ones(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("leaves", [2, 3, 5])
+def test_leaves_of_a_tree_are_zero_and_equal_parts_of_the_stays(leaves: int) -> None:
+    """Stays of 1 to 20 seconds, and as many of zero: each leaf has as many stays, and their mean."""
+    stays = np.concatenate([np.zeros(20), np.arange(1.0, 21.0)])
+    base: Any = fit_base("tpm", stays, np.ones(40), leaves=leaves)
+    cuts = [0.0, *(float(np.quantile(stays[20:], part / (leaves - 1))) for part in range(1, leaves - 1))]
+    assert base.bounds.tolist() == pytest.approx(cuts)
+    edges = [-1.0, *cuts, np.inf]
+    means = [stays[(stays > low) & (stays <= high)].mean() for low, high in pairwise(edges)]
+    assert len(means) == leaves and base.means.tolist() == pytest.approx(means)
