@@ -121,7 +121,7 @@ def compare(rows: int, kind: str, rounds: int) -> list[dict[str, Any]]:
     batch = make_batch(rows, kind)
     attention = SequenceAttention(QUERY_DIM, PARTS, [LONGEST] * SEQUENCES, HEADS, HEAD_DIM)
     nn.init.normal_(attention.place)
-    networks = nn.ModuleList(TargetAttention(QUERY_DIM, sum(PARTS)) for _ in range(SEQUENCES))
+    networks = nn.ModuleList(TargetAttention(QUERY_DIM, sum(PARTS), (64, 16)) for _ in range(SEQUENCES))
     ways: dict[str, tuple[Way, list[Tensor]]] = {
         "ours": (
             lambda: attention(batch.query, batch.sequences, batch.lengths),
