@@ -275,6 +275,8 @@ def test_a_topic_of_another_partitioner_is_refused_before_the_first_dead_letter(
         with pytest.raises(UserError, match=refused):
             KafkaSource(config, SPEC).connect().open(partitions, position)
     assert dead_letters(cluster, config) == 0
+    # A new job that starts behind these messages has nothing to do with them.
+    assert read(config.model_copy(update={"begin": "latest"})) == []
 
 
 def test_messages_of_another_partitioner_that_come_later_stop_the_job_before_they_are_dead_letters(cluster):

@@ -61,7 +61,7 @@ def reference(log: Log, partitions: int) -> int | None:
 def decide(log: Log, partitions: int, start: int, cuts: list[int]) -> bool:
     """Decide a log as a reader that starts at an offset, and reads portions."""
     check = TopicCheck(CONFIG, partitions)
-    ((first, end),) = check.ranges({0: start}, {0: (0, len(log))}).values()
+    ((first, end),) = check.ranges({0: start}, {0: (0, len(log))}, resumed=start > 0).values()
     edges = sorted({start, *(cut for cut in cuts if start < cut < len(log)), len(log)})
     try:
         for begin, stop in [(first, end), *pairwise(edges)]:
@@ -120,6 +120,19 @@ def test_another_partitioner_is_told_from_a_few_misplaced_users(partitions: int)
             assert attempt % 2
         except UserError as error:
             assert not attempt % 2 and "the topic has another partitioner" in str(error)
+
+
+def test_messages_before_the_start_of_a_new_job_do_not_count() -> None:
+    log: Log = [(user, "misplaced") for user in range(1500)] + [(user, "right") for user in range(2000, 2500)]
+    position, held = {0: 1500}, {0: (0, 2000)}
+    assert TopicCheck(CONFIG, 4).ranges(position, held, resumed=False) == {0: (1500, 2000)}
+    for start in (1500, 1600):
+        # The job resumes soon after its start, so that it reads messages from before the start.
+        check = TopicCheck(CONFIG, 4)
+        ((first, end),) = check.ranges({0: start}, held, resumed=True).values()
+        assert (first, end) == (start - 1000, start)
+        for begin, stop in ((first, end), (end, 2000)):
+            check.add(np.zeros(stop - begin, np.int64), np.arange(begin, stop), decoded(log[begin:stop]))
 
 
 def test_one_user_is_no_evidence_of_another_partitioner() -> None:

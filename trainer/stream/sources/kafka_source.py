@@ -116,7 +116,7 @@ class KafkaSource:
             raise
         feed = _KafkaFeed(consumer, status, start, held, self._partitions, self._config, self._spec, slice_ms)
         try:
-            feed.check_settings(held)
+            feed.check_settings(held, resumed=position is not None)
         except BaseException:
             consumer.close()
             raise
@@ -231,13 +231,13 @@ class _KafkaFeed:
         finally:
             self._consumer.close()
 
-    def check_settings(self, held: Mapping[int, tuple[int, int]]) -> None:
+    def check_settings(self, held: Mapping[int, tuple[int, int]], resumed: bool) -> None:
         """Check with the messages around the position that the topic fits the settings of the job.
 
         Raises:
             UserError: it has another partitioner or format, or these messages cannot be read.
         """
-        ranges = self._check.ranges(self._next, held)
+        ranges = self._check.ranges(self._next, held, resumed)
         messages = list(chain.from_iterable(read_ranges(self._config.topic, ranges, self._config)))
         if messages:
             partition, offset = _places(messages)

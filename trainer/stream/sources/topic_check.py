@@ -9,9 +9,10 @@ on the others would hide the mistake, so the job is refused. Two things decide, 
   are misplaced and none is in its place, or if about a third of many users is misplaced.
 * **The rejected messages**, for whatever reason: more than half of the window.
 
-The window of an offset has the messages before it, and at the beginning of a partition the first messages that there
-are. It depends on the log alone, because a job that is started at an offset first reads the messages before it. So a
-job that is started again decides as before, and on another number of ranks too.
+The window of an offset has the messages before it, and where a new job starts, the first messages that there are. It
+depends on the log alone, because a job that resumes at an offset first reads the messages before it. So a job that is
+started again decides as before, and on another number of ranks too. A new job does not look at what comes before its
+start, such as messages from before a mistake of the producer was corrected.
 """
 
 from __future__ import annotations
@@ -74,20 +75,26 @@ class TopicCheck:
     def __init__(self, config: StreamConfig, partitions: int) -> None:
         self._config = config
         self._window = WINDOW[config.format]
+        self._start: dict[int, int] = {}
         self._latest: dict[int, _Evidence] = {}
         self._examples: dict[tuple[int, bool], tuple[int, str]] = {}
         # Weights of a misplaced user and of one in its place in the logarithm of the likelihood ratio.
         self._against = math.log((1 - 1 / partitions) / _FEW_MISPLACED) if partitions > 1 else 0.0
         self._for = math.log((1 - _FEW_MISPLACED) * partitions)
 
-    def ranges(self, position: Mapping[int, int], held: Mapping[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    def ranges(
+        self, position: Mapping[int, int], held: Mapping[int, tuple[int, int]], resumed: bool
+    ) -> dict[int, tuple[int, int]]:
         """Return for each partition the range of offsets to add first, for a reader that starts at ``position``.
 
         Args:
             position: first offset to read of each partition.
             held: offset of the first message of each partition, and offset after its last message.
+            resumed: an earlier reader has come to this position.
         """
-        first = {p: max(held[p][0], at - self._window) for p, at in position.items()}
+        self._start = dict(position)
+        back = self._window if resumed else 0
+        first = {p: max(held[p][0], at - back) for p, at in position.items()}
         return {p: (at, min(held[p][1], at + self._window)) for p, at in first.items()}
 
     def add(self, partition: np.ndarray, offset: np.ndarray, decoded: DecodedMessages) -> None:
@@ -127,6 +134,9 @@ class TopicCheck:
 
     def _judge(self, p: int, window: _Evidence) -> None:
         """Judge one window."""
+        # Earlier messages are evidence about later ones only: an earlier reader has gone on after them.
+        if window.offset[-1] < self._start.get(p, 0):
+            return
         misplaced = np.unique(window.user[window.misplaced])
         right = np.unique(window.user[~window.misplaced & (window.user != _NO_USER)])
         if len(misplaced) * self._against - len(right) * self._for >= _CERTAINTY:
