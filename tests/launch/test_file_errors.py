@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -24,8 +27,11 @@ import pytest
 
 import trainer.evaluate
 import trainer.explain
+import trainer.finetune
+import trainer.rank
 import trainer.score
 from launch.cli.main import main
+from tests.nursery import Ended, Nursery
 from tests.paths import ROOT
 from trainer.config.load import load_deepspeed
 from trainer.config.toml import read_toml
@@ -61,15 +67,23 @@ def as_nobody(work: Callable[[], str]) -> str:
 
 def command(*arguments: object) -> str:
     """Exit status and stderr of a command, run in this process, with the rank that it would start."""
-    run = {"score": trainer.score.main, "evaluate": trainer.evaluate.main, "explain": trainer.explain.main}.get(
-        str(arguments[0])
-    )
+    run = {
+        "score": trainer.score.main,
+        "evaluate": trainer.evaluate.main,
+        "explain": trainer.explain.main,
+        "rank": trainer.rank.main,
+        "tune": trainer.finetune.main,
+    }.get(str(arguments[0]))
     words = [str(argument) for argument in arguments]
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
         try:
             status = main(words) if run is None else run(words[1:])
         except BaseException as error:
             return f"traceback of {error!r}"
+        finally:
+            # A job that saves its state on SIGTERM has set a handler of its own.
+            signal.signal(signal.SIGTERM, on_sigterm)
     return f"{status} {err.getvalue()}"
 
 
@@ -374,3 +388,205 @@ def test_a_signal_ends_a_command_and_its_unfinished_files(tmp_path: Path, number
 def test_the_description_that_is_read_is_the_one_that_was_written(world: Path) -> None:
     spec = DatasetSpec.load(world)
     assert json.loads(spec.to_json()) == json.loads((world / "dataset.json").read_text())
+
+
+STORED = ROOT / "tests/checkpoint/stored/runs_0.1.tar.xz"
+STEP = "batch/checkpoints/step-00000007"
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs, an export and their data; paths in them are relative to this directory."""
+    directory = tmp_path_factory.mktemp("stored")
+    with tarfile.open(STORED) as archive:
+        archive.extractall(directory, filter="data")
+    write_text(directory / "batch/metrics.json", '{"model": "cgc", "behaviours": {}}')
+    (directory / "job.toml").write_text((directory / "batch.toml").read_text())
+    return directory
+
+
+@pytest.fixture
+def stored_copy(stored: Path, tmp_path: Path) -> Path:
+    """Copy of the stored runs that a test may write to."""
+    shutil.copytree(stored, tmp_path / "stored")
+    (tmp_path / "stored/batch/metrics.json").unlink()
+    return tmp_path / "stored"
+
+
+def as_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as opened:
+        # A path of a socket has at most 107 bytes.
+        opened.bind(path.name)
+
+
+def as_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def as_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def as_sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+OPENED = [
+    ("job.toml", "config check job.toml"),
+    ("job.toml", "rank job.toml"),
+    ("zero1.json", "rank job.toml"),
+    ("world/dataset.json", "rank job.toml"),
+    ("batch/config.json", "rank job.toml"),
+    ("batch/deepspeed.json", "rank job.toml"),
+    ("batch/environment.json", "rank job.toml"),
+    ("batch/metrics.json", "rank job.toml"),
+    ("batch/features/features.json", "rank job.toml"),
+    ("batch/lock", "rank job.toml"),
+    ("batch/config.json", "evaluate batch"),
+    ("batch/deepspeed.json", "evaluate batch"),
+    ("batch/features/features.json", "explain batch --user 1 --candidate 700"),
+    (f"{STEP}/manifest.json", "checkpoint show batch"),
+    (f"{STEP}/manifest.json", f"export {STEP} out"),
+    ("candidates.parquet", "score export candidates.parquet out.parquet"),
+    ("export/config.json", "score export candidates.parquet out.parquet"),
+    ("export/features/features.json", "score export candidates.parquet out.parquet"),
+    ("export/model.safetensors", "score export candidates.parquet out.parquet"),
+]
+"""File with a fixed name -> a command that opens it."""
+
+
+@pytest.mark.parametrize(("name", "line"), OPENED)
+def test_a_file_that_is_no_regular_file_is_refused_before_it_is_read(
+    stored: Path, name: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stored)
+    path, kept = Path(name), Path("kept")
+    if path.exists():
+        path.rename(kept)
+    try:
+        for make in (as_fifo, as_socket, as_device, as_folder, as_sparse):
+            if make is as_sparse and path.suffix not in (".json", ".toml"):
+                continue
+            if make is as_folder and path.suffix == ".parquet":
+                continue
+            monkeypatch.chdir(stored / path.parent)
+            make(stored / path)
+            monkeypatch.chdir(stored)
+            try:
+                assert_one_line(command(*line.split()), path.name)
+            finally:
+                path.rmdir() if make is as_folder else path.unlink()
+    finally:
+        if kept.exists():
+            kept.rename(path)
+
+
+@pytest.mark.parametrize(("name", "line"), [(name, line) for name, line in OPENED if name.endswith(".json")])
+def test_damaged_json_of_a_run_is_one_line(stored: Path, name: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stored)
+    path = Path(name)
+    before = path.read_bytes()
+    try:
+        for content in DAMAGED:
+            if name == "zero1.json" and content == b"{}":
+                # An empty object has all of DeepSpeed's defaults.
+                continue
+            path.write_bytes(content)
+            assert_one_line(command(*line.split()))
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(("name", "line"), OPENED)
+def test_an_error_of_the_lowest_call_is_one_line(
+    stored: Path, name: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user who runs the tests may have all rights, so that the system's call fails instead of the permission."""
+    monkeypatch.chdir(stored)
+    opened = os.open
+
+    def refuse(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, *arguments, **options)
+
+    Path(name).touch()
+    monkeypatch.setattr(os, "open", refuse)
+    assert_one_line(command(*line.split()), Path(name).name, "Permission denied")
+
+
+def run_on_disk(nursery: Nursery, directory: Path, line: str, kilobytes: int, *, full: bool) -> Ended:
+    """Run a command beside the stored runs; its ``disk/`` is a file system of that size, which may be full already."""
+    disk = directory / "disk"
+    disk.mkdir(exist_ok=True)
+    nursery.mount(disk, kilobytes << 10)
+    seen = nursery.path(disk)
+    if full:
+        with contextlib.suppress(OSError), (seen / "filler").open("wb", 0) as file:
+            while True:
+                file.write(bytes(4096))
+    return nursery.run("launch.cli.main", line.split(), directory=directory)
+
+
+def assert_nothing_is_half_written(folder: Path) -> None:
+    """Assert that files are whole under their names; a lock and a log may be empty."""
+    for path in folder.rglob("*"):
+        assert not path.name.startswith("."), f"{path} was left"
+        if path.suffix == ".json":
+            assert isinstance(json.loads(path.read_text()), dict)
+        assert path.suffix not in (".parquet", ".safetensors", ".npz"), path
+
+
+WRITERS = [
+    "train batch.toml run.directory=disk/run",
+    "staytime staytime.toml run.directory=disk/run",
+    "score export candidates.parquet disk/scores.parquet",
+    "export batch disk/exported",
+    "data simulate disk/world --users 30 --days 2",
+    "stream assemble world --policy full disk/rows.parquet",
+]
+
+
+@pytest.mark.parametrize("line", WRITERS)
+def test_a_disk_that_is_full_before_the_work_starts(stored_copy: Path, nursery: Nursery, line: str) -> None:
+    if not nursery.can_mount:
+        pytest.skip("a small file system needs a mount namespace, which this machine does not allow")
+    ended = run_on_disk(nursery, stored_copy, line, 64, full=True)
+    assert ended.status == 2, ended
+    assert "Traceback" not in ended.stderr, ended.stderr
+    errors = [text for text in ended.stderr.splitlines() if text.startswith("limelight: error: ")]
+    assert len(errors) == 1 and "No space left on device" in errors[0] and "disk/" in errors[0], ended.stderr
+    assert_nothing_is_half_written(nursery.path(stored_copy / "disk"))
+
+
+@pytest.mark.parametrize(
+    ("line", "kilobytes"),
+    [
+        ("train batch.toml run.directory=disk/run", 16),
+        ("train batch.toml run.directory=disk/run", 40),
+        ("staytime staytime.toml run.directory=disk/run", 16),
+        ("staytime staytime.toml run.directory=disk/run", 40),
+        *(
+            pytest.param(f"{job} run.directory=disk/run", size, marks=pytest.mark.slow)
+            for job in ("train batch.toml", "staytime staytime.toml")
+            for size in (4, 8, 12, 20, 24, 28, 32, 36, 44, 52, 60, 80, 120)
+        ),
+    ],
+)
+def test_a_disk_that_is_full_during_the_first_writes(
+    stored_copy: Path, nursery: Nursery, line: str, kilobytes: int
+) -> None:
+    if not nursery.can_mount:
+        pytest.skip("a small file system needs a mount namespace, which this machine does not allow")
+    ended = run_on_disk(nursery, stored_copy, line, kilobytes, full=False)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert ended.status == 2 or kilobytes > 60, ended
+    if ended.status:
+        errors = [text for text in ended.stderr.splitlines() if text.startswith("limelight: error: ")]
+        assert len(errors) == 1 and "disk/" in errors[0], ended.stderr
+        assert "No space left on device" in errors[0] or "is the disk full" in errors[0], ended.stderr

@@ -43,13 +43,13 @@ from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import Model, validate_stored
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
 from trainer.console.outputs import local_path
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked
-from trainer.runtime.stored_files import read_json_object
+from trainer.runtime.stored_files import read_json_object, stored_value
 
 ResumableJob = JobConfig | FinetuneConfig
 """Jobs whose runs can be resumed."""
@@ -107,7 +107,11 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
             _check_same_job(directory, config)
             starts = _starts(directory / "environment.json")
             if dataset is not None and not config.resume.allow_new_data:
-                _check_same_dataset(directory, starts[-1]["dataset"], dataset)
+                file = directory / "environment.json"
+                entry = stored_value(starts[-1], file, "dataset", dict)
+                for key in ("path", "fingerprint"):
+                    stored_value(entry, file, key, str)
+                _check_same_dataset(directory, entry, dataset)
         # Removed first: a start that is killed here must not leave checksums of other settings.
         (directory / CHECKSUMS).unlink(missing_ok=True)
         write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))
@@ -118,7 +122,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_checksums(directory, ("config.json", "deepspeed.json"))
     except OSError as error:
-        raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
+        raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({one_line(error)})") from None
 
 
 def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
@@ -171,7 +175,7 @@ def _read_job(
 def _starts(file: Path) -> list[Any]:
     """Return the earlier starts of a run."""
     starts = read_json_object(file).get("starts")
-    if not isinstance(starts, list) or not starts:
+    if not isinstance(starts, list) or not starts or not all(isinstance(start, dict) for start in starts):
         raise UserError(f"{file}: damaged (it has no starts)")
     return starts
 

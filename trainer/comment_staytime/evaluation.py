@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 
 from trainer.comment_staytime.inputs import StaytimeData
 from trainer.comment_staytime.model import StaytimePredictions, build_network, fit_base_on, predict, train
 from trainer.config.staytime import StaytimeConfig
+from trainer.console.errors import UserError, one_line
 from trainer.console.text_table import text_table
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table
@@ -66,8 +68,7 @@ def train_and_evaluate(
     predictions = predict(config, data, base, network, device, data.held_out)
     if directory is not None:
         write_json(directory / "fitted.json", fitted_values(data, base.facts))
-        save_model(network, str(directory / "model.safetensors"))
-        set_usual_modes(directory / "model.safetensors")
+        _save_network(network, directory / "model.safetensors")
         write_predictions(directory / "predictions.parquet", data, predictions)
     return {
         **evaluate(config, data, predictions),
@@ -75,6 +76,20 @@ def train_and_evaluate(
         "train_seconds": round(seconds, 2),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
+
+
+def _save_network(network: torch.nn.Module, file: Path) -> None:
+    """Write the weights of a network.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with whole_file(file) as tmp_path:
+            save_model(network, str(tmp_path))
+            set_usual_modes(tmp_path)
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be written ({one_line(error)})") from None
 
 
 def evaluate(config: StaytimeConfig, data: StaytimeData, predictions: StaytimePredictions) -> dict[str, Any]:

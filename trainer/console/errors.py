@@ -41,7 +41,9 @@ _STORAGE_ERRORS = frozenset(
 )
 """Errors of the operating system that are about files, even if Python does not know the name of the file."""
 
-_FILE_LIBRARIES = frozenset(("pyarrow", "safetensors_rust", "fsspec", "s3fs", "gcsfs", "adlfs", "botocore", "zlib"))
+_FILE_LIBRARIES = frozenset(
+    ("pyarrow", "safetensors", "safetensors_rust", "fsspec", "s3fs", "gcsfs", "adlfs", "botocore", "zlib")
+)
 """Packages whose exceptions are about files or storage."""
 
 

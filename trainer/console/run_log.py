@@ -27,7 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, user_message
 
 LOG_NOTE_VARIABLE = "LIMELIGHT_LOG_NOTE"
 """Environment variable with the name of a file to which a rank writes its log's path, for the report of a dead rank."""
@@ -211,6 +211,9 @@ def _record_failures() -> None:
         name = arguments.thread.name if arguments.thread is not None else "a thread that has gone"
         if arguments.exc_value is not None and arguments.exc_type is not SystemExit:
             _project.debug(f"in {name}:\n" + "".join(traceback.format_exception(arguments.exc_value)))
+            if user_message(arguments.exc_value) is not None:
+                # Such as a full disk under TensorBoard's thread: the call that gave it the data raises it again.
+                return
         show_thread_error(arguments)
 
     warnings.showwarning = warn

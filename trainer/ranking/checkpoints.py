@@ -25,7 +25,7 @@ from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
-from trainer.runtime.stored_files import read_json_object
+from trainer.runtime.stored_files import read_json_object, stored_value
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Checkpoints(CheckpointStore):
         self._number = manifest.number
         job = agreed(self._world, lambda: read_json_object(directory / JOB))
         state.step, state.rows_done, state.finished = manifest.step, manifest.rows_done, manifest.finished
-        state.metric_history[:] = job["trace"]
+        state.metric_history[:] = stored_value(job, directory / JOB, "trace", list)
         self._restore_own(directory, manifest, state)
         ranks = (
             "" if manifest.ranks == self._world.size else f", saved by {manifest.ranks} ranks, now {self._world.size}"

@@ -30,7 +30,7 @@ from trainer.ranking.warm_start import format_taken, warm_start
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption
-from trainer.runtime.stored_files import read_json_object
+from trainer.runtime.stored_files import read_json_object, stored_value
 from trainer.sparse.planner import format_plan
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,10 @@ def finished_report(model_dir: Path, world: World) -> dict[str, Any] | None:
     """Return ``metrics.json`` of a model that an earlier start of the job finished, or ``None``. Collective."""
     document = None
     if world.rank == 0 and (model_dir / "metrics.json").exists():
-        document = read_json_object(model_dir / "metrics.json")
-        logger.info(f"{document['model']}: finished already, in {model_dir}")
+        file = model_dir / "metrics.json"
+        document = read_json_object(file)
+        stored_value(document, file, "behaviours", dict)
+        logger.info(f"{stored_value(document, file, 'model', str)}: finished already, in {model_dir}")
     return world.agree(document)
 
 

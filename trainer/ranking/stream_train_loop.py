@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
@@ -30,7 +29,7 @@ from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import rows_per_rank
-from trainer.ranking.train_loop import keep_batch, write_scalars
+from trainer.ranking.train_loop import keep_batch, open_scalars, write_scalars
 from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
@@ -154,7 +153,7 @@ class _StreamTrainer:
         self._scalars = None
         if world.rank == 0:
             # Points after the checkpoint belong to steps that are repeated now.
-            self._scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
+            self._scalars = open_scalars(model_dir / "tensorboard", state.step)
 
     def close(self) -> None:
         """Record the metrics of the last steps, and close the scalars."""

@@ -65,7 +65,7 @@ def train(
     scalars = None
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
-        scalars = SummaryWriter(str(model_dir / "tensorboard"), purge_step=state.step + 1)
+        scalars = open_scalars(model_dir / "tensorboard", state.step)
     with (
         preemption.deferred(),
         Watchdog(world, config.train.watchdog_seconds) as watchdog,
@@ -140,6 +140,19 @@ def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
         f"{stopped}; no weight was updated, and the rows of each rank are in {directory}; the same command resumes "
         "from the last checkpoint"
     )
+
+
+def open_scalars(directory: Path, step: int) -> SummaryWriter:
+    """Return a writer of TensorBoard scalars after a step; those of later steps are hidden.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    try:
+        return SummaryWriter(str(directory), purge_step=step + 1)
+    except OSError as error:
+        # TensorBoard writes in a thread of its own, whose error has no name of a file.
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
 
 
 def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:

@@ -15,14 +15,25 @@ from trainer.console.errors import UserError, one_line
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
-    """Write a JSON file atomically: to a temporary file, which is synced and renamed."""
+    """Write a JSON file atomically: to a temporary file, which is synced and renamed.
+
+    Raises:
+        OSError: it cannot be written; the error has the file's name.
+    """
     text = json.dumps(value, indent=1) + "\n"
     tmp_path = path.with_name(f".{path.name}.{os.getpid()}")
-    with tmp_path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp_path.replace(path)
+    try:
+        with tmp_path.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        tmp_path.replace(path)
+    except OSError as error:
+        # An error of a write has no name of a file.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            tmp_path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.console.errors import UserError
+from trainer.runtime.stored_files import open_regular
 
 
 @contextmanager
@@ -27,6 +28,9 @@ def locked(directory: Path) -> Iterator[None]:
     """
     path = directory / "lock"
     try:
+        if path.exists():
+            # A FIFO or a device cannot be locked.
+            open_regular(path).close()
         file = path.open("a+")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
@@ -39,9 +43,13 @@ def locked(directory: Path) -> Iterator[None]:
                 f"{directory}: another job is running here ({_owner(file.read())}); wait for it, or use another "
                 "run.directory"
             ) from None
-        file.truncate(0)
-        json.dump({"host": platform.node(), "process": os.getpid(), "since": time.strftime("%F %T")}, file)
-        file.flush()
+        owner = {"host": platform.node(), "process": os.getpid(), "since": time.strftime("%F %T")}
+        try:
+            file.truncate(0)
+            # Without a buffer, which would be written once more when the file is closed.
+            os.write(file.fileno(), json.dumps(owner).encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         yield
 
 

@@ -15,11 +15,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from trainer.console.errors import UserError, one_line
+
+Value = TypeVar("Value")
 
 MAX_JSON_BYTES = 1 << 28
 """Largest JSON file that is read; the manifest of a checkpoint of 10,000 ranks has about 10 MB."""
@@ -55,7 +57,12 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: the file cannot be opened.
         UserError: it is a FIFO, a device or a socket.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UserError(f"{path}: not a regular file but a socket or a device") from None
+        raise
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -106,6 +113,18 @@ def read_json_object(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         UserError: it is not a regular file, it is too large, or its content is not a JSON object.
     """
     return parse_json_object(read_limited(path, limit), path)
+
+
+def stored_value(document: dict[str, Any], file: Path, key: str, kind: type[Value]) -> Value:
+    """Return a value of a JSON object that we have written.
+
+    Raises:
+        UserError: the key is missing, or its value has another type; ``file`` is damaged.
+    """
+    value = document.get(key)
+    if not isinstance(value, kind):
+        raise UserError(f"{file}: damaged, {key!r} should be a {kind.__name__}, and is {value!a:.80}")
+    return value
 
 
 def parse_json_object(content: bytes, name: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,52 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
         assert values[entry.start : entry.stop] == array.tobytes()
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=f"should have {len(content)} bytes, it has {len(content) - 1}"):
+        read_header(file)
+
+
+def packed(header: object, values: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + values
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, "bytes 0 to 4, not 0 to 8"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "bytes 0 to 4, not 4 to 8"),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "no type, shape and place for 'a'"),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "no type, shape and place"),
+        ({"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}, "no type, shape and place"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, "8"]}}, "no type, shape and place"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, "not the header"),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+            },
+            "'b' should have the bytes 8 to 12, not 4 to 8",
+        ),
+    ],
+)
+def test_places_that_do_not_fit_are_refused(tmp_path: Path, header: object, told: str) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(packed(header, bytes(8)))
+    with pytest.raises(ValueError, match=told):
+        read_header(file)
+
+
+def test_types_of_other_programs_are_accepted(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(packed({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}, bytes(8)))
+    assert read_header(file)["a"].shape == (8,)
+
+
+def test_a_long_header_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as opened:
+        opened.write((1 << 40).to_bytes(8, "little"))
+        opened.truncate(1 << 41)
+    with pytest.raises(ValueError, match="a header has at most 100000000"):
         read_header(file)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.llm.tiny import LENGTH, LORA, SMALL, adapted, samples, write_base
@@ -259,7 +260,7 @@ def test_a_directory_without_a_usable_model_is_told(base: BaseModelFiles, copy: 
     with pytest.raises(UserError, match=r"weights are missing, the first is model.layers.2"):
         BaseModelFiles.open(str(copy)).load(bf16=False)
     (copy / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="the weights cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged or cut short"):
         BaseModelFiles.open(str(copy)).load(bf16=False)
     edit(copy / "config.json", model_type="llama")
     with pytest.raises(UserError, match="type 'llama'; use one of the Qwen2 family"):
@@ -270,3 +271,92 @@ def test_a_hub_id_without_a_network_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model.path = 'nobody/nothing': .* it cannot be downloaded from the hub"):
         BaseModelFiles.open("nobody/nothing")
+
+
+def refused(copy: Path) -> str:
+    with pytest.raises(UserError) as error:
+        BaseModelFiles.open(str(copy))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_weights_that_are_cut_short_are_refused_before_they_are_loaded(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    for damaged in (content[:-1], content + b"0", content[:100], b"", b"\xff" * 100):
+        file.write_bytes(damaged)
+        assert refused(copy).startswith(f"{file}: damaged or cut short (")
+
+
+def test_an_index_is_compared_with_its_shards(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    names = list(load_file(file))
+    file.rename(copy / "model-00001-of-00001.safetensors")
+    index = copy / "model.safetensors.index.json"
+
+    def write(**shards: str) -> None:
+        index.write_text(
+            json.dumps(
+                {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors") | shards}
+            )
+        )
+
+    write()
+    BaseModelFiles.open(str(copy)).load(bf16=False)
+    write(**{names[0]: "model-00002-of-00002.safetensors"})
+    assert "model-00002-of-00002.safetensors: no such file, but model.safetensors.index.json names it" in refused(copy)
+    write(other="model-00001-of-00001.safetensors")
+    assert "has no weight 'other'" in refused(copy)
+    for weights in ([], None, {"a": ["b"]}, {"a": "\0.safetensors"}, "x"):
+        index.write_text(json.dumps({"weight_map": weights}))
+        assert refused(copy).startswith(f"{index}: names a weight file")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+        "model.safetensors",
+    ],
+)
+def test_files_of_a_model_are_regular_and_bounded(copy: Path, name: str) -> None:
+    path = copy / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert refused(copy) == f"{path}: not a regular file but a FIFO"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert refused(copy) == f"{path}: not a regular file but a device"
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert refused(copy).startswith(f"{path}: ")
+    path.unlink()
+    path.symlink_to(path)
+    assert refused(copy).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"r": "x"}, {"r": None}, {"target_modules": 3}, {"lora_alpha": {}}, {"nonsense": 1}, {"rank_pattern": [1]}],
+    ids=str,
+)
+def test_a_damaged_adapter_is_one_line(base: BaseModelFiles, tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = adapted(base)
+    save_adapter(model, trained_values(model), tmp_path / "adapter", {"base": base.fingerprint})
+    edit(tmp_path / "adapter" / "adapter_config.json", **changes)
+    if "nonsense" in changes:
+        # peft leaves keys out that it does not know.
+        check_adapter(base, tmp_path / "adapter")
+        return
+    with pytest.raises(UserError, match="adapter") as error:
+        check_adapter(base, tmp_path / "adapter")
+    assert "\n" not in str(error.value)

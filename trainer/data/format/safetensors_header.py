@@ -9,15 +9,21 @@ values exist, and read without them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+
+from trainer.runtime.stored_files import open_regular
 
 _LENGTH_BYTES = 8
 
 # The values begin at a multiple of this, so that a reader can map them as aligned arrays.
 _ALIGNMENT = 8
+
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header that is read from a file, as in the safetensors library."""
 
 _ITEM_BYTES = {
     "F64": 8,
@@ -102,16 +108,45 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a safetensors file, or it is cut short.
+        UserError: it is not a regular file.
+        ValueError: it is not a safetensors file, it is cut short, or its tensors overlap or leave gaps.
     """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
         start = header_bytes(opened.read(_LENGTH_BYTES))
         if start > size:
             raise ValueError(f"its header should end at byte {start}, the file has {size} bytes")
+        if start > _MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {start} bytes; a header has at most {_MAX_HEADER_BYTES}")
         opened.seek(0)
         tensors = decode_header(opened.read(start))
-    expected = start + max((tensor.stop for tensor in tensors.values()), default=0)
+    expected = start + _check_places(tensors)
     if size != expected:
         raise ValueError(f"it should have {expected} bytes, it has {size}")
     return tensors
+
+
+def _check_places(tensors: Mapping[str, TensorEntry]) -> int:
+    """Check that the tensors follow one another without a gap and have the bytes of their shapes.
+
+    Returns:
+        The number of bytes of all values.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, tensor in tensors.items():
+        numbers = (*tensor.shape, tensor.start, tensor.stop)
+        if not isinstance(tensor.dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"its header has no type, shape and place for {name!a:.80}")
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda entry: entry[1].start):
+        size = tensor.stop - tensor.start
+        # Types of other programs, such as 8-bit floats, have no size here.
+        needed = prod(tensor.shape) * _ITEM_BYTES[tensor.dtype] if tensor.dtype in _ITEM_BYTES else size
+        if tensor.start != end or size != needed:
+            raise ValueError(
+                f"{name!a:.80} should have the bytes {end} to {end + needed}, not {tensor.start} to {tensor.stop}"
+            )
+        end = tensor.stop
+    return end

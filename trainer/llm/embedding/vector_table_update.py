@@ -27,7 +27,7 @@ from trainer.llm.models.adapter import load_adapter
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World
-from trainer.runtime.stored_files import load_array, load_arrays
+from trainer.runtime.stored_files import load_array, load_arrays, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def open_encoder(config: EmbeddingJob, base: BaseModelFiles, template: Template,
     if adapter:
         model = load_adapter(base, model, Path(adapter))
         files = ("adapter_config.json", "adapter_model.safetensors")
-        parts += [_hash((Path(adapter) / name).read_bytes()) for name in files]
+        parts += [_hash_file(Path(adapter) / name) for name in files]
     model.to(world.device)
     encoder = Encoder(model, base.tokenizer, world.device, length=settings.length, tokens=settings.tokens)
     if settings.pooling == "query":
@@ -253,6 +253,16 @@ def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
     except OSError as error:
         tmp_path.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written ({one_line(error)})") from None
+
+
+def _hash_file(file: Path) -> str:
+    """Return the hash of a file's content as :func:`_hash` does, without reading it whole."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open_regular(file) as opened:
+        digest.update(os.fstat(opened.fileno()).st_size.to_bytes(8, "little"))
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _hash(*parts: str | bytes) -> str:

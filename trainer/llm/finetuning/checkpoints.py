@@ -22,7 +22,7 @@ from trainer.llm.finetuning.adapter_engine import AdapterEngine
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.runtime.distributed import World
 from trainer.runtime.rng_state import random_states, restore_random_states, start_random_states
-from trainer.runtime.stored_files import read_json_object
+from trainer.runtime.stored_files import read_json_object, stored_value
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class AdapterCheckpoints(CheckpointStore):
             return False
         directory, manifest = found
         job = agreed(self._world, lambda: read_json_object(directory / JOB))
-        if manifest.kind != ADAPTER or job["base"] != self._identity.base:
+        if manifest.kind != ADAPTER or job.get("base") != self._identity.base:
             raise UserError(
                 f"{directory}: this checkpoint is of an adapter for another base model; choose another run.directory"
             )
@@ -98,7 +98,7 @@ class AdapterCheckpoints(CheckpointStore):
         self._number = manifest.number
         state.step, state.sequences_done = manifest.step, manifest.rows_done
         state.finished = manifest.finished
-        state.metric_history[:] = job["trace"]
+        state.metric_history[:] = stored_value(job, directory / JOB, "trace", list)
         # The sums of the open window are the same on all ranks, so the file of rank 0 has them too.
         same = manifest.ranks == size
         saved = load_tensors(directory / rank_file(rank if same else 0))

@@ -8,13 +8,20 @@ the popularity baseline chooses. Other keys are ignored.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, one_line
+from trainer.runtime.stored_files import open_regular
+
+_MAX_LINE = 1 << 24
+"""Characters of a line that no sample has: a file without line ends is not read whole."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,12 @@ def read_samples(paths: Sequence[str], counts: ReadCounts) -> Iterator[Sample]:
     """
     for path in paths:
         try:
-            with Path(path).open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+            with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8") as file:
+                for number, line in enumerate(iter(partial(file.readline, _MAX_LINE), ""), 1):
+                    if len(line) == _MAX_LINE:
+                        raise UserError(
+                            f"{path}:{number}: has {_MAX_LINE:,} characters or more; every line is one sample"
+                        )
                     if line.isspace():
                         continue
                     sample = _parse(line, f"{path}:{number}")
@@ -76,8 +87,9 @@ def read_samples(paths: Sequence[str], counts: ReadCounts) -> Iterator[Sample]:
 def _parse(line: str, place: str) -> Sample:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error.msg}); every line is one sample") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+        raise UserError(f"{place}: not JSON ({reason}); every line is one sample") from None
     if not isinstance(fields, dict):
         raise UserError(f'{place}: not a sample; write {{"task": "...", "prompt": "...", "answer": "..."}}')
     for key in ("task", "prompt", "answer"):
@@ -108,4 +120,6 @@ def _list(fields: dict[str, Any], key: str, kind: type | tuple[type, ...], place
     ):
         expected = "strings" if kind is str else "numbers"
         raise UserError(f"{place}: {key} = {json.dumps(values)}: use a list of {expected}")
+    if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+        raise UserError(f"{place}: {key} = {json.dumps(values)}: use finite numbers")
     return values

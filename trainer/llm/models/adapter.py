@@ -131,14 +131,20 @@ def check_adapter(base: BaseModelFiles, directory: Path) -> None:
                 f"{directory}: an adapter for another base model (of fingerprint {made_for}; "
                 f"{base.directory} has {base.fingerprint})"
             )
-    config = LoraConfig.from_pretrained(str(directory))
+    try:
+        config = LoraConfig.from_pretrained(str(directory))
+    except Exception as error:
+        # Broad, because peft gives the values of the file to its classes as they are.
+        raise UserError(
+            f"{directory / 'adapter_config.json'}: not a LoRA adapter of peft ({one_line(error)})"
+        ) from None
     config.inference_mode = False
     try:
         expected = get_peft_model_state_dict(
             get_peft_model(empty_model(base.config), config), save_embedding_layers=False
         )
-    except ValueError as error:
-        # peft raises this if the model has none of the adapter's target modules.
+    except Exception as error:
+        # peft raises ValueError if the model has none of the target modules, and many types for values of other types.
         raise UserError(f"{directory}: an adapter for another base model ({one_line(error)})") from None
     try:
         there = {name: tensor.shape for name, tensor in read_header(weights).items()}

@@ -14,8 +14,12 @@ import torch
 
 from trainer.config.finetune import LoraConfig
 from trainer.console.errors import UserError, one_line
+from trainer.data.format.safetensors_header import TensorEntry, read_header
 from trainer.runtime.checksums import CHECKSUMS, verify_checksums
-from trainer.runtime.stored_files import read_json_object
+from trainer.runtime.stored_files import MAX_JSON_BYTES, open_regular, read_json_object
+
+_OPENED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Suffixes of the files that transformers opens."""
 
 _ENDS_BYTES = 1 << 20
 """Number of bytes at the beginning and at the end of a weight file that are part of the fingerprint."""
@@ -57,6 +61,7 @@ class BaseModelFiles:
         config = _read_config(directory)
         loaded = _read_tokenizer(tokens)
         _check_tokenizer(loaded, config, tokenizer or path)
+        check_weights(directory)
         return BaseModelFiles(directory, config, loaded, fingerprint_of(directory))
 
     def load(self, *, bf16: bool, attention: str = "sdpa") -> Any:
@@ -144,13 +149,56 @@ def refuse_code(directory: Path) -> None:
             )
     for file in sorted(directory.glob("*.index.json")):
         weights = _read_object(file).get("weight_map")
-        for name in set(weights.values()) if isinstance(weights, dict) else {weights}:
+        # Values may be lists, which have no hash.
+        for name in weights.values() if isinstance(weights, dict) else [weights]:
             # A file of the hub's cache is a link to another folder, so only the name is checked.
-            if not isinstance(name, str) or "/" in name or not name.endswith(".safetensors"):
+            if not isinstance(name, str) or "/" in name or "\0" in name or not name.endswith(".safetensors"):
                 raise UserError(f"{file}: names a weight file {name!a:.120}; it must be NAME.safetensors beside it")
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".txt", ".model") and not file.is_file():
-            raise UserError(f"{file}: not a regular file")
+    # transformers opens these itself, and reads all but the weights whole.
+    for file in sorted((*directory.iterdir(), *directory.glob("*/*.jinja"))):
+        if file.suffix in _OPENED:
+            _check_regular(file, None if file.suffix == ".safetensors" else MAX_JSON_BYTES)
+
+
+def _check_regular(file: Path, limit: int | None) -> None:
+    """Check that a file is regular and has at most ``limit`` bytes.
+
+    Raises:
+        UserError: it is not, or cannot be opened.
+    """
+    try:
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except IsADirectoryError:
+        raise UserError(f"{file}: not a regular file but a directory") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    if limit is not None and size > limit:
+        raise UserError(f"{file}: has {size:,} bytes; such a file has at most {limit:,}")
+
+
+def check_weights(directory: Path) -> None:
+    """Check that the weight files of a model are whole, by their headers, and have what the index says.
+
+    Whether values are right cannot be checked: models of other programs have no checksums.
+
+    Raises:
+        UserError: a file is cut short or damaged, or a weight of the index is missing.
+    """
+    found = {file.name: _read_header(file) for file in sorted(directory.glob("*.safetensors"))}
+    for index in sorted(directory.glob("*.safetensors.index.json")):
+        for weight, name in _read_object(index)["weight_map"].items():
+            if name not in found:
+                raise UserError(f"{directory / name}: no such file, but {index.name} names it; download it again")
+            if weight not in found[name]:
+                raise UserError(f"{directory / name}: has no weight {weight!a:.120}, which {index.name} names")
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    try:
+        return read_header(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: damaged or cut short ({one_line(error)}); download or write it again") from None
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
+from trainer.runtime.stored_files import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def client_properties(config: StreamConfig) -> dict[str, Any]:
     properties: dict[str, Any] = {"log_level": 2}
     if config.properties:
         try:
-            lines = Path(config.properties).read_text().splitlines()
+            lines = read_settings(Path(config.properties)).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"stream.properties = {config.properties!r}: cannot be read ({error})") from None
         for number, line in enumerate(lines, 1):
