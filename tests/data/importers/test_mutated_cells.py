@@ -104,7 +104,7 @@ def check_cell(folder: Path, source: str, place: tuple[int, int, int], cell: str
 PLACES = st.tuples(st.integers(0, 12), st.integers(0, 5), st.integers(0, 40))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([*SOURCES]), PLACES, CELLS)
 def test_a_cell_is_read_or_named(
     tmp_path_factory: pytest.TempPathFactory, source: str, place: tuple[int, int, int], cell: str

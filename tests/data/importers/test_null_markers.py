@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.importers.test_events import EXPOSURE_LINES, EXPOSURES, rows_of, write
+from tests.data.importers.test_events import EXPOSURE_LINES, EXPOSURES, T0, rows_of, write
 from trainer.console.errors import UserError
 from trainer.data.importers import field_parsers
 from trainer.data.importers.columns import read_column_batches
@@ -33,31 +33,33 @@ def as_parquet(arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("parquet", [False, True])
-@pytest.mark.parametrize("marker", VALUE_NULLS)
-def test_a_marker_is_no_value_in_features_and_outcomes(tmp_path: Path, marker: str, parquet: bool) -> None:
-    lines = EXPOSURE_LINES.replace("1,true,1200,0,home,0.5", ",".join([marker] * 6))
-    users = f"uid,city,age\n7,{marker},{marker}\n8,Rome,1\n"
-    arguments = write(tmp_path, EXPOSURES, lines, users)
+def test_markers_are_no_value_in_features_and_outcomes(tmp_path: Path, parquet: bool) -> None:
+    header, _, _, last = EXPOSURE_LINES.splitlines()
+    lines = [f"{10 + n},70,700,{T0 + n},0,v,{','.join([marker] * 6)}" for n, marker in enumerate(VALUE_NULLS)]
+    users = "uid,city,age\n8,Rome,1\n" + "".join(f"{10 + n},{one},{one}\n" for n, one in enumerate(VALUE_NULLS))
+    arguments = write(tmp_path, EXPOSURES, "\n".join([header, *lines, last.replace("70,702", "72,702"), ""]), users)
     if parquet:
         as_parquet(arguments)
     spec, rows = import_events(**arguments), rows_of(tmp_path / "out")
     assert spec.extra["vocabularies"] == {"city": ["Rome"], "tab": ["hot"]}
-    assert rows["label"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 1]]
-    assert rows["side"].tolist() == [[0, 0], [0, 0], [1, 1]]
-    assert rows["dense"].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert rows["label"].tolist() == [*([[0, 0, 0]] * len(VALUE_NULLS)), [1, 0, 1]]
+    assert rows["side"].tolist() == [*([[0, 0]] * len(VALUE_NULLS)), [1, 1]]
+    assert rows["dense"].tolist() == [*([[0, 0]] * len(VALUE_NULLS)), [1, 1]]
 
 
 @pytest.mark.parametrize("parquet", [False, True])
-@pytest.mark.parametrize("name", [marker for marker in VALUE_NULLS if marker != r"\N"])
-def test_a_user_and_an_item_may_have_the_name_of_a_marker(tmp_path: Path, name: str, parquet: bool) -> None:
-    lines = EXPOSURE_LINES.replace("\n7,71,701", f"\n{name},71,{name}")
-    arguments = write(tmp_path, HASHED, lines, f"uid,city,age\n{name},Rome,30\n7,Berlin,2\n")
+def test_users_and_items_may_have_the_names_of_markers(tmp_path: Path, parquet: bool) -> None:
+    names = [marker for marker in VALUE_NULLS if marker != r"\N"]
+    lines = [f"{name},70,{name},{T0 + n},0,v,1,0,0,0,home,1" for n, name in enumerate(names)]
+    users = "uid,city,age\n" + "".join(f"{name},city{n:02},0\n" for n, name in enumerate(names))
+    arguments = write(tmp_path, HASHED, "\n".join([EXPOSURE_LINES.splitlines()[0], *lines, ""]), users)
     if parquet:
         as_parquet(arguments)
     spec, rows = import_events(**arguments), rows_of(tmp_path / "out")
-    expected = field_parsers.IdHash().ids(pa.array(["7", name, "8"])).to_pylist()
-    assert rows["user_id"].tolist() == expected and spec.ids["user"].count == 3
-    assert rows["side"][:, 0].tolist() == [1, 2, 0]
+    expected = field_parsers.IdHash().ids(pa.array(names)).to_pylist()
+    assert rows["user_id"].tolist() == rows["item_id"].tolist() == expected
+    assert spec.ids["user"].count == spec.ids["item"].count == len(names)
+    assert rows["side"][:, 0].tolist() == list(range(1, len(names) + 1))
 
 
 @pytest.mark.parametrize("parquet", [False, True])
