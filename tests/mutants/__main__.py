@@ -63,9 +63,21 @@ def document(entries: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         "equal": len(equal),
         "survived": len(entries) - len(found) - len(equal),
         "seconds": round(sum(entry["seconds"] for entry in entries), 1),
+        "parts": _parts(entries),
         "mutants": sorted(entries, key=lambda entry: (entry["file"], entry["line"], entry["mutant"])),
         "environment": environment(1),
     }
+
+
+def _parts(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts of each package, such as ``trainer/engine``."""
+    parts: dict[str, dict[str, Any]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["file"]):
+        name = "/".join(entry["file"].split("/")[:-1][:2])
+        counts = parts.setdefault(name, {"part": name, "tried": 0, "found": 0, "survived": 0, "equal": 0})
+        counts["tried"] += 1
+        counts["found" if entry["found_by"] is not None else "equal" if entry["equal"] else "survived"] += 1
+    return list(parts.values())
 
 
 def read_entries(out: Path, current: Mapping[Key, Mutant]) -> list[dict[str, Any]]:

@@ -177,6 +177,22 @@ EQUAL: dict[tuple[str, str, str], str] = {
         "at = np.arange(ends[-1] if len(ends) else 1) + np.repeat(stop - ends, lengths)",
     ): "the sum of one number and of no number is no number",
     (
+        "modules/alignment.py",
+        "positive = scores.gather(2, own[None, :, None].expand(len(scores), -1, -1))[..., 0]",
+        "positive = scores.gather(2, own[None, :, None].expand(len(scores), -1, 1))[..., 0]",
+    ): "the last dimension has the size 1",
+    ("trainer/data/format/growing_history.py", "_SPARE = 1_000", "_SPARE = 999"): "gaps are removed a little earlier",
+    (
+        "trainer/data/format/growing_history.py",
+        "more = 2 * len(self._users) - len(self._begin)",
+        "more = 1 * len(self._users) - len(self._begin)",
+    ): "room for the users that are there; only the number of copies grows",
+    (
+        "trainer/data/format/history.py",
+        'description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows,)}',
+        'description = {"descr": self._dtype.str, "fortran_order": True, "shape": (self._rows,)}',
+    ): "the array has one dimension",
+    (
         "trainer/ranking/search_refresh.py",
         "inside = (ids >= 0) & (ids < item.rows - 1)",
         "inside = (ids >= 0) | (ids < item.rows - 1)",

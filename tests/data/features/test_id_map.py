@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modules.embeddings import Dynamic
 from trainer.config.features import TableConfig
 from trainer.console.errors import UserError
-from trainer.data.features.id_map import IdMap, table_rows
+from trainer.data.features.id_map import IdMap, hash_salt, table_rows
 from trainer.data.format.schema import DatasetSpec, IdSpace
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -133,3 +133,15 @@ def test_rows_of_a_table():
 def test_settings_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TableConfig(**options)
+
+
+def test_the_salt_of_a_table_never_changes_since_trained_rows_depend_on_it():
+    """The CRC-32 of its name, bit by bit, times 2^64 / golden ratio."""
+    golden = 0x9E3779B97F4A7C15
+    for table in ("user", "author", "item"):
+        crc = 0xFFFFFFFF
+        for byte in table.encode():
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0xEDB88320 if crc & 1 else 0)
+        assert int(hash_salt(table)) == (crc ^ 0xFFFFFFFF) * golden % 2**64

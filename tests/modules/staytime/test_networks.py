@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -178,3 +179,13 @@ def test_a_separate_opening_never_learns_from_the_comments() -> None:
     assert said.logits.shape == (BATCH, 2)
     (said.touched.sum() + said.popular.sum() + said.logits[:, 0].sum()).backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in made.opening.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dcn", "autoint"])
+@pytest.mark.parametrize("n_dense", [0, 1, 2])
+def test_any_number_of_dense_inputs_is_one_token_or_none(kind: Any, n_dense: int) -> None:
+    shape = BackboneShape(kind, (8,), depth=1, heads=2, dropout=0.0)
+    made = StaytimeNetwork(ROWS, FIELDS, n_dense, DIM, shape, torch.zeros(2))
+    inputs = replace(batch(), dense=torch.randn(BATCH, n_dense))
+    assert made(inputs).logits.shape == (BATCH, 2)
+    assert (made.dense is None) == (n_dense == 0)
