@@ -17,7 +17,7 @@ from trainer.comment_staytime import model
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
-from trainer.runtime.checksums import write_checksums
+from trainer.runtime.checksums import CHECKSUMS, write_checksums
 
 JOB = ROOT / "configs" / "staytime.toml"
 SMALL = ["train.epochs=1", "train.batch_size=512", "input.dim=8", "base.widths=[8]", "lcu.heads=2", "lcu.hidden=8"]
@@ -91,6 +91,7 @@ def test_a_dataset_that_has_grown_gives_the_same(world: Path, run: Path, tmp_pat
     """Trained while the world ended a day earlier: later visits change nothing that is printed of earlier ones."""
     short = tmp_path / "short"
     shutil.copytree(world, short)
+    (short / CHECKSUMS).unlink()
     file = short / "texts" / "visits.parquet"
     visits = pq.read_table(file)
     noon = np.sort(visits.column("request_ms").to_numpy())[int(0.9 * len(visits))]
@@ -155,6 +156,7 @@ def test_bad_runs_are_told_in_one_line(
 
     other = tmp_path / "other"
     shutil.copytree(world, other)
+    (other / CHECKSUMS).unlink()
     file = other / "texts" / "visits.parquet"
     pq.write_table(pq.read_table(file).slice(1), file)
     assert "its training range is not what" in refused(run, "--data", str(other))

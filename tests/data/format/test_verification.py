@@ -181,8 +181,12 @@ def test_values_that_no_writer_makes_are_found_without_checksums(earlier):
 
 
 def test_changed_files_can_be_recorded_if_they_fit_together(dataset):
-    (dataset / "notes.txt").write_text("where it comes from")
-    assert "without a checksum, so not compared: notes.txt" in str(verify_dataset(str(dataset), ignore))
+    (dataset / "run").mkdir()
+    (dataset / "run/notes.txt").write_text("of another program")
+    shutil.copy(dataset / "texts/items.parquet", dataset / "texts/more.parquet")
+    result = verify_dataset(str(dataset), ignore)
+    assert "without a checksum, so not compared: texts/more.parquet" in str(result)
+    assert result.unlisted == ("texts/more.parquet",)
     described = json.loads((dataset / "dataset.json").read_text())
     (dataset / "dataset.json").write_text(json.dumps({**described, "source": "another source"}))
     with pytest.raises(UserError, match=r"dataset\.json: damaged.* --record"):

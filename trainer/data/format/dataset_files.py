@@ -32,6 +32,9 @@ from trainer.runtime.stored_files import MAX_JSON_BYTES, file_inside, is_relativ
 TABLE_MANIFEST = "manifest.json"
 """File whose folder is an embedding table."""
 
+_FOLDERS = ("events", "rows", "history", "texts", "truth", "embeddings")
+"""Folders of a dataset (``schema.py``)."""
+
 _CORE = ("dataset.json", "history/", "rows/")
 """Files that must have a checksum, if the dataset has checksums. Others may be added by a user, such as texts."""
 
@@ -272,16 +275,21 @@ def record_checksums(directory: Path, report: Callable[[int, int], None]) -> dic
 
 
 def list_files(directory: Path) -> list[str]:
-    """Return the names of the files of a local dataset that have a checksum, in order: all but embedding tables."""
+    """Return the names of the files of a local dataset that have a checksum, in order.
+
+    Embedding tables, and files of others in the directory, such as notes or a run, do not belong to them.
+    """
     names = []
     for folder, folders, files in os.walk(directory):
         place = Path(folder).relative_to(directory)
-        if place.parts and TABLE_MANIFEST in files:
+        if not place.parts:
+            folders[:] = [name for name in folders if name in _FOLDERS]
+            files = [name for name in files if name == "dataset.json" or name.endswith(".parquet")]
+        elif TABLE_MANIFEST in files:
             folders.clear()
             continue
-        folders.sort()
         names += [str(place / name) for name in files]
-    return sorted(name for name in names if name != CHECKSUMS and not _is_temporary(name))
+    return sorted(name for name in names if not _is_temporary(name))
 
 
 def list_vector_tables(directory: Path) -> list[Path]:
