@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from tests.checkpoint.stored_checkpoint import write_model
+from tests.llm.tiny import write_base
 from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.checkpoint.manifest import file_entry, read_manifest, write_manifest
@@ -31,6 +32,7 @@ from trainer.console.errors import UserError
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.llm.finetuning.token_files import Tokens
+from trainer.llm.models.adapter import check_adapter
 from trainer.llm.models.base_model import BaseModelFiles, refuse_code
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World
@@ -332,3 +334,58 @@ def test_no_command_runs_the_code_of_a_model(tmp_path: Path, marker: Path, attac
     (tmp_path / "finetune.toml").write_text(job)
     model = {"finetune/base/config.json": json.dumps(config).encode(), "finetune/base/evil.py": code}
     attack(model, "finetune", "finetune.toml")
+
+
+def pickled_array(marker: Path) -> bytes:
+    """Return a ``.npy`` file whose one element is a payload."""
+    content = io.BytesIO()
+    np.save(content, np.array([Payload(marker)], object))
+    return content.getvalue()
+
+
+def test_an_adapter_is_no_code(tmp_path: Path, marker: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    payload = pickled_tensor_file(marker)
+    (adapter / "adapter_model.bin").write_bytes(payload)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert "adapter_model.safetensors is missing" in one_line_of(lambda: check_adapter(base, adapter))
+    (adapter / "adapter_model.safetensors").write_bytes(payload)
+    one_line_of(lambda: check_adapter(base, adapter))
+    for changes in ({"auto_map": {"a": "evil.A"}}, {"peft_type": "XLORA"}, {"megatron_config": {"a": 1}}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+        one_line_of(lambda: check_adapter(base, adapter))
+
+
+@pytest.mark.slow
+def test_no_command_runs_an_array_of_a_dataset(tmp_path: Path, marker: Path, attack: Attack) -> None:
+    payload = pickled_array(marker)
+    arrays = sorted((tmp_path / "world/history").glob("*.npy"))
+    assert arrays
+    for file in arrays:
+        attack({f"world/history/{file.name}": payload}, "data", "describe", "world", reads=True)
+    attack({f"world/history/{file.name}": payload for file in arrays}, "train", "batch.toml")
+
+
+@pytest.mark.slow
+def test_no_command_runs_what_embed_reads(tmp_path: Path, marker: Path, attack: Attack) -> None:
+    job = (
+        '[data]\npath = "world"\nkinds = ["items"]\n[model]\npath = "finetune/base"\nadapter = ""\n'
+        f'[embed]\ndirectory = "tables"\ntemplate = "{ROOT}/configs/templates/embed.txt"\n'
+    )
+    (tmp_path / "embed.toml").write_text(job)
+    payload, command = pickle.dumps(Payload(marker)), ("embed", "embed.toml")
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        attack({f"finetune/base/{name}": payload}, *command)
+    attack({"world/texts/items.parquet": payload}, *command)
+    # A template of a chat is never rendered, and weights that are a pickle are never opened.
+    jinja = "{{ cycler.__init__.__globals__.os.mkdir('" + str(marker) + "') }}"
+    others = {"finetune/base/chat_template.jinja": jinja.encode(), "finetune/base/pytorch_model.bin": payload}
+    attack(others, *command, reads=True)
+    table = tmp_path / "tables/items"
+    assert (table / "manifest.json").is_file(), "the work was done"
+    for file in sorted(table.iterdir()):
+        changed = {f"tables/items/{file.name}": pickled_array(marker) if file.suffix == ".npy" else payload}
+        attack(changed, *command, reads=True)
