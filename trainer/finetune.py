@@ -35,6 +35,7 @@ from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.finetuning.train_loop import train
 from trainer.llm.finetuning.training_state import FinetuneState
 from trainer.llm.models.adapter import save_adapter
+from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         config = load_finetune(options.config, options.overrides)
+        if config.train.deterministic:
+            use_deterministic_kernels()
         with World.join(config.train.device) as world:
             run_job(config, world, Preemption())
 

@@ -40,6 +40,7 @@ from trainer.ranking.setup import (
     split_in_time,
 )
 from trainer.ranking.warm_start import check_source
+from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.runtime.run_lock import locked
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         config = load_config(options.config, options.overrides)
+        if config.train.deterministic:
+            use_deterministic_kernels()
         with World.join(config.train.device) as world:
             # Handlers are installed after the join: while a rank waits in it, Python runs no signal handlers.
             run_job(config, world, Preemption())

@@ -77,6 +77,12 @@ class DistributedTrainConfig(Section):
 
     deepspeed: DeepSpeedFile = "configs/deepspeed/zero1.json"
     device: Device = "auto"
+    deterministic: bool = Field(
+        False,
+        description="GPUs: use deterministic kernels, so that a repeated or resumed run gives the same bits on the "
+        "same GPUs and versions; slower. On CPUs runs are repeatable in any case.",
+        json_schema_extra=MAY_CHANGE,
+    )
     log_every: LogEvery = 20
     watchdog_seconds: WatchdogSeconds = 600.0
 
