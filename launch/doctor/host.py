@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError, run_probes
 from launch.machine import available_cores, free_port, port_in_use
+from trainer.console.setup_advice import setup_command
 
 SHARED_MEMORY_FAIL, SHARED_MEMORY_WARN = 128e6, 1e9
 """Free bytes of /dev/shm: loader processes pass batches through it, and a container has 64 MB by default."""
@@ -31,7 +32,7 @@ def check_collectives(backend: str, ranks: int) -> Check:
         return Check(backend, "fail", f"an all-reduce of {ranks} processes failed: {error}", fix)
     wrong = [result["sum"] for result in results if result["sum"] != ranks * (ranks + 1) / 2]
     if wrong:
-        return Check(backend, "fail", f"an all-reduce of {ranks} processes gave {wrong[0]}", "make clean setup")
+        return Check(backend, "fail", f"an all-reduce of {ranks} processes gave {wrong[0]}", setup_command(clean=True))
     return Check(backend, "ok", f"an all-reduce of {ranks} processes went through")
 
 

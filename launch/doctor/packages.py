@@ -11,11 +11,10 @@ from typing import Any
 from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError, run_probe
 from launch.machine import CUDA_BUILD, OLDEST_DRIVER, driver_too_old
+from trainer.console.setup_advice import setup_command
 
 MEASURED_TRIPLES = (("2.13.0", "1.8.0", "1.8.0"), ("2.11.0", "1.6.0", "1.6.1"))
 """Versions of torch, fbgemm and torchrec that were measured to work together: the pinned ones, and one on a GPU."""
-
-REINSTALL = "make clean setup"
 
 
 def installed_versions() -> dict[str, str]:
@@ -46,15 +45,15 @@ def check_python() -> Check:
 def check_pins(installed: Mapping[str, str], pinned: Mapping[str, str]) -> Check:
     """Check that every dependency is installed at its pinned version."""
     if not pinned:
-        return Check("packages", "fail", "limelight is not installed in this Python", "make setup")
+        return Check("packages", "fail", "limelight is not installed in this Python", setup_command())
     missing = [name for name in pinned if name not in installed]
     if missing:
-        return Check("packages", "fail", f"not installed: {', '.join(missing)}", "make setup")
+        return Check("packages", "fail", f"not installed: {', '.join(missing)}", setup_command())
     others = [
         f"{name} {installed[name]} (measured: {pin})" for name, pin in pinned.items() if _public(installed[name]) != pin
     ]
     if others:
-        return Check("packages", "warn", f"not at the pinned version: {', '.join(others)}", REINSTALL)
+        return Check("packages", "warn", f"not at the pinned version: {', '.join(others)}", setup_command(clean=True))
     return Check("packages", "ok", f"all {len(pinned)} dependencies at their pinned versions")
 
 
@@ -65,17 +64,19 @@ def check_triple(installed: Mapping[str, str]) -> Check:
     lacking = [package for package in ("torch", "torchrec") if package not in installed]
     if len(builds) == 2:
         message = "fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other's files"
-        return Check(name, "fail", message, REINSTALL)
+        return Check(name, "fail", message, setup_command(clean=True))
     if lacking or not builds:
         missing = ", ".join(lacking + ([] if builds else ["fbgemm-gpu or fbgemm-gpu-cpu"]))
-        return Check(name, "fail", f"not installed: {missing}", REINSTALL)
+        return Check(name, "fail", f"not installed: {missing}", setup_command(clean=True))
     torch, fbgemm, torchrec = (_public(installed[package]) for package in ("torch", builds[0], "torchrec"))
     found = f"torch {installed['torch']}, {builds[0]} {fbgemm}, torchrec {torchrec}"
     if _minor(fbgemm) != _minor(torchrec):
-        return Check(name, "fail", f"{found}: fbgemm and torchrec must have the same minor version", REINSTALL)
+        return Check(
+            name, "fail", f"{found}: fbgemm and torchrec must have the same minor version", setup_command(clean=True)
+        )
     if (torch, fbgemm, torchrec) not in MEASURED_TRIPLES:
         measured = " or ".join("/".join(triple) for triple in MEASURED_TRIPLES)
-        return Check(name, "warn", f"{found}: not among the measured triples {measured}", REINSTALL)
+        return Check(name, "warn", f"{found}: not among the measured triples {measured}", setup_command(clean=True))
     if builds[0] == "fbgemm-gpu-cpu":
         found += "; pip check misses fbgemm-gpu for torchrec: expected with the CPU build"
     return Check(name, "ok", found)
@@ -90,7 +91,7 @@ def check_lookup() -> tuple[Check, dict[str, Any]]:
         message = str(error)
         if "undefined symbol" in message:
             message = f"fbgemm was built for another torch ({message})"
-        return Check(name, "fail", message, REINSTALL), {}
+        return Check(name, "fail", message, setup_command(clean=True)), {}
     return Check(name, "ok", "fbgemm looked up and updated a table, equal to plain torch"), seen
 
 
@@ -109,17 +110,21 @@ def check_accelerator(
     name = "accelerator"
     if devices and not fbgemm_cuda:
         message = f"{devices[0]} is usable by torch, but fbgemm-gpu-cpu is installed"
-        return Check(name, "fail", message, "make setup DEVICE=cuda")
+        return Check(name, "fail", message, setup_command("DEVICE=cuda"))
     if devices:
         return Check(name, "ok", f"{len(devices)} x {devices[0]}, CUDA {cuda_build}")
     too_old = driver_too_old(driver_version, cuda_build or CUDA_BUILD)
     if driver and too_old:
         newer = f"install driver {OLDEST_DRIVER[int((cuda_build or CUDA_BUILD).split('.')[0])]} or newer"
         if cuda_build is None:
-            return Check(name, "warn", f"this is the CPU build, and {too_old}", f"{newer}, then make setup DEVICE=cuda")
-        return Check(name, "fail", too_old, f"{newer} (nvidia-smi shows the version), or make setup DEVICE=cpu")
+            return Check(
+                name, "warn", f"this is the CPU build, and {too_old}", f"{newer}, then {setup_command('DEVICE=cuda')}"
+            )
+        return Check(name, "fail", too_old, f"{newer} (nvidia-smi shows the version), or {setup_command('DEVICE=cpu')}")
     if driver and cuda_build is None:
-        return Check(name, "warn", "an NVIDIA driver is loaded, but this is the CPU build", "make setup DEVICE=cuda")
+        return Check(
+            name, "warn", "an NVIDIA driver is loaded, but this is the CPU build", setup_command("DEVICE=cuda")
+        )
     if driver:
         found = f"NVIDIA driver {driver_version}" if driver_version else "an NVIDIA driver"
         message = f"{found} is loaded, but torch (CUDA {cuda_build}) finds no usable GPU"
@@ -127,9 +132,11 @@ def check_accelerator(
     if cuda_build is not None and not fbgemm_cuda:
         message = f"CPU only; torch is the large CUDA {cuda_build} build, which works"
         index = "https://download.pytorch.org/whl/cpu"
-        return Check(name, "ok", message, f"LIMELIGHT_TORCH_INDEX={index} make clean setup takes the small one")
+        return Check(
+            name, "ok", message, f"for the small one: LIMELIGHT_TORCH_INDEX={index} {setup_command(clean=True)}"
+        )
     if fbgemm_cuda:
-        return Check(name, "fail", "the CUDA build on a machine without an NVIDIA driver", "make setup DEVICE=cpu")
+        return Check(name, "fail", "the CUDA build on a machine without an NVIDIA driver", setup_command("DEVICE=cpu"))
     return Check(name, "ok", "CPU only")
 
 

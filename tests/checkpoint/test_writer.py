@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and the order in which a checkpoint reaches the disk."""
+"""Retention of checkpoints, and the order in which a checkpoint reaches the disk."""
 
 from __future__ import annotations
 

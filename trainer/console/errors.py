@@ -6,6 +6,8 @@ import errno
 import os
 import re
 
+from trainer.console.setup_advice import setup_command
+
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -117,7 +119,10 @@ _ADVICE = (
         "NCCL needs more room in /dev/shm: docker run --shm-size=8g, or in Kubernetes an emptyDir with "
         "medium: Memory at /dev/shm",
     ),
-    (re.compile(r"Mismatched NCCL version"), "all machines need the same versions: make clean setup on each of them"),
+    (
+        re.compile(r"Mismatched NCCL version"),
+        f"all machines need the same versions; on each of them: {setup_command(clean=True)}",
+    ),
     (re.compile(r"out of memory"), "NCCL finds no free memory on the GPU: use a smaller train.batch_size"),
 )
 """Faults of the machine or of the command that started the job -> what helps."""

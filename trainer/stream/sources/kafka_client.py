@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from trainer.config.stream import StreamConfig
 from trainer.console.errors import UserError
+from trainer.console.setup_advice import extra_command
 from trainer.runtime.stored_files import read_settings
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def library() -> Any:
         import confluent_kafka
     except ImportError as error:
         raise UserError(
-            f"Kafka needs the package confluent-kafka ({error}); type: make setup EXTRAS=llm,dev,kafka"
+            f"Kafka needs the package confluent-kafka ({error}); type: {extra_command('confluent-kafka', 'kafka')}"
         ) from None
     return confluent_kafka
 
