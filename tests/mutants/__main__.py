@@ -69,6 +69,10 @@ def document(entries: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
     }
 
 
+def _survives(entry: Mapping[str, Any]) -> bool:
+    return entry["found_by"] is None and not entry["equal"]
+
+
 def _parts(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the counts of each package, such as ``trainer/engine``."""
     parts: dict[str, dict[str, Any]] = {}
@@ -152,7 +156,7 @@ def run(
         names = {mutant: name for name, mutant in current.items()}
         entries = {key(entry): entry for entry in read_entries(options.out, current)}
         if options.survivors:
-            wanted = [current[name] for name, entry in entries.items() if entry["found_by"] is None]
+            wanted = [current[name] for name, entry in entries.items() if _survives(entry)]
         else:
             drawn = chosen(by_file, options.count, options.seed, lambda mutant: has_meaning(mutant, sources))
             wanted = [mutant for mutant in drawn if names[mutant] not in entries]

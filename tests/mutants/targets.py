@@ -90,9 +90,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/data/features/id_map.py": ("tests/data/features/test_id_map.py",),
     "trainer/data/format/growing_history.py": ("tests/data/format/test_growing_history.py",),
     "trainer/data/format/history.py": ("tests/data/format/test_history.py",),
-    "trainer/data/format/shards.py": ("tests/data/format/test_shards.py",),
+    "trainer/data/format/shards.py": ("tests/data/format/test_shards.py", "tests/data/format/test_verification.py"),
     "trainer/data/format/statistics.py": ("tests/data/format/test_statistics.py",),
-    "trainer/data/format/time_selection.py": ("tests/data/format/test_times.py", *LOADER),
+    "trainer/data/format/time_selection.py": ("tests/data/format/test_time_selection.py", *LOADER),
     # Engine and tables.
     "trainer/engine/batch_pipeline.py": ("tests/engine/test_batch_pipeline.py", *ENGINE),
     "trainer/engine/dense_engine.py": ENGINE,
