@@ -15,6 +15,7 @@ from launch.cli.main import main
 from tests.paths import ROOT
 from trainer.comment_staytime import model
 from trainer.data.format.content_vectors import ContentVectors
+from trainer.data.format.dataset_files import record_checksums
 from trainer.data.format.text_schema import read_texts
 from trainer.data.simulator.write_dataset import simulate
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
@@ -96,6 +97,7 @@ def test_a_dataset_that_has_grown_gives_the_same(world: Path, run: Path, tmp_pat
     visits = pq.read_table(file)
     noon = np.sort(visits.column("request_ms").to_numpy())[int(0.9 * len(visits))]
     pq.write_table(visits.filter(pa.array(visits.column("request_ms").to_numpy() < noon)), file)
+    record_checksums(short, lambda done, total: None)
     old = train(short, tmp_path / "run", "base.loss=wlr")
     out = tmp_path / "out.parquet"
     assert main(["score", str(old), str(out), "--data", str(world)]) == 0
