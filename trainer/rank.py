@@ -34,11 +34,7 @@ from trainer.ranking.model_training import (
     write_results,
 )
 from trainer.ranking.report import metrics_table
-from trainer.ranking.setup import (
-    check_settings,
-    fit_once,
-    split_in_time,
-)
+from trainer.ranking.setup import check_settings, fit_once, split_in_time
 from trainer.ranking.warm_start import check_source
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
