@@ -123,17 +123,19 @@ def write_text(path: Path, text: str = "{}") -> Path:
         ("job.toml", ["finetune", "{}/job.toml"]),
         ("dataset.json", ["data", "describe", "{}"]),
         ("config.json", ["evaluate", "{}"]),
-        ("config.json", ["score", "{}", "c.parquet", "out.parquet"]),
+        ("config.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
         ("config.json", ["explain", "{}", "--user", "1", "--candidate", "2"]),
         ("config.json", ["export", "{}", "out"]),
         ("checkpoints/step-1/manifest.json", ["checkpoint", "show", "{}"]),
         ("checkpoints/step-1/manifest.json", ["checkpoint", "verify", "{}"]),
-        ("export.json", ["score", "{}", "c.parquet", "out.parquet"]),
+        ("export.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
         ("map.toml", ["data", "import", "events", "{}", "{}/out", "--mapping", "{}/map.toml"]),
     ],
 )
 def test_a_file_without_permission(public: Path, file: str, arguments: list[str]) -> None:
     path = write_text(public / "it" / file)
+    (public / "results").mkdir()
+    (public / "results").chmod(0o777)
     hidden = path if "checkpoints" not in file else public / "it" / "checkpoints"
     hidden.chmod(0)
     try:
@@ -174,9 +176,9 @@ DAMAGED = [b"null", b"[]", b"1e999", b"7", b'"text"', b"", b"{", b"\xff\xfe{}", 
     [
         ("dataset.json", ["data", "describe", "{}"]),
         ("config.json", ["evaluate", "{}"]),
-        ("config.json", ["score", "{}", "c.parquet", "out.parquet"]),
+        ("config.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
         ("config.json", ["export", "{}", "{}/out"]),
-        ("export.json", ["score", "{}", "c.parquet", "out.parquet"]),
+        ("export.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
     ],
 )
 def test_damaged_json(tmp_path: Path, file: str, arguments: list[str], content: bytes) -> None:
