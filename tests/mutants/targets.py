@@ -177,6 +177,11 @@ EQUAL: dict[tuple[str, str, str], str] = {
         "at = np.arange(ends[-1] if len(ends) else 1) + np.repeat(stop - ends, lengths)",
     ): "the sum of one number and of no number is no number",
     (
+        "modules/staytime/base_losses.py",
+        "inner = np.quantile(opened, np.linspace(0, 1, leaves)[1:-1]) if len(opened) else np.zeros(0)",
+        "inner = np.quantile(opened, np.linspace(0, 1, leaves)[1:]) if len(opened) else np.zeros(0)",
+    ): "the next line leaves out the largest stay",
+    (
         "modules/alignment.py",
         "positive = scores.gather(2, own[None, :, None].expand(len(scores), -1, -1))[..., 0]",
         "positive = scores.gather(2, own[None, :, None].expand(len(scores), -1, 1))[..., 0]",
