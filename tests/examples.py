@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import re
 import shlex
@@ -77,7 +79,7 @@ class Example:
 
     Attributes:
         place: page, or help, or module that has it.
-        kind: ``command``, ``words`` (a command in a sentence), ``usage``, ``toml``, ``json`` or ``value``.
+        kind: ``command``, ``words`` (a command in a sentence), ``usage``, ``toml``, ``json``, ``python`` or ``value``.
         text: the example.
         command: for ``value``: command that takes it, and option or argument.
     """
@@ -448,13 +450,14 @@ def check_toml(example: Example) -> None:
         if not example.place.endswith(".py"):
             validate(EventMapping, raw, example.place)
         return
+    models = {kind: job_model(kind) for kind in JOBS.values()} | {"data import events": EventMapping}
     refusals = []
-    for kind in dict.fromkeys(JOBS.values()):
+    for kind, model in models.items():
         try:
-            check_keys(job_model(kind), raw)
+            check_keys(model, raw)
         except AssertionError as error:
             refusals.append(f"{kind}: {error}")
-    assert len(refusals) < len(set(JOBS.values())), "; ".join(refusals)
+    assert len(refusals) < len(models), "; ".join(refusals)
 
 
 def check_json(example: Example) -> None:
@@ -469,6 +472,14 @@ def check_json(example: Example) -> None:
         assert not decoded.rejected, decoded.rejected[0].reason
 
 
+def check_python(example: Example) -> None:
+    """Run a block of Python, and compare what it prints with the comments behind its calls of ``print``."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example.text, example.place, "exec"), {"__name__": "example"})
+    assert printed.getvalue().splitlines() == re.findall(r"^print\(.*\)  # (.*)$", example.text, re.MULTILINE)
+
+
 CHECKS: dict[str, Callable[[Example], None]] = {
     "command": check_line,
     "words": check_words,
@@ -476,6 +487,7 @@ CHECKS: dict[str, Callable[[Example], None]] = {
     "value": check_value,
     "toml": check_toml,
     "json": check_json,
+    "python": check_python,
 }
 """Kind of an example -> its check."""
 

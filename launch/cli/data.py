@@ -37,7 +37,10 @@ partitions_option = click.option(
     help="Partitions of the users, at least as many as ranks will train.",
 )
 out_argument = click.argument(
-    "out", metavar="OUT", type=OutputPath(), help="Dataset to make, a directory or a URL such as s3://; must not exist."
+    "out",
+    metavar="OUT",
+    type=OutputPath(),
+    help="Dataset to make: a new directory, or a URL (s3://BUCKET/PATH).",
 )
 
 

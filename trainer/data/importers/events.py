@@ -20,9 +20,9 @@ the events (``visit_assembly.py``). All keys, with their defaults::
     tag = ""                         # side feature of items that histories store with every visit; empty: none
 
     [nulls]                          # texts that mean "no value"; an empty text always does
-    values = ["\\N", "NULL", "null", "NA", "N/A", "n/a", "NaN", "nan", "None", "<NA>", "UNKNOWN"]
+    values = ['\\N', "NULL", "null", "NA", "N/A", "n/a", "NaN", "nan", "None", "<NA>", "UNKNOWN"]
                                      # in categories, numbers and outcomes
-    ids = ["\\N"]                    # in columns of hash_ids: a user may be named NULL
+    ids = ['\\N']                    # in columns of hash_ids: a user may be named NULL
     columns = {}                     # in single columns instead, such as {country = ["-"]}
 
     [columns]                        # canonical name = your column
