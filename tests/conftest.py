@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from tests.s3 import Bucket, make_bucket, server_environment
 
 # Several test processes share the cores; torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts a suite in the background with ctrl-C ignored, which the commands of tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline for one example would measure the machine, which may have other work to do.
 hypothesis.settings.register_profile("limelight", deadline=None)

@@ -342,6 +342,8 @@ def check_nothing_vanishes(format: str, values: list[bytes | None]) -> None:
 
 @settings(max_examples=1000, deadline=None)
 @given(st.sampled_from(["json", "arrow"]), st.lists(JUNK, max_size=3))
+# An element of an array that is an array itself.
+@example("json", [b"[" + line() + b", {}, [1], [], [[2]]]"])
 def test_every_message_gives_events_or_reasons(format: str, values: list[bytes | None]) -> None:
     check_nothing_vanishes(format, values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -54,6 +54,17 @@ def split_events(value: bytes) -> list[bytes]:
         return [value.replace(b"\n", b" ")]
     # A line that is not JSON must not take the others with it, and some of those may be arrays.
     return list(chain.from_iterable(_split_values(line) or [line] for line in lines))
+
+
+def message_of(events: Sequence[bytes]) -> bytes:
+    """Return a message that :func:`split_events` splits into ``events``, one a line.
+
+    An element of an array that is an array itself stays inside of one: on a line alone it would be split again.
+    """
+    return b"\n".join(
+        b"[%b]" % event if event[:1] == b"[" and _split_values(event) not in ([], [event]) else event
+        for event in events
+    )
 
 
 def _split_values(value: bytes) -> list[bytes]:

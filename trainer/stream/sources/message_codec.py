@@ -46,7 +46,15 @@ from trainer.data.format.visit_events import event_names, event_table
 from trainer.data.importers.field_parsers import whole_numbers
 from trainer.stream.labels.assembled_rows import ENTER, EVENT_TYPES
 from trainer.stream.labels.visit_grouping import in_domains
-from trainer.stream.sources.json_events import IDS, INTEGERS, is_text, parse_lines, parse_together, split_events
+from trainer.stream.sources.json_events import (
+    IDS,
+    INTEGERS,
+    is_text,
+    message_of,
+    parse_lines,
+    parse_together,
+    split_events,
+)
 from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.message_features import FeatureListCodec
 
@@ -354,7 +362,7 @@ def select_events(format: MessageFormat, value: bytes | None, numbers: Collectio
     if format == "json":
         pieces = split_events(value) if is_text(value) else [value]
         chosen = [piece for number, piece in enumerate(pieces) if number in numbers]
-        return value if len(chosen) == len(pieces) else b"\n".join(chosen)
+        return value if len(chosen) == len(pieces) else message_of(chosen)
     try:
         table = _read(value)
         _named(table)
