@@ -186,7 +186,6 @@ SIZES: dict[str, Callable[[Path, Path], Any]] = {
     "trainer.stream.labels.write_rows:_EVENTS_AT_ONCE": lambda *paths: assembled(*paths, "incremental"),
     "trainer.stream.labels.write_rows:_ROWS_AT_ONCE": lambda *paths: assembled(*paths, "batch"),
     "trainer.stream.sources.replay:_MAX_ROWS": replayed,
-    "trainer.stream.sources.replay:_PAGE_BYTES": replayed,
 }
 """Module and constant -> function that makes a result in a directory, with the help of a dataset."""
 
@@ -208,6 +207,8 @@ ELSEWHERE = {
     "trainer.data.writing.partition_spill:_ROWS_IN_MEMORY": "tests/data/writing/test_builder.py",
     "trainer.data.writing.partition_spill:_ROWS_PER_PARTITION": "tests/data/writing/test_builder.py",
     "trainer.llm.finetuning.token_files:_CHUNK": "tests/llm/finetuning/test_token_files.py",
+    "trainer.semantic_ids.redis_store:CHUNK": "tests/semantic_ids/test_code_store.py",
+    "trainer.semantic_ids.sqlite_store:READ_ROWS": "tests/semantic_ids/test_code_store.py",
     "trainer.stream.live.live_stream:_SLACK": "tests/stream/live/test_live_stream.py",
     "trainer.stream.sources.kafka_client:READ_MESSAGES": "tests/stream/sources/test_kafka_put_back.py",
     "trainer.stream.sources.kafka_source:_MAX_MESSAGES": "tests/stream/sources/test_kafka_source.py",

@@ -162,6 +162,7 @@ def options(out: Path, *arguments: str) -> argparse.Namespace:
     return script.parse(["--count", "99", "--out", str(out), *arguments])
 
 
+@pytest.mark.slow
 def test_bugs_are_tried_on_a_copy_and_results_are_merged(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +205,7 @@ def test_bugs_are_tried_on_a_copy_and_results_are_merged(
     assert not any(original == "LIMIT = 3" for original, _ in third)
 
 
+@pytest.mark.slow
 def test_a_test_that_fails_without_a_bug_finds_none(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,13 @@ def test_the_next_work_knows_nothing_of_an_earlier_signal(capfd: pytest.CaptureF
 
 
 def test_the_handler_is_the_earlier_one_after_the_work() -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)]
     assert exit_status(lambda: None) == 0
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)] == before
+
+
+def test_no_alarm_and_no_handler_of_it_outlives_the_work() -> None:
+    before = signal.getsignal(signal.SIGALRM)
+    assert exit_status(lambda: send(signal.SIGINT)) == INTERRUPTED_STATUS
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

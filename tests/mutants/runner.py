@@ -328,7 +328,8 @@ class _Watch:
             self._write()
 
     def pytest_runtest_setup(self, item: Any) -> None:
-        # The signal ends the process, with all that the test has started.
+        # The signal ends the process, with all that the test has started; an earlier test may have left a handler.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(PROCESS_SECONDS if _starts_processes(item) else TEST_SECONDS)
         self._result["running"] = item.nodeid
         self._write()

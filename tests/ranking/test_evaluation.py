@@ -64,7 +64,7 @@ def test_the_calibration_curve_agrees_with_a_count_by_hand() -> None:
             if inside:
                 mean, share = probability[inside, column].astype(np.float64).mean(), label[inside, column].mean()
                 expected[behaviour].append((mean, share, len(inside)))
-    found = calibration_curve(predictions, list(expected))
+    found = calibration_curve(predictions, list(expected), None)
     assert found.keys() == expected.keys() and len(found["click"]) > 15 and found["gift"] == []
     for behaviour, bins in expected.items():
         np.testing.assert_allclose(found[behaviour], bins, rtol=1e-6)

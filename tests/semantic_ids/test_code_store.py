@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.console.errors import UserError
+from trainer.semantic_ids import redis_store, sqlite_store
 from trainer.semantic_ids.code_store import CodeStore, RecentRuns, SegmentCodes, StoreSettings
 from trainer.semantic_ids.store_address import open_store
 
@@ -160,6 +161,16 @@ def test_an_unknown_author_and_a_time_before_the_first_segment_have_no_code(new_
     none = np.empty(0, np.int64)
     assert by_row(store.recent(none, none, 3)) == []
     assert store.append(codes([])) == (0, 0, 0, 0)
+
+
+def test_many_authors_are_written_and_read_in_parts(new_store: OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_store, "CHUNK", 3)
+    monkeypatch.setattr(sqlite_store, "READ_ROWS", 3)
+    random, store, plain = np.random.default_rng(5), new_store(gap_ms=GAP), PlainStore()
+    segments = [(n % 11, n, int(random.integers(0, 2)), 10 * n) for n in range(300)]
+    assert tuple(store.append(codes(segments))) == (*plain.append(segments), 0)
+    rows = [(author, 10 * as_of) for author in range(-1, 12) for as_of in (5, 150, 300)]
+    assert read(store, rows, 7) == [plain.recent(author, as_of, 7) for author, as_of in rows]
 
 
 def test_later_segments_change_nothing_that_was_read(new_store: OpenStore) -> None:

@@ -152,13 +152,15 @@ def exit_status(job: Callable[[], int | None]) -> int:
     """
     start_log()
     _arrived.clear()
-    previous = signal.getsignal(signal.SIGINT)
+    ctrl_c, alarm = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
     try:
         return _status_of(job)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if not _arrived and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, previous)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, alarm)
+            if not _arrived:
+                signal.signal(signal.SIGINT, ctrl_c)
 
 
 def _status_of(job: Callable[[], int | None]) -> int:
