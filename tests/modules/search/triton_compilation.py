@@ -17,7 +17,7 @@ from modules.search import triton_kernel
 
 CAPABILITIES = (80, 90)
 ALIGNED = [["tt.divisibility", 16]]
-"""What Triton finds out about the address of a tensor that torch allocated."""
+"""Attribute that Triton gives to the address of a tensor that torch allocated: a multiple of 16 bytes."""
 
 
 def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, int], capability: int) -> dict[str, object]:
