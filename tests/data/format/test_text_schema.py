@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -184,3 +185,41 @@ def test_a_bad_text_leaves_no_dataset(tmp_path: Path) -> None:
             builder.texts("comments", table("comments", COMMENTS))
         builder.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+SEGMENTS: dict[str, Any] = {"item_id": [4, 4], "segment": [0, 1], "start_ms": [1_000, 31_000], "text": ["a", "b"]}
+
+
+def test_a_segment_is_known_at_its_end_where_the_table_does_not_say_when(tmp_path: Path) -> None:
+    writer = TextWriter(tmp_path)
+    writer.add("segments", table("segments", SEGMENTS))
+    writer.finish()
+    assert read_texts(tmp_path, "segments", ["known_ms"]).to_pydict() == {"known_ms": [31_000, 61_000]}
+    # a table of an earlier version has no such column at all
+    file = tmp_path / "texts" / "segments.parquet"
+    pq.write_table(pq.read_table(file).drop_columns("known_ms"), file)
+    assert read_texts(tmp_path, "segments", ["known_ms", "text"]).to_pydict() == {
+        "known_ms": [31_000, 61_000],
+        "text": ["a", "b"],
+    }
+    assert read_texts(tmp_path, "segments").column_names == SCHEMAS["segments"].names
+
+
+def test_a_processing_delay_is_kept(tmp_path: Path) -> None:
+    writer = TextWriter(tmp_path)
+    for part in ([31_000, 61_500], [32_000, 65_000]):
+        writer.add("segments", pa.table({**SEGMENTS, "known_ms": part}))
+    writer.finish()
+    assert read_texts(tmp_path, "segments", ["known_ms"]).column(0).to_pylist() == [31_000, 61_500, 32_000, 65_000]
+
+
+def test_a_segment_known_before_its_end_is_refused(tmp_path: Path) -> None:
+    early = pa.table({**SEGMENTS, "known_ms": [31_000, 60_999]})
+    message = "row {}: known_ms is 60999, before the end of the segment; it must be start_ms .* here 61000"
+    with pytest.raises(UserError, match=message.format(8)):
+        checked("segments", early, first_row=7)
+    (tmp_path / "texts").mkdir()
+    pq.write_table(early, tmp_path / "texts" / "segments.parquet")
+    with pytest.raises(UserError, match=message.format(1)):
+        read_texts(tmp_path, "segments", ["item_id", "known_ms"])
+    assert read_texts(tmp_path, "segments", ["text"]).num_rows == 2

@@ -163,7 +163,7 @@ def test_taste_decides_which_comment_appeals(world: SimulatedWorld, comments: Co
 def test_segments_and_items_are_those_of_the_world(path: Path) -> None:
     segments, items = pq.read_table(path / "segments.parquet"), read_texts(path, "items")
     texts = read_texts(path, "segments")
-    for name in ("item_id", "segment", "start_ms"):
+    for name in ("item_id", "segment", "start_ms", "known_ms"):
         np.testing.assert_array_equal(texts.column(name).to_numpy(), segments.column(name).to_numpy())
     table = pq.read_table(path / "items.parquet")
     np.testing.assert_array_equal(items.column("author_id").to_numpy(), table.column("author_id").to_numpy())

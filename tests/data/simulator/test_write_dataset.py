@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -199,6 +201,65 @@ def test_rooms_are_made_of_segments(path: Path, items: Log) -> None:
     category = np.array(["chat dance", "lobby match climax", "pitch demonstration link"])
     genre = items["item_genre"][room] - 1
     assert all(topic in names.split() for topic, names in zip(topics[::7], category[genre // 8][::7], strict=True))
+
+
+def test_a_segment_is_known_some_seconds_after_its_end(path: Path) -> None:
+    table = pq.read_table(path / "segments.parquet")
+    delay = (table.column("known_ms").to_numpy() - table.column("start_ms").to_numpy() - 30_000) / 1000
+    assert delay.min() >= 1 and 3.3 < np.median(delay) < 3.7 and 12 < np.quantile(delay, 0.99) < 16
+    assert len(np.unique(delay)) > 1000
+    # one delay has nothing to do with the next one
+    assert abs(np.corrcoef(delay[1:], delay[:-1])[0, 1]) < SIGMAS / np.sqrt(len(delay))
+
+
+FORMER = {
+    ".": ("f2f5718ab1c6a768", 3316.894, 25),
+    "events": ("11fe08a07e8732a8", 55943990.0, 16),
+    "history": ("6de9ddd83e303234", 0.0, 10),
+    "rows": ("2b8cf9e7a06eb0dd", 27294.833, 14),
+    "texts": ("c8789b12c1f51acd", 0.0, 29),
+    "truth": ("ffd7b58a6b31430c", 61648.799, 30),
+}
+"""Folder -> hash of its whole numbers and texts, sum of its other numbers, and number of its columns.
+
+They belong to the world of 70 users, 2 days and seed 3 with texts, and were computed before segments had ``known_ms``.
+"""
+
+
+def test_a_world_is_the_same_as_that_of_earlier_versions(tmp_path: Path) -> None:
+    simulate(tmp_path / "world", users=70, days=2, partitions=2, seed=3, texts=True)
+    spec = DatasetSpec.load(tmp_path / "world")
+    extra = ["users", "days", "seed", "exposures_per_day", "categories", "topics", "scenes", "comment_kinds"]
+    assert list(spec.extra) == extra
+    for folder, (digest, total, count) in FORMER.items():
+        found = contents(tmp_path / "world", folder)
+        whole, sums = hashlib.blake2b(digest_size=8), 0.0
+        for name, values in sorted(found.items()):
+            if values.dtype.kind == "f":
+                sums += abs(float(values.sum(dtype=np.float64)))
+            else:
+                data = "\n".join(values).encode() if values.dtype.kind == "O" else values.astype(np.int64).tobytes()
+                whole.update(name.encode() + data)
+        # the last bit of a float may depend on the processor, so floats are compared by their sum
+        assert (whole.hexdigest(), len(found)) == (digest, count), folder
+        assert sums == pytest.approx(total, rel=1e-4), folder
+
+
+def contents(path: Path, folder: str) -> Log:
+    """Return all columns of the files of a folder, without those of the segments that earlier versions did not have."""
+    columns = dict(read_rows(str(path), DatasetSpec.load(path))) if folder == "rows" else {}
+    columns |= {file.stem: np.load(file) for file in (path / folder).glob("*.npy")}
+    for file in (path / folder).glob("*.parquet"):
+        table = pq.read_table(file)
+        for name in table.column_names:
+            if (file.name, name) == ("segments.parquet", "known_ms"):
+                continue
+            column = table.column(name).combine_chunks()
+            if pa.types.is_list(column.type):
+                columns[f"{file.stem}.{name}.lengths"] = pc.list_value_length(column).to_numpy()
+                column = column.flatten()
+            columns[f"{file.stem}.{name}"] = column.to_numpy(zero_copy_only=False)
+    return columns
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:

@@ -32,13 +32,16 @@ _SMALL_BYTES = 1 << 30
 _PAGE_BYTES = 1 << 20
 
 
-def read_table(files: DatasetFiles, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(
+    files: DatasetFiles, name: str, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> pa.Table:
     """Read a table of a dataset, and compare the file with its checksum.
 
     Args:
         files: of the dataset.
         name: of the file, such as ``texts/items.parquet``.
         columns: columns to read, all by default.
+        optional: columns to read as well if the table has them.
 
     Raises:
         FileNotFoundError: the dataset has no such table.
@@ -52,6 +55,8 @@ def read_table(files: DatasetFiles, name: str, columns: Sequence[str] | None = N
         missing = [column for column in columns or () if column not in schema.names]
         if missing:
             raise UserError(f"{file}: column {missing[0]!r} is missing")
+        if columns is not None:
+            columns = [*columns, *(column for column in optional if column in schema.names)]
         texts = [field.name for field in schema if _is_text(field.type)]
         with pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts) as source:
             return _read_bounded(source, schema, columns, _limit(len(data)), file)

@@ -42,6 +42,9 @@ NO_COMMENT = -1
 SEGMENTS_PER_ITEM = 1 << 16
 """Largest number of segments of a room, 22 days of 30 seconds each; see ``segment_ids``."""
 
+SEGMENT_MS = 30_000
+"""Length of a segment of a room."""
+
 _IDS = pa.list_(pa.int64())
 
 ITEMS = pa.schema(
@@ -61,10 +64,16 @@ AUTHORS = pa.schema([("author_id", pa.int64()), ("text", pa.string())])
 """Texts in which authors describe themselves."""
 
 SEGMENTS = pa.schema(
-    [("item_id", pa.int64()), ("segment", pa.int32()), ("start_ms", pa.int64()), ("text", pa.string())]
+    [
+        ("item_id", pa.int64()),
+        ("segment", pa.int32()),
+        ("start_ms", pa.int64()),
+        ("known_ms", pa.int64()),
+        ("text", pa.string()),
+    ]
 )
-"""Speech of a room. ``segment`` counts from 0 in each room. The text of a segment is known 30 seconds after
-``start_ms``."""
+"""Speech of a room. ``segment`` counts from 0 in each room. ``known_ms`` is the time from which the text is known: the
+end of the segment plus the time of its processing. A table without this column is accepted; see ``with_known_ms``."""
 
 COMMENTS = pa.schema(
     [
@@ -154,16 +163,21 @@ def read_texts(path: str | Path, name: str, columns: list[str] | None = None) ->
     file = storage.join(path, f"{FOLDER}/{name}.parquet")
     wanted = SCHEMAS[name].names if columns is None else columns
     order = [("request_ms", "ascending"), ("visit_id", "ascending")] if name == "visits" else []
-    read = list(dict.fromkeys([*wanted, *(column for column, _ in order)]))
+    # Datasets of earlier versions do not have the time from which a segment is known; its rule needs the start.
+    optional = ["known_ms"] if name == "segments" and "known_ms" in wanted else []
+    needed = [*wanted, *(column for column, _ in order), *(["start_ms"] if optional else [])]
+    read = [column for column in dict.fromkeys(needed) if column not in optional]
     try:
         # Only the columns that are asked for are checked: other columns may be added later or by other tools.
-        table = read_table(DatasetFiles(path), f"{FOLDER}/{name}.parquet", read)
+        table = read_table(DatasetFiles(path), f"{FOLDER}/{name}.parquet", read, optional)
     except FileNotFoundError:
         raise UserError(
             f"{path}: has no {FOLDER}/{name}.parquet; `limelight data simulate --texts` and `limelight data import "
             "kuaicomt` make datasets with texts"
         ) from None
     table = _checked(table, SCHEMAS[name], file)
+    if optional:
+        table = with_known_ms(table, str(file))
     return (table.sort_by(order) if order else table).select(wanted)
 
 
@@ -189,6 +203,35 @@ def _checked(table: pa.Table, schema: pa.Schema, file: str | Path) -> pa.Table:
                 f"{file}: {column} has values of type {values.type}; each must be {_ACCEPTED[wanted]}"
             ) from None
     return pa.table(columns, table.column_names)
+
+
+def with_known_ms(segments: pa.Table, what: str = "segments", first_row: int = 0) -> pa.Table:
+    """Return a table of segments with the column ``known_ms``, the time from which a segment is known.
+
+    This is the only place of the rule: a segment is never known before its end, ``SEGMENT_MS`` after its ``start_ms``.
+    Where the table has no ``known_ms``, as in a dataset of an earlier version, it is known at its end. Every use of a
+    segment at a time ``t`` must have ``known_ms <= t``.
+
+    Args:
+        segments: table with the column ``start_ms``, ``int64``.
+        what: name of the table for messages.
+        first_row: number of its first row, for messages.
+
+    Raises:
+        UserError: a segment is known before its end; names the row.
+    """
+    end_ms = pc.add(segments.column("start_ms"), SEGMENT_MS)
+    if "known_ms" not in segments.column_names:
+        return segments.append_column("known_ms", end_ms)
+    known_ms = segments.column("known_ms")
+    early = pc.less(known_ms, end_ms).to_numpy()
+    if early.any():
+        row = int(np.argmax(early))
+        raise UserError(
+            f"{what}: row {first_row + row}: known_ms is {known_ms[row]}, before the end of the segment; it must be "
+            f"start_ms + {SEGMENT_MS} or more, here {end_ms[row]}"
+        )
+    return segments
 
 
 def has_texts(path: str | Path, name: str) -> bool:

@@ -14,7 +14,6 @@ SECOND_MS = 1_000
 MINUTE_MS = 60_000
 HOUR_MS = 3_600_000
 DAY_MS = 86_400_000
-SEGMENT_MS = 30 * SECOND_MS
 
 HOUR_SHARE = np.array(
     [3, 2, 1.2, 0.8, 0.7, 0.9, 1.8, 3, 3.6, 3.6, 3.8, 4.4, 5.6, 5, 4.2, 4, 4.2, 4.8, 6, 7.4, 8.6, 9, 7.8, 5], np.float64

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.data.format.schema import DOMAINS
-from trainer.data.simulator.config import DAY_MS, HOUR_MS, MINUTE_MS, SEGMENT_MS, START_MS, WorldConfig
+from trainer.data.format.text_schema import SEGMENT_MS
+from trainer.data.simulator.config import DAY_MS, HOUR_MS, MINUTE_MS, START_MS, WorldConfig
 from trainer.data.simulator.population import GENRES, GENRES_PER_CATEGORY, TOPICS, Authors
 
 VIDEO, LIVE = DOMAINS.index("video"), DOMAINS.index("live")
@@ -30,6 +31,11 @@ A phase is its topic, the fewest and most segments it lasts, and its lowest and 
 
 ROOMS_AT_A_TIME = 8_192
 
+LEAST_PROCESSING_MS, MEDIAN_PROCESSING_MS, PROCESSING_SPREAD = 1_000, 3_500, 0.7
+"""Time from the end of a segment until its content is known: the least, the median, and the standard deviation of the
+logarithm of what exceeds the least. One segment in 100 takes more than 13 seconds, and about 20 in 100,000 take more
+than 30; some of these become known after the segment that follows them."""
+
 
 @dataclass(frozen=True)
 class Items:
@@ -46,6 +52,7 @@ class Items:
         first_segment: ``[n + 1] int64``, offsets into the segment columns; videos have none.
         topic: ``[segments] int8``, positions in ``TOPICS``.
         intensity: ``[segments] float32`` in [0, 1], the true highlight curve.
+        processing_ms: ``[segments] int32``, time from the end of a segment until its content is known.
     """
 
     videos: int
@@ -60,6 +67,21 @@ class Items:
     first_segment: np.ndarray
     topic: np.ndarray
     intensity: np.ndarray
+    processing_ms: np.ndarray
+
+    def segment_times(self, first: int, last: int) -> dict[str, np.ndarray]:
+        """Return keys and times of the segments at positions ``first`` to ``last`` (excluded) of the segment columns.
+
+        Returns:
+            ``item_id`` (int64), ``segment`` (int32, from 0 in each room), ``start_ms`` and ``known_ms`` (int64). A
+            segment is known after its end and the time of its processing.
+        """
+        position = np.arange(first, last)
+        item = np.searchsorted(self.first_segment, position, side="right") - 1
+        segment = position - self.first_segment[item]
+        start_ms = self.start_ms[item] + segment * SEGMENT_MS
+        known_ms = start_ms + SEGMENT_MS + self.processing_ms[first:last]
+        return {"item_id": item, "segment": segment.astype(np.int32), "start_ms": start_ms, "known_ms": known_ms}
 
     def segment(self, item: np.ndarray, time_ms: np.ndarray) -> np.ndarray:
         """Return the positions in the segment columns of what the rooms show at the given times, ``[n] int64``.
@@ -99,6 +121,7 @@ def make_items(config: WorldConfig, authors: Authors) -> Items:
         first_segment=np.concatenate([[0], np.cumsum(counts)]),
         topic=topic,
         intensity=intensity,
+        processing_ms=_processing_ms(config, len(topic)),
     )
 
 
@@ -158,6 +181,14 @@ def _segments(config: WorldConfig, category: np.ndarray, count: np.ndarray) -> t
             positions = starts + np.arange(len(values))
             topic[positions], intensity[positions] = values, levels
     return topic, intensity
+
+
+def _processing_ms(config: WorldConfig, segments: int) -> np.ndarray:
+    """Draw the time that the processing of each segment takes, ``[segments] int32``; log-normal beyond the least."""
+    normal = config.generator("segment processing").standard_normal(segments, np.float32)
+    beyond = (MEDIAN_PROCESSING_MS - LEAST_PROCESSING_MS) * np.exp(PROCESSING_SPREAD * normal)
+    # an hour is more than any delay of a service that works
+    return LEAST_PROCESSING_MS + np.minimum(beyond, HOUR_MS).astype(np.int32)
 
 
 def _phase_runs(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.data.simulator import population
-from trainer.data.simulator.config import BEHAVIOURS, SEGMENT_MS, TIMEZONE, WorldConfig
+from trainer.data.simulator.config import BEHAVIOURS, TIMEZONE, WorldConfig
 from trainer.data.simulator.content import DURATION_BANDS
 from trainer.data.simulator.exposure import SCENES
 from trainer.data.simulator.user_days import POSITIONS
 from trainer.data.simulator.world import SimulatedWorld
+
+SEGMENTS_AT_ONCE = 1 << 20
 
 
 def dataset_spec(config: WorldConfig, partitions: int) -> DatasetSpec:
@@ -69,16 +73,13 @@ def dataset_spec(config: WorldConfig, partitions: int) -> DatasetSpec:
 
 
 def entity_tables(world: SimulatedWorld) -> dict[str, pa.Table]:
-    """Return the tables ``users``, ``authors``, ``items`` and ``segments``.
+    """Return the tables ``users``, ``authors`` and ``items``.
 
-    ``items`` has ``item_id, author_id, domain, start_ms, end_ms`` and side features. ``segments`` has ``item_id,
-    segment, start_ms, topic, intensity``: the topic is a position in ``extra["topics"]``, the intensity is in [0, 1].
-    The end of a room and its segments are in the future when the room is ranked, so they must not become features.
+    ``items`` has ``item_id, author_id, domain, start_ms, end_ms`` and side features. The end of a room is in the future
+    when the room is ranked, so it must not become a feature.
     """
     items = world.items
-    n, rooms = len(items.author), np.arange(items.videos, len(items.author))
-    length = np.diff(items.first_segment)[rooms]
-    segment = np.arange(len(items.topic)) - np.repeat(items.first_segment[rooms], length)
+    n = len(items.author)
     seconds = (items.end_ms - items.start_ms) / 1_000
     band = 1 + np.searchsorted([8, 15, 25, 40, 60, 100, 180], seconds)
     return {
@@ -96,13 +97,17 @@ def entity_tables(world: SimulatedWorld) -> dict[str, pa.Table]:
                 "duration_band": np.where(np.arange(n) < items.videos, band, 0).astype(np.int32),
             }
         ),
-        "segments": pa.table(
-            {
-                "item_id": np.repeat(rooms, length),
-                "segment": segment.astype(np.int32),
-                "start_ms": np.repeat(items.start_ms[rooms], length) + segment * SEGMENT_MS,
-                "topic": items.topic,
-                "intensity": items.intensity,
-            }
-        ),
     }
+
+
+def segment_tables(world: SimulatedWorld) -> Iterator[pa.Table]:
+    """Yield the table ``segments`` in parts: ``item_id, segment, start_ms, known_ms, topic, intensity``.
+
+    The topic is a position in ``extra["topics"]``, the intensity is in [0, 1]. A segment may become a feature from
+    ``known_ms`` on (``text_schema.with_known_ms``).
+    """
+    items = world.items
+    for first in range(0, len(items.topic), SEGMENTS_AT_ONCE):
+        last = min(first + SEGMENTS_AT_ONCE, len(items.topic))
+        columns = {"topic": items.topic[first:last], "intensity": items.intensity[first:last]}
+        yield pa.table(items.segment_times(first, last) | columns)

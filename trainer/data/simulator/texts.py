@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.simulator.config import SEGMENT_MS
 from trainer.data.simulator.population import CATEGORIES, GENRES_PER_CATEGORY
 from trainer.data.simulator.words import (
     AUTHOR_MARKS,
@@ -86,14 +85,12 @@ def segment_texts(world: SimulatedWorld, first: int, last: int) -> pa.Table:
     """Return the speech of the segments at positions ``first`` to ``last`` (excluded) of the world's columns."""
     items, rng = world.items, world.config.generator("segment texts", first)
     position = np.arange(first, last)
-    item = np.searchsorted(items.first_segment, position, side="right") - 1
-    segment = position - items.first_segment[item]
+    times = items.segment_times(first, last)
     uniform = rng.random((2, len(position)))
     volume = np.minimum((items.intensity[position] * BANDS).astype(np.int64), BANDS - 1)
     text = join_words(
         pick_words([[word] for word in VOLUME], volume, np.zeros(len(position))),
         pick_words(SEGMENT_SPEECH, items.topic[position], uniform[0]),
-        pick_words(TOPIC_WORDS, items.genre[item], uniform[1]),
+        pick_words(TOPIC_WORDS, items.genre[times["item_id"]], uniform[1]),
     )
-    start_ms = items.start_ms[item] + segment * SEGMENT_MS
-    return pa.table({"item_id": item, "segment": segment.astype(np.int32), "start_ms": start_ms, "text": text})
+    return pa.table({**times, "text": text})

@@ -14,7 +14,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.comment_area import CommentReaders, comment_visits, make_comment_readers
 from trainer.data.simulator.comments import Comments, comment_table, comment_truth, make_comments
 from trainer.data.simulator.config import WorldConfig
-from trainer.data.simulator.description import dataset_spec, entity_tables
+from trainer.data.simulator.description import dataset_spec, entity_tables, segment_tables
 from trainer.data.simulator.event_log import gift_prices, repeat_table, truth_table, visit_table
 from trainer.data.simulator.texts import text_tables
 from trainer.data.simulator.user_days import BLOCK, simulate_visits
@@ -62,6 +62,8 @@ def simulate(
         world = make_world(config)
         for name, table in entity_tables(world).items():
             builder.table(name, table)
+        for table in segment_tables(world):
+            builder.table("segments", table)
         written = _write_texts(builder, world) if texts else None
         report = progress or (lambda what, done, total: None)
         report("simulating", 0, total)

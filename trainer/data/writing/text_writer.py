@@ -14,7 +14,15 @@ import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DOMAINS
-from trainer.data.format.text_schema import FOLDER, SCHEMAS, TRUTHS, UNKNOWN_TIME, UNKNOWN_USER, flat_lists
+from trainer.data.format.text_schema import (
+    FOLDER,
+    SCHEMAS,
+    TRUTHS,
+    UNKNOWN_TIME,
+    UNKNOWN_USER,
+    flat_lists,
+    with_known_ms,
+)
 
 _KEYS = {"items": "item_id", "authors": "author_id", "comments": "comment_id", "visits": "visit_id"}
 """Table -> id column whose values must be unique in it."""
@@ -127,6 +135,8 @@ class TextWriter:
 def checked(name: str, table: pa.Table, first_row: int = 0) -> pa.Table:
     """Return ``table`` with the columns and types of ``SCHEMAS[name]``, after a check of its values.
 
+    Segments without ``known_ms`` get it by the rule of ``text_schema.with_known_ms``.
+
     Args:
         name: name of the text table.
         table: a part of it.
@@ -134,12 +144,15 @@ def checked(name: str, table: pa.Table, first_row: int = 0) -> pa.Table:
 
     Raises:
         UserError: the table is unknown; a column is missing, unknown, has another type or lacks a value; a number
-            (a staytime, a count of likes, an id) is negative; a domain is unknown; an id comes twice in the table; or
-            ``shown_likes`` has another length than ``shown``. The message gives table, column, row and value.
+            (a staytime, a count of likes, an id) is negative; a domain is unknown; a segment is known before its end;
+            an id comes twice in the table; or ``shown_likes`` has another length than ``shown``. The message gives
+            table, column, row and value.
     """
     if name not in SCHEMAS:
         raise UserError(f"{name!r} is not a text table; text tables are {', '.join(SCHEMAS)}")
     what, schema = f"texts/{name}", SCHEMAS[name]
+    if name == "segments" and "known_ms" not in table.column_names:
+        schema = schema.remove(schema.get_field_index("known_ms"))
     for column in table.column_names:
         if column not in schema.names:
             raise UserError(f"{what}: unknown column {column!r}; known columns are {', '.join(schema.names)}")
@@ -154,6 +167,8 @@ def checked(name: str, table: pa.Table, first_row: int = 0) -> pa.Table:
         _check_column(what, field, table.column(field.name), first_row)
     if name in _KEYS:
         _check_unique(name, table.column(_KEYS[name]).to_numpy(), first_row)
+    if name == "segments":
+        table = with_known_ms(table, what, first_row).select(SCHEMAS[name].names)
     if name == "visits":
         shown, likes = (pc.list_value_length(table.column(column)).to_numpy() for column in ("shown", "shown_likes"))
         bad = (likes > 0) & (likes != shown)
