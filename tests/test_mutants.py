@@ -168,7 +168,7 @@ def test_bugs_are_tried_on_a_copy_and_results_are_merged(
 ) -> None:
     # The slow modules are here already, and orphans of other tests are not ours.
     monkeypatch.setattr(script, "preload", lambda: None)
-    monkeypatch.setattr("tests.mutants.runner.TEST_SECONDS", 1)
+    monkeypatch.setattr("tests.mutants.runner.PROCESSOR_SECONDS", 1)
     out, tests = tmp_path / "mutants.json", {"box.py": ("tests/test_box.py",)}
 
     def run(*arguments: str) -> dict[tuple[str, str], str | None]:
@@ -215,6 +215,56 @@ def test_a_test_that_fails_without_a_bug_finds_none(
         repository, {"box.py": ("tests/test_box.py",)}, options(tmp_path / "mutants.json", "--only", "value < 7")
     )
     assert result["tried"] == result["survived"] > 0
+
+
+BUSY = """import os, signal
+from pathlib import Path
+import pytest
+from box import unused
+
+TIMES = Path("times")
+
+
+@pytest.fixture
+def nursery():
+    pass
+
+
+def test_alone():
+    TIMES.write_text(TIMES.read_text() + "a")
+    if unused(7) and "aa" not in TIMES.read_text():
+        os.kill(os.getpid(), signal.SIGALRM)
+
+
+def test_of_processes(nursery):
+    TIMES.write_text(TIMES.read_text() + "p")
+    assert not unused(7) or "p" in TIMES.read_text()[:-1]
+"""
+
+
+@pytest.mark.slow
+def test_a_bug_is_not_found_by_a_machine_that_is_busy(repository: Path, tmp_path: Path) -> None:
+    (repository / "tests" / "test_box.py").write_text(BUSY)
+    (repository / "times").write_text("")
+    runner = script.TestRunner(repository, tmp_path)
+    content = (repository / "box.py").read_text().replace("value < 7", "value <= 7").encode()
+    outcome = runner.find("box.py", "unused", content, ["tests/test_box.py"])
+    runner.close()
+    assert outcome.found is None
+    # With the bug, without it and with it, then with all others; a test of processes twice, and again what is left.
+    assert (repository / "times").read_text() == "aaapp"
+    assert (repository / "box.py").read_text() == MODULE
+
+
+@pytest.mark.slow
+def test_what_fails_without_a_bug_is_told_from_what_passes(repository: Path, tmp_path: Path) -> None:
+    (repository / "tests" / "test_box.py").write_text(TEST)
+    (repository / "tests" / "test_import.py").write_text("import missing_module\n\n\ndef test_it():\n    pass\n")
+    runner = script.TestRunner(repository, tmp_path)
+    names = ["test_large_values_are_clipped", "test_small_values_stay", "test_that_always_fails"]
+    finders = [f"tests/test_box.py::{name}" for name in names]
+    others = ["the import of tests/test_import.py", "tests/test_import.py::test_it"]
+    assert runner.failing([*finders, *others, "the start of tests/test_box.py"]) == {finders[-1], *others}
 
 
 def test_a_reason_makes_a_survivor_equal(monkeypatch: pytest.MonkeyPatch) -> None:

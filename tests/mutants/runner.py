@@ -10,6 +10,8 @@ of functions and in code that numba compiles need a process that imports everyth
 processes of their own; these run if all others pass, and the tests on several ranks last.
 
 A test that has found a bug must pass without it, which :meth:`TestRunner.failing` finds out for all of them together.
+A test that did not end, or that starts processes of its own, may have failed because the machine was busy: it must fail
+a second time with the bug, within a limit of at least ten times the seconds that it takes without the bug.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
@@ -51,8 +53,14 @@ PROCESSES = {"nursery", "run_ranks", "limelight"}
 NO_CODE = 99
 """Exit status of a process that could not give a function its code."""
 
+PROCESSOR_SECONDS = 60
+"""Seconds of processor time after which a test is ended: a bug may make a loop endless."""
+
 TEST_SECONDS, PROCESS_SECONDS = 180, 900
-"""Seconds after which a test is ended, alone or with processes of its own: a bug may make a loop endless."""
+"""Elapsed seconds after which a test is ended, alone or with processes of its own: a bug may make it wait for ever."""
+
+SLOWER = 10
+"""Times the seconds without a bug that a test may take with it."""
 
 RANKS = "tests/distributed/"
 """Tests on several ranks, which take longest."""
@@ -67,15 +75,19 @@ class Outcome:
     """The end of a test process.
 
     Attributes:
-        found: test that failed or did not end; ``the import of FILE`` or ``the start of the tests``; None if all tests
+        found: test that failed or did not end; ``the import of FILE`` or ``the start of FILE``; None if all tests
             passed.
         ran: number of tests that ran.
         seconds: elapsed time.
+        ended: False if the process was killed inside of the test, by a limit or by another signal.
+        last: elapsed seconds of the last test that ended.
     """
 
     found: str | None
     ran: int
     seconds: float
+    ended: bool = True
+    last: float = 0.0
 
 
 def copy_tree(root: Path, copy: Path) -> None:
@@ -146,14 +158,18 @@ class TestRunner:
             for kind, chosen in (("alone", near), ("processes", near), ("processes", far)):
                 if not chosen:
                     continue
-                if compiled is not None:
-                    shutil.rmtree(compiled, ignore_errors=True)
                 outcome = None
                 if kind == "alone" and server is not None:
                     outcome = server.find(path, function)
                 if outcome is None:
                     outcome = self.run(chosen, kind, compiled)
                 seconds, ran = seconds + outcome.seconds, ran + outcome.ran
+                busy: set[str] = set()
+                while outcome.found is not None and not self._fails_again(outcome, kind, path, plain, compiled):
+                    busy.add(outcome.found)
+                    path.write_bytes(content)
+                    outcome = self.run(chosen, kind, compiled, busy)
+                    seconds, ran = seconds + outcome.seconds, ran + outcome.ran
                 if outcome.found is not None:
                     return Outcome(outcome.found, ran, seconds)
         finally:
@@ -161,6 +177,28 @@ class TestRunner:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
             _forget_bytecode(path)
         return Outcome(None, ran, seconds)
+
+    def _fails_again(self, outcome: Outcome, kind: str, path: Path, plain: bytes, compiled: Path | None) -> bool:
+        """Return True if a test has failed by the bug and not since the machine was busy.
+
+        Args:
+            outcome: of a run with the bug, whose test has failed.
+            kind: of this run.
+            path: file with the bug.
+            plain: content of the file without it.
+            compiled: as for :meth:`run`.
+        """
+        test = outcome.found or ""
+        if "::" not in test or (outcome.ended and kind == "alone"):
+            return True
+        content, seconds = path.read_bytes(), 0.0
+        if not outcome.ended:
+            path.write_bytes(plain)
+            _forget_bytecode(path)
+            seconds = self.run([test], "all", compiled).last
+            path.write_bytes(content)
+            _forget_bytecode(path)
+        return self.run([test], "all", compiled, limit=SLOWER * seconds).found is not None
 
     def _served(self, tests: list[str]) -> _Server | None:
         """Return the server of some test files; None if it does not start."""
@@ -175,45 +213,72 @@ class TestRunner:
             self._server.close()
             self._server = None
 
-    def failing(self, tests: Sequence[str]) -> set[str]:
-        """Return those of some tests that fail without a bug."""
-        rest, failing = [test for test in tests if "::" in test], set()
-        while rest:
-            found = self.run(rest).found
-            if found is None:
-                break
-            # The tests before it may have passed or not run, since they are ordered by file.
-            failing.add(found)
-            if found not in rest:
-                break
-            rest.remove(found)
+    def failing(self, finders: Sequence[str]) -> set[str]:
+        """Return those that fail without a bug.
+
+        Args:
+            finders: tests, or names of other places where :meth:`find` has met an error.
+        """
+        by_file: dict[str, list[str]] = {}
+        for finder in finders:
+            by_file.setdefault(_file_of(finder), []).append(finder)
+        failing = set()
+        for file, rest in by_file.items():
+            if self.run([file], "none").found is not None:
+                failing.update(rest)
+                continue
+            rest = [test for test in rest if "::" in test]
+            while rest and (found := self.run(rest).found) is not None:
+                if found not in rest:
+                    # The tests before it may have passed or not run.
+                    failing.update(rest)
+                    break
+                failing.add(found)
+                rest.remove(found)
         return failing
 
-    def run(self, tests: Sequence[str], kind: str = "all", compiled: Path | None = None) -> Outcome:
+    def run(
+        self,
+        tests: Sequence[str],
+        kind: str = "all",
+        compiled: Path | None = None,
+        busy: Collection[str] = (),
+        limit: float = 0.0,
+    ) -> Outcome:
         """Run test files, or tests, in a fork until one fails.
 
         Args:
             tests: files below the copy, or names of tests.
-            kind: ``alone`` for the tests without processes of their own, ``processes`` for the others, or ``all``.
-            compiled: directory for the code that numba compiles; None for the usual place.
+            kind: ``alone`` for the tests without processes of their own, ``processes`` for the others, ``all``, or
+                ``none`` to import them only.
+            compiled: directory for the code that numba compiles, which is emptied before; None for the usual place.
+            busy: more tests that do not run.
+            limit: seconds that each test may take at least, elapsed or of the processor.
         """
         written = self._work / "outcome.json"
         written.unlink(missing_ok=True)
+        if compiled is not None:
+            shutil.rmtree(compiled, ignore_errors=True)
         started, others = time.monotonic(), _children()
-        watch = _Watch(self.left_out, kind, written)
+        watch = _Watch(self.left_out.union(busy), kind, written, limit=limit)
         child = _fork(lambda: _test(self._copy, tests, watch, compiled), self._work / "output")
         os.waitpid(child, 0)
         _end(others)
-        return _outcome(written, started)
+        return _outcome(written, started, tests)
 
 
-def _outcome(written: Path, started: float) -> Outcome:
+def _file_of(finder: str) -> str:
+    return finder.partition("::")[0].rpartition(" ")[2]
+
+
+def _outcome(written: Path, started: float, tests: Sequence[str]) -> Outcome:
     elapsed = time.monotonic() - started
     if not written.exists():
-        return Outcome("the start of the tests", 0, elapsed)
+        return Outcome(f"the start of {_file_of(tests[0])}", 0, elapsed)
     found = json.loads(written.read_text())
     # A process that was killed has not got to the end of its test.
-    return Outcome(found["failed"] or found["running"], found["ran"], elapsed)
+    ended = found["failed"] is not None or found["running"] is None
+    return Outcome(found["failed"] or found["running"], found["ran"], elapsed, ended, found["seconds"])
 
 
 class _Server:
@@ -249,7 +314,7 @@ class _Server:
         self._orders.flush()
         answer = self._answers.readline()
         _end(others)
-        return _outcome(self._written, started) if answer == "done\n" else None
+        return _outcome(self._written, started, self.tests) if answer == "done\n" else None
 
     def close(self) -> None:
         """End the process."""
@@ -301,9 +366,17 @@ def _give_code(path: str, function: str) -> bool:
 class _Watch:
     """Plugin of pytest that orders tests, limits their time, and records their ends."""
 
-    def __init__(self, left_out: set[str], kind: str, written: Path, pipes: tuple[int, int] | None = None) -> None:
-        self._left_out, self._kind, self.written, self._pipes = left_out, kind, written, pipes
-        self._result: dict[str, Any] = {"failed": None, "running": None, "ran": 0}
+    def __init__(
+        self,
+        left_out: set[str],
+        kind: str,
+        written: Path,
+        pipes: tuple[int, int] | None = None,
+        limit: float = 0.0,
+    ) -> None:
+        self._left_out, self._kind, self.written, self._pipes, self._limit = left_out, kind, written, pipes, limit
+        self._started = 0.0
+        self._result: dict[str, Any] = {"failed": None, "running": None, "ran": 0, "seconds": 0.0}
 
     def pytest_collection(self) -> None:
         # A counterexample is enough; nobody reads a small one.
@@ -314,7 +387,9 @@ class _Watch:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if self._left_out.isdisjoint({item.nodeid, item.nodeid.partition("[")[0]})]
-        if self._kind != "all":
+        if self._kind == "none":
+            items.clear()
+        elif self._kind != "all":
             items[:] = [item for item in items if _starts_processes(item) == (self._kind == "processes")]
 
     @pytest.hookimpl(tryfirst=True)
@@ -328,9 +403,13 @@ class _Watch:
             self._write()
 
     def pytest_runtest_setup(self, item: Any) -> None:
-        # The signal ends the process, with all that the test has started; an earlier test may have left a handler.
+        # The signals end the process, with all that the test has started; an earlier test may have left a handler.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(PROCESS_SECONDS if _starts_processes(item) else TEST_SECONDS)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        elapsed = PROCESS_SECONDS if _starts_processes(item) else TEST_SECONDS
+        signal.setitimer(signal.ITIMER_REAL, max(elapsed, self._limit))
+        signal.setitimer(signal.ITIMER_PROF, max(PROCESSOR_SECONDS, self._limit))
+        self._started = time.monotonic()
         self._result["running"] = item.nodeid
         self._write()
 
@@ -340,10 +419,12 @@ class _Watch:
             self._result["failed"] = report.nodeid
         if report.when == "teardown":
             self._result["running"] = None
+            self._result["seconds"] = time.monotonic() - self._started
             self._write()
 
     def pytest_sessionfinish(self) -> None:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         self._write()
 
     def _write(self) -> None:
