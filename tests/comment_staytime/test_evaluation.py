@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +32,16 @@ from modules.staytime.networks import StaytimeOutput
 from tests.paths import ROOT, files_of_their_owner_alone
 from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
-from trainer.comment_staytime.model import Labels, StaytimePredictions, build_network, fit_base_on, joint_loss, train
+from trainer.comment_staytime.model import (
+    Labels,
+    StaytimePredictions,
+    build_network,
+    fit_base_on,
+    joint_loss,
+    make_batch,
+    predict,
+    train,
+)
 from trainer.config.load import load_job
 from trainer.config.staytime import PECULIARITIES, StaytimeConfig
 from trainer.console.errors import UserError
@@ -37,6 +49,7 @@ from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import flat_lists, list_column, read_texts
 from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
+from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.metrics.staytime_metrics import staytime_metrics
 from trainer.runtime.checksums import CHECKSUMS
 from trainer.staytime import run_job
@@ -203,6 +216,76 @@ def test_what_is_loaded_is_what_the_tables_say(world: Path, embeddings: list[str
         for place, comment in enumerate(comments.chosen[row]):
             at = texts.lookup(ids[comment]) if comment >= 0 else -1
             np.testing.assert_array_equal(vectors[place], texts.vectors[at] if at >= 0 else 0)
+
+
+def test_ranges_begin_at_their_first_and_end_before_their_last_millisecond(world: Path) -> None:
+    visits = read_texts(world, "visits", ["visit_id", "request_ms", "staytime_ms"]).to_pylist()
+    requested = sorted(visit["request_ms"] for visit in visits)
+    left = sorted(visit["request_ms"] + visit["staytime_ms"] for visit in visits)
+    train_from, eval_from, eval_until = (requested[len(requested) * tenth // 10] for tenth in (1, 6, 9))
+    train_until = left[len(left) // 2]
+    assert train_from < train_until < eval_from
+    times = {"train_from": train_from, "train_until": train_until, "eval_from": eval_from, "eval_until": eval_until}
+    ranges = [f"data.{name}={datetime.fromtimestamp(time / 1000, UTC).isoformat()}" for name, time in times.items()]
+    data = load(job(world, "lcu.enabled=false", *ranges))
+    training = {
+        visit["visit_id"]
+        for visit in visits
+        if visit["request_ms"] >= train_from and visit["request_ms"] + visit["staytime_ms"] < train_until
+    }
+    assert set(data.visit_id[data.training]) == training
+    held_out = {visit["visit_id"] for visit in visits if eval_from <= visit["request_ms"] < eval_until}
+    assert set(data.visit_id[data.held_out]) == held_out
+
+
+def test_training_is_adamw_on_the_mean_of_the_joint_loss(world: Path) -> None:
+    """The steps of ``train`` written out, on a network that was evaluated before."""
+    settings = ["epochs=2", "batch_size=200", "warmup=0.3", "decay=cosine", "weight_decay=0.1"]
+    config = job(
+        world,
+        "lcu.enabled=false",
+        "base.dropout=0.3",
+        "input.hide_items=0.4",
+        *(f"train.{each}" for each in settings),
+    )
+    data = load(config)
+    data = replace(data, training=data.training[:500])
+    base = fit_base_on(config, data)
+    network = build_network(config, data, base)
+    reference = build_network(config, data, base)
+    reference.load_state_dict(network.state_dict())
+    network.eval()
+    torch.manual_seed(1)
+    found = train(config, data, base, network, CPU, quiet=True)
+
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW(reference.parameters(), config.train.learning_rate, weight_decay=0.1, fused=True)
+    random = np.random.default_rng(config.run.seed)
+    steps = math.ceil(len(data.training) / 200)
+    assert steps > 2 and data.unknown_item is not None
+    column, unknown = data.unknown_item
+    expected = []
+    for step in range(2 * steps):
+        if step % steps == 0:
+            order, losses = random.permutation(data.training), []
+        rows = order[step % steps * 200 :][:200]
+        for group in optimizer.param_groups:
+            group["lr"] = config.train.learning_rate * learning_rate_factor(step, 2 * steps, 0.3, "cosine")
+        inputs, labels = make_batch(data, rows, CPU)
+        inputs.fields[torch.from_numpy(random.random(len(rows)) < 0.4), column] = unknown
+        loss = base.loss(reference(inputs).logits, labels.seconds, labels.duration).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) == steps:
+            expected.append({"loss": pytest.approx(np.mean(losses)), "staytime": pytest.approx(np.mean(losses))})
+    assert found == expected
+    torch.testing.assert_close(network.state_dict(), reference.state_dict())
+    # A prediction has no dropout, and no memory of the mode.
+    network.train()
+    first, second = (predict(config, data, base, network, CPU, data.held_out[:50]).seconds for _ in range(2))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_held_out_outcomes_change_nothing_that_is_learnt(copy: Callable[..., Path], world: Path) -> None:

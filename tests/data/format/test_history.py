@@ -261,3 +261,27 @@ def test_missing_or_damaged_files_are_named(tmp_path):
         Histories(tmp_path, spec())
     with pytest.raises(UserError, match="nowhere"):
         Histories(tmp_path / "nowhere", spec())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda offsets: offsets.__setitem__((1, 1), offsets[1, 2] + 1), "user 2 has runs at 3, 7, 6 of 9 entries"),
+        (lambda offsets: offsets.__setitem__((1, 1), offsets[1, 0] - 1), "user 2 has runs at 3, 2, 6 of 9 entries"),
+        (lambda offsets: offsets.__setitem__((2, 2), 10), "user 3 has runs at 6, 8, 10 of 9 entries"),
+        (lambda offsets: offsets.__setitem__((0, 0), -1), "user 1 has runs at -1, 2, 3 of 9 entries"),
+        (lambda offsets: offsets.__setitem__((1, 0), 4), "the runs of the users leave gaps or overlap at entry 3"),
+        (lambda offsets: offsets.__setitem__((2, 2), 8), "the runs of the users leave gaps or overlap at entry 8"),
+    ],
+)
+def test_runs_that_do_not_follow_each_other_are_refused(tmp_path, change, message):
+    visits = make_visits(np.random.default_rng(6), 9, np.arange(4))
+    visits |= {"user_id": np.repeat([1, 2, 3], 3), "domain": np.array([0, 0, 1] * 3, np.int8)}
+    write(tmp_path, visits, partitions=1)
+    file = tmp_path / FOLDER / "offsets.npy"
+    offsets = np.load(file)
+    assert offsets.tolist() == [[0, 2, 3], [3, 5, 6], [6, 8, 9]]
+    change(offsets)
+    np.save(file, offsets)
+    with pytest.raises(UserError, match=message):
+        Histories(tmp_path, spec(1))

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -202,6 +203,58 @@ def test_a_damaged_record_is_named_or_skipped(stored, what):
     assert skipping.read(1, 2) is None
     assert skipping.skipped_rows == record["rows"]
     assert skipping.read(0, 0) is not None and skipping.skipped_rows == record["rows"]
+
+
+def emitted_before(entries: list[dict]) -> None:
+    """Let the third record begin one millisecond before the end of the second."""
+    entries[2]["emit_ms"][0] = entries[1]["emit_ms"][1] - 1
+    entries[2]["request_ms"][0] = min(entries[2]["request_ms"][0], entries[2]["emit_ms"][0])
+
+
+LONG = 5 * HOUR_MS
+INDEX = {
+    "has no rows or no bytes": [
+        lambda entries: entries[2].update(rows=0),
+        lambda entries: entries[2].update(size=0),
+        lambda entries: entries[2].update(offset=-1),
+    ],
+    "ends before it begins": [
+        lambda entries: entries[2].update(request_ms=[entries[2]["request_ms"][0], entries[2]["request_ms"][0] - 1]),
+        lambda entries: entries[2].update(emit_ms=[entries[2]["emit_ms"][1] + 1, entries[2]["emit_ms"][1]]),
+    ],
+    "is emitted before it is requested": [
+        lambda entries: entries[2]["request_ms"].__setitem__(0, entries[2]["emit_ms"][0] + 1),
+        lambda entries: entries[2]["request_ms"].__setitem__(1, entries[2]["emit_ms"][1] + 1),
+    ],
+    "was requested outside the times of dataset.json": [
+        lambda entries: entries[2]["request_ms"].__setitem__(0, -1),
+        lambda entries: entries[2].update(request_ms=[0, LONG], emit_ms=[entries[2]["emit_ms"][0], 2 * LONG]),
+    ],
+    "is emitted before the record before it": [emitted_before],
+}
+"""Message -> changes of the third record of an index."""
+
+
+def test_an_index_is_checked_in_itself(stored):
+    path, rows = stored
+    spec = replace(SPEC, rows=len(rows["user_id"]), span_ms=(int(rows["request_ms"].min()), LONG - 1))
+    index = path / FOLDER / index_name(1)
+    good = index.read_text()
+    assert len(json.loads(good)) > 3
+    # First and last times are inside, and so is a record that begins when the one before it ends.
+    RowStore(path, replace(spec, span_ms=(spec.span_ms[0], int(rows["request_ms"].max())))).check(spec)
+    entries = json.loads(good)
+    entries[2]["emit_ms"][0] = entries[1]["emit_ms"][1]
+    entries[2]["request_ms"][0] = min(entries[2]["request_ms"][0], entries[2]["emit_ms"][0])
+    index.write_text(json.dumps(entries))
+    RowStore(path, spec).check(spec)
+    for message, changes in INDEX.items():
+        for change in changes:
+            entries = json.loads(good)
+            change(entries)
+            index.write_text(json.dumps(entries))
+            with pytest.raises(UserError, match=f"damaged, record 2 {message}"):
+                RowStore(path, spec).check(spec)
 
 
 @pytest.mark.parametrize("content", [None, "", "[{}]", '{"a": 1}', '[{"shard": 3}]', "[1]"])

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -358,6 +359,18 @@ def test_a_batch_moves_whole(write_dataset):
     assert content(moved) == content(batch)
     meta = batch.to(torch.device("meta"))
     assert {meta.dense.device.type, meta.visit_id.device.type, meta.ids[0].values().device.type} == {"meta"}
+
+
+def test_every_tensor_of_a_batch_is_kept_for_a_stream(write_dataset, monkeypatch):
+    (batch,) = Ranks(write_dataset(rows=80)).loader(selection=Selection())
+    batch = replace(batch, slow=torch.ones(batch.rows, 2, dtype=torch.bool))
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor.data_ptr()))
+    batch.record_stream(torch.Stream())
+    tensors = [part for keyed in batch.ids for part in (keyed.values(), keyed.lengths())]
+    tensors += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 2 * len(batch.ids) + 7
+    assert {tensor.data_ptr() for tensor in tensors} <= set(kept)
 
 
 @pytest.mark.gpu
