@@ -197,6 +197,7 @@ SIZES: dict[str, Callable[[Path, Path], Any]] = {
 
 ELSEWHERE = {
     "modules.blocks:BLOCK_VALUES": "tests/modules/test_esu.py",
+    "modules.codebook:SCORES_AT_ONCE": "tests/modules/test_codebook.py",
     "trainer.checkpoint.model_state:BLOCK_BYTES": "tests/checkpoint/test_model_state.py",
     "trainer.comment_staytime.model:ROWS_AT_ONCE": "tests/comment_staytime/test_scoring.py",
     "trainer.data.features.fit:SAMPLE_ROWS": "tests/data/features/test_fit.py",
@@ -213,8 +214,10 @@ ELSEWHERE = {
     "trainer.data.writing.partition_spill:_ROWS_IN_MEMORY": "tests/data/writing/test_builder.py",
     "trainer.data.writing.partition_spill:_ROWS_PER_PARTITION": "tests/data/writing/test_builder.py",
     "trainer.llm.finetuning.token_files:_CHUNK": "tests/llm/finetuning/test_token_files.py",
+    "trainer.semantic_ids.kmeans_start:_NUMBERS_AT_ONCE": "tests/semantic_ids/test_kmeans.py",
     "trainer.semantic_ids.redis_store:CHUNK": "tests/semantic_ids/test_code_store.py",
     "trainer.semantic_ids.sqlite_store:READ_ROWS": "tests/semantic_ids/test_code_store.py",
+    "trainer.semantic_ids.vector_source:CHUNK_VALUES": "tests/semantic_ids/test_kmeans.py",
     "trainer.stream.live.live_stream:_SLACK": "tests/stream/live/test_live_stream.py",
     "trainer.stream.sources.kafka_client:READ_MESSAGES": "tests/stream/sources/test_kafka_put_back.py",
     "trainer.stream.sources.kafka_source:_MAX_MESSAGES": "tests/stream/sources/test_kafka_source.py",
@@ -267,6 +270,8 @@ OTHER = {
     "trainer.data.importers.table_files:_BLOCK_BYTES": "a default; the importers' tests give another size",
     "trainer.data.simulator.content:ROOMS_AT_A_TIME": "its number is part of the seed of a room's draws",
     "trainer.data.simulator.cross.exposures:BLOCK": "its number is part of the seed of a user's draws",
+    "trainer.semantic_ids.kmeans:BLOCK": "its numbers are part of the order of mini-batches",
+    "trainer.semantic_ids.kmeans_start:DRAWS_AT_ONCE": "it decides which draws are made",
     "trainer.sparse.dynamic_ids:BUCKET_ROWS": "part of the layout of a table",
 }
 """Module and constant -> the reason why it is no size of a chunk, or is tested in another way."""

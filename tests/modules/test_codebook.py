@@ -1,0 +1,125 @@
+"""Nearest centroids and codebooks against their definition in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modules import codebook
+from modules.codebook import Codebook, nearest, row_sums
+
+
+def definition(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and distances by the definition: float64, the fixed order of :func:`row_sums`, the lower code."""
+    codes, distances = [], []
+    for vector in vectors.astype(np.float64):
+        values = [one_by_one((vector - centroid) ** 2) for centroid in centroids.astype(np.float64)]
+        codes.append(int(np.argmin(values)))
+        distances.append(values[codes[-1]])
+    return np.array(codes, np.int32), np.array(distances).astype(np.float32)
+
+
+def one_by_one(values: np.ndarray) -> float:
+    """Return the sum of some numbers, the right half added to the left half until one is left."""
+    numbers = [float(value) for value in values]
+    while len(numbers) > 1:
+        half = len(numbers) // 2
+        added = [one + other for one, other in zip(numbers[:half], numbers[len(numbers) - half :], strict=True)]
+        numbers = added + numbers[half : len(numbers) - half]
+    return numbers[0] if numbers else 0.0
+
+
+def check(vectors: np.ndarray, centroids: np.ndarray) -> None:
+    codes, distances = nearest(torch.from_numpy(vectors), torch.from_numpy(centroids))
+    expected, expected_distances = definition(vectors, centroids)
+    assert codes.dtype == torch.int32 and distances.dtype == torch.float32
+    np.testing.assert_array_equal(codes.numpy(), expected)
+    np.testing.assert_array_equal(distances.numpy(), expected_distances)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(50, 70, 16), (33, 65, 1), (7, 1, 5), (1, 130, 128), (0, 4, 3), (40, 100, 33)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_codes_and_distances_are_those_of_the_definition(seed: int, shape: tuple[int, int, int], dtype: str) -> None:
+    random, (n, k, d) = np.random.default_rng(seed), shape
+    check(random.standard_normal((n, d)).astype(dtype), random.standard_normal((k, d)).astype(np.float32))
+
+
+values = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1 + 2**-10, 3e-8, 1e-20, 60000.0])
+
+
+@given(st.data())
+def test_ties_and_near_ties_are_decided_by_the_definition(data: st.DataObject) -> None:
+    n, k, d = (data.draw(st.integers(1, most)) for most in (6, 20, 5))
+    draw = lambda rows: np.array([[data.draw(values) for _ in range(d)] for _ in range(rows)])  # noqa: E731
+    vectors, centroids = draw(n).astype(data.draw(st.sampled_from(["float16", "float32"]))), draw(k).astype(np.float32)
+    check(vectors, centroids)
+
+
+def test_rounding_of_the_product_does_not_decide() -> None:
+    # All centroids lie at nearly the same distance: float32 scores cannot tell them apart, float64 distances can.
+    random = np.random.default_rng(0)
+    centroids = (1000 + 1e-3 * random.standard_normal((200, 64))).astype(np.float32)
+    check((1000 + 1e-3 * random.standard_normal((20, 64))).astype(np.float32), centroids)
+
+
+def test_a_code_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    vectors, centroids = (torch.from_numpy(random.integers(-2, 3, (n, 6)).astype(np.float32)) for n in (300, 90))
+    codes, distances = nearest(vectors, centroids)
+    monkeypatch.setattr(codebook, "SCORES_AT_ONCE", 3)
+    for first, stop in ((0, 1), (1, 20), (20, 300), (7, 7)):
+        part = nearest(vectors[first:stop], centroids)
+        assert torch.equal(part[0], codes[first:stop]) and torch.equal(part[1], distances[first:stop])
+
+
+def test_other_shapes_are_refused() -> None:
+    for vectors, centroids in (((3, 2), (4, 3)), ((3,), (4, 3)), ((3, 2), (0, 2))):
+        with pytest.raises(ValueError, match="k > 0 are accepted"):
+            nearest(torch.zeros(vectors), torch.zeros(centroids))
+
+
+def test_row_sums_have_a_fixed_order() -> None:
+    random = np.random.default_rng(2)
+    for width in (0, 1, 2, 3, 7, 128, 129):
+        rows = random.standard_normal((4, width)) * 10.0 ** random.integers(-9, 9, (4, width))
+        assert row_sums(torch.from_numpy(rows)).tolist() == [one_by_one(row) for row in rows]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_levels_quantise_what_earlier_levels_left(normalize: bool) -> None:
+    random = np.random.default_rng(3)
+    levels = [random.standard_normal((size, 8)).astype(np.float32) for size in (5, 7, 3)]
+    scales = (1.0, 1.5, 0.75) if normalize else ()
+    book = Codebook(tuple(map(torch.from_numpy, levels)), normalize, scales)
+    vectors = random.standard_normal((40, 8)).astype(np.float32)
+    codes, errors = book.encode(torch.from_numpy(vectors))
+    for row, vector in enumerate(vectors):
+        residual, decoded, scale = vector, np.zeros(8), 1.0
+        for place, centroids in enumerate(levels):
+            if normalize and place:
+                residual = (residual / np.linalg.norm(residual.astype(np.float64))).astype(np.float32)
+            code = definition(residual[None], centroids)[0][0]
+            assert codes[row, place] == code
+            residual = residual - centroids[code]
+            scale *= scales[place] if normalize else 1.0
+            decoded += scale * centroids[code]
+        np.testing.assert_allclose(book.decode(codes[row : row + 1])[0].numpy(), decoded, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(errors[row], ((vector - decoded) ** 2).sum(), rtol=1e-4)
+    assert book.sizes == (5, 7, 3) and book.dim == 8
+
+
+def test_a_vector_that_nothing_is_left_of_has_codes() -> None:
+    book = Codebook((torch.eye(3), torch.eye(3)), True, (1.0, 0.5))
+    codes, errors = book.encode(torch.eye(3))
+    assert codes.tolist() == [[0, 0], [1, 0], [2, 0]] and errors.tolist() == [0.25, 0.25, 0.25]
+
+
+def test_codes_of_another_codebook_are_refused() -> None:
+    with pytest.raises(ValueError, match="code 7 at level 1; 0 to 6 is accepted"):
+        codebook.check_codes(torch.tensor([[0, 0], [4, 7]]), (5, 7))
+    with pytest.raises(ValueError, match=r"\[n, 2\] is accepted"):
+        codebook.check_codes(torch.zeros(3, 1), (5, 7))

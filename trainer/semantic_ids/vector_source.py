@@ -1,0 +1,203 @@
+"""Vectors for k-means, read from disk in chunks, and the merge of equal vectors into one with a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from trainer.console.errors import UserError
+
+CHUNK_VALUES = 1 << 22
+"""Elements of the vectors that are read at once: 32,768 vectors of 128 elements."""
+
+
+class VectorChunk(NamedTuple):
+    """Neighbouring vectors of a source: number of the first one, ``[m, dim]`` values, ``[m] int64`` weights."""
+
+    first: int
+    vectors: np.ndarray
+    weights: np.ndarray
+
+
+class VectorSource(Protocol):
+    """Vectors of all ranks, numbered from 0; each rank reads a share of neighbouring numbers."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+
+    @property
+    def count(self) -> int:
+        """Number of vectors of all shares."""
+
+    @property
+    def dim(self) -> int:
+        """Number of elements of a vector."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of vectors and weights: the same for any number of ranks."""
+
+    def share(self, rank: int, ranks: int) -> tuple[int, int]:
+        """Return the first number of a rank's share, and the number after its last one. A share may be empty."""
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the vectors of increasing numbers inside the share, ``[m, dim]`` float16 or float32, and weights."""
+
+
+def chunks(source: VectorSource, first: int, stop: int) -> Iterator[VectorChunk]:
+    """Yield the vectors with numbers from ``first`` to ``stop`` in chunks that fit in memory."""
+    step = max(1, CHUNK_VALUES // source.dim)
+    for begin in range(first, stop, step):
+        numbers = np.arange(begin, min(begin + step, stop))
+        yield VectorChunk(begin, *source.read(numbers))
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """Rows of an array of vectors, which may be memory-mapped.
+
+    Attributes:
+        name: name for messages, such as the path of the table.
+        vectors: ``[n, dim]`` float16 or float32.
+        table: hash of the array's content, such as that of a table of content vectors.
+        rows: numbers of the rows that count, ``[m] int64``, increasing; all of them by default.
+        weights: how many equal vectors each of these rows stands for, ``[m] int64``; 1 by default.
+        borders: numbers at which the shares of the ranks begin and end, ``ranks + 1`` of them; equal shares by default.
+    """
+
+    name: str
+    vectors: np.ndarray
+    table: str
+    rows: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    borders: Sequence[int] | None = field(default=None, compare=False)
+
+    @property
+    def count(self) -> int:
+        """Number of vectors of all shares."""
+        return len(self.vectors if self.rows is None else self.rows)
+
+    @property
+    def dim(self) -> int:
+        """Number of elements of a vector."""
+        return int(self.vectors.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """Hash of vectors and weights."""
+        digest = hashlib.blake2b(f"{self.table} {self.vectors.shape} {self.vectors.dtype}".encode(), digest_size=16)
+        for name, values in (("rows", self.rows), ("weights", self.weights)):
+            if values is not None:
+                digest.update(name.encode())
+                digest.update(np.ascontiguousarray(values, np.int64).data)
+        return digest.hexdigest()
+
+    def share(self, rank: int, ranks: int) -> tuple[int, int]:
+        """Return the first number of a rank's share, and the number after its last one."""
+        if self.borders is None:
+            return self.count * rank // ranks, self.count * (rank + 1) // ranks
+        return self.borders[rank], self.borders[rank + 1]
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return copies of the vectors of increasing numbers, and their weights."""
+        rows = numbers if self.rows is None else self.rows[numbers]
+        vectors = _rows_of(self.vectors, rows)
+        weights = np.ones(len(rows), np.int64) if self.weights is None else self.weights[numbers]
+        return vectors, weights
+
+
+def merge_equal(source: StoredVectors) -> StoredVectors:
+    """Merge equal vectors into the first of them, whose weight is the sum of theirs; 0.0 and -0.0 are equal.
+
+    Vectors with equal hashes are compared element by element. It takes 40 bytes a vector of memory.
+    """
+    rows = np.arange(source.count) if source.rows is None else source.rows
+    weights = np.ones(source.count, np.int64) if source.weights is None else source.weights
+    hashes = np.empty(source.count, np.uint64)
+    for chunk in chunks(source, 0, source.count):
+        hashes[chunk.first : chunk.first + len(chunk.vectors)] = hash_rows(chunk.vectors)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    starts = np.flatnonzero(np.concatenate(([True], hashes[1:] != hashes[:-1]))) if len(order) else order
+    del hashes
+    first_of = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
+    same = _equal_pairs(source.vectors, rows, order, first_of)
+    sums = np.zeros(source.count, np.int64)
+    np.add.at(sums, first_of[same], weights[order[same]])
+    for number in order[~same]:
+        # Another vector has the hash of this one. It joins an equal vector that also was put aside, or stands alone.
+        others = order[(first_of == first_of[order == number][0]) & ~same]
+        twin = next(int(other) for other in others if _equal(source.vectors, rows[other], rows[number]))
+        sums[twin] += weights[number]
+    kept = np.flatnonzero(sums)
+    return StoredVectors(source.name, source.vectors, source.table, rows[kept], sums[kept], None)
+
+
+def hash_rows(vectors: np.ndarray) -> np.ndarray:
+    """Return a 64-bit hash of each row, ``[n, d] -> [n] uint64``; equal numbers have equal hashes."""
+    # Adding 0 turns -0.0 into 0.0.
+    words = np.ascontiguousarray(vectors + vectors.dtype.type(0)).view(f"u{vectors.dtype.itemsize}")
+    total = np.full(len(vectors), 0x9E3779B97F4A7C15, np.uint64)
+    with np.errstate(over="ignore"):
+        for column in words.T:
+            total = (total ^ column) * np.uint64(0xFF51AFD7ED558CCD)
+            total ^= total >> np.uint64(32)
+    return total
+
+
+def check_vectors(source: VectorSource, first: int, stop: int) -> tuple[int, int, float]:
+    """Return how many vectors of a range are not finite, how many are zero, and the largest magnitude of the others."""
+    not_finite = zero = 0
+    largest = 0.0
+    for chunk in chunks(source, first, stop):
+        magnitude = np.abs(chunk.vectors).max(1) if source.dim else np.zeros(len(chunk.vectors))
+        finite = np.isfinite(magnitude)
+        not_finite += int((~finite).sum())
+        zero += int((magnitude == 0).sum())
+        largest = max(largest, float(magnitude[finite].max(initial=0)))
+    return not_finite, zero, largest
+
+
+def check_dim(name: str, found: int, wanted: int) -> None:
+    """Check the width of vectors.
+
+    Raises:
+        UserError: the vectors have another number of elements than the centroids.
+    """
+    if found != wanted:
+        raise UserError(f"{name}: vectors of {found} elements, but the codebook's centroids have {wanted}")
+
+
+def _rows_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return copies of rows, and give the pages of a memory map back to the system."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
+        found = np.array(vectors[rows[0] : rows[-1] + 1])
+    else:
+        found = np.asarray(vectors[rows])
+    mapped = getattr(vectors, "_mmap", None)
+    if isinstance(mapped, mmap.mmap):
+        # Pages that stay mapped count as memory of this process, although the system may drop them.
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
+def _equal(vectors: np.ndarray, one: int, other: int) -> bool:
+    return bool((vectors[one] == vectors[other]).all())
+
+
+def _equal_pairs(vectors: np.ndarray, rows: np.ndarray, order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
+    """Return a mask of the places of ``order`` whose vector equals that of ``first_of``."""
+    same = order == first_of
+    others = np.flatnonzero(~same)
+    step = max(1, CHUNK_VALUES // max(1, vectors.shape[1]))
+    for begin, end in pairwise([*range(0, len(others), step), len(others)]):
+        part = others[begin:end]
+        same[part] = (_rows_of(vectors, rows[order[part]]) == _rows_of(vectors, rows[first_of[part]])).all(1)
+    return same
