@@ -7,6 +7,7 @@ and answers each with one line. Launcher and ranks are the real ones, each in it
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import io
 import json
@@ -300,12 +301,24 @@ def _mount(path: str, size: int) -> str:
     return "mounted"
 
 
+def _warm_up() -> None:
+    """Load numba's compiler, which takes a second in the first process that calls a compiled loop."""
+    import torch
+
+    from trainer.sparse.dedup_exchange import unique_ids
+
+    unique_ids([torch.arange(3)])
+
+
 def main() -> None:
     """Execute orders until the standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in PRELOADED:
         importlib.import_module(module)
+    _warm_up()
+    # DeepSpeed collects garbage several times in each start of an engine, which would visit every imported object.
+    gc.freeze()
     answer: Any = "ready"
     while True:
         print(json.dumps(answer), file=answers, flush=True)

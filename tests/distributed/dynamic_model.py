@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from tests.distributed.small_model import (
     LOOKUPS,
     ROWS,
     SEED,
-    STEPS,
     PlainTraining,
     Rows,
     make_rows,
@@ -24,6 +24,9 @@ from tests.distributed.small_model import (
 from tests.sparse.dynamic_reference import ReferenceIds
 from trainer.data.loading.batch import RankingBatch
 from trainer.sparse.dynamic_ids import BUCKET_ROWS
+
+STEPS = 20
+"""Enough for ids to be admitted, evicted, and replaced after they were trained."""
 
 SIZES = {"item": 70, "room": 70}
 """Rows of each dynamic table: two buckets, one for each of two ranks."""
@@ -84,15 +87,16 @@ def passing_ids(rows: Rows, step: int) -> Rows:
     return replace(rows, ids=rows.ids | moving)
 
 
-def dynamic_steps() -> list[Rows]:
+@cache
+def dynamic_steps() -> tuple[Rows, ...]:
     sizes = [ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1 for step in range(STEPS)]
-    return [passing_ids(make_rows(step, rows), step) for step, rows in enumerate(sizes)]
+    return tuple(passing_ids(make_rows(step, rows), step) for step, rows in enumerate(sizes))
 
 
 def dynamic_batches(rank: int, world: int) -> Iterator[RankingBatch]:
     """Yield the batches of one of one or two ranks, like ``small_model.batches_of``."""
     for step, rows in enumerate(dynamic_steps()):
-        cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows))
+        cut = len(rows) if world == 1 else share_of_first_rank(step, len(rows), STEPS)
         if rank == 0 and world == 2 and step >= STEPS - 3:
             return
         yield rows.batch(0, cut) if rank == 0 else rows.batch(cut, len(rows))

@@ -23,13 +23,14 @@ from tests.distributed.dynamic_model import (
     CASES,
     CHECKPOINTED,
     NO_OVERLAP,
+    STEPS,
     Case,
     dynamic_batches,
     dynamic_tables,
     resharded,
 )
 from tests.distributed.engine_ranks import everything, losses_of, parameters
-from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, ranker
+from tests.distributed.small_model import LOOKUPS, ROWS, SEED, WEIGHTS, PlainTraining, ranker
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.runtime.distributed import World
 

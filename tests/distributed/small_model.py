@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ BEHAVIOURS = 3
 N_DENSE = 4
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
 MAX_LENGTH = 5
-STEPS = 20
+STEPS = 12
 ROWS = 12
 """Largest number of rows of a rank in a step."""
 LOOKUPS = (
@@ -141,16 +142,18 @@ def make_rows(step: int, rows: int) -> Rows:
     )
 
 
-def share_of_first_rank(step: int, rows: int) -> int:
+def share_of_first_rank(step: int, rows: int, steps: int = STEPS) -> int:
     """Return the number of rows of the first of two ranks: equal or unequal shares, none, all; none at the end."""
-    if step >= STEPS - 3:
+    if step >= steps - 3:
         return 0
     return [rows // 2, 3, 0, rows, 1][step % 5]
 
 
-def steps() -> list[Rows]:
+@cache
+def steps() -> tuple[Rows, ...]:
     """Return the rows of all ranks in each step; a rank never gets more than ``ROWS``."""
-    return [make_rows(step, ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1) for step in range(STEPS)]
+    sizes = [ROWS if step % 5 in (2, 3) or step >= STEPS - 3 else ROWS + 1 for step in range(STEPS)]
+    return tuple(make_rows(step, rows) for step, rows in enumerate(sizes))
 
 
 def batches_of(rank: int, world: int) -> Iterator[RankingBatch]:

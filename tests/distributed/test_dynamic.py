@@ -15,11 +15,11 @@ from tests.distributed.dynamic_model import (
     CHECKPOINTED,
     NO_OVERLAP,
     SIZES,
+    STEPS,
     Case,
     DynamicTraining,
     dynamic_steps,
 )
-from tests.distributed.small_model import STEPS
 from tests.distributed.test_engine import TOLERANCE, relative_error
 
 _outcomes: dict[str, dict[str, Any]] = {}
