@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-from trainer.checkpoint.run_directory import make_directory
+from trainer.checkpoint.run_directory import run_directory
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
@@ -23,7 +22,6 @@ from trainer.llm.embedding.vector_table_update import merge_parts, open_encoder,
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.run_lock import locked
 
 TEXT = frozenset({"text"})
 KINDS: tuple[Kind, ...] = ("items", "comments", "segments", "authors")
@@ -53,10 +51,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
     base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
     directory = local_path(config.embed.directory)
-    if world.rank == 0:
-        make_directory(directory)
-    world.barrier()
-    with locked(directory) if world.rank == 0 else nullcontext():
+    with run_directory(directory, world):
         setup = open_encoder(config, base, template, world)
         for kind in config.data.kinds:
             texts = KindTexts.read(config.data.path, kind)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.run_directory import begin_run, choose_directory, make_directory
+from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
@@ -39,7 +38,6 @@ from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
-from trainer.runtime.run_lock import locked
 from trainer.runtime.stored_files import read_json_object
 
 logger = logging.getLogger("trainer.finetune")
@@ -68,10 +66,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
     config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     held_out = list(read_samples(config.data.evaluate, ReadCounts()))
-    if world.rank == 0:
-        make_directory(directory)
-    world.barrier()
-    with locked(directory) if world.rank == 0 else nullcontext():
+    with run_directory(directory, world):
         if world.rank == 0:
             begin_run(directory, config, world.size)
         world.barrier()

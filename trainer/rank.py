@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
-from trainer.checkpoint.run_directory import begin_run, choose_directory, make_directory, model_dirs
+from trainer.checkpoint.run_directory import begin_run, choose_directory, model_dirs, run_directory
 from trainer.config.paths import absolute_paths
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
@@ -39,7 +38,6 @@ from trainer.ranking.warm_start import check_source
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import Preemption, until_preempted
-from trainer.runtime.run_lock import locked
 from trainer.serving.publish import make_publisher
 
 logger = logging.getLogger("trainer.rank")
@@ -75,10 +73,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
     begun = any(list_checkpoints(model / "checkpoints") for model in model_dirs(directory, config).values())
     if config.init_from.run and not begun:
         check_source(config)
-    if world.rank == 0:
-        make_directory(directory)
-    world.barrier()
-    with locked(directory) if world.rank == 0 else nullcontext():
+    with run_directory(directory, world):
         dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
         if world.rank == 0:
             begin_run(directory, config, world.size, dataset)

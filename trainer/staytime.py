@@ -24,7 +24,7 @@ import logging
 import sys
 import time
 
-from trainer.checkpoint.run_directory import make_directory
+from trainer.checkpoint.run_directory import run_directory
 from trainer.comment_staytime.evaluation import metrics_table, train_and_evaluate
 from trainer.comment_staytime.inputs import load_staytime
 from trainer.config.paths import absolute_paths
@@ -36,7 +36,6 @@ from trainer.runtime.checksums import write_checksums
 from trainer.runtime.distributed import choose_device
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
-from trainer.runtime.run_lock import locked
 
 logger = logging.getLogger("trainer.staytime")
 
@@ -52,8 +51,7 @@ def run_job(config: StaytimeConfig) -> None:
     if (directory / "metrics.json").exists():
         raise UserError(f"{directory}: a finished run is already here; choose another run.directory or remove it")
     data = load_staytime(config.data, config.input, config.lcu, config.run.seed)
-    make_directory(directory)
-    with locked(directory):
+    with run_directory(directory):
         open_log(directory / "logs", 0)
         write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_json(directory / "environment.json", {"command": sys.argv, **environment(1)})

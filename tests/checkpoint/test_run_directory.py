@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,11 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, make_directory
+from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, run_directory
 from trainer.config.load import load_deepspeed
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.config.sections import ResumeConfig
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, user_message
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import locked
 
@@ -33,13 +35,29 @@ def changed(**sections: dict[str, Any]) -> JobConfig:
 
 def test_a_run_reads_back_and_resumes(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
-    make_directory(run)
-    begin_run(run, CONFIG, world=2, dataset=DATA)
+    with run_directory(run):
+        begin_run(run, CONFIG, world=2, dataset=DATA)
     begin_run(run, CONFIG, world=1, dataset=DATA)
     assert [start["ranks"] for start in json.loads((run / "environment.json").read_text())["starts"]] == [2, 1]
     loaded = load_run(run)
     assert loaded == changed(train={"deepspeed": str(run / "deepspeed.json")})
     assert load_deepspeed(loaded.train.deepspeed) == load_deepspeed(CONFIG.train.deepspeed)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_an_error_of_a_full_disk_names_the_directory(tmp_path: Path, number: int) -> None:
+    run = tmp_path / "runs" / "one"
+    with pytest.raises(OSError, match="runs/one") as raised, run_directory(run):
+        (run / "logs").mkdir()
+        raise OSError(number, os.strerror(number))
+    assert str(user_message(raised.value)).startswith(f"{run}: {os.strerror(number)}") and not run.exists()
+    with pytest.raises(OSError, match="elsewhere"), run_directory(run):
+        (run / "config.json").touch()
+        raise OSError(number, os.strerror(number), "elsewhere/file")
+    assert (run / "config.json").exists(), "a begun run stays"
+    with pytest.raises(OSError) as raised, run_directory(run):
+        raise OSError(errno.EIO, "a read failed")
+    assert raised.value.filename is None, "it may be an input"
 
 
 @pytest.mark.parametrize(
@@ -100,8 +118,8 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         load_run(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        make_directory(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="cannot be written"), run_directory(tmp_path / "file" / "run"):
+        pass
 
 
 def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_is_chosen(
@@ -118,7 +136,7 @@ def test_without_a_directory_the_newest_unfinished_run_of_the_same_job_is_chosen
         ("n-3", config),
         ("n-4", changed(run={"seed": 9}, train=deepspeed)),
     ):
-        make_directory(Path("runs") / name)
+        (Path("runs") / name).mkdir(parents=True)
         begin_run(Path("runs") / name, job, world=1, dataset=DATA)
     (Path("runs") / "n-5").mkdir()
     assert choose_directory(config) == Path("runs/n-3")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.console.errors import UserError, collective_cause, is_lost_peer, user_message
+from trainer.console.errors import UserError, collective_cause, failure_reason, is_lost_peer, user_message
 
 
 @given(st.text())
@@ -18,6 +22,18 @@ def test_a_message_is_one_line_without_control_characters(text: str) -> None:
     assert len(str(error).splitlines()) <= 1
     assert "\x1b" not in str(error) and str(error).endswith(": no such file")
     assert str(pickle.loads(pickle.dumps(error))) == str(error), "ranks send it to each other"
+
+
+def test_the_reason_of_an_error_has_no_file_name(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+    copied = shutil.Error([("a", "b", str(full)), ("c", "d", "other")])
+    assert {failure_reason(error) for error in (full, copied)} == {"No space left on device"}
+    assert failure_reason(OSError("a library's\nown text")) == "a library's own text"
+    with pytest.raises(shutil.Error) as raised:
+        (tmp_path / "from").mkdir()
+        (tmp_path / "from" / "link").symlink_to("nowhere")
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
+    assert failure_reason(raised.value) == "No such file or directory"
 
 
 def test_plain_messages_stay_as_they_are() -> None:

@@ -30,9 +30,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,13 @@ from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import Model, validate_stored
-from trainer.console.errors import UserError, one_line
+from trainer.console.errors import DISK_FULL, UserError, one_line
 from trainer.console.outputs import local_path
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
+from trainer.runtime.distributed import World
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
-from trainer.runtime.run_lock import is_locked
+from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.stored_files import read_json_object, stored_value
 
 ResumableJob = JobConfig | FinetuneConfig
@@ -74,16 +77,40 @@ def choose_directory(config: ResumableJob) -> Path:
     return runs / f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def make_directory(directory: Path) -> None:
-    """Make the directory of a run.
+@contextmanager
+def run_directory(directory: Path, world: World | None = None) -> Iterator[None]:
+    """Make the directory of a run and hold its lock. Collective.
+
+    A directory that was made here, and in which nothing but the lock and the logs was written, is removed when the
+    block raises.
+
+    Args:
+        directory: of the run, or of the tables that the job writes.
+        world: ranks of the job; the first one makes and locks the directory. None for a job of one process.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the directory cannot be made or locked.
+        OSError: the disk became full in the block; the error names the directory if it named no file.
     """
+    first = world is None or world.rank == 0
+    made = first and not directory.exists()
+    if first:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
+    if world is not None:
+        world.barrier()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
+        with locked(directory) if first else nullcontext():
+            yield
+    except Exception as error:
+        if made and {path.name for path in directory.iterdir()} <= {"lock", "logs"}:
+            shutil.rmtree(directory, ignore_errors=True)
+        # Writes of numpy, torch and TensorBoard raise errors without a name, and all that a job writes is here.
+        if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:
+            raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(directory)) from error
+        raise
 
 
 def begin_run(directory: Path, config: ResumableJob, world: int, dataset: DatasetEntry | None = None) -> None:

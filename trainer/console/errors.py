@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 
 from trainer.console.setup_advice import setup_command
 
@@ -35,9 +36,27 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
+def failure_reason(error: OSError) -> str:
+    """Return the system's reason of an error, such as "No space left on device", without the name of a file.
+
+    Libraries raise OSError with a text only, and ``shutil.copytree`` one with a list of (source, copy, text).
+    """
+    if error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        text = str(error.args[0][0][-1])
+    else:
+        text = str(error)
+    found = re.search(r"\[Errno (\d+)\]", text)
+    return os.strerror(int(found[1])) if found else " ".join(text.split())
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the operating system that only a write can have: no space, quota used up, file too large."""
+
 _STORAGE_ERRORS = frozenset(
     (
-        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL, errno.EIO, errno.ESTALE),
         *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE),
     )
 )

@@ -9,9 +9,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from trainer.console.errors import UserError, one_line
+from trainer.console.errors import UserError, failure_reason, one_line
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
@@ -45,6 +45,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def reserve(file: IO[Any], size: int) -> None:
+    """Give an opened file its size on the disk, before it is mapped into memory and written there.
+
+    A write into the mapping of a file with holes kills the process when the disk is full: there is no error to catch.
+
+    Raises:
+        OSError: the disk has not so much space; the error has the file's name.
+    """
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(file.name)) from None
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``file``; what the block writes there is synced and renamed to ``file``.
@@ -58,7 +72,7 @@ def whole_file(file: Path) -> Iterator[Path]:
         sync(tmp_path)
         tmp_path.replace(file)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+        reason = failure_reason(error)
         raise UserError(f"{file}: cannot be written ({reason})") from None
     finally:
         with suppress(OSError):

@@ -21,11 +21,11 @@ from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, failure_reason
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums
-from trainer.runtime.files import set_usual_modes, sync, write_json
+from trainer.runtime.files import reserve, set_usual_modes, sync, write_json
 from trainer.serving.export_guide import README, SCRIPT, write_guide
 from trainer.serving.exported_model import CARRIED, CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
 
@@ -83,7 +83,9 @@ def export_checkpoint(
         write_json(tmp_path / CONFIG, config.model_dump(mode="json"))
         shutil.copytree(checkpoint.run / "features", tmp_path / FEATURES)
         if config.features.needs_space:
-            torch.save(stored_search(checkpoint.directory), tmp_path / SEARCH)
+            # Into an opened file: torch reports a failed write to a path without the system's reason.
+            with open(tmp_path / SEARCH, "wb") as file:
+                torch.save(stored_search(checkpoint.directory), file)
         write_json(tmp_path / ORIGIN, origin)
         _write_guide(tmp_path, target, config, origin)
         write_checksums(tmp_path)
@@ -95,7 +97,7 @@ def export_checkpoint(
         tmp_path.rename(target)
         sync(target.parent)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{target}: cannot be written ({failure_reason(error)})") from None
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
     return origin
@@ -135,7 +137,8 @@ def _write_weights(file: Path, model: StoredModel) -> None:
     header, size = encode_header((name, _TYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items())
     with file.open("wb") as opened:
         opened.write(header)
-        opened.truncate(len(header) + size)
+        opened.flush()
+        reserve(opened, len(header) + size)
     start = len(header)
     for tensor in tensors.values():
         _copy(tensor, file, start)

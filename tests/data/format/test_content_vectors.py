@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,18 @@ def test_a_write_that_fails_leaves_the_old_table_and_nothing_else(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         write_parts(tmp_path, ids, np.zeros(50, np.uint64), breaks(), 3)
     assert sorted(tmp_path.iterdir()) == files and ContentVectors.open(tmp_path).hash == old.hash
+
+
+def test_a_full_disk_is_refused_before_the_vectors_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, offset: int, size: int) -> None:
+        # A write into the mapping would end the process with SIGBUS.
+        assert offset == 0 and size == os.fstat(descriptor).st_size > 3 * 2 * 4
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)$"):
+        ContentVectors.write(tmp_path, np.arange(3), np.ones((3, 2)), dtype="float32")
+    assert not list(tmp_path.iterdir())
 
 
 def test_vectors_that_are_not_finite_are_counted_and_refused(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.console.errors import UserError, one_line
-from trainer.runtime.files import sync, write_json
+from trainer.console.errors import UserError, failure_reason, one_line
+from trainer.runtime.files import reserve, sync, write_json
 from trainer.runtime.stored_files import file_inside, load_array, read_json_object
 
 VERSION = 1
@@ -211,6 +211,8 @@ def write_parts(
         folder.mkdir(parents=True, exist_ok=True)
         partial = {part: folder / f"{part}.partial" for part in _PARTS}
         vectors = np.lib.format.open_memmap(partial["vectors"], "w+", np.dtype(dtype), (len(ids), dim))
+        with open(partial["vectors"], "r+b") as file:
+            reserve(file, vectors.offset + vectors.nbytes)
         _fill(folder, ids, parts, vectors)
         vectors.flush()
         for part, values in (("ids", ids), ("texts", texts)):
@@ -227,7 +229,7 @@ def write_parts(
         write_json(folder / MANIFEST, {**manifest, "origin": asdict(origin), "files": files})
         sync(folder)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+        reason = failure_reason(error)
         raise UserError(f"{folder}: cannot be written ({reason})") from error
     finally:
         for part in _PARTS:

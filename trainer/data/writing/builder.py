@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, failure_reason
 from trainer.data.format import history as histories
 from trainer.data.format import shards, storage, validation
 from trainer.data.format.dataset_files import record_checksums
@@ -377,7 +377,7 @@ class DatasetBuilder:
             yield
         except OSError as error:
             self._remove()
-            reason = os.strerror(error.errno) if error.errno else error
+            reason = failure_reason(error)
             raise UserError(f"{self._out}: cannot be written ({reason})") from error
         except BaseException:
             self._remove()

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.config.load import parse_time
 from trainer.config.paths import absolute
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, failure_reason
 from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
 from trainer.llm.instructions.tasks import LETTERS, PLACEHOLDERS, TASKS, Record, TaskSampler
@@ -133,7 +133,7 @@ def write_instructions(
         (tmp_path / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
         os.rename(tmp_path, out_dir)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({os.strerror(error.errno) if error.errno else error})") from error
+        raise UserError(f"{out}: cannot be written ({failure_reason(error)})") from error
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
     return manifest

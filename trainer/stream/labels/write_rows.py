@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.console.errors import UserError
+from trainer.console.errors import UserError, failure_reason
 from trainer.data.format.schema import KINDS, DatasetSpec
 from trainer.data.format.validation import Columns
 from trainer.stream.labels.assembled_rows import (
@@ -173,5 +173,5 @@ def _reported_as_user_error(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
+        reason = failure_reason(error)
         raise UserError(f"{file}: cannot be written ({reason})") from error
