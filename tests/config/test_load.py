@@ -63,7 +63,7 @@ def test_dates_need_no_quotes(tmp_path: Path) -> None:
         ("[data]\npath = 'd'\n", ["data.behaviours=click"], "data.behaviours = 'click': input should be a list"),
         ("[data]\npath = 'd'\n", ["train.weights=2"], "train.weights = 2: input should be a table of keys and values"),
         ("[data]\npath = 'd'\n", ["model=ple"], "model = 'ple': input should be a section of keys and values"),
-        ("[data]\npath = 'd'\n", ["epochs"], "override 'epochs': write section.key=value"),
+        ("[data]\npath = 'd'\n", ["epochs"], "override 'epochs': write section.key=value, such as data.path=d"),
         ("[data]\npath = 'd'\n", ["data.path.x=1"], "data.path is a value, not a section"),
         ("[train]\nepochs = 2\n", [], "data is missing"),
         ("[data]\n", [], "data.path is missing"),

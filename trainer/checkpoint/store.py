@@ -146,7 +146,7 @@ class CheckpointStore:
         except UserError as error:
             self._failure = error
         except Exception as error:
-            # Only the lost rank knows the reason, so the error stays as it is.
+            # Only the lost rank knows the reason, so the error is not replaced.
             lost = is_lost_peer(f"{type(error).__name__}: {error}")
             self._failure = (
                 error if lost else UserError(f"{self._directory}: a checkpoint could not be written: {one_line(error)}")

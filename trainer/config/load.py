@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from datetime import date, datetime
@@ -95,11 +96,20 @@ def _times_as_text(value: Any) -> Any:
     return value.isoformat() if isinstance(value, date) else value
 
 
+def _override_example(raw: dict[str, Any]) -> str:
+    """Return an example for the message about a wrong override: a key that the job file has, with its value."""
+    for section, keys in raw.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            if isinstance(value, str | int | float) and not re.search(r"\s|^$", str(value)):
+                return f", such as {section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
+    return ""
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one ``section.key=value`` in a nested mapping; missing sections are created."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r}: write section.key=value, such as train.epochs=2")
+        raise UserError(f"override {override!r}: write section.key=value{_override_example(raw)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except RecursionError:

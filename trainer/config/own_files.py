@@ -22,7 +22,7 @@ def find_settings(path: str | Path) -> Path:
     """Return the file that a default or a key of a job file names.
 
     A path that starts with ``configs/`` and does not exist in the working directory is that of Limelight's own file, if
-    there is one. Every other path is returned as it is.
+    there is one. Every other path is returned unchanged.
     """
     named = PurePath(path)
     if named.parts[:1] == (CONFIGS,) and ".." not in named.parts and not os.path.exists(named):

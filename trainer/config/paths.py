@@ -27,7 +27,7 @@ class PathMark:
 
 
 InputFile = Annotated[str, PathMark()]
-"""Key of a file or directory that is read; a hub id of a model is none and stays as it is."""
+"""Key of a file or directory that is read. The hub id of a model is not a path and is not changed."""
 
 InputFiles = Annotated[tuple[str, ...], PathMark()]
 
@@ -74,7 +74,7 @@ def check_outputs(job: BaseModel, prefix: str = "") -> None:
 def absolute_paths(job: Model) -> Model:
     """Return a job whose relative paths are absolute, so that it means the same in every directory.
 
-    An input that does not exist stays as it is: it may be a hub id, or a path that an earlier version stored relative
+    An input that does not exist is not changed: it may be a hub id, or a path that an earlier version stored relative
     to another directory.
     """
     changes: dict[str, Any] = {}

@@ -198,7 +198,7 @@ def scheme_of(text: str | Path) -> str | None:
     """Return the protocol of a URL, in lower case; None for a local path.
 
     Raises:
-        UserError: it begins like a URL and is none, such as ``s3:/bucket/x``.
+        UserError: it begins like a URL but is not one, such as ``s3:/bucket/x``.
     """
     found = _SCHEME.match(str(text))
     if found is None or not (found[2] or found[3] or found[1].lower() in _SCHEMES):
