@@ -12,6 +12,7 @@ from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import read_job
 from trainer.config.paths import check_outputs
+from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig
 from trainer.config.staytime import StaytimeConfig
 from trainer.config.toml import list_mistakes, validate
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from trainer.llm.models.base_model import BaseModelFiles
 
 T = TypeVar("T")
-Job = EmbeddingJob | FinetuneConfig | JobConfig | StaytimeConfig
+Job = EmbeddingJob | FinetuneConfig | JobConfig | QuantizeJob | StaytimeConfig
 
 _MODELS: dict[str, type[Job]] = {
     "train": JobConfig,
     "finetune": FinetuneConfig,
     "embed": EmbeddingJob,
     "staytime": StaytimeConfig,
+    "quantize": QuantizeJob,
 }
 
 
@@ -90,6 +92,8 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
             _check_finetune(job, ranks, found)
         elif isinstance(job, EmbeddingJob):
             _check_embed(job, found)
+        elif isinstance(job, QuantizeJob):
+            _check_quantize(job, found)
         else:
             _check_staytime(job, found)
     return found
@@ -177,6 +181,16 @@ def _check_staytime(job: StaytimeConfig, found: JobCheck) -> None:
     )
     if data is not None:
         found.checked.append(f"{len(data.training):,} training and {len(data.held_out):,} held-out visits")
+
+
+def _check_quantize(job: QuantizeJob, found: JobCheck) -> None:
+    from trainer.semantic_ids.segments import SegmentVectors, require_segments
+
+    segments = found.run("segments and their vectors", lambda: SegmentVectors.open(job.data.path, job.data.vectors))
+    if segments is not None:
+        ranges = found.run("times", lambda: segments.ranges(job.data))
+        if ranges is not None:
+            found.run("segments of the fit", lambda: require_segments(segments, ranges[0], job.codebook.levels))
 
 
 def _check_deepspeed(settings: Mapping[str, Any], file: str) -> None:

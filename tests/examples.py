@@ -29,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from launch.cli.command import Command, Group
 from launch.cli.main import limelight
+from launch.cli.quantize import QuantizeGroup
 from launch.config_check import check_job, job_model
 from tests.launch.cli.parsing import every_command
 from tests.paths import ROOT
@@ -49,6 +50,9 @@ PAGES = sorted(
 """Pages of the repository; templates become pages elsewhere, where their links hold."""
 
 JOBS = {"train": "train", "finetune": "finetune", "embed": "embed", "staytime": "staytime"} | {
+    "fit": "quantize",
+    "refresh": "quantize",
+    "trainer.quantize": "quantize",
     "trainer.rank": "train",
     "trainer.finetune": "finetune",
     "trainer.embed": "embed",
@@ -262,7 +266,7 @@ def check_limelight(words: Sequence[str]) -> None:
         if name in ("time_from", "time_until", "at", "evaluate_from") and value not in (None, "T"):
             assert read_iso(value, "UTC") is not None, f"{value} is no time"
     kind = JOBS.get(str(command.name))
-    if kind is not None and context.parent is not None and context.parent.parent is None:
+    if kind is not None and "config" in parsed.params and "overrides" in parsed.params:
         check_job_file(parsed.params["config"], parsed.params["overrides"], kind, parsed.params.get("ranks", 1))
     elif words[1:3] == ["config", "check"]:
         check_job_file(parsed.params["file"], parsed.params["overrides"], None, parsed.params["ranks"])
@@ -389,6 +393,8 @@ def resolve(words: Sequence[str]) -> tuple[click.Command, click.Context, list[st
     context = click.Context(limelight, info_name="limelight")
     rest = list(words[1:])
     while isinstance(command, click.Group) and rest:
+        if isinstance(command, QuantizeGroup):
+            rest = command.complete(rest)
         if rest[0].startswith("-"):
             assert rest[0] in options_of(command), f"option {rest[0]} before the command"
             break

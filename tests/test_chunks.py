@@ -214,6 +214,7 @@ ELSEWHERE = {
     "trainer.data.writing.partition_spill:_ROWS_IN_MEMORY": "tests/data/writing/test_builder.py",
     "trainer.data.writing.partition_spill:_ROWS_PER_PARTITION": "tests/data/writing/test_builder.py",
     "trainer.llm.finetuning.token_files:_CHUNK": "tests/llm/finetuning/test_token_files.py",
+    "trainer.semantic_ids.code_files:APPENDED_ROWS": "tests/semantic_ids/test_code_files.py",
     "trainer.semantic_ids.kmeans_start:_NUMBERS_AT_ONCE": "tests/semantic_ids/test_kmeans.py",
     "trainer.semantic_ids.redis_store:CHUNK": "tests/semantic_ids/test_code_store.py",
     "trainer.semantic_ids.sqlite_store:READ_ROWS": "tests/semantic_ids/test_code_store.py",

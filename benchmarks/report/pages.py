@@ -13,6 +13,7 @@ from benchmarks.report.results import read_results
 from benchmarks.speed.throughput import FLOP_PER_ROW, PEER_ROWS_PER_SECOND
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
+from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig
 from trainer.config.reference import reference
 from trainer.config.staytime import StaytimeConfig
@@ -26,6 +27,7 @@ JOBS: dict[str, tuple[type[BaseModel], str, str]] = {
     "finetune": (FinetuneConfig, "A language model, fine-tuned with LoRA.", "configs/finetune_small.toml"),
     "embed": (EmbeddingJob, "Vectors of texts, by id.", "configs/embed.toml"),
     "staytime": (StaytimeConfig, "Seconds that a user stays in the comments.", "configs/staytime.toml"),
+    "quantize": (QuantizeJob, "A codebook of segments, by residual k-means.", "configs/quantize.toml"),
 }
 """Command of a job -> the model of its file, a sentence about it, and an example."""
 

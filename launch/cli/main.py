@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from launch.cli import checkpoint, config, configs, data, doctor, jobs, models, stream
+from launch.cli import checkpoint, config, configs, data, doctor, jobs, models, quantize, stream
 from launch.cli.command import Group
 from launch.cli.version import print_versions
 from trainer.console.errors import UserError
@@ -54,6 +54,7 @@ for command in (
     jobs.finetune,
     jobs.embed,
     jobs.staytime,
+    quantize.quantize,
     models.evaluate,
     models.score,
     models.explain,

@@ -12,6 +12,7 @@ from trainer.config.diff import changeable_keys, differences
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed, load_job, parse_time
+from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig, load_config, parse_config
 from trainer.config.staytime import StaytimeConfig
 from trainer.config.toml import fields, validate_stored
@@ -19,6 +20,7 @@ from trainer.console.errors import UserError
 
 OTHER_JOBS: dict[str, type[BaseModel]] = {
     "embed.toml": EmbeddingJob,
+    "quantize.toml": QuantizeJob,
     "staytime.toml": StaytimeConfig,
     "finetune_small.toml": FinetuneConfig,
     "qwen2_7b_lora.toml": FinetuneConfig,

@@ -1,4 +1,4 @@
-"""``limelight config check``: the four kinds of job files, good and bad, without a start of the job."""
+"""``limelight config check``: every kind of job files, good and bad, without a start of the job."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from launch.cli.main import main
 from launch.config_check import check_job
 from tests.llm.tiny import write_base, write_samples
 from tests.paths import ROOT
+from tests.semantic_ids.segment_world import write_world
 from trainer.data.simulator.write_dataset import simulate
 
 CONFIGS = ROOT / "configs"
@@ -22,6 +23,7 @@ KINDS = {
     "moment": "train",
     "qwen2_7b_lora": "finetune",
     "simulated": "train",
+    "quantize": "quantize",
     "staytime": "staytime",
 }
 
@@ -33,6 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     simulate(directory / "world", users=60, days=3, partitions=2, seed=5, texts=True)
     write_samples(directory)
     write_base(directory / "base")
+    write_world(directory / "segments")
     return directory
 
 
@@ -52,6 +55,10 @@ def job_of(kind: str, data: Path, *overrides: str) -> list[str]:
             f"embed.template={templates / 'embed.txt'}",
         ],
         "staytime": ["staytime.toml", world, "data.eval_from=2024-03-06"],
+        "quantize": [
+            *("quantize.toml", f"data.path={data / 'segments'}", "data.fit_until=2024-03-04T00:15"),
+            "codebook.levels=[8, 4]",
+        ],
     }[kind]
     return [str(CONFIGS / settings[0]), *settings[1:], *overrides]
 
@@ -87,6 +94,7 @@ def test_the_kind_of_a_file_is_found_by_its_sections(name: str) -> None:
             ["embed.txt", "texts of items", "texts of comments", "texts of segments", "texts of authors", "base"],
         ),
         ("staytime", ["world", "training and", "held-out visits"]),
+        ("quantize", ["segments and their vectors", "times", "segments of the fit"]),
     ],
 )
 def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +147,16 @@ def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.Ca
         ("staytime", ["base.loss=wr"], ["base.loss = 'wr'"]),
         ("staytime", ["data.eval_from=2030-01-01"], ["held-out range"]),
         ("staytime", ["input.exclude=['shoe_size']"], ["input.exclude: "]),
+        ("quantize", ["codebook.levels=[8, 0]", "data.fit_til=x"], ["levels", "did you mean data.fit_until?"]),
+        ("quantize", ["data.path=nowhere"], ["nowhere: no dataset here"]),
+        ("quantize", ["data.vectors=nowhere"], ["nowhere: no embedding table here"]),
+        ("quantize", ["data.fit_until=soon"], ["data.fit_until = 'soon'"]),
+        ("quantize", ["data.eval_until=2024-03-04"], ["data.eval_until = '2024-03-04' must be later"]),
+        (
+            "quantize",
+            ["codebook.levels=[500]"],
+            ["290 segments became known in the range of the fit, and a level has 500"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else None,
 )

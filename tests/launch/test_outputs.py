@@ -25,10 +25,11 @@ from trainer.console import job_arguments
 from trainer.console.outputs import InputPath, LocalOutputPath, OutputPath
 from trainer.data.format.dataset import Dataset
 
-JOBS = ("train", "finetune", "embed", "staytime")
+JOBS = ("train", "finetune", "embed", "staytime", "quantize")
 
 PLAIN_TEXT = {
     *("time_from", "time_until", "at", "evaluate_from", "most", "overrides", "ranks", "local_rank"),
+    "store",
     *("brokers", "topic", "dead_letter_topic"),
     *("fast_seconds", "slow_seconds", "tick_seconds", "idle_seconds", "max_out_of_orderness_seconds"),
 }
@@ -36,6 +37,7 @@ PLAIN_TEXT = {
 
 PLAIN_KEYS = {
     *("run.name", "data.train_from", "data.train_until", "data.eval_from", "data.eval_until", "data.behaviours"),
+    *("data.fit_from", "data.fit_until"),
     *("stream.brokers", "stream.topic", "stream.dead_letter", "stream.since", "stream.until"),
     *("features.side.exclude", "features.dense.exclude", "features.statistics.rates", "features.author_side"),
     *("features.rates", "features.exclude", "features.history.NAME.require", "alignment.anchor", "init_from.tables"),
@@ -56,6 +58,8 @@ OUTPUTS = {
     "explain",
     "export",
     "configs",
+    "quantize assign",
+    "quantize report",
 }
 """Commands with an output."""
 
@@ -65,7 +69,7 @@ def every_parameter() -> Iterator[tuple[str, click.Parameter]]:
     for words, command in every_command():
         for parameter in command.params:
             yield words, parameter
-    for name in ("TRAIN", "EVALUATE", "SCORE", "EXPLAIN"):
+    for name in ("TRAIN", "EVALUATE", "SCORE", "EXPLAIN", "QUANTIZE"):
         for parameter in getattr(job_arguments, f"{name}_ARGUMENTS"):
             yield f"python -m trainer.{name.lower()}", parameter
 
@@ -115,6 +119,7 @@ def test_the_outputs_of_job_files_are_these() -> None:
     assert marked == {
         *((job, "run.directory") for job in ("train", "finetune", "staytime")),
         ("embed", "embed.directory"),
+        ("quantize", "codebook.directory"),
     }
 
 
@@ -156,6 +161,7 @@ JOB_FILES = {
     "finetune": ("configs/finetune_small.toml", "run.directory"),
     "staytime": ("configs/staytime.toml", "run.directory"),
     "embed": ("configs/embed.toml", "embed.directory"),
+    "quantize": ("configs/quantize.toml", "codebook.directory"),
 }
 
 
@@ -185,6 +191,8 @@ COMMANDS = {
     "explain": ["explain", "nowhere", "--user", "1", "--candidate", "1", "--out", "{}"],
     "export": ["export", "nowhere", "{}"],
     "configs": ["configs", "{}"],
+    "quantize assign": ["quantize", "assign", "nowhere", "nowhere", "{}"],
+    "quantize report": ["quantize", "report", "nowhere", "--out", "{}"],
 }
 
 

@@ -44,6 +44,12 @@ TableDirectory = Annotated[
     PathMark("later jobs reuse and map the vectors that are there; set a local path and copy the finished tables"),
 ]
 
+VersionDirectory = Annotated[
+    str,
+    PathMark("a job keeps its checkpoints beside it and renames it when it is whole; set a local path and copy it"),
+]
+"""Key of a codebook version's directory."""
+
 
 def path_mark(info: FieldInfo) -> PathMark | None:
     """Return the mark of a key that is a path; None for other keys."""

@@ -29,6 +29,22 @@ TRAIN_ARGUMENTS: Parameters = (
 )
 """``CONFIG [section.key=value ...]``."""
 
+QUANTIZE_ARGUMENTS: Parameters = (
+    *TRAIN_ARGUMENTS,
+    click.Option(
+        ["--from", "old"],
+        metavar="OLD",
+        type=InputPath(),
+        help="Codebook version to refresh: the fit starts from its centroids, and its numbers are kept.",
+    ),
+    click.Option(
+        ["--compare-cold"],
+        is_flag=True,
+        help="Also fit from the job's own start, and say how many segments would keep their code then.",
+    ),
+)
+"""``CONFIG [section.key=value ...] [--from OLD] [--compare-cold]``."""
+
 RANGE_OPTIONS: Parameters = (
     click.Option(
         ["--from", "time_from"], metavar="T", help="First request, such as 2022-05-06 (default: the run's own range)."

@@ -74,8 +74,19 @@ def open_table(files: DatasetFiles, name: str) -> Iterator[pq.ParquetFile]:
         yield source
 
 
-def open_parquet(files: DatasetFiles, name: str) -> pq.ParquetFile:
-    """Return an opened table of a dataset, of which pages are decoded one by one.
+def table_footer(files: DatasetFiles, name: str) -> tuple[pa.Schema, dict[bytes, bytes]]:
+    """Return the columns and the metadata of a table of a dataset; nothing but its footer is read.
+
+    Raises:
+        FileNotFoundError: the dataset has no such table.
+        UserError: the file is damaged or not a regular file.
+    """
+    with readable(storage.join(files.path, name)), open_parquet(files, name, ()) as source:
+        return source.schema_arrow, dict(source.metadata.metadata or {})
+
+
+def open_parquet(files: DatasetFiles, name: str, dictionaries: Sequence[str] = ("event",)) -> pq.ParquetFile:
+    """Return an opened table of a dataset, of which pages are decoded one by one; texts of some columns stay codes.
 
     Raises:
         FileNotFoundError: the dataset has no such table.
@@ -92,7 +103,7 @@ def open_parquet(files: DatasetFiles, name: str) -> pq.ParquetFile:
         open_regular(Path(place)).close()
     # With a buffer, pages are decoded one by one; without it, a whole row group would be read into memory. The names of
     # events stay a dictionary, whatever their length.
-    return pq.ParquetFile(place, filesystem=filesystem, buffer_size=_PAGE_BYTES, read_dictionary=["event"])
+    return pq.ParquetFile(place, filesystem=filesystem, buffer_size=_PAGE_BYTES, read_dictionary=list(dictionaries))
 
 
 @contextmanager

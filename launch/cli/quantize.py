@@ -1,0 +1,216 @@
+"""``limelight quantize``: codebooks of segments: fit, assign, report and refresh."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from launch.cli.command import Group, json_option, messages_on_stderr, print_json
+from launch.cli.jobs import ranks_option
+from trainer.console.job_arguments import TRAIN_ARGUMENTS
+from trainer.console.outputs import InputPath, Output, OutputPath
+
+FIT = "fit"
+
+
+class QuantizeGroup(Group):
+    """The group; a job file in place of a command stands for ``fit``."""
+
+    def complete(self, words: list[str]) -> list[str]:
+        """Return the words after ``limelight quantize`` with the command that they leave out."""
+        is_file = bool(words) and words[0] not in self.commands and (_is_job(words[0]) or os.path.isfile(words[0]))
+        return [FIT, *words] if is_file else words
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that is meant, and its arguments."""
+        return super().resolve_command(ctx, self.complete(args))
+
+
+def _is_job(word: str) -> bool:
+    return word.endswith(".toml")
+
+
+@click.group(
+    cls=QuantizeGroup,
+    short_help="Fit and use codebooks of segments.",
+    help="Fit a codebook of the segments of a dataset by residual k-means, give segments their codes, measure "
+    "codebooks, and refresh them.\n\nA job file in place of the command means `limelight quantize fit`.",
+    example="limelight quantize configs/quantize.toml --ranks 2 codebook.levels=[20000]",
+)
+def quantize() -> None:
+    """Fit and use codebooks of segments."""
+
+
+@quantize.command(
+    FIT,
+    params=list(TRAIN_ARGUMENTS),
+    short_help="Fit a codebook by a job file.",
+    help="Fit a codebook of a dataset's segments by residual k-means, measure it on later segments, and write it as a "
+    "version: a directory that is whole or not there. Any number of ranks gives the same bits. The same command again "
+    "continues a fit that was ended.",
+    example="limelight quantize fit configs/quantize.toml --ranks 2 codebook.levels=[20000]",
+)
+@ranks_option
+def fit(config: str, overrides: tuple[str, ...], ranks: int) -> int:
+    """Start the ranks of ``trainer.quantize``."""
+    return _start(config, overrides, ranks)
+
+
+@quantize.command(
+    params=list(TRAIN_ARGUMENTS),
+    short_help="Fit a newer version that keeps the numbers of an old one.",
+    help="Fit a codebook that starts from the centroids of an old version. Then its codes are matched one to one to "
+    "the old ones, so that as many segments as possible keep their code, and the shares of those that do are printed. "
+    "The old version stays as it is.",
+    example="limelight quantize refresh configs/quantize.toml --from data/codebooks/first "
+    "codebook.directory=data/codebooks/second",
+)
+@click.option("--from", "old", metavar="OLD", type=InputPath(), required=True, help="Codebook version to refresh.")
+@click.option(
+    "--compare-cold",
+    is_flag=True,
+    help="Also fit from the job's own start, and say how many segments would keep their code then.",
+)
+@ranks_option
+def refresh(config: str, overrides: tuple[str, ...], old: str, compare_cold: bool, ranks: int) -> int:
+    """Start the ranks of ``trainer.quantize`` with an old version."""
+    return _start(config, overrides, ranks, "--from", old, *(["--compare-cold"] if compare_cold else []))
+
+
+VERSION = click.Argument(
+    ["version"], metavar="VERSION", type=InputPath(), help="Directory of a codebook version, which the job wrote."
+)
+DATASET = click.Argument(
+    ["dataset"], metavar="DATASET", type=InputPath(urls=True), help="Dataset directory with segments."
+)
+VECTORS = click.Option(
+    ["--vectors"],
+    metavar="TABLE",
+    type=InputPath(),
+    help="Table of segment vectors (default: embeddings/segments of the dataset).",
+)
+
+
+@quantize.command(
+    params=[
+        VERSION,
+        DATASET,
+        click.Argument(["out"], metavar="OUT.parquet", type=OutputPath(), help="Code file to write."),
+        VECTORS,
+        click.Option(
+            ["--from", "time_from"], metavar="T", help="First time at which a segment became known, such as 2024-03-09."
+        ),
+        click.Option(["--until", "time_until"], metavar="T", help="End of the range; left out itself."),
+    ],
+    short_help="Write the codes of a dataset's segments.",
+    help="Give the segments of a dataset their codes by a codebook version, and write them with room, author, segment "
+    "and the time from which each is known to a Parquet file, which is whole or not there. With --store the codes are "
+    "then appended to a store of recent codes, in the order in which they became known; the same command again changes "
+    "nothing there.",
+    example="limelight quantize assign data/codebooks/first data/segments codes.parquet --store codes.sqlite",
+)
+@click.option(
+    "--store", metavar="ADDRESS", help="Also append to a store: an SQLite file, or redis://HOST:PORT/DATABASE."
+)
+@json_option
+def assign(
+    version: str,
+    dataset: str,
+    out: Output,
+    vectors: str | None,
+    time_from: str | None,
+    time_until: str | None,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Encode in this process."""
+    from trainer.semantic_ids.code_files import assign_to_file
+
+    out.check()
+    with messages_on_stderr(as_json), out.writing(quiet=as_json) as file:
+        document = assign_to_file(
+            version,
+            dataset,
+            file,
+            vectors=vectors or "",
+            time_from=time_from,
+            time_until=time_until,
+            store=store,
+            quiet=as_json,
+        )
+    if as_json:
+        print_json({"out": str(out), **document})
+        return
+    print(f"{out}: {document['segments']:,} segments with codes of {document['version']}", end="")
+    print(f" (mean squared error {document['mean_error']:.4g})")
+    print(f"without a code: {document['without_vector']:,} segments without a vector", end="")
+    print(f"; without an author: {document['without_author']:,} segments of unknown rooms")
+    if store is not None:
+        print(f"{store}: " + ", ".join(f"{count:,} {name}" for name, count in document["store"].items()))
+
+
+@quantize.command(
+    params=[
+        click.Argument(
+            ["versions"], nargs=-1, required=True, metavar="VERSION...", type=InputPath(), help="Codebook versions."
+        ),
+        click.Option(
+            ["--data"],
+            metavar="DATASET",
+            type=InputPath(urls=True),
+            help="Measure on the segments of this dataset (default: the report that the job stored).",
+        ),
+        VECTORS,
+        click.Option(["--from", "time_from"], metavar="T", help="With --data: first time, such as 2024-03-09."),
+        click.Option(["--until", "time_until"], metavar="T", help="With --data: end of the range; left out itself."),
+        click.Option(["--out"], metavar="PICTURE.png", type=OutputPath(), help="Also draw the report to this file."),
+    ],
+    short_help="Print the quality of codebook versions.",
+    help="Print, for each level of each version: distortion on held-out segments, unused codes, perplexity, Gini "
+    "coefficient, the share of the most frequent 1 % of the codes, and persistence (the share of neighbouring segments "
+    "of a room with one code); for the tuples of all levels also the share of vectors that are alone in theirs.",
+    example="limelight quantize report data/codebooks/first --out codebook.png",
+)
+@json_option
+def report(
+    versions: tuple[str, ...],
+    data: str | None,
+    vectors: str | None,
+    time_from: str | None,
+    time_until: str | None,
+    out: Output | None,
+    as_json: bool,
+) -> None:
+    """Print stored reports, or measure in this process."""
+    from trainer.console.errors import UserError
+    from trainer.semantic_ids.codebook_report import draw_reports, refresh_text, report_table
+    from trainer.semantic_ids.codebook_versions_report import read_reports
+
+    if data is None and (vectors or time_from or time_until):
+        raise UserError("--vectors, --from and --until need --data, the dataset to measure on")
+    if out is not None:
+        out.check()
+    reports = read_reports(versions, data, vectors or "", time_from, time_until)
+    if out is not None:
+        with out.writing(quiet=as_json) as file:
+            draw_reports(reports, file)
+    if as_json:
+        print_json(reports)
+        return
+    print(report_table(reports))
+    for found in reports.values():
+        if "refresh" in found:
+            print(f"\n{refresh_text(found['refresh'])}")
+    if out is not None:
+        print(f"\npicture: {out}")
+
+
+def _start(config: str, overrides: tuple[str, ...], ranks: int, *more: str) -> int:
+    from launch.local import start_ranks
+    from trainer.config.quantize import load_quantize
+
+    load_quantize(config, overrides)
+    return start_ranks("trainer.quantize", [config, *overrides, *more], ranks)

@@ -1,0 +1,289 @@
+"""Vectors of a dataset's segments with room, author and the time from which each is known: memory-mapped, in blocks.
+
+A table of segment vectors has one of two kinds of ids:
+
+* row numbers of ``segments.parquet`` (the simulated world, KuaiLive-M3), which has ``item_id`` and ``known_ms``;
+* ids of ``text_schema.segment_ids`` (``limelight embed`` with the kind ``segments``), whose rooms and times are in
+  ``texts/segments.parquet``. Without a column ``known_ms``, a segment is known at its end.
+
+The id of a vector is the id of its segment in code files and in the store of recent codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.config.load import parse_time
+from trainer.config.quantize import QuantizeDataConfig
+from trainer.console.errors import UserError
+from trainer.data.format import storage
+from trainer.data.format.content_vectors import ContentVectors
+from trainer.data.format.dataset_files import DatasetFiles
+from trainer.data.format.parquet_files import read_table, table_footer
+from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.text_schema import read_texts, segment_ids
+from trainer.semantic_ids.code_store import GAP_MS
+from trainer.semantic_ids.vector_source import StoredVectors, chunks
+
+SEGMENTS = "segments.parquet"
+TEXT_SEGMENTS = "texts/segments.parquet"
+DEFAULT_TABLE = "embeddings/segments"
+"""Folder of a dataset with its segment vectors."""
+
+UNKNOWN_AUTHOR = -1
+
+NO_LIMIT_MS = (1 << 62) - 1
+
+
+class TimeRange(NamedTuple):
+    """Range of ``known_ms``: ``from_ms`` is inside, ``until_ms`` outside."""
+
+    from_ms: int = 0
+    until_ms: int = NO_LIMIT_MS
+
+    def __contains__(self, known_ms: object) -> bool:
+        return isinstance(known_ms, int) and self.from_ms <= known_ms < self.until_ms
+
+
+class BadVectors(NamedTuple):
+    """Numbers of vectors that no codebook takes, and the id of the first one.
+
+    Attributes:
+        not_finite: vectors with NaN or infinity.
+        zero: vectors of length 0.
+        first_id: id of the first of them; -1 if there is none.
+    """
+
+    not_finite: int
+    zero: int
+    first_id: int
+
+    def __add__(self, other: BadVectors) -> BadVectors:  # type: ignore[override]
+        """Add counts; ``self`` is of earlier rows."""
+        first = self.first_id if self.first_id >= 0 else other.first_id
+        return BadVectors(self.not_finite + other.not_finite, self.zero + other.zero, first)
+
+    def refuse(self, place: object, count: int) -> None:
+        """Do nothing if there is no bad vector.
+
+        Raises:
+            UserError: there is one; the message has the numbers of them.
+        """
+        if self.not_finite or self.zero:
+            raise UserError(
+                f"{place}: {self.not_finite:,} of {count:,} vectors are not finite and {self.zero:,} are zero, the "
+                f"first is that of segment {self.first_id}; a codebook takes finite vectors that are not zero"
+            )
+
+
+@dataclass(frozen=True)
+class SegmentVectors:
+    """Segment vectors of a dataset, in the order of the rows of their table.
+
+    Attributes:
+        table: the vectors, memory-mapped.
+        item_id: ``[n] int64``, room of each vector.
+        author_id: ``[n] int64``, author of the room; ``UNKNOWN_AUTHOR`` if the dataset does not have the room.
+        known_ms: ``[n] int64``, time from which a segment is known.
+        without_vector: number of segments of the dataset that have no vector.
+        timezone: IANA name of the dataset's time zone.
+    """
+
+    table: ContentVectors
+    item_id: np.ndarray
+    author_id: np.ndarray
+    known_ms: np.ndarray
+    without_vector: int
+    timezone: str
+
+    def __len__(self) -> int:
+        return len(self.known_ms)
+
+    @staticmethod
+    def open(dataset: str, vectors: str = "") -> SegmentVectors:
+        """Open the segment vectors of a dataset.
+
+        Args:
+            dataset: path or URL of the dataset.
+            vectors: directory of the table; empty for ``embeddings/segments`` of the dataset.
+
+        Raises:
+            UserError: dataset or table are missing or damaged, the dataset has no times of its segments, or the table
+                has a vector of a segment that the dataset does not have.
+        """
+        timezone = DatasetSpec.load(dataset).timezone
+        place = vectors or storage.join(dataset, DEFAULT_TABLE)
+        if storage.is_remote(place):
+            raise UserError(f"{place}: segment vectors are memory-mapped; copy them to a local path (data.vectors)")
+        table = ContentVectors.open(place)
+        if not len(table):
+            raise UserError(f"{place}: has no vectors; a codebook needs some")
+        files = DatasetFiles(dataset)
+        embedded = "segments" in table.origin.template
+        ids, item_id, known_ms = _text_segments(files) if embedded else _segments(files)
+        row = _rows_of(ids, table.ids)
+        if (row < 0).any():
+            source = TEXT_SEGMENTS if embedded else SEGMENTS
+            raise UserError(
+                f"{place}: has a vector of segment {table.ids[np.argmin(row)]}, which {storage.join(dataset, source)} "
+                "does not have; make the vectors from this dataset"
+            )
+        item_id, known_ms = item_id[row], known_ms[row]
+        authors = _authors(files, item_id)
+        return SegmentVectors(table, item_id, authors, known_ms, len(ids) - len(table), timezone)
+
+    def rows(self, times: TimeRange) -> np.ndarray:
+        """Return the rows ``[m] int64`` of the segments that became known in a range, ascending."""
+        return np.flatnonzero((self.known_ms >= times.from_ms) & (self.known_ms < times.until_ms))
+
+    def source(self, rows: np.ndarray, digest: str = "") -> StoredVectors:
+        """Return the vectors of some rows, which ascend, as k-means reads them; ``digest`` is a hash of them."""
+        return StoredVectors(str(self.table.path), self.table.vectors, digest or self.table.hash, rows)
+
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield places in ``rows``, which ascend, and their vectors ``[m, dim]``, in order."""
+        source = self.source(rows)
+        for chunk in chunks(source, 0, source.count):
+            yield slice(chunk.first, chunk.first + len(chunk.vectors)), chunk.vectors
+
+    def time_range(self, time_from: str | None, time_until: str | None) -> TimeRange:
+        """Return the range of ``known_ms`` that two options of a command give.
+
+        Raises:
+            UserError: a time is no ISO time, or the range ends before it begins.
+        """
+        return self._range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS))
+
+    def ranges(self, data: QuantizeDataConfig) -> tuple[TimeRange, TimeRange | None]:
+        """Return the ranges of fitting and of evaluation; None if nothing is held out.
+
+        Raises:
+            UserError: a time is no ISO time, or a range ends before it begins.
+        """
+
+        fit = self._range(("data.fit_from", data.fit_from, 0), ("data.fit_until", data.fit_until, NO_LIMIT_MS))
+        if not data.eval_from and not data.fit_until:
+            return fit, None
+        end = ("data.eval_until", data.eval_until, NO_LIMIT_MS)
+        return fit, self._range(("data.eval_from", data.eval_from, fit.until_ms), end)
+
+    def _range(self, begin: tuple[str, str, int], end: tuple[str, str, int]) -> TimeRange:
+        """Return a range from the key, the text and the default of its begin and of its end."""
+        from_ms, until_ms = (
+            parse_time(text, self.timezone, key) if text else default for key, text, default in (begin, end)
+        )
+        if from_ms >= until_ms:
+            raise UserError(f"{end[0]} = {end[1]!r} must be later than {begin[0]}, the begin of the range")
+        return TimeRange(from_ms, until_ms)
+
+    def neighbours(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return positions in ``rows`` of the pairs of neighbouring segments of a room: the earlier and the later one.
+
+        Segments of a room are in the order of ``known_ms``, then of their id. Two that follow each other are neighbours
+        if at most five minutes are between them.
+        """
+        order = np.lexsort((self.table.ids[rows], self.known_ms[rows], self.item_id[rows]))
+        room, known_ms = self.item_id[rows][order], self.known_ms[rows][order]
+        near = (room[1:] == room[:-1]) & (known_ms[1:] - known_ms[:-1] <= GAP_MS)
+        return order[:-1][near], order[1:][near]
+
+
+def hash_vectors(segments: SegmentVectors, rows: np.ndarray) -> str:
+    """Read the vectors of some rows once, and return a hash of ids and vectors.
+
+    Raises:
+        UserError: there is no vector, or some are not finite or zero.
+    """
+    if not len(rows):
+        raise UserError(f"{segments.table.path}: no segment became known in the range of time; choose another one")
+    digest, bad = hashlib.blake2b(digest_size=16), BadVectors(0, 0, -1)
+    for at, vectors in segments.blocks(rows):
+        ids = segments.table.ids[rows[at]]
+        bad += find_bad_vectors(ids, vectors)
+        digest.update(ids.tobytes())
+        digest.update(vectors.tobytes())
+    bad.refuse(segments.table.path, len(rows))
+    return digest.hexdigest()
+
+
+def require_segments(segments: SegmentVectors, times: TimeRange, levels: tuple[int, ...]) -> None:
+    """Check that a range of time has as many segments as the largest level has codes.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    count = len(segments.rows(times))
+    if count < max(levels):
+        raise UserError(
+            f"{segments.table.path}: {count:,} segments became known in the range of the fit, and a level has "
+            f"{max(levels):,} codes; fit on a longer range, or use fewer codes"
+        )
+
+
+def find_bad_vectors(ids: np.ndarray, vectors: np.ndarray) -> BadVectors:
+    """Count the vectors ``[n, dim]`` that are not finite or zero; ``ids [n]`` are those of their segments."""
+    finite = np.isfinite(vectors).all(axis=1)
+    zero = ~vectors.any(axis=1)
+    bad = ~finite | zero
+    return BadVectors(int((~finite).sum()), int(zero.sum()), int(ids[np.argmax(bad)]) if bad.any() else -1)
+
+
+def _segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return row numbers, rooms and times of ``segments.parquet``, ``[n] int64`` each."""
+    place = storage.join(files.path, SEGMENTS)
+    try:
+        if "known_ms" not in table_footer(files, SEGMENTS)[0].names:
+            raise UserError(
+                f"{place}: has no known_ms, the time from which a segment is known; datasets of `limelight data "
+                "simulate` and `limelight data import kuailive-m3` have it"
+            )
+        table = read_table(files, SEGMENTS, ["item_id", "known_ms"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{place}: no such file, so the rooms of the vectors are not known; `limelight data simulate` "
+            "and `limelight data import kuailive-m3` make it"
+        ) from None
+    for name in ("item_id", "known_ms"):
+        if table[name].null_count:
+            raise UserError(f"{place}: column {name!r} has {table[name].null_count:,} empty values; it must have none")
+    item_id, known_ms = (table[name].to_numpy().astype(np.int64) for name in ("item_id", "known_ms"))
+    return np.arange(len(item_id)), item_id, known_ms
+
+
+def _text_segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, rooms and times of ``texts/segments.parquet``, ``[n] int64`` each, in the order of the ids."""
+    table = read_texts(files.path, "segments", ["item_id", "segment", "known_ms"])
+    item_id = table["item_id"].to_numpy()
+    known_ms = table["known_ms"].to_numpy()
+    ids = segment_ids(item_id, table["segment"].to_numpy())
+    order = np.argsort(ids, kind="stable")
+    return ids[order], item_id[order], known_ms[order]
+
+
+def _authors(files: DatasetFiles, item_id: np.ndarray) -> np.ndarray:
+    """Return the author of each room ``[n] int64``; ``UNKNOWN_AUTHOR`` if the dataset does not have the room."""
+    for name in ("items.parquet", "texts/items.parquet"):
+        try:
+            table = read_table(files, name, ["item_id", "author_id"])
+        except FileNotFoundError:
+            continue
+        items, authors = (table[column].to_numpy() for column in ("item_id", "author_id"))
+        order = np.argsort(items, kind="stable")
+        row = _rows_of(items[order], item_id)
+        return np.where(row >= 0, authors[order][row], UNKNOWN_AUTHOR).astype(np.int64)
+    raise UserError(
+        f"{files.path}: has neither items.parquet nor texts/items.parquet, so the authors of the rooms are not known"
+    )
+
+
+def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the position of each wanted id in ``ids``, which is sorted; -1 if it is not there."""
+    if not len(ids):
+        return np.full(len(wanted), -1)
+    row = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[row] == wanted, row, -1)
