@@ -12,6 +12,8 @@ def test_warm_up_then_each_decay() -> None:
     assert rise == pytest.approx([0.1 * (step + 1) for step in range(10)] + [1.0, 1.0])
     assert learning_rate_factor(55, 100, 0.1, "linear") == pytest.approx(0.5)
     assert learning_rate_factor(55, 100, 0.1, "cosine") == pytest.approx(0.5)
+    assert learning_rate_factor(77.5, 100, 0.1, "linear") == pytest.approx(0.25)
+    assert learning_rate_factor(77.5, 100, 0.1, "cosine") == pytest.approx((1 - 0.5**0.5) / 2)
     assert learning_rate_factor(10, 100, 0.1, "cosine") == 1.0
     for decay in ("linear", "cosine"):
         assert learning_rate_factor(100, 100, 0.0, decay) == pytest.approx(0.0, abs=1e-12)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.operators import Mutant, chosen, has_meaning, mutants
-from tests.mutants.runner import Outcome, TestRunner, copy_tree, preload
+from tests.mutants.runner import Outcome, TestRunner, by_file, copy_tree, preload
 from tests.mutants.targets import EQUAL, LEFT_OUT, TESTS
 from tests.paths import ROOT
 from trainer.console.progress import Progress
@@ -151,14 +151,14 @@ def run(
         copy = Path(work).resolve() / "tree"
         copy_tree(root, copy)
         sources = {file: (copy / file).read_bytes() for file in tests}
-        by_file = {file: mutants(file, source) for file, source in sources.items()}
-        current = numbered(mutant for found in by_file.values() for mutant in found)
+        by_module = {file: mutants(file, source) for file, source in sources.items()}
+        current = numbered(mutant for found in by_module.values() for mutant in found)
         names = {mutant: name for name, mutant in current.items()}
         entries = {key(entry): entry for entry in read_entries(options.out, current)}
         if options.survivors:
             wanted = [current[name] for name, entry in entries.items() if _survives(entry)]
         else:
-            drawn = chosen(by_file, options.count, options.seed, lambda mutant: has_meaning(mutant, sources))
+            drawn = chosen(by_module, options.count, options.seed, lambda mutant: has_meaning(mutant, sources))
             wanted = [mutant for mutant in drawn if names[mutant] not in entries]
         if options.only:
             wanted = [m for m in wanted if re.search(options.only, f"{m.file} {m.function}: {m.original}")]
@@ -175,7 +175,7 @@ def run(
         passing = {entry["found_by"] for entry in entries.values() if entry["checked"]}
         left = wanted
         with Progress("mutants", len(wanted), "bugs") as progress:
-            while left:
+            while True:
                 for mutant in left:
                     existing = [file for file in tests[mutant.file] if (copy / file).exists()]
                     content = mutant.apply(sources[mutant.file])
@@ -188,13 +188,17 @@ def run(
                 runner.close()
                 # A test that fails without a bug has found nothing.
                 finders = {entry["found_by"] for entry in entries.values() if entry["found_by"] not in passing}
-                failing = runner.failing(sorted(filter(None, finders)))
-                passing |= finders - failing
+                failing = set()
+                for of_file in by_file(sorted(filter(None, finders))).values():
+                    failing |= runner.failing(of_file)
+                    passing |= set(of_file) - failing
+                    for entry in entries.values():
+                        entry["checked"] = entry["found_by"] in passing
+                    write_entries(options.out, entries, options.seed)
                 runner.left_out |= failing
-                for entry in entries.values():
-                    entry["checked"] = entry["found_by"] in passing
-                write_entries(options.out, entries, options.seed)
                 left = [current[name] for name, entry in entries.items() if entry["found_by"] in failing]
+                if not left:
+                    break
         return document(list(entries.values()), options.seed)
 
 

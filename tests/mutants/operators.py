@@ -57,7 +57,10 @@ NAMES = {
 WORDS = {"left": "right", "right": "left"}
 """Words as arguments, such as the side of a binary search."""
 
-NO_BEHAVIOUR = {"strict", "frozen", "daemon", "non_blocking", "cache", "nogil", "name", "help", "description", "desc"}
+NO_BEHAVIOUR = {
+    *("strict", "frozen", "daemon", "non_blocking", "cache", "nogil"),
+    *("name", "help", "description", "desc", "quiet"),
+}
 """Keyword arguments that change checks, speed or texts, and no result."""
 
 TEXTS = {"logger", "logging", "warnings", "print", "TypeVar", "Field", "NewType", "cast", "text_table"}

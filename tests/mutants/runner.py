@@ -219,22 +219,19 @@ class TestRunner:
         Args:
             finders: tests, or names of other places where :meth:`find` has met an error.
         """
-        by_file: dict[str, list[str]] = {}
-        for finder in finders:
-            by_file.setdefault(_file_of(finder), []).append(finder)
         failing = set()
-        for file, rest in by_file.items():
-            if self.run([file], "none").found is not None:
+        for file, rest in by_file(finders).items():
+            tests = [test for test in rest if "::" in test]
+            if len(tests) < len(rest) and self.run([file], "none").found is not None:
                 failing.update(rest)
                 continue
-            rest = [test for test in rest if "::" in test]
-            while rest and (found := self.run(rest).found) is not None:
-                if found not in rest:
+            while tests and (found := self.run(tests).found) is not None:
+                if found not in tests:
                     # The tests before it may have passed or not run.
-                    failing.update(rest)
+                    failing.update(tests)
                     break
                 failing.add(found)
-                rest.remove(found)
+                tests.remove(found)
         return failing
 
     def run(
@@ -265,6 +262,14 @@ class TestRunner:
         os.waitpid(child, 0)
         _end(others)
         return _outcome(written, started, tests)
+
+
+def by_file(finders: Sequence[str]) -> dict[str, list[str]]:
+    """Return file -> tests of it, or names of other places in it where :meth:`TestRunner.find` has met an error."""
+    files: dict[str, list[str]] = {}
+    for finder in finders:
+        files.setdefault(_file_of(finder), []).append(finder)
+    return files
 
 
 def _file_of(finder: str) -> str:

@@ -46,6 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "benchmarks/speed/shortlists.py": ("tests/benchmarks/speed/test_search.py",),
     "trainer/data/features/search_vectors.py": ("tests/data/features/test_search_vectors.py",),
     "trainer/ranking/search_refresh.py": (
+        "tests/ranking/test_search_refresh.py",
         "tests/data/features/test_search_vectors.py",
         "tests/distributed/test_search.py",
     ),
@@ -60,6 +61,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/stream/labels/write_rows.py": LABELS,
     "trainer/stream/live/freshness.py": ("tests/stream/live/test_freshness.py", *STREAM),
     "trainer/stream/live/live_stream.py": STREAM,
+    "trainer/stream/live/user_partitions.py": ("tests/stream/live/test_user_partitions.py",),
     "trainer/stream/live/visit_features.py": ("tests/stream/live/test_visit_features.py", *STREAM),
     "trainer/stream/sources/kafka_source.py": ("tests/stream/sources/test_kafka_source.py",),
     "trainer/stream/sources/replay.py": ("tests/stream/sources/test_replay.py",),
@@ -101,6 +103,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/engine/lr_schedule.py": ("tests/engine/test_lr_schedule.py",),
     "trainer/engine/micro_batches.py": ("tests/engine/test_micro_batches.py",),
     "trainer/sparse/cpu_exchange.py": SPARSE,
+    "trainer/sparse/cpu_kernel.py": SPARSE,
     "trainer/sparse/dedup_exchange.py": SPARSE,
     "trainer/sparse/exchange.py": SPARSE,
     "trainer/sparse/planner.py": ("tests/sparse/test_planner.py",),
@@ -128,6 +131,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/metrics/staytime_metrics.py": ("tests/metrics/test_staytime_metrics.py",),
     "trainer/ranking/evaluation.py": ("tests/ranking/test_evaluation.py", "tests/distributed/test_jobs.py"),
     # Language model.
+    "modules/pooling.py": ("tests/modules/test_esu.py", "tests/modules/test_embeddings.py"),
     "modules/text_pooling.py": ("tests/modules/test_text_pooling.py",),
     "trainer/llm/finetuning/adapter_engine.py": TUNING,
     "trainer/llm/finetuning/answer_loss.py": TUNING,
@@ -136,9 +140,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/llm/finetuning/packing.py": ("tests/llm/finetuning/test_packing.py",),
     "trainer/llm/finetuning/samples.py": ("tests/llm/finetuning/test_samples.py",),
     "trainer/llm/finetuning/token_files.py": ("tests/llm/finetuning/test_token_files.py",),
-    "trainer/llm/embedding/text_encoder.py": ("tests/llm/embedding/test_embed.py",),
+    "trainer/llm/embedding/learned_query.py": ("tests/llm/embedding/test_embed.py",),
+    "trainer/llm/embedding/text_encoder.py": (
+        "tests/llm/embedding/test_text_encoder.py",
+        "tests/llm/embedding/test_embed.py",
+    ),
+    "trainer/llm/finetuning/train_loop.py": ("tests/llm/finetuning/test_jobs.py",),
     "trainer/llm/instructions/buckets.py": ("tests/llm/instructions/test_instructions.py",),
     "trainer/llm/instructions/tasks.py": ("tests/llm/instructions/test_instructions.py",),
+    "trainer/llm/instructions/past.py": ("tests/llm/instructions/test_instructions.py",),
+    "trainer/llm/models/base_model.py": ("tests/llm/models/test_base_model.py",),
     "trainer/llm/models/adapter.py": ("tests/llm/models/test_base_model.py", "tests/llm/embedding/test_embed.py"),
     # Staytime.
     "trainer/comment_staytime/comment_selection.py": (
@@ -202,5 +213,32 @@ EQUAL: dict[tuple[str, str, str], str] = {
         "inside = (ids >= 0) & (ids < item.rows - 1)",
         "inside = (ids >= 0) | (ids < item.rows - 1)",
     ): "an id outside of the table has row 0, which is set to zeros after all others",
+    (
+        "modules/din.py",
+        "grad_keys = torch.zeros_like(keys) if any(b.padding is not None for b in ctx.blocks) "
+        "else torch.empty_like(keys)",
+        "grad_keys = torch.zeros_like(keys) if all(b.padding is not None for b in ctx.blocks) "
+        "else torch.empty_like(keys)",
+    ): "cut_rows gives padding to all blocks of a batch or to none; a batch without blocks has no keys",
+    (
+        "trainer/comment_staytime/model.py",
+        "chosen = np.zeros((len(rows), 0), np.int64)",
+        "chosen = np.zeros((len(rows), 1), np.int64)",
+    ): "a network without LCU reads no input of the comments",
+    (
+        "trainer/data/format/history.py",
+        "ends = self._entries + np.cumsum(per_run.reshape(-1)).reshape(per_run.shape)",
+        "ends = self._entries + np.cumsum(per_run.reshape(-2)).reshape(per_run.shape)",
+    ): "numpy takes any negative length for the unknown one",
+    (
+        "trainer/data/loading/loader.py",
+        "DEATH_SECONDS = 1.0",
+        "DEATH_SECONDS = 2.0",
+    ): "the wait ends as soon as the worker's end is known; the limit only has to be long enough",
+    (
+        "trainer/engine/history_alignment.py",
+        "present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])",
+        "present = torch.stack([lengths[keys[1].name] > 0 for keys in self.histories])",
+    ): "the lookups of a history have the same entries, item and author one id for each",
 }
 """File, line and line with the bug -> reason why no result changes."""

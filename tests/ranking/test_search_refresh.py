@@ -34,6 +34,36 @@ def test_a_version_is_written_without_a_second_copy_of_the_shard(dtype: str, mon
     assert np.array_equal(space.at(0)["item"][1:, :DIM], expected)
 
 
+def written_by(refresh_steps: int, newest: int, act: str, *steps: int) -> list[int]:
+    """Return the versions that a refresher writes."""
+    tables = {"item": SpaceTable(4, DIM)}
+    space = SearchSpace(tables, tables, "float16", refresh_steps)
+    space.newest = newest
+    unused: Any = None
+    refresher = SearchSpaceRefresher(space, unused, unused, unused, unused)
+    written: list[int] = []
+
+    def write(version: int) -> None:
+        written.append(version)
+        space.newest = version
+
+    refresher._write_version = write  # type: ignore[method-assign]
+    for step in steps:
+        getattr(refresher, act)(step)
+    if not steps:
+        getattr(refresher, act)()
+    return written
+
+
+def test_versions_are_written_when_they_are_due_and_once() -> None:
+    assert written_by(4, 0, "after_step", *range(13)) == [1, 2, 3]
+    assert written_by(0, 0, "after_step", *range(13)) == []
+    assert written_by(4, 0, "catch_up", 3, 4, 5, 8, 21, 23, 24) == [1, 2, 5, 6]
+    assert written_by(0, 0, "catch_up", 3, 4, 5) == []
+    assert written_by(4, 6, "finish") == [7]
+    assert written_by(0, 0, "finish") == []
+
+
 @pytest.mark.parametrize("values", [[1.0, -3.0], [2.5, -1.0], [0.0], [-4.0], [float("nan"), 1.0], [float("-inf"), 1.0]])
 def test_the_largest_magnitude(values: list[float]) -> None:
     tensor = torch.tensor(values)

@@ -68,6 +68,7 @@ def test_batches_made_ahead_find_their_version_and_a_resume_the_same(refresh_ste
 def test_too_many_batches_made_ahead_are_refused():
     with pytest.raises(UserError, match="refresh_steps = 4 is less than the 5 batches"):
         make_space().check_prefetch(5)
+    make_space().check_prefetch(4)
     make_space(0).check_prefetch(5)
 
 
@@ -146,8 +147,9 @@ def test_content_embeddings_are_the_first_space(tmp_path, mapping):
 
 def test_content_that_cannot_be_used_is_told_in_a_line(tmp_path):
     item = IdMap("item", "direct", 5)
-    with pytest.raises(UserError, match="no embedding of any item of the dataset"):
-        write_content_version(make_space(), content(tmp_path, [8, 9]), item)
+    for mapping in (item, IdMap("item", "lookup", 5, np.arange(4))):
+        with pytest.raises(UserError, match="no embedding of any item of the dataset"):
+            write_content_version(make_space(), content(tmp_path / mapping.mapping, [8, 9]), mapping)
     table = content(tmp_path, [0, 2])
     broken = np.array(table.vectors)
     broken[1, 3] = np.nan

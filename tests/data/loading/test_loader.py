@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -27,7 +28,7 @@ from trainer.data.format.schema import Rows
 from trainer.data.format.shards import RowStore, index_name
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
-from trainer.data.loading.loader import Loader
+from trainer.data.loading.loader import FETCHED_AHEAD, Loader
 
 HOUR_MS = 3_600_000
 CONFIG = FeatureConfig(
@@ -359,6 +360,18 @@ def test_a_batch_moves_whole(write_dataset):
     assert content(moved) == content(batch)
     meta = batch.to(torch.device("meta"))
     assert {meta.dense.device.type, meta.visit_id.device.type, meta.ids[0].values().device.type} == {"meta"}
+
+
+@pytest.mark.parametrize(("workers", "prefetch", "ahead"), [(0, 4, 1), (1, 1, 1), (1, 2, 2), (2, 3, 6)])
+def test_the_search_space_is_asked_for_all_batches_that_are_made_ahead(write_dataset, workers, prefetch, ahead):
+    asked = []
+    space = SimpleNamespace(check_prefetch=asked.append)
+    ranks = Ranks(write_dataset(rows=80))
+    ranks.loader(workers=workers, prefetch=prefetch, space=space, first_step=0)
+    assert asked == [ahead + FETCHED_AHEAD]
+    # An evaluation searches in one version only.
+    ranks.loader(workers=workers, prefetch=prefetch, space=space)
+    assert len(asked) == 1
 
 
 def test_every_tensor_of_a_batch_is_kept_for_a_stream(write_dataset, monkeypatch):

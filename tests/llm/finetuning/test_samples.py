@@ -55,6 +55,16 @@ def test_a_line_that_is_no_sample_is_named(tmp_path: Path, line: object, message
     assert message in str(error.value)
 
 
+def test_a_file_without_line_ends_is_not_read_whole(tmp_path: Path) -> None:
+    sample = {"task": "t", "prompt": "p", "answer": "a"}
+    most = (1 << 24) - 1 - len(json.dumps(sample))
+    (read,) = read_samples([write(tmp_path / "a.jsonl", sample | {"prompt": "p" * most})], ReadCounts())
+    assert len(read.prompt) == most
+    path = write(tmp_path / "a.jsonl", sample | {"prompt": "p" * (most + 1)})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: has 16,777,216 characters or more"):
+        list(read_samples([path], ReadCounts()))
+
+
 def test_a_file_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.*No such file"):
         list(read_samples([str(tmp_path / "nowhere")], ReadCounts()))

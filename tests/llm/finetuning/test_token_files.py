@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,31 @@ def test_files_hold_what_memory_does(base: BaseModelFiles, tmp_path: Path, monke
         np.testing.assert_array_equal(getattr(mapped, name), getattr(memory, name))
     assert mapped.counts == memory.counts == counts
     assert counts.truncated > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("starts", lambda starts: starts[:-1]),
+        ("starts", lambda starts: np.append(starts, starts[-1] + 1)),
+        ("starts", lambda starts: np.append(1, starts[1:])),
+        ("starts", lambda starts: np.append(starts[:-1], starts[-1] + 1)),
+        ("answers", lambda answers: answers[1:]),
+        ("answers", lambda answers: np.append(answers[:-1], 9)),
+    ],
+    ids=["a start fewer", "a start more", "another first", "another last", "an answer fewer", "a long answer"],
+)
+def test_files_that_do_not_belong_together_are_refused(
+    base: BaseModelFiles, tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    directory = tmp_path / "tokens"
+    write_tokens(samples(5), base.tokenizer, 8, directory)
+    file = directory / f"{name}.npy"
+    array = np.load(file)
+    Tokens.open(directory)
+    np.save(file, change(array).astype(array.dtype))
+    with pytest.raises(UserError, match="do not belong together"):
+        Tokens.open(directory)
 
 
 def test_no_samples_are_an_error(base: BaseModelFiles, tmp_path: Path) -> None:

@@ -350,6 +350,24 @@ def test_ranges_cover_all_staytimes(staytimes: list[int], buckets: int) -> None:
         assert (place == 0 or value >= edges[place - 1]) and (place == buckets - 1 or value < edges[place])
 
 
+@pytest.mark.parametrize(
+    ("staytimes", "edges"),
+    [
+        ([1000, 2000, 3000, 4000, 5000], "2.3, 3.7"),
+        ([1000, 1000, 1000, 1000, 5000], None),
+        ([1000, 1000, 5000, 5000, 5000], "2.3, 5.0"),
+        ([40, 40, 40, 3000, 5000], None),
+    ],
+    ids=["different", "two edges in one place", "two values", "an edge at zero"],
+)
+def test_edges_rise_from_zero_or_are_refused(staytimes: list[int], edges: str | None) -> None:
+    if edges is not None:
+        assert fit_edges(np.array(staytimes), 3) == tuple(map(float, edges.split(", ")))
+        return
+    with pytest.raises(UserError, match="staytimes are too similar for 3 ranges"):
+        fit_edges(np.array(staytimes), 3)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), max_size=25),
     st.integers(-1, 4),
