@@ -39,6 +39,7 @@ from trainer.config.toml import validate
 from trainer.console.errors import UserError
 from trainer.data.importers.mapping import EventMapping
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
+from trainer.llm.instructions.annotations import parse_annotation
 from trainer.stream.sources.message_codec import MessageCodec
 
 PAGES = sorted(
@@ -467,12 +468,14 @@ def check_toml(example: Example) -> None:
 
 
 def check_json(example: Example) -> None:
-    """Check a block of JSON: a sample of the fine-tuning, or an event of a topic."""
+    """Check a block of JSON: a sample of the fine-tuning, an annotation of a segment, or an event of a topic."""
     fields = json.loads(example.text)
     if "prompt" in fields:
         file = Path("sample.jsonl")
         file.write_text(json.dumps(fields) + "\n")
         assert len(list(read_samples([str(file)], ReadCounts()))) == 1
+    elif "segment" in fields:
+        parse_annotation(json.dumps(fields).encode(), example.place)
     else:
         decoded = MessageCodec("json", SPEC, ahead_ms=0).decode([example.text.encode()], fields["time_ms"])
         assert not decoded.rejected, decoded.rejected[0].reason

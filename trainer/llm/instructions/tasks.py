@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trainer.llm.instructions.buckets import bucket_of, ranges
 from trainer.llm.instructions.past import UserTimeline
+from trainer.llm.instructions.sample_files import Record
 from trainer.llm.instructions.visits import OpenedVisits, TextLookup
 from trainer.llm.models.prompt_templates import Template
 
@@ -53,9 +53,6 @@ _SHORTEST, _LONGEST, _STRIDE = 3, 20, 5
 """Fewest and most comments of a general sample, and comments between the starts of a user's consecutive samples."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-Record = dict[str, Any]
-"""Sample as in the file: ``task, prompt, answer, options, popularity, visit_id, time_ms``."""
 
 
 @dataclass
@@ -106,7 +103,10 @@ class TaskSampler:
         self._popularity = _RangePopularity(visits.item_id[fitted], self._bucket[fitted], len(self._ranges))
 
     def samples(self, task: str, rows: np.ndarray, most: int) -> Iterator[Record]:
-        """Yield up to ``most`` samples of a task from the visits at positions ``rows``, in that order."""
+        """Yield up to ``most`` samples of a task from the visits at positions ``rows``, in that order.
+
+        A record has ``task, prompt, answer, options, popularity, visit_id, time_ms``.
+        """
         make = {"staytime": self._staytime, "top_comment": self._top_comment, "user_comment": self._user_comment}[task]
         written = 0
         for row in rows.tolist():

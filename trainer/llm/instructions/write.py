@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,27 @@ import numpy as np
 
 from trainer.config.load import parse_time
 from trainer.config.paths import absolute
-from trainer.console.errors import UserError, failure_reason
+from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.llm.instructions.buckets import bucket_of, fit_edges, ranges
-from trainer.llm.instructions.tasks import LETTERS, PLACEHOLDERS, TASKS, Record, TaskSampler
+from trainer.llm.instructions.sample_files import (
+    SPLITS,
+    Report,
+    check_least,
+    check_most,
+    check_new,
+    new_samples,
+    no_report,
+    reported,
+    write_lines,
+    write_manifest,
+)
+from trainer.llm.instructions.tasks import LETTERS, PLACEHOLDERS, TASKS, TaskSampler
 from trainer.llm.instructions.visits import OpenedVisits
 from trainer.llm.models.prompt_templates import Template
 
-MANIFEST = "manifest.json"
 GENERAL = "general.jsonl"
 """File of plain texts of the training days, for the key ``data.general`` of a job."""
-SPLITS: tuple[str, ...] = ("train", "evaluate")
 MOST_PER_VIDEO = {"train": 12, "evaluate": 1}
 """Most ``top_comment`` samples of a video by split. More would repeat each other: its comments hardly change."""
 
@@ -60,7 +67,7 @@ class InstructionPlan:
 
 
 def write_instructions(
-    dataset: str | Path, out: str | Path, plan: InstructionPlan, progress: Callable[[str, int, int], None] | None = None
+    dataset: str | Path, out: str | Path, plan: InstructionPlan, progress: Report | None = None
 ) -> dict[str, Any]:
     """Write ``train.jsonl``, ``general.jsonl``, ``evaluate.jsonl`` and ``manifest.json`` to a new directory.
 
@@ -80,9 +87,7 @@ def write_instructions(
         UserError: ``out`` exists, the dataset has no texts, a setting or a template is wrong, or a file would be empty.
     """
     _check(plan)
-    out_dir = Path(out)
-    if out_dir.exists():
-        raise UserError(f"{out}: exists already; choose another directory or remove it")
+    check_new(out)
     templates = {task: Template.read(Path(plan.templates) / f"{task}.txt", PLACEHOLDERS[task]) for task in TASKS}
     spec = DatasetSpec.load(dataset)
     border = parse_time(plan.evaluate_from, spec.timezone, "--evaluate-from")
@@ -109,13 +114,10 @@ def write_instructions(
         characters=plan.characters,
         seed=plan.seed,
     )
-    tmp_path = out_dir.with_name(f"{out_dir.name}.partial-{os.getpid()}")
-    try:
-        # written beside the target and renamed at the end, so that ``out`` is complete or not there
-        tmp_path.mkdir(parents=True)
-        counts = _write_splits(tmp_path, visits, split_rows, tasks, plan, progress or (lambda phase, done, total: None))
+    with new_samples(out) as tmp_path:
+        counts = _write_splits(tmp_path, visits, split_rows, tasks, plan, progress or no_report)
         with open(tmp_path / GENERAL, "w", encoding="utf-8") as file:
-            counts["general"] = {"liked": _write_lines(file, tasks.liked(border))}
+            counts["general"] = {"liked": write_lines(file, tasks.liked(border))}
         share = np.bincount(bucket_of(visits.staytime_ms[split_rows["train"]], edges), minlength=plan.buckets)
         manifest = {
             "dataset": spec.name,
@@ -130,12 +132,7 @@ def write_instructions(
             "texts_cut": tasks.counts.cut,
             "visits_without_sample": tasks.counts.without_sample,
         }
-        (tmp_path / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-        os.rename(tmp_path, out_dir)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({failure_reason(error)})") from error
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
+        write_manifest(tmp_path, manifest)
     return manifest
 
 
@@ -145,7 +142,7 @@ def _write_splits(
     split_rows: dict[str, np.ndarray],
     tasks: TaskSampler,
     plan: InstructionPlan,
-    report: Callable[[str, int, int], None],
+    report: Report,
 ) -> dict[str, dict[str, int]]:
     """Write the samples of both splits to ``folder``; return their numbers by split and task.
 
@@ -169,8 +166,8 @@ def _write_splits(
                     drawn = drawn[~np.isin(visits.item_id[drawn], seen_videos)]
                     drawn = drawn[_first_of_each(visits.item_id[drawn], MOST_PER_VIDEO[split])]
                     seen_videos = visits.item_id[drawn]
-                records = _reported(tasks.samples(task, drawn, most), f"{split} {task}", min(most, len(drawn)), report)
-                counts[split][task] = _write_lines(file, records)
+                records = reported(tasks.samples(task, drawn, most), f"{split} {task}", min(most, len(drawn)), report)
+                counts[split][task] = write_lines(file, records)
         if not any(counts[split].values()):
             raise UserError(f"{folder}: no samples to {split} on; the comments have no texts or were never shown")
     return counts
@@ -181,27 +178,6 @@ def _first_of_each(keys: np.ndarray, most: int) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     return np.sort(order[np.arange(len(keys)) - np.searchsorted(ordered, ordered) < most])
-
-
-def _reported(
-    records: Iterable[Record], phase: str, total: int, report: Callable[[str, int, int], None]
-) -> Iterable[Record]:
-    """Yield ``records`` and report their number, every thousand and at the end."""
-    done = 0
-    for done, record in enumerate(records, 1):
-        if done % 1000 == 0:
-            report(phase, done, total)
-        yield record
-    report(phase, done, done)
-
-
-def _write_lines(file: Any, records: Iterable[Record]) -> int:
-    """Write records as JSON lines; return their number."""
-    lines = 0
-    for record in records:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        lines += 1
-    return lines
 
 
 def _check(plan: InstructionPlan) -> None:
@@ -219,13 +195,8 @@ def _check(plan: InstructionPlan) -> None:
         "characters": 1,
         "seed": 0,
     }
-    for name, lowest in least.items():
-        value = getattr(plan, name)
-        if value < lowest:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {lowest} or more")
-    for task, most in plan.most.items():
-        if task not in TASKS or most < 0:
-            raise UserError(f"--most {task}={most}: write TASK=N; tasks are {', '.join(TASKS)}, N is 0 or more")
+    check_least(plan, least)
+    check_most(plan.most, TASKS)
     for name in ("candidates", "buckets"):
         if getattr(plan, name) > len(LETTERS):
             raise UserError(
