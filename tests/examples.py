@@ -40,6 +40,7 @@ from trainer.console.errors import UserError
 from trainer.data.importers.mapping import EventMapping
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.annotations import parse_annotation
+from trainer.semantic_ids.segment_source import LiveSegment, parse_segment
 from trainer.stream.sources.message_codec import MessageCodec
 
 PAGES = sorted(
@@ -468,12 +469,15 @@ def check_toml(example: Example) -> None:
 
 
 def check_json(example: Example) -> None:
-    """Check a block of JSON: a sample of the fine-tuning, an annotation of a segment, or an event of a topic."""
+    """Check a block of JSON: a sample of the fine-tuning, an annotation or a message of a segment, or an event."""
     fields = json.loads(example.text)
     if "prompt" in fields:
         file = Path("sample.jsonl")
         file.write_text(json.dumps(fields) + "\n")
         assert len(list(read_samples([str(file)], ReadCounts()))) == 1
+    elif "end_ms" in fields:
+        parsed = parse_segment(example.text.encode(), fields["end_ms"], example.place)
+        assert isinstance(parsed, LiveSegment), parsed.reason
     elif "segment" in fields:
         parse_annotation(json.dumps(fields).encode(), example.place)
     else:

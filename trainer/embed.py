@@ -1,27 +1,39 @@
 """Encode the texts of a dataset into vectors. One process runs on every rank.
 
     limelight embed configs/embed.toml --ranks 2
+    limelight embed configs/embed_follow.toml --follow
     torchrun --nproc-per-node 2 -m trainer.embed configs/embed.toml embed.pooling=mean
 
 The texts are split into parts, and each part is written atomically by one rank. The same command again writes the parts
 that are missing, on any number of ranks, and produces the same tables. Vectors of unchanged texts are kept from an
 existing table, which is replaced as a whole at the end.
+
+With ``--follow``, one process embeds the segments of live rooms as they become known; see ``follow`` below.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from trainer.checkpoint.run_directory import run_directory
 from trainer.config.embed import EmbeddingJob, Kind, load_embedding
-from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
+from trainer.console.errors import UserError
+from trainer.console.job_arguments import EMBED_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
+from trainer.console.run_log import open_log
 from trainer.llm.embedding.dataset_texts import KindTexts
+from trainer.llm.embedding.segment_encoder import open_segment_encoder
 from trainer.llm.embedding.vector_table_update import merge_parts, open_encoder, plan_update, write_missing_parts
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
+from trainer.runtime.preemption import until_preempted
+from trainer.semantic_ids.follow import Follower, StopRequest
+from trainer.semantic_ids.follow_setup import follow_settings, open_codes, open_segments
+from trainer.semantic_ids.segment_source import Clock
+from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache
 
 TEXT = frozenset({"text"})
 KINDS: tuple[Kind, ...] = ("items", "comments", "segments", "authors")
@@ -30,13 +42,16 @@ KINDS: tuple[Kind, ...] = ("items", "comments", "segments", "authors")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m trainer.embed``."""
     options = parse_rank_arguments(
-        "trainer.embed", "Make vectors of a dataset's texts; one process per rank.", TRAIN_ARGUMENTS, arguments
+        "trainer.embed", "Make vectors of a dataset's texts; one process per rank.", EMBED_ARGUMENTS, arguments
     )
 
-    def job() -> None:
-        config = load_embedding(options.config, options.overrides)
+    def job() -> int:
+        config = load_embedding(options.config, options.overrides, follow=options.follow)
         with World.join(config.embed.device) as world:
+            if options.follow:
+                return until_preempted(lambda: follow(config, world))
             embed(config, world)
+            return 0
 
     return run_rank(job)
 
@@ -62,6 +77,31 @@ def embed(config: EmbeddingJob, world: World) -> None:
                 merge_parts(update, setup.encoder.dim)
             # The other ranks wait here, because planning the next kind reads the directory that rank 0 changes.
             world.barrier()
+
+
+def follow(config: EmbeddingJob, world: World) -> None:
+    """Embed the segments of live rooms as they become known, and store vectors and codes, until the source ends.
+
+    Raises:
+        UserError: there are several ranks; model, source, codebook or store cannot be opened, read or written.
+        KeyboardInterrupt, Preempted: a signal has arrived; all that was read is stored.
+    """
+    if world.size > 1:
+        raise UserError(f"--follow is one process, and there are {world.size} ranks; start one")
+    clock, stop, settings = Clock(), StopRequest(), follow_settings(config)
+    directory = local_path(config.embed.directory) / "follow"
+    with run_directory(directory, world):
+        open_log(directory / "logs", world.rank)
+        template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
+        encoder, origin = open_segment_encoder(config, template, world)
+        vectors = CacheSettings(encoder.dim, settings.dtype, origin)
+        with (
+            VectorCache(directory / "cache", vectors, settings.keep_ms) as cache,
+            open_codes(config.follow, vectors) as target,
+            closing(open_segments(config, cache.position, clock)) as source,
+            stop.installed(),
+        ):
+            Follower(directory, source, encoder, cache, target, settings, clock, stop).run()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import click
 
 from launch.cli.command import Command
 from trainer.console.exit_status import HUNG_STATUS, PREEMPTED_STATUS
-from trainer.console.job_arguments import TRAIN_ARGUMENTS
+from trainer.console.job_arguments import EMBED_ARGUMENTS, TRAIN_ARGUMENTS
 
 
 def _positive(context: click.Context, parameter: click.Parameter, text: str) -> int:
@@ -70,21 +70,26 @@ def finetune(config: str, overrides: tuple[str, ...], ranks: int) -> int:
 
 @click.command(
     cls=Command,
-    params=list(TRAIN_ARGUMENTS),
+    params=list(EMBED_ARGUMENTS),
     short_help="Embed a dataset's texts with a language model.",
     help="Embed videos, comments, segments of rooms or authors with a Qwen2-family model, with or without an adapter, "
     "and write a table of vectors for each kind. The same command again continues with the parts that are missing. "
-    "Where a table exists, only new and changed texts are embedded, and the table is replaced as a whole.",
-    example="limelight embed configs/embed.toml --ranks 2 embed.pooling=mean",
+    "Where a table exists, only new and changed texts are embedded, and the table is replaced as a whole.\n\n"
+    "With --follow, one process embeds the segments of live rooms as they become known, and appends vectors to a cache "
+    "and codes to the store of recent codes. The same command again continues after the last segment that was stored. "
+    f"Exit status {PREEMPTED_STATUS}: SIGTERM has arrived, and all that was read is stored.",
+    example="limelight embed configs/embed_follow.toml --follow follow.replay_speed=60",
 )
 @ranks_option
-def embed(config: str, overrides: tuple[str, ...], ranks: int) -> int:
+def embed(config: str, overrides: tuple[str, ...], follow: bool, ranks: int) -> int:
     """Start the ranks of ``trainer.embed``."""
     from launch.local import start_ranks
     from trainer.config.embed import load_embedding
 
-    load_embedding(config, overrides)
-    return start_ranks("trainer.embed", [config, *overrides], ranks)
+    load_embedding(config, overrides, follow=follow)
+    if follow and ranks > 1:
+        raise click.UsageError(f"--follow is one process, and --ranks is {ranks}")
+    return start_ranks("trainer.embed", [config, *overrides, *(["--follow"] if follow else [])], ranks)
 
 
 @click.command(

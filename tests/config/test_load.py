@@ -21,6 +21,7 @@ from trainer.console.errors import UserError
 OTHER_JOBS: dict[str, type[BaseModel]] = {
     "embed.toml": EmbeddingJob,
     "quantize.toml": QuantizeJob,
+    "embed_follow.toml": EmbeddingJob,
     "staytime.toml": StaytimeConfig,
     "finetune_small.toml": FinetuneConfig,
     "qwen2_7b_lora.toml": FinetuneConfig,

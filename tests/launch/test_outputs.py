@@ -37,7 +37,7 @@ PLAIN_TEXT = {
 
 PLAIN_KEYS = {
     *("run.name", "data.train_from", "data.train_until", "data.eval_from", "data.eval_until", "data.behaviours"),
-    *("data.fit_from", "data.fit_until"),
+    *("data.fit_from", "data.fit_until", "follow.brokers", "follow.topic"),
     *("stream.brokers", "stream.topic", "stream.dead_letter", "stream.since", "stream.until"),
     *("features.side.exclude", "features.dense.exclude", "features.statistics.rates", "features.author_side"),
     *("features.rates", "features.exclude", "features.history.NAME.require", "alignment.anchor", "init_from.tables"),
@@ -118,7 +118,7 @@ def test_the_outputs_of_job_files_are_these() -> None:
     }
     assert marked == {
         *((job, "run.directory") for job in ("train", "finetune", "staytime")),
-        ("embed", "embed.directory"),
+        *(("embed", key) for key in ("embed.directory", "follow.store")),
         ("quantize", "codebook.directory"),
     }
 

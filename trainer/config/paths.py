@@ -21,9 +21,15 @@ class PathMark:
 
     Attributes:
         instead: advice for a URL, if the key is an output that must be local; empty for an input.
+        servers: protocols of URLs that an output may have all the same, since they name a server.
     """
 
     instead: str = ""
+    servers: tuple[str, ...] = ()
+
+    def names_server(self, value: object) -> bool:
+        """True if a value is the URL of a server."""
+        return isinstance(value, str) and value.partition("://")[0] in self.servers and "://" in value
 
 
 InputFile = Annotated[str, PathMark()]
@@ -50,6 +56,15 @@ VersionDirectory = Annotated[
 ]
 """Key of a codebook version's directory."""
 
+StoreAddress = Annotated[
+    str,
+    PathMark(
+        "a store of recent codes is an SQLite file or a Redis database; set a local path, or redis://HOST:PORT/DATABASE",
+        servers=("redis", "rediss", "unix"),
+    ),
+]
+"""Key of a store of recent codes."""
+
 
 def path_mark(info: FieldInfo) -> PathMark | None:
     """Return the mark of a key that is a path; None for other keys."""
@@ -70,7 +85,7 @@ def check_outputs(job: BaseModel, prefix: str = "") -> None:
         value, mark = getattr(job, name), path_mark(info)
         if isinstance(value, BaseModel):
             check_outputs(value, f"{prefix}{name}.")
-        elif mark is not None and mark.instead and value:
+        elif mark is not None and mark.instead and value and not mark.names_server(value):
             try:
                 local_path(value, "it", mark.instead)
             except UserError as error:
@@ -91,6 +106,8 @@ def absolute_paths(job: Model) -> Model:
         elif isinstance(value, dict) and any(isinstance(inner, BaseModel) for inner in value.values()):
             changes[name] = {key: absolute_paths(inner) for key, inner in value.items()}
         elif (mark := path_mark(info)) is not None and value:
+            if mark.names_server(value):
+                continue
             if mark.instead:
                 changes[name] = os.path.abspath(local_path(value))
             else:

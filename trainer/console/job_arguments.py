@@ -44,6 +44,15 @@ QUANTIZE_ARGUMENTS: Parameters = (
     ),
 )
 """``CONFIG [section.key=value ...] [--from OLD] [--compare-cold]``."""
+EMBED_ARGUMENTS: Parameters = (
+    *TRAIN_ARGUMENTS,
+    click.Option(
+        ["--follow"],
+        is_flag=True,
+        help="Embed segments of live rooms as they become known, from the source of the section [follow].",
+    ),
+)
+"""``CONFIG [section.key=value ...] [--follow]``."""
 
 RANGE_OPTIONS: Parameters = (
     click.Option(

@@ -67,8 +67,18 @@ class Encoder:
         lengths = np.array([len(one) for one in ids])
         vectors = np.empty((len(ids), self.dim), np.float32)
         for batch in batches_by_length(lengths, self._tokens):
-            states, sizes = self.states([ids[one] for one in batch])
-            vectors[batch] = pool(states, sizes, self._pooling, self._query).cpu().numpy()
+            vectors[batch] = self.pooled([ids[one] for one in batch])
+        return vectors
+
+    def pooled(self, ids: Sequence[Sequence[int]], width: int = 0) -> np.ndarray:
+        """Encode one batch of texts by their tokens into vectors ``[n, dim]`` float32.
+
+        Args:
+            ids: tokens of each text.
+            width: length to which texts are padded; that of the longest if it is 0.
+        """
+        states, sizes = self.states(ids, width)
+        vectors: np.ndarray = pool(states, sizes, self._pooling, self._query).cpu().numpy()
         return vectors
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
@@ -79,11 +89,16 @@ class Encoder:
         return [one[: self._length] for one in tokens]
 
     @torch.inference_mode()
-    def states(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Compute the last layer's states ``[n, longest, dim]``; returns them and the text lengths ``[n]`` int64."""
+    def states(self, ids: Sequence[Sequence[int]], width: int = 0) -> tuple[Tensor, Tensor]:
+        """Compute the last layer's states ``[n, width, dim]``; returns them and the text lengths ``[n]`` int64.
+
+        Args:
+            ids: tokens of each text.
+            width: length to which texts are padded; that of the longest if it is 0.
+        """
         lengths = torch.tensor([len(one) for one in ids])
         # Any id may stand for padding: it is masked, and a causal model's earlier states do not depend on it.
-        padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.int64)
+        padded = torch.zeros(len(ids), width or int(lengths.max()), dtype=torch.int64)
         for row, one in enumerate(ids):
             padded[row, : len(one)] = torch.tensor(one)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]

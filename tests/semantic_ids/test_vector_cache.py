@@ -1,0 +1,238 @@
+"""The cache of segment vectors: whole records after a crash, damage that is named, retention, and position."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.semantic_ids.cached_segments import (
+    DIM,
+    KEEP_MS,
+    SETTINGS,
+    append,
+    entries_of,
+    no_waits_for_the_disk,
+    open_cache,
+    vectors_of,
+)
+from trainer.console.errors import UserError
+from trainer.data.format.content_vectors import Origin
+from trainer.semantic_ids import vector_cache
+from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache, part_files
+from trainer.semantic_ids.vector_cache_reader import CachedVectors
+
+__all__ = ["no_waits_for_the_disk"]
+
+
+def content(cache: VectorCache) -> list[tuple[int, bytes, bytes]]:
+    return [(record.sequence, record.entries.tobytes(), vectors.tobytes()) for record, vectors in cache.records(0)]
+
+
+def test_records_position_and_segments_are_there_after_opening_again(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        assert append(cache, [(1, 10, 0, 1000), (2, 11, 0, 1001)], {"a": [1], "b": [2]}) == 1
+        assert append(cache, [(1, 10, 1, 31_000)], {"a": [5], "b": [2]}) == 2
+        assert append(cache, [], {"a": [9]}) == 3
+        before = content(cache)
+    with open_cache(tmp_path) as cache:
+        assert (cache.sequence, cache.newest_ms, cache.position) == (3, 31_000, {"a": [9]})
+        assert cache.note == {"codebook": "v"}
+        assert content(cache) == before and len(before) == 3
+        assert [cache.has(room * 65_536 + segment) for room, segment in ((10, 0), (10, 1), (10, 2), (12, 0))] == [
+            *(True, True, False, False)
+        ]
+        assert [record.sequence for record, _ in cache.records(1)] == [2, 3]
+
+
+def test_a_record_that_is_cut_short_at_any_byte_is_removed_and_written_again(tmp_path: Path) -> None:
+    with open_cache(tmp_path / "whole") as cache:
+        append(cache, [(1, 10, 0, 1000)], {"a": [1]})
+        whole = part_files(tmp_path / "whole")[0][1].stat().st_size
+        append(cache, [(1, 10, 1, 31_000)], {"a": [2]})
+        expected = content(cache)
+    data = part_files(tmp_path / "whole")[0][1].read_bytes()
+    for end in range(whole, len(data)):
+        for zeros in (0, len(data) - end) if end % 5 == 0 else (0,):
+            torn = data[:end] + bytes(zeros)
+            folder = tmp_path / "torn"
+            folder.mkdir(exist_ok=True)
+            (folder / "cache.json").write_bytes((tmp_path / "whole" / "cache.json").read_bytes())
+            part = folder / "part-000000000000001.bin"
+            part.write_bytes(torn)
+            # Zeros at the end may be the right bytes of a whole record.
+            if torn == data:
+                continue
+            with CachedVectors(folder) as reader:
+                assert len(reader) == 1
+            with open_cache(folder) as cache:
+                assert (cache.sequence, cache.position) == (1, {"a": [1]})
+                append(cache, [(1, 10, 1, 31_000)], {"a": [2]})
+                assert content(cache) == expected
+            assert part.read_bytes() == data
+
+
+def test_damage_before_the_last_record_is_named_and_not_repaired(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        append(cache, [(1, 10, 0, 1000)])
+        first = part_files(tmp_path)[0][1].stat().st_size
+        append(cache, [(1, 10, 1, 31_000)])
+    part = part_files(tmp_path)[0][1]
+    data = part.read_bytes()
+    for place in range(first):
+        part.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+        for opened in (lambda: open_cache(tmp_path), lambda: CachedVectors(tmp_path)):
+            with pytest.raises(UserError, match=r"part-000000000000001\.bin: damaged at byte 0"):
+                opened()
+        assert part.stat().st_size == len(data)
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    with open_cache(tmp_path, keep_ms=24_000) as cache:
+        for number in range(6):
+            append(cache, [(1, 10, number, 1_000 * number)])
+    files = part_files(tmp_path)
+    assert len(files) > 2
+    files[1][1].unlink()
+    with pytest.raises(UserError, match="are missing before it"):
+        open_cache(tmp_path, keep_ms=24_000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (CacheSettings(4, "float32", SETTINGS.origin), "dim = 3, these have 4"),
+        (CacheSettings(DIM, "float16", SETTINGS.origin), "dtype = float32, these have float16"),
+        (CacheSettings(DIM, "float32", Origin(model="n", hash="other")), "another model"),
+    ],
+)
+def test_other_vectors_are_refused_by_name(tmp_path: Path, settings: CacheSettings, message: str) -> None:
+    open_cache(tmp_path).close()
+    with pytest.raises(UserError, match=message):
+        VectorCache(tmp_path, settings, KEEP_MS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "a JSON object is expected"),
+        ('{"format": 9}', "format is 9"),
+        ('{"format": 1, "dim": 3}', "'dtype' should be a str"),
+        ('{"format": 1, "dim": 99999999, "dtype": "float32", "origin": {}}', "vectors of 99999999 elements"),
+        ('{"format": 1, "dim": 3, "dtype": "object", "origin": {}}', "of type 'object'"),
+        ('{"format": 1, "dim": 3, "dtype": "float32", "origin": {"x": 1}}', "damaged"),
+    ],
+)
+def test_settings_from_elsewhere_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cache.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        CachedVectors(tmp_path)
+    with pytest.raises(UserError, match="no cache of segment vectors here"):
+        CachedVectors(tmp_path / "nowhere")
+
+
+def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_cache(tmp_path) as cache:
+        append(cache, [(1, 10, 0, 1000)])
+        before = part_files(tmp_path)[0][1].read_bytes()
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, os.strerror(28))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", full)
+            with pytest.raises(UserError, match="a record cannot be written"):
+                append(cache, [(1, 10, 1, 31_000)])
+        assert part_files(tmp_path)[0][1].read_bytes() == before and cache.sequence == 1
+        append(cache, [(1, 10, 1, 31_000)])
+    with open_cache(tmp_path) as cache:
+        assert cache.sequence == 2
+
+
+def test_old_parts_go_and_stay_in_the_mean(tmp_path: Path) -> None:
+    rows = [(author, 10 + author, number, 1000 * number + author) for number in range(100) for author in range(3)]
+    with open_cache(tmp_path, keep_ms=24_000) as cache:
+        for first in range(0, len(rows), 3):
+            append(cache, rows[first : first + 3], {"place": first})
+    kept = [path for _, path in part_files(tmp_path)]
+    assert len(kept) <= vector_cache.PARTS_KEPT + 3
+    with CachedVectors(tmp_path) as reader:
+        assert len(reader) < 90
+        mean = reader.mean(np.arange(3), np.full(3, 10**6))
+        assert mean.counts.tolist() == [100, 100, 100]
+        for author in range(3):
+            vectors = vectors_of(entries_of([row for row in rows if row[0] == author]))
+            np.testing.assert_allclose(mean.vectors[author], vectors.mean(axis=0), atol=1e-6)
+        for read in (reader.mean, reader.latest):
+            with pytest.raises(UserError, match="are not kept any more; read a later time"):
+                read(np.array([0]), np.array([10_000]))
+    with open_cache(tmp_path, keep_ms=24_000) as cache:
+        assert (cache.sequence, cache.position) == (100, {"place": 297})
+
+
+def test_a_kill_between_the_sums_and_the_removal_counts_no_segment_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".bin":
+            raise Killed
+        os.unlink(self)
+
+    rows = [(1, 10, number, 1000 * number) for number in range(100)]
+    done = 0
+    for _ in range(50):
+        with open_cache(tmp_path, keep_ms=24_000) as cache, monkeypatch.context() as patched:
+            assert cache.sequence == done
+            patched.setattr(Path, "unlink", killed)
+            try:
+                for row in rows[done:]:
+                    append(cache, [row])
+                    done += 1
+            except Killed:
+                pass
+    with open_cache(tmp_path, keep_ms=24_000) as cache:
+        for row in rows[done:]:
+            append(cache, [row])
+    with CachedVectors(tmp_path) as reader:
+        mean = reader.mean(np.array([1]), np.array([10**6]))
+    assert mean.counts.tolist() == [100]
+    np.testing.assert_allclose(mean.vectors[0], vectors_of(entries_of(rows)).mean(axis=0), atol=1e-6)
+
+
+def test_only_changes_of_the_position_are_written(tmp_path: Path) -> None:
+    files = {f"room-{number}.jsonl": [number, 1] for number in range(1000)}
+    with open_cache(tmp_path) as cache:
+        append(cache, [(1, 1, 0, 0)], files)
+        size = part_files(tmp_path)[0][1].stat().st_size
+        changed = {**files, "room-7.jsonl": [99, 1]}
+        del changed["room-8.jsonl"]
+        append(cache, [(1, 1, 1, 0)], changed)
+        assert part_files(tmp_path)[0][1].stat().st_size < size + 400
+    with open_cache(tmp_path) as cache:
+        assert cache.position == changed
+
+
+@given(st.data())
+def test_any_bytes_are_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    with open_cache(folder) as cache:
+        append(cache, [(1, 10, 0, 1000), (2, 11, 0, 2000)])
+        append(cache, [(1, 10, 1, 31_000)])
+    part = part_files(folder)[0][1]
+    whole = part.read_bytes()
+    begin, end = sorted((data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))))
+    part.write_bytes(whole[:begin] + data.draw(st.binary(max_size=80)) + whole[end:])
+    for opened in (CachedVectors, open_cache):
+        try:
+            opened(folder).close()  # type: ignore[operator]
+        except UserError as error:
+            assert str(folder) in str(error)

@@ -1,0 +1,85 @@
+"""Encoder of segments as they become known: batches of fixed shapes.
+
+Which segments are embedded together depends on when they arrive, so their vectors must not depend on it. Matrix
+products of other shapes may round differently. So each batch has a fixed number of rows, and each text is padded to a
+length that follows from the text alone. On a CPU in float32 a vector then has the same bits in every batch; a GPU's
+kernels do not promise that for different rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainer.config.embed import EmbeddingJob
+from trainer.data.format.content_vectors import Origin
+from trainer.llm.embedding.text_encoder import Encoder
+from trainer.llm.embedding.vector_table_update import open_encoder
+from trainer.llm.models.base_model import BaseModelFiles
+from trainer.llm.models.prompt_templates import Template
+from trainer.runtime.distributed import World
+
+SHORTEST = 8
+"""Smallest length to which texts are padded."""
+
+
+class TextSegmentEncoder:
+    """Encoder of the texts of segments with a language model; frames are left out.
+
+    Args:
+        encoder: encoder of texts, with its pooling set.
+        template: template with the section ``segments``.
+        rows: number of texts of a batch.
+        length: maximum tokens of a text.
+        tokens: maximum tokens of a batch, including padding.
+
+    Attributes:
+        dim: width of a vector.
+    """
+
+    def __init__(self, encoder: Encoder, template: Template, *, rows: int, length: int, tokens: int) -> None:
+        self._encoder, self._template, self.dim = encoder, template, encoder.dim
+        self._rows, self._length, self._tokens = rows, length, tokens
+
+    def encode(self, texts: Sequence[str], frames: Sequence[Sequence[str]]) -> tuple[np.ndarray, list[str]]:
+        """Encode segments.
+
+        Args:
+            texts: speech of each segment.
+            frames: paths of the frames of each segment.
+
+        Returns:
+            Vectors ``[n, dim]`` float32, and an empty text for each: every text has a vector.
+        """
+        tokens = self._encoder.tokenise([self._template.fill("segments", text=text) for text in texts])
+        # A template without words of its own leaves nothing of an empty text.
+        ids = [one or [0] for one in tokens]
+        vectors = np.zeros((len(ids), self._encoder.dim), np.float32)
+        widths = np.array([padded_length(len(one), self._length) for one in ids])
+        for width in np.unique(widths).tolist():
+            rows = max(1, min(self._rows, self._tokens // width))
+            chosen = np.flatnonzero(widths == width)
+            for first in range(0, len(chosen), rows):
+                batch = chosen[first : first + rows]
+                # One token each fills the batch up.
+                filled = [ids[one] for one in batch] + [[0]] * (rows - len(batch))
+                vectors[batch] = self._encoder.pooled(filled, width)[: len(batch)]
+        return vectors, [""] * len(ids)
+
+
+def open_segment_encoder(config: EmbeddingJob, template: Template, world: World) -> tuple[TextSegmentEncoder, Origin]:
+    """Load the model, and return an encoder of segments and the origin of its vectors.
+
+    Raises:
+        UserError: as :func:`trainer.llm.embedding.vector_table_update.open_encoder`.
+    """
+    base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
+    setup = open_encoder(config, base, template, world)
+    limits = {"rows": config.follow.batch, "length": config.embed.length, "tokens": config.embed.tokens}
+    return TextSegmentEncoder(setup.encoder, template, **limits), setup.origin("segments")
+
+
+def padded_length(tokens: int, longest: int) -> int:
+    """Return the length to which a text is padded: the next power of two, at least 8 and at most ``longest``."""
+    return min(max(SHORTEST, 1 << (tokens - 1).bit_length()), max(longest, tokens))
