@@ -44,6 +44,7 @@ QUANTIZE_ARGUMENTS: Parameters = (
     ),
 )
 """``CONFIG [section.key=value ...] [--from OLD] [--compare-cold]``."""
+
 EMBED_ARGUMENTS: Parameters = (
     *TRAIN_ARGUMENTS,
     click.Option(
