@@ -4,9 +4,9 @@ A code is defined without reference to how it is found: it is the centroid with 
 ``sum_j (x_j - c_j)^2``, computed in float64 with the elements added in a fixed order (:func:`row_sums`); of equal
 distances the lower code wins. So a vector has the same code in any batch, for any number of threads, and on any device.
 
-The search itself is a float32 product. Its rounding error is bounded (:func:`score_error`), and every centroid whose
-score lies within twice the bound of the best one is compared again by the definition. For vectors in a few hundred
-dimensions this concerns one vector in a thousand.
+The search itself is a product in low precision. Its rounding error is bounded, and every centroid whose score lies
+within twice the bound of the best one is compared again by the definition. On a CPU, ``modules/codebook_kernel.py``
+does all of this at once; here is the same with PyTorch's operations, for a GPU and for few vectors.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modules.codebook_kernel import nearest_on_cpu
+
 SCORES_AT_ONCE = 1 << 24
 """Scores of vectors and centroids that are held at the same time; 64 MiB."""
+
+
+FEW_PRODUCTS = 1 << 24
+"""Multiplications up to which a CPU uses PyTorch's product: the kernel takes a second to compile."""
 
 
 def row_sums(values: Tensor) -> Tensor:
@@ -53,6 +59,13 @@ def nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
             f"vectors of shape {list(vectors.shape)} and centroids of shape {list(centroids.shape)}; [n, d] and "
             "[k, d] with k > 0 are accepted"
         )
+    if vectors.device.type == "cpu" and vectors.numel() * len(centroids) > FEW_PRODUCTS:
+        return nearest_on_cpu(vectors, centroids.float())
+    return nearest_by_product(vectors, centroids)
+
+
+def nearest_by_product(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Find nearest centroids as :func:`nearest` does, with PyTorch's operations, on any device."""
     vectors, centroids = vectors.float(), centroids.float()
     half_norms = row_sums(centroids.double() ** 2).float() / 2
     largest = half_norms.max().mul(2).sqrt()
@@ -87,7 +100,7 @@ def score_error(norms: Tensor, largest: Tensor, dim: int, device: torch.device) 
 
     Each of the ``dim`` products and additions has a relative error of at most the unit roundoff u (2^-24; 2^-11 on a
     GPU, whose product may round its inputs to TF32), so the error is at most ``(dim + 3) u (|c|^2 / 2 + |x| |c|)``,
-    and ``dim 2^-126`` for products that are too small for float32.
+    and ``dim 2^-126`` for products that are too small for float32. The definition itself rounds in float64.
 
     Args:
         norms: norms of the vectors, ``[n]``.
@@ -96,7 +109,8 @@ def score_error(norms: Tensor, largest: Tensor, dim: int, device: torch.device) 
         device: device of the product.
     """
     roundoff = 2.0**-10 if device.type == "cuda" else 2.0**-24
-    return 1.01 * (dim + 3) * (roundoff * (largest * largest / 2 + norms * largest) + 2.0**-126)
+    of_definition = 2.0**-52 * (norms + largest) ** 2
+    return 1.01 * (dim + 3) * (roundoff * (largest * largest / 2 + norms * largest) + 2.0**-126 + of_definition)
 
 
 def _nearest_of(vectors: Tensor, centroids: Tensor, candidates: Tensor) -> Tensor:

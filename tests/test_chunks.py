@@ -198,6 +198,7 @@ SIZES: dict[str, Callable[[Path, Path], Any]] = {
 ELSEWHERE = {
     "modules.blocks:BLOCK_VALUES": "tests/modules/test_esu.py",
     "modules.codebook:SCORES_AT_ONCE": "tests/modules/test_codebook.py",
+    "modules.codebook_kernel:VECTORS_AT_ONCE": "tests/modules/test_codebook.py",
     "trainer.checkpoint.model_state:BLOCK_BYTES": "tests/checkpoint/test_model_state.py",
     "trainer.comment_staytime.model:ROWS_AT_ONCE": "tests/comment_staytime/test_scoring.py",
     "trainer.data.features.fit:SAMPLE_ROWS": "tests/data/features/test_fit.py",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modules import codebook
-from modules.codebook import Codebook, nearest, row_sums
+from modules import codebook, codebook_kernel
+from modules.codebook import Codebook, nearest, nearest_by_product, row_sums
+from modules.codebook_kernel import nearest_on_cpu
 
 
 def definition(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -33,11 +37,21 @@ def one_by_one(values: np.ndarray) -> float:
 
 
 def check(vectors: np.ndarray, centroids: np.ndarray) -> None:
-    codes, distances = nearest(torch.from_numpy(vectors), torch.from_numpy(centroids))
     expected, expected_distances = definition(vectors, centroids)
-    assert codes.dtype == torch.int32 and distances.dtype == torch.float32
-    np.testing.assert_array_equal(codes.numpy(), expected)
-    np.testing.assert_array_equal(distances.numpy(), expected_distances)
+    for search in SEARCHES:
+        codes, distances = search(torch.from_numpy(vectors), torch.from_numpy(centroids))
+        assert codes.dtype == torch.int32 and distances.dtype == torch.float32
+        np.testing.assert_array_equal(codes.numpy(), expected)
+        np.testing.assert_array_equal(distances.numpy(), expected_distances)
+
+
+def on_cpu_in_floats(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with patch.object(codebook_kernel, "PAIRS", False):
+        return nearest_on_cpu(vectors, centroids)
+
+
+Search = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+SEARCHES = (nearest, nearest_by_product, nearest_on_cpu, on_cpu_in_floats)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,14 +80,39 @@ def test_rounding_of_the_product_does_not_decide() -> None:
     check((1000 + 1e-3 * random.standard_normal((20, 64))).astype(np.float32), centroids)
 
 
-def test_a_code_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_code_does_not_depend_on_the_batch(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     vectors, centroids = (torch.from_numpy(random.integers(-2, 3, (n, 6)).astype(np.float32)) for n in (300, 90))
-    codes, distances = nearest(vectors, centroids)
+    codes, distances = search(vectors, centroids)
     monkeypatch.setattr(codebook, "SCORES_AT_ONCE", 3)
+    monkeypatch.setattr(codebook_kernel, "VECTORS_AT_ONCE", 70)
+    monkeypatch.setattr(codebook_kernel, "LEAST_BYTES", 1)
     for first, stop in ((0, 1), (1, 20), (20, 300), (7, 7)):
-        part = nearest(vectors[first:stop], centroids)
+        part = search(vectors[first:stop], centroids)
         assert torch.equal(part[0], codes[first:stop]) and torch.equal(part[1], distances[first:stop])
+
+
+def test_threads_and_a_second_screen_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(4)
+    vectors, centroids = (torch.from_numpy(random.standard_normal((n, 5)).astype(np.float32)) for n in (500, 200))
+    expected = nearest_by_product(vectors, centroids)
+    monkeypatch.setattr(codebook_kernel, "CANDIDATES", 0.0)
+    monkeypatch.setattr(codebook_kernel, "VECTORS_AT_ONCE", 200)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = nearest_on_cpu(vectors, centroids)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_large_searches_on_a_cpu_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook, "nearest_on_cpu", lambda vectors, centroids: "kernel")
+    monkeypatch.setattr(codebook, "FEW_PRODUCTS", 24)
+    assert nearest(torch.ones(4, 3), torch.ones(2, 3)) != "kernel"
+    assert nearest(torch.ones(5, 3), torch.ones(2, 3)) == "kernel"
 
 
 def test_other_shapes_are_refused() -> None:
