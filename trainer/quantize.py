@@ -11,7 +11,6 @@ many segments as possible keep theirs.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,10 +26,7 @@ from trainer.runtime.run_lock import locked
 from trainer.semantic_ids import codebook_fit
 from trainer.semantic_ids.code_matching import KeptShares
 from trainer.semantic_ids.codebook_fit import FitData, on_first_rank
-from trainer.semantic_ids.codebook_report import refresh_text, report_table
 from trainer.semantic_ids.codebook_version import CodebookVersion, write_version
-
-logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +70,7 @@ def quantize(config: QuantizeJob, world: World, old_path: str | None, compare_co
             if world.rank == 0:
                 shutil.rmtree(work)
     if world.rank == 0:
-        _print_version(CodebookVersion.open(directory), done)
+        codebook_fit.log_version(CodebookVersion.open(directory), done)
 
 
 def _fit_and_write(
@@ -103,16 +99,6 @@ def _fit_and_write(
         matched_from=old.name if old else "",
         report=report,
     )
-
-
-def _print_version(version: CodebookVersion, done: bool) -> None:
-    fitted, report = version.manifest.vectors, version.report() or {}
-    was = "was there already" if done else "is written"
-    logger.info(f"{version.path}: codebook version {version.name} {was}, fitted on {fitted.count:,} segments")
-    if "levels" in report:
-        logger.info(f"held out: {report['segments']:,} segments\n{report_table({version.name: report})}")
-    if "refresh" in report:
-        logger.info(refresh_text(report["refresh"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,21 @@ from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.runtime.distributed import World
 from trainer.semantic_ids.code_matching import KeptShares, kept_shares, match_levels, renumber, reorder
-from trainer.semantic_ids.codebook_report import EncodedSegments, Report, encode_segments, measure, range_document
+from trainer.semantic_ids.codebook_report import (
+    EncodedSegments,
+    Report,
+    encode_segments,
+    measure,
+    range_document,
+    refresh_text,
+    report_table,
+)
 from trainer.semantic_ids.codebook_version import CodebookVersion, FittedVectors, check_new
 from trainer.semantic_ids.kmeans import KMeansSettings, fit
 from trainer.semantic_ids.segments import DEFAULT_TABLE, SegmentVectors, TimeRange, hash_vectors, require_segments
 from trainer.semantic_ids.vector_source import StoredVectors, merge_equal
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -175,6 +186,17 @@ def held_out_report(codebook: Codebook, data: FitData, world: World) -> Report |
         return None
     report = measure(encoded, data.segments, data.held_out, codebook.sizes)
     return {"dataset": data.fitted.dataset, **range_document(data.held_out_times), **report}
+
+
+def log_version(version: CodebookVersion, done: bool) -> None:
+    """Log what a version is, its report and its refresh; ``done`` if an earlier job wrote it."""
+    fitted, report = version.manifest.vectors, version.report() or {}
+    was = "was there already" if done else "is written"
+    logger.info(f"{version.path}: codebook version {version.name} {was}, fitted on {fitted.count:,} segments")
+    if "levels" in report:
+        logger.info(f"held out: {report['segments']:,} segments\n{report_table({version.name: report})}")
+    if "refresh" in report:
+        logger.info(refresh_text(report["refresh"]))
 
 
 def make_work_directory(directory: Path) -> None:
