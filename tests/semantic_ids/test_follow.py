@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,86 +12,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.nursery import Nursery
 from tests.semantic_ids.cached_segments import no_waits_for_the_disk
 from tests.semantic_ids.follow_parts import DIM, NOW_MS, HashEncoder, ManualClock, SignCodebook, lines_of, message
+from tests.semantic_ids.followed_job import CACHE, SETTINGS, Job
+from tests.semantic_ids.killed_follow import POINTS
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import Origin
 from trainer.llm.embedding.dataset_texts import _hashes
 from trainer.runtime.preemption import Preempted
 from trainer.semantic_ids import follow_dead_letters
-from trainer.semantic_ids.code_store import AppendCounts, SegmentCodes, StoreSettings
-from trainer.semantic_ids.follow import CodeTarget, Follower, FollowSettings, StopRequest, text_hash
+from trainer.semantic_ids.code_store import AppendCounts, SegmentCodes
+from trainer.semantic_ids.follow import CodeTarget, StopRequest, text_hash
 from trainer.semantic_ids.follow_report import lag_quantiles
 from trainer.semantic_ids.segment_source import LiveSegment, SourceBatch, parse_segment
-from trainer.semantic_ids.segment_source_lines import LineSource
-from trainer.semantic_ids.store_address import open_store
-from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache
+from trainer.semantic_ids.vector_cache import VectorCache
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
 
 __all__ = ["no_waits_for_the_disk"]
-
-SETTINGS = FollowSettings(
-    batch=4, wait_seconds=0.5, behind_seconds=30.0, report_seconds=60.0, keep_ms=100 * 3_600_000, dtype="float32"
-)
-CACHE = CacheSettings(DIM, "float32", Origin(hash="test"))
-
-
-class Job:
-    """A job in a directory, which a test runs again and again.
-
-    Attributes:
-        followed: the last follower.
-    """
-
-    def __init__(self, folder: Path, messages: Sequence[Any] = ()) -> None:
-        self.folder, self.lines = folder, folder / "in.jsonl"
-        self.directory = folder / "follow"
-        self.directory.mkdir()
-        self.lines.write_bytes(lines_of(messages))
-        self.clock = ManualClock()
-        self.encoder = HashEncoder(self.clock)
-        self.codebook = SignCodebook()
-        self.stop = StopRequest()
-        self.settings = SETTINGS
-
-    @property
-    def place(self) -> str:
-        return str(self.folder / f"{self.codebook.name}.sqlite")
-
-    @contextmanager
-    def target(self) -> Iterator[CodeTarget]:
-        store = open_store(self.place, StoreSettings(self.codebook.name))
-        with closing(store):
-            yield CodeTarget(self.codebook, store, self.place)
-
-    def run(self, source: Any = None, target: Any = None) -> Follower:
-        with VectorCache(self.directory / "cache", CACHE, self.settings.keep_ms) as cache, self.target() as own:
-            source = source or LineSource(self.lines, cache.position, self.clock, until_end=True)
-            arguments = (cache, target or own, self.settings, self.clock, self.stop)
-            self.followed = Follower(self.directory, source, self.encoder, *arguments)
-            self.followed.run()
-        return self.followed
-
-    def cached(self) -> dict[int, tuple[bytes, int, int]]:
-        """Return vector, code and time of each segment in the cache."""
-        with VectorCache(self.directory / "cache", CACHE, self.settings.keep_ms) as cache:
-            found = [
-                (entry["id"], (vector.tobytes(), int(entry["code"]), int(entry["known_ms"])))
-                for record, vectors in cache.records(0)
-                for entry, vector in zip(record.entries, vectors, strict=True)
-            ]
-        assert len({one for one, _ in found}) == len(found), "a segment is there twice"
-        return {int(one): values for one, values in found}
-
-    def runs(self) -> list[list[int]]:
-        """Return all runs of the authors of the messages."""
-        with self.target() as target:
-            found = target.store.recent(np.arange(3), np.full(3, NOW_MS), 300)
-        return [column.tolist() for column in (found.counts, found.code, found.length, found.first_ms, found.last_ms)]
-
-    def dead_letters(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.directory / "dead-letters.jsonl").read_text().splitlines()]
-
 
 MESSAGES = [message(room, segment) for segment in range(5) for room in range(4)]
 
@@ -350,6 +285,32 @@ def test_codes_in_conflict_are_counted(job: Job) -> None:
     job.run()
     entries = [json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()]
     assert [entry["conflicting"] for entry in entries] == [1]
+
+
+def content_of(job: Job) -> tuple[Any, ...]:
+    """Return all that a job has stored, which does not depend on the division into batches."""
+    with VectorCache(job.directory / "cache", CACHE, SETTINGS.keep_ms) as cache:
+        counts = cache.note["counts"]
+    return job.cached(), job.runs(), job.dead_letters(), counts
+
+
+def test_a_job_that_is_killed_at_any_point_misses_nothing_and_has_nothing_twice(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    """One job is killed at each point in turn, with lines that arrive between; batches are other ones than else."""
+    lines = [*lines_of([message(room, segment) for segment in range(30) for room in range(4)]).splitlines(True)]
+    for at in range(3, len(lines), 5):
+        lines[at] = b"nonsense %d\n" % at
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, killed = Job(tmp_path / "whole"), Job(tmp_path / "killed")
+    whole.lines.write_bytes(b"".join(lines))
+    ended = nursery.run("tests.semantic_ids.killed_follow", [whole.folder, killed.folder])
+    assert ended.status == 0, ended
+    expected = dict.fromkeys(POINTS, -signal.SIGKILL)
+    assert json.loads(ended.stdout.splitlines()[-1]) == {"undisturbed": 0, **expected, "the last": 0}, ended.stderr
+    assert content_of(killed) == content_of(whole)
+    assert len(content_of(whole)[0]) == 96 and len(whole.dead_letters()) == 24
 
 
 def test_the_hash_of_a_text_is_that_of_a_table_of_vectors() -> None:
