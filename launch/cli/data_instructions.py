@@ -133,6 +133,9 @@ def instructions(dataset: str, out: Output, as_json: bool, **settings: Any) -> N
     The answers come from --annotations. A segment without an annotation has no sample. An interrupted --annotate
     continues with the same command, which asks only what is not yet in the file.
 
+    \b
+      limelight data instructions data/world data/world-segments --segments --evaluate-from 2024-03-08
+
     The templates are text files that you can edit.
     """
     from trainer.console.progress import Phases

@@ -203,7 +203,9 @@ def test_an_answer_that_cannot_be_used_is_kept_with_its_reason_and_not_asked_aga
     assert set(served.asked.values()) == {1}
 
 
-def test_a_busy_server_is_asked_again(serve: Serve, segments: SegmentTexts, tmp_path: Path) -> None:
+def test_a_busy_server_is_asked_again(
+    serve: Serve, segments: SegmentTexts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: Counter[tuple[str, str]] = Counter()
 
     def reply(speech: str, kind: str) -> Reply:
@@ -213,6 +215,12 @@ def test_a_busy_server_is_asked_again(serve: Serve, segments: SegmentTexts, tmp_
     url, served = serve(reply)
     assert ask(url, tmp_path / "a.jsonl", segments, rows=2) == AnswerCounts(good=4)
     assert set(served.asked.values()) == {3}
+    seen.clear()
+    endpoint = ChatEndpoint(f"{url}/chat/completions", "large", retries=3, backoff_seconds=0.0)
+    Annotator(tmp_path / "b.jsonl", endpoint, TEMPLATE, concurrency=1).annotate(segments, np.arange(2))
+    printed = capsys.readouterr().out
+    assert "HTTP 429: slow down; asking again" in printed and "asking large: 4/4 answers (100 %)" in printed
+    assert "ETA" in printed
 
 
 def test_a_server_that_stays_down_ends_the_run_and_what_has_come_is_kept(
@@ -227,6 +235,22 @@ def test_a_server_that_stays_down_ends_the_run_and_what_has_come_is_kept(
     up |= {"number 1-0", "number 1-1"}
     counts = ask(url, file, segments)
     assert counts.earlier == sum(before.values()) and counts.earlier + counts.good == 8
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(serve: Serve, segments: SegmentTexts, tmp_path: Path) -> None:
+    def reply(speech: str, kind: str) -> Reply:
+        return good(speech, kind) if served.asked[speech, kind] > 1 else (200, Broken(b'{"choices": ['))
+
+    url, served = serve(reply)
+    assert ask(url, tmp_path / "a.jsonl", segments, rows=1) == AnswerCounts(good=2)
+    assert set(served.asked.values()) == {2}
+
+
+class Broken(bytes):
+    """A response that ends before the length that its header says."""
+
+    def __len__(self) -> int:
+        return super().__len__() + 100
 
 
 @pytest.mark.parametrize("status", [301, 401, 404])
@@ -292,8 +316,9 @@ def test_a_port_without_a_server_is_named(segments: SegmentTexts, tmp_path: Path
 
 
 def test_a_killed_run_continues_and_asks_nothing_twice_that_was_stored(
-    serve: Serve, nursery: Nursery, dataset: Path, tmp_path: Path
+    serve: Serve, nursery: Nursery, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
     answered: Counter[tuple[str, str]] = Counter()
 
     def some(speech: str, kind: str) -> Reply:
@@ -309,7 +334,7 @@ def test_a_killed_run_continues_and_asks_nothing_twice_that_was_stored(
     words = ["data", "instructions", str(dataset), str(out), "--segments", "--evaluate-from", "1970-01-04"]
     words += ["--annotations", str(file), "--annotate", url, "--model", "large", "--concurrency", "2"]
     words += ["--templates", str(TEMPLATES)]
-    process = nursery.start("launch.cli.main", words, 0, {"NO_PROXY": "*"}, tmp_path / "log")
+    process = nursery.start("launch.cli.main", words, 0, {KEY_VARIABLE: "secret"}, tmp_path / "log")
     while len(answered) < 11 or not file.exists():
         assert nursery.wait(process, 0.01) is None, (tmp_path / "log").read_text()
     os.kill(process, signal.SIGKILL)
@@ -326,6 +351,8 @@ def test_a_killed_run_continues_and_asks_nothing_twice_that_was_stored(
     }
     first = Counter(answered)
     assert main(words) == 0
+    assert {one["Authorization"] for one in served.headers} == {"Bearer secret"}
+    assert not any(b"secret" in path.read_bytes() for path in (*out.iterdir(), file, tmp_path / "log"))
     twice = {key for key, count in answered.items() if count > 1}
     assert not twice & before and all(first[key] == 1 for key in twice)
     assert len(answered) == 2 * 2 * ROOMS and file.read_bytes().startswith(stored)

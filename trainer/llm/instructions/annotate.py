@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +23,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trainer.console.errors import UserError
-from trainer.console.progress import Progress
+from trainer.console.errors import UserError, failure_reason
+from trainer.console.progress import LINE_EVERY_SECONDS, Progress
 from trainer.data.format.text_schema import SEGMENTS_PER_ITEM
 from trainer.llm.instructions.annotations import (
     KINDS,
@@ -46,6 +48,8 @@ from trainer.llm.instructions.segments import SegmentContext, SegmentTexts
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.files import sync
 from trainer.runtime.stored_files import open_regular
+
+logger = logging.getLogger(__name__)
 
 PROMPTS: dict[str, frozenset[str]] = {
     "questions": frozenset({"segment", "number"}),
@@ -111,6 +115,7 @@ class Annotator:
         self.file, self.rejected = Path(file), rejected_file(file)
         self._endpoint, self._template = endpoint, template
         self._concurrency, self._quiet = concurrency, quiet
+        self._noticed = -LINE_EVERY_SECONDS
 
     def annotate(self, segments: SegmentTexts, rows: np.ndarray) -> AnswerCounts:
         """Ask about the segments at positions ``rows`` what was not asked yet, and append the answers.
@@ -188,7 +193,7 @@ class Annotator:
         images = [frame for frame in context.frames if frame.startswith(("http://", "https://"))]
         text = ""
         try:
-            text = self._endpoint.ask(prompt, images, stop)
+            text = self._endpoint.ask(prompt, images, stop, self._notice)
             return _Answer(context, kind, parse_answer(context, kind, text))
         except RequestRefused as error:
             return _Answer(context, kind, reason=str(error), refused=True)
@@ -201,6 +206,13 @@ class Annotator:
         except Exception as error:
             # A thread that ends in silence would leave the command waiting for its answer.
             return _Answer(context, kind, reason=f"{type(error).__name__}: {error}", down=True)
+
+    def _notice(self, reason: str) -> None:
+        """Show why requests are sent again, every few seconds at most; a busy endpoint would look like a hang."""
+        now = time.monotonic()
+        if not self._quiet and now - self._noticed >= LINE_EVERY_SECONDS:
+            self._noticed = now
+            logger.info(f"{self._endpoint.url}: {reason}; asking again")
 
 
 @dataclass
@@ -402,7 +414,7 @@ def _appending(path: Path) -> Iterator[BinaryIO]:
         file: BinaryIO = path.open("ab", buffering=0)
         sync(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({failure_reason(error)})") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -428,7 +440,7 @@ def _append(file: BinaryIO, lines: Iterable[str]) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         file.truncate(end)
-        raise UserError(f"{file.name}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{file.name}: cannot be written ({failure_reason(error)})") from None
 
 
 def _end_last_line(path: Path, file: BinaryIO, whole: Callable[[bytes], bool]) -> None:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trainer.console.errors import UserError, one_line
+from trainer.console.errors import UserError, failure_reason, one_line
 from trainer.data.format.text_schema import SEGMENTS_PER_ITEM
 from trainer.runtime.stored_files import open_regular
 
@@ -135,7 +135,7 @@ class AnnotationFile:
                     file.seek(offset)
                     yield parse_annotation(file.readline(MAX_LINE_BYTES), f"{self.path}: byte {offset}")
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.path}: cannot be read ({failure_reason(error)})") from None
 
 
 def annotation_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -152,7 +152,7 @@ def annotation_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             f"{path}: no such file; write annotations to it, or let a model write them by --annotate URL"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({failure_reason(error)})") from None
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes]]:

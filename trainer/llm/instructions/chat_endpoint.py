@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,13 +116,16 @@ class ChatEndpoint:
             f"{parts.scheme}://{parts.netloc}{path}", model, key, timeout_seconds=timeout_seconds, retries=retries
         )
 
-    def ask(self, prompt: str, images: Sequence[str], stop: threading.Event) -> str:
+    def ask(
+        self, prompt: str, images: Sequence[str], stop: threading.Event, notice: Callable[[str], None] | None = None
+    ) -> str:
         """Return the answer to a prompt with pictures at URLs.
 
         Args:
             prompt: text of the request.
             images: URLs of pictures.
             stop: set to give up between two tries.
+            notice: called with the reason before a further try.
 
         Raises:
             RequestRefused: the endpoint refuses this request.
@@ -138,6 +141,8 @@ class ChatEndpoint:
             except _TryAgain as error:
                 if tries > self.retries or stop.is_set():
                     raise EndpointDown(f"{self._hide(str(error))}, after {tries} tries") from None
+                if notice is not None:
+                    notice(self._hide(str(error)))
                 wait = max(error.wait_seconds, self.backoff_seconds * 2 ** (tries - 1) * random.uniform(0.5, 1.0))
                 if stop.wait(min(wait, _LONGEST_WAIT_SECONDS)):
                     raise EndpointDown(STOPPED) from None
@@ -168,6 +173,9 @@ class ChatEndpoint:
             content = response.read(MAX_ANSWER_BYTES + 1)
             if late.is_set():
                 raise TimeoutError
+            if response.length and len(content) <= MAX_ANSWER_BYTES:
+                # a bounded read returns what came before the connection broke
+                raise http.client.IncompleteRead(content, response.length)
         except (OSError, http.client.HTTPException) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise _TryAgain(f"no answer in {self.timeout_seconds:g} s") from None
