@@ -1,7 +1,8 @@
 """Start of jobs without the seconds of importing torch: one process imports it, and all others are forked from it.
 
-A nursery is a process of its own. It reads orders (start, wait, mount) from its standard input, one line of JSON each,
-and answers each with one line. Launcher and ranks are the real ones, each in its own process; only ``exec`` is skipped.
+A nursery is a process of its own. It reads orders (start, wait, mount, compile) from its standard input, one line of
+JSON each, and answers each with one line. Launcher and ranks are the real ones, each in its own process; only ``exec``
+is skipped.
 """
 
 from __future__ import annotations
@@ -142,6 +143,10 @@ class Nursery:
     def mount(self, path: Path, size: int) -> None:
         """Move the content of ``path`` to a file system of ``size`` bytes, or resize the file system that it is on."""
         self._ask(["mount", str(path), size])
+
+    def compile_search(self) -> None:
+        """Compile the kernel of the search in float16 vectors, which takes seconds, once for all later processes."""
+        self._ask(["compile"])
 
     def _ask(self, order: list[Any]) -> Any:
         assert self._process.stdin is not None
@@ -289,6 +294,17 @@ def _wait(process: int, timeout: float) -> int | None:
     return None
 
 
+def _compile() -> str:
+    import numpy as np
+
+    from modules.search.search import SearchPart, SearchVectors, top
+
+    ids, vectors = np.zeros(9, np.int64), SearchVectors(np.zeros((2, 16), np.float16))
+    top(ids[:1], ids[:1] + 9, 4, SearchPart(ids, ids[:1], vectors))
+    gc.freeze()
+    return "compiled"
+
+
 def _mount(path: str, size: int) -> str:
     known = os.path.ismount(path)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}" + (",remount" if known else ""), "tmpfs", path]
@@ -330,6 +346,8 @@ def main() -> None:
             answer = _fork(lambda arguments=arguments: _launch(*arguments))
         elif order == "wait":
             answer = _wait(*arguments)
+        elif order == "compile":
+            answer = _compile()
         else:
             answer = _mount(*arguments)
 

@@ -41,13 +41,6 @@ DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 TIMEOUTS = 600.0
 
 
-def simulate(path: Path) -> Path:
-    """Simulate a dataset of 200 users, small enough for a run of a few seconds."""
-    world = ("data", "simulate", str(path), "--users", "200", "--days", "3", "--partitions", "4", "--seed", "5")
-    end([start(*LIMELIGHT, *world)])
-    return path
-
-
 def job(world: Path, directory: Path, *overrides: str) -> list[str]:
     """Return the arguments of ``trainer.rank``."""
     return [*SETTINGS, f"data.path={world}", f"run.directory={directory}", *overrides]

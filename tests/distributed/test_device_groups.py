@@ -19,6 +19,7 @@ from tests.distributed import device_ranks
 from tests.distributed.device_ranks import COLLECTIVES, DEVICE, Marks, WrongGroup, checked, marked
 from tests.distributed.launches import SETTINGS
 from tests.llm.tiny import write_samples
+from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.data.simulator.write_dataset import simulate
 
@@ -42,7 +43,7 @@ def run_standin(run_ranks: Any, module: str, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(nursery: Any, world: Path) -> Path:
+def trained(nursery: Nursery, world: Path) -> Path:
     """Return a finished run of the ranker, with aligned histories and a search in the trained vectors."""
     run = world.parent / "run"
     job = (
@@ -51,6 +52,7 @@ def trained(nursery: Any, world: Path) -> Path:
         *('features.search.tables=["item"]', "features.search.refresh_steps=4"),
         "train.deepspeed=configs/deepspeed/zero1.json",
     )
+    nursery.compile_search()
     ended = nursery.run(STANDIN, job, ranks=2)
     assert ended.status == 0, ended.stderr[-4000:]
     # The losses and the alignment are summed on the device, everything else on the host.

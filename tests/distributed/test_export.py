@@ -193,7 +193,7 @@ def test_the_models_differ(out: Path) -> None:
         assert all(largest_difference(one, other) > 1e-4 for other in scores[:k])
 
 
-def test_the_command_scores_without_torchrec_and_deepspeed(out: Path, tmp_path: Path) -> None:
+def test_the_command_scores_without_torchrec_and_deepspeed(limelight: Any, out: Path, tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "for name in ('torchrec', 'fbgemm_gpu', 'deepspeed'):\n"
@@ -202,21 +202,19 @@ def test_the_command_scores_without_torchrec_and_deepspeed(out: Path, tmp_path: 
         "sys.exit(main())\n"
     )
 
-    def score(*command: str, model: Path) -> pa.Table:
-        done = subprocess.run(
-            [*command, str(model), str(out / "candidates.parquet"), str(tmp_path / "scores.parquet")],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "80 candidates scored" in done.stdout
-        return pq.read_table(tmp_path / "scores.parquet")
-
-    plain = score(sys.executable, "-c", program, model=out / "float32-ple")
-    of_run = score(sys.executable, "-m", "launch.cli.main", "score", model=out / "float32")
+    candidates, of_export, scored = out / "candidates.parquet", tmp_path / "export.parquet", tmp_path / "run.parquet"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(out / "float32-ple"), str(candidates), str(of_export)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "80 candidates scored" in done.stdout
+    assert "80 candidates scored" in limelight("score", out / "float32", candidates, scored).stdout
+    plain, of_run = pq.read_table(of_export), pq.read_table(scored)
     assert largest_difference(plain, of_run) <= 1e-6
     np.testing.assert_allclose(plain["score"].to_numpy(), of_run["score"].to_numpy(), rtol=1e-5)
 

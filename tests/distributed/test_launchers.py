@@ -13,6 +13,7 @@ import pytest
 from launch.machine import free_port
 from tests.distributed.hosts import Host, loopbacks, namespaces
 from tests.distributed.launches import DEEPSPEED, TORCHRUN, end, job, metrics, start
+from tests.nursery import Nursery
 
 
 @pytest.fixture
@@ -61,17 +62,13 @@ def test_deepspeed_with_a_hostfile_on_two_hosts(
     assert metrics(tmp_path / "run") == metrics(undisturbed_run)
 
 
-LOCAL = (
-    sys.executable,
-    "-c",
-    "import sys; from launch.local import start_ranks; sys.exit(start_ranks(sys.argv[1], sys.argv[2:], 2))",
-)
 FAILING = "tests.distributed.failing_ranks"
 
 
 def test_the_first_failing_ranks_traceback_is_the_last_word(tmp_path: Path) -> None:
     """Rank 0 fails too, because of the lost connection, but its error is only a consequence."""
-    (printed,) = end([start(*LOCAL, FAILING, "error", str(tmp_path))], expect=1)
+    local = "import sys; from launch.local import start_ranks; sys.exit(start_ranks(sys.argv[1], sys.argv[2:], 2))"
+    (printed,) = end([start(sys.executable, "-c", local, FAILING, "error", str(tmp_path))], expect=1)
     report = printed[printed.index("limelight: rank 1") :]
     log = tmp_path / "rank-00001.log"
     assert report.startswith(f"limelight: rank 1 exited with status 1; its log is {log}; its last lines:\n")
@@ -95,7 +92,8 @@ def test_a_mistake_is_one_line_under_torchrun_too_and_stands_in_the_log(tmp_path
     assert last.endswith("rank 1 step 7 | limelight: error: id 12 is beyond table item")
 
 
-def test_a_killed_rank_is_named_and_so_is_its_log(tmp_path: Path) -> None:
-    (printed,) = end([start(*LOCAL, FAILING, "signal", str(tmp_path))], expect=137)
+def test_a_killed_rank_is_named_and_so_is_its_log(nursery: Nursery, tmp_path: Path) -> None:
+    ended = nursery.run(FAILING, ["signal", tmp_path], ranks=2)
+    assert ended.status == 137
     killed = f"limelight: rank 1 was ended by SIGKILL (out of memory?); its log is {tmp_path / 'rank-00001.log'}"
-    assert printed.splitlines()[-1] == killed
+    assert ended.stderr.splitlines()[-1] == killed

@@ -13,6 +13,7 @@ import torch
 
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
+from tests.nursery import Nursery
 from trainer.config.load import parse_time
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
@@ -30,8 +31,9 @@ _outcomes: dict[str, Any] = {}
 
 
 @pytest.fixture
-def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def outcomes(nursery: Nursery, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not _outcomes:
+        nursery.compile_search()
         out = tmp_path_factory.mktemp("stream")
         simulate(out / "world", users=150, days=2, partitions=4, seed=4)
         _outcomes["dataset"] = out / "world"
