@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from launch.machine import available_cores
 from tests.nursery import Ended, Nursery
 from tests.paths import ROOT
 from tests.s3 import Bucket, make_bucket, server_environment
@@ -37,6 +38,11 @@ def messages_on_the_terminal() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one test process more than there are cores: tests of several ranks and of streams wait now and then."""
+    return available_cores() + 1
 
 
 LONG_FIRST = ("tests/distributed", "tests/faults", "tests/llm", "tests/launch", "tests/stream", "tests/benchmarks")

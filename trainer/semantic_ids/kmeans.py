@@ -318,8 +318,8 @@ class _Fitting:
                 worst = _larger(worst, (squared.double() * weights).cpu().numpy(), part.numbers, len(centroids))
             progress.advance(len(part.numbers))
         if self.world.size > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(totals)
+            dist.all_reduce(sums, group=dist.group.WORLD)
+            dist.all_reduce(totals, group=dist.group.WORLD)
         return _Pass(sums.cpu(), totals[:-1].cpu(), int(totals[-1]), worst)
 
     def _worst_served(self, before: Codebook, worst: tuple[np.ndarray, np.ndarray], count: int) -> Tensor:
