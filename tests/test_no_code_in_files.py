@@ -24,6 +24,7 @@ from tests.checkpoint.stored_checkpoint import write_model
 from tests.llm.tiny import write_base
 from tests.nursery import Nursery
 from tests.paths import ROOT
+from tests.semantic_ids.segment_world import make_version
 from trainer.checkpoint.manifest import file_entry, read_manifest, write_manifest
 from trainer.checkpoint.model_index import load_tensors, read_index
 from trainer.checkpoint.model_state import read_state
@@ -35,7 +36,11 @@ from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.models.adapter import check_adapter
 from trainer.llm.models.base_model import BaseModelFiles, refuse_code
 from trainer.llm.models.prompt_templates import Template
+from trainer.runtime.checksums import write_checksums
 from trainer.runtime.distributed import World
+from trainer.semantic_ids.code_files import CodeFile
+from trainer.semantic_ids.codebook_version import CodebookVersion
+from trainer.semantic_ids.kmeans_state import read_state as read_fit_state
 
 STORED = ROOT / "tests/checkpoint/stored/runs_0.1.tar.xz"
 
@@ -159,6 +164,24 @@ def test_arrays_are_no_code(tmp_path: Path, marker: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "count": 1, "dim": 1, "files": files}))
     for opened in (Tokens.open, FittedFeatures.load, ContentVectors.open):
         one_line_of(lambda opened=opened: opened(tmp_path))
+
+
+def test_a_codebook_and_its_codes_are_no_code(tmp_path: Path, marker: Path) -> None:
+    """Whoever writes a file also writes its checksum."""
+    version = make_version(tmp_path / "codebook", 4, 3)
+    np.save(tmp_path / "codebook/centroids-1.npy", np.array([Payload(marker)], object))
+    write_checksums(tmp_path / "codebook")
+    one_line_of(lambda: CodebookVersion.open(tmp_path / "codebook"))
+    for name in ("codebook.json", "centroids-2.npy", "checksums.json"):
+        (tmp_path / "codebook" / name).write_bytes(pickle.dumps(Payload(marker)))
+        if name != "checksums.json":
+            write_checksums(tmp_path / "codebook")
+        one_line_of(lambda: CodebookVersion.open(tmp_path / "codebook"))
+    (tmp_path / "codes.parquet").write_bytes(pickle.dumps(Payload(marker)))
+    one_line_of(lambda: CodeFile.read(tmp_path / "codes.parquet", version))
+    state = tmp_path / "state.npz"
+    np.savez(state, about=np.array([Payload(marker)], object))
+    one_line_of(lambda: read_fit_state(state, ""))
 
 
 def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path, marker: Path) -> None:

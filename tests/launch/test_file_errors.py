@@ -33,6 +33,7 @@ import trainer.score
 from launch.cli.main import main
 from tests.nursery import Ended, Nursery
 from tests.paths import ROOT
+from tests.semantic_ids.segment_world import assigned, make_version, write_world
 from trainer.config.load import load_deepspeed
 from trainer.config.toml import read_toml
 from trainer.console.errors import UserError, user_message
@@ -129,6 +130,7 @@ def write_text(path: Path, text: str = "{}") -> Path:
         ("checkpoints/step-1/manifest.json", ["checkpoint", "show", "{}"]),
         ("checkpoints/step-1/manifest.json", ["checkpoint", "verify", "{}"]),
         ("export.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
+        ("codebook.json", ["quantize", "report", "{}"]),
         ("map.toml", ["data", "import", "events", "{}", "{}/out", "--mapping", "{}/map.toml"]),
     ],
 )
@@ -159,6 +161,7 @@ def test_a_file_without_permission(public: Path, file: str, arguments: list[str]
         ["checkpoint", "show", "{}"],
         ["data", "import", "kuairand", "{}", "out"],
         ["data", "instructions", "{}", "out", "--evaluate-from", "2024-03-02"],
+        ["quantize", "report", "{}"],
     ],
     ids=lambda arguments: " ".join(arguments[:3]),
 )
@@ -179,6 +182,7 @@ DAMAGED = [b"null", b"[]", b"1e999", b"7", b'"text"', b"", b"{", b"\xff\xfe{}", 
         ("config.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
         ("config.json", ["export", "{}", "{}/out"]),
         ("export.json", ["score", "{}", "c.parquet", "{}/../results/out.parquet"]),
+        ("codebook.json", ["quantize", "report", "{}"]),
     ],
 )
 def test_damaged_json(tmp_path: Path, file: str, arguments: list[str], content: bytes) -> None:
@@ -404,6 +408,11 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extractall(directory, filter="data")
     write_text(directory / "batch/metrics.json", '{"model": "cgc", "behaviours": {}}')
     (directory / "job.toml").write_text((directory / "batch.toml").read_text())
+    write_world(directory / "segments")
+    assigned(make_version(directory / "codebook", 4, 3, report={"segments": 1}), directory / "segments")
+    (directory / "quantize.toml").write_text(
+        '[data]\npath = "segments"\n[codebook]\ndirectory = "book"\nlevels = [8, 4]\ndevice = "cpu"\n'
+    )
     return directory
 
 
@@ -458,6 +467,12 @@ OPENED = [
     ("export/config.json", "score export candidates.parquet out.parquet"),
     ("export/features/features.json", "score export candidates.parquet out.parquet"),
     ("export/model.safetensors", "score export candidates.parquet out.parquet"),
+    ("codebook/codebook.json", "quantize report codebook"),
+    ("codebook/checksums.json", "quantize report codebook"),
+    ("codebook/report.json", "quantize report codebook"),
+    ("codebook/centroids-1.npy", "quantize assign codebook segments out.parquet"),
+    ("segments/segments.parquet", "quantize assign codebook segments out.parquet"),
+    ("segments/embeddings/segments/manifest.json", "quantize assign codebook segments out.parquet"),
 ]
 """File with a fixed name -> a command that opens it."""
 
@@ -551,6 +566,8 @@ WRITERS = [
     "export batch disk/exported",
     "data simulate disk/world --users 30 --days 2",
     "stream assemble world --policy full disk/rows.parquet",
+    "quantize quantize.toml codebook.directory=disk/book",
+    "quantize assign codebook segments disk/codes.parquet",
 ]
 
 
@@ -574,6 +591,7 @@ def test_a_disk_that_is_full_before_the_work_starts(stored_copy: Path, nursery: 
         ("staytime staytime.toml run.directory=disk/run", 16),
         ("staytime staytime.toml run.directory=disk/run", 40),
         ("export batch disk/exported", 40),
+        ("quantize quantize.toml codebook.directory=disk/book", 12),
         *(
             pytest.param(line, size, marks=pytest.mark.slow)
             for line in WRITERS
@@ -588,12 +606,13 @@ def test_a_disk_that_is_full_during_the_first_writes(
         pytest.skip("a small file system needs a mount namespace, which this machine does not allow")
     ended = run_on_disk(nursery, stored_copy, line, kilobytes, full=False)
     assert "Traceback" not in ended.stderr, ended.stderr
-    enough = kilobytes > (0 if "parquet" in line else 60)
+    # A small codebook has 20 kB with the state of its fit.
+    enough = kilobytes > (0 if "parquet" in line else 20 if line.startswith("quantize") else 60)
     assert ended.status == 2 or (enough and ended.status == 0), ended
     if ended.status:
         errors = [text for text in ended.stderr.splitlines() if text.startswith("limelight: error: ")]
         assert len(errors) == 1 and "disk/" in errors[0], ended.stderr
         assert "No space left on device" in errors[0] or "is the disk full" in errors[0], ended.stderr
-        if not line.startswith(("train", "staytime")):
+        if not line.startswith(("train", "staytime", "quantize quantize.toml")):
             # A run keeps what it had written whole, to be resumed; a result is there or not.
             assert not list(nursery.path(stored_copy / "disk").iterdir())

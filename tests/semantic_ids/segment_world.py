@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,13 +63,13 @@ def write_world(path: Path, rooms: int = 10, segments: int = 40, seed: int = 0) 
     return path
 
 
-def make_version(path: Path, *sizes: int, dim: int = DIM) -> CodebookVersion:
+def make_version(path: Path, *sizes: int, dim: int = DIM, report: dict[str, Any] | None = None) -> CodebookVersion:
     """Write a version of random centroids, for vectors as :func:`write_vectors` writes them."""
     generator = torch.Generator().manual_seed(0)
     levels = tuple(torch.randn(size, dim, generator=generator) for size in sizes)
     fitted = FittedVectors(dataset="d", table="t", count=1, hash="", from_ms=0, until_ms=1)
     origin = Origin(model="small", hash="abc")
-    return write_version(path, Codebook(levels), origin=origin, vectors=fitted, settings={})
+    return write_version(path, Codebook(levels), origin=origin, vectors=fitted, settings={}, report=report)
 
 
 def assigned(version: CodebookVersion, world: Path, until_ms: int | None = None) -> CodeFile:
