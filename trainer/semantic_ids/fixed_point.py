@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.runtime.compiled import compiled
 
 _BITS = 62
 
@@ -36,6 +39,21 @@ class FixedPoint:
         """Round values to integers of this scale, in int64."""
         return torch.ldexp(values.double(), torch.tensor(self.exponent, device=values.device)).round_().long()
 
+    def add_rows(self, sums: Tensor, codes: Tensor, values: Tensor, weights: Tensor) -> None:
+        """Add ``weight * value`` of each row to the row of ``sums`` that its code names.
+
+        Args:
+            sums: ``[k, d] int64``, changed.
+            codes: ``[n] int32``.
+            values: ``[n, d] float32``.
+            weights: ``[n] int64``.
+        """
+        if sums.device.type == "cpu":
+            factor = math.ldexp(1.0, self.exponent)
+            _add_rows(sums.numpy(), codes.numpy(), values.contiguous().numpy(), weights.numpy(), factor)
+        else:
+            sums.index_add_(0, codes.long(), self.integers(values) * weights[:, None])
+
     def values(self, integers: Tensor) -> Tensor:
         """Return integers of this scale as float64."""
         return torch.ldexp(integers.double(), torch.tensor(-self.exponent, device=integers.device))
@@ -48,4 +66,15 @@ class FixedPoint:
 def magnitude_of(largest: float) -> int:
     """Return the smallest e with ``largest <= 2^e``; at least -60, so that scales stay finite."""
     mantissa, exponent = math.frexp(largest)
+    if mantissa == 0:
+        return -60
     return max(-60, exponent - 1 if mantissa == 0.5 else exponent)
+
+
+@compiled(nogil=True)
+def _add_rows(sums: np.ndarray, codes: np.ndarray, values: np.ndarray, weights: np.ndarray, factor: float) -> None:
+    """Add rows in fixed point on a CPU; the products with a power of two are exact."""
+    for row in range(len(codes)):
+        code, weight = codes[row], weights[row]
+        for place in range(values.shape[1]):
+            sums[code, place] += np.int64(np.rint(np.float64(values[row, place]) * factor)) * weight

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,15 @@ Start = Literal["random", "k-means++", "warm"]
 
 LARGEST_MAGNITUDE = 1e15
 """Largest element of a vector: squares of norms stay finite in float32."""
+
+
+BLOCK = 256
+"""Neighbouring vectors of a mini-batch that are read together."""
+
+LEAST_SAMPLE = 1 << 16
+"""Vectors of the sample of k-means++ at least; fewer vectors are taken whole."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -163,28 +172,27 @@ class _Fitting:
 
     def _check(self) -> tuple[int, int]:
         """Check all vectors; return the exponent of their largest magnitude, and the sum of their weights."""
-        not_finite, zero, largest = check_vectors(self.source, self.first, self.stop)
-        not_finite, zero = self.world.sum(not_finite), self.world.sum(zero)
+        found = check_vectors(self.source, self.first, self.stop)
+        not_finite, zero = self.world.sum(found.not_finite), self.world.sum(found.zero)
         if not_finite or zero:
             raise UserError(
                 f"{self.source.name}: {not_finite:,} of {self.source.count:,} vectors are not finite and {zero:,} are "
                 "zero; every vector must be finite and not zero"
             )
-        magnitude = self.world.max(magnitude_of(largest))
-        if self.world.max(int(largest > LARGEST_MAGNITUDE)):
+        if self.world.max(int(found.largest > LARGEST_MAGNITUDE)):
             raise UserError(f"{self.source.name}: a vector has an element above {LARGEST_MAGNITUDE:g}; scale them down")
-        weight = sum(int(chunk.weights.sum()) for chunk in chunks(self.source, self.first, self.stop))
-        return magnitude, self.world.sum(weight)
+        return self.world.max(magnitude_of(found.largest)), self.world.sum(found.weight)
 
     def _resume(self) -> FitState:
-        state = None
-        if self.state_file is not None:
-            state = self._on_first_rank(lambda: read_state(self.state_file, self.hash))
+        file, state = self.state_file, None
+        if file is not None:
+            state = self._on_first_rank(lambda: read_state(file, self.hash))
         return FitState((), (), (), None, None) if state is None else state
 
-    def _on_first_rank(self, work: Any) -> Any:
+    def _on_first_rank(self, work: Callable[[], T]) -> T:
         """Return the result of the first rank's work on every rank; an error of the user is raised everywhere."""
-        result, message = None, None
+        result: T | None = None
+        message = None
         if self.world.rank == 0:
             try:
                 result = work()
@@ -193,7 +201,7 @@ class _Fitting:
         result, message = self.world.agree((result, message))
         if message is not None:
             raise UserError(message)
-        return result
+        return result  # type: ignore[return-value]
 
     def _level(self, state: FitState) -> FitState:
         """Fit the next level."""
@@ -212,10 +220,11 @@ class _Fitting:
             self._save(state)
         assert state.centroids is not None
         magnitude = self._magnitude(before)
-        start = max(magnitude, magnitude_of(float(state.centroids.abs().max())))
+        # Only a warm start may lie outside of the vectors' range; the start decides, so that a resumed fit does too.
+        outer = magnitude if self.warm is None else max(magnitude, _magnitude_of_level(self.warm.levels[place]))
         vectors = FixedPoint.of(self.total_weight, magnitude)
-        distance_bound = math.ceil(math.log2(max(1, self.source.dim))) + 2 * (start + 1)
-        distances = FixedPoint.of(self.total_weight, distance_bound)
+        squares = 2 * (outer + 1) + math.ceil(math.log2(max(1, self.source.dim)))
+        distances = FixedPoint.of(self.total_weight, squares)
         done = len(state.history[-1])
         total = self.settings.iterations * self.source.count
         label = f"level {place + 1}"
@@ -311,7 +320,7 @@ class _Fitting:
         for part in self._parts(ranges, before):
             codes, squared = nearest(part.values, centroids)
             index, weights = codes.long(), part.weights.to(device)
-            sums.index_add_(0, index, vectors.integers(part.values) * weights[:, None])
+            vectors.add_rows(sums, codes, part.values, weights)
             totals.index_add_(0, index, weights)
             totals[-1] += (distances.integers(squared) * weights).sum()
             if self.settings.revive:
@@ -369,8 +378,7 @@ class _Fitting:
         numbers = np.sort(draw_numbers(self.source, self.world, sample, self.settings.seed, level))
         values, weights = self._fetch(numbers, before), self._weights(numbers)
         seed = [self.settings.seed, level]
-        centroids: Tensor = self._on_first_rank(lambda: plus_plus(values.to(self.world.device), weights, codes, seed))
-        return centroids
+        return self._on_first_rank(lambda: plus_plus(values.to(self.world.device), weights, codes, seed))
 
     def _check_distinct(self, before: Codebook, codes: int) -> None:
         """Check that there are as many distinct vectors as codes."""
@@ -402,28 +410,20 @@ class _Fitting:
         if not (self.settings.normalize and before.levels):
             return 1.0
         last = before.levels[-1]
-        place = len(before.levels) - 1
         earlier = Codebook(before.levels[:-1], True, before.scales[:-1])
-        scale = FixedPoint.of(self.total_weight, 40)
-        magnitude = (1 if place else self.magnitude) + 2 + math.ceil(math.log2(max(2, self.source.dim)))
-        scale = FixedPoint.of(self.total_weight, magnitude)
+        largest = math.ldexp(1.0, self._magnitude(earlier)) + float(last.abs().max())
+        lengths = FixedPoint.of(self.total_weight, magnitude_of(largest * math.sqrt(self.source.dim) * 1.01))
         total = 0
         for part in self._parts([(self.first, self.stop)], earlier):
             left = part.values - last[nearest(part.values, last)[0].long()]
-            lengths = row_sums(left.double() ** 2).sqrt()
-            total += int((scale.integers(lengths).cpu() * part.weights).sum())
-        return scale.value(self.world.sum(total)) / self.total_weight
+            integers = lengths.integers(row_sums(left.double() ** 2).sqrt())
+            total += int((integers.cpu() * part.weights).sum())
+        return lengths.value(self.world.sum(total)) / self.total_weight
 
     def _save(self, state: FitState) -> None:
-        if self.state_file is not None:
-            self._on_first_rank(lambda: write_state(self.state_file, self.hash, state))
-
-
-BLOCK = 256
-"""Neighbouring vectors of a mini-batch that are read together."""
-
-LEAST_SAMPLE = 1 << 16
-"""Vectors of the sample of k-means++ at least; fewer vectors are taken whole."""
+        file = self.state_file
+        if file is not None:
+            self._on_first_rank(lambda: write_state(file, self.hash, state))
 
 
 def _moved(centroids: Tensor, sums: Tensor, weights: Tensor, seen: Tensor, scale: FixedPoint) -> Tensor:
@@ -432,6 +432,10 @@ def _moved(centroids: Tensor, sums: Tensor, weights: Tensor, seen: Tensor, scale
     # seen - weights vectors have made the old centroid; it is 0 of them if an update takes all vectors.
     means = (old * (seen - weights)[:, None] + added) / seen.clamp(min=1)[:, None]
     return torch.where((weights > 0)[:, None], means, old).float()
+
+
+def _magnitude_of_level(centroids: Tensor) -> int:
+    return magnitude_of(float(centroids.abs().max()))
 
 
 def _larger(

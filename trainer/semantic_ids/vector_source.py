@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from trainer.console.errors import UserError
+from trainer.runtime.compiled import compiled
 
 CHUNK_VALUES = 1 << 22
 """Elements of the vectors that are read at once: 32,768 vectors of 128 elements."""
@@ -116,53 +117,77 @@ class StoredVectors:
 def merge_equal(source: StoredVectors) -> StoredVectors:
     """Merge equal vectors into the first of them, whose weight is the sum of theirs; 0.0 and -0.0 are equal.
 
-    Vectors with equal hashes are compared element by element. It takes 40 bytes a vector of memory.
+    Vectors with equal hashes are compared element by element. It takes 64 bytes of memory for each vector.
     """
-    rows = np.arange(source.count) if source.rows is None else source.rows
-    weights = np.ones(source.count, np.int64) if source.weights is None else source.weights
     hashes = np.empty(source.count, np.uint64)
     for chunk in chunks(source, 0, source.count):
         hashes[chunk.first : chunk.first + len(chunk.vectors)] = hash_rows(chunk.vectors)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
-    starts = np.flatnonzero(np.concatenate(([True], hashes[1:] != hashes[:-1]))) if len(order) else order
+    starts = np.flatnonzero(np.append(True, hashes[1:] != hashes[:-1])[: len(order)])
     del hashes
+    if len(starts) == source.count:
+        return source
     first_of = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
+    del starts
+    rows = np.arange(source.count) if source.rows is None else source.rows
+    weights = np.ones(source.count, np.int64) if source.weights is None else source.weights
     same = _equal_pairs(source.vectors, rows, order, first_of)
     sums = np.zeros(source.count, np.int64)
     np.add.at(sums, first_of[same], weights[order[same]])
-    for number in order[~same]:
-        # Another vector has the hash of this one. It joins an equal vector that also was put aside, or stands alone.
-        others = order[(first_of == first_of[order == number][0]) & ~same]
-        twin = next(int(other) for other in others if _equal(source.vectors, rows[other], rows[number]))
-        sums[twin] += weights[number]
+    for place in np.flatnonzero(~same):
+        # Another vector has the hash of this one. It joins the first of its equals that were left over, maybe itself.
+        number, others = order[place], order[(first_of == first_of[place]) & ~same]
+        twins = (source.vectors[rows[others]] == source.vectors[rows[number]]).all(1)
+        sums[others[np.argmax(twins)]] += weights[number]
     kept = np.flatnonzero(sums)
-    return StoredVectors(source.name, source.vectors, source.table, rows[kept], sums[kept], None)
+    return StoredVectors(source.name, source.vectors, source.table, rows[kept], sums[kept])
 
 
 def hash_rows(vectors: np.ndarray) -> np.ndarray:
     """Return a 64-bit hash of each row, ``[n, d] -> [n] uint64``; equal numbers have equal hashes."""
-    # Adding 0 turns -0.0 into 0.0.
-    words = np.ascontiguousarray(vectors + vectors.dtype.type(0)).view(f"u{vectors.dtype.itemsize}")
-    total = np.full(len(vectors), 0x9E3779B97F4A7C15, np.uint64)
-    with np.errstate(over="ignore"):
-        for column in words.T:
-            total = (total ^ column) * np.uint64(0xFF51AFD7ED558CCD)
+    words = np.ascontiguousarray(vectors).view(f"u{vectors.dtype.itemsize}")
+    result = np.empty(len(words), np.uint64)
+    _hash_words(words, words.dtype.type(1 << (8 * words.itemsize - 1)), result)
+    return result
+
+
+@compiled(nogil=True)
+def _hash_words(words: np.ndarray, negative_zero: int, result: np.ndarray) -> None:
+    """Hash rows of the bits of floating-point numbers: a multiplication and a shift for each number."""
+    for row in range(len(words)):
+        total = np.uint64(0x9E3779B97F4A7C15)
+        for word in words[row]:
+            total ^= np.uint64(0) if word == negative_zero else np.uint64(word)
+            total *= np.uint64(0xFF51AFD7ED558CCD)
             total ^= total >> np.uint64(32)
-    return total
+        result[row] = total
 
 
-def check_vectors(source: VectorSource, first: int, stop: int) -> tuple[int, int, float]:
-    """Return how many vectors of a range are not finite, how many are zero, and the largest magnitude of the others."""
-    not_finite = zero = 0
+class Checked(NamedTuple):
+    """Numbers of vectors that are not finite and that are zero, largest magnitude of the others, sum of weights."""
+
+    not_finite: int
+    zero: int
+    largest: float
+    weight: int
+
+
+def check_vectors(source: VectorSource, first: int, stop: int) -> Checked:
+    """Read a range of vectors once and count what is wrong with them."""
+    not_finite = zero = weight = 0
     largest = 0.0
     for chunk in chunks(source, first, stop):
-        magnitude = np.abs(chunk.vectors).max(1) if source.dim else np.zeros(len(chunk.vectors))
-        finite = np.isfinite(magnitude)
+        kind = np.finfo(chunk.vectors.dtype)
+        # Bits of magnitudes are ordered like the magnitudes, then infinity, then NaN.
+        bits = chunk.vectors.view(f"u{kind.dtype.itemsize}") & ((1 << (kind.bits - 1)) - 1)
+        top = np.ascontiguousarray(bits.max(1, initial=0)).view(kind.dtype)
+        finite = np.isfinite(top)
         not_finite += int((~finite).sum())
-        zero += int((magnitude == 0).sum())
-        largest = max(largest, float(magnitude[finite].max(initial=0)))
-    return not_finite, zero, largest
+        zero += int((top == 0).sum())
+        largest = max(largest, float(top[finite].max(initial=0)))
+        weight += int(chunk.weights.sum())
+    return Checked(not_finite, zero, largest, weight)
 
 
 def check_dim(name: str, found: int, wanted: int) -> None:
@@ -186,10 +211,6 @@ def _rows_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
         # Pages that stay mapped count as memory of this process, although the system may drop them.
         mapped.madvise(mmap.MADV_DONTNEED)
     return found
-
-
-def _equal(vectors: np.ndarray, one: int, other: int) -> bool:
-    return bool((vectors[one] == vectors[other]).all())
 
 
 def _equal_pairs(vectors: np.ndarray, rows: np.ndarray, order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
