@@ -2,6 +2,8 @@
 
 The job in the folder ``WHOLE`` runs undisturbed. That in ``KILLED`` is killed at each point in turn, each time in a
 process of its own, while the lines of the other's file arrive. The encoder and the codebook are those of the tests.
+
+``python -m tests.semantic_ids.killed_follow job POINT ARGUMENT...`` runs ``trainer.embed`` until it is killed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 from tests.semantic_ids.follow_parts import HashEncoder
 from tests.semantic_ids.followed_job import Job
+from trainer import embed
+from trainer.llm.embedding.segment_encoder import TextSegmentEncoder
 from trainer.semantic_ids import follow, vector_cache
 from trainer.semantic_ids.follow_dead_letters import DeadLetterFile
 from trainer.semantic_ids.sqlite_store import SqliteCodeStore
@@ -117,7 +121,10 @@ def run_in_process(folder: Path, point: str) -> int:
 
 
 def main() -> None:
-    """Run both jobs, and print the exit status of each process."""
+    """Run both jobs, and print the exit status of each process; or a job of ``trainer.embed``."""
+    if sys.argv[1] == "job":
+        arm(sys.argv[2], TextSegmentEncoder)
+        sys.exit(embed.main(sys.argv[3:]))
     whole, killed = (Path(folder) for folder in sys.argv[1:])
     statuses = {"undisturbed": run_in_process(whole, "")}
     lines = (whole / "in.jsonl").read_bytes().splitlines(keepends=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.config.embed import EmbeddingJob
+from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import Origin
 from trainer.llm.embedding.text_encoder import Encoder
 from trainer.llm.embedding.vector_table_update import open_encoder
@@ -74,6 +75,8 @@ def open_segment_encoder(config: EmbeddingJob, template: Template, world: World)
     Raises:
         UserError: as :func:`trainer.llm.embedding.vector_table_update.open_encoder`.
     """
+    if config.follow.frames:
+        raise UserError(f"follow.frames: frames need a model of the Qwen2-VL family, {config.model.path} is none")
     base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
     setup = open_encoder(config, base, template, world)
     limits = {"rows": config.follow.batch, "length": config.embed.length, "tokens": config.embed.tokens}
