@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.distributed.resume_ranks import run
+from tests.distributed.resume_ranks import run, without_plots
 from trainer.config.ranker import JobConfig, load_config
 from trainer.runtime.distributed import World
 
@@ -57,12 +57,16 @@ def job(dataset: Path, directory: Path, policy: str) -> JobConfig:
 
 
 def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
+    if earlier:
+        without_plots()
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {}
         for policy in POLICIES:
             results = outcome[policy] = {"resumed": {}}
             if not earlier:
                 results["through"] = run(world, job(dataset, out / start / policy / "through", policy))
+                # One report, of the first policy, is enough.
+                without_plots()
                 stopped = out / start / policy / "stopped"
                 results["stopped"] = run(world, job(dataset, stopped, policy), STOP_AFTER)
                 if world.rank == 0:
