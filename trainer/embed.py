@@ -24,7 +24,7 @@ from trainer.console.job_arguments import EMBED_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.console.run_log import open_log
 from trainer.llm.embedding.dataset_texts import KindTexts
-from trainer.llm.embedding.segment_encoder import open_segment_encoder
+from trainer.llm.embedding.open_segment_encoder import open_segment_encoder
 from trainer.llm.embedding.vector_table_update import merge_parts, open_encoder, plan_update, write_missing_parts
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
@@ -64,7 +64,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
             the template is wrong; or no text of a kind has a finite vector.
     """
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
-    base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
+    base = BaseModelFiles.open(config.model.path, config.model.tokenizer, vision=True)
     directory = local_path(config.embed.directory)
     with run_directory(directory, world):
         setup = open_encoder(config, base, template, world)

@@ -104,6 +104,23 @@ def content_of(folder: Path, codes: Path, version: str) -> tuple[Any, ...]:
     return *(column.tolist() for column in columns), *vectors, table.ids.tolist(), table.texts.tolist()
 
 
+def test_vectors_and_codes_do_not_depend_on_the_batches(settings: Settings, tmp_path: Path) -> None:
+    """One job reads all lines at once, the other one as they arrive."""
+    lines = lines_of(texts_of(0, rooms=4, segments=6)).splitlines(keepends=True)
+    rooms = tmp_path / "rooms" / "a.jsonl"
+    rooms.write_bytes(b"".join(lines))
+    run(settings(tmp_path / "whole"))
+    version = version_for(tmp_path / "whole", tmp_path / "version")
+    places = {name: tmp_path / f"{name}.sqlite" for name in ("whole", "parts")}
+    for name, stops in (("whole", (24,)), ("parts", (1, 3, 10, 17, 24))):
+        for stop in stops:
+            rooms.write_bytes(b"".join(lines[:stop]))
+            run(settings(tmp_path / name, follow__codebook=version.path, follow__store=places[name]))
+    whole, parts = (content_of(tmp_path / name, places[name], version.name) for name in places)
+    assert whole == parts and len(whole[-2]) == 24 and sum(whole[2]) == 24
+
+
+@pytest.mark.slow
 def test_a_killed_job_ends_with_the_same_bits_as_an_undisturbed_command(
     settings: Settings, tmp_path: Path, limelight: Limelight, nursery: Nursery
 ) -> None:

@@ -12,14 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.config.embed import EmbeddingJob
-from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import Origin
 from trainer.llm.embedding.text_encoder import Encoder
-from trainer.llm.embedding.vector_table_update import open_encoder
-from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
-from trainer.runtime.distributed import World
 
 SHORTEST = 8
 """Smallest length to which texts are padded."""
@@ -53,9 +47,7 @@ class TextSegmentEncoder:
         Returns:
             Vectors ``[n, dim]`` float32, and an empty text for each: every text has a vector.
         """
-        tokens = self._encoder.tokenise([self._template.fill("segments", text=text) for text in texts])
-        # A template without words of its own leaves nothing of an empty text.
-        ids = [one or [0] for one in tokens]
+        ids = self.tokens(texts)
         vectors = np.zeros((len(ids), self._encoder.dim), np.float32)
         widths = np.array([padded_length(len(one), self._length) for one in ids])
         for width in np.unique(widths).tolist():
@@ -68,19 +60,11 @@ class TextSegmentEncoder:
                 vectors[batch] = self._encoder.pooled(filled, width)[: len(batch)]
         return vectors, [""] * len(ids)
 
-
-def open_segment_encoder(config: EmbeddingJob, template: Template, world: World) -> tuple[TextSegmentEncoder, Origin]:
-    """Load the model, and return an encoder of segments and the origin of its vectors.
-
-    Raises:
-        UserError: as :func:`trainer.llm.embedding.vector_table_update.open_encoder`.
-    """
-    if config.follow.frames:
-        raise UserError(f"follow.frames: frames need a model of the Qwen2-VL family, {config.model.path} is none")
-    base = BaseModelFiles.open(config.model.path, config.model.tokenizer)
-    setup = open_encoder(config, base, template, world)
-    limits = {"rows": config.follow.batch, "length": config.embed.length, "tokens": config.embed.tokens}
-    return TextSegmentEncoder(setup.encoder, template, **limits), setup.origin("segments")
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text in its template, at least one."""
+        tokens = self._encoder.tokenise([self._template.fill("segments", text=text) for text in texts])
+        # A template without words of its own leaves nothing of an empty text.
+        return [one or [0] for one in tokens]
 
 
 def padded_length(tokens: int, longest: int) -> int:

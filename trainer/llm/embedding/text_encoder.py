@@ -45,21 +45,26 @@ class Encoder:
         tokens: maximum tokens of a batch, including padding; a longer text is a batch of its own.
 
     Attributes:
+        model: the causal model, without peft's wrapper.
+        device: device to compute on.
+        pooling, query: pooling of token states into one vector, and its query if it has one.
         dim: width of a vector.
         counts: counts of all texts encoded so far.
     """
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device, *, length: int, tokens: int) -> None:
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._states, self._tokenizer, self._device = causal.model, tokenizer, device
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # A model of texts and pictures has a model of texts inside.
+        self._states = getattr(self.model.model, "language_model", self.model.model)
+        self._tokenizer, self.device = tokenizer, device
         self._length, self._tokens = length, tokens
         self.pool_with("last")
-        self.dim: int = causal.config.hidden_size
+        self.dim: int = self.model.config.get_text_config().hidden_size
         self.counts = EncodeCounts()
 
     def pool_with(self, pooling: Pooling, query: Tensor | None = None) -> None:
         """Set the pooling of token states into one vector for the following texts; see ``modules/text_pooling.py``."""
-        self._pooling, self._query = pooling, None if query is None else query.to(self._device)
+        self.pooling, self.query = pooling, None if query is None else query.to(self.device)
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Encode texts, none of them empty, into vectors ``[n, dim]`` float32 in the same order."""
@@ -78,7 +83,7 @@ class Encoder:
             width: length to which texts are padded; that of the longest if it is 0.
         """
         states, sizes = self.states(ids, width)
-        vectors: np.ndarray = pool(states, sizes, self._pooling, self._query).cpu().numpy()
+        vectors: np.ndarray = pool(states, sizes, self.pooling, self.query).cpu().numpy()
         return vectors
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
@@ -105,9 +110,9 @@ class Encoder:
         self.counts.tokens += int(lengths.sum())
         self.counts.places += padded.numel()
         states = self._states(
-            input_ids=padded.to(self._device), attention_mask=mask.long().to(self._device), use_cache=False
+            input_ids=padded.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False
         ).last_hidden_state
-        return states, lengths.to(self._device)
+        return states, lengths.to(self.device)
 
 
 def batches_by_length(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:

@@ -56,7 +56,7 @@ class EncoderSetup:
     def origin(self, kind: Kind) -> Origin:
         """Return the origin of the vectors of a kind, which the table stores."""
         section = self.template.sections[kind]
-        return Origin(*self.names, {kind: section}, self.pooling, _hash(self.identity, section))
+        return Origin(*self.names, {kind: section}, self.pooling, hash_of(self.identity, section))
 
 
 def open_encoder(config: EmbeddingJob, base: BaseModelFiles, template: Template, world: World) -> EncoderSetup:
@@ -71,25 +71,27 @@ def open_encoder(config: EmbeddingJob, base: BaseModelFiles, template: Template,
     bf16 = world.device.type == "cuda" if precision == "auto" else precision == "bfloat16"
     model = base.load(bf16=bf16, attention=config.model.attention)
     # Everything that changes a vector is part of the hash, so that only comparable vectors are kept in a table.
-    parts = [base.fingerprint, _hash(base.tokenizer.backend_tokenizer.to_str()), str(bf16), str(settings.length)]
+    parts = [base.fingerprint, hash_of(base.tokenizer.backend_tokenizer.to_str()), str(bf16), str(settings.length)]
     # Tables from before this part existed have other vectors for texts that spell a control token.
     parts.append("texts without control tokens")
     if adapter:
+        if base.takes_pictures:
+            raise UserError(f"model.adapter = {adapter!r}: a model of the Qwen2-VL family takes none; leave it empty")
         model = load_adapter(base, model, Path(adapter))
         files = ("adapter_config.json", "adapter_model.safetensors")
         parts += [_hash_file(Path(adapter) / name) for name in files]
     model.to(world.device)
     encoder = Encoder(model, base.tokenizer, world.device, length=settings.length, tokens=settings.tokens)
     if settings.pooling == "query":
-        name = _hash(*parts, *(template.sections[kind] for kind in ("items", "comments")), str(settings.seed))
+        name = hash_of(*parts, *(template.sections[kind] for kind in ("items", "comments")), str(settings.seed))
         query = world.agree(stored_query(config, encoder, template, name) if world.rank == 0 else None)
         assert query is not None
         encoder.pool_with("query", torch.from_numpy(query))
-        parts.append(_hash(query.tobytes()))
+        parts.append(hash_of(query.tobytes()))
     else:
         encoder.pool_with(settings.pooling)
     names = (Path(config.model.path).name, Path(adapter).name)
-    return EncoderSetup(encoder, names, _hash(*parts, settings.pooling), template, settings.pooling)
+    return EncoderSetup(encoder, names, hash_of(*parts, settings.pooling), template, settings.pooling)
 
 
 def stored_query(config: EmbeddingJob, encoder: Encoder, template: Template, name: str) -> np.ndarray:
@@ -155,7 +157,9 @@ def plan_update(config: EmbeddingJob, kind: Kind, texts: KindTexts, origin: Orig
         kept = np.sort(rows[same])
     new = np.flatnonzero(~same)
     # The folder's name identifies the content of its parts, so an interrupted job only resumes from matching parts.
-    name = _hash(origin.hash, settings.dtype, str(settings.part), texts.ids[new].tobytes(), texts.hashes[new].tobytes())
+    name = hash_of(
+        origin.hash, settings.dtype, str(settings.part), texts.ids[new].tobytes(), texts.hashes[new].tobytes()
+    )
     folder = directory / PARTS / f"{kind}-{name}"
     return TableUpdate(kind, table, folder, old, kept, texts, new, settings.part, origin, settings.dtype)
 
@@ -256,7 +260,7 @@ def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _hash_file(file: Path) -> str:
-    """Return the hash of a file's content as :func:`_hash` does, without reading it whole."""
+    """Return the hash of a file's content as :func:`hash_of` does, without reading it whole."""
     digest = hashlib.blake2b(digest_size=8)
     with open_regular(file) as opened:
         digest.update(os.fstat(opened.fileno()).st_size.to_bytes(8, "little"))
@@ -265,7 +269,8 @@ def _hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash(*parts: str | bytes) -> str:
+def hash_of(*parts: str | bytes) -> str:
+    """Return one hash of several texts or bytes, each with its length."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         content = part if isinstance(part, bytes) else part.encode()

@@ -21,6 +21,9 @@ from trainer.runtime.stored_files import MAX_JSON_BYTES, open_regular, read_json
 _OPENED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Suffixes of the files that transformers opens."""
 
+VISION_TYPE = "qwen2_vl"
+"""Type of the models of texts and pictures."""
+
 _ENDS_BYTES = 1 << 20
 """Number of bytes at the beginning and at the end of a weight file that are part of the fingerprint."""
 
@@ -41,13 +44,19 @@ class BaseModelFiles:
     tokenizer: Any
     fingerprint: str
 
+    @property
+    def takes_pictures(self) -> bool:
+        """True for a model of the Qwen2-VL family."""
+        return bool(self.config.model_type == VISION_TYPE)
+
     @staticmethod
-    def open(path: str, tokenizer: str = "") -> BaseModelFiles:
+    def open(path: str, tokenizer: str = "", *, vision: bool = False) -> BaseModelFiles:
         """Find a model and check that its tokenizer fits; no weights are loaded.
 
         Args:
             path: a directory, or a hub id, which is downloaded if it is not in the local cache.
             tokenizer: directory or hub id of another tokenizer; empty for the model's own.
+            vision: accept a model of the Qwen2-VL family, too.
 
         Raises:
             UserError: no model is found or it is of another family; or no tokenizer is found or it belongs to another
@@ -58,9 +67,9 @@ class BaseModelFiles:
         tokens = find_directory(tokenizer, "model.tokenizer") if tokenizer else directory
         for files in dict.fromkeys((directory, tokens)):
             refuse_code(files)
-        config = _read_config(directory)
+        config = _read_config(directory, ("qwen2", VISION_TYPE) if vision else ("qwen2",))
         loaded = _read_tokenizer(tokens)
-        _check_tokenizer(loaded, config, tokenizer or path)
+        _check_tokenizer(loaded, config.get_text_config(), tokenizer or path)
         check_weights(directory)
         return BaseModelFiles(directory, config, loaded, fingerprint_of(directory))
 
@@ -70,13 +79,14 @@ class BaseModelFiles:
         Raises:
             UserError: the weights cannot be read, or some are missing.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         # Models of other programs have no checksums, and need no line about it.
         if (self.directory / CHECKSUMS).exists():
             verify_checksums(self.directory)
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            kind = AutoModelForImageTextToText if self.takes_pictures else AutoModelForCausalLM
+            model, found = kind.from_pretrained(
                 self.directory,
                 config=self.config,
                 dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -281,7 +291,7 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding)
 
 
-def _read_config(directory: Path) -> Any:
+def _read_config(directory: Path, types: tuple[str, ...]) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -289,9 +299,9 @@ def _read_config(directory: Path) -> Any:
     except Exception as error:
         # Broad, because the checks of transformers raise many types.
         raise UserError(f"{directory}: no transformers model here ({one_line(error)})") from None
-    if config.model_type != "qwen2":
+    if config.model_type not in types:
         raise UserError(f"{directory}: the model has type {config.model_type!r}; use one of the Qwen2 family")
-    if config.use_sliding_window:
+    if config.get_text_config().use_sliding_window:
         raise UserError(
             f"{directory}: the model uses sliding-window attention, which packed sequences do not support; set "
             "use_sliding_window to false in its config.json"
