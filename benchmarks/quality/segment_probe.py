@@ -8,8 +8,9 @@ regression of the intensity are then fitted on vectors of segments of these room
 days that were held out, and on all rooms of the last day. ``untuned`` has vectors of the same model before tuning.
 ``words`` is the same probe on counts of the words of the speech, so it is what a probe can find without a model.
 
-The vectors are those of ``limelight embed`` with its default template, by both poolings. No room of a test is in the
-tuning or in the fit of a probe, and no day of the later test; the benchmark stops if one is.
+The vectors are those of ``limelight embed``: with its default template by both poolings, and at the place where the
+tuned model begins its description. No room of a test is in the tuning or in the fit of a probe, and no day of the later
+test; the benchmark stops if one is.
 
 A finished run is kept in ``--work``; the same command continues with the others. Intervals are Student's t over the
 seeds.
@@ -18,7 +19,6 @@ seeds.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,14 +54,16 @@ from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"
-TEMPLATE = "configs/templates/embed.txt"
 KINDS = ("items", "comments", "segments", "authors")
-POOLINGS: tuple[Pooling, ...] = ("last", "mean")
+READINGS: dict[str, tuple[str, Pooling]] = {
+    "last": ("configs/templates/embed.txt", "last"),
+    "mean": ("configs/templates/embed.txt", "mean"),
+    "description": ("configs/templates/embed_description.txt", "last"),
+}
+"""Name -> template and pooling of ``limelight embed``."""
 TESTS = ("held_out_rooms", "later_day")
 TARGETS = ("topic", "intensity")
 HELD_OUT_SHARE = 0.25
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class ProbeSegments:
     Attributes:
         ids: ``[n] int64``, as in ``text_schema.segment_ids``.
         start_ms: ``[n] int64``.
-        text: texts as a model gets them.
+        text: speech of each segment.
         topic: ``[n] int64``.
         intensity: ``[n] float64``.
     """
@@ -190,14 +192,13 @@ def probe_sets(world: Path, samples: Path, size: ProbeSize, seed: int = 3) -> di
         "held_out_rooms": early & is_held_out(unique),
         "later_day": of_room == size.days - 1,
     }
-    template = Template.read(TEMPLATE, dict.fromkeys(KINDS, frozenset({"text"})))
     sets, rng = {}, np.random.default_rng(seed)
     for name, mask in masks.items():
         rows = rng.permutation(order[mask[inverse]])[: size.segments]
         sets[name] = ProbeSegments(
             ids[rows],
             starts[rows],
-            [template.fill("segments", text=speech[one]) for one in ids[rows].tolist()],
+            [speech[one] for one in ids[rows].tolist()],
             truth["topic"][rows].astype(np.int64),
             truth["intensity"][rows].astype(np.float64),
         )
@@ -248,15 +249,20 @@ def run_seed(samples: Path, directory: Path, seed: int, overrides: Sequence[str]
     return metrics
 
 
-def vectors(directory: Path, pooling: Pooling, tuned: bool, sets: Mapping[str, ProbeSegments]) -> dict[str, np.ndarray]:
+def vectors(directory: Path, reading: str, tuned: bool, sets: Mapping[str, ProbeSegments]) -> dict[str, np.ndarray]:
     """Return the vectors ``[n, dim]`` of each set, from the model of a run before or after tuning."""
+    file, pooling = READINGS[reading]
+    template = Template.read(file, dict.fromkeys(KINDS, frozenset({"text"})))
     base = BaseModelFiles.open(str(directory / "base"))
     model = base.load(bf16=False)
     if tuned:
         model = load_adapter(base, model, directory / "adapter")
     encoder = Encoder(model.eval(), base.tokenizer, torch.device("cpu"), length=128, tokens=16_384)
     encoder.pool_with(pooling)
-    return {name: encoder.vectors(segments.text) for name, segments in sets.items()}
+    return {
+        name: encoder.vectors([template.fill("segments", text=text) for text in segments.text])
+        for name, segments in sets.items()
+    }
 
 
 def probe(features: Mapping[str, Any], sets: Mapping[str, ProbeSegments]) -> dict[str, dict[str, float]]:
@@ -287,16 +293,16 @@ def majority(sets: Mapping[str, ProbeSegments]) -> dict[str, float]:
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return pooling -> test -> target -> means over the seeds with half of their 95 % intervals.
+    """Return reading -> test -> target -> means over the seeds with half of their 95 % intervals.
 
     ``gain`` is of the tuned model over the untuned one, seed by seed.
     """
     summary: dict[str, Any] = {}
-    for pooling in POOLINGS:
+    for reading in READINGS:
         for test in TESTS:
             for target in TARGETS:
-                pairs = [tuple(run[pooling][when][test][target] for when in ("untuned", "tuned")) for run in runs]
-                summary.setdefault(pooling, {}).setdefault(test, {})[target] = {
+                pairs = [tuple(run[reading][when][test][target] for when in ("untuned", "tuned")) for run in runs]
+                summary.setdefault(reading, {}).setdefault(test, {})[target] = {
                     "untuned": mean_and_half_width([before for before, _ in pairs]),
                     "tuned": mean_and_half_width([after for _, after in pairs]),
                     "gain": mean_and_half_width([after - before for before, after in pairs]),
@@ -313,30 +319,30 @@ def table(summary: Mapping[str, Any], words: Mapping[str, Any]) -> str:
 
     lines = [
         [
-            pooling,
+            reading,
             test,
             target,
             *(cell(row[name]) for name in ("untuned", "tuned", "gain")),
             f"{words[test][target]:.3f}",
         ]
-        for pooling, tests in summary.items()
+        for reading, tests in summary.items()
         for test, targets in tests.items()
         for target, row in targets.items()
     ]
-    return text_table(["pooling", "test", "target", "untuned", "tuned", "gain", "words"], lines)
+    return text_table(["reading", "test", "target", "untuned", "tuned", "gain", "words"], lines)
 
 
 def measure_seed(
     work: Path, samples: Path, sets: Mapping[str, ProbeSegments], seed: int, overrides: Sequence[str]
 ) -> Any:
-    """Return pooling -> untuned and tuned -> results of the probes, and the metrics of the job."""
+    """Return reading -> untuned and tuned -> results of the probes, and the metrics of the job."""
     directory = work / f"run-{samples.name}-{seed}"
     metrics = run_seed(samples, directory, seed, overrides)
     probes = {
-        pooling: {
-            when: probe(vectors(directory, pooling, when == "tuned", sets), sets) for when in ("untuned", "tuned")
+        reading: {
+            when: probe(vectors(directory, reading, when == "tuned", sets), sets) for when in ("untuned", "tuned")
         }
-        for pooling in POOLINGS
+        for reading in READINGS
     }
     return {
         **probes,

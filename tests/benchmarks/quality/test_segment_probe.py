@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.quality import segment_probe
 from benchmarks.quality.segment_probe import (
-    POOLINGS,
+    READINGS,
     TARGETS,
     TESTS,
     ProbeSegments,
@@ -90,7 +90,7 @@ def test_gains_are_those_of_each_seed() -> None:
             when: {test: dict.fromkeys(TARGETS, value) for test in TESTS}
             for when, value in (("untuned", untuned), ("tuned", tuned))
         }
-        return dict.fromkeys(POOLINGS, results)
+        return dict.fromkeys(READINGS, results)
 
     summary = summarise([run(0.5, 0.6), run(0.7, 0.9)])
     row = summary["last"]["later_day"]["topic"]
@@ -109,7 +109,7 @@ def test_a_small_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     command = [f"--work={tmp_path / 'work'}", f"--out={out}", *sizes, *small]
     segment_probe.main(command)
     written = json.loads(out.read_text())
-    assert set(written["probes"]) == set(POOLINGS) and written["seeds"] == 1
+    assert set(written["probes"]) == set(READINGS) and written["seeds"] == 1
     for test in TESTS:
         row = written["probes"]["mean"][test]["topic"]
         assert 0 <= row["tuned"][0] <= 1 and row["gain"][0] == pytest.approx(row["tuned"][0] - row["untuned"][0])

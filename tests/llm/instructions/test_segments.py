@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +27,7 @@ from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.annotations import DESCRIPTION_KEYS, Annotation, AnnotationFile
 from trainer.llm.instructions.segment_tasks import SEGMENT_TASKS
 from trainer.llm.instructions.world_truth import ATMOSPHERES, EVENTS
-from trainer.llm.instructions.write_segments import SegmentPlan, write_segment_instructions
+from trainer.llm.instructions.write_segments import SegmentPlan, split_segments, write_segment_instructions
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.runtime.checksums import CHECKSUMS
 
@@ -94,6 +96,17 @@ def test_splits_are_apart_in_time_and_rooms(world: Path, written: Path) -> None:
     assert rooms["evaluate"] and not rooms["train"] & rooms["evaluate"]
     on_air = {room for room, _ in segments if segments[room, 0]["start_ms"] < BORDER_MS}
     assert not on_air & rooms["evaluate"]
+
+
+def test_a_segment_that_is_known_at_the_border_is_in_neither_split() -> None:
+    segments: Any = SimpleNamespace(
+        item_id=np.array([1, 1, 1, 2, 3]),
+        start_ms=np.array([40, 70, 100, 100, 99]),
+        known_ms=np.array([99, 100, 130, 131, 200]),
+    )
+    split = split_segments(segments, 100)
+    assert split["train"].tolist() == [True, False, False, False, False]
+    assert split["evaluate"].tolist() == [False, False, False, True, False]
 
 
 def test_answers_of_a_world_are_its_truth(world: Path, written: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -105,11 +104,6 @@ class SegmentTexts:
         authors = has_texts(dataset, "authors")
         self._authors = TextLookup(dataset, "authors", "author_id", ["text"]) if authors else None
         self._comments = _RoomComments.read(dataset, np.unique(item_id)) if has_texts(dataset, "comments") else None
-
-    def contexts(self, rows: Sequence[int] | np.ndarray) -> Iterator[SegmentContext]:
-        """Yield the contexts of the segments at positions ``rows``, in that order."""
-        for row in rows:
-            yield self.context(int(row))
 
     def context(self, row: int) -> SegmentContext:
         """Return the context of the segment at a position."""
