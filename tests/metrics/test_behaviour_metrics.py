@@ -1,5 +1,8 @@
 """Behaviour metrics compared with scikit-learn, and the bounded variant with the exact one."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from trainer.console.errors import UserError
+from trainer.metrics import behaviour_metrics
 from trainer.metrics.behaviour_metrics import BehaviourMetrics, ProgressiveMetrics, auc, grouped_auc, user_auc
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -148,6 +152,19 @@ def test_progressive_user_sample_is_bounded_and_unbiased() -> None:
     for behaviour, expected in exact.compute().items():
         assert report[behaviour]["gauc"] != expected["gauc"]
         assert report[behaviour]["gauc"] == pytest.approx(expected["gauc"], abs=0.03)
+
+
+def test_users_at_the_limit_are_not_in_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's bucket is its id here, of 16 buckets; two ranks have the same rows."""
+    monkeypatch.setattr(behaviour_metrics, "_USER_BUCKETS", 16)
+    monkeypatch.setattr(behaviour_metrics, "_user_bucket", np.asarray)
+    metrics = ProgressiveMetrics(["a"], sampled_rows=6)
+    for users in ([0, 1, 2, 4, 8, 8], [8], [8, 9]):
+        ones = torch.ones(len(users), 1)
+        metrics.update(torch.tensor(users), ones / 2, ones, ones)
+    assert metrics.state_dict()["sample"]["user_id"].tolist() == [0, 1, 2, 4]
+    ranks: Any = SimpleNamespace(gather=lambda values: np.stack([values, values]))
+    assert metrics._shared_sample(ranks)[0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 @pytest.mark.parametrize("sampled_rows", [1 << 18, 500])

@@ -155,7 +155,7 @@ class TestRunner:
         try:
             path.write_bytes(content)
             _forget_bytecode(path)
-            for kind, chosen in (("alone", near), ("processes", near), ("processes", far)):
+            for kind, chosen in (("alone", near), ("processes", near), ("all", far)):
                 if not chosen:
                     continue
                 outcome = None

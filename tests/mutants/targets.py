@@ -240,5 +240,10 @@ EQUAL: dict[tuple[str, str, str], str] = {
         "present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])",
         "present = torch.stack([lengths[keys[1].name] > 0 for keys in self.histories])",
     ): "the lookups of a history have the same entries, item and author one id for each",
+    (
+        "trainer/llm/finetuning/option_evaluation.py",
+        "packs = epoch_packs(options.tokens.lengths, length, seed=0, epoch=0, packing=True)",
+        "packs = epoch_packs(options.tokens.lengths, length, seed=0, epoch=1, packing=True)",
+    ): "options are packed in another order, and each is scored by itself",
 }
 """File, line and line with the bug -> reason why no result changes."""
