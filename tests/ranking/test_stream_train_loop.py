@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed.stream_ranks import JOB, SEARCHING
 from trainer.config.load import parse_time
@@ -185,3 +186,10 @@ def test_the_history_of_metrics_has_an_entry_every_few_steps_and_at_the_end(reco
         rows = sum(result.rows_global for result in part)
         mean = sum(float(result.loss) * result.rows_global for result in part) / rows
         assert entry["rows"] == rows and entry["loss"] == pytest.approx(mean)
+    events = EventAccumulator(str(recorded.directory / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lag_events", "lag_seconds"):
+        points = [(point.step, point.value) for point in events.Scalars(name)]
+        expected = [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in trace]
+        # The last entry is made after the last checkpoint.
+        assert points[: len(trace)] == expected and points[-1][0] == steps, name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
 from trainer.engine.hybrid_engine import HybridEngine, StepResult
 from trainer.rank import run_job
+from trainer.ranking.train_loop import write_scalars
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
+from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preemption
 
 ROWS = 24
@@ -90,3 +94,19 @@ def test_weights_and_learning_rates_of_each_step(
         weight = torch.tensor([WEIGHTS.get(name, 1.0) for name in behaviours])
         torch.testing.assert_close(result.loss, (losses * batch.mask * weight).sum() / batch.rows)
     assert used[0][0] < used[1][0], "it warms up"
+
+
+def test_every_figure_of_an_entry_is_a_scalar() -> None:
+    entry = {
+        **{"step": 7, "loss": 0.5, "alignment": 0.25, "rows_per_second": 9.0},
+        **{phase: float(place) for place, phase in enumerate(PHASES)},
+        **{"auc": {"click": 0.75, "gift": None}, "gauc": {"click": None, "gift": 0.5}},
+        "ids": {"item": {"rows": 4, "evicted": 2}},
+    }
+    written: list[tuple[str, float, int]] = []
+    scalars: Any = SimpleNamespace(add_scalar=lambda *point: written.append(point))
+    write_scalars(scalars, entry)
+    names = {"loss": 0.5, "alignment": 0.25, "rows_per_second": 9.0}
+    names |= {f"seconds/{phase}": float(place) for place, phase in enumerate(PHASES)}
+    names |= {"progressive_auc/click": 0.75, "progressive_gauc/gift": 0.5, "ids_rows/item": 4, "ids_evicted/item": 2}
+    assert sorted(written) == sorted((name, value, 7) for name, value in names.items())
