@@ -58,7 +58,7 @@ WORDS = {"left": "right", "right": "left"}
 """Words as arguments, such as the side of a binary search."""
 
 NO_BEHAVIOUR = {
-    *("strict", "frozen", "daemon", "non_blocking", "cache", "nogil"),
+    *("strict", "frozen", "daemon", "non_blocking", "cache", "nogil", "use_threads"),
     *("name", "help", "description", "desc", "quiet"),
 }
 """Keyword arguments that change checks, speed or texts, and no result."""

@@ -64,6 +64,7 @@ def test_columns_may_be_cut_under_elementwise_optimizers(kind: str) -> None:
         (Table("t", 9, 16, sharding="column_wise"), "rowwise_adagrad", 1, "an accumulator of its own"),
         (Table("t", 9, 4, sharding="column_wise"), "sgd", 2, "4 columns cannot be cut"),
         (Table("t", 9, 18, sharding="column_wise"), "sgd", 3, "18 columns cannot be cut"),
+        (Table("t", 9, 12, sharding="column_wise"), "sgd", 2, "12 columns cannot be cut"),
         (Table("t", 9, 16, sharding="column_wise", dynamic=Dynamic(1, "both")), "sgd", 2, "belong to whole rows"),
         (Table("t", 9, 16, sharding="data_parallel"), "sgd", 2, "no fused kernel"),
         (Table("t", 9, 16, sharding="data_parallel"), "rowwise_adagrad", 1, "no fused kernel"),

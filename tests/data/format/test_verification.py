@@ -16,7 +16,7 @@ from tests.data.format.damage import ANY_FILE, HISTORY, INDEX, content, flipped
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.dataset_files import list_files
-from trainer.data.format.verification import record_dataset, verify_dataset
+from trainer.data.format.verification import Verification, record_dataset, verify_dataset
 from trainer.data.simulator.write_dataset import simulate
 from trainer.runtime.checksums import CHECKSUMS
 
@@ -229,3 +229,11 @@ def test_a_dataset_on_a_url_is_verified(world, tmp_path):
     memory.rm_file(f"{url}/users.parquet")
     problems = verify_dataset(url, ignore).problems
     assert [problem.split()[0] for problem in problems] == [f"{url}/users.parquet", f"{url}/history/bits.npy:"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1, "0.npy"), (3, "0.npy, 1.npy, 2.npy"), (4, "0.npy, 1.npy, 2.npy and 1 more")]
+)
+def test_three_files_without_a_checksum_are_named_and_all_others_counted(count: int, text: str) -> None:
+    result = Verification("world", 2, 20, True, tuple(f"{number}.npy" for number in range(count)), ())
+    assert str(result).splitlines()[-1] == f"without a checksum, so not compared: {text}"

@@ -416,6 +416,18 @@ def test_gaps_without_brokers():
             without_gaps(position, {**held, 1: (0, 19)}, either)
 
 
+@pytest.mark.parametrize("gone", [1, 7, 8, 9, 20])
+def test_eight_gaps_are_named_and_all_others_counted(gone: int):
+    config = kafka_source.StreamConfig(source="kafka", brokers="b", topic="t")
+    with pytest.raises(UserError) as refused:
+        without_gaps({p: [p, 0, 0, 0] for p in range(gone)}, {p: (p + 10, 99) for p in range(gone)}, config)
+    named = [f"partition {p} is at offset {p} and starts at {p + 10}" for p in range(min(gone, 8))]
+    more = f"; and {gone - 8} more" if gone > 8 else ""
+    assert f"no longer holds {10 * gone} messages that were not read: {'; '.join(named)}{more}; stream" in str(
+        refused.value
+    )
+
+
 class Delivered:
     """Message with the interface of the library."""
 
