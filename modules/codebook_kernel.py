@@ -29,7 +29,7 @@ from torch import Tensor
 from modules.search.cpu_intrinsics import lowest_bit
 from modules.search.search import each_part
 
-_FEATURES = (numba.config.CPU_FEATURES or get_host_cpu_features()).split(",")
+_FEATURES = (get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES).split(",")
 WIDE = "+avx512f" in _FEATURES
 PAIRS = WIDE and "+avx512bf16" in _FEATURES
 """True if the processor multiplies pairs of bfloat16 values."""

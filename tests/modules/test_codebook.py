@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from unittest.mock import patch
 
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from modules import codebook, codebook_kernel
 from modules.codebook import Codebook, nearest, nearest_by_product, row_sums
 from modules.codebook_kernel import nearest_on_cpu
+from tests.paths import ROOT
 
 
 def definition(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,3 +167,20 @@ def test_codes_of_another_codebook_are_refused() -> None:
         codebook.check_codes(torch.tensor([[0, 0], [4, 7]]), (5, 7))
     with pytest.raises(ValueError, match=r"\[n, 2\] is accepted"):
         codebook.check_codes(torch.zeros(3, 1), (5, 7))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for a processor with AVX2")
+def test_a_processor_with_short_registers_finds_the_same_codes() -> None:
+    program = """if True:
+        import torch
+        from modules import codebook_kernel
+        from modules.codebook import nearest_by_product
+
+        assert not codebook_kernel.PAIRS and codebook_kernel.LANES == 8
+        vectors, centroids = torch.randn(300, 33), torch.randn(257, 33)
+        found, expected = codebook_kernel.nearest_on_cpu(vectors, centroids), nearest_by_product(vectors, centroids)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    """
+    older = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2,+sse4.2,+popcnt"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env={**os.environ, **older})

@@ -243,8 +243,9 @@ def test_a_warm_start_of_another_shape_is_refused() -> None:
         fitted(blobs(50), settings, warm=Codebook((torch.ones(4, 5),)))
     with pytest.raises(UserError, match=r"levels of \[3\] codes"):
         fitted(blobs(50), settings, warm=Codebook((torch.ones(3, 8),)))
-    with pytest.raises(UserError, match="needs the codebook to start from"):
-        fitted(blobs(50), settings)
+    for options, wrong in (({}, settings), ({"warm": Codebook((torch.ones(4, 8),))}, KMeansSettings((4,)))):
+        with pytest.raises(UserError, match="start = warm and a codebook to start from belong together"):
+            fitted(blobs(50), wrong, **options)
 
 
 def test_the_sample_of_k_means_plus_plus_is_drawn_where_there_are_many_vectors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,8 @@ class _Fitting:
                     f"the warm start has levels of {list(warm.sizes)} codes (normalize = {warm.normalize}), the "
                     f"settings {list(settings.codes)} (normalize = {settings.normalize}); both must be equal"
                 )
-        elif settings.start == "warm":
-            raise UserError("start = warm needs the codebook to start from")
+        if (settings.start == "warm") != (warm is not None):
+            raise UserError(f"start = {settings.start}: start = warm and a codebook to start from belong together")
         self.first, self.stop = source.share(world.rank, world.size)
         self.hash = settings_hash(source, settings, warm)
         self.magnitude, self.total_weight = self._check()

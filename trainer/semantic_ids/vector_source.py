@@ -6,7 +6,6 @@ import hashlib
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -117,7 +116,7 @@ class StoredVectors:
 def merge_equal(source: StoredVectors) -> StoredVectors:
     """Merge equal vectors into the first of them, whose weight is the sum of theirs; 0.0 and -0.0 are equal.
 
-    Vectors with equal hashes are compared element by element. It takes 64 bytes of memory for each vector.
+    Vectors with equal hashes are compared element by element. It takes 40 bytes of memory for each vector.
     """
     hashes = np.empty(source.count, np.uint64)
     for chunk in chunks(source, 0, source.count):
@@ -130,18 +129,19 @@ def merge_equal(source: StoredVectors) -> StoredVectors:
         return source
     first_of = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
     del starts
-    rows = np.arange(source.count) if source.rows is None else source.rows
-    weights = np.ones(source.count, np.int64) if source.weights is None else source.weights
-    same = _equal_pairs(source.vectors, rows, order, first_of)
+    same = _equal_pairs(source, order, first_of)
     sums = np.zeros(source.count, np.int64)
-    np.add.at(sums, first_of[same], weights[order[same]])
+    for part in _parts(np.flatnonzero(same), CHUNK_VALUES):
+        np.add.at(sums, first_of[part], _weights_of(source, order[part]))
     for place in np.flatnonzero(~same):
         # Another vector has the hash of this one. It joins the first of its equals that were left over, maybe itself.
         number, others = order[place], order[(first_of == first_of[place]) & ~same]
-        twins = (source.vectors[rows[others]] == source.vectors[rows[number]]).all(1)
-        sums[others[np.argmax(twins)]] += weights[number]
+        twins = (_vectors_of(source, others) == _vectors_of(source, order[place : place + 1])).all(1)
+        sums[others[np.argmax(twins)]] += _weights_of(source, number)
     kept = np.flatnonzero(sums)
-    return StoredVectors(source.name, source.vectors, source.table, rows[kept], sums[kept])
+    return StoredVectors(
+        source.name, source.vectors, source.table, kept if source.rows is None else source.rows[kept], sums[kept]
+    )
 
 
 def hash_rows(vectors: np.ndarray) -> np.ndarray:
@@ -213,12 +213,23 @@ def _rows_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def _equal_pairs(vectors: np.ndarray, rows: np.ndarray, order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
+def _vectors_of(source: StoredVectors, numbers: np.ndarray) -> np.ndarray:
+    """Return the vectors of numbers in any order."""
+    return _rows_of(source.vectors, numbers if source.rows is None else source.rows[numbers])
+
+
+def _weights_of(source: StoredVectors, numbers: np.ndarray) -> np.ndarray | int:
+    return 1 if source.weights is None else source.weights[numbers]
+
+
+def _equal_pairs(source: StoredVectors, order: np.ndarray, first_of: np.ndarray) -> np.ndarray:
     """Return a mask of the places of ``order`` whose vector equals that of ``first_of``."""
     same = order == first_of
-    others = np.flatnonzero(~same)
-    step = max(1, CHUNK_VALUES // max(1, vectors.shape[1]))
-    for begin, end in pairwise([*range(0, len(others), step), len(others)]):
-        part = others[begin:end]
-        same[part] = (_rows_of(vectors, rows[order[part]]) == _rows_of(vectors, rows[first_of[part]])).all(1)
+    for part in _parts(np.flatnonzero(~same), max(1, CHUNK_VALUES // max(1, source.dim))):
+        same[part] = (_vectors_of(source, order[part]) == _vectors_of(source, first_of[part])).all(1)
     return same
+
+
+def _parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for begin in range(0, len(places), size):
+        yield places[begin : begin + size]
