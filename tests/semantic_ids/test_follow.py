@@ -273,6 +273,15 @@ def test_a_new_version_fills_its_store_from_the_cache(job: Job, capsys: pytest.C
     assert "of the cache were appended" not in capsys.readouterr().out
 
 
+def test_what_a_store_lost_in_a_power_failure_is_appended_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.run()
+    before = job.runs()
+    Path(job.place).unlink()
+    job.run()
+    assert job.runs() == before and len(job.encoder.texts) == 20
+    assert "20 segments of the cache were appended to" in capsys.readouterr().out
+
+
 def test_codes_in_conflict_are_counted(job: Job) -> None:
     with job.target() as target:
         first = MESSAGES[0]

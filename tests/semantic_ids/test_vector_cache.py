@@ -206,6 +206,19 @@ def test_a_kill_between_the_sums_and_the_removal_counts_no_segment_twice(
     np.testing.assert_allclose(mean.vectors[0], vectors_of(entries_of(rows)).mean(axis=0), atol=1e-6)
 
 
+def test_the_latest_segments_begin_after_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_cache, "LATEST_SEGMENTS", 5)
+    with open_cache(tmp_path) as cache:
+        for number, expected in enumerate((0, 0, 0, 1, 2), 1):
+            append(cache, [(author, author, number, 1000 * number) for author in range(2)])
+            append(cache, [])
+            assert cache.sequence_before_latest == (2 * expected if expected else 0)
+            latest = sum(len(record.entries) for record, _ in cache.records(cache.sequence_before_latest))
+            assert latest == min(6, 2 * number)
+    with open_cache(tmp_path) as cache:
+        assert cache.sequence_before_latest == 4
+
+
 def test_only_changes_of_the_position_are_written(tmp_path: Path) -> None:
     files = {f"room-{number}.jsonl": [number, 1] for number in range(1000)}
     with open_cache(tmp_path) as cache:

@@ -28,7 +28,7 @@ from trainer.data.format.content_vectors import Origin, finite_rows
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preempted
 from trainer.runtime.stored_files import read_json_object
-from trainer.semantic_ids.code_store import CodeStore, SegmentCodes
+from trainer.semantic_ids.code_store import AppendCounts, CodeStore, SegmentCodes
 from trainer.semantic_ids.follow_dead_letters import DeadLetterFile
 from trainer.semantic_ids.follow_pace import Pace
 from trainer.semantic_ids.follow_report import FollowReport
@@ -271,7 +271,7 @@ class Follower:
             "dead_letter_bytes": self._dead_letters.size,
         }
         sequence = self._cache.append(entries, vectors, batch.position, note)
-        counts["conflicting"] = self._append_codes(entries)
+        counts["conflicting"] = self._append_codes(entries).conflicting
         self._mark(sequence)
         now, now_ms = self._clock.monotonic(), self._clock.time() * 1000
         lags = [max(0.0, (now_ms - segment.arrived_ms) / 1000) for segment in chosen.segments]
@@ -338,27 +338,30 @@ class Follower:
         entries["code"] = -1 if self._target is None or not good else self._target.codes(vectors)
         return entries, vectors
 
-    def _append_codes(self, entries: np.ndarray) -> int:
-        """Append codes to the store, and return how many are in conflict with what it has."""
+    def _append_codes(self, entries: np.ndarray) -> AppendCounts:
+        """Append codes to the store."""
         if self._target is None or not len(entries):
-            return 0
+            return AppendCounts(0, 0, 0, 0)
         codes = SegmentCodes(entries["author"], entries["id"], entries["code"], entries["known_ms"])
         # The cache has them, so a signal may end the job while the store does not answer.
         with self._stop.waiting():
-            return self._target.store.append(codes).conflicting
+            return self._target.store.append(codes)
 
     def _append_missing(self) -> None:
-        """Append to the store what the cache has and the store may lack, such as after a kill, or a new version."""
+        """Append to the store what the cache has and the store may lack.
+
+        That is what was not marked before a kill, and everything for another version or store. The latest segments are
+        appended in any case: after a power failure, a store may lack calls that it had accepted.
+        """
         if self._target is None:
             return
         added, version = 0, self._target.codebook.name
-        for record, vectors in self._cache.records(self._stored()):
+        for record, vectors in self._cache.records(min(self._stored(), self._cache.sequence_before_latest)):
             self._stop.end()
             entries = record.entries.copy()
             if record.note.get("codebook") != version and len(entries):
                 entries["code"] = self._target.codes(vectors)
-            self._append_codes(entries)
-            added += len(entries)
+            added += self._append_codes(entries).stored
         self._mark(self._cache.sequence)
         if added:
             logger.info(f"follow: {added:,} segments of the cache were appended to {self._target.place}")

@@ -26,6 +26,7 @@ import os
 import re
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -66,6 +67,7 @@ MAX_NOTE_BYTES = 1 << 26
 MAX_DIM = 1 << 16
 PART_BYTES = 1 << 28
 """Size at which a new part begins."""
+LATEST_SEGMENTS = 100_000
 PARTS_KEPT = 24
 """Number of parts into which the kept time is divided."""
 
@@ -374,6 +376,8 @@ class VectorCache:
         self.position: dict[str, Any] = {}
         self.note: dict[str, Any] = {}
         self._rooms: dict[int, list[int]] = {}
+        self._latest: deque[tuple[int, int]] = deque()
+        self._latest_segments = 0
         self._file: BinaryIO | None = None
         self._first_ms = self._part_newest_ms = -1
         try:
@@ -446,6 +450,11 @@ class VectorCache:
         self.sequence, self.position, self.note = sequence, dict(position), dict(note or {})
         self._count(entries)
         return sequence
+
+    @property
+    def sequence_before_latest(self) -> int:
+        """Record after which the latest 100,000 segments come; 0 if the cache has fewer."""
+        return self._latest[0][0] - 1 if self._latest_segments >= LATEST_SEGMENTS else 0
 
     def records(self, after: int) -> Iterator[tuple[CacheRecord, np.ndarray]]:
         """Yield the records after a sequence number, and their vectors.
@@ -522,6 +531,10 @@ class VectorCache:
     def _count(self, entries: np.ndarray) -> None:
         if not len(entries):
             return
+        self._latest.append((self.sequence, len(entries)))
+        self._latest_segments += len(entries)
+        while self._latest_segments - self._latest[0][1] >= LATEST_SEGMENTS:
+            self._latest_segments -= self._latest.popleft()[1]
         self.newest_ms = max(self.newest_ms, int(entries["known_ms"].max()))
         self._part_newest_ms = max(self._part_newest_ms, int(entries["known_ms"].max()))
         if self._first_ms < 0:
