@@ -211,6 +211,7 @@ ELSEWHERE = {
     "trainer.data.loading.batch_plan:SHUFFLE_POOL": "tests/data/loading/test_batch_plan.py",
     "trainer.data.loading.batch_plan:_MERGE_ROWS": "tests/data/loading/test_batch_plan.py",
     "trainer.data.loading.batch_plan:_MIN_BLOCK_ROWS": "tests/data/loading/test_batch_plan.py",
+    "trainer.data.simulator.segment_vectors:SEGMENTS_AT_ONCE": "tests/data/simulator/test_segment_vectors.py",
     "trainer.data.simulator.user_days:BLOCK": "tests/data/simulator/test_user_days.py",
     "trainer.data.writing.partition_spill:_ROWS_IN_MEMORY": "tests/data/writing/test_builder.py",
     "trainer.data.writing.partition_spill:_ROWS_PER_PARTITION": "tests/data/writing/test_builder.py",

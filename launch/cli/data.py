@@ -28,6 +28,9 @@ _UNITS = {
     "reading rows": "rows",
 }
 
+_EVERYDAY_ONLY = {"--texts": "texts", "--segment-vectors": "segments", "--lookahead": "segments"}
+"""Option of `data simulate` -> what the world `cross` does not have for it."""
+
 partitions_option = click.option(
     "--partitions",
     type=int,
@@ -74,24 +77,63 @@ def data() -> None:
 @click.option(
     "--texts", is_flag=True, help="Add texts of videos, rooms and comments, and the time spent reading comments."
 )
+@click.option(
+    "--segment-vectors",
+    is_flag=True,
+    help="Add a vector of 128 numbers for each 30-second segment of a room: topic, author, drift over the days, noise.",
+)
+@click.option(
+    "--segment-noise",
+    type=float,
+    metavar="X",
+    help="Noise of --segment-vectors, in lengths of its other parts (default 0.8).",
+)
+@click.option(
+    "--lookahead", is_flag=True, help="Let long views and gifts depend on the next three minutes of a room, too."
+)
 @json_option
 def simulate(
-    out: Output, world: str, users: int, days: int, partitions: int, seed: int, texts: bool, as_json: bool
+    out: Output,
+    world: str,
+    users: int,
+    days: int,
+    partitions: int,
+    seed: int,
+    texts: bool,
+    segment_vectors: bool,
+    segment_noise: float | None,
+    lookahead: bool,
+    as_json: bool,
 ) -> None:
     """Simulate users of short videos and live rooms, and write their log as a dataset.
 
     The true probability of every behaviour is stored beside the log, in files that no training reads.
+
+    \b
+      # vectors for codebooks, and behaviours that depend on what comes next
+      limelight data simulate data/segments --users 2000 --days 4 \\
+          --segment-vectors --lookahead
     """
     from trainer.data.simulator.cross.write_dataset import simulate_cross
+    from trainer.data.simulator.segment_vectors import DEFAULT_NOISE
     from trainer.data.simulator.write_dataset import simulate as simulate_everyday
 
-    if texts and world == "cross":
-        raise UserError("--texts: the world `cross` has no texts; leave it out, or choose --world everyday")
+    if world == "cross":
+        options = {"--texts": texts, "--segment-vectors": segment_vectors, "--lookahead": lookahead}
+        for option in (option for option, used in options.items() if used):
+            raise UserError(
+                f"{option}: the world `cross` has no {_EVERYDAY_ONLY[option]}; leave it out, or choose --world everyday"
+            )
+    if segment_noise is not None and not segment_vectors:
+        raise UserError("--segment-noise: belongs to the vectors of --segment-vectors; add it, or leave the noise out")
+    noise = (DEFAULT_NOISE if segment_noise is None else segment_noise) if segment_vectors else None
 
     def work(target: Path, progress: Phases) -> DatasetSpec:
         if world == "cross":
             return simulate_cross(target, users, days, partitions, seed, progress)
-        return simulate_everyday(target, users, days, partitions, seed, progress, texts=texts)
+        return simulate_everyday(
+            target, users, days, partitions, seed, progress, texts=texts, segment_noise=noise, lookahead=lookahead
+        )
 
     _make(out, work, as_json)
 

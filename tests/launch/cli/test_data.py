@@ -7,6 +7,7 @@ import pytest
 
 from launch.cli.main import main
 from trainer.data.format.schema import DatasetSpec
+from trainer.data.simulator.segment_vectors import DEFAULT_NOISE
 from trainer.runtime.checksums import CHECKSUMS
 
 MAPPING = """
@@ -35,6 +36,11 @@ def test_import_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error == f"limelight: error: {tmp_path / 'out'}: exists already; choose another directory or remove it\n"
+
+
+def test_the_help_gives_the_default_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "simulate", "--help"]) == 0
+    assert f"(default {DEFAULT_NOISE})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +94,13 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "{}/out", "--users", "0"], "users is 0"),
         (["simulate", "{}/out", "--world", "cross", "--days", "0"], "days is 0"),
         (["simulate", "{}/out", "--world", "cross", "--texts"], "the world `cross` has no texts"),
+        (["simulate", "{}/out", "--world", "cross", "--lookahead"], "--lookahead: the world `cross` has no segments"),
+        (["simulate", "{}/out", "--world", "cross", "--segment-vectors"], "the world `cross` has no segments"),
+        (
+            ["simulate", "{}/out", "--segment-noise", "2"],
+            "--segment-noise: belongs to the vectors of --segment-vectors",
+        ),
+        (["simulate", "{}/out", "--segment-vectors", "--segment-noise", "-1"], "segment_noise is -1.0; it must be in"),
         (["describe", "{}/none"], "no dataset here"),
     ],
 )

@@ -9,6 +9,8 @@ The texts lie in a folder of the dataset. Each table is one Parquet file, and ea
     texts/visits.parquet      one line per impression of a video: comments shown, staytime, comments interacted with
     truth/staytime.parquet    simulation only: true distribution of the staytime; training never reads it
     truth/comments.parquet    simulation only: true kind and quality of a comment; training never reads it
+    truth/segments.parquet    simulation only: true distribution of the next topic; training never reads it
+    truth/segment_vectors.parquet    simulation only: parameters of the segment vectors; training never reads it
 
 Times are integer milliseconds UTC, ids are int64 and not negative, texts are UTF-8. An empty text means that there is
 none. A video can have any number of comments, also none. Lists of comments have as many entries as there are comments;
@@ -136,6 +138,22 @@ COMMENT_TRUTH = pa.schema([("comment_id", pa.int64()), ("kind", pa.int8()), ("qu
 """True kind and quality of a simulated comment. ``kind`` is a position in ``extra["comment_kinds"]`` of the dataset's
 description."""
 
+SEGMENT_TRUTH = pa.schema([("item_id", pa.int64()), ("segment", pa.int32()), ("p_next", pa.list_(pa.float32()))])
+"""True distribution of the topic of the next segment of the room, if the room goes on, given all segments up to this
+one. ``p_next`` has one probability for each of ``extra["topics"]`` of the dataset's description. The lines are in the
+order of ``segments.parquet``."""
+
+SEGMENT_VECTOR_TRUTH = pa.schema(
+    [("part", pa.string()), ("id", pa.int64()), ("time_ms", pa.int64()), ("vector", pa.list_(pa.float32()))]
+)
+"""Parameters of the simulated segment vectors, by the values of ``part``.
+
+* ``topic``: mean of the topic ``id``, a position in ``extra["topics"]``.
+* ``author``: style and drift of the author ``id`` at ``time_ms``; linear in the ``start_ms`` of a segment between them.
+* ``noise``: one line, the standard deviation of the normal noise in each direction.
+
+A vector is the sum of its topic, its author at its start, and noise. ``time_ms`` is 0 where there is no time."""
+
 _ACCEPTED: dict[pa.DataType, str] = {
     pa.int8(): "a whole number",
     pa.int32(): "a whole number",
@@ -145,7 +163,12 @@ _ACCEPTED: dict[pa.DataType, str] = {
 }
 """Words for the values that a column of each type accepts."""
 
-TRUTHS: dict[str, pa.Schema] = {"staytime": STAYTIME_TRUTH, "comments": COMMENT_TRUTH}
+TRUTHS: dict[str, pa.Schema] = {
+    "staytime": STAYTIME_TRUTH,
+    "comments": COMMENT_TRUTH,
+    "segments": SEGMENT_TRUTH,
+    "segment_vectors": SEGMENT_VECTOR_TRUTH,
+}
 """Tables of true parameters by name, and their columns; simulated datasets have them."""
 
 

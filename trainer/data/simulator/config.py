@@ -37,12 +37,14 @@ class WorldConfig:
         seed: seed of every random stream.
         exposures_per_day: mean number of exposures per user and day. A long visit can shorten a day, so the log has
             somewhat fewer.
+        lookahead: True if long views and gifts depend on the next three minutes of a room, too.
     """
 
     users: int
     days: int
     seed: int
     exposures_per_day: float = 36.0
+    lookahead: bool = False
 
     @property
     def authors(self) -> int:

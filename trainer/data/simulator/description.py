@@ -100,14 +100,17 @@ def entity_tables(world: SimulatedWorld) -> dict[str, pa.Table]:
     }
 
 
-def segment_tables(world: SimulatedWorld) -> Iterator[pa.Table]:
+def segment_tables(world: SimulatedWorld, vectors: bool = False) -> Iterator[pa.Table]:
     """Yield the table ``segments`` in parts: ``item_id, segment, start_ms, known_ms, topic, intensity``.
 
     The topic is a position in ``extra["topics"]``, the intensity is in [0, 1]. A segment may become a feature from
-    ``known_ms`` on (``text_schema.with_known_ms``).
+    ``known_ms`` on (``text_schema.with_known_ms``). With ``vectors`` there is a column ``vector``, the id of the
+    segment's vector in ``embeddings/segments``; it is the number of the row, as in KuaiLive-M3.
     """
     items = world.items
     for first in range(0, len(items.topic), SEGMENTS_AT_ONCE):
         last = min(first + SEGMENTS_AT_ONCE, len(items.topic))
         columns = {"topic": items.topic[first:last], "intensity": items.intensity[first:last]}
+        if vectors:
+            columns["vector"] = np.arange(first, last)
         yield pa.table(items.segment_times(first, last) | columns)

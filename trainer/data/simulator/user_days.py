@@ -16,6 +16,7 @@ from trainer.data.simulator.behaviours import FACTORS, FOLLOW, GIFT, INTERACTION
 from trainer.data.simulator.config import DAY_MS, HOUR_MS, START_MS, hours_of_day, local_hour
 from trainer.data.simulator.content import LIVE, VIDEO
 from trainer.data.simulator.exposure import FAMILIAR, FEED, PLAZA, SCENE_EDGES, choose_items
+from trainer.data.simulator.lookahead import add_lookahead
 from trainer.data.simulator.population import GENRES_PER_CATEGORY, HOLD, SOCIAL, TASTE
 from trainer.data.simulator.user_state import FAMILIAR_AUTHORS, UserState, initial_user_state
 from trainer.data.simulator.visit_outcome import LateShare, draw_outcome, visit_thresholds
@@ -115,7 +116,12 @@ def _simulate_step(
     allowed[FOLLOW - INTERACTIONS.start] = ~following
     factors, context = _factors(world, state, shown, following)
     inclination = world.users.inclination(shown.domain, shown.user)
-    probabilities = behaviour_probabilities(log_odds(factors, context, shown.scene, inclination.T), allowed)
+    logits = log_odds(factors, context, shown.scene, inclination.T)
+    if world.config.lookahead:
+        live = np.flatnonzero(on_air)
+        taste = world.users.topic_taste[shown.user[live]]
+        add_lookahead(logits, world.items, taste, live, shown.item[live], shown.time_ms[live])
+    probabilities = behaviour_probabilities(logits, allowed)
     items = world.items
     # of a room, the time until it closes; of a video, its whole length
     left = items.end_ms[shown.item] - np.where(on_air, shown.time_ms, items.start_ms[shown.item])

@@ -8,6 +8,7 @@ are described in ``trainer.data.simulator``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
@@ -16,6 +17,7 @@ from trainer.data.simulator.comments import Comments, comment_table, comment_tru
 from trainer.data.simulator.config import WorldConfig
 from trainer.data.simulator.description import dataset_spec, entity_tables, segment_tables
 from trainer.data.simulator.event_log import gift_prices, repeat_table, truth_table, visit_table
+from trainer.data.simulator.segment_vectors import DIM, MOST_NOISE, SegmentVectorGenerator
 from trainer.data.simulator.texts import text_tables
 from trainer.data.simulator.user_days import BLOCK, simulate_visits
 from trainer.data.simulator.words import KINDS
@@ -32,6 +34,8 @@ def simulate(
     progress: Progress | None = None,
     *,
     texts: bool = False,
+    segment_noise: float | None = None,
+    lookahead: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
 
@@ -47,23 +51,37 @@ def simulate(
         progress: callback that gets the name of a phase, the work done and the total work.
         texts: True to write the texts of videos, rooms and comments, and the time spent in the comments of videos.
             Everything else is the same, bit for bit, with and without them.
+        segment_noise: noise of the vectors of the segments, 0 or more; None to write no vectors. Everything else is
+            the same, bit for bit, with and without them.
+        lookahead: True to let long views and gifts depend on the next three minutes of a room, too.
 
     Raises:
-        UserError: a size is below 1, the seed is negative, or ``out`` cannot be built (``DatasetBuilder``).
+        UserError: a size is below 1, the seed or the noise is out of its range, or ``out`` cannot be built
+            (``DatasetBuilder``).
     """
     for name, value in (("users", users), ("days", days), ("partitions", partitions), ("seed", seed)):
         least = 0 if name == "seed" else 1
         if value < least:
             raise UserError(f"simulate: {name} is {value}; it must be {least} or more")
-    config = WorldConfig(users, days, seed)
+    if segment_noise is not None and not 0 <= segment_noise <= MOST_NOISE:
+        raise UserError(f"simulate: segment_noise is {segment_noise}; it must be in [0, {MOST_NOISE:.0f}]")
+    config = WorldConfig(users, days, seed, lookahead=lookahead)
+    # A world without an option has no word of it, so that its description is that of earlier versions.
+    extra: dict[str, Any] = {"comment_kinds": KINDS} if texts else {}
+    if segment_noise is not None:
+        extra["segment_vectors"] = {"dim": DIM, "noise": segment_noise}
+    if lookahead:
+        extra["lookahead"] = True
     spec = dataset_spec(config, partitions)
     total = days * -(-users // BLOCK)
     with DatasetBuilder(out, spec) as builder:
         world = make_world(config)
         for name, table in entity_tables(world).items():
             builder.table(name, table)
-        for table in segment_tables(world):
+        for table in segment_tables(world, vectors=segment_noise is not None):
             builder.table("segments", table)
+        if segment_noise is not None:
+            SegmentVectorGenerator(world, segment_noise).write(builder)
         written = _write_texts(builder, world) if texts else None
         report = progress or (lambda what, done, total: None)
         report("simulating", 0, total)
@@ -78,7 +96,7 @@ def simulate(
                 builder.texts("visits", stays)
                 builder.text_truth("staytime", truth)
             report("simulating", 1 + day, total)
-        return builder.finish(progress, {"comment_kinds": KINDS} if texts else None)
+        return builder.finish(progress, extra)
 
 
 def _write_texts(builder: DatasetBuilder, world: SimulatedWorld) -> tuple[Comments, CommentReaders]:
