@@ -222,6 +222,7 @@ ELSEWHERE = {
     "trainer.semantic_ids.redis_store:CHUNK": "tests/semantic_ids/test_code_store.py",
     "trainer.semantic_ids.sqlite_store:READ_ROWS": "tests/semantic_ids/test_code_store.py",
     "trainer.semantic_ids.vector_source:CHUNK_VALUES": "tests/semantic_ids/test_kmeans.py",
+    "trainer.semantic_ids.vector_source:SCATTERED_ROWS": "tests/semantic_ids/test_kmeans.py",
     "trainer.stream.live.live_stream:_SLACK": "tests/stream/live/test_live_stream.py",
     "trainer.stream.sources.kafka_client:READ_MESSAGES": "tests/stream/sources/test_kafka_put_back.py",
     "trainer.stream.sources.kafka_source:_MAX_MESSAGES": "tests/stream/sources/test_kafka_source.py",

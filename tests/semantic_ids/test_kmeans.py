@@ -104,6 +104,7 @@ def test_chunks_do_not_change_a_bit(batch: int, monkeypatch: pytest.MonkeyPatch)
     settings = KMeansSettings((16, 8), iterations=3, batch=batch, normalize=True)
     whole = hash_of(fitted(blobs(1000), settings))
     monkeypatch.setattr(vector_source, "CHUNK_VALUES", 100)
+    monkeypatch.setattr(vector_source, "SCATTERED_ROWS", 3)
     monkeypatch.setattr(kmeans_start, "_NUMBERS_AT_ONCE", 64)
     assert hash_of(fitted(blobs(1000), settings)) == whole
 

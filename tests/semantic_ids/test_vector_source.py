@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,24 @@ def test_the_hash_of_a_source_has_rows_and_weights_but_not_shares() -> None:
     ]
     assert len({source.digest for source in sources}) == 5
     assert StoredVectors("w", vectors, "hash", borders=[0, 0, 4]).digest == sources[0].digest
+
+
+def resident_kilobytes(kind: str) -> int:
+    found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's figures of a process")
+def test_a_file_that_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    array = np.lib.format.open_memmap(tmp_path / "v.npy", "w+", np.float16, (250_000, 128))
+    array[:] = 1
+    array.flush()
+    del array
+    vectors = np.load(tmp_path / "v.npy", mmap_mode="r")
+    source, before = StoredVectors("v", vectors, "hash"), resident_kilobytes("RssFile")
+    scattered = source.read(np.arange(0, 250_000, 50))[0]
+    in_chunks = sum(len(chunk.vectors) for chunk in chunks(source, 0, 250_000))
+    assert resident_kilobytes("RssFile") - before < 10_000 and in_chunks == 250_000 and len(scattered) == 5000
+    # Without the release the same reads leave the file of 64 MB mapped.
+    assert vectors[::50].sum() == 5000 * 128 and resident_kilobytes("RssFile") - before > 20_000

@@ -16,6 +16,10 @@ from trainer.runtime.compiled import compiled
 CHUNK_VALUES = 1 << 22
 """Elements of the vectors that are read at once: 32,768 vectors of 128 elements."""
 
+SCATTERED_ROWS = 512
+"""Vectors at scattered places of a file that are read before its pages are given back. The system maps the pages around
+each of them, too: 64 KiB, so that 40,000 vectors would map a file of 2.5 GB."""
+
 
 class VectorChunk(NamedTuple):
     """Neighbouring vectors of a source: number of the first one, ``[m, dim]`` values, ``[m] int64`` weights."""
@@ -204,13 +208,20 @@ def _rows_of(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return copies of rows, and give the pages of a memory map back to the system."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and (np.diff(rows) == 1).all():
         found = np.array(vectors[rows[0] : rows[-1] + 1])
-    else:
-        found = np.asarray(vectors[rows])
+        _release(vectors)
+        return found
+    found = np.empty((len(rows), vectors.shape[1]), vectors.dtype)
+    for places in _parts(np.arange(len(rows)), SCATTERED_ROWS):
+        found[places] = vectors[rows[places]]
+        _release(vectors)
+    return found
+
+
+def _release(vectors: np.ndarray) -> None:
+    """Unmap the pages of a memory map: while mapped they count as memory, although the system may drop them."""
     mapped = getattr(vectors, "_mmap", None)
     if isinstance(mapped, mmap.mmap):
-        # Pages that stay mapped count as memory of this process, although the system may drop them.
         mapped.madvise(mmap.MADV_DONTNEED)
-    return found
 
 
 def _vectors_of(source: StoredVectors, numbers: np.ndarray) -> np.ndarray:
