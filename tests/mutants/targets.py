@@ -71,6 +71,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/stream/sources/test_replay.py",
     ),
     "trainer/stream/sources/time_slices.py": (
+        "tests/stream/sources/test_time_slices.py",
         "tests/stream/sources/test_replay.py",
         "tests/ranking/test_stream_train_loop.py",
         "tests/distributed/test_stream.py",
