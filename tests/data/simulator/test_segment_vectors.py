@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.cluster import MiniBatchKMeans
 
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors
@@ -14,7 +15,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.verification import verify_dataset
 from trainer.data.simulator import segment_vectors
 from trainer.data.simulator.config import WorldConfig
-from trainer.data.simulator.segment_vectors import DIM, SPECTRUM, SegmentVectorGenerator
+from trainer.data.simulator.segment_vectors import DEFAULT_NOISE, DIM, SPECTRUM, SegmentVectorGenerator, day_and_share
 from trainer.data.simulator.world import SimulatedWorld, make_world
 from trainer.data.simulator.write_dataset import simulate
 
@@ -139,3 +140,26 @@ def test_an_impossible_noise_is_refused(tmp_path: Path, noise: float) -> None:
     with pytest.raises(UserError, match=r"segment_noise is .*; it must be in \[0, 1000\]"):
         simulate(tmp_path / "a", 10, 1, 1, 0, segment_noise=noise)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_at_the_default_noise_the_two_rules_are_about_equally_good() -> None:
+    """Repeat the measurement of docs/data.md with the k-means of scikit-learn: the last code against the usual one."""
+    codes, days = 2000, 4
+    big = make_world(WorldConfig(2000, days, 1))
+    times = big.items.segment_times(0, len(big.items.topic))
+    day, _ = day_and_share(times["start_ms"])
+    vectors = vectors_of(big, DEFAULT_NOISE)
+    earlier, later = day < days - 1, (day >= days - 1) & (times["segment"] > 0)
+    means = MiniBatchKMeans(codes, batch_size=8192, n_init=1, init="random", max_iter=20, random_state=0)
+    code = means.fit(vectors[earlier]).predict(vectors)
+    author = big.items.author[times["item_id"]]
+    counts = np.zeros((big.config.authors, codes), np.int32)
+    np.add.at(counts, (author[earlier], code[earlier]), 1)
+    rows = np.flatnonzero(later)
+    last, most_frequent = (
+        (code[rows] == code[rows - 1]).mean(),
+        (code[rows] == counts.argmax(axis=1)[author[rows]]).mean(),
+    )
+    assert 0.1 < last < 0.17 and 0.1 < most_frequent < 0.17
+    assert abs(last - most_frequent) < 0.02
