@@ -6,7 +6,8 @@ The truth of a simulated world annotates its segments. For every seed (of weight
 of ``configs/finetune_small.toml`` is tuned on rooms of the first days. A logistic regression of the topic and a ridge
 regression of the intensity are then fitted on vectors of segments of these rooms, and measured on rooms of the same
 days that were held out, and on all rooms of the last day. ``untuned`` has vectors of the same model before tuning.
-``words`` is the same probe on counts of the words of the speech, so it is what a probe can find without a model.
+``words`` is the same probe on counts of the words of the speech, so it is what a probe can find without a model. Probes
+of few are fitted on 50 segments only: a probe that sees thousands may find anything.
 
 The vectors are those of ``limelight embed``: with its default template by both poolings, and at the place where the
 tuned model begins its description. No room of a test is in the tuning or in the fit of a probe, and no day of the later
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -62,7 +63,9 @@ READINGS: dict[str, tuple[str, Pooling]] = {
 }
 """Name -> template and pooling of ``limelight embed``."""
 TESTS = ("held_out_rooms", "later_day")
-TARGETS = ("topic", "intensity")
+TARGETS = ("topic", "intensity", "topic_of_few", "intensity_of_few")
+FEW, REPEATS = 50, 10
+"""Segments that a probe of few is fitted on, and number of such probes."""
 HELD_OUT_SHARE = 0.25
 
 
@@ -266,18 +269,34 @@ def vectors(directory: Path, reading: str, tuned: bool, sets: Mapping[str, Probe
 
 
 def probe(features: Mapping[str, Any], sets: Mapping[str, ProbeSegments]) -> dict[str, dict[str, float]]:
-    """Fit both probes and return test -> share of right topics, and R2 of the intensity."""
-    fit = sets["fit"]
-    scale = StandardScaler(with_mean=isinstance(features["fit"], np.ndarray))
-    topic = make_pipeline(scale, LogisticRegression(max_iter=2_000)).fit(features["fit"], fit.topic)
-    intensity = make_pipeline(scale, Ridge(alpha=1.0)).fit(features["fit"], fit.intensity)
+    """Fit both probes and return test -> share of right topics, and R2 of the intensity.
+
+    ``topic_of_few`` and ``intensity_of_few`` are means of probes that are fitted on ``FEW`` segments each.
+    """
+    every = len(sets["fit"].ids)
+    few = [slice(first, first + FEW) for first in range(0, min(every, FEW * REPEATS), FEW)]
+    whole = _scores(features, sets, [slice(0, every)])
     return {
-        name: {
-            "topic": float(topic.score(features[name], sets[name].topic)),
-            "intensity": float(intensity.score(features[name], sets[name].intensity)),
-        }
-        for name in TESTS
+        name: whole[name] | {f"{target}_of_few": score for target, score in scores.items()}
+        for name, scores in _scores(features, sets, few).items()
     }
+
+
+def _scores(
+    features: Mapping[str, Any], sets: Mapping[str, ProbeSegments], parts: Sequence[slice]
+) -> dict[str, dict[str, float]]:
+    """Return test -> target -> mean score of the probes that are fitted on each of the parts of ``fit``."""
+    found: dict[str, dict[str, list[float]]] = {name: {"topic": [], "intensity": []} for name in TESTS}
+    for part in parts:
+        scale = StandardScaler(with_mean=isinstance(features["fit"], np.ndarray))
+        topic = make_pipeline(scale, LogisticRegression(max_iter=2_000))
+        intensity = make_pipeline(scale, RidgeCV(alphas=(1.0, 10.0, 100.0, 1_000.0)))
+        topic.fit(features["fit"][part], sets["fit"].topic[part])
+        intensity.fit(features["fit"][part], sets["fit"].intensity[part])
+        for name, scores in found.items():
+            scores["topic"].append(float(topic.score(features[name], sets[name].topic)))
+            scores["intensity"].append(float(intensity.score(features[name], sets[name].intensity)))
+    return {name: {target: float(np.mean(some)) for target, some in scores.items()} for name, scores in found.items()}
 
 
 def word_counts(sets: Mapping[str, ProbeSegments]) -> dict[str, Any]:
@@ -373,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     document = {
         "question": "whether tuning on segments makes topic and intensity easier to read from segment vectors",
         **size.__dict__,
+        "few": FEW,
         "seeds": len(runs),
         "tuned_rooms": len(tuned["train"]),
         "sets": {name: {"segments": len(one.ids), "rooms": len(one.rooms)} for name, one in sets.items()},
