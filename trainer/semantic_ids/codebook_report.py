@@ -201,18 +201,20 @@ def draw_reports(reports: Mapping[str, Report], path: Path) -> None:
     values = 100 * np.array(shares)
     place = np.arange(len(labels))
     for number, name in enumerate(("unused codes", "segments in the top 1 % of codes", "perplexity / N")):
-        unused.barh(place + 0.26 * (number - 1), values[:, number], 0.26, label=name)
+        bars = unused.barh(place + 0.26 * (number - 1), values[:, number], 0.26, label=name)
+        unused.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
     unused.set(xlabel="%", title="Spread over the codes")
     unused.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
     unused.set_yticks(place, labels, fontsize=8)
     names = [*labels, *(name for name, _ in tuples)]
     persistence = [*values[:, 3], *(100 * share for _, share in tuples)]
-    steady.barh(np.arange(len(names)), persistence, 0.5, color="tab:purple")
+    bars = steady.barh(np.arange(len(names)), persistence, 0.5, color="tab:purple")
+    steady.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
     steady.set(xlabel="pairs with one code, % of neighbouring segments of a room", title="Persistence")
     steady.set_yticks(np.arange(len(names)), names, fontsize=8)
     for axes in (unused, steady):
         axes.invert_yaxis()
-        axes.set_xlim(0, 100)
+        axes.set_xlim(0, 108)
     for axes in (distortion, use, unused, steady):
         axes.grid(alpha=0.3)
     with whole_file(path) as tmp_path:
