@@ -240,13 +240,13 @@ def _segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if "known_ms" not in table_footer(files, SEGMENTS)[0].names:
             raise UserError(
                 f"{place}: has no known_ms, the time from which a segment is known; datasets of `limelight data "
-                "simulate` and `limelight data import kuailive-m3` have it"
+                "simulate --segment-vectors` and `limelight data import kuailive-m3` have it"
             )
         table = read_table(files, SEGMENTS, ["item_id", "known_ms"])
     except FileNotFoundError:
         raise UserError(
-            f"{place}: no such file, so the rooms of the vectors are not known; `limelight data simulate` "
-            "and `limelight data import kuailive-m3` make it"
+            f"{place}: no such file, so the rooms of the vectors are not known; `limelight data simulate "
+            "--segment-vectors` and `limelight data import kuailive-m3` make it"
         ) from None
     for name in ("item_id", "known_ms"):
         if table[name].null_count:
