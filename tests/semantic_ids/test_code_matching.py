@@ -22,7 +22,7 @@ def test_a_matching_is_a_permutation_and_keeps_at_least_half_of_the_best(pairs: 
     np.add.at(counts, (old, new), 1)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     kept = int((number[new] == old).sum())
-    assert 2 * kept >= counts[rows, columns].sum()
+    assert 2 * kept >= counts[rows, columns].sum() and kept >= counts.trace()
     # The order of the segments does not matter.
     assert match_codes(old[::-1], new[::-1], 7).tolist() == number.tolist()
 
@@ -64,3 +64,10 @@ def test_shares_are_by_level_and_of_tuples() -> None:
     shares = kept_shares(old, new)
     assert shares.levels == (0.5, 0.5) and shares.tuple == pytest.approx(0.25)
     assert shares.document() == {"levels": [0.5, 0.5], "tuple": 0.25}
+
+
+def test_numbers_that_keep_as_much_stay() -> None:
+    # Greedy takes the pair of 3 segments, and keeps 3; the numbers of the fit keep 2 + 2.
+    old, new = np.array([0, 0, 0, 0, 0, 1, 1]), np.array([1, 1, 1, 0, 0, 1, 1])
+    assert match_codes(old, new, 2).tolist() == [0, 1]
+    assert match_codes(np.array([0, 1]), np.array([1, 0]), 3).tolist() == [1, 0, 2]
