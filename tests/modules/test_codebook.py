@@ -169,6 +169,18 @@ def test_codes_of_another_codebook_are_refused() -> None:
         codebook.check_codes(torch.zeros(3, 1), (5, 7))
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_the_codes_of_a_cpu() -> None:
+    random = np.random.default_rng(5)
+    levels = tuple(torch.from_numpy(random.standard_normal((size, 48)).astype(np.float32)) for size in (300, 70))
+    vectors = torch.from_numpy(random.standard_normal((2000, 48)).astype(np.float16))
+    for normalize in (False, True):
+        book = Codebook(levels, normalize, (1.0, 0.7) if normalize else ())
+        codes, errors = book.encode(vectors)
+        found, found_errors = book.to("cuda").encode(vectors.cuda())
+        assert torch.equal(found.cpu(), codes) and torch.equal(found_errors.cpu(), errors)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for a processor with AVX2")
 def test_a_processor_with_short_registers_finds_the_same_codes() -> None:

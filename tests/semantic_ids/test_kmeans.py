@@ -259,9 +259,9 @@ def test_k_means_plus_plus_draws_in_proportion_to_weight_and_distance() -> None:
     # The second centroid is drawn among three vectors with chances 1 * 1, 3 * 4 and 1 * 16 of 29, given the first one.
     sample = torch.tensor([[0.0], [1.0], [2.0], [4.0]])
     weights = np.array([10**9, 1, 3, 1])
-    found = [kmeans_start.plus_plus(sample, weights, 2, [seed])[1, 0].item() for seed in range(2000)]
-    shares = [found.count(value) / 2000 for value in (1.0, 2.0, 4.0)]
-    np.testing.assert_allclose(shares, np.array([1, 12, 16]) / 29, atol=0.04)
+    found = [kmeans_start.plus_plus(sample, weights, 2, [seed])[1, 0].item() for seed in range(1000)]
+    shares = [found.count(value) / 1000 for value in (1.0, 2.0, 4.0)]
+    np.testing.assert_allclose(shares, np.array([1, 12, 16]) / 29, atol=0.06)
     # Of all chosen vectors, the third is drawn by the distances to both; here the only one left.
     three = kmeans_start.plus_plus(sample[:3], weights[:3], 3, [1])
     assert sorted(three[:, 0].tolist()) == [0.0, 1.0, 2.0]
