@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def test_what_cannot_be_used_is_counted_and_kept(job: Job, capsys: pytest.Captur
     assert all(one["place"].startswith("in.jsonl:") for one in letters)
     out = capsys.readouterr().out
     assert "21 segments of 5 rooms" in out and "1 too late; 1 empty; 5 rejected" in out
+
+
+def test_a_segment_with_frames_alone_is_empty_where_frames_are_not_read(job: Job) -> None:
+    job.lines.write_bytes(lines_of([message(1, number, text="", frames=["a.png"]) for number in range(2)]))
+    assert job.run().counts == {"empty": 2}
+    job.settings = replace(SETTINGS, frames=True)
+    job.lines.write_bytes(lines_of([message(2, number, text="", frames=["a.png"]) for number in range(2)]))
+    assert job.run().counts == {"empty": 2, "embedded": 2}
 
 
 def test_dead_letters_do_not_fill_the_disk(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

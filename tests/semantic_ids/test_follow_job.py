@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +24,7 @@ from tests.semantic_ids.follow_parts import NOW_MS, lines_of, message
 from trainer.config.embed import load_embedding
 from trainer.config.finetune import SmallConfig
 from trainer.console.errors import UserError
+from trainer.console.exit_status import INTERRUPTED_STATUS, PREEMPTED_STATUS
 from trainer.embed import follow
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.distributed import World
@@ -148,6 +151,26 @@ def test_a_killed_job_ends_with_the_same_bits_as_an_undisturbed_command(
     assert len(whole[-2]) == 24 and sum(whole[2]) == 24
     stored = json.loads((tmp_path / "whole" / "follow" / "stored.json").read_text())
     assert stored["codebook"] == version.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, PREEMPTED_STATUS), (signal.SIGINT, INTERRUPTED_STATUS)]
+)
+def test_a_signal_ends_the_command_with_its_status(
+    settings: Settings, tmp_path: Path, nursery: Nursery, number: int, status: int
+) -> None:
+    (tmp_path / "rooms" / "a.jsonl").write_bytes(lines_of(texts_of(1, 2, 2)))
+    words = settings(tmp_path / "out", follow__until_end="false", follow__report_seconds=0.1)
+    process = nursery.start("launch.cli.main", ["embed", *words, "--follow"], 0, {}, tmp_path / "log")
+    until = time.monotonic() + 600
+    while not (tmp_path / "out" / "follow" / "metrics.jsonl").exists():
+        assert time.monotonic() < until, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    os.kill(process, number)
+    assert nursery.wait(process, 600) == status
+    with CachedVectors(tmp_path / "out" / "follow" / "cache") as reader:
+        assert len(reader) == 4
 
 
 def test_versions_and_models_are_refused_by_name(settings: Settings, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class EmbedModelConfig(Section):
 
     path: InputFile = Field(
         ...,
-        description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id.",
+        description="Directory of a Qwen2-family model and its tokenizer, or a Hugging Face hub id. A model of the "
+        "Qwen2-VL family embeds texts, and with `follow.frames` pictures.",
         min_length=1,
     )
     tokenizer: InputFile = Field(

@@ -172,6 +172,7 @@ class FollowSettings:
         report_seconds: time between two reports.
         keep_ms: time for which the cache keeps segments.
         dtype: type of the stored vectors.
+        frames: True if frames are embedded; otherwise a segment without words is empty.
     """
 
     batch: int
@@ -180,6 +181,7 @@ class FollowSettings:
     report_seconds: float
     keep_ms: int
     dtype: str
+    frames: bool = False
 
 
 class Follower:
@@ -293,7 +295,7 @@ class Follower:
             if segment.known_ms < newest_ms - self._settings.keep_ms:
                 # The parts of the cache with its time may be gone.
                 chosen.counts["late"] += 1
-            elif not segment.text.strip() and not segment.frames:
+            elif not segment.text.strip() and not (segment.frames and self._settings.frames):
                 chosen.counts["empty"] += 1
             elif not self._pace.takes(segment.segment):
                 chosen.counts["dropped"] += 1

@@ -33,6 +33,7 @@ def follow_settings(config: EmbeddingJob) -> FollowSettings:
         report_seconds=follow.report_seconds,
         keep_ms=round(follow.keep_hours * HOUR_MS),
         dtype=config.embed.dtype,
+        frames=bool(follow.frames),
     )
 
 
