@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.importers.test_kuailive_m3 import write_source
 from tests.semantic_ids.segment_world import START_MS, world_vectors, write_segments, write_vectors, write_world
 from trainer.config.quantize import QuantizeDataConfig
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.data.format.text_schema import segment_ids
+from trainer.data.importers.kuailive_m3 import import_kuailive_m3
+from trainer.data.simulator.write_dataset import simulate
 from trainer.semantic_ids.segments import UNKNOWN_AUTHOR, SegmentVectors, TimeRange, hash_vectors
 
 
@@ -133,3 +136,19 @@ def test_a_dataset_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     assert "segments.parquet: no such file, so the rooms of the vectors are not known" in message()
     (tmp_path / "embeddings/segments/manifest.json").write_text(json.dumps({"version": 1}))
     assert "manifest.json: damaged" in message()
+
+
+def test_the_simulated_world_and_kuailive_m3_are_read(tmp_path: Path) -> None:
+    """Every segment has a vector and an author, and becomes known after its end."""
+    simulate(tmp_path / "world", users=20, days=1, partitions=1, seed=1, segment_noise=0.8)
+    segments = SegmentVectors.open(str(tmp_path / "world"))
+    stored = pq.read_table(tmp_path / "world/segments.parquet")
+    items = pq.read_table(tmp_path / "world/items.parquet")
+    author = dict(zip(items["item_id"].to_pylist(), items["author_id"].to_pylist(), strict=True))
+    assert len(segments) == stored.num_rows > 1000 and segments.without_vector == 0
+    assert segments.author_id.tolist() == [author[item] for item in stored["item_id"].to_pylist()]
+    assert (segments.known_ms >= stored["start_ms"].to_numpy() + 30_000).all()
+    (tmp_path / "log").mkdir()
+    import_kuailive_m3(write_source(tmp_path / "log"), tmp_path / "kuailive", 1)
+    segments = SegmentVectors.open(str(tmp_path / "kuailive"))
+    assert segments.item_id.tolist() == [17, 15, 15] and (segments.author_id >= 0).all()
