@@ -32,7 +32,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_segments_come_in_the_order_in_which_they_became_known(dataset: Path) -> None:
+def test_segments_come_in_the_order_in_which_they_became_known(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = ReplaySegments(str(dataset), 0.0, {}, ManualClock())
     found, positions = [], []
     while not source.finished:
@@ -43,6 +45,7 @@ def test_segments_come_in_the_order_in_which_they_became_known(dataset: Path) ->
     assert all(one.known_ms == 1_030_000 + 30_000 * one.segment + one.item_id for one in found)
     assert all(one.author_id == one.item_id + 1 and one.text == f"{one.item_id} says {one.segment}" for one in found)
     assert source.without_author == SEGMENTS
+    assert f"{SEGMENTS} segments are left out, their rooms have no author" in capsys.readouterr().out
     for count, position in positions:
         rest = ReplaySegments(str(dataset), 0.0, position, ManualClock()).take(100, 1.0)
         assert [one.id for one in rest.segments] == [one.id for one in found[count:]]

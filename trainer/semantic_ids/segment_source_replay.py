@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import pyarrow as pa
 
 from trainer.data.format.text_schema import read_texts, segment_ids
 from trainer.semantic_ids.segment_source import Clock, LiveSegment, SourceBatch
+
+logger = logging.getLogger(__name__)
 
 _KEY = "replay"
 
@@ -42,6 +45,8 @@ class ReplaySegments:
         at = np.minimum(np.searchsorted(item, item_id, sorter=order), max(len(item) - 1, 0))
         known = item[order[at]] == item_id if len(item) else np.zeros(len(item_id), bool)
         self.without_author = int((~known).sum())
+        if self.without_author:
+            logger.info(f"follow: {path}: {self.without_author:,} segments are left out, their rooms have no author")
         rows = np.flatnonzero(known)
         rows = rows[np.lexsort((ids[rows], known_ms[rows]))]
         self._item, self._segment, self._known_ms = item_id[rows], segment[rows], known_ms[rows]
