@@ -107,8 +107,10 @@ def test_vectors_of_another_dimension_or_model_are_refused(world: Path, tmp_path
     with pytest.raises(UserError, match=r"vectors have 5 elements, the codebook .* takes 8"):
         assigned(version, world)
     write_vectors(world, world_vectors(10, 40), model="other")
-    with pytest.raises(UserError, match=r"vectors are from another model \(small, hash other\)"):
-        assigned(version, world)
+    for store in (None, str(tmp_path / "codes.sqlite")):
+        with pytest.raises(UserError, match=r"vectors are from another model \(small, hash other\)"):
+            assign_to_file(str(version.path), str(world), world / "codes.parquet", store=store, quiet=True)
+    assert not (tmp_path / "codes.sqlite").exists()
     assert not (world / "codes.parquet").exists()
 
 

@@ -193,6 +193,17 @@ def test_fewer_distinct_vectors_than_codes_are_refused_with_both_numbers(job: Pa
     assert not (job.parent / "first").exists()
 
 
+@pytest.mark.parametrize("segment", [3, SEGMENTS - 1], ids=["fitted", "held out"])
+def test_zero_vectors_are_counted_and_refused(segment: int, job: Path, quantize: Quantize) -> None:
+    vectors = world_vectors(ROOMS, SEGMENTS)
+    vectors[[segment, SEGMENTS + segment]] = 0
+    write_vectors(job.parent / "world", vectors)
+    count = ROOMS * (FITTED if segment < FITTED else SEGMENTS - FITTED)
+    with pytest.raises(UserError, match=rf"0 of {count} vectors are not finite and 2 are zero, .* segment {segment};"):
+        quantize("first")
+    assert sorted(path.name for path in job.parent.iterdir()) == ["job.toml", "world"]
+
+
 def test_an_old_version_of_another_model_is_refused(job: Path, quantize: Quantize) -> None:
     quantize("first")
     write_vectors(job.parent / "world", world_vectors(ROOMS, SEGMENTS), model="other")

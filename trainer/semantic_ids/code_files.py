@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -226,14 +227,18 @@ def assign_to_file(
     version = CodebookVersion.open(version_path)
     segments = SegmentVectors.open(dataset, vectors)
     times = segments.time_range(time_from, time_until)
-    # Before the long work: a store of another version is refused, and so is a codebook with too many tuples.
-    opened = None if store is None else open_store(store, StoreSettings(version.name))
+    version.check_vectors(segments.table.path, segments.table.dim, segments.table.origin)
+    opened = None
+    if store is not None:
+        version.numbers(np.empty((0, len(version.levels)), np.int32))
+        if urlsplit(store).scheme or Path(store).exists():
+            # Before the long work, so that a store of another version costs no time; a new file is made after it.
+            opened = open_store(store, StoreSettings(version.name))
     try:
-        if opened is not None:
-            version.numbers(np.empty((0, len(version.levels)), np.int32))
         found = assign_codes(version, segments, times, out, quiet=quiet)
         document = {"version": version.name, **asdict(found)}
-        if opened is not None:
+        if store is not None:
+            opened = open_store(store, StoreSettings(version.name)) if opened is None else opened
             document["store"] = CodeFile.read(out, version).append_to(opened, version, quiet=quiet)._asdict()
     finally:
         if opened is not None:
