@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from modules.codebook import Codebook
 from modules.codebook_kernel import nearest_on_cpu
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World
+from trainer.runtime.stored_files import load_array
 from trainer.semantic_ids.kmeans import KMeansSettings, fit
 from trainer.semantic_ids.vector_source import StoredVectors, merge_equal
 
@@ -169,14 +169,22 @@ def measure_memory(scale: int, scratch: Path, threads: int) -> dict[str, Any]:
 def fit_file(file: str, codes: str, threads: str) -> None:
     """Fit the vectors of a file, and print the memory that it took as JSON."""
     torch.set_num_threads(int(threads))
-    before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+    before = _status_bytes("VmRSS")
     begin = time.perf_counter()
-    source = merge_equal(StoredVectors(file, np.load(file, mmap_mode="r"), "benchmark"))
+    source = merge_equal(StoredVectors(file, load_array(Path(file), 2), "benchmark"))
     with World.join("cpu") as world:
         fit(source, KMeansSettings((int(codes),), iterations=1), world)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a child takes over from the process that started it.
+    peak = _status_bytes("VmHWM")
     seconds = time.perf_counter() - begin
     print(json.dumps({"before_gigabytes": before / 1e9, "gigabytes": (peak - before) / 1e9, "seconds": seconds}))
+
+
+def _status_bytes(name: str) -> int:
+    """Return one of the kernel's sizes of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     document = {
         "dim": DIM,
+        "scale": options.scale,
         "threads": options.threads,
         "load": load,
         "pairs": codebook_kernel.PAIRS,
