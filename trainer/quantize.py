@@ -14,18 +14,17 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
+from trainer.checkpoint.run_directory import run_directory
 from trainer.config.paths import absolute_paths
 from trainer.config.quantize import QuantizeJob, load_quantize
 from trainer.console.job_arguments import QUANTIZE_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.runtime.distributed import World, run_rank
-from trainer.runtime.run_lock import locked
 from trainer.semantic_ids import codebook_fit
 from trainer.semantic_ids.code_matching import KeptShares
-from trainer.semantic_ids.codebook_fit import FitData, on_first_rank
+from trainer.semantic_ids.codebook_fit import FitData
 from trainer.semantic_ids.codebook_version import CodebookVersion, write_version
 
 
@@ -61,11 +60,10 @@ def quantize(config: QuantizeJob, world: World, old_path: str | None, compare_co
     data = FitData.open(config, world)
     if old is not None:
         old.check_vectors(data.segments.table.path, data.segments.table.dim, data.segments.table.origin)
-    done = on_first_rank(world, lambda: codebook_fit.finished_version(directory, config, data, old) is not None)
+    done = world.on_first_rank(lambda: codebook_fit.finished_version(directory, config, data, old) is not None)
     if not done:
         work = directory.with_name(f"{directory.name}.fit")
-        on_first_rank(world, lambda: codebook_fit.make_work_directory(work))
-        with locked(work) if world.rank == 0 else nullcontext():
+        with run_directory(work, world):
             _fit_and_write(config, world, data, old, work, compare_cold)
             if world.rank == 0:
                 shutil.rmtree(work)

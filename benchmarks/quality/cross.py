@@ -47,9 +47,10 @@ from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
 from trainer.console.progress import Progress
 from trainer.data.features.feature_map import FeatureMap
+from trainer.data.format.content_vectors import ITEM_VECTORS
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.loader import Loader
-from trainer.data.simulator.cross.write_dataset import ITEM_VECTORS, simulate_cross
+from trainer.data.simulator.cross.write_dataset import simulate_cross
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.evaluation import Predictions, evaluate, predict, read_truth

@@ -98,7 +98,7 @@ def run_directory(directory: Path, world: World | None = None) -> Iterator[None]
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another directory") from None
     if world is not None:
         world.barrier()
     try:

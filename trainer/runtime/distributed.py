@@ -134,6 +134,23 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def on_first_rank(self, work: Callable[[], T]) -> T:
+        """Return the result of the first rank's work on every rank. Collective; the result must be picklable.
+
+        Raises:
+            UserError: the work raised it; every rank raises it.
+        """
+        result, message = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                message = str(error)
+        result, message = self.agree((result, message))
+        if message is not None:
+            raise UserError(message)
+        return result  # type: ignore[return-value]
+
     def gather(self, value: T) -> list[T] | None:
         """Return the values of all ranks, in order, on the first rank and ``None`` on the others. Picklable values."""
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None

@@ -41,7 +41,7 @@ def locked(directory: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{directory}: another job is running here ({_owner(file.read())}); wait for it, or use another "
-                "run.directory"
+                "directory"
             ) from None
         owner = {"host": platform.node(), "process": os.getpid(), "since": time.strftime("%F %T")}
         try:

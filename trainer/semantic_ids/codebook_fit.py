@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from modules.codebook import Codebook
 from trainer.config.quantize import CodebookConfig, QuantizeJob
-from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.data.format.content_vectors import SEGMENT_VECTORS
 from trainer.runtime.distributed import World
 from trainer.semantic_ids.code_matching import KeptShares, kept_shares, match_levels, renumber, reorder
 from trainer.semantic_ids.codebook_report import (
@@ -28,12 +27,11 @@ from trainer.semantic_ids.codebook_report import (
 )
 from trainer.semantic_ids.codebook_version import CodebookVersion, FittedVectors, check_new
 from trainer.semantic_ids.kmeans import KMeansSettings, fit
-from trainer.semantic_ids.segments import DEFAULT_TABLE, SegmentVectors, TimeRange, hash_vectors, require_segments
+from trainer.semantic_ids.segments import SegmentVectors, TimeRange, hash_vectors, require_segments
 from trainer.semantic_ids.vector_source import StoredVectors, merge_equal
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 NO_FIT = ("directory", "device")
 """Keys of ``[codebook]`` that change no bit of a version."""
@@ -71,13 +69,13 @@ class FitData:
         times, held_out_times = segments.ranges(config.data)
         require_segments(segments, times, config.codebook.levels)
         rows = segments.rows(times)
-        digest = on_first_rank(world, lambda: hash_vectors(segments, rows))
+        digest = world.on_first_rank(lambda: hash_vectors(segments, rows))
         held_out = np.empty(0, np.int64) if held_out_times is None else segments.rows(held_out_times)
         if len(held_out):
-            on_first_rank(world, lambda: hash_vectors(segments, held_out))
+            world.on_first_rank(lambda: hash_vectors(segments, held_out))
         fitted = FittedVectors(
             dataset=config.data.path,
-            table=config.data.vectors or storage.join(config.data.path, DEFAULT_TABLE),
+            table=config.data.vectors or storage.join(config.data.path, SEGMENT_VECTORS),
             count=len(rows),
             hash=digest,
             **range_document(times),
@@ -150,7 +148,7 @@ def match_with_old(
     """
     sizes = codebook.sizes
     pairs = [_codes(book, data, data.rows, world) for book in (old.codebook, codebook)]
-    numbers = on_first_rank(world, lambda: match_levels(*_both(pairs), sizes))
+    numbers = world.on_first_rank(lambda: match_levels(*_both(pairs), sizes))
     if len(data.held_out):
         pairs = [_codes(book, data, data.held_out, world) for book in (old.codebook, codebook)]
 
@@ -165,7 +163,7 @@ def match_with_old(
         torch.from_numpy(reorder(level.cpu().numpy(), number))
         for level, number in zip(codebook.levels, numbers, strict=True)
     )
-    return Codebook(levels, codebook.normalize, codebook.scales), on_first_rank(world, shares)
+    return Codebook(levels, codebook.normalize, codebook.scales), world.on_first_rank(shares)
 
 
 def refresh_document(old: CodebookVersion, data: FitData, kept: dict[str, KeptShares]) -> dict[str, Any]:
@@ -197,36 +195,6 @@ def log_version(version: CodebookVersion, done: bool) -> None:
         logger.info(f"held out: {report['segments']:,} segments\n{report_table({version.name: report})}")
     if "refresh" in report:
         logger.info(refresh_text(report["refresh"]))
-
-
-def make_work_directory(directory: Path) -> None:
-    """Make the directory of a fit's lock and state.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be made ({error.strerror}); choose another codebook.directory") from None
-
-
-def on_first_rank(world: World, work: Callable[[], T]) -> T:
-    """Return the result of the first rank's work on every rank. Collective.
-
-    Raises:
-        UserError: the work raised it; every rank raises it.
-    """
-    result, message = None, None
-    if world.rank == 0:
-        try:
-            result = work()
-        except UserError as error:
-            message = str(error)
-    result, message = world.agree((result, message))
-    if message is not None:
-        raise UserError(message)
-    return result  # type: ignore[return-value]
 
 
 def _encode(codebook: Codebook, data: FitData, rows: np.ndarray, world: World) -> EncodedSegments | None:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,6 @@ BLOCK = 256
 
 LEAST_SAMPLE = 1 << 16
 """Vectors of the sample of k-means++ at least; fewer vectors are taken whole."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -186,22 +184,8 @@ class _Fitting:
     def _resume(self) -> FitState:
         file, state = self.state_file, None
         if file is not None:
-            state = self._on_first_rank(lambda: read_state(file, self.hash))
+            state = self.world.on_first_rank(lambda: read_state(file, self.hash))
         return FitState((), (), (), None, None) if state is None else state
-
-    def _on_first_rank(self, work: Callable[[], T]) -> T:
-        """Return the result of the first rank's work on every rank; an error of the user is raised everywhere."""
-        result: T | None = None
-        message = None
-        if self.world.rank == 0:
-            try:
-                result = work()
-            except UserError as error:
-                message = str(error)
-        result, message = self.world.agree((result, message))
-        if message is not None:
-            raise UserError(message)
-        return result  # type: ignore[return-value]
 
     def _level(self, state: FitState) -> FitState:
         """Fit the next level."""
@@ -226,9 +210,10 @@ class _Fitting:
         squares = 2 * (outer + 1) + math.ceil(math.log2(max(1, self.source.dim)))
         distances = FixedPoint.of(self.total_weight, squares)
         done = len(state.history[-1])
-        total = self.settings.iterations * self.source.count
-        label = f"level {place + 1}"
-        with Progress(label, total, "vectors", done=done * self.source.count, quiet=quiet) as progress:
+        # The first rank shows its progress, which goes through its own share of the vectors.
+        share = self.stop - self.first
+        label, total = f"level {place + 1}", self.settings.iterations * share
+        with Progress(label, total, "vectors", done=done * share, quiet=quiet) as progress:
             while not self._ended(state.history[-1]):
                 state = self._iterate(state, before, vectors, distances, progress)
                 self._save(state)
@@ -378,7 +363,7 @@ class _Fitting:
         numbers = np.sort(draw_numbers(self.source, self.world, sample, self.settings.seed, level))
         values, weights = self._fetch(numbers, before), self._weights(numbers)
         seed = [self.settings.seed, level]
-        return self._on_first_rank(lambda: plus_plus(values.to(self.world.device), weights, codes, seed))
+        return self.world.on_first_rank(lambda: plus_plus(values.to(self.world.device), weights, codes, seed))
 
     def _check_distinct(self, before: Codebook, codes: int) -> None:
         """Check that there are as many distinct vectors as codes."""
@@ -423,7 +408,7 @@ class _Fitting:
     def _save(self, state: FitState) -> None:
         file = self.state_file
         if file is not None:
-            self._on_first_rank(lambda: write_state(file, self.hash, state))
+            self.world.on_first_rank(lambda: write_state(file, self.hash, state))
 
 
 def _moved(centroids: Tensor, sums: Tensor, weights: Tensor, seen: Tensor, scale: FixedPoint) -> Tensor:

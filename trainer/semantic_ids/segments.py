@@ -22,7 +22,7 @@ from trainer.config.load import parse_time
 from trainer.config.quantize import QuantizeDataConfig
 from trainer.console.errors import UserError
 from trainer.data.format import storage
-from trainer.data.format.content_vectors import ContentVectors
+from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.schema import DatasetSpec
@@ -32,9 +32,6 @@ from trainer.semantic_ids.vector_source import StoredVectors, chunks
 
 SEGMENTS = "segments.parquet"
 TEXT_SEGMENTS = "texts/segments.parquet"
-DEFAULT_TABLE = "embeddings/segments"
-"""Folder of a dataset with its segment vectors."""
-
 UNKNOWN_AUTHOR = -1
 
 NO_LIMIT_MS = (1 << 62) - 1
@@ -117,7 +114,7 @@ class SegmentVectors:
                 has a vector of a segment that the dataset does not have.
         """
         timezone = DatasetSpec.load(dataset).timezone
-        place = vectors or storage.join(dataset, DEFAULT_TABLE)
+        place = vectors or storage.join(dataset, SEGMENT_VECTORS)
         if storage.is_remote(place):
             raise UserError(f"{place}: segment vectors are memory-mapped; copy them to a local path (data.vectors)")
         table = ContentVectors.open(place)

@@ -32,6 +32,8 @@ from trainer.runtime.stored_files import file_inside, load_array, read_json_obje
 
 VERSION = 1
 MANIFEST = "manifest.json"
+ITEM_VECTORS, SEGMENT_VECTORS = "embeddings/items", "embeddings/segments"
+"""Folders of a dataset: vectors by item id, and by the row number of a segment in ``segments.parquet``."""
 DTYPES = ("float16", "float32")
 
 _PARTS = ("ids", "vectors", "texts")

@@ -39,6 +39,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.console.errors import UserError
+from trainer.data.format.content_vectors import ITEM_VECTORS
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature, SideOwner
 from trainer.data.format.validation import Columns
@@ -47,7 +48,7 @@ from trainer.data.importers.category_codes import vocabulary
 from trainer.data.importers.columns import SourceReader, read_column_batches
 from trainer.data.importers.event_attribution import EventJoin, add_joined, no_behaviours
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
-from trainer.data.importers.published_vectors import ITEM_VECTORS, find_title_file, write_title_vectors
+from trainer.data.importers.published_vectors import find_title_file, write_title_vectors
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.importers.table_files import column_names
 from trainer.data.writing.builder import DatasetBuilder, Progress

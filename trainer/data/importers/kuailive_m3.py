@@ -51,6 +51,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError
+from trainer.data.format.content_vectors import ITEM_VECTORS, SEGMENT_VECTORS
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, DenseFeature, SideFeature
 from trainer.data.format.validation import Columns
@@ -62,7 +63,7 @@ from trainer.data.importers.field_parsers import text_hashes
 from trainer.data.importers.id_consistency import line_hash
 from trainer.data.importers.id_lookup import IdLookup, first_occurrences
 from trainer.data.importers.null_markers import VALUE_NULLS, NullMarkers
-from trainer.data.importers.published_vectors import ITEM_VECTORS, SEGMENT_VECTORS, VECTORS, read_vectors, write_vectors
+from trainer.data.importers.published_vectors import VECTORS, read_vectors, write_vectors
 from trainer.data.importers.scratch_dir import scratch_folder
 from trainer.data.writing.builder import DatasetBuilder, Progress
 from trainer.data.writing.duplicates import DuplicateRule

@@ -13,9 +13,6 @@ from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import Origin, VectorPart, write_parts
 from trainer.data.importers.columns import ColumnBatch
 
-ITEM_VECTORS, SEGMENT_VECTORS = "embeddings/items", "embeddings/segments"
-"""Folders of a dataset: vectors by item id, and by the row number of a segment in ``segments.parquet``."""
-
 DTYPE = "float16"
 _LARGEST = np.finfo(DTYPE).max
 _BLOCK = 1 << 16

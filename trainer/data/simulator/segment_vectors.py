@@ -20,8 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.format.content_vectors import Origin, VectorPart, write_parts
-from trainer.data.importers.published_vectors import SEGMENT_VECTORS
+from trainer.data.format.content_vectors import SEGMENT_VECTORS, Origin, VectorPart, write_parts
 from trainer.data.simulator.config import DAY_MS, START_MS
 from trainer.data.simulator.content import PHASES
 from trainer.data.simulator.population import CATEGORIES, TOPICS

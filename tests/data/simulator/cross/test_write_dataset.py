@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data.format.content_vectors import ContentVectors
+from trainer.data.format.content_vectors import ITEM_VECTORS, ContentVectors
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
@@ -19,7 +19,7 @@ from trainer.data.simulator.config import BEHAVIOURS
 from trainer.data.simulator.cross import exposures
 from trainer.data.simulator.cross.config import AUTHORS, GENRES, NICHES, STYLES, CrossConfig
 from trainer.data.simulator.cross.population import genre_of, make_catalogue, make_users, style_of
-from trainer.data.simulator.cross.write_dataset import ITEM_VECTORS, simulate_cross
+from trainer.data.simulator.cross.write_dataset import simulate_cross
 
 # A run is wrong, not unlucky, beyond so many standard errors.
 SIGMAS = 4.5

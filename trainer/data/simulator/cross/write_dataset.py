@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import ContentVectors, Origin
+from trainer.data.format.content_vectors import ITEM_VECTORS, ContentVectors, Origin
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.cross.config import CrossConfig
 from trainer.data.simulator.cross.description import dataset_spec, entity_tables, visit_table
@@ -19,8 +19,6 @@ from trainer.data.simulator.cross.exposures import BLOCK, simulate_visits
 from trainer.data.simulator.cross.population import make_catalogue, make_users
 from trainer.data.simulator.event_log import truth_table
 from trainer.data.writing.builder import DatasetBuilder, Progress
-
-ITEM_VECTORS = "embeddings/items"
 
 
 def simulate_cross(
