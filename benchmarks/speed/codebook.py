@@ -37,6 +37,7 @@ from launch.python_path import safe_environment
 from modules import codebook_kernel
 from modules.codebook import Codebook
 from modules.codebook_kernel import nearest_on_cpu
+from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
 from trainer.runtime.distributed import World
 from trainer.runtime.stored_files import load_array
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("speed.codebook", __doc__)
     parser.add_argument("--scale", type=int, default=1, help="divide vectors and codes by this (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch and faiss (default: %(default)s)")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for a large file")
+    parser.add_argument("--scratch", type=local_argument, default=tempfile.gettempdir(), help="folder for a large file")
     options = parser.parse_args(arguments)
     import faiss
 
