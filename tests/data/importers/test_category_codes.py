@@ -58,6 +58,11 @@ def test_a_text_has_one_spelling(text: str, expected: str | None) -> None:
         ),
         (pa.array(np.array([1, 0.1], np.float32)), ["1", "0.1"]),
         (pa.array(np.array([1, 2047], np.float16)), ["1", "2047"]),
+        (
+            pa.array([1e10 + 0.5, 1.5e-7, -(2.0**52) - 0.5, None]),
+            ["10000000000.5", "1.5e-7", "-4503599627370496", None],
+        ),
+        (pa.array([2.0**51 + 0.5, float("nan")]), ["2251799813685248.5", None]),
         (pa.array([True, False, None]), ["true", "false", None]),
         (pa.array([datetime.date(2022, 5, 4)]), ["2022-05-04"]),
         (pa.array([datetime.datetime(2022, 5, 4)], pa.timestamp("us")), ["2022-05-04 00:00:00"]),
@@ -78,7 +83,10 @@ def test_floats_that_are_no_category_are_refused(value: float) -> None:
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": st.one_of(st.integers(-3, 12), st.integers(-(1 << 63), (1 << 63) - 1)),
     "float": st.one_of(
-        st.integers(-3, 12).map(float), st.floats(-(2.0**53), 2.0**53, exclude_min=True, exclude_max=True)
+        st.integers(-3, 12).map(float),
+        st.floats(-(2.0**53), 2.0**53, exclude_min=True, exclude_max=True),
+        # Whether an exponent is written depends on the size.
+        st.tuples(st.integers(-20, 52), st.floats(1, 2)).map(lambda drawn: drawn[1] * 2.0 ** drawn[0]),
     ),
     "bool": st.booleans(),
     "date": st.dates(),

@@ -35,7 +35,8 @@ def category_text(values: pa.Array) -> pa.Array:
     """Return categories as text, each in one spelling; a missing value, NaN among them, is null.
 
     * Spaces around a text do not count.
-    * ``1``, ``1.`` and ``1.0`` are ``1``, and ``1e-07`` is ``1e-7``, because programs write one float in these ways.
+    * ``1``, ``1.`` and ``1.0`` are ``1``, ``1e-07`` is ``1e-7``, and ``1.00000000005e+10`` is ``10000000000.5``,
+      because programs write one float in these ways.
       Other zeros stay: ``01`` is a code and not ``1``, and the versions ``8.1`` and ``8.10`` differ.
     * ``True`` and ``TRUE`` are ``true``, likewise ``false``.
 
@@ -102,7 +103,15 @@ def _from_floats(values: pa.Array) -> pa.Array:
     floats = values.cast(pa.float32()) if pa.types.is_float16(values.type) else values
     whole = pc.equal(pc.floor(floats), floats)
     integers = pc.if_else(whole, floats.cast(pa.float64()), 0.0).cast(pa.int64())
-    return pc.if_else(whole, integers.cast(pa.string()), floats.cast(pa.string()))
+    texts = pc.if_else(whole, integers.cast(pa.string()), floats.cast(pa.string()))
+    # Arrow writes an exponent from 1e10 on; other programs write digits as long as a fraction is left.
+    long = np.flatnonzero(pc.fill_null(pc.match_substring(texts, "e+"), False).to_numpy(zero_copy_only=False))
+    if not len(long):
+        return texts
+    digits = [np.format_float_positional(value, trim="-") for value in floats.take(pa.array(long)).to_numpy()]
+    mask = np.zeros(len(texts), bool)
+    mask[long] = True
+    return pc.replace_with_mask(texts, pa.array(mask), pa.array(digits, pa.string()))
 
 
 def _from_text(values: pa.Array) -> pa.Array:
