@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.full_disk import files_of_at_most
 from tests.paths import ROOT
-from trainer.runtime.files import set_usual_modes, write_json
+from trainer.runtime.files import set_usual_modes, write_fully, write_json
 
 
 def test_files_and_directories_get_the_modes_of_new_ones(tmp_path: Path) -> None:
@@ -64,6 +65,16 @@ def test_an_error_of_a_write_names_the_file(tmp_path: Path, monkeypatch: pytest.
         write_json(tmp_path / "x.json", {"a": 1})
     assert refused.value.filename == str(tmp_path / "x.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_ends_short_is_an_error(tmp_path: Path) -> None:
+    content = bytes(range(200))
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        with files_of_at_most(150), pytest.raises(OSError, match="File too large"):
+            write_fully(file, content)
+        file.seek(0)
+        write_fully(file, content)
+    assert (tmp_path / "file").read_bytes() == content
 
 
 def test_a_file_is_reserved_before_it_is_mapped_to_be_written() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.full_disk import files_of_at_most
 from tests.semantic_ids.cached_segments import (
     DIM,
     KEEP_MS,
@@ -151,6 +152,22 @@ def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path: Path, monkeypatch: pyt
         append(cache, [(1, 10, 1, 31_000)])
     with open_cache(tmp_path) as cache:
         assert cache.sequence == 2
+
+
+def test_a_record_for_which_the_disk_has_no_room_is_not_stored(tmp_path: Path) -> None:
+    """A write that ends short is no error by itself; the next record would follow a torn one."""
+    with open_cache(tmp_path) as cache:
+        append(cache, [(1, 10, 0, 1000)], {"a": [1]})
+        before = part_files(tmp_path)[0][1].read_bytes()
+        with (
+            files_of_at_most(len(before) + 100),
+            pytest.raises(UserError, match=r"cannot be written \(File too large\)"),
+        ):
+            append(cache, [(1, 10, 1, 31_000)], {"a": [2]})
+        assert part_files(tmp_path)[0][1].read_bytes() == before and cache.sequence == 1
+        append(cache, [(1, 10, 1, 31_000)], {"a": [2]})
+    with open_cache(tmp_path) as cache:
+        assert (cache.sequence, cache.position) == (2, {"a": [2]})
 
 
 def test_old_parts_go_and_stay_in_the_mean(tmp_path: Path) -> None:

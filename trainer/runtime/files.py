@@ -59,6 +59,19 @@ def reserve(file: IO[Any], size: int) -> None:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(file.name)) from None
 
 
+def write_fully(file: IO[bytes], content: bytes) -> None:
+    """Write all bytes to an unbuffered file.
+
+    A disk that becomes full, and a write of 2 GB or more, end in a short write, which is no error by itself.
+
+    Raises:
+        OSError: some of the bytes cannot be written.
+    """
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``file``; what the block writes there is synced and renamed to ``file``.

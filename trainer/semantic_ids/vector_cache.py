@@ -38,7 +38,7 @@ import numpy as np
 from trainer.console.errors import UserError, one_line
 from trainer.data.format.content_vectors import DTYPES, Origin
 from trainer.data.format.text_schema import SEGMENTS_PER_ITEM
-from trainer.runtime.files import sync, whole_file, write_json
+from trainer.runtime.files import sync, whole_file, write_fully, write_json
 from trainer.runtime.stored_files import (
     load_arrays,
     open_regular,
@@ -440,7 +440,7 @@ class VectorCache:
         header = header[:-4] + struct.pack("<I", zlib.crc32(header[:-4]))
         begin = self._file.tell()
         try:
-            self._file.write(header + content + packed)
+            write_fully(self._file, header + content + packed)
             os.fdatasync(self._file.fileno())
         except OSError as error:
             name = self._file.name

@@ -17,6 +17,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.full_disk import files_of_at_most
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec, DenseFeature, SideFeature, partition_of, row_columns
 from trainer.data.format.shards import FOLDER, HOUR_MS, RowStore, ShardWriter, index_name, read_rows, write_rows
@@ -322,3 +323,11 @@ def test_a_fifo_blocks_no_reader_and_an_index_reserves_no_memory(stored):
     os.mkfifo(shard)
     with pytest.raises(UserError, match="not a regular file but a FIFO"):
         RowStore(path, SPEC).read(0, 0)
+
+
+def test_a_shard_whose_last_bytes_do_not_fit_on_the_disk_is_an_error(tmp_path):
+    rows = make_rows(4, 20)
+    write_rows(tmp_path / "whole", SPEC, rows)
+    largest = max(file.stat().st_size for file in (tmp_path / "whole" / FOLDER).glob("*.tar"))
+    with files_of_at_most(largest - 1), pytest.raises(OSError, match="File too large"):
+        write_rows(tmp_path / "short", SPEC, rows)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from launch.cli.data_instructions import KEY_VARIABLE
 from launch.cli.main import main
+from tests.full_disk import files_of_at_most
 from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.console.errors import UserError
@@ -468,19 +469,13 @@ def test_pictures_at_urls_are_sent(serve: Serve, dataset: Path, segments: Segmen
 
 
 def test_a_full_disk_leaves_whole_lines(serve: Serve, segments: SegmentTexts, tmp_path: Path) -> None:
-    import resource
-
     url, _ = serve(good)
     file = tmp_path / "a.jsonl"
     ask(url, file, segments, rows=1)
     whole = file.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, limit[1]))
-        with pytest.raises(UserError, match=r"a\.jsonl: cannot be written \(File too large\)"):
-            ask(url, file, segments, rows=4)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with (
+        files_of_at_most(len(whole) + 50),
+        pytest.raises(UserError, match=r"a\.jsonl: cannot be written \(File too large\)"),
+    ):
+        ask(url, file, segments, rows=4)
     assert file.read_bytes() == whole

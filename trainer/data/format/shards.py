@@ -29,6 +29,7 @@ from trainer.data.format import storage
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.schema import DatasetSpec, Rows, partition_of, row_columns
 from trainer.data.format.sorting import time_order
+from trainer.runtime.files import write_fully
 from trainer.runtime.stored_files import MAX_JSON_BYTES
 
 FOLDER = "rows"
@@ -440,7 +441,7 @@ class _Shard:
     def _flush(self) -> None:
         """Append the bytes that the tar writer produced to the file."""
         with open(self._file, "ab", buffering=0) as file:
-            file.write(b"".join(self._blocks))
+            write_fully(file, b"".join(self._blocks))
         self._blocks.clear()
 
 

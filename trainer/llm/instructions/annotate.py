@@ -46,7 +46,7 @@ from trainer.llm.instructions.chat_endpoint import (
 )
 from trainer.llm.instructions.segments import SegmentContext, SegmentTexts
 from trainer.llm.models.prompt_templates import Template
-from trainer.runtime.files import sync
+from trainer.runtime.files import sync, write_fully
 from trainer.runtime.stored_files import open_regular
 
 logger = logging.getLogger(__name__)
@@ -434,9 +434,7 @@ def _append(file: BinaryIO, lines: Iterable[str]) -> None:
         return
     end = os.fstat(file.fileno()).st_size
     try:
-        view = memoryview(content)
-        while view:
-            view = view[file.write(view) :]
+        write_fully(file, content)
         os.fsync(file.fileno())
     except OSError as error:
         file.truncate(end)
