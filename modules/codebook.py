@@ -67,59 +67,75 @@ def nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def nearest_by_product(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Find nearest centroids as :func:`nearest` does, with PyTorch's operations, on any device."""
     vectors, centroids = vectors.float(), centroids.float()
-    half_norms = row_sums(centroids.double() ** 2).float() / 2
+    # Near the mean of the centroids, norms are small, and so is the error of a product.
+    centre = centroids.mean(0)
+    moved = centroids - centre
+    half_norms = row_sums(moved.double() ** 2).float() / 2
     largest = half_norms.max().mul(2).sqrt()
     codes = torch.empty(len(vectors), dtype=torch.int32, device=vectors.device)
+    distances = torch.empty(len(vectors), device=vectors.device)
     step = max(1, SCORES_AT_ONCE // len(centroids))
     for first in range(0, len(vectors), step):
         part = vectors[first : first + step]
-        scores = torch.addmm(half_norms, part, centroids.T, alpha=-1)
-        best, code = scores.min(1)
-        error = score_error(part.norm(dim=1), largest, vectors.shape[1], vectors.device)
-        close = scores <= (best + 2 * error)[:, None]
-        again = (close.sum(1) > 1).nonzero()[:, 0]
-        for rows in again.split(max(1, SCORES_AT_ONCE // centroids.numel())):
-            code[rows] = _nearest_of(part[rows], centroids, close[rows])
-        codes[first : first + step] = code
-    return codes, squared_distances(vectors, centroids, codes)
+        moved_part = part - centre
+        scores = torch.addmm(half_norms, moved_part, moved.T, alpha=-1)
+        error = score_error(moved_part.norm(dim=1), largest, vectors.shape[1], vectors.device)
+        candidates = (scores <= (scores.amin(1) + 2 * error)[:, None]).nonzero()
+        code, distance = _nearest_of(part, centroids, *candidates.T)
+        codes[first : first + step], distances[first : first + step] = code.int(), distance.float()
+    return codes, distances
 
 
 def squared_distances(vectors: Tensor, centroids: Tensor, codes: Tensor) -> Tensor:
     """Return the squared distance of each vector to the centroid of its code, ``[n] float32``."""
-    distances = torch.empty(len(vectors), device=vectors.device)
-    step = max(1, SCORES_AT_ONCE // max(1, vectors.shape[1]))
-    for first in range(0, len(vectors), step):
-        part = slice(first, first + step)
-        difference = vectors[part].double() - centroids[codes[part].long()].double()
-        distances[part] = row_sums(difference**2).float()
-    return distances
+    return _squared_distances(vectors, centroids, torch.arange(len(vectors), device=vectors.device), codes).float()
 
 
 def score_error(norms: Tensor, largest: Tensor, dim: int, device: torch.device) -> Tensor:
-    """Return a bound of the error of a score ``|c|^2 / 2 - x c`` that is computed in float32 in any order.
+    """Return a bound of the error of a score ``|c|^2 / 2 - x c`` of moved vectors, in float32 and in any order.
 
-    Each of the ``dim`` products and additions has a relative error of at most the unit roundoff u (2^-24; 2^-11 on a
-    GPU, whose product may round its inputs to TF32), so the error is at most ``(dim + 3) u (|c|^2 / 2 + |x| |c|)``,
-    and ``dim 2^-126`` for products that are too small for float32. The definition itself rounds in float64.
+    * A GPU may round the inputs of its product to TF32, whose unit roundoff is 2^-11. The two errors of a product add
+      up to at most ``2^-10 |x| |c|``, by Cauchy and Schwarz, however many elements there are.
+    * x and c were moved in float32: each has a relative error of 2^-24.
+    * Each of the ``dim`` products and additions has a relative error of at most the unit roundoff u, 2^-24; a GPU may
+      add with fewer bits, so it has 2^-22. So the error is at most ``(dim + 3) u (|c|^2 / 2 + |x| |c|)``, and
+      ``dim 2^-126`` for products that are too small for float32.
+    * The definition itself rounds in float64.
 
     Args:
-        norms: norms of the vectors, ``[n]``.
-        largest: largest norm of a centroid.
+        norms: norms of the moved vectors, ``[n]``.
+        largest: largest norm of a moved centroid.
         dim: elements of a vector.
         device: device of the product.
     """
-    roundoff = 2.0**-10 if device.type == "cuda" else 2.0**-24
+    on_gpu = device.type == "cuda"
+    of_inputs, roundoff = (2.0**-10 if on_gpu else 0.0) + 2.0**-22, 2.0**-22 if on_gpu else 2.0**-24
+    size = largest * largest / 2 + norms * largest
     of_definition = 2.0**-52 * (norms + largest) ** 2
-    return 1.01 * (dim + 3) * (roundoff * (largest * largest / 2 + norms * largest) + 2.0**-126 + of_definition)
+    return 1.01 * ((of_inputs + (dim + 3) * roundoff) * size + (dim + 3) * (2.0**-126 + of_definition))
 
 
-def _nearest_of(vectors: Tensor, centroids: Tensor, candidates: Tensor) -> Tensor:
-    """Return the nearest of the candidates of each vector by the definition; ``candidates`` is a ``[n, k]`` mask."""
-    row, code = candidates.nonzero(as_tuple=True)
-    exact = torch.full(candidates.shape, torch.inf, dtype=torch.float64, device=vectors.device)
-    exact[row, code] = row_sums((vectors[row].double() - centroids[code].double()) ** 2)
-    # argmin does not promise the first one of equal values.
-    return (exact == exact.min(1, keepdim=True).values).int().argmax(1)
+def _nearest_of(vectors: Tensor, centroids: Tensor, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest candidate of each vector by the definition, ``[n] int64``, and its distance, ``float64``.
+
+    The candidates are pairs of a row and a code, ``[m] int64`` each; each row is in at least one pair.
+    """
+    exact = _squared_distances(vectors, centroids, row, code)
+    best = exact.new_full((len(vectors),), torch.inf).scatter_reduce(0, row, exact, "amin")
+    equal = exact == best[row]
+    least = torch.zeros_like(best, dtype=torch.int64)
+    return least.scatter_reduce(0, row[equal], code[equal], "amin", include_self=False), best
+
+
+def _squared_distances(vectors: Tensor, centroids: Tensor, row: Tensor, code: Tensor) -> Tensor:
+    """Return the squared distance of each pair of a vector and a centroid, ``[m] float64``."""
+    distances = torch.empty(len(row), dtype=torch.float64, device=vectors.device)
+    step = max(1, SCORES_AT_ONCE // max(1, vectors.shape[1]))
+    for first in range(0, len(row), step):
+        part = slice(first, first + step)
+        difference = vectors[row[part]].double() - centroids[code[part].long()].double()
+        distances[part] = row_sums(difference**2)
+    return distances
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,28 @@ def test_rounding_of_the_product_does_not_decide() -> None:
     check((1000 + 1e-3 * random.standard_normal((20, 64))).astype(np.float32), centroids)
 
 
+def test_the_bound_of_a_gpu_covers_tf32_and_leaves_few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(6)
+    vectors, centroids = (torch.from_numpy(random.standard_normal((n, 128)).astype(np.float32)) for n in (60, 4000))
+
+    def in_tf32(values: torch.Tensor) -> torch.Tensor:
+        return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    scores = [x.double() @ y.double().T for x, y in ((vectors, centroids), (in_tf32(vectors), in_tf32(centroids)))]
+    largest, gpu = centroids.norm(dim=1).max(), torch.device("cuda")
+    bound = codebook.score_error(vectors.norm(dim=1), largest, 128, gpu)
+    assert ((scores[0] - scores[1]).abs().amax(1) < bound).all()
+    # A bound that is too wide gives the right codes, but compares most of the centroids again.
+    error, compare, pairs = codebook.score_error, codebook._nearest_of, []
+    monkeypatch.setattr(codebook, "score_error", lambda norms, most, dim, device: error(norms, most, dim, gpu))
+    monkeypatch.setattr(codebook, "_nearest_of", lambda *inputs: (pairs.append(len(inputs[2])), compare(*inputs))[1])
+    for offset in (0, 50):
+        pairs.clear()
+        found = nearest_by_product(vectors + offset, centroids + offset)
+        assert 60 <= sum(pairs) < 2 * 60
+        assert torch.equal(found[0], nearest_on_cpu(vectors + offset, centroids + offset)[0])
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_code_does_not_depend_on_the_batch(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
