@@ -18,6 +18,7 @@ CONFIGS = ROOT / "configs"
 KINDS = {
     "cross": "train",
     "embed": "embed",
+    "embed_follow": "embed",
     "finetune_small": "finetune",
     "kuairand": "train",
     "moment": "train",
