@@ -21,7 +21,7 @@ from tests.semantic_ids.killed_follow import POINTS
 from trainer.console.errors import UserError
 from trainer.llm.embedding.dataset_texts import _hashes
 from trainer.runtime.preemption import Preempted
-from trainer.semantic_ids import follow_dead_letters
+from trainer.semantic_ids import follow_dead_letters, vector_cache
 from trainer.semantic_ids.code_store import AppendCounts, SegmentCodes
 from trainer.semantic_ids.follow import CodeTarget, StopRequest, text_hash
 from trainer.semantic_ids.follow_report import lag_quantiles
@@ -289,6 +289,58 @@ def test_what_a_store_lost_in_a_power_failure_is_appended_again(job: Job, capsys
     job.run()
     assert job.runs() == before and len(job.encoder.texts) == 20
     assert "20 segments of the cache were appended to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ["everything", "the end"])
+def test_a_store_that_lost_more_gets_everything(job: Job, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that was removed, or restored from a backup; its address is that of the marked one."""
+    monkeypatch.setattr(vector_cache, "LATEST_SEGMENTS", 4)
+    job.lines.write_bytes(lines_of(MESSAGES[:8]))
+    job.run()
+    backup = Path(job.place).read_bytes()
+    job.lines.write_bytes(lines_of(MESSAGES))
+    job.run()
+    before = job.runs()
+    assert sum(before[2]) == 20
+    Path(job.place).unlink()
+    if lost == "the end":
+        Path(job.place).write_bytes(backup)
+        assert sum(job.runs()[2]) == 8
+    job.run()
+    assert job.runs() == before and len(job.encoder.texts) == 20
+
+
+class QuietRooms:
+    """Source without segments, at a position."""
+
+    finished = True
+
+    def take(self, limit: int, timeout: float) -> SourceBatch:
+        return SourceBatch({"topic/0": 5})
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def test_the_first_position_is_stored_without_a_segment(job: Job) -> None:
+    """A job that begins at the latest message must not skip those that arrive while it is away."""
+    for _ in range(2):
+        job.run(QuietRooms())
+        with VectorCache(job.directory / "cache", CACHE, SETTINGS.keep_ms) as cache:
+            assert (cache.position, cache.sequence) == ({"topic/0": 5}, 1)
+
+
+def test_a_signal_is_noticed_while_a_segment_waits_for_others_of_its_batch(job: Job) -> None:
+    class Signalled(LiveRooms):
+        def take(self, limit: int, timeout: float) -> SourceBatch:
+            if self.taken:
+                signal.raise_signal(signal.SIGTERM)
+            return super().take(limit, timeout)
+
+    job.settings = replace(SETTINGS, wait_seconds=86_400.0)
+    with pytest.raises(Preempted), job.stop.installed():
+        job.run(Signalled(job.clock, {0: 1}, NOW_MS + 90_000))
+    assert job.clock.now * 1000 - NOW_MS < 1000 and len(job.cached()) == 1
 
 
 def test_codes_in_conflict_are_counted(job: Job) -> None:

@@ -73,6 +73,19 @@ def test_another_topic_is_read_from_its_beginning_and_a_lost_one_is_an_error(clu
     assert read(latest, {})[0] == []
 
 
+def test_a_partition_that_was_added_while_the_job_was_away_is_read_from_its_beginning(cluster: Cluster) -> None:
+    topic = cluster.topic()
+    latest = cluster.config(topic, begin="latest")
+    source = KafkaSegments(latest, {}, ManualClock())
+    position = source.take(1, 0.0).position
+    source.close()
+    for p in (0, 1):
+        cluster.send(topic, p, [dump(message(p, number)) for number in range(3)])
+    before = {key: place for key, place in position.items() if not key.endswith("/1")}
+    assert len(position) == PARTITIONS and len(before) == PARTITIONS - 1
+    assert sorted(one.item_id for one in read(latest, before)[0]) == [0, 0, 0, 1, 1, 1]
+
+
 def test_brokers_that_are_gone_are_named(own_cluster: Cluster) -> None:
     config = own_cluster.config(own_cluster.topic(), retry_seconds=0.5)
     brokers = own_cluster.brokers

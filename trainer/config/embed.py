@@ -71,7 +71,11 @@ class EmbedConfig(Section):
     length: Positive = Field(
         128, description="Maximum tokens of a text with its template; a longer text is truncated at its end."
     )
-    tokens: Positive = Field(16_384, description="Maximum tokens of a batch, including padding.")
+    tokens: Positive = Field(
+        16_384,
+        description="Maximum tokens of a batch, including padding. A live segment whose frames and text have more is "
+        "not embedded.",
+    )
     part: Positive = Field(
         8_192,
         description="Texts that are written to disk together. A killed job loses at most one such part on each rank.",

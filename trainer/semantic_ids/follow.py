@@ -33,7 +33,7 @@ from trainer.semantic_ids.follow_dead_letters import DeadLetterFile
 from trainer.semantic_ids.follow_pace import Pace
 from trainer.semantic_ids.follow_report import FollowReport
 from trainer.semantic_ids.segment_source import Clock, LiveSegment, RejectedMessage, SegmentSource, SourceBatch
-from trainer.semantic_ids.vector_cache import ENTRY, VectorCache
+from trainer.semantic_ids.vector_cache import ENTRY, CacheRecord, VectorCache
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,8 @@ class Follower:
             self._append_missing()
             while not self._stop.signal:
                 batch = self._take()
-                if batch:
+                # The first position is stored in any case: a later start continues there, also if nothing has come.
+                if batch or (batch.position and not self._cache.position):
                     self._store(batch)
                 now = self._clock.monotonic()
                 if self._report.is_due(now):
@@ -253,7 +254,8 @@ class Follower:
             left = until - self._clock.monotonic()
             if left <= 0 or self._stop.signal:
                 break
-            more = self._source.take(self._settings.batch - len(batch.segments), left)
+            # Short waits, so that a signal is noticed.
+            more = self._source.take(self._settings.batch - len(batch.segments), min(left, IDLE_SECONDS))
             batch.segments += more.segments
             batch.rejected += more.rejected
             batch.position = more.position
@@ -353,20 +355,42 @@ class Follower:
         """Append to the store what the cache has and the store may lack.
 
         That is what was not marked before a kill, and everything for another version or store. The latest segments are
-        appended in any case: after a power failure, a store may lack calls that it had accepted.
+        appended in any case: after a power failure, a store may lack calls that it had accepted. A store that lacks
+        more gets everything.
         """
         if self._target is None:
             return
-        added, version = 0, self._target.codebook.name
-        for record, vectors in self._cache.records(min(self._stored(), self._cache.sequence_before_latest)):
+        after = min(self._stored(), self._cache.sequence_before_latest)
+        added = self._append_samples(after)
+        for record, vectors in self._cache.records(0 if added else after):
             self._stop.end()
-            entries = record.entries.copy()
-            if record.note.get("codebook") != version and len(entries):
-                entries["code"] = self._target.codes(vectors)
-            added += self._append_codes(entries).stored
+            added += self._append_record(record, vectors)
         self._mark(self._cache.sequence)
         if added:
             logger.info(f"follow: {added:,} segments of the cache were appended to {self._target.place}")
+
+    def _append_samples(self, after: int) -> int:
+        """Append the oldest and the last record of those that the store should have, and return what it lacked of them.
+
+        A store that was removed, emptied or restored from a backup has the address of the one that was marked.
+        """
+        added = 0
+        for before in (0, after - 1) if after else ():
+            for record, vectors in self._cache.records(before):
+                if record.sequence > after:
+                    break
+                if len(record.entries):
+                    added += self._append_record(record, vectors)
+                    break
+        return added
+
+    def _append_record(self, record: CacheRecord, vectors: np.ndarray) -> int:
+        """Append the codes of a record to the store, and return how many are new there."""
+        assert self._target is not None
+        entries = record.entries.copy()
+        if record.note.get("codebook") != self._target.codebook.name and len(entries):
+            entries["code"] = self._target.codes(vectors)
+        return self._append_codes(entries).stored
 
     def _stored(self) -> int:
         """Return the last record whose codes the store has; 0 if the file is of another store or version."""

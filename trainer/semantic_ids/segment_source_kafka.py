@@ -51,7 +51,8 @@ class KafkaSegments:
             # A copy of the topic in another cluster has other offsets; it is read from its beginning.
             saved = {p: position[self._key(p)] for p in range(partitions) if self._key(p) in position}
             held = watermarks(self._consumer, range(partitions), config, self._status)
-            bound = 0 if config.begin == "earliest" else 1
+            # A partition that was added while the job was away is read from its beginning.
+            bound = 0 if config.begin == "earliest" or saved else 1
             start = without_gaps({p: [int(place), 0, 0, 0] for p, place in saved.items()}, held, config)
             self._end = {p: high for p, (_, high) in held.items()}
             # From now on polling would take a message away.

@@ -176,6 +176,26 @@ def test_a_bad_frame_is_a_reason_and_the_others_have_vectors(model: Path, frames
     assert "nowhere.png" in reasons[0] and not reasons[1] and vectors[1].any() and not vectors[0].any()
 
 
+def test_frames_that_the_model_cannot_take_are_a_reason_and_not_the_end(
+    model: Path, frames: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (301, 1)).save(frames / "line.png")
+    encoder, _ = open_encoder(model, tmp_path, **{"follow.frames": frames, "embed.tokens": 40})
+    names = [["line.png"], ["a.png"] * 9, ["a.png"]]
+    vectors, reasons = encoder.encode(["red", "blue", "red"], names)
+    assert "absolute aspect ratio" in reasons[0] and "more than 40 tokens (embed.tokens)" in reasons[1]
+    assert not reasons[2] and vectors.any(axis=1).tolist() == [False, False, True]
+    # As many tokens as are accepted.
+    lengths: list[int] = []
+    encoder._encoder.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for number in range(1, 9):
+        lengths.clear()
+        reason = encoder.encode(["red"], [["a.png"] * number])[1][0]
+        assert bool(reason) != bool(lengths) and all(length <= 40 for length in lengths)
+
+
 def test_mistakes_are_named(model: Path, frames: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -265,6 +265,27 @@ def test_a_wrong_key_or_address_ends_at_once_and_the_key_is_not_shown(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("status", [200, 401, 500])
+def test_the_key_is_not_shown_where_a_server_repeats_it_at_a_cut(
+    status: int, serve: Serve, segments: SegmentTexts, tmp_path: Path
+) -> None:
+    key = "sk-" + "very/secret-" * 5
+    padding = "x" * (2000 - 30 if status == 200 else 150)
+    escaped = json.dumps({"error": {"message": f"{padding} {key}"}}).replace("/", "\\/")
+    for body in (escaped, f"{padding} {key}"):
+        url, _ = serve(lambda speech, kind, body=body: (status, body.encode()))
+        file = tmp_path / "a.jsonl"
+        message = ""
+        try:
+            ask(url, file, segments, rows=1, key=key, retries=0)
+        except UserError as error:
+            message = str(error)
+        assert (status == 200) == (message == "")
+        stored = rejected_file(file).read_text() if status == 200 else ""
+        assert "***" in message + stored and "secret" not in message + stored
+        rejected_file(file).unlink(missing_ok=True)
+
+
 def test_a_server_that_refuses_everything_is_a_mistake_of_the_settings(
     serve: Serve, segments: SegmentTexts, tmp_path: Path
 ) -> None:
@@ -383,6 +404,30 @@ def test_a_last_line_without_an_end_is_kept_if_it_is_whole(
     with pytest.raises(UserError, match=r"a\.jsonl:1: segment is 'one'"):
         ask(url, file, segments, rows=1)
     assert file.read_text() == '{"item_id": 0, "segment": "one"}\n', "a person's line is not removed"
+
+
+@pytest.mark.parametrize("content", [b"notes\nmore notes", b'{\n "hidden": 8\n}', b"\x93NUMPY\x01\x00v", b"[1, 2]"])
+def test_another_file_that_was_named_by_mistake_is_refused_and_stays(
+    content: bytes, serve: Serve, segments: SegmentTexts, tmp_path: Path
+) -> None:
+    url, served = serve(good)
+    file = tmp_path / "model.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.jsonl:1: "):
+        ask(url, file, segments, rows=1)
+    assert file.read_bytes() == content and not served.asked
+
+
+@pytest.mark.parametrize("torn", [b'{"it', b'{"item_id": 0, "seg', b"\0" * 9, b'{"item_id": 0, "se\0\0'])
+def test_the_beginning_of_a_line_that_a_killed_run_has_left_is_removed(
+    torn: bytes, serve: Serve, segments: SegmentTexts, tmp_path: Path
+) -> None:
+    url, _ = serve(good)
+    file = tmp_path / "a.jsonl"
+    ask(url, file, segments, rows=1)
+    whole = file.read_bytes()
+    file.write_bytes(whole + torn)
+    assert ask(url, file, segments, rows=1) == AnswerCounts(earlier=2) and file.read_bytes() == whole
 
 
 def test_two_processes_cannot_write_one_file(serve: Serve, segments: SegmentTexts, tmp_path: Path) -> None:

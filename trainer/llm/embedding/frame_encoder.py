@@ -38,6 +38,7 @@ class FrameSegmentEncoder:
         texts: encoder of segments without frames.
         directory: directory of the model, with the settings of its image processor.
         frames: directory that paths of frames are relative to.
+        tokens: maximum tokens of a segment, its frames and its text together.
 
     Attributes:
         dim: width of a vector.
@@ -46,8 +47,10 @@ class FrameSegmentEncoder:
         UserError: the model's image processor cannot be read.
     """
 
-    def __init__(self, encoder: Encoder, texts: TextSegmentEncoder, directory: Path, frames: Path) -> None:
-        self._encoder, self._texts, self._frames = encoder, texts, frames
+    def __init__(
+        self, encoder: Encoder, texts: TextSegmentEncoder, directory: Path, frames: Path, *, tokens: int
+    ) -> None:
+        self._encoder, self._texts, self._frames, self._most = encoder, texts, frames, tokens
         self.dim = encoder.dim
         self._processor = _read_processor(directory)
         config = encoder.model.config
@@ -70,13 +73,37 @@ class FrameSegmentEncoder:
             vectors[plain] = self._texts.encode([texts[row] for row in plain], [()] * len(plain))[0]
         for row, names in enumerate(frames):
             if names:
+                text = self._texts.tokens([texts[row]])[0]
                 try:
-                    images = [read_frame(self._frames, name) for name in names]
+                    images = self._read(names, self._most - len(text))
                 except FrameError as error:
                     reasons[row] = str(error)
                     continue
-                vectors[row] = self._vector(self._texts.tokens([texts[row]])[0], images)
+                vectors[row] = self._vector(text, images)
         return vectors, reasons
+
+    def _read(self, names: Sequence[str], most: int) -> list[np.ndarray]:
+        """Return the pixels of frames that have at most so many tokens together.
+
+        Raises:
+            FrameError: a frame cannot be used, or they have more tokens, which might not fit into memory.
+        """
+        images, tokens = [], 0
+        for name in names:
+            images.append(read_frame(self._frames, name))
+            try:
+                patches = self._processor.get_number_of_image_patches(*images[-1].shape[1:])
+            except ValueError as error:
+                # Such as a picture that is much wider than high.
+                raise FrameError(f"frame {name!a:.200}: {one_line(error):.200}") from None
+            # Two marks stand around each frame.
+            tokens += patches // self._processor.merge_size**2 + 2
+            if tokens > most:
+                raise FrameError(
+                    f"frame {name!a:.200}: with it the segment has more than {self._most:,} tokens (embed.tokens); "
+                    "send fewer or smaller frames"
+                )
+        return images
 
     @torch.inference_mode()
     def _vector(self, text: list[int], images: list[np.ndarray]) -> np.ndarray:

@@ -40,6 +40,6 @@ def open_segment_encoder(
     texts, origin = TextSegmentEncoder(setup.encoder, template, **limits), setup.origin("segments")
     if not follow.frames:
         return texts, origin
-    encoder = FrameSegmentEncoder(setup.encoder, texts, base.directory, Path(follow.frames))
+    encoder = FrameSegmentEncoder(setup.encoder, texts, base.directory, Path(follow.frames), tokens=config.embed.tokens)
     # Vectors with frames are others than those of the texts alone.
     return encoder, replace(origin, hash=hash_of(origin.hash, "frames", read_limited(base.directory / PROCESSOR)))

@@ -63,6 +63,8 @@ QUESTIONS = 10
 MAX_REFUSALS = 20
 """Requests in a row that an endpoint may refuse before any was answered; more are a mistake in the settings."""
 
+_FIRST_BYTES = b'{"item_id": '
+"""Beginning of each line that is written here."""
 _KEPT_CHARACTERS = 4_000
 _JSON_TRIES = 50
 
@@ -442,7 +444,10 @@ def _append(file: BinaryIO, lines: Iterable[str]) -> None:
 
 
 def _end_last_line(path: Path, file: BinaryIO, whole: Callable[[bytes], bool]) -> None:
-    """Complete the last line of a file if it has no end: a whole entry gets one, another one is removed."""
+    """Complete the last line of a file if it has no end: a whole entry gets one, the beginning of one is removed.
+
+    Anything else stays, since the file may be another one that was named by mistake; its reader refuses it.
+    """
     size = os.fstat(file.fileno()).st_size
     with open_regular(path) as stored:
         stored.seek(max(0, size - MAX_LINE_BYTES))
@@ -450,9 +455,11 @@ def _end_last_line(path: Path, file: BinaryIO, whole: Callable[[bytes], bool]) -
     last = tail[tail.rfind(b"\n") + 1 :]
     if not last:
         return
+    # After a power failure, the last blocks of a file may be zeros.
+    written = last.rstrip(b"\0")
     if whole(last):
         _append(file, ["\n"])
-    else:
+    elif written.startswith(_FIRST_BYTES) or _FIRST_BYTES.startswith(written):
         file.truncate(size - len(last))
 
 

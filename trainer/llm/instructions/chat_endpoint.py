@@ -137,7 +137,7 @@ class ChatEndpoint:
         while True:
             tries += 1
             try:
-                return _text(self._post(body.encode()))
+                return self._text(self._post(body.encode()))
             except _TryAgain as error:
                 if tries > self.retries or stop.is_set():
                     raise EndpointDown(f"{self._hide(str(error))}, after {tries} tries") from None
@@ -179,7 +179,7 @@ class ChatEndpoint:
         except (OSError, http.client.HTTPException) as error:
             if late.is_set() or isinstance(error, TimeoutError):
                 raise _TryAgain(f"no answer in {self.timeout_seconds:g} s") from None
-            raise _TryAgain(one_line(error)[:200]) from None
+            raise _TryAgain(self._hide(one_line(error))[:200]) from None
         finally:
             if timer is not None:
                 timer.cancel()
@@ -189,7 +189,7 @@ class ChatEndpoint:
             if len(content) > MAX_ANSWER_BYTES:
                 raise UnusableAnswer(f"has more than {MAX_ANSWER_BYTES:,} bytes")
             return content
-        reason = self._hide(f"HTTP {status}{_reason(content)}")
+        reason = self._hide(f"HTTP {status}{_reason(self._without_key(content))}")
         if status in _AGAIN or status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
             raise _TryAgain(reason, _retry_after(response.getheader("Retry-After")))
         if status in _REFUSED:
@@ -199,6 +199,31 @@ class ChatEndpoint:
     def _hide(self, reason: str) -> str:
         """Return a reason without the key, which some servers repeat."""
         return reason.replace(self.key, "***") if self.key else reason
+
+    def _without_key(self, content: bytes) -> bytes:
+        """Return a response without the key, also as JSON may write it. It comes before any cut through the key."""
+        for key in {self.key, json.dumps(self.key)[1:-1], self.key.replace("/", "\\/")} - {""}:
+            content = content.replace(key.encode(), b"***")
+        return content
+
+    def _text(self, content: bytes) -> str:
+        """Return the text of a response.
+
+        Raises:
+            UnusableAnswer: there is none, or it was cut.
+        """
+        try:
+            choice = json.loads(content)["choices"][0]
+            text = choice["message"]["content"]
+            ended = choice.get("finish_reason")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            shown = self._without_key(content)[:2000].decode(errors="replace")
+            raise UnusableAnswer("the response is no chat completion", shown) from None
+        if not isinstance(text, str) or not text.strip():
+            raise UnusableAnswer("the answer has no text")
+        if ended == "length":
+            raise UnusableAnswer("the answer was cut by the endpoint's limit of tokens", text)
+        return text
 
 
 def _shut(connection: socket.socket, late: threading.Event) -> None:
@@ -216,25 +241,6 @@ def _content(prompt: str, images: Sequence[str]) -> Any:
         return prompt
     pictures = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return [{"type": "text", "text": prompt}, *pictures]
-
-
-def _text(content: bytes) -> str:
-    """Return the text of a response.
-
-    Raises:
-        UnusableAnswer: there is none, or it was cut.
-    """
-    try:
-        choice = json.loads(content)["choices"][0]
-        text = choice["message"]["content"]
-        ended = choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise UnusableAnswer("the response is no chat completion", content[:2000].decode(errors="replace")) from None
-    if not isinstance(text, str) or not text.strip():
-        raise UnusableAnswer("the answer has no text")
-    if ended == "length":
-        raise UnusableAnswer("the answer was cut by the endpoint's limit of tokens", text)
-    return text
 
 
 def _reason(content: bytes) -> str:
