@@ -4,9 +4,9 @@
     limelight quantize refresh configs/quantize.toml --from data/codebooks/first codebook.directory=data/codebooks/next
     torchrun --nproc-per-node 2 -m trainer.quantize configs/quantize.toml codebook.seed=2
 
-The version has the same bits on any number of ranks. The same command again continues a fit that was killed after its
-last pass. With ``--from`` the fit starts from the centroids of an old version, and its codes are numbered so that as
-many segments as possible keep theirs.
+The centroids have the same bits on any number of ranks. The same command again continues a fit that was killed after
+its last pass. With ``--from`` the fit starts from the centroids of an old version, and its codes are numbered so that
+as many segments as possible keep theirs.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_an_empty_range_is_a_file_without_rows(world: Path, version: CodebookVer
     assert len(assigned(version, world, until_ms=START_MS)) == 0
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e16, 0.0])
 def test_bad_vectors_are_counted_and_leave_the_old_file(
     value: float, world: Path, version: CodebookVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:

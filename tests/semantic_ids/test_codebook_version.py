@@ -157,9 +157,9 @@ def test_vectors_of_another_kind_are_refused(tmp_path: Path) -> None:
         version.check_vectors("table", 4, replace(ORIGIN, hash="ef"))
     with pytest.raises(UserError, match=r"takes vectors of shape \(n, 4\), these have \(2, 5\)"):
         version.encode(np.ones((2, 5)))
-    vectors = np.ones((4, 4), np.float32)
-    vectors[1], vectors[2, 3], vectors[3, 0] = 0, np.nan, np.inf
-    with pytest.raises(UserError, match=r"3 of 4 vectors are not finite or zero"):
+    vectors = np.ones((5, 4), np.float32)
+    vectors[1], vectors[2, 3], vectors[3, 0], vectors[4, 2] = 0, np.nan, np.inf, -1e16
+    with pytest.raises(UserError, match=r"4 of 5 vectors are not finite, above 1e\+15, or zero"):
         version.encode(vectors)
     with pytest.raises(UserError, match=r"codes.parquet: is of the codebook version '5x3-1', .* is 5x3-"):
         version.check_name("codes.parquet", "5x3-1")

@@ -129,6 +129,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_two_ranks_with_any_shares_give_the_bits_of_one(name: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     # Half of the vectors are there twice, so that codes are without vectors and revived.
     vectors = np.concatenate([blobs(500, seed=4)] * 2)
+    vectors[::3, 2] = -0.0
     np.save(tmp_path / "v.npy", vectors)
     options = dict(SETTINGS[name])
     alone = hash_of(fitted(vectors, KMeansSettings(tuple(options.pop("codes")), **options)))
@@ -217,6 +218,22 @@ def test_codes_without_vectors_are_revived_from_the_worst_served_vectors() -> No
     assert same.history[0][-1] == (0.0, 0, 0)
 
 
+def test_the_worst_served_vectors_do_not_depend_on_the_order() -> None:
+    distances, numbers = np.array([2.0, 3.0, 0.0, 2.0, 2.0, 1.0]), np.array([7, 6, 5, 2, 4, 1])
+    kept = (np.empty(0), np.empty(0, np.int64))
+    for part in np.split(np.arange(6), 6):
+        kept = kmeans._larger(kept, distances[part], numbers[part], 3)
+    assert kept[0].tolist() == [3.0, 2.0, 2.0] and kept[1].tolist() == [6, 2, 4]
+
+
+def test_a_start_has_no_negative_zeros() -> None:
+    vectors = blobs(50)
+    vectors[:, 3] = -0.0
+    for start in ("random", "k-means++"):
+        level = fitted(vectors, KMeansSettings((40,), iterations=0, start=start)).codebook.levels[0]
+        assert not level[:, 3].signbit().any()
+
+
 def test_fewer_distinct_vectors_than_centroids_are_refused_with_both_numbers() -> None:
     with pytest.raises(UserError, match="table: 10 distinct vectors for 11 centroids"):
         fitted(np.repeat(blobs(10), 3, 0), KMeansSettings((11,)))
@@ -233,9 +250,11 @@ def test_vectors_that_are_not_finite_or_zero_are_counted_and_refused(dtype: str)
         fitted(vectors, KMeansSettings((4,)))
 
 
-def test_vectors_that_are_too_large_are_refused() -> None:
+def test_vectors_that_are_too_large_or_too_small_are_refused() -> None:
     with pytest.raises(UserError, match="an element above 1e"):
         fitted(blobs(50) * np.float32(1e20), KMeansSettings((4,)))
+    with pytest.raises(UserError, match="all vectors have elements below 1e-12"):
+        fitted(blobs(50) * np.float32(1e-15), KMeansSettings((4,)))
 
 
 def test_a_warm_start_of_another_shape_is_refused() -> None:

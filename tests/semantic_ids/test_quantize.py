@@ -204,6 +204,19 @@ def test_zero_vectors_are_counted_and_refused(segment: int, job: Path, quantize:
     assert sorted(path.name for path in job.parent.iterdir()) == ["job.toml", "world"]
 
 
+def test_a_link_to_nothing_is_refused_before_the_fit(job: Path, quantize: Quantize) -> None:
+    (job.parent / "first").symlink_to("nowhere")
+    with pytest.raises(UserError, match="first: exists already"):
+        quantize("first", "codebook.iterations=1000000", "codebook.tolerance=0")
+    assert not (job.parent / "first.fit").exists()
+
+
+def test_a_held_out_range_without_segments_is_said(quantize: Quantize, caplog: pytest.LogCaptureFixture) -> None:
+    version = quantize("first", "codebook.levels=[2]", "codebook.iterations=1", "data.eval_from=2034-01-01")
+    assert version.report() is None
+    assert "no segment became known in the held-out range; there is no report" in caplog.text
+
+
 def test_an_old_version_of_another_model_is_refused(job: Path, quantize: Quantize) -> None:
     quantize("first")
     write_vectors(job.parent / "world", world_vectors(ROOMS, SEGMENTS), model="other")

@@ -22,7 +22,9 @@ from trainer.semantic_ids.segments import UNKNOWN_AUTHOR, SegmentVectors, TimeRa
 
 
 def test_vectors_by_row_number(tmp_path: Path) -> None:
-    write_segments(tmp_path, np.array([9, 4, 9, 8]), np.array([70, 50, 60, 40]), {4: 1, 9: 2, 5: 3})
+    write_segments(tmp_path, np.array([9, 4, 9, 8]), np.array([70, 50, 60, 40]), {4: 1, 9: 2, 5: 3, 8: 4})
+    items = pa.table({"item_id": [4, 9, 5, 8], "author_id": pa.array([1, 2, 3, None], pa.int64())})
+    pq.write_table(items, tmp_path / "items.parquet")
     write_vectors(tmp_path, world_vectors(1, 3), np.array([0, 1, 3]))
     segments = SegmentVectors.open(str(tmp_path))
     assert segments.item_id.tolist() == [9, 4, 8] and segments.author_id.tolist() == [2, 1, UNKNOWN_AUTHOR]
@@ -98,8 +100,9 @@ def test_ranges_of_time_are_in_the_time_zone_of_the_dataset(tmp_path: Path) -> N
     fit, held_out = segments.ranges(data_config(fit_until="2024-03-04T08:00+08:00"))
     assert fit == TimeRange(0, START_MS) and held_out is not None and held_out.from_ms == START_MS
     assert segments.ranges(data_config(fit_from="2024-03-04"))[1] is None
-    fit, held_out = segments.ranges(data_config(eval_from="2024-03-03", eval_until="2024-03-04"))
-    assert fit == TimeRange() and held_out == TimeRange(START_MS - 86_400_000, START_MS)
+    earlier = data_config(fit_from="2024-03-04", eval_from="2024-03-03", eval_until="2024-03-04")
+    fit, held_out = segments.ranges(earlier)
+    assert fit == TimeRange(START_MS) and held_out == TimeRange(START_MS - 86_400_000, START_MS)
     for keys in (
         {"fit_from": "2024-03-04", "fit_until": "2024-03-04"},
         {"eval_from": "2024-03-05", "eval_until": "2024-03-04"},
@@ -108,6 +111,23 @@ def test_ranges_of_time_are_in_the_time_zone_of_the_dataset(tmp_path: Path) -> N
             segments.ranges(data_config(**keys))
     with pytest.raises(UserError, match=r"--until = '2024-03-04' must be later than --from"):
         segments.time_range("2024-03-04", "2024-03-04")
+    assert segments.time_range("1960-01-01", "1970-01-01T00:01") == TimeRange(0, 60_000)
+    with pytest.raises(UserError, match=r"--until = '1970-01-01' must be later than --from"):
+        segments.time_range("1960-01-01", "1970-01-01")
+
+
+def test_a_held_out_range_does_not_overlap_the_fit(tmp_path: Path) -> None:
+    segments = SegmentVectors.open(str(write_world(tmp_path, rooms=2, segments=3)))
+    for keys in (
+        {"fit_until": "2024-03-05", "eval_from": "2024-03-04T23:59:59.999"},
+        {"fit_from": "2024-03-05", "eval_from": "2024-03-01"},
+        {"eval_from": "2024-03-05"},
+        {"fit_from": "2024-03-04", "eval_from": "2024-03-03", "eval_until": "2024-03-04T00:00:00.001"},
+    ):
+        with pytest.raises(UserError, match=r"data.eval_from = '2024-03-\S+': the held-out range overlaps"):
+            segments.ranges(data_config(**keys))
+    fit, held_out = segments.ranges(data_config(fit_until="2024-03-05", eval_from="2024-03-05"))
+    assert held_out is not None and held_out.from_ms == fit.until_ms
 
 
 def test_a_dataset_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
@@ -129,9 +149,18 @@ def test_a_dataset_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "segments.parquet")
     pq.write_table(table.drop_columns(["known_ms"]), tmp_path / "segments.parquet")
     assert "segments.parquet: has no known_ms" in message()
-    empty = table.set_column(1, "known_ms", pa.array([None] + [1] * 5, pa.int64()))
-    pq.write_table(empty, tmp_path / "segments.parquet")
-    assert "column 'known_ms' has 1 empty values" in message()
+    known_ms = table["known_ms"].to_numpy()
+    for values, expected in (
+        (pa.array([None] + [1] * 5, pa.int64()), "column 'known_ms' has 1 empty values"),
+        (pa.array([1.5] * 6), "column 'known_ms' is of the type double; whole numbers are accepted"),
+        (pa.array(known_ms).cast(pa.timestamp("ms")), "is of the type timestamp[ms]"),
+        (pa.array([-1] * 6), "known_ms is -1; 0 or more is accepted"),
+    ):
+        pq.write_table(table.set_column(1, "known_ms", values), tmp_path / "segments.parquet")
+        assert expected in message()
+    early = table.append_column("start_ms", pa.array(known_ms - 30_000 + (np.arange(6) == 4)))
+    pq.write_table(early, tmp_path / "segments.parquet")
+    assert "segments.parquet: row 4: known_ms is" in message() and "before the end of the segment" in message()
     (tmp_path / "segments.parquet").unlink()
     assert "segments.parquet: no such file, so the rooms of the vectors are not known" in message()
     (tmp_path / "embeddings/segments/manifest.json").write_text(json.dumps({"version": 1}))

@@ -37,7 +37,9 @@ class QuantizeDataConfig(Section):
         "",
         description="End of the range of fitting; a segment that becomes known at this time is left out. Empty: none.",
     )
-    eval_from: str = Field("", description="Start of the held-out range. Empty: `fit_until`.")
+    eval_from: str = Field(
+        "", description="Start of the held-out range, which must not overlap the range of fitting. Empty: `fit_until`."
+    )
     eval_until: str = Field("", description="End of the held-out range. Empty: none.")
 
 

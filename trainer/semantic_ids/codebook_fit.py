@@ -73,6 +73,8 @@ class FitData:
         held_out = np.empty(0, np.int64) if held_out_times is None else segments.rows(held_out_times)
         if len(held_out):
             world.on_first_rank(lambda: hash_vectors(segments, held_out))
+        elif held_out_times is not None and world.rank == 0:
+            logger.warning(f"{segments.table.path}: no segment became known in the held-out range; there is no report")
         fitted = FittedVectors(
             dataset=config.data.path,
             table=config.data.vectors or storage.join(config.data.path, SEGMENT_VECTORS),
@@ -97,6 +99,7 @@ def finished_version(
         UserError: something else is at its place.
     """
     if not directory.exists():
+        check_new(directory)
         return None
     version = CodebookVersion.open(directory)
     stored = version.manifest

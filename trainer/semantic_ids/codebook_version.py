@@ -34,6 +34,7 @@ from trainer.data.format.content_vectors import Origin
 from trainer.runtime.checksums import CHECKSUMS, verify_checksums, write_checksums
 from trainer.runtime.files import sync, write_json, write_whole
 from trainer.runtime.stored_files import file_inside, load_array, read_json_object
+from trainer.semantic_ids.vector_source import LARGEST_MAGNITUDE, find_finite
 
 FORMAT = 1
 MANIFEST = "codebook.json"
@@ -191,15 +192,16 @@ class CodebookVersion:
         """Return codes ``[n, levels] int32`` and squared errors ``[n] float32`` of vectors ``[n, dim]``.
 
         Raises:
-            UserError: the vectors have another dimension, or one is not finite or zero.
+            UserError: the vectors have another dimension, or one is not finite, too large, or zero.
         """
         vectors = np.asarray(vectors, np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise UserError(f"{self.path}: takes vectors of shape (n, {self.dim}), these have {vectors.shape}")
-        bad = int((~np.isfinite(vectors).all(axis=1) | ~vectors.any(axis=1)).sum())
+        bad = int((~find_finite(vectors) | ~vectors.any(axis=1)).sum())
         if bad:
             raise UserError(
-                f"{self.path}: {bad:,} of {len(vectors):,} vectors are not finite or zero; such a vector has no code"
+                f"{self.path}: {bad:,} of {len(vectors):,} vectors are not finite, above {LARGEST_MAGNITUDE:g}, or "
+                "zero; such a vector has no code"
             )
         codes, error = self.codebook.encode(torch.from_numpy(np.ascontiguousarray(vectors)))
         return codes.numpy(), error.numpy()

@@ -31,13 +31,19 @@ from trainer.runtime.distributed import World
 from trainer.semantic_ids.fixed_point import FixedPoint, magnitude_of
 from trainer.semantic_ids.kmeans_start import draw_numbers, mixed, plus_plus
 from trainer.semantic_ids.kmeans_state import FitState, read_state, write_state
-from trainer.semantic_ids.vector_source import VectorSource, check_dim, check_vectors, chunks, hash_rows
+from trainer.semantic_ids.vector_source import (
+    LARGEST_MAGNITUDE,
+    VectorSource,
+    check_dim,
+    check_vectors,
+    chunks,
+    hash_rows,
+)
 
 Start = Literal["random", "k-means++", "warm"]
 
-LARGEST_MAGNITUDE = 1e15
-"""Largest element of a vector: squares of norms stay finite in float32."""
-
+LEAST_MAGNITUDE = 1e-12
+"""Smallest value of the largest element of all vectors: squared distances stay above zero in float32."""
 
 BLOCK = 256
 """Neighbouring vectors of a mini-batch that are read together."""
@@ -179,7 +185,10 @@ class _Fitting:
             )
         if self.world.max(int(found.largest > LARGEST_MAGNITUDE)):
             raise UserError(f"{self.source.name}: a vector has an element above {LARGEST_MAGNITUDE:g}; scale them down")
-        return self.world.max(magnitude_of(found.largest)), self.world.sum(found.weight)
+        magnitude = self.world.max(magnitude_of(found.largest))
+        if magnitude < magnitude_of(LEAST_MAGNITUDE):
+            raise UserError(f"{self.source.name}: all vectors have elements below {LEAST_MAGNITUDE:g}; scale them up")
+        return magnitude, self.world.sum(found.weight)
 
     def _resume(self) -> FitState:
         file, state = self.state_file, None
@@ -336,7 +345,8 @@ class _Fitting:
         own = own[np.argsort(numbers[own], kind="stable")]
         result = torch.zeros((len(numbers), self.source.dim))
         if len(own):
-            result[own] = self._residuals(self.source.read(numbers[own])[0], before).cpu()
+            # A sum over ranks makes 0.0 of -0.0; adding 0.0 does so on one rank, too.
+            result[own] = self._residuals(self.source.read(numbers[own])[0], before).cpu() + 0.0
         if self.world.size > 1:
             # Every row comes from one rank and is zero elsewhere, so the sum is exact.
             dist.all_reduce(result, group=self.world.control)
@@ -427,8 +437,8 @@ def _larger(
     kept: tuple[np.ndarray, np.ndarray], distances: np.ndarray, numbers: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keep the ``count`` largest distances and their numbers; of equal ones the lower numbers."""
-    least = kept[0].min() if len(kept[0]) >= count else 0.0
-    new = distances > least
+    # Mini-batches come in any order, so a lower number with the smallest distance may come later.
+    new = distances >= kept[0].min() if len(kept[0]) >= count else distances > 0
     distance, number = np.concatenate((kept[0], distances[new])), np.concatenate((kept[1], numbers[new]))
     if len(distance) > count:
         order = np.lexsort((number, -distance))[:count]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from trainer.config.load import parse_time
 from trainer.config.quantize import QuantizeDataConfig
@@ -26,9 +27,9 @@ from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.format.text_schema import read_texts, segment_ids
+from trainer.data.format.text_schema import read_texts, segment_ids, with_known_ms
 from trainer.semantic_ids.code_store import GAP_MS
-from trainer.semantic_ids.vector_source import StoredVectors, chunks
+from trainer.semantic_ids.vector_source import LARGEST_MAGNITUDE, StoredVectors, chunks, find_finite
 
 SEGMENTS = "segments.parquet"
 TEXT_SEGMENTS = "texts/segments.parquet"
@@ -51,7 +52,7 @@ class BadVectors(NamedTuple):
     """Numbers of vectors that no codebook takes, and the id of the first one.
 
     Attributes:
-        not_finite: vectors with NaN or infinity.
+        not_finite: vectors with NaN, infinity, or an element above ``LARGEST_MAGNITUDE``.
         zero: vectors of length 0.
         first_id: id of the first of them; -1 if there is none.
     """
@@ -74,7 +75,8 @@ class BadVectors(NamedTuple):
         if self.not_finite or self.zero:
             raise UserError(
                 f"{place}: {self.not_finite:,} of {count:,} vectors are not finite and {self.zero:,} are zero, the "
-                f"first is that of segment {self.first_id}; a codebook takes finite vectors that are not zero"
+                f"first is that of segment {self.first_id}; a codebook takes finite vectors that are not zero, "
+                f"with elements up to {LARGEST_MAGNITUDE:g}"
             )
 
 
@@ -160,23 +162,30 @@ class SegmentVectors:
         """Return the ranges of fitting and of evaluation; None if nothing is held out.
 
         Raises:
-            UserError: a time is no ISO time, or a range ends before it begins.
+            UserError: a time is no ISO time, a range ends before it begins, or a segment would be in both.
         """
 
         fit = self._range(("data.fit_from", data.fit_from, 0), ("data.fit_until", data.fit_until, NO_LIMIT_MS))
         if not data.eval_from and not data.fit_until:
             return fit, None
         end = ("data.eval_until", data.eval_until, NO_LIMIT_MS)
-        return fit, self._range(("data.eval_from", data.eval_from, fit.until_ms), end)
+        held_out = self._range(("data.eval_from", data.eval_from, fit.until_ms), end)
+        if held_out.from_ms < fit.until_ms and fit.from_ms < held_out.until_ms:
+            raise UserError(
+                f"data.eval_from = {data.eval_from!r}: the held-out range overlaps the range of the fit, which ends at "
+                f"data.fit_until = {data.fit_until!r}; begin it there or later"
+            )
+        return fit, held_out
 
     def _range(self, begin: tuple[str, str, int], end: tuple[str, str, int]) -> TimeRange:
         """Return a range from the key, the text and the default of its begin and of its end."""
         from_ms, until_ms = (
             parse_time(text, self.timezone, key) if text else default for key, text, default in (begin, end)
         )
-        if from_ms >= until_ms:
+        if from_ms >= until_ms or until_ms <= 0:
             raise UserError(f"{end[0]} = {end[1]!r} must be later than {begin[0]}, the begin of the range")
-        return TimeRange(from_ms, until_ms)
+        # No segment is known before 1970.
+        return TimeRange(max(0, from_ms), until_ms)
 
     def neighbours(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return positions in ``rows`` of the pairs of neighbouring segments of a room: the earlier and the later one.
@@ -224,7 +233,7 @@ def require_segments(segments: SegmentVectors, times: TimeRange, levels: tuple[i
 
 def find_bad_vectors(ids: np.ndarray, vectors: np.ndarray) -> BadVectors:
     """Count the vectors ``[n, dim]`` that are not finite or zero; ``ids [n]`` are those of their segments."""
-    finite = np.isfinite(vectors).all(axis=1)
+    finite = find_finite(vectors)
     zero = ~vectors.any(axis=1)
     bad = ~finite | zero
     return BadVectors(int((~finite).sum()), int(zero.sum()), int(ids[np.argmax(bad)]) if bad.any() else -1)
@@ -239,17 +248,33 @@ def _segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 f"{place}: has no known_ms, the time from which a segment is known; datasets of `limelight data "
                 "simulate --segment-vectors` and `limelight data import kuailive-m3` have it"
             )
-        table = read_table(files, SEGMENTS, ["item_id", "known_ms"])
+        table = read_table(files, SEGMENTS, ["item_id", "known_ms"], ["start_ms"])
     except FileNotFoundError:
         raise UserError(
             f"{place}: no such file, so the rooms of the vectors are not known; `limelight data simulate "
             "--segment-vectors` and `limelight data import kuailive-m3` make it"
         ) from None
-    for name in ("item_id", "known_ms"):
-        if table[name].null_count:
-            raise UserError(f"{place}: column {name!r} has {table[name].null_count:,} empty values; it must have none")
-    item_id, known_ms = (table[name].to_numpy().astype(np.int64) for name in ("item_id", "known_ms"))
+    columns = {name: _whole_numbers(table, name, place) for name in table.column_names}
+    if "start_ms" in columns:
+        with_known_ms(pa.table(columns), place)
+    item_id, known_ms = columns["item_id"], columns["known_ms"]
+    if len(known_ms) and known_ms.min() < 0:
+        raise UserError(f"{place}: known_ms is {known_ms.min()}; 0 or more is accepted, milliseconds since 1970")
     return np.arange(len(item_id)), item_id, known_ms
+
+
+def _whole_numbers(table: pa.Table, name: str, place: str) -> np.ndarray:
+    """Return a column ``[n] int64``.
+
+    Raises:
+        UserError: it has empty values or other types.
+    """
+    column = table[name]
+    if column.null_count:
+        raise UserError(f"{place}: column {name!r} has {column.null_count:,} empty values; it must have none")
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{place}: column {name!r} is of the type {column.type}; whole numbers are accepted")
+    return column.to_numpy().astype(np.int64)
 
 
 def _text_segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -269,7 +294,11 @@ def _authors(files: DatasetFiles, item_id: np.ndarray) -> np.ndarray:
             table = read_table(files, name, ["item_id", "author_id"])
         except FileNotFoundError:
             continue
-        items, authors = (table[column].to_numpy() for column in ("item_id", "author_id"))
+        # An item without an author is as unknown as an item that is not there.
+        table = table.set_column(1, "author_id", table["author_id"].fill_null(UNKNOWN_AUTHOR))
+        items, authors = (
+            _whole_numbers(table, column, storage.join(files.path, name)) for column in table.column_names
+        )
         order = np.argsort(items, kind="stable")
         row = _rows_of(items[order], item_id)
         return np.where(row >= 0, authors[order][row], UNKNOWN_AUTHOR).astype(np.int64)

@@ -21,6 +21,10 @@ SCATTERED_ROWS = 512
 each of them, too: 64 KiB, so that 40,000 vectors would map a file of 2.5 GB."""
 
 
+LARGEST_MAGNITUDE = 1e15
+"""Largest element of a vector that a codebook takes: squares of norms stay finite in float32."""
+
+
 class VectorChunk(NamedTuple):
     """Neighbouring vectors of a source: number of the first one, ``[m, dim]`` values, ``[m] int64`` weights."""
 
@@ -192,6 +196,12 @@ def check_vectors(source: VectorSource, first: int, stop: int) -> Checked:
         largest = max(largest, float(top[finite].max(initial=0)))
         weight += int(chunk.weights.sum())
     return Checked(not_finite, zero, largest, weight)
+
+
+def find_finite(vectors: np.ndarray) -> np.ndarray:
+    """Return a mask ``[n]`` of the vectors whose elements are finite and at most ``LARGEST_MAGNITUDE``."""
+    largest = vectors.dtype.type(min(LARGEST_MAGNITUDE, float(np.finfo(vectors.dtype).max)))
+    return (np.abs(vectors) <= largest).all(axis=1)
 
 
 def check_dim(name: str, found: int, wanted: int) -> None:
