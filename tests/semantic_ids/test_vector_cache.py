@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.semantic_ids.cached_segments import (
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import Origin
 from trainer.semantic_ids import vector_cache
-from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache, part_files
+from trainer.semantic_ids.vector_cache import AuthorSums, CachePart, CacheRecord, CacheSettings, VectorCache, part_files
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
 
 __all__ = ["no_waits_for_the_disk"]
@@ -189,6 +190,32 @@ def test_old_parts_go_and_stay_in_the_mean(tmp_path: Path) -> None:
                 read(np.array([0]), np.array([10_000]))
     with open_cache(tmp_path, keep_ms=24_000) as cache:
         assert (cache.sequence, cache.position) == (100, {"place": 297})
+
+
+def test_the_sums_of_all_authors_are_copied_once_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy for each record of a part would stop the job for minutes, and then it would drop segments."""
+    copies: list[int] = []
+    plus = AuthorSums.plus
+
+    def counted(self: AuthorSums, part: CachePart, records: Sequence[CacheRecord]) -> AuthorSums:
+        copies.append(len(records))
+        return plus(self, part, records)
+
+    monkeypatch.setattr(AuthorSums, "plus", counted)
+    # Authors in an order that is not that of their numbers, and with two segments in a record.
+    rows = [(number * 7 % 5, number % 5, number, 2 * number) for number in range(1800)]
+    with open_cache(tmp_path, keep_ms=2_400) as cache:
+        for first in range(0, len(rows), 6):
+            append(cache, rows[first : first + 6])
+    sums = AuthorSums.read(tmp_path, DIM)
+    removed = rows[: 6 * sums.sequence]
+    assert len(removed) > 500 and sum(copies) == sums.sequence > 3 * len(copies)
+    total = np.zeros((5, DIM))
+    for row, vector in zip(removed, vectors_of(entries_of(removed)), strict=True):
+        total[row[0]] += vector
+    assert sums.author.tolist() == [*range(5)] and sums.sum.tobytes() == total.tobytes()
+    assert sums.count.tolist() == [sum(row[0] == author for row in removed) for author in range(5)]
+    assert sums.removed_ms.tolist() == [max(row[3] for row in removed if row[0] == author) for author in range(5)]
 
 
 def test_a_kill_between_the_sums_and_the_removal_counts_no_segment_twice(

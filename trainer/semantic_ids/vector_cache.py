@@ -27,7 +27,7 @@ import re
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -322,27 +322,30 @@ class AuthorSums:
             )
         sync(directory)
 
-    def plus(self, sequence: int, entries: np.ndarray, vectors: np.ndarray) -> AuthorSums:
-        """Return the sums with further segments, which are added in their order.
+    def plus(self, part: CachePart, records: Sequence[CacheRecord]) -> AuthorSums:
+        """Return the sums with the segments of further records, which are added in their order.
+
+        The sums of all authors are copied once for all records, as there may be many of both.
 
         Args:
-            sequence: their last record.
-            entries: ``[n]`` of ``ENTRY``.
-            vectors: ``[n, dim]``.
+            part: file of the records.
+            records: at least one, after those that the sums contain.
         """
-        if not len(entries):
-            return AuthorSums(sequence, self.newest_ms, self.author, self.count, self.removed_ms, self.sum)
+        entries = np.concatenate([record.entries for record in records])
         author = np.union1d(self.author, entries["author"])
         old, new = np.searchsorted(author, self.author), np.searchsorted(author, entries["author"])
         count, removed_ms = np.zeros(len(author), np.int64), np.full(len(author), -1, np.int64)
-        total = np.zeros((len(author), vectors.shape[1]))
+        total = np.zeros((len(author), self.sum.shape[1]))
         count[old], removed_ms[old], total[old] = self.count, self.removed_ms, self.sum
         np.add.at(count, new, 1)
         np.maximum.at(removed_ms, new, entries["known_ms"])
-        # Unbuffered and in order, so that the sums have the same bits however the segments are divided.
-        np.add.at(total, new, vectors.astype(np.float64))
-        newest_ms = max(self.newest_ms, int(entries["known_ms"].max()))
-        return AuthorSums(sequence, newest_ms, author, count, removed_ms, total)
+        rows = iter(new.tolist())
+        for record in records:
+            # One after the other, so that the sums have the same bits however the segments are divided.
+            for vector in part.vectors(record):
+                total[next(rows)] += vector
+        newest_ms = max(self.newest_ms, int(entries["known_ms"].max(initial=-1)))
+        return AuthorSums(records[-1].sequence, newest_ms, author, count, removed_ms, total)
 
 
 def part_files(directory: Path) -> list[tuple[int, Path]]:
@@ -580,9 +583,9 @@ class VectorCache:
                     len(record.entries) and int(record.entries["known_ms"].max()) >= oldest_ms for record in records
                 ):
                     break
-                for record in records:
-                    if record.sequence > sums.sequence:
-                        sums = sums.plus(record.sequence, record.entries, part.vectors(record))
+                new = [record for record in records if record.sequence > sums.sequence]
+                if new:
+                    sums = sums.plus(part, new)
             removed.append(path)
         if sums is not before:
             sums.write(self._directory)

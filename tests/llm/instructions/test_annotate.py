@@ -270,10 +270,11 @@ def test_the_key_is_not_shown_where_a_server_repeats_it_at_a_cut(
     status: int, serve: Serve, segments: SegmentTexts, tmp_path: Path
 ) -> None:
     key = "sk-" + "very/secret-" * 5
-    padding = "x" * (2000 - 30 if status == 200 else 150)
+    padding, done = "x" * (2000 - 30 if status == 200 else 150), "questions" if status == 200 else ""
     escaped = json.dumps({"error": {"message": f"{padding} {key}"}}).replace("/", "\\/")
     for body in (escaped, f"{padding} {key}"):
-        url, _ = serve(lambda speech, kind, body=body: (status, body.encode()))
+        reply = (status, body.encode())
+        url, _ = serve(lambda speech, kind, reply=reply: good(speech, kind) if kind == "questions" == done else reply)
         file = tmp_path / "a.jsonl"
         message = ""
         try:
@@ -299,6 +300,34 @@ def test_a_server_that_refuses_everything_is_a_mistake_of_the_settings(
     assert ask(url, tmp_path / "a.jsonl", segments, rows=2).good == 4
     served.reply = lambda speech, kind: (400, b"")
     assert ask(url, tmp_path / "a.jsonl", segments, rows=3) == AnswerCounts(earlier=4, malformed=2)
+
+
+def test_a_server_of_something_else_is_a_mistake_of_the_settings(
+    serve: Serve, segments: SegmentTexts, tmp_path: Path
+) -> None:
+    """Such as one that answers every path with its start page: stored, nothing would be asked again."""
+    url, served = serve(lambda speech, kind: (200, b"<html>welcome</html>"))
+    for rows in (2, 12):
+        with pytest.raises(UserError, match=r"refuses every request \(the response is no chat completion\)"):
+            ask(url, tmp_path / "a.jsonl", segments, rows=rows)
+        assert list(tmp_path.iterdir()) == []
+    served.reply = good
+    assert ask(url, tmp_path / "a.jsonl", segments, rows=2) == AnswerCounts(good=4)
+
+
+def test_an_error_of_the_client_is_no_answer_and_is_asked_again(
+    serve: Serve, segments: SegmentTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise UnicodeError("label empty\nor too long")
+
+    url, _ = serve(good)
+    with monkeypatch.context() as patched:
+        patched.setattr("socket.create_connection", broken)
+        with pytest.raises(UserError, match="label empty or too long; 0 new answers"):
+            ask(url, tmp_path / "a.jsonl", segments, rows=1)
+    assert list(tmp_path.iterdir()) == []
+    assert ask(url, tmp_path / "a.jsonl", segments, rows=1) == AnswerCounts(good=2)
 
 
 @pytest.mark.parametrize("drips", [False, True], ids=["silent", "a byte at a time"])
@@ -449,6 +478,11 @@ def test_two_processes_cannot_write_one_file(serve: Serve, segments: SegmentText
         ("http://me:word@host/v1", "a URL with a user name"),
         ("http://host/v1?key=1", "a URL with a user name, a query"),
         ("http://host name/v1", "not a URL of http or https"),
+        ("http://host..net/v1", "not a URL (UnicodeError: "),
+        (f"http://{'h' * 64}.net/v1", "not a URL (UnicodeError: "),
+        ("http://me:word@host:port/v1", "--annotate: not a URL; write"),
+        ("http://me:word/@host/v1", "--annotate: not a URL; write"),
+        ("ftp://me:word@host/v1", "--annotate: not a URL of http or https"),
     ],
 )
 def test_a_url_that_cannot_be_asked_is_refused_before_any_work(

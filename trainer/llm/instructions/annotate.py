@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trainer.console.errors import UserError, failure_reason
+from trainer.console.errors import UserError, failure_reason, one_line
 from trainer.console.progress import LINE_EVERY_SECONDS, Progress
 from trainer.data.format.text_schema import SEGMENTS_PER_ITEM
 from trainer.llm.instructions.annotations import (
@@ -41,6 +41,7 @@ from trainer.llm.instructions.chat_endpoint import (
     STOPPED,
     ChatEndpoint,
     EndpointDown,
+    NoCompletion,
     RequestRefused,
     UnusableAnswer,
 )
@@ -61,7 +62,8 @@ QUESTIONS = 10
 """Questions that are asked for."""
 
 MAX_REFUSALS = 20
-"""Requests in a row that an endpoint may refuse before any was answered; more are a mistake in the settings."""
+"""Requests in a row that an endpoint may refuse, or answer with something else than a completion, before any was
+answered; more are a mistake in the settings."""
 
 _FIRST_BYTES = b'{"item_id": '
 """Beginning of each line that is written here."""
@@ -193,21 +195,22 @@ class Annotator:
     def _answer(self, context: SegmentContext, kind: str, stop: threading.Event) -> _Answer:
         prompt = prompt_of(self._template, kind, context)
         images = [frame for frame in context.frames if frame.startswith(("http://", "https://"))]
-        text = ""
         try:
             text = self._endpoint.ask(prompt, images, stop, self._notice)
-            return _Answer(context, kind, parse_answer(context, kind, text))
         except RequestRefused as error:
             return _Answer(context, kind, reason=str(error), refused=True)
         except UnusableAnswer as error:
-            return _Answer(context, kind, reason=str(error), text=error.answer)
-        except (ValueError, RecursionError) as error:
-            return _Answer(context, kind, reason=str(error), text=text)
+            refused = isinstance(error, NoCompletion)
+            return _Answer(context, kind, reason=str(error), text=error.answer, refused=refused)
         except EndpointDown as error:
             return _Answer(context, kind, reason=str(error), down=True)
         except Exception as error:
             # A thread that ends in silence would leave the command waiting for its answer.
-            return _Answer(context, kind, reason=f"{type(error).__name__}: {error}", down=True)
+            return _Answer(context, kind, reason=one_line(error), down=True)
+        try:
+            return _Answer(context, kind, parse_answer(context, kind, text))
+        except (ValueError, RecursionError) as error:
+            return _Answer(context, kind, reason=str(error), text=text)
 
     def _notice(self, reason: str) -> None:
         """Show why requests are sent again, every few seconds at most; a busy endpoint would look like a hang."""

@@ -48,6 +48,10 @@ class UnusableAnswer(Exception):
         self.answer = answer
 
 
+class NoCompletion(UnusableAnswer):
+    """A response is no chat completion, such as the page of another server."""
+
+
 class EndpointDown(Exception):
     """The endpoint gives no answers: all tries failed, or it refuses every request. The message is the reason."""
 
@@ -92,16 +96,20 @@ class ChatEndpoint:
         Raises:
             UserError: the URL is not one of http or https with a host, it has a user name, or the key cannot be sent.
         """
+        # A password or a key in a URL must not be shown, also if the URL is wrong.
+        secret = "@" in url or "?" in url
+        shown = "" if secret else f" {url!a}"
         try:
             parts = urlsplit(url)
             host, user, _ = parts.hostname, parts.username, parts.port
             url.encode("ascii")
+            # A name with an empty or a too long part cannot be looked up.
+            (host or "").encode("idna")
         except ValueError as error:
-            raise UserError(
-                f"--annotate {url!a}: not a URL ({one_line(error):.80}); write http://HOST:PORT/v1"
-            ) from None
+            reason = "" if secret else f" ({one_line(error):.80})"
+            raise UserError(f"--annotate{shown}: not a URL{reason}; write http://HOST:PORT/v1") from None
         if parts.scheme not in ("http", "https") or not host or any(sign.isspace() for sign in url):
-            raise UserError(f"--annotate {url!a}: not a URL of http or https; write such as http://HOST:PORT/v1")
+            raise UserError(f"--annotate{shown}: not a URL of http or https; write such as http://HOST:PORT/v1")
         if user is not None or parts.query or parts.fragment:
             raise UserError(
                 "--annotate: a URL with a user name, a query or a fragment is not accepted; the key is read from the "
@@ -210,7 +218,8 @@ class ChatEndpoint:
         """Return the text of a response.
 
         Raises:
-            UnusableAnswer: there is none, or it was cut.
+            NoCompletion: the response is none.
+            UnusableAnswer: there is no text, or it was cut.
         """
         try:
             choice = json.loads(content)["choices"][0]
@@ -218,7 +227,7 @@ class ChatEndpoint:
             ended = choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             shown = self._without_key(content)[:2000].decode(errors="replace")
-            raise UnusableAnswer("the response is no chat completion", shown) from None
+            raise NoCompletion("the response is no chat completion", shown) from None
         if not isinstance(text, str) or not text.strip():
             raise UnusableAnswer("the answer has no text")
         if ended == "length":
