@@ -1,7 +1,7 @@
-"""One rank of a fit: prints a hash of centroids and history. Killed by SIGKILL where the test says so.
+"""One rank of some fits: prints a hash of centroids and history of each. Killed by SIGKILL where the test says so.
 
-Arguments: file of vectors, settings as JSON, borders of the shares, state file or ``-``, and the number of saves after
-which the process dies, in the middle of the next one.
+Arguments: file of vectors, a JSON list of pairs of settings and borders of the shares, state file or ``-``, and the
+number of saves after which the process dies, in the middle of the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def hash_of(result: Fit) -> str:
     return digest.hexdigest()
 
 
-def main(vectors: str, settings: str, borders: str, state: str, saves: str) -> None:
+def main(vectors: str, fits: str, state: str, saves: str) -> None:
     left = int(saves)
 
     @contextmanager
@@ -47,15 +47,15 @@ def main(vectors: str, settings: str, borders: str, state: str, saves: str) -> N
     if left >= 0:
         kmeans_state.whole_file = dying_file
     vector_source.CHUNK_VALUES = 700
-    options = json.loads(settings)
-    source = StoredVectors("v", np.load(vectors, mmap_mode="r"), "hash", borders=json.loads(borders))
     with World.join("cpu") as world:
         file = None if state == "-" else Path(state)
-        result = fit(source, KMeansSettings(tuple(options.pop("codes")), **options), world, state=file)
-        hashes = world.gather(hash_of(result))
-        if hashes is not None:
-            assert len(set(hashes)) == 1
-            print("HASH", hashes[0])
+        for options, borders in json.loads(fits):
+            source = StoredVectors("v", np.load(vectors, mmap_mode="r"), "hash", borders=borders)
+            result = fit(source, KMeansSettings(tuple(options.pop("codes")), **options), world, state=file)
+            hashes = world.gather(hash_of(result))
+            if hashes is not None:
+                assert len(set(hashes)) == 1
+                print("HASH", hashes[0])
 
 
 if __name__ == "__main__":
