@@ -138,6 +138,19 @@ def test_codes_of_another_version_are_refused_by_name(world: Path, version: Code
     assert not (tmp_path / "more.parquet").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("nowhere/codes.sqlite", "cannot be written, there is no directory"), ("http://x/y", "a store of codes must be")],
+)
+def test_a_place_for_no_store_is_refused_before_the_work(
+    place: str, message: str, world: Path, version: CodebookVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_files, "assign_codes", lambda *arguments, **options: pytest.fail("codes are assigned"))
+    place = place if "://" in place else str(world / place)
+    with pytest.raises(UserError, match=f"^{place}: {message}"):
+        assign_to_file(str(version.path), str(world), world / "codes.parquet", store=place, quiet=True)
+
+
 def test_every_damage_is_one_line(world: Path, version: CodebookVersion) -> None:
     assigned(version, world)
     path = world / "codes.parquet"

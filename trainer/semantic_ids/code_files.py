@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +42,7 @@ from trainer.semantic_ids.segments import (
     TimeRange,
     find_bad_vectors,
 )
-from trainer.semantic_ids.store_address import open_store
+from trainer.semantic_ids.store_address import open_store, store_path
 
 FORMAT = "1"
 _KEYS = ("format", "version", "levels", "hash")
@@ -231,7 +230,8 @@ def assign_to_file(
     opened = None
     if store is not None:
         version.numbers(np.empty((0, len(version.levels)), np.int32))
-        if urlsplit(store).scheme or Path(store).exists():
+        path = store_path(store)
+        if path is None or path.exists():
             # Before the long work, so that a store of another version costs no time; a new file is made after it.
             opened = open_store(store, StoreSettings(version.name))
     try:

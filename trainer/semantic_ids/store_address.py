@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import urlsplit
 
+from trainer.console.outputs import Output, local_path
 from trainer.semantic_ids.code_store import CodeStore, StoreSettings
 from trainer.semantic_ids.redis_store import RedisCodeStore
 from trainer.semantic_ids.sqlite_store import SqliteCodeStore
 
 RETRY_SECONDS = 30.0
+
+REDIS = ("redis", "rediss", "unix")
+"""Protocols of the URL of a Redis server."""
 
 
 def open_store(place: str, settings: StoreSettings, retry_seconds: float = RETRY_SECONDS) -> CodeStore:
@@ -20,8 +25,24 @@ def open_store(place: str, settings: StoreSettings, retry_seconds: float = RETRY
         retry_seconds: longest time to wait for a store that is locked or not reachable.
 
     Raises:
-        UserError: the store is damaged, of other settings, or cannot be reached.
+        UserError: the address is no place for a store, or the store is damaged, of other settings, or cannot be
+            reached.
     """
-    if urlsplit(place).scheme in ("redis", "rediss", "unix"):
+    path = store_path(place)
+    if path is None:
         return RedisCodeStore(place, settings, retry_seconds)
-    return SqliteCodeStore(place, settings, retry_seconds)
+    return SqliteCodeStore(str(path), settings, retry_seconds)
+
+
+def store_path(place: str) -> Path | None:
+    """Return the path of an SQLite file that is there or can be made; None for Redis.
+
+    Raises:
+        UserError: a URL of another protocol, or a path in no directory or in one that the user may not write in.
+    """
+    if urlsplit(place).scheme in REDIS:
+        return None
+    path = local_path(place, "a store of codes", "name an SQLite file there, or redis://HOST:PORT/DATABASE")
+    if not path.exists():
+        Output.of(path).check()
+    return path
