@@ -251,6 +251,24 @@ def test_a_signal_while_the_store_is_waited_for_ends_it_at_once(
     assert sum(job.runs()[2]) == 20
 
 
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_while_the_source_is_waited_for_ends_it_at_once(
+    job: Job, number: int, error: type[BaseException]
+) -> None:
+    class Silent(LiveRooms):
+        def take(self, limit: int, timeout: float) -> SourceBatch:
+            if not self.taken or limit < job.settings.batch:
+                return super().take(limit, timeout)
+            signal.raise_signal(number)
+            raise AssertionError("it would wait for long")
+
+    with pytest.raises(error), job.stop.installed():
+        job.run(Silent(job.clock, {0: 4}, NOW_MS + 60_000))
+    assert len(job.cached()) == 1 and sum(job.runs()[2]) == 1
+    # The last report is written.
+    assert (job.directory / "metrics.jsonl").exists()
+
+
 def test_a_store_that_fails_ends_it_and_gets_its_codes_later(job: Job) -> None:
     class Down:
         def append(self, codes: SegmentCodes) -> AppendCounts:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +46,21 @@ def test_a_second_writer_waits_and_is_then_told(path: Path) -> None:
     assert store.append(segments(500, 510)).stored == 10
     store.close()
     other.close()
+
+
+def test_a_signal_is_handled_while_another_writer_is_waited_for(path: Path) -> None:
+    store, other = opened(path, retry_seconds=600), sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: other.execute("ROLLBACK") and None)
+    sender = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        sender.start()
+        assert store.append(segments(500, 510)).stored == 10
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
+        store.close()
+        other.close()
 
 
 def test_a_full_disk_leaves_what_was_there(path: Path) -> None:

@@ -230,7 +230,13 @@ class Follower:
         try:
             self._append_missing()
             while not self._stop.signal:
-                batch = self._take()
+                try:
+                    batch = self._take()
+                except (KeyboardInterrupt, Preempted):
+                    if not self._stop.signal:
+                        raise
+                    # What was read and not stored is read again by the next start.
+                    break
                 # The first position is stored in any case: a later start continues there, also if nothing has come.
                 if batch or (batch.position and not self._cache.position):
                     self._store(batch)
@@ -248,7 +254,9 @@ class Follower:
 
     def _take(self) -> SourceBatch:
         """Take segments until the batch is full or the first one has waited long enough."""
-        batch = self._source.take(self._settings.batch, IDLE_SECONDS)
+        # Brokers that do not answer may be waited for long.
+        with self._stop.waiting():
+            batch = self._source.take(self._settings.batch, IDLE_SECONDS)
         until = self._clock.monotonic() + self._settings.wait_seconds
         while batch and len(batch.segments) < self._settings.batch and not self._source.finished:
             left = until - self._clock.monotonic()

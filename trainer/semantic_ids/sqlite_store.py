@@ -8,6 +8,7 @@ refused if it is not ours.
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,10 @@ from trainer.semantic_ids.code_store import (
 FORMAT = 1
 READ_ROWS = 256
 """Rows of a read transaction: a longer one would keep the write-ahead log from being emptied."""
+
+WAIT_SECONDS = 0.2
+"""Longest wait for another writer inside of SQLite."""
+PAUSE_SECONDS = 0.005
 
 _TABLES = {
     "settings": "CREATE TABLE settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -59,7 +64,7 @@ class SqliteCodeStore:
     """
 
     def __init__(self, place: str, settings: StoreSettings, retry_seconds: float) -> None:
-        self._place, self._settings = place, settings
+        self._place, self._settings, self._retry_seconds = place, settings, retry_seconds
         path = Path(place)
         if path.exists() and not path.is_file():
             raise UserError(f"{place}: not a file; name an SQLite file of codes, or a new one")
@@ -189,7 +194,10 @@ class SqliteCodeStore:
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
         """Run the block in a transaction, which an exception rolls back."""
-        self._connection.execute(begin)
+        if begin == "BEGIN":
+            self._connection.execute(begin)
+        else:
+            self._begin_to_write(begin)
         try:
             yield
             self._connection.execute("COMMIT")
@@ -197,6 +205,24 @@ class SqliteCodeStore:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+    def _begin_to_write(self, statement: str) -> None:
+        """Begin a transaction; another writer is waited for in short steps, between which Python handles signals."""
+        execute = self._connection.execute
+        until = time.monotonic() + self._retry_seconds
+        execute(f"PRAGMA busy_timeout = {1000 * min(WAIT_SECONDS, self._retry_seconds):.0f}")
+        try:
+            while True:
+                try:
+                    execute(statement)
+                    return
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() >= until:
+                        raise
+                    # Some locks are refused without a wait.
+                    time.sleep(PAUSE_SECONDS)
+        finally:
+            execute(f"PRAGMA busy_timeout = {1000 * self._retry_seconds:.0f}")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
