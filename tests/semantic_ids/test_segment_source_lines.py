@@ -166,3 +166,18 @@ def test_waiting_ends_with_the_timeout(tmp_path: Path) -> None:
     before = clock.now
     assert not source.take(5, 0.35)
     assert clock.now == pytest.approx(before + 0.35)
+
+
+def test_many_files_hold_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was away finds much in the file of every room; it must not have all of it in memory."""
+    monkeypatch.setattr(segment_source_lines, "HELD_BYTES", 20_000)
+    monkeypatch.setattr(segment_source_lines, "SMALLEST_READ", 64)
+    for room in range(40):
+        lines = lines_of([message(room, number) for number in range(100)])
+        (tmp_path / f"{room}.jsonl").write_bytes(lines)
+    source, taken = LineSource(tmp_path, {}, ManualClock(), until_end=True), []
+    while not source.finished:
+        taken += source.take(16, 0.0).segments
+        # Beside them, each file may hold the line that its chunk has cut.
+        assert sum(len(file._held) for file in source._files.values()) <= 20_000 + 40 * 200
+    assert len({one.id for one in taken}) == len(taken) == 4000

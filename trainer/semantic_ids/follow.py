@@ -230,12 +230,8 @@ class Follower:
         try:
             self._append_missing()
             while not self._stop.signal:
-                try:
-                    batch = self._take()
-                except (KeyboardInterrupt, Preempted):
-                    if not self._stop.signal:
-                        raise
-                    # What was read and not stored is read again by the next start.
+                batch = self._take_unless_stopped()
+                if batch is None:
                     break
                 # The first position is stored in any case: a later start continues there, also if nothing has come.
                 if batch or (batch.position and not self._cache.position):
@@ -251,6 +247,15 @@ class Follower:
             logger.info(f"follow: the source has ended; since the cache was made: {total or 'no segments'}")
         finally:
             self._report.close()
+
+    def _take_unless_stopped(self) -> SourceBatch | None:
+        """Take a batch; None if a signal has ended the wait for it. What was read then is read again later."""
+        try:
+            return self._take()
+        except (KeyboardInterrupt, Preempted):
+            if not self._stop.signal:
+                raise
+            return None
 
     def _take(self) -> SourceBatch:
         """Take segments until the batch is full or the first one has waited long enough."""

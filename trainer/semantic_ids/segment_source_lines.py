@@ -25,6 +25,9 @@ SUFFIX = ".jsonl"
 MAX_LINE_BYTES = 1 << 20
 """Longest line that is read; the rest of a longer one is skipped."""
 READ_CHUNK = 1 << 18
+HELD_BYTES = 1 << 26
+"""Bytes that were read ahead of their turn, of all files together: with many files each reads less at a time."""
+SMALLEST_READ = 1 << 12
 HEAD_BYTES = 1024
 KEPT_BYTES = 1 << 16
 """Bytes of a longer line that are kept with its reason."""
@@ -76,6 +79,7 @@ class LineSource:
         now_ms = round(self._clock.time() * 1000)
         # Each file gets a share and its turn, so that a long file does not keep the rooms of the others waiting.
         share = max(1, limit // max(1, len(names)))
+        chunk = min(READ_CHUNK, max(SMALLEST_READ, HELD_BYTES // max(1, len(names))))
         while True:
             before, found = len(batch.segments), 0
             for step in range(len(names)):
@@ -84,7 +88,8 @@ class LineSource:
                     self._turn = (self._turn + step) % len(names)
                     break
                 file = self._files.setdefault(name, _GrowingFile(self._path_of(name), 0, 0))
-                for content, place in file.lines(min(share, limit - len(batch.segments)), rest=self._until_end):
+                most = min(share, limit - len(batch.segments))
+                for content, place in file.lines(most, chunk, rest=self._until_end):
                     found += 1
                     _add(batch, content, now_ms, f"{name}:{place}")
             if not found or (len(batch.segments) == before and len(batch.rejected) >= limit):
@@ -130,11 +135,12 @@ class _GrowingFile:
         """Place, and the CRC-32 of at most 1024 bytes before it from the beginning of the file."""
         return [self.place, self._checksum]
 
-    def lines(self, limit: int, *, rest: bool) -> list[tuple[bytes, int]]:
+    def lines(self, limit: int, chunk: int, *, rest: bool) -> list[tuple[bytes, int]]:
         """Return the next lines that are not blank, and the place of each.
 
         Args:
             limit: largest number of lines.
+            chunk: bytes to read at a time.
             rest: True to return the text after the last line break, too.
         """
         try:
@@ -144,7 +150,7 @@ class _GrowingFile:
                 return []
             with open_regular(self._path) as file:
                 self._check_identity(file)
-                found = self._lines(file, limit, rest)
+                found = self._lines(file, limit, chunk, rest)
                 self._checksum = self._checksum_of(file)
         except FileNotFoundError:
             return []
@@ -154,7 +160,7 @@ class _GrowingFile:
             raise UserError(f"{self._path}: cannot be read ({one_line(error)})") from None
         return found
 
-    def _lines(self, file: BinaryIO, limit: int, rest: bool) -> list[tuple[bytes, int]]:
+    def _lines(self, file: BinaryIO, limit: int, chunk: int, rest: bool) -> list[tuple[bytes, int]]:
         found: list[tuple[bytes, int]] = []
         while len(found) < limit:
             end = self._held.find(b"\n", self._searched)
@@ -165,7 +171,7 @@ class _GrowingFile:
                     if not self._skip_long_line(file, found, rest):
                         break
                     continue
-                portion = file.read(READ_CHUNK)
+                portion = file.read(chunk)
                 if portion:
                     self._held += portion
                     continue
