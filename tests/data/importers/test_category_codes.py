@@ -86,7 +86,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
         st.integers(-3, 12).map(float),
         st.floats(-(2.0**53), 2.0**53, exclude_min=True, exclude_max=True),
         # Whether an exponent is written depends on the size.
-        st.tuples(st.integers(-20, 52), st.floats(1, 2)).map(lambda drawn: drawn[1] * 2.0 ** drawn[0]),
+        st.tuples(st.integers(-20, 52), st.floats(1, 2, exclude_max=True)).map(
+            lambda drawn: drawn[1] * 2.0 ** drawn[0]
+        ),
     ),
     "bool": st.booleans(),
     "date": st.dates(),
