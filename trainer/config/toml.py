@@ -17,7 +17,7 @@ from trainer.runtime.stored_files import read_settings
 Model = TypeVar("Model", bound=BaseModel)
 
 _TOML_TYPES = {
-    "tuple_type": "input should be a list, such as [1, 2]",
+    "tuple_type": 'input should be a list, such as [1, 2] or ["a", "b"]',
     "dict_type": "input should be a table of keys and values",
     "model_type": "input should be a section of keys and values",
 }
