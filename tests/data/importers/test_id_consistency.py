@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -50,17 +50,17 @@ def check_first_contradiction(folder: Path, lines: list[tuple[int, int, int]], s
 
 @given(LINES, st.integers(1, 7))
 @settings(max_examples=1_000, deadline=None)
-def test_the_first_contradiction_is_found(tmp_path_factory: Any, lines: list[tuple[int, int, int]], size: int) -> None:
-    check_first_contradiction(tmp_path_factory.mktemp("ids") / "spill", lines, size)
+def test_the_first_contradiction_is_found(lines: list[tuple[int, int, int]], size: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_first_contradiction(Path(folder) / "spill", lines, size)
 
 
 @pytest.mark.slow
 @given(LINES, st.integers(1, 7))
 @settings(max_examples=100_000, deadline=None)
-def test_the_first_contradiction_is_found_at_length(
-    tmp_path_factory: Any, lines: list[tuple[int, int, int]], size: int
-) -> None:
-    check_first_contradiction(tmp_path_factory.mktemp("ids") / "spill", lines, size)
+def test_the_first_contradiction_is_found_at_length(lines: list[tuple[int, int, int]], size: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_first_contradiction(Path(folder) / "spill", lines, size)
 
 
 def test_many_lines_take_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,16 +107,14 @@ PLACES = st.tuples(st.integers(0, 12), st.integers(0, 5), st.integers(0, 40))
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([*SOURCES]), PLACES, CELLS)
-def test_a_cell_is_read_or_named(
-    tmp_path_factory: pytest.TempPathFactory, source: str, place: tuple[int, int, int], cell: str
-) -> None:
-    check_cell(tmp_path_factory.mktemp("cell"), source, place, cell)
+def test_a_cell_is_read_or_named(source: str, place: tuple[int, int, int], cell: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_cell(Path(folder), source, place, cell)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([*SOURCES]), PLACES, CELLS)
-def test_a_cell_is_read_or_named_at_length(
-    tmp_path_factory: pytest.TempPathFactory, source: str, place: tuple[int, int, int], cell: str
-) -> None:
-    check_cell(tmp_path_factory.mktemp("cell"), source, place, cell)
+def test_a_cell_is_read_or_named_at_length(source: str, place: tuple[int, int, int], cell: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_cell(Path(folder), source, place, cell)
