@@ -50,6 +50,20 @@ def test_vectors_by_text_id(tmp_path: Path, known: bool) -> None:
     assert segments.known_ms.tolist() == [31_000 + later, 1000 + later] and segments.without_vector == 1
 
 
+def test_a_segment_of_the_texts_is_there_once(tmp_path: Path) -> None:
+    write_segments(tmp_path, np.empty(0, np.int64), np.empty(0, np.int64), {70: 5})
+    (tmp_path / "texts").mkdir()
+    segment = np.array([0, 1, 1], np.int32)
+    columns = {"item_id": [70] * 3, "segment": segment, "start_ms": [0, 30_000, 60_000], "text": ["a", "b", "c"]}
+    pq.write_table(pa.table(columns), tmp_path / "texts/segments.parquet")
+    origin = Origin(model="m", template={"segments": "{text}"}, hash="ab")
+    ContentVectors.write(
+        tmp_path / "embeddings/segments", segment_ids(np.full(2, 70), segment[:2]), world_vectors(1, 2), origin=origin
+    )
+    with pytest.raises(UserError, match=r"texts/segments.parquet: has segment 1 of item 70 twice"):
+        SegmentVectors.open(str(tmp_path))
+
+
 def test_authors_may_come_from_the_texts(tmp_path: Path) -> None:
     write_world(tmp_path, rooms=2, segments=3)
     (tmp_path / "texts").mkdir()

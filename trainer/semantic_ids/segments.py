@@ -284,6 +284,13 @@ def _text_segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndar
     known_ms = table["known_ms"].to_numpy()
     ids = segment_ids(item_id, table["segment"].to_numpy())
     order = np.argsort(ids, kind="stable")
+    twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    if len(twice):
+        row = order[twice[0]]
+        raise UserError(
+            f"{storage.join(files.path, TEXT_SEGMENTS)}: has segment {table['segment'][row]} of item {item_id[row]} "
+            "twice; each must be there once"
+        )
     return ids[order], item_id[order], known_ms[order]
 
 

@@ -154,6 +154,9 @@ def test_segments_have_ids_of_their_own() -> None:
     assert (np.diff(ids) > 0).all()
     with pytest.raises(UserError, match="too large"):
         text_schema.segment_ids(np.array([1]), np.array([65_536]))
+    for item_id, segment in ((-1, 0), (1, -1)):
+        with pytest.raises(UserError, match="is negative; both must be 0 or more"):
+            text_schema.segment_ids(np.array([3, item_id]), np.array([3, segment]))
 
 
 @given(st.lists(st.lists(st.integers(0, 2**62), max_size=5), max_size=8), st.integers(1, 6))

@@ -165,6 +165,11 @@ def test_no_predictor_that_reads_the_past_is_better(path: Path) -> None:
     assert found.with_next_topic > found.accuracy
 
 
+def test_one_code_is_always_right(path: Path) -> None:
+    found = reference_accuracy(path, lambda vectors: np.zeros(len(vectors), np.int64), targets=50, draws=2)
+    assert found.accuracy == pytest.approx(1, abs=1e-12) and found.standard_error < 1e-12
+
+
 def test_errors_are_one_line(path: Path, tmp_path: Path) -> None:
     simulate(tmp_path / "plain", 10, 1, 1, 4)
     quantizer = nearest_centroid(np.zeros((2, 128)))

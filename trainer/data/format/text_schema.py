@@ -270,8 +270,12 @@ def segment_ids(item_id: np.ndarray, segment: np.ndarray) -> np.ndarray:
     """Return one id for each segment of a room: ``item_id * SEGMENTS_PER_ITEM + segment``, ``[n] int64``.
 
     Raises:
-        UserError: an item id is 2^47 or more, or a segment number is ``SEGMENTS_PER_ITEM`` or more.
+        UserError: an item id is 2^47 or more, a segment number is ``SEGMENTS_PER_ITEM`` or more, or one is negative.
     """
+    if len(item_id) and min(item_id.min(), segment.min()) < 0:
+        raise UserError(
+            f"texts/segments: item {item_id.min()} or segment {segment.min()} is negative; both must be 0 or more"
+        )
     if len(item_id) and (item_id.max() >= 1 << 47 or segment.max() >= SEGMENTS_PER_ITEM):
         raise UserError(
             f"texts/segments: item {item_id.max()} or segment {segment.max()} is too large; items must be below 2^47 "

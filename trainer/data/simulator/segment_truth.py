@@ -216,6 +216,7 @@ def _best_accuracies(
     The draws are split in halves. The prediction comes from one half and is evaluated on the other.
     """
     p_topic = truth.p_next[row - 1].astype(np.float64)
+    p_topic /= p_topic.sum()
     topics = np.flatnonzero(p_topic)
     noise = truth.noise * rng.standard_normal((len(topics), draws, len(truth.noise)), np.float32)
     vectors = noise + (truth.style(row) + truth.topics[topics])[:, None]
