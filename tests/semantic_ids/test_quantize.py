@@ -215,6 +215,18 @@ def test_a_held_out_range_without_segments_is_said(quantize: Quantize, caplog: p
     version = quantize("first", "codebook.levels=[2]", "codebook.iterations=1", "data.eval_from=2034-01-01")
     assert version.report() is None
     assert "no segment became known in the held-out range; there is no report" in caplog.text
+    assert "its report is not about" not in caplog.text
+
+
+def test_the_report_of_a_finished_job_is_said_to_be_about_another_range(
+    quantize: Quantize, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit = ("codebook.levels=[2]", "codebook.iterations=1")
+    quantize("first", *fit)
+    quantize("first", *fit)
+    assert "its report is not about" not in caplog.text
+    quantize("first", *fit, "data.eval_until=2024-03-04T00:18")
+    assert "first: its report is not about the held-out range of this job" in caplog.text
 
 
 def test_an_old_version_of_another_model_is_refused(job: Path, quantize: Quantize) -> None:

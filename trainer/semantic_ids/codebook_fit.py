@@ -109,6 +109,12 @@ def finished_version(
         old.name if old else "",
     ):
         check_new(directory)
+    report, times = version.report() or {}, data.held_out_times
+    if times is not None and "levels" in report and report != {**report, **range_document(times)}:
+        logger.warning(
+            f"{directory}: its report is not about the held-out range of this job; `limelight quantize report "
+            f"{directory} --data {config.data.path}` measures any range"
+        )
     return version
 
 
