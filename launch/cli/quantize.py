@@ -128,6 +128,7 @@ def assign(
 ) -> None:
     """Encode in this process."""
     from trainer.semantic_ids.code_files import assign_to_file
+    from trainer.semantic_ids.redis_store import shown_address
 
     out.check()
     with messages_on_stderr(as_json), out.writing(quiet=as_json) as file:
@@ -149,7 +150,7 @@ def assign(
     print(f"without a code: {document['without_vector']:,} segments without a vector", end="")
     print(f"; without an author: {document['without_author']:,} segments of unknown rooms")
     if store is not None:
-        print(f"{store}: " + ", ".join(f"{count:,} {name}" for name, count in document["store"].items()))
+        print(f"{shown_address(store)}: " + ", ".join(f"{count:,} {name}" for name, count in document["store"].items()))
 
 
 @quantize.command(

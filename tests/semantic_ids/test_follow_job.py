@@ -28,7 +28,8 @@ from trainer.console.exit_status import INTERRUPTED_STATUS, PREEMPTED_STATUS
 from trainer.embed import follow
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.distributed import World
-from trainer.semantic_ids.code_store import StoreSettings
+from trainer.semantic_ids import follow_setup
+from trainer.semantic_ids.code_store import CodeStore, StoreSettings
 from trainer.semantic_ids.codebook_version import CodebookVersion, FittedVectors, write_version
 from trainer.semantic_ids.store_address import open_store
 from trainer.semantic_ids.vector_cache_reader import CachedVectors
@@ -187,6 +188,30 @@ def test_versions_and_models_are_refused_by_name(settings: Settings, tmp_path: P
         run(settings(tmp_path / "out", embed__pooling="mean"))
     with pytest.raises(UserError, match="frames need a model of the Qwen2-VL family"):
         run(settings(tmp_path / "out", follow__frames=tmp_path))
+
+
+def test_a_password_of_the_store_is_not_written(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rooms" / "a.jsonl").write_bytes(lines_of(texts_of(1, 2, 2)))
+    run(settings(tmp_path / "out"))
+    version, places = version_for(tmp_path / "out", tmp_path / "version"), []
+
+    def stand_in(place: str, settings: StoreSettings, retry_seconds: float) -> CodeStore:
+        places.append(place)
+        return open_store(str(tmp_path / "codes.sqlite"), settings, retry_seconds)
+
+    monkeypatch.setattr(follow_setup, "open_store", stand_in)
+    address = "redis://me:hidden@host:1/0?prefix=a"
+    run(settings(tmp_path / "out", follow__codebook=version.path, follow__store=address))
+    assert places == [address]
+    stored = json.loads((tmp_path / "out" / "follow" / "stored.json").read_text())
+    assert stored["store"] == "redis://host:1/0?prefix=a"
+    shown = capsys.readouterr()
+    assert "4 segments of the cache were appended to redis://host:1/0" in shown.out
+    assert "hidden" not in shown.out + shown.err
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files and not any(b"hidden" in path.read_bytes() for path in files)
 
 
 def test_a_locked_store_is_named_after_its_retries(settings: Settings, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.semantic_ids.redis_server import BINARY, REASON, RedisServer
 from tests.semantic_ids.test_sqlite_store import SETTINGS, segments
 from trainer.console.errors import UserError
-from trainer.semantic_ids.redis_store import RedisCodeStore
+from trainer.semantic_ids.redis_store import RedisCodeStore, shown_address
 
 redis = pytest.importorskip("redis", reason="needs the package redis: pip install 'limelight[redis]'")
 pytestmark = pytest.mark.skipif(BINARY is None, reason=REASON)
@@ -126,3 +126,25 @@ def test_keys_of_others_are_refused(redis_server: RedisServer) -> None:
 def test_a_wrong_address_is_named(query: str, message: str, redis_server: RedisServer) -> None:
     with pytest.raises(UserError, match=message):
         opened(f"{redis_server.url}{query}")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("redis://:secret@host:port/0", "redis://host:port/0: not an address; write"),
+        ("redis://me:some/secret@host:1/0", "redis://host:1/0: not an address; write / in a password as %2F"),
+        ("redis://me:secret@host:1/0?db=1", "redis://host:1/0: 'db' is not known"),
+        ("redis://me:secret@host:1/0x?prefix=a", "redis://host:1/0x: '/0x' is no database"),
+    ],
+)
+def test_a_password_in_a_wrong_address_is_not_shown(address: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        opened(address)
+    assert message in str(error.value) and "secret" not in str(error.value)
+
+
+def test_an_address_is_shown_without_a_password() -> None:
+    assert shown_address("redis://me:sec@ret@host:1/0?prefix=a@b:") == "redis://host:1/0?prefix=a@b:"
+    assert shown_address("unix://:secret@/run/redis.sock") == "unix:///run/redis.sock"
+    assert shown_address("redis://[::1]:1/0") == "redis://[::1]:1/0"
+    assert shown_address("data/codes@home.sqlite") == "data/codes@home.sqlite"

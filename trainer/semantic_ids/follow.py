@@ -85,7 +85,7 @@ class CodeTarget:
     Attributes:
         codebook: version of the codebook.
         store: store of recent codes of this version.
-        place: address of the store.
+        place: address of the store, without a password.
     """
 
     codebook: SegmentCodebook

@@ -13,6 +13,7 @@ from trainer.console.outputs import local_path
 from trainer.semantic_ids.code_store import StoreSettings
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.follow import CodeTarget, FollowSettings
+from trainer.semantic_ids.redis_store import shown_address
 from trainer.semantic_ids.segment_source import Clock, SegmentSource
 from trainer.semantic_ids.segment_source_kafka import KafkaSegments
 from trainer.semantic_ids.segment_source_lines import LineSource
@@ -70,7 +71,7 @@ def open_codes(config: FollowConfig, vectors: CacheSettings) -> Iterator[CodeTar
     place = config.store if "://" in config.store else str(local_path(config.store))
     store = open_store(place, StoreSettings(codebook.name), config.retry_seconds)
     try:
-        yield CodeTarget(codebook, store, place)
+        yield CodeTarget(codebook, store, shown_address(place))
     finally:
         store.close()
 

@@ -8,6 +8,7 @@ is repeated whole, which changes nothing that has arrived.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -111,6 +112,12 @@ return {stored, repeated, conflicting, late}
 """
 
 
+def shown_address(place: str) -> str:
+    """Return an address without the user and the password that a URL may have: for messages and files."""
+    address, mark, prefix = place.partition("?prefix=")
+    return re.sub("//.*@", "//", address) + mark + prefix
+
+
 class RedisCodeStore:
     """See :class:`trainer.semantic_ids.code_store.CodeStore`.
 
@@ -124,21 +131,22 @@ class RedisCodeStore:
     """
 
     def __init__(self, place: str, settings: StoreSettings, retry_seconds: float) -> None:
+        self._place = shown_address(place).partition("?")[0]
         try:
             import redis
         except ImportError:
-            raise UserError(f"{place}: needs the package redis: pip install 'limelight[redis]'") from None
+            raise UserError(f"{self._place}: needs the package redis: pip install 'limelight[redis]'") from None
         no_retries = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
         parts = urlsplit(place)
         query = parse_qs(parts.query)
         self._prefix = query.pop("prefix", [PREFIX])[-1]
         if query:
-            raise UserError(f"{place}: {next(iter(query))!r} is not known; the address may end with ?prefix=...")
+            raise UserError(f"{self._place}: {next(iter(query))!r} is not known; the address may end with ?prefix=...")
+        if parts.scheme != "unix" and "@" in parts.path:
+            raise UserError(f"{self._place}: not an address; write / in a password as %2F")
         if parts.scheme != "unix" and not parts.path.removeprefix("/").isdecimal() and parts.path not in ("", "/"):
             # The client would take database 0.
-            raise UserError(f"{place}: {parts.path!r} is no database; write redis://HOST:PORT/NUMBER")
-        # Without a password that the address may have.
-        self._place = f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+            raise UserError(f"{self._place}: {parts.path!r} is no database; write redis://HOST:PORT/NUMBER")
         self._settings, self._retry_seconds = settings, retry_seconds
         self._lost = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError)
         self._refused = redis.RedisError
@@ -146,7 +154,9 @@ class RedisCodeStore:
             address = urlunsplit(parts._replace(query=""))
             self._client: Any = redis.Redis.from_url(address, socket_timeout=10, retry=no_retries)
         except ValueError as error:
-            raise UserError(f"{self._place}: not an address ({error}); write redis://HOST:PORT/DATABASE") from None
+            # The reason may have a part of the password.
+            reason = "" if "@" in place else f" ({error})"
+            raise UserError(f"{self._place}: not an address{reason}; write redis://HOST:PORT/DATABASE") from None
         self._script: str = ""
         self._retried(lambda: self._open())
 
