@@ -229,7 +229,7 @@ def assign_to_file(
     version.check_vectors(segments.table.path, segments.table.dim, segments.table.origin)
     opened = None
     if store is not None:
-        version.numbers(np.empty((0, len(version.levels)), np.int32))
+        version.check_numbers()
         path = store_path(store)
         if path is None or path.exists():
             # Before the long work, so that a store of another version costs no time; a new file is made after it.

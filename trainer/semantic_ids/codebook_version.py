@@ -214,15 +214,23 @@ class CodebookVersion:
         Raises:
             UserError: there are more tuples than numbers.
         """
+        self.check_numbers()
+        number = np.zeros(len(codes), np.int64)
+        for level, size in enumerate(self.levels):
+            number = number * size + codes[:, level]
+        return number.astype(np.int32)
+
+    def check_numbers(self) -> None:
+        """Check that the tuples of codes have numbers.
+
+        Raises:
+            UserError: there are more tuples than numbers.
+        """
         if (count := self.tuples) > MAX_NUMBER + 1:
             raise UserError(
                 f"{self.path}: has {count:,} tuples of codes, and the store of recent codes numbers at most "
                 f"{MAX_NUMBER + 1:,}; fit one with smaller or fewer levels"
             )
-        number = np.zeros(len(codes), np.int64)
-        for level, size in enumerate(self.levels):
-            number = number * size + codes[:, level]
-        return number.astype(np.int32)
 
     @property
     def tuples(self) -> int:

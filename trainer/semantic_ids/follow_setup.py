@@ -68,6 +68,7 @@ def open_codes(config: FollowConfig, vectors: CacheSettings) -> Iterator[CodeTar
         return
     codebook = CodebookVersion.open(config.codebook)
     codebook.check_vectors("this job", vectors.dim, vectors.origin)
+    codebook.check_numbers()
     place = config.store if "://" in config.store else str(local_path(config.store))
     store = open_store(place, StoreSettings(codebook.name), config.retry_seconds)
     try:
