@@ -6,8 +6,10 @@ has the next offset of each partition, and the cache stores it together with the
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from trainer.config.stream import StreamConfig
@@ -28,6 +30,18 @@ CHECK_SECONDS = 5.0
 """Time without a message after which the brokers are asked if they are there."""
 
 
+_KEYS = re.compile(r"\bstream\.(brokers|topic|properties|begin|on_gap|retry_seconds)\b")
+
+
+@contextmanager
+def _keys_of_follow() -> Iterator[None]:
+    """Name the keys of the section ``[follow]`` in messages of the client, which other jobs have in ``[stream]``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_KEYS.sub(r"follow.\1", str(error))) from None
+
+
 class KafkaSegments:
     """Source of the segments of a topic.
 
@@ -41,6 +55,7 @@ class KafkaSegments:
             gone, or confluent-kafka is not installed.
     """
 
+    @_keys_of_follow()
     def __init__(self, config: StreamConfig, position: Mapping[str, Any], clock: Clock) -> None:
         self._kafka, self._config, self._clock = library(), config, clock
         self._status = BrokerStatus()
@@ -68,6 +83,7 @@ class KafkaSegments:
         """True after the last message that the topic had at the start, with ``until_end``."""
         return self._config.until_end and all(self._next[p] >= end for p, end in self._end.items())
 
+    @_keys_of_follow()
     def take(self, limit: int, timeout: float) -> SourceBatch:
         """Return the next messages; see :class:`trainer.semantic_ids.segment_source.SegmentSource`."""
         batch = SourceBatch({})
