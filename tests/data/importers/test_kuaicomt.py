@@ -172,6 +172,8 @@ def test_every_layout_gives_the_same_dataset(tmp_path: Path, layout: dict[str, A
         ("user_video_inter.csv", "comment_stay_time", "stay", r"column 'comment_stay_time' is missing"),
         ("comment_features.csv", "102,", "101,", r"row 3: column 'comment_id' is 101; .* occurs only once"),
         ("comment_features.csv", ",112,", ",-112,", r"row 2: column 'comment_like_cnt' is '-112'; .* 0 or more"),
+        ("comment_features.csv", ",112,", ",1e300,", r"row 2: column 'comment_like_cnt' is '1e300'; .* below 2\^53"),
+        ("comment_features.csv", ",112,", ",1.5,", r"row 2: column 'comment_like_cnt' is '1.5'; .*a whole number"),
         ("user_comment_inter.csv", "5,102", "5,201", r"row 1: column 'comment_id' is 201; .* comment_features.csv"),
         ("video_features.csv", "\n20,", "\n10,", r"row 2: column 'video_id' is 10; .* occurs only once"),
         ("user_features.csv", "\n6,", "\n5,", r"row 2: column 'user_id' is 5; .* occurs only once"),

@@ -23,6 +23,7 @@ from trainer.data.importers.table_files import convert, python_value, raise_bad_
 from trainer.data.writing.builder import Progress
 
 LONGEST_MS = np.iinfo(np.int32).max
+LARGEST_COUNT = 2.0**53
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -119,6 +120,13 @@ class ColumnBatch:
         """Return a column of dates as days since 1970, ``[rows] int64``; missing is -1."""
         read = partial(_days, nulls=self._nulls.of_value(name))
         return self.convert(name, read, "a date such as 2025-05-25").astype(np.int64)
+
+    def counts(self, name: str) -> np.ndarray:
+        """Return a column of whole numbers that count something, ``[rows] int64``; missing is 0."""
+        values = self.numbers(name)
+        good = (values >= 0) & (values < LARGEST_COUNT) & (values == np.floor(values))
+        self.require(good, name, "a whole number, 0 or more and below 2^53")
+        return values.astype(np.int64)
 
     def milliseconds(self, name: str) -> np.ndarray:
         """Return a column of durations in milliseconds, ``[rows] int64``; missing is 0."""

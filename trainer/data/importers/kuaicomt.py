@@ -248,8 +248,7 @@ class _KuaiComtFiles:
         for batch in self._reader.batches(self.files["comments"], types, multiline=True):
             ids, item = batch.ids("comment_id"), batch.ids(key)
             batch.require(first_occurrences(known, ids), "comment_id", _UNIQUE_ID)
-            likes = batch.numbers("comment_like_cnt")
-            batch.require(likes >= 0, "comment_like_cnt", "0 or more")
+            likes = batch.counts("comment_like_cnt")
             self._comments.append((ids, item))
             self._item_of_comment.add(ids, item)
             yield pa.table(
@@ -258,7 +257,7 @@ class _KuaiComtFiles:
                     "item_id": item,
                     "user_id": np.full(batch.rows, UNKNOWN_USER),
                     "time_ms": np.full(batch.rows, UNKNOWN_TIME),
-                    "likes": likes.astype(np.int64),
+                    "likes": likes,
                     "text": batch.text("comment_content"),
                 }
             )
