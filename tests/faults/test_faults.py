@@ -57,8 +57,9 @@ def endure(job: Job, attack: kinds.Attack, undisturbed: Job) -> None:
 def late(attack: kinds.Attack) -> kinds.Attack:
     """Return the attack at a later time, when there is a checkpoint to resume from."""
     assert attack.fault is not None
+    # A save runs in the background, and the next one waits for it. So the save of step 4 is on disk after step 8.
     later = {
-        name: least + attack.fault.get(name, 0) for name, least in (("step", 5), ("save", 1)) if name in attack.fault
+        name: least + attack.fault.get(name, 0) for name, least in (("step", 8), ("save", 1)) if name in attack.fault
     }
     return replace(attack, fault={**attack.fault, **later})
 
@@ -146,7 +147,7 @@ def test_a_stop_while_a_damaged_checkpoint_is_replaced_leaves_one_of_the_two(job
 
 
 def stop_late(job: Job) -> None:
-    """Stop a job before its end, when it has two checkpoints or more."""
+    """Stop a job before its end, when it has two checkpoints or more: the save of step 12 waits for that of step 8."""
     fault = kinds.kill_all(random.Random(1), job).fault
     assert fault is not None
     job.start({**fault, "step": 14})
