@@ -38,7 +38,7 @@ from trainer.llm.models.base_model import BaseModelFiles, refuse_code
 from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.checksums import write_checksums
 from trainer.runtime.distributed import World
-from trainer.semantic_ids.code_files import CodeFile
+from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.kmeans_state import read_state as read_fit_state
 
@@ -178,7 +178,7 @@ def test_a_codebook_and_its_codes_are_no_code(tmp_path: Path, marker: Path) -> N
             write_checksums(tmp_path / "codebook")
         one_line_of(lambda: CodebookVersion.open(tmp_path / "codebook"))
     (tmp_path / "codes.parquet").write_bytes(pickle.dumps(Payload(marker)))
-    one_line_of(lambda: CodeFile.read(tmp_path / "codes.parquet", version))
+    one_line_of(lambda: read_codes(tmp_path / "codes.parquet", version))
     state = tmp_path / "state.npz"
     np.savez(state, about=np.array([Payload(marker)], object))
     one_line_of(lambda: read_fit_state(state, ""))

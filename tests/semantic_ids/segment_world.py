@@ -13,7 +13,8 @@ import torch
 from modules.codebook import Codebook
 from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.data.format.schema import DatasetSpec
-from trainer.semantic_ids.code_files import CodeFile, assign_codes
+from trainer.data.format.segment_codes import CodeFile
+from trainer.semantic_ids.code_files import assign_codes, read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion, FittedVectors, write_version
 from trainer.semantic_ids.segments import SegmentVectors, TimeRange
 
@@ -77,4 +78,4 @@ def assigned(version: CodebookVersion, world: Path, until_ms: int | None = None)
     out = world / "codes.parquet"
     times = TimeRange() if until_ms is None else TimeRange(until_ms=until_ms)
     assign_codes(version, SegmentVectors.open(str(world)), times, out, quiet=True)
-    return CodeFile.read(out, version)
+    return read_codes(out, version)

@@ -19,8 +19,9 @@ from tests.semantic_ids.segment_world import (
     write_vectors,
     write_world,
 )
+from trainer.data.format.segment_codes import CodeFile
 from trainer.semantic_ids.code_features import NO_CODE, RunFeatures, RunReader, run_features
-from trainer.semantic_ids.code_files import CodeFile, CodesAsOf
+from trainer.semantic_ids.code_files import CodesAsOf, append_codes
 from trainer.semantic_ids.code_store import SegmentCodes
 from trainer.semantic_ids.sqlite_store import SqliteCodeStore, StoreSettings
 
@@ -45,11 +46,11 @@ def test_replay_live_and_files_give_equal_features(tmp_path: Path, new_store: Op
     world = write_world(tmp_path / "world", segments=24)
     whole = assigned(version, world)
     full, live = new_store(version.name), new_store(version.name)
-    assert whole.append_to(full, version, quiet=True).stored == 240
+    assert append_codes(whole, full, version, quiet=True).stored == 240
     seen = 0
     for step in range(0, 25, 3):
         as_of_ms = START_MS + step * SEGMENT_MS
-        seen += assigned(version, world, as_of_ms + 1).append_to(live, version, quiet=True).stored
+        seen += append_codes(assigned(version, world, as_of_ms + 1), live, version, quiet=True).stored
         assert seen == 10 * step
         replay = features(full, as_of_ms)
         assert_equal(replay, features(live, as_of_ms))

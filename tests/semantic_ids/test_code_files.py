@@ -20,8 +20,10 @@ from tests.semantic_ids.segment_world import (
     write_world,
 )
 from trainer.console.errors import UserError
+from trainer.data.format.segment_codes import CodeFile
+from trainer.data.format.segments import UNKNOWN_AUTHOR
 from trainer.semantic_ids import code_files
-from trainer.semantic_ids.code_files import UNKNOWN_AUTHOR, CodeFile, assign_codes, assign_to_file
+from trainer.semantic_ids.code_files import append_codes, assign_codes, assign_to_file, read_codes
 from trainer.semantic_ids.code_store import StoreSettings
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.segments import SegmentVectors, TimeRange
@@ -55,10 +57,10 @@ def test_rooms_without_author_and_segments_without_vector_are_counted(tmp_path: 
     write_vectors(world, world_vectors(1, 3), np.array([0, 1, 3]))
     found = assign_codes(version, SegmentVectors.open(str(world)), TimeRange(), world / "codes.parquet", quiet=True)
     assert (found.segments, found.without_author, found.without_vector) == (3, 1, 2)
-    codes = CodeFile.read(world / "codes.parquet", version)
+    codes = read_codes(world / "codes.parquet", version)
     assert codes.author_id.tolist() == [7, 7, UNKNOWN_AUTHOR]
     store = SqliteCodeStore(str(tmp_path / "codes.sqlite"), StoreSettings(version.name), 1.0)
-    assert codes.append_to(store, version, quiet=True).stored == 2
+    assert append_codes(codes, store, version, quiet=True).stored == 2
     assert store.recent(np.array([UNKNOWN_AUTHOR, 7]), np.array([START_MS + 9] * 2), 5).counts.tolist()[0] == 0
     store.close()
 
@@ -70,8 +72,8 @@ def test_appends_in_small_calls_are_the_same(
     for rows in (1 << 13, 3):
         monkeypatch.setattr(code_files, "APPENDED_ROWS", rows)
         store = SqliteCodeStore(str(tmp_path / f"{rows}.sqlite"), StoreSettings(version.name), 1.0)
-        assert codes.append_to(store, version, quiet=True) == (400, 0, 0, 0)
-        assert codes.append_to(store, version, quiet=True) == (0, 400, 0, 0)
+        assert append_codes(codes, store, version, quiet=True) == (400, 0, 0, 0)
+        assert append_codes(codes, store, version, quiet=True) == (0, 400, 0, 0)
         found = store.recent(np.arange(100, 106), np.full(6, START_MS + 10**7), 50)
         runs.append([part.tolist() for part in (found.counts, found.code, found.length, found.last_ms)])
         store.close()
@@ -128,7 +130,7 @@ def test_codes_of_another_version_are_refused_by_name(world: Path, version: Code
     assigned(version, world)
     other = make_version(tmp_path / "other", 4, 5)
     with pytest.raises(UserError, match=rf"is of the codebook version '{version.name}', .*other is {other.name}"):
-        CodeFile.read(world / "codes.parquet", other)
+        read_codes(world / "codes.parquet", other)
     store = str(tmp_path / "codes.sqlite")
     out = tmp_path / "out.parquet"
     summary = assign_to_file(str(version.path), str(world), out, store=store, quiet=True)
@@ -161,13 +163,13 @@ def test_every_damage_is_one_line(world: Path, version: CodebookVersion) -> None
     for damaged in (b"", b"PAR1", content[:-1], content[: len(content) // 2], *changed):
         path.write_bytes(damaged)
         try:
-            found = CodeFile.read(path, version)
+            found = read_codes(path, version)
         except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
         else:
             # Bytes of the footer that nobody reads, such as statistics.
             path.write_bytes(content)
-            assert found.codes.tolist() == CodeFile.read(path, version).codes.tolist()
+            assert found.codes.tolist() == read_codes(path, version).codes.tolist()
 
 
 @pytest.mark.parametrize(
@@ -202,5 +204,5 @@ def test_another_content_is_refused(change: str, message: str, world: Path, vers
         table = table.set_column(4, "code_1", pa.array(values, pa.int32()))
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(UserError) as error:
-        CodeFile.read(path, version)
+        read_codes(path, version)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -15,10 +15,11 @@ from tests.semantic_ids.segment_world import START_MS, world_vectors, write_segm
 from trainer.config.quantize import QuantizeDataConfig
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, Origin
+from trainer.data.format.segments import UNKNOWN_AUTHOR
 from trainer.data.format.text_schema import segment_ids
 from trainer.data.importers.kuailive_m3 import import_kuailive_m3
 from trainer.data.simulator.write_dataset import simulate
-from trainer.semantic_ids.segments import UNKNOWN_AUTHOR, SegmentVectors, TimeRange, hash_vectors
+from trainer.semantic_ids.segments import SegmentVectors, TimeRange, hash_vectors
 
 
 def test_vectors_by_row_number(tmp_path: Path) -> None:

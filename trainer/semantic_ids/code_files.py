@@ -1,16 +1,10 @@
-"""Code files: the codes of a dataset's segments by one codebook version, in one Parquet file.
+"""Codes of a dataset's segments by a codebook version: written to a code file, appended to a store, read as runs.
 
-Columns are ``item_id``, ``author_id``, ``segment`` (the id of the segment's vector) and ``known_ms``, all int64, and
-``code_1``, ``code_2``, ... int32, one for each level. The metadata of the file has the name of the version, the sizes
-of the levels, and a hash of all columns, which reading compares. Rows are in the order of the table of vectors.
-
-A file is written whole or not at all. A segment whose author is not known has the author -1.
+The layout of a code file is in ``trainer/data/format/segment_codes.py``. A file is written whole or not at all.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.console.errors import UserError
 from trainer.console.progress import Progress
-from trainer.data.format.dataset_files import DatasetFiles
-from trainer.data.format.parquet_files import read_table, table_footer
+from trainer.data.format.segment_codes import HASH_KEY, CodeDigests, CodeFile, code_schema
+from trainer.data.format.segments import UNKNOWN_AUTHOR
 from trainer.runtime.files import whole_file
 from trainer.semantic_ids.code_store import (
     GAP_MS,
@@ -35,110 +28,44 @@ from trainer.semantic_ids.code_store import (
     run_starts,
 )
 from trainer.semantic_ids.codebook_version import CodebookVersion
-from trainer.semantic_ids.segments import (
-    UNKNOWN_AUTHOR,
-    BadVectors,
-    SegmentVectors,
-    TimeRange,
-    find_bad_vectors,
-)
+from trainer.semantic_ids.segments import BadVectors, SegmentVectors, TimeRange, find_bad_vectors
 from trainer.semantic_ids.store_address import open_store, store_path
-
-FORMAT = "1"
-_KEYS = ("format", "version", "levels", "hash")
-_PREFIX = "limelight_codes_"
-_COLUMNS = ("item_id", "author_id", "segment", "known_ms")
 
 APPENDED_ROWS = 1 << 13
 """Segments of one call that appends to a store."""
 
 
-@dataclass(frozen=True)
-class CodeFile:
-    """Content of a code file.
+def read_codes(path: Path, version: CodebookVersion) -> CodeFile:
+    """Read a code file of a codebook version.
 
-    Attributes:
-        path: of the file.
-        version: name of the codebook version.
-        levels: number of codes of each level.
-        item_id, author_id, segment, known_ms: ``[n] int64``.
-        codes: ``[n, levels] int32``.
+    Raises:
+        UserError: there is no such file, it is no code file, is damaged, or is of another version.
     """
+    codes = CodeFile.read(path)
+    version.check_name(path, codes.version)
+    return codes
 
-    path: Path
-    version: str
-    levels: tuple[int, ...]
-    item_id: np.ndarray
-    author_id: np.ndarray
-    segment: np.ndarray
-    known_ms: np.ndarray
-    codes: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.segment)
+def append_codes(codes: CodeFile, store: CodeStore, version: CodebookVersion, *, quiet: bool = False) -> AppendCounts:
+    """Append the segments with a known author to a store, in the order in which they became known.
 
-    @staticmethod
-    def read(path: Path, version: CodebookVersion | None = None) -> CodeFile:
-        """Read a code file.
+    Appending twice changes nothing, so a call that failed is repeated.
 
-        Args:
-            path: of the file.
-            version: codebook version that it must be of; None accepts any.
-
-        Raises:
-            UserError: there is no such file, it is no code file, is damaged, or is of another version.
-        """
-        files, name = DatasetFiles(path.parent), path.name
-        try:
-            schema, footer = table_footer(files, name)
-            metadata = footer | (schema.metadata or {})
-            found = {key: metadata.get(f"{_PREFIX}{key}".encode()) for key in _KEYS}
-            if found["format"] is None:
-                raise UserError(f"{path}: no code file; `limelight quantize assign` makes one")
-            if found["format"] != FORMAT.encode():
-                raise UserError(f"{path}: format is {found['format']!r}; this release reads format {FORMAT}")
-            levels = _levels(found["levels"])
-            if levels is None or found["version"] is None or found["hash"] is None:
-                raise UserError(f"{path}: damaged, its metadata is not complete; assign the codes again")
-            code_names = _code_names(len(levels))
-            table = read_table(files, name, [*_COLUMNS, *code_names])
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; `limelight quantize assign` makes a code file") from None
-        if any(column.null_count or not pa.types.is_integer(column.type) for column in table.columns):
-            raise UserError(f"{path}: damaged, a column has empty values or no whole numbers; assign the codes again")
-        columns = {name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS}
-        codes = np.stack([table[name].to_numpy().astype(np.int32) for name in code_names], axis=1)
-        digests = _Digests(len(levels))
-        digests.add(columns, codes)
-        if digests.hash != found["hash"].decode("ascii", "replace"):
-            raise UserError(f"{path}: damaged, its content differs from its hash; assign the codes again")
-        if (codes < 0).any() or (codes >= np.array(levels)).any():
-            raise UserError(f"{path}: damaged, a code is not below the size of its level; assign the codes again")
-        name_of_version = found["version"].decode("utf-8", "replace")
-        if version is not None:
-            version.check_name(path, name_of_version)
-        return CodeFile(path, name_of_version, levels, **columns, codes=codes)
-
-    def append_to(self, store: CodeStore, version: CodebookVersion, *, quiet: bool = False) -> AppendCounts:
-        """Append the segments with a known author to a store, in the order in which they became known.
-
-        Appending twice changes nothing, so a call that failed is repeated.
-
-        Raises:
-            UserError: the store cannot be written, or cannot number so many tuples of codes.
-        """
-        order = np.lexsort((self.segment, self.known_ms))
-        order = order[self.author_id[order] != UNKNOWN_AUTHOR]
-        number = version.numbers(self.codes)
-        counts = AppendCounts(0, 0, 0, 0)
-        with Progress("appending", len(order), "segments", quiet=quiet) as progress:
-            for begin in range(0, len(order), APPENDED_ROWS):
-                rows = order[begin : begin + APPENDED_ROWS]
-                counts += store.append(
-                    SegmentCodes(self.author_id[rows], self.segment[rows], number[rows], self.known_ms[rows])
-                )
-                progress.advance(len(rows))
-        return counts
+    Raises:
+        UserError: the store cannot be written, or cannot number so many tuples of codes.
+    """
+    order = np.lexsort((codes.segment, codes.known_ms))
+    order = order[codes.author_id[order] != UNKNOWN_AUTHOR]
+    number = version.numbers(codes.codes)
+    counts = AppendCounts(0, 0, 0, 0)
+    with Progress("appending", len(order), "segments", quiet=quiet) as progress:
+        for begin in range(0, len(order), APPENDED_ROWS):
+            rows = order[begin : begin + APPENDED_ROWS]
+            counts += store.append(
+                SegmentCodes(codes.author_id[rows], codes.segment[rows], number[rows], codes.known_ms[rows])
+            )
+            progress.advance(len(rows))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -169,15 +96,8 @@ def assign_codes(
     """
     version.check_vectors(segments.table.path, segments.table.dim, segments.table.origin)
     rows = segments.rows(times)
-    schema = pa.schema(
-        [(name, pa.int64()) for name in _COLUMNS] + [(name, pa.int32()) for name in _code_names(len(version.levels))],
-        {
-            f"{_PREFIX}format": FORMAT,
-            f"{_PREFIX}version": version.name,
-            f"{_PREFIX}levels": json.dumps(list(version.levels)),
-        },
-    )
-    digests, bad, error_sum = _Digests(len(version.levels)), BadVectors(0, 0, -1), 0.0
+    schema = code_schema(version.name, version.levels)
+    digests, bad, error_sum = CodeDigests(len(version.levels)), BadVectors(0, 0, -1), 0.0
     with (
         whole_file(out) as tmp_path,
         Progress("assigning", len(rows), "segments", quiet=quiet) as progress,
@@ -193,7 +113,7 @@ def assign_codes(
             progress.advance(len(vectors))
         # After all vectors have been looked at, so that the numbers are complete.
         bad.refuse(segments.table.path, len(rows))
-        writer.add_key_value_metadata({f"{_PREFIX}hash": digests.hash})
+        writer.add_key_value_metadata({HASH_KEY: digests.hash})
     without_author = int((segments.author_id[rows] == UNKNOWN_AUTHOR).sum())
     return AssignedCodes(len(rows), without_author, segments.without_vector, error_sum / max(1, len(rows)))
 
@@ -239,7 +159,7 @@ def assign_to_file(
         document = {"version": version.name, **asdict(found)}
         if store is not None:
             opened = open_store(store, StoreSettings(version.name)) if opened is None else opened
-            document["store"] = CodeFile.read(out, version).append_to(opened, version, quiet=quiet)._asdict()
+            document["store"] = append_codes(read_codes(out, version), opened, version, quiet=quiet)._asdict()
     finally:
         if opened is not None:
             opened.close()
@@ -296,24 +216,6 @@ class CodesAsOf:
         return begin, low
 
 
-class _Digests:
-    """Hash of the columns of a file, one digest a column, so that the blocks do not matter."""
-
-    def __init__(self, levels: int) -> None:
-        self._digests = [hashlib.blake2b(digest_size=16) for _ in range(len(_COLUMNS) + levels)]
-
-    def add(self, columns: dict[str, np.ndarray], codes: np.ndarray) -> None:
-        """Add rows."""
-        arrays = [*(columns[name] for name in _COLUMNS), *codes.T]
-        for digest, array in zip(self._digests, arrays, strict=True):
-            digest.update(array.tobytes())
-
-    @property
-    def hash(self) -> str:
-        """Hash of all columns."""
-        return hashlib.blake2b(b"".join(digest.digest() for digest in self._digests), digest_size=16).hexdigest()
-
-
 def _blocks(segments: SegmentVectors, rows: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yield the columns without codes, and the vectors, of rows of the table."""
     for at, block in segments.blocks(rows):
@@ -324,18 +226,3 @@ def _blocks(segments: SegmentVectors, rows: np.ndarray) -> Iterator[tuple[dict[s
             "known_ms": segments.known_ms[rows[at]],
         }
         yield columns, block
-
-
-def _code_names(levels: int) -> list[str]:
-    return [f"code_{level + 1}" for level in range(levels)]
-
-
-def _levels(text: bytes | None) -> tuple[int, ...] | None:
-    """Return the sizes of levels from the metadata; None if it is damaged."""
-    try:
-        levels = json.loads(text or b"null")
-    except ValueError:
-        return None
-    if not isinstance(levels, list) or not levels or any(type(size) is not int or size < 1 for size in levels):
-        return None
-    return tuple(levels)

@@ -1,12 +1,7 @@
 """Vectors of a dataset's segments with room, author and the time from which each is known: memory-mapped, in blocks.
 
-A table of segment vectors has one of two kinds of ids:
-
-* row numbers of ``segments.parquet`` (the simulated world, KuaiLive-M3), which has ``item_id`` and ``known_ms``;
-* ids of ``text_schema.segment_ids`` (``limelight embed`` with the kind ``segments``), whose rooms and times are in
-  ``texts/segments.parquet``. Without a column ``known_ms``, a segment is known at its end.
-
-The id of a vector is the id of its segment in code files and in the store of recent codes.
+The id of a vector is the id of its segment (``trainer/data/format/segments.py``) in code files and in the store of
+recent codes.
 """
 
 from __future__ import annotations
@@ -17,23 +12,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from trainer.config.load import parse_time
 from trainer.config.quantize import QuantizeDataConfig
 from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors
-from trainer.data.format.dataset_files import DatasetFiles
-from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.format.text_schema import read_texts, segment_ids, with_known_ms
+from trainer.data.format.segments import DatasetSegments
 from trainer.semantic_ids.code_store import GAP_MS
 from trainer.semantic_ids.vector_source import LARGEST_MAGNITUDE, StoredVectors, chunks, find_finite
-
-SEGMENTS = "segments.parquet"
-TEXT_SEGMENTS = "texts/segments.parquet"
-UNKNOWN_AUTHOR = -1
 
 NO_LIMIT_MS = (1 << 62) - 1
 
@@ -122,19 +110,17 @@ class SegmentVectors:
         table = ContentVectors.open(place)
         if not len(table):
             raise UserError(f"{place}: has no vectors; a codebook needs some")
-        files = DatasetFiles(dataset)
-        embedded = "segments" in table.origin.template
-        ids, item_id, known_ms = _text_segments(files) if embedded else _segments(files)
-        row = _rows_of(ids, table.ids)
+        found = DatasetSegments.read(dataset, "segments" in table.origin.template)
+        row = found.rows_of(table.ids)
         if (row < 0).any():
-            source = TEXT_SEGMENTS if embedded else SEGMENTS
             raise UserError(
-                f"{place}: has a vector of segment {table.ids[np.argmin(row)]}, which {storage.join(dataset, source)} "
-                "does not have; make the vectors from this dataset"
+                f"{place}: has a vector of segment {table.ids[np.argmin(row)]}, which {found.source} does not have; "
+                "make the vectors from this dataset"
             )
-        item_id, known_ms = item_id[row], known_ms[row]
-        authors = _authors(files, item_id)
-        return SegmentVectors(table, item_id, authors, known_ms, len(ids) - len(table), timezone)
+        without_vector = len(found) - len(table)
+        return SegmentVectors(
+            table, found.item_id[row], found.author_id[row], found.known_ms[row], without_vector, timezone
+        )
 
     def rows(self, times: TimeRange) -> np.ndarray:
         """Return the rows ``[m] int64`` of the segments that became known in a range, ascending."""
@@ -237,86 +223,3 @@ def find_bad_vectors(ids: np.ndarray, vectors: np.ndarray) -> BadVectors:
     zero = ~vectors.any(axis=1)
     bad = ~finite | zero
     return BadVectors(int((~finite).sum()), int(zero.sum()), int(ids[np.argmax(bad)]) if bad.any() else -1)
-
-
-def _segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row numbers, rooms and times of ``segments.parquet``, ``[n] int64`` each."""
-    place = storage.join(files.path, SEGMENTS)
-    try:
-        if "known_ms" not in table_footer(files, SEGMENTS)[0].names:
-            raise UserError(
-                f"{place}: has no known_ms, the time from which a segment is known; datasets of `limelight data "
-                "simulate --segment-vectors` and `limelight data import kuailive-m3` have it"
-            )
-        table = read_table(files, SEGMENTS, ["item_id", "known_ms"], ["start_ms"])
-    except FileNotFoundError:
-        raise UserError(
-            f"{place}: no such file, so the rooms of the vectors are not known; `limelight data simulate "
-            "--segment-vectors` and `limelight data import kuailive-m3` make it"
-        ) from None
-    columns = {name: _whole_numbers(table, name, place) for name in table.column_names}
-    if "start_ms" in columns:
-        with_known_ms(pa.table(columns), place)
-    item_id, known_ms = columns["item_id"], columns["known_ms"]
-    if len(known_ms) and known_ms.min() < 0:
-        raise UserError(f"{place}: known_ms is {known_ms.min()}; 0 or more is accepted, milliseconds since 1970")
-    return np.arange(len(item_id)), item_id, known_ms
-
-
-def _whole_numbers(table: pa.Table, name: str, place: str) -> np.ndarray:
-    """Return a column ``[n] int64``.
-
-    Raises:
-        UserError: it has empty values or other types.
-    """
-    column = table[name]
-    if column.null_count:
-        raise UserError(f"{place}: column {name!r} has {column.null_count:,} empty values; it must have none")
-    if not pa.types.is_integer(column.type):
-        raise UserError(f"{place}: column {name!r} is of the type {column.type}; whole numbers are accepted")
-    return column.to_numpy().astype(np.int64)
-
-
-def _text_segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids, rooms and times of ``texts/segments.parquet``, ``[n] int64`` each, in the order of the ids."""
-    table = read_texts(files.path, "segments", ["item_id", "segment", "known_ms"])
-    item_id = table["item_id"].to_numpy()
-    known_ms = table["known_ms"].to_numpy()
-    ids = segment_ids(item_id, table["segment"].to_numpy())
-    order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(twice):
-        row = order[twice[0]]
-        raise UserError(
-            f"{storage.join(files.path, TEXT_SEGMENTS)}: has segment {table['segment'][row]} of item {item_id[row]} "
-            "twice; each must be there once"
-        )
-    return ids[order], item_id[order], known_ms[order]
-
-
-def _authors(files: DatasetFiles, item_id: np.ndarray) -> np.ndarray:
-    """Return the author of each room ``[n] int64``; ``UNKNOWN_AUTHOR`` if the dataset does not have the room."""
-    for name in ("items.parquet", "texts/items.parquet"):
-        try:
-            table = read_table(files, name, ["item_id", "author_id"])
-        except FileNotFoundError:
-            continue
-        # An item without an author is as unknown as an item that is not there.
-        table = table.set_column(1, "author_id", table["author_id"].fill_null(UNKNOWN_AUTHOR))
-        items, authors = (
-            _whole_numbers(table, column, storage.join(files.path, name)) for column in table.column_names
-        )
-        order = np.argsort(items, kind="stable")
-        row = _rows_of(items[order], item_id)
-        return np.where(row >= 0, authors[order][row], UNKNOWN_AUTHOR).astype(np.int64)
-    raise UserError(
-        f"{files.path}: has neither items.parquet nor texts/items.parquet, so the authors of the rooms are not known"
-    )
-
-
-def _rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the position of each wanted id in ``ids``, which is sorted; -1 if it is not there."""
-    if not len(ids):
-        return np.full(len(wanted), -1)
-    row = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-    return np.where(ids[row] == wanted, row, -1)

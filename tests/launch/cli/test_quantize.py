@@ -12,7 +12,7 @@ from launch import local
 from launch.cli.main import main
 from tests.s3 import Bucket
 from tests.semantic_ids.segment_world import make_version, write_world
-from trainer.semantic_ids.code_files import CodeFile
+from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
 
 JOB = '[data]\npath = "nowhere"\n[codebook]\ndirectory = "book"\n'
@@ -98,7 +98,7 @@ def test_codes_go_to_a_file_and_to_a_store(
     document = json.loads(capsys.readouterr().out)
     assert document["store"] == {"stored": 200, "repeated": 200, "conflicting": 0, "late": 0}
     assert (document["version"], document["segments"]) == (version.name, 400)
-    assert len(CodeFile.read(out, version)) == 400
+    assert len(read_codes(out, version)) == 400
 
 
 def test_a_code_file_is_uploaded(version: CodebookVersion, bucket: Bucket, tmp_path: Path) -> None:

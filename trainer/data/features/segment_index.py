@@ -1,0 +1,192 @@
+"""Segments by author and by room, read as of a time.
+
+Every read takes a time and answers from the segments with ``known_ms <= as_of_ms`` only. So changing, adding or
+removing a segment that becomes known later changes no answer.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from trainer.data.format.text_schema import SEGMENT_MS
+from trainer.runtime.compiled import compiled
+
+NO_SEGMENT = -1
+
+OnAir = Literal["entry", "longest"]
+"""Choice among the segments of a visit: the one on air when it began, or the one that was watched longest."""
+
+
+class SegmentIndex:
+    """Segments by author and by room, read as of a time; answers are places in the arrays that it was made from.
+
+    A segment is on air for ``SEGMENT_MS`` from its start. Author -1 is unknown: it has no segments.
+
+    Args:
+        author_id: ``[n]`` int64.
+        item_id: ``[n]`` int64, rooms.
+        start_ms: ``[n]`` int64.
+        known_ms: ``[n]`` int64.
+
+    Attributes:
+        order: ``[n]`` int64, places by author, then ``known_ms``, then place.
+    """
+
+    def __init__(self, author_id: np.ndarray, item_id: np.ndarray, start_ms: np.ndarray, known_ms: np.ndarray) -> None:
+        # lexsort is stable: equal keys keep the order of their places.
+        self.order = np.lexsort((known_ms, author_id))
+        self._known_by_author = known_ms[self.order]
+        self._authors, self._author_bounds = _runs(author_id[self.order])
+        self._in_room = np.lexsort((start_ms, item_id))
+        self._starts, self._known_in_room = start_ms[self._in_room], known_ms[self._in_room]
+        self._rooms, self._room_bounds = _runs(item_id[self._in_room])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def latest(self, authors: np.ndarray, as_of_ms: np.ndarray) -> np.ndarray:
+        """Return the place of each author's latest segment, ``[m]`` int64; -1 without a known segment.
+
+        It is the segment with the largest (``known_ms``, place) of those with ``known_ms <= as_of_ms``.
+
+        Args:
+            authors: ``[m]`` int64.
+            as_of_ms: ``[m]`` int64.
+        """
+        first, stop = self.span(authors, as_of_ms)
+        places = np.full(len(authors), NO_SEGMENT)
+        some = stop > first
+        places[some] = self.order[stop[some] - 1]
+        return places
+
+    def counts(self, authors: np.ndarray, as_of_ms: np.ndarray) -> np.ndarray:
+        """Return the number of each author's known segments, ``[m]`` int64; the arguments are those of ``latest``."""
+        first, stop = self.span(authors, as_of_ms)
+        return stop - first
+
+    def span(self, authors: np.ndarray, as_of_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the known segments of each author as ``[first, stop)`` in ``order``, ``[m]`` int64 each.
+
+        The span is empty for an unknown author. The arguments are those of :meth:`latest`.
+        """
+        first, stop = (np.empty(len(authors), np.int64) for _ in range(2))
+        _spans(
+            self._authors, self._author_bounds, self._known_by_author, _whole(authors), _whole(as_of_ms), first, stop
+        )
+        return first, stop
+
+    def on_air(
+        self, item_id: np.ndarray, begin_ms: np.ndarray, end_ms: np.ndarray, as_of_ms: np.ndarray, choice: OnAir
+    ) -> np.ndarray:
+        """Return the place of a segment of each room that was on air during a visit, ``[m]`` int64; -1 without one.
+
+        Only segments with ``known_ms <= as_of_ms`` are considered.
+
+        Args:
+            item_id: ``[m]`` int64, rooms.
+            begin_ms, end_ms: ``[m]`` int64, the visit.
+            as_of_ms: ``[m]`` int64.
+            choice: ``entry``: the segment on air at ``begin_ms``, of several the one that started last, then the one
+                with the largest place. ``longest``: the segment with the largest overlap with ``[begin_ms, end_ms)``,
+                of several the one that started first, then the one with the smallest place.
+        """
+        places = np.empty(len(item_id), np.int64)
+        _on_air(
+            self._rooms,
+            self._room_bounds,
+            self._starts,
+            self._known_in_room,
+            _whole(item_id),
+            _whole(begin_ms),
+            _whole(end_ms),
+            _whole(as_of_ms),
+            choice == "longest",
+            SEGMENT_MS,
+            places,
+        )
+        some = places >= 0
+        places[some] = self._in_room[places[some]]
+        return places
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    """Return values as contiguous int64, so that the loops are compiled for one type only."""
+    return np.ascontiguousarray(values, np.int64)
+
+
+def _runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct ids ``[k]`` of a sorted array, and the bounds ``[k + 1]`` of their runs."""
+    distinct, first = np.unique(ids, return_index=True)
+    return distinct, np.append(first, len(ids)).astype(np.int64)
+
+
+@compiled(nogil=True)
+def _first_not_below(column: np.ndarray, first: int, stop: int, value: int) -> int:
+    """Return the first place in ``[first, stop)`` whose value is not below ``value``; ``stop`` if there is none."""
+    while first < stop:
+        middle = (first + stop) >> 1
+        if column[middle] < value:
+            first = middle + 1
+        else:
+            stop = middle
+    return first
+
+
+@compiled(nogil=True)
+def _spans(
+    authors: np.ndarray,
+    bounds: np.ndarray,
+    known_ms: np.ndarray,
+    wanted: np.ndarray,
+    as_of_ms: np.ndarray,
+    first: np.ndarray,
+    stop: np.ndarray,
+) -> None:
+    """Write the places ``[first, stop)`` of each wanted author's segments that are known as of a time."""
+    for row in range(len(wanted)):
+        first[row] = stop[row] = 0
+        run = _first_not_below(authors, 0, len(authors), wanted[row])
+        if wanted[row] >= 0 and run < len(authors) and authors[run] == wanted[row]:
+            first[row] = bounds[run]
+            stop[row] = _first_not_below(known_ms, bounds[run], bounds[run + 1], as_of_ms[row] + 1)
+
+
+@compiled(nogil=True)
+def _on_air(
+    rooms: np.ndarray,
+    bounds: np.ndarray,
+    starts: np.ndarray,
+    known_ms: np.ndarray,
+    wanted: np.ndarray,
+    begin_ms: np.ndarray,
+    end_ms: np.ndarray,
+    as_of_ms: np.ndarray,
+    longest: bool,
+    length: int,
+    places: np.ndarray,
+) -> None:
+    """Write the place of each visit's segment among the segments sorted by room and start; -1 without one."""
+    for row in range(len(wanted)):
+        places[row] = -1
+        run = _first_not_below(rooms, 0, len(rooms), wanted[row])
+        if run == len(rooms) or rooms[run] != wanted[row]:
+            continue
+        # Segments that start earlier have ended before the visit.
+        place = _first_not_below(starts, bounds[run], bounds[run + 1], begin_ms[row] - length + 1)
+        most = 0
+        while place < bounds[run + 1]:
+            if longest:
+                if starts[place] >= end_ms[row]:
+                    break
+                overlap = min(starts[place] + length, end_ms[row]) - max(starts[place], begin_ms[row])
+                if overlap > most and known_ms[place] <= as_of_ms[row]:
+                    most = overlap
+                    places[row] = place
+            else:
+                if starts[place] > begin_ms[row]:
+                    break
+                if known_ms[place] <= as_of_ms[row]:
+                    places[row] = place
+            place += 1
