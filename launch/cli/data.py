@@ -89,6 +89,13 @@ def data() -> None:
     help="Noise of --segment-vectors, in lengths of its other parts (default 0.8).",
 )
 @click.option(
+    "--segment-taste",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="Share of the authors' styles in --segment-vectors that follows what viewers like, 0 to 1 (default 0).",
+)
+@click.option(
     "--lookahead", is_flag=True, help="Let long views and gifts depend on the next three minutes of a room, too."
 )
 @json_option
@@ -102,6 +109,7 @@ def simulate(
     texts: bool,
     segment_vectors: bool,
     segment_noise: float | None,
+    segment_taste: float,
     lookahead: bool,
     as_json: bool,
 ) -> None:
@@ -126,13 +134,24 @@ def simulate(
             )
     if segment_noise is not None and not segment_vectors:
         raise UserError("--segment-noise: belongs to the vectors of --segment-vectors; add it, or leave the noise out")
+    if segment_taste and not segment_vectors:
+        raise UserError("--segment-taste: belongs to the vectors of --segment-vectors; add it, or leave the taste out")
     noise = (DEFAULT_NOISE if segment_noise is None else segment_noise) if segment_vectors else None
 
     def work(target: Path, progress: Phases) -> DatasetSpec:
         if world == "cross":
             return simulate_cross(target, users, days, partitions, seed, progress)
         return simulate_everyday(
-            target, users, days, partitions, seed, progress, texts=texts, segment_noise=noise, lookahead=lookahead
+            target,
+            users,
+            days,
+            partitions,
+            seed,
+            progress,
+            texts=texts,
+            segment_noise=noise,
+            segment_taste=segment_taste,
+            lookahead=lookahead,
         )
 
     _make(out, work, as_json)

@@ -15,7 +15,14 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.verification import verify_dataset
 from trainer.data.simulator import segment_vectors
 from trainer.data.simulator.config import WorldConfig
-from trainer.data.simulator.segment_vectors import DEFAULT_NOISE, DIM, SPECTRUM, SegmentVectorGenerator, day_and_share
+from trainer.data.simulator.segment_vectors import (
+    DEFAULT_NOISE,
+    DIM,
+    SPECTRUM,
+    SegmentVectorGenerator,
+    author_traits,
+    day_and_share,
+)
 from trainer.data.simulator.world import SimulatedWorld, make_world
 from trainer.data.simulator.write_dataset import simulate
 
@@ -163,3 +170,27 @@ def test_at_the_default_noise_the_two_rules_are_about_equally_good() -> None:
     )
     assert 0.1 < last < 0.17 and 0.1 < most_frequent < 0.17
     assert abs(last - most_frequent) < 0.02
+
+
+def test_styles_follow_the_traits_that_viewers_like_as_far_as_asked(world: SimulatedWorld) -> None:
+    """A linear regression of the styles on the traits explains the share that was asked for."""
+    traits = author_traits(world.authors)
+    inputs = np.column_stack([traits, np.ones(len(traits))])
+    # A regression on k of n random columns explains k / n of anything.
+    chance = inputs.shape[1] / len(inputs)
+    for taste in (0.0, 0.5, 1.0):
+        generator = SegmentVectorGenerator(world, NOISE, taste)
+        style = generator._style / SPECTRUM
+        residual = style - inputs @ np.linalg.lstsq(inputs, style, rcond=None)[0]
+        explained = 1 - residual.var() / style.var()
+        assert abs(explained - (taste + (1 - taste) * chance)) < 0.05
+        assert abs(float((generator._style**2).sum(axis=1).mean()) - 1) < 0.2
+
+
+def test_taste_changes_the_vectors_only(path: Path, tmp_path: Path) -> None:
+    simulate(tmp_path / "taste", USERS, DAYS, 2, SEED, segment_noise=NOISE, segment_taste=0.5)
+    for file in sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file()):
+        if "vectors" not in file.name and file.name not in {"dataset.json", "checksums.json", "manifest.json"}:
+            other = tmp_path / "taste" / file
+            assert not other.exists() or (path / file).read_bytes() == other.read_bytes() or "embeddings" in str(file)
+    assert DatasetSpec.load(tmp_path / "taste").extra["segment_vectors"]["taste"] == 0.5

@@ -100,6 +100,11 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             ["simulate", "{}/out", "--segment-noise", "2"],
             "--segment-noise: belongs to the vectors of --segment-vectors",
         ),
+        (
+            ["simulate", "{}/out", "--segment-taste", "0.5"],
+            "--segment-taste: belongs to the vectors of --segment-vectors",
+        ),
+        (["simulate", "{}/out", "--segment-vectors", "--segment-taste", "2"], "segment_taste is 2.0; it must be in"),
         (["simulate", "{}/out", "--segment-vectors", "--segment-noise", "-1"], "segment_noise is -1.0; it must be in"),
         (["describe", "{}/none"], "no dataset here"),
     ],

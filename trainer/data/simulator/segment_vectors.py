@@ -9,6 +9,9 @@ noise of each segment is independent. All parts have the same spectrum: the vari
 1 / j^2, because the vectors of real models lie near few directions, too. Without that, thousands of codes would follow
 the noise only.
 
+The style of an author says nothing about who likes the author, unless the option ``taste`` lets a share of its variance
+follow the traits that draw and hold viewers. Real content does so to an extent that nobody knows, so the default is 0.
+
 Given author, time and topic, the topic of the next segment is therefore all that a predictor can still find out from
 the past. That makes the best possible accuracy computable; see ``segment_truth``.
 """
@@ -23,7 +26,7 @@ import pyarrow as pa
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, Origin, VectorPart, write_parts
 from trainer.data.simulator.config import DAY_MS, START_MS
 from trainer.data.simulator.content import PHASES
-from trainer.data.simulator.population import CATEGORIES, TOPICS
+from trainer.data.simulator.population import CATEGORIES, TOPICS, Authors
 from trainer.data.simulator.segment_truth import next_topics
 from trainer.data.simulator.world import SimulatedWorld
 from trainer.data.writing.builder import DatasetBuilder
@@ -56,9 +59,11 @@ class SegmentVectorGenerator:
     Args:
         world: the world.
         noise: length of the noise, 0 or more.
+        taste: share of the variance of the styles that follows the latent vector, quality, bait and warmth of the
+            authors, from 0 to 1.
     """
 
-    def __init__(self, world: SimulatedWorld, noise: float) -> None:
+    def __init__(self, world: SimulatedWorld, noise: float, taste: float = 0.0) -> None:
         self._config, self._items = world.config, world.items
         self.noise = np.float32(noise) * SPECTRUM
         rng = world.config.generator("segment vectors")
@@ -69,6 +74,9 @@ class SegmentVectorGenerator:
             for name, *_ in phases:
                 self.topics[TOPICS.index(name)] = CATEGORY * category[code] + TOPIC * topic[TOPICS.index(name)]
         self._style = STYLE * _draw(rng, world.config.authors)
+        if taste:
+            visible = _follow(world.config.generator("segment taste"), author_traits(world.authors))
+            self._style = np.float32(1 - taste) ** 0.5 * self._style + np.float32(taste) ** 0.5 * STYLE * visible
 
     def days(self) -> range:
         """Days at whose starts the drift has a value."""
@@ -127,6 +135,12 @@ class SegmentVectorGenerator:
             yield _parameters("author", live, START_MS + day * DAY_MS, values[live])
 
 
+def author_traits(authors: Authors) -> np.ndarray:
+    """Return the traits of authors that decide who likes them, standardised, ``[authors, traits] float32``."""
+    traits = np.column_stack([authors.vector, authors.quality, authors.bait, authors.warmth])
+    return (traits - traits.mean(axis=0)) / np.maximum(traits.std(axis=0), 1e-6)
+
+
 def day_and_share(time_ms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the day of each time, ``int64`` from ``START_MS`` on, and the part of it that has passed, ``float32``."""
     day = (time_ms - START_MS) // DAY_MS
@@ -141,6 +155,12 @@ def between(before: np.ndarray, after: np.ndarray, share: np.ndarray) -> np.ndar
 def _draw(rng: np.random.Generator, n: int) -> np.ndarray:
     """Draw vectors with the spectrum; their mean squared length is 1; ``[n, DIM] float32``."""
     return SPECTRUM * rng.standard_normal((n, DIM), np.float32)
+
+
+def _follow(rng: np.random.Generator, traits: np.ndarray) -> np.ndarray:
+    """Return random linear images of traits ``[n, k]``, with the spectrum; their mean squared length is about 1."""
+    k = traits.shape[1]
+    return SPECTRUM * (traits @ (rng.standard_normal((k, DIM), np.float32) / np.float32(k) ** 0.5))
 
 
 def _parameters(part: str, ids: np.ndarray, time_ms: int, vectors: np.ndarray) -> pa.Table:

@@ -35,6 +35,7 @@ def simulate(
     *,
     texts: bool = False,
     segment_noise: float | None = None,
+    segment_taste: float = 0.0,
     lookahead: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
@@ -53,10 +54,12 @@ def simulate(
             Everything else is the same, bit for bit, with and without them.
         segment_noise: noise of the vectors of the segments, 0 or more; None to write no vectors. Everything else is
             the same, bit for bit, with and without them.
+        segment_taste: share of the variance of the authors' styles in these vectors that follows the traits which
+            viewers like, from 0 to 1. It changes the vectors only.
         lookahead: True to let long views and gifts depend on the next three minutes of a room, too.
 
     Raises:
-        UserError: a size is below 1, the seed or the noise is out of its range, or ``out`` cannot be built
+        UserError: a size is below 1, the seed, the noise or the taste is out of its range, or ``out`` cannot be built
             (``DatasetBuilder``).
     """
     for name, value in (("users", users), ("days", days), ("partitions", partitions), ("seed", seed)):
@@ -65,11 +68,15 @@ def simulate(
             raise UserError(f"simulate: {name} is {value}; it must be {least} or more")
     if segment_noise is not None and not 0 <= segment_noise <= MOST_NOISE:
         raise UserError(f"simulate: segment_noise is {segment_noise}; it must be in [0, {MOST_NOISE:.0f}]")
+    if not 0 <= segment_taste <= 1:
+        raise UserError(f"simulate: segment_taste is {segment_taste}; it must be in [0, 1]")
     config = WorldConfig(users, days, seed, lookahead=lookahead)
     # A world without an option has no word of it, so that its description is that of earlier versions.
     extra: dict[str, Any] = {"comment_kinds": KINDS} if texts else {}
     if segment_noise is not None:
         extra["segment_vectors"] = {"dim": DIM, "noise": segment_noise}
+        if segment_taste:
+            extra["segment_vectors"]["taste"] = segment_taste
     if lookahead:
         extra["lookahead"] = True
     spec = dataset_spec(config, partitions)
@@ -81,7 +88,7 @@ def simulate(
         for table in segment_tables(world, vectors=segment_noise is not None):
             builder.table("segments", table)
         if segment_noise is not None:
-            SegmentVectorGenerator(world, segment_noise).write(builder)
+            SegmentVectorGenerator(world, segment_noise, segment_taste).write(builder)
         written = _write_texts(builder, world) if texts else None
         report = progress or (lambda what, done, total: None)
         report("simulating", 0, total)
