@@ -1,0 +1,275 @@
+"""Foresight's predictor: from the latest runs of an author's codes to the code of the next segment.
+
+The pipeline is that of Foresight (Kuaishou), section "Encoder-decoder". With the run's code ``c``, its length ``w`` and
+its place counted from the newest run::
+
+    I = Emb(c) + Emb(bucket(w)) + Emb(place)              [runs, dim]
+    I = I + SelfAttn(norm(I));  I = I + FFN(norm(I))      for each layer of the encoder
+    D = BOS                                               [1, dim], learnt
+    D = D + CrossAttn(norm(D), I);  D = D + FFN(norm(D))  for each layer of the decoder
+    p = softmax(norm(D) Emb^T + bias)                     over all codes; the same table as that of the input
+
+The paper gives neither the norms, the places, nor the buckets of the lengths. Here norms come before each part, as in
+most Transformers since Xiong et al. (2020), places are learnt vectors, and a length has two buckets for each doubling.
+The bias is one number for each code, which its frequency needs.
+
+The runs are padded at the front. A padded place is seen by no other one, whatever it holds. An author without any run
+has an ``I`` of zeros and a ``D`` that depends on BOS alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TableStart = Literal["frozen", "learnt", "random"]
+"""Table of the codes: the centroids, which stay; the centroids, which are trained; or random vectors, trained."""
+
+LARGEST_LENGTH = 1 << 17
+"""Longest run with a bucket of its own, 45 days of segments of 30 seconds."""
+
+
+@dataclass(frozen=True)
+class ForesightSize:
+    """Sizes of the predictor.
+
+    Attributes:
+        codes: number of codes N.
+        runs: longest context.
+        dim: width of the model, a multiple of ``heads``.
+        heads: attention heads.
+        encoder_layers, decoder_layers: number of layers, 1 or more.
+        feed_forward: width inside a feed-forward part.
+        dropout: share of values that a feed-forward part and an attention drop in training.
+        table: start of the table of the codes.
+    """
+
+    codes: int
+    runs: int = 100
+    dim: int = 64
+    heads: int = 4
+    encoder_layers: int = 2
+    decoder_layers: int = 1
+    feed_forward: int = 256
+    dropout: float = 0.0
+    table: TableStart = "learnt"
+
+
+class ForesightOutput(NamedTuple):
+    """Output of the predictor for n authors.
+
+    Attributes:
+        history: ``[n, runs, dim]``, the encoder's output I; zeros at padded places.
+        future: ``[n, dim]``, the decoder's output D.
+    """
+
+    history: Tensor
+    future: Tensor
+
+
+class ForesightPredictor(nn.Module):
+    """The predictor.
+
+    Args:
+        size: its sizes.
+        centroids: ``[codes, centroid_dim]`` float, the codebook's; for ``random`` its shape alone is used.
+    """
+
+    bounds: Tensor
+
+    def __init__(self, size: ForesightSize, centroids: Tensor) -> None:
+        super().__init__()
+        self.size = size
+        self.table = CodeTable(centroids, size.dim, size.table)
+        self.lengths = nn.Embedding(len(length_bounds()) + 1, size.dim)
+        self.places = nn.Embedding(size.runs, size.dim)
+        for embedding in (self.lengths, self.places):
+            nn.init.normal_(embedding.weight, std=CodeTable.SCALE)
+        self.encoder = nn.ModuleList(_Layer(size) for _ in range(size.encoder_layers))
+        self.encoder_norm = nn.LayerNorm(size.dim)
+        self.first = nn.Parameter(CodeTable.SCALE * torch.randn(size.dim))
+        self.decoder = nn.ModuleList(_Layer(size) for _ in range(size.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(size.dim)
+        self.register_buffer("bounds", torch.tensor(length_bounds()), persistent=False)
+
+    def forward(self, code: Tensor, length: Tensor, table: Tensor | None = None) -> ForesightOutput:
+        """Return the encoder's and the decoder's output.
+
+        Args:
+            code: ``[n, L]`` int, the newest run last, -1 at padded places, which are at the front; ``L <= runs``.
+            length: ``[n, L]`` int, segments of each run.
+            table: result of ``self.table()``, if it is needed for several calls; None looks up the codes alone.
+        """
+        known = code >= 0
+        held = code.clamp(min=0)
+        states = self.table.rows(held) if table is None else table[held]
+        states = states + self.lengths(torch.bucketize(length, self.bounds, right=True))
+        states = states + self.places.weight[: code.shape[1]].flip(0)
+        states = states.masked_fill(~known[:, :, None], 0)
+        some = known.any(1)
+        # A row of the softmax needs one place: a row without any run sees all places, and its result is not used.
+        seen = (known | ~some[:, None])[:, None, None]
+        for layer in self.encoder:
+            states = layer(states, None, seen, some)
+        states = self.encoder_norm(states).masked_fill(~known[:, :, None], 0)
+        future = self.first.expand(len(code), 1, -1)
+        for layer in self.decoder:
+            future = layer(future, states, seen, some)
+        return ForesightOutput(states, self.decoder_norm(future[:, 0]))
+
+    def logits(self, future: Tensor, table: Tensor | None = None) -> Tensor:
+        """Return the logits of all codes ``[n, codes]``, float32."""
+        return _scores(future, self.table() if table is None else table, self.table.bias)
+
+    def losses(self, future: Tensor, target: Tensor, sample: CodeSample | None = None) -> Tensor:
+        """Return ``-log p(target)`` of each row ``[n]``, float32.
+
+        Args:
+            future: ``[n, dim]``.
+            target: ``[n]`` int64, the codes that came.
+            sample: codes that stand for all others, see :func:`sampled_softmax`; None computes the full softmax.
+        """
+        if sample is None:
+            return functional.cross_entropy(self.logits(future), target, reduction="none")
+        own = (future * self.table.rows(target)).sum(1).float() + self.table.bias[target].float()
+        others = _scores(future, self.table.rows(sample.code), self.table.bias[sample.code])
+        return sampled_softmax(own, others, target, sample)
+
+
+class CodeTable(nn.Module):
+    """One vector for each code: the codebook's centroids, projected to the model's width, and a bias.
+
+    The centroids are moved and scaled to mean 0 and variance 1 over all their elements, so that the scale of the
+    content vectors does not matter.
+
+    Args:
+        centroids: ``[codes, centroid_dim]`` float.
+        dim: width of the model.
+        start: see :data:`TableStart`.
+    """
+
+    SCALE = 0.1
+    """Standard deviation of an element at the start. With D of length sqrt(dim), the first logits are small."""
+
+    def __init__(self, centroids: Tensor, dim: int, start: TableStart) -> None:
+        super().__init__()
+        vectors = centroids.detach().double()
+        if start == "random":
+            vectors = torch.randn(centroids.shape).double()
+        vectors = vectors - vectors.mean(0)
+        vectors = (vectors / vectors.std(correction=0).clamp(min=1e-12)).float()
+        if start == "frozen":
+            self.register_buffer("vectors", vectors)
+        else:
+            self.vectors = nn.Parameter(vectors)
+        self.project = nn.Linear(centroids.shape[1], dim, bias=False)
+        nn.init.normal_(self.project.weight, std=self.SCALE / math.sqrt(centroids.shape[1]))
+        self.bias = nn.Parameter(torch.zeros(len(centroids)))
+
+    def forward(self) -> Tensor:
+        """Return the vectors of all codes ``[codes, dim]``."""
+        vectors: Tensor = self.project(self.vectors)
+        return vectors
+
+    def rows(self, code: Tensor) -> Tensor:
+        """Return the vectors of codes of any shape, ``[..., dim]``."""
+        vectors: Tensor = self.project(self.vectors[code])
+        return vectors
+
+
+class CodeSample(NamedTuple):
+    """Codes that stand for all codes in a sampled softmax.
+
+    Attributes:
+        code: ``[S]`` int64, drawn with replacement.
+        log_expected: ``[S]`` float32, logarithm of how often each is expected among S draws.
+    """
+
+    code: Tensor
+    log_expected: Tensor
+
+    @staticmethod
+    def draw(probability: Tensor, size: int, generator: torch.Generator) -> CodeSample:
+        """Draw ``size`` codes with the probabilities ``[codes]``, which sum to 1 and are above 0."""
+        code = torch.multinomial(probability, size, replacement=True, generator=generator)
+        return CodeSample(code, (probability[code] * size).log().float())
+
+
+def sampled_softmax(own: Tensor, others: Tensor, target: Tensor, sample: CodeSample) -> Tensor:
+    """Return the sampled softmax loss of each row ``[n]``.
+
+    The full softmax divides by the sum Z of ``exp(o_j)`` over all codes j. Here the target's own term is exact, and the
+    others are estimated from the sample (importance sampling; Jean et al., 2015)::
+
+        Z' = exp(o_target) + sum over drawn j != target of exp(o_j) / (S q_j)
+
+    The expectation of Z' is Z for any q above 0. The loss ``log Z' - o_target`` and its gradient tend to those of the
+    full softmax as S grows.
+
+    Args:
+        own: ``[n]`` float32, logit of each row's target.
+        others: ``[n, S]`` float32, logits of the drawn codes, the same codes for all rows.
+        target: ``[n]`` int64.
+        sample: the drawn codes.
+    """
+    terms = others - sample.log_expected
+    terms = terms.masked_fill(sample.code == target[:, None], -torch.inf)
+    return torch.cat([own[:, None], terms], 1).logsumexp(1) - own
+
+
+def length_bounds() -> list[int]:
+    """Return the least length of each bucket from the second on: two buckets for each doubling of the length."""
+    last = 2 * (LARGEST_LENGTH.bit_length() - 1)
+    return sorted({math.ceil(2 ** (half / 2) - 1e-9) for half in range(1, last + 1)})
+
+
+class _Layer(nn.Module):
+    """Attention and a feed-forward part, each added to its input after a norm."""
+
+    def __init__(self, size: ForesightSize) -> None:
+        super().__init__()
+        self.heads, self.dropout = size.heads, size.dropout
+        self.attention_norm = nn.LayerNorm(size.dim)
+        self.query, self.out = nn.Linear(size.dim, size.dim), nn.Linear(size.dim, size.dim)
+        self.key_value = nn.Linear(size.dim, 2 * size.dim)
+        self.feed_forward_norm = nn.LayerNorm(size.dim)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(size.dim, size.feed_forward),
+            nn.GELU(),
+            nn.Dropout(size.dropout),
+            nn.Linear(size.feed_forward, size.dim),
+            nn.Dropout(size.dropout),
+        )
+
+    def forward(self, states: Tensor, memory: Tensor | None, seen: Tensor, some: Tensor) -> Tensor:
+        """Return the layer's output ``[n, Q, dim]``.
+
+        Args:
+            states: ``[n, Q, dim]``.
+            memory: ``[n, L, dim]`` to attend to; None attends to the states.
+            seen: ``[n, 1, 1, L]`` bool, places that are attended to.
+            some: ``[n]`` bool, rows that have something to attend to.
+        """
+        normed = self.attention_norm(states)
+        attended = self._attend(normed, normed if memory is None else memory, seen)
+        states = states + attended.where(some[:, None, None], attended.new_zeros(()))
+        added: Tensor = states + self.feed_forward(self.feed_forward_norm(states))
+        return added
+
+    def _attend(self, queries: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
+        query = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, dropout_p=self.dropout if self.training else 0.0
+        )
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def _scores(future: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+    return (future @ vectors.T + bias).float()

@@ -1,0 +1,264 @@
+"""Foresight's predictor beside a slow loop in float64; padding, authors without codes, and the sampled softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from modules.foresight import (
+    CodeSample,
+    CodeTable,
+    ForesightPredictor,
+    ForesightSize,
+    TableStart,
+    length_bounds,
+    sampled_softmax,
+)
+
+CODES, RUNS, DIM = 11, 7, 8
+
+
+def predictor(seed: int = 0, table: TableStart = "learnt", **changes: int) -> ForesightPredictor:
+    """Return a predictor in which nothing is zero by its initialisation."""
+    torch.manual_seed(seed)
+    size = ForesightSize(CODES, runs=RUNS, dim=DIM, heads=2, feed_forward=12, table=table, **changes)  # type: ignore[arg-type]
+    model = ForesightPredictor(size, 3 + 5 * torch.randn(CODES, 6)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def contexts(counts: list[int], seed: int = 0, runs: int = RUNS) -> tuple[Tensor, Tensor]:
+    """Return codes and lengths ``[rows, runs]`` with ``counts`` runs in each row, padded at the front."""
+    generator = torch.Generator().manual_seed(seed)
+    code = torch.randint(0, CODES, (len(counts), runs), generator=generator, dtype=torch.int32)
+    length = torch.randint(1, 40, (len(counts), runs), generator=generator, dtype=torch.int32)
+    padded = torch.arange(runs) < runs - torch.tensor(counts, dtype=torch.int64)[:, None]
+    return code.masked_fill(padded, -1), length.masked_fill(padded, 0)
+
+
+def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the history of the runs that are there, the future and the logits of one author, run by run."""
+    value = {name: tensor.double() for name, tensor in {**model.state_dict()}.items()}
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return value[f"{name}.weight"] @ x + value[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        spread = ((x - x.mean()) ** 2).mean()
+        return (x - x.mean()) / torch.sqrt(spread + 1e-5) * value[f"{name}.weight"] + value[f"{name}.bias"]
+
+    def layer(x: Tensor, memory: list[Tensor], name: str) -> Tensor:
+        size = DIM // 2
+        query = linear(norm(x, f"{name}.attention_norm"), f"{name}.query")
+        pairs = [linear(entry, f"{name}.key_value") for entry in memory]
+        mixed = torch.zeros(DIM, dtype=torch.float64)
+        for head in range(2 if memory else 0):
+            part = slice(head * size, (head + 1) * size)
+            scores = torch.stack([query[part] @ pair[:DIM][part] / math.sqrt(size) for pair in pairs])
+            weights = scores.exp() / scores.exp().sum()
+            for weight, pair in zip(weights, pairs, strict=True):
+                mixed[part] += weight * pair[DIM:][part]
+        if memory:
+            x = x + linear(mixed, f"{name}.out")
+        inner = linear(norm(x, f"{name}.feed_forward_norm"), f"{name}.feed_forward.0")
+        gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+        return x + linear(gelu, f"{name}.feed_forward.3")
+
+    table = [value["table.project.weight"] @ vector for vector in value["table.vectors"]]
+    states = []
+    for place, (of_code, of_length) in enumerate(zip(reversed(code), reversed(length), strict=True)):
+        bucket = sum(bound <= of_length for bound in length_bounds())
+        states.append(table[of_code] + value["lengths.weight"][bucket] + value["places.weight"][place])
+    states.reverse()
+    for number in range(len(model.encoder)):
+        name = f"encoder.{number}"
+        normed = [norm(state, f"{name}.attention_norm") for state in states]
+        states = [layer(state, normed, name) for state in states]
+    states = [norm(state, "encoder_norm") for state in states]
+    future = value["first"]
+    for number in range(len(model.decoder)):
+        future = layer(future, states, f"decoder.{number}")
+    future = norm(future, "decoder_norm")
+    logits = torch.stack([vector @ future for vector in table]) + value["table.bias"]
+    return torch.stack(states) if states else torch.zeros(0, DIM).double(), future, logits
+
+
+@settings(max_examples=25)
+@given(
+    counts=st.lists(st.integers(0, RUNS), max_size=4),
+    seed=st.integers(0, 1000),
+    layers=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    table=st.sampled_from(["frozen", "learnt", "random"]),
+)
+def test_outputs_are_those_of_a_slow_loop(
+    counts: list[int], seed: int, layers: tuple[int, int], table: TableStart
+) -> None:
+    model = predictor(seed, table, encoder_layers=layers[0], decoder_layers=layers[1])
+    code, length = contexts(counts, seed)
+    with torch.no_grad():
+        found = model(code, length)
+        logits = model.logits(found.future)
+        again = model(code, length, model.table())
+    assert found.history.shape == (len(counts), RUNS, DIM) and logits.shape == (len(counts), CODES)
+    torch.testing.assert_close(again, found, atol=1e-5, rtol=1e-4)
+    for row, count in enumerate(counts):
+        runs = slice(RUNS - count, RUNS)
+        history, future, expected = reference(model, code[row, runs].tolist(), length[row, runs].tolist())
+        torch.testing.assert_close(found.history[row, runs].double(), history, atol=2e-5, rtol=1e-4)
+        assert not found.history[row, : RUNS - count].any()
+        torch.testing.assert_close(found.future[row].double(), future, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(logits[row].double(), expected, atol=5e-5, rtol=1e-4)
+
+
+def test_what_stands_at_a_padded_place_changes_no_bit() -> None:
+    model = predictor()
+    code, length = contexts([0, 1, 4, 7])
+    found = model(code, length)
+    rubbish = model(torch.where(code < 0, -5, code), torch.where(code < 0, 77, length))
+    assert torch.equal(found.history, rubbish.history) and torch.equal(found.future, rubbish.future)
+    # Nor does code 0, which a padded place looks up.
+    with torch.no_grad():
+        model.table.vectors[0] += 100
+    without = ~(code == 0).any(1)
+    assert without[0] and without[1:].any()
+    assert torch.equal(model(code, length).future[without], found.future[without])
+
+
+def test_more_padding_changes_nothing_but_rounding() -> None:
+    model = predictor()
+    code, length = contexts([0, 1, 3])
+    found, short = model(code, length), model(code[:, -3:], length[:, -3:])
+    torch.testing.assert_close(short.future, found.future)
+    torch.testing.assert_close(short.history, found.history[:, -3:])
+
+
+def test_no_gradient_comes_from_or_goes_to_padded_places() -> None:
+    model = predictor()
+    code, length = contexts([0, 2])
+    found = model(code, length)
+    (found.history.sum() + found.future.sum()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients.values())
+    places = gradients["places.weight"]
+    assert places is not None and places[:2].any() and not places[2:].any()
+
+
+def test_an_empty_batch_has_a_gradient_of_zero() -> None:
+    model = predictor()
+    code, length = contexts([])
+    sample = CodeSample.draw(torch.full((CODES,), 1 / CODES), 4, torch.Generator().manual_seed(0))
+    for given_sample in (None, sample):
+        found = model(code, length)
+        losses = model.losses(found.future, torch.zeros(0, dtype=torch.int64), given_sample)
+        assert losses.shape == (0,)
+        losses.sum().backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_a_frozen_table_is_no_parameter_and_a_learnt_one_moves() -> None:
+    frozen, learnt = predictor(table="frozen"), predictor(table="learnt")
+    assert "table.vectors" not in dict(frozen.named_parameters()) and "table.vectors" in frozen.state_dict()
+    assert "table.vectors" in dict(learnt.named_parameters())
+
+
+@pytest.mark.parametrize("start", ["frozen", "learnt"])
+def test_the_table_starts_from_the_centroids_at_one_scale(start: TableStart) -> None:
+    centroids = torch.randn(50, 6) * torch.arange(1, 7) + 9
+    table, larger = CodeTable(centroids, DIM, start), CodeTable(1000 * centroids, DIM, start)
+    torch.testing.assert_close(table.vectors, larger.vectors)
+    assert float(table.vectors.mean().detach().abs()) < 1e-6 and float(table.vectors.std().detach()) == pytest.approx(
+        1, abs=0.01
+    )
+    relative = (table.vectors - table.vectors[0]) / (centroids - centroids[0])
+    torch.testing.assert_close(relative[1:], relative[1, 0].expand(49, 6))
+    assert float(table().detach().std()) == pytest.approx(CodeTable.SCALE, rel=0.3)
+
+
+def test_a_random_table_does_not_know_the_centroids() -> None:
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(4)
+        centroids = torch.full((50, 6), float(seed)) + torch.arange(50)[:, None]
+        made.append(CodeTable(centroids, DIM, "random"))
+    assert torch.equal(made[0].vectors, made[1].vectors)
+
+
+def test_lengths_have_two_buckets_for_each_doubling() -> None:
+    bounds = length_bounds()
+    assert bounds[:10] == [2, 3, 4, 6, 8, 12, 16, 23, 32, 46] and bounds[-1] == 1 << 17
+    assert all(1.25 < later / earlier < 1.6 for earlier, later in pairwise(bounds[2:]))
+
+
+def test_the_full_loss_is_that_of_the_softmax() -> None:
+    model = predictor()
+    found = model(*contexts([0, 2, 5]))
+    target = torch.tensor([3, 0, 10])
+    logits = model.logits(found.future).double()
+    expected = -torch.stack([(logits[row].exp() / logits[row].exp().sum())[target[row]].log() for row in range(3)])
+    torch.testing.assert_close(model.losses(found.future, target).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def softmax_case(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits ``[rows, codes]``, targets, and the probabilities of the draws, none of them equal."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(3, CODES, generator=generator)
+    probability = torch.rand(CODES, generator=generator) + 0.05
+    return logits, torch.randint(0, CODES, (3,), generator=generator), probability / probability.sum()
+
+
+def loss_of(logits: Tensor, target: Tensor, sample: CodeSample) -> Tensor:
+    own = logits.gather(1, target[:, None])[:, 0]
+    return sampled_softmax(own, logits[:, sample.code], target, sample)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000))
+def test_the_sum_of_a_sampled_softmax_is_unbiased(seed: int) -> None:
+    logits, target, probability = softmax_case(seed)
+    # With one draw all outcomes can be listed: the expectation is exact.
+    expected = torch.zeros(3, dtype=torch.float64)
+    for code in range(CODES):
+        sample = CodeSample(torch.tensor([code]), probability[code : code + 1].log())
+        loss = loss_of(logits, target, sample).double()
+        own = logits.gather(1, target[:, None])[:, 0].double()
+        expected += probability[code].double() * (loss + own).exp()
+    torch.testing.assert_close(expected, logits.double().exp().sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_each_code_drawn_as_often_as_expected_gives_the_full_softmax() -> None:
+    logits, target, _ = softmax_case(1)
+    code = torch.arange(CODES).repeat_interleave(torch.arange(1, CODES + 1))
+    sample = CodeSample(code, (code + 1).float().log())
+    torch.testing.assert_close(
+        loss_of(logits, target, sample), nn.functional.cross_entropy(logits, target, reduction="none")
+    )
+
+
+def test_the_gradient_of_a_sampled_softmax_tends_to_the_full_one() -> None:
+    model = predictor()
+    found = model(*contexts([1, 3, 5, 7]))
+    target = torch.tensor([3, 0, 10, 3])
+    probability = softmax_case(2)[2]
+
+    def gradient(loss: Callable[[], Tensor]) -> Tensor:
+        parts = torch.autograd.grad(loss().sum(), list(model.table.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    full = gradient(lambda: model.losses(found.future, target))
+    errors = []
+    for size in (16, 256, 4096, 65_536):
+        draws = [CodeSample.draw(probability, size, torch.Generator().manual_seed(seed)) for seed in range(8)]
+        found_gradients = [gradient(lambda sample=draw: model.losses(found.future, target, sample)) for draw in draws]  # type: ignore[misc]
+        errors.append(sum(float((one - full).norm()) for one in found_gradients) / len(draws) / float(full.norm()))
+    # The error of an estimate from S draws falls with the root of S: by 4 for each of these steps.
+    assert all(2.5 < earlier / later < 8 for earlier, later in pairwise(errors[1:])), errors
+    assert errors[-1] < 0.03
