@@ -20,17 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from benchmarks.measure import make_parser, write_result
 from benchmarks.quality.cross_report import (
@@ -43,19 +40,12 @@ from benchmarks.quality.cross_report import (
     summarise,
     tables,
 )
+from benchmarks.quality.ranker_runs import subset, train_and_predict
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
-from trainer.console.progress import Progress
-from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.content_vectors import ITEM_VECTORS
-from trainer.data.format.dataset import Dataset
-from trainer.data.loading.loader import Loader
 from trainer.data.simulator.cross.write_dataset import simulate_cross
-from trainer.engine.hybrid_engine import HybridEngine
-from trainer.engine.lr_schedule import learning_rate_factor
-from trainer.ranking.evaluation import Predictions, evaluate, predict, read_truth
-from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
-from trainer.ranking.setup import build_engine, fit_once, held_out_loader, split_in_time, training_loader
+from trainer.ranking.evaluation import evaluate, read_truth
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 
@@ -106,55 +96,19 @@ def job_of(variant: str, world: Path, seed: int) -> JobConfig:
 def run(config: JobConfig, variant: str, world: World) -> VariantResult:
     """Train one variant, and evaluate it on the days after."""
     started = time.process_time()
-    data = Dataset.open(config.data.path)
-    split = split_in_time(config, data.spec)
-    with tempfile.TemporaryDirectory() as folder:
-        fitted = fit_once(config, data, split, Path(folder) / "features", world)
-    features = FeatureMap(data.spec, config.features, fitted)
-    engine = build_engine(config, features, config.model.kind, world)
-    space = make_space(config, features)
-    if space is not None:
-        SearchSpaceRefresher(space, config, features, engine, world).begin()
-    train(engine, training_loader(config, data, split, features, world, space=space), config)
-    held_out = predict(engine, held_out_loader(config, data, split, features, world, None, space), quiet=True)
-    engine.close()
-
-    truth = read_truth(config.data.path, held_out, features.behaviours)
+    held_out, behaviours = train_and_predict(config, world)
+    truth = read_truth(config.data.path, held_out, behaviours)
     if truth is None:
         sys.exit(f"{config.data.path}: has no true probabilities; give a dataset of `limelight data simulate`")
     band = activity(Path(config.data.path))[held_out.user_id.numpy()]
     groups = {"all": torch.ones(len(band), dtype=torch.bool)}
     groups |= {name: torch.from_numpy(band == 1 + number) for number, name in enumerate(GROUPS)}
-    reports = {
-        name: evaluate(subset(held_out, rows), features.behaviours, None, truth[rows]) for name, rows in groups.items()
-    }
+    reports = {name: evaluate(subset(held_out, rows), behaviours, None, truth[rows]) for name, rows in groups.items()}
     figures = {
         name: {behaviour: {metric: found[metric] for metric in METRICS} for behaviour, found in report.items()}
         for name, report in reports.items()
     }
     return VariantResult(variant, config.run.seed, time.process_time() - started, figures)
-
-
-def train(engine: HybridEngine, loader: Loader, config: JobConfig) -> None:
-    """Train all steps of a job, without its checkpoints, traces and reports."""
-    schedule, total, done = config.optimizer, loader.rows_total, 0
-
-    def set_learning_rates() -> None:
-        place, end = done / config.train.batch_size, total / config.train.batch_size
-        factor = learning_rate_factor(place, end, schedule.warmup, schedule.decay)
-        engine.set_learning_rate(config.tables.learning_rate * factor, schedule.learning_rate * factor)
-
-    set_learning_rates()
-    with Progress("train", total, "rows") as progress:
-        for result in engine.steps(iter(loader)):
-            done += result.rows_global
-            progress.advance(result.rows_global, f"loss {float(result.loss):.4f}")
-            set_learning_rates()
-
-
-def subset(predictions: Predictions, rows: Tensor) -> Predictions:
-    """Return the predictions of some rows, ``[n] bool``."""
-    return replace(predictions, **{field.name: getattr(predictions, field.name)[rows] for field in fields(predictions)})
 
 
 def activity(world: Path) -> np.ndarray:

@@ -1,0 +1,66 @@
+"""Paired differences of AUC and GAUC against scikit-learn, repeated rows, and known effects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.quality.paired_users import UserMetric, paired_difference, weighted_auc
+
+USERS = 40
+
+
+def rows(seed: int, effect: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    user = np.sort(rng.integers(0, USERS, 3000))
+    label = (rng.random(3000) < 0.3).astype(np.int64)
+    # Rounded, so that there are ties.
+    score = np.round(rng.standard_normal(3000) + effect * label, 1)
+    return user, score, label
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_metrics_are_those_of_repeated_rows(seed: int) -> None:
+    user, score, label = rows(seed, 0.5)
+    weight = np.random.default_rng(seed).integers(0, 4, USERS).astype(float)
+    repeated = np.repeat(np.arange(len(user)), weight[user].astype(int))
+    metric = UserMetric(user, score, label)
+    assert metric.auc(weight) == pytest.approx(roc_auc_score(label[repeated], score[repeated]), abs=1e-12)
+    assert metric.auc(weight) == pytest.approx(weighted_auc(score, label, weight[user]), abs=1e-12)
+    areas = [(roc_auc_score(label[user == one], score[user == one]), (user == one).sum()) for one in range(USERS)]
+    expected = np.average([area for area, _ in areas], weights=[weight[one] * n for one, (_, n) in enumerate(areas)])
+    assert metric.gauc(weight) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_class_without_rows_has_no_value() -> None:
+    assert np.isnan(weighted_auc(np.array([0.1, 0.2]), np.array([1, 1]), np.ones(2)))
+    empty = np.zeros(0, np.int64)
+    metric = UserMetric(empty, empty.astype(float), empty)
+    assert np.isnan(metric.auc(np.ones(3))) and np.isnan(metric.gauc(np.ones(3)))
+    found = paired_difference([metric], [metric], 3, "auc")
+    assert (found.mean, found.low, found.high) == (None, None, None)
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+def test_an_effect_is_found_and_none_is_not_invented(metric: str) -> None:
+    user, better, label = rows(1, 0.8)
+    worse = rows(1, 0.2)[1]
+    one, other = (UserMetric(user, score, label) for score in (worse, better))
+    found = paired_difference([one, one], [other, other], USERS, metric)
+    assert found.low is not None and found.high is not None and found.mean is not None
+    assert 0 < found.low < found.mean < found.high and len(found.seeds) == 2
+    same = paired_difference([one], [one], USERS, metric)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
+def test_the_interval_covers_no_effect_as_often_as_it_says() -> None:
+    """Of 60 comparisons of two models without a difference, about 3 intervals leave out 0."""
+    outside = 0
+    for seed in range(60):
+        user, first, label = rows(seed, 0.5)
+        second = np.random.default_rng(1000 + seed).standard_normal(len(user)) + 0.5 * label
+        found = paired_difference([UserMetric(user, first, label)], [UserMetric(user, second, label)], USERS, "auc")
+        assert found.low is not None and found.high is not None
+        outside += not found.low <= 0 <= found.high
+    assert outside <= 10
