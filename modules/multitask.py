@@ -1,10 +1,11 @@
-"""Multi-task networks shared-bottom, MMoE, CGC and PLE behind one interface, and the towers on top of them.
+"""Multi-task networks shared-bottom, DCN, MMoE, CGC and PLE behind one interface, and the towers on top of them.
 
 Every network takes ``[batch, features]`` and returns one representation for each behaviour, ``[batch, behaviours,
 width]``, with the width in its attribute ``out_features``. The experts of a layer are one batched matrix product, and
 the gates mix them in another.
 
-Sources: shared-bottom, Caruana (1997); MMoE, Ma et al. (KDD 2018); CGC and PLE, Tang et al. (RecSys 2020).
+Sources: shared-bottom, Caruana (1997); DCN V2, Wang et al. (WWW 2021); MMoE, Ma et al. (KDD 2018); CGC and PLE, Tang
+et al. (RecSys 2020).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-NetworkKind = Literal["ple", "cgc", "mmoe", "shared_bottom"]
+from modules.dcn import CrossLayers
+
+NetworkKind = Literal["ple", "cgc", "mmoe", "shared_bottom", "dcn"]
 
 
 class BatchedMLP(nn.Module):
@@ -141,6 +144,41 @@ class SharedBottom(nn.Module):
         return self.bottom(x[None]).expand(self.behaviours, -1, -1).transpose(0, 1)
 
 
+class DeepCrossNetwork(nn.Module):
+    """Cross layers with an MLP on top, whose output is the representation of every behaviour: DCN V2, stacked.
+
+    The cross layers are as wide as the input. In the parallel structure each tower would read all inputs again; here
+    the MLP reads them once, and a DCN differs from a shared bottom with the same widths in its cross layers only.
+
+    Args:
+        in_features: width of the input.
+        behaviours: K, number of behaviours.
+        widths: widths of the MLP's layers.
+        cross_layers: number of cross layers.
+        rank: rank of their matrices; 0 for full matrices.
+        dropout: dropout in the MLP.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        behaviours: int,
+        widths: Sequence[int],
+        cross_layers: int,
+        rank: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.behaviours = behaviours
+        self.cross_layers = CrossLayers(in_features, cross_layers, rank)
+        self.deep = BatchedMLP(1, in_features, widths, dropout)
+        self.out_features = self.deep.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, in_features]`` to ``[batch, behaviours, out_features]``."""
+        return self.deep(self.cross_layers(x)[None]).expand(self.behaviours, -1, -1).transpose(0, 1)
+
+
 class PLE(nn.Module):
     """Progressive layered extraction: layers of gated experts, where the gates' outputs are the next layer's inputs.
 
@@ -198,8 +236,10 @@ def build_network(
     task_experts: int,
     shared_experts: int,
     layers: Sequence[Sequence[int]],
+    dcn_layers: int = 3,
+    dcn_rank: int = 0,
     dropout: float = 0.0,
-) -> SharedBottom | PLE:
+) -> SharedBottom | DeepCrossNetwork | PLE:
     """Build a multi-task network by its name.
 
     Args:
@@ -209,6 +249,8 @@ def build_network(
         task_experts: experts of each behaviour in a layer.
         shared_experts: shared experts in a layer.
         layers: widths of the experts of each layer.
+        dcn_layers: number of DCN's cross layers.
+        dcn_rank: rank of DCN's matrices; 0 for full matrices.
         dropout: dropout in the experts.
 
     Raises:
@@ -223,6 +265,8 @@ def build_network(
             return PLE(in_features, behaviours, 0, behaviours * task_experts + shared_experts, layers[:1], dropout)
         case "shared_bottom":
             return SharedBottom(in_features, behaviours, layers[0], dropout)
+        case "dcn":
+            return DeepCrossNetwork(in_features, behaviours, layers[0], dcn_layers, dcn_rank, dropout)
     raise ValueError(f"no multi-task network is called {kind!r}")
 
 

@@ -63,6 +63,8 @@ class Ranker(nn.Module):
         task_experts: experts of each behaviour in a layer (PLE, CGC; MMoE has the same total number as CGC).
         shared_experts: shared experts in a layer.
         expert_layers: widths of the experts of each layer; only PLE uses more than the first layer.
+        dcn_layers: number of DCN's cross layers.
+        dcn_rank: rank of DCN's matrices; 0 for full matrices.
         tower: hidden widths of a behaviour's tower.
         attention_kind: kind of the attention over histories.
         attention: hidden widths of the network of ``din``.
@@ -89,6 +91,8 @@ class Ranker(nn.Module):
         task_experts: int = 2,
         shared_experts: int = 2,
         expert_layers: Sequence[Sequence[int]] = ((256, 128), (128, 64)),
+        dcn_layers: int = 3,
+        dcn_rank: int = 0,
         tower: Sequence[int] = (64,),
         attention_kind: AttentionKind = "din",
         attention: Sequence[int] = (64, 16),
@@ -146,6 +150,8 @@ class Ranker(nn.Module):
             task_experts=task_experts,
             shared_experts=shared_experts,
             layers=expert_layers,
+            dcn_layers=dcn_layers,
+            dcn_rank=dcn_rank,
             dropout=dropout,
         )
         self.network = nn.Sequential(network, Towers(network.out_features, behaviours, tower, dropout))

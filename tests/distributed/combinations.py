@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Combination:
-    """Settings of one variant: ``sharding`` of all tables, or ``mixed``; ``parts`` is the number of micro-batches."""
+    """Settings of one variant: ``sharding`` of all tables, or ``mixed``; ``parts`` is the number of micro-batches.
+
+    ``network`` is ``small`` or a kind of :class:`modules.ranker.Ranker`.
+    """
 
     optimizer: Any
     sharding: str
@@ -21,6 +24,7 @@ class Combination:
     deduplicate: bool = True
     bf16: bool = False
     accumulate_in: str = ""
+    network: str = "small"
 
     def __str__(self) -> str:
         words = [self.optimizer, self.sharding, f"ZeRO {self.stage}", f"{self.parts} parts"]
@@ -28,6 +32,7 @@ class Combination:
         words += [word for word in ("torchrec_path", "bf16") if getattr(self, word)]
         words += [] if self.deduplicate else ["ids as they come"]
         words += [f"accumulated in {self.accumulate_in}"] if self.accumulate_in else []
+        words += [self.network] if self.network != "small" else []
         return ", ".join(words if self.overlap else [*words, "no overlap"])
 
 
@@ -47,6 +52,7 @@ FLOAT32 = [
     *(replace(combination, torchrec_path=True) for combination in SHARDED),
     *(replace(combination, deduplicate=False) for combination in SHARDED),
 ]
+DCN = [Combination("rowwise_adagrad", "row_wise", 2, **step, network="dcn") for step in (STEP[0], STEP[3])]
 NO_OVERLAP = [
     replace(combination, overlap=False) for combination in (*SHARDED, Combination("sgd", "column_wise", 0, **STEP[3]))
 ]

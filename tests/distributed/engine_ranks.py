@@ -19,7 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, FLOAT32, NO_OVERLAP, SHARDED, Combination, resharded
+from tests.distributed.combinations import (
+    BFLOAT16,
+    CHECKPOINTED,
+    DCN,
+    FLOAT32,
+    NO_OVERLAP,
+    SHARDED,
+    Combination,
+    resharded,
+)
 from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, batches_of, ranker, tables
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, StepResult, TableOptimizer
 from trainer.runtime.distributed import World
@@ -43,7 +52,7 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
         return HybridEngine(
             tables(combination.sharding),
             LOOKUPS,
-            ranker(),
+            ranker(combination.network),
             table_optimizer=TableOptimizer(combination.optimizer, plain.LEARNING_RATE, plain.EPS),
             dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
             deepspeed=settings,
@@ -186,7 +195,7 @@ def main(out: Path) -> None:
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {
             "trained": {
-                str(combination): train(combination, world) for combination in (*FLOAT32, *NO_OVERLAP, *BFLOAT16)
+                str(combination): train(combination, world) for combination in (*FLOAT32, *NO_OVERLAP, *DCN, *BFLOAT16)
             },
             "predicted": predict(world),
             "learning_rates": learning_rates(world),

@@ -12,12 +12,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pyarrow.parquet as pq
 
 from trainer.checkpoint.manifest import MODEL, find_checkpoint
 from trainer.checkpoint.run_directory import model_dirs
-from trainer.config.ranker import load_config
+from trainer.config.ranker import NetworkName, load_config
 from trainer.rank import run_job
 from trainer.ranking.setup import build_engine
 from trainer.runtime.distributed import World
@@ -43,7 +44,7 @@ SETTINGS = (
     "train.device=cpu",
     "data.eval_from=",
 )
-KINDS = ("ple", "cgc", "mmoe", "shared_bottom", "logistic")
+KINDS = get_args(NetworkName)
 RUNS = {"float32": KINDS, "bfloat16": KINDS[:1]}
 
 

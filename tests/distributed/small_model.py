@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Lookup, Table
+from modules.ranker import Ranker
 from modules.table_set import TableSet
 from tests.modules.whole_tables import fill_tables
 from trainer.data.loading.batch import RankingBatch
@@ -67,9 +68,14 @@ class SmallRanker(nn.Module):
         return self.second(torch.tanh(self.first(torch.cat([*fixed, *pooled, dense.to(dtype)], 1)))).float()
 
 
-def ranker() -> SmallRanker:
+def ranker(network: str = "small") -> nn.Module:
+    """Return the small network, or a ranker of a kind over the same inputs, both with fixed initial values."""
     torch.manual_seed(SEED)
-    return SmallRanker()
+    if network == "small":
+        return SmallRanker()
+    pooled = [lookup if lookup.length else replace(lookup, pooling="sum") for lookup in LOOKUPS]
+    dims = {table.name: table.dim for table in tables("auto")}
+    return Ranker(BEHAVIOURS, pooled, dims, N_DENSE, (), network, expert_layers=((12,),), tower=(5,))  # type: ignore[arg-type]
 
 
 def single_engine(world: World, **changes: Any) -> HybridEngine:
@@ -172,6 +178,7 @@ class PlainTraining:
         optimizer: optimizer of the tables: ``sgd``, ``adagrad`` or ``rowwise_adagrad``.
         clipping: largest norm of the dense gradient; the tables' gradient is scaled by the same factor. 0: no clipping.
         declared: tables; by default the tables of the small model.
+        network: see :func:`ranker`.
 
     Attributes:
         rates: learning rates of the tables and of the dense network, from the next step on.
@@ -180,10 +187,10 @@ class PlainTraining:
     LEARNING_RATE, EPS = 0.1, 1e-3
     DENSE_RATE, WEIGHT_DECAY, BETAS = 0.01, 0.02, (0.9, 0.99)
 
-    def __init__(self, optimizer: str, clipping: float, declared: Sequence[Table] = ()) -> None:
+    def __init__(self, optimizer: str, clipping: float, declared: Sequence[Table] = (), network: str = "small") -> None:
         self.tables = TableSet(declared or tables("auto"), LOOKUPS, device="cpu")
         fill_tables(self.tables, SEED)
-        self.ranker = ranker()
+        self.ranker = ranker(network)
         self.adam = torch.optim.AdamW(
             self.ranker.parameters(), self.DENSE_RATE, self.BETAS, weight_decay=self.WEIGHT_DECAY
         )

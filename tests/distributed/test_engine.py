@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.embeddings import initial_rows
-from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, FLOAT32, NO_OVERLAP, SHARDED, Combination
+from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, DCN, FLOAT32, NO_OVERLAP, SHARDED, Combination
 from tests.distributed.small_model import SEED, STEPS, PlainTraining, share_of_first_rank, steps, tables
 
 TOLERANCE = 1e-5
@@ -32,9 +32,9 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 
 @cache
-def plain(optimizer: str, clipping: float) -> tuple[list[float], dict[str, Tensor], int]:
+def plain(optimizer: str, clipping: float, network: str = "small") -> tuple[list[float], dict[str, Tensor], int]:
     """Return losses, parameters and number of clipped steps of one process with plain PyTorch."""
-    training = PlainTraining(optimizer, clipping)
+    training = PlainTraining(optimizer, clipping, network=network)
     losses = [training.step(rows) for rows in steps()]
     return losses, training.parameters(), training.clipped
 
@@ -45,7 +45,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def errors(outcome: dict[str, Any], combination: Combination) -> dict[str, float]:
-    losses, parameters, _ = plain(combination.optimizer, combination.clipping)
+    losses, parameters, _ = plain(combination.optimizer, combination.clipping, combination.network)
     assert outcome["parameters"].keys() == parameters.keys()
     found = {name: relative_error(outcome["parameters"][name], parameters[name]) for name in parameters}
     return found | {"losses": relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses))}
@@ -54,7 +54,7 @@ def errors(outcome: dict[str, Any], combination: Combination) -> dict[str, float
 @pytest.mark.parametrize("world", [1, 2])
 def test_float32_agrees_with_plain_training(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
     wrong = {}
-    for combination in (*FLOAT32, *NO_OVERLAP):
+    for combination in (*FLOAT32, *NO_OVERLAP, *DCN):
         outcome = outcomes[world]["trained"][str(combination)]
         assert outcome["rows"] == [len(rows) for rows in steps()]
         for name, error in errors(outcome, combination).items():

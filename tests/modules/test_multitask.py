@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.multitask import PLE, BatchedMLP, GatedExperts, NetworkKind, SharedBottom, Towers, build_network
+from modules.multitask import (
+    PLE,
+    BatchedMLP,
+    DeepCrossNetwork,
+    GatedExperts,
+    NetworkKind,
+    SharedBottom,
+    Towers,
+    build_network,
+)
 
 SEEDS = range(3)
 
@@ -40,7 +50,15 @@ def looped_layer(layer: GatedExperts, inputs: list[Tensor], shared_input: Tensor
     return mixed
 
 
-def looped_network(network: SharedBottom | PLE, x: Tensor) -> Tensor:
+def looped_network(network: SharedBottom | DeepCrossNetwork | PLE, x: Tensor) -> Tensor:
+    if isinstance(network, DeepCrossNetwork):
+        crossed = x
+        for layer, (weight, bias) in enumerate(
+            zip(network.cross_layers.weights, network.cross_layers.biases, strict=True)
+        ):
+            reduced = crossed @ network.cross_layers.reductions[layer] if network.cross_layers.reductions else crossed
+            crossed = x * (nn.functional.linear(reduced, weight.t()) + bias) + crossed
+        return torch.stack([looped_mlp(network.deep, 0, crossed)] * network.behaviours, dim=1)
     if isinstance(network, SharedBottom):
         return torch.stack([looped_mlp(network.bottom, 0, x)] * network.behaviours, dim=1)
     behaviours = network.layers[0].behaviours
@@ -79,11 +97,13 @@ def assert_same(
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("layers", [((12, 8),), ((12, 8), (6,)), ((12,), (8, 10), (6, 4))])
-@pytest.mark.parametrize("kind", ["ple", "cgc", "mmoe", "shared_bottom"])
+@pytest.mark.parametrize("kind", get_args(NetworkKind))
 def test_networks_equal_their_loops(kind: NetworkKind, layers: tuple[tuple[int, ...], ...], seed: int) -> None:
     torch.manual_seed(seed)
     task, shared = [(2, 2), (1, 3), (3, 1)][seed]
-    network = build_network(kind, 10, 3, task_experts=task, shared_experts=shared, layers=layers).double()
+    network = build_network(
+        kind, 10, 3, task_experts=task, shared_experts=shared, layers=layers, dcn_rank=2 * seed
+    ).double()
     x = torch.randn(33, 10, dtype=torch.float64)
     out = network(x)
     assert (
@@ -170,7 +190,7 @@ def test_dropout_drops_in_training_only_and_keeps_the_mean() -> None:
     torch.testing.assert_close(dropped[survivors], kept[survivors] / 0.75)
 
 
-@pytest.mark.parametrize("kind", ["ple", "cgc", "mmoe", "shared_bottom"])
+@pytest.mark.parametrize("kind", get_args(NetworkKind))
 def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros(kind: NetworkKind) -> None:
     network = build_network(kind, 6, 3, task_experts=2, shared_experts=1, layers=((8, 4), (4,)))
     model = nn.Sequential(network, Towers(network.out_features, 3, (5,)))
@@ -181,13 +201,28 @@ def test_a_batch_of_no_rows_gives_every_parameter_a_gradient_of_zeros(kind: Netw
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_every_parameter_learns() -> None:
+@pytest.mark.parametrize("kind", ["ple", "dcn"])
+def test_every_parameter_learns(kind: NetworkKind) -> None:
     torch.manual_seed(1)
-    network = build_network("ple", 8, 3, task_experts=2, shared_experts=2, layers=((16, 8), (8, 4)))
+    network = build_network(kind, 8, 3, task_experts=2, shared_experts=2, layers=((16, 8), (8, 4)))
     model = nn.Sequential(network, Towers(network.out_features, 3, (5,)))
     model(torch.randn(200, 8)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_cross_layers_that_add_nothing_leave_a_shared_bottom() -> None:
+    settings = {"task_experts": 2, "shared_experts": 1, "layers": ((8, 4),)}
+    dcn = build_network("dcn", 6, 3, dcn_layers=2, **settings)  # type: ignore[arg-type]
+    bottom = build_network("shared_bottom", 6, 3, **settings)  # type: ignore[arg-type]
+    assert isinstance(dcn, DeepCrossNetwork) and isinstance(bottom, SharedBottom)
+    dcn.deep.load_state_dict(bottom.bottom.state_dict())
+    x = torch.randn(9, 6)
+    assert not torch.allclose(dcn(x), bottom(x))
+    with torch.no_grad():
+        for weight in dcn.cross_layers.weights:
+            weight.zero_()
+    torch.testing.assert_close(dcn(x), bottom(x))
 
 
 def test_unknown_kinds_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from modules.din import TargetAttention
 from modules.embeddings import Lookup
 from modules.esu import SequenceAttention
 from modules.ranker import AttentionKind, Ranker, RankerKind
+from trainer.config.ranker import NetworkName
 
 
 class History(NamedTuple):
@@ -40,7 +41,7 @@ HISTORIES = (
     History("live", ("live_item",), ("item",), 3),
 )
 DENSE = 2
-KINDS = ("ple", "cgc", "mmoe", "shared_bottom", "logistic")
+KINDS = get_args(NetworkName)
 
 
 def make_ranker(kind: RankerKind, **settings: float) -> Ranker:
@@ -286,3 +287,14 @@ def test_histories_of_different_widths_cannot_be_read_together() -> None:
 
 def test_without_histories_the_kind_of_attention_does_not_matter() -> None:
     assert Ranker(2, (), {}, 4, (), "shared_bottom", attention_kind="twin")({}, {}, torch.randn(3, 4)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_predictions_of_a_network_that_reads_nothing_are_the_base_rates(kind: RankerKind) -> None:
+    ranker = make_ranker(kind)
+    with torch.no_grad():
+        for parameter in ranker.parameters():
+            parameter.zero_()
+    rates = torch.tensor([0.3, 0.02, 0.5])
+    ranker.init_output_bias(rates)
+    torch.testing.assert_close(torch.sigmoid(ranker(*make_inputs(4))), rates.expand(4, -1))

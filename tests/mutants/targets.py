@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "modules/din.py": ("tests/modules/test_din.py",),
     "modules/esu.py": ("tests/modules/test_esu.py",),
     "modules/multitask.py": ("tests/modules/test_multitask.py",),
+    "modules/dcn.py": ("tests/modules/test_dcn.py",),
     "modules/ranker.py": ("tests/modules/test_ranker.py",),
     "modules/embeddings.py": ("tests/modules/test_embeddings.py",),
     "modules/staytime/backbones.py": ("tests/modules/staytime/test_backbones.py",),

@@ -53,6 +53,14 @@ MODELS = {
         ),
         *("features.item.ids=dynamic", "features.item.rows=65", 'data.behaviours=["gift", "click"]'),
     ),
+    "dcn": ("model.kind=dcn", "model.dcn_layers=2", "model.expert_layers=[[9, 7], [6]]"),
+    "dcn-low_rank": (
+        "model.kind=dcn",
+        "model.dcn_layers=1",
+        "model.dcn_rank=4",
+        "model.attention_kind=multi_head",
+        *RICH,
+    ),
     "logistic": ("model.kind=logistic", 'features.rates=["like"]', 'features.exclude=["domain", "age", "price"]'),
     "without-histories": ("features.history={}", 'features.exclude=["user_id", "stat:*", "tab", "load"]'),
     "without-inputs": (

@@ -30,6 +30,8 @@ from trainer.config.sections import (
 from trainer.config.stream import LabelConfig, StreamConfig
 from trainer.config.toml import validate
 
+NetworkName = Literal["ple", "cgc", "mmoe", "shared_bottom", "dcn", "logistic"]
+
 
 class DataConfig(Section):
     """Dataset, training range and held-out range. Times are ISO dates or times in the dataset's time zone."""
@@ -88,8 +90,10 @@ class TableOptimizerConfig(Section):
 class ModelConfig(Section):
     """Dense network over the embeddings."""
 
-    kind: Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"] = Field(
-        "ple", description="Multi-task network. `logistic` is a logistic regression on the same inputs."
+    kind: NetworkName = Field(
+        "ple",
+        description="Multi-task network. `dcn` is a Deep & Cross Network (version 2) that all behaviours share. "
+        "`logistic` is a logistic regression on the same inputs.",
     )
     task_experts: Positive = Field(
         2, description="Experts per behaviour (PLE, CGC). MMoE has the same total number of experts, all shared."
@@ -97,8 +101,16 @@ class ModelConfig(Section):
     shared_experts: Positive = Field(2, description="Experts that all behaviours share.")
     expert_layers: tuple[tuple[Positive, ...], ...] = Field(
         ((256, 128), (128, 64)),
-        description="Widths of the experts, one list per extraction layer. PLE uses all lists, the others the first.",
+        description="Widths of the experts, one list per extraction layer. PLE uses all lists, the others the first: "
+        "for `shared_bottom` and `dcn` these are the widths of the shared layers.",
         min_length=1,
+    )
+    dcn_layers: Positive = Field(3, description="Number of cross layers of `dcn`, below its shared layers.")
+    dcn_rank: int = Field(
+        0,
+        description="Rank of the matrices of `dcn`'s cross layers; it saves time below half of the number of inputs. "
+        "0: full matrices.",
+        ge=0,
     )
     tower: tuple[Positive, ...] = Field((64,), description="Hidden widths of each behaviour's tower.")
     attention_kind: Literal["din", "multi_head", "twin"] = Field(
@@ -141,7 +153,7 @@ class TrainConfig(DistributedTrainConfig):
         description="Exchange the ids of the next batch while the dense network computes.",
         json_schema_extra=MAY_CHANGE,
     )
-    baselines: tuple[Literal["ple", "cgc", "mmoe", "shared_bottom", "logistic"], ...] = Field(
+    baselines: tuple[NetworkName, ...] = Field(
         (),
         description="Networks to train after `model.kind` on the same data; the table of metrics compares them.",
         json_schema_extra=MAY_CHANGE,

@@ -26,6 +26,8 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         task_experts=model.task_experts,
         shared_experts=model.shared_experts,
         expert_layers=model.expert_layers,
+        dcn_layers=model.dcn_layers,
+        dcn_rank=model.dcn_rank,
         tower=model.tower,
         attention_kind=model.attention_kind,
         attention=model.attention,

@@ -242,6 +242,8 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
         "din_layers": ["first", *(f"rest.{depth}" for depth in range(len(model.attention) - 1))],
         "cross": model.attention_kind == "twin",
         "depth": len(model.expert_layers) if kind == "ple" else 1,
+        "dcn_layers": model.dcn_layers,
+        "dcn_rank": model.dcn_rank,
         "task_experts": experts,
         "shared_experts": model.shared_experts
         + (len(features.behaviours) * model.task_experts if kind == "mmoe" else 0),
@@ -261,6 +263,11 @@ _NETWORK = {
     ".experts.biases": "experts: biases of a layer",
     ".task_gates": "gates of the behaviours [behaviours, in, experts]: each sees its own experts, then the shared ones",
     ".shared_gate": "gate of the shared experts of the next layer; it sees all experts",
+    "network.0.cross_layers.reductions": "cross layers: V [in, rank] of a layer",
+    "network.0.cross_layers.weights": "cross layers: transposed matrix [in, out] of a layer, or U [rank, out]",
+    "network.0.cross_layers.biases": "cross layers: biases of a layer",
+    "network.0.deep.weights": "shared network: weights of a layer",
+    "network.0.deep.biases": "shared network: biases of a layer",
     "network.0.bottom.weights": "shared network: weights of a layer",
     "network.0.bottom.biases": "shared network: biases of a layer",
     "network.1.hidden.weights": "towers: weights [behaviours, in, out] of a hidden layer",
@@ -329,6 +336,10 @@ _NETWORKS = {
     "logistic": "One linear layer gives the logits.",
     "shared_bottom": "One network with a ReLU after each layer is shared by all behaviours; a tower for each behaviour "
     "gives its logit.",
+    "dcn": "A cross layer turns the input `x` and the output `c` of the layer below (at first `x` itself) into "
+    "`x * (W c + b) + c`, where `*` is element by element; with a rank, W is the product of U and V transposed. On top "
+    "of the cross layers one network with a ReLU after each layer is shared by all behaviours; a tower for each "
+    "behaviour gives its logit.",
     "experts": "In each layer experts read the input, and the gate of each behaviour mixes its own experts and the "
     "shared ones by a softmax; in all layers but the last, a shared gate mixes all experts for the next layer's shared "
     "experts. A tower for each behaviour gives its logit.",
