@@ -38,6 +38,7 @@ from trainer.console.text_table import text_table
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import StepRequest
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
@@ -77,7 +78,7 @@ def make_engine(world: World, gigabytes: float, sharding: str) -> HybridEngine:
         table_optimizer=TableOptimizer("rowwise_adagrad", 0.02),
         dense_optimizer=DenseOptimizer(1e-3),
         deepspeed={"zero_optimization": {"stage": 1}},
-        behaviour_weights=torch.ones(1),
+        loss=BehaviourLoss(torch.ones(1)),
         batch_size=BATCH // world.size,
         device=world.device,
         seed=1,

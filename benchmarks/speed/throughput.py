@@ -39,6 +39,7 @@ from trainer.data.format.schema import DatasetSpec, DenseFeature, IdSpace, Rows,
 from trainer.data.format.shards import RowStore, write_rows
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
@@ -200,7 +201,7 @@ def train_rank(path: Path, precision: str, batch_size: int, out: Path) -> None:
             table_optimizer=TableOptimizer("adagrad", 0.01, 1e-8),
             dense_optimizer=DenseOptimizer(1e-3, 0.0, (0.9, 0.999)),
             deepspeed=json.loads(Path(DEEPSPEED[precision]).read_text()) | {"gradient_clipping": 0.0},
-            behaviour_weights=torch.ones(len(BEHAVIOURS)),
+            loss=BehaviourLoss(torch.ones(len(BEHAVIOURS))),
             batch_size=batch_size // world.size,
             device=world.device,
             seed=1,

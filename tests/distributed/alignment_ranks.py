@@ -24,6 +24,7 @@ from tests.distributed.aligned_model import (
 )
 from tests.distributed.engine_ranks import parameters
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, NotFiniteLoss, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 
 
@@ -39,7 +40,7 @@ def make_engine(way: Way, world: World) -> HybridEngine:
             "gradient_clipping": way.clipping,
             "gradient_accumulation_steps": way.parts,
         },
-        behaviour_weights=torch.ones(2),
+        loss=BehaviourLoss(torch.ones(2)),
         batch_size=6 * MOST,
         device=world.device,
         seed=SEED,

@@ -32,6 +32,7 @@ from tests.distributed.dynamic_model import (
 from tests.distributed.engine_ranks import everything, losses_of, parameters
 from tests.distributed.small_model import LOOKUPS, ROWS, SEED, WEIGHTS, PlainTraining, ranker
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 
 HALF = STEPS // 2
@@ -46,7 +47,7 @@ def make_engine(case: Case, world: World) -> HybridEngine:
         table_optimizer=TableOptimizer(case.optimizer, plain.LEARNING_RATE, plain.EPS),
         dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
         deepspeed={"gradient_clipping": case.clipping, "gradient_accumulation_steps": case.parts},
-        behaviour_weights=WEIGHTS,
+        loss=BehaviourLoss(WEIGHTS),
         batch_size=2 * ROWS,
         device=world.device,
         seed=SEED,

@@ -31,6 +31,7 @@ from tests.distributed.combinations import (
 )
 from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, PlainTraining, batches_of, ranker, tables
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, StepResult, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 from trainer.sparse import sharded_tables as engine_tables
 
@@ -56,7 +57,7 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
             table_optimizer=TableOptimizer(combination.optimizer, plain.LEARNING_RATE, plain.EPS),
             dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
             deepspeed=settings,
-            behaviour_weights=WEIGHTS,
+            loss=BehaviourLoss(WEIGHTS),
             batch_size=2 * ROWS,
             device=world.device,
             seed=SEED,

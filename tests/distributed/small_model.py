@@ -17,6 +17,7 @@ from modules.table_set import TableSet
 from tests.modules.whole_tables import fill_tables
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 
 SEED = 5
@@ -87,7 +88,7 @@ def single_engine(world: World, **changes: Any) -> HybridEngine:
         "table_optimizer": TableOptimizer("rowwise_adagrad", 0.1),
         "dense_optimizer": DenseOptimizer(0.01),
         "deepspeed": {},
-        "behaviour_weights": WEIGHTS,
+        "loss": BehaviourLoss(WEIGHTS),
         "batch_size": 2 * ROWS,
         "device": world.device,
         "seed": 1,

@@ -64,7 +64,7 @@ def test_construction_sends_nothing_and_stages_are_in_order(world: World, monkey
     in_flight.start()
     assert collectives == ["all_reduce"] and calls == ["start a", "start b"]
     in_flight.send()
-    assert in_flight.totals() == StepTotals(batch.rows, 1, 0, 1)
+    assert in_flight.totals() == StepTotals(batch.rows, 0, 1, 0, 1)
     assert in_flight.rows(7).keys() == {"a", "b"}
     in_flight.update({}, 0.5)
     assert calls[2:] == ["send a", "send b", "rows a 7", "rows b 7", "update a 0.5", "update b 0.5"]

@@ -93,7 +93,7 @@ def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
     features: Any = SimpleNamespace(behaviours=("click", "like", "gift"), tables=[], lookups=[], sequences=[])
     world: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
     setup.build_engine(config, features, "ple", world)
-    assert arguments["behaviour_weights"].tolist() == [0.5, 1.0, 3.0]
+    assert arguments["loss"].weights.tolist() == [0.5, 1.0, 3.0]
     assert arguments["table_optimizer"] == TableOptimizer("adagrad", 0.2, 1e-4)
     assert arguments["dense_optimizer"] == DenseOptimizer(0.01, 0.3, (0.8, 0.95))
     assert arguments["batch_size"] == 32 and arguments["alignment"] is None

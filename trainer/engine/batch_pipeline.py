@@ -41,12 +41,14 @@ class StepTotals(NamedTuple):
 
     Attributes:
         rows: rows of all batches.
+        left_out: rows that were read for these batches, and are not in them.
         ranks: ranks that still had a batch.
         save: ranks that requested a checkpoint.
         stop: ranks that requested to stop.
     """
 
     rows: int
+    left_out: int
     ranks: int
     save: int
     stop: int
@@ -85,7 +87,7 @@ class InFlightBatch:
         self.batch = batch
         self._exchanges = exchanges
         self._stream, self._clock, self._control = stream, clock, control
-        self._totals = torch.tensor([batch.rows, not exhausted, *request], dtype=torch.int64)
+        self._totals = torch.tensor([batch.rows, batch.left_out_rows, not exhausted, *request], dtype=torch.int64)
         self._work: dist.Work | None = None
 
     def start(self) -> None:

@@ -69,7 +69,7 @@ class Alignment:
         with torch.enable_grad():
             sides = torch.stack([_means(keys, leaves, lengths) for keys in self.histories])
             present = torch.stack([lengths[keys[0].name] > 0 for keys in self.histories])
-            sizes = _sizes(len(user_id), control)
+            sizes = row_counts(len(user_id), control)
             joined = join_rows(sides.detach().transpose(0, 1), sizes, group).transpose(0, 1)
             # User ids and presence flags share one gather.
             facts = join_rows(torch.cat([user_id[:, None], present.t().to(torch.int64)], 1), sizes, group)
@@ -105,9 +105,10 @@ def join_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> T
     Returns:
         ``[sum of sizes, ...]``.
     """
-    if len(sizes) == 1:
-        return rows
     most = max(sizes)
+    # The ranks know all sizes, so none of them waits where there is nothing to gather.
+    if len(sizes) == 1 or not most:
+        return rows
     # all_gather_into_tensor needs the same shape on all ranks.
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
@@ -116,7 +117,7 @@ def join_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> T
     return torch.cat([of_rank[:size] for of_rank, size in zip(gathered.split(most), sizes, strict=True)])
 
 
-def _sizes(rows: int, control: dist.ProcessGroup) -> list[int]:
+def row_counts(rows: int, control: dist.ProcessGroup) -> list[int]:
     """Return the number of rows of each rank. Collective."""
     if dist.get_world_size(control) == 1:
         return [rows]

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from modules.embeddings import Lookup, Table
-from modules.losses import masked_bce, report_loss
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
 from trainer.config.deepspeed import SETTINGS, complete_settings
@@ -31,6 +30,7 @@ from trainer.engine.batch_pipeline import NO_REQUEST, BatchPipeline, InFlightBat
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.micro_batches import MicroBatch, row_lengths, split_micro_batches
+from trainer.engine.step_loss import StepLoss
 from trainer.runtime.distributed import control_group, local_size
 from trainer.runtime.phase_timer import PhaseClock, PhaseSeconds
 from trainer.sparse.dynamic_ids import IdCounts
@@ -48,11 +48,14 @@ class StepResult:
 
     Attributes:
         batch: this rank's rows; empty if this rank has no more batches but another one has.
-        logits: ``[rows, behaviours]`` float32, predicted before the step trained on these rows.
-        loss: scalar, weighted binary cross-entropy summed over behaviours, mean over the rows of all ranks.
+        logits: ``[rows, behaviours]`` float32, predicted before the step trained on these rows; ``[rows, width]``, the
+            output of another network than a ranker.
+        loss: scalar, mean over the rows of all ranks; of a ranker the weighted binary cross-entropy summed over
+            behaviours.
         alignment: scalar, contrastive loss of the histories without its weight, summed over histories, mean over the
             rows of all ranks; 0 if the histories are not aligned.
         rows_global: number of rows of all ranks.
+        left_out_global: rows of all ranks that were read, and are no rows of the batch.
         save: True if a rank requested a checkpoint after this step; the same on all ranks.
         stop: True if a rank requested to end after this step; the same on all ranks.
         laps: time of this rank in each phase, see :attr:`seconds`.
@@ -63,6 +66,7 @@ class StepResult:
     loss: Tensor
     alignment: Tensor
     rows_global: int
+    left_out_global: int
     save: bool
     stop: bool
     laps: PhaseSeconds
@@ -99,7 +103,7 @@ class HybridEngine:
         table_optimizer: optimizer of the tables.
         dense_optimizer: optimizer of the ranker.
         deepspeed: DeepSpeed's settings as given in its JSON.
-        behaviour_weights: ``[behaviours]``, weights of the losses.
+        loss: loss of the network's outputs.
         batch_size: rows of one rank in an optimizer step.
         device: device of this rank.
         seed: seed of the tables' initial values, which do not depend on ranks or sharding.
@@ -128,7 +132,7 @@ class HybridEngine:
         table_optimizer: TableOptimizer,
         dense_optimizer: DenseOptimizer,
         deepspeed: Mapping[str, Any],
-        behaviour_weights: Tensor,
+        loss: StepLoss,
         batch_size: int,
         device: torch.device,
         seed: int,
@@ -144,7 +148,7 @@ class HybridEngine:
         settings = complete_settings(deepspeed, batch_size, self._world, origin=deepspeed_file)
         self.control = control_group()
         self._clock = PhaseClock(device)
-        self._weights = behaviour_weights.to(device)
+        self._loss = loss
         self._fixed_lengths = {lookup.name: lookup.length for lookup in lookups}
         self._overlap = overlap
         self._alignment = alignment
@@ -319,7 +323,7 @@ class HybridEngine:
     def _pipeline(self, batches: Iterator[RankingBatch]) -> BatchPipeline:
         """Return a pipeline over the batches; the time before it counts for no step."""
         self._clock.lap()
-        return BatchPipeline(batches, self._tables, len(self._weights), self._clock, self.control)
+        return BatchPipeline(batches, self._tables, self._loss.labels, self._clock, self.control)
 
     def _state(self) -> dict[str, Any]:
         """Return the state of tables and dense network over live memory. Collective."""
@@ -337,16 +341,14 @@ class HybridEngine:
         scale = self._world * len(parts) / max(rows, 1)
         logits, losses = [], torch.stack([torch.zeros_like(aligned), aligned])
         with self._clock.phase("dense"):
-            for part, gradients in zip(parts, alignment_gradients, strict=True):
+            loss_of = self._loss.begin(batch, parts, self._output)
+            for number, (part, gradients) in enumerate(zip(parts, alignment_gradients, strict=True)):
                 for name, leaf in part.embedded.items():
                     leaf.requires_grad_()
                     # The backward pass adds the network's gradient to the alignment's.
                     leaf.grad = gradients.get(name)
                 logits.append(self._dense(part.embedded, part.lengths, part.dense))
-                if part.slow is None:
-                    loss, _ = masked_bce(logits[-1], part.label, part.mask, self._weights)
-                else:
-                    loss, _ = report_loss(logits[-1], part.label, part.mask, part.slow, self._weights)
+                loss = loss_of(number, logits[-1])
                 losses[0] += loss.detach()
                 last = part is parts[-1]
                 if last:
@@ -367,7 +369,13 @@ class HybridEngine:
         self.steps_done += 1
         loss, alignment = losses.unbind()
         laps = self._clock.lap()
-        return StepResult(batch, predicted, loss, alignment, rows, totals.save > 0, totals.stop > 0, laps)
+        return StepResult(
+            batch, predicted, loss, alignment, rows, totals.left_out, totals.save > 0, totals.stop > 0, laps
+        )
+
+    def _output(self, part: MicroBatch) -> Tensor:
+        """Return the network's output for a micro-batch, for no backward pass."""
+        return self._dense.module(part.embedded, part.lengths, part.dense)
 
     def _align(
         self, batch: RankingBatch, embedded: Mapping[str, Tensor], rows: int

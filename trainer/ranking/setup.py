@@ -27,6 +27,7 @@ from trainer.data.loading.loader import Loader
 from trainer.engine.build_ranker import build_ranker
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 
 _MINUTE_MS = 60_000
@@ -295,7 +296,9 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
             config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.betas
         ),
         deepspeed=load_deepspeed(config.train.deepspeed),
-        behaviour_weights=torch.tensor([config.train.weights.get(name, 1.0) for name in features.behaviours]),
+        loss=BehaviourLoss(
+            torch.tensor([config.train.weights.get(name, 1.0) for name in features.behaviours], device=world.device)
+        ),
         batch_size=rows_per_rank(config, world.size),
         device=world.device,
         seed=config.run.seed,

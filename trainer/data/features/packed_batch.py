@@ -17,11 +17,13 @@ class BatchLayout:
         keys: for each embedding dimension, the names of its lookups.
         n_dense: number of columns of ``dense``.
         behaviours: number of columns of ``label`` and ``mask``.
+        pairs: True if rows are pairs of a user and an author, with the columns ``author_id`` and ``log_q``.
     """
 
     keys: tuple[tuple[str, ...], ...]
     n_dense: int
     behaviours: int
+    pairs: bool = False
 
     def integer_sizes(self, rows: int, ids_per_key: dict[str, int]) -> list[int]:
         """Return the lengths of the parts of :attr:`PackedBatch.integers`, in order."""
@@ -29,11 +31,12 @@ class BatchLayout:
         for keys in self.keys:
             sizes += [ids_per_key[key] for key in keys]
             sizes.append(len(keys) * rows)
-        return [*sizes, rows, rows, rows]
+        return [*sizes, rows, rows, rows, *([rows] if self.pairs else [])]
 
     def float_sizes(self, rows: int) -> list[int]:
         """Return the lengths of the parts of :attr:`PackedBatch.floats`, in order."""
-        return [rows * self.n_dense, rows * self.behaviours, rows * self.behaviours]
+        sizes = [rows * self.n_dense, rows * self.behaviours, rows * self.behaviours]
+        return [*sizes, rows] if self.pairs else sizes
 
 
 class PackedIds(NamedTuple):
@@ -58,12 +61,13 @@ class PackedBatch:
 
     Attributes:
         integers: int64. For each embedding dimension, the ids key by key and then the lengths key by key; at the end
-            ``user_id``, ``visit_id`` and ``request_ms``.
-        floats: float32. ``dense``, ``label`` and ``mask``, each row by row.
+            ``user_id``, ``visit_id``, ``request_ms`` and, in a layout of pairs, ``author_id``.
+        floats: float32. ``dense``, ``label`` and ``mask``, each row by row; in a layout of pairs also ``log_q``.
         rows: number of rows.
         ids_per_key: lookup name -> number of ids.
         skipped_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
         beyond: see :class:`trainer.data.loading.batch.RankingBatch`.
+        left_out_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     integers: Tensor
@@ -72,6 +76,7 @@ class PackedBatch:
     ids_per_key: dict[str, int]
     skipped_rows: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
+    left_out_rows: int = 0
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch with its buffers in page-locked memory; ``DataLoader`` calls this method."""
@@ -92,11 +97,16 @@ class PackedBatch:
     def columns(self, layout: BatchLayout) -> dict[str, Tensor]:
         """Return the columns ``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask`` as views.
 
+        A layout of pairs has ``author_id`` and ``log_q`` as well.
+
         Their shapes are those of :class:`trainer.data.loading.batch.RankingBatch`.
         """
-        user_id, visit_id, request_ms = self.integers[len(self.integers) - 3 * self.rows :].view(3, self.rows)
-        dense, label, mask = self.floats.split(layout.float_sizes(self.rows))
+        columns = 4 if layout.pairs else 3
+        integers = self.integers[len(self.integers) - columns * self.rows :].view(columns, self.rows)
+        user_id, visit_id, request_ms = integers[:3]
+        dense, label, mask, *log_q = self.floats.split(layout.float_sizes(self.rows))
         return {
+            **({"author_id": integers[3], "log_q": log_q[0]} if layout.pairs else {}),
             "user_id": user_id,
             "visit_id": visit_id,
             "request_ms": request_ms,

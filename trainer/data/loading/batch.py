@@ -32,9 +32,12 @@ class RankingBatch:
         rows: number of rows, possibly 0.
         position: position of this rank after the batch.
         skipped_rows: rows of corrupt records that would have been in this batch.
+        left_out_rows: rows that were read for this batch and are not in it, such as those without a positive.
         beyond: numbers of direct ids beyond their tables, by table and for ``histories``; such an id reads row 0.
         slow: ``[rows]`` bool, True for rows of kind ``slow``, which correct a negative label of an earlier row; None if
             the batch has no such rows.
+        author_id: ``[rows]`` int64, author of each row; None if the layout has no pairs.
+        log_q: ``[rows]`` float32, log of the probability that the author is in a batch; None as for ``author_id``.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -49,6 +52,9 @@ class RankingBatch:
     skipped_rows: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
     slow: Tensor | None = None
+    author_id: Tensor | None = None
+    log_q: Tensor | None = None
+    left_out_rows: int = 0
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the attributes that are tensors, by name."""
@@ -95,6 +101,7 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         position=position,
         skipped_rows=packed.skipped_rows,
         beyond=packed.beyond,
+        left_out_rows=packed.left_out_rows,
     )
 
 
