@@ -28,7 +28,12 @@ _UNITS = {
     "reading rows": "rows",
 }
 
-_EVERYDAY_ONLY = {"--texts": "texts", "--segment-vectors": "segments", "--lookahead": "segments"}
+_EVERYDAY_ONLY = {
+    "--texts": "texts",
+    "--segment-vectors": "segments",
+    "--lookahead": "segments",
+    "--newcomers": "authors who come later",
+}
 """Option of `data simulate` -> what the world `cross` does not have for it."""
 
 partitions_option = click.option(
@@ -98,6 +103,13 @@ def data() -> None:
 @click.option(
     "--lookahead", is_flag=True, help="Let long views and gifts depend on the next three minutes of a room, too."
 )
+@click.option(
+    "--newcomers",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="Share of the live authors who open their first room on a random day of the log, 0 to 1 (default 0).",
+)
 @json_option
 def simulate(
     out: Output,
@@ -111,6 +123,7 @@ def simulate(
     segment_noise: float | None,
     segment_taste: float,
     lookahead: bool,
+    newcomers: float,
     as_json: bool,
 ) -> None:
     """Simulate users of short videos and live rooms, and write their log as a dataset.
@@ -127,7 +140,12 @@ def simulate(
     from trainer.data.simulator.write_dataset import simulate as simulate_everyday
 
     if world == "cross":
-        options = {"--texts": texts, "--segment-vectors": segment_vectors, "--lookahead": lookahead}
+        options = {
+            "--texts": texts,
+            "--segment-vectors": segment_vectors,
+            "--lookahead": lookahead,
+            "--newcomers": newcomers,
+        }
         for option in (option for option, used in options.items() if used):
             raise UserError(
                 f"{option}: the world `cross` has no {_EVERYDAY_ONLY[option]}; leave it out, or choose --world everyday"
@@ -152,6 +170,7 @@ def simulate(
             segment_noise=noise,
             segment_taste=segment_taste,
             lookahead=lookahead,
+            newcomers=newcomers,
         )
 
     _make(out, work, as_json)

@@ -184,7 +184,7 @@ def test_styles_follow_the_traits_that_viewers_like_as_far_as_asked(world: Simul
         residual = style - inputs @ np.linalg.lstsq(inputs, style, rcond=None)[0]
         explained = 1 - residual.var() / style.var()
         assert abs(explained - (taste + (1 - taste) * chance)) < 0.05
-        assert abs(float((generator._style**2).sum(axis=1).mean()) - 1) < 0.2
+        assert abs(float((generator._style**2).sum(axis=1).mean()) - 1) < 0.35
 
 
 def test_taste_changes_the_vectors_only(path: Path, tmp_path: Path) -> None:

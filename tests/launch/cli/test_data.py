@@ -96,6 +96,8 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "{}/out", "--world", "cross", "--texts"], "the world `cross` has no texts"),
         (["simulate", "{}/out", "--world", "cross", "--lookahead"], "--lookahead: the world `cross` has no segments"),
         (["simulate", "{}/out", "--world", "cross", "--segment-vectors"], "the world `cross` has no segments"),
+        (["simulate", "{}/out", "--world", "cross", "--newcomers", "1"], "`cross` has no authors who come later"),
+        (["simulate", "{}/out", "--newcomers", "-1"], "newcomers is -1.0; it must be in [0, 1]"),
         (
             ["simulate", "{}/out", "--segment-noise", "2"],
             "--segment-noise: belongs to the vectors of --segment-vectors",

@@ -38,6 +38,7 @@ class WorldConfig:
         exposures_per_day: mean number of exposures per user and day. A long visit can shorten a day, so the log has
             somewhat fewer.
         lookahead: True if long views and gifts depend on the next three minutes of a room, too.
+        newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
     """
 
     users: int
@@ -45,6 +46,7 @@ class WorldConfig:
     seed: int
     exposures_per_day: float = 36.0
     lookahead: bool = False
+    newcomers: float = 0.0
 
     @property
     def authors(self) -> int:

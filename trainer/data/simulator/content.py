@@ -141,7 +141,7 @@ def _videos(config: WorldConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _rooms(config: WorldConfig, authors: Authors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw author, start and end of each room, in order of start.
 
-    An author opens at most one room a day, around the author's usual hour.
+    An author opens at most one room a day, around the author's usual hour. A newcomer opens none before a random day.
     """
     rng = config.generator("rooms")
     live = np.flatnonzero(authors.goes_live)
@@ -156,9 +156,24 @@ def _rooms(config: WorldConfig, authors: Authors) -> tuple[np.ndarray, np.ndarra
     length = rng.lognormal(np.log(MEAN_ROOM_MS) - 0.125, 0.5, shape).clip(15 * MINUTE_MS, 4 * HOUR_MS)
     end = start + length.astype(np.int64) // SEGMENT_MS * SEGMENT_MS
     held = (rng.random(shape) < habit) & (end > START_MS) & (start < config.end_ms)
+    held &= days[:, None] >= _first_days(config, len(live))
     author, start, end = np.broadcast_to(live, shape)[held], start[held], end[held]
     order = np.argsort(start, kind="stable")
     return author[order], start[order], end[order]
+
+
+def _first_days(config: WorldConfig, live: int) -> np.ndarray:
+    """Draw the day of the first room of each live author, ``[live] int64``; -1 for all but newcomers.
+
+    The first live author is no newcomer, so that every day has a room.
+    """
+    first = np.full(live, -1)
+    if config.newcomers:
+        rng = config.generator("newcomers")
+        new = rng.random(live) < config.newcomers
+        new[0] = False
+        first[new] = rng.integers(0, config.days, live)[new]
+    return first
 
 
 def _segments(config: WorldConfig, category: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

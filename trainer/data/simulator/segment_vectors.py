@@ -158,9 +158,9 @@ def _draw(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def _follow(rng: np.random.Generator, traits: np.ndarray) -> np.ndarray:
-    """Return random linear images of traits ``[n, k]``, with the spectrum; their mean squared length is about 1."""
-    k = traits.shape[1]
-    return SPECTRUM * (traits @ (rng.standard_normal((k, DIM), np.float32) / np.float32(k) ** 0.5))
+    """Return random linear images of traits ``[n, k]``, with the spectrum; their mean squared length is 1."""
+    images = traits @ rng.standard_normal((traits.shape[1], DIM), np.float32)
+    return SPECTRUM * (images / np.maximum(images.std(axis=0), 1e-6))
 
 
 def _parameters(part: str, ids: np.ndarray, time_ms: int, vectors: np.ndarray) -> pa.Table:

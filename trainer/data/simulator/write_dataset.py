@@ -37,6 +37,7 @@ def simulate(
     segment_noise: float | None = None,
     segment_taste: float = 0.0,
     lookahead: bool = False,
+    newcomers: float = 0.0,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
 
@@ -57,9 +58,10 @@ def simulate(
         segment_taste: share of the variance of the authors' styles in these vectors that follows the traits which
             viewers like, from 0 to 1. It changes the vectors only.
         lookahead: True to let long views and gifts depend on the next three minutes of a room, too.
+        newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
 
     Raises:
-        UserError: a size is below 1, the seed, the noise or the taste is out of its range, or ``out`` cannot be built
+        UserError: a size is below 1, another number is out of its range, or ``out`` cannot be built
             (``DatasetBuilder``).
     """
     for name, value in (("users", users), ("days", days), ("partitions", partitions), ("seed", seed)):
@@ -70,7 +72,9 @@ def simulate(
         raise UserError(f"simulate: segment_noise is {segment_noise}; it must be in [0, {MOST_NOISE:.0f}]")
     if not 0 <= segment_taste <= 1:
         raise UserError(f"simulate: segment_taste is {segment_taste}; it must be in [0, 1]")
-    config = WorldConfig(users, days, seed, lookahead=lookahead)
+    if not 0 <= newcomers <= 1:
+        raise UserError(f"simulate: newcomers is {newcomers}; it must be in [0, 1]")
+    config = WorldConfig(users, days, seed, lookahead=lookahead, newcomers=newcomers)
     # A world without an option has no word of it, so that its description is that of earlier versions.
     extra: dict[str, Any] = {"comment_kinds": KINDS} if texts else {}
     if segment_noise is not None:
@@ -79,6 +83,8 @@ def simulate(
             extra["segment_vectors"]["taste"] = segment_taste
     if lookahead:
         extra["lookahead"] = True
+    if newcomers:
+        extra["newcomers"] = newcomers
     spec = dataset_spec(config, partitions)
     total = days * -(-users // BLOCK)
     with DatasetBuilder(out, spec) as builder:
