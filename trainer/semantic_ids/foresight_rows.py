@@ -128,15 +128,26 @@ class ForesightRows:
 
     def contexts(self, rows: np.ndarray, runs: int) -> Contexts:
         """Return the author's latest runs as of the time of some rows ``[k]``."""
-        first, last, end = self._cuts[rows].T
-        place = last[:, None] + np.arange(-runs, 0)
-        there = place >= first[:, None]
-        place = np.where(there, place, 0)
+        _, last, end = self._cuts[rows].T
+        place, there = self._places(rows, runs)
         code = np.where(there, self._runs.code[place], np.int32(NO_CODE))
         length = np.where(there, self._runs.length[place], np.int32(0))
         # The newest run has the length that it had at that time. A row has a segment, and so a run.
         length[:, -1] = end - self._runs.start[last - 1]
         return Contexts(code, length)
+
+    def joined(self, rows: np.ndarray, runs: int) -> np.ndarray:
+        """Return which runs of the contexts follow the run before them without a pause, ``[k, runs] bool``."""
+        place, there = self._places(rows, runs)
+        joined: np.ndarray = there & self._runs.joined[place]
+        return joined
+
+    def _places(self, rows: np.ndarray, runs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the place of each run of the contexts, 0 at a free place, and which places have one."""
+        first, last, _ = self._cuts[rows].T
+        place = last[:, None] + np.arange(-runs, 0)
+        there = place >= first[:, None]
+        return np.where(there, place, 0), there
 
     def run_counts(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of the author's runs as of the time of some rows, ``[k] int64``, without a bound."""
@@ -151,12 +162,14 @@ class _Runs(NamedTuple):
     Attributes:
         code, length: ``[runs] int32``.
         start: ``[runs] int64``, place of the first segment.
+        joined: ``[runs] bool``, the run follows the author's run before it without a pause.
         author, known_ms: ``[segments] int64``, by author, then in order.
     """
 
     code: np.ndarray
     length: np.ndarray
     start: np.ndarray
+    joined: np.ndarray
     author: np.ndarray
     known_ms: np.ndarray
 
@@ -164,7 +177,9 @@ class _Runs(NamedTuple):
     def of(author: np.ndarray, known_ms: np.ndarray, code: np.ndarray, gap_ms: int) -> _Runs:
         start = run_starts(author, known_ms, code, gap_ms)
         length = np.diff(np.append(start, len(code))).astype(np.int32)
-        return _Runs(code[start], length, start, author, known_ms)
+        before = np.maximum(start - 1, 0)
+        joined = (start > 0) & (author[before] == author[start]) & (known_ms[start] - known_ms[before] <= gap_ms)
+        return _Runs(code[start], length, start, joined, author, known_ms)
 
     def cuts(self, author: np.ndarray, as_of_ms: np.ndarray) -> np.ndarray:
         """Return ``[n, 3] int64``, see ``ForesightRows``."""
