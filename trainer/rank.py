@@ -21,6 +21,7 @@ from trainer.config.paths import absolute_paths
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log
+from trainer.data.features.code_inputs import open_codes
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.metrics.behaviour_metrics import Report
@@ -83,7 +84,8 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
             logger.info(f"resuming the unfinished run {directory}; resume.enabled=false starts a new one")
         fitted = fit_once(config, data, split, directory / "features", world)
-        features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
+        codes = open_codes(config.features.codes, fitted.codes, unchanged=not config.resume.allow_new_data)
+        features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
         job = RankerJob(config, data, split, features, dataset, world, preemption)
 
         reports: dict[str, Report] = {}

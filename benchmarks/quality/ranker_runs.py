@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.config.ranker import JobConfig
 from trainer.console.progress import Progress
+from trainer.data.features.code_inputs import open_codes
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.loader import Loader
@@ -31,7 +32,8 @@ def train_and_predict(config: JobConfig, world: World) -> tuple[Predictions, tup
     split = split_in_time(config, data.spec)
     with tempfile.TemporaryDirectory() as folder:
         fitted = fit_once(config, data, split, Path(folder) / "features", world)
-    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
+    codes = open_codes(config.features.codes, fitted.codes)
+    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
     engine = build_engine(config, features, config.model.kind, world)
     space = make_space(config, features)
     if space is not None:

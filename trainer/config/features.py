@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -167,6 +168,40 @@ class SearchConfig(BaseModel):
         return self
 
 
+class CodesConfig(EmbeddingTableConfig):
+    """Codes of segments as features: what a room shows, as a code of a codebook version, with learnable tables."""
+
+    file: InputFile = Field(
+        ...,
+        min_length=1,
+        description="Code file that `limelight quantize assign` wrote. The model keeps the name of its codebook "
+        "version, and refuses codes of another one.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    levels: int | None = Field(
+        None, ge=1, description="Number of levels of the codes to use, from the first on. Default: all of the file."
+    )
+    tables: Literal["levels", "prefixes", "both"] = Field(
+        "both",
+        description="Tables of embeddings. `levels`: one for each level, with a row for each of its codes. `prefixes`: "
+        "one for each number of first levels, with a row for each tuple of their codes. Row 0 of each table is the row "
+        "of no code.",
+    )
+    prefix_rows: int = Field(
+        100_000,
+        ge=2,
+        le=MAX_TABLE_ROWS,
+        description="Largest number of rows of a table of prefixes, including row 0. If there are more tuples, they "
+        "are hashed to the rows.",
+    )
+    history: Literal["none", "entry", "longest"] = Field(
+        "entry",
+        description="Codes of the visits of all histories. `entry`: of the segment on air when the user entered the "
+        "room. `longest`: of the segment that the user watched longest. `none`: only the candidate has codes, those of "
+        "the latest segment of its author. Only segments that were known at the request count.",
+    )
+
+
 class FeatureConfig(BaseModel):
     """Features of the ranker."""
 
@@ -193,6 +228,10 @@ class FeatureConfig(BaseModel):
         (),
         description="Side features of authors to add to each visit of a history. They use the same embeddings as the "
         "candidate's. Their values are read from the dataset's table of authors when training begins.",
+    )
+    codes: dict[str, CodesConfig] = Field(
+        {},
+        description="Codes of segments, one set for each code file. Its name has letters, digits and hyphens.",
     )
     search: SearchConfig = Field(SearchConfig(), description='Search vectors of histories with `search = "top"`.')
     rates: tuple[str, ...] = Field(
@@ -224,6 +263,17 @@ class FeatureConfig(BaseModel):
                 raise ValueError(
                     f'histories with search = "top" need fixed rows in the table `{name}`, and with ids = "dynamic" '
                     "rows change their ids; use another mapping, or remove the table from `search.tables`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _names_of_codes(self) -> FeatureConfig:
+        """Check that names of code sets cannot be mixed up with those of other tables and lookups."""
+        for name in self.codes:
+            # Lookups of histories have an underscore after the name of the history.
+            if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", name):
+                raise ValueError(
+                    f"`codes` has a set named {name!r}; a name has letters, digits and hyphens, at most 40 of them"
                 )
         return self
 

@@ -33,12 +33,17 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         attention=model.attention,
         heads=model.heads,
         head_dim=model.head_dim,
-        query_ids={"side": candidate_side(config, features)},
+        query_ids=candidate_ids(config, features),
         query_dense=candidate_dense(features),
         dropout=model.dropout,
     )
     ranker.init_output_bias(torch.from_numpy(features.base_rates).float())
     return ranker
+
+
+def candidate_ids(config: JobConfig, features: FeatureMap) -> dict[str, list[int]]:
+    """Return lookup -> places of its ids that are features of the candidate's author or item."""
+    return {"side": candidate_side(config, features), **{name: [0] for name in features.codes.lookups}}
 
 
 def candidate_side(config: JobConfig, features: FeatureMap) -> list[int]:

@@ -18,6 +18,7 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.outputs import Output
 from trainer.console.progress import Progress
+from trainer.data.features.code_inputs import CodeTally
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
 from trainer.data.format import storage
@@ -60,18 +61,30 @@ class Predictions:
 def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "evaluate") -> Predictions:
     """Predict every row of a loader. Collective: a rank without rows calls it too."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
-    beyond = torch.zeros(len(_BEYOND), dtype=torch.int64)
+    beyond, no_code = torch.zeros(len(_BEYOND), dtype=torch.int64), CodeTally()
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
         for batch, logits in engine.predict(iter(loader)):
             for name in ("user_id", "visit_id", "request_ms", "label", "mask"):
                 parts[name].append(getattr(batch, name).cpu().clone())
             parts["probability"].append(torch.sigmoid(logits.float()).cpu())
+            no_code.add(batch.no_code)
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
             progress.advance(batch.rows)
     dist.all_reduce(beyond, group=engine.control)
     if beyond.any() and dist.get_rank(engine.control) == 0:
         logger.info(f"{label}: {beyond_message(dict(zip(_BEYOND, beyond.tolist(), strict=True)))}")
+    log_no_code(label, no_code, engine.control)
     return Predictions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+
+
+def log_no_code(label: str, own: CodeTally, control: dist.ProcessGroup) -> None:
+    """Log how many candidates and past visits of all ranks had no code, if the model reads codes. Collective."""
+    # A rank without rows does not know the code sets, so the ranks exchange names and numbers.
+    everyone: list[Any] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(everyone, own.counts, group=control)
+    total = CodeTally(*everyone)
+    if total.counts and dist.get_rank(control) == 0:
+        logger.info(f"{label}: {total.message()}")
 
 
 def evaluate(

@@ -10,6 +10,7 @@ import numpy as np
 
 from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError
+from trainer.data.features.code_inputs import CODE_TABLE, code_set_of
 from trainer.data.features.feature_map import ACTIONS_RANGE, side_ranges
 from trainer.data.features.fit import ID_TABLES, FittedFeatures
 
@@ -91,12 +92,15 @@ def map_rows(table: str, old: ModelFeatures, new: ModelFeatures, old_rows: int, 
     """Map the rows of a table that have the same meaning in both models.
 
     Looked-up ids are matched by id. Rows of direct ids, and of the values of a side feature, keep their place, and a
-    table or feature may have grown. Hashed ids need the same number of rows, and dynamic ids are not taken over.
+    table or feature may have grown. Hashed ids need the same number of rows, and dynamic ids are not taken over. Codes
+    must be of one codebook version.
 
     Raises:
         UserError: rows would have another meaning, or there are fewer than before.
     """
     where = f"init_from: table {table!r}"
+    if table.startswith(CODE_TABLE):
+        return _map_codes(table, where, old, new, old_rows, new_rows)
     if table not in ID_TABLES:
         return _map_side(where, old, new)
     theirs, ours = getattr(old.config, table), getattr(new.config, table)
@@ -119,6 +123,21 @@ def map_rows(table: str, old: ModelFeatures, new: ModelFeatures, old_rows: int, 
         )
     if new_rows < old_rows:
         raise UserError(f"{where}: it had {old_rows:,} rows and has {new_rows:,} now; a table can only grow")
+    return RangeMap([(0, 0, old_rows)])
+
+
+def _map_codes(table: str, where: str, old: ModelFeatures, new: ModelFeatures, old_rows: int, new_rows: int) -> RowMap:
+    theirs, ours = (side.fitted.codes[code_set_of(table)].version for side in (old, new))
+    if theirs != ours:
+        raise UserError(
+            f"{where}: its codes were of the codebook version {theirs!a:.120} and are of {ours!a:.120} now, so rows "
+            "would mean other codes; leave it out of init_from.tables"
+        )
+    if old_rows != new_rows:
+        raise UserError(
+            f"{where}: hashed prefixes have other rows in a table of another size, and it had {old_rows:,} rows where "
+            f"it has {new_rows:,} now; set features.codes.{code_set_of(table)}.prefix_rows = {old_rows}"
+        )
     return RangeMap([(0, 0, old_rows)])
 
 

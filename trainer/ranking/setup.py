@@ -15,6 +15,7 @@ from trainer.config.deepspeed import complete_settings
 from trainer.config.load import load_deepspeed, parse_time
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
+from trainer.data.features.code_inputs import check_codes
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.search_vectors import SearchSpace
@@ -246,12 +247,13 @@ def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> dict[str
 
     Raises:
         UserError: the batch size is not a multiple of the ranks, there are more ranks than partitions, a weight or
-            exponent names a behaviour that is not predicted, a feature or history does not exist, or the DeepSpeed
-            settings cannot be read or are not supported.
+            exponent names a behaviour that is not predicted, a feature, history or code file does not exist, or the
+            DeepSpeed settings cannot be read or are not supported.
     """
     rows = rows_per_rank(config, ranks)
     partitions_of_rank(spec.partitions, 0, ranks)
     check_names(spec, config.features, config.data.behaviours)
+    check_codes(config.features.codes)
     predicted = config.data.behaviours or spec.behaviours
     for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):
         for name in names:

@@ -22,6 +22,7 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
+from trainer.data.features.code_inputs import CodeTally
 from trainer.data.features.id_map import beyond_message
 from trainer.data.format.schema import Rows
 from trainer.data.loading.batch import RankingBatch, unpack
@@ -149,6 +150,7 @@ class _StreamTrainer:
         self._flushed_at = time.monotonic()
         self._lag = (0, 0)
         self._beyond: Counter[str] = Counter()
+        self._no_code = CodeTally()
         self._loss = float("nan")
         self._scalars = None
         if world.rank == 0:
@@ -267,6 +269,9 @@ class _StreamTrainer:
         if self._beyond:
             logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
             self._beyond.clear()
+        if self._no_code.counts:
+            logger.info(f"step {state.step:,}: {self._no_code.message()}")
+            self._no_code = CodeTally()
         entry = state.window.entry(state.step, state.progressive.compute(self._world.control), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
         state.metric_history.append(entry | lag)
@@ -284,6 +289,7 @@ class _StreamTrainer:
         vectors = None if space is None else space.at(space.newest)
         packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
         self._beyond.update(packed.beyond)
+        self._no_code.add(packed.no_code)
         batch = unpack(packed, stream.features.layout, {})
         # The fast-slow policy has a loss of its own for slow rows.
         slow = rows["kind"] == SLOW

@@ -12,10 +12,12 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
+from trainer.data.features.code_inputs import CodeTally
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
+from trainer.ranking.evaluation import log_no_code
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import require_training_rows, rows_per_rank
 from trainer.ranking.training_state import MetricWindow, TrainingState
@@ -64,6 +66,7 @@ def train(
     left = -(-(loader.rows_total - loader.rows_done) // rows_per_rank(config, world.size))
     steps_total = state.step + world.max(left)
     state.position = loader.position
+    no_code, first_entry = CodeTally(), True
     scalars = None
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
@@ -80,6 +83,7 @@ def train(
                 state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)
                 set_step(state.step)
+                no_code.add(batch.no_code)
                 if searching is not None:
                     with watchdog.busy("renewing the search vectors"):
                         searching.after_step(state.step)
@@ -88,6 +92,10 @@ def train(
                         state.window.entry(state.step, state.progressive.compute(world.control), engine.id_counts())
                     )
                     state.window = MetricWindow()
+                    if no_code.counts and first_entry and state.step < steps_total:
+                        # Early, since codes of other rooms or times are a mistake that no other line shows.
+                        logger.info(f"step {state.step:,}: {no_code.message()}")
+                    first_entry = False
                     if scalars is not None:
                         write_scalars(scalars, state.metric_history[-1])
                 progress.advance(result.rows_global, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
@@ -109,6 +117,7 @@ def train(
                 searching.finish()
             state.finished = True
             checkpoints.save(engine, state, wait=True)
+    log_no_code("train", no_code, engine.control)
     for table, counts in engine.id_counts().items():
         logger.info(f"ids of {table}: {counts}")
     if scalars is not None:

@@ -22,6 +22,7 @@ from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import InitFromConfig, JobConfig
 from trainer.console.errors import UserError
 from trainer.console.text_table import text_table
+from trainer.data.features.code_inputs import check_codes
 from trainer.data.features.feature_map import FeatureMap, side_ranges
 from trainer.data.features.fit import ID_TABLES
 from trainer.engine.hybrid_engine import HybridEngine
@@ -82,6 +83,7 @@ def check_source(config: JobConfig) -> None:
     """
     tables = [name for name in (*ID_TABLES, "side") if not (name == "user" and "user_id" in config.features.exclude)]
     dims = {name: getattr(config.features, name).dim for name in tables}
+    dims |= {table.name: table.dim for code_set in check_codes(config.features.codes) for table in code_set.declare()}
     _choose(config.init_from, Checkpoint.open(config.init_from.run), dims)
 
 
@@ -223,6 +225,11 @@ def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[
         "features.tags": features.tags,
         "features.author_side": list(features.author_side),
         "features.exclude": sorted(features.exclude),
+        "features.codes": {
+            # The order of the tables is that of the network's inputs; paths and sharding do not matter.
+            name: own.model_dump(mode="json", include={"levels", "tables", "history"})
+            for name, own in features.codes.items()
+        },
     }
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.console.progress import Progress
-from trainer.data.format.segment_codes import HASH_KEY, CodeDigests, CodeFile, code_schema
+from trainer.data.format.segment_codes import CodeDigests, CodeFile, code_schema
 from trainer.data.format.segments import UNKNOWN_AUTHOR
 from trainer.runtime.files import whole_file
 from trainer.semantic_ids.code_store import (
@@ -103,17 +103,17 @@ def assign_codes(
         Progress("assigning", len(rows), "segments", quiet=quiet) as progress,
         pq.ParquetWriter(tmp_path, schema, compression="zstd") as writer,
     ):
-        for columns, vectors in _blocks(segments, rows):
+        for columns, start_ms, vectors in _blocks(segments, rows):
             bad += find_bad_vectors(columns["segment"], vectors)
             if not bad.not_finite and not bad.zero:
                 codes, error = version.encode(vectors)
-                digests.add(columns, codes)
+                digests.add(columns, codes, start_ms)
                 error_sum += float(error.sum(dtype=np.float64))
-                writer.write_table(pa.table([*columns.values(), *codes.T], schema=schema))
+                writer.write_table(pa.table([*columns.values(), *codes.T, start_ms], schema=schema))
             progress.advance(len(vectors))
         # After all vectors have been looked at, so that the numbers are complete.
         bad.refuse(segments.table.path, len(rows))
-        writer.add_key_value_metadata({HASH_KEY: digests.hash})
+        writer.add_key_value_metadata(digests.metadata)
     without_author = int((segments.author_id[rows] == UNKNOWN_AUTHOR).sum())
     return AssignedCodes(len(rows), without_author, segments.without_vector, error_sum / max(1, len(rows)))
 
@@ -216,8 +216,10 @@ class CodesAsOf:
         return begin, low
 
 
-def _blocks(segments: SegmentVectors, rows: np.ndarray) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Yield the columns without codes, and the vectors, of rows of the table."""
+def _blocks(
+    segments: SegmentVectors, rows: np.ndarray
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
+    """Yield the columns before the codes, the starts, and the vectors, of rows of the table."""
     for at, block in segments.blocks(rows):
         columns = {
             "item_id": segments.item_id[rows[at]],
@@ -225,4 +227,4 @@ def _blocks(segments: SegmentVectors, rows: np.ndarray) -> Iterator[tuple[dict[s
             "segment": np.asarray(segments.table.ids[rows[at]]),
             "known_ms": segments.known_ms[rows[at]],
         }
-        yield columns, block
+        yield columns, segments.start_ms[rows[at]], block

@@ -76,6 +76,7 @@ class SegmentVectors:
         table: the vectors, memory-mapped.
         item_id: ``[n] int64``, room of each vector.
         author_id: ``[n] int64``, author of the room; ``UNKNOWN_AUTHOR`` if the dataset does not have the room.
+        start_ms: ``[n] int64``.
         known_ms: ``[n] int64``, time from which a segment is known.
         without_vector: number of segments of the dataset that have no vector.
         timezone: IANA name of the dataset's time zone.
@@ -84,6 +85,7 @@ class SegmentVectors:
     table: ContentVectors
     item_id: np.ndarray
     author_id: np.ndarray
+    start_ms: np.ndarray
     known_ms: np.ndarray
     without_vector: int
     timezone: str
@@ -117,9 +119,14 @@ class SegmentVectors:
                 f"{place}: has a vector of segment {table.ids[np.argmin(row)]}, which {found.source} does not have; "
                 "make the vectors from this dataset"
             )
-        without_vector = len(found) - len(table)
         return SegmentVectors(
-            table, found.item_id[row], found.author_id[row], found.known_ms[row], without_vector, timezone
+            table,
+            item_id=found.item_id[row],
+            author_id=found.author_id[row],
+            start_ms=found.start_ms[row],
+            known_ms=found.known_ms[row],
+            without_vector=len(found) - len(table),
+            timezone=timezone,
         )
 
     def rows(self, times: TimeRange) -> np.ndarray:

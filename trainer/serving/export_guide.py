@@ -40,7 +40,7 @@ from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.features.id_map import hash_salt
 from trainer.data.format.safetensors_header import read_header
 from trainer.data.format.schema import DOMAINS, DatasetSpec
-from trainer.engine.build_ranker import candidate_dense, candidate_side
+from trainer.engine.build_ranker import candidate_dense, candidate_ids
 from trainer.runtime.files import write_json
 
 README, INPUTS, INPUT_TENSORS, ROW, SCRIPT = (
@@ -197,8 +197,7 @@ def _query_columns(config: JobConfig, features: FeatureMap) -> list[int]:
     dims = {table.name: table.dim for table in features.tables}
     widths = {name: dims[lookup.table] * lookup.length for name, lookup in lookups.items() if lookup.length is not None}
     whole = [name for sequence in features.sequences for name in sequence.query]
-    sides = {"side": candidate_side(config, features)}
-    return columns_of(widths, lookups, dims, whole, sides, candidate_dense(features))
+    return columns_of(widths, lookups, dims, whole, candidate_ids(config, features), candidate_dense(features))
 
 
 def _input_tensors(features: FeatureMap) -> dict[str, np.ndarray]:

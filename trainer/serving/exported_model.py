@@ -30,6 +30,7 @@ from trainer.checkpoint.model_state import list_differences
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
+from trainer.data.features.code_inputs import open_codes
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
@@ -128,7 +129,9 @@ def open_export(directory: str | Path, data_path: str | None = None) -> Exported
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify()
-    features = FeatureMap(data.spec, config.features, FittedFeatures.load(model_dir / FEATURES), config.data.behaviours)
+    fitted = FittedFeatures.load(model_dir / FEATURES)
+    codes = open_codes(config.features.codes, fitted.codes)
+    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, precision)).eval()
     found = _read_weights(model_dir / WEIGHTS)
     tensors: dict[str, Tensor] = {f"dense.{name}": parameter for name, parameter in ranker.named_parameters()}

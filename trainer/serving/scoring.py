@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.outputs import Output
+from trainer.data.features.code_inputs import CodeTally
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
 from trainer.data.features.packed_batch import PackedBatch
@@ -186,6 +187,7 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
     rows = candidate_rows(model, path, candidates)
     n = len(candidates["user_id"])
     beyond: Counter[str] = Counter()
+    no_code = CodeTally()
     vectors = None if model.space is None else model.space.at(model.space.newest)
 
     def batches() -> Iterator[PackedBatch]:
@@ -193,11 +195,14 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
             part = {name: column[first : first + BATCH_ROWS] for name, column in rows.items()}
             packed = model.features.pack(part, model.data.histories, part["request_ms"], vectors)
             beyond.update(packed.beyond)
+            no_code.add(packed.no_code)
             yield packed
 
     probability = torch.sigmoid(torch.cat(list(model.logits(batches())))).numpy()
     if beyond:
         logger.info(beyond_message(beyond))
+    if no_code.counts:
+        logger.info(no_code.message())
     behaviours = model.features.behaviours
     exponents = [model.config.score.exponents.get(behaviour, 1.0) for behaviour in behaviours]
     return pa.table(

@@ -15,6 +15,7 @@ from trainer.checkpoint.run_directory import load_run
 from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
+from trainer.data.features.code_inputs import open_codes
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
@@ -64,9 +65,9 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify(world)
-    features = FeatureMap(
-        data.spec, config.features, FittedFeatures.load(Path(directory) / "features"), config.data.behaviours
-    )
+    fitted = FittedFeatures.load(Path(directory) / "features")
+    codes = open_codes(config.features.codes, fitted.codes)
+    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
     engine = build_engine(config, features, config.model.kind, world)
     checkpoint = find_checkpoint(directory)
     manifest = read_manifest(checkpoint)

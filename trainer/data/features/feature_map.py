@@ -18,6 +18,7 @@ from modules.embeddings import Lookup, Table, group_lookups
 from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError
 from trainer.data.features.author_features import AuthorSide
+from trainer.data.features.code_inputs import CodeInputs, CodeReader
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.features.history_sequences import HistoryReader, Space
@@ -67,12 +68,15 @@ class FeatureMap:
         config: the ``[features]`` section of the job.
         fitted: parameters that were learned from the training range.
         behaviours: behaviours to predict, in this order; empty means all behaviours of the dataset.
+        codes: code set -> its codes; only batches need them.
 
     Attributes:
         spec: as given.
         fitted: as given.
-        tables: ``user``, ``author``, ``item`` and ``side``, without those that no lookup reads.
-        lookups: one for each of these tables, then ``H_item``, ``H_author`` and ``H_context`` for each history H.
+        tables: ``user``, ``author``, ``item`` and ``side``, without those that no lookup reads; then those of codes.
+        lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_T`` for each table
+            T of codes that entries have, and ``H_context``.
+        codes: inputs from codes of segments.
         sequences: the histories.
         behaviours: behaviours in the columns of ``label`` and ``mask``.
         label_columns: positions of these behaviours in the dataset.
@@ -88,7 +92,12 @@ class FeatureMap:
     """
 
     def __init__(
-        self, spec: DatasetSpec, config: FeatureConfig, fitted: FittedFeatures, behaviours: Sequence[str] = ()
+        self,
+        spec: DatasetSpec,
+        config: FeatureConfig,
+        fitted: FittedFeatures,
+        behaviours: Sequence[str] = (),
+        codes: Mapping[str, CodeReader] | None = None,
     ) -> None:
         check_names(spec, config, behaviours)
         _check_layout(spec, fitted)
@@ -107,34 +116,41 @@ class FeatureMap:
             if not (name == "user" and "user_id" in config.exclude)
         }
         self._sequences = HistoryReader(spec, config, self._ids)
+        self.codes = CodeInputs(config.codes, fitted.codes, codes or {})
         self.author_side, self.needs_space = config.author_side, config.needs_space
         # Histories read the same tables as candidates, so an item has one embedding in both roles.
         lookups = [Lookup(name, name, 1) for name in self._ids]
         if self._side.width:
             lookups.append(Lookup("side", "side", self._side.width))
+        lookups += [Lookup(name, name, 1) for name in self.codes.lookups]
+        parts = ("item", "author", *self.codes.of_entries)
         for name, history in config.history.items():
-            lookups += [Lookup(f"{name}_{key}", key, None, max_length=history.length) for key in ("item", "author")]
+            lookups += [Lookup(f"{name}_{key}", key, None, max_length=history.length) for key in parts]
             ids = self._side.context_ids
             lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=ids, max_length=ids * history.length))
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
         # Without a lookup, a table would only cost memory and gradients.
         rows = {**fitted.table_rows, "side": self._side.rows}
-        self.tables: tuple[Table, ...] = tuple(
-            Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding, getattr(own, "dynamic", None))
-            for name in (*ID_TABLES, "side")
-            if any(lookup.table == name for lookup in lookups)
-            for own in (getattr(config, name),)
+        self.tables: tuple[Table, ...] = (
+            *(
+                Table(name, rows[name], own.dim, own.init, own.init_scale, own.sharding, getattr(own, "dynamic", None))
+                for name in (*ID_TABLES, "side")
+                if any(lookup.table == name for lookup in lookups)
+                for own in (getattr(config, name),)
+            ),
+            *self.codes.tables,
         )
         self.sequences: tuple[HistorySequence, ...] = tuple(
             HistorySequence(
                 name,
-                (f"{name}_item", f"{name}_author", f"{name}_context"),
-                ("item", "author"),
+                (*(f"{name}_{key}" for key in parts), f"{name}_context"),
+                parts,
                 history.length,
                 tuple(("side", own, f"{name}_context", other) for own, other in self._side.alike),
             )
             for name, history in config.history.items()
         )
+        self._of_history = {key: sequence.name for sequence in self.sequences for key in sequence.keys}
         groups = group_lookups(self.tables, self.lookups)
         self.layout = BatchLayout(
             tuple(tuple(lookup.name for lookup in members) for _, members in groups),
@@ -156,8 +172,8 @@ class FeatureMap:
             space: search vectors, for histories that search by dot product.
 
         Raises:
-            UserError: a direct id is negative, a side value is outside the range of its feature, or a dense value is
-                NaN or infinite.
+            UserError: codes cannot be read, a direct id is negative, a side value is outside the range of its feature,
+                or a dense value is NaN or infinite.
         """
         n = len(rows["visit_id"])
         # Histories come first: the number of their entries determines the size of the buffer.
@@ -183,6 +199,7 @@ class FeatureMap:
             beyond["histories"] += self._ids["author"](visits.author_id, ids[f"{name}_author"])
             age_ms = np.repeat(as_of_ms, visits.lengths) - visits.request_ms
             self._side.fill_context(visits, age_ms, ids[f"{name}_context"].reshape(-1, self._side.context_ids))
+        no_code = self.codes.fill(rows, slices, as_of_ms, ids)
 
         floats = torch.empty(sum(self.layout.float_sizes(n)))
         dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
@@ -194,7 +211,7 @@ class FeatureMap:
         label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         beyond = {name: count for name, count in beyond.items() if count}
-        return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond)
+        return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, no_code=no_code)
 
     def read_histories(
         self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None
@@ -209,10 +226,7 @@ class FeatureMap:
             if lookup.length is not None:
                 lengths[lookup.name] = np.full(rows, lookup.length)
             else:
-                # Names of histories may contain underscores; the key after the last one does not.
-                history, _, key = lookup.name.rpartition("_")
-                entries = slices[history].lengths
-                lengths[lookup.name] = entries * self._side.context_ids if key == "context" else entries
+                lengths[lookup.name] = slices[self._of_history[lookup.name]].lengths * lookup.ids_per_entry
         return lengths
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError, one_line
 from trainer.data.features.author_features import AuthorSide, read_author_side
+from trainer.data.features.code_inputs import FittedCodes, fit_codes
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.id_map import table_rows
 from trainer.data.format.history import HISTORY_LIMIT, Histories
@@ -52,6 +53,7 @@ class FittedFeatures:
         deviation: standard deviations of the dense inputs, ``[n_dense]`` float64, above 0; 1 for a constant input.
         vocabularies: table -> known ids in ascending order, int64; only tables with ``ids = "lookup"``.
         author_side: side features of the authors of past visits; None if histories have none.
+        codes: code set -> identity of the codes of segments.
     """
 
     layout: dict[str, Any]
@@ -61,6 +63,7 @@ class FittedFeatures:
     deviation: np.ndarray
     vocabularies: dict[str, np.ndarray] = field(default_factory=dict)
     author_side: AuthorSide | None = None
+    codes: dict[str, FittedCodes] = field(default_factory=dict)
 
     def save(self, directory: str | Path) -> None:
         """Write ``features.json``, ``vocabularies.npz``, ``authors.npz`` if there are any, and their checksums."""
@@ -68,6 +71,7 @@ class FittedFeatures:
             "layout": self.layout,
             "table_rows": self.table_rows,
             **{name: getattr(self, name).tolist() for name in ("prior", "mean", "deviation")},
+            **({"codes": {name: vars(codes) for name, codes in self.codes.items()}} if self.codes else {}),
         }
         np.savez(Path(directory) / _ARRAY_FILE, **self.vocabularies)  # type: ignore[arg-type]
         if self.author_side is not None:
@@ -101,6 +105,7 @@ class FittedFeatures:
                 deviation=np.array(text["deviation"], np.float64),
                 vocabularies=vocabularies,
                 author_side=author_side,
+                codes={name: FittedCodes.from_json(codes) for name, codes in dict(text.get("codes", {})).items()},
             )
         except FileNotFoundError as error:
             raise UserError(f"{directory}: not a run of `limelight train` ({error.filename} is missing)") from None
@@ -134,16 +139,18 @@ def fit_features(
         selection: the training range.
 
     Raises:
-        UserError: the range has no rows, a dense value is NaN or infinite, ids do not fit their table, or histories
-            have features of authors and the dataset has no table of authors.
+        UserError: a code file cannot be read, the range has no rows, a dense value is NaN or infinite, ids do not fit
+            their table, or histories have features of authors and the dataset has no table of authors.
     """
+    # First, since it takes little time and finds what a user can get wrong.
+    codes = fit_codes(config.codes)
     vocabularies = _vocabularies(spec, store, histories, config, selection)
     sizes = {name: table_rows(name, getattr(config, name), spec, len(vocabularies.get(name, ()))) for name in ID_TABLES}
     inputs = DenseInputs(spec, config)
     prior = _prior(spec, store, selection)
     mean, deviation = _moments(inputs, store, selection, prior)
     author_side = read_author_side(store.path, spec, config.author_side) if config.author_side else None
-    return FittedFeatures(feature_layout(spec), sizes, prior, mean, deviation, vocabularies, author_side)
+    return FittedFeatures(feature_layout(spec), sizes, prior, mean, deviation, vocabularies, author_side, codes)
 
 
 def _selected(store: RowStore, selection: Selection, limit: int | None) -> Iterator[Rows]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from trainer.data.features.code_inputs import CodeCounts
+
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -68,6 +70,7 @@ class PackedBatch:
         skipped_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
         beyond: see :class:`trainer.data.loading.batch.RankingBatch`.
         left_out_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
+        no_code: see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     integers: Tensor
@@ -77,6 +80,7 @@ class PackedBatch:
     skipped_rows: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
     left_out_rows: int = 0
+    no_code: dict[str, CodeCounts] = field(default_factory=dict)
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch with its buffers in page-locked memory; ``DataLoader`` calls this method."""

@@ -1,8 +1,9 @@
 """Code files: the codes of a dataset's segments by one codebook version, in one Parquet file.
 
 Columns are ``item_id``, ``author_id``, ``segment`` (the id of the segment's vector) and ``known_ms``, all int64, and
-``code_1``, ``code_2``, ... int32, one for each level. The metadata of the file has the name of the version, the sizes
-of the levels, and a hash of all columns, which reading compares. Rows are in the order of the table of vectors.
+``code_1``, ``code_2``, ... int32, one for each level, and ``start_ms`` int64. The metadata of the file has the name of
+the version, the sizes of the levels, a hash of all columns but ``start_ms``, and a hash of that one; reading compares
+them. Rows are in the order of the table of vectors. Files of earlier versions have no ``start_ms``.
 
 A segment whose author is not known has the author -1. ``trainer/semantic_ids/code_files.py`` writes these files.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +26,25 @@ from trainer.data.format.parquet_files import read_table, table_footer
 FORMAT = "1"
 _KEYS = ("format", "version", "levels", "hash")
 _PREFIX = "limelight_codes_"
-HASH_KEY = f"{_PREFIX}hash"
-"""Key of the metadata with the hash of all columns, which is known only after the last row."""
+_HASH_KEY, _STARTS_KEY = f"{_PREFIX}hash", f"{_PREFIX}starts"
+_START = "start_ms"
 _COLUMNS = ("item_id", "author_id", "segment", "known_ms")
+
+
+class CodeHeader(NamedTuple):
+    """Metadata of a code file.
+
+    Attributes:
+        version: name of the codebook version.
+        levels: number of codes of each level.
+        hash: of all columns but ``start_ms``.
+        starts: hash of ``start_ms``; empty if the file does not have this column.
+    """
+
+    version: str
+    levels: tuple[int, ...]
+    hash: str
+    starts: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,8 @@ class CodeFile:
         levels: number of codes of each level.
         item_id, author_id, segment, known_ms: ``[n] int64``.
         codes: ``[n, levels] int32``.
-        hash: of all columns.
+        hash: of these columns.
+        start_ms: ``[n] int64``, start of each segment; None in a file of an earlier version.
     """
 
     path: Path
@@ -51,6 +70,7 @@ class CodeFile:
     known_ms: np.ndarray
     codes: np.ndarray
     hash: str = ""
+    start_ms: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.segment)
@@ -64,26 +84,29 @@ class CodeFile:
         """
         files, name = DatasetFiles(path.parent), path.name
         try:
-            levels, version, expected = _metadata(files, path)
-            code_names = _code_names(len(levels))
-            table = read_table(files, name, [*_COLUMNS, *code_names])
+            header = _metadata(files, path)
+            code_names, starts = _code_names(len(header.levels)), [_START] if header.starts else []
+            table = read_table(files, name, [*_COLUMNS, *code_names, *starts])
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; `limelight quantize assign` makes a code file") from None
         if any(column.null_count or not pa.types.is_integer(column.type) for column in table.columns):
             raise UserError(f"{path}: damaged, a column has empty values or no whole numbers; assign the codes again")
         columns = {name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS}
         codes = np.stack([table[name].to_numpy().astype(np.int32) for name in code_names], axis=1)
-        digests = CodeDigests(len(levels))
-        digests.add(columns, codes)
-        if digests.hash != expected:
+        start_ms = table[_START].to_numpy().astype(np.int64) if starts else None
+        digests = CodeDigests(len(header.levels))
+        digests.add(columns, codes, start_ms)
+        if digests.hash != header.hash or (starts and digests.starts != header.starts):
             raise UserError(f"{path}: damaged, its content differs from its hash; assign the codes again")
-        if (codes < 0).any() or (codes >= np.array(levels)).any():
+        if (codes < 0).any() or (codes >= np.array(header.levels)).any():
             raise UserError(f"{path}: damaged, a code is not below the size of its level; assign the codes again")
-        return CodeFile(path, version, levels, **columns, codes=codes, hash=expected)
+        return CodeFile(
+            path, header.version, header.levels, **columns, codes=codes, hash=header.hash, start_ms=start_ms
+        )
 
 
 class CodeDigests:
-    """Hash of the columns of a code file, one digest a column, so that the blocks do not matter.
+    """Hashes of the columns of a code file, one digest a column, so that the blocks do not matter.
 
     Args:
         levels: number of levels.
@@ -91,34 +114,51 @@ class CodeDigests:
 
     def __init__(self, levels: int) -> None:
         self._digests = [hashlib.blake2b(digest_size=16) for _ in range(len(_COLUMNS) + levels)]
+        self._starts = hashlib.blake2b(digest_size=16)
 
-    def add(self, columns: dict[str, np.ndarray], codes: np.ndarray) -> None:
-        """Add rows: the columns without codes, and codes ``[n, levels] int32``."""
+    def add(self, columns: dict[str, np.ndarray], codes: np.ndarray, start_ms: np.ndarray | None = None) -> None:
+        """Add rows: the columns without codes, codes ``[n, levels] int32``, and starts."""
         arrays = [*(columns[name] for name in _COLUMNS), *codes.T]
         for digest, array in zip(self._digests, arrays, strict=True):
             digest.update(array.tobytes())
+        if start_ms is not None:
+            self._starts.update(start_ms.tobytes())
 
     @property
     def hash(self) -> str:
-        """Hash of all columns."""
+        """Hash of all columns but ``start_ms``."""
         return hashlib.blake2b(b"".join(digest.digest() for digest in self._digests), digest_size=16).hexdigest()
+
+    @property
+    def starts(self) -> str:
+        """Hash of ``start_ms``."""
+        return self._starts.hexdigest()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Entries of the file's metadata that are known only after the last row."""
+        return {_HASH_KEY: self.hash, _STARTS_KEY: self.starts}
 
 
 def code_schema(version: str, levels: tuple[int, ...]) -> pa.Schema:
-    """Return columns and metadata of a code file, the hash excepted.
+    """Return columns and metadata of a code file, its hashes excepted.
 
     Args:
         version: name of the codebook version.
         levels: number of codes of each level.
     """
     return pa.schema(
-        [(name, pa.int64()) for name in _COLUMNS] + [(name, pa.int32()) for name in _code_names(len(levels))],
+        [
+            *((name, pa.int64()) for name in _COLUMNS),
+            *((name, pa.int32()) for name in _code_names(len(levels))),
+            (_START, pa.int64()),
+        ],
         {f"{_PREFIX}format": FORMAT, f"{_PREFIX}version": version, f"{_PREFIX}levels": json.dumps(list(levels))},
     )
 
 
-def read_code_header(path: Path) -> tuple[tuple[int, ...], str, str]:
-    """Return the sizes of the levels, the name of the codebook version and the hash of a code file, of its footer only.
+def read_code_header(path: Path) -> CodeHeader:
+    """Read the metadata of a code file; nothing but its footer is read.
 
     Raises:
         UserError: there is no such file, it is no code file, or its footer is damaged.
@@ -129,8 +169,8 @@ def read_code_header(path: Path) -> tuple[tuple[int, ...], str, str]:
         raise UserError(f"{path}: no such file; `limelight quantize assign` makes a code file") from None
 
 
-def _metadata(files: DatasetFiles, path: Path) -> tuple[tuple[int, ...], str, str]:
-    """Return levels, version and hash; raises FileNotFoundError if there is no such file."""
+def _metadata(files: DatasetFiles, path: Path) -> CodeHeader:
+    """Return the metadata of a file; raises FileNotFoundError if there is no such file."""
     schema, footer = table_footer(files, path.name)
     metadata = footer | (schema.metadata or {})
     found = {key: metadata.get(f"{_PREFIX}{key}".encode()) for key in _KEYS}
@@ -141,7 +181,12 @@ def _metadata(files: DatasetFiles, path: Path) -> tuple[tuple[int, ...], str, st
     levels = _levels(found["levels"])
     if levels is None or found["version"] is None or found["hash"] is None:
         raise UserError(f"{path}: damaged, its metadata is not complete; assign the codes again")
-    return levels, found["version"].decode("utf-8", "replace"), found["hash"].decode("ascii", "replace")
+    return CodeHeader(
+        found["version"].decode("utf-8", "replace"),
+        levels,
+        found["hash"].decode("ascii", "replace"),
+        metadata.get(_STARTS_KEY.encode(), b"").decode("ascii", "replace"),
+    )
 
 
 def _code_names(levels: int) -> list[str]:

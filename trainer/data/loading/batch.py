@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from trainer.data.features.code_inputs import CodeCounts
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 
 ReadPosition = dict[int, list[int]]
@@ -34,6 +35,7 @@ class RankingBatch:
         skipped_rows: rows of corrupt records that would have been in this batch.
         left_out_rows: rows that were read for this batch and are not in it, such as those without a positive.
         beyond: numbers of direct ids beyond their tables, by table and for ``histories``; such an id reads row 0.
+        no_code: code set -> numbers of candidates and past live visits, and of those without a code, which read row 0.
         slow: ``[rows]`` bool, True for rows of kind ``slow``, which correct a negative label of an earlier row; None if
             the batch has no such rows.
         author_id: ``[rows]`` int64, author of each row; None if the layout has no pairs.
@@ -51,6 +53,7 @@ class RankingBatch:
     position: ReadPosition = field(default_factory=dict)
     skipped_rows: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
+    no_code: dict[str, CodeCounts] = field(default_factory=dict)
     slow: Tensor | None = None
     author_id: Tensor | None = None
     log_q: Tensor | None = None
@@ -102,6 +105,7 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         skipped_rows=packed.skipped_rows,
         beyond=packed.beyond,
         left_out_rows=packed.left_out_rows,
+        no_code=packed.no_code,
     )
 
 
