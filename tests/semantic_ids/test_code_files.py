@@ -48,7 +48,8 @@ def test_a_file_has_room_author_time_and_codes(world: Path, version: CodebookVer
     assert codes.known_ms[:2].tolist() == [START_MS + 30_000, START_MS + 60_000]
     assert (codes.codes == version.encode(world_vectors(10, 40))[0]).all()
     table = pq.read_table(world / "codes.parquet")
-    assert table.column_names == ["item_id", "author_id", "segment", "known_ms", "code_1", "code_2"]
+    assert table.column_names == ["item_id", "author_id", "segment", "known_ms", "code_1", "code_2", "start_ms"]
+    assert codes.start_ms is not None and codes.start_ms.tolist() == (codes.known_ms - 30_000).tolist()
 
 
 def test_rooms_without_author_and_segments_without_vector_are_counted(tmp_path: Path, version: CodebookVersion) -> None:
@@ -182,6 +183,8 @@ def test_every_damage_is_one_line(world: Path, version: CodebookVersion) -> None
         ("code", "its content differs from its hash"),
         ("column", "column 'code_2' is missing"),
         ("null", "a column has empty values"),
+        ("start", "its content differs from its hash"),
+        ("no starts", "column 'start_ms' is missing"),
     ],
 )
 def test_another_content_is_refused(change: str, message: str, world: Path, version: CodebookVersion) -> None:
@@ -196,8 +199,10 @@ def test_another_content_is_refused(change: str, message: str, world: Path, vers
         metadata = {}
     elif change in ("levels", "hash"):
         del metadata[f"limelight_codes_{change}".encode()]
-    elif change == "column":
-        table = table.drop_columns(["code_2"])
+    elif change in ("column", "no starts"):
+        table = table.drop_columns(["code_2" if change == "column" else "start_ms"])
+    elif change == "start":
+        table = table.set_column(6, "start_ms", pa.array(table["start_ms"].to_numpy() + 1))
     else:
         values = table["code_1"].to_pylist()
         values[7] = None if change == "null" else (values[7] + 1) % 4

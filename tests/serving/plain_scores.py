@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from trainer.data.features.dense_inputs import statistic_name
-from trainer.data.format.schema import DOMAINS
+from trainer.data.features.segment_index import SegmentIndex
+from trainer.data.format.history import HistorySlice
+from trainer.data.format.schema import DOMAINS, Rows
+from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.validation import Columns
 from trainer.serving.exported_model import ExportedModel
 from trainer.serving.scoring import candidate_rows
@@ -43,6 +46,7 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
     slices = model.features.read_histories(rows, model.data.histories, rows["request_ms"], space)
     starts = {name: np.cumsum(visits.lengths) - visits.lengths for name, visits in slices.items()}
     counts = rows["stat"].reshape(len(rows["user_id"]), len(spec.statistics), -1)
+    of_rows, of_visits = codes_of(model, rows, slices)
     documents = []
     for row in range(len(rows["user_id"])):
         histories = {
@@ -54,6 +58,7 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
                     "domain": DOMAINS[visits.domain[at]],
                     "tag": int(visits.tag[at]) if spec.tag else 0,
                     "behaviours": [name for bit, name in enumerate(spec.behaviours) if visits.bits[at] >> bit & 1],
+                    **({"codes": {set_: codes[at] for set_, codes in of_visits[name].items()}} if of_visits else {}),
                 }
                 for at in range(starts[name][row], starts[name][row] + visits.lengths[row])
             ]
@@ -70,9 +75,34 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
                     for k, key in enumerate(spec.statistics)
                 },
                 "histories": histories,
+                **({"codes": {set_: codes[row] for set_, codes in of_rows.items()}} if of_rows else {}),
             }
         )
     return documents
+
+
+def codes_of(
+    model: ExportedModel, rows: Rows, slices: Mapping[str, HistorySlice]
+) -> tuple[dict[str, list[list[int]]], dict[str, dict[str, list[list[int]]]]]:
+    """Return code set -> codes of each candidate, and history -> code set -> codes of each visit; empty without one."""
+    of_rows: dict[str, list[list[int]]] = {}
+    of_visits: dict[str, dict[str, list[list[int]]]] = (
+        {name: {} for name in slices} if model.config.features.codes else {}
+    )
+    for code_set in model.features.codes.sets:
+        file = CodeFile.read(Path(code_set.config.file))
+        index = SegmentIndex(file.author_id, file.item_id, file.start_ms, file.known_ms)
+
+        def tuples(places: np.ndarray, file: CodeFile = file) -> list[list[int]]:
+            return [file.codes[place].tolist() if place >= 0 else [] for place in places.tolist()]
+
+        of_rows[code_set.name] = tuples(index.latest(rows["author_id"], rows["request_ms"]))
+        for name, visits in slices.items() if code_set.in_histories else ():
+            as_of = np.repeat(rows["request_ms"], visits.lengths)
+            begin = visits.request_ms
+            places = index.on_air(visits.item_id, begin, begin + 1, as_of, "entry")
+            of_visits[name][code_set.name] = tuples(np.where(visits.domain == DOMAINS.index("live"), places, -1))
+    return of_rows, of_visits
 
 
 def plain_probabilities(exports: Mapping[Path, Sequence[Mapping[str, Any]]]) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ templates are ``README.md.jinja`` and ``score_one.py.jinja``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file
 
 from modules.ranker import columns_of
 from trainer.config.ranker import JobConfig
+from trainer.data.features.code_inputs import CODE_TABLE, CodeSet, code_set_of
 from trainer.data.features.dense_inputs import smoothing_strength
 from trainer.data.features.feature_map import (
     ACTION_BITS,
@@ -113,6 +115,7 @@ def input_rules(config: JobConfig, features: FeatureMap, precision: str) -> dict
                 "rows": table.rows,
                 "dim": table.dim,
                 **({"ids": getattr(own, table.name).ids} if table.name in ID_TABLES else {}),
+                **({"ids": "codes"} if table.name in features.codes.lookups else {}),
                 **(
                     {"salt": int(hash_salt(table.name))}
                     if table.name in ID_TABLES and getattr(own, table.name).ids == "hash"
@@ -123,6 +126,15 @@ def input_rules(config: JobConfig, features: FeatureMap, precision: str) -> dict
         },
         "side": {name: [rows.start, len(rows)] for name, rows in ranges.items()},
         "ids": [name for name in ID_TABLES if name in lookups],
+        "codes": {
+            code_set.name: {
+                "version": features.fitted.codes[code_set.name].version,
+                "levels": list(code_set.levels),
+                "history": code_set.config.history,
+            }
+            for code_set in features.codes.sets
+        },
+        "code_tables": [table for code_set in features.codes.sets for table in _code_tables(code_set)],
         "row_side": [side.name for side in spec.side if side.name not in own.exclude],
         "actions": list(spec.behaviours[:ACTION_BITS]),
         "dense": _dense_columns(config, features),
@@ -152,15 +164,41 @@ def empty_row(features: FeatureMap, rules: Mapping[str, Any]) -> dict[str, Any]:
         "dense": {column["name"]: 0.0 for column in dense},
         "statistics": {key: {"rows": 0, **dict.fromkeys(behaviours, 0)} for key in keys},
         "histories": {history["name"]: [] for history in rules["histories"]},
+        **({"codes": {name: [] for name in rules["codes"]}} if rules["codes"] else {}),
     }
+
+
+def _code_tables(code_set: CodeSet) -> list[dict[str, Any]]:
+    """Return the rules that turn a code of a set into rows of its tables.
+
+    The number of a code or a tuple is the sum of the codes times ``factors``; a table with a ``salt`` hashes it.
+    """
+    return [
+        {
+            "name": table.name,
+            "codes": code_set.name,
+            "of_visits": code_set.in_histories,
+            "factors": [
+                math.prod(code_set.levels[level + 1 : table.depth])
+                if level + 1 == table.depth or table.kind == "prefix"
+                else 0
+                for level in range(table.depth)
+            ],
+            "rows": table.rows,
+            **({"salt": int(hash_salt(table.name))} if table.hashed else {}),
+        }
+        for table in code_set.tables
+    ]
 
 
 def _example_visit(features: FeatureMap, tags: bool) -> dict[str, Any]:
     """Return a visit of a history, in the form that ``score_one.py`` reads."""
+    codes = {code_set.name: code_set.levels for code_set in features.codes.sets if code_set.in_histories}
     return {
         **{"item_id": 7, "author_id": 3, "request_ms": 1_699_999_990_000, "domain": features.spec.candidates[0]},
         "behaviours": list(features.spec.behaviours[:1]),
         **({"tag": 1} if tags else {}),
+        **({"codes": {name: [0] * len(levels) for name, levels in codes.items()}} if codes else {}),
     }
 
 
@@ -216,13 +254,23 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
     tables = {table.name: table.dim for table in features.tables}
     own = config.features
     context = tables.get("side", 0) * max([lookup.ids_per_entry for lookup in features.lookups])
-    query, key = tables["item"] + tables["author"], tables["item"] + tables["author"] + context
+    query = tables["item"] + tables["author"] + sum(tables[name] for name in features.codes.of_entries)
+    key = query + context
+    hashed_codes = [table.name for code_set in features.codes.sets for table in code_set.tables if table.hashed]
+    salts = {name: hash_salt(name) for name in ID_TABLES if name in tables and getattr(own, name).ids == "hash"}
+    salts |= {name: hash_salt(name) for name in hashed_codes}
     experts = 0 if kind == "mmoe" else model.task_experts
     attention = "mean" if kind == "logistic" else "din" if model.attention_kind == "din" else "multi_head"
     return {
         "precision": origin["precision"],
         "network": kind,
         "mappings": sorted({getattr(own, name).ids for name in ID_TABLES if name in tables}),
+        "codes": bool(features.codes.sets),
+        "code_histories": bool(features.codes.of_entries),
+        "code_texts": _CODES,
+        "hashed_codes": bool(hashed_codes),
+        "hashes": bool(salts),
+        "salts": {name: int(salt) for name, salt in salts.items()},
         "histories": bool(features.sequences),
         "past_domain": PAST_DOMAIN_RANGE in ranges,
         "domain": DOMAIN_RANGE in ranges,
@@ -284,6 +332,8 @@ def _meaning(name: str) -> str:
     kind, _, rest = name.partition(".")
     table = rest.partition(".")[0]
     if kind == "tables":
+        if table.startswith(CODE_TABLE):
+            return f"embedding table of the codes `{code_set_of(table)}`, one row for each code or tuple of codes"
         return f"embedding table of {'side features' if table == 'side' else f'{table} ids'}, one row for each id"
     if kind == "ids":
         return f"of each row of tables.{table}: " + ("its id" if rest.endswith(".id") else "0 if the row has no id")
@@ -308,8 +358,16 @@ _MAPPINGS = {
     "lookup": "1 + the place of the id in `vocabulary.NAME`; 0 if it is not there",
     "dynamic": "the place of the id in `ids.NAME.id` where `ids.NAME.seen` is above 0; 0 if it is not there",
     "side": "a value of a side feature, see below",
+    "codes": "a code or a tuple of codes, see below",
 }
 """Mapping of ids -> row of an id."""
+
+_CODES = {
+    "none": "none",
+    "entry": "of the segment on air when the user entered the room, if it was known at the request",
+    "longest": "of the segment that the user watched longest, of those known at the request",
+}
+"""Codes of histories -> description."""
 
 _SEARCHES = {
     "latest": "the latest ones",

@@ -125,15 +125,20 @@ class SegmentCodeTable(NamedTuple):
         name: of the table, and of the candidate's lookup.
         kind: ``level``: the code of the level ``depth``. ``prefix``: the codes of the levels up to ``depth``.
         depth: number of a level, from 1.
+        tuples: number of its codes, or of its tuples of codes.
         rows: rows of the table, row 0 included.
-        hashed: the table has fewer rows than there are tuples, so their numbers are hashed.
     """
 
     name: str
     kind: Literal["level", "prefix"]
     depth: int
+    tuples: int
     rows: int
-    hashed: bool
+
+    @property
+    def hashed(self) -> bool:
+        """True if the table has fewer rows than there are tuples, so that their numbers are hashed."""
+        return self.rows <= self.tuples
 
 
 class CodeSet:
@@ -168,7 +173,7 @@ class CodeSet:
 
     def _table(self, kind: Literal["level", "prefix"], depth: int, count: int) -> SegmentCodeTable:
         rows = count + 1 if kind == "level" else min(count + 1, self.config.prefix_rows)
-        return SegmentCodeTable(f"{CODE_TABLE}{self.name}-{kind}{depth}", kind, depth, rows, rows <= count)
+        return SegmentCodeTable(f"{CODE_TABLE}{self.name}-{kind}{depth}", kind, depth, count, rows)
 
     def declare(self) -> list[Table]:
         """Return the declarations of the tables."""
