@@ -94,12 +94,15 @@ def read_batches(
         yield from _parquet_batches(file, types)
         return
     typed = {name: kind if kind is not None else pa.string() for name, kind in types.items()}
+    done = 0
     try:
-        yield from _csv_batches(file, typed, block_bytes, multiline, threads=True)
+        for batch in _csv_batches(file, typed, block_bytes, multiline, threads=True):
+            yield batch
+            done += batch.num_rows
     except pa.ArrowInvalid:
-        # The threaded reader does not know row numbers. A second, slow pass raises the error with the row.
-        _raise_with_row(file, typed, block_bytes, multiline)
-        raise
+        # Arrow's conversion knows no row numbers, and refuses some values that a Parquet file may have, such as white
+        # space for a missing number. A second, slow pass reads them, or raises the error with the row.
+        yield from _batches_of_text(file, typed, block_bytes, multiline, done)
 
 
 def convert(
@@ -236,18 +239,22 @@ def _csv_batches(
         yield from reader
 
 
-def _raise_with_row(file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool) -> None:
-    """Read a CSV file a second time, slowly, to raise its first error with the row.
+def _batches_of_text(
+    file: Path, types: Mapping[str, pa.DataType], block_bytes: int, multiline: bool, done: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of a CSV file from row ``done`` on (from 0), with the values read as those of a Parquet file.
 
     Raises:
-        UserError: a line or a value is bad.
+        UserError: a line or a value is bad; names the row.
     """
     row = 1
     try:
         for batch in _csv_batches(file, dict.fromkeys(types, pa.string()), block_bytes, multiline, threads=False):
-            for name, kind in types.items():
-                _typed(batch.column(name), kind, file, name, row)
+            arrays = [_typed(batch.column(name), kind, file, name, row) for name, kind in types.items()]
+            known = max(0, done + 1 - row)
             row += batch.num_rows
+            if known < batch.num_rows:
+                yield pa.record_batch(arrays, names=list(types)).slice(known)
     except pa.ArrowInvalid as error:
         # Arrow writes "... Row #7: Expected 19 columns, got 3: <the line>" and counts the header.
         match = re.search(r"Row #(\d+): (.*)", str(error))
