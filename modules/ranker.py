@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from modules.content import BatchVectors, VectorProjection
 from modules.din import TargetAttention
 from modules.embeddings import Lookup
 from modules.esu import Parts, SequenceAttention
@@ -74,6 +75,8 @@ class Ranker(nn.Module):
             request; for ``multi_head`` and ``twin`` they are part of the query, beside the histories' own lookups.
         query_dense: columns of the dense features that describe the candidate; used in the same way.
         dropout: dropout in experts and towers.
+        content: table of pre-trained vectors -> width of its vectors; a lookup of such a table reads the vectors'
+            projection, whose width is in ``dims``.
 
     Raises:
         ValueError: a history reads an unknown lookup, a lookup reads an unknown table, or a lookup of variable length
@@ -101,8 +104,12 @@ class Ranker(nn.Module):
         query_ids: Mapping[str, Sequence[int]] | None = None,
         query_dense: Sequence[int] = (),
         dropout: float = 0.0,
+        content: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self.content = nn.ModuleDict(
+            {name: VectorProjection(width, dims[name]) for name, width in (content or {}).items()}
+        )
         declared = {lookup.name: lookup for lookup in lookups}
         _check(declared, dims, sequences)
         self.sequences = tuple(sequences)
@@ -167,29 +174,42 @@ class Ranker(nn.Module):
         assert isinstance(last, nn.Linear | Towers)
         last.bias.copy_(torch.logit(base_rates).view_as(last.bias))
 
-    def forward(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> Tensor:
+    def forward(
+        self,
+        embedded: Mapping[str, Tensor],
+        lengths: Mapping[str, Tensor],
+        dense: Tensor,
+        content: Mapping[str, BatchVectors] | None = None,
+    ) -> Tensor:
         """Score a batch; it may be empty, and then every parameter gets a gradient of zeros.
 
         Args:
             embedded: lookup name -> values ``[ids, dim]`` of all rows, one row after another.
             lengths: lookup name -> number of ids of each row, ``[batch]`` int64, for lookups of variable length.
             dense: ``[batch, n_dense]``.
+            content: table of pre-trained vectors -> its vectors; a model without such tables needs none.
 
         Returns:
             Logits ``[batch, behaviours]``, always float32.
         """
+        embedded = self._with_content(embedded, content)
         rows, dense = self._rows(embedded, lengths, dense)
         return self.network(_join([*rows.values(), *self._read(embedded, lengths, rows, dense), dense])).float()
 
     @torch.no_grad()
     def attention_weights(
-        self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor
+        self,
+        embedded: Mapping[str, Tensor],
+        lengths: Mapping[str, Tensor],
+        dense: Tensor,
+        content: Mapping[str, BatchVectors] | None = None,
     ) -> dict[str, Tensor]:
         """Return the attention weights of each history's entries, ``[entries, heads]`` float32.
 
         The weights of a row sum to 1 for each head. Where histories are averaged, all entries of a row have the same
         weight. This is slow and meant for few rows; the arguments are those of :meth:`forward`.
         """
+        embedded = self._with_content(embedded, content)
         rows, dense = self._rows(embedded, lengths, dense)
         counts = [lengths[history.keys[0]] for history in self.sequences]
         entries = [self._entries(history, embedded) for history in self.sequences]
@@ -205,6 +225,18 @@ class Ranker(nn.Module):
                 query = _join([rows[name] for name in history.query])
                 weights.append(attention.attention_weights(query, _join(entries[index]).to(dense.dtype), counts[index]))
         return {history.name: of_history.float() for history, of_history in zip(self.sequences, weights, strict=True)}
+
+    def _with_content(
+        self, embedded: Mapping[str, Tensor], content: Mapping[str, BatchVectors] | None
+    ) -> Mapping[str, Tensor]:
+        """Return the values of all lookups: of tables, and of the projected pre-trained vectors."""
+        if not self.content:
+            return embedded
+        assert content is not None, "the model has tables of pre-trained vectors, and the batch has no vectors"
+        projected: dict[str, Tensor] = {}
+        for name, projection in self.content.items():
+            projected |= projection(content[name])
+        return {**embedded, **projected}
 
     def _rows(
         self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor

@@ -201,6 +201,8 @@ ELSEWHERE = {
     "modules.codebook_kernel:VECTORS_AT_ONCE": "tests/modules/test_codebook.py",
     "trainer.checkpoint.model_state:BLOCK_BYTES": "tests/checkpoint/test_model_state.py",
     "trainer.comment_staytime.model:ROWS_AT_ONCE": "tests/comment_staytime/test_scoring.py",
+    "trainer.data.features.author_means:BLOCK": "tests/data/features/test_author_means.py",
+    "trainer.data.features.author_means:ROWS_AT_ONCE": "tests/data/features/test_author_means.py",
     "trainer.data.features.fit:SAMPLE_ROWS": "tests/data/features/test_fit.py",
     "trainer.data.features.fit:_USERS_AT_ONCE": "tests/data/features/test_fit.py",
     "trainer.data.format.growing_history:_SPARE": "tests/data/format/test_growing_history.py",

@@ -22,6 +22,7 @@ from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log
 from trainer.data.features.code_inputs import open_codes
+from trainer.data.features.content_inputs import open_reader, open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.metrics.behaviour_metrics import Report
@@ -83,9 +84,12 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         data.verify(world)
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
             logger.info(f"resuming the unfinished run {directory}; resume.enabled=false starts a new one")
-        fitted = fit_once(config, data, split, directory / "features", world)
+        tables = open_tables(config.features)
+        fitted = fit_once(config, data, split, directory / "features", world, tables)
         codes = open_codes(config.features.codes, fitted.codes, unchanged=not config.resume.allow_new_data)
-        features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
+        accepted = config.features.content if config.resume.allow_new_data else ()
+        content = open_reader(config.features, config.data.path, fitted.content, tables, accepted=accepted)
+        features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)
         job = RankerJob(config, data, split, features, dataset, world, preemption)
 
         reports: dict[str, Report] = {}

@@ -145,11 +145,21 @@ def test_keys_that_may_change_are_those_that_change_no_result() -> None:
     free = set(changeable_keys(JobConfig))
     assert {key for key in free if key.startswith(("features", "tables", "model", "labels", "alignment"))} == {
         *(f"features.{table}.sharding" for table in ("user", "author", "item", "side")),
+        # A table of vectors and a file of codes are compared by their hashes, as the dataset is.
+        *("features.content.NAME.table", "features.codes.NAME.file", "features.codes.NAME.sharding"),
         "tables.deduplicate",
     }
     assert {key for key in free if key.startswith("data.")} == {
         *("data.path", "data.workers", "data.prefetch", "data.on_corrupt"),
     }
+
+
+def test_a_mark_below_free_keys_holds_for_each_of_them_and_for_no_other_key() -> None:
+    free = tuple(changeable_keys(JobConfig))
+    then = {"features.content.topic.table": "a", "features.content.topic.dim": 1}
+    assert differences(then, {**then, "features.content.topic.table": "b"}, free) == []
+    for key in ("features.content.topic.dim", "features.content.topic", "features.content.table"):
+        assert len(differences(then, {**then, key: 5}, free)) == 1, key
 
 
 def test_a_renamed_key_is_answered_with_its_new_name_and_read_where_it_is_stored() -> None:

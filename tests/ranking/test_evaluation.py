@@ -32,7 +32,9 @@ def test_ids_beyond_the_tables_are_said_once(caplog: pytest.LogCaptureFixture, n
     loader: Any = Loader()
     with World.join("cpu") as world, caplog.at_level("INFO"):
         engine: Any = SimpleNamespace(
-            predict=lambda batches: ((batch, torch.empty(0, 2)) for batch in batches), control=world.control
+            predict=lambda batches: ((batch, torch.empty(0, 2)) for batch in batches),
+            control=world.control,
+            missing_vectors=lambda counts: {},
         )
         assert predict(engine, loader, quiet=True).probability.shape == (0, 2)
     lines = [line for line in caplog.messages if "unknown ids" in line]

@@ -90,7 +90,10 @@ def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
         },
         "test",
     )
-    features: Any = SimpleNamespace(behaviours=("click", "like", "gift"), tables=[], lookups=[], sequences=[])
+    layout = SimpleNamespace(content=())
+    features: Any = SimpleNamespace(
+        behaviours=("click", "like", "gift"), tables=[], lookups=[], sequences=[], layout=layout
+    )
     world: Any = SimpleNamespace(size=2, device=torch.device("cpu"))
     setup.build_engine(config, features, "ple", world)
     assert arguments["loss"].weights.tolist() == [0.5, 1.0, 3.0]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
-from trainer.config.toml import section_of
+from trainer.config.toml import ANY, section_of
 
 
 def changeable_keys(job: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of keys and sections that are marked with ``trainer.config.sections.MAY_CHANGE``."""
+    """Yield the dotted names of keys and sections that are marked with ``trainer.config.sections.MAY_CHANGE``.
+
+    :data:`trainer.config.toml.ANY` stands for a free key.
+    """
     for name, info in job.model_fields.items():
         extra, section = info.json_schema_extra, section_of(info.annotation)
         if isinstance(extra, dict) and extra.get("may_change_on_resume"):
             yield prefix + name
         elif section is not None:
-            yield from changeable_keys(section, f"{prefix}{name}.")
+            free = f"{ANY}." if get_origin(info.annotation) is dict else ""
+            yield from changeable_keys(section, f"{prefix}{name}.{free}")
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], ignored: tuple[str, ...]) -> list[str]:
@@ -27,13 +31,21 @@ def differences(then: dict[str, Any], now: dict[str, Any], ignored: tuple[str, .
     Args:
         then: earlier settings, from :func:`flat_settings`.
         now: present settings, from :func:`flat_settings`.
-        ignored: keys and sections that may differ.
+        ignored: keys and sections that may differ; :data:`trainer.config.toml.ANY` stands for any free key.
     """
     return [
         f"{key} = {_shown(then, key)} then, {_shown(now, key)} now"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in ignored)
+        if then.get(key) != now.get(key) and not any(_is_inside(key, free) for free in ignored)
     ]
+
+
+def _is_inside(key: str, section: str) -> bool:
+    """True if a dotted key is that of a section, or inside of it."""
+    parts, wanted = key.split("."), section.split(".")
+    return len(parts) >= len(wanted) and all(
+        part == name or name == ANY for part, name in zip(parts, wanted, strict=False)
+    )
 
 
 def _shown(settings: dict[str, Any], key: str) -> str:

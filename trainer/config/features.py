@@ -202,6 +202,59 @@ class CodesConfig(EmbeddingTableConfig):
     )
 
 
+class ContentConfig(BaseModel):
+    """One table of pre-trained vectors as an input of the ranker. The table is not trained; a learnt layer reads it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: InputFile = Field(
+        ...,
+        min_length=1,
+        description="Directory of the vectors, as `limelight embed`, `limelight data simulate --segment-vectors` and "
+        "the importers write it. It is memory-mapped, so it must be local. A table inside of `data.path` is looked for "
+        "in the other dataset where `--data` names one.",
+        json_schema_extra=MAY_CHANGE,
+    )
+    of: Literal["item", "author", "segment"] = Field(
+        "item",
+        description="Owners of the vectors. `item`, `author`: the vector of the candidate, or of its author. "
+        "`segment`: vectors of the segments of live rooms that were known at the request, see `reading` and `on_air`.",
+    )
+    dim: int = Field(16, ge=1, description="Width of the learnt projection of a vector.")
+    histories: bool = Field(
+        False,
+        description="Add the vector to the entries of all histories, too: that of the visit's item or author, or that "
+        "of the segment that was on air while the user watched.",
+    )
+    reading: Literal["latest", "mean"] = Field(
+        "latest",
+        description='`of = "segment"` only: the vector of a candidate is that of the latest segment of its author '
+        "(`latest`), or the mean over all segments of the author (`mean`), of those known at the request.",
+    )
+    on_air: Literal["entry", "longest"] = Field(
+        "entry",
+        description='`of = "segment"` with `histories` only: the segment of the room that was on air when the user '
+        "entered (`entry`), or the one that the user watched longest (`longest`). Segments that were not known at the "
+        "request do not count.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_owner(self) -> ContentConfig:
+        """Check that the keys of segments are used with segments only."""
+        if self.of != "segment" and self.reading != "latest":
+            raise ValueError(f'`reading` works only with of = "segment", not "{self.of}"')
+        if self.on_air != "entry" and not (self.of == "segment" and self.histories):
+            raise ValueError('`on_air` works only with of = "segment" and histories = true')
+        return self
+
+
+CONTENT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+"""Names of content vectors: they are a part of the names of the network's parameters."""
+
+_LOOKUPS = ("user", "author", "item", "side")
+_ENTRY_LOOKUPS = ("item", "author", "context")
+
+
 class FeatureConfig(BaseModel):
     """Features of the ranker."""
 
@@ -232,6 +285,11 @@ class FeatureConfig(BaseModel):
     codes: dict[str, CodesConfig] = Field(
         {},
         description="Codes of segments, one set for each code file. Its name has letters, digits and hyphens.",
+    )
+    content: dict[str, ContentConfig] = Field(
+        {},
+        description="Pre-trained vectors by name; each one becomes an input of the candidate and, if wanted, of the "
+        "entries of histories.",
     )
     search: SearchConfig = Field(SearchConfig(), description='Search vectors of histories with `search = "top"`.')
     rates: tuple[str, ...] = Field(
@@ -275,6 +333,21 @@ class FeatureConfig(BaseModel):
                 raise ValueError(
                     f"`codes` has a set named {name!r}; a name has letters, digits and hyphens, at most 40 of them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _content_has_its_own_names(self) -> FeatureConfig:
+        """Check that content vectors have names that no other input of the network has."""
+        taken = {*_LOOKUPS, *(f"{history}_{key}" for history in self.history for key in _ENTRY_LOOKUPS)}
+        for name, content in self.content.items():
+            if not CONTENT_NAME.fullmatch(name):
+                raise ValueError(
+                    f"content vectors are named by letters, digits and underscores, and a letter first; not {name!r}"
+                )
+            for lookup in (name, *(f"{history}_{name}" for history in self.history if content.histories)):
+                if lookup in taken:
+                    raise ValueError(f"content vectors cannot be named {name!r}: {lookup!r} is another input")
+                taken.add(lookup)
         return self
 
     @property

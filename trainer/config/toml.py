@@ -23,6 +23,9 @@ _TOML_TYPES = {
 }
 """Kind of a mistake -> message in TOML's terms; pydantic names Python's types."""
 
+ANY = "NAME"
+"""Part of the dotted name of a key that stands for any free key."""
+
 _MAX_DEPTH = 50
 """Levels of arrays and tables in a TOML file; a job file needs five."""
 
@@ -123,11 +126,11 @@ def former_name(info: FieldInfo) -> str | None:
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the dotted name and the field of every key of a section, depth first; ``NAME`` stands for a free key."""
+    """Yield the dotted name and the field of every key of a section, depth first; :data:`ANY` stands for a free key."""
     for name, info in model.model_fields.items():
         inner, free = _section_and_keys(info.annotation)
         if inner is not None:
-            yield from fields(inner, f"{prefix}{name}.{'NAME.' if free else ''}")
+            yield from fields(inner, f"{prefix}{name}.{f'{ANY}.' if free else ''}")
         else:
             yield f"{prefix}{name}", info
 

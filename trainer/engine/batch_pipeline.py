@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.data.features.packed_batch import BatchLayout
+from trainer.data.features.packed_batch import BatchLayout, ContentLayout
 from trainer.data.loading.batch import RankingBatch, empty_batch
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.exchange import Exchange, Gradients, on_stream
@@ -152,6 +152,7 @@ class BatchPipeline:
         behaviours: number of columns of the labels.
         clock: counts the phases of a step.
         control: a gloo group of all ranks.
+        content: tables of pre-trained vectors.
     """
 
     def __init__(
@@ -161,6 +162,8 @@ class BatchPipeline:
         behaviours: int,
         clock: PhaseClock,
         control: dist.ProcessGroup,
+        *,
+        content: tuple[ContentLayout, ...] = (),
     ) -> None:
         self._batches, self._tables, self._clock, self._control = batches, tables, clock, control
         self._stream = torch.cuda.Stream(clock.device) if clock.device.type == "cuda" else None
@@ -170,7 +173,7 @@ class BatchPipeline:
         n_dense = torch.tensor(0 if self._first is None else self._first.dense.shape[1])
         dist.all_reduce(n_dense, dist.ReduceOp.MAX, group=control)
         keys = tuple(tuple(names) for names in tables.keys)
-        self._empty = empty_batch(BatchLayout(keys, int(n_dense), behaviours))
+        self._empty = empty_batch(BatchLayout(keys, int(n_dense), behaviours, content=content))
 
     def fetch(self, request: StepRequest = NO_REQUEST) -> InFlightBatch:
         """Return the next batch of this rank, not yet started; ``request`` is for the end of its step."""

@@ -15,11 +15,11 @@ _CANDIDATE = ("author", "item")
 def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> Ranker:
     """Return the ranker over these features, with initial values from ``run.seed``."""
     torch.manual_seed(config.run.seed)
-    model = config.model
+    model, content = config.model, features.layout.content
     ranker = Ranker(
         behaviours=len(features.behaviours),
-        lookups=features.lookups,
-        dims={table.name: table.dim for table in features.tables},
+        lookups=(*features.lookups, *features.content_lookups),
+        dims={table.name: table.dim for table in features.tables} | {table.name: table.dim for table in content},
         n_dense=features.n_dense,
         sequences=features.sequences,
         kind=kind,
@@ -36,6 +36,7 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         query_ids=candidate_ids(config, features),
         query_dense=candidate_dense(features),
         dropout=model.dropout,
+        content={table.name: table.width for table in content},
     )
     ranker.init_output_bias(torch.from_numpy(features.base_rates).float())
     return ranker
@@ -43,7 +44,8 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
 
 def candidate_ids(config: JobConfig, features: FeatureMap) -> dict[str, list[int]]:
     """Return lookup -> places of its ids that are features of the candidate's author or item."""
-    return {"side": candidate_side(config, features), **{name: [0] for name in features.codes.lookups}}
+    names = (*features.codes.lookups, *(table.name for table in features.layout.content))
+    return {"side": candidate_side(config, features), **{name: [0] for name in names}}
 
 
 def candidate_side(config: JobConfig, features: FeatureMap) -> list[int]:

@@ -96,11 +96,14 @@ class DenseNetwork:
 
         self._engine.allreduce_gradients = timed_reduce
 
-    def __call__(self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], dense: Tensor) -> Tensor:
-        """Return logits ``[rows, behaviours]``. The inputs are float32, whatever the type of the parameters."""
+    def __call__(self, *inputs: Any) -> Tensor:
+        """Return logits ``[rows, behaviours]`` of the inputs of a micro-batch.
+
+        The inputs are float32, whatever the type of the parameters.
+        """
         # DeepSpeed's forward pass expects a backward pass to follow.
         module = self._engine if self.module.training else self.module
-        return module(embedded, lengths, dense)
+        return module(*inputs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; after the ``last`` one they are averaged over the ranks."""

@@ -25,6 +25,7 @@ from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
 from trainer.config.deepspeed import SETTINGS, complete_settings
+from trainer.data.features.packed_batch import ContentLayout, MissingVectors
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import NO_REQUEST, BatchPipeline, InFlightBatch, StepRequest
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
@@ -98,8 +99,8 @@ class HybridEngine:
     Args:
         tables: embedding tables.
         lookups: lookups that read the tables; the keys of the batches' ids.
-        ranker: the dense network, ``(rows of lookups, lengths, dense) -> logits``; all ranks start from the initial
-            values of the first rank. See ``modules.ranker.Ranker``.
+        ranker: the dense network, ``(rows of lookups, lengths, dense) -> logits``, and with ``content`` its vectors as
+            a fourth argument; all ranks start from the initial values of the first rank. See ``modules.ranker.Ranker``.
         table_optimizer: optimizer of the tables.
         dense_optimizer: optimizer of the ranker.
         deepspeed: DeepSpeed's settings as given in its JSON.
@@ -111,6 +112,7 @@ class HybridEngine:
         alignment: alignment of the histories; None for none.
         deduplicate: see :class:`trainer.sparse.sharded_tables.ShardedTables`.
         deepspeed_file: file that the DeepSpeed settings come from, for messages.
+        content: tables of pre-trained vectors that the batches have vectors of.
 
     Attributes:
         control: a gloo group of all ranks.
@@ -140,6 +142,7 @@ class HybridEngine:
         alignment: Alignment | None = None,
         deduplicate: bool = True,
         deepspeed_file: str = SETTINGS,
+        content: Sequence[ContentLayout] = (),
     ) -> None:
         group = dist.group.WORLD
         assert group is not None
@@ -151,7 +154,7 @@ class HybridEngine:
         self._loss = loss
         self._fixed_lengths = {lookup.name: lookup.length for lookup in lookups}
         self._overlap = overlap
-        self._alignment = alignment
+        self._alignment, self._content = alignment, tuple(content)
         self._tables = ShardedTables(
             tables,
             lookups,
@@ -224,7 +227,7 @@ class HybridEngine:
         Raises:
             UserError: an id is outside its table.
         """
-        return self._forward(batches, lambda part: self._dense(part.embedded, part.lengths, part.dense).float())
+        return self._forward(batches, lambda part: self._dense(*part.inputs).float())
 
     def attention(self, batches: Iterator[RankingBatch]) -> Iterator[tuple[RankingBatch, dict[str, Tensor]]]:
         """Yield batches of this rank with the attention weights of their histories' entries. Collective.
@@ -233,7 +236,7 @@ class HybridEngine:
         """
         ranker = self._dense.module
         assert isinstance(ranker, Ranker)
-        return self._forward(batches, lambda part: ranker.attention_weights(part.embedded, part.lengths, part.dense))
+        return self._forward(batches, lambda part: ranker.attention_weights(*part.inputs))
 
     def _forward(
         self, batches: Iterator[RankingBatch], compute: Callable[[MicroBatch], Output]
@@ -312,6 +315,15 @@ class HybridEngine:
         """Return dynamic table -> counts of its ids so far, over all ranks. Collective."""
         return self._tables.dynamic.counts()
 
+    def missing_vectors(self, counts: Mapping[str, MissingVectors]) -> dict[str, MissingVectors]:
+        """Return table of pre-trained vectors -> sum of this rank's ``counts`` over all ranks. Collective."""
+        names = [table.name for table in self._content]
+        if not names:
+            return {}
+        summed = torch.tensor([counts.get(name, MissingVectors()) for name in names])
+        dist.all_reduce(summed, group=self.control)
+        return {name: MissingVectors(*of_table) for name, of_table in zip(names, summed.tolist(), strict=True)}
+
     def set_dense_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Set every parameter of the dense network, float32; its optimizer's state does not change. Collective."""
         self._dense.set_parameters(values)
@@ -323,7 +335,7 @@ class HybridEngine:
     def _pipeline(self, batches: Iterator[RankingBatch]) -> BatchPipeline:
         """Return a pipeline over the batches; the time before it counts for no step."""
         self._clock.lap()
-        return BatchPipeline(batches, self._tables, self._loss.labels, self._clock, self.control)
+        return BatchPipeline(batches, self._tables, self._loss.labels, self._clock, self.control, content=self._content)
 
     def _state(self) -> dict[str, Any]:
         """Return the state of tables and dense network over live memory. Collective."""
@@ -347,7 +359,7 @@ class HybridEngine:
                     leaf.requires_grad_()
                     # The backward pass adds the network's gradient to the alignment's.
                     leaf.grad = gradients.get(name)
-                logits.append(self._dense(part.embedded, part.lengths, part.dense))
+                logits.append(self._dense(*part.inputs))
                 loss = loss_of(number, logits[-1])
                 losses[0] += loss.detach()
                 last = part is parts[-1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modules.content import BatchVectors
 from trainer.data.loading.batch import RankingBatch
 
 
@@ -23,6 +25,7 @@ class MicroBatch:
         label: ``[rows, behaviours]``.
         mask: ``[rows, behaviours]``.
         slow: ``[rows]`` or None, see :class:`trainer.data.loading.batch.RankingBatch`.
+        content: table of pre-trained vectors -> vectors of these rows.
     """
 
     embedded: dict[str, Tensor]
@@ -31,6 +34,13 @@ class MicroBatch:
     label: Tensor
     mask: Tensor
     slow: Tensor | None = None
+    content: dict[str, BatchVectors] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Arguments of the dense network; a model without pre-trained vectors has three."""
+        inputs = (self.embedded, self.lengths, self.dense)
+        return (*inputs, self.content) if self.content else inputs
 
     def gradient(self, name: str) -> Tensor:
         """Return the gradient of a lookup's rows, ``[ids, dim]``; zeros if the network does not use them."""
@@ -59,6 +69,7 @@ def split_micro_batches(
                 ends[name] = torch.nn.functional.pad(lengths[name].cumsum(0), (1, 0))[bounds].tolist()
             else:
                 ends[name] = [fixed * bound for bound in bounds]
+    content = _split_content(batch, lengths, bounds) if parts > 1 else [batch.content]
     return [
         MicroBatch(
             embedded={name: rows[ends[name][part] : ends[name][part + 1]] for name, rows in embedded.items()},
@@ -67,9 +78,24 @@ def split_micro_batches(
             label=batch.label[start:stop],
             mask=batch.mask[start:stop],
             slow=None if batch.slow is None else batch.slow[start:stop],
+            content=content[part],
         )
         for part, (start, stop) in enumerate(pairwise(bounds))
     ]
+
+
+def _split_content(
+    batch: RankingBatch, lengths: Mapping[str, Tensor], bounds: list[int]
+) -> list[dict[str, BatchVectors]]:
+    """Return the pre-trained vectors of each micro-batch; ``bounds`` are the edges of the micro-batches."""
+    parts: list[dict[str, BatchVectors]] = [{} for _ in bounds[1:]]
+    for name, of_table in batch.content.items():
+        ends = {lookup: bounds for lookup in of_table.places}
+        for lookup, key in of_table.entries.items():
+            ends[lookup] = torch.nn.functional.pad(lengths[key].cumsum(0), (1, 0))[bounds].tolist()
+        for part, of_part in enumerate(parts):
+            of_part[name] = of_table.part({lookup: (at[part], at[part + 1]) for lookup, at in ends.items()})
+    return parts
 
 
 def row_lengths(batch: RankingBatch, fixed_lengths: Mapping[str, int | None]) -> dict[str, Tensor]:

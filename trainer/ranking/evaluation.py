@@ -19,8 +19,10 @@ from trainer.console.errors import UserError
 from trainer.console.outputs import Output
 from trainer.console.progress import Progress
 from trainer.data.features.code_inputs import CodeTally
+from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
+from trainer.data.features.packed_batch import MissingVectors
 from trainer.data.format import storage
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table
@@ -62,6 +64,7 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
     """Predict every row of a loader. Collective: a rank without rows calls it too."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
     beyond, no_code = torch.zeros(len(_BEYOND), dtype=torch.int64), CodeTally()
+    no_vector: dict[str, MissingVectors] = {}
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
         for batch, logits in engine.predict(iter(loader)):
             for name in ("user_id", "visit_id", "request_ms", "label", "mask"):
@@ -69,7 +72,11 @@ def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "
             parts["probability"].append(torch.sigmoid(logits.float()).cpu())
             no_code.add(batch.no_code)
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
+            add_missing(no_vector, batch.no_vector)
             progress.advance(batch.rows)
+    missing = missing_message(engine.missing_vectors(no_vector))
+    if missing and dist.get_rank(engine.control) == 0:
+        logger.info(f"{label}: {missing}")
     dist.all_reduce(beyond, group=engine.control)
     if beyond.any() and dist.get_rank(engine.control) == 0:
         logger.info(f"{label}: {beyond_message(dict(zip(_BEYOND, beyond.tolist(), strict=True)))}")

@@ -16,9 +16,11 @@ from trainer.config.load import load_deepspeed, parse_time
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import check_codes
+from trainer.data.features.content_inputs import check_places
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.search_vectors import SearchSpace
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.statistics import FrozenStatistics
@@ -122,10 +124,26 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
     return split
 
 
-def fit_once(config: JobConfig, data: Dataset, split: Split, directory: Path, world: World) -> FittedFeatures:
-    """Fit the features on the training range, once in a run: the first rank fits them, the others read its files."""
+def fit_once(
+    config: JobConfig,
+    data: Dataset,
+    split: Split,
+    directory: Path,
+    world: World,
+    tables: Mapping[str, ContentVectors] | None = None,
+) -> FittedFeatures:
+    """Fit the features on the training range, once in a run: the first rank fits them, the others read its files.
+
+    Args:
+        config: the job.
+        data: the dataset.
+        split: the training range.
+        directory: of the fitted features.
+        world: the ranks.
+        tables: opened tables of pre-trained vectors.
+    """
     if world.rank == 0 and not directory.exists():
-        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
+        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting, tables)
         tmp_path = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(tmp_path, ignore_errors=True)
         tmp_path.mkdir(parents=True)
@@ -247,13 +265,14 @@ def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> dict[str
 
     Raises:
         UserError: the batch size is not a multiple of the ranks, there are more ranks than partitions, a weight or
-            exponent names a behaviour that is not predicted, a feature, history or code file does not exist, or the
-            DeepSpeed settings cannot be read or are not supported.
+            exponent names a behaviour that is not predicted, a feature, history, code file or table of vectors does
+            not exist, or the DeepSpeed settings cannot be read or are not supported.
     """
     rows = rows_per_rank(config, ranks)
     partitions_of_rank(spec.partitions, 0, ranks)
     check_names(spec, config.features, config.data.behaviours)
     check_codes(config.features.codes)
+    check_places(config.features)
     predicted = config.data.behaviours or spec.behaviours
     for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):
         for name in names:
@@ -274,7 +293,8 @@ def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None
     lookups = {lookup.name: lookup for lookup in features.lookups}
     anchor_first = sorted(features.sequences, key=lambda history: history.name != wanted.anchor)
     return Alignment(
-        [[lookups[name] for name in history.keys] for history in anchor_first],
+        # Pre-trained vectors are not aligned: the loss moves rows of tables, and these are never trained.
+        [[lookups[name] for name in history.keys if name in lookups] for history in anchor_first],
         wanted.weight,
         wanted.temperature,
         wanted.symmetric,
@@ -308,4 +328,5 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         alignment=build_alignment(config, features),
         deduplicate=config.tables.deduplicate,
         deepspeed_file=config.train.deepspeed,
+        content=features.layout.content,
     )

@@ -23,7 +23,9 @@ from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
 from trainer.data.features.code_inputs import CodeTally
+from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.id_map import beyond_message
+from trainer.data.features.packed_batch import MissingVectors
 from trainer.data.format.schema import Rows
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
@@ -151,6 +153,7 @@ class _StreamTrainer:
         self._lag = (0, 0)
         self._beyond: Counter[str] = Counter()
         self._no_code = CodeTally()
+        self._no_vector: dict[str, MissingVectors] = {}
         self._loss = float("nan")
         self._scalars = None
         if world.rank == 0:
@@ -272,6 +275,9 @@ class _StreamTrainer:
         if self._no_code.counts:
             logger.info(f"step {state.step:,}: {self._no_code.message()}")
             self._no_code = CodeTally()
+        if missing := missing_message(self._no_vector):
+            logger.info(f"step {state.step:,}: {missing}")
+        self._no_vector.clear()
         entry = state.window.entry(state.step, state.progressive.compute(self._world.control), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
         state.metric_history.append(entry | lag)
@@ -290,6 +296,7 @@ class _StreamTrainer:
         packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
         self._beyond.update(packed.beyond)
         self._no_code.add(packed.no_code)
+        add_missing(self._no_vector, packed.no_vector)
         batch = unpack(packed, stream.features.layout, {})
         # The fast-slow policy has a loss of its own for slow rows.
         slow = rows["kind"] == SLOW

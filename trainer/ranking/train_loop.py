@@ -13,6 +13,8 @@ from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
 from trainer.data.features.code_inputs import CodeTally
+from trainer.data.features.content_inputs import add_missing, missing_message
+from trainer.data.features.packed_batch import MissingVectors
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
@@ -67,7 +69,7 @@ def train(
     steps_total = state.step + world.max(left)
     state.position = loader.position
     no_code, first_entry = CodeTally(), True
-    scalars = None
+    scalars, no_vector = None, dict[str, MissingVectors]()
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
         scalars = open_scalars(model_dir / "tensorboard", state.step)
@@ -82,6 +84,7 @@ def train(
                 batch = result.batch
                 state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)
+                add_missing(no_vector, batch.no_vector)
                 set_step(state.step)
                 no_code.add(batch.no_code)
                 if searching is not None:
@@ -120,6 +123,8 @@ def train(
     log_no_code("train", no_code, engine.control)
     for table, counts in engine.id_counts().items():
         logger.info(f"ids of {table}: {counts}")
+    if missing := missing_message(engine.missing_vectors(no_vector)):
+        logger.info(missing)
     if scalars is not None:
         scalars.close()
 
@@ -142,6 +147,7 @@ def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
                 for keyed in batch.ids
             ],
             **{name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)},
+            "content": {name: (of_table.vectors, of_table.places) for name, of_table in batch.content.items()},
             "logits": stopped.logits,
             "loss": stopped.loss,
         },

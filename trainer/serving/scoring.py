@@ -20,9 +20,10 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.outputs import Output
 from trainer.data.features.code_inputs import CodeTally
+from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
-from trainer.data.features.packed_batch import PackedBatch
+from trainer.data.features.packed_batch import MissingVectors, PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format import validation
 from trainer.data.format.dataset import Dataset, statistics_as_of
@@ -188,6 +189,7 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
     n = len(candidates["user_id"])
     beyond: Counter[str] = Counter()
     no_code = CodeTally()
+    no_vector: dict[str, MissingVectors] = {}
     vectors = None if model.space is None else model.space.at(model.space.newest)
 
     def batches() -> Iterator[PackedBatch]:
@@ -196,6 +198,7 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
             packed = model.features.pack(part, model.data.histories, part["request_ms"], vectors)
             beyond.update(packed.beyond)
             no_code.add(packed.no_code)
+            add_missing(no_vector, packed.no_vector)
             yield packed
 
     probability = torch.sigmoid(torch.cat(list(model.logits(batches())))).numpy()
@@ -203,6 +206,8 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
         logger.info(beyond_message(beyond))
     if no_code.counts:
         logger.info(no_code.message())
+    if missing := missing_message(no_vector):
+        logger.info(missing)
     behaviours = model.features.behaviours
     exponents = [model.config.score.exponents.get(behaviour, 1.0) for behaviour in behaviours]
     return pa.table(

@@ -16,6 +16,7 @@ from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import open_codes
+from trainer.data.features.content_inputs import inside_dataset, open_reader
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
@@ -62,12 +63,15 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     config = load_run(directory)
     verify_checksums(Path(directory), ("config.json", "deepspeed.json"))
     path = dataset_of(directory, config.data.path, data_path)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    own, moved = inside_dataset(config.features, config.data.path, path)
+    accepted = own.content if config.resume.allow_new_data else moved
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path}), "features": own})
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify(world)
     fitted = FittedFeatures.load(Path(directory) / "features")
     codes = open_codes(config.features.codes, fitted.codes)
-    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
+    content = open_reader(config.features, config.data.path, fitted.content, accepted=accepted)
+    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)
     engine = build_engine(config, features, config.model.kind, world)
     checkpoint = find_checkpoint(directory)
     manifest = read_manifest(checkpoint)

@@ -17,10 +17,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.runtime.compiled import compiled
+from trainer.runtime.unique import find_unique
 from trainer.sparse.exchange import Exchange, Gradients
-
-_GOLDEN = 0x9E3779B97F4A7C15
-"""2 ** 64 divided by the golden ratio: it spreads the high bits of a product evenly (Knuth, volume 3, 6.4)."""
 
 
 class DeduplicatedExchange:
@@ -118,31 +116,8 @@ def unique_ids(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         The unique ids ``[unique]`` int64; and for each list ``[ids]`` int32, index of each id in the unique ids.
     """
     ids = torch.cat(list(lists))
-    unique, places = _unique(ids.numpy())
+    unique, places = find_unique(ids.numpy())
     return torch.from_numpy(unique), list(torch.from_numpy(places).split([len(of_list) for of_list in lists]))
-
-
-@compiled(nogil=True)
-def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the unique ids ``[unique]`` int64 and the index of each id among them, ``[ids]`` int32.
-
-    It uses a hash table with open addressing, at most half full, whose slots hold indices into the unique ids.
-    """
-    bits = 4
-    while (1 << bits) < 2 * len(ids):
-        bits += 1
-    slots, mask = np.full(1 << bits, -1, np.int32), (1 << bits) - 1
-    unique, places, found = np.empty(len(ids), np.int64), np.empty(len(ids), np.int32), 0
-    for i in range(len(ids)):
-        slot = np.int64((np.uint64(ids[i]) * np.uint64(_GOLDEN)) >> np.uint64(64 - bits))
-        while slots[slot] >= 0 and unique[slots[slot]] != ids[i]:
-            slot = (slot + 1) & mask
-        if slots[slot] < 0:
-            slots[slot] = found
-            unique[found] = ids[i]
-            found += 1
-        places[i] = slots[slot]
-    return unique[:found].copy(), places
 
 
 @compiled(nogil=True)

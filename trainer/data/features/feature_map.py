@@ -19,6 +19,7 @@ from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError
 from trainer.data.features.author_features import AuthorSide
 from trainer.data.features.code_inputs import CodeInputs, CodeReader
+from trainer.data.features.content_inputs import ContentReader, FoundVectors, content_layouts, content_lookups
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.features.history_sequences import HistoryReader, Space
@@ -43,7 +44,8 @@ class HistorySequence(NamedTuple):
 
     Attributes:
         name: name of the history.
-        keys: lookups of an entry: item and author with one id per entry, then the context with several.
+        keys: lookups of an entry: item and author and pre-trained vectors with one id per entry, then the context with
+            several.
         query: lookups of the candidate that correspond to the keys, without the context.
         max_length: largest number of entries.
         alike: features that candidate and entries share; each is the candidate's lookup, the position of the id in it,
@@ -69,6 +71,7 @@ class FeatureMap:
         fitted: parameters that were learned from the training range.
         behaviours: behaviours to predict, in this order; empty means all behaviours of the dataset.
         codes: code set -> its codes; only batches need them.
+        content: reader of the pre-trained vectors; batches of a model that has some cannot be made without it.
 
     Attributes:
         spec: as given.
@@ -77,6 +80,7 @@ class FeatureMap:
         lookups: one for each of these tables, then for each history H ``H_item``, ``H_author``, ``H_T`` for each table
             T of codes that entries have, and ``H_context``.
         codes: inputs from codes of segments.
+        content_lookups: one for each table of pre-trained vectors, and ``H_NAME`` for each history H that has them.
         sequences: the histories.
         behaviours: behaviours in the columns of ``label`` and ``mask``.
         label_columns: positions of these behaviours in the dataset.
@@ -98,6 +102,7 @@ class FeatureMap:
         fitted: FittedFeatures,
         behaviours: Sequence[str] = (),
         codes: Mapping[str, CodeReader] | None = None,
+        content: ContentReader | None = None,
     ) -> None:
         check_names(spec, config, behaviours)
         _check_layout(spec, fitted)
@@ -129,6 +134,9 @@ class FeatureMap:
             ids = self._side.context_ids
             lookups.append(Lookup(f"{name}_context", "side", None, ids_per_entry=ids, max_length=ids * history.length))
         self.lookups: tuple[Lookup, ...] = tuple(lookups)
+        vectors = content_layouts(config, fitted.content)
+        self._content, self.content_lookups = content, content_lookups(vectors)
+        parts = (*parts, *(table.name for table in vectors if table.entries))
         # Without a lookup, a table would only cost memory and gradients.
         rows = {**fitted.table_rows, "side": self._side.rows}
         self.tables: tuple[Table, ...] = (
@@ -156,14 +164,19 @@ class FeatureMap:
             tuple(tuple(lookup.name for lookup in members) for _, members in groups),
             self.n_dense,
             len(self.label_columns),
+            content=vectors,
         )
 
     def prepare(self, histories: Histories, space: Space | None = None) -> None:
         """Do the work that this process and its forked processes can share; optional, but packing is slower without."""
         self._sequences.prepare(histories, space)
+        if self._content is not None:
+            nobody = np.zeros(0, np.int64)
+            rows = {f"{name}_id": nobody for name in ID_TABLES}
+            self._content.prepare(rows, self.read_histories(rows, histories, nobody, space))
 
     def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
-        """Return the model inputs of some rows, as two flat tensors.
+        """Return the model inputs of some rows, as a few flat tensors.
 
         Args:
             rows: n canonical rows.
@@ -186,6 +199,10 @@ class FeatureMap:
         for keys in self.layout.keys:
             ids.update({key: next(places) for key in keys})
             np.concatenate([lengths[key] for key in keys], out=next(places))
+        found = self._find_vectors(rows, slices, as_of_ms)
+        for of_table in found:
+            for of_lookup in of_table.places:
+                next(places)[:] = of_lookup
         for column in ("user_id", "visit_id", "request_ms"):
             next(places)[:] = rows[column]
 
@@ -211,7 +228,44 @@ class FeatureMap:
         label.reshape(n, len(self.label_columns))[:] = (rows["label"] & rows["mask"])[:, self.label_columns]
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         beyond = {name: count for name, count in beyond.items() if count}
-        return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, no_code=no_code)
+        if not found:
+            return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, no_code=no_code)
+        vectors = self._read_vectors(found)
+        counts = tuple(len(of_table.keys) for of_table in found)
+        no_vector = {table.name: of_table.missing for table, of_table in zip(self.layout.content, found, strict=True)}
+        return PackedBatch(
+            *(integers, floats, n, ids_per_key),
+            beyond=beyond,
+            no_code=no_code,
+            vectors=vectors,
+            vector_counts=counts,
+            no_vector=no_vector,
+        )
+
+    def _find_vectors(self, rows: Rows, slices: Mapping[str, HistorySlice], as_of_ms: np.ndarray) -> list[FoundVectors]:
+        """Return the pre-trained vectors of each table, for the candidates and the entries of histories."""
+        if not self.layout.content:
+            return []
+        assert self._content is not None, "the features have pre-trained vectors, and their tables are not open"
+        return self._content.find(rows, slices, as_of_ms)
+
+    def _read_vectors(self, found: Sequence[FoundVectors]) -> torch.Tensor:
+        """Return the distinct vectors of all tables as bytes."""
+        sizes = self.layout.vector_sizes([len(of_table.keys) for of_table in found])
+        vectors = torch.empty(sum(sizes), dtype=torch.uint8)
+        assert self._content is not None
+        self._content.read(
+            found,
+            (
+                part[: len(of_table.keys) * table.width * np.dtype(table.dtype).itemsize]
+                .view(table.dtype)
+                .reshape(len(of_table.keys), table.width)
+                for part, of_table, table in zip(
+                    _split(vectors.numpy(), sizes), found, self.layout.content, strict=True
+                )
+            ),
+        )
+        return vectors
 
     def read_histories(
         self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None

@@ -6,19 +6,21 @@ The features are fitted once, before training, and saved with the run. Evaluatio
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.config.features import FeatureConfig
+from trainer.config.features import ContentConfig, FeatureConfig
 from trainer.console.errors import UserError, one_line
 from trainer.data.features.author_features import AuthorSide, read_author_side
 from trainer.data.features.code_inputs import FittedCodes, fit_codes
+from trainer.data.features.content_inputs import TableFacts
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.id_map import table_rows
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import HISTORY_LIMIT, Histories
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
@@ -54,6 +56,7 @@ class FittedFeatures:
         vocabularies: table -> known ids in ascending order, int64; only tables with ``ids = "lookup"``.
         author_side: side features of the authors of past visits; None if histories have none.
         codes: code set -> identity of the codes of segments.
+        content: facts of the tables of pre-trained vectors, by name.
     """
 
     layout: dict[str, Any]
@@ -64,6 +67,7 @@ class FittedFeatures:
     vocabularies: dict[str, np.ndarray] = field(default_factory=dict)
     author_side: AuthorSide | None = None
     codes: dict[str, FittedCodes] = field(default_factory=dict)
+    content: dict[str, TableFacts] = field(default_factory=dict)
 
     def save(self, directory: str | Path) -> None:
         """Write ``features.json``, ``vocabularies.npz``, ``authors.npz`` if there are any, and their checksums."""
@@ -73,6 +77,8 @@ class FittedFeatures:
             **{name: getattr(self, name).tolist() for name in ("prior", "mean", "deviation")},
             **({"codes": {name: vars(codes) for name, codes in self.codes.items()}} if self.codes else {}),
         }
+        if self.content:
+            text["content"] = {name: asdict(facts) for name, facts in self.content.items()}
         np.savez(Path(directory) / _ARRAY_FILE, **self.vocabularies)  # type: ignore[arg-type]
         if self.author_side is not None:
             known = self.author_side
@@ -106,6 +112,7 @@ class FittedFeatures:
                 vocabularies=vocabularies,
                 author_side=author_side,
                 codes={name: FittedCodes.from_json(codes) for name, codes in dict(text.get("codes", {})).items()},
+                content={name: TableFacts(**facts) for name, facts in text.get("content", {}).items()},
             )
         except FileNotFoundError as error:
             raise UserError(f"{directory}: not a run of `limelight train` ({error.filename} is missing)") from None
@@ -127,7 +134,12 @@ def feature_layout(spec: DatasetSpec) -> dict[str, Any]:
 
 
 def fit_features(
-    spec: DatasetSpec, store: RowStore, histories: Histories, config: FeatureConfig, selection: Selection
+    spec: DatasetSpec,
+    store: RowStore,
+    histories: Histories,
+    config: FeatureConfig,
+    selection: Selection,
+    tables: Mapping[str, ContentVectors] | None = None,
 ) -> FittedFeatures:
     """Fit the features on the rows of a training range. The result is deterministic and uses no row outside the range.
 
@@ -137,10 +149,12 @@ def fit_features(
         histories: histories of the dataset; read as of the end of the range, and only if a table has ids = "lookup".
         config: the ``[features]`` section of the job.
         selection: the training range.
+        tables: opened tables of pre-trained vectors, by name.
 
     Raises:
         UserError: a code file cannot be read, the range has no rows, a dense value is NaN or infinite, ids do not fit
-            their table, or histories have features of authors and the dataset has no table of authors.
+            their table, histories have features of authors and the dataset has no table of authors, or a table of
+            vectors has none of the rows.
     """
     # First, since it takes little time and finds what a user can get wrong.
     codes = fit_codes(config.codes)
@@ -150,7 +164,31 @@ def fit_features(
     prior = _prior(spec, store, selection)
     mean, deviation = _moments(inputs, store, selection, prior)
     author_side = read_author_side(store.path, spec, config.author_side) if config.author_side else None
-    return FittedFeatures(feature_layout(spec), sizes, prior, mean, deviation, vocabularies, author_side, codes)
+    for name, table in (tables or {}).items():
+        _check_owners(name, config.content[name], table, store, selection)
+    content = {name: TableFacts.of(table) for name, table in (tables or {}).items()}
+    return FittedFeatures(
+        feature_layout(spec), sizes, prior, mean, deviation, vocabularies, author_side, codes, content
+    )
+
+
+def _check_owners(
+    name: str, content: ContentConfig, table: ContentVectors, store: RowStore, selection: Selection
+) -> None:
+    """Check that a table of vectors has the vector of at least one row's item or author.
+
+    Raises:
+        UserError: it has none.
+    """
+    if content.of == "segment":
+        return
+    for columns in _selected(store, selection, SAMPLE_ROWS):
+        if (table.lookup(columns[f"{content.of}_id"]) >= 0).any():
+            return
+    raise UserError(
+        f"features.content.{name}.table = {content.table!r}: has a vector of no {content.of} of the training rows; it "
+        f'may be of another dataset, or of something else than of = "{content.of}"'
+    )
 
 
 def _selected(store: RowStore, selection: Selection, limit: int | None) -> Iterator[Rows]:

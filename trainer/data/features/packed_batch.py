@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from modules.content import BatchVectors
 from trainer.data.features.code_inputs import CodeCounts
+
+VECTOR_ALIGNMENT = 16
+"""Multiple of bytes at which the vectors of each table begin in a packed batch."""
+
+
+@dataclass(frozen=True)
+class ContentLayout:
+    """Pre-trained vectors of one table in a batch.
+
+    Attributes:
+        name: name of the table in ``features.content``, and of the lookup of the candidate.
+        width: number of elements of a vector.
+        dim: width of the learnt projection of a vector.
+        dtype: type of the vectors, ``float16`` or ``float32``.
+        entries: lookup of each history whose entries have vectors -> lookup of a table with one id for each entry.
+    """
+
+    name: str
+    width: int
+    dim: int
+    dtype: str
+    entries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -20,12 +45,14 @@ class BatchLayout:
         n_dense: number of columns of ``dense``.
         behaviours: number of columns of ``label`` and ``mask``.
         pairs: True if rows are pairs of a user and an author, with the columns ``author_id`` and ``log_q``.
+        content: tables of pre-trained vectors.
     """
 
     keys: tuple[tuple[str, ...], ...]
     n_dense: int
     behaviours: int
     pairs: bool = False
+    content: tuple[ContentLayout, ...] = ()
 
     def integer_sizes(self, rows: int, ids_per_key: dict[str, int]) -> list[int]:
         """Return the lengths of the parts of :attr:`PackedBatch.integers`, in order."""
@@ -33,12 +60,38 @@ class BatchLayout:
         for keys in self.keys:
             sizes += [ids_per_key[key] for key in keys]
             sizes.append(len(keys) * rows)
+        for table in self.content:
+            sizes += [rows, *(ids_per_key[key] for key in table.entries.values())]
         return [*sizes, rows, rows, rows, *([rows] if self.pairs else [])]
 
     def float_sizes(self, rows: int) -> list[int]:
         """Return the lengths of the parts of :attr:`PackedBatch.floats`, in order."""
         sizes = [rows * self.n_dense, rows * self.behaviours, rows * self.behaviours]
         return [*sizes, rows] if self.pairs else sizes
+
+    def vector_sizes(self, counts: Sequence[int]) -> list[int]:
+        """Return the bytes of the parts of :attr:`PackedBatch.vectors`, for the number of vectors of each table."""
+        sizes = [
+            count * table.width * np.dtype(table.dtype).itemsize
+            for count, table in zip(counts, self.content, strict=True)
+        ]
+        return [-(-size // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT for size in sizes]
+
+
+class MissingVectors(NamedTuple):
+    """Numbers of ids that have no vector in a table, and of all ids.
+
+    Attributes:
+        candidates: candidates without a vector.
+        all_candidates: all candidates.
+        entries: entries of histories without a vector.
+        all_entries: all entries of histories.
+    """
+
+    candidates: int = 0
+    all_candidates: int = 0
+    entries: int = 0
+    all_entries: int = 0
 
 
 class PackedIds(NamedTuple):
@@ -59,11 +112,12 @@ class PackedIds(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch as two flat tensors, so that a worker process hands over only two handles, whatever the features are.
+    """A batch as a few flat tensors, so that a worker process hands over as few handles, whatever the features are.
 
     Attributes:
-        integers: int64. For each embedding dimension, the ids key by key and then the lengths key by key; at the end
-            ``user_id``, ``visit_id``, ``request_ms`` and, in a layout of pairs, ``author_id``.
+        integers: int64. For each embedding dimension, the ids key by key and then the lengths key by key; then, for
+            each table of pre-trained vectors, the places of its vectors, lookup by lookup; at the end ``user_id``,
+            ``visit_id``, ``request_ms`` and, in a layout of pairs, ``author_id``.
         floats: float32. ``dense``, ``label`` and ``mask``, each row by row; in a layout of pairs also ``log_q``.
         rows: number of rows.
         ids_per_key: lookup name -> number of ids.
@@ -71,6 +125,9 @@ class PackedBatch:
         beyond: see :class:`trainer.data.loading.batch.RankingBatch`.
         left_out_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
         no_code: see :class:`trainer.data.loading.batch.RankingBatch`.
+        vectors: uint8, the distinct pre-trained vectors, table by table; None for a model without such tables.
+        vector_counts: number of vectors of each table.
+        no_vector: see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     integers: Tensor
@@ -81,10 +138,19 @@ class PackedBatch:
     beyond: dict[str, int] = field(default_factory=dict)
     left_out_rows: int = 0
     no_code: dict[str, CodeCounts] = field(default_factory=dict)
+    vectors: Tensor | None = None
+    vector_counts: tuple[int, ...] = ()
+    no_vector: dict[str, MissingVectors] = field(default_factory=dict)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Tensors of the batch."""
+        return [self.integers, self.floats, *([] if self.vectors is None else [self.vectors])]
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch with its buffers in page-locked memory; ``DataLoader`` calls this method."""
-        return replace(self, integers=self.integers.pin_memory(), floats=self.floats.pin_memory())
+        pinned = [buffer.pin_memory() for buffer in self.buffers]
+        return replace(self, integers=pinned[0], floats=pinned[1], vectors=pinned[2] if len(pinned) > 2 else None)
 
     def ids(self, layout: BatchLayout) -> list[PackedIds]:
         """Return the ids of each embedding dimension."""
@@ -97,6 +163,25 @@ class PackedBatch:
             groups.append(PackedIds(keys, self.integers[bounds[at] : values], self.integers[values:lengths], offsets))
             at += len(keys) + 1
         return groups
+
+    def content(self, layout: BatchLayout) -> dict[str, BatchVectors]:
+        """Return the pre-trained vectors of each table."""
+        if not layout.content:
+            return {}
+        bounds = np.cumsum([0, *layout.integer_sizes(self.rows, self.ids_per_key)]).tolist()
+        at = sum(len(keys) + 1 for keys in layout.keys)
+        counts = self.vector_counts or (0,) * len(layout.content)
+        buffer = torch.empty(0, dtype=torch.uint8) if self.vectors is None else self.vectors
+        found = {}
+        for table, count, part in zip(layout.content, counts, buffer.split(layout.vector_sizes(counts)), strict=True):
+            names = (table.name, *table.entries)
+            places = {
+                name: self.integers[bounds[place] : bounds[place + 1]] for place, name in enumerate(names, start=at)
+            }
+            at += len(names)
+            elements = part.view(getattr(torch, table.dtype))[: count * table.width]
+            found[table.name] = BatchVectors(elements.view(count, table.width), places, table.entries)
+        return found
 
     def columns(self, layout: BatchLayout) -> dict[str, Tensor]:
         """Return the columns ``user_id``, ``visit_id``, ``request_ms``, ``dense``, ``label`` and ``mask`` as views.

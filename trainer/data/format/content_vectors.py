@@ -104,7 +104,7 @@ class ContentVectors:
         """
         folder = Path(path)
         for _ in range(_OPEN_TRIES):
-            manifest = _read_manifest(folder)
+            manifest = read_manifest(folder)
             try:
                 ids, vectors, texts = (
                     load_array(file_inside(folder, manifest["files"][part]), 2 if part == "vectors" else 1)
@@ -289,8 +289,12 @@ def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: n
         raise UserError(f"{folder}: id {ids[np.argmin(written)]} has no vector; each id must have one")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a table, and check its version."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a table, and check its version.
+
+    Raises:
+        UserError: there is no table, its manifest is damaged, or it is of another release.
+    """
     file = folder / MANIFEST
     try:
         manifest = read_json_object(file)

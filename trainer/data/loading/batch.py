@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from modules.content import BatchVectors
 from trainer.data.features.code_inputs import CodeCounts
-from trainer.data.features.packed_batch import BatchLayout, PackedBatch
+from trainer.data.features.packed_batch import BatchLayout, MissingVectors, PackedBatch
 
 ReadPosition = dict[int, list[int]]
 """Partition -> ``[epoch, window, offset]``: the rows consumed so far. The keys are the partitions of one rank; the
@@ -40,6 +41,8 @@ class RankingBatch:
             the batch has no such rows.
         author_id: ``[rows]`` int64, author of each row; None if the layout has no pairs.
         log_q: ``[rows]`` float32, log of the probability that the author is in a batch; None as for ``author_id``.
+        content: table of pre-trained vectors -> its vectors.
+        no_vector: table of pre-trained vectors -> numbers of ids without a vector, which read a learnt one.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -58,6 +61,8 @@ class RankingBatch:
     author_id: Tensor | None = None
     log_q: Tensor | None = None
     left_out_rows: int = 0
+    content: dict[str, BatchVectors] = field(default_factory=dict)
+    no_vector: dict[str, MissingVectors] = field(default_factory=dict)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the attributes that are tensors, by name."""
@@ -68,12 +73,18 @@ class RankingBatch:
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors().items()
         }
-        return replace(self, ids=[keyed.to(device, non_blocking=non_blocking) for keyed in self.ids], **moved)
+        content = {
+            name: of_table.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+            for name, of_table in self.content.items()
+        }
+        ids = [keyed.to(device, non_blocking=non_blocking) for keyed in self.ids]
+        return replace(self, ids=ids, content=content, **moved)
 
     def pin_memory(self) -> RankingBatch:
         """Return the batch in page-locked memory."""
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors().items()}
-        return replace(self, ids=[keyed.pin_memory() for keyed in self.ids], **pinned)
+        content = {name: of_table.changed(Tensor.pin_memory) for name, of_table in self.content.items()}
+        return replace(self, ids=[keyed.pin_memory() for keyed in self.ids], content=content, **pinned)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of the batch until the work that is queued on ``stream`` is done."""
@@ -81,10 +92,13 @@ class RankingBatch:
             keyed.record_stream(stream)
         for tensor in self._tensors().values():
             tensor.record_stream(stream)
+        for of_table in self.content.values():
+            for tensor in of_table.tensors():
+                tensor.record_stream(stream)
 
 
 def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> RankingBatch:
-    """Return a batch whose tensors are views of the two packed buffers."""
+    """Return a batch whose tensors are views of the packed buffers."""
     ids = [
         # Without the sizes of the keys, TorchRec would sum the lengths on the device and wait for the result.
         KeyedJaggedTensor(
@@ -106,6 +120,8 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         beyond=packed.beyond,
         left_out_rows=packed.left_out_rows,
         no_code=packed.no_code,
+        content=packed.content(layout),
+        no_vector=packed.no_vector,
     )
 
 

@@ -291,7 +291,7 @@ def _share(packed: PackedBatch, batches: int) -> None:
     Raises:
         UserError: shared memory is full, or the process has too many open files.
     """
-    tensors = (packed.integers, packed.floats)
+    tensors = packed.buffers
     try:
         for tensor in tensors:
             tensor.share_memory_()

@@ -1,0 +1,426 @@
+"""Pre-trained vectors of a batch: looked up in memory-mapped tables, each distinct vector once.
+
+The tables are those of ``[features.content.NAME]``. They are never trained. The network projects the vectors
+(``modules/content.py``); an id without a vector reads a learnt one, and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modules.embeddings import Lookup
+from trainer.config.features import ContentConfig, FeatureConfig
+from trainer.console.errors import UserError
+from trainer.data.features.author_means import AuthorMeans
+from trainer.data.features.packed_batch import ContentLayout, MissingVectors
+from trainer.data.features.segment_index import NO_SEGMENT, SegmentIndex
+from trainer.data.format import storage
+from trainer.data.format.content_vectors import ContentVectors, read_manifest
+from trainer.data.format.history import HistorySlice
+from trainer.data.format.schema import DOMAINS, Rows
+from trainer.data.format.segments import DatasetSegments
+from trainer.runtime.unique import find_unique
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """Properties of a table of vectors that a model keeps of the table that it was trained with.
+
+    Attributes:
+        hash: hash of ids and vectors.
+        width: number of elements of a vector.
+        dtype: type in which the vectors are stored.
+        count: number of vectors.
+        model: name of the language model's directory; empty if no language model made the vectors.
+        origin: hash of the contents of model, adapter, templates and pooling.
+    """
+
+    hash: str
+    width: int
+    dtype: str
+    count: int
+    model: str
+    origin: str
+
+    @staticmethod
+    def of(table: ContentVectors) -> TableFacts:
+        """Return the facts of an opened table."""
+        origin = table.origin
+        return TableFacts(table.hash, table.dim, table.vectors.dtype.name, len(table), origin.model, origin.hash)
+
+
+@dataclass(frozen=True)
+class FoundVectors:
+    """Vectors of one table for a batch.
+
+    Attributes:
+        keys: distinct vectors, ``[distinct]`` int64, in the terms of their reader.
+        places: for the candidates, and then for the entries of each history: index of each vector in ``keys``,
+            ``[ids]`` int64; -1 for an id without a vector.
+    """
+
+    keys: np.ndarray
+    places: list[np.ndarray]
+
+    @property
+    def missing(self) -> MissingVectors:
+        """Numbers of ids without a vector."""
+        candidates, *entries = self.places
+        return MissingVectors(
+            int((candidates < 0).sum()),
+            len(candidates),
+            sum(int((places < 0).sum()) for places in entries),
+            sum(len(places) for places in entries),
+        )
+
+
+class OwnerVectors:
+    """Vectors of items or of authors, by the id of their owner.
+
+    Args:
+        table: vectors by id.
+        owner: ``item`` or ``author``.
+    """
+
+    def __init__(self, table: ContentVectors, owner: str) -> None:
+        self._table, self._owner = table, owner
+
+    def keys(self, rows: Rows, visits: Sequence[HistorySlice], as_of_ms: np.ndarray) -> list[np.ndarray]:
+        """Return the owner of each candidate, and of the entries of each history, ``[ids]`` int64."""
+        return [rows[f"{self._owner}_id"], *(getattr(entries, f"{self._owner}_id") for entries in visits)]
+
+    def rows(self, keys: np.ndarray) -> np.ndarray:
+        """Return the row of each distinct key in the table, ``[distinct]`` int64; -1 without a vector."""
+        return self._table.lookup(keys)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the vectors of rows of the table, ``[distinct, width]``."""
+        # Without a mode that forgives wrong rows, NumPy would first write into a buffer of its own.
+        np.take(self._table.vectors, rows, axis=0, out=out, mode="clip")
+
+
+class SegmentReadings:
+    """Vectors of the segments of live rooms, as of the time of each row.
+
+    A candidate reads the latest segment of its author, or the mean of all of them; an entry of a history reads the
+    segment that was on air while the user watched. Only segments that were known at the time of the row count, and only
+    those that have a vector.
+
+    Args:
+        table: vectors by the id of a segment.
+        segments: segments of the dataset, at least those of the table.
+        content: section of the table.
+    """
+
+    def __init__(self, table: ContentVectors, segments: DatasetSegments, content: ContentConfig) -> None:
+        self._table, self._content = table, content
+        at = segments.rows_of(table.ids)
+        author_id = segments.author_id[at]
+        # The rows of the table are the places of the index.
+        self._index = SegmentIndex(author_id, segments.item_id[at], segments.start_ms[at], segments.known_ms[at])
+        self._means = None
+        if content.reading == "mean":
+            self._means = AuthorMeans(table.vectors, self._index.order, author_id[self._index.order])
+
+    def keys(self, rows: Rows, visits: Sequence[HistorySlice], as_of_ms: np.ndarray) -> list[np.ndarray]:
+        """Return the row of each vector in the table, ``[ids]`` int64; -1 without one.
+
+        Means have numbers beyond the table: that of the last segment of the mean in the order of the index, behind all
+        rows.
+        """
+        if self._means is None:
+            candidates = self._index.latest(rows["author_id"], as_of_ms)
+        else:
+            first, stop = self._index.span(rows["author_id"], as_of_ms)
+            candidates = np.where(stop > first, len(self._table) + stop - 1, NO_SEGMENT)
+        return [candidates, *(self._on_air(entries, np.repeat(as_of_ms, entries.lengths)) for entries in visits)]
+
+    def _on_air(self, entries: HistorySlice, as_of_ms: np.ndarray) -> np.ndarray:
+        """Return the segment of each visit to a live room; -1 for videos."""
+        found = np.full(len(entries.item_id), NO_SEGMENT)
+        live = np.flatnonzero(entries.domain == DOMAINS.index("live"))
+        begin = entries.request_ms[live]
+        # A visit that was left at once saw the moment of its entry.
+        end = begin + np.maximum(entries.play_ms[live], 1)
+        found[live] = self._index.on_air(entries.item_id[live], begin, end, as_of_ms[live], self._content.on_air)
+        return found
+
+    def rows(self, keys: np.ndarray) -> np.ndarray:
+        """Return the keys themselves, which are rows of the table or means."""
+        return keys
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the vectors of some keys, ``[distinct, width]``."""
+        if self._means is None:
+            np.take(self._table.vectors, rows, axis=0, out=out, mode="clip")
+            return
+        mean = rows >= len(self._table)
+        out[~mean] = self._table.vectors[rows[~mean]]
+        means = np.empty((int(mean.sum()), out.shape[1]), np.float32)
+        self._means.read(rows[mean] - len(self._table), means)
+        out[mean] = means
+
+    def prepare(self) -> None:
+        """Compile the loops of means."""
+        if self._means is not None:
+            self._means.prepare()
+
+
+class ContentReader:
+    """Reads the pre-trained vectors of a batch.
+
+    Args:
+        config: the sections ``features.content``, by name.
+        tables: opened table of each of them.
+        segments: segments of the dataset for each table of segments.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, ContentConfig],
+        tables: Mapping[str, ContentVectors],
+        segments: Mapping[str, DatasetSegments],
+    ) -> None:
+        self._with_histories = [content.histories for content in config.values()]
+        self._readers: list[OwnerVectors | SegmentReadings] = [
+            SegmentReadings(tables[name], segments[name], content)
+            if content.of == "segment"
+            else OwnerVectors(tables[name], content.of)
+            for name, content in config.items()
+        ]
+
+    def prepare(self, nobody: Rows, visits: Mapping[str, HistorySlice]) -> None:
+        """Compile the loops, so that worker processes need not do it each.
+
+        Args:
+            nobody: no rows.
+            visits: entries of each history of no rows.
+        """
+        self.find(nobody, visits, np.zeros(0, np.int64))
+        for reader in self._readers:
+            if isinstance(reader, SegmentReadings):
+                reader.prepare()
+
+    def find(self, rows: Rows, visits: Mapping[str, HistorySlice], as_of_ms: np.ndarray) -> list[FoundVectors]:
+        """Find the distinct vectors of each table.
+
+        Args:
+            rows: n canonical rows.
+            visits: entries of each history.
+            as_of_ms: ``[n]`` int64; nothing that became known later is read.
+        """
+        return [
+            self._distinct(reader, reader.keys(rows, list(visits.values()) if with_histories else [], as_of_ms))
+            for reader, with_histories in zip(self._readers, self._with_histories, strict=True)
+        ]
+
+    def read(self, found: Sequence[FoundVectors], out: Iterable[np.ndarray]) -> None:
+        """Write the vectors that :meth:`find` found: for each table ``[distinct, width]``, of its type."""
+        for reader, of_table, target in zip(self._readers, found, out, strict=True):
+            reader.read(of_table.keys, target)
+
+    @staticmethod
+    def _distinct(reader: OwnerVectors | SegmentReadings, keys: list[np.ndarray]) -> FoundVectors:
+        """Return the distinct vectors of some keys."""
+        unique, places = find_unique(np.concatenate(keys))
+        rows = reader.rows(unique)
+        present = rows >= 0
+        # The last element is that of -1.
+        renumbered = np.where(present, np.cumsum(present) - 1, -1)
+        places = renumbered[places] if len(unique) else places.astype(np.int64)
+        cuts = np.cumsum([len(of_lookup) for of_lookup in keys])[:-1]
+        return FoundVectors(rows[present], np.split(places, cuts))
+
+
+def content_layouts(config: FeatureConfig, facts: Mapping[str, TableFacts]) -> tuple[ContentLayout, ...]:
+    """Return the layout of each table's vectors in a batch.
+
+    Args:
+        config: the ``[features]`` section of the job.
+        facts: facts of each table.
+    """
+    return tuple(
+        ContentLayout(
+            name,
+            facts[name].width,
+            content.dim,
+            "float32" if content.reading == "mean" else facts[name].dtype,
+            {f"{history}_{name}": f"{history}_item" for history in config.history} if content.histories else {},
+        )
+        for name, content in config.content.items()
+    )
+
+
+def content_lookups(layouts: Sequence[ContentLayout]) -> tuple[Lookup, ...]:
+    """Return the lookups of the projected vectors: of the candidate, then of the entries of each history."""
+    return tuple(
+        lookup
+        for table in layouts
+        for lookup in (Lookup(table.name, table.name, 1), *(Lookup(name, table.name, None) for name in table.entries))
+    )
+
+
+def check_places(config: FeatureConfig) -> None:
+    """Check that the tables of ``features.content`` are there, without reading them.
+
+    Raises:
+        UserError: a table is remote or is not there.
+    """
+    for name, content in config.content.items():
+        key = f"features.content.{name}.table"
+        if storage.is_remote(content.table):
+            raise UserError(f"{key} = {content.table}: vectors are memory-mapped; copy the table to a local path")
+        try:
+            read_manifest(Path(content.table))
+        except UserError as error:
+            raise UserError(f"{key} = {error}") from None
+
+
+def open_tables(config: FeatureConfig) -> dict[str, ContentVectors]:
+    """Open the tables of ``features.content``, by name; each one is read once to compare its hash.
+
+    Raises:
+        UserError: a table is remote, is not there, is damaged or has no vectors.
+    """
+    check_places(config)
+    tables = {}
+    for name, content in config.content.items():
+        key = f"features.content.{name}.table"
+        try:
+            tables[name] = ContentVectors.open(content.table)
+        except UserError as error:
+            raise UserError(f"{key} = {error}") from None
+        if not len(tables[name]):
+            raise UserError(f"{key} = {content.table}: has no vectors; at least one is needed")
+    return tables
+
+
+def open_segments(
+    config: FeatureConfig, dataset: str, tables: Mapping[str, ContentVectors]
+) -> dict[str, DatasetSegments]:
+    """Return table of segment vectors -> segments of the dataset, which are those of the table and maybe others.
+
+    Raises:
+        UserError: the dataset has no segments, or they are not those of the table.
+    """
+    found = {}
+    for name, content in config.content.items():
+        if content.of != "segment":
+            continue
+        key = f"features.content.{name}.table = {content.table}"
+        try:
+            found[name] = DatasetSegments.read(dataset, embedded="segments" in tables[name].origin.template)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        unknown = np.flatnonzero(found[name].rows_of(tables[name].ids) < 0)
+        if len(unknown):
+            raise UserError(
+                f"{key}: has a vector of segment {tables[name].ids[unknown[0]]}, which {found[name].source} does not "
+                "have; it may be of another dataset"
+            )
+    return found
+
+
+def open_reader(
+    config: FeatureConfig,
+    dataset: str,
+    fitted: Mapping[str, TableFacts],
+    tables: Mapping[str, ContentVectors] | None = None,
+    *,
+    accepted: Collection[str] = (),
+) -> ContentReader | None:
+    """Open the reader of a model's pre-trained vectors; None if it has none.
+
+    Args:
+        config: the ``[features]`` section of the model's job.
+        dataset: path of the dataset that is read.
+        fitted: facts of the tables at the start of training.
+        tables: the tables, if they are open already.
+        accepted: names of tables that may have changed since.
+
+    Raises:
+        UserError: a table cannot be opened, or it is not the one that the model was trained with.
+    """
+    if not config.content:
+        return None
+    tables = open_tables(config) if tables is None else tables
+    check_tables(config, fitted, tables, accepted)
+    return ContentReader(config.content, tables, open_segments(config, dataset, tables))
+
+
+def check_tables(
+    config: FeatureConfig,
+    fitted: Mapping[str, TableFacts],
+    tables: Mapping[str, ContentVectors],
+    accepted: Collection[str],
+) -> None:
+    """Compare the tables of a job with those that its model was trained with.
+
+    Args:
+        config: the ``[features]`` section of the job.
+        fitted: facts of the tables at the start of training.
+        tables: the tables now.
+        accepted: names of tables that may have changed.
+
+    Raises:
+        UserError: a table has vectors of another width, type or model, or it has changed and is not accepted.
+    """
+    for name, content in config.content.items():
+        then, now = fitted.get(name), TableFacts.of(tables[name])
+        key = f"features.content.{name}.table = {content.table}"
+        if then is None:
+            raise UserError(f"{key}: the features of the run were fitted without it; train a new run")
+        before, after = (
+            f"{facts.width} x {facts.dtype}, {facts.model or 'no model'} {facts.origin[:12]}".strip()
+            for facts in (then, now)
+        )
+        if before != after:
+            raise UserError(
+                f"{key}: the vectors are of another kind ({before} in training, {after} now); they must not be mixed"
+            )
+        if then.hash != now.hash and name not in accepted:
+            raise UserError(
+                f"{key}: the table has changed since training ({then.count:,} vectors with hash {then.hash[:12]} then, "
+                f"{now.count:,} with {now.hash[:12]} now); resume.allow_new_data=true accepts it"
+            )
+
+
+def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[FeatureConfig, frozenset[str]]:
+    """Replace tables inside of a model's dataset by those at the same place of another dataset.
+
+    Args:
+        config: the ``[features]`` section of the model's job.
+        stored: path of the dataset that the model stores.
+        path: path of the dataset to read.
+
+    Returns:
+        The section, and the names of the tables that were replaced; none if both datasets are the same.
+    """
+    moved: dict[str, Any] = {}
+    for name, content in config.content.items():
+        if stored != path and Path(content.table).is_relative_to(stored):
+            table = storage.join(path, str(Path(content.table).relative_to(stored)))
+            moved[name] = content.model_copy(update={"table": table})
+    return config.model_copy(update={"content": {**config.content, **moved}}), frozenset(moved)
+
+
+def add_missing(total: dict[str, MissingVectors], counts: Mapping[str, MissingVectors]) -> None:
+    """Add the counts of a batch to a total, table by table."""
+    for name, of_table in counts.items():
+        before = total.get(name, MissingVectors())
+        total[name] = MissingVectors(*(a + b for a, b in zip(before, of_table, strict=True)))
+
+
+def missing_message(missing: Mapping[str, MissingVectors]) -> str:
+    """Return a line about ids without a vector; empty if all have one."""
+    parts = []
+    for name, counts in missing.items():
+        if counts.candidates or counts.entries:
+            visits = f" and {counts.entries:,} of {counts.all_entries:,} past visits" if counts.all_entries else ""
+            parts.append(f"{name}: {counts.candidates:,} of {counts.all_candidates:,} candidates{visits}")
+    return f"without a content vector (they read a learnt one): {'; '.join(parts)}" if parts else ""
