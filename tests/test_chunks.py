@@ -220,6 +220,7 @@ ELSEWHERE = {
     "trainer.llm.finetuning.token_files:_CHUNK": "tests/llm/finetuning/test_token_files.py",
     "trainer.semantic_ids.code_files:APPENDED_ROWS": "tests/semantic_ids/test_code_files.py",
     "trainer.semantic_ids.kmeans_start:_NUMBERS_AT_ONCE": "tests/semantic_ids/test_kmeans.py",
+    "trainer.semantic_ids.retrieval:BLOCK_VALUES": "tests/semantic_ids/test_retrieval.py",
     "trainer.semantic_ids.segment_source_lines:READ_CHUNK": "tests/semantic_ids/test_segment_source_lines.py",
     "trainer.semantic_ids.redis_store:CHUNK": "tests/semantic_ids/test_code_store.py",
     "trainer.semantic_ids.sqlite_store:READ_ROWS": "tests/semantic_ids/test_code_store.py",

@@ -472,6 +472,10 @@ OPENED = [
     ("codebook/report.json", "quantize report codebook"),
     ("codebook/centroids-1.npy", "quantize assign codebook segments out.parquet"),
     ("segments/segments.parquet", "quantize assign codebook segments out.parquet"),
+    (
+        "segments/codes.parquet",
+        "retrieve authors segments --author 100 --as-of 2024-03-05 --codes segments/codes.parquet",
+    ),
     ("segments/embeddings/segments/manifest.json", "quantize assign codebook segments out.parquet"),
 ]
 """File with a fixed name -> a command that opens it."""

@@ -19,7 +19,7 @@ from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.format.segments import DatasetSegments
+from trainer.data.format.segments import DatasetSegments, has_text_ids
 from trainer.semantic_ids.code_store import GAP_MS
 from trainer.semantic_ids.vector_source import LARGEST_MAGNITUDE, StoredVectors, chunks, find_finite
 
@@ -112,7 +112,7 @@ class SegmentVectors:
         table = ContentVectors.open(place)
         if not len(table):
             raise UserError(f"{place}: has no vectors; a codebook needs some")
-        found = DatasetSegments.read(dataset, "segments" in table.origin.template)
+        found = DatasetSegments.read(dataset, has_text_ids(table.origin))
         row = found.rows_of(table.ids)
         if (row < 0).any():
             raise UserError(

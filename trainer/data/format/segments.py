@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage
+from trainer.data.format.content_vectors import Origin
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.text_schema import SEGMENT_MS, read_texts, segment_ids, with_known_ms
@@ -68,6 +69,11 @@ class DatasetSegments:
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """Return the position of each wanted id, ``[m] int64``; -1 if there is no such segment."""
         return _rows_of(self.ids, ids)
+
+
+def has_text_ids(origin: Origin) -> bool:
+    """True if segment vectors of an origin have the ids of ``text_schema.segment_ids``, not row numbers."""
+    return "segments" in origin.template
 
 
 def _segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
