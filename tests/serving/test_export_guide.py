@@ -45,7 +45,7 @@ CODES = (
 )
 MODELS = {
     "codes-din": ("model.kind=ple", *CODES),
-    "codes-twin": ("model.attention_kind=twin", *CODES),
+    "codes-twin": ("model.attention_kind=twin", 'features.codes.raw={file="CODES", init="normal"}'),
     "ple-din": ("model.kind=ple", "model.expert_layers=[[12, 8], [8], [6]]", "model.tower=[]"),
     "ple-multi_head": ("model.kind=ple", "model.attention_kind=multi_head", "features.author.ids=lookup", *RICH),
     "cgc-twin": ("model.kind=cgc", "model.attention_kind=twin", "features.item.dim=32", *RICH),
