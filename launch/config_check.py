@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainer.config.align import AlignConfig
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import read_job
@@ -19,11 +20,12 @@ from trainer.config.toml import list_mistakes, validate
 from trainer.console.errors import UserError
 
 if TYPE_CHECKING:
+    from trainer.data.format.dataset import Dataset
     from trainer.data.format.time_selection import Selection
     from trainer.llm.models.base_model import BaseModelFiles
 
 T = TypeVar("T")
-Job = EmbeddingJob | FinetuneConfig | JobConfig | QuantizeJob | StaytimeConfig
+Job = AlignConfig | EmbeddingJob | FinetuneConfig | JobConfig | QuantizeJob | StaytimeConfig
 
 _MODELS: dict[str, type[Job]] = {
     "train": JobConfig,
@@ -31,6 +33,7 @@ _MODELS: dict[str, type[Job]] = {
     "embed": EmbeddingJob,
     "staytime": StaytimeConfig,
     "quantize": QuantizeJob,
+    "align": AlignConfig,
 }
 
 
@@ -94,6 +97,8 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
             _check_embed(job, found)
         elif isinstance(job, QuantizeJob):
             _check_quantize(job, found)
+        elif isinstance(job, AlignConfig):
+            _check_align(job, ranks, found)
         else:
             _check_staytime(job, found)
     return found
@@ -115,23 +120,25 @@ def _kind_of(raw: dict[str, Any], file: str) -> str:
 
 def _check_ranker(job: JobConfig, ranks: int, found: JobCheck) -> None:
     from trainer.data.format.dataset import Dataset
-    from trainer.data.loading.batch_plan import ReadPlan
     from trainer.ranking.setup import check_settings, require_training_rows, split_in_time
     from trainer.ranking.warm_start import check_source
-
-    def count_rows(data: Dataset, selection: Selection) -> int:
-        return ReadPlan(data.store, range(data.spec.partitions), selection, batch_size=1, seed=0).rows_total
 
     data = found.run(f"dataset {job.data.path}", lambda: Dataset.open(job.data.path, job.data.on_corrupt))
     if data is not None:
         split = found.run("times", lambda: split_in_time(job, data.spec))
         if split is not None:
-            found.run("rows of training", lambda: require_training_rows(job, count_rows(data, split.fitting)))
+            found.run("rows of training", lambda: require_training_rows(job, _count_rows(data, split.fitting)))
         settings = found.run("behaviours, features and ranks", lambda: check_settings(job, data.spec, ranks))
         if settings is not None:
             found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
     if job.init_from.run:
         found.run(f"tables of {job.init_from.run}", lambda: check_source(job))
+
+
+def _count_rows(data: Dataset, selection: Selection) -> int:
+    from trainer.data.loading.batch_plan import ReadPlan
+
+    return ReadPlan(data.store, range(data.spec.partitions), selection, batch_size=1, seed=0).rows_total
 
 
 def _check_finetune(job: FinetuneConfig, ranks: int, found: JobCheck) -> None:
@@ -191,6 +198,26 @@ def _check_quantize(job: QuantizeJob, found: JobCheck) -> None:
         ranges = found.run("times", lambda: segments.ranges(job.data))
         if ranges is not None:
             found.run("segments of the fit", lambda: require_segments(segments, ranges[0], job.codebook.levels))
+
+
+def _check_align(job: AlignConfig, ranks: int, found: JobCheck) -> None:
+    from trainer.data.format.dataset import Dataset
+    from trainer.ranking.setup import require_training_rows, split_in_time
+    from trainer.semantic_ids.align_evaluation import Rooms
+    from trainer.semantic_ids.align_model import check_alignment
+    from trainer.semantic_ids.segments import SegmentVectors
+
+    data = found.run(f"dataset {job.data.path}", lambda: Dataset.open(job.data.path, job.data.on_corrupt))
+    if data is not None:
+        split = found.run("times", lambda: split_in_time(job, data.spec))
+        if split is not None:
+            found.run("rows of training", lambda: require_training_rows(job, _count_rows(data, split.fitting)))
+        settings = found.run("positives, features and ranks", lambda: check_alignment(job, data.spec, ranks))
+        if settings is not None:
+            found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
+        if job.data.eval_from:
+            found.run("rooms on air", lambda: Rooms.read(job.data.path))
+    found.run("segments and their vectors", lambda: SegmentVectors.open(job.data.path, job.data.vectors))
 
 
 def _check_deepspeed(settings: Mapping[str, Any], file: str) -> None:

@@ -27,9 +27,8 @@ import click
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from launch.cli.command import Command, Group
+from launch.cli.command import Command, Group, JobGroup
 from launch.cli.main import limelight
-from launch.cli.quantize import QuantizeGroup
 from launch.config_check import check_job, job_model
 from tests.launch.cli.parsing import every_command
 from tests.paths import ROOT
@@ -52,9 +51,11 @@ PAGES = sorted(
 """Pages of the repository; templates become pages elsewhere, where their links hold."""
 
 JOBS = {"train": "train", "finetune": "finetune", "embed": "embed", "staytime": "staytime"} | {
-    "fit": "quantize",
-    "refresh": "quantize",
+    "quantize fit": "quantize",
+    "quantize refresh": "quantize",
     "trainer.quantize": "quantize",
+    "align fit": "align",
+    "trainer.align": "align",
     "trainer.rank": "train",
     "trainer.finetune": "finetune",
     "trainer.embed": "embed",
@@ -267,7 +268,7 @@ def check_limelight(words: Sequence[str]) -> None:
     for name, value in parsed.params.items():
         if name in ("time_from", "time_until", "at", "evaluate_from") and value not in (None, "T"):
             assert read_iso(value, "UTC") is not None, f"{value} is no time"
-    kind = JOBS.get(str(command.name))
+    kind = JOBS.get(path_of(parsed))
     if kind is not None and "config" in parsed.params and "overrides" in parsed.params:
         check_job_file(parsed.params["config"], parsed.params["overrides"], kind, parsed.params.get("ranks", 1))
     elif words[1:3] == ["config", "check"]:
@@ -395,7 +396,7 @@ def resolve(words: Sequence[str]) -> tuple[click.Command, click.Context, list[st
     context = click.Context(limelight, info_name="limelight")
     rest = list(words[1:])
     while isinstance(command, click.Group) and rest:
-        if isinstance(command, QuantizeGroup):
+        if isinstance(command, JobGroup):
             rest = command.complete(rest)
         if rest[0].startswith("-"):
             assert rest[0] in options_of(command), f"option {rest[0]} before the command"
@@ -405,6 +406,11 @@ def resolve(words: Sequence[str]) -> tuple[click.Command, click.Context, list[st
         command, rest = found, rest[1:]
         context = click.Context(command, info_name=command.name, parent=context)
     return command, context, rest
+
+
+def path_of(context: click.Context) -> str:
+    """Return the words of a command without ``limelight``."""
+    return context.command_path.removeprefix("limelight ")
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -418,13 +424,13 @@ def check_words(example: Example) -> None:
     if not words[1][0].islower():
         return
     check_files(words)
-    command, _, rest = resolve([word for word in words if word not in ("...", "…")])
+    command, context, rest = resolve([word for word in words if word not in ("...", "…")])
     for word in rest:
         if word.startswith("-"):
             option = word.partition("=")[0]
             assert option in options_of(command), f"no option {option} in {sorted(options_of(command))}"
-        elif OVERRIDE.match(word) and command.name in JOBS:
-            check_key(JOBS[command.name], word)
+        elif OVERRIDE.match(word) and path_of(context) in JOBS:
+            check_key(JOBS[path_of(context)], word)
 
 
 def check_usage(example: Example) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from benchmarks.report.rendering import render
 from benchmarks.report.results import read_results
 from benchmarks.speed.throughput import FLOP_PER_ROW, PEER_ROWS_PER_SECOND
+from trainer.config.align import AlignConfig
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.quantize import QuantizeJob
@@ -28,6 +29,7 @@ JOBS: dict[str, tuple[type[BaseModel], str, str]] = {
     "embed": (EmbeddingJob, "Vectors of texts, by id.", "configs/embed.toml"),
     "staytime": (StaytimeConfig, "Seconds that a user stays in the comments.", "configs/staytime.toml"),
     "quantize": (QuantizeJob, "A codebook of segments, by residual k-means.", "configs/quantize.toml"),
+    "align": (AlignConfig, "Vectors of authors, aligned with what users do.", "configs/align.toml"),
 }
 """Command of a job -> the model of its file, a sentence about it, and an example."""
 

@@ -210,7 +210,7 @@ def train_rank(path: Path, precision: str, batch_size: int, out: Path) -> None:
         loader = Loader(
             RowStore(path, spec),
             Histories(path, spec),
-            features,  # type: ignore[arg-type]
+            features,
             rank=world.rank,
             world=world.size,
             batch_size=batch_size // world.size,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import click
+
+FIT = "fit"
+"""Command of a :class:`JobGroup` that takes a job file."""
 
 
 class Command(click.Command):
@@ -36,6 +40,25 @@ class Group(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         """Return the names of the commands."""
         return list(self.commands)
+
+
+class JobGroup(Group):
+    """A group in which a job file in place of a command stands for the command :data:`FIT`."""
+
+    def complete(self, words: list[str]) -> list[str]:
+        """Return the words after the group's name with the command that they leave out."""
+        is_file = bool(words) and words[0] not in self.commands and (_is_job(words[0]) or os.path.isfile(words[0]))
+        return [FIT, *words] if is_file else words
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that is meant, and its arguments."""
+        return super().resolve_command(ctx, self.complete(args))
+
+
+def _is_job(word: str) -> bool:
+    return word.endswith(".toml")
 
 
 def _epilog(example: str) -> str:

@@ -117,7 +117,7 @@ def forwarded(context: click.Context) -> list[str]:
         name: Any = parameter.name
         value = context.params[name]
         if isinstance(parameter, click.Argument):
-            words.append(value)
+            words += [] if value is None else [value]
         elif name != "ranks" and value is not None and value is not False:
             words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
     return words

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from launch.cli import checkpoint, config, configs, data, doctor, jobs, models, quantize, retrieve, stream
+from launch.cli import align, checkpoint, config, configs, data, doctor, jobs, models, quantize, retrieve, stream
 from launch.cli.command import Group
 from launch.cli.version import print_versions
 from trainer.console.errors import UserError
@@ -55,6 +55,7 @@ for command in (
     jobs.embed,
     jobs.staytime,
     quantize.quantize,
+    align.align,
     retrieve.retrieve,
     models.evaluate,
     models.score,

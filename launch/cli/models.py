@@ -13,6 +13,9 @@ from trainer.console.errors import UserError
 from trainer.console.job_arguments import EVALUATE_ARGUMENTS, EXPLAIN_ARGUMENTS
 from trainer.console.outputs import InputPath, Output, OutputPath
 
+RunKind = Literal["align", "export", "finetune", "ranker", "staytime"]
+"""Job that wrote a directory, or ``export``."""
+
 
 @click.command(
     cls=Command,
@@ -79,6 +82,8 @@ def score(
     kind = _kind_of(model)
     if kind is None:
         raise UserError(f"{model}: no run here (config.json is missing), and no exported model")
+    if kind == "align":
+        raise UserError(f"{model}: an alignment scores no rows; limelight align encode writes its author vectors")
     if kind == "finetune":
         raise UserError(f"{model}: a fine-tuning run scores nothing; its metrics are in {Path(model) / 'metrics.json'}")
     if kind == "staytime":
@@ -144,6 +149,8 @@ def export(run: str, out: Output, data: str | None, with_dataset: bool, as_json:
     kind = _kind_of(run)
     if kind == "staytime":
         raise UserError(f"{run}: a staytime run has nothing to export; its model is {Path(run) / 'model.safetensors'}")
+    if kind == "align":
+        raise UserError(f"{run}: an alignment has nothing to export; limelight align encode writes its author vectors")
     if kind == "export":
         raise UserError(f"{run}: this is an exported model already; name the run that it came from")
     if kind == "finetune":
@@ -177,7 +184,12 @@ def _require_ranker(context: click.Context) -> None:
     run = context.params["directory"]
     kind = _kind_of(run)
     if kind not in ("ranker", None):
-        other = {"export": "an exported model", "finetune": "a fine-tuning run", "staytime": "a staytime run"}[kind]
+        other = {
+            "align": "an alignment's run",
+            "export": "an exported model",
+            "finetune": "a fine-tuning run",
+            "staytime": "a staytime run",
+        }[kind]
         raise UserError(f"{run}: limelight {context.info_name} takes a ranker's run, and this is {other}")
 
 
@@ -195,7 +207,7 @@ def _score_staytime(
         print(f"{metrics_table(metrics)}\n\npredictions: {out}")
 
 
-def _kind_of(directory: str) -> Literal["export", "finetune", "ranker", "staytime"] | None:
+def _kind_of(directory: str) -> RunKind | None:
     """Return the job that wrote a run, or ``export``; None if the directory is neither a run nor an exported model.
 
     Raises:
@@ -211,4 +223,5 @@ def _kind_of(directory: str) -> Literal["export", "finetune", "ranker", "staytim
     except (FileNotFoundError, NotADirectoryError):
         return None
     # The section that only this job has.
-    return "staytime" if "lcu" in config else "finetune" if "lora" in config else "ranker"
+    sections: dict[str, RunKind] = {"lcu": "staytime", "lora": "finetune", "towers": "align"}
+    return next((kind for section, kind in sections.items() if section in config), "ranker")

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
-from launch.cli.command import Group, json_option, messages_on_stderr, print_json
+from launch.cli.command import FIT, JobGroup, json_option, messages_on_stderr, print_json
 from launch.cli.jobs import ranks_option
 from trainer.console.job_arguments import TRAIN_ARGUMENTS
 from trainer.console.outputs import InputPath, Output, OutputPath
 
-FIT = "fit"
-
-
-class QuantizeGroup(Group):
-    """The group; a job file in place of a command stands for ``fit``."""
-
-    def complete(self, words: list[str]) -> list[str]:
-        """Return the words after ``limelight quantize`` with the command that they leave out."""
-        is_file = bool(words) and words[0] not in self.commands and (_is_job(words[0]) or os.path.isfile(words[0]))
-        return [FIT, *words] if is_file else words
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that is meant, and its arguments."""
-        return super().resolve_command(ctx, self.complete(args))
-
-
-def _is_job(word: str) -> bool:
-    return word.endswith(".toml")
-
 
 @click.group(
-    cls=QuantizeGroup,
+    cls=JobGroup,
     short_help="Fit and use codebooks of segments.",
     help="Fit a codebook of the segments of a dataset by residual k-means, give segments their codes, measure "
     "codebooks, and refresh them.\n\nA job file in place of the command means `limelight quantize fit`.",

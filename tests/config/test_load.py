@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.paths import ROOT
+from trainer.config.align import AlignConfig
 from trainer.config.diff import changeable_keys, differences
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
@@ -21,6 +22,7 @@ from trainer.console.errors import UserError
 OTHER_JOBS: dict[str, type[BaseModel]] = {
     "embed.toml": EmbeddingJob,
     "quantize.toml": QuantizeJob,
+    "align.toml": AlignConfig,
     "embed_follow.toml": EmbeddingJob,
     "staytime.toml": StaytimeConfig,
     "finetune_small.toml": FinetuneConfig,

@@ -16,6 +16,7 @@ from trainer.data.simulator.write_dataset import simulate
 
 CONFIGS = ROOT / "configs"
 KINDS = {
+    "align": "align",
     "cross": "train",
     "embed": "embed",
     "embed_follow": "embed",
@@ -37,6 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_samples(directory)
     write_base(directory / "base")
     write_world(directory / "segments")
+    simulate(directory / "vectors", users=40, days=3, partitions=2, seed=5, segment_noise=0.8)
     return directory
 
 
@@ -59,6 +61,10 @@ def job_of(kind: str, data: Path, *overrides: str) -> list[str]:
         "quantize": [
             *("quantize.toml", f"data.path={data / 'segments'}", "data.fit_until=2024-03-04T00:15"),
             "codebook.levels=[8, 4]",
+        ],
+        "align": [
+            *("align.toml", f"data.path={data / 'vectors'}", "data.eval_from=2024-03-06"),
+            f"train.deepspeed={deepspeed / 'zero1.json'}",
         ],
     }[kind]
     return [str(CONFIGS / settings[0]), *settings[1:], *overrides]
@@ -96,6 +102,13 @@ def test_the_kind_of_a_file_is_found_by_its_sections(name: str) -> None:
         ),
         ("staytime", ["world", "training and", "held-out visits"]),
         ("quantize", ["segments and their vectors", "times", "segments of the fit"]),
+        (
+            "align",
+            [
+                *("dataset", "times", "rows of training", "positives, features and ranks", "DeepSpeed settings"),
+                *("rooms on air", "segments and their vectors"),
+            ],
+        ),
     ],
 )
 def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +166,10 @@ def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.Ca
         ("quantize", ["data.vectors=nowhere"], ["nowhere: no embedding table here"]),
         ("quantize", ["data.fit_until=soon"], ["data.fit_until = 'soon'"]),
         ("quantize", ["data.eval_until=2024-03-04"], ["data.eval_until = '2024-03-04' must be later"]),
+        ("align", ["towers.dims=3", "towers.temperature=0"], ["did you mean towers.dim?", "towers.temperature = 0"]),
+        ("align", ["data.positives=['clik']"], ["data.positives: the dataset has no behaviour 'clik'"]),
+        ("align", ["data.vectors=nowhere"], ["nowhere: no embedding table here"]),
+        ("align", ["features.history.live.search='top'"], ["features.history.live.search = 'top': a search by the"]),
         (
             "quantize",
             ["codebook.levels=[500]"],

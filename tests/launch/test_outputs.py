@@ -25,7 +25,7 @@ from trainer.console import job_arguments
 from trainer.console.outputs import InputPath, LocalOutputPath, OutputPath
 from trainer.data.format.dataset import Dataset
 
-JOBS = ("train", "finetune", "embed", "staytime", "quantize")
+JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align")
 
 PLAIN_TEXT = {
     *("time_from", "time_until", "at", "as_of", "evaluate_from", "most", "overrides", "ranks", "local_rank"),
@@ -36,6 +36,7 @@ PLAIN_TEXT = {
 """Parameters of commands that are texts and no paths."""
 
 PLAIN_KEYS = {
+    "data.positives",
     *("run.name", "data.train_from", "data.train_until", "data.eval_from", "data.eval_until", "data.behaviours"),
     *("data.fit_from", "data.fit_until", "follow.brokers", "follow.topic"),
     *("stream.brokers", "stream.topic", "stream.dead_letter", "stream.since", "stream.until"),
@@ -60,6 +61,7 @@ OUTPUTS = {
     "configs",
     "quantize assign",
     "quantize report",
+    "align encode",
 }
 """Commands with an output."""
 
@@ -69,7 +71,7 @@ def every_parameter() -> Iterator[tuple[str, click.Parameter]]:
     for words, command in every_command():
         for parameter in command.params:
             yield words, parameter
-    for name in ("TRAIN", "EVALUATE", "SCORE", "EXPLAIN", "QUANTIZE"):
+    for name in ("TRAIN", "EVALUATE", "SCORE", "EXPLAIN", "QUANTIZE", "ENCODE_AUTHORS"):
         for parameter in getattr(job_arguments, f"{name}_ARGUMENTS"):
             yield f"python -m trainer.{name.lower()}", parameter
 
@@ -117,7 +119,7 @@ def test_the_outputs_of_job_files_are_these() -> None:
         (job, name) for job in JOBS for name, info in fields(job_model(job)) if (m := path_mark(info)) and m.instead
     }
     assert marked == {
-        *((job, "run.directory") for job in ("train", "finetune", "staytime")),
+        *((job, "run.directory") for job in ("train", "finetune", "staytime", "align")),
         *(("embed", key) for key in ("embed.directory", "follow.store")),
         ("quantize", "codebook.directory"),
     }
@@ -162,6 +164,7 @@ JOB_FILES = {
     "staytime": ("configs/staytime.toml", "run.directory"),
     "embed": ("configs/embed.toml", "embed.directory"),
     "quantize": ("configs/quantize.toml", "codebook.directory"),
+    "align": ("configs/align.toml", "run.directory"),
 }
 
 
@@ -193,6 +196,7 @@ COMMANDS = {
     "configs": ["configs", "{}"],
     "quantize assign": ["quantize", "assign", "nowhere", "nowhere", "{}"],
     "quantize report": ["quantize", "report", "nowhere", "--out", "{}"],
+    "align encode": ["align", "encode", "nowhere", "--out", "{}"],
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import DenseOptimizer, TableOptimizer
 from trainer.ranking import setup
 from trainer.ranking.setup import split_in_time
@@ -80,7 +81,7 @@ def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
     """The weights of the losses are in the order of the behaviours that the model predicts, and 1 where none is set."""
     arguments: dict[str, Any] = {}
     monkeypatch.setattr(setup, "build_ranker", lambda *arguments: None)
-    monkeypatch.setattr(setup, "HybridEngine", lambda *tables, **options: arguments.update(options))
+    monkeypatch.setattr(build_engine, "HybridEngine", lambda *tables, **options: arguments.update(options))
     config = parse_config(
         {
             "data": {"path": "x"},

@@ -24,6 +24,13 @@ A fine-tuning run has the same ``config.json``, ``deepspeed.json``, ``environmen
     base/              the small model, if the job names no model
     tokens/            the samples as tokens, with counts; written once
     adapter/           the adapter at the end of training, in peft's own format
+
+A run of ``limelight align`` has the files of a ranker's run but ``published/``, ``unused_events/``, ``report.html`` and
+``baselines/``, and::
+
+    content.json       the segment vectors that it was trained on
+    popularity/        positives of the training range by author
+    authors/           the fused author vector of each segment, at the end of training
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.manifest import DatasetEntry
+from trainer.config.align import AlignConfig
 from trainer.config.diff import changeable_keys, differences, flat_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
@@ -54,7 +62,7 @@ from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.stored_files import read_json_object, stored_value
 
-ResumableJob = JobConfig | FinetuneConfig
+ResumableJob = JobConfig | FinetuneConfig | AlignConfig
 """Jobs whose runs can be resumed."""
 
 CHANGEABLE_DEEPSPEED = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
@@ -165,7 +173,7 @@ def load_run(directory: str | Path) -> JobConfig:
         UserError: no run there, or one of another kind.
     """
     run = Path(directory)
-    config = _read_job(run, JobConfig)
+    config = _read_job(run, JobConfig, lambda raw: "towers" not in raw, "limelight train")
     deepspeed = config.train.model_copy(update={"deepspeed": str(run / "deepspeed.json")})
     return config.model_copy(update={"train": deepspeed})
 
@@ -177,6 +185,18 @@ def load_finetune_run(directory: Path) -> FinetuneConfig:
         UserError: no run there, or one of another kind.
     """
     return _read_job(directory, FinetuneConfig, lambda raw: "lora" in raw, "limelight finetune")
+
+
+def load_align_run(directory: str | Path) -> AlignConfig:
+    """Read the resolved job of an alignment's run, with the DeepSpeed settings that the run keeps.
+
+    Raises:
+        UserError: no run there, or one of another kind.
+    """
+    run = Path(directory)
+    config = _read_job(run, AlignConfig, lambda raw: "towers" in raw, "limelight align")
+    deepspeed = config.train.model_copy(update={"deepspeed": str(run / "deepspeed.json")})
+    return config.model_copy(update={"train": deepspeed})
 
 
 def base_path(config: FinetuneConfig, directory: Path) -> str:
@@ -244,7 +264,13 @@ def _check_same_dataset(directory: Path, then: dict[str, str], now: DatasetEntry
 def _changes(directory: Path, config: ResumableJob) -> list[str]:
     """Return the settings that differ from those of the run in ``directory`` and must not."""
     job = type(config)
-    then = load_run(directory) if isinstance(config, JobConfig) else load_finetune_run(directory)
+    then: ResumableJob
+    if isinstance(config, JobConfig):
+        then = load_run(directory)
+    elif isinstance(config, AlignConfig):
+        then = load_align_run(directory)
+    else:
+        then = load_finetune_run(directory)
     changes = differences(
         # An earlier version stored paths as they were typed.
         flat_settings(absolute_paths(then).model_dump(mode="json")),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import click
 
 from trainer.console.exit_status import USER_ERROR_STATUS
-from trainer.console.outputs import InputPath, OutputPath
+from trainer.console.outputs import InputPath, LocalOutputPath, OutputPath
 
 Parameters = tuple[click.Parameter, ...]
 
@@ -44,6 +44,32 @@ QUANTIZE_ARGUMENTS: Parameters = (
     ),
 )
 """``CONFIG [section.key=value ...] [--from OLD] [--compare-cold]``."""
+
+ENCODE_AUTHORS_ARGUMENTS: Parameters = (
+    click.Argument(["run"], metavar="RUN", type=InputPath(), help="Directory of a run of limelight align."),
+    click.Argument(
+        ["dataset"],
+        metavar="[DATASET]",
+        required=False,
+        type=InputPath(urls=True),
+        help="Dataset with segments (default: the one that the run was trained on).",
+    ),
+    click.Option(
+        ["--out"],
+        metavar="DIR",
+        required=True,
+        type=LocalOutputPath(),
+        help="Directory of the table to write; a table that is there is replaced as a whole.",
+    ),
+    click.Option(
+        ["--vectors"],
+        metavar="TABLE",
+        type=InputPath(),
+        help="Table of segment vectors (default: the run's, or embeddings/segments of DATASET).",
+    ),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."),
+)
+"""``RUN [DATASET] --out DIR [--vectors TABLE] [--json]``."""
 
 EMBED_ARGUMENTS: Parameters = (
     *TRAIN_ARGUMENTS,

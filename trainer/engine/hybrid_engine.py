@@ -72,6 +72,11 @@ class StepResult:
     stop: bool
     laps: PhaseSeconds
 
+    @property
+    def rows_read(self) -> int:
+        """Number of rows of all ranks that were read for the step."""
+        return self.rows_global + self.left_out_global
+
     @cached_property
     def seconds(self) -> dict[str, float]:
         """Seconds of this rank in each phase of ``trainer.runtime.phase_timer``; on a GPU this waits for the step."""
@@ -387,7 +392,7 @@ class HybridEngine:
 
     def _output(self, part: MicroBatch) -> Tensor:
         """Return the network's output for a micro-batch, for no backward pass."""
-        return self._dense.module(part.embedded, part.lengths, part.dense)
+        return self._dense.module(*part.inputs)
 
     def _align(
         self, batch: RankingBatch, embedded: Mapping[str, Tensor], rows: int

@@ -18,7 +18,7 @@ from trainer.checkpoint.model_state import list_differences
 from trainer.checkpoint.reader import stored_search
 from trainer.checkpoint.store import CheckpointStore, agreed
 from trainer.checkpoint.writer import Save
-from trainer.config.ranker import JobConfig
+from trainer.config.align import EngineJob
 from trainer.console.errors import UserError
 from trainer.engine.batch_pipeline import StepRequest
 from trainer.engine.hybrid_engine import HybridEngine
@@ -41,7 +41,7 @@ class Identity:
         dataset: of the run.
     """
 
-    config: JobConfig
+    config: EngineJob
     kind: str
     behaviours: tuple[str, ...]
     dataset: DatasetEntry

@@ -217,20 +217,25 @@ def metrics_document(
         history: metrics of the training steps.
         stalls: seconds for which each save stopped training, in the last start of the job.
     """
+    return {
+        "behaviours": report or {},
+        "model": kind,
+        "held_out": {"from": config.data.eval_from, "until": config.data.eval_until, "frozen": config.data.frozen},
+        "training": training_summary(history, stalls),
+    }
+
+
+def training_summary(history: MetricHistory, stalls: Sequence[float]) -> dict[str, Any]:
+    """Return the part of ``metrics.json`` about the training; the arguments are those of :func:`metrics_document`."""
     seconds = {phase: sum(entry[phase] for entry in history) for phase in PHASES}
     total = sum(seconds.values())
     rows = sum(entry["rows"] for entry in history)
     # An entry whose rows were all skipped has a rate of 0.
     duration = sum(entry["rows"] / entry["rows_per_second"] for entry in history if entry["rows"])
     return {
-        "behaviours": report or {},
-        "model": kind,
-        "held_out": {"from": config.data.eval_from, "until": config.data.eval_until, "frozen": config.data.frozen},
-        "training": {
-            "rows": rows,
-            "skipped_rows": sum(entry["skipped_rows"] for entry in history),
-            "rows_per_second": rows / duration if duration else None,
-            "share_of_time": {phase: value / total if total else None for phase, value in seconds.items()},
-            "checkpoint_stalls_seconds": list(stalls),
-        },
+        "rows": rows,
+        "skipped_rows": sum(entry["skipped_rows"] for entry in history),
+        "rows_per_second": rows / duration if duration else None,
+        "share_of_time": {phase: value / total if total else None for phase, value in seconds.items()},
+        "checkpoint_stalls_seconds": list(stalls),
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from modules.ranker import RankerKind
+from trainer.config.align import EngineJob
 from trainer.config.deepspeed import complete_settings
 from trainer.config.load import load_deepspeed, parse_time
 from trainer.config.ranker import JobConfig
@@ -26,10 +27,11 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.statistics import FrozenStatistics
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch_plan import partitions_of_rank
-from trainer.data.loading.loader import Loader
+from trainer.data.loading.loader import BatchFeatures, Loader
+from trainer.engine.build_engine import make_engine, rows_per_rank
 from trainer.engine.build_ranker import build_ranker
 from trainer.engine.history_alignment import Alignment
-from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 
@@ -78,13 +80,13 @@ class Split:
         return Selection(request_from=self.eval_from, request_until=self.eval_until)
 
 
-def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
+def split_in_time(config: EngineJob, spec: DatasetSpec) -> Split:
     """Return the split that a job defines.
 
     Raises:
         UserError: a value is not a time, or ranges are empty or overlap.
     """
-    data, stream = config.data, config.stream
+    data, stream = config.data, config.stream if isinstance(config, JobConfig) else None
 
     def moment(section: str, key: str, otherwise: int) -> int:
         text = getattr(getattr(config, section), key)
@@ -125,7 +127,7 @@ def split_in_time(config: JobConfig, spec: DatasetSpec) -> Split:
 
 
 def fit_once(
-    config: JobConfig,
+    config: EngineJob,
     data: Dataset,
     split: Split,
     directory: Path,
@@ -154,10 +156,10 @@ def fit_once(
 
 
 def training_loader(
-    config: JobConfig,
+    config: EngineJob,
     data: Dataset,
     split: Split,
-    features: FeatureMap,
+    features: BatchFeatures,
     world: World,
     position: Mapping[int, Sequence[int]] | None = None,
     *,
@@ -191,10 +193,10 @@ def training_loader(
 
 
 def held_out_loader(
-    config: JobConfig,
+    config: EngineJob,
     data: Dataset,
     split: Split,
-    features: FeatureMap,
+    features: BatchFeatures,
     world: World,
     frozen: FrozenStatistics | None,
     space: SearchSpace | None = None,
@@ -215,7 +217,7 @@ def held_out_loader(
     )
 
 
-def _reading(config: JobConfig, world: World) -> dict[str, Any]:
+def _reading(config: EngineJob, world: World) -> dict[str, Any]:
     """Return the arguments that all loaders of a job share."""
     return {
         "rank": world.rank,
@@ -235,19 +237,7 @@ def freeze_at_end_of_training(config: JobConfig, data: Dataset, split: Split) ->
     return freeze_statistics(data, split.train_until)
 
 
-def rows_per_rank(config: JobConfig, ranks: int) -> int:
-    """Return the rows of one rank in an optimizer step.
-
-    Raises:
-        UserError: the batch size is not a multiple of the number of ranks.
-    """
-    rows, rest = divmod(config.train.batch_size, ranks)
-    if rest:
-        raise UserError(f"train.batch_size = {config.train.batch_size} is not a multiple of the {ranks} ranks")
-    return rows
-
-
-def require_training_rows(config: JobConfig, rows: int) -> None:
+def require_training_rows(config: EngineJob, rows: int) -> None:
     """Check that the training range has rows.
 
     Raises:
@@ -308,25 +298,14 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
     Raises:
         UserError: the engine refuses a setting, with the reason.
     """
-    ranker = build_ranker(config, features, kind)
-    return HybridEngine(
+    weights = [config.train.weights.get(name, 1.0) for name in features.behaviours]
+    return make_engine(
+        config,
         features.tables,
         features.lookups,
-        ranker,
-        table_optimizer=TableOptimizer(config.tables.optimizer, config.tables.learning_rate, config.tables.eps),
-        dense_optimizer=DenseOptimizer(
-            config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.betas
-        ),
-        deepspeed=load_deepspeed(config.train.deepspeed),
-        loss=BehaviourLoss(
-            torch.tensor([config.train.weights.get(name, 1.0) for name in features.behaviours], device=world.device)
-        ),
-        batch_size=rows_per_rank(config, world.size),
-        device=world.device,
-        seed=config.run.seed,
-        overlap=config.train.overlap,
-        alignment=build_alignment(config, features),
-        deduplicate=config.tables.deduplicate,
-        deepspeed_file=config.train.deepspeed,
-        content=features.layout.content,
+        build_ranker(config, features, kind),
+        BehaviourLoss(torch.tensor(weights, device=world.device)),
+        world,
+        build_alignment(config, features),
+        features.layout.content,
     )

@@ -28,10 +28,10 @@ from trainer.data.features.id_map import beyond_message
 from trainer.data.features.packed_batch import MissingVectors
 from trainer.data.format.schema import Rows
 from trainer.data.loading.batch import RankingBatch, unpack
+from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import SearchSpaceRefresher
-from trainer.ranking.setup import rows_per_rank
 from trainer.ranking.train_loop import keep_batch, open_scalars, write_scalars
 from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.ranking.training_stream import TrainingStream

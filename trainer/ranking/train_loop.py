@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.config.ranker import JobConfig
+from trainer.config.align import EngineJob
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
@@ -16,12 +16,13 @@ from trainer.data.features.code_inputs import CodeTally
 from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.packed_batch import MissingVectors
 from trainer.data.loading.loader import Loader
+from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.evaluation import log_no_code
 from trainer.ranking.search_refresh import SearchSpaceRefresher
-from trainer.ranking.setup import require_training_rows, rows_per_rank
+from trainer.ranking.setup import require_training_rows
 from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
@@ -40,7 +41,7 @@ def train(
     state: TrainingState,
     checkpoints: Checkpoints,
     *,
-    config: JobConfig,
+    config: EngineJob,
     world: World,
     preemption: Preemption,
     model_dir: Path,
@@ -82,7 +83,8 @@ def train(
         try:
             for result in engine.steps(iter(loader), step_request(checkpoints, lambda: preemption.asked)):
                 batch = result.batch
-                state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
+                if state.progressive.behaviours:
+                    state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)
                 add_missing(no_vector, batch.no_vector)
                 set_step(state.step)
@@ -101,7 +103,7 @@ def train(
                     first_entry = False
                     if scalars is not None:
                         write_scalars(scalars, state.metric_history[-1])
-                progress.advance(result.rows_global, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
+                progress.advance(result.rows_read, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
                 _set_learning_rate(engine, config, state)
                 checkpoints.check()
                 # The last step is saved below, with the state marked as finished.
@@ -129,7 +131,7 @@ def train(
         scalars.close()
 
 
-def _set_learning_rate(engine: HybridEngine, config: JobConfig, state: TrainingState) -> None:
+def _set_learning_rate(engine: HybridEngine, config: EngineJob, state: TrainingState) -> None:
     schedule, rows = config.optimizer, config.train.batch_size
     factor = learning_rate_factor(state.rows_done / rows, state.rows_total / rows, schedule.warmup, schedule.decay)
     engine.set_learning_rate(config.tables.learning_rate * factor, schedule.learning_rate * factor)

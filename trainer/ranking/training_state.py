@@ -93,7 +93,7 @@ class TrainingState:
         progressive: metrics of this rank's rows, each predicted before it was trained on.
         rows_total: rows of all ranks over all epochs; 0 for a stream.
         step: number of optimizer steps.
-        rows_done: rows trained on by all ranks.
+        rows_done: rows trained on by all ranks, with those that were read and left out.
         position: read position of this rank's partitions.
         metric_history: entries so far; equal on all ranks except for the seconds.
         window: sums for the next entry.
@@ -123,6 +123,6 @@ class TrainingState:
     def advance(self, result: StepResult) -> None:
         """Record a completed step."""
         self.step += 1
-        self.rows_done += result.rows_global
+        self.rows_done += result.rows_read
         self.position = result.batch.position or self.position
         self.window.add(result)

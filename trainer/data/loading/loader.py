@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.console.errors import UserError
 from trainer.console.text_table import size_text
-from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.history_sequences import Space
-from trainer.data.features.packed_batch import PackedBatch
+from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.history import Histories
+from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import RowStore
 from trainer.data.format.statistics import FrozenStatistics
 from trainer.data.format.time_selection import Selection
@@ -55,6 +55,19 @@ _LOCKS, _LOCKS_PER_WORKER = 8, 4
 
 DEATH_SECONDS = 1.0
 """Time within which the end of a worker is known after its connection was lost."""
+
+
+class BatchFeatures(Protocol):
+    """Maps rows to model inputs; a :class:`trainer.data.features.feature_map.FeatureMap` does."""
+
+    @property
+    def spec(self) -> DatasetSpec: ...
+    @property
+    def layout(self) -> BatchLayout: ...
+    def prepare(self, histories: Histories, space: Space | None = None) -> None: ...
+    def pack(
+        self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None
+    ) -> PackedBatch: ...
 
 
 class Loader:
@@ -92,7 +105,7 @@ class Loader:
         self,
         store: RowStore,
         histories: Histories,
-        feature_map: FeatureMap,
+        feature_map: BatchFeatures,
         *,
         rank: int,
         world: int,
@@ -232,7 +245,7 @@ class _BatchMaker(Dataset):
         self,
         reader: BlockReader,
         histories: Histories,
-        feature_map: FeatureMap,
+        feature_map: BatchFeatures,
         as_of_limit_ms: int | None,
         frozen_statistics: FrozenStatistics | None,
         space: SearchSpace | None,

@@ -1,0 +1,196 @@
+"""The job that aligns authors: two ranks, killed and resumed, its vectors and metrics, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trainer.align
+from tests.conftest import RunRanks
+from tests.nursery import Nursery
+from tests.semantic_ids.align_world import EVAL_FROM, different, job_arguments, model_of, simulate_world
+from trainer.checkpoint.manifest import list_checkpoints
+from trainer.config.align import load_align
+from trainer.console.errors import UserError
+from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors, Origin
+from trainer.data.format.segments import DatasetSegments
+from trainer.runtime.distributed import World
+from trainer.runtime.preemption import Preemption
+from trainer.semantic_ids.align_encode import encode_segments
+from trainer.semantic_ids.align_model import TrainedAlignment
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate_world(tmp_path_factory.mktemp("align") / "world")
+
+
+@pytest.fixture(scope="module")
+def run(world: Path, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks."""
+    directory = tmp_path_factory.mktemp("align") / "run"
+    ended = nursery.run("trainer.align", job_arguments(world, directory), ranks=2)
+    assert ended.status == 0, ended.stderr[-4000:]
+    return directory
+
+
+def encode(run: Path, out: Path, dataset: Path | None = None) -> ContentVectors:
+    with World.join("cpu") as ranks:
+        model = TrainedAlignment.open(run, None if dataset is None else str(dataset), None, ranks)
+        encode_segments(model, out, ranks)
+        model.engine.close()
+    return ContentVectors.open(out)
+
+
+def copy_with(world: Path, copy: Path, vectors: np.ndarray, **origin: Any) -> Path:
+    """Copy a world with other segment vectors."""
+    shutil.copytree(world, copy)
+    shutil.rmtree(copy / SEGMENT_VECTORS)
+    there = ContentVectors.open(world / SEGMENT_VECTORS).origin
+    ContentVectors.write(
+        copy / SEGMENT_VECTORS, np.arange(len(vectors)), vectors, origin=Origin(**origin) if origin else there
+    )
+    return copy
+
+
+def test_a_run_has_metrics_by_popularity_and_a_vector_of_each_segment(run: Path, world: Path) -> None:
+    document = json.loads((run / "metrics.json").read_text())
+    assert document["model"] == "align" and document["positives"] == ["click"]
+    report = document["retrieval"]
+    pairs = [part["pairs"] for name, part in report.items() if name != "all"]
+    assert report["all"]["pairs"] == sum(pairs) and report["unseen"]["pairs"] and report["unseen"]["gate"] == 1.0
+    assert 0 < report["all"]["recall@1"] < report["all"]["recall@3"] <= 1 < report["all"]["on_air"]
+    assert 0 < report["most popular quarter"]["gate"] < 1
+    history = json.loads((list_checkpoints(run / "checkpoints")[-1] / "job.json").read_text())["trace"]
+    assert history[-1]["loss"] < history[0]["loss"]
+    table, source = ContentVectors.open(run / "authors"), ContentVectors.open(world / SEGMENT_VECTORS)
+    assert np.array_equal(table.ids, source.ids) and table.dim == 8
+    np.testing.assert_allclose(np.linalg.norm(table.vectors.astype(np.float32), axis=1), 1, atol=2e-3)
+    assert table.origin.model == "run" and table.origin.pooling == "fused author vectors" and table.origin.hash
+    assert not list((run / "authors").glob(".*"))
+
+
+def test_a_killed_run_resumes_to_the_same_bits(
+    run: Path, world: Path, nursery: Nursery, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    arguments = job_arguments(world, tmp_path / "run", "checkpoint.every_steps=4", "checkpoint.background=false")
+    killed = nursery.run("tests.semantic_ids.killed_align", ["7", *arguments], ranks=2)
+    assert killed.status != 0 and not (tmp_path / "run" / "metrics.json").exists()
+    printed = run_ranks("trainer.align", *arguments)
+    assert "resuming from" in printed and "step 4" in printed
+    assert different(model_of(run), model_of(tmp_path / "run")) == []
+    one, other = (ContentVectors.open(place / "authors") for place in (run, tmp_path / "run"))
+    assert one.vectors.tobytes() == other.vectors.tobytes()
+    reports = [json.loads((place / "metrics.json").read_text())["retrieval"] for place in (run, tmp_path / "run")]
+    assert reports[0] == reports[1]
+
+
+def test_a_finished_run_is_not_trained_again(run: Path, world: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.npy")}
+    with World.join("cpu") as ranks:
+        found = trainer.align.run_job(load_align(*split(job_arguments(world, run))), ranks, Preemption())
+    assert found == json.loads((run / "metrics.json").read_text())
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.npy")}
+
+
+def split(arguments: list[str]) -> tuple[str, list[str]]:
+    return arguments[0], arguments[1:]
+
+
+def test_nothing_that_becomes_known_later_changes_a_bit_of_a_vector(run: Path, world: Path, tmp_path: Path) -> None:
+    known_ms = DatasetSegments.read(str(world), embedded=False).known_ms
+    vectors = np.array(ContentVectors.open(world / SEGMENT_VECTORS).vectors)
+    now = int(np.quantile(known_ms, 0.7))
+    later = known_ms > now
+    changed = vectors.copy()
+    changed[later] = np.random.default_rng(0).standard_normal(changed[later].shape)
+    other = copy_with(world, tmp_path / "changed", changed)
+    before, after = encode(run, tmp_path / "before"), encode(run, tmp_path / "after", other)
+    assert before.vectors[~later].tobytes() == after.vectors[~later].tobytes()
+    assert (before.vectors[later] != after.vectors[later]).any(axis=1).all()
+    # The table at the end of training is that of one rank but for its rounding in batches of another size.
+    np.testing.assert_allclose(before.vectors, ContentVectors.open(run / "authors").vectors, atol=2e-3)
+    assert before.hash != after.hash and before.origin.hash == after.origin.hash
+
+
+def test_codes_are_fitted_on_the_vectors_as_they_are(run: Path, world: Path, tmp_path: Path) -> None:
+    import trainer.quantize
+    from tests.paths import ROOT
+    from trainer.config.quantize import load_quantize
+    from trainer.semantic_ids.codebook_version import CodebookVersion
+
+    overrides = [f"data.path={world}", f"data.vectors={run / 'authors'}", f"data.fit_until={EVAL_FROM}"]
+    overrides += [f"codebook.directory={tmp_path / 'book'}", "codebook.levels=[16, 8]", "codebook.device=cpu"]
+    config = load_quantize(ROOT / "configs" / "quantize.toml", overrides)
+    with World.join("cpu") as ranks:
+        trainer.quantize.quantize(config, ranks, None, False)
+    version = CodebookVersion.open(tmp_path / "book")
+    assert version.dim == 8 and version.manifest.origin.pooling == "fused author vectors"
+
+
+def test_other_vectors_are_refused_by_a_model_and_leave_no_table(run: Path, world: Path, tmp_path: Path) -> None:
+    vectors = np.array(ContentVectors.open(world / SEGMENT_VECTORS).vectors)
+    narrow = copy_with(world, tmp_path / "narrow", vectors[:, :5])
+    foreign = copy_with(world, tmp_path / "foreign", vectors, model="m", hash="1234")
+    for dataset, message in ((narrow, "vectors have 5 elements"), (foreign, "from another model (1234)")):
+        with pytest.raises(UserError) as error:
+            encode(run, tmp_path / "out", dataset)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"no run here"):
+        encode(world, tmp_path / "out")
+
+
+def test_a_run_refuses_other_vectors_than_it_began_with(run: Path, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    vectors = np.array(ContentVectors.open(world / SEGMENT_VECTORS).vectors)
+    vectors[0, 0] += 1
+    other = copy_with(world, tmp_path / "other", vectors)
+    arguments = job_arguments(world, tmp_path / "run", f"data.vectors={other / SEGMENT_VECTORS}")
+    with (
+        pytest.raises(UserError, match=r"began with other segment vectors .* resume\.allow_new_data=true accepts them"),
+        World.join("cpu") as ranks,
+    ):
+        trainer.align.run_job(load_align(*split(arguments)), ranks, Preemption())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.positives=['clik']"], "data.positives: the dataset has no behaviour 'clik'; it has click, "),
+        (["data.train_until=2024-03-03T20:00"], "no segment became known before the end of training"),
+        (["data.positives=['gift']", "data.train_until=2024-03-04T01:00"], "no positive pair in the training range"),
+        (["data.eval_from=2030-01-01"], "data.eval_from = '2030-01-01' is after the dataset's last request"),
+        (["data.vectors=nowhere"], "nowhere: no embedding table here"),
+        (["data.path=nowhere"], "nowhere: no dataset here"),
+        (["features.exclude=['author_gener']"], "did you mean 'author_genre'?"),
+        (["towers.dims=3"], "did you mean towers.dim?"),
+        (["features.history.live.search='author'"], 'which the user\'s tower does not know; use "latest"'),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_leaves_no_run(
+    overrides: list[str], message: str, world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error, World.join("cpu") as ranks:
+        arguments = job_arguments(world, tmp_path / "run", *overrides)
+        trainer.align.run_job(load_align(*split(arguments)), ranks, Preemption())
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_without_segments_is_refused(world: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(world, bare)
+    (bare / "segments.parquet").unlink()
+    (bare / "checksums.json").unlink()
+    with pytest.raises(UserError, match=r"segments\.parquet: no such file"), World.join("cpu") as ranks:
+        arguments = job_arguments(bare, tmp_path / "run")
+        trainer.align.run_job(load_align(*split(arguments)), ranks, Preemption())
+    assert not (tmp_path / "run").exists()
