@@ -21,11 +21,9 @@ from trainer.config.paths import absolute_paths
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log
-from trainer.data.features.code_inputs import open_codes
-from trainer.data.features.content_inputs import open_reader, open_tables
-from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.metrics.behaviour_metrics import Report
+from trainer.ranking.job_features import open_features
 from trainer.ranking.model_training import (
     RankerJob,
     evaluate_model,
@@ -35,7 +33,7 @@ from trainer.ranking.model_training import (
     write_results,
 )
 from trainer.ranking.report import metrics_table
-from trainer.ranking.setup import check_settings, fit_once, split_in_time
+from trainer.ranking.setup import check_settings, split_in_time
 from trainer.ranking.warm_start import check_source
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
@@ -84,12 +82,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         data.verify(world)
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
             logger.info(f"resuming the unfinished run {directory}; resume.enabled=false starts a new one")
-        tables = open_tables(config.features)
-        fitted = fit_once(config, data, split, directory / "features", world, tables)
-        codes = open_codes(config.features.codes, fitted.codes, unchanged=not config.resume.allow_new_data)
-        accepted = config.features.content if config.resume.allow_new_data else ()
-        content = open_reader(config.features, config.data.path, fitted.content, tables, accepted=accepted)
-        features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)
+        features = open_features(config, data, split, directory / "features", world)
         job = RankerJob(config, data, split, features, dataset, world, preemption)
 
         reports: dict[str, Report] = {}

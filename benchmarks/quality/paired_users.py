@@ -1,4 +1,4 @@
-"""Differences of AUC and GAUC between two models on the same rows, with intervals over users.
+"""Differences of AUC, GAUC and rates between two models on the same rows, with intervals over users.
 
 A bootstrap draws users with replacement; both models are measured on the same draw, so what makes a draw easy or hard
 cancels. Models that were trained with several seeds are averaged inside each draw: the interval is about the users, and
@@ -7,12 +7,15 @@ the mean over the seeds stands for the method.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 DRAWS = 200
+
+Metric = Callable[[np.ndarray], float]
+"""Value of a metric in points of 0 to 1 if the users count ``[users]`` times; NaN if it is undefined."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,28 @@ class UserMetric:
         return float((share * area).sum() / share.sum()) if share.sum() else float("nan")
 
 
-def paired_difference(
-    first: Sequence[UserMetric], second: Sequence[UserMetric], users: int, metric: str, seed: int = 1
-) -> PairedDifference:
+def user_rate(user: np.ndarray, value: np.ndarray, users: int) -> Metric:
+    """Return the metric "mean of ``value [n]`` over the rows", such as the share of hits."""
+    total, rows = np.bincount(user, value, users), np.bincount(user, minlength=users)
+
+    def rate(weight: np.ndarray) -> float:
+        count = float((weight * rows).sum())
+        return float((weight * total).sum() / count) if count else float("nan")
+
+    return rate
+
+
+def paired_difference(first: Sequence[Metric], second: Sequence[Metric], users: int, seed: int = 1) -> PairedDifference:
     """Return ``second - first`` in points.
 
     Args:
-        first, second: the same rows, scored by two models with one entry for each seed, in the same order.
+        first, second: the same metric of the same rows by two models, one entry for each seed, in the same order.
         users: number of users.
-        metric: ``auc`` or ``gauc``.
         seed: of the draws.
     """
 
     def difference(weight: np.ndarray) -> list[float]:
-        return [
-            100 * (getattr(other, metric)(weight) - getattr(one, metric)(weight))
-            for one, other in zip(first, second, strict=True)
-        ]
+        return [100 * (other(weight) - one(weight)) for one, other in zip(first, second, strict=True)]
 
     seeds = difference(np.ones(users))
     if not seeds or not np.isfinite(seeds).all():

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from trainer.config.ranker import JobConfig
 from trainer.console.progress import Progress
-from trainer.data.features.code_inputs import open_codes
-from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.evaluation import Predictions, predict
+from trainer.ranking.job_features import open_features
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
-from trainer.ranking.setup import build_engine, fit_once, held_out_loader, split_in_time, training_loader
+from trainer.ranking.setup import build_engine, held_out_loader, split_in_time, training_loader
 from trainer.runtime.distributed import World
 
 
@@ -31,9 +30,7 @@ def train_and_predict(config: JobConfig, world: World) -> tuple[Predictions, tup
     data = Dataset.open(config.data.path)
     split = split_in_time(config, data.spec)
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit_once(config, data, split, Path(folder) / "features", world)
-    codes = open_codes(config.features.codes, fitted.codes)
-    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
+        features = open_features(config, data, split, Path(folder) / "features", world)
     engine = build_engine(config, features, config.model.kind, world)
     space = make_space(config, features)
     if space is not None:

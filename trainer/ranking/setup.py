@@ -132,7 +132,7 @@ def fit_once(
     split: Split,
     directory: Path,
     world: World,
-    tables: Mapping[str, ContentVectors] | None = None,
+    tables: Mapping[str, ContentVectors],
 ) -> FittedFeatures:
     """Fit the features on the training range, once in a run: the first rank fits them, the others read its files.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.quality.paired_users import UserMetric, paired_difference, weighted_auc
+from benchmarks.quality.paired_users import UserMetric, paired_difference, user_rate, weighted_auc
 
 USERS = 40
 
@@ -38,19 +38,22 @@ def test_a_class_without_rows_has_no_value() -> None:
     empty = np.zeros(0, np.int64)
     metric = UserMetric(empty, empty.astype(float), empty)
     assert np.isnan(metric.auc(np.ones(3))) and np.isnan(metric.gauc(np.ones(3)))
-    found = paired_difference([metric], [metric], 3, "auc")
+    found = paired_difference([metric.auc], [metric.auc], 3)
     assert (found.mean, found.low, found.high) == (None, None, None)
 
 
-@pytest.mark.parametrize("metric", ["auc", "gauc"])
+@pytest.mark.parametrize("metric", ["auc", "gauc", "rate"])
 def test_an_effect_is_found_and_none_is_not_invented(metric: str) -> None:
     user, better, label = rows(1, 0.8)
     worse = rows(1, 0.2)[1]
-    one, other = (UserMetric(user, score, label) for score in (worse, better))
-    found = paired_difference([one, one], [other, other], USERS, metric)
+    if metric == "rate":
+        one, other = (user_rate(user, (score * label > 0.5).astype(float), USERS) for score in (worse, better))
+    else:
+        one, other = (getattr(UserMetric(user, score, label), metric) for score in (worse, better))
+    found = paired_difference([one, one], [other, other], USERS)
     assert found.low is not None and found.high is not None and found.mean is not None
     assert 0 < found.low < found.mean < found.high and len(found.seeds) == 2
-    same = paired_difference([one], [one], USERS, metric)
+    same = paired_difference([one], [one], USERS)
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
@@ -60,7 +63,16 @@ def test_the_interval_covers_no_effect_as_often_as_it_says() -> None:
     for seed in range(60):
         user, first, label = rows(seed, 0.5)
         second = np.random.default_rng(1000 + seed).standard_normal(len(user)) + 0.5 * label
-        found = paired_difference([UserMetric(user, first, label)], [UserMetric(user, second, label)], USERS, "auc")
+        metrics = [UserMetric(user, score, label).auc for score in (first, second)]
+        found = paired_difference(metrics[:1], metrics[1:], USERS)
         assert found.low is not None and found.high is not None
         outside += not found.low <= 0 <= found.high
     assert outside <= 10
+
+
+def test_a_rate_is_that_of_repeated_rows() -> None:
+    user, score, _ = rows(4, 0.0)
+    weight = np.random.default_rng(4).integers(0, 4, USERS).astype(float)
+    repeated = np.repeat(np.arange(len(user)), weight[user].astype(int))
+    assert user_rate(user, score, USERS)(weight) == pytest.approx(score[repeated].mean())
+    assert np.isnan(user_rate(user, score, USERS)(np.zeros(USERS)))
