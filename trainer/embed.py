@@ -33,7 +33,8 @@ from trainer.runtime.preemption import until_preempted
 from trainer.semantic_ids.follow import Follower, StopRequest
 from trainer.semantic_ids.follow_setup import follow_settings, open_codes, open_segments
 from trainer.semantic_ids.segment_source import Clock
-from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache
+from trainer.semantic_ids.vector_cache import VectorCache
+from trainer.semantic_ids.vector_cache_parts import CacheSettings
 
 TEXT = frozenset({"text"})
 KINDS: tuple[Kind, ...] = ("items", "comments", "segments", "authors")

@@ -35,7 +35,8 @@ from trainer.semantic_ids.codebook_version import FittedVectors, write_version
 from trainer.semantic_ids.follow import CodeTarget, Follower, FollowSettings, StopRequest
 from trainer.semantic_ids.segment_source import SEGMENT_MS, Clock, LiveSegment, SourceBatch
 from trainer.semantic_ids.store_address import open_store
-from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache
+from trainer.semantic_ids.vector_cache import VectorCache
+from trainer.semantic_ids.vector_cache_parts import CacheSettings
 
 LENGTH, TOKENS, BATCH = 128, 16_384, 16
 WORDS = 400

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from trainer.data.format.content_vectors import Origin
-from trainer.semantic_ids.vector_cache import ENTRY, CacheSettings, VectorCache
+from trainer.semantic_ids.vector_cache import VectorCache
+from trainer.semantic_ids.vector_cache_parts import ENTRY, CacheSettings
 
 DIM = 3
 SETTINGS = CacheSettings(DIM, "float32", Origin(model="m", hash="h"))
@@ -42,6 +43,10 @@ def append(cache: VectorCache, rows: Sequence[Row], position: dict[str, Any] | N
 
 def open_cache(path: Path, keep_ms: int = KEEP_MS) -> VectorCache:
     return VectorCache(path, SETTINGS, keep_ms)
+
+
+def content(cache: VectorCache) -> list[tuple[int, bytes, bytes]]:
+    return [(record.sequence, record.entries.tobytes(), vectors.tobytes()) for record, vectors in cache.records(0)]
 
 
 @pytest.fixture(autouse=True, scope="module")

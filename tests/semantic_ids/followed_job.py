@@ -16,7 +16,8 @@ from trainer.semantic_ids.code_store import StoreSettings
 from trainer.semantic_ids.follow import CodeTarget, Follower, FollowSettings, StopRequest
 from trainer.semantic_ids.segment_source_lines import LineSource
 from trainer.semantic_ids.store_address import open_store
-from trainer.semantic_ids.vector_cache import CacheSettings, VectorCache
+from trainer.semantic_ids.vector_cache import VectorCache
+from trainer.semantic_ids.vector_cache_parts import CacheSettings
 
 SETTINGS = FollowSettings(
     batch=4, wait_seconds=0.5, behind_seconds=30.0, report_seconds=60.0, keep_ms=100 * 3_600_000, dtype="float32"

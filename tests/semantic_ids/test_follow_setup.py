@@ -11,7 +11,7 @@ from trainer.config.embed import FollowConfig
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import Origin
 from trainer.semantic_ids.follow_setup import open_codes
-from trainer.semantic_ids.vector_cache import CacheSettings
+from trainer.semantic_ids.vector_cache_parts import CacheSettings
 
 
 def test_a_codebook_with_more_tuples_than_numbers_is_refused_at_the_start(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from trainer.semantic_ids.follow_dead_letters import DeadLetterFile
 from trainer.semantic_ids.follow_pace import Pace
 from trainer.semantic_ids.follow_report import FollowReport
 from trainer.semantic_ids.segment_source import Clock, LiveSegment, RejectedMessage, SegmentSource, SourceBatch
-from trainer.semantic_ids.vector_cache import ENTRY, CacheRecord, VectorCache
+from trainer.semantic_ids.vector_cache import VectorCache
+from trainer.semantic_ids.vector_cache_parts import ENTRY, CacheRecord
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from trainer.semantic_ids.segment_source_kafka import KafkaSegments
 from trainer.semantic_ids.segment_source_lines import LineSource
 from trainer.semantic_ids.segment_source_replay import ReplaySegments
 from trainer.semantic_ids.store_address import open_store
-from trainer.semantic_ids.vector_cache import CacheSettings
+from trainer.semantic_ids.vector_cache_parts import CacheSettings
 
 HOUR_MS = 3_600_000
 

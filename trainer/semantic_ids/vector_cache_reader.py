@@ -17,9 +17,8 @@ import numpy as np
 
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, VectorPart, write_parts
-from trainer.semantic_ids.vector_cache import (
-    AVERAGES,
-    AuthorSums,
+from trainer.semantic_ids.vector_cache import AVERAGES, AuthorSums
+from trainer.semantic_ids.vector_cache_parts import (
     CachePart,
     CacheRecord,
     CacheSettings,
