@@ -77,7 +77,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
             return finished
         content = world.on_first_rank(lambda: align_model.store_content(config, segments, scale, directory))
         popularity = align_model.store_positives(counted, directory, world)
-        fitted = fit_once(config, data, split, directory / "features", world)
+        fitted = fit_once(config, data, split, directory / "features", world, {})
         features = align_model.make_features(config, data.spec, fitted, segments, content, popularity)
         engine = align_model.build_engine(config, features, world)
         logger.info(f"table placement by TorchRec's planner\n{format_plan(engine.plan)}")
@@ -98,7 +98,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
         retrieval: dict[str, Any] = {}
         if rooms is not None:
             held_out = held_out_loader(config, data, split, features.evaluated(), world, None)
-            retrieval = evaluate_held_out(engine, held_out, data, features.evaluated(), rooms, config, world)
+            retrieval = evaluate_held_out(engine, held_out, data, features.evaluated(), rooms, config, world, directory)
             logger.info("\n" + retrieval_table(retrieval))
         model = align_model.TrainedAlignment.of(directory, config, data, features, engine)
         logger.info(f"{directory / 'authors'}: {encode_segments(model, directory / 'authors', world)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import trainer.align
@@ -73,6 +74,20 @@ def test_a_run_has_metrics_by_popularity_and_a_vector_of_each_segment(run: Path,
     np.testing.assert_allclose(np.linalg.norm(table.vectors.astype(np.float32), axis=1), 1, atol=2e-3)
     assert table.origin.model == "run" and table.origin.pooling == "fused author vectors" and table.origin.hash
     assert not list((run / "authors").glob(".*"))
+
+
+def test_the_outcome_of_each_held_out_pair_gives_the_recall(run: Path) -> None:
+    report = json.loads((run / "metrics.json").read_text())["retrieval"]["all"]
+    pairs = pq.read_table(run / "held_out.parquet").to_pydict()
+    visits = np.array(pairs["visit_id"])
+    assert len(visits) == report["pairs"] and (np.diff(visits) > 0).all()
+    larger, equal, on_air = (np.array(pairs[name]) for name in ("larger", "equal", "on_air"))
+    assert (
+        (equal >= 1).all() and (larger + equal <= on_air).all() and np.mean(on_air) == pytest.approx(report["on_air"])
+    )
+    for k in (1, 3):
+        assert np.clip((k - larger) / equal, 0, 1).mean() == pytest.approx(report[f"recall@{k}"])
+    assert len(set(pairs["user_id"])) > 1 and len(set(pairs["author_id"])) == report["authors"]
 
 
 def test_a_killed_run_resumes_to_the_same_bits(

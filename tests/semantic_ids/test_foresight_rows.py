@@ -96,7 +96,7 @@ def test_contexts_are_the_features_of_a_store_bit_for_bit(log: Log, target: Targ
 
 @given(log=logs(), time=st.integers(0, 26), moved=st.data())
 def test_segments_that_are_known_later_change_no_context(log: Log, time: int, moved: st.DataObject) -> None:
-    """Whether they are removed, or have other codes, authors, rooms and later times."""
+    """They are removed, or have other codes, authors, rooms and later times."""
     late = log.known_ms > time
     size = int(late.sum())
 

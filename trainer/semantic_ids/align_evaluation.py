@@ -10,9 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from trainer.config.align import AlignConfig
 from trainer.console.errors import UserError
@@ -27,10 +30,20 @@ from trainer.data.loading.loader import Loader
 from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.runtime.distributed import World
+from trainer.runtime.files import whole_file
 from trainer.semantic_ids.align_features import AuthorRequests, PairFeatures
 from trainer.semantic_ids.align_popularity import BUCKETS, AuthorPopularity
 
 _HASHES = 1 << 30
+
+HELD_OUT = "held_out.parquet"
+"""File of a run with the outcomes of the held-out pairs."""
+
+OUTCOME = ("visit_id", "user_id", "author_id", "request_ms", "larger", "equal", "on_air")
+"""Columns of the outcomes. ``larger`` is the number of authors on air with a larger product with the user's vector,
+``equal`` that of equal ones, the author included, and ``on_air`` that of all of them."""
+
+_REPORTED = ("author_id", "larger", "equal", "on_air")
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +100,12 @@ class HeldOut:
     """Held-out positives of all ranks, in order of time.
 
     Attributes:
-        author_id, request_ms: ``[n]`` int64.
+        visit_id, user_id, author_id, request_ms: ``[n]`` int64.
         user: ``[n, dim]`` float32, vectors.
     """
 
+    visit_id: np.ndarray
+    user_id: np.ndarray
     author_id: np.ndarray
     request_ms: np.ndarray
     user: np.ndarray
@@ -103,7 +118,7 @@ def encode_users(engine: HybridEngine, loader: Loader, limit: int, world: World)
         for batch, output in engine.predict(iter(loader)):
             if batch.author_id is not None:
                 dim = output.shape[1] // 2
-                tensors = (batch.visit_id, batch.author_id, batch.request_ms, output[:, :dim])
+                tensors = (batch.visit_id, batch.user_id, batch.author_id, batch.request_ms, output[:, :dim])
                 found.append(tuple(tensor.cpu().numpy().copy() for tensor in tensors))
             progress.advance(batch.rows + batch.left_out_rows)
     mine = [np.concatenate(parts) for parts in zip(*found, strict=True)] if found else None
@@ -114,10 +129,11 @@ def encode_users(engine: HybridEngine, loader: Loader, limit: int, world: World)
         mine = [part[kept] for part in mine]
     parts = [part for part in world.agree(world.gather(mine)) or [] if part is not None]
     if not parts:
-        return HeldOut(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 0), np.float32))
-    visit, author, request, user = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        none = np.empty(0, np.int64)
+        return HeldOut(none, none, none, none, np.empty((0, 0), np.float32))
+    visit, user_id, author, request, user = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((visit, request))
-    return HeldOut(author[order], request[order], user[order])
+    return HeldOut(visit[order], user_id[order], author[order], request[order], user[order])
 
 
 def evaluate_held_out(
@@ -128,11 +144,20 @@ def evaluate_held_out(
     rooms: Rooms,
     config: AlignConfig,
     world: World,
+    directory: Path,
 ) -> dict[str, Any]:
-    """Return the report of :func:`evaluate_retrieval` on the positives of a loader of held-out rows. Collective."""
+    """Evaluate the positives of a loader of held-out rows, see :func:`evaluate_retrieval`. Collective.
+
+    Returns:
+        The report. The first rank also writes the outcome of each pair to ``held_out.parquet`` in ``directory``.
+    """
     held_out = encode_users(engine, loader, config.evaluate.requests, world)
     requests = AuthorRequests(data, features)
-    return evaluate_retrieval(engine, held_out, requests, rooms, features.popularity, config, world)
+    report, outcomes = evaluate_retrieval(engine, held_out, requests, rooms, features.popularity, config, world)
+    if world.rank == 0:
+        with whole_file(directory / HELD_OUT) as tmp_path:
+            pq.write_table(pa.table(dict(zip(OUTCOME, outcomes.T, strict=True))), tmp_path)
+    return report
 
 
 def evaluate_retrieval(
@@ -143,8 +168,13 @@ def evaluate_retrieval(
     popularity: AuthorPopularity,
     config: AlignConfig,
     world: World,
-) -> dict[str, Any]:
-    """Return recall and reciprocal rank by popularity of the author, and the gate by popularity. Collective."""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Find the author of each held-out positive among the authors on air at its request. Collective.
+
+    Returns:
+        Recall and reciprocal rank by popularity of the author, and the gate by popularity; and the outcomes of the
+        pairs, ``[n, columns]`` int64 with the columns of ``OUTCOME``, in order of the visits.
+    """
     refresh_ms = 1000 * config.evaluate.refresh_seconds
     slot = held_out.request_ms // refresh_ms * refresh_ms
     slots, first = np.unique(slot, return_index=True)
@@ -172,11 +202,13 @@ def evaluate_retrieval(
     for _ in parts:
         # The other ranks may have more intervals: encoding is collective.
         pass
-    mine = np.concatenate([np.empty((0, 5)), *outcomes])
+    nothing = np.empty((0, len(OUTCOME)), np.int64)
+    mine = np.concatenate([nothing, *outcomes])
     gathered = world.agree(world.gather((mine, gates))) or []
-    joined = np.concatenate([np.empty((0, 5)), *(part for part, _ in gathered)])
+    joined = np.concatenate([nothing, *(part for part, _ in gathered)])
+    joined = joined[np.argsort(joined[:, 0], kind="stable")]
     gates = sum((part for _, part in gathered), np.zeros_like(gates))
-    return _report(joined, gates, popularity, config.evaluate.recall_at)
+    return _report(joined, gates, popularity, config.evaluate.recall_at), joined
 
 
 def encode_authors(
@@ -210,7 +242,7 @@ def _candidates(rooms: Rooms, held_out: HeldOut, slot: int, refresh_ms: int, par
 
 
 def _ranks(rooms: Rooms, held_out: HeldOut, part: slice, candidates: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Return author, larger scores, equal scores with its own, and authors on air of each held-out positive."""
+    """Return the outcomes of some held-out positives, see :func:`evaluate_retrieval`."""
     scores = held_out.user[part] @ vectors.T
     request, author = held_out.request_ms[part], held_out.author_id[part]
     own = np.searchsorted(candidates, author)
@@ -224,14 +256,15 @@ def _ranks(rooms: Rooms, held_out: HeldOut, part: slice, candidates: np.ndarray,
     on_air[line, own] = True
     of_own = scores[line, own][:, None]
     larger, equal = (on_air & (scores > of_own)).sum(1), (on_air & (scores == of_own)).sum(1)
-    return np.stack([author, larger, equal, on_air.sum(1), request], axis=1).astype(np.float64)
+    columns = (held_out.visit_id[part], held_out.user_id[part], author, request, larger, equal, on_air.sum(1))
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _report(
     outcomes: np.ndarray, gates: np.ndarray, popularity: AuthorPopularity, recall_at: Sequence[int]
 ) -> dict[str, Any]:
-    author, larger, equal, on_air = (outcomes[:, k] for k in range(4))
-    bucket = popularity.buckets(author.astype(np.int64))
+    author, larger, equal, on_air = (outcomes[:, OUTCOME.index(name)] for name in OUTCOME if name in _REPORTED)
+    bucket = popularity.buckets(author)
 
     def of(chosen: np.ndarray) -> dict[str, Any]:
         n = int(chosen.sum())

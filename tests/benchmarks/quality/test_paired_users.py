@@ -58,7 +58,7 @@ def test_an_effect_is_found_and_none_is_not_invented(metric: str) -> None:
 
 
 def test_the_interval_covers_no_effect_as_often_as_it_says() -> None:
-    """Of 60 comparisons of two models without a difference, about 3 intervals leave out 0."""
+    """About 3 of 60 intervals leave out 0 where two models do not differ."""
     outside = 0
     for seed in range(60):
         user, first, label = rows(seed, 0.5)
