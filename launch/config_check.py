@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainer.config.align import AlignConfig
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
+from trainer.config.foresight import ForesightConfig
 from trainer.config.load import read_job
 from trainer.config.paths import check_outputs
 from trainer.config.quantize import QuantizeJob
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from trainer.llm.models.base_model import BaseModelFiles
 
 T = TypeVar("T")
-Job = AlignConfig | EmbeddingJob | FinetuneConfig | JobConfig | QuantizeJob | StaytimeConfig
+Job = AlignConfig | EmbeddingJob | FinetuneConfig | ForesightConfig | JobConfig | QuantizeJob | StaytimeConfig
 
 _MODELS: dict[str, type[Job]] = {
     "train": JobConfig,
@@ -34,6 +35,7 @@ _MODELS: dict[str, type[Job]] = {
     "staytime": StaytimeConfig,
     "quantize": QuantizeJob,
     "align": AlignConfig,
+    "foresight": ForesightConfig,
 }
 
 
@@ -99,6 +101,8 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
             _check_quantize(job, found)
         elif isinstance(job, AlignConfig):
             _check_align(job, ranks, found)
+        elif isinstance(job, ForesightConfig):
+            _check_foresight(job, ranks, found)
         else:
             _check_staytime(job, found)
     return found
@@ -218,6 +222,16 @@ def _check_align(job: AlignConfig, ranks: int, found: JobCheck) -> None:
         if job.data.eval_from:
             found.run("rooms on air", lambda: Rooms.read(job.data.path))
     found.run("segments and their vectors", lambda: SegmentVectors.open(job.data.path, job.data.vectors))
+
+
+def _check_foresight(job: ForesightConfig, ranks: int, found: JobCheck) -> None:
+    from trainer.semantic_ids.foresight_data import ForesightData
+    from trainer.semantic_ids.foresight_training import deepspeed_settings
+
+    settings = found.run("batch size and ranks", lambda: deepspeed_settings(job, ranks))
+    if settings is not None:
+        found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
+    found.run("codes, codebook, times and rows of training", lambda: ForesightData.open(job))
 
 
 def _check_deepspeed(settings: Mapping[str, Any], file: str) -> None:

@@ -3,15 +3,18 @@
 The pipeline is that of Foresight (Kuaishou), section "Encoder-decoder". With the run's code ``c``, its length ``w`` and
 its place counted from the newest run::
 
-    I = Emb(c) + Emb(bucket(w)) + Emb(place)              [runs, dim]
-    I = I + SelfAttn(norm(I));  I = I + FFN(norm(I))      for each layer of the encoder
-    D = BOS                                               [1, dim], learnt
-    D = D + CrossAttn(norm(D), I);  D = D + FFN(norm(D))  for each layer of the decoder
-    p = softmax(norm(D) Emb^T + bias)                     over all codes; the same table as that of the input
+    I <- Emb(c) + Emb(bucket(w)) + Emb(place)               [runs, dim]
+    I <- I + SelfAttn(norm(I));  I <- I + FFN(norm(I))      for each layer of the encoder
+    D <- BOS                                                [1, dim], learnt
+    D <- D + CrossAttn(norm(D), I);  D <- D + FFN(norm(D))  for each layer of the decoder
+    p <- softmax(norm(D) Emb^T + bias)                      over all codes; the same table as that of the input
 
 The paper gives neither the norms, the places, nor the buckets of the lengths. Here norms come before each part, as in
 most Transformers since Xiong et al. (2020), places are learnt vectors, and a length has two buckets for each doubling.
-The bias is one number for each code, which its frequency needs.
+The bias is one number for each code, which its frequency needs; it starts as the logarithm of the frequency.
+
+Of an attention, values and output start as the identity. So D starts as a mean of the runs' vectors, which the softmax
+compares with vectors of the same table, and training has to learn only which runs count.
 
 The runs are padded at the front. A padded place is seen by no other one, whatever it holds. An author without any run
 has an ``I`` of zeros and a ``D`` that depends on BOS alone.
@@ -79,14 +82,15 @@ class ForesightPredictor(nn.Module):
     Args:
         size: its sizes.
         centroids: ``[codes, centroid_dim]`` float, the codebook's; for ``random`` its shape alone is used.
+        counts: ``[codes]``, targets of training by code, from which the bias starts; None for equal ones.
     """
 
     bounds: Tensor
 
-    def __init__(self, size: ForesightSize, centroids: Tensor) -> None:
+    def __init__(self, size: ForesightSize, centroids: Tensor, counts: Tensor | None = None) -> None:
         super().__init__()
         self.size = size
-        self.table = CodeTable(centroids, size.dim, size.table)
+        self.table = CodeTable(centroids, size.dim, size.table, counts)
         self.lengths = nn.Embedding(len(length_bounds()) + 1, size.dim)
         self.places = nn.Embedding(size.runs, size.dim)
         for embedding in (self.lengths, self.places):
@@ -152,12 +156,13 @@ class CodeTable(nn.Module):
         centroids: ``[codes, centroid_dim]`` float.
         dim: width of the model.
         start: see :data:`TableStart`.
+        counts: ``[codes]``, how often each code came; None for equal ones.
     """
 
     SCALE = 0.1
     """Standard deviation of an element at the start. With D of length sqrt(dim), the first logits are small."""
 
-    def __init__(self, centroids: Tensor, dim: int, start: TableStart) -> None:
+    def __init__(self, centroids: Tensor, dim: int, start: TableStart, counts: Tensor | None = None) -> None:
         super().__init__()
         vectors = centroids.detach().double()
         if start == "random":
@@ -169,8 +174,11 @@ class CodeTable(nn.Module):
         else:
             self.vectors = nn.Parameter(vectors)
         self.project = nn.Linear(centroids.shape[1], dim, bias=False)
-        nn.init.normal_(self.project.weight, std=self.SCALE / math.sqrt(centroids.shape[1]))
-        self.bias = nn.Parameter(torch.zeros(len(centroids)))
+        # Orthogonal, so that distances of codes stay as they are.
+        nn.init.orthogonal_(self.project.weight, gain=self.SCALE)
+        # One more of each code, so that none is impossible.
+        frequency = torch.ones(len(centroids)) if counts is None else counts.float() + 1
+        self.bias = nn.Parameter((frequency / frequency.mean()).log())
 
     def forward(self) -> Tensor:
         """Return the vectors of all codes ``[codes, dim]``."""
@@ -199,6 +207,10 @@ class CodeSample(NamedTuple):
         """Draw ``size`` codes with the probabilities ``[codes]``, which sum to 1 and are above 0."""
         code = torch.multinomial(probability, size, replacement=True, generator=generator)
         return CodeSample(code, (probability[code] * size).log().float())
+
+    def to(self, device: torch.device) -> CodeSample:
+        """Return the sample on a device."""
+        return CodeSample(self.code.to(device), self.log_expected.to(device))
 
 
 def sampled_softmax(own: Tensor, others: Tensor, target: Tensor, sample: CodeSample) -> Tensor:
@@ -237,7 +249,10 @@ class _Layer(nn.Module):
         self.heads, self.dropout = size.heads, nn.Dropout(size.dropout)
         self.attention_norm = nn.LayerNorm(size.dim)
         self.query, self.out = nn.Linear(size.dim, size.dim), nn.Linear(size.dim, size.dim)
-        self.key_value = nn.Linear(size.dim, 2 * size.dim)
+        # A bias of the keys would change no weight of the softmax, and one of the values can stand in that of ``out``.
+        self.key_value = nn.Linear(size.dim, 2 * size.dim, bias=False)
+        nn.init.eye_(self.out.weight)
+        nn.init.eye_(self.key_value.weight[size.dim :])
         self.feed_forward_norm = nn.LayerNorm(size.dim)
         self.feed_forward = nn.Sequential(
             nn.Linear(size.dim, size.feed_forward),

@@ -51,6 +51,8 @@ PAGES = sorted(
 """Pages of the repository; templates become pages elsewhere, where their links hold."""
 
 JOBS = {"train": "train", "finetune": "finetune", "embed": "embed", "staytime": "staytime"} | {
+    "foresight": "foresight",
+    "trainer.foresight": "foresight",
     "quantize fit": "quantize",
     "quantize refresh": "quantize",
     "trainer.quantize": "quantize",

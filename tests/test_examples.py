@@ -185,7 +185,10 @@ def test_examples_that_make_and_read_data_run(tmp_path: Path, capsys: pytest.Cap
         example_of("stream consistency"),
         example_of("stream assemble"),
         example_of("config"),
-        *(example_of(f"config {kind}") for kind in ("train", "finetune", "embed", "staytime", "quantize", "align")),
+        *(
+            example_of(f"config {kind}")
+            for kind in ("train", "finetune", "embed", "staytime", "quantize", "align", "foresight")
+        ),
     ):
         status = main(line)
         printed = capsys.readouterr()

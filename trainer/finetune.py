@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
+from trainer.checkpoint.step_checkpoints import StepState
 from trainer.config.finetune import FinetuneConfig, load_finetune
 from trainer.config.paths import absolute_paths
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_card import training_sections
-from trainer.llm.finetuning.checkpoints import AdapterCheckpoints, AdapterIdentity
+from trainer.llm.finetuning.checkpoints import AdapterCheckpoints
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
 from trainer.llm.finetuning.prepare import (
     deepspeed_settings,
@@ -32,7 +33,7 @@ from trainer.llm.finetuning.prepare import (
 )
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.finetuning.train_loop import train
-from trainer.llm.finetuning.training_state import FinetuneState
+from trainer.llm.finetuning.training_state import LossWindow
 from trainer.llm.models.adapter import save_adapter
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
@@ -76,9 +77,8 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
         tokens, samples = prepare_tokens(config, base, directory, world)
         model, engine = start_engine(config, base, settings, directory, world.device)
         schedule = make_schedule(config, tokens)
-        state = FinetuneState(schedule.steps, sum(map(len, schedule.epochs)))
-        identity = AdapterIdentity(config, base.fingerprint, samples)
-        checkpoints = AdapterCheckpoints(directory / "checkpoints", identity, world)
+        state = StepState(schedule.steps, sum(map(len, schedule.epochs)), LossWindow())
+        checkpoints = AdapterCheckpoints(directory / "checkpoints", config, base.fingerprint, samples, world)
         checkpoints.restore(engine, state)
         set_step(state.step)
         if not state.finished:

@@ -14,6 +14,7 @@ from benchmarks.speed.throughput import FLOP_PER_ROW, PEER_ROWS_PER_SECOND
 from trainer.config.align import AlignConfig
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
+from trainer.config.foresight import ForesightConfig
 from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig
 from trainer.config.reference import reference
@@ -30,6 +31,7 @@ JOBS: dict[str, tuple[type[BaseModel], str, str]] = {
     "staytime": (StaytimeConfig, "Seconds that a user stays in the comments.", "configs/staytime.toml"),
     "quantize": (QuantizeJob, "A codebook of segments, by residual k-means.", "configs/quantize.toml"),
     "align": (AlignConfig, "Vectors of authors, aligned with what users do.", "configs/align.toml"),
+    "foresight": (ForesightConfig, "A predictor of the next code of a room.", "configs/foresight.toml"),
 }
 """Command of a job -> the model of its file, a sentence about it, and an example."""
 

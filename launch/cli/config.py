@@ -13,7 +13,7 @@ from trainer.console.exit_status import USER_ERROR_STATUS
 from trainer.console.job_arguments import OVERRIDES
 from trainer.console.outputs import InputPath
 
-JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align")
+JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align", "foresight")
 """Commands that take a job file."""
 
 FILE = click.Argument(["file"], metavar="FILE", type=InputPath(), help="Job file.")

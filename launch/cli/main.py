@@ -54,6 +54,7 @@ for command in (
     jobs.finetune,
     jobs.embed,
     jobs.staytime,
+    jobs.foresight,
     quantize.quantize,
     align.align,
     retrieve.retrieve,

@@ -12,6 +12,7 @@ from trainer.config.align import AlignConfig
 from trainer.config.diff import changeable_keys, differences
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
+from trainer.config.foresight import ForesightConfig
 from trainer.config.load import load_deepspeed, load_job, parse_time
 from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig, load_config, parse_config
@@ -23,6 +24,7 @@ OTHER_JOBS: dict[str, type[BaseModel]] = {
     "embed.toml": EmbeddingJob,
     "quantize.toml": QuantizeJob,
     "align.toml": AlignConfig,
+    "foresight.toml": ForesightConfig,
     "embed_follow.toml": EmbeddingJob,
     "staytime.toml": StaytimeConfig,
     "finetune_small.toml": FinetuneConfig,

@@ -11,7 +11,7 @@ from launch.cli.main import main
 from launch.config_check import check_job
 from tests.llm.tiny import write_base, write_samples
 from tests.paths import ROOT
-from tests.semantic_ids.segment_world import write_world
+from tests.semantic_ids.segment_world import assigned, make_version, write_world
 from trainer.data.simulator.write_dataset import simulate
 
 CONFIGS = ROOT / "configs"
@@ -21,6 +21,7 @@ KINDS = {
     "embed": "embed",
     "embed_follow": "embed",
     "finetune_small": "finetune",
+    "foresight": "foresight",
     "kuairand": "train",
     "moment": "train",
     "qwen2_7b_lora": "finetune",
@@ -39,6 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_base(directory / "base")
     write_world(directory / "segments")
     simulate(directory / "vectors", users=40, days=3, partitions=2, seed=5, segment_noise=0.8)
+    assigned(make_version(directory / "codebook", 8), directory / "segments")
     return directory
 
 
@@ -64,6 +66,11 @@ def job_of(kind: str, data: Path, *overrides: str) -> list[str]:
         ],
         "align": [
             *("align.toml", f"data.path={data / 'vectors'}", "data.eval_from=2024-03-06"),
+            f"train.deepspeed={deepspeed / 'zero1.json'}",
+        ],
+        "foresight": [
+            *("foresight.toml", f"data.path={data / 'segments'}", f"data.codes={data / 'segments/codes.parquet'}"),
+            *(f"data.codebook={data / 'codebook'}", "data.train_until=2024-03-04T00:15"),
             f"train.deepspeed={deepspeed / 'zero1.json'}",
         ],
     }[kind]
@@ -109,6 +116,7 @@ def test_the_kind_of_a_file_is_found_by_its_sections(name: str) -> None:
                 *("rooms on air", "segments and their vectors"),
             ],
         ),
+        ("foresight", ["batch size and ranks", "DeepSpeed settings", "codes, codebook, times and rows of training"]),
     ],
 )
 def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +183,10 @@ def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.Ca
             ["codebook.levels=[500]"],
             ["290 segments became known in the range of the fit, and a level has 500"],
         ),
+        ("foresight", ["model.tabel=x", "data.target=now"], ["did you mean model.table?", "data.target = 'now'"]),
+        ("foresight", ["data.codes=none.parquet"], ["none.parquet: no such file"]),
+        ("foresight", ["data.codebook=none", "train.deepspeed=none.json"], ["none: no codebook", "'none.json'"]),
+        ("foresight", ["data.train_until=2024-03-04"], ["no segment in the range of training"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else None,
 )
@@ -191,7 +203,7 @@ def test_a_bad_job_has_one_line_for_each_problem(
     assert [f"limelight: error: {problem}" for problem in document["problems"]] == lines and not document["ok"]
 
 
-@pytest.mark.parametrize("kind", ["train", "finetune"])
+@pytest.mark.parametrize("kind", ["train", "finetune", "foresight"])
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

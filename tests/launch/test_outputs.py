@@ -25,7 +25,7 @@ from trainer.console import job_arguments
 from trainer.console.outputs import InputPath, LocalOutputPath, OutputPath
 from trainer.data.format.dataset import Dataset
 
-JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align")
+JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align", "foresight")
 
 PLAIN_TEXT = {
     *("time_from", "time_until", "at", "as_of", "evaluate_from", "most", "overrides", "ranks", "local_rank"),
@@ -119,7 +119,7 @@ def test_the_outputs_of_job_files_are_these() -> None:
         (job, name) for job in JOBS for name, info in fields(job_model(job)) if (m := path_mark(info)) and m.instead
     }
     assert marked == {
-        *((job, "run.directory") for job in ("train", "finetune", "staytime", "align")),
+        *((job, "run.directory") for job in ("train", "finetune", "staytime", "align", "foresight")),
         *(("embed", key) for key in ("embed.directory", "follow.store")),
         ("quantize", "codebook.directory"),
     }
@@ -165,6 +165,7 @@ JOB_FILES = {
     "embed": ("configs/embed.toml", "embed.directory"),
     "quantize": ("configs/quantize.toml", "codebook.directory"),
     "align": ("configs/align.toml", "run.directory"),
+    "foresight": ("configs/foresight.toml", "run.directory"),
 }
 
 

@@ -59,7 +59,7 @@ def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> 
     def layer(x: Tensor, memory: list[Tensor], name: str) -> Tensor:
         size = DIM // 2
         query = linear(norm(x, f"{name}.attention_norm"), f"{name}.query")
-        pairs = [linear(entry, f"{name}.key_value") for entry in memory]
+        pairs = [value[f"{name}.key_value.weight"] @ entry for entry in memory]
         mixed = torch.zeros(DIM, dtype=torch.float64)
         for head in range(2 if memory else 0):
             part = slice(head * size, (head + 1) * size)
@@ -181,6 +181,14 @@ def test_the_table_starts_from_the_centroids_at_one_scale(start: TableStart) -> 
     relative = (table.vectors - table.vectors[0]) / (centroids - centroids[0])
     torch.testing.assert_close(relative[1:], relative[1, 0].expand(49, 6))
     assert float(table().detach().std()) == pytest.approx(CodeTable.SCALE, rel=0.3)
+
+
+def test_the_bias_starts_as_the_logarithm_of_the_frequency() -> None:
+    counts = torch.tensor([0, 1, 3, 0, 7])
+    table = CodeTable(torch.randn(5, 6), DIM, "frozen", counts)
+    p = torch.softmax(table.bias.detach(), 0)
+    torch.testing.assert_close(p, (counts + 1) / 16)
+    assert not CodeTable(torch.randn(5, 6), DIM, "frozen").bias.any()
 
 
 def test_a_random_table_does_not_know_the_centroids() -> None:

@@ -56,7 +56,7 @@ CHAINS = {
 def test_probabilities_are_those_of_the_definition(log: Log, border: int) -> None:
     rows = log.rows()
     training = rows.training(TimeRange(until_ms=border))
-    with patch.object(foresight_baselines, "ROWS", 3):
+    with patch.object(foresight_baselines, "ROWS_AT_ONCE", 3):
         baselines = Baselines(rows, training, CODES)
     assert list(baselines.names) == list(CHAINS)
     every = np.arange(len(rows))

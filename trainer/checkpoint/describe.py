@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import ADAPTER, MANIFEST, check_complete, check_files, checkpoints_at, read_manifest
+from trainer.checkpoint.manifest import (
+    ADAPTER,
+    FORESIGHT,
+    MANIFEST,
+    check_complete,
+    check_files,
+    checkpoints_at,
+    read_manifest,
+)
 from trainer.checkpoint.reader import Checkpoint
 from trainer.console.errors import UserError
 from trainer.console.text_table import shape_text, size_text, text_table
@@ -62,6 +70,8 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
     rows, network = "rows", f"{found['kind']} for {', '.join(found['behaviours'])}"
     if found["kind"] == ADAPTER:
         rows, network = "sequences", "adapter of a language model"
+    elif found["kind"] == FORESIGHT:
+        network = "Foresight's predictor of the next code"
     facts = [
         ("checkpoint", found["path"]),
         ("step", f"{found['step']:,} ({state}); save {found['number']} of its run, {found['created']}"),

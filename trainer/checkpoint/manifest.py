@@ -37,6 +37,9 @@ JOB = "job.json"
 ADAPTER = "lora"
 """Kind of the checkpoints of a fine-tuning job, whose model is an adapter."""
 
+FORESIGHT = "foresight"
+"""Kind of the checkpoints of Foresight's predictor."""
+
 _STEP = re.compile(r"step-([0-9]{8,18})")
 
 

@@ -18,8 +18,8 @@ A ranker's run holds::
     report.html        the report, self-contained
     baselines/KIND/    the same for each baseline, from checkpoints/ on
 
-A fine-tuning run has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, ``checkpoints/``,
-``logs/`` and ``metrics.json``, and::
+A run of Foresight has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, ``checkpoints/``,
+``logs/`` and ``metrics.json``. A fine-tuning run has them as well, and::
 
     base/              the small model, if the job names no model
     tokens/            the samples as tokens, with counts; written once
@@ -49,6 +49,7 @@ from trainer.checkpoint.manifest import DatasetEntry
 from trainer.config.align import AlignConfig
 from trainer.config.diff import changeable_keys, differences, flat_settings
 from trainer.config.finetune import FinetuneConfig
+from trainer.config.foresight import ForesightConfig
 from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
@@ -62,7 +63,7 @@ from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.stored_files import read_json_object, stored_value
 
-ResumableJob = JobConfig | FinetuneConfig | AlignConfig
+ResumableJob = JobConfig | FinetuneConfig | AlignConfig | ForesightConfig
 """Jobs whose runs can be resumed."""
 
 CHANGEABLE_DEEPSPEED = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
@@ -130,7 +131,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         directory: of the run, which exists.
         config: the job.
         world: number of ranks.
-        dataset: of a ranker's job; ``None`` for fine-tuning.
+        dataset: of the job; ``None`` for fine-tuning.
 
     Raises:
         UserError: the directory holds a run of another job or dataset, or any run while ``resume.enabled`` is false;
@@ -197,6 +198,15 @@ def load_align_run(directory: str | Path) -> AlignConfig:
     config = _read_job(run, AlignConfig, lambda raw: "towers" in raw, "limelight align")
     deepspeed = config.train.model_copy(update={"deepspeed": str(run / "deepspeed.json")})
     return config.model_copy(update={"train": deepspeed})
+
+
+def load_foresight_run(directory: Path) -> ForesightConfig:
+    """Read the resolved job of a run of Foresight.
+
+    Raises:
+        UserError: no run there, or one of another kind.
+    """
+    return _read_job(directory, ForesightConfig, lambda raw: "codes" in raw.get("data", {}), "limelight foresight")
 
 
 def base_path(config: FinetuneConfig, directory: Path) -> str:
@@ -269,6 +279,8 @@ def _changes(directory: Path, config: ResumableJob) -> list[str]:
         then = load_run(directory)
     elif isinstance(config, AlignConfig):
         then = load_align_run(directory)
+    elif isinstance(config, ForesightConfig):
+        then = load_foresight_run(directory)
     else:
         then = load_finetune_run(directory)
     changes = differences(

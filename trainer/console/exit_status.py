@@ -3,7 +3,7 @@
 ======  ================================================================================================
 status  meaning
 ======  ================================================================================================
-0       The command is done. For ``train`` and ``finetune``: the run is finished.
+0       The command is done. For ``train``, ``finetune`` and ``foresight``: the run is finished.
 1       A check failed: ``checkpoint verify`` found a damaged checkpoint, ``checkpoint diff`` found different
         tensors, ``doctor`` found a failure. Of a job: an exception that is not the user's mistake.
 2       A mistake of the user, described in one line on stderr.

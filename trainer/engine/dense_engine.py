@@ -96,11 +96,8 @@ class DenseNetwork:
 
         self._engine.allreduce_gradients = timed_reduce
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """Return logits ``[rows, behaviours]`` of the inputs of a micro-batch.
-
-        The inputs are float32, whatever the type of the parameters.
-        """
+    def __call__(self, *inputs: Any) -> Any:
+        """Return the module's output. Inputs are float32 or whole numbers, whatever the type of the parameters."""
         # DeepSpeed's forward pass expects a backward pass to follow.
         module = self._engine if self.module.training else self.module
         return module(*inputs)

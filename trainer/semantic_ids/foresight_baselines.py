@@ -37,7 +37,7 @@ from trainer.semantic_ids.foresight_rows import ForesightRows
 
 PAST_RUNS = 1_000
 
-ROWS = 256
+ROWS_AT_ONCE = 256
 """Rows of which the probabilities of all codes are in memory at a time."""
 
 TUNING_ROWS = 4_096
@@ -45,7 +45,7 @@ TUNING_ROWS = 4_096
 
 TUNING_SHARE = 0.2
 
-WEIGHTS = tuple(2.0**power for power in range(-10, 11))
+WEIGHTS = tuple(2.0**power for power in range(-10, 16))
 
 LAST, FREQUENT, BY_LENGTH, BAYES = "last", "most frequent", "by run length", "bayes"
 
@@ -160,8 +160,8 @@ class Baselines:
     def measure(self, part: np.ndarray) -> dict[str, Quality]:
         """Return the quality of each rule on some rows."""
         found = {name: Quality() for name in self._rules}
-        for begin in range(0, len(part), ROWS):
-            block = part[begin : begin + ROWS]
+        for begin in range(0, len(part), ROWS_AT_ONCE):
+            block = part[begin : begin + ROWS_AT_ONCE]
             for name, quality in found.items():
                 p, order = self._foresee(name, block)
                 quality.add(np.log(p), self._rows.target[block], order)
@@ -178,8 +178,8 @@ class Baselines:
     def _tune(self, rule: Callable[[np.ndarray], Links], tuning: np.ndarray) -> tuple[float, ...]:
         """Return the weights of a chain with the largest likelihood; the first one is of the training targets."""
         own: list[np.ndarray] = []
-        for begin in range(0, len(tuning), ROWS):
-            block = tuning[begin : begin + ROWS]
+        for begin in range(0, len(tuning), ROWS_AT_ONCE):
+            block = tuning[begin : begin + ROWS_AT_ONCE]
             target = self._rows.target[block]
             links = [np.broadcast_to(self._targets, (len(block), self._codes)), *rule(block)]
             taken = [(np.take_along_axis(link, target[:, None], 1)[:, 0], link.sum(1)) for link in links]

@@ -7,7 +7,7 @@ recent codes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -149,7 +149,7 @@ class SegmentVectors:
         Raises:
             UserError: a time is no ISO time, or the range ends before it begins.
         """
-        return self._range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS))
+        return _range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS), self.timezone)
 
     def ranges(self, data: QuantizeDataConfig) -> tuple[TimeRange, TimeRange | None]:
         """Return the ranges of fitting and of evaluation; None if nothing is held out.
@@ -157,28 +157,8 @@ class SegmentVectors:
         Raises:
             UserError: a time is no ISO time, a range ends before it begins, or a segment would be in both.
         """
-
-        fit = self._range(("data.fit_from", data.fit_from, 0), ("data.fit_until", data.fit_until, NO_LIMIT_MS))
-        if not data.eval_from and not data.fit_until:
-            return fit, None
-        end = ("data.eval_until", data.eval_until, NO_LIMIT_MS)
-        held_out = self._range(("data.eval_from", data.eval_from, fit.until_ms), end)
-        if held_out.from_ms < fit.until_ms and fit.from_ms < held_out.until_ms:
-            raise UserError(
-                f"data.eval_from = {data.eval_from!r}: the held-out range overlaps the range of the fit, which ends at "
-                f"data.fit_until = {data.fit_until!r}; begin it there or later"
-            )
-        return fit, held_out
-
-    def _range(self, begin: tuple[str, str, int], end: tuple[str, str, int]) -> TimeRange:
-        """Return a range from the key, the text and the default of its begin and of its end."""
-        from_ms, until_ms = (
-            parse_time(text, self.timezone, key) if text else default for key, text, default in (begin, end)
-        )
-        if from_ms >= until_ms or until_ms <= 0:
-            raise UserError(f"{end[0]} = {end[1]!r} must be later than {begin[0]}, the begin of the range")
-        # No segment is known before 1970.
-        return TimeRange(max(0, from_ms), until_ms)
+        keys = {f"data.{name}": getattr(data, name) for name in ("fit_from", "fit_until", "eval_from", "eval_until")}
+        return split_time(keys, "fit", self.timezone)
 
     def neighbours(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return positions in ``rows`` of the pairs of neighbouring segments of a room: the earlier and the later one.
@@ -190,6 +170,39 @@ class SegmentVectors:
         room, known_ms = self.item_id[rows][order], self.known_ms[rows][order]
         near = (room[1:] == room[:-1]) & (known_ms[1:] - known_ms[:-1] <= GAP_MS)
         return order[:-1][near], order[1:][near]
+
+
+def split_time(keys: Mapping[str, str], what: str, timezone: str) -> tuple[TimeRange, TimeRange | None]:
+    """Return a range from which something is learnt, and the held-out range; None if nothing is held out.
+
+    Args:
+        keys: key -> ISO time or nothing, of the begin and the end of the first range, then of the held-out one.
+        what: name of what is learnt, for a message.
+        timezone: of times without one.
+
+    Raises:
+        UserError: a time is no ISO time, a range ends before it begins, or the ranges overlap.
+    """
+    (begin, end, eval_begin, eval_end) = keys.items()
+    first = _range((*begin, 0), (*end, NO_LIMIT_MS), timezone)
+    if not eval_begin[1] and not end[1]:
+        return first, None
+    held_out = _range((*eval_begin, first.until_ms), (*eval_end, NO_LIMIT_MS), timezone)
+    if held_out.from_ms < first.until_ms and first.from_ms < held_out.until_ms:
+        raise UserError(
+            f"{eval_begin[0]} = {eval_begin[1]!r}: the held-out range overlaps the range of the {what}, which ends at "
+            f"{end[0]} = {end[1]!r}; begin it there or later"
+        )
+    return first, held_out
+
+
+def _range(begin: tuple[str, str, int], end: tuple[str, str, int], timezone: str) -> TimeRange:
+    """Return a range from the key, the text and the default of its begin and of its end."""
+    from_ms, until_ms = (parse_time(text, timezone, key) if text else default for key, text, default in (begin, end))
+    if from_ms >= until_ms or until_ms <= 0:
+        raise UserError(f"{end[0]} = {end[1]!r} must be later than {begin[0]}, the begin of the range")
+    # No segment is known before 1970.
+    return TimeRange(max(0, from_ms), until_ms)
 
 
 def hash_vectors(segments: SegmentVectors, rows: np.ndarray) -> str:

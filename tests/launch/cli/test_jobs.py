@@ -1,4 +1,4 @@
-"""``limelight train``, ``finetune`` and ``embed``: what is started, with which arguments, and what is not."""
+"""``limelight train``, ``finetune``, ``embed``, ``foresight``: what starts, with which arguments, and what does not."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ JOBS = {
     "train": '[data]\npath = "nowhere"\n',
     "finetune": '[data]\ntrain = ["nowhere.jsonl"]\n',
     "embed": '[data]\npath = "nowhere"\n[model]\npath = "m"\n[embed]\ndirectory = "d"\n',
+    "foresight": '[data]\npath = "nowhere"\ncodes = "c"\ncodebook = "b"\n',
 }
-MODULES = {"train": "trainer.rank", "finetune": "trainer.finetune", "embed": "trainer.embed"}
+MODULES = {"train": "trainer.rank", "finetune": "trainer.finetune", "embed": "trainer.embed"} | {
+    "foresight": "trainer.foresight"
+}
 
 Started = list[tuple[str, list[str], int]]
 
@@ -50,6 +53,7 @@ def test_ranks_may_stand_anywhere(place: int, option: list[str], job: tuple[str,
         "train": ["train.epochs=2", "data.workers=0"],
         "finetune": ["train.epochs=2", "lora.rank=4"],
         "embed": ["embed.length=9", "embed.seed=3"],
+        "foresight": ["train.epochs=2", "model.dim=32"],
     }[name]
     arguments = [file, *overrides]
     assert main([name, *arguments[:place], *option, *arguments[place:]]) == 0

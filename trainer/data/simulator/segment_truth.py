@@ -133,6 +133,21 @@ def reference_accuracy(
     return ReferenceAccuracy(accuracy, standard_error, with_topic, topic_error, len(rows), draws)
 
 
+def read_next_topics(path: str | Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the topics of a world's segments, and the true distribution of the topic that follows each.
+
+    Returns:
+        ``[n] int64`` and ``[n, topics] float32``, in the order of ``segments.parquet``; None without a truth.
+    """
+    files = DatasetFiles(path)
+    try:
+        truth = read_table(files, "truth/segments.parquet", ["p_next"])
+    except FileNotFoundError:
+        return None
+    topic = read_table(files, "segments.parquet", ["topic"]).column("topic").to_numpy().astype(np.int64)
+    return topic, _rows(truth.column("p_next"))
+
+
 @dataclass(frozen=True)
 class _Truth:
     """Truth of the segments of a dataset, in the order of ``segments.parquet``.

@@ -15,6 +15,7 @@ import torch
 
 from trainer.checkpoint.manifest import DatasetEntry, file_entry
 from trainer.checkpoint.run_directory import base_path
+from trainer.checkpoint.step_checkpoints import StepState
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import load_deepspeed
@@ -23,7 +24,7 @@ from trainer.llm.finetuning.adapter_engine import AdapterEngine, partitioned_loa
 from trainer.llm.finetuning.packing import Schedule
 from trainer.llm.finetuning.samples import ReadCounts, Sample, read_samples
 from trainer.llm.finetuning.token_files import Tokens, write_tokens
-from trainer.llm.finetuning.training_state import FinetuneState
+from trainer.llm.finetuning.training_state import LossWindow
 from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.small_model import write_small_model
 from trainer.runtime.distributed import World
@@ -184,7 +185,7 @@ def metrics_document(
     base: BaseModelFiles,
     engine: AdapterEngine,
     tokens: Tokens,
-    state: FinetuneState,
+    state: StepState[LossWindow],
     report: dict[str, Any],
     stalls: Sequence[float],
 ) -> dict[str, Any]:

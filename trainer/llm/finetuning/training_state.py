@@ -1,9 +1,8 @@
-"""Progress of a fine-tuning run, and its sums since the last record of the metric history."""
+"""Sums of a fine-tuning run since the last record of its metric history."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -52,26 +51,3 @@ class LossWindow:
         """Restore the sums and the elapsed seconds from :meth:`state_dict`."""
         self._loss, self._answer_tokens, self._tokens, self._places = state["sums"]
         self._started = time.perf_counter() - state["elapsed"]
-
-
-@dataclass
-class FinetuneState:
-    """Progress of a fine-tuning run.
-
-    Attributes:
-        steps_total: optimizer steps of all epochs.
-        sequences_total: sequences of all epochs, over all ranks.
-        step: optimizer steps done.
-        sequences_done: sequences done, over all ranks.
-        metric_history: records so far, see :meth:`LossWindow.entry`. Checkpoints store it under the key ``trace``.
-        window: sums for the next record.
-        finished: True if all steps are done and saved.
-    """
-
-    steps_total: int
-    sequences_total: int
-    step: int = 0
-    sequences_done: int = 0
-    metric_history: list[dict[str, Any]] = field(default_factory=list)
-    window: LossWindow = field(default_factory=LossWindow)
-    finished: bool = False
