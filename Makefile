@@ -37,7 +37,7 @@ test-all: setup
 # The tests of Kafka sources on real brokers; without these they run on a cluster that librdkafka brings along.
 test-kafka: setup
 	@test -n "$(BROKERS)" || { echo "limelight: error: name the brokers: make test-kafka BROKERS=host:9092" >&2; exit 2; }
-	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest tests/stream/sources/test_kafka_source.py
+	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest $(addprefix tests/stream/sources/test_kafka_,$(addsuffix .py,source dead_letters offsets brokers publish))
 
 # The GPU search without a GPU: in Triton's interpreter, and compiled ahead of time. About 700 MB go to build/, where no
 # other command finds them, since libraries behave otherwise once they can import Triton.

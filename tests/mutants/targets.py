@@ -64,7 +64,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/stream/live/live_stream.py": STREAM,
     "trainer/stream/live/user_partitions.py": ("tests/stream/live/test_user_partitions.py",),
     "trainer/stream/live/visit_features.py": ("tests/stream/live/test_visit_features.py", *STREAM),
-    "trainer/stream/sources/kafka_source.py": ("tests/stream/sources/test_kafka_source.py",),
+    "trainer/stream/sources/kafka_source.py": tuple(
+        f"tests/stream/sources/test_kafka_{name}.py" for name in ("source", "dead_letters", "offsets", "brokers")
+    ),
     "trainer/stream/sources/replay.py": ("tests/stream/sources/test_replay.py",),
     "trainer/stream/sources/source.py": ("tests/stream/sources/test_source.py", "tests/stream/sources/test_replay.py"),
     "trainer/stream/sources/time_merge.py": (
