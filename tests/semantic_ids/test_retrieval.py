@@ -30,6 +30,7 @@ from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.text_schema import segment_ids
 from trainer.semantic_ids import retrieval
+from trainer.semantic_ids.code_files import assign_codes
 from trainer.semantic_ids.retrieval import (
     ON_AIR_MS,
     AuthorRequest,
@@ -39,6 +40,7 @@ from trainer.semantic_ids.retrieval import (
     retrieve_authors,
     rooms_on_air,
 )
+from trainer.semantic_ids.segments import SegmentVectors, TimeRange
 
 WORLD_ROOMS, WORLD_SEGMENTS = 10, 12
 AS_OF = "2024-03-04T00:04:10"
@@ -296,9 +298,31 @@ def test_segments_with_texts_are_named_by_them(tmp_path: Path) -> None:
         101: "room 3\nsays 2",
         102: "room 5\nsays 2",
     }
+    # A code file of these ids finds the same segments, without the table of vectors.
+    version = make_version(tmp_path / "book", 1)
+    opened = SegmentVectors.open(str(world), str(tmp_path / "fused"))
+    assign_codes(version, opened, TimeRange(), world / "codes.parquet", quiet=True)
+    by_codes = ask(world, 100, by="codes", as_of="2024-03-04T00:01:35")
+    assert [entry["text"] for entry in by_codes["authors"]] == [
+        f"room {r}\nsays 2 " + "again " * (20 * (r == 5)) for r in (3, 5)
+    ]
+    assert [entry["levels"] for entry in by_codes["authors"]] == [1, 1]
     table_text = retrieval_table(document)
     assert "room 1 says 2" in table_text and "..." in table_text
     assert max(map(len, table_text.splitlines())) < 120
+
+
+def test_a_text_that_is_known_later_than_its_segment_is_not_shown(world: Path) -> None:
+    room, number = np.repeat(np.arange(WORLD_ROOMS), WORLD_SEGMENTS), np.tile(np.arange(WORLD_SEGMENTS), WORLD_ROOMS)
+    start_ms = START_MS + number * SEGMENT_MS
+    columns = {"item_id": room, "segment": number.astype(np.int32), "start_ms": start_ms}
+    text = [f"room {r} says {n}" for r, n in zip(room, number, strict=True)]
+    (world / "texts").mkdir()
+    for late_ms, shown in ((20_000, None), (10_000, "room 5 says 7")):
+        table = {**columns, "known_ms": start_ms + SEGMENT_MS + late_ms, "text": text}
+        pq.write_table(pa.table(table), world / "texts/segments.parquet")
+        asked = ask(world)["asked"]
+        assert (asked["segment"], asked["topic"], asked["text"]) == (5 * WORLD_SEGMENTS + 7, "chat", shown)
 
 
 def test_a_zero_vector_of_the_asked_author_is_refused(world: Path) -> None:

@@ -190,7 +190,7 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
         segments = DatasetSegments.read(dataset, embedded)
         if codes is not None:
             _check_codes(codes, segments)
-    authors, places = _latest(source.author_id, source.known_ms, as_of_ms)
+    authors, places = _latest(source, as_of_ms)
     asked = _find_author(request, authors, source.author_id, source.known_ms, place, zone)
     rooms = rooms_on_air(segments, as_of_ms)
     others = np.flatnonzero(authors != request.author)
@@ -355,36 +355,41 @@ def _segments_of(dataset: str, codes: CodeFile) -> tuple[DatasetSegments, bool]:
     Raises:
         UserError: the dataset has no segments, or not those of the file.
     """
-    errors = []
+    unreadable, others = [], []
     for embedded in (False, True):
         try:
             segments = DatasetSegments.read(dataset, embedded)
-            _check_codes(codes, segments)
-            return segments, embedded
         except UserError as error:
-            errors.append(error)
-    raise errors[0]
+            unreadable.append(error)
+            continue
+        try:
+            _check_codes(codes, segments)
+        except UserError as error:
+            others.append(error)
+        else:
+            return segments, embedded
+    raise [*others, *unreadable][0]
 
 
 def _check_codes(codes: CodeFile, segments: DatasetSegments) -> None:
     """Raise a UserError if a code file has a segment that the dataset does not have."""
     row = segments.rows_of(codes.segment)
-    wrong = row < 0
+    there = row >= 0
     for name in ("item_id", "author_id", "known_ms"):
-        column = getattr(segments, name)
-        wrong |= (column[row] if len(column) else row) != getattr(codes, name)
-    if wrong.any():
-        first = int(np.argmax(wrong))
+        there[there] = getattr(segments, name)[row[there]] == getattr(codes, name)[there]
+    if not there.all():
+        first = int(np.argmin(there))
         raise UserError(
             f"{codes.path}: has segment {codes.segment[first]} of room {codes.item_id[first]}, which {segments.source} "
             "does not have; give a code file of this dataset"
         )
 
 
-def _latest(author_id: np.ndarray, known_ms: np.ndarray, as_of_ms: int) -> tuple[np.ndarray, np.ndarray]:
+def _latest(source: SegmentVectors | CodeFile, as_of_ms: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the authors with a segment that is known, ascending, and the place of the latest one of each."""
-    authors = np.unique(author_id[(known_ms <= as_of_ms) & (author_id != UNKNOWN_AUTHOR)])
-    index = SegmentIndex(author_id, author_id, known_ms - SEGMENT_MS, known_ms)
+    known_ms = source.known_ms
+    authors = np.unique(source.author_id[(known_ms <= as_of_ms) & (source.author_id != UNKNOWN_AUTHOR)])
+    index = SegmentIndex(source.author_id, source.item_id, known_ms - SEGMENT_MS, known_ms)
     return authors, index.latest(authors, np.full(len(authors), as_of_ms))
 
 
