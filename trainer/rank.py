@@ -38,6 +38,7 @@ from trainer.ranking.warm_start import check_source
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import Preemption, until_preempted
+from trainer.semantic_ids.store_address import open_existing_store
 from trainer.serving.publish import make_publisher
 
 logger = logging.getLogger("trainer.rank")
@@ -82,7 +83,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         data.verify(world)
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
             logger.info(f"resuming the unfinished run {directory}; resume.enabled=false starts a new one")
-        features = open_features(config, data, split, directory / "features", world)
+        features = open_features(config, data, split, directory / "features", world, open_existing_store)
         job = RankerJob(config, data, split, features, dataset, world, preemption)
 
         reports: dict[str, Report] = {}

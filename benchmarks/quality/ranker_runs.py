@@ -19,6 +19,7 @@ from trainer.ranking.job_features import open_features
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import build_engine, held_out_loader, split_in_time, training_loader
 from trainer.runtime.distributed import World
+from trainer.semantic_ids.store_address import open_existing_store
 
 
 def train_and_predict(config: JobConfig, world: World) -> tuple[Predictions, tuple[str, ...]]:
@@ -30,7 +31,7 @@ def train_and_predict(config: JobConfig, world: World) -> tuple[Predictions, tup
     data = Dataset.open(config.data.path)
     split = split_in_time(config, data.spec)
     with tempfile.TemporaryDirectory() as folder:
-        features = open_features(config, data, split, Path(folder) / "features", world)
+        features = open_features(config, data, split, Path(folder) / "features", world, open_existing_store)
     engine = build_engine(config, features, config.model.kind, world)
     space = make_space(config, features)
     if space is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.data.code_files import codes_beside
 from tests.distributed.combinations import Combination
 from tests.distributed.engine_ranks import everything, losses_of, make_engine
 from tests.distributed.small_model import batches_of
@@ -149,9 +150,8 @@ def run(world: World, config: JobConfig, stop_after: int | None = None) -> dict[
 
 
 def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
-    return load_config(
-        "configs/simulated.toml", [*JOB, f"data.path={dataset}", f"run.directory={directory}", *overrides]
-    )
+    settings = [*JOB, codes_beside(dataset), f"data.path={dataset}", f"run.directory={directory}", *overrides]
+    return load_config("configs/simulated.toml", settings)
 
 
 def without_plots() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.code_files import write_codes_of
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
@@ -24,6 +25,7 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     if not _outcomes:
         out = tmp_path_factory.mktemp("resume")
         simulate(out / "world", users=250, days=3, partitions=4, seed=3)
+        write_codes_of(out / "world", out / "codes.parquet")
         _outcomes["dataset"] = out / "world"
         for start, earlier in STARTS.items():
             ranks = int(start[0])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.code_files import write_codes_of
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
 from tests.nursery import Nursery
@@ -36,6 +37,7 @@ def outcomes(nursery: Nursery, run_ranks: Any, tmp_path_factory: pytest.TempPath
         nursery.compile_search()
         out = tmp_path_factory.mktemp("stream")
         simulate(out / "world", users=150, days=2, partitions=4, seed=4)
+        write_codes_of(out / "world", out / "codes.parquet")
         _outcomes["dataset"] = out / "world"
         for start, earlier in STARTS.items():
             arguments = (start, out, out / "world", *earlier)

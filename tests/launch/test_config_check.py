@@ -23,6 +23,7 @@ KINDS = {
     "finetune_small": "finetune",
     "foresight": "foresight",
     "kuairand": "train",
+    "larm": "train",
     "moment": "train",
     "qwen2_7b_lora": "finetune",
     "simulated": "train",

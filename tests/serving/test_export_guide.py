@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.data.features.test_code_inputs import write_codes
+from tests.data.code_files import codes_around, write_codes
 from tests.data.small_visits import SPEC, build_dataset, make_visits
 from tests.serving.plain_scores import plain_probabilities, row_documents
 from trainer.config.load import load_job
@@ -24,8 +24,6 @@ from trainer.config.ranker import JobConfig
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
 from trainer.data.format.dataset import Dataset
-from trainer.data.format.schema import DOMAINS
-from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.time_selection import Selection
 from trainer.engine.build_ranker import build_ranker
 from trainer.runtime.checksums import write_checksums
@@ -89,7 +87,7 @@ JOB = '[data]\npath = "PATH"\n[model]\nexpert_layers = [[8], [6]]\ntower = [5]\n
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("guide")
     build_dataset(directory / "world", VISITS, spec=replace(SPEC, tag="topic"))
-    write_codes(directory / "codes.parquet", codes_of_visits(VISITS))
+    write_codes(directory / "codes.parquet", codes_around(VISITS))
     for name, settings in MODELS.items():
         write_export(directory / name, directory / "world", settings, "bfloat16" if name == "bfloat16" else "float32")
     return directory
@@ -130,25 +128,6 @@ def write_export(out: Path, data_path: Path, settings: tuple[str, ...], precisio
         torch.save({"0": vectors}, out / SEARCH)
     write_guide(out, config, origin, WEIGHTS, FEATURES)
     write_checksums(out)
-
-
-def codes_of_visits(visits: dict[str, np.ndarray]) -> CodeFile:
-    """Return codes of two segments around each live visit; an author in three has none."""
-    rng, live = np.random.default_rng(5), np.flatnonzero(visits["domain"] == DOMAINS.index("live"))
-    start_ms = np.repeat(visits["request_ms"][live] - rng.integers(0, 30_000, len(live)), 2)
-    start_ms[1::2] += 30_000
-    author_id, n = np.repeat(visits["author_id"][live], 2), len(start_ms)
-    return CodeFile(
-        Path(),
-        "5x4x3-00000000",
-        (5, 4, 3),
-        item_id=np.repeat(visits["item_id"][live], 2),
-        author_id=np.where(author_id % 3, author_id, -1),
-        segment=np.arange(n),
-        known_ms=start_ms + 30_000,
-        codes=rng.integers(0, (5, 4, 3), (n, 3)).astype(np.int32),
-        start_ms=start_ms,
-    )
 
 
 def candidates() -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modules.embeddings import Dynamic, Evict
-from trainer.config.paths import InputFile
+from trainer.config.paths import InputFile, StoreInput
 from trainer.config.sections import MAY_CHANGE
 
 IdMapping = Literal["direct", "hash", "lookup", "dynamic"]
@@ -178,6 +178,14 @@ class CodesConfig(EmbeddingTableConfig):
         "version, and refuses codes of another one.",
         json_schema_extra=MAY_CHANGE,
     )
+    store: StoreInput = Field(
+        "",
+        description="Store of recent codes that candidates read in place of `file`: an SQLite file, or "
+        "`redis://HOST:PORT/NUMBER`. It has codes of the same version that are newer than the "
+        "file. A request of which it has removed segments ends the job. Its address has no password, since a run keeps "
+        "its settings.",
+        json_schema_extra=MAY_CHANGE,
+    )
     levels: int | None = Field(
         None, ge=1, description="Number of levels of the codes to use, from the first on. Default: all of the file."
     )
@@ -200,6 +208,13 @@ class CodesConfig(EmbeddingTableConfig):
         "room. `longest`: of the segment that the user watched longest. `none`: only the candidate has codes, those of "
         "the latest segment of its author. Only segments that were known at the request count.",
     )
+
+    @model_validator(mode="after")
+    def _store_has_no_password(self) -> CodesConfig:
+        """Check that the address of the store may be kept in a run."""
+        if "://" in self.store and "@" in self.store:
+            raise ValueError("`store` has a user or a password, which a run would keep; use an address without them")
+        return self
 
 
 class ContentConfig(BaseModel):

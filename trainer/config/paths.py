@@ -37,6 +37,9 @@ InputFile = Annotated[str, PathMark()]
 
 InputFiles = Annotated[tuple[str, ...], PathMark()]
 
+StoreInput = Annotated[str, PathMark(servers=("redis", "rediss", "unix"))]
+"""Key of a store of recent codes that is read."""
+
 RunDirectory = Annotated[
     str,
     PathMark(

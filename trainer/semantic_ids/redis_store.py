@@ -125,12 +125,13 @@ class RedisCodeStore:
         place: ``redis://HOST:PORT/DATABASE``, with ``?prefix=...`` for another prefix of the keys.
         settings: must be those of the store if it is there.
         retry_seconds: longest time to try again when the server does not answer.
+        create: make the store if it is not there; otherwise it is refused.
 
     Raises:
         UserError: redis is not installed, the server does not answer, may remove keys by itself, or has other settings.
     """
 
-    def __init__(self, place: str, settings: StoreSettings, retry_seconds: float) -> None:
+    def __init__(self, place: str, settings: StoreSettings, retry_seconds: float, *, create: bool = True) -> None:
         self._place = shown_address(place).partition("?")[0]
         try:
             import redis
@@ -147,7 +148,7 @@ class RedisCodeStore:
         if parts.scheme != "unix" and not parts.path.removeprefix("/").isdecimal() and parts.path not in ("", "/"):
             # The client would take database 0.
             raise UserError(f"{self._place}: {parts.path!r} is no database; write redis://HOST:PORT/NUMBER")
-        self._settings, self._retry_seconds = settings, retry_seconds
+        self._settings, self._retry_seconds, self._create = settings, retry_seconds, create
         self._lost = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError)
         self._refused = redis.RedisError
         try:
@@ -247,7 +248,10 @@ class RedisCodeStore:
                 f"{self._place}: removes keys by itself when its memory is full (maxmemory-policy {policy}); set it to "
                 "noeviction"
             )
-        self._client.set(self._key_of_settings, json.dumps(self._settings._asdict()), nx=True)
+        if self._create:
+            self._client.set(self._key_of_settings, json.dumps(self._settings._asdict()), nx=True)
+        elif not self._client.exists(self._key_of_settings):
+            raise UserError(f"{self._place}: has no store of codes under {self._prefix}*; append segments first")
         try:
             stored = StoreSettings(**json.loads(self._client.get(self._key_of_settings)))
         except (TypeError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from trainer.console.errors import UserError
 from trainer.console.outputs import Output, local_path
 from trainer.semantic_ids.code_store import CodeStore, StoreSettings
 from trainer.semantic_ids.redis_store import RedisCodeStore
@@ -31,6 +32,29 @@ def open_store(place: str, settings: StoreSettings, retry_seconds: float = RETRY
     path = store_path(place)
     if path is None:
         return RedisCodeStore(place, settings, retry_seconds)
+    return SqliteCodeStore(str(path), settings, retry_seconds)
+
+
+def open_existing_store(place: str, version: str, retry_seconds: float = RETRY_SECONDS) -> CodeStore:
+    """Open a store of a codebook version to read from it; nothing is made.
+
+    Args:
+        place: see :func:`open_store`.
+        version: name of the codebook version.
+        retry_seconds: see :func:`open_store`.
+
+    Raises:
+        UserError: there is no store, it is damaged or of another version, or it cannot be reached.
+    """
+    path = store_path(place)
+    if path is not None and not path.exists():
+        raise UserError(
+            f"{place}: no such store of codes; `limelight quantize assign --store` and `limelight embed --follow` make "
+            "one"
+        )
+    settings = StoreSettings(version)
+    if path is None:
+        return RedisCodeStore(place, settings, retry_seconds, create=False)
     return SqliteCodeStore(str(path), settings, retry_seconds)
 
 

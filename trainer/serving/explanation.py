@@ -119,14 +119,15 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
 
 
 def _same_values(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str, np.ndarray]:
-    """Return for the tag and each author feature which entries have the value of the single row in ``rows``."""
+    """Return for the tag, each author feature and each code set which entries have the value of the row in ``rows``."""
     spec, author_side = features.spec, features.fitted.author_side
     values = {spec.tag: entries.tag} if spec.tag else {}
     if author_side is not None:
         values |= dict(zip(features.author_side, author_side.lookup(entries.author_id).T, strict=True))
     candidate = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
     # 0 stands for an unknown value; two unknown values are not the same.
-    return {name: (column == candidate[name]) & (column > 0) for name, column in values.items()}
+    same = {name: (column == candidate[name]) & (column > 0) for name, column in values.items()}
+    return same | {f"code {name}": of_set for name, of_set in features.codes.same_code(rows, entries).items()}
 
 
 def find_author(data: Dataset, path: str, item_id: int) -> int:

@@ -22,12 +22,24 @@ from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError, failure_reason
+from trainer.data.features.code_inputs import carry_codes
+from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums
 from trainer.runtime.files import reserve, set_usual_modes, sync, write_json
 from trainer.serving.export_guide import README, SCRIPT, write_guide
-from trainer.serving.exported_model import CARRIED, CONFIG, FEATURES, ID_COLUMNS, ORIGIN, SCHEMA, SEARCH, WEIGHTS
+from trainer.serving.exported_model import (
+    CARRIED,
+    CODES,
+    CONFIG,
+    FEATURES,
+    ID_COLUMNS,
+    ORIGIN,
+    SCHEMA,
+    SEARCH,
+    WEIGHTS,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +104,8 @@ def export_checkpoint(
         if with_dataset:
             # After the checksums: a dataset has its own, and rows and tables need not be read to open the model.
             carry_dataset(config.data.path, tmp_path / CARRIED)
+            fitted = FittedFeatures.load(tmp_path / FEATURES)
+            carry_codes(config.features.codes, fitted.codes, tmp_path / CODES)
         set_usual_modes(tmp_path)
         sync(tmp_path)
         tmp_path.rename(target)

@@ -10,6 +10,7 @@
     checksums.json      size and CRC-32 of each file; all of them are verified when the model is opened
     README.md, score_one.py, inputs.json, ...   the guide for other programs (trainer/serving/export_guide.py)
     dataset/            the part of the dataset that scoring reads, with checksums of its own (--with-dataset)
+    codes/              the code files of the model, which may be replaced by later ones (--with-dataset)
     export.json         checkpoint, dataset, precision and table shapes (trainer/serving/export.py)
 """
 
@@ -30,7 +31,7 @@ from trainer.checkpoint.model_state import list_differences
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import open_codes
+from trainer.data.features.code_inputs import carried_codes, open_codes
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
@@ -40,6 +41,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.engine.build_ranker import build_ranker
 from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.stored_files import open_regular, read_json_object
+from trainer.semantic_ids.store_address import open_existing_store
 from trainer.sparse.dynamic_ids import DynamicIds
 
 SCHEMA = 1
@@ -50,6 +52,8 @@ SEARCH = "search.pt"
 ORIGIN = "export.json"
 CARRIED = "dataset"
 """Folder with the part of the dataset that scoring reads, if the export carries it."""
+CODES = "codes"
+"""Folder with the code files of the model, if the export carries the dataset."""
 ID_COLUMNS = ("id", "seen")
 """Columns that an export keeps of a dynamic table's ids: enough to look ids up, not to admit new ones."""
 
@@ -130,7 +134,9 @@ def open_export(directory: str | Path, data_path: str | None = None) -> Exported
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify()
     fitted = FittedFeatures.load(model_dir / FEATURES)
-    codes = open_codes(config.features.codes, fitted.codes)
+    sets = carried_codes(config.features.codes, model_dir / CODES)
+    config = config.model_copy(update={"features": config.features.model_copy(update={"codes": sets})})
+    codes = open_codes(config.features, fitted.codes, open_existing_store)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, precision)).eval()
     found = _read_weights(model_dir / WEIGHTS)

@@ -28,6 +28,7 @@ from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.setup import build_engine
 from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import World
+from trainer.semantic_ids.store_address import open_existing_store
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify(world)
     fitted = FittedFeatures.load(Path(directory) / "features")
-    codes = open_codes(config.features.codes, fitted.codes)
+    codes = open_codes(config.features, fitted.codes, open_existing_store)
     content = open_reader(config.features, config.data.path, fitted.content, accepted=accepted)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)
     engine = build_engine(config, features, config.model.kind, world)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from tests.data.code_files import LEVELS, codes_around, write_codes
 from tests.data.features.test_feature_map import fitted_by_hand, unpack_ids
 from trainer.config.features import CodesConfig, FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
@@ -30,54 +29,15 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.id_map import hash_rows, hash_salt
 from trainer.data.format.schema import DOMAINS
-from trainer.data.format.segment_codes import CodeDigests, CodeFile, code_schema
+from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.text_schema import SEGMENT_MS
 from trainer.data.loading.batch import unpack
 
-LEVELS = (5, 4, 3)
 HISTORY = {"rooms": HistoryConfig(domain="live", length=4), "all": HistoryConfig(domain="both", length=6)}
 
 
-def write_codes(path: Path, codes: CodeFile) -> Path:
-    """Write a code file as ``limelight quantize assign`` does; without starts as an earlier version did."""
-    schema = code_schema(codes.version, codes.levels)
-    columns: dict[str, Any] = {name: getattr(codes, name) for name in ("item_id", "author_id", "segment", "known_ms")}
-    digests = CodeDigests(len(codes.levels))
-    digests.add(columns, codes.codes, codes.start_ms)
-    metadata = {**schema.metadata, **{key.encode(): value.encode() for key, value in digests.metadata.items()}}
-    arrays = [*columns.values(), *codes.codes.T]
-    if codes.start_ms is None:
-        schema, metadata = (
-            schema.remove(len(schema) - 1),
-            {key: value for key, value in metadata.items() if not key.endswith(b"starts")},
-        )
-    else:
-        arrays.append(codes.start_ms)
-    pq.write_table(pa.table(arrays, schema=schema).replace_schema_metadata(metadata), path)
-    return path
-
-
 def codes_of(dataset, seed: int = 0) -> CodeFile:
-    """Return codes of segments around half of the past live visits; some become known hours later."""
-    rng = np.random.default_rng(seed)
-    visits = dataset.visits
-    chosen = np.flatnonzero((visits["domain"] == DOMAINS.index("live")) & (rng.random(len(visits["domain"])) < 0.5))
-    begin = visits["request_ms"][chosen] - rng.integers(0, SEGMENT_MS, len(chosen))
-    start_ms = (begin[:, None] + np.arange(-1, 3) * SEGMENT_MS).reshape(-1)
-    n = len(start_ms)
-    author_id = np.repeat(visits["author_id"][chosen], 4)
-    return CodeFile(
-        dataset.path / "codes.parquet",
-        "5x4x3-00000000",
-        LEVELS,
-        item_id=np.repeat(visits["item_id"][chosen], 4),
-        # Author 7 has no rooms, and some rooms have no author.
-        author_id=np.where((author_id == 7) | (rng.random(n) < 0.05), -1, author_id),
-        segment=np.arange(n),
-        known_ms=start_ms + SEGMENT_MS + rng.integers(0, 4, n) * 3_600_000 * (rng.random(n) < 0.2),
-        codes=rng.integers(0, LEVELS, (n, len(LEVELS))).astype(np.int32),
-        start_ms=start_ms,
-    )
+    return replace(codes_around(dataset.visits, seed), path=dataset.path / "codes.parquet")
 
 
 def config_of(**keys: Any) -> FeatureConfig:
@@ -252,8 +212,8 @@ def test_codes_are_fitted_saved_and_read_again(write_dataset, tmp_path):
             FittedFeatures.load(tmp_path)
 
 
-def own(path: Path, **keys: Any) -> dict[str, CodesConfig]:
-    return {"raw": CodesConfig(file=str(path), **keys)}
+def own(path: Path, **keys: Any) -> FeatureConfig:
+    return FeatureConfig(codes={"raw": CodesConfig(file=str(path), **keys)})
 
 
 def test_codes_of_another_version_are_refused_and_later_segments_are_not(write_dataset):
@@ -289,11 +249,11 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(write_dataset):
     codes = codes_of(write_dataset(rows=50))
     path = codes.path
     with pytest.raises(UserError, match=r"codes.parquet: no such file; `limelight quantize assign` makes"):
-        check_codes(own(path))
+        check_codes(own(path).codes)
     write_codes(path, replace(codes, start_ms=None))
-    assert [code_set.name for code_set in check_codes(own(path))] == ["raw"]
+    assert [code_set.name for code_set in check_codes(own(path).codes)] == ["raw"]
     with pytest.raises(UserError, match=r"^features.codes.raw.levels = 4: .* has 3 levels; 1 to 3 are accepted"):
-        check_codes(own(path, levels=4))
+        check_codes(own(path, levels=4).codes)
     read = CodeFile.read(path)
     assert read.start_ms is None
     fitted = {"raw": FittedCodes.of(read)}

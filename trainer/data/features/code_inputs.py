@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from modules.embeddings import Table
-from trainer.config.features import CodesConfig
+from trainer.config.features import CodesConfig, FeatureConfig
 from trainer.console.errors import UserError
 from trainer.data.features.id_map import hash_rows, hash_salt
 from trainer.data.features.segment_index import SegmentIndex
@@ -240,12 +243,15 @@ class CodeFileReader:
                 f"features.codes.{code_set.name}.history = {code_set.config.history!r}: {codes.path} has no start_ms, "
                 'so what was on air during a visit is not known; assign the codes again, or set history = "none"'
             )
+        # In the order of ids: of segments known at one time the last one counts, as in a store of recent codes.
+        order = np.argsort(codes.segment, kind="stable")
         start_ms = codes.known_ms if codes.start_ms is None else codes.start_ms
-        self._index = SegmentIndex(codes.author_id, codes.item_id, start_ms, codes.known_ms)
+        columns = (codes.author_id, codes.item_id, start_ms, codes.known_ms)
+        self._index = SegmentIndex(*(column[order] for column in columns))
         self._choice: Literal["entry", "longest"] = "longest" if code_set.config.history == "longest" else "entry"
         # Place -1, no segment, is the last one here. Half the memory of int64, and no table has 2^31 rows.
         no_code = np.zeros(1, np.int32)
-        rows = code_set.rows_of(codes.codes[:, : len(code_set.levels)])
+        rows = code_set.rows_of(codes.codes[order, : len(code_set.levels)])
         self._rows = [np.concatenate([of_table.astype(np.int32), no_code]) for of_table in rows]
         # A read of nothing compiles the loops before worker processes are forked.
         nothing = np.zeros(0, np.int64)
@@ -266,6 +272,73 @@ class CodeFileReader:
         end_ms = begin_ms + np.maximum(visits.play_ms[live], 1)
         places[live] = self._index.on_air(visits.item_id[live], begin_ms, end_ms, as_of_ms[live], self._choice)
         return [rows[places] for rows in self._rows]
+
+
+class StoredRuns(Protocol):
+    """Latest runs of codes of n authors, as ``trainer.semantic_ids.code_store.RecentRuns``.
+
+    Attributes:
+        counts: ``[n]`` int64, runs of each author.
+        code: ``[counts.sum()]`` int32, number of the tuple of codes of each run.
+    """
+
+    @property
+    def counts(self) -> np.ndarray: ...
+    @property
+    def code(self) -> np.ndarray: ...
+
+
+class RecentCodes(Protocol):
+    """Reading half of a store of recent codes."""
+
+    def recent(self, authors: np.ndarray, as_of_ms: np.ndarray, runs: int) -> StoredRuns:
+        """Return the latest runs, see ``trainer.semantic_ids.code_store.CodeStore.recent``."""
+
+    def close(self) -> None:
+        """Close the connection."""
+
+
+OpenStore = Callable[[str, str], RecentCodes]
+"""Function from the address of a store, and the name of the codebook version, to the opened store."""
+
+
+class CodeStoreReader:
+    """Codes of candidates from a store of recent codes, those of past visits from a file; see :class:`CodeReader`.
+
+    Args:
+        code_set: its tables.
+        levels: number of codes of each level of the file, of which the store numbers the tuples.
+        file: reader of past visits.
+        open_store: function that opens the store.
+
+    Raises:
+        UserError: the store is not there, cannot be read, or is of another codebook version.
+    """
+
+    def __init__(
+        self, code_set: CodeSet, levels: Sequence[int], file: CodeFileReader, open_store: Callable[[], RecentCodes]
+    ) -> None:
+        self._set, self._levels, self._file, self._open = code_set, tuple(levels), file, open_store
+        self._store, self._process = open_store(), os.getpid()
+
+    def candidate_rows(self, author_id: np.ndarray, as_of_ms: np.ndarray) -> Sequence[np.ndarray]:
+        """Return the rows of each author's latest codes; see :class:`CodeReader`."""
+        if self._process != os.getpid():
+            # A connection must not be used on both sides of a fork.
+            self._store, self._process = self._open(), os.getpid()
+        found = self._store.recent(author_id, as_of_ms, 1)
+        number = np.full(len(author_id), NO_CODE, np.int64)
+        number[found.counts > 0] = found.code
+        codes = np.empty((len(number), len(self._levels)), np.int32)
+        rest = np.maximum(number, 0)
+        for level in range(len(self._levels) - 1, -1, -1):
+            rest, codes[:, level] = np.divmod(rest, self._levels[level])
+        codes[number < 0] = NO_CODE
+        return self._set.rows_of(codes[:, : len(self._set.levels)])
+
+    def entry_rows(self, visits: HistorySlice, as_of_ms: np.ndarray) -> Sequence[np.ndarray]:
+        """Return the rows of what was on air in each past visit; see :class:`CodeReader`."""
+        return self._file.entry_rows(visits, as_of_ms)
 
 
 class CodeInputs:
@@ -329,6 +402,25 @@ class CodeInputs:
             counts[code_set.name] = CodeCounts(missing, len(as_of_ms), entries, all_entries)
         return counts
 
+    def same_code(self, rows: Rows, visits: HistorySlice) -> dict[str, np.ndarray]:
+        """Return for each code set of histories which visits had the candidate's code of the first level.
+
+        Args:
+            rows: one row.
+            visits: entries of one of its histories.
+
+        Returns:
+            Code set -> ``[entries]`` bool; False without a code.
+        """
+        found = {}
+        for code_set in self.sets:
+            if code_set.in_histories:
+                reader, as_of_ms = self._readers[code_set.name], rows["request_ms"]
+                own = reader.candidate_rows(rows["author_id"], as_of_ms)[0]
+                past = reader.entry_rows(visits, np.repeat(as_of_ms, len(visits.item_id)))[0]
+                found[code_set.name] = (past == own) & (past > 0)
+        return found
+
 
 def code_set_of(table: str) -> str:
     """Return the name of the code set of a table."""
@@ -363,28 +455,60 @@ def fit_codes(config: Mapping[str, CodesConfig]) -> dict[str, FittedCodes]:
 
 
 def open_codes(
-    config: Mapping[str, CodesConfig], fitted: Mapping[str, FittedCodes], *, unchanged: bool = False
+    config: FeatureConfig,
+    fitted: Mapping[str, FittedCodes],
+    open_store: OpenStore | None = None,
+    *,
+    unchanged: bool = False,
 ) -> dict[str, CodeReader]:
     """Open the code sets of a model.
 
     Args:
-        config: sections ``[features.codes.NAME]`` by name.
+        config: the ``[features]`` section of the job.
         fitted: identities of the codes with which the model was trained.
+        open_store: function that opens stores of recent codes; a job without any needs none.
         unchanged: the segments that the file had then must be as they were; later ones may have been added.
 
     Raises:
-        UserError: a file cannot be read, is of another codebook version, or has changed.
+        UserError: a file or store cannot be read or is of another codebook version, or a file has changed.
     """
     readers: dict[str, CodeReader] = {}
-    for name, own in config.items():
+    for name, own in config.codes.items():
         where, path, identity = f"features.codes.{name}", Path(own.file), _identity(name, fitted)
         header = read_code_header(path)
         identity.check_version(where, path, header.version, header.levels)
         codes = CodeFile.read(path)
         if unchanged:
             identity.check_unchanged(where, codes)
-        readers[name] = CodeFileReader(CodeSet(name, own, codes.levels), codes)
+        code_set = CodeSet(name, own, codes.levels)
+        file = readers[name] = CodeFileReader(code_set, codes)
+        if own.store:
+            assert open_store is not None, "a code set has a store, and nothing opens it"
+            readers[name] = CodeStoreReader(code_set, codes.levels, file, partial(open_store, own.store, codes.version))
     return readers
+
+
+def carry_codes(config: Mapping[str, CodesConfig], fitted: Mapping[str, FittedCodes], folder: Path) -> None:
+    """Copy the code files of a model into a folder that is made, as ``NAME.parquet``; a model without any needs none.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another codebook version.
+        OSError: a file cannot be written.
+    """
+    for name, own in config.items():
+        codes = CodeFile.read(Path(own.file))
+        _identity(name, fitted).check_version(f"features.codes.{name}", codes.path, codes.version, codes.levels)
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(codes.path, folder / f"{name}.parquet")
+
+
+def carried_codes(config: Mapping[str, CodesConfig], folder: Path) -> dict[str, CodesConfig]:
+    """Return the sections with the code files that :func:`carry_codes` copied to a folder, where there are some."""
+    carried = {name: folder / f"{name}.parquet" for name in config}
+    return {
+        name: own.model_copy(update={"file": str(carried[name])}) if carried[name].exists() else own
+        for name, own in config.items()
+    }
 
 
 class CodeTally:

@@ -1,0 +1,90 @@
+"""Stores of recent codes as a source of the ranker's candidates: equal to a code file, and refused in one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.semantic_ids.conftest import OpenStore
+from tests.semantic_ids.segment_world import SEGMENT_MS, START_MS, assigned, make_version, write_world
+from trainer.config.features import CodesConfig, FeatureConfig
+from trainer.console.errors import UserError
+from trainer.data.features.code_inputs import CodeFileReader, CodeSet, CodeStoreReader, FittedCodes, open_codes
+from trainer.semantic_ids.code_files import append_codes
+from trainer.semantic_ids.code_store import CodeStore, StoreSettings
+from trainer.semantic_ids.store_address import open_existing_store, open_store
+
+
+def test_candidates_have_the_same_codes_from_a_store_as_from_a_file(tmp_path: Path, new_store: OpenStore) -> None:
+    """The store is live: at each time it has only what was known until then."""
+    version = make_version(tmp_path / "v", 4, 3, 2)
+    world = write_world(tmp_path / "world", segments=24)
+    whole = assigned(version, world)
+    config = CodesConfig(file="f", levels=2, prefix_rows=9)
+    code_set, live = CodeSet("raw", config, whole.levels), new_store(version.name)
+    file = CodeFileReader(code_set, whole)
+    reader = CodeStoreReader(code_set, whole.levels, file, lambda: live)
+    authors = np.array([104, 100, 999, 103, -1, 102])
+    for step in range(0, 25, 4):
+        as_of_ms = np.full(len(authors), START_MS + step * SEGMENT_MS)
+        append_codes(assigned(version, world, int(as_of_ms[0]) + 1), live, version, quiet=True)
+        found, expected = reader.candidate_rows(authors, as_of_ms), file.candidate_rows(authors, as_of_ms)
+        assert [rows.tolist() for rows in found] == [rows.tolist() for rows in expected]
+        assert (found[0] > 0).tolist() == [step > 0, step > 0, False, step > 0, False, step > 0]
+    none = np.zeros(0, np.int64)
+    assert [len(rows) for rows in reader.candidate_rows(none, none)] == [0, 0, 0]
+
+
+def test_a_forked_process_opens_the_store_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = make_version(tmp_path / "v", 4)
+    codes = assigned(version, write_world(tmp_path / "world", segments=2))
+    place, opened = str(tmp_path / "codes.sqlite"), list[CodeStore]()
+    store = open_store(place, StoreSettings(version.name))
+    append_codes(codes, store, version, quiet=True)
+    store.close()
+
+    def open_again() -> CodeStore:
+        opened.append(open_existing_store(place, version.name))
+        return opened[-1]
+
+    code_set = CodeSet("raw", CodesConfig(file="f"), codes.levels)
+    reader = CodeStoreReader(code_set, codes.levels, CodeFileReader(code_set, codes), open_again)
+    author, now = np.array([100]), np.array([START_MS + 9 * SEGMENT_MS])
+    first = reader.candidate_rows(author, now)[0].tolist()
+    assert len(opened) == 1 and first[0] > 0
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)
+    assert reader.candidate_rows(author, now)[0].tolist() == first and len(opened) == 2
+    for each in opened:
+        each.close()
+
+
+def test_a_store_that_is_not_there_is_refused_and_not_made(new_place: Callable[[], str]) -> None:
+    place = new_place()
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"no such store of codes; `limelight|has no store of codes under \S+; append"
+        ):
+            open_existing_store(place, "v1")
+    open_store(place, StoreSettings("v1")).close()
+    open_existing_store(place, "v1").close()
+
+
+def test_a_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    version, other = make_version(tmp_path / "v", 4, 3), make_version(tmp_path / "w", 5)
+    world = write_world(tmp_path / "world", segments=2)
+    codes = assigned(version, world)
+    place = tmp_path / "codes.sqlite"
+    config = FeatureConfig(codes={"raw": CodesConfig(file=str(world / "codes.parquet"), store=str(place))})
+    fitted = {"raw": FittedCodes.of(codes)}
+    open_store(str(place), StoreSettings(other.name)).close()
+    with pytest.raises(UserError, match=rf"has codes of the codebook '{other.name}', not '{version.name}'"):
+        open_codes(config, fitted, open_existing_store)
+    with pytest.raises(UserError, match=r"127.0.0.1:1/0: no answer in 0 s"):
+        open_existing_store("redis://127.0.0.1:1/0", version.name, 0.0)
+    with pytest.raises(ValueError, match=r"`store` has a user or a password, which a run would keep"):
+        CodesConfig(file="f", store="redis://:secret@host/0")
