@@ -47,6 +47,7 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
     starts = {name: np.cumsum(visits.lengths) - visits.lengths for name, visits in slices.items()}
     counts = rows["stat"].reshape(len(rows["user_id"]), len(spec.statistics), -1)
     of_rows, of_visits = codes_of(model, rows, slices)
+    vectors = vectors_of(model, rows)
     documents = []
     for row in range(len(rows["user_id"])):
         histories = {
@@ -59,6 +60,11 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
                     "tag": int(visits.tag[at]) if spec.tag else 0,
                     "behaviours": [name for bit, name in enumerate(spec.behaviours) if visits.bits[at] >> bit & 1],
                     **({"codes": {set_: codes[at] for set_, codes in of_visits[name].items()}} if of_visits else {}),
+                    "content": {
+                        table: vectors[f"{name}_{table}"][at]
+                        for table in model.config.features.content
+                        if f"{name}_{table}" in vectors
+                    },
                 }
                 for at in range(starts[name][row], starts[name][row] + visits.lengths[row])
             ]
@@ -76,6 +82,7 @@ def row_documents(model: ExportedModel, path: str, candidates: Columns) -> list[
                 },
                 "histories": histories,
                 **({"codes": {set_: codes[row] for set_, codes in of_rows.items()}} if of_rows else {}),
+                "content": {table: vectors[table][row] for table in model.config.features.content},
             }
         )
     return documents
@@ -103,6 +110,18 @@ def codes_of(
             places = index.on_air(visits.item_id, begin, begin + 1, as_of, "entry")
             of_visits[name][code_set.name] = tuples(np.where(visits.domain == DOMAINS.index("live"), places, -1))
     return of_rows, of_visits
+
+
+def vectors_of(model: ExportedModel, rows: Rows) -> dict[str, list[list[float] | None]]:
+    """Return lookup -> vector of each candidate or visit, None without one."""
+    space = None if model.space is None else model.space.at(model.space.newest)
+    packed = model.features.pack(rows, model.data.histories, rows["request_ms"], space)
+    found: dict[str, list[list[float] | None]] = {}
+    for of_table in packed.content(model.features.layout).values():
+        vectors = of_table.vectors.tolist()
+        for name, places in of_table.places.items():
+            found[name] = [vectors[place] if place >= 0 else None for place in places.tolist()]
+    return found
 
 
 def plain_probabilities(exports: Mapping[Path, Sequence[Mapping[str, Any]]]) -> list[np.ndarray]:

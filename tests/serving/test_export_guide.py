@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,12 +23,15 @@ from tests.data.small_visits import SPEC, build_dataset, make_visits
 from tests.serving.plain_scores import plain_probabilities, row_documents
 from trainer.config.load import load_job
 from trainer.config.ranker import JobConfig
+from trainer.data.features.content_inputs import open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.dataset import Dataset
+from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.time_selection import Selection
 from trainer.engine.build_ranker import build_ranker
-from trainer.runtime.checksums import write_checksums
+from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.serving.export_guide import README, SCRIPT, write_guide
 from trainer.serving.exported_model import CONFIG, FEATURES, ORIGIN, SEARCH, WEIGHTS, open_export
 from trainer.serving.scoring import score_candidates
@@ -41,7 +46,15 @@ CODES = (
     'features.codes.raw={file="CODES", dim=8, prefix_rows=7}',
     'features.codes.last={file="CODES", levels=2, tables="prefixes", history="none"}',
 )
+CONTENT = (
+    'features.content.title={table="TABLES/items", dim=3, histories=true}',
+    'features.content.person={table="TABLES/authors", of="author", dim=5}',
+    'features.content.air={table="TABLES/segments", of="segment", dim=4, histories=true, reading="mean"}',
+)
 MODELS = {
+    "content-din": ("model.kind=ple", *CONTENT),
+    "content-twin": ("model.kind=cgc", "model.attention_kind=twin", *CONTENT),
+    "content-alone": ("model.kind=shared_bottom", CONTENT[1], "features.history={}"),
     "codes-din": ("model.kind=ple", *CODES),
     "codes-twin": ("model.attention_kind=twin", 'features.codes.raw={file="CODES", init="normal"}'),
     "ple-din": ("model.kind=ple", "model.expert_layers=[[12, 8], [8], [6]]", "model.tower=[]"),
@@ -87,7 +100,9 @@ JOB = '[data]\npath = "PATH"\n[model]\nexpert_layers = [[8], [6]]\ntower = [5]\n
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("guide")
     build_dataset(directory / "world", VISITS, spec=replace(SPEC, tag="topic"))
-    write_codes(directory / "codes.parquet", codes_around(VISITS))
+    codes = codes_around(VISITS)
+    write_codes(directory / "codes.parquet", codes)
+    write_tables(directory / "tables", directory / "world", codes)
     for name, settings in MODELS.items():
         write_export(directory / name, directory / "world", settings, "bfloat16" if name == "bfloat16" else "float32")
     return directory
@@ -97,10 +112,13 @@ def write_export(out: Path, data_path: Path, settings: tuple[str, ...], precisio
     """Write an export with random weights, as large as those of a trained model."""
     job = out.with_suffix(".toml")
     job.write_text(JOB.replace("PATH", str(data_path)))
-    codes = out.with_name("codes.parquet")
-    config = load_job(JobConfig, job, [setting.replace("CODES", str(codes)) for setting in settings])
+    places = {"CODES": out.with_name("codes.parquet"), "TABLES": out.with_name("tables")}
+    for name, place in places.items():
+        settings = tuple(setting.replace(name, str(place)) for setting in settings)
+    config = load_job(JobConfig, job, settings)
     data = Dataset.open(str(data_path))
-    fitted = fit_features(data.spec, data.store, data.histories, config.features, Selection())
+    tables = open_tables(config.features)
+    fitted = fit_features(data.spec, data.store, data.histories, config.features, Selection(), tables)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
     ranker = build_ranker(config, features, config.model.kind)
     draw = torch.Generator().manual_seed(7)
@@ -128,6 +146,23 @@ def write_export(out: Path, data_path: Path, settings: tuple[str, ...], precisio
         torch.save({"0": vectors}, out / SEARCH)
     write_guide(out, config, origin, WEIGHTS, FEATURES)
     write_checksums(out)
+
+
+def write_tables(path: Path, dataset: Path, segments: CodeFile) -> None:
+    """Write vectors of some items, authors and segments, and the segments into the dataset."""
+    rng = np.random.default_rng(8)
+    for name, ids, width, dtype in (
+        ("items", np.arange(0, 9, 2), 6, "float16"),
+        ("authors", np.arange(1, 5), 4, "float32"),
+        ("segments", np.arange(0, len(segments.known_ms), 2), 5, "float16"),
+    ):
+        ContentVectors.write(path / name, ids, 10 * rng.standard_normal((len(ids), width)), dtype=dtype)
+    columns = {name: getattr(segments, name) for name in ("item_id", "start_ms", "known_ms")}
+    pq.write_table(pa.table(columns), dataset / "segments.parquet")
+    items = pq.read_table(dataset / "items.parquet")
+    known = [[0, 1, 3, 5, 8][at % 5] for at in range(len(items))]
+    pq.write_table(items.append_column("author_id", pa.array(known, pa.int64())), dataset / "items.parquet")
+    (dataset / CHECKSUMS).unlink()
 
 
 def candidates() -> dict[str, np.ndarray]:

@@ -126,7 +126,7 @@ def train(
     for table, counts in engine.id_counts().items():
         logger.info(f"ids of {table}: {counts}")
     if missing := missing_message(engine.missing_vectors(no_vector)):
-        logger.info(missing)
+        logger.info(f"train: {missing}")
     if scalars is not None:
         scalars.close()
 

@@ -230,6 +230,9 @@ def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[
             name: own.model_dump(mode="json", include={"levels", "tables", "history"})
             for name, own in features.codes.items()
         },
+        "features.content": {
+            name: own.model_dump(mode="json", exclude={"table"}) for name, own in features.content.items()
+        },
     }
 
 

@@ -23,6 +23,7 @@ from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError, failure_reason
 from trainer.data.features.code_inputs import carry_codes
+from trainer.data.features.content_inputs import carry_tables, inside_dataset, segment_files
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
@@ -38,6 +39,7 @@ from trainer.serving.exported_model import (
     ORIGIN,
     SCHEMA,
     SEARCH,
+    VECTORS,
     WEIGHTS,
 )
 
@@ -87,7 +89,9 @@ def export_checkpoint(
     origin, config = _origin(checkpoint), absolute_paths(checkpoint.config)
     if data_path is not None or with_dataset:
         dataset = absolute(dataset_of(checkpoint.run, config.data.path, data_path))
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": dataset})})
+        features, _ = inside_dataset(config.features, config.data.path, dataset)
+        data = config.data.model_copy(update={"path": dataset})
+        config = config.model_copy(update={"data": data, "features": features})
     tmp_path = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")
     try:
         tmp_path.mkdir(parents=True)
@@ -103,9 +107,10 @@ def export_checkpoint(
         write_checksums(tmp_path)
         if with_dataset:
             # After the checksums: a dataset has its own, and rows and tables need not be read to open the model.
-            carry_dataset(config.data.path, tmp_path / CARRIED)
+            carry_dataset(config.data.path, tmp_path / CARRIED, segment_files(config.features))
             fitted = FittedFeatures.load(tmp_path / FEATURES)
             carry_codes(config.features.codes, fitted.codes, tmp_path / CODES)
+            carry_tables(config.features, tmp_path / VECTORS)
         set_usual_modes(tmp_path)
         sync(tmp_path)
         tmp_path.rename(target)

@@ -25,6 +25,8 @@ import jinja2
 import numpy as np
 from safetensors.numpy import save_file
 
+from modules.content import EPSILON
+from modules.embeddings import Lookup
 from modules.ranker import columns_of
 from trainer.config.ranker import JobConfig
 from trainer.data.features.code_inputs import CODE_TABLE, CodeSet, code_set_of
@@ -103,8 +105,7 @@ def input_rules(config: JobConfig, features: FeatureMap, precision: str) -> dict
     """Return the content of ``inputs.json``: everything that turns ids and values of a row into the model's inputs."""
     spec, own = features.spec, config.features
     ranges = side_ranges(feature_layout(spec), own)
-    lookups = {lookup.name: lookup for lookup in features.lookups}
-    dims = {table.name: table.dim for table in features.tables}
+    lookups, dims = _inputs(features)
     return {
         "precision": precision,
         "behaviours": list(features.behaviours),
@@ -148,7 +149,34 @@ def input_rules(config: JobConfig, features: FeatureMap, precision: str) -> dict
             for sequence in features.sequences
         ],
         "query_columns": _query_columns(config, features),
+        "content": _content(config, features),
     }
+
+
+def _inputs(features: FeatureMap) -> tuple[dict[str, Lookup], dict[str, int]]:
+    """Return the lookups of the network by name, and the width of what each table gives."""
+    lookups = {lookup.name: lookup for lookup in (*features.lookups, *features.content_lookups)}
+    dims = {table.name: table.dim for table in features.tables}
+    return lookups, dims | {table.name: table.dim for table in features.layout.content}
+
+
+def _content(config: JobConfig, features: FeatureMap) -> list[dict[str, Any]]:
+    """Return name, width and meaning of each table of pre-trained vectors, in the order of the network's inputs."""
+    found = []
+    for table in features.layout.content:
+        own, facts = config.features.content[table.name], features.fitted.content[table.name]
+        entries = _AT_ENTRY[own.on_air] if own.of == "segment" else f"that of its {own.of}"
+        found.append(
+            {
+                "name": table.name,
+                "width": table.width,
+                "histories": own.histories,
+                "candidate": _VECTORS[own.reading] if own.of == "segment" else _VECTORS[own.of],
+                "entry": entries if own.histories else "",
+                "made_by": facts.model or "no language model",
+            }
+        )
+    return found
 
 
 def empty_row(features: FeatureMap, rules: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +193,7 @@ def empty_row(features: FeatureMap, rules: Mapping[str, Any]) -> dict[str, Any]:
         "statistics": {key: {"rows": 0, **dict.fromkeys(behaviours, 0)} for key in keys},
         "histories": {history["name"]: [] for history in rules["histories"]},
         **({"codes": {name: [] for name in rules["codes"]}} if rules["codes"] else {}),
+        **({"content": {table["name"]: None for table in rules["content"]}} if rules["content"] else {}),
     }
 
 
@@ -194,11 +223,13 @@ def _code_tables(code_set: CodeSet) -> list[dict[str, Any]]:
 def _example_visit(features: FeatureMap, tags: bool) -> dict[str, Any]:
     """Return a visit of a history, in the form that ``score_one.py`` reads."""
     codes = {code_set.name: code_set.levels for code_set in features.codes.sets if code_set.in_histories}
+    vectors = [table for table in features.layout.content if table.entries]
     return {
         **{"item_id": 7, "author_id": 3, "request_ms": 1_699_999_990_000, "domain": features.spec.candidates[0]},
         "behaviours": list(features.spec.behaviours[:1]),
         **({"tag": 1} if tags else {}),
         **({"codes": {name: [0] * len(levels) for name, levels in codes.items()}} if codes else {}),
+        **({"content": {table.name: [0.0] * table.width for table in vectors}} if vectors else {}),
     }
 
 
@@ -231,8 +262,7 @@ def _query_columns(config: JobConfig, features: FeatureMap) -> list[int]:
     """Return the columns of a row's inputs that the queries of ``multi_head`` and ``twin`` consist of; else none."""
     if config.model.kind == "logistic" or config.model.attention_kind == "din" or not features.sequences:
         return []
-    lookups = {lookup.name: lookup for lookup in features.lookups}
-    dims = {table.name: table.dim for table in features.tables}
+    lookups, dims = _inputs(features)
     widths = {name: dims[lookup.table] * lookup.length for name, lookup in lookups.items() if lookup.length is not None}
     whole = [name for sequence in features.sequences for name in sequence.query]
     return columns_of(widths, lookups, dims, whole, candidate_ids(config, features), candidate_dense(features))
@@ -255,6 +285,7 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
     own = config.features
     context = tables.get("side", 0) * max([lookup.ids_per_entry for lookup in features.lookups])
     query = tables["item"] + tables["author"] + sum(tables[name] for name in features.codes.of_entries)
+    query += sum(table.dim for table in features.layout.content if table.entries)
     key = query + context
     hashed_codes = [table.name for code_set in features.codes.sets for table in code_set.tables if table.hashed]
     salts = {name: hash_salt(name) for name in ID_TABLES if name in tables and getattr(own, name).ids == "hash"}
@@ -262,12 +293,15 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
     experts = 0 if kind == "mmoe" else model.task_experts
     attention = "mean" if kind == "logistic" else "din" if model.attention_kind == "din" else "multi_head"
     return {
+        "content": [table.name for table in features.layout.content],
+        "content_histories": [table.name for table in features.layout.content if table.entries],
         "precision": origin["precision"],
         "network": kind,
         "mappings": sorted({getattr(own, name).ids for name in ID_TABLES if name in tables}),
         "codes": bool(features.codes.sets),
         "code_histories": bool(features.codes.of_entries),
         "code_texts": _CODES,
+        "epsilon": EPSILON,
         "hashed_codes": bool(hashed_codes),
         "hashes": bool(salts),
         "salts": {name: int(salt) for name, salt in salts.items()},
@@ -298,6 +332,9 @@ def _details(config: JobConfig, features: FeatureMap, origin: Mapping[str, Any])
 
 
 _NETWORK = {
+    ".linear.weight": "projection of a pre-trained vector [out, in]",
+    ".linear.bias": "bias of the projection of a pre-trained vector",
+    ".missing": "input in place of the projection where there is no vector",
     "attention.place": "number added to a score for the place of the entry, counted from the end of its history",
     "attention.query": "projection of the candidate's features to the heads, for each history",
     "attention.key": "projection of a head to the columns of an entry, for each history and head",
@@ -368,6 +405,20 @@ _CODES = {
     "longest": "of the segment that the user watched longest, of those known at the request",
 }
 """Codes of histories -> description."""
+
+_VECTORS = {
+    "item": "that of the item",
+    "author": "that of the author",
+    "latest": "that of the latest 30-second segment of the author's rooms that was known at the request",
+    "mean": "the mean over all segments of the author's rooms that were known at the request",
+}
+"""Owner or reading of vectors -> vector of a candidate."""
+
+_AT_ENTRY = {
+    "entry": "that of the segment on air when the user entered, if it was known at the request",
+    "longest": "that of the segment that the user watched longest, of those known at the request",
+}
+"""Segment of a live visit -> its vector."""
 
 _SEARCHES = {
     "latest": "the latest ones",

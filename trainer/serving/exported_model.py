@@ -11,6 +11,7 @@
     README.md, score_one.py, inputs.json, ...   the guide for other programs (trainer/serving/export_guide.py)
     dataset/            the part of the dataset that scoring reads, with checksums of its own (--with-dataset)
     codes/              the code files of the model, which may be replaced by later ones (--with-dataset)
+    vectors/NAME/       the tables of pre-trained vectors, which have hashes of their own (--with-dataset)
     export.json         checkpoint, dataset, precision and table shapes (trainer/serving/export.py)
 """
 
@@ -32,6 +33,7 @@ from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import carried_codes, open_codes
+from trainer.data.features.content_inputs import carried_tables, inside_dataset, open_reader
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch
@@ -54,6 +56,8 @@ CARRIED = "dataset"
 """Folder with the part of the dataset that scoring reads, if the export carries it."""
 CODES = "codes"
 """Folder with the code files of the model, if the export carries the dataset."""
+VECTORS = "vectors"
+"""Folder with the tables of pre-trained vectors, if the export carries the dataset."""
 ID_COLUMNS = ("id", "seen")
 """Columns that an export keeps of a dynamic table's ids: enough to look ids up, not to admit new ones."""
 
@@ -97,7 +101,7 @@ class ExportedModel:
                     embedded[key] = self.tables[table][ids]
                     if lookups[key].length is None:
                         lengths[key] = of_rows[place]
-            yield self.ranker(embedded, lengths, packed.columns(layout)["dense"])
+            yield self.ranker(embedded, lengths, packed.columns(layout)["dense"], packed.content(layout))
 
 
 def is_export(directory: str | Path) -> bool:
@@ -130,14 +134,21 @@ def open_export(directory: str | Path, data_path: str | None = None) -> Exported
         data_path = str(carried)
     carry = f" (scoring reads {SCORING_FILES}), or repeat `limelight export` with --with-dataset, which copies them"
     path = dataset_of(model_dir, config.data.path, data_path, carry)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+    own = carried_tables(config.features, model_dir / VECTORS)
+    moved: frozenset[str] = frozenset()
+    if path != str(carried):
+        other, moved = inside_dataset(config.features, config.data.path, path)
+        own = own.model_copy(update={"content": {**own.content, **{name: other.content[name] for name in moved}}})
+    accepted = own.content if config.resume.allow_new_data else moved
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path}), "features": own})
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify()
     fitted = FittedFeatures.load(model_dir / FEATURES)
     sets = carried_codes(config.features.codes, model_dir / CODES)
     config = config.model_copy(update={"features": config.features.model_copy(update={"codes": sets})})
     codes = open_codes(config.features, fitted.codes, open_existing_store)
-    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes)
+    content = open_reader(config.features, path, fitted.content, accepted=accepted)
+    features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)
     ranker = build_ranker(config, features, config.model.kind).to(getattr(torch, precision)).eval()
     found = _read_weights(model_dir / WEIGHTS)
     tensors: dict[str, Tensor] = {f"dense.{name}": parameter for name, parameter in ranker.named_parameters()}

@@ -6,8 +6,9 @@ The tables are those of ``[features.content.NAME]``. They are never trained. The
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from trainer.data.features.author_means import AuthorMeans
 from trainer.data.features.packed_batch import ContentLayout, MissingVectors
 from trainer.data.features.segment_index import NO_SEGMENT, SegmentIndex
 from trainer.data.format import storage
-from trainer.data.format.content_vectors import ContentVectors, read_manifest
+from trainer.data.format.content_vectors import MANIFEST, ContentVectors, read_manifest
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
-from trainer.data.format.segments import DatasetSegments
+from trainer.data.format.segments import SEGMENTS, TEXT_ITEMS, TEXT_SEGMENTS, DatasetSegments
 from trainer.runtime.unique import find_unique
+
+_LIVE = DOMAINS.index("live")
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,22 @@ class FoundVectors:
         keys: distinct vectors, ``[distinct]`` int64, in the terms of their reader.
         places: for the candidates, and then for the entries of each history: index of each vector in ``keys``,
             ``[ids]`` int64; -1 for an id without a vector.
+        never: number of entries that can have no vector, whatever the table has: videos have no segments.
     """
 
     keys: np.ndarray
     places: list[np.ndarray]
+    never: int = 0
 
     @property
     def missing(self) -> MissingVectors:
-        """Numbers of ids without a vector."""
+        """Numbers of ids without a vector, of those that can have one."""
         candidates, *entries = self.places
         return MissingVectors(
             int((candidates < 0).sum()),
             len(candidates),
-            sum(int((places < 0).sum()) for places in entries),
-            sum(len(places) for places in entries),
+            sum(int((places < 0).sum()) for places in entries) - self.never,
+            sum(len(places) for places in entries) - self.never,
         )
 
 
@@ -143,7 +148,7 @@ class SegmentReadings:
     def _on_air(self, entries: HistorySlice, as_of_ms: np.ndarray) -> np.ndarray:
         """Return the segment of each visit to a live room; -1 for videos."""
         found = np.full(len(entries.item_id), NO_SEGMENT)
-        live = np.flatnonzero(entries.domain == DOMAINS.index("live"))
+        live = np.flatnonzero(entries.domain == _LIVE)
         begin = entries.request_ms[live]
         # A visit that was left at once saw the moment of its entry.
         end = begin + np.maximum(entries.play_ms[live], 1)
@@ -214,10 +219,15 @@ class ContentReader:
             visits: entries of each history.
             as_of_ms: ``[n]`` int64; nothing that became known later is read.
         """
-        return [
-            self._distinct(reader, reader.keys(rows, list(visits.values()) if with_histories else [], as_of_ms))
-            for reader, with_histories in zip(self._readers, self._with_histories, strict=True)
-        ]
+        found = []
+        for reader, with_histories in zip(self._readers, self._with_histories, strict=True):
+            entries = list(visits.values()) if with_histories else []
+            of_table = self._distinct(reader, reader.keys(rows, entries, as_of_ms))
+            if isinstance(reader, SegmentReadings):
+                videos = sum(int((of_history.domain != _LIVE).sum()) for of_history in entries)
+                of_table = replace(of_table, never=videos)
+            found.append(of_table)
+        return found
 
     def read(self, found: Sequence[FoundVectors], out: Iterable[np.ndarray]) -> None:
         """Write the vectors that :meth:`find` found: for each table ``[distinct, width]``, of its type."""
@@ -407,6 +417,44 @@ def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[Featu
             table = storage.join(path, str(Path(content.table).relative_to(stored)))
             moved[name] = content.model_copy(update={"table": table})
     return config.model_copy(update={"content": {**config.content, **moved}}), frozenset(moved)
+
+
+def carry_tables(config: FeatureConfig, target: Path) -> None:
+    """Copy the tables of ``features.content`` into a directory, each in a folder of its name.
+
+    Raises:
+        UserError: a table is not there or is damaged.
+        OSError: a file cannot be copied.
+    """
+    for name, table in open_tables(config).items():
+        folder = target / name
+        folder.mkdir(parents=True)
+        shutil.copyfile(table.path / MANIFEST, folder / MANIFEST)
+        for file in read_manifest(table.path)["files"].values():
+            shutil.copyfile(table.path / file, folder / file)
+
+
+def carried_tables(config: FeatureConfig, source: Path) -> FeatureConfig:
+    """Return the section with the copies that ``carry_tables`` made in place of the original tables."""
+    content = {
+        name: own.model_copy(update={"table": str(source / name)}) if (source / name).is_dir() else own
+        for name, own in config.content.items()
+    }
+    return config.model_copy(update={"content": content})
+
+
+def segment_files(config: FeatureConfig) -> frozenset[str]:
+    """Return the files of a dataset that tell the rooms and times of segments with vectors.
+
+    Raises:
+        UserError: a table is not there.
+    """
+    files: set[str] = set()
+    for content in config.content.values():
+        if content.of == "segment":
+            embedded = "segments" in read_manifest(Path(content.table))["origin"]["template"]
+            files |= {TEXT_SEGMENTS, TEXT_ITEMS} if embedded else {SEGMENTS, TEXT_ITEMS}
+    return frozenset(files)
 
 
 def add_missing(total: dict[str, MissingVectors], counts: Mapping[str, MissingVectors]) -> None:

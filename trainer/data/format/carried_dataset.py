@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from trainer.console.errors import UserError, one_line
@@ -42,19 +43,20 @@ def dataset_of(model: str | Path, stored: str, given: str | None = None, otherwi
     )
 
 
-def carry_dataset(source: str, target: Path) -> None:
-    """Copy the part of a dataset that scoring reads; ``target`` is then a dataset without events and texts.
+def carry_dataset(source: str, target: Path, more: Collection[str] = ()) -> None:
+    """Copy the part of a dataset that scoring reads; ``target`` is then a dataset without events and most texts.
 
     Args:
         source: dataset, a local path or an fsspec URL.
         target: directory to make.
+        more: further files of the dataset that the model reads.
 
     Raises:
         UserError: there is no dataset at ``source``, or a file is damaged or cannot be copied.
     """
     DatasetSpec.load(source)
     files = DatasetFiles(source)
-    kept = ("dataset.json", *_TABLES)
+    kept = ("dataset.json", *_TABLES, *more)
     names = [name for name in sorted(files.names()) if name in kept or name.startswith((f"{HISTORIES}/", f"{ROWS}/"))]
     filesystem, inside = storage.open_url(source) if storage.is_remote(source) else (None, source)
     for name in names:

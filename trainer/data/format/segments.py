@@ -23,6 +23,7 @@ from trainer.data.format.text_schema import SEGMENT_MS, read_texts, segment_ids,
 
 SEGMENTS = "segments.parquet"
 TEXT_SEGMENTS = "texts/segments.parquet"
+TEXT_ITEMS = "texts/items.parquet"
 UNKNOWN_AUTHOR = -1
 
 
@@ -133,7 +134,7 @@ def _text_segments(files: DatasetFiles) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def _authors(files: DatasetFiles, item_id: np.ndarray) -> np.ndarray:
     """Return the author of each room ``[n] int64``; ``UNKNOWN_AUTHOR`` if the dataset does not have the room."""
-    for name in ("items.parquet", "texts/items.parquet"):
+    for name in ("items.parquet", TEXT_ITEMS):
         try:
             table = read_table(files, name, ["item_id", "author_id"])
         except FileNotFoundError:
@@ -147,7 +148,7 @@ def _authors(files: DatasetFiles, item_id: np.ndarray) -> np.ndarray:
         row = _rows_of(items[order], item_id)
         return np.where(row >= 0, authors[order][row], UNKNOWN_AUTHOR).astype(np.int64)
     raise UserError(
-        f"{files.path}: has neither items.parquet nor texts/items.parquet, so the authors of the rooms are not known"
+        f"{files.path}: has neither items.parquet nor {TEXT_ITEMS}, so the authors of the rooms are not known"
     )
 
 
