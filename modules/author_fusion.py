@@ -3,8 +3,11 @@
 The author's tower has two parts. One reads content: the mean of the author's segment vectors and the latest of them.
 The other reads the author's features, among them the embedding of the id. A gate that reads the id alone mixes them::
 
-    a_LLM = MLP([mean ; latest])     a_Rec = MLP(features)     g = sigmoid(MLP(id))
-    a = g a_LLM + (1 - g) a_Rec      u = MLP(user features)
+    content     a_LLM: MLP([mean ; latest])
+    features    a_Rec: MLP(author features with the id)
+    gate        g: sigmoid(MLP(id))
+    author      g a_LLM + (1 - g) a_Rec
+    user        MLP(user features)
 
 Both towers return unit vectors, and the loss is an in-batch softmax over their products. The paper has no numbers for
 widths, temperature and correction; all of them are arguments.

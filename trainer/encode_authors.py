@@ -3,7 +3,7 @@
     limelight align encode runs/align data/segments --out data/fused
     torchrun --nproc-per-node 2 -m trainer.encode_authors runs/align --out data/fused
 
-``limelight quantize CONFIG data.vectors=data/fused`` makes codes of the vectors.
+``limelight quantize configs/quantize.toml data.vectors=data/fused`` makes codes of the vectors.
 """
 
 from __future__ import annotations

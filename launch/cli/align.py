@@ -46,7 +46,7 @@ def fit(config: str, overrides: tuple[str, ...], ranks: int) -> int:
     short_help="Write the fused author vector of each segment.",
     help="Write the fused author vector of each segment of a dataset, as of the time when the segment became known, "
     "with the newest checkpoint of a run. Later segments change no vector of an earlier one. The table is read by "
-    "`limelight quantize CONFIG data.vectors=DIR`.",
+    "`limelight quantize configs/quantize.toml data.vectors=DIR`.",
     example="limelight align encode runs/align data/segments --out data/fused",
 )
 @ranks_option

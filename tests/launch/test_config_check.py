@@ -236,7 +236,7 @@ def test_a_file_of_two_kinds_needs_the_kind(data: Path, tmp_path: Path, capsys: 
     file = tmp_path / "job.toml"
     file.write_text(f'[data]\npath = "{data / "world"}"\neval_from = "2024-03-06"\n')
     assert main(["config", "check", str(file)]) == 2
-    assert "could be a job of limelight train or staytime; say which by --kind" in capsys.readouterr().err
+    assert "could be a job of limelight train or staytime or align; say which by --kind" in capsys.readouterr().err
     assert main(["config", "check", str(file), "--kind", "staytime", "lcu.enabled=false"]) == 0
     assert "is a job of limelight staytime" in capsys.readouterr().out
 
