@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.semantic_ids.segment_world import write_segments, write_vectors
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, Origin
-from trainer.semantic_ids.align_content import SUMMED, AuthorContent, ContentIdentity, content_scale
+from trainer.semantic_ids import align_content
+from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, content_scale
 from trainer.semantic_ids.segments import SegmentVectors
 
 DIM, SCALE = 3, 2.0
@@ -37,7 +38,7 @@ def plain(author: np.ndarray, known_ms: np.ndarray, vectors: np.ndarray, who: in
     return np.concatenate([rows.mean(0) / SCALE, rows[-1] / SCALE, [1]])
 
 
-@given(st.integers(0, 4 * SUMMED), st.integers(1, 3), st.integers(0, 99))
+@given(st.integers(0, 150), st.integers(1, 3), st.integers(0, 99))
 @settings(max_examples=40)
 def test_content_is_that_of_the_definition(count: int, authors: int, seed: int) -> None:
     columns = make(count, authors, seed)
@@ -50,10 +51,10 @@ def test_content_is_that_of_the_definition(count: int, authors: int, seed: int) 
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@given(st.integers(0, 99), st.integers(1, 4 * SUMMED))
+@given(st.integers(0, 99), st.integers(1, 150))
 @settings(max_examples=30)
 def test_nothing_that_becomes_known_later_changes_a_bit(seed: int, now: int) -> None:
-    author, known_ms, vectors = make(4 * SUMMED, 2, seed)
+    author, known_ms, vectors = make(150, 2, seed)
     random = np.random.default_rng(seed + 1)
     later = known_ms > now
     changed = vectors.copy()
@@ -79,19 +80,25 @@ def test_the_latest_vector_can_be_that_of_a_given_segment() -> None:
     assert (found[:, :DIM] == [0.5, 0.5, 0]).all(), "the mean is of all segments that are known then"
 
 
-def test_vectors_that_cannot_be_averaged_are_refused() -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_vectors_that_cannot_be_averaged_are_refused(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align_content, "CHUNK_ROWS", chunk)
     vectors = np.ones((4, DIM), np.float16)
     vectors[2, 1] = np.inf
     with pytest.raises(UserError, match=r"1 of 4 vectors are not finite and 0 are zero, .* segment 2"):
         AuthorContent(segments_of(np.zeros(4, np.int64), np.arange(4), vectors), 1.0)
 
 
-def test_the_scale_is_the_root_mean_square_of_earlier_elements() -> None:
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_the_scale_is_the_root_mean_square_of_earlier_elements(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align_content, "CHUNK_ROWS", chunk)
     vectors = np.array([[3, 4, 0], [0, 0, 5], [9, 9, 9]], np.float16)
     segments = segments_of(np.zeros(3, np.int64), np.array([1, 2, 3]), vectors)
     assert content_scale(segments, 3) == pytest.approx(np.sqrt(50 / 6))
     with pytest.raises(UserError, match="no segment became known before the end of training"):
         content_scale(segments, 1)
+    monkeypatch.setattr(align_content, "SCALE_ROWS", 1)
+    assert content_scale(segments, 3) == pytest.approx(np.sqrt(25 / 3)), "a sample of them"
 
 
 def test_other_vectors_than_those_of_the_model_are_refused(tmp_path: Path) -> None:

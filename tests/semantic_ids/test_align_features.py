@@ -19,6 +19,7 @@ from trainer.data.format.dataset import Dataset
 from trainer.data.format.schema import Rows
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import RankingBatch, unpack
+from trainer.semantic_ids import align_features
 from trainer.semantic_ids.align_content import ContentIdentity
 from trainer.semantic_ids.align_features import AuthorRequests, PairFeatures, choose_positives, tower_inputs
 from trainer.semantic_ids.align_model import build_towers, make_features
@@ -98,7 +99,7 @@ def test_a_batch_has_the_positive_rows_alone(data: Dataset, features: PairFeatur
 
 
 def test_a_request_for_an_author_gives_the_vector_of_a_row_at_that_time(
-    world: Path, data: Dataset, features: PairFeatures
+    world: Path, data: Dataset, features: PairFeatures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, evaluated = some_rows(data), features.evaluated()
     positive = positive_rows(rows, [0])
@@ -111,6 +112,9 @@ def test_a_request_for_an_author_gives_the_vector_of_a_row_at_that_time(
     dim = of_rows.shape[1] // 2
     torch.testing.assert_close(of_requests[:, dim:], of_rows[:, dim:], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(of_requests[:, :dim], of_rows[:, :dim]), "requests have no user"
+    monkeypatch.setattr(align_features, "REQUESTS_AT_ONCE", 100)
+    again = list(requests.batches(rows["author_id"][positive], rows["request_ms"][positive], rows=50))
+    assert [block.dense.tolist() for block in again] == [block.dense.tolist() for block in blocks]
     none = list(requests.batches(np.empty(0, np.int64), np.empty(0, np.int64), rows=50))
     assert none == []
 

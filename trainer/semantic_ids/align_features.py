@@ -36,7 +36,7 @@ from trainer.semantic_ids.align_popularity import AuthorPopularity, positive_row
 _HASHES = 1 << 20
 """Number of values of the hash that chooses rows with content alone."""
 
-REQUESTS = 1 << 20
+REQUESTS_AT_ONCE = 1 << 20
 """Requests for authors whose statistics are counted in one pass over the dataset."""
 
 
@@ -95,6 +95,7 @@ class PairFeatures:
     def prepare(self, histories: Histories, space: Space | None = None) -> None:
         """Do the work that this process and its forked processes can share."""
         self.base.prepare(histories, space)
+        self.content.prepare()
 
     def pack(self, rows: Rows, histories: Histories, as_of_ms: np.ndarray, space: Space | None = None) -> PackedBatch:
         """Return the inputs of the positive rows; the arguments are those of ``FeatureMap.pack``.
@@ -209,8 +210,8 @@ class AuthorRequests:
             rows: requests of a batch.
             latest: ``[n]`` int64, see :meth:`AuthorContent.read`.
         """
-        for start in range(0, len(authors), REQUESTS):
-            part = slice(start, start + REQUESTS)
+        for start in range(0, len(authors), REQUESTS_AT_ONCE):
+            part = slice(start, start + REQUESTS_AT_ONCE)
             columns = self._rows(authors[part], as_of_ms[part])
             for first in range(0, len(columns["author_id"]), rows):
                 place = np.minimum(np.arange(first, first + rows), len(columns["author_id"]) - 1)
