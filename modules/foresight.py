@@ -7,7 +7,8 @@ its place counted from the newest run::
     I <- I + SelfAttn(norm(I));  I <- I + FFN(norm(I))      for each layer of the encoder
     D <- BOS                                                [1, dim], learnt
     D <- D + CrossAttn(norm(D), I);  D <- D + FFN(norm(D))  for each layer of the decoder
-    p <- softmax(norm(D) Emb^T + bias)                      over all codes; the same table as that of the input
+    D <- norm(D)
+    p <- softmax(D Emb^T + bias)                            over all codes; the same table as that of the input
 
 The paper gives neither the norms, the places, nor the buckets of the lengths. Here norms come before each part, as in
 most Transformers since Xiong et al. (2020), places are learnt vectors, and a length has two buckets for each doubling.
@@ -15,6 +16,11 @@ The bias is one number for each code, which its frequency needs; it starts as th
 
 Of an attention, values and output start as the identity. So D starts as a mean of the runs' vectors, which the softmax
 compares with vectors of the same table, and training has to learn only which runs count.
+
+The paper stops there. ``copy`` adds that a room often shows again what its author showed lately (a pointer network, See
+et al., 2017): with the gate ``g = sigmoid(w D)`` and the attention ``a = softmax(I W D)`` over the runs,
+
+    p(c) <- (1 - g) p(c) + g * (sum of a over the runs with the code c)
 
 The runs are padded at the front. A padded place is seen by no other one, whatever it holds. An author without any run
 has an ``I`` of zeros and a ``D`` that depends on BOS alone.
@@ -51,6 +57,7 @@ class ForesightSize:
         dropout: share of values that are dropped in training: of the outputs of both parts of a layer, and inside the
             feed-forward part. Weights of attention are not dropped, which would take a third of the time.
         table: start of the table of the codes.
+        copy: mix the softmax with the codes of the runs.
     """
 
     codes: int
@@ -62,6 +69,7 @@ class ForesightSize:
     feed_forward: int = 256
     dropout: float = 0.0
     table: TableStart = "learnt"
+    copy: bool = False
 
 
 class ForesightOutput(NamedTuple):
@@ -70,10 +78,12 @@ class ForesightOutput(NamedTuple):
     Attributes:
         history: ``[n, runs, dim]``, the encoder's output I; zeros at padded places.
         future: ``[n, dim]``, the decoder's output D.
+        copied: ``[n, runs]``, probability that the next code is copied from each run; zeros without ``copy``.
     """
 
     history: Tensor
     future: Tensor
+    copied: Tensor
 
 
 class ForesightPredictor(nn.Module):
@@ -100,6 +110,10 @@ class ForesightPredictor(nn.Module):
         self.first = nn.Parameter(CodeTable.SCALE * torch.randn(size.dim))
         self.decoder = nn.ModuleList(_Layer(size) for _ in range(size.decoder_layers))
         self.decoder_norm = nn.LayerNorm(size.dim)
+        if size.copy:
+            self.point = nn.Linear(size.dim, size.dim, bias=False)
+            nn.init.eye_(self.point.weight)
+            self.gate = nn.Linear(size.dim, 1)
         self.register_buffer("bounds", torch.tensor(length_bounds()), persistent=False)
 
     def forward(self, code: Tensor, length: Tensor, table: Tensor | None = None) -> ForesightOutput:
@@ -125,25 +139,52 @@ class ForesightPredictor(nn.Module):
         future = self.first.expand(len(code), 1, -1)
         for layer in self.decoder:
             future = layer(future, states, seen, some)
-        return ForesightOutput(states, self.decoder_norm(future[:, 0]))
+        future = self.decoder_norm(future[:, 0])
+        return ForesightOutput(states, future, self._copied(states, future, known, seen[:, 0, 0]))
 
-    def logits(self, future: Tensor, table: Tensor | None = None) -> Tensor:
-        """Return the logits of all codes ``[n, codes]``, float32."""
-        return _scores(future, self.table() if table is None else table, self.table.bias)
+    def _copied(self, states: Tensor, future: Tensor, known: Tensor, seen: Tensor) -> Tensor:
+        """Return the probability that the next code is copied from each run, ``[n, L]`` float32."""
+        if not self.size.copy:
+            return known.new_zeros(known.shape, dtype=torch.float32)
+        scores = (states @ self.point(future)[:, :, None])[:, :, 0].float() / math.sqrt(self.size.dim)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(1) * torch.sigmoid(self.gate(future).float())
+        return weights.masked_fill(~known, 0)
 
-    def losses(self, future: Tensor, target: Tensor, sample: CodeSample | None = None) -> Tensor:
+    def log_p(self, code: Tensor, output: ForesightOutput, table: Tensor | None = None) -> Tensor:
+        """Return the logarithm of the probabilities of all codes ``[n, codes]``, float32.
+
+        Args:
+            code: ``[n, L]`` int, of the runs.
+            output: result for them.
+            table: as in :meth:`forward`.
+        """
+        log_p = _scores(output.future, self.table() if table is None else table, self.table.bias).log_softmax(1)
+        if not self.size.copy:
+            return log_p
+        copied = torch.zeros_like(log_p).scatter_add_(1, code.clamp(min=0).long(), output.copied)
+        return torch.logaddexp(log_p + _log_rest(output.copied)[:, None], copied.log())
+
+    def losses(self, code: Tensor, output: ForesightOutput, target: Tensor, sample: CodeSample | None = None) -> Tensor:
         """Return ``-log p(target)`` of each row ``[n]``, float32.
 
         Args:
-            future: ``[n, dim]``.
+            code: ``[n, L]`` int, of the runs.
+            output: result for them.
             target: ``[n]`` int64, the codes that came.
             sample: codes that stand for all others, see :func:`sampled_softmax`; None computes the full softmax.
         """
+        future = output.future
         if sample is None:
-            return functional.cross_entropy(self.logits(future), target, reduction="none")
-        own = (future * self.table.rows(target)).sum(1).float() + self.table.bias[target].float()
-        others = _scores(future, self.table.rows(sample.code), self.table.bias[sample.code])
-        return sampled_softmax(own, others, target, sample)
+            scores = _scores(future, self.table(), self.table.bias)
+            losses = functional.cross_entropy(scores, target, reduction="none")
+        else:
+            own = (future * self.table.rows(target)).sum(1).float() + self.table.bias[target].float()
+            others = _scores(future, self.table.rows(sample.code), self.table.bias[sample.code])
+            losses = sampled_softmax(own, others, target, sample)
+        if not self.size.copy:
+            return losses
+        copied = output.copied.where(code == target[:, None], output.copied.new_zeros(())).sum(1)
+        return -torch.logaddexp(_log_rest(output.copied) - losses, copied.clamp(min=_LEAST).log())
 
 
 class CodeTable(nn.Module):
@@ -159,7 +200,7 @@ class CodeTable(nn.Module):
         counts: ``[codes]``, how often each code came; None for equal ones.
     """
 
-    SCALE = 0.1
+    SCALE = 0.2
     """Standard deviation of an element at the start. With D of length sqrt(dim), the first logits are small."""
 
     def __init__(self, centroids: Tensor, dim: int, start: TableStart, counts: Tensor | None = None) -> None:
@@ -283,6 +324,15 @@ class _Layer(nn.Module):
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
+
+
+_LEAST = 1e-30
+"""Least probability of a copied code whose logarithm has a gradient."""
+
+
+def _log_rest(copied: Tensor) -> Tensor:
+    """Return the logarithm of the probability that nothing is copied, ``[n]``."""
+    return torch.log1p(-copied.sum(1).clamp(max=1 - 1e-6))
 
 
 def _scores(future: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:

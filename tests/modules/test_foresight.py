@@ -25,10 +25,10 @@ from modules.foresight import (
 CODES, RUNS, DIM = 11, 7, 8
 
 
-def predictor(seed: int = 0, table: TableStart = "learnt", **changes: int) -> ForesightPredictor:
+def predictor(seed: int = 0, table: TableStart = "learnt", copy: bool = True, **changes: int) -> ForesightPredictor:
     """Return a predictor in which nothing is zero by its initialisation."""
     torch.manual_seed(seed)
-    size = ForesightSize(CODES, runs=RUNS, dim=DIM, heads=2, feed_forward=12, table=table, **changes)  # type: ignore[arg-type]
+    size = ForesightSize(CODES, runs=RUNS, dim=DIM, heads=2, feed_forward=12, table=table, copy=copy, **changes)  # type: ignore[arg-type]
     model = ForesightPredictor(size, 3 + 5 * torch.randn(CODES, 6)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,7 +46,7 @@ def contexts(counts: list[int], seed: int = 0, runs: int = RUNS) -> tuple[Tensor
 
 
 def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the history of the runs that are there, the future and the logits of one author, run by run."""
+    """Return the history of the runs that are there, the future and the probabilities of one author, run by run."""
     value = {name: tensor.double() for name, tensor in {**model.state_dict()}.items()}
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -89,7 +89,15 @@ def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> 
         future = layer(future, states, f"decoder.{number}")
     future = norm(future, "decoder_norm")
     logits = torch.stack([vector @ future for vector in table]) + value["table.bias"]
-    return torch.stack(states) if states else torch.zeros(0, DIM).double(), future, logits
+    p = logits.exp() / logits.exp().sum()
+    if model.size.copy and states:
+        gate = torch.sigmoid(linear(future, "gate"))[0]
+        scores = torch.stack([state @ value["point.weight"] @ future / math.sqrt(DIM) for state in states])
+        weights = scores.exp() / scores.exp().sum()
+        p = (1 - gate) * p
+        for weight, of_code in zip(weights, code, strict=True):
+            p[of_code] += gate * weight
+    return torch.stack(states) if states else torch.zeros(0, DIM).double(), future, p
 
 
 @settings(max_examples=25)
@@ -98,17 +106,21 @@ def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> 
     seed=st.integers(0, 1000),
     layers=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     table=st.sampled_from(["frozen", "learnt", "random"]),
+    copy=st.booleans(),
 )
 def test_outputs_are_those_of_a_slow_loop(
-    counts: list[int], seed: int, layers: tuple[int, int], table: TableStart
+    counts: list[int], seed: int, layers: tuple[int, int], table: TableStart, copy: bool
 ) -> None:
-    model = predictor(seed, table, encoder_layers=layers[0], decoder_layers=layers[1])
+    model = predictor(seed, table, copy, encoder_layers=layers[0], decoder_layers=layers[1])
     code, length = contexts(counts, seed)
     with torch.no_grad():
         found = model(code, length)
-        logits = model.logits(found.future)
+        log_p = model.log_p(code, found)
         again = model(code, length, model.table())
-    assert found.history.shape == (len(counts), RUNS, DIM) and logits.shape == (len(counts), CODES)
+        target = torch.arange(len(counts)) % CODES
+        losses = model.losses(code, found, target)
+    assert found.history.shape == (len(counts), RUNS, DIM) and log_p.shape == (len(counts), CODES)
+    torch.testing.assert_close(losses, -log_p.gather(1, target[:, None])[:, 0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(again, found, atol=1e-5, rtol=1e-4)
     for row, count in enumerate(counts):
         runs = slice(RUNS - count, RUNS)
@@ -116,7 +128,7 @@ def test_outputs_are_those_of_a_slow_loop(
         torch.testing.assert_close(found.history[row, runs].double(), history, atol=2e-5, rtol=1e-4)
         assert not found.history[row, : RUNS - count].any()
         torch.testing.assert_close(found.future[row].double(), future, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(logits[row].double(), expected, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(log_p[row].double().exp(), expected, atol=1e-5, rtol=2e-4)
 
 
 def test_what_stands_at_a_padded_place_changes_no_bit() -> None:
@@ -158,7 +170,7 @@ def test_an_empty_batch_has_a_gradient_of_zero() -> None:
     sample = CodeSample.draw(torch.full((CODES,), 1 / CODES), 4, torch.Generator().manual_seed(0))
     for given_sample in (None, sample):
         found = model(code, length)
-        losses = model.losses(found.future, torch.zeros(0, dtype=torch.int64), given_sample)
+        losses = model.losses(code, found, torch.zeros(0, dtype=torch.int64), given_sample)
         assert losses.shape == (0,)
         losses.sum().backward()
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
@@ -206,13 +218,14 @@ def test_lengths_have_two_buckets_for_each_doubling() -> None:
     assert all(1.25 < later / earlier < 1.6 for earlier, later in pairwise(bounds[2:]))
 
 
-def test_the_full_loss_is_that_of_the_softmax() -> None:
+def test_what_is_not_among_the_runs_has_a_gradient() -> None:
+    """Neither a code that no run has, nor an author without runs, gives a gradient that is not finite."""
     model = predictor()
-    found = model(*contexts([0, 2, 5]))
-    target = torch.tensor([3, 0, 10])
-    logits = model.logits(found.future).double()
-    expected = -torch.stack([(logits[row].exp() / logits[row].exp().sum())[target[row]].log() for row in range(3)])
-    torch.testing.assert_close(model.losses(found.future, target).double(), expected, atol=1e-5, rtol=1e-5)
+    code, length = contexts([0, 2, 5])
+    absent = [next(number for number in range(CODES) if number not in row) for row in code.tolist()]
+    model.losses(code, model(code, length), torch.tensor(absent)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.gate.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def softmax_case(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,7 +266,8 @@ def test_each_code_drawn_as_often_as_expected_gives_the_full_softmax() -> None:
 
 def test_the_gradient_of_a_sampled_softmax_tends_to_the_full_one() -> None:
     model = predictor()
-    found = model(*contexts([1, 3, 5, 7]))
+    code, length = contexts([1, 3, 5, 7])
+    found = model(code, length)
     target = torch.tensor([3, 0, 10, 3])
     probability = softmax_case(2)[2]
 
@@ -261,11 +275,11 @@ def test_the_gradient_of_a_sampled_softmax_tends_to_the_full_one() -> None:
         parts = torch.autograd.grad(loss().sum(), list(model.table.parameters()), retain_graph=True)
         return torch.cat([part.flatten() for part in parts])
 
-    full = gradient(lambda: model.losses(found.future, target))
+    full = gradient(lambda: model.losses(code, found, target))
     errors = []
     for size in (16, 256, 4096, 65_536):
         draws = [CodeSample.draw(probability, size, torch.Generator().manual_seed(seed)) for seed in range(8)]
-        found_gradients = [gradient(lambda sample=draw: model.losses(found.future, target, sample)) for draw in draws]  # type: ignore[misc]
+        found_gradients = [gradient(lambda sample=draw: model.losses(code, found, target, sample)) for draw in draws]  # type: ignore[misc]
         errors.append(sum(float((one - full).norm()) for one in found_gradients) / len(draws) / float(full.norm()))
     # The error of an estimate from S draws falls with the root of S: by 4 for each of these steps.
     assert all(2.5 < earlier / later < 8 for earlier, later in pairwise(errors[1:])), errors

@@ -85,6 +85,11 @@ class ForesightModelConfig(Section):
         "(`frozen`) or are trained (`learnt`), or random vectors that are trained (`random`). A trained projection "
         "brings each of them to the model's width.",
     )
+    copy_runs: bool = Field(
+        True,
+        description="Mix the softmax with the codes of the runs, each by its attention, so that the next code can be "
+        "copied from an author's latest ones. The paper has the softmax alone (false).",
+    )
 
     @model_validator(mode="after")
     def _check_heads(self) -> ForesightModelConfig:
@@ -96,7 +101,7 @@ class ForesightModelConfig(Section):
 class ForesightOptimizerConfig(OptimizerConfig):
     """AdamW on the predictor, and the learning rate schedule."""
 
-    learning_rate: Rate = Field(2e-3, description="Peak learning rate.")
+    learning_rate: Rate = Field(3e-3, description="Peak learning rate.")
     weight_decay: float = Field(0.01, description="Decoupled weight decay.", ge=0)
     betas: tuple[Share, Share] = Field((0.9, 0.98), description="Decay rates of Adam's two moments.")
     warmup: Share = Field(0.05, description="Share of all steps during which the learning rate rises from 0.")

@@ -72,7 +72,7 @@ class PredictorEngine:
         total = 0.0
         for part, batch in enumerate(batches):
             found = self._network(batch.code, batch.length)
-            loss = self.predictor.losses(found.future, batch.target, sample).sum()
+            loss = self.predictor.losses(batch.code, found, batch.target, sample).sum()
             self._network.backward(loss * scale, last=part + 1 == self.parts)
             total += float(loss.detach())
         self._clock.lap()

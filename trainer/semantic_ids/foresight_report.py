@@ -24,7 +24,7 @@ ALL, UNSEEN = "all", "unseen authors"
 """Groups of held-out rows: all, and those of authors without any row of training."""
 
 ROWS_AT_ONCE = 256
-"""Rows of which the predictor's logits are in memory at a time."""
+"""Rows of which the predictor's probabilities are in memory at a time."""
 
 REFERENCE_DRAWS = 256
 
@@ -75,8 +75,8 @@ def measure(
     table = predictor.table()
     for begin in range(0, len(part), ROWS_AT_ONCE):
         batch = ForesightBatch.of(data.rows, part[begin : begin + ROWS_AT_ONCE], runs, device)
-        logits = predictor.logits(predictor(batch.code, batch.length, table).future, table)
-        quality.add(logits.log_softmax(1).cpu().numpy(), batch.target.cpu().numpy())
+        log_p = predictor.log_p(batch.code, predictor(batch.code, batch.length, table), table)
+        quality.add(log_p.cpu().numpy(), batch.target.cpu().numpy())
     predictor.train(training)
     return quality
 

@@ -137,7 +137,12 @@ def start_engine(
 ) -> PredictorEngine:
     """Make a predictor for the codes of the data, and start its engine. Collective."""
     model, optimizer = config.model, config.optimizer
-    size = ForesightSize(codes=data.codes, runs=config.data.runs, **model.model_dump())
+    size = ForesightSize(
+        codes=data.codes,
+        runs=config.data.runs,
+        copy=model.copy_runs,
+        **model.model_dump(exclude={"copy_runs"}),
+    )
     # The same seed on every rank, because the initial values must be the same on all of them.
     start_random_states(config.run.seed, 0, 0)
     predictor = ForesightPredictor(size, data.centroids, torch.from_numpy(data.target_counts))
