@@ -173,7 +173,7 @@ def _content(config: JobConfig, features: FeatureMap) -> list[dict[str, Any]]:
                 "histories": own.histories,
                 "candidate": _VECTORS[own.reading] if own.of == "segment" else _VECTORS[own.of],
                 "entry": entries if own.histories else "",
-                "made_by": facts.model or "no language model",
+                "made_by": facts.model or "unknown",
             }
         )
     return found

@@ -350,7 +350,7 @@ def test_tables_that_cannot_be_read_are_refused_in_one_line(
         ({}, (), None),
         ({"value": 2.0}, (), "the table has changed since training (4 vectors with hash"),
         ({"value": 2.0}, ("title",), None),
-        ({"value": 2.0}, ("other",), "resume.allow_new_data=true accepts it"),
+        ({"value": 2.0}, ("other",), "the command of the run with resume.allow_new_data=true accepts it"),
         ({"width": 4}, ("title",), "the vectors are of another kind (3 x float16"),
         ({"dtype": "float32"}, ("title",), "of another kind"),
         (

@@ -39,7 +39,7 @@ class TableFacts:
         width: number of elements of a vector.
         dtype: type in which the vectors are stored.
         count: number of vectors.
-        model: name of the language model's directory; empty if no language model made the vectors.
+        model: name of the language model's directory; if no language model made the vectors, a text that says what did.
         origin: hash of the contents of model, adapter, templates and pooling.
     """
 
@@ -54,7 +54,8 @@ class TableFacts:
     def of(table: ContentVectors) -> TableFacts:
         """Return the facts of an opened table."""
         origin = table.origin
-        return TableFacts(table.hash, table.dim, table.vectors.dtype.name, len(table), origin.model, origin.hash)
+        made_by = origin.model or origin.pooling
+        return TableFacts(table.hash, table.dim, table.vectors.dtype.name, len(table), made_by, origin.hash)
 
 
 @dataclass(frozen=True)
@@ -386,7 +387,7 @@ def check_tables(
         if then is None:
             raise UserError(f"{key}: the features of the run were fitted without it; train a new run")
         before, after = (
-            f"{facts.width} x {facts.dtype}, {facts.model or 'no model'} {facts.origin[:12]}".strip()
+            f"{facts.width} x {facts.dtype}, {facts.model or 'unknown origin'} {facts.origin[:12]}".strip()
             for facts in (then, now)
         )
         if before != after:
@@ -396,7 +397,8 @@ def check_tables(
         if then.hash != now.hash and name not in accepted:
             raise UserError(
                 f"{key}: the table has changed since training ({then.count:,} vectors with hash {then.hash[:12]} then, "
-                f"{now.count:,} with {now.hash[:12]} now); resume.allow_new_data=true accepts it"
+                f"{now.count:,} with {now.hash[:12]} now); the command of the run with resume.allow_new_data=true "
+                "accepts it"
             )
 
 
