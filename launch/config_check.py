@@ -126,13 +126,16 @@ def _check_ranker(job: JobConfig, ranks: int, found: JobCheck) -> None:
     from trainer.data.format.dataset import Dataset
     from trainer.ranking.setup import check_settings, require_training_rows, split_in_time
     from trainer.ranking.warm_start import check_source
+    from trainer.semantic_ids.store_address import open_existing_store
 
     data = found.run(f"dataset {job.data.path}", lambda: Dataset.open(job.data.path, job.data.on_corrupt))
     if data is not None:
         split = found.run("times", lambda: split_in_time(job, data.spec))
         if split is not None:
             found.run("rows of training", lambda: require_training_rows(job, _count_rows(data, split.fitting)))
-        settings = found.run("behaviours, features and ranks", lambda: check_settings(job, data.spec, ranks))
+        settings = found.run(
+            "behaviours, features and ranks", lambda: check_settings(job, data.spec, ranks, open_existing_store)
+        )
         if settings is not None:
             found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
     if job.init_from.run:

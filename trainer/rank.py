@@ -70,7 +70,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
     config = absolute_paths(config)
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
-    check_settings(config, data.spec, world.size)
+    check_settings(config, data.spec, world.size, open_existing_store)
     begun = any(list_checkpoints(model / "checkpoints") for model in model_dirs(directory, config).values())
     if config.init_from.run and not begun:
         check_source(config)

@@ -13,7 +13,14 @@ from tests.semantic_ids.conftest import OpenStore
 from tests.semantic_ids.segment_world import SEGMENT_MS, START_MS, assigned, make_version, write_world
 from trainer.config.features import CodesConfig, FeatureConfig
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import CodeFileReader, CodeSet, CodeStoreReader, FittedCodes, open_codes
+from trainer.data.features.code_inputs import (
+    CodeFileReader,
+    CodeSet,
+    CodeStoreReader,
+    FittedCodes,
+    check_codes,
+    open_codes,
+)
 from trainer.semantic_ids.code_files import append_codes
 from trainer.semantic_ids.code_store import CodeStore, StoreSettings
 from trainer.semantic_ids.store_address import open_existing_store, open_store
@@ -84,6 +91,8 @@ def test_a_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     open_store(str(place), StoreSettings(other.name)).close()
     with pytest.raises(UserError, match=rf"has codes of the codebook '{other.name}', not '{version.name}'"):
         open_codes(config, fitted, open_existing_store)
+    with pytest.raises(UserError, match=rf"has codes of the codebook '{other.name}', not '{version.name}'"):
+        check_codes(config.codes, open_existing_store)
     with pytest.raises(UserError, match=r"127.0.0.1:1/0: no answer in 0 s"):
         open_existing_store("redis://127.0.0.1:1/0", version.name, 0.0)
     with pytest.raises(ValueError, match=r"`store` has a user or a password, which a run would keep"):

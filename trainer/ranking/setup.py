@@ -16,7 +16,7 @@ from trainer.config.deepspeed import complete_settings
 from trainer.config.load import load_deepspeed, parse_time
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import check_codes
+from trainer.data.features.code_inputs import OpenStore, check_codes
 from trainer.data.features.content_inputs import check_places
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
@@ -247,8 +247,16 @@ def require_training_rows(config: EngineJob, rows: int) -> None:
         raise UserError(f"{config.data.path}: no training rows in the range that data.train_from and train_until give")
 
 
-def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> dict[str, Any]:
+def check_settings(
+    config: JobConfig, spec: DatasetSpec, ranks: int, open_store: OpenStore | None = None
+) -> dict[str, Any]:
     """Check a job against its dataset before anything is written or fitted.
+
+    Args:
+        config: the job.
+        spec: description of the dataset.
+        ranks: number of ranks.
+        open_store: function that opens stores of recent codes; None does not check them.
 
     Returns:
         The job's DeepSpeed settings with the batch sizes.
@@ -261,7 +269,7 @@ def check_settings(config: JobConfig, spec: DatasetSpec, ranks: int) -> dict[str
     rows = rows_per_rank(config, ranks)
     partitions_of_rank(spec.partitions, 0, ranks)
     check_names(spec, config.features, config.data.behaviours)
-    check_codes(config.features.codes)
+    check_codes(config.features.codes, open_store)
     check_places(config.features)
     predicted = config.data.behaviours or spec.behaviours
     for key, names in (("train.weights", config.train.weights), ("score.exponents", config.score.exponents)):

@@ -26,11 +26,12 @@ from trainer.data.features.code_inputs import (
     open_codes,
 )
 from trainer.data.features.feature_map import FeatureMap
-from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.id_map import hash_rows, hash_salt
 from trainer.data.format.schema import DOMAINS
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.text_schema import SEGMENT_MS
+from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import unpack
 
 HISTORY = {"rooms": HistoryConfig(domain="live", length=4), "all": HistoryConfig(domain="both", length=6)}
@@ -210,6 +211,20 @@ def test_codes_are_fitted_saved_and_read_again(write_dataset, tmp_path):
         (tmp_path / "checksums.json").unlink(missing_ok=True)
         with pytest.raises(UserError, match="the features are damaged"):
             FittedFeatures.load(tmp_path)
+
+
+def test_a_file_of_other_authors_is_refused_when_features_are_fitted(write_dataset):
+    dataset = write_dataset(rows=300)
+    codes = codes_of(dataset)
+    config = FeatureConfig(codes={"raw": CodesConfig(file=str(codes.path))})
+    write_codes(codes.path, codes)
+    fitted = fit_features(dataset.spec, dataset.store(), dataset.histories(), config, Selection())
+    assert fitted.codes == {"raw": FittedCodes.of(CodeFile.read(codes.path))}
+    write_codes(codes.path, replace(codes, author_id=np.where(codes.author_id < 0, -1, codes.author_id + 1000)))
+    with pytest.raises(
+        UserError, match=r"^features.codes.raw: .* has segments of no author of the training rows; assign"
+    ):
+        fit_features(dataset.spec, dataset.store(), dataset.histories(), config, Selection())
 
 
 def own(path: Path, **keys: Any) -> FeatureConfig:

@@ -427,11 +427,16 @@ def code_set_of(table: str) -> str:
     return table.removeprefix(CODE_TABLE).rpartition("-")[0]
 
 
-def check_codes(config: Mapping[str, CodesConfig]) -> list[CodeSet]:
-    """Check code files by their footers only, before anything is fitted; return the code sets.
+def check_codes(config: Mapping[str, CodesConfig], open_store: OpenStore | None = None) -> list[CodeSet]:
+    """Check code files by their footers only, and stores, before anything is fitted; return the code sets.
+
+    Args:
+        config: sections ``[features.codes.NAME]`` by name.
+        open_store: function that opens stores of recent codes; None does not check them.
 
     Raises:
-        UserError: a file is missing or no code file, or has fewer levels than the job asks for.
+        UserError: a file is missing or no code file, or has fewer levels than the job asks for; a store is missing,
+            cannot be read, or is of another codebook version than its file.
     """
     sets = []
     for name, own in config.items():
@@ -441,17 +446,41 @@ def check_codes(config: Mapping[str, CodesConfig]) -> list[CodeSet]:
                 f"features.codes.{name}.levels = {own.levels}: {own.file} has {len(header.levels)} levels; 1 to "
                 f"{len(header.levels)} are accepted"
             )
+        if own.store and open_store is not None:
+            open_store(own.store, header.version).close()
         sets.append(CodeSet(name, own, header.levels))
     return sets
 
 
-def fit_codes(config: Mapping[str, CodesConfig]) -> dict[str, FittedCodes]:
-    """Return the identity of each code set's file.
+def read_code_files(config: Mapping[str, CodesConfig]) -> dict[str, CodeFile]:
+    """Return the content of each code set's file.
 
     Raises:
         UserError: a file cannot be read.
     """
-    return {name: FittedCodes.of(CodeFile.read(Path(own.file))) for name, own in config.items()}
+    return {name: CodeFile.read(Path(own.file)) for name, own in config.items()}
+
+
+def check_authors(codes: Mapping[str, CodeFile], parts: Iterable[np.ndarray]) -> None:
+    """Check that each code file has segments of at least one author of a training range.
+
+    Args:
+        codes: code set -> content of its file.
+        parts: authors of the rows, ``[n]`` int64 each; read until all files have one of them.
+
+    Raises:
+        UserError: a file has none; it is of another dataset, as a rule.
+    """
+    left = {name: np.unique(file.author_id) for name, file in codes.items()}
+    for authors in parts if left else ():
+        left = {name: known for name, known in left.items() if not np.isin(authors, known).any()}
+        if not left:
+            return
+    for name in left:
+        raise UserError(
+            f"features.codes.{name}: {codes[name].path} has segments of no author of the training rows; assign codes "
+            "to the dataset of the job"
+        )
 
 
 def open_codes(

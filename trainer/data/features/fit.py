@@ -16,7 +16,7 @@ import numpy as np
 from trainer.config.features import ContentConfig, FeatureConfig
 from trainer.console.errors import UserError, one_line
 from trainer.data.features.author_features import AuthorSide, read_author_side
-from trainer.data.features.code_inputs import FittedCodes, fit_codes
+from trainer.data.features.code_inputs import FittedCodes, check_authors, read_code_files
 from trainer.data.features.content_inputs import TableFacts
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.id_map import table_rows
@@ -152,16 +152,18 @@ def fit_features(
         tables: opened tables of pre-trained vectors, by name.
 
     Raises:
-        UserError: a code file cannot be read, the range has no rows, a dense value is NaN or infinite, ids do not fit
-            their table, histories have features of authors and the dataset has no table of authors, or a table of
-            vectors has none of the rows.
+        UserError: a code file cannot be read or is of other authors, the range has no rows, a dense value is NaN or
+            infinite, ids do not fit their table, histories have features of authors and the dataset has no table of
+            authors, or a table of vectors has none of the rows.
     """
     # First, since it takes little time and finds what a user can get wrong.
-    codes = fit_codes(config.codes)
+    files = read_code_files(config.codes)
+    codes = {name: FittedCodes.of(file) for name, file in files.items()}
     vocabularies = _vocabularies(spec, store, histories, config, selection)
     sizes = {name: table_rows(name, getattr(config, name), spec, len(vocabularies.get(name, ()))) for name in ID_TABLES}
     inputs = DenseInputs(spec, config)
     prior = _prior(spec, store, selection)
+    check_authors(files, (columns["author_id"] for columns in _selected(store, selection, SAMPLE_ROWS)))
     mean, deviation = _moments(inputs, store, selection, prior)
     author_side = read_author_side(store.path, spec, config.author_side) if config.author_side else None
     for name, table in (tables or {}).items():
