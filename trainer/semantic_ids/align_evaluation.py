@@ -226,7 +226,7 @@ def encode_authors(
     The arguments are those of :meth:`AuthorRequests.batches`; ``label`` names the progress.
     """
     left = len(authors)
-    with Progress(label, world.max(left), "authors", quiet=world.rank > 0) as progress:
+    with Progress(label, world.max(left), "vectors", quiet=world.rank > 0) as progress:
         for _, output in engine.predict(requests.batches(authors, as_of_ms, rows, latest)):
             dim = output.shape[1] // 2
             block = output[: min(left, len(output)), dim:].cpu().numpy()
