@@ -11,7 +11,7 @@ its place counted from the newest run::
     p <- softmax(D Emb^T + bias)                            over all codes; the same table as that of the input
 
 The paper gives neither the norms, the places, nor the buckets of the lengths. Here norms come before each part, as in
-most Transformers since Xiong et al. (2020), places are learnt vectors, and a length has two buckets for each doubling.
+most Transformers since Xiong et al. (2020), places are learnt vectors, and a length has four buckets for each doubling.
 The bias is one number for each code, which its frequency needs; it starts as the logarithm of the frequency.
 
 Of an attention, values and output start as the identity. So D starts as a mean of the runs' vectors, which the softmax
@@ -277,9 +277,12 @@ def sampled_softmax(own: Tensor, others: Tensor, target: Tensor, sample: CodeSam
 
 
 def length_bounds() -> list[int]:
-    """Return the least length of each bucket from the second on: two buckets for each doubling of the length."""
-    last = 2 * (LARGEST_LENGTH.bit_length() - 1)
-    return sorted({math.ceil(2 ** (half / 2) - 1e-9) for half in range(1, last + 1)})
+    """Return the least length of each bucket from the second on: four buckets for each doubling, lengths up to 8 alone.
+
+    A phase of a room ends after a number of segments that is more or less usual, so coarser buckets lose information.
+    """
+    last = 4 * (LARGEST_LENGTH.bit_length() - 1)
+    return sorted({math.ceil(2 ** (quarter / 4) - 1e-9) for quarter in range(1, last + 1)})
 
 
 class _Layer(nn.Module):
@@ -320,9 +323,28 @@ class _Layer(nn.Module):
 
     def _attend(self, queries: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
         query = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        if queries.shape[1] == 1:
+            return self._attend_once(query[:, :, 0], memory, seen[:, 0])
         key, value = self.key_value(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _attend_once(self, query: Tensor, memory: Tensor, seen: Tensor) -> Tensor:
+        """Return the same for one query of each row, without the keys and the values of all places.
+
+        The matrices of keys and values are moved to the sides of the query and of the mean: ``q (W m) = (q W) m``.
+
+        Args:
+            query: ``[n, heads, dim / heads]``.
+            memory: ``[n, L, dim]``.
+            seen: ``[n, 1, L]`` bool.
+        """
+        key, value = self.key_value.weight.unflatten(0, (2, self.heads, -1))
+        scores = torch.einsum("nhd,hdk->nhk", query, key) @ memory.transpose(1, 2) / math.sqrt(query.shape[2])
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(2)
+        mixed = torch.einsum("nhk,hdk->nhd", weights @ memory, value)
+        out: Tensor = self.out(mixed.flatten(1)[:, None])
         return out
 
 

@@ -212,10 +212,10 @@ def test_a_random_table_does_not_know_the_centroids() -> None:
     assert torch.equal(made[0].vectors, made[1].vectors)
 
 
-def test_lengths_have_two_buckets_for_each_doubling() -> None:
+def test_lengths_have_four_buckets_for_each_doubling() -> None:
     bounds = length_bounds()
-    assert bounds[:10] == [2, 3, 4, 6, 8, 12, 16, 23, 32, 46] and bounds[-1] == 1 << 17
-    assert all(1.25 < later / earlier < 1.6 for earlier, later in pairwise(bounds[2:]))
+    assert bounds[:12] == [2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20] and bounds[-1] == 1 << 17
+    assert all(1.1 < later / earlier < 1.34 for earlier, later in pairwise(bounds[2:]))
 
 
 def test_what_is_not_among_the_runs_has_a_gradient() -> None:
