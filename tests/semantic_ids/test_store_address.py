@@ -21,29 +21,62 @@ from trainer.data.features.code_inputs import (
     check_codes,
     open_codes,
 )
+from trainer.data.format.segment_codes import CodeFile
 from trainer.semantic_ids.code_files import append_codes
-from trainer.semantic_ids.code_store import CodeStore, StoreSettings
+from trainer.semantic_ids.code_store import CodeStore, RecentRuns, SegmentCodes, StoreSettings
 from trainer.semantic_ids.store_address import open_existing_store, open_store
 
 
 def test_candidates_have_the_same_codes_from_a_store_as_from_a_file(tmp_path: Path, new_store: OpenStore) -> None:
-    """The store is live: at each time it has only what was known until then."""
+    """The file ends early, and the store is live: at each time it has only what became known until then."""
     version = make_version(tmp_path / "v", 4, 3, 2)
     world = write_world(tmp_path / "world", segments=24)
-    whole = assigned(version, world)
+    whole, early = assigned(version, world), assigned(version, world, START_MS + 8 * SEGMENT_MS + 1)
     config = CodesConfig(file="f", levels=2, prefix_rows=9)
     code_set, live = CodeSet("raw", config, whole.levels), new_store(version.name)
-    file = CodeFileReader(code_set, whole)
-    reader = CodeStoreReader(code_set, whole.levels, file, lambda: live)
+    expected_reader, asked = CodeFileReader(code_set, whole), 0
+    reader = CodeStoreReader(code_set, early, lambda: live)
     authors = np.array([104, 100, 999, 103, -1, 102])
     for step in range(0, 25, 4):
-        as_of_ms = np.full(len(authors), START_MS + step * SEGMENT_MS)
+        as_of_ms = np.full(len(authors), START_MS + step * SEGMENT_MS) - np.arange(len(authors)) * SEGMENT_MS
         append_codes(assigned(version, world, int(as_of_ms[0]) + 1), live, version, quiet=True)
-        found, expected = reader.candidate_rows(authors, as_of_ms), file.candidate_rows(authors, as_of_ms)
+        found, expected = reader.candidate_rows(authors, as_of_ms), expected_reader.candidate_rows(authors, as_of_ms)
         assert [rows.tolist() for rows in found] == [rows.tolist() for rows in expected]
-        assert (found[0] > 0).tolist() == [step > 0, step > 0, False, step > 0, False, step > 0]
+        asked += int((as_of_ms > early.known_ms.max()).sum())
+    assert (found[0] > 0).tolist() == [True, True, False, True, False, True] and asked > 10
     none = np.zeros(0, np.int64)
     assert [len(rows) for rows in reader.candidate_rows(none, none)] == [0, 0, 0]
+
+
+def test_the_newer_code_counts_whichever_of_file_and_store_has_it(tmp_path: Path, new_store: OpenStore) -> None:
+    """A store that was begun later than the file ends does not hide the codes of the file."""
+    version = make_version(tmp_path / "v", 5)
+    code = np.array([[1], [2]], np.int32)
+    columns = (np.array([1, 2]), np.array([7, 8]), np.arange(2), np.array([100, 200]))
+    codes = CodeFile(Path("f"), version.name, (5,), *columns, code, start_ms=np.array([70, 170]))
+    store = new_store(version.name)
+    store.append(SegmentCodes(np.array([7]), np.array([9]), np.array([4], np.int32), np.array([300])))
+    reader = CodeStoreReader(CodeSet("raw", CodesConfig(file="f"), (5,)), codes, lambda: store)
+    authors, as_of_ms = np.array([7, 7, 8, 8, 7]), np.array([250, 300, 300, 150, 90])
+    assert reader.candidate_rows(authors, as_of_ms)[0].tolist() == [2, 5, 3, 0, 0]
+
+
+def test_requests_that_the_file_answers_do_not_ask_the_store(tmp_path: Path) -> None:
+    """A store may have removed their segments long ago, or may be down."""
+    version = make_version(tmp_path / "v", 4, 3)
+    codes = assigned(version, write_world(tmp_path / "world", segments=4))
+
+    class Down:
+        def recent(self, authors: np.ndarray, as_of_ms: np.ndarray, runs: int) -> RecentRuns:
+            raise UserError("redis://host/0: no answer in 30 s")
+
+        def close(self) -> None: ...
+
+    reader = CodeStoreReader(CodeSet("raw", CodesConfig(file="f"), codes.levels), codes, Down)
+    end_ms = int(codes.known_ms.max())
+    assert reader.candidate_rows(np.array([100]), np.array([end_ms]))[0][0] > 0
+    with pytest.raises(UserError, match="no answer in 30 s"):
+        reader.candidate_rows(np.array([100]), np.array([end_ms + 1]))
 
 
 def test_a_forked_process_opens_the_store_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +92,7 @@ def test_a_forked_process_opens_the_store_again(tmp_path: Path, monkeypatch: pyt
         return opened[-1]
 
     code_set = CodeSet("raw", CodesConfig(file="f"), codes.levels)
-    reader = CodeStoreReader(code_set, codes.levels, CodeFileReader(code_set, codes), open_again)
+    reader = CodeStoreReader(code_set, codes, open_again)
     author, now = np.array([100]), np.array([START_MS + 9 * SEGMENT_MS])
     first = reader.candidate_rows(author, now)[0].tolist()
     assert len(opened) == 1 and first[0] > 0

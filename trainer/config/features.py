@@ -180,10 +180,9 @@ class CodesConfig(EmbeddingTableConfig):
     )
     store: StoreInput = Field(
         "",
-        description="Store of recent codes that candidates read in place of `file`: an SQLite file, or "
-        "`redis://HOST:PORT/NUMBER`. It has codes of the same version that are newer than the "
-        "file. A request of which it has removed segments ends the job. Its address has no password, since a run keeps "
-        "its settings.",
+        description="Store of recent codes of the same version, for requests that are later than the last segment of "
+        "`file`: an SQLite file, or `redis://HOST:PORT/NUMBER`. Only candidates read it. Its address has no password, "
+        "since a run keeps its settings.",
         json_schema_extra=MAY_CHANGE,
     )
     levels: int | None = Field(

@@ -248,6 +248,7 @@ class CodeFileReader:
         start_ms = codes.known_ms if codes.start_ms is None else codes.start_ms
         columns = (codes.author_id, codes.item_id, start_ms, codes.known_ms)
         self._index = SegmentIndex(*(column[order] for column in columns))
+        self._known_ms = np.append(codes.known_ms[order], -1)
         self._choice: Literal["entry", "longest"] = "longest" if code_set.config.history == "longest" else "entry"
         # Place -1, no segment, is the last one here. Half the memory of int64, and no table has 2^31 rows.
         no_code = np.zeros(1, np.int32)
@@ -262,6 +263,11 @@ class CodeFileReader:
         """Return the rows of each author's latest codes; see :class:`CodeReader`."""
         places = self._index.latest(author_id, as_of_ms)
         return [rows[places] for rows in self._rows]
+
+    def latest_ms(self, author_id: np.ndarray, as_of_ms: np.ndarray) -> np.ndarray:
+        """Return the time from which these latest codes are known, ``[n]`` int64; -1 without any."""
+        latest: np.ndarray = self._known_ms[self._index.latest(author_id, as_of_ms)]
+        return latest
 
     def entry_rows(self, visits: HistorySlice, as_of_ms: np.ndarray) -> Sequence[np.ndarray]:
         """Return the rows of what was on air in each past visit; see :class:`CodeReader`."""
@@ -280,12 +286,15 @@ class StoredRuns(Protocol):
     Attributes:
         counts: ``[n]`` int64, runs of each author.
         code: ``[counts.sum()]`` int32, number of the tuple of codes of each run.
+        last_ms: ``[counts.sum()]`` int64, ``known_ms`` of the last segment of each run.
     """
 
     @property
     def counts(self) -> np.ndarray: ...
     @property
     def code(self) -> np.ndarray: ...
+    @property
+    def last_ms(self) -> np.ndarray: ...
 
 
 class RecentCodes(Protocol):
@@ -303,38 +312,45 @@ OpenStore = Callable[[str, str], RecentCodes]
 
 
 class CodeStoreReader:
-    """Codes of candidates from a store of recent codes, those of past visits from a file; see :class:`CodeReader`.
+    """Codes of candidates from a file and, for later requests, from a store of recent codes; see :class:`CodeReader`.
+
+    The file answers requests up to its last segment: a store does not keep old ones. For later requests the store is
+    asked too, and the segment that became known last counts, whichever of the two has it. Past visits are read from the
+    file.
 
     Args:
         code_set: its tables.
-        levels: number of codes of each level of the file, of which the store numbers the tuples.
-        file: reader of past visits.
+        codes: content of the file; the store numbers the tuples of all of its levels.
         open_store: function that opens the store.
 
     Raises:
         UserError: the store is not there, cannot be read, or is of another codebook version.
     """
 
-    def __init__(
-        self, code_set: CodeSet, levels: Sequence[int], file: CodeFileReader, open_store: Callable[[], RecentCodes]
-    ) -> None:
-        self._set, self._levels, self._file, self._open = code_set, tuple(levels), file, open_store
+    def __init__(self, code_set: CodeSet, codes: CodeFile, open_store: Callable[[], RecentCodes]) -> None:
+        self._set, self._levels, self._open = code_set, codes.levels, open_store
+        self._file, self._until_ms = CodeFileReader(code_set, codes), int(codes.known_ms.max(initial=-1))
         self._store, self._process = open_store(), os.getpid()
 
     def candidate_rows(self, author_id: np.ndarray, as_of_ms: np.ndarray) -> Sequence[np.ndarray]:
         """Return the rows of each author's latest codes; see :class:`CodeReader`."""
+        of_file = self._file.candidate_rows(author_id, as_of_ms)
+        later = np.flatnonzero(as_of_ms > self._until_ms)
+        if not len(later):
+            return of_file
         if self._process != os.getpid():
             # A connection must not be used on both sides of a fork.
             self._store, self._process = self._open(), os.getpid()
-        found = self._store.recent(author_id, as_of_ms, 1)
-        number = np.full(len(author_id), NO_CODE, np.int64)
-        number[found.counts > 0] = found.code
+        found = self._store.recent(author_id[later], as_of_ms[later], 1)
+        newer = found.last_ms > self._file.latest_ms(author_id[later], as_of_ms[later])[found.counts > 0]
+        number = found.code[newer].astype(np.int64)
         codes = np.empty((len(number), len(self._levels)), np.int32)
-        rest = np.maximum(number, 0)
         for level in range(len(self._levels) - 1, -1, -1):
-            rest, codes[:, level] = np.divmod(rest, self._levels[level])
-        codes[number < 0] = NO_CODE
-        return self._set.rows_of(codes[:, : len(self._set.levels)])
+            number, codes[:, level] = np.divmod(number, self._levels[level])
+        replaced = later[found.counts > 0][newer]
+        for rows, of_store in zip(of_file, self._set.rows_of(codes[:, : len(self._set.levels)]), strict=True):
+            rows[replaced] = of_store
+        return of_file
 
     def entry_rows(self, visits: HistorySlice, as_of_ms: np.ndarray) -> Sequence[np.ndarray]:
         """Return the rows of what was on air in each past visit; see :class:`CodeReader`."""
@@ -510,10 +526,11 @@ def open_codes(
         if unchanged:
             identity.check_unchanged(where, codes)
         code_set = CodeSet(name, own, codes.levels)
-        file = readers[name] = CodeFileReader(code_set, codes)
         if own.store:
             assert open_store is not None, "a code set has a store, and nothing opens it"
-            readers[name] = CodeStoreReader(code_set, codes.levels, file, partial(open_store, own.store, codes.version))
+            readers[name] = CodeStoreReader(code_set, codes, partial(open_store, own.store, codes.version))
+        else:
+            readers[name] = CodeFileReader(code_set, codes)
     return readers
 
 
