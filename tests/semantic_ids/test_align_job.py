@@ -157,6 +157,8 @@ def test_other_vectors_are_refused_by_a_model_and_leave_no_table(run: Path, worl
             encode(run, tmp_path / "out", dataset)
         assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="something else than a table of vectors is here"):
+        encode(run, run / "logs")
     with pytest.raises(UserError, match=r"no run here"):
         encode(world, tmp_path / "out")
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import ContentVectors, Origin, VectorPart, write_parts
+from trainer.console.errors import UserError, failure_reason
+from trainer.data.format.content_vectors import MANIFEST, Origin, VectorPart, write_parts
 from trainer.engine.build_engine import rows_per_rank
 from trainer.runtime.distributed import World
 from trainer.runtime.stored_files import load_array
@@ -85,10 +85,8 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
     bounds = np.linspace(0, len(rows), world.size + 1).astype(np.int64)
     own = rows[bounds[world.rank] : bounds[world.rank + 1]]
     tmp_path = out / f".rank-{world.rank:05d}.npy"
-    gates = np.zeros(1)
+    gates, dim = np.zeros(1), model.config.towers.dim
     try:
-        with open(tmp_path, "wb") as file:
-            file.truncate()
         blocks = encode_authors(
             model.engine,
             AuthorRequests(model.data, model.features),
@@ -99,13 +97,13 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
             "segments",
             latest=own,
         )
-        dim = model.config.towers.dim
-        vectors = np.lib.format.open_memmap(tmp_path, "w+", np.dtype(np.float32), (max(len(own), 1), dim))
-        at = 0
-        for block in blocks:
-            vectors[at : at + len(block)], at = block[:, :-1], at + len(block)
-            gates += block[:, -1].sum(dtype=np.float64)
-        vectors.flush()
+        # Written and not mapped: on a full disk a write fails with a reason, and a mapping ends the process.
+        with open(tmp_path, "wb") as file:
+            header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (len(own), dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block[:, :-1]).data)
+                gates += block[:, -1].sum(dtype=np.float64)
         world.barrier()
         shares = world.agree(world.gather(float(gates[0]))) or []
 
@@ -115,9 +113,11 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
             write_parts(out, segments.table.ids[rows], no_texts, parts, dim, origin=fused_origin(model))
 
         world.on_first_rank(write)
-    except BaseException:
+    except BaseException as error:
         if world.rank == 0 and made:
             shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{out}: cannot be written ({failure_reason(error)})") from None
         raise
     finally:
         tmp_path.unlink(missing_ok=True)
@@ -133,7 +133,8 @@ def _make(out: Path) -> bool:
     """
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            ContentVectors.open(out)
+            if not (out / MANIFEST).exists():
+                raise UserError(f"{out}: something else than a table of vectors is here; choose another directory")
             return False
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
