@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tests.data.code_files import codes_beside
+from tests.data.vector_tables import vectors_beside
 from tests.distributed.combinations import Combination
 from tests.distributed.engine_ranks import everything, losses_of, make_engine
 from tests.distributed.small_model import batches_of
@@ -150,7 +151,14 @@ def run(world: World, config: JobConfig, stop_after: int | None = None) -> dict[
 
 
 def job(dataset: Path, directory: Path, *overrides: str) -> JobConfig:
-    settings = [*JOB, codes_beside(dataset), f"data.path={dataset}", f"run.directory={directory}", *overrides]
+    settings = [
+        *JOB,
+        codes_beside(dataset),
+        *vectors_beside(dataset),
+        f"data.path={dataset}",
+        f"run.directory={directory}",
+        *overrides,
+    ]
     return load_config("configs/simulated.toml", settings)
 
 

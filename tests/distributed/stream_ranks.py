@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tests.data.code_files import codes_beside
+from tests.data.vector_tables import vectors_beside
 from tests.distributed.resume_ranks import run, without_plots
 from trainer.config.ranker import JobConfig, load_config
 from trainer.runtime.distributed import World
@@ -52,7 +53,7 @@ STOP_AFTER = 7
 
 
 def job(dataset: Path, directory: Path, policy: str) -> JobConfig:
-    more = (*SEARCHING, codes_beside(dataset)) if policy == "fast_slow" else ()
+    more = (*SEARCHING, codes_beside(dataset)) if policy == "fast_slow" else vectors_beside(dataset)
     settings = [*JOB, *more, f"labels.policy={policy}", f"data.path={dataset}", f"run.directory={directory}"]
     return load_config("configs/moment.toml", settings)
 

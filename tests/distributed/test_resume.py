@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.data.code_files import write_codes_of
+from tests.data.vector_tables import write_vectors_of
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
@@ -25,7 +26,8 @@ def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     if not _outcomes:
         out = tmp_path_factory.mktemp("resume")
         simulate(out / "world", users=250, days=3, partitions=4, seed=3)
-        write_codes_of(out / "world", out / "codes.parquet")
+        codes = write_codes_of(out / "world", out / "codes.parquet")
+        write_vectors_of(out / "world", codes, out / "vectors")
         _outcomes["dataset"] = out / "world"
         for start, earlier in STARTS.items():
             ranks = int(start[0])

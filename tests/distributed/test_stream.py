@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.data.code_files import write_codes_of
+from tests.data.vector_tables import write_vectors_of
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
 from tests.nursery import Nursery
@@ -37,7 +38,8 @@ def outcomes(nursery: Nursery, run_ranks: Any, tmp_path_factory: pytest.TempPath
         nursery.compile_search()
         out = tmp_path_factory.mktemp("stream")
         simulate(out / "world", users=150, days=2, partitions=4, seed=4)
-        write_codes_of(out / "world", out / "codes.parquet")
+        codes = write_codes_of(out / "world", out / "codes.parquet")
+        write_vectors_of(out / "world", codes, out / "vectors")
         _outcomes["dataset"] = out / "world"
         for start, earlier in STARTS.items():
             arguments = (start, out, out / "world", *earlier)
