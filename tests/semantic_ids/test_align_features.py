@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,16 @@ def test_a_batch_has_the_positive_rows_alone(data: Dataset, features: PairFeatur
     assert not batch.dense[~known, -1].any()
     evaluated = unpacked(features, features.evaluated().pack(rows, data.histories, rows["request_ms"]))
     assert (evaluated.dense[:, -1].numpy() > 0).tolist() == known.tolist()
+
+
+def test_authors_below_the_least_count_of_their_table_use_content_alone(data: Dataset, features: PairFeatures) -> None:
+    rows = some_rows(data)
+    vocabulary = features.popularity.authors[::2]
+    some = dataclasses.replace(features.evaluated(), vocabulary=vocabulary)
+    batch = unpacked(some, some.pack(rows, data.histories, rows["request_ms"]))
+    assert batch.author_id is not None
+    known = batch.dense[:, -1] > 0
+    assert known.tolist() == np.isin(batch.author_id.numpy(), vocabulary).tolist() and 0 < known.sum() < len(known)
 
 
 def test_a_request_for_an_author_gives_the_vector_of_a_row_at_that_time(

@@ -36,7 +36,7 @@ class FusedTableSummary(NamedTuple):
         segments: number of vectors.
         dim: number of elements of a vector.
         without_author: segments without a vector, because the dataset does not have their room.
-        unseen: segments of authors that the model was not trained on, whose vectors are of content alone.
+        unseen: segments of authors without an id of their own in the model, whose vectors are of content alone.
         gate: mean share of the content.
     """
 
@@ -49,7 +49,7 @@ class FusedTableSummary(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.segments:,} segments with fused author vectors of {self.dim} elements, mean gate {self.gate:.3f}; "
-            f"{self.unseen:,} of authors that were not trained on (content alone), {self.without_author:,} left out "
+            f"{self.unseen:,} of authors without an id in the model (content alone), {self.without_author:,} left out "
             "without an author"
         )
 
@@ -77,7 +77,7 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
     Raises:
         UserError: no segment has an author, or the table cannot be written; then nothing of it is left.
     """
-    segments, popularity = model.features.content.segments, model.features.popularity
+    segments = model.features.content.segments
     rows = np.flatnonzero(segments.author_id >= 0)
     if not len(rows):
         raise UserError(f"{segments.table.path}: no segment has an author in {model.data.store.path}")
@@ -121,7 +121,7 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
         raise
     finally:
         tmp_path.unlink(missing_ok=True)
-    unseen = int((~popularity.known(segments.author_id[rows])).sum())
+    unseen = int((~model.features.known(segments.author_id[rows])).sum())
     return FusedTableSummary(len(rows), dim, len(segments) - len(rows), unseen, sum(shares) / len(rows))
 
 

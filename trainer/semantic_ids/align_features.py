@@ -66,6 +66,7 @@ class PairFeatures:
         positives: behaviours that make a pair positive.
         smoothing: of the correction; None for no correction.
         exclude: features of the dataset that are no inputs.
+        vocabulary: authors with a row of their own in the table, ascending; None if the table has no vocabulary.
         content_only: share of the rows whose author counts as unknown; 0 outside of training.
     """
 
@@ -75,6 +76,7 @@ class PairFeatures:
     positives: tuple[str, ...]
     smoothing: float | None
     exclude: tuple[str, ...] = ()
+    vocabulary: np.ndarray | None = None
     content_only: float = 0.0
 
     @property
@@ -91,6 +93,11 @@ class PairFeatures:
     def evaluated(self) -> PairFeatures:
         """Return the features for other rows than those of training."""
         return dataclasses.replace(self, content_only=0.0)
+
+    def known(self, authors: np.ndarray) -> np.ndarray:
+        """Return True for authors that were trained on and whose id has a row of its own, ``[n]`` bool."""
+        known = self.popularity.known(authors)
+        return known if self.vocabulary is None else known & np.isin(authors, self.vocabulary)
 
     def prepare(self, histories: Histories, space: Space | None = None) -> None:
         """Do the work that this process and its forked processes can share."""
@@ -118,7 +125,7 @@ class PairFeatures:
     ) -> PackedBatch:
         """Return the inputs of all rows, positive or not; ``latest`` is for :meth:`AuthorContent.read`."""
         packed, author = self.base.pack(rows, histories, as_of_ms, space), rows["author_id"]
-        known = self.popularity.known(author)
+        known = self.known(author)
         if self.content_only:
             # By a hash of the visit, so that the choice is the same in every order of reading and after a resume.
             known &= partition_of(rows["visit_id"], _HASHES) >= self.content_only * _HASHES

@@ -173,6 +173,7 @@ def make_features(
         choose_positives(spec, config),
         smoothing=config.towers.smoothing if config.towers.log_q else None,
         exclude=config.features.exclude,
+        vocabulary=fitted.vocabularies.get("author"),
         content_only=config.towers.content_only if config.towers.author == "fused" else 0.0,
     )
 
