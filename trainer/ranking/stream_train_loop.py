@@ -152,7 +152,7 @@ class _StreamTrainer:
         self._flushed_at = time.monotonic()
         self._lag = (0, 0)
         self._beyond: Counter[str] = Counter()
-        self._no_code = CodeTally()
+        self._no_code, self._codes_logged = CodeTally(), False
         self._no_vector: dict[str, MissingVectors] = {}
         self._loss = float("nan")
         self._scalars = None
@@ -272,9 +272,11 @@ class _StreamTrainer:
         if self._beyond:
             logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
             self._beyond.clear()
-        if self._no_code.counts:
-            logger.info(f"step {state.step:,}: {self._no_code.message()}")
-            self._no_code = CodeTally()
+        no_code, self._no_code = self._no_code, CodeTally()
+        # At first, and when most candidates lack a code: then the file ends too early, or the store is not filled.
+        if no_code.counts and (not self._codes_logged or no_code.mostly):
+            logger.info(f"step {state.step:,}: {no_code.message()}")
+            self._codes_logged = True
         if missing := missing_message(self._no_vector):
             logger.info(f"step {state.step:,}: {missing}")
         self._no_vector.clear()
@@ -285,7 +287,7 @@ class _StreamTrainer:
         state.window = MetricWindow()
         if self._scalars is not None:
             write_scalars(self._scalars, state.metric_history[-1])
-            for name, value in lag.items():
+            for name, value in (lag | no_code.shares()).items():
                 self._scalars.add_scalar(name, value, state.step)
 
     def _batch(self, rows: Rows) -> RankingBatch:

@@ -287,4 +287,6 @@ def test_counts_add_up_and_are_one_line():
         "without a code of a: 2 of 2,001 candidates and 3 of 4 past live visits; of b-c: 0 of 5 candidates (they read "
         "row 0 of its tables)"
     )
+    assert tally.shares() == {"no_code/a": 2 / 2001, "no_code/b-c": 0} and not tally.mostly
+    assert CodeTally({"a": CodeCounts(0, 9), "b": CodeCounts(3, 5)}).mostly
     assert code_set_of(CodeSet("b-c", CodesConfig(file="f"), [3]).tables[0].name) == "b-c"

@@ -574,6 +574,17 @@ class CodeTally:
         for name, count in counts.items():
             self.counts[name] = self.counts.get(name, CodeCounts()) + count
 
+    @property
+    def mostly(self) -> bool:
+        """True if most candidates have no code of a set."""
+        return any(2 * count.candidates > count.all_candidates for count in self.counts.values())
+
+    def shares(self) -> dict[str, float]:
+        """Return ``no_code/NAME`` -> share of the candidates without a code, for each code set."""
+        return {
+            f"no_code/{name}": count.candidates / max(1, count.all_candidates) for name, count in self.counts.items()
+        }
+
     def message(self) -> str:
         """Return a line about candidates and past live visits without a code, one part for each code set."""
         parts = []
