@@ -13,7 +13,7 @@ from trainer.console.errors import UserError
 from trainer.console.job_arguments import EVALUATE_ARGUMENTS, EXPLAIN_ARGUMENTS
 from trainer.console.outputs import InputPath, Output, OutputPath
 
-RunKind = Literal["align", "export", "finetune", "ranker", "staytime"]
+RunKind = Literal["align", "export", "finetune", "foresight", "ranker", "staytime"]
 """Job that wrote a directory, or ``export``."""
 
 
@@ -84,8 +84,9 @@ def score(
         raise UserError(f"{model}: no run here (config.json is missing), and no exported model")
     if kind == "align":
         raise UserError(f"{model}: an alignment scores no rows; limelight align encode writes its author vectors")
-    if kind == "finetune":
-        raise UserError(f"{model}: a fine-tuning run scores nothing; its metrics are in {Path(model) / 'metrics.json'}")
+    if kind in ("finetune", "foresight"):
+        what = "a fine-tuning run" if kind == "finetune" else "a run of Foresight"
+        raise UserError(f"{model}: {what} scores nothing; its metrics are in {Path(model) / 'metrics.json'}")
     if kind == "staytime":
         if len(files) != 1:
             raise UserError(f"{model} is a staytime run, which takes one file: limelight score {model} OUT.parquet")
@@ -151,6 +152,10 @@ def export(run: str, out: Output, data: str | None, with_dataset: bool, as_json:
         raise UserError(f"{run}: a staytime run has nothing to export; its model is {Path(run) / 'model.safetensors'}")
     if kind == "align":
         raise UserError(f"{run}: an alignment has nothing to export; limelight align encode writes its author vectors")
+    if kind == "foresight":
+        raise UserError(
+            f"{run}: a run of Foresight has nothing to export; its predictor is in {Path(run) / 'checkpoints'}"
+        )
     if kind == "export":
         raise UserError(f"{run}: this is an exported model already; name the run that it came from")
     if kind == "finetune":
@@ -188,6 +193,7 @@ def _require_ranker(context: click.Context) -> None:
             "align": "an alignment's run",
             "export": "an exported model",
             "finetune": "a fine-tuning run",
+            "foresight": "a run of Foresight",
             "staytime": "a staytime run",
         }[kind]
         raise UserError(f"{run}: limelight {context.info_name} takes a ranker's run, and this is {other}")
@@ -222,6 +228,6 @@ def _kind_of(directory: str) -> RunKind | None:
         config = read_json_object(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # The section that only this job has.
-    sections: dict[str, RunKind] = {"lcu": "staytime", "lora": "finetune", "towers": "align"}
+    # The section that only this job has; an alignment has [evaluate], too, and comes before.
+    sections: dict[str, RunKind] = {"lcu": "staytime", "lora": "finetune", "towers": "align", "evaluate": "foresight"}
     return next((kind for section, kind in sections.items() if section in config), "ranker")

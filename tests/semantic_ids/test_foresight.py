@@ -35,6 +35,7 @@ from trainer.runtime.watchdog import Watchdog
 from trainer.semantic_ids import foresight_report
 from trainer.semantic_ids.foresight_data import ForesightData
 from trainer.semantic_ids.foresight_training import RowSchedule
+from trainer.serving.export import export_checkpoint
 
 RULES = ["model", "last", "most frequent", "by run length", "Markov", "author's Markov"]
 STEPS = 18
@@ -74,6 +75,8 @@ def test_a_run_has_the_model_beside_all_rules(
 
     shown = format_checkpoint(describe_checkpoint(data / "run"), everything=True)
     assert "Foresight's predictor" in shown and "of 560 (100.0 %)" in shown
+    with pytest.raises(UserError, match="a checkpoint of Foresight's predictor, and no ranker's"):
+        export_checkpoint(data / "run", data / "exported")
     # A finished run is evaluated again, here in small blocks, and is the same.
     monkeypatch.setattr(foresight_report, "ROWS_AT_ONCE", 3)
     again = without_clock(run(data))["evaluation"]["quality"]["all"]

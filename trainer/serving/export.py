@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint.manifest import ADAPTER, check_files
+from trainer.checkpoint.manifest import ADAPTER, FORESIGHT, check_files
 from trainer.checkpoint.reader import Checkpoint, StoredModel, StoredTensor, stored_search
 from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
@@ -83,6 +83,8 @@ def export_checkpoint(
             f"{checkpoint.directory}: this is a checkpoint of an adapter; `limelight export RUN OUT` exports the model "
             "of a finished fine-tuning run"
         )
+    if checkpoint.manifest.kind == FORESIGHT:
+        raise UserError(f"{checkpoint.directory}: this is a checkpoint of Foresight's predictor, and no ranker's")
     problems = check_files(checkpoint.directory, checkpoint.manifest)
     if problems:
         raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")

@@ -12,7 +12,7 @@ import pytest
 from launch import local
 from launch.cli.main import main
 
-SECTIONS = {"ranker": "tables", "staytime": "lcu", "finetune": "lora"}
+SECTIONS = {"ranker": "tables", "staytime": "lcu", "finetune": "lora", "foresight": "evaluate"}
 """A section that only the job of this kind has."""
 
 
@@ -88,6 +88,7 @@ def test_a_staytime_run_scores_visits(tmp_path: Path, calls: list[Any], capsys: 
             "is a staytime run, which takes one file: limelight score ",
         ),
         ("finetune", ["a", "b"], "a fine-tuning run scores nothing"),
+        ("foresight", ["a", "b"], "a run of Foresight scores nothing; its metrics are in "),
         ("empty", ["a", "b"], "no run here (config.json is missing)"),
         ("empty", ["a"], "no run here (config.json is missing)"),
     ],
@@ -131,7 +132,12 @@ def test_a_dataset_is_named_and_carried_for_a_ranker_only(
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"), [("staytime", "has nothing to export; its model is "), ("export", "is an exported model already")]
+    ("kind", "told"),
+    [
+        ("staytime", "has nothing to export; its model is "),
+        ("foresight", "has nothing to export; its predictor is in "),
+        ("export", "is an exported model already"),
+    ],
 )
 def test_export_of_what_has_no_export(
     kind: str, told: str, tmp_path: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
@@ -140,7 +146,7 @@ def test_export_of_what_has_no_export(
     assert told in capsys.readouterr().err and not calls
 
 
-@pytest.mark.parametrize("kind", ["export", "finetune", "staytime"])
+@pytest.mark.parametrize("kind", ["export", "finetune", "staytime", "foresight"])
 @pytest.mark.parametrize("command", [["evaluate"], ["explain", "--user", "1", "--candidate", "2"]], ids=" ".join)
 def test_evaluate_and_explain_take_a_rankers_run(
     command: list[str], kind: str, tmp_path: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]
