@@ -17,12 +17,15 @@ from trainer.data.features.content_inputs import (
     ContentReader,
     TableFacts,
     add_missing,
+    carried_tables,
+    carry_tables,
     check_places,
     check_tables,
     inside_dataset,
     missing_message,
     open_segments,
     open_tables,
+    segment_files,
 )
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
@@ -403,6 +406,22 @@ def test_tables_inside_of_a_dataset_are_looked_for_in_the_other_one() -> None:
     assert names == {"title"} and moved.content["other"] == config.content["other"]
     assert moved.content["title"].table == "/data/two/embeddings/items"
     assert inside_dataset(config, "/data/one", "/data/one") == (config, frozenset())
+
+
+def test_copies_of_tables_take_the_place_of_the_originals(tmp_path: Path) -> None:
+    config = job(write_table(tmp_path / "table"), of="segment")
+    carry_tables(config, tmp_path / "copies")
+    copied = carried_tables(config, tmp_path / "copies")
+    assert copied.content["title"].table == str(tmp_path / "copies" / "title")
+    before, after = (open_tables(each)["title"] for each in (config, copied))
+    assert (before.hash, before.origin) == (after.hash, after.origin)
+    np.testing.assert_array_equal(before.vectors, after.vectors)
+    assert carried_tables(config, tmp_path / "nowhere") == config
+    assert segment_files(config) == {"segments.parquet", "texts/items.parquet"}
+    template = Origin(template={"segments": "{text}"})
+    ContentVectors.write(tmp_path / "table", np.arange(4), np.ones((4, 3)), origin=template)
+    assert segment_files(config) == {"texts/segments.parquet", "texts/items.parquet"}
+    assert segment_files(job(tmp_path / "table")) == frozenset()
 
 
 def test_the_line_about_missing_vectors() -> None:
