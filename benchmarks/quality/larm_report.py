@@ -65,7 +65,7 @@ PAIRS = ((ALIGNED, RAW), (ALIGNED, ALIGNED_NO_LOGQ), (CODES, RAW_CODES), (CODES,
 ALL, NEW = "all", "new"
 QUARTERS = ("rarest quarter", "second quarter", "third quarter", "most frequent quarter")
 GROUPS = (ALL, NEW, *QUARTERS)
-RECALLS = (10, 50, 100)
+RECALLS = (1, 10, 50, 100)
 
 
 @dataclass(frozen=True)
