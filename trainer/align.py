@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import DatasetEntry
+from trainer.checkpoint.manifest import ALIGN, DatasetEntry
 from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
 from trainer.config.align import AlignConfig, load_align
 from trainer.config.paths import absolute_paths
@@ -81,7 +81,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
         features = align_model.make_features(config, data.spec, fitted, segments, content, popularity)
         engine = align_model.build_engine(config, features, world)
         logger.info(f"table placement by TorchRec's planner\n{format_plan(engine.plan)}")
-        identity = Identity(config, align_model.KIND, features.positives, dataset)
+        identity = Identity(config, ALIGN, features.positives, dataset)
         checkpoints = Checkpoints(directory / "checkpoints", identity, world)
         state = TrainingState.at_start(())
         position = checkpoints.restore(engine, state)

@@ -102,19 +102,22 @@ def write_checkpoint(
     step: int = 7,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
+    job: Mapping[str, Any] | None = None,
     cuts: Cuts | None = None,
     ids: Mapping[str, Mapping[str, Tensor]] | None = None,
     **manifest: Any,
 ) -> Path:
     """Write a whole checkpoint of a run, and return its directory.
 
-    The tensors are cut by ``cuts`` or at random. Further arguments are fields of the manifest.
+    The tensors are cut by ``cuts`` or at random. ``config`` has sections of a ranker's job; ``job`` is the whole job
+    of another kind, which ``kind`` names then. Further arguments are fields of the manifest.
     """
     directory = run / "checkpoints" / f"step-{step:08d}"
     tensors = model_tensors(tables, states, dense, ids or {})
     write_model(directory / "model", tensors, cuts or random_cuts(tensors, seed))
-    job = parse_config({"data": {"path": "nowhere"}, **(config or {})}, "test")
-    (directory / "job.json").write_text(json.dumps({"config": job.model_dump(mode="json"), "trace": []}))
+    ranker = parse_config({"data": {"path": "nowhere"}, **(config or {})}, "test")
+    stored = {"config": job or ranker.model_dump(mode="json"), "trace": []}
+    (directory / "job.json").write_text(json.dumps(stored))
     for rank in range(manifest.get("ranks", 2)):
         torch.save({}, directory / rank_file(rank))
     files = {
@@ -129,7 +132,7 @@ def write_checkpoint(
         "zero_stage": 1,
         "rows_done": 300,
         "rows_total": 1200,
-        "kind": job.model.kind,
+        "kind": ranker.model.kind,
         "behaviours": ("click", "gift"),
         "table_optimizer": "rowwise_adagrad",
         "tables": tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from launch.cli.main import main
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 from trainer.checkpoint.diff import diff_checkpoints
+from trainer.checkpoint.manifest import ADAPTER, ALIGN, FORESIGHT
+from trainer.checkpoint.reader import Checkpoint
+from trainer.console.errors import UserError
 
 
 def tensors(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -104,3 +108,30 @@ def test_the_command_prints_what_differs_and_ends_with_it(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "table user" in shown and "equal: 12 of 12" in shown
     assert main(["checkpoint", "diff", paths[0], str(tmp_path / "c")]) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, job, command",
+    [
+        (ALIGN, {"data": {"path": "nowhere"}, "towers": {"dim": 8}}, "align"),
+        (FORESIGHT, {"data": {"path": "nowhere", "codes": "codes.parquet", "codebook": "book"}}, "foresight"),
+        (
+            ADAPTER,
+            {"model": {"path": "base"}, "data": {"train": ["t.jsonl"]}, "lora": {"rank": 4}},
+            "finetune",
+        ),
+    ],
+)
+def test_checkpoints_of_other_jobs_are_compared_too(
+    tmp_path: Path, kind: str, job: dict[str, Any], command: str
+) -> None:
+    for name, epochs in (("a", 1), ("b", 3)):
+        settings = {**job, "train": {"epochs": epochs}}
+        write_checkpoint(tmp_path / name, *tensors(1), seed=1, kind=kind, job=settings)
+    found = diff_checkpoints(tmp_path / "a", tmp_path / "b")
+    assert found["equal"] and found["settings"] == {"train.epochs": [1, 3]}
+    write_checkpoint(tmp_path / "ranker", *tensors(1), seed=1)
+    mixed = diff_checkpoints(tmp_path / "ranker", tmp_path / "a")
+    assert mixed["equal"] and mixed["settings"]["kind"] == ["ple", kind]
+    with pytest.raises(UserError, match=f"a checkpoint of `limelight {command}`, and one of a ranker is needed"):
+        _ = Checkpoint.open(tmp_path / "a").config

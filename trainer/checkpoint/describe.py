@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.checkpoint.manifest import (
     ADAPTER,
+    ALIGN,
     FORESIGHT,
     MANIFEST,
     check_complete,
@@ -70,6 +71,8 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
     rows, network = "rows", f"{found['kind']} for {', '.join(found['behaviours'])}"
     if found["kind"] == ADAPTER:
         rows, network = "sequences", "adapter of a language model"
+    elif found["kind"] == ALIGN:
+        network = f"two towers of users and authors for {', '.join(found['behaviours'])}"
     elif found["kind"] == FORESIGHT:
         network = "Foresight's predictor of the next code"
     facts = [

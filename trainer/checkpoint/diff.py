@@ -113,4 +113,4 @@ def _settings(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[str, list[Any]]]:
 
 def _flat(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest.model_dump(mode="json")
-    return {key: manifest[key] for key in _RECORD} | flat_settings(checkpoint.config.model_dump(mode="json"))
+    return {key: manifest[key] for key in _RECORD} | flat_settings(checkpoint.job.model_dump(mode="json"))

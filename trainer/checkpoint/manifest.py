@@ -37,6 +37,9 @@ JOB = "job.json"
 ADAPTER = "lora"
 """Kind of the checkpoints of a fine-tuning job, whose model is an adapter."""
 
+ALIGN = "align"
+"""Kind of the checkpoints of an alignment of authors."""
+
 FORESIGHT = "foresight"
 """Kind of the checkpoints of Foresight's predictor."""
 

@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from trainer.checkpoint.manifest import (
+    ADAPTER,
+    ALIGN,
+    FORESIGHT,
     JOB,
     MODEL,
     Manifest,
@@ -29,7 +32,11 @@ from trainer.checkpoint.manifest import (
     read_manifest,
 )
 from trainer.checkpoint.model_index import DAMAGED, load_archive, load_tensors, read_index
+from trainer.config.align import AlignConfig
+from trainer.config.finetune import FinetuneConfig
+from trainer.config.foresight import ForesightConfig
 from trainer.config.ranker import JobConfig
+from trainer.config.sections import Section
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
 from trainer.data.features.fit import FittedFeatures
@@ -37,6 +44,15 @@ from trainer.runtime.stored_files import read_json_object
 
 BLOCK_BYTES = 64 << 20
 """Approximate size of a block of rows."""
+
+_OTHER_JOBS: dict[str, type[Section]] = {
+    ADAPTER: FinetuneConfig,
+    ALIGN: AlignConfig,
+    FORESIGHT: ForesightConfig,
+}
+"""Kind -> job, for the kinds of checkpoints that are not of a ranker."""
+
+_COMMANDS = {ADAPTER: "finetune", ALIGN: "align", FORESIGHT: "foresight"}
 
 
 @dataclass(frozen=True)
@@ -238,21 +254,39 @@ class Checkpoint:
         return StoredModel(self.directory / MODEL)
 
     @cached_property
-    def config(self) -> JobConfig:
-        """Read the resolved job; ``model.kind`` is the network of this checkpoint, which may be a baseline.
+    def job(self) -> Section:
+        """Read the resolved job of any kind; see :attr:`config` for that of a ranker.
 
         Raises:
             UserError: the job is damaged, or has keys that this version does not know.
         """
-        file = self.directory / JOB
+        file, kind = self.directory / JOB, self.manifest.kind
+        other = _OTHER_JOBS.get(kind)
         try:
             raw: dict[str, Any] = read_json_object(file)["config"]
-            raw["model"]["kind"] = self.manifest.kind
+            if other is None:
+                raw["model"]["kind"] = kind
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
         except (KeyError, TypeError):
             raise UserError(f"{file}: damaged (it has no job)") from None
-        return validate_stored(JobConfig, raw, str(file))
+        return validate_stored(JobConfig if other is None else other, raw, str(file))
+
+    @property
+    def config(self) -> JobConfig:
+        """Read the resolved job of a ranker; ``model.kind`` is the network of this checkpoint, maybe a baseline.
+
+        Raises:
+            UserError: the checkpoint is of another job; or see :attr:`job`.
+        """
+        if self.manifest.kind in _OTHER_JOBS:
+            raise UserError(
+                f"{self.directory}: a checkpoint of `limelight {_COMMANDS[self.manifest.kind]}`, and one of a ranker "
+                "is needed"
+            )
+        job = self.job
+        assert isinstance(job, JobConfig)
+        return job
 
     @cached_property
     def run(self) -> Path:

@@ -79,12 +79,16 @@ def check_source(config: JobConfig) -> None:
     """Check the conditions of :func:`warm_start` that are known before the features are fitted.
 
     Raises:
-        UserError: there is no checkpoint, a table is missing in one of the models, or its dimension differs.
+        UserError: there is no checkpoint of a ranker, a table is missing in one of the models, or its dimension
+            differs.
     """
     tables = [name for name in (*ID_TABLES, "side") if not (name == "user" and "user_id" in config.features.exclude)]
     dims = {name: getattr(config.features, name).dim for name in tables}
     dims |= {table.name: table.dim for code_set in check_codes(config.features.codes) for table in code_set.declare()}
-    _choose(config.init_from, Checkpoint.open(config.init_from.run), dims)
+    old = Checkpoint.open(config.init_from.run)
+    # Refuses a checkpoint of another job than a ranker's.
+    _ = old.config
+    _choose(config.init_from, old, dims)
 
 
 def warm_start(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modules.author_fusion import TwoTowers
-from trainer.checkpoint.manifest import MODEL, find_checkpoint, read_manifest
+from trainer.checkpoint.manifest import ALIGN, MODEL, find_checkpoint, read_manifest
 from trainer.checkpoint.run_directory import load_align_run
 from trainer.checkpoint.store import verify_together
 from trainer.config.align import AlignConfig
@@ -38,9 +38,6 @@ from trainer.semantic_ids.align_popularity import AuthorPopularity
 from trainer.semantic_ids.segments import SegmentVectors
 
 logger = logging.getLogger(__name__)
-
-KIND = "align"
-"""Kind of the checkpoints of an alignment."""
 
 CONTENT, POPULARITY = "content.json", "popularity"
 
@@ -212,7 +209,7 @@ def metrics_document(
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``; ``retrieval`` is empty for a job without a held-out range."""
     return {
-        "model": KIND,
+        "model": ALIGN,
         "positives": list(features.positives),
         "retrieval": retrieval,
         "held_out": {"from": config.data.eval_from, "until": config.data.eval_until},
