@@ -18,11 +18,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.data.code_files import codes_beside, write_codes_of
+from tests.data.features.test_content_inputs import values_of
 from tests.data.features.test_feature_map import unpack_ids
+from tests.data.vector_tables import vectors_beside, write_vectors_of
 from tests.distributed.stream_ranks import JOB, SEARCHING
 from trainer.config.load import parse_time
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.code_inputs import open_codes
+from trainer.data.features.content_inputs import open_reader
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.history import Histories
@@ -68,14 +71,15 @@ class Recorded:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stream") / "world"
     simulate(path, users=100, days=2, partitions=4, seed=4)
-    write_codes_of(path, path.parent / "codes.parquet")
+    codes = write_codes_of(path, path.parent / "codes.parquet")
+    write_vectors_of(path, codes, path.parent / "vectors")
     return path
 
 
 @pytest.fixture(scope="module", params=["realtime", "fast_slow"])
 def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Recorded:
     directory = tmp_path_factory.mktemp("run") / request.param
-    more = (*SEARCHING, codes_beside(dataset)) if request.param == "fast_slow" else ()
+    more = (*SEARCHING, codes_beside(dataset), *vectors_beside(dataset)) if request.param == "fast_slow" else ()
     settings = [*JOB, *more, "stream.until=2024-03-05T13:00"]
     settings += ["train.batch_size=10", f"labels.policy={request.param}", f"data.path={dataset}"]
     found = Recorded(load_config("configs/moment.toml", [*settings, f"run.directory={directory}"]), directory)
@@ -135,30 +139,35 @@ def test_every_row_once_with_its_kind_labels_and_mask(recorded: Recorded, datase
     assert any(slow for _, slow, *_ in found) == (policy == "fast_slow")
 
 
-def test_codes_in_the_stream_are_those_of_stored_rows(recorded: Recorded, dataset: Path) -> None:
-    """Rows and histories of the stream read the codes as of the request, as batches from the dataset do."""
+def test_codes_and_vectors_in_the_stream_are_those_of_stored_rows(recorded: Recorded, dataset: Path) -> None:
+    """Rows and histories of the stream read codes and vectors as of the request, as batches from the dataset do."""
     config, spec = recorded.config, DatasetSpec.load(dataset)
     fitted = FittedFeatures.load(recorded.directory / "features")
     codes = open_codes(config.features, fitted.codes, unchanged=True)
+    content = open_reader(config.features, str(dataset), fitted.content)
     stored, place_of = read_rows(dataset, spec), {}
     for place, visit in enumerate(stored["visit_id"].tolist()):
         place_of[visit] = place
     # The history that searches by dot product depends on the step.
     own = {name: history for name, history in config.features.history.items() if name != "long"}
-    features = FeatureMap(spec, config.features.model_copy(update={"history": own}), fitted, (), codes)
+    features = FeatureMap(spec, config.features.model_copy(update={"history": own}), fitted, (), codes, content)
     histories = Histories(dataset, spec)
     names = [lookup.name for lookup in features.lookups if "codes-shown" in lookup.name]
-    assert len(names) == (0 if config.labels.policy == "realtime" else 5 * 3)
-    values: Counter[bool] = Counter()
+    names += [lookup.name for lookup in features.content_lookups]
+    assert len(names) == (0 if config.labels.policy == "realtime" else 5 * 3 + 2 * 3)
+    present: dict[str, Counter[bool]] = {"codes": Counter(), "title": Counter(), "air": Counter()}
     for result in recorded.steps if names else ():
         places = [place_of[visit] for visit in result.batch.visit_id.tolist()]
         rows = {name: column[places] for name, column in stored.items()}
-        expected = unpack_ids(unpack(features.pack(rows, histories, rows["request_ms"]), features.layout, {}))
-        found = unpack_ids(result.batch)
+        batch = unpack(features.pack(rows, histories, rows["request_ms"]), features.layout, {})
+        expected, found = (unpack_ids(each) | values_of(each) for each in (batch, result.batch))
         for name in names:
             assert found[name] == expected[name], name
-            values.update(row > 0 for of_row in found[name] for row in of_row)
-    assert not names or min(values[True], values[False]) > 100
+            if "codes-shown" in name:
+                present["codes"].update(row > 0 for of_row in found[name] for row in of_row)
+            else:
+                present[name.rpartition("_")[2]].update(vector is not None for vector in found[name])
+    assert not names or min(min(count[True], count[False]) for count in present.values()) > 100
 
 
 def test_the_loss_of_a_step_is_that_of_the_policy(recorded: Recorded) -> None:
