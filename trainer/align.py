@@ -77,7 +77,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
             return finished
         content = world.on_first_rank(lambda: align_model.store_content(config, segments, scale, directory))
         popularity = align_model.store_positives(counted, directory, world)
-        fitted = fit_once(config, data, split, directory / "features", world, {})
+        fitted = fit_once(config, data, split, directory / "features", world, {}, {})
         features = align_model.make_features(config, data.spec, fitted, segments, content, popularity)
         engine = align_model.build_engine(config, features, world)
         logger.info(f"table placement by TorchRec's planner\n{format_plan(engine.plan)}")

@@ -1,15 +1,20 @@
-"""Memory of exports and comparisons: no table is in memory as a whole."""
+"""Exports: no table is in memory as a whole, and facts of tables of vectors are those of the export's dataset."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 from trainer.checkpoint.diff import diff_checkpoints
+from trainer.console.errors import UserError
+from trainer.data.features.content_inputs import TableFacts
+from trainer.data.features.fit import FittedFeatures
+from trainer.data.format.content_vectors import ContentVectors
 from trainer.serving.export import export_checkpoint
 
 MB = 1 << 20
@@ -66,3 +71,28 @@ def test_comparing_takes_the_memory_of_a_block(run: Path) -> None:
     assert diff_checkpoints(run, run, block_bytes=8 * MB)["equal"]
     # The limit is the size of one of the two tables: the allocator keeps some of the memory of pieces and blocks.
     assert memory("VmHWM") - before < 192 * MB
+
+
+def test_an_export_with_another_dataset_knows_its_tables_of_vectors(tmp_path: Path) -> None:
+    """Otherwise the export is made without a word, and no score can be made with it: the table has changed."""
+    tables = {
+        name: ContentVectors.write(tmp_path / name / "embeddings" / "items", np.arange(4), np.full((4, width), value))
+        for name, width, value in (("one", 3, 1.0), ("two", 3, 2.0), ("wide", 5, 2.0))
+    }
+    facts = {name: TableFacts.of(table) for name, table in tables.items()}
+    content = {"title": {"table": str(tmp_path / "one" / "embeddings" / "items"), "of": "item"}}
+    config = {"data": {"path": str(tmp_path / "one")}, "features": {"content": content}}
+    write_checkpoint(tmp_path / "run", {}, {}, {"w": torch.ones(2)}, config=config)
+    (tmp_path / "run" / "features").mkdir()
+    (tmp_path / "run" / "deepspeed.json").write_text("{}")
+    none = np.zeros(0)
+    fitted = FittedFeatures({}, {}, none, none, none, content={"title": facts["one"]})
+    fitted.save(tmp_path / "run" / "features")
+
+    export_checkpoint(tmp_path / "run", tmp_path / "moved", str(tmp_path / "two"))
+    assert FittedFeatures.load(tmp_path / "moved" / "features").content == {"title": facts["two"]}
+    export_checkpoint(tmp_path / "run", tmp_path / "plain")
+    assert FittedFeatures.load(tmp_path / "plain" / "features").content == {"title": facts["one"]}
+    with pytest.raises(UserError, match="the vectors are of another kind"):
+        export_checkpoint(tmp_path / "run", tmp_path / "refused", str(tmp_path / "wide"))
+    assert not list(tmp_path.glob("*refused*"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config.ranker import JobConfig
 from trainer.data.features.code_inputs import OpenStore, open_codes
-from trainer.data.features.content_inputs import open_reader, open_tables
+from trainer.data.features.content_inputs import open_reader, open_segments, open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset
 from trainer.ranking.setup import Split, fit_once
@@ -31,8 +31,9 @@ def open_features(
             cannot be fitted, or are not those of the dataset.
     """
     tables = open_tables(config.features)
-    fitted = fit_once(config, data, split, directory, world, tables)
+    segments = open_segments(config.features, config.data.path, tables)
+    fitted = fit_once(config, data, split, directory, world, tables, segments)
     codes = open_codes(config.features, fitted.codes, open_store, unchanged=not config.resume.allow_new_data)
     accepted = config.features.content if config.resume.allow_new_data else ()
-    content = open_reader(config.features, config.data.path, fitted.content, tables, accepted=accepted)
+    content = open_reader(config.features, config.data.path, fitted.content, tables, segments, accepted=accepted)
     return FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)

@@ -24,6 +24,7 @@ from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.statistics import FrozenStatistics
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch_plan import partitions_of_rank
@@ -133,6 +134,7 @@ def fit_once(
     directory: Path,
     world: World,
     tables: Mapping[str, ContentVectors],
+    segments: Mapping[str, DatasetSegments],
 ) -> FittedFeatures:
     """Fit the features on the training range, once in a run: the first rank fits them, the others read its files.
 
@@ -143,9 +145,10 @@ def fit_once(
         directory: of the fitted features.
         world: the ranks.
         tables: opened tables of pre-trained vectors.
+        segments: segments of the dataset for each table of segment vectors.
     """
     if world.rank == 0 and not directory.exists():
-        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting, tables)
+        fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting, tables, segments)
         tmp_path = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(tmp_path, ignore_errors=True)
         tmp_path.mkdir(parents=True)

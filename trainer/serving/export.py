@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError, failure_reason
 from trainer.data.features.code_inputs import carry_codes
-from trainer.data.features.content_inputs import carry_tables, inside_dataset, segment_files
+from trainer.data.features.content_inputs import carry_tables, facts_now, inside_dataset, segment_files
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
@@ -88,10 +90,10 @@ def export_checkpoint(
     problems = check_files(checkpoint.directory, checkpoint.manifest)
     if problems:
         raise UserError(f"{checkpoint.directory}: damaged ({'; '.join(problems)})")
-    origin, config = _origin(checkpoint), absolute_paths(checkpoint.config)
+    origin, config, moved = _origin(checkpoint), absolute_paths(checkpoint.config), frozenset[str]()
     if data_path is not None or with_dataset:
         dataset = absolute(dataset_of(checkpoint.run, config.data.path, data_path))
-        features, _ = inside_dataset(config.features, config.data.path, dataset)
+        features, moved = inside_dataset(config.features, config.data.path, dataset)
         data = config.data.model_copy(update={"path": dataset})
         config = config.model_copy(update={"data": data, "features": features})
     tmp_path = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")
@@ -100,6 +102,8 @@ def export_checkpoint(
         _write_weights(tmp_path / WEIGHTS, checkpoint.model)
         write_json(tmp_path / CONFIG, config.model_dump(mode="json"))
         shutil.copytree(checkpoint.run / "features", tmp_path / FEATURES)
+        if config.features.content and (moved or with_dataset):
+            _keep_facts(tmp_path / FEATURES, config, moved, with_dataset)
         if config.features.needs_space:
             # Into an opened file: torch reports a failed write to a path without the system's reason.
             with open(tmp_path / SEARCH, "wb") as file:
@@ -122,6 +126,15 @@ def export_checkpoint(
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
     return origin
+
+
+def _keep_facts(directory: Path, config: JobConfig, moved: Collection[str], with_dataset: bool) -> None:
+    """Check tables of pre-trained vectors that are copied or another dataset's, and keep their facts in the export."""
+    fitted, every = FittedFeatures.load(directory), config.features.content
+    accepted = every if config.resume.allow_new_data else moved
+    names = every if with_dataset else moved
+    content = facts_now(config.features, config.data.path, fitted.content, names, accepted)
+    replace(fitted, content=content).save(directory)
 
 
 def _write_guide(directory: Path, target: Path, config: JobConfig, origin: dict[str, Any]) -> None:

@@ -371,17 +371,72 @@ def test_a_table_that_changed_is_refused_unless_it_is_accepted(
     write_table(tmp_path / "table", **change)
     tables = open_tables(config)
     if message is None:
-        check_tables(config, fitted, tables, accepted)
+        check_tables(config, fitted, tables, accepted, {})
         return
     with pytest.raises(UserError, match=re.escape(message)) as refused:
-        check_tables(config, fitted, tables, accepted)
+        check_tables(config, fitted, tables, accepted, {})
     assert str(refused.value).startswith("features.content.title.table = ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "accepted"),
+    [
+        ("nothing", True),
+        ("a later segment", True),
+        ("an earlier segment", False),
+        ("a vector", False),
+        ("a segment less", False),
+        ("item_id", False),
+        ("author_id", False),
+        ("start_ms", False),
+        ("known_ms", False),
+    ],
+)
+def test_a_table_of_segments_may_get_later_ones_and_no_other_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, accepted: bool
+) -> None:
+    """A dataset whose segments have other times or rooms is another one, although the table is the same."""
+    n, rng = 8, np.random.default_rng(3)
+    known = np.array([40, 50, 40, 60, 50, 70, 80, 45])
+    columns = {name: rng.integers(0, 5, n) for name in ("item_id", "author_id", "start_ms")} | {"known_ms": known}
+    vectors = rng.standard_normal((n, 3))
+    ids = np.arange(n)
+    config = job(tmp_path / "table", of="segment")
+
+    def opened(rows: np.ndarray) -> tuple[Any, Any]:
+        ContentVectors.write(tmp_path / "table", rows, vectors[rows])
+        segments = DatasetSegments("d/segments.parquet", ids, **{name: c.copy() for name, c in columns.items()})
+        monkeypatch.setattr(DatasetSegments, "read", lambda dataset, embedded: segments)
+        tables = open_tables(config)
+        return tables, open_segments(config, "d", tables)
+
+    # The vectors of the segments 3 (known at 60), 5 and 6 come later.
+    rows = np.array([0, 1, 2, 4])
+    tables, segments = opened(rows)
+    fitted = {"title": TableFacts.of(tables["title"], segments["title"])}
+    if change == "a later segment":
+        rows = np.array([0, 1, 2, 3, 4, 6])
+    elif change == "an earlier segment":
+        rows = np.array([0, 1, 2, 4, 7])
+    elif change == "a segment less":
+        rows = rows[:-1]
+    elif change == "a vector":
+        vectors[2] += 1
+    elif change != "nothing":
+        columns[change][4] -= 1
+    tables, segments = opened(rows)
+    if accepted:
+        check_tables(config, fitted, tables, (), segments)
+    else:
+        with pytest.raises(UserError, match=r"has changed since training .*; later segments may be added"):
+            check_tables(config, fitted, tables, (), segments)
+    check_tables(config, fitted, tables, ("title",), segments)
 
 
 def test_a_model_that_was_trained_without_the_table_is_refused(tmp_path: Path) -> None:
     config = job(write_table(tmp_path / "table"))
     with pytest.raises(UserError, match="the features of the run were fitted without it"):
-        check_tables(config, {}, open_tables(config), ("title",))
+        check_tables(config, {}, open_tables(config), ("title",), {})
 
 
 def test_segments_of_another_dataset_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ The tables are those of ``[features.content.NAME]``. They are never trained. The
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,10 @@ class TableFacts:
         count: number of vectors.
         model: name of the language model's directory; if no language model made the vectors, a text that says what did.
         origin: hash of the contents of model, adapter, templates and pooling.
+        until_ms: of a table of segments: largest ``known_ms``; -1 if the segments were not kept.
+        segments: of a table of segments: hash of ids, rooms, authors and times of the segments with ``known_ms`` up to
+            this time.
+        known: of a table of segments: hash of the vectors of these segments.
     """
 
     hash: str
@@ -49,13 +54,46 @@ class TableFacts:
     count: int
     model: str
     origin: str
+    until_ms: int = -1
+    segments: str = ""
+    known: str = ""
 
     @staticmethod
-    def of(table: ContentVectors) -> TableFacts:
-        """Return the facts of an opened table."""
+    def of(table: ContentVectors, segments: DatasetSegments | None = None) -> TableFacts:
+        """Return the facts of an opened table; the vectors of a table of segments are read once.
+
+        Args:
+            table: vectors by id.
+            segments: segments of the dataset, at least those of the table; None for a table of items or authors.
+        """
         origin = table.origin
         made_by = origin.model or origin.pooling
-        return TableFacts(table.hash, table.dim, table.vectors.dtype.name, len(table), made_by, origin.hash)
+        facts = TableFacts(table.hash, table.dim, table.vectors.dtype.name, len(table), made_by, origin.hash)
+        if segments is None:
+            return facts
+        until_ms = int(segments.known_ms[segments.rows_of(table.ids)].max(initial=-1))
+        rows = _known_rows(table, segments, until_ms)
+        return replace(
+            facts,
+            until_ms=until_ms,
+            segments=_hash_segments(table, segments, rows),
+            known=_hash_vectors(table, rows),
+        )
+
+    def has_changed(self, table: ContentVectors, segments: DatasetSegments | None = None) -> bool:
+        """True if a table is not the one of the training; a table of segments may have got later ones.
+
+        Args:
+            table: the table now.
+            segments: segments of the dataset now; None for a table of items or authors.
+        """
+        if segments is None or not self.segments:
+            return self.hash != table.hash
+        rows = _known_rows(table, segments, self.until_ms)
+        if _hash_segments(table, segments, rows) != self.segments:
+            return True
+        # The vectors are read again only where the table is another one.
+        return self.hash != table.hash and _hash_vectors(table, rows) != self.known
 
 
 @dataclass(frozen=True)
@@ -342,6 +380,7 @@ def open_reader(
     dataset: str,
     fitted: Mapping[str, TableFacts],
     tables: Mapping[str, ContentVectors] | None = None,
+    segments: Mapping[str, DatasetSegments] | None = None,
     *,
     accepted: Collection[str] = (),
 ) -> ContentReader | None:
@@ -352,6 +391,7 @@ def open_reader(
         dataset: path of the dataset that is read.
         fitted: facts of the tables at the start of training.
         tables: the tables, if they are open already.
+        segments: segments of the dataset for each table of segments, if they are read already.
         accepted: names of tables that may have changed since.
 
     Raises:
@@ -360,8 +400,9 @@ def open_reader(
     if not config.content:
         return None
     tables = open_tables(config) if tables is None else tables
-    check_tables(config, fitted, tables, accepted)
-    return ContentReader(config.content, tables, open_segments(config, dataset, tables))
+    segments = open_segments(config, dataset, tables) if segments is None else segments
+    check_tables(config, fitted, tables, accepted, segments)
+    return ContentReader(config.content, tables, segments)
 
 
 def check_tables(
@@ -369,6 +410,7 @@ def check_tables(
     fitted: Mapping[str, TableFacts],
     tables: Mapping[str, ContentVectors],
     accepted: Collection[str],
+    segments: Mapping[str, DatasetSegments],
 ) -> None:
     """Compare the tables of a job with those that its model was trained with.
 
@@ -377,6 +419,7 @@ def check_tables(
         fitted: facts of the tables at the start of training.
         tables: the tables now.
         accepted: names of tables that may have changed.
+        segments: segments of the dataset now, for each table of segments.
 
     Raises:
         UserError: a table has vectors of another width, type or model, or it has changed and is not accepted.
@@ -394,12 +437,35 @@ def check_tables(
             raise UserError(
                 f"{key}: the vectors are of another kind ({before} in training, {after} now); they must not be mixed"
             )
-        if then.hash != now.hash and name not in accepted:
+        if name not in accepted and then.has_changed(tables[name], segments.get(name)):
+            kept = "; later segments may be added, earlier ones must have the same times, rooms, authors and vectors"
             raise UserError(
                 f"{key}: the table has changed since training ({then.count:,} vectors with hash {then.hash[:12]} then, "
-                f"{now.count:,} with {now.hash[:12]} now); the command of the run with resume.allow_new_data=true "
-                "accepts it"
+                f"{now.count:,} with {now.hash[:12]} now{kept if name in segments else ''}); the command of the run "
+                "with resume.allow_new_data=true accepts it"
             )
+
+
+def _known_rows(table: ContentVectors, segments: DatasetSegments, until_ms: int) -> np.ndarray:
+    """Return the rows of a table whose segments have ``known_ms`` up to a time, in the order of their ids."""
+    return np.flatnonzero(segments.known_ms[segments.rows_of(table.ids)] <= until_ms)
+
+
+def _hash_segments(table: ContentVectors, segments: DatasetSegments, rows: np.ndarray) -> str:
+    """Return a hash of ids, rooms, authors and times of the segments of some rows of a table."""
+    at = segments.rows_of(table.ids[rows])
+    digest = hashlib.blake2b(digest_size=16)
+    for column in (segments.ids, segments.item_id, segments.author_id, segments.start_ms, segments.known_ms):
+        digest.update(column[at].astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _hash_vectors(table: ContentVectors, rows: np.ndarray) -> str:
+    """Return a hash of the vectors of some rows of a table."""
+    digest = hashlib.blake2b(digest_size=16)
+    for _, vectors in table.parts(rows):
+        digest.update(np.ascontiguousarray(vectors).tobytes())
+    return digest.hexdigest()
 
 
 def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[FeatureConfig, frozenset[str]]:
@@ -419,6 +485,34 @@ def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[Featu
             table = storage.join(path, str(Path(content.table).relative_to(stored)))
             moved[name] = content.model_copy(update={"table": table})
     return config.model_copy(update={"content": {**config.content, **moved}}), frozenset(moved)
+
+
+def facts_now(
+    config: FeatureConfig,
+    dataset: str,
+    fitted: Mapping[str, TableFacts],
+    names: Collection[str],
+    accepted: Collection[str],
+) -> dict[str, TableFacts]:
+    """Return the facts of a model's tables, of some of them as they are now.
+
+    Args:
+        config: the ``[features]`` section.
+        dataset: path of the dataset that is read.
+        fitted: facts of the tables at the start of training.
+        names: names of the tables that are read.
+        accepted: names of tables that may have changed since.
+
+    Raises:
+        UserError: a table cannot be opened, or it is not the one that the model was trained with.
+    """
+    read = config.model_copy(
+        update={"content": {name: config.content[name] for name in config.content if name in names}}
+    )
+    tables = open_tables(read)
+    segments = open_segments(read, dataset, tables)
+    check_tables(read, fitted, tables, accepted, segments)
+    return {**fitted, **{name: TableFacts.of(table, segments.get(name)) for name, table in tables.items()}}
 
 
 def carry_tables(config: FeatureConfig, target: Path) -> None:

@@ -24,6 +24,7 @@ from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import HISTORY_LIMIT, Histories
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
+from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.shards import RowStore
 from trainer.data.format.time_selection import Selection
 from trainer.runtime.checksums import verify_checksums, write_checksums
@@ -140,6 +141,7 @@ def fit_features(
     config: FeatureConfig,
     selection: Selection,
     tables: Mapping[str, ContentVectors] | None = None,
+    segments: Mapping[str, DatasetSegments] | None = None,
 ) -> FittedFeatures:
     """Fit the features on the rows of a training range. The result is deterministic and uses no row outside the range.
 
@@ -150,6 +152,7 @@ def fit_features(
         config: the ``[features]`` section of the job.
         selection: the training range.
         tables: opened tables of pre-trained vectors, by name.
+        segments: segments of the dataset for each table of segment vectors, whose later growth is then accepted.
 
     Raises:
         UserError: a code file cannot be read or is of other authors, the range has no rows, a dense value is NaN or
@@ -168,7 +171,7 @@ def fit_features(
     author_side = read_author_side(store.path, spec, config.author_side) if config.author_side else None
     for name, table in (tables or {}).items():
         _check_owners(name, config.content[name], table, store, selection)
-    content = {name: TableFacts.of(table) for name, table in (tables or {}).items()}
+    content = {name: TableFacts.of(table, (segments or {}).get(name)) for name, table in (tables or {}).items()}
     return FittedFeatures(
         feature_layout(spec), sizes, prior, mean, deviation, vocabularies, author_side, codes, content
     )
