@@ -105,8 +105,9 @@ def test_authors_below_the_least_count_of_their_table_use_content_alone(data: Da
     some = dataclasses.replace(features.evaluated(), vocabulary=vocabulary)
     batch = unpacked(some, some.pack(rows, data.histories, rows["request_ms"]))
     assert batch.author_id is not None
-    known = batch.dense[:, -1] > 0
-    assert known.tolist() == np.isin(batch.author_id.numpy(), vocabulary).tolist() and 0 < known.sum() < len(known)
+    known, author = batch.dense[:, -1] > 0, batch.author_id.numpy()
+    expected = np.isin(author, vocabulary) & features.popularity.known(author)
+    assert known.tolist() == expected.tolist() and 0 < known.sum() < len(known)
 
 
 def test_a_request_for_an_author_gives_the_vector_of_a_row_at_that_time(

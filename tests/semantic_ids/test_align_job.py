@@ -163,6 +163,16 @@ def test_other_vectors_are_refused_by_a_model_and_leave_no_table(run: Path, worl
         encode(world, tmp_path / "out")
 
 
+def test_the_segment_vectors_are_never_replaced_by_fused_ones(run: Path, world: Path, tmp_path: Path) -> None:
+    vectors = shutil.copytree(world / SEGMENT_VECTORS, tmp_path / "vectors")
+    before = {file.name: file.read_bytes() for file in vectors.iterdir()}
+    with pytest.raises(
+        UserError, match=r"has other vectors \(segment vectors of the simulated world\), and only a table"
+    ):
+        encode(run, vectors)
+    assert {file.name: file.read_bytes() for file in vectors.iterdir()} == before
+
+
 def test_a_run_refuses_other_vectors_than_it_began_with(run: Path, world: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()

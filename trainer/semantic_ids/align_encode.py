@@ -19,7 +19,7 @@ from trainer.console.errors import UserError, failure_reason
 from trainer.data.format.content_vectors import MANIFEST, Origin, VectorPart, write_parts
 from trainer.engine.build_engine import rows_per_rank
 from trainer.runtime.distributed import World
-from trainer.runtime.stored_files import load_array
+from trainer.runtime.stored_files import load_array, read_json_object, stored_value
 from trainer.semantic_ids.align_evaluation import encode_authors
 from trainer.semantic_ids.align_features import AuthorRequests
 from trainer.semantic_ids.align_model import TrainedAlignment
@@ -36,7 +36,7 @@ class FusedTableSummary(NamedTuple):
         segments: number of vectors.
         dim: number of elements of a vector.
         without_author: segments without a vector, because the dataset does not have their room.
-        unseen: segments of authors without an id of their own in the model, whose vectors are of content alone.
+        unseen: segments of authors without a trained id of their own, whose vectors are of content alone.
         gate: mean share of the content.
     """
 
@@ -49,7 +49,7 @@ class FusedTableSummary(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.segments:,} segments with fused author vectors of {self.dim} elements, mean gate {self.gate:.3f}; "
-            f"{self.unseen:,} of authors without an id in the model (content alone), {self.without_author:,} left out "
+            f"{self.unseen:,} of authors without a trained id (content alone), {self.without_author:,} left out "
             "without an author"
         )
 
@@ -71,11 +71,12 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
 
     Args:
         model: the model, over the dataset whose segments are encoded.
-        out: directory of the table; an existing table is replaced as a whole.
+        out: directory of the table; an existing table of fused vectors is replaced as a whole.
         world: the ranks.
 
     Raises:
-        UserError: no segment has an author, or the table cannot be written; then nothing of it is left.
+        UserError: no segment has an author, ``out`` has other vectors, or the table cannot be written; then nothing of
+            it is left.
     """
     segments = model.features.content.segments
     rows = np.flatnonzero(segments.author_id >= 0)
@@ -129,12 +130,20 @@ def _make(out: Path) -> bool:
     """Make the directory of a table; returns True if it did not exist.
 
     Raises:
-        UserError: something else is there, or it cannot be made.
+        UserError: something else is there, such as a table of other vectors, or it cannot be made.
     """
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not (out / MANIFEST).exists():
                 raise UserError(f"{out}: something else than a table of vectors is here; choose another directory")
+            # The manifest alone, since a table with damaged vectors can be made again.
+            manifest = out / MANIFEST
+            pooling = stored_value(read_json_object(manifest), manifest, "origin", dict).get("pooling")
+            if pooling != POOLING:
+                raise UserError(
+                    f"{out}: has other vectors ({pooling or 'unknown'}), and only a table of {POOLING} is replaced; "
+                    "choose another directory"
+                )
             return False
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)

@@ -91,8 +91,8 @@ class AuthorPopularity:
         return AuthorPopularity(*arrays)
 
     def known(self, authors: np.ndarray) -> np.ndarray:
-        """Return True for authors with a row in the training range, ``[n]`` bool."""
-        return self._place(authors) >= 0
+        """Return True for authors with a positive in the training range, ``[n]`` bool: no other row is trained on."""
+        return self.totals(authors) > 0
 
     def totals(self, authors: np.ndarray) -> np.ndarray:
         """Return the number of positives of each author in the training range, ``[n]`` int64."""
