@@ -10,7 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.console.errors import UserError
-from trainer.semantic_ids.align_evaluation import HeldOut, Rooms, _candidates, _ranks, _report, retrieval_table
+from trainer.semantic_ids.align_evaluation import (
+    OUTCOME,
+    HeldOut,
+    Rooms,
+    _candidates,
+    _ranks,
+    _report,
+    retrieval_table,
+)
 from trainer.semantic_ids.align_popularity import BUCKETS, AuthorPopularity
 
 MINUTE = 60_000
@@ -29,7 +37,8 @@ def test_an_author_is_ranked_among_those_on_air_at_the_request(seed: int) -> Non
     request = np.sort(random.integers(slot, slot + MINUTE, 12))
     # Author 99 has no room: it counts as on air, since the user was shown one.
     author = np.where(random.random(12) < 0.2, 99, random.integers(0, 15, 12))
-    held_out = HeldOut(author, request, random.integers(-2, 3, (12, 3)).astype(np.float32))
+    visit, user_id = 100 + np.arange(12), random.integers(0, 5, 12)
+    held_out = HeldOut(visit, user_id, author, request, random.integers(-2, 3, (12, 3)).astype(np.float32))
     candidates = _candidates(rooms, held_out, slot, MINUTE, slice(0, 12))
     vectors = random.integers(-1, 2, (len(candidates), 3)).astype(np.float32)
     score_of = dict(zip(candidates.tolist(), vectors, strict=True))
@@ -40,13 +49,15 @@ def test_an_author_is_ranked_among_those_on_air_at_the_request(seed: int) -> Non
         scores = {each: float(held_out.user[row] @ score_of[each]) for each in on_air}
         own = scores[int(author[row])]
         larger, equal = (sum(compare) for compare in zip(*((s > own, s == own) for s in scores.values()), strict=True))
-        assert found[row, :4].tolist() == [author[row], larger, equal, len(on_air)]
+        key = [visit[row], user_id[row], author[row], moment]
+        assert found[row].tolist() == [*key, larger, equal, len(on_air)]
 
 
 def test_equal_scores_count_as_if_drawn_and_buckets_are_apart() -> None:
     popularity = AuthorPopularity(np.array([1, 2]), np.array([0, 0, 2]), np.array([5, 6]))
-    # Author, larger, equal with its own, on air: one of ten equal scores; the best; the sixth; an unseen author.
-    outcomes = np.array([[1, 0, 10, 10, 0], [2, 0, 1, 10, 0], [2, 5, 1, 10, 0], [3, 0, 1, 4, 0]], np.float64)
+    # One of ten equal scores; the best; the sixth; an unseen author.
+    reported = {"author_id": [1, 2, 2, 3], "larger": [0, 0, 5, 0], "equal": [10, 1, 1, 1], "on_air": [10, 10, 10, 4]}
+    outcomes = np.array([reported.get(name, [-7] * 4) for name in OUTCOME]).T
     gates = np.array([[2.0, 0, 0, 0.5, 0], [2, 0, 0, 1, 0]])
     report = _report(outcomes, gates, popularity, (1, 5))
     assert report["all"]["pairs"] == 4 and report["all"]["recall@1"] == pytest.approx((0.1 + 1 + 0 + 1) / 4)
