@@ -8,6 +8,7 @@ embedding table.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,3 +87,25 @@ class VectorProjection(nn.Module):
         x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
         rows = torch.cat([self.missing[None], self.linear(x.to(self.missing.dtype))])
         return {name: rows.index_select(0, places + 1) for name, places in vectors.places.items()}
+
+
+class VectorProjections(nn.ModuleDict):
+    """Projections by the name of their table, which may be any identifier.
+
+    A plain ``ModuleDict`` refuses the names of its methods, such as ``items`` and ``type``.
+
+    Args:
+        sizes: table -> width of its vectors, and width of the results.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__({name: VectorProjection(width, dim) for name, (width, dim) in sizes.items()})
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a projection; a method or attribute of the same name stays what it is."""
+        assert module is not None, "a projection cannot be left out"
+        self._modules[name] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, such as the mode ``training``; projections are items only."""
+        object.__setattr__(self, name, value)

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from modules.content import BatchVectors, VectorProjection
+from modules.content import BatchVectors, VectorProjections
 from modules.din import TargetAttention
 from modules.embeddings import Lookup
 from modules.esu import Parts, SequenceAttention
@@ -107,9 +107,7 @@ class Ranker(nn.Module):
         content: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.content = nn.ModuleDict(
-            {name: VectorProjection(width, dims[name]) for name, width in (content or {}).items()}
-        )
+        self.content = VectorProjections({name: (width, dims[name]) for name, width in (content or {}).items()})
         declared = {lookup.name: lookup for lookup in lookups}
         _check(declared, dims, sequences)
         self.sequences = tuple(sequences)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import keyword
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modules.content import BatchVectors, VectorProjection
+from modules.content import BatchVectors, VectorProjection, VectorProjections
 
 
 def make_vectors(seed: int, dtype: torch.dtype, ids: tuple[int, ...] = (30, 70)) -> BatchVectors:
@@ -96,3 +98,20 @@ def test_a_part_has_the_vectors_of_its_ids_and_no_others(seed: int) -> None:
 def test_a_part_of_nothing_is_empty() -> None:
     part = make_vectors(0, torch.float32).part({"lookup0": (5, 5), "lookup1": (0, 0)})
     assert part.vectors.shape == (0, 5) and all(len(places) == 0 for places in part.places.values())
+
+
+def test_a_table_may_have_the_name_of_a_method_of_a_network() -> None:
+    names = [name for name in dir(nn.ModuleDict()) if name[0].isalpha() and not keyword.iskeyword(name)]
+    assert {"items", "type", "values", "keys", "train"} <= set(names)
+    projections = VectorProjections({name: (3, 2) for name in names})
+    assert {name for name, _ in projections.items()} == set(names)
+    assert projections.state_dict().keys() == {
+        f"{name}.{part}" for name in names for part in ("linear.weight", "linear.bias", "missing")
+    }
+    assert sum(1 for _ in projections.parameters()) == 3 * len(names)
+    # Loading, changes of the type and of the mode reach all of them.
+    loaded = VectorProjections({name: (3, 2) for name in names}).to(torch.float64).eval()
+    loaded.load_state_dict(projections.state_dict())
+    for name in names:
+        assert torch.equal(loaded[name].linear.weight, projections[name].linear.weight.double())
+        assert projections[name].training and not loaded[name].training
