@@ -437,13 +437,20 @@ def check_tables(
             raise UserError(
                 f"{key}: the vectors are of another kind ({before} in training, {after} now); they must not be mixed"
             )
-        if name not in accepted and then.has_changed(tables[name], segments.get(name)):
-            kept = "; later segments may be added, earlier ones must have the same times, rooms, authors and vectors"
+        if name in accepted or not then.has_changed(tables[name], segments.get(name)):
+            continue
+        advice = "the command of the run with resume.allow_new_data=true accepts it"
+        if name in segments:
+            advice = f"later segments may be added, and {advice}"
+        if then.hash == now.hash:
             raise UserError(
-                f"{key}: the table has changed since training ({then.count:,} vectors with hash {then.hash[:12]} then, "
-                f"{now.count:,} with {now.hash[:12]} now{kept if name in segments else ''}); the command of the run "
-                "with resume.allow_new_data=true accepts it"
+                f"{key}: its segments have other rooms, authors or times in {segments[name].source} than in training; "
+                f"the dataset may be another one; {advice}"
             )
+        raise UserError(
+            f"{key}: the table has changed since training ({then.count:,} vectors with hash {then.hash[:12]} then, "
+            f"{now.count:,} with {now.hash[:12]} now); {advice}"
+        )
 
 
 def _known_rows(table: ContentVectors, segments: DatasetSegments, until_ms: int) -> np.ndarray:
