@@ -211,8 +211,7 @@ def _check_align(job: AlignConfig, ranks: int, found: JobCheck) -> None:
     from trainer.data.format.dataset import Dataset
     from trainer.ranking.setup import require_training_rows, split_in_time
     from trainer.semantic_ids.align_evaluation import Rooms
-    from trainer.semantic_ids.align_model import check_alignment
-    from trainer.semantic_ids.segments import SegmentVectors
+    from trainer.semantic_ids.align_model import check_alignment, open_segments
 
     data = found.run(f"dataset {job.data.path}", lambda: Dataset.open(job.data.path, job.data.on_corrupt))
     if data is not None:
@@ -224,7 +223,7 @@ def _check_align(job: AlignConfig, ranks: int, found: JobCheck) -> None:
             found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
         if job.data.eval_from:
             found.run("rooms on air", lambda: Rooms.read(job.data.path))
-    found.run("segments and their vectors", lambda: SegmentVectors.open(job.data.path, job.data.vectors))
+        found.run("segments and their vectors", lambda: open_segments(job, data))
 
 
 def _check_foresight(job: ForesightConfig, ranks: int, found: JobCheck) -> None:

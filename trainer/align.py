@@ -35,7 +35,6 @@ from trainer.semantic_ids import align_model
 from trainer.semantic_ids.align_content import content_scale
 from trainer.semantic_ids.align_encode import encode_segments
 from trainer.semantic_ids.align_evaluation import Rooms, evaluate_held_out, retrieval_table
-from trainer.semantic_ids.segments import SegmentVectors
 from trainer.sparse.planner import format_plan
 
 logger = logging.getLogger("trainer.align")
@@ -62,7 +61,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     align_model.check_alignment(config, data.spec, world.size)
-    segments = SegmentVectors.open(config.data.path, config.data.vectors)
+    segments = align_model.open_segments(config, data)
     scale = content_scale(segments, split.train_until)
     rooms = Rooms.read(config.data.path) if config.data.eval_from else None
     with run_directory(directory, world):

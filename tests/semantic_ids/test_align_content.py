@@ -13,7 +13,7 @@ from tests.semantic_ids.segment_world import write_segments, write_vectors
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.semantic_ids import align_content
-from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, content_scale
+from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, check_vectors, content_scale
 from trainer.semantic_ids.segments import SegmentVectors
 
 DIM, SCALE = 3, 2.0
@@ -86,7 +86,7 @@ def test_vectors_that_cannot_be_averaged_are_refused(chunk: int, monkeypatch: py
     vectors = np.ones((4, DIM), np.float16)
     vectors[2, 1] = np.inf
     with pytest.raises(UserError, match=r"1 of 4 vectors are not finite and 0 are zero, .* segment 2"):
-        AuthorContent(segments_of(np.zeros(4, np.int64), np.arange(4), vectors), 1.0)
+        check_vectors(segments_of(np.zeros(4, np.int64), np.arange(4), vectors))
 
 
 @pytest.mark.parametrize("chunk", [1, 100])

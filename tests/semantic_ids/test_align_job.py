@@ -212,6 +212,20 @@ def test_a_mistake_is_one_line_and_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_zero_vector_or_a_missing_table_of_authors_leaves_no_run(world: Path, tmp_path: Path) -> None:
+    vectors = np.array(ContentVectors.open(world / SEGMENT_VECTORS).vectors)
+    vectors[3] = 0
+    zero = copy_with(world, tmp_path / "zero", vectors)
+    bare = shutil.copytree(world, tmp_path / "bare")
+    for name in ("authors.parquet", "checksums.json"):
+        (bare / name).unlink()
+    for dataset, message in ((zero, "1 are zero"), (bare, r"authors\.parquet: no such file")):
+        with pytest.raises(UserError, match=message), World.join("cpu") as ranks:
+            arguments = job_arguments(dataset, tmp_path / "run")
+            trainer.align.run_job(load_align(*split(arguments)), ranks, Preemption())
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_dataset_without_segments_is_refused(world: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(world, bare)

@@ -121,6 +121,6 @@ class ResumeConfig(Section):
     )
     allow_new_data: bool = Field(
         False,
-        description="Accept that the dataset, or a table of `features.content`, has changed, for example by later "
+        description="Accept that the dataset, or a table of pre-trained vectors, has changed, for example by later "
         "days. The stored positions must exist in it.",
     )

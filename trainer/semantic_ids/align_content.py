@@ -64,11 +64,8 @@ class AuthorContent:
     """Segment vectors by author, read as of a time. The object can be used in forked processes.
 
     Args:
-        segments: vectors of a dataset's segments.
+        segments: vectors of a dataset's segments, which :func:`check_vectors` accepts.
         scale: divisor of all elements.
-
-    Raises:
-        UserError: a vector is not finite or zero.
     """
 
     segments: SegmentVectors
@@ -78,10 +75,6 @@ class AuthorContent:
 
     def __post_init__(self) -> None:
         segments, table = self.segments, self.segments.table
-        for first in range(0, len(table), CHUNK_ROWS):
-            rows = slice(first, first + CHUNK_ROWS)
-            bad = find_bad_vectors(table.ids[rows], np.asarray(table.vectors[rows], np.float32))
-            bad.refuse(table.path, len(table))
         index = SegmentIndex(segments.author_id, segments.item_id, segments.start_ms, segments.known_ms)
         means = AuthorMeans(table.vectors, index.order, segments.author_id[index.order])
         for name, value in (("_index", index), ("_means", means)):
@@ -118,6 +111,19 @@ class AuthorContent:
         found /= np.float32(self.scale)
         found[some, 2 * dim] = 1
         return found
+
+
+def check_vectors(segments: SegmentVectors) -> None:
+    """Check that all vectors can be averaged; it reads the whole table.
+
+    Raises:
+        UserError: a vector is not finite or zero.
+    """
+    table = segments.table
+    for first in range(0, len(table), CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        bad = find_bad_vectors(table.ids[rows], np.asarray(table.vectors[rows], np.float32))
+        bad.refuse(table.path, len(table))
 
 
 def content_scale(segments: SegmentVectors, until_ms: int) -> float:

@@ -17,7 +17,7 @@ import torch
 from modules.author_fusion import TowerInputs
 from trainer.config.align import AlignConfig
 from trainer.console.errors import UserError
-from trainer.data.features.author_features import read_author_side
+from trainer.data.features.author_features import AuthorSide, read_author_side
 from trainer.data.features.dense_inputs import statistic_name
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.history_sequences import Space
@@ -27,7 +27,7 @@ from trainer.data.format.dataset import Dataset, statistics_as_of
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.history import Histories
 from trainer.data.format.id_index import IdIndex
-from trainer.data.format.parquet_files import read_table
+from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows, partition_of, row_columns
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.semantic_ids.align_content import AuthorContent
@@ -196,9 +196,7 @@ class AuthorRequests:
         self._data, self._features, spec = data, features, data.spec
         self._side = [k for k, side in enumerate(spec.side) if side.of == "author"]
         self._dense = [k for k, dense in enumerate(spec.dense) if dense.of == "author"]
-        names = [spec.side[k].name for k in self._side]
-        self._values = read_author_side(data.store.path, spec, names) if names else None
-        self._dense_values = _dense_of_authors(data.store.path, [spec.dense[k].name for k in self._dense])
+        self._values, self._dense_values = _read_author_tables(data)
         self._keys = [k for k, key in enumerate(spec.statistics) if _owned(spec, key, "author")]
         # The statistics of these keys alone, which need no user.
         counted = dataclasses.replace(spec, statistics=tuple(spec.statistics[k] for k in self._keys))
@@ -250,16 +248,37 @@ class AuthorRequests:
         return rows
 
 
+def check_author_tables(data: Dataset) -> None:
+    """Check that features of authors can be read for :class:`AuthorRequests`, before anything is trained.
+
+    Raises:
+        UserError: as :class:`AuthorRequests`.
+    """
+    _read_author_tables(data)
+
+
+def _read_author_tables(data: Dataset) -> tuple[AuthorSide | None, tuple[IdIndex, np.ndarray]]:
+    """Return side and dense features of the dataset's authors."""
+    spec, path = data.spec, data.store.path
+    names = [side.name for side in spec.side if side.of == "author"]
+    dense = [feature.name for feature in spec.dense if feature.of == "author"]
+    if names or dense:
+        try:
+            table_footer(DatasetFiles(path), "authors.parquet")
+        except FileNotFoundError:
+            file = storage.join(path, "authors.parquet")
+            raise UserError(
+                f"{file}: no such file; the dataset has features of authors, and this table has them"
+            ) from None
+    return read_author_side(path, spec, names) if names else None, _dense_of_authors(path, dense)
+
+
 def _dense_of_authors(path: str, names: Sequence[str]) -> tuple[IdIndex, np.ndarray]:
     """Return the numbers of the authors, and their dense features ``[1 + authors, names]``; line 0 is unknown."""
     index = IdIndex()
     if not names:
         return index, np.zeros((1, 0), np.float32)
-    try:
-        table = read_table(DatasetFiles(path), "authors.parquet", ["author_id", *names])
-    except FileNotFoundError:
-        file = storage.join(path, "authors.parquet")
-        raise UserError(f"{file}: no such file; the dataset has dense features of authors") from None
+    table = read_table(DatasetFiles(path), "authors.parquet", ["author_id", *names])
     author = table["author_id"].to_numpy()
     values = np.zeros((len(author) + 1, len(names)), np.float32)
     values[index.add(author) + 1] = np.stack([table[name].to_numpy() for name in names], axis=1)

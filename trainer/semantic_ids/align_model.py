@@ -32,8 +32,8 @@ from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 from trainer.runtime.stored_files import read_json_object, stored_value
-from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity
-from trainer.semantic_ids.align_features import PairFeatures, choose_positives, tower_inputs
+from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, check_vectors
+from trainer.semantic_ids.align_features import PairFeatures, check_author_tables, choose_positives, tower_inputs
 from trainer.semantic_ids.align_popularity import AuthorPopularity
 from trainer.semantic_ids.segments import SegmentVectors
 
@@ -54,6 +54,18 @@ def check_alignment(config: AlignConfig, spec: DatasetSpec, ranks: int) -> dict[
     choose_positives(spec, config)
     check_names(spec, config.features, ())
     return complete_settings(load_deepspeed(config.train.deepspeed), rows, ranks, origin=config.train.deepspeed)
+
+
+def open_segments(config: AlignConfig, data: Dataset) -> SegmentVectors:
+    """Open the segment vectors of a job, and check what training and encoding read of authors before a run is made.
+
+    Raises:
+        UserError: the vectors are missing, damaged or not usable, or a table of the authors' features is missing.
+    """
+    segments = SegmentVectors.open(config.data.path, config.data.vectors)
+    check_vectors(segments)
+    check_author_tables(data)
+    return segments
 
 
 def store_content(config: AlignConfig, segments: SegmentVectors, scale: float, directory: Path) -> ContentIdentity:
@@ -267,6 +279,7 @@ class TrainedAlignment:
         segments = SegmentVectors.open(path, vectors or ("" if dataset else config.data.vectors))
         identity = read_content(directory)
         identity.check(segments, directory)
+        check_vectors(segments)
         features = make_features(
             config,
             data.spec,
