@@ -164,9 +164,7 @@ def scored(dataset: Path, tmp_path: Path) -> Any:
         data=SimpleNamespace(histories=None),
         features=SimpleNamespace(
             behaviours=("click", "like"),
-            pack=lambda rows, *others: SimpleNamespace(
-                beyond={}, no_code={}, no_vector={}, user=torch.from_numpy(rows["user_id"])
-            ),
+            pack=lambda rows, *others: SimpleNamespace(beyond={}, missing={}, user=torch.from_numpy(rows["user_id"])),
         ),
         config=SimpleNamespace(score=SimpleNamespace(exponents={"like": 2.0})),
         logits=lambda batches: (torch.stack([batch.user / 9, 1 - batch.user / 5], 1) for batch in batches),

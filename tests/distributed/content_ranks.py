@@ -21,6 +21,7 @@ from trainer.config.ranker import JobConfig, parse_config
 from trainer.data.features.content_inputs import open_reader, open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
+from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.schema import Rows
 from trainer.data.format.shards import read_rows
@@ -29,6 +30,7 @@ from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.build_ranker import build_ranker
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.engine.step_loss import BehaviourLoss
+from trainer.ranking.evaluation import sum_missing
 from trainer.runtime.distributed import World
 
 STEPS, ROWS = 5, 24
@@ -121,7 +123,8 @@ def train(setting: Setting, stage: int, parts: int, world: World) -> dict[str, A
     own = iter([first] if world.rank == 0 else [])
     found["logits"] = torch.cat([logits for _, logits in engine.predict(own)] or [torch.empty(0)])
     found["attention"] = [weights for _, weights in engine.attention(iter([first] if world.rank == 0 else []))][:1]
-    found["missing"] = engine.missing_vectors(setting.part(next(setting.steps())[world.rank :: world.size]).no_vector)
+    own_rows = setting.part(next(setting.steps())[world.rank :: world.size])
+    found["missing"] = sum_missing(MissingTally(own_rows.missing), engine.control).counts
     engine.close()
     return found
 

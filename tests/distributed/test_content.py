@@ -146,7 +146,7 @@ def test_ranks_train_as_one_process_that_embeds_each_id_alone(ranks: int, world:
             entries = int(batch.content["title"].places[f"{history}_title"].shape[0])
             assert len(weights) == entries > 20
         # The counts are those of all rows of the first step, however many ranks share them.
-        assert found["missing"] == batch.no_vector
-        assert all(0 < counts.candidates < counts.all_candidates for counts in batch.no_vector.values())
+        assert found["missing"] == batch.missing
+        assert all(0 < counts.candidates < counts.all_candidates for counts in batch.missing.values())
         assert len(losses) == STEPS
     assert not wrong

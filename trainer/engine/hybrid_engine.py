@@ -25,7 +25,7 @@ from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
 from trainer.config.deepspeed import SETTINGS, complete_settings
-from trainer.data.features.packed_batch import ContentLayout, MissingVectors
+from trainer.data.features.packed_batch import ContentLayout
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine.batch_pipeline import NO_REQUEST, BatchPipeline, InFlightBatch, StepRequest
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
@@ -319,15 +319,6 @@ class HybridEngine:
     def id_counts(self) -> dict[str, IdCounts]:
         """Return dynamic table -> counts of its ids so far, over all ranks. Collective."""
         return self._tables.dynamic.counts()
-
-    def missing_vectors(self, counts: Mapping[str, MissingVectors]) -> dict[str, MissingVectors]:
-        """Return table of pre-trained vectors -> sum of this rank's ``counts`` over all ranks. Collective."""
-        names = [table.name for table in self._content]
-        if not names:
-            return {}
-        summed = torch.tensor([counts.get(name, MissingVectors()) for name in names])
-        dist.all_reduce(summed, group=self.control)
-        return {name: MissingVectors(*of_table) for name, of_table in zip(names, summed.tolist(), strict=True)}
 
     def set_dense_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Set every parameter of the dense network, float32; its optimizer's state does not change. Collective."""

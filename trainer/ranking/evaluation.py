@@ -18,11 +18,9 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.outputs import Output
 from trainer.console.progress import Progress
-from trainer.data.features.code_inputs import CodeTally
-from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
-from trainer.data.features.packed_batch import MissingVectors
+from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.format import storage
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table
@@ -63,35 +61,35 @@ class Predictions:
 def predict(engine: HybridEngine, loader: Loader, *, quiet: bool, label: str = "evaluate") -> Predictions:
     """Predict every row of a loader. Collective: a rank without rows calls it too."""
     parts: dict[str, list[Tensor]] = {name: [] for name in Predictions.__dataclass_fields__}
-    beyond, no_code = torch.zeros(len(_BEYOND), dtype=torch.int64), CodeTally()
-    no_vector: dict[str, MissingVectors] = {}
+    beyond, missing = torch.zeros(len(_BEYOND), dtype=torch.int64), MissingTally()
     with Progress(label, loader.rows_total, "rows", quiet=quiet) as progress:
         for batch, logits in engine.predict(iter(loader)):
             for name in ("user_id", "visit_id", "request_ms", "label", "mask"):
                 parts[name].append(getattr(batch, name).cpu().clone())
             parts["probability"].append(torch.sigmoid(logits.float()).cpu())
-            no_code.add(batch.no_code)
+            missing.add(batch.missing)
             beyond += torch.tensor([batch.beyond.get(name, 0) for name in _BEYOND])
-            add_missing(no_vector, batch.no_vector)
             progress.advance(batch.rows)
-    missing = missing_message(engine.missing_vectors(no_vector))
-    if missing and dist.get_rank(engine.control) == 0:
-        logger.info(f"{label}: {missing}")
     dist.all_reduce(beyond, group=engine.control)
     if beyond.any() and dist.get_rank(engine.control) == 0:
         logger.info(f"{label}: {beyond_message(dict(zip(_BEYOND, beyond.tolist(), strict=True)))}")
-    log_no_code(label, no_code, engine.control)
+    log_missing(label, missing, engine.control)
     return Predictions(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
 
-def log_no_code(label: str, own: CodeTally, control: dist.ProcessGroup) -> None:
-    """Log how many candidates and past visits of all ranks had no code, if the model reads codes. Collective."""
-    # A rank without rows does not know the code sets, so the ranks exchange names and numbers.
+def log_missing(label: str, own: MissingTally, control: dist.ProcessGroup) -> None:
+    """Log how many candidates and past visits of all ranks had no code or vector. Collective."""
+    total = sum_missing(own, control)
+    for message in total.messages() if dist.get_rank(control) == 0 else ():
+        logger.info(f"{label}: {message}")
+
+
+def sum_missing(own: MissingTally, control: dist.ProcessGroup) -> MissingTally:
+    """Return the sums of all ranks. Collective."""
+    # A rank without rows does not know the inputs, so the ranks exchange names and numbers.
     everyone: list[Any] = [None] * dist.get_world_size(control)
     dist.all_gather_object(everyone, own.counts, group=control)
-    total = CodeTally(*everyone)
-    if total.counts and dist.get_rank(control) == 0:
-        logger.info(f"{label}: {total.message()}")
+    return MissingTally(*everyone)
 
 
 def evaluate(

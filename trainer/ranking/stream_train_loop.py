@@ -22,10 +22,8 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
-from trainer.data.features.code_inputs import CodeTally
-from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.id_map import beyond_message
-from trainer.data.features.packed_batch import MissingVectors
+from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.format.schema import Rows
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.engine.build_engine import rows_per_rank
@@ -152,8 +150,7 @@ class _StreamTrainer:
         self._flushed_at = time.monotonic()
         self._lag = (0, 0)
         self._beyond: Counter[str] = Counter()
-        self._no_code, self._codes_logged = CodeTally(), False
-        self._no_vector: dict[str, MissingVectors] = {}
+        self._missing, self._missing_logged = MissingTally(), False
         self._loss = float("nan")
         self._scalars = None
         if world.rank == 0:
@@ -272,14 +269,12 @@ class _StreamTrainer:
         if self._beyond:
             logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
             self._beyond.clear()
-        no_code, self._no_code = self._no_code, CodeTally()
+        missing, self._missing = self._missing, MissingTally()
         # At first, and when most candidates lack a code: then the file ends too early, or the store is not filled.
-        if no_code.counts and (not self._codes_logged or no_code.mostly):
-            logger.info(f"step {state.step:,}: {no_code.message()}")
-            self._codes_logged = True
-        if missing := missing_message(self._no_vector):
-            logger.info(f"step {state.step:,}: {missing}")
-        self._no_vector.clear()
+        if missing.counts and (not self._missing_logged or missing.mostly):
+            for message in missing.messages():
+                logger.info(f"step {state.step:,}: {message}")
+            self._missing_logged = True
         entry = state.window.entry(state.step, state.progressive.compute(self._world.control), self._engine.id_counts())
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
         state.metric_history.append(entry | lag)
@@ -287,7 +282,7 @@ class _StreamTrainer:
         state.window = MetricWindow()
         if self._scalars is not None:
             write_scalars(self._scalars, state.metric_history[-1])
-            for name, value in (lag | no_code.shares()).items():
+            for name, value in (lag | missing.shares()).items():
                 self._scalars.add_scalar(name, value, state.step)
 
     def _batch(self, rows: Rows) -> RankingBatch:
@@ -297,8 +292,7 @@ class _StreamTrainer:
         vectors = None if space is None else space.at(space.newest)
         packed = stream.features.pack(rows, stream.histories, rows["request_ms"], vectors)
         self._beyond.update(packed.beyond)
-        self._no_code.add(packed.no_code)
-        add_missing(self._no_vector, packed.no_vector)
+        self._missing.add(packed.missing)
         batch = unpack(packed, stream.features.layout, {})
         # The fast-slow policy has a loss of its own for slow rows.
         slow = rows["kind"] == SLOW

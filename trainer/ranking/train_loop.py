@@ -12,15 +12,13 @@ from trainer.config.align import EngineJob
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.console.run_log import set_step
-from trainer.data.features.code_inputs import CodeTally
-from trainer.data.features.content_inputs import add_missing, missing_message
-from trainer.data.features.packed_batch import MissingVectors
+from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.loading.loader import Loader
 from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
-from trainer.ranking.evaluation import log_no_code
+from trainer.ranking.evaluation import log_missing
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import require_training_rows
 from trainer.ranking.training_state import MetricWindow, TrainingState
@@ -69,8 +67,8 @@ def train(
     left = -(-(loader.rows_total - loader.rows_done) // rows_per_rank(config, world.size))
     steps_total = state.step + world.max(left)
     state.position = loader.position
-    no_code, first_entry = CodeTally(), True
-    scalars, no_vector = None, dict[str, MissingVectors]()
+    missing, first_entry = MissingTally(), True
+    scalars = None
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
         scalars = open_scalars(model_dir / "tensorboard", state.step)
@@ -86,9 +84,8 @@ def train(
                 if state.progressive.behaviours:
                     state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)
-                add_missing(no_vector, batch.no_vector)
                 set_step(state.step)
-                no_code.add(batch.no_code)
+                missing.add(batch.missing)
                 if searching is not None:
                     with watchdog.busy("renewing the search vectors"):
                         searching.after_step(state.step)
@@ -97,9 +94,10 @@ def train(
                         state.window.entry(state.step, state.progressive.compute(world.control), engine.id_counts())
                     )
                     state.window = MetricWindow()
-                    if no_code.counts and first_entry and state.step < steps_total:
+                    if first_entry and state.step < steps_total:
                         # Early, since codes of other rooms or times are a mistake that no other line shows.
-                        logger.info(f"step {state.step:,}: {no_code.message()}")
+                        for message in missing.messages():
+                            logger.info(f"step {state.step:,}: {message}")
                     first_entry = False
                     if scalars is not None:
                         write_scalars(scalars, state.metric_history[-1])
@@ -122,11 +120,9 @@ def train(
                 searching.finish()
             state.finished = True
             checkpoints.save(engine, state, wait=True)
-    log_no_code("train", no_code, engine.control)
+    log_missing("train", missing, engine.control)
     for table, counts in engine.id_counts().items():
         logger.info(f"ids of {table}: {counts}")
-    if missing := missing_message(engine.missing_vectors(no_vector)):
-        logger.info(f"train: {missing}")
     if scalars is not None:
         scalars.close()
 

@@ -15,10 +15,9 @@ import torch
 
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text, text_table
-from trainer.data.features.code_inputs import CodeTally
-from trainer.data.features.content_inputs import missing_message
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
+from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.history import HistorySlice
@@ -98,10 +97,8 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
     packed = features.pack(rows, data.histories, rows["request_ms"], space)
     if packed.beyond:
         logger.info(beyond_message(packed.beyond))
-    if packed.no_code:
-        logger.info(CodeTally(packed.no_code).message())
-    if missing := missing_message(packed.no_vector):
-        logger.info(missing)
+    for message in MissingTally(packed.missing).messages():
+        logger.info(message)
     entries = features.read_histories(rows, data.histories, rows["request_ms"], space)
     (logits,) = model.logits([packed])
     ((_, shares),) = model.engine.attention(iter([unpack(packed, features.layout, {})]))

@@ -19,11 +19,10 @@ from torch import Tensor
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.console.outputs import Output
-from trainer.data.features.code_inputs import CodeTally
-from trainer.data.features.content_inputs import add_missing, missing_message
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
-from trainer.data.features.packed_batch import MissingVectors, PackedBatch
+from trainer.data.features.missing_inputs import MissingTally
+from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format import validation
 from trainer.data.format.dataset import Dataset, statistics_as_of
@@ -188,8 +187,7 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
     rows = candidate_rows(model, path, candidates)
     n = len(candidates["user_id"])
     beyond: Counter[str] = Counter()
-    no_code = CodeTally()
-    no_vector: dict[str, MissingVectors] = {}
+    missing = MissingTally()
     vectors = None if model.space is None else model.space.at(model.space.newest)
 
     def batches() -> Iterator[PackedBatch]:
@@ -197,17 +195,14 @@ def score_candidates(model: Scorer, path: str, candidates: validation.Columns) -
             part = {name: column[first : first + BATCH_ROWS] for name, column in rows.items()}
             packed = model.features.pack(part, model.data.histories, part["request_ms"], vectors)
             beyond.update(packed.beyond)
-            no_code.add(packed.no_code)
-            add_missing(no_vector, packed.no_vector)
+            missing.add(packed.missing)
             yield packed
 
     probability = torch.sigmoid(torch.cat(list(model.logits(batches())))).numpy()
     if beyond:
         logger.info(beyond_message(beyond))
-    if no_code.counts:
-        logger.info(no_code.message())
-    if missing := missing_message(no_vector):
-        logger.info(missing)
+    for message in missing.messages():
+        logger.info(message)
     behaviours = model.features.behaviours
     exponents = [model.config.score.exponents.get(behaviour, 1.0) for behaviour in behaviours]
     return pa.table(

@@ -16,10 +16,8 @@ from tests.data.features.test_feature_map import fitted_by_hand, unpack_ids
 from trainer.config.features import CodesConfig, FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import (
-    CodeCounts,
     CodeFileReader,
     CodeSet,
-    CodeTally,
     FittedCodes,
     check_codes,
     code_set_of,
@@ -28,6 +26,7 @@ from trainer.data.features.code_inputs import (
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.id_map import hash_rows, hash_salt
+from trainer.data.features.missing_inputs import MissingCounts
 from trainer.data.format.schema import DOMAINS
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.text_schema import SEGMENT_MS
@@ -141,7 +140,7 @@ def test_a_batch_equals_the_row_by_row_reference(write_dataset, keys, tables):
             rows = [plain_rows(name, sizes[name], place, codes) for place in entries]
             assert [row for of_row in found[f"{history}_{name}"] for row in of_row] == rows
         assert 20 < sum(place is not None for place in entries) < len(entries) - 5
-    assert packed.no_code == {"raw": CodeCounts(**counts, entries=missing, all_entries=lives)}
+    assert packed.missing == {"no_code/raw": MissingCounts(**counts, entries=missing, all_entries=lives)}
 
 
 def test_histories_have_the_codes_before_their_context_and_compare_them_with_the_candidate(write_dataset):
@@ -281,12 +280,5 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line(write_dataset):
         FeatureConfig(codes={"my_codes": CodesConfig(file="f")})
 
 
-def test_counts_add_up_and_are_one_line():
-    tally = CodeTally({"a": CodeCounts(1, 2000, 3, 4)}, {"a": CodeCounts(1, 1, 0, 0), "b-c": CodeCounts(0, 5)})
-    assert tally.message() == (
-        "without a code of a: 2 of 2,001 candidates and 3 of 4 past live visits; of b-c: 0 of 5 candidates (they read "
-        "row 0 of its tables)"
-    )
-    assert tally.shares() == {"no_code/a": 2 / 2001, "no_code/b-c": 0} and not tally.mostly
-    assert CodeTally({"a": CodeCounts(0, 9), "b": CodeCounts(3, 5)}).mostly
+def test_a_table_has_the_name_of_its_set():
     assert code_set_of(CodeSet("b-c", CodesConfig(file="f"), [3]).tables[0].name) == "b-c"

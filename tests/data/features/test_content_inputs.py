@@ -16,20 +16,17 @@ from trainer.console.errors import UserError
 from trainer.data.features.content_inputs import (
     ContentReader,
     TableFacts,
-    add_missing,
     carried_tables,
     carry_tables,
     check_places,
     check_tables,
     inside_dataset,
-    missing_message,
     open_segments,
     open_tables,
     segment_files,
 )
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
-from trainer.data.features.packed_batch import MissingVectors
 from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.history import HistorySlice
@@ -189,7 +186,7 @@ def test_a_batch_has_the_vectors_of_a_search_through_all_of_them(write_dataset: 
             for value, domain in zip(expected.get(f"{history}_{name}", []), visits.domain, strict=False)
             if own.of != "segment" or domain == LIVE
         ]
-        counts = batch.no_vector[name]
+        counts = batch.missing[f"no_vector/{name}"]
         assert counts == (sum(v is None for v in expected[name]), 300, sum(v is None for v in entries), len(entries))
     # The rest of the batch is that of a model without vectors.
     plain = FeatureMap(data.spec, CONFIG.model_copy(update={"content": {}}), features.fitted)
@@ -480,14 +477,3 @@ def test_copies_of_tables_take_the_place_of_the_originals(tmp_path: Path) -> Non
     ContentVectors.write(tmp_path / "table", np.arange(4), np.ones((4, 3)), origin=template)
     assert segment_files(config) == {"texts/segments.parquet", "texts/items.parquet"}
     assert segment_files(job(tmp_path / "table")) == frozenset()
-
-
-def test_the_line_about_missing_vectors() -> None:
-    total: dict[str, MissingVectors] = {}
-    add_missing(total, {"a": MissingVectors(1, 10, 5, 60), "b": MissingVectors(0, 10)})
-    add_missing(total, {"a": MissingVectors(1, 1000, 5, 60), "c": MissingVectors(3, 10)})
-    assert missing_message(total) == (
-        "without a content vector (they read a learnt one): a: 2 of 1,010 candidates and 10 of 120 past visits; "
-        "c: 3 of 10 candidates"
-    )
-    assert missing_message({"b": MissingVectors(0, 10)}) == missing_message({}) == ""

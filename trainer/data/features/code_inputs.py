@@ -26,6 +26,7 @@ from modules.embeddings import Table
 from trainer.config.features import CodesConfig, FeatureConfig
 from trainer.console.errors import UserError
 from trainer.data.features.id_map import hash_rows, hash_salt
+from trainer.data.features.missing_inputs import CODE, MissingCounts
 from trainer.data.features.segment_index import SegmentIndex
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
@@ -99,26 +100,6 @@ class FittedCodes:
                 f"{where}: {codes.path} has other codes than at the start of the run, for segments that were in the "
                 "file then (later segments may be added); resume.allow_new_data=true accepts it"
             )
-
-
-class CodeCounts(NamedTuple):
-    """Numbers of candidates and of past live visits, and of those without a code.
-
-    Attributes:
-        candidates: candidates without a code: unknown authors, and authors without a segment that is known.
-        all_candidates: all candidates.
-        entries: past live visits without a code; 0 if histories have no codes.
-        all_entries: all past live visits.
-    """
-
-    candidates: int = 0
-    all_candidates: int = 0
-    entries: int = 0
-    all_entries: int = 0
-
-    def __add__(self, other: CodeCounts) -> CodeCounts:  # type: ignore[override]
-        """Add two counts, field by field."""
-        return CodeCounts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class SegmentCodeTable(NamedTuple):
@@ -388,7 +369,7 @@ class CodeInputs:
 
     def fill(
         self, rows: Rows, slices: Mapping[str, HistorySlice], as_of_ms: np.ndarray, ids: Mapping[str, np.ndarray]
-    ) -> dict[str, CodeCounts]:
+    ) -> dict[str, MissingCounts]:
         """Write the ids of all lookups of codes, and return the numbers of those without a code.
 
         Args:
@@ -415,7 +396,7 @@ class CodeInputs:
                 live = visits.domain == _LIVE
                 entries += int((found[0][live] == 0).sum())
                 all_entries += int(live.sum())
-            counts[code_set.name] = CodeCounts(missing, len(as_of_ms), entries, all_entries)
+            counts[f"{CODE}{code_set.name}"] = MissingCounts(missing, len(as_of_ms), entries, all_entries)
         return counts
 
     def same_code(self, rows: Rows, visits: HistorySlice) -> dict[str, np.ndarray]:
@@ -555,43 +536,6 @@ def carried_codes(config: Mapping[str, CodesConfig], folder: Path) -> dict[str, 
         name: own.model_copy(update={"file": str(carried[name])}) if carried[name].exists() else own
         for name, own in config.items()
     }
-
-
-class CodeTally:
-    """Sums of :class:`CodeCounts` by code set.
-
-    Attributes:
-        counts: code set -> sums; a set without a batch is not there.
-    """
-
-    def __init__(self, *parts: Mapping[str, CodeCounts]) -> None:
-        self.counts: dict[str, CodeCounts] = {}
-        for part in parts:
-            self.add(part)
-
-    def add(self, counts: Mapping[str, CodeCounts]) -> None:
-        """Add the numbers of a batch."""
-        for name, count in counts.items():
-            self.counts[name] = self.counts.get(name, CodeCounts()) + count
-
-    @property
-    def mostly(self) -> bool:
-        """True if most candidates have no code of a set."""
-        return any(2 * count.candidates > count.all_candidates for count in self.counts.values())
-
-    def shares(self) -> dict[str, float]:
-        """Return ``no_code/NAME`` -> share of the candidates without a code, for each code set."""
-        return {
-            f"no_code/{name}": count.candidates / max(1, count.all_candidates) for name, count in self.counts.items()
-        }
-
-    def message(self) -> str:
-        """Return a line about candidates and past live visits without a code, one part for each code set."""
-        parts = []
-        for name, count in self.counts.items():
-            entries = f" and {count.entries:,} of {count.all_entries:,} past live visits" if count.all_entries else ""
-            parts.append(f"{name}: {count.candidates:,} of {count.all_candidates:,} candidates{entries}")
-        return f"without a code of {'; of '.join(parts)} (they read row 0 of its tables)"
 
 
 def _identity(name: str, fitted: Mapping[str, FittedCodes]) -> FittedCodes:

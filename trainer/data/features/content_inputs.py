@@ -19,7 +19,8 @@ from modules.embeddings import Lookup
 from trainer.config.features import ContentConfig, FeatureConfig
 from trainer.console.errors import UserError
 from trainer.data.features.author_means import AuthorMeans
-from trainer.data.features.packed_batch import ContentLayout, MissingVectors
+from trainer.data.features.missing_inputs import MissingCounts
+from trainer.data.features.packed_batch import ContentLayout
 from trainer.data.features.segment_index import NO_SEGMENT, SegmentIndex
 from trainer.data.format import storage
 from trainer.data.format.content_vectors import MANIFEST, ContentVectors, read_manifest
@@ -80,6 +81,11 @@ class TableFacts:
             known=_hash_vectors(table, rows),
         )
 
+    @property
+    def kind(self) -> dict[str, Any]:
+        """Facts that must be the same in tables that one model reads."""
+        return {"width": self.width, "dtype": self.dtype, "vectors of": f"{self.model} {self.origin}".strip()}
+
     def has_changed(self, table: ContentVectors, segments: DatasetSegments | None = None) -> bool:
         """True if a table is not the one of the training; a table of segments may have got later ones.
 
@@ -112,10 +118,10 @@ class FoundVectors:
     never: int = 0
 
     @property
-    def missing(self) -> MissingVectors:
+    def missing(self) -> MissingCounts:
         """Numbers of ids without a vector, of those that can have one."""
         candidates, *entries = self.places
-        return MissingVectors(
+        return MissingCounts(
             int((candidates < 0).sum()),
             len(candidates),
             sum(int((places < 0).sum()) for places in entries) - self.never,
@@ -433,7 +439,7 @@ def check_tables(
             f"{facts.width} x {facts.dtype}, {facts.model or 'unknown origin'} {facts.origin[:12]}".strip()
             for facts in (then, now)
         )
-        if before != after:
+        if then.kind != now.kind:
             raise UserError(
                 f"{key}: the vectors are of another kind ({before} in training, {after} now); they must not be mixed"
             )
@@ -558,20 +564,3 @@ def segment_files(config: FeatureConfig) -> frozenset[str]:
             embedded = "segments" in read_manifest(Path(content.table))["origin"]["template"]
             files |= {TEXT_SEGMENTS, TEXT_ITEMS} if embedded else {SEGMENTS, TEXT_ITEMS}
     return frozenset(files)
-
-
-def add_missing(total: dict[str, MissingVectors], counts: Mapping[str, MissingVectors]) -> None:
-    """Add the counts of a batch to a total, table by table."""
-    for name, of_table in counts.items():
-        before = total.get(name, MissingVectors())
-        total[name] = MissingVectors(*(a + b for a, b in zip(before, of_table, strict=True)))
-
-
-def missing_message(missing: Mapping[str, MissingVectors]) -> str:
-    """Return a line about ids without a vector; empty if all have one."""
-    parts = []
-    for name, counts in missing.items():
-        if counts.candidates or counts.entries:
-            visits = f" and {counts.entries:,} of {counts.all_entries:,} past visits" if counts.all_entries else ""
-            parts.append(f"{name}: {counts.candidates:,} of {counts.all_candidates:,} candidates{visits}")
-    return f"without a content vector (they read a learnt one): {'; '.join(parts)}" if parts else ""

@@ -24,6 +24,7 @@ from trainer.data.features.dense_inputs import DenseInputs, statistic_name
 from trainer.data.features.fit import ID_TABLES, FittedFeatures, feature_layout
 from trainer.data.features.history_sequences import HistoryReader, Space
 from trainer.data.features.id_map import IdMap
+from trainer.data.features.missing_inputs import VECTOR
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 from trainer.data.format.history import Histories, HistorySlice
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows, SideFeature
@@ -216,7 +217,7 @@ class FeatureMap:
             beyond["histories"] += self._ids["author"](visits.author_id, ids[f"{name}_author"])
             age_ms = np.repeat(as_of_ms, visits.lengths) - visits.request_ms
             self._side.fill_context(visits, age_ms, ids[f"{name}_context"].reshape(-1, self._side.context_ids))
-        no_code = self.codes.fill(rows, slices, as_of_ms, ids)
+        missing = self.codes.fill(rows, slices, as_of_ms, ids)
 
         floats = torch.empty(sum(self.layout.float_sizes(n)))
         dense, label, mask = _split(floats.numpy(), self.layout.float_sizes(n))
@@ -229,17 +230,17 @@ class FeatureMap:
         mask.reshape(n, len(self.label_columns))[:] = rows["mask"][:, self.label_columns]
         beyond = {name: count for name, count in beyond.items() if count}
         if not found:
-            return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, no_code=no_code)
+            return PackedBatch(integers, floats, n, ids_per_key, beyond=beyond, missing=missing)
         vectors = self._read_vectors(found)
         counts = tuple(len(of_table.keys) for of_table in found)
-        no_vector = {table.name: of_table.missing for table, of_table in zip(self.layout.content, found, strict=True)}
+        for table, of_table in zip(self.layout.content, found, strict=True):
+            missing[f"{VECTOR}{table.name}"] = of_table.missing
         return PackedBatch(
             *(integers, floats, n, ids_per_key),
             beyond=beyond,
-            no_code=no_code,
+            missing=missing,
             vectors=vectors,
             vector_counts=counts,
-            no_vector=no_vector,
         )
 
     def _find_vectors(self, rows: Rows, slices: Mapping[str, HistorySlice], as_of_ms: np.ndarray) -> list[FoundVectors]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.content import BatchVectors
-from trainer.data.features.code_inputs import CodeCounts
+from trainer.data.features.missing_inputs import MissingCounts
 
 VECTOR_ALIGNMENT = 16
 """Multiple of bytes at which the vectors of each table begin in a packed batch."""
@@ -78,22 +78,6 @@ class BatchLayout:
         return [-(-size // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT for size in sizes]
 
 
-class MissingVectors(NamedTuple):
-    """Numbers of ids that have no vector in a table, and of all ids.
-
-    Attributes:
-        candidates: candidates without a vector.
-        all_candidates: all candidates.
-        entries: entries of histories without a vector.
-        all_entries: all entries of histories.
-    """
-
-    candidates: int = 0
-    all_candidates: int = 0
-    entries: int = 0
-    all_entries: int = 0
-
-
 class PackedIds(NamedTuple):
     """Ids of one embedding dimension, as views of a packed batch.
 
@@ -124,10 +108,9 @@ class PackedBatch:
         skipped_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
         beyond: see :class:`trainer.data.loading.batch.RankingBatch`.
         left_out_rows: see :class:`trainer.data.loading.batch.RankingBatch`.
-        no_code: see :class:`trainer.data.loading.batch.RankingBatch`.
+        missing: see :class:`trainer.data.loading.batch.RankingBatch`.
         vectors: uint8, the distinct pre-trained vectors, table by table; None for a model without such tables.
         vector_counts: number of vectors of each table.
-        no_vector: see :class:`trainer.data.loading.batch.RankingBatch`.
     """
 
     integers: Tensor
@@ -137,10 +120,9 @@ class PackedBatch:
     skipped_rows: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
     left_out_rows: int = 0
-    no_code: dict[str, CodeCounts] = field(default_factory=dict)
+    missing: dict[str, MissingCounts] = field(default_factory=dict)
     vectors: Tensor | None = None
     vector_counts: tuple[int, ...] = ()
-    no_vector: dict[str, MissingVectors] = field(default_factory=dict)
 
     @property
     def buffers(self) -> list[Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.content import BatchVectors
-from trainer.data.features.code_inputs import CodeCounts
-from trainer.data.features.packed_batch import BatchLayout, MissingVectors, PackedBatch
+from trainer.data.features.missing_inputs import MissingCounts
+from trainer.data.features.packed_batch import BatchLayout, PackedBatch
 
 ReadPosition = dict[int, list[int]]
 """Partition -> ``[epoch, window, offset]``: the rows consumed so far. The keys are the partitions of one rank; the
@@ -36,13 +36,13 @@ class RankingBatch:
         skipped_rows: rows of corrupt records that would have been in this batch.
         left_out_rows: rows that were read for this batch and are not in it, such as those without a positive.
         beyond: numbers of direct ids beyond their tables, by table and for ``histories``; such an id reads row 0.
-        no_code: code set -> numbers of candidates and past live visits, and of those without a code, which read row 0.
+        missing: ``no_code/`` and a code set, ``no_vector/`` and a table of vectors -> numbers of candidates and past
+            visits, and of those without a value.
         slow: ``[rows]`` bool, True for rows of kind ``slow``, which correct a negative label of an earlier row; None if
             the batch has no such rows.
         author_id: ``[rows]`` int64, author of each row; None if the layout has no pairs.
         log_q: ``[rows]`` float32, log of the probability that the author is in a batch; None as for ``author_id``.
         content: table of pre-trained vectors -> its vectors.
-        no_vector: table of pre-trained vectors -> numbers of ids without a vector, which read a learnt one.
     """
 
     ids: list[KeyedJaggedTensor]
@@ -56,13 +56,12 @@ class RankingBatch:
     position: ReadPosition = field(default_factory=dict)
     skipped_rows: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
-    no_code: dict[str, CodeCounts] = field(default_factory=dict)
+    missing: dict[str, MissingCounts] = field(default_factory=dict)
     slow: Tensor | None = None
     author_id: Tensor | None = None
     log_q: Tensor | None = None
     left_out_rows: int = 0
     content: dict[str, BatchVectors] = field(default_factory=dict)
-    no_vector: dict[str, MissingVectors] = field(default_factory=dict)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the attributes that are tensors, by name."""
@@ -119,9 +118,8 @@ def unpack(packed: PackedBatch, layout: BatchLayout, position: ReadPosition) -> 
         skipped_rows=packed.skipped_rows,
         beyond=packed.beyond,
         left_out_rows=packed.left_out_rows,
-        no_code=packed.no_code,
+        missing=packed.missing,
         content=packed.content(layout),
-        no_vector=packed.no_vector,
     )
 
 
