@@ -8,13 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
-from trainer.ranking.warm_start import check_source
+from trainer.data.features.content_inputs import TableFacts
+from trainer.data.features.fit import FittedFeatures
+from trainer.ranking.warm_start import check_source, network_meaning
 
 
 @pytest.fixture
@@ -57,3 +60,20 @@ def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
         check_source(config_of(tmp_path / "none"))
     with pytest.raises(UserError, match=r"need a `run` to copy from; set init_from\.run"):
         config_of("", ("user",))
+
+
+def test_a_network_that_read_vectors_of_another_model_has_another_meaning() -> None:
+    """Width and keys may be equal: a projection of one model's vectors means nothing for those of another one."""
+    layout = {"behaviours": ["click"], "candidates": ["live"], "side": [], "dense": [], "statistics": []}
+    config = config_of("run", content={"title": {"table": "t", "of": "item"}})
+
+    def meaning(**facts: Any) -> dict[str, Any]:
+        known = {"hash": "h", "width": 3, "dtype": "float16", "count": 5, "model": "small", "origin": "o"} | facts
+        none = np.zeros(0)
+        fitted = FittedFeatures(layout, {}, none, none, none, content={"title": TableFacts(**known)})
+        return network_meaning(config, fitted, ("click",))
+
+    assert meaning() == meaning(hash="later", count=9)
+    for other in ({"model": "large"}, {"origin": "adapted"}, {"width": 4}):
+        differing = [name for name, value in meaning().items() if value != meaning(**other)[name]]
+        assert differing == ["features.content"]

@@ -24,7 +24,7 @@ from trainer.console.errors import UserError
 from trainer.console.text_table import text_table
 from trainer.data.features.code_inputs import check_codes
 from trainer.data.features.feature_map import FeatureMap, side_ranges
-from trainer.data.features.fit import ID_TABLES
+from trainer.data.features.fit import ID_TABLES, FittedFeatures
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.ranking.row_mapping import ModelFeatures, RowMap, map_rows
 from trainer.runtime.distributed import World
@@ -198,8 +198,8 @@ def _choose(wanted: InitFromConfig, old: Checkpoint, dims: Mapping[str, int]) ->
 
 def _check_dense(old: Checkpoint, engine: HybridEngine, config: JobConfig, features: FeatureMap) -> None:
     """Check that inputs and outputs of both networks have the same meaning, since equal shapes are not enough."""
-    before = _meaning(old.config, old.fitted.layout, old.manifest.behaviours)
-    now = _meaning(config, features.fitted.layout, features.behaviours)
+    before = network_meaning(old.config, old.fitted, old.manifest.behaviours)
+    now = network_meaning(config, features.fitted, features.behaviours)
     for what, value in before.items():
         if value != now[what]:
             raise UserError(
@@ -212,9 +212,9 @@ def _check_dense(old: Checkpoint, engine: HybridEngine, config: JobConfig, featu
         raise UserError(f"init_from.dense: the old network is another one: {differences}")
 
 
-def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[str]) -> dict[str, Any]:
+def network_meaning(config: JobConfig, fitted: FittedFeatures, behaviours: Sequence[str]) -> dict[str, Any]:
     """Return the settings that define the columns of a network's inputs and outputs."""
-    features = config.features
+    features, layout = config.features, fitted.layout
     return {
         "model.kind": config.model.kind,
         "behaviours": list(behaviours),
@@ -235,7 +235,9 @@ def _meaning(config: JobConfig, layout: Mapping[str, Any], behaviours: Sequence[
             for name, own in features.codes.items()
         },
         "features.content": {
-            name: own.model_dump(mode="json", exclude={"table"}) for name, own in features.content.items()
+            # A projection of the vectors of one model means nothing for those of another one.
+            name: own.model_dump(mode="json", exclude={"table"}) | fitted.content[name].kind
+            for name, own in features.content.items()
         },
     }
 
