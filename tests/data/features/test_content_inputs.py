@@ -450,17 +450,24 @@ def test_segments_of_another_dataset_are_refused(tmp_path: Path, monkeypatch: py
         open_segments(config, str(tmp_path), open_tables(config))
 
 
-def test_tables_inside_of_a_dataset_are_looked_for_in_the_other_one() -> None:
+def test_tables_inside_of_a_dataset_are_looked_for_in_the_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
     config = FeatureConfig(
         content={
-            "title": ContentConfig(table="/data/one/embeddings/items"),
-            "other": ContentConfig(table="/data/one-more/items"),
+            "title": ContentConfig(table=f"{one}/embeddings/items"),
+            "other": ContentConfig(table=f"{one}-more/items"),
         }
     )
-    moved, names = inside_dataset(config, "/data/one", "/data/two")
+    one.mkdir()
+    two.mkdir()
+    monkeypatch.chdir(tmp_path)
+    moved, names = inside_dataset(config, str(one), str(two))
     assert names == {"title"} and moved.content["other"] == config.content["other"]
-    assert moved.content["title"].table == "/data/two/embeddings/items"
-    assert inside_dataset(config, "/data/one", "/data/one") == (config, frozenset())
+    assert moved.content["title"].table == f"{two}/embeddings/items"
+    for same in (str(one), "one", "two/../one", f"{one}/"):
+        assert inside_dataset(config, str(one), same) == (config, frozenset()), "its tables must not have changed"
 
 
 def test_copies_of_tables_take_the_place_of_the_originals(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from modules.embeddings import Lookup
 from trainer.config.features import ContentConfig, FeatureConfig
+from trainer.config.paths import absolute
 from trainer.console.errors import UserError
 from trainer.data.features.author_means import AuthorMeans
 from trainer.data.features.missing_inputs import MissingCounts
@@ -493,8 +494,10 @@ def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[Featu
         The section, and the names of the tables that were replaced; none if both datasets are the same.
     """
     moved: dict[str, Any] = {}
+    # A relative path may name the same dataset, whose tables must not have changed.
+    other = absolute(stored) != absolute(path)
     for name, content in config.content.items():
-        if stored != path and Path(content.table).is_relative_to(stored):
+        if other and Path(content.table).is_relative_to(stored):
             table = storage.join(path, str(Path(content.table).relative_to(stored)))
             moved[name] = content.model_copy(update={"table": table})
     return config.model_copy(update={"content": {**config.content, **moved}}), frozenset(moved)
