@@ -39,6 +39,7 @@ from benchmarks.quality.larm_report import (
     retrieval_result,
     tables,
 )
+from benchmarks.quality.paired_users import DRAWS
 from benchmarks.quality.ranker_runs import train_and_predict
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "held_out": f"the last {HELD_OUT_DAYS} days",
         "levels": options.levels,
         "seeds": options.seeds,
+        "draws": DRAWS,
         "overrides": options.overrides,
     }
     write_result(options.out, {**facts, **result})
