@@ -275,15 +275,15 @@ def _difference_lines(of_groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
-    """Draw the differences of click AUC by group, and of Recall@50."""
+    """Draw the differences of click AUC by group, and of Recall@10."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1)
     behaviour = next(iter(result["ranking"]))
     panels = (
         (upper, f"AUC of {behaviour}, difference to {IDS}, points", IDS,
          [result["ranking"][behaviour][name]["auc"]["differences"] for name in GROUPS]),
-        (lower, f"Recall@50, difference to {FEATURES}, points", FEATURES,
-         [result["retrieval"][name]["recall@50"]["differences"] for name in GROUPS]),
+        (lower, f"Recall@10, difference to {FEATURES}, points", FEATURES,
+         [result["retrieval"][name]["recall@10"]["differences"] for name in GROUPS]),
     )  # fmt: skip
     for panel, title, to, of_groups in panels:
         variants = [found["variant"] for found in of_groups[0] if found["to"] == to]
