@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-import trainer.engine.hybrid_engine
+import trainer.engine.step_loss
 import trainer.rank
 from trainer.ranking import model_training
 from trainer.ranking.training_state import TrainingState
@@ -250,7 +250,7 @@ def arm_hang(fault: Fault, this_rank: bool) -> None:
 def arm_not_a_number(fault: Fault, this_rank: bool) -> None:
     """Make the loss NaN in the step after ``step`` steps."""
     if this_rank:
-        masked_bce = trainer.engine.hybrid_engine.masked_bce
+        masked_bce = trainer.engine.step_loss.masked_bce
 
         def poisoned(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
             loss, counted = masked_bce(*arguments)
@@ -259,7 +259,7 @@ def arm_not_a_number(fault: Fault, this_rank: bool) -> None:
                 loss = loss * float("nan")
             return loss, counted
 
-        trainer.engine.hybrid_engine.masked_bce = poisoned
+        trainer.engine.step_loss.masked_bce = poisoned
 
 
 def arm_shard(fault: Fault, this_rank: bool) -> None:
