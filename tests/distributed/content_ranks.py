@@ -18,7 +18,8 @@ import torch
 from modules.ranker import Ranker
 from tests.distributed.engine_ranks import parameters
 from trainer.config.ranker import JobConfig, parse_config
-from trainer.data.features.content_inputs import open_reader, open_tables
+from trainer.data.features.content_inputs import open_reader
+from trainer.data.features.content_tables import open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
 from trainer.data.features.missing_inputs import MissingTally

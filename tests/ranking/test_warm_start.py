@@ -15,7 +15,7 @@ import torch
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
-from trainer.data.features.content_inputs import TableFacts
+from trainer.data.features.content_tables import TableFacts
 from trainer.data.features.fit import FittedFeatures
 from trainer.ranking.warm_start import check_source, network_meaning
 

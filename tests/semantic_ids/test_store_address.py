@@ -13,14 +13,9 @@ from tests.semantic_ids.conftest import OpenStore
 from tests.semantic_ids.segment_world import SEGMENT_MS, START_MS, assigned, make_version, write_world
 from trainer.config.features import CodesConfig, FeatureConfig
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import (
-    CodeFileReader,
-    CodeSet,
-    CodeStoreReader,
-    FittedCodes,
-    check_codes,
-    open_codes,
-)
+from trainer.data.features.code_inputs import CodeFileReader, CodeStoreReader, check_codes, open_codes
+from trainer.data.features.code_sets import CodeSet
+from trainer.data.features.fitted_codes import FittedCodes
 from trainer.data.format.segment_codes import CodeFile
 from trainer.semantic_ids.code_files import append_codes
 from trainer.semantic_ids.code_store import CodeStore, RecentRuns, SegmentCodes, StoreSettings

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 from trainer.checkpoint.diff import diff_checkpoints
 from trainer.console.errors import UserError
-from trainer.data.features.content_inputs import TableFacts
+from trainer.data.features.content_tables import TableFacts
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.serving.export import export_checkpoint

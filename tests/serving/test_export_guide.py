@@ -23,7 +23,7 @@ from tests.data.small_visits import SPEC, build_dataset, make_visits
 from tests.serving.plain_scores import plain_probabilities, row_documents
 from trainer.config.load import load_job
 from trainer.config.ranker import JobConfig
-from trainer.data.features.content_inputs import open_tables
+from trainer.data.features.content_tables import open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
 from trainer.data.format.content_vectors import ContentVectors

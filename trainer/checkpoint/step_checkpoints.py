@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ class StepIdentity:
     group: str
 
 
-class StepCheckpoints(CheckpointStore):
+class StepCheckpoints(CheckpointStore, ABC):
     """Checkpoint store of such a job.
 
     Args:
@@ -168,13 +169,13 @@ class StepCheckpoints(CheckpointStore):
         logger.info(f"resuming from {directory}: step {manifest.step:,} of {state.steps_total:,}{ranks}")
         return True
 
+    @abstractmethod
     def _refuse_other(self, directory: Path, manifest: Manifest, job: Mapping[str, Any]) -> None:
         """Compare a checkpoint with the run.
 
         Raises:
             UserError: it is of another model or of other data.
         """
-        raise NotImplementedError
 
     def _snapshot(self, model: SteppedModel, state: StepState[Any], copy: bool) -> Save:
         identity = self._identity

@@ -23,6 +23,7 @@ from trainer.config.sections import (
     Positive,
     Rate,
     ResumeConfig,
+    RowDataConfig,
     RunConfig,
     Section,
     Share,
@@ -33,40 +34,13 @@ from trainer.config.toml import validate
 NetworkName = Literal["ple", "cgc", "mmoe", "shared_bottom", "dcn", "logistic"]
 
 
-class DataConfig(Section):
+class DataConfig(RowDataConfig):
     """Dataset, training range and held-out range. Times are ISO dates or times in the dataset's time zone."""
 
-    path: InputFile = Field(
-        ..., description="Dataset: a directory or an fsspec URL.", min_length=1, json_schema_extra=MAY_CHANGE
-    )
     behaviours: tuple[str, ...] = Field((), description="Behaviours to predict, in this order. Empty: all.")
-    train_from: str = Field("", description="Start of the training range. Empty: the start of the dataset.")
-    train_until: str = Field(
-        "", description="End of the training range; labels must be complete before it. Empty: `eval_from`."
-    )
-    eval_from: str = Field("", description="Time of the first held-out request. Empty: no evaluation.")
-    eval_until: str = Field("", description="End of the held-out range. Empty: the end of the dataset.")
     frozen: bool = Field(
         False,
         description="Evaluate with statistics and histories as of `train_until` (true), or as of each request (false).",
-    )
-    shuffle_minutes: Rate = Field(
-        60.0, description="Length of a time window. Rows are shuffled inside a window, never across windows."
-    )
-    workers: int = Field(
-        1,
-        description="Loader processes per rank. 0: the training process reads the data itself.",
-        ge=0,
-        json_schema_extra=MAY_CHANGE,
-    )
-    prefetch: Positive = Field(
-        4, description="Batches that each loader process prepares in advance.", json_schema_extra=MAY_CHANGE
-    )
-    on_corrupt: Literal["error", "skip"] = Field(
-        "error",
-        description="Treatment of a corrupt record: the run ends with a message that names it (`error`), or the record "
-        "is counted and left out (`skip`).",
-        json_schema_extra=MAY_CHANGE,
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from trainer.config.ranker import JobConfig
 from trainer.data.features.code_inputs import OpenStore, open_codes
-from trainer.data.features.content_inputs import open_reader, open_segments, open_tables
+from trainer.data.features.content_inputs import open_reader
+from trainer.data.features.content_tables import open_segments, open_tables
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.format.dataset import Dataset
 from trainer.ranking.setup import Split, fit_once

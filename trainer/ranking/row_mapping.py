@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.config.features import FeatureConfig
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import CODE_TABLE, code_set_of
+from trainer.data.features.code_sets import CODE_TABLE, code_set_of
 from trainer.data.features.feature_map import ACTIONS_RANGE, side_ranges
 from trainer.data.features.fit import ID_TABLES, FittedFeatures
 

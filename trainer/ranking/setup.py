@@ -17,7 +17,7 @@ from trainer.config.load import load_deepspeed, parse_time
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import OpenStore, check_codes
-from trainer.data.features.content_inputs import check_places
+from trainer.data.features.content_tables import check_places
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures, fit_features
 from trainer.data.features.search_vectors import SearchSpace

@@ -24,9 +24,9 @@ from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError, failure_reason
-from trainer.data.features.code_inputs import carry_codes
-from trainer.data.features.content_inputs import carry_tables, facts_now, inside_dataset, segment_files
+from trainer.data.features.content_tables import carry_tables, facts_now, inside_dataset, segment_files
 from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.fitted_codes import carry_codes
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums

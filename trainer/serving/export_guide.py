@@ -29,7 +29,7 @@ from modules.content import EPSILON
 from modules.embeddings import Lookup
 from modules.ranker import columns_of
 from trainer.config.ranker import JobConfig
-from trainer.data.features.code_inputs import CODE_TABLE, CodeSet, code_set_of
+from trainer.data.features.code_sets import CODE_TABLE, CodeSet, code_set_of
 from trainer.data.features.dense_inputs import smoothing_strength
 from trainer.data.features.feature_map import (
     ACTION_BITS,

@@ -32,10 +32,12 @@ from trainer.checkpoint.model_state import list_differences
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import carried_codes, open_codes
-from trainer.data.features.content_inputs import carried_tables, inside_dataset, open_reader
+from trainer.data.features.code_inputs import open_codes
+from trainer.data.features.content_inputs import open_reader
+from trainer.data.features.content_tables import carried_tables, inside_dataset
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.fitted_codes import carried_codes
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
 from trainer.data.format.carried_dataset import SCORING_FILES, dataset_of

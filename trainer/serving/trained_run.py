@@ -16,7 +16,8 @@ from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import open_codes
-from trainer.data.features.content_inputs import inside_dataset, open_reader
+from trainer.data.features.content_inputs import open_reader
+from trainer.data.features.content_tables import inside_dataset
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
 from trainer.data.features.packed_batch import PackedBatch

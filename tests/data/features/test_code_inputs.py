@@ -15,16 +15,11 @@ from tests.data.code_files import LEVELS, codes_around, write_codes
 from tests.data.features.test_feature_map import fitted_by_hand, unpack_ids
 from trainer.config.features import CodesConfig, FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
-from trainer.data.features.code_inputs import (
-    CodeFileReader,
-    CodeSet,
-    FittedCodes,
-    check_codes,
-    code_set_of,
-    open_codes,
-)
+from trainer.data.features.code_inputs import CodeFileReader, check_codes, open_codes
+from trainer.data.features.code_sets import CodeSet, code_set_of
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures, fit_features
+from trainer.data.features.fitted_codes import FittedCodes
 from trainer.data.features.id_map import hash_rows, hash_salt
 from trainer.data.features.missing_inputs import MissingCounts
 from trainer.data.format.schema import DOMAINS

@@ -13,8 +13,8 @@ import torch
 
 from trainer.config.features import ContentConfig, FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
-from trainer.data.features.content_inputs import (
-    ContentReader,
+from trainer.data.features.content_inputs import ContentReader
+from trainer.data.features.content_tables import (
     TableFacts,
     carried_tables,
     carry_tables,

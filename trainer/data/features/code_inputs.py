@@ -10,182 +10,26 @@ last level counting fastest. Row 0 of each table stands for "no code".
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from modules.embeddings import Table
 from trainer.config.features import CodesConfig, FeatureConfig
 from trainer.console.errors import UserError
-from trainer.data.features.id_map import hash_rows, hash_salt
+from trainer.data.features.code_sets import CodeSet
+from trainer.data.features.fitted_codes import FittedCodes, identity_of
 from trainer.data.features.missing_inputs import CODE, MissingCounts
 from trainer.data.features.segment_index import SegmentIndex
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS, Rows
 from trainer.data.format.segment_codes import CodeFile, read_code_header
 
-NO_CODE = -1
-
-CODE_TABLE = "codes-"
-"""Beginning of the names of all tables of codes."""
-
 _LIVE = DOMAINS.index("live")
-
-
-@dataclass(frozen=True)
-class FittedCodes:
-    """Identity of the codes that a model was trained with.
-
-    Attributes:
-        version: name of the codebook version.
-        levels: number of codes of each level of the file.
-        hash: of the file's columns.
-        until_ms: largest ``known_ms`` of the file; -1 if it has no segment.
-        known: hash of the segments with ``known_ms`` up to this time, whatever their order.
-    """
-
-    version: str
-    levels: tuple[int, ...]
-    hash: str
-    until_ms: int
-    known: str
-
-    @staticmethod
-    def of(codes: CodeFile) -> FittedCodes:
-        """Return the identity of a code file."""
-        until_ms = int(codes.known_ms.max(initial=-1))
-        return FittedCodes(codes.version, codes.levels, codes.hash, until_ms, _hash_known(codes, until_ms))
-
-    @staticmethod
-    def from_json(document: Mapping[str, Any]) -> FittedCodes:
-        """Return the identity that ``vars`` turned into JSON types.
-
-        Raises:
-            KeyError, TypeError, ValueError: an entry is missing or has another type.
-        """
-        levels = tuple(int(size) for size in document["levels"])
-        if not levels or min(levels) < 1:
-            raise ValueError(f"codes with the levels {levels}")
-        texts = {name: str(document[name]) for name in ("version", "hash", "known")}
-        return FittedCodes(levels=levels, until_ms=int(document["until_ms"]), **texts)
-
-    def check_version(self, where: str, path: Path, version: str, levels: Sequence[int]) -> None:
-        """Check that a code file is of the model's codebook version.
-
-        Raises:
-            UserError: it is of another one.
-        """
-        if (version, tuple(levels)) != (self.version, self.levels):
-            raise UserError(
-                f"{where}: {path} is of the codebook version {version!a:.120}, the model was trained with "
-                f"{self.version!a:.120}; name a code file of that version"
-            )
-
-    def check_unchanged(self, where: str, codes: CodeFile) -> None:
-        """Check that a code file has the codes of the training, beside segments that became known later.
-
-        Raises:
-            UserError: a segment is missing, is new, or has other codes or times.
-        """
-        if codes.hash != self.hash and _hash_known(codes, self.until_ms) != self.known:
-            raise UserError(
-                f"{where}: {codes.path} has other codes than at the start of the run, for segments that were in the "
-                "file then (later segments may be added); resume.allow_new_data=true accepts it"
-            )
-
-
-class SegmentCodeTable(NamedTuple):
-    """A table of a code set.
-
-    Attributes:
-        name: of the table, and of the candidate's lookup.
-        kind: ``level``: the code of the level ``depth``. ``prefix``: the codes of the levels up to ``depth``.
-        depth: number of a level, from 1.
-        tuples: number of its codes, or of its tuples of codes.
-        rows: rows of the table, row 0 included.
-    """
-
-    name: str
-    kind: Literal["level", "prefix"]
-    depth: int
-    tuples: int
-    rows: int
-
-    @property
-    def hashed(self) -> bool:
-        """True if the table has fewer rows than there are tuples, so that their numbers are hashed."""
-        return self.rows <= self.tuples
-
-
-class CodeSet:
-    """Tables of one code set.
-
-    Args:
-        name: of the set.
-        config: the section ``[features.codes.NAME]``.
-        levels: number of codes of each level of the file.
-
-    Attributes:
-        name: as given.
-        config: as given.
-        levels: number of codes of each level that is used.
-        tables: its tables, first those of levels, then those of prefixes.
-        in_histories: True if entries of histories have codes.
-    """
-
-    def __init__(self, name: str, config: CodesConfig, levels: Sequence[int]) -> None:
-        self.name, self.config = name, config
-        self.levels = tuple(levels[: config.levels])
-        self.in_histories = config.history != "none"
-        depths = range(1, len(self.levels) + 1)
-        tables = []
-        if config.tables != "prefixes":
-            tables += [self._table("level", depth, self.levels[depth - 1]) for depth in depths]
-        if config.tables != "levels":
-            # The prefix of one level is the code of this level, which may have a table already.
-            first = 1 if config.tables == "prefixes" else 2
-            tables += [self._table("prefix", depth, math.prod(self.levels[:depth])) for depth in depths[first - 1 :]]
-        self.tables: tuple[SegmentCodeTable, ...] = tuple(tables)
-
-    def _table(self, kind: Literal["level", "prefix"], depth: int, count: int) -> SegmentCodeTable:
-        rows = count + 1 if kind == "level" else min(count + 1, self.config.prefix_rows)
-        return SegmentCodeTable(f"{CODE_TABLE}{self.name}-{kind}{depth}", kind, depth, count, rows)
-
-    def declare(self) -> list[Table]:
-        """Return the declarations of the tables."""
-        own = self.config
-        return [Table(table.name, table.rows, own.dim, own.init, own.init_scale, own.sharding) for table in self.tables]
-
-    def rows_of(self, codes: np.ndarray) -> list[np.ndarray]:
-        """Return the row of each tuple of codes in each table, ``[n]`` int64.
-
-        Args:
-            codes: ``[n, levels]`` int32; ``NO_CODE`` in the first column means that there is no code.
-        """
-        missing = codes[:, 0] < 0
-        found = []
-        for table in self.tables:
-            if table.kind == "level":
-                rows = codes[:, table.depth - 1].astype(np.int64) + 1
-            else:
-                number = np.zeros(len(codes), np.int64)
-                # Products above 2^63 wrap around; such prefixes are hashed in any case.
-                for level in range(table.depth):
-                    number = number * self.levels[level] + codes[:, level]
-                rows = number + 1
-                if table.hashed:
-                    hash_rows(number, hash_salt(table.name), table.rows, rows)
-            rows[missing] = 0
-            found.append(rows)
-        return found
 
 
 class CodeReader(Protocol):
@@ -252,12 +96,7 @@ class CodeFileReader:
 
     def entry_rows(self, visits: HistorySlice, as_of_ms: np.ndarray) -> Sequence[np.ndarray]:
         """Return the rows of what was on air in each past visit; see :class:`CodeReader`."""
-        places = np.full(len(visits.item_id), -1)
-        live = np.flatnonzero(visits.domain == _LIVE)
-        begin_ms = visits.request_ms[live]
-        # A visit that was left at once saw the moment of its entry.
-        end_ms = begin_ms + np.maximum(visits.play_ms[live], 1)
-        places[live] = self._index.on_air(visits.item_id[live], begin_ms, end_ms, as_of_ms[live], self._choice)
+        places = self._index.watched(visits, as_of_ms, self._choice)
         return [rows[places] for rows in self._rows]
 
 
@@ -359,7 +198,7 @@ class CodeInputs:
     def __init__(
         self, config: Mapping[str, CodesConfig], fitted: Mapping[str, FittedCodes], readers: Mapping[str, CodeReader]
     ) -> None:
-        self.sets = [CodeSet(name, own, _identity(name, fitted).levels) for name, own in config.items()]
+        self.sets = [CodeSet(name, own, identity_of(name, fitted).levels) for name, own in config.items()]
         self.tables: list[Table] = [table for code_set in self.sets for table in code_set.declare()]
         self.lookups: list[str] = [table.name for table in self.tables]
         self.of_entries: list[str] = [
@@ -419,11 +258,6 @@ class CodeInputs:
         return found
 
 
-def code_set_of(table: str) -> str:
-    """Return the name of the code set of a table."""
-    return table.removeprefix(CODE_TABLE).rpartition("-")[0]
-
-
 def check_codes(config: Mapping[str, CodesConfig], open_store: OpenStore | None = None) -> list[CodeSet]:
     """Check code files by their footers only, and stores, before anything is fitted; return the code sets.
 
@@ -449,37 +283,6 @@ def check_codes(config: Mapping[str, CodesConfig], open_store: OpenStore | None 
     return sets
 
 
-def read_code_files(config: Mapping[str, CodesConfig]) -> dict[str, CodeFile]:
-    """Return the content of each code set's file.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    return {name: CodeFile.read(Path(own.file)) for name, own in config.items()}
-
-
-def check_authors(codes: Mapping[str, CodeFile], parts: Iterable[np.ndarray]) -> None:
-    """Check that each code file has segments of at least one author of a training range.
-
-    Args:
-        codes: code set -> content of its file.
-        parts: authors of the rows, ``[n]`` int64 each; read until all files have one of them.
-
-    Raises:
-        UserError: a file has none; it is of another dataset, as a rule.
-    """
-    left = {name: np.unique(file.author_id) for name, file in codes.items()}
-    for authors in parts if left else ():
-        left = {name: known for name, known in left.items() if not np.isin(authors, known).any()}
-        if not left:
-            return
-    for name in left:
-        raise UserError(
-            f"features.codes.{name}: {codes[name].path} has segments of no author of the training rows; assign codes "
-            "to the dataset of the job"
-        )
-
-
 def open_codes(
     config: FeatureConfig,
     fitted: Mapping[str, FittedCodes],
@@ -500,7 +303,7 @@ def open_codes(
     """
     readers: dict[str, CodeReader] = {}
     for name, own in config.codes.items():
-        where, path, identity = f"features.codes.{name}", Path(own.file), _identity(name, fitted)
+        where, path, identity = f"features.codes.{name}", Path(own.file), identity_of(name, fitted)
         header = read_code_header(path)
         identity.check_version(where, path, header.version, header.levels)
         codes = CodeFile.read(path)
@@ -513,46 +316,3 @@ def open_codes(
         else:
             readers[name] = CodeFileReader(code_set, codes)
     return readers
-
-
-def carry_codes(config: Mapping[str, CodesConfig], fitted: Mapping[str, FittedCodes], folder: Path) -> None:
-    """Copy the code files of a model into a folder that is made, as ``NAME.parquet``; a model without any needs none.
-
-    Raises:
-        UserError: a file is missing, damaged, or of another codebook version.
-        OSError: a file cannot be written.
-    """
-    for name, own in config.items():
-        codes = CodeFile.read(Path(own.file))
-        _identity(name, fitted).check_version(f"features.codes.{name}", codes.path, codes.version, codes.levels)
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(codes.path, folder / f"{name}.parquet")
-
-
-def carried_codes(config: Mapping[str, CodesConfig], folder: Path) -> dict[str, CodesConfig]:
-    """Return the sections with the code files that :func:`carry_codes` copied to a folder, where there are some."""
-    carried = {name: folder / f"{name}.parquet" for name in config}
-    return {
-        name: own.model_copy(update={"file": str(carried[name])}) if carried[name].exists() else own
-        for name, own in config.items()
-    }
-
-
-def _identity(name: str, fitted: Mapping[str, FittedCodes]) -> FittedCodes:
-    if name not in fitted:
-        raise UserError(f"features.codes.{name}: the model was trained without these codes; it has {_list(fitted)}")
-    return fitted[name]
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def _hash_known(codes: CodeFile, until_ms: int) -> str:
-    """Return a hash of the segments with ``known_ms`` up to a time, in the order of their ids."""
-    rows = np.flatnonzero(codes.known_ms <= until_ms)
-    rows = rows[np.lexsort((codes.known_ms[rows], codes.segment[rows]))]
-    digest = hashlib.blake2b(digest_size=16)
-    for column in (codes.item_id, codes.author_id, codes.segment, codes.known_ms, codes.codes):
-        digest.update(np.ascontiguousarray(column[rows]).tobytes())
-    return digest.hexdigest()

@@ -16,9 +16,9 @@ import numpy as np
 from trainer.config.features import ContentConfig, FeatureConfig
 from trainer.console.errors import UserError, one_line
 from trainer.data.features.author_features import AuthorSide, read_author_side
-from trainer.data.features.code_inputs import FittedCodes, check_authors, read_code_files
-from trainer.data.features.content_inputs import TableFacts
+from trainer.data.features.content_tables import TableFacts
 from trainer.data.features.dense_inputs import DenseInputs, statistic_name
+from trainer.data.features.fitted_codes import FittedCodes, check_authors, read_code_files
 from trainer.data.features.id_map import table_rows
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import HISTORY_LIMIT, Histories

@@ -10,10 +10,14 @@ from typing import Literal
 
 import numpy as np
 
+from trainer.data.format.history import HistorySlice
+from trainer.data.format.schema import DOMAINS
 from trainer.data.format.text_schema import SEGMENT_MS
 from trainer.runtime.compiled import compiled
 
 NO_SEGMENT = -1
+
+_LIVE = DOMAINS.index("live")
 
 OnAir = Literal["entry", "longest"]
 """Choice among the segments of a visit: the one on air when it began, or the one that was watched longest."""
@@ -108,6 +112,23 @@ class SegmentIndex:
         )
         some = places >= 0
         places[some] = self._in_room[places[some]]
+        return places
+
+    def watched(self, visits: HistorySlice, as_of_ms: np.ndarray, choice: OnAir) -> np.ndarray:
+        """Return the place of the segment that was on air in each past visit, ``[entries]`` int64; -1 without one.
+
+        Videos have no segments. A visit that was left at once saw the moment of its entry.
+
+        Args:
+            visits: entries of histories.
+            as_of_ms: ``[entries]`` int64, time of each entry's row.
+            choice: as in :meth:`on_air`.
+        """
+        places = np.full(len(visits.item_id), NO_SEGMENT)
+        live = np.flatnonzero(visits.domain == _LIVE)
+        begin_ms = visits.request_ms[live]
+        end_ms = begin_ms + np.maximum(visits.play_ms[live], 1)
+        places[live] = self.on_air(visits.item_id[live], begin_ms, end_ms, as_of_ms[live], choice)
         return places
 
 
