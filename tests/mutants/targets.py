@@ -25,10 +25,29 @@ TUNING = (
 )
 STAYTIME = ("tests/comment_staytime/test_evaluation.py", "tests/comment_staytime/test_scoring.py")
 CHECKPOINTS = ("tests/checkpoint/test_manifest.py", "tests/ranking/test_checkpoints.py")
+ALIGN = (
+    "tests/semantic_ids/test_align_features.py",
+    "tests/semantic_ids/test_align_job.py",
+    "tests/distributed/test_pairs.py",
+)
+CODES = ("tests/data/features/test_code_inputs.py", "tests/semantic_ids/test_code_files.py")
+CONTENT = ("tests/data/features/test_content_inputs.py", "tests/distributed/test_content.py")
+FOLLOW = ("tests/semantic_ids/test_follow.py", "tests/semantic_ids/test_follow_job.py")
+FORESIGHT = ("tests/semantic_ids/test_foresight.py",)
+QUANTIZE = ("tests/semantic_ids/test_quantize.py",)
+SEGMENTS = ("tests/semantic_ids/test_segments.py", "tests/data/features/test_segment_index.py")
+SEGMENT_TASKS = ("tests/llm/instructions/test_segments.py",)
+ANNOTATE = ("tests/llm/instructions/test_annotations.py", "tests/llm/instructions/test_annotate.py")
 
 TESTS: dict[str, tuple[str, ...]] = {
     # Losses and networks.
     "modules/losses.py": ("tests/modules/test_losses.py",),
+    "modules/author_fusion.py": ("tests/modules/test_author_fusion.py",),
+    "modules/blocks.py": ("tests/modules/test_esu.py", "tests/modules/test_din.py"),
+    "modules/codebook.py": ("tests/modules/test_codebook.py",),
+    "modules/codebook_kernel.py": ("tests/modules/test_codebook.py",),
+    "modules/content.py": ("tests/modules/test_content.py",),
+    "modules/foresight.py": ("tests/modules/test_foresight.py",),
     "modules/alignment.py": ("tests/modules/test_alignment.py",),
     "modules/din.py": ("tests/modules/test_din.py",),
     "modules/esu.py": ("tests/modules/test_esu.py",),
@@ -99,11 +118,28 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/data/format/shards.py": ("tests/data/format/test_shards.py", "tests/data/format/test_verification.py"),
     "trainer/data/format/statistics.py": ("tests/data/format/test_statistics.py",),
     "trainer/data/format/time_selection.py": ("tests/data/format/test_time_selection.py", *LOADER),
+    "trainer/data/features/author_means.py": ("tests/data/features/test_author_means.py",),
+    "trainer/data/features/code_inputs.py": CODES,
+    "trainer/data/features/code_sets.py": CODES,
+    "trainer/data/features/content_inputs.py": CONTENT,
+    "trainer/data/features/content_tables.py": (
+        *CONTENT,
+        "tests/ranking/test_warm_start.py",
+        "tests/serving/test_export.py",
+    ),
+    "trainer/data/features/fitted_codes.py": (*CODES, "tests/semantic_ids/test_store_address.py"),
+    "trainer/data/features/missing_inputs.py": ("tests/data/features/test_missing_inputs.py", *CONTENT),
+    "trainer/data/features/segment_index.py": ("tests/data/features/test_segment_index.py",),
+    "trainer/data/format/content_vectors.py": ("tests/data/format/test_content_vectors.py",),
+    "trainer/data/format/segment_codes.py": (*CODES, "tests/semantic_ids/test_code_features.py"),
+    "trainer/data/format/segments.py": SEGMENTS,
     # Engine and tables.
     "trainer/engine/batch_pipeline.py": ("tests/engine/test_batch_pipeline.py", *ENGINE),
     "trainer/engine/dense_engine.py": ENGINE,
     "trainer/engine/history_alignment.py": ("tests/distributed/test_alignment.py",),
     "trainer/engine/hybrid_engine.py": ENGINE,
+    "trainer/engine/in_batch_softmax.py": ("tests/distributed/test_pairs.py",),
+    "trainer/engine/step_loop.py": (*FORESIGHT, "tests/llm/finetuning/test_jobs.py"),
     "trainer/engine/lr_schedule.py": ("tests/engine/test_lr_schedule.py",),
     "trainer/engine/micro_batches.py": ("tests/engine/test_micro_batches.py",),
     "trainer/sparse/cpu_exchange.py": SPARSE,
@@ -122,6 +158,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/checkpoint/diff.py": ("tests/checkpoint/test_diff.py",),
     "trainer/checkpoint/manifest.py": CHECKPOINTS,
     "trainer/checkpoint/model_state.py": ("tests/checkpoint/test_model_state.py",),
+    "trainer/checkpoint/model_index.py": ("tests/checkpoint/test_model_state.py", *CHECKPOINTS),
+    "trainer/checkpoint/step_checkpoints.py": (*FORESIGHT, "tests/llm/finetuning/test_jobs.py"),
     "trainer/checkpoint/reader.py": ("tests/checkpoint/test_reader.py", "tests/checkpoint/test_diff.py"),
     "trainer/checkpoint/store.py": CHECKPOINTS,
     "trainer/checkpoint/writer.py": CHECKPOINTS,
@@ -150,11 +188,47 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/llm/embedding/test_embed.py",
     ),
     "trainer/llm/finetuning/train_loop.py": ("tests/llm/finetuning/test_jobs.py",),
+    "trainer/llm/instructions/annotate.py": ANNOTATE,
+    "trainer/llm/instructions/annotations.py": ANNOTATE,
+    "trainer/llm/instructions/chat_endpoint.py": ANNOTATE,
+    "trainer/llm/instructions/segment_tasks.py": SEGMENT_TASKS,
+    "trainer/llm/instructions/segments.py": SEGMENT_TASKS,
+    "trainer/llm/instructions/world_truth.py": SEGMENT_TASKS,
+    "trainer/llm/instructions/write_segments.py": SEGMENT_TASKS,
     "trainer/llm/instructions/buckets.py": ("tests/llm/instructions/test_instructions.py",),
     "trainer/llm/instructions/tasks.py": ("tests/llm/instructions/test_instructions.py",),
     "trainer/llm/instructions/past.py": ("tests/llm/instructions/test_instructions.py",),
     "trainer/llm/models/base_model.py": ("tests/llm/models/test_base_model.py",),
     "trainer/llm/models/adapter.py": ("tests/llm/models/test_base_model.py", "tests/llm/embedding/test_embed.py"),
+    # Semantic ids.
+    "trainer/semantic_ids/align_content.py": ("tests/semantic_ids/test_align_content.py", *ALIGN),
+    "trainer/semantic_ids/align_encode.py": ALIGN,
+    "trainer/semantic_ids/align_evaluation.py": ("tests/semantic_ids/test_align_evaluation.py", *ALIGN),
+    "trainer/semantic_ids/align_features.py": ALIGN,
+    "trainer/semantic_ids/align_model.py": ALIGN,
+    "trainer/semantic_ids/align_popularity.py": ("tests/semantic_ids/test_align_popularity.py", *ALIGN),
+    "trainer/semantic_ids/code_features.py": ("tests/semantic_ids/test_code_features.py",),
+    "trainer/semantic_ids/code_files.py": ("tests/semantic_ids/test_code_files.py", *QUANTIZE),
+    "trainer/semantic_ids/code_matching.py": ("tests/semantic_ids/test_code_matching.py", *QUANTIZE),
+    "trainer/semantic_ids/codebook_fit.py": (*QUANTIZE, "tests/semantic_ids/test_codebook_version.py"),
+    "trainer/semantic_ids/codebook_report.py": ("tests/semantic_ids/test_codebook_report.py", *QUANTIZE),
+    "trainer/semantic_ids/codebook_version.py": ("tests/semantic_ids/test_codebook_version.py", *QUANTIZE),
+    "trainer/semantic_ids/fixed_point.py": ("tests/semantic_ids/test_kmeans.py",),
+    "trainer/semantic_ids/follow.py": FOLLOW,
+    "trainer/semantic_ids/follow_pace.py": ("tests/semantic_ids/test_follow_pace.py", *FOLLOW),
+    "trainer/semantic_ids/follow_report.py": FOLLOW,
+    "trainer/semantic_ids/foresight_baselines.py": ("tests/semantic_ids/test_foresight_baselines.py", *FORESIGHT),
+    "trainer/semantic_ids/foresight_data.py": FORESIGHT,
+    "trainer/semantic_ids/foresight_engine.py": FORESIGHT,
+    "trainer/semantic_ids/foresight_report.py": FORESIGHT,
+    "trainer/semantic_ids/foresight_rows.py": ("tests/semantic_ids/test_foresight_rows.py", *FORESIGHT),
+    "trainer/semantic_ids/foresight_training.py": FORESIGHT,
+    "trainer/semantic_ids/kmeans.py": ("tests/semantic_ids/test_kmeans.py", *QUANTIZE),
+    "trainer/semantic_ids/kmeans_start.py": ("tests/semantic_ids/test_kmeans.py", *QUANTIZE),
+    "trainer/semantic_ids/kmeans_state.py": (*QUANTIZE, "tests/test_no_code_in_files.py"),
+    "trainer/semantic_ids/retrieval.py": ("tests/semantic_ids/test_retrieval.py",),
+    "trainer/semantic_ids/segment_labels.py": ("tests/semantic_ids/test_retrieval.py",),
+    "trainer/semantic_ids/segments.py": SEGMENTS,
     # Staytime.
     "trainer/comment_staytime/comment_selection.py": (
         "tests/comment_staytime/test_comment_selection.py",
