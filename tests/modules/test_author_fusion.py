@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules.author_fusion import SCORE_BYTES, AuthorParts, HistoryPooling, TowerInputs, TwoTowers, in_batch_softmax
 from tests.modules.softmax_reference import softmax_loss
@@ -156,6 +156,15 @@ def make_inputs(rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor
     return embedded, lengths, dense
 
 
+def mlp(network: nn.Module | None, x: Tensor) -> Tensor:
+    """Return linear layers with a ReLU between them, and none before the first or after the last."""
+    assert network is not None
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    for number, layer in enumerate(linear):
+        x = layer.weight @ (x if number == 0 else x.clamp(min=0)) + layer.bias
+    return x
+
+
 @pytest.mark.parametrize("pooling", ["mean", "latest"])
 def test_the_towers_equal_their_formulas(pooling: HistoryPooling) -> None:
     towers, (embedded, lengths, dense) = make_towers(pooling=pooling), make_inputs(4)
@@ -170,11 +179,11 @@ def test_the_towers_equal_their_formulas(pooling: HistoryPooling) -> None:
                 own = values[entries]
                 pooled = own.mean(0) if pooling == "mean" else own[-1:].sum(0)
                 history.append(pooled if count[row] else torch.zeros_like(values[:1]).view(-1))
-        user = towers.user(torch.cat([embedded["user"][row], side[0], side[2], *history, dense[row, [1]]]))
+        user = mlp(towers.user, torch.cat([embedded["user"][row], side[0], side[2], *history, dense[row, [1]]]))
         author_id = embedded["author"][row]
-        features = towers.author.features(torch.cat([author_id, side[1], dense[row, [0, 2]]]))  # type: ignore[misc]
-        content = towers.author.content(dense[row, 3:8])  # type: ignore[misc]
-        share = float(torch.sigmoid(towers.author.gate(author_id)))  # type: ignore[misc]
+        features = mlp(towers.author.features, torch.cat([author_id, side[1], dense[row, [0, 2]]]))
+        content = mlp(towers.author.content, dense[row, 3:8])
+        share = float(torch.sigmoid(mlp(towers.author.gate, author_id)))
         share = [share, 0.0, 1.0, 1.0][row]
         fused = share * content + (1 - share) * features
         expected = torch.cat([user / user.norm(), fused / fused.norm(), torch.tensor([share])])

@@ -283,6 +283,22 @@ def test_blocks_hold_every_entry_once_and_little_padding(longest: int) -> None:
     assert places < 1.06 * entries
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("block_values", [1, 10_000, 1 << 20])
+def test_blocks_are_as_large_as_they_may_be(block_values: int, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules.blocks, "BLOCK_VALUES", block_values)
+    torch.manual_seed(1)
+    longest, row_values, entry_values = 30, 64, 17
+    lengths = torch.full((2048,), longest) if full else torch.randint(0, longest + 1, (2048,))
+    blocks = list(cut_rows(lengths, int(lengths.sum()), longest, row_values, entry_values))
+    for block in blocks:
+        rows = block.rows.stop - block.rows.start if isinstance(block.rows, slice) else len(block.rows)
+        most = max(1, block_values // (row_values + block.length * entry_values))
+        # Rows that are shorter end a block that is a quarter full.
+        least = 1 if block is blocks[-1] else most if full else most // 4
+        assert least <= rows <= most
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_agrees_with_the_cpu(kind: str) -> None:
