@@ -22,6 +22,9 @@ et al., 2017): with the gate ``g = sigmoid(w D)`` and the attention ``a = softma
 
     p(c) <- (1 - g) p(c) + g * (sum of a over the runs with the code c)
 
+A ranker reads three vectors of a forecast (:meth:`ForesightPredictor.forecast`): the pooled ``I``; ``D`` in the space
+of the centroids; and the mean of the centroids under p.
+
 The runs are padded at the front. A padded place is seen by no other one, whatever it holds. An author without any run
 has an ``I`` of zeros and a ``D`` that depends on BOS alone.
 """
@@ -38,6 +41,9 @@ from torch.nn import functional
 
 TableStart = Literal["frozen", "learnt", "random"]
 """Table of the codes: the centroids, which stay; the centroids, which are trained; or random vectors, trained."""
+
+HistoryPooling = Literal["mean", "last", "attention"]
+"""Pooling of I over the runs: their mean, that of the newest run, or the mean weighted by the softmax of ``I D``."""
 
 LARGEST_LENGTH = 1 << 17
 """Longest run with a bucket of its own, 45 days of segments of 30 seconds."""
@@ -84,6 +90,21 @@ class ForesightOutput(NamedTuple):
     history: Tensor
     future: Tensor
     copied: Tensor
+
+
+class Forecast(NamedTuple):
+    """Vectors of a forecast for n authors, float32.
+
+    Attributes:
+        encoder: ``[n, dim]``, the pooled I; zeros without any run.
+        decoder: ``[n, centroid_dim]``, D in the space of the table of the codes: its product with a row of the table
+            is the logit of the code, but for the bias. The paper's D is this one, since its model has no projection.
+        expected: ``[n, centroid_dim]``, mean of the centroids under the probabilities of the next code.
+    """
+
+    encoder: Tensor
+    decoder: Tensor
+    expected: Tensor
 
 
 class ForesightPredictor(nn.Module):
@@ -163,6 +184,28 @@ class ForesightPredictor(nn.Module):
             return log_p
         copied = torch.zeros_like(log_p).scatter_add_(1, code.clamp(min=0).long(), output.copied)
         return torch.logaddexp(log_p + _log_rest(output.copied)[:, None], copied.log())
+
+    def forecast(
+        self,
+        code: Tensor,
+        length: Tensor,
+        pooling: HistoryPooling,
+        centroids: Tensor,
+        table: Tensor | None = None,
+    ) -> Forecast:
+        """Return the vectors of a forecast.
+
+        Args:
+            code, length: ``[n, L]`` int, see :meth:`forward`.
+            pooling: of I over the runs.
+            centroids: ``[codes, centroid_dim]`` float32, the codebook's own.
+            table: as in :meth:`forward`.
+        """
+        table = self.table() if table is None else table
+        output = self(code, length, table)
+        expected = self.log_p(code, output, table).exp() @ centroids
+        decoder = output.future.float() @ self.table.project.weight.float()
+        return Forecast(_pooled(output, code >= 0, pooling).float(), decoder, expected)
 
     def losses(self, code: Tensor, output: ForesightOutput, target: Tensor, sample: CodeSample | None = None) -> Tensor:
         """Return ``-log p(target)`` of each row ``[n]``, float32.
@@ -350,6 +393,19 @@ class _Layer(nn.Module):
 
 _LEAST = 1e-30
 """Least probability of a copied code whose logarithm has a gradient."""
+
+
+def _pooled(output: ForesightOutput, known: Tensor, pooling: HistoryPooling) -> Tensor:
+    """Return I pooled over the runs that are known ``[n, L]``, as ``[n, dim]``."""
+    history = output.history
+    if pooling == "last":
+        return history[:, -1]
+    if pooling == "mean":
+        return history.sum(1) / known.sum(1, keepdim=True).clamp(min=1)
+    scores = (history @ output.future[:, :, None])[:, :, 0] / math.sqrt(history.shape[2])
+    # A row without any run has zeros at all places, whatever their weights are.
+    weights = scores.masked_fill(~(known | ~known.any(1, keepdim=True)), -torch.inf).softmax(1)
+    return (weights[:, None] @ history)[:, 0]
 
 
 def _log_rest(copied: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ PAGES = sorted(
 """Pages of the repository; templates become pages elsewhere, where their links hold."""
 
 JOBS = {"train": "train", "finetune": "finetune", "embed": "embed", "staytime": "staytime"} | {
-    "foresight": "foresight",
+    "foresight fit": "foresight",
     "trainer.foresight": "foresight",
     "quantize fit": "quantize",
     "quantize refresh": "quantize",

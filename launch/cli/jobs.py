@@ -1,4 +1,4 @@
-"""``limelight train``, ``finetune``, ``embed``, ``foresight`` and ``staytime``: the jobs that a job file describes.
+"""``limelight train``, ``finetune``, ``embed`` and ``staytime``: the jobs that a job file describes.
 
 A job file is parsed here before any rank starts, so that a mistake in it costs no start of torch.
 """
@@ -90,26 +90,6 @@ def embed(config: str, overrides: tuple[str, ...], follow: bool, ranks: int) -> 
     if follow and ranks > 1:
         raise click.UsageError(f"--follow is one process, and --ranks is {ranks}")
     return start_ranks("trainer.embed", [config, *overrides, *(["--follow"] if follow else [])], ranks)
-
-
-@click.command(
-    cls=Command,
-    params=list(TRAIN_ARGUMENTS),
-    short_help="Train a predictor of the next code of a room.",
-    help="Train Foresight's predictor, which foresees the code of a room's next segment from the latest codes of its "
-    "author, and measure it beside simple rules on later segments. The codes are those of `limelight quantize assign`. "
-    f"The same command again continues a run that has not finished. Exit statuses {PREEMPTED_STATUS} and {HUNG_STATUS} "
-    "as of train.",
-    example="limelight foresight configs/foresight.toml --ranks 2 train.epochs=2",
-)
-@ranks_option
-def foresight(config: str, overrides: tuple[str, ...], ranks: int) -> int:
-    """Start the ranks of ``trainer.foresight``."""
-    from launch.local import start_ranks
-    from trainer.config.foresight import load_foresight
-
-    load_foresight(config, overrides)
-    return start_ranks("trainer.foresight", [config, *overrides], ranks)
 
 
 @click.command(

@@ -9,7 +9,20 @@ from collections.abc import Sequence
 
 import click
 
-from launch.cli import align, checkpoint, config, configs, data, doctor, jobs, models, quantize, retrieve, stream
+from launch.cli import (
+    align,
+    checkpoint,
+    config,
+    configs,
+    data,
+    doctor,
+    foresight,
+    jobs,
+    models,
+    quantize,
+    retrieve,
+    stream,
+)
 from launch.cli.command import Group
 from launch.cli.version import print_versions
 from trainer.console.errors import UserError
@@ -54,7 +67,7 @@ for command in (
     jobs.finetune,
     jobs.embed,
     jobs.staytime,
-    jobs.foresight,
+    foresight.foresight,
     quantize.quantize,
     align.align,
     retrieve.retrieve,

@@ -62,6 +62,7 @@ OUTPUTS = {
     "quantize assign",
     "quantize report",
     "align encode",
+    "foresight forecast",
 }
 """Commands with an output."""
 
@@ -71,7 +72,7 @@ def every_parameter() -> Iterator[tuple[str, click.Parameter]]:
     for words, command in every_command():
         for parameter in command.params:
             yield words, parameter
-    for name in ("TRAIN", "EVALUATE", "SCORE", "EXPLAIN", "QUANTIZE", "ENCODE_AUTHORS"):
+    for name in ("TRAIN", "EVALUATE", "SCORE", "EXPLAIN", "QUANTIZE", "ENCODE_AUTHORS", "FORECAST"):
         for parameter in getattr(job_arguments, f"{name}_ARGUMENTS"):
             yield f"python -m trainer.{name.lower()}", parameter
 
@@ -198,6 +199,7 @@ COMMANDS = {
     "quantize assign": ["quantize", "assign", "nowhere", "nowhere", "{}"],
     "quantize report": ["quantize", "report", "nowhere", "--out", "{}"],
     "align encode": ["align", "encode", "nowhere", "--out", "{}"],
+    "foresight forecast": ["foresight", "forecast", "nowhere", "--out", "{}"],
 }
 
 

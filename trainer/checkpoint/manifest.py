@@ -14,6 +14,7 @@ directory whose manifest is valid and whose files agree with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -304,6 +305,17 @@ def file_entry(path: Path) -> FileEntry:
     """Compute the size and CRC-32 of a file."""
     size, crc = size_and_crc32(path)
     return FileEntry(bytes=size, crc32=crc)
+
+
+def model_hash(directory: Path) -> str:
+    """Return a hash of the model in a checkpoint, from the checksums of its files.
+
+    Raises:
+        UserError: as :func:`read_manifest`.
+    """
+    files = read_manifest(directory).files
+    model = sorted((name, entry.bytes, entry.crc32) for name, entry in files.items() if name.startswith(f"{MODEL}/"))
+    return hashlib.blake2b(repr(model).encode(), digest_size=8).hexdigest()
 
 
 def _crc_of(content: dict[str, Any]) -> int:

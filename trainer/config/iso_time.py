@@ -47,3 +47,12 @@ def read_iso(text: str, zone: str) -> int | None:
     except (ValueError, OverflowError):
         return None
     return seconds * 1000 + int(((found["fraction"] or "") + "000")[:3])
+
+
+def time_text(time_ms: int, zone: str) -> str:
+    """Return a time in milliseconds UTC as ISO text in a time zone, for messages."""
+    try:
+        moment = datetime.fromtimestamp(time_ms / 1000, UTC).astimezone(ZoneInfo(zone))
+    except (OverflowError, ValueError, OSError):
+        return f"{time_ms} ms since 1970"
+    return moment.isoformat(timespec="milliseconds")

@@ -71,6 +71,44 @@ ENCODE_AUTHORS_ARGUMENTS: Parameters = (
 )
 """``RUN [DATASET] --out DIR [--vectors TABLE] [--json]``."""
 
+FORECAST_ARGUMENTS: Parameters = (
+    click.Argument(
+        ["run"], metavar="RUN", type=InputPath(), help="Directory of a finished run of limelight foresight."
+    ),
+    click.Option(
+        ["--out"],
+        metavar="DIR",
+        required=True,
+        type=LocalOutputPath(),
+        help="Directory of the tables to write; tables of forecasts that are there are replaced as a whole.",
+    ),
+    click.Option(
+        ["--codes"],
+        metavar="FILE",
+        type=InputPath(),
+        help="Code file of the segments (default: the one that the run was trained on).",
+    ),
+    click.Option(
+        ["--from", "time_from"],
+        metavar="T",
+        help="Time from which on segments have a forecast (default: the end of the run's range of training).",
+    ),
+    click.Option(
+        ["--all", "every"],
+        is_flag=True,
+        help="Also make forecasts of segments of the range of training. The predictor has seen what came after them.",
+    ),
+    click.Option(
+        ["--pooling"],
+        type=click.Choice(["mean", "last", "attention"]),
+        default="mean",
+        show_default=True,
+        help="Pooling of the encoder's output over the runs.",
+    ),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print JSON instead of text."),
+)
+"""``RUN --out DIR [--codes FILE] [--from T] [--all] [--pooling P] [--json]``."""
+
 EMBED_ARGUMENTS: Parameters = (
     *TRAIN_ARGUMENTS,
     click.Option(

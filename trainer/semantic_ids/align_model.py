@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from modules.author_fusion import TwoTowers
-from trainer.checkpoint.manifest import ALIGN, MODEL, find_checkpoint, read_manifest
+from trainer.checkpoint.manifest import ALIGN, MODEL, find_checkpoint, model_hash, read_manifest
 from trainer.checkpoint.run_directory import load_align_run
 from trainer.checkpoint.store import verify_together
 from trainer.config.align import AlignConfig
@@ -255,7 +254,7 @@ class TrainedAlignment:
     ) -> TrainedAlignment:
         """Return the model of a run that has just been trained, with the newest checkpoint of its directory."""
         return TrainedAlignment(
-            directory, config, data, features.evaluated(), engine, checkpoint_hash(find_checkpoint(directory))
+            directory, config, data, features.evaluated(), engine, model_hash(find_checkpoint(directory))
         )
 
     @staticmethod
@@ -294,11 +293,4 @@ class TrainedAlignment:
         if problem := verify_together(checkpoint, manifest, world):
             raise UserError(f"{checkpoint}: damaged ({problem}); `limelight checkpoint verify` lists all damaged files")
         engine.load(checkpoint / MODEL)
-        return TrainedAlignment(directory, config, data, features, engine, checkpoint_hash(checkpoint))
-
-
-def checkpoint_hash(checkpoint: Path) -> str:
-    """Return a hash of the model in a checkpoint, from the checksums of its files."""
-    files = read_manifest(checkpoint).files
-    model = sorted((name, entry.bytes, entry.crc32) for name, entry in files.items() if name.startswith(f"{MODEL}/"))
-    return hashlib.blake2b(repr(model).encode(), digest_size=8).hexdigest()
+        return TrainedAlignment(directory, config, data, features, engine, model_hash(checkpoint))

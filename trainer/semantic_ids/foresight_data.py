@@ -19,33 +19,25 @@ from trainer.data.format.segment_codes import CodeFile
 from trainer.data.simulator.segment_truth import read_next_topics
 from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
-from trainer.semantic_ids.foresight_rows import ForesightRows
+from trainer.semantic_ids.foresight_rows import ForesightRows, Target
 from trainer.semantic_ids.segments import TimeRange, split_time
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ForesightData:
-    """Data of a job.
+class CodedRows:
+    """Rows of a code file.
 
     Attributes:
         version: codebook version of the codes.
         rows: rows of all segments.
-        training, held_out: ``[k] int64``, rows of the two ranges, in the order of time.
-        held_out_times: range of the evaluation; None if nothing is held out.
-        entry: path of the codes, and a fingerprint of the rows of training and their contexts.
-        truth: ``[segments, codes] float32``, true distribution of the code after each segment of the code file; None
-            if the codes are not the topics of a simulated world.
+        entry: path of the codes, and a fingerprint of what is trained on.
     """
 
     version: CodebookVersion
     rows: ForesightRows
-    training: np.ndarray
-    held_out: np.ndarray
-    held_out_times: TimeRange | None
     entry: DatasetEntry
-    truth: np.ndarray | None
 
     @property
     def centroids(self) -> Tensor:
@@ -56,6 +48,23 @@ class ForesightData:
     def codes(self) -> int:
         """Number of codes."""
         return self.version.levels[0]
+
+
+@dataclass(frozen=True)
+class ForesightData(CodedRows):
+    """Data of a job that trains on one range of time. The fingerprint is of the rows of training and their contexts.
+
+    Attributes:
+        training, held_out: ``[k] int64``, rows of the two ranges, in the order of time.
+        held_out_times: range of the evaluation; None if nothing is held out.
+        truth: ``[segments, codes] float32``, true distribution of the code after each segment of the code file; None
+            if the codes are not the topics of a simulated world.
+    """
+
+    training: np.ndarray
+    held_out: np.ndarray
+    held_out_times: TimeRange | None
+    truth: np.ndarray | None
 
     @property
     def target_counts(self) -> np.ndarray:
@@ -75,17 +84,9 @@ class ForesightData:
             f"data.{name}": getattr(data, name) for name in ("train_from", "train_until", "eval_from", "eval_until")
         }
         times, held_out_times = split_time(keys, "training", DatasetSpec.load(data.path).timezone)
-        version = CodebookVersion.open(data.codebook)
-        if len(version.levels) > 1:
-            raise UserError(
-                f"data.codebook = {data.codebook!r}: has {len(version.levels)} levels; Foresight takes codes of one "
-                "level, so fit one with codebook.levels=[20000] or another size"
-            )
+        version = open_version(data.codebook)
         codes = read_codes(Path(data.codes), version)
-        number = codes.codes[:, 0]
-        rows = ForesightRows.make(
-            codes.author_id, codes.item_id, codes.segment, codes.known_ms, number, target=data.target
-        )
+        rows = make_rows(codes, data.target)
         training = rows.training(times)
         if not len(training):
             raise UserError(
@@ -93,9 +94,9 @@ class ForesightData:
                 "range (data.train_from, data.train_until)"
             )
         held_out = np.empty(0, np.int64) if held_out_times is None else rows.evaluation(held_out_times)
-        entry = DatasetEntry(path=data.codes, fingerprint=_fingerprint(codes, times))
+        entry = DatasetEntry(path=data.codes, fingerprint=fingerprint(codes, times))
         truth = _topic_truth(data.path, codes)
-        return ForesightData(version, rows, training, held_out, held_out_times, entry, truth)
+        return ForesightData(version, rows, entry, training, held_out, held_out_times, truth)
 
     def log(self, runs: int) -> None:
         """Log the numbers of rows, and what is special about some of them."""
@@ -154,7 +155,29 @@ class ForesightBatch:
         return ForesightBatch(*tensors)
 
 
-def _fingerprint(codes: CodeFile, times: TimeRange) -> str:
+def open_version(path: str) -> CodebookVersion:
+    """Open the codebook version of a job.
+
+    Raises:
+        UserError: there is none, it is damaged, or it has several levels.
+    """
+    version = CodebookVersion.open(path)
+    if len(version.levels) > 1:
+        raise UserError(
+            f"data.codebook = {path!r}: has {len(version.levels)} levels; Foresight takes codes of one level, so fit "
+            "one with codebook.levels=[20000] or another size"
+        )
+    return version
+
+
+def make_rows(codes: CodeFile, target: Target) -> ForesightRows:
+    """Return the rows of a code file of one level."""
+    return ForesightRows.make(
+        codes.author_id, codes.item_id, codes.segment, codes.known_ms, codes.codes[:, 0], target=target
+    )
+
+
+def fingerprint(codes: CodeFile, times: TimeRange) -> str:
     """Return a hash of all that the rows of a range of training and their contexts depend on."""
     order = np.lexsort((codes.segment, codes.known_ms))
     order = order[codes.known_ms[order] < times.until_ms]

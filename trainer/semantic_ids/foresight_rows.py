@@ -17,6 +17,9 @@ Rules for segments that are out of order, or missing:
 * A pause of more than five minutes ends a stretch of segments, and the last segment before it has no row.
 * Segments of unknown authors have no rows, and are counted.
 
+A forecast needs no target: :class:`SegmentContexts` has the context of every segment of a known author, also of the
+newest one of a room.
+
 A row is trained on if its target was known before the end of the training range, and evaluated if its own time is in
 the range of evaluation. So the rows in between are neither.
 """
@@ -49,26 +52,18 @@ class Contexts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ForesightRows:
-    """Rows in the order of their times, and the runs from which their contexts are cut.
+class SegmentContexts:
+    """Segments in the order in which they became known, and the runs from which their contexts are cut.
 
     Attributes:
-        segment: ``[n] int64``, place of the row's segment in the arrays from which the rows were made.
+        segment: ``[n] int64``, place of the segment in the arrays from which these were made.
         author: ``[n] int64``.
-        as_of_ms: ``[n] int64``.
-        code: ``[n] int64``, code of the row's segment.
-        target: ``[n] int64``, the code to foresee.
-        target_ms: ``[n] int64``, time at which the target became known; above ``as_of_ms``.
-        without_author: number of segments of unknown authors.
+        as_of_ms: ``[n] int64``, time of the context: the segment's ``known_ms``.
     """
 
     segment: np.ndarray
     author: np.ndarray
     as_of_ms: np.ndarray
-    code: np.ndarray
-    target: np.ndarray
-    target_ms: np.ndarray
-    without_author: int
     _runs: _Runs
     # [n, 3] int64: first run of the author, run after the last visible one, end of the visible segments.
     _cuts: np.ndarray
@@ -77,54 +72,15 @@ class ForesightRows:
         return len(self.author)
 
     @staticmethod
-    def make(
-        author_id: np.ndarray,
-        item_id: np.ndarray,
-        segment: np.ndarray,
-        known_ms: np.ndarray,
-        code: np.ndarray,
-        *,
-        target: Target = "next",
-        gap_ms: int = GAP_MS,
-    ) -> ForesightRows:
-        """Make the rows of segments in any order.
-
-        Args:
-            author_id, item_id, segment, known_ms: ``[m] int64``, as in a code file.
-            code: ``[m]``, one number for each segment.
-            target: code to foresee, see above.
-            gap_ms: longest pause inside a run, and inside a stretch of a room.
-        """
-        known_author = author_id != UNKNOWN_AUTHOR
-        order = np.lexsort((segment, known_ms, item_id))
-        order = order[known_author[order]]
-        here, later = _pairs(item_id[order], known_ms[order], code[order], target, gap_ms)
-        here, later = order[here], order[later]
-        by_time = np.lexsort((segment[here], known_ms[here]))
-        here, later = here[by_time], later[by_time]
-
-        by_author = np.lexsort((segment, known_ms, author_id))
-        by_author = by_author[known_author[by_author]]
-        runs = _Runs.of(author_id[by_author], known_ms[by_author], code[by_author].astype(np.int32), gap_ms)
-        return ForesightRows(
-            segment=here,
-            author=author_id[here],
-            as_of_ms=known_ms[here],
-            code=code[here].astype(np.int64),
-            target=code[later].astype(np.int64),
-            target_ms=known_ms[later],
-            without_author=int((~known_author).sum()),
-            _runs=runs,
-            _cuts=runs.cuts(author_id[here], known_ms[here]),
-        )
-
-    def training(self, times: TimeRange) -> np.ndarray:
-        """Return the rows ``[k] int64`` whose own time and target are in a range, in the order of time."""
-        return np.flatnonzero((self.as_of_ms >= times.from_ms) & (self.target_ms < times.until_ms))
-
-    def evaluation(self, times: TimeRange) -> np.ndarray:
-        """Return the rows ``[k] int64`` whose own time is in a range, in the order of time."""
-        return np.flatnonzero((self.as_of_ms >= times.from_ms) & (self.as_of_ms < times.until_ms))
+    def of_all(
+        author_id: np.ndarray, segment: np.ndarray, known_ms: np.ndarray, code: np.ndarray, gap_ms: int = GAP_MS
+    ) -> SegmentContexts:
+        """Return all segments of known authors; the arguments are those of :meth:`ForesightRows.make`."""
+        here = np.lexsort((segment, known_ms))
+        here = here[author_id[here] != UNKNOWN_AUTHOR]
+        runs = _Runs.by_author(author_id, segment, known_ms, code, gap_ms)
+        cuts = runs.cuts(author_id[here], known_ms[here])
+        return SegmentContexts(here, author_id[here], known_ms[here], runs, cuts)
 
     def contexts(self, rows: np.ndarray, runs: int) -> Contexts:
         """Return the author's latest runs as of the time of some rows ``[k]``."""
@@ -156,6 +112,71 @@ class ForesightRows:
         return counts
 
 
+@dataclass(frozen=True)
+class ForesightRows(SegmentContexts):
+    """Rows in the order of their times.
+
+    Attributes:
+        code: ``[n] int64``, code of the row's segment.
+        target: ``[n] int64``, the code to foresee.
+        target_ms: ``[n] int64``, time at which the target became known; above ``as_of_ms``.
+        without_author: number of segments of unknown authors.
+    """
+
+    code: np.ndarray
+    target: np.ndarray
+    target_ms: np.ndarray
+    without_author: int
+
+    @staticmethod
+    def make(
+        author_id: np.ndarray,
+        item_id: np.ndarray,
+        segment: np.ndarray,
+        known_ms: np.ndarray,
+        code: np.ndarray,
+        *,
+        target: Target = "next",
+        gap_ms: int = GAP_MS,
+    ) -> ForesightRows:
+        """Make the rows of segments in any order.
+
+        Args:
+            author_id, item_id, segment, known_ms: ``[m] int64``, as in a code file.
+            code: ``[m]``, one number for each segment.
+            target: code to foresee, see above.
+            gap_ms: longest pause inside a run, and inside a stretch of a room.
+        """
+        known_author = author_id != UNKNOWN_AUTHOR
+        order = np.lexsort((segment, known_ms, item_id))
+        order = order[known_author[order]]
+        here, later = _pairs(item_id[order], known_ms[order], code[order], target, gap_ms)
+        here, later = order[here], order[later]
+        by_time = np.lexsort((segment[here], known_ms[here]))
+        here, later = here[by_time], later[by_time]
+
+        runs = _Runs.by_author(author_id, segment, known_ms, code, gap_ms)
+        return ForesightRows(
+            segment=here,
+            author=author_id[here],
+            as_of_ms=known_ms[here],
+            code=code[here].astype(np.int64),
+            target=code[later].astype(np.int64),
+            target_ms=known_ms[later],
+            without_author=int((~known_author).sum()),
+            _runs=runs,
+            _cuts=runs.cuts(author_id[here], known_ms[here]),
+        )
+
+    def training(self, times: TimeRange) -> np.ndarray:
+        """Return the rows ``[k] int64`` whose own time and target are in a range, in the order of time."""
+        return np.flatnonzero((self.as_of_ms >= times.from_ms) & (self.target_ms < times.until_ms))
+
+    def evaluation(self, times: TimeRange) -> np.ndarray:
+        """Return the rows ``[k] int64`` whose own time is in a range, in the order of time."""
+        return np.flatnonzero((self.as_of_ms >= times.from_ms) & (self.as_of_ms < times.until_ms))
+
+
 class _Runs(NamedTuple):
     """Runs of all authors, author after author, in order.
 
@@ -174,7 +195,13 @@ class _Runs(NamedTuple):
     known_ms: np.ndarray
 
     @staticmethod
-    def of(author: np.ndarray, known_ms: np.ndarray, code: np.ndarray, gap_ms: int) -> _Runs:
+    def by_author(
+        author_id: np.ndarray, segment: np.ndarray, known_ms: np.ndarray, code: np.ndarray, gap_ms: int
+    ) -> _Runs:
+        """Return the runs of the known authors, of segments in any order."""
+        order = np.lexsort((segment, known_ms, author_id))
+        order = order[author_id[order] != UNKNOWN_AUTHOR]
+        author, known_ms, code = author_id[order], known_ms[order], code[order].astype(np.int32)
         start = run_starts(author, known_ms, code, gap_ms)
         length = np.diff(np.append(start, len(code))).astype(np.int32)
         before = np.maximum(start - 1, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modules.foresight import CodeSample, ForesightPredictor, ForesightSize
+from modules.foresight import CodeSample, ForesightPredictor
 from trainer.checkpoint.manifest import FORESIGHT, Manifest
 from trainer.checkpoint.step_checkpoints import StepCheckpoints, StepIdentity, StepState
 from trainer.config.deepspeed import complete_settings
@@ -25,6 +25,7 @@ from trainer.runtime.preemption import Preemption
 from trainer.runtime.rng_state import start_random_states
 from trainer.semantic_ids.foresight_data import ForesightBatch, ForesightData
 from trainer.semantic_ids.foresight_engine import PredictorEngine
+from trainer.semantic_ids.foresight_model import predictor_size
 
 
 class RowSchedule:
@@ -136,16 +137,12 @@ def start_engine(
     config: ForesightConfig, data: ForesightData, settings: Mapping[str, Any], device: torch.device
 ) -> PredictorEngine:
     """Make a predictor for the codes of the data, and start its engine. Collective."""
-    model, optimizer = config.model, config.optimizer
-    size = ForesightSize(
-        codes=data.codes,
-        runs=config.data.runs,
-        copy=model.copy_runs,
-        **model.model_dump(exclude={"copy_runs"}),
-    )
+    optimizer = config.optimizer
     # The same seed on every rank, because the initial values must be the same on all of them.
     start_random_states(config.run.seed, 0, 0)
-    predictor = ForesightPredictor(size, data.centroids, torch.from_numpy(data.target_counts))
+    predictor = ForesightPredictor(
+        predictor_size(config, data.codes), data.centroids, torch.from_numpy(data.target_counts)
+    )
     return PredictorEngine(
         predictor,
         DenseOptimizer(optimizer.learning_rate, optimizer.weight_decay, optimizer.betas),

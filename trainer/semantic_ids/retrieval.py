@@ -17,13 +17,12 @@ some datasets have, is known only after it, so it is not read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from zoneinfo import ZoneInfo
 
 import numpy as np
 
+from trainer.config.iso_time import time_text
 from trainer.config.load import parse_time
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text, text_table
@@ -410,13 +409,13 @@ def _find_author(
     if not len(authors):
         raise UserError(
             f"--as-of {request.as_of}: no segment of {place} is known then; the first is known from "
-            f"{_time_text(int(known_ms[some].min()), zone)} on"
+            f"{time_text(int(known_ms[some].min()), zone)} on"
         )
     of_author = author_id == request.author
     if request.author != UNKNOWN_AUTHOR and of_author.any():
         raise UserError(
             f"--author {request.author}: no segment of this author is known at --as-of {request.as_of}; the first is "
-            f"known from {_time_text(int(known_ms[of_author].min()), zone)} on"
+            f"known from {time_text(int(known_ms[of_author].min()), zone)} on"
         )
     raise UserError(
         f"--author {request.author}: {place} has no segment of this author; {len(authors):,} authors are known at "
@@ -444,11 +443,3 @@ def _label_text(entry: dict[str, Any]) -> str:
     text = " ".join((entry["text"] or "").split())
     text = text if len(text) <= _TEXT_WIDTH else f"{text[: _TEXT_WIDTH - 3]}..."
     return ": ".join(part for part in (entry["topic"], text) if part)
-
-
-def _time_text(time_ms: int, zone: str) -> str:
-    try:
-        moment = datetime.fromtimestamp(time_ms / 1000, UTC).astimezone(ZoneInfo(zone))
-    except (OverflowError, ValueError, OSError):
-        return f"{time_ms} ms since 1970"
-    return moment.isoformat(timespec="milliseconds")

@@ -1,4 +1,4 @@
-"""``limelight train``, ``finetune``, ``embed``, ``foresight``: what starts, with which arguments, and what does not."""
+"""``limelight train``, ``finetune``, ``embed``: what starts, with which arguments, and what does not."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ JOBS = {
     "train": '[data]\npath = "nowhere"\n',
     "finetune": '[data]\ntrain = ["nowhere.jsonl"]\n',
     "embed": '[data]\npath = "nowhere"\n[model]\npath = "m"\n[embed]\ndirectory = "d"\n',
-    "foresight": '[data]\npath = "nowhere"\ncodes = "c"\ncodebook = "b"\n',
 }
-MODULES = {"train": "trainer.rank", "finetune": "trainer.finetune", "embed": "trainer.embed"} | {
-    "foresight": "trainer.foresight"
-}
+MODULES = {"train": "trainer.rank", "finetune": "trainer.finetune", "embed": "trainer.embed"}
 
 Started = list[tuple[str, list[str], int]]
 
@@ -53,7 +50,6 @@ def test_ranks_may_stand_anywhere(place: int, option: list[str], job: tuple[str,
         "train": ["train.epochs=2", "data.workers=0"],
         "finetune": ["train.epochs=2", "lora.rank=4"],
         "embed": ["embed.length=9", "embed.seed=3"],
-        "foresight": ["train.epochs=2", "model.dim=32"],
     }[name]
     arguments = [file, *overrides]
     assert main([name, *arguments[:place], *option, *arguments[place:]]) == 0
