@@ -172,3 +172,32 @@ with locked(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
 """
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threads": 7}, "threads in each rank, 7 before"),
+        ({"kernels": "OTHER"}, "processors, OTHER before"),
+        ({"packages": {"torch": "0.1", "deepspeed": None}}, ", 0.1 before"),
+        ({"ranks": 2, "threads": 7}, None),
+        ({"packages": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_a_resume_that_rounds_otherwise_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], words: str | None
+) -> None:
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    record = json.loads((tmp_path / "environment.json").read_text())
+    record["starts"][-1] |= change
+    write_json(tmp_path / "environment.json", record)
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+    warnings = [entry.getMessage() for entry in caplog.records]
+    if words is None:
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and words in warnings[0] and "\n" not in warnings[0]
+        caplog.clear()
+        begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
+        assert not caplog.records, "the environment did not change again"

@@ -35,6 +35,7 @@ A run of ``limelight align`` has the files of a ranker's run but ``published/``,
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -58,10 +59,12 @@ from trainer.console.errors import DISK_FULL, UserError, one_line
 from trainer.console.outputs import local_path
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment
+from trainer.runtime.environment import environment, rounding_differences
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.stored_files import read_json_object, stored_value
+
+logger = logging.getLogger(__name__)
 
 ResumableJob = JobConfig | FinetuneConfig | AlignConfig | ForesightConfig
 """Jobs whose runs can be resumed."""
@@ -125,7 +128,7 @@ def run_directory(directory: Path, world: World | None = None) -> Iterator[None]
 def begin_run(directory: Path, config: ResumableJob, world: int, dataset: DatasetEntry | None = None) -> None:
     """Write the job and the environment into a run's directory, or check that the run there may be resumed.
 
-    One rank calls it.
+    One rank calls it. A resume on as many ranks is logged if its environment rounds sums otherwise.
 
     Args:
         directory: of the run, which exists.
@@ -154,6 +157,12 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         start = {"command": sys.argv, "directory": os.getcwd(), "host": platform.node(), **environment(world)}
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
+        then = starts[-1] if starts else {}
+        if then.get("ranks") == world and (found := rounding_differences(then, start)):
+            logger.warning(
+                f"{directory}: resumed with {'; '.join(found)}: sums are rounded otherwise, so the last bits can "
+                "differ from those of a run that was never stopped"
+            )
         write_json(directory / "environment.json", {"starts": [*starts, start]})
         write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_checksums(directory, ("config.json", "deepspeed.json"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,5 +33,30 @@ def environment(world: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "ranks": world,
         "threads": torch.get_num_threads(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+def rounding_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what changes the order of sums between two environments of the same number of ranks, one phrase each.
+
+    Kernels on a CPU split a sum by the number of threads and by the width of the processor's vectors, and another
+    version of a library may split it otherwise. Facts that one of the two does not hold are not compared.
+    """
+    phrases = {
+        "threads": "{now} threads in each rank, {then} before (OMP_NUM_THREADS)",
+        "kernels": "kernels for {now} processors, {then} before",
+        "accelerator": "accelerator {now}, {then} before",
+    }
+    found = [
+        phrase.format(then=then[key], now=now[key])
+        for key, phrase in phrases.items()
+        if key in then and key in now and then[key] != now[key]
+    ]
+    versions = then.get("packages", {}) if isinstance(then.get("packages"), dict) else {}
+    for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "numpy"):
+        before, present = versions.get(name), now["packages"].get(name)
+        if before is not None and present is not None and before != present:
+            found.append(f"{name} {present}, {before} before")
+    return found
