@@ -1,9 +1,9 @@
 """Ranks of test_engine.py, started once for all its tests.
 
-    torchrun --nproc-per-node N -m tests.distributed.engine_ranks OUT
+    torchrun --nproc-per-node N -m tests.distributed.engine_ranks OUT fast|slow
 
-trains the small model in every combination and writes the results to OUT/<ranks>.pt. Two ranks also write checkpoints,
-which a single rank reads later.
+trains the small model in every combination of the fast tests, or of all tests, and writes the results to
+OUT/<ranks>.pt. Two ranks also write checkpoints, which a single rank reads later.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.distributed.combinations import (
     DCN,
     FLOAT32,
     NO_OVERLAP,
+    REST,
     SHARDED,
     Combination,
     resharded,
@@ -192,12 +193,11 @@ def learning_rates(world: World) -> dict[str, Any]:
     return outcome
 
 
-def main(out: Path) -> None:
+def main(out: Path, *, slow: bool) -> None:
+    combinations = (*FLOAT32, *NO_OVERLAP, *DCN, *BFLOAT16, *(REST if slow else ()))
     with World.join("cpu") as world:
         outcome: dict[str, Any] = {
-            "trained": {
-                str(combination): train(combination, world) for combination in (*FLOAT32, *NO_OVERLAP, *DCN, *BFLOAT16)
-            },
+            "trained": {str(combination): train(combination, world) for combination in combinations},
             "predicted": predict(world),
             "learning_rates": learning_rates(world),
         }
@@ -213,4 +213,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), slow=sys.argv[2] == "slow")

@@ -33,6 +33,8 @@ ENVIRONMENT = {
     },
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    # DeepSpeed compiles an optimizer on import, that nobody here uses; it takes seconds in each new process.
+    "TORCHDYNAMO_DISABLE": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

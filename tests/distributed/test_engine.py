@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modules.embeddings import initial_rows
-from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, DCN, FLOAT32, NO_OVERLAP, SHARDED, Combination
+from tests.distributed.combinations import BFLOAT16, CHECKPOINTED, DCN, FLOAT32, NO_OVERLAP, REST, SHARDED, Combination
 from tests.distributed.small_model import SEED, STEPS, PlainTraining, share_of_first_rank, steps, tables
 
 TOLERANCE = 1e-5
@@ -20,13 +21,16 @@ _outcomes: dict[int, dict[str, Any]] = {}
 
 
 @pytest.fixture
-def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def outcomes(
+    run_ranks: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[int, dict[str, Any]]:
     """Number of ranks -> results of engine_ranks.py; the ranks are started once for all tests."""
     if not _outcomes:
         out = tmp_path_factory.mktemp("engine")
+        extent = "slow" if request.config.getoption("--slow") else "fast"
         # Two ranks start first, because the single rank reads their checkpoints.
         for world in (2, 1):
-            run_ranks("tests.distributed.engine_ranks", out, ranks=world, timeout=600)
+            run_ranks("tests.distributed.engine_ranks", out, extent, ranks=world, timeout=600)
             _outcomes[world] = torch.load(out / f"{world}.pt")
     return _outcomes
 
@@ -52,9 +56,14 @@ def errors(outcome: dict[str, Any], combination: Combination) -> dict[str, float
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_float32_agrees_with_plain_training(world: int, outcomes: dict[int, dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    "combinations", [(*FLOAT32, *NO_OVERLAP, *DCN), pytest.param(REST, marks=pytest.mark.slow)], ids=["half", "rest"]
+)
+def test_float32_agrees_with_plain_training(
+    combinations: Sequence[Combination], world: int, outcomes: dict[int, dict[str, Any]]
+) -> None:
     wrong = {}
-    for combination in (*FLOAT32, *NO_OVERLAP, *DCN):
+    for combination in combinations:
         outcome = outcomes[world]["trained"][str(combination)]
         assert outcome["rows"] == [len(rows) for rows in steps()]
         for name, error in errors(outcome, combination).items():

@@ -76,16 +76,22 @@ def test_the_first_failing_ranks_traceback_is_the_last_word(tmp_path: Path) -> N
     assert "rank 1 step 7 | KeyError: 'the reason'" in log.read_text()
 
 
-def test_torchrun_names_the_first_failing_rank_as_the_cause(tmp_path: Path) -> None:
-    command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", FAILING)
-    (printed,) = end([start(*command, "error", str(tmp_path))], expect=1)
+def torchrun_fails(nursery: Nursery, how: str, directory: Path) -> str:
+    """Return the output of torchrun, whose agent is a fork of the nursery; its two ranks are new interpreters."""
+    arguments = ("--standalone", "--nproc-per-node=2", "-m", FAILING, how, directory)
+    ended = nursery.run("torch.distributed.run", arguments)
+    assert ended.status == 1, ended.stderr[-8000:]
+    return ended.stdout + ended.stderr
+
+
+def test_torchrun_names_the_first_failing_rank_as_the_cause(nursery: Nursery, tmp_path: Path) -> None:
+    printed = torchrun_fails(nursery, "error", tmp_path)
     cause = printed[printed.rindex("Root Cause") :]
     assert "(local_rank: 1)" in cause and "KeyError: 'the reason'" in cause
 
 
-def test_a_mistake_is_one_line_under_torchrun_too_and_stands_in_the_log(tmp_path: Path) -> None:
-    command = (*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", FAILING)
-    (printed,) = end([start(*command, "mistake", str(tmp_path))], expect=1)
+def test_a_mistake_is_one_line_under_torchrun_too_and_stands_in_the_log(nursery: Nursery, tmp_path: Path) -> None:
+    printed = torchrun_fails(nursery, "mistake", tmp_path)
     assert "limelight: error: id 12 is beyond table item" in printed.splitlines()
     assert "exitcode  : 2" in printed[printed.rindex("Root Cause") :]
     last = (tmp_path / "rank-00001.log").read_text().splitlines()[-1]
