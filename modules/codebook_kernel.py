@@ -251,7 +251,8 @@ def score_bound(norm: float, error: float, largest: float, largest_error: float,
     """
     length = norm + error
     of_values = error * (largest + largest_error) + (length + largest) * largest_error
-    of_sums = 2.0**-23 * (largest * largest / 2 + length * largest) + 2.0**-126 * (1 + length + largest)
+    # Where a value that is lost for float32 is multiplied by a norm above 1, of_definition is larger.
+    of_sums = 2.0**-23 * (largest * largest / 2 + length * largest) + 2.0**-126
     of_definition = 2.0**-52 * (length + largest + largest_error) ** 2
     return 1.01 * (of_values + (dim + 4) * (of_sums + of_definition))
 

@@ -87,6 +87,12 @@ def test_texts_errors_and_annotations_have_no_bugs() -> None:
     assert found and not {mutant.line for mutant in found} & set(quiet)
 
 
+def test_methods_of_protocols_have_no_bugs() -> None:
+    source = 'class Reader(Protocol):\n    def read(self, most: int = 5) -> int:\n        """Read."""\n        ...\n'
+    assert not mutants("m.py", source.encode())
+    assert mutants("m.py", source.replace("...", "return most").encode())
+
+
 def test_a_bug_changes_one_place_of_a_file() -> None:
     source = (ROOT / "trainer" / "stream" / "labels" / "policy.py").read_bytes()
     found = mutants("policy.py", source)
@@ -267,11 +273,26 @@ def test_what_fails_without_a_bug_is_told_from_what_passes(repository: Path, tmp
     assert runner.failing([*finders, *others, "the start of tests/test_box.py"]) == {finders[-1], *others}
 
 
+def test_a_result_is_forgotten_when_its_test_is_no_longer_there(tmp_path: Path) -> None:
+    source = b"def f(a):\n    return a < 1, a + 2\n"
+    current = script.numbered(mutants("m.py", source))
+    finders = ["tests/test_m.py::test_f[1-2]", "tests/test_m.py::test_g", "tests/none.py::test_f", None]
+    finders += ["the import of m.py", "tests/test_m.py::TestAll::test_f"]
+    assert len(current) == len(finders)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_m.py").write_text("def test_f():\n    pass\n")
+    outcomes = [script.Outcome(finder, 1, 0.1) for finder in finders]
+    entries = [script.entry_of(m, name[-1], one) for (name, m), one in zip(current.items(), outcomes, strict=True)]
+    (tmp_path / "mutants.json").write_text(json.dumps({"mutants": entries}))
+    kept = script.read_entries(tmp_path / "mutants.json", current, tmp_path)
+    assert [entry["found_by"] for entry in kept] == [finders[0], *finders[3:]]
+
+
 def test_a_reason_makes_a_survivor_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     (mutant,) = [each for each in mutants("m.py", b"def f(a):\n    return a < 1\n") if each.mutant == "return a <= 1"]
     monkeypatch.setitem(EQUAL, ("m.py", "return a < 1", "return a <= 1"), "a is never 1")
     assert isinstance(mutant, Mutant)
     entry = script.entry_of(mutant, 0, script.Outcome(None, 3, 1.5))
-    assert entry["equal"] == "a is never 1"
+    assert entry["equal"] == "a is never 1" and entry["checked"] is None
     summary = script.document([entry], 1)
     assert (summary["tried"], summary["found"], summary["equal"], summary["survived"]) == (1, 0, 1, 0)

@@ -85,6 +85,45 @@ def test_rounding_of_the_product_does_not_decide() -> None:
     check((1000 + 1e-3 * random.standard_normal((20, 64))).astype(np.float32), centroids)
 
 
+def test_rounding_of_the_definition_decides_where_centroids_are_nearly_equal() -> None:
+    # In float64, the distances to all of these centroids are the same, so the lowest code counts; scores differ.
+    random = np.random.default_rng(7)
+    for length, width in ((1.0, 1e-17), (3000.0, 1e-14), (1e6, 1e-12)):
+        centroids = (width * random.standard_normal((70, 8))).astype(np.float32)
+        check((length * random.standard_normal((9, 8))).astype(np.float32), centroids)
+
+
+def test_a_product_that_is_wrong_by_its_bound_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The score of the nearest centroid is too large by the bound, and all others are too small by it."""
+    random = np.random.default_rng(8)
+    vectors, centroids = (torch.from_numpy(random.standard_normal((n, 6)).astype(np.float32)) for n in (40, 30))
+    expected, bound = nearest_by_product(vectors, centroids), 0.3
+
+    def wrong(half_norms: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: int) -> torch.Tensor:
+        error = torch.full((len(left), right.shape[1]), -0.999 * bound)
+        error.scatter_(1, expected[0].long()[:, None], 0.999 * bound)
+        return half_norms + alpha * left @ right + error
+
+    monkeypatch.setattr(codebook, "score_error", lambda norms, *_: torch.full_like(norms, bound))
+    monkeypatch.setattr(torch, "addmm", wrong)
+    found = nearest_by_product(vectors, centroids)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1000.0])
+def test_the_errors_of_prepared_centroids_are_bounded_closely(offset: float, pairs: bool) -> None:
+    random = np.random.default_rng(9)
+    centroids = torch.from_numpy((offset + random.standard_normal((90, 13))).astype(np.float32))
+    prepared = codebook_kernel._Panels.of(centroids, pairs)
+    words = torch.from_numpy(prepared.words).mT.reshape(-1, prepared.words.shape[1]).contiguous()
+    values = (words.view(torch.bfloat16) if pairs else words.view(torch.float32))[: len(centroids), :13].double()
+    errors = (centroids.double() - torch.from_numpy(prepared.centre).double() + values).norm(dim=1)
+    norms = values.norm(dim=1)
+    assert errors.max() <= prepared.largest_error <= 1.01 * errors.max() + 2.0**-23 * norms.max() * 1.01
+    torch.testing.assert_close(prepared.largest, float(norms.max()), rtol=1e-6, atol=0)
+
+
 def test_the_bound_of_a_gpu_covers_tf32_and_leaves_few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(6)
     vectors, centroids = (torch.from_numpy(random.standard_normal((n, 128)).astype(np.float32)) for n in (60, 4000))

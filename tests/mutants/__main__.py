@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.mutants.operators import Mutant, chosen, has_meaning, mutants
 from tests.mutants.runner import Outcome, TestRunner, by_file, copy_tree, preload
-from tests.mutants.targets import EQUAL, LEFT_OUT, TESTS
+from tests.mutants.targets import EQUAL, LEFT_OUT, SLOW, TESTS
 from tests.paths import ROOT
 from trainer.console.progress import Progress
 from trainer.console.run_log import start_log
@@ -84,11 +84,12 @@ def _parts(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(parts.values())
 
 
-def read_entries(out: Path, current: Mapping[Key, Mutant]) -> list[dict[str, Any]]:
-    """Return the results of earlier runs whose lines are still in the tree, with their line numbers of today."""
+def read_entries(out: Path, current: Mapping[Key, Mutant], root: Path) -> list[dict[str, Any]]:
+    """Return earlier results whose line and test are still in the tree, with their line numbers of today."""
     if not out.exists():
         return []
     entries = [entry for entry in json.loads(out.read_text())["mutants"] if key(entry) in current]
+    entries = [entry for entry in entries if _exists(entry["found_by"], root)]
     reasons = [EQUAL.get((entry["file"], entry["original"], entry["mutant"])) for entry in entries]
     lines = [current[key(entry)].line for entry in entries]
     return [
@@ -96,8 +97,20 @@ def read_entries(out: Path, current: Mapping[Key, Mutant]) -> list[dict[str, Any
     ]
 
 
+def _exists(test: str | None, root: Path) -> bool:
+    """Return True if a test is in its file, or if this is another place where an error was met, or None."""
+    if test is None or "::" not in test:
+        return True
+    file, _, name = test.partition("::")
+    name = name.partition("[")[0].rpartition("::")[2]
+    return (root / file).is_file() and re.search(rf"\bdef {name}\(", (root / file).read_text()) is not None
+
+
 def entry_of(mutant: Mutant, number: int, outcome: Outcome) -> dict[str, Any]:
-    """Return the entry of a bug in the result; ``checked`` becomes True when its test has passed without the bug."""
+    """Return the entry of a bug in the result.
+
+    ``checked`` becomes True when the test that has found it has passed without it; it is None if no test has found it.
+    """
     return {
         "file": mutant.file,
         "line": mutant.line,
@@ -108,7 +121,7 @@ def entry_of(mutant: Mutant, number: int, outcome: Outcome) -> dict[str, Any]:
         "mutant": mutant.mutant,
         "found_by": outcome.found,
         "equal": EQUAL.get((mutant.file, mutant.original, mutant.mutant)),
-        "checked": False,
+        "checked": None if outcome.found is None else False,
         "tests": outcome.ran,
         "seconds": round(outcome.seconds, 2),
     }
@@ -139,6 +152,7 @@ def run(
     root: Path,
     tests: Mapping[str, Sequence[str]],
     options: argparse.Namespace,
+    slow: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Try the chosen bugs on a copy of ``root``, and write and return the results.
 
@@ -146,6 +160,7 @@ def run(
         root: repository.
         tests: module -> its test files.
         options: of the command line.
+        slow: module -> names of its slow tests.
     """
     with tempfile.TemporaryDirectory(prefix="limelight-mutants-") as work:
         copy = Path(work).resolve() / "tree"
@@ -154,7 +169,7 @@ def run(
         by_module = {file: mutants(file, source) for file, source in sources.items()}
         current = numbered(mutant for found in by_module.values() for mutant in found)
         names = {mutant: name for name, mutant in current.items()}
-        entries = {key(entry): entry for entry in read_entries(options.out, current)}
+        entries = {key(entry): entry for entry in read_entries(options.out, current, copy)}
         if options.survivors:
             wanted = [current[name] for name, entry in entries.items() if _survives(entry)]
         else:
@@ -179,7 +194,8 @@ def run(
                 for mutant in left:
                     existing = [file for file in tests[mutant.file] if (copy / file).exists()]
                     content = mutant.apply(sources[mutant.file])
-                    outcome = runner.find(mutant.file, mutant.function, content, existing, not options.quick)
+                    last = (slow or {}).get(mutant.file, ())
+                    outcome = runner.find(mutant.file, mutant.function, content, existing, not options.quick, last)
                     entries[names[mutant]] = entry_of(mutant, names[mutant][-1], outcome)
                     write_entries(options.out, entries, options.seed)
                     progress.advance(1, f"{mutant.file}:{mutant.line} found by {outcome.found}")
@@ -193,7 +209,7 @@ def run(
                     failing |= runner.failing(of_file)
                     passing |= set(of_file) - failing
                     for entry in entries.values():
-                        entry["checked"] = entry["found_by"] in passing
+                        entry["checked"] = None if entry["found_by"] is None else entry["found_by"] in passing
                     write_entries(options.out, entries, options.seed)
                 runner.left_out |= failing
                 left = [current[name] for name, entry in entries.items() if entry["found_by"] in failing]
@@ -205,7 +221,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> None:
     """Try bugs, and end with 1 if one survives without a reason."""
     start_log()
-    result = run(ROOT, TESTS, parse(argv))
+    result = run(ROOT, TESTS, parse(argv), SLOW)
     print("{tried} bugs: {found} found, {survived} survived, {equal} change nothing".format(**result))
     sys.exit(bool(result["survived"]))
 

@@ -153,6 +153,9 @@ class _Finder(ast.NodeVisitor):
     # Statements.
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if all(isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node.body):
+            # A method of a protocol says what others do.
+            return
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)

@@ -7,7 +7,8 @@ of the imports.
 ``tests.mutants.targets`` names the test files of a module. A server imports and collects them once. For each bug inside
 of a function it forks a process, which gives the function other code and runs the tests until one fails. Bugs outside
 of functions and in code that numba compiles need a process that imports everything again, and so do tests that start
-processes of their own; these run if all others pass, and the tests on several ranks last.
+processes of their own; these run if all others pass, then the tests on several ranks, and the slow tests that are named
+one by one last.
 
 A test that has found a bug must pass without it, which :meth:`TestRunner.failing` finds out for all of them together.
 A test that did not end, or that starts processes of its own, may have failed because the machine was busy: it must fail
@@ -134,7 +135,15 @@ class TestRunner:
         self.left_out = set(left_out)
         self._server: _Server | None = None
 
-    def find(self, file: str, function: str, content: bytes, tests: Sequence[str], ranks: bool = True) -> Outcome:
+    def find(
+        self,
+        file: str,
+        function: str,
+        content: bytes,
+        tests: Sequence[str],
+        ranks: bool = True,
+        slow: Sequence[str] = (),
+    ) -> Outcome:
         """Look for a test that fails with other content of a file, which is restored.
 
         Args:
@@ -143,6 +152,7 @@ class TestRunner:
             content: of the file, with the bug.
             tests: test files.
             ranks: run the tests on several ranks as well, if all others pass.
+            slow: names of slow tests that run if all others pass.
         """
         path = self._copy / file
         plain, times = path.read_bytes(), path.stat()
@@ -155,7 +165,7 @@ class TestRunner:
         try:
             path.write_bytes(content)
             _forget_bytecode(path)
-            for kind, chosen in (("alone", near), ("processes", near), ("all", far)):
+            for kind, chosen in (("alone", near), ("processes", near), ("all", far), ("slow", slow)):
                 if not chosen:
                     continue
                 outcome = None
@@ -195,10 +205,10 @@ class TestRunner:
         if not outcome.ended:
             path.write_bytes(plain)
             _forget_bytecode(path)
-            seconds = self.run([test], "all", compiled).last
+            seconds = self.run([test], "slow", compiled).last
             path.write_bytes(content)
             _forget_bytecode(path)
-        return self.run([test], "all", compiled, limit=SLOWER * seconds).found is not None
+        return self.run([test], "slow", compiled, limit=SLOWER * seconds).found is not None
 
     def _served(self, tests: list[str]) -> _Server | None:
         """Return the server of some test files; None if it does not start."""
@@ -225,7 +235,7 @@ class TestRunner:
             if len(tests) < len(rest) and self.run([file], "none").found is not None:
                 failing.update(rest)
                 continue
-            while tests and (found := self.run(tests).found) is not None:
+            while tests and (found := self.run(tests, "slow").found) is not None:
                 if found not in tests:
                     # The tests before it may have passed or not run.
                     failing.update(tests)
@@ -246,8 +256,8 @@ class TestRunner:
 
         Args:
             tests: files below the copy, or names of tests.
-            kind: ``alone`` for the tests without processes of their own, ``processes`` for the others, ``all``, or
-                ``none`` to import them only.
+            kind: ``alone`` for the tests without processes of their own, ``processes`` for the others, ``all``,
+                ``slow`` for all with those that are marked as slow, or ``none`` to import them only.
             compiled: directory for the code that numba compiles, which is emptied before; None for the usual place.
             busy: more tests that do not run.
             limit: seconds that each test may take at least, elapsed or of the processor.
@@ -379,7 +389,7 @@ class _Watch:
         pipes: tuple[int, int] | None = None,
         limit: float = 0.0,
     ) -> None:
-        self._left_out, self._kind, self.written, self._pipes, self._limit = left_out, kind, written, pipes, limit
+        self._left_out, self.kind, self.written, self._pipes, self._limit = left_out, kind, written, pipes, limit
         self._started = 0.0
         self._result: dict[str, Any] = {"failed": None, "running": None, "ran": 0, "seconds": 0.0}
 
@@ -392,10 +402,10 @@ class _Watch:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if self._left_out.isdisjoint({item.nodeid, item.nodeid.partition("[")[0]})]
-        if self._kind == "none":
+        if self.kind == "none":
             items.clear()
-        elif self._kind != "all":
-            items[:] = [item for item in items if _starts_processes(item) == (self._kind == "processes")]
+        elif self.kind in ("alone", "processes"):
+            items[:] = [item for item in items if _starts_processes(item) == (self.kind == "processes")]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> bool | None:
@@ -464,6 +474,8 @@ def _test(copy: Path, tests: Sequence[str], watch: _Watch, compiled: Path | None
         f"--basetemp={watch.written.with_name('tests')}",
         "--hypothesis-seed=0",
     ]
+    if watch.kind == "slow" and (copy / "tests" / "conftest.py").exists():
+        options.append("--slow")
     pytest.main([*options, *tests], plugins=[watch])
 
 

@@ -188,7 +188,7 @@ def test_settings_that_do_not_fit_are_one_line(overrides: list[str], message: st
 def test_fewer_distinct_vectors_than_codes_are_refused_with_both_numbers(job: Path, quantize: Quantize) -> None:
     vectors = np.tile(world_vectors(1, 5), (ROOMS * SEGMENTS // 5, 1))
     write_vectors(job.parent / "world", vectors)
-    with pytest.raises(UserError, match=r"5 distinct vectors for 8 centroids"):
+    with pytest.raises(UserError, match=r"(^| )5 distinct vectors for 8 centroids"):
         quantize("first")
     assert not (job.parent / "first").exists()
 
@@ -199,7 +199,9 @@ def test_zero_vectors_are_counted_and_refused(segment: int, job: Path, quantize:
     vectors[[segment, SEGMENTS + segment]] = 0
     write_vectors(job.parent / "world", vectors)
     count = ROOMS * (FITTED if segment < FITTED else SEGMENTS - FITTED)
-    with pytest.raises(UserError, match=rf"0 of {count} vectors are not finite and 2 are zero, .* segment {segment};"):
+    with pytest.raises(
+        UserError, match=rf"(^| )0 of {count} vectors are not finite and 2 are zero, .* segment {segment};"
+    ):
         quantize("first")
     assert sorted(path.name for path in job.parent.iterdir()) == ["job.toml", "world"]
 

@@ -149,6 +149,29 @@ def test_histories_have_the_codes_before_their_context_and_compare_them_with_the
     assert alone.sequences[0].query == ("item", "author") and alone.codes.lookups == list(names)
 
 
+def test_visits_with_the_code_of_the_candidate_are_those_with_an_equal_first_level(write_dataset):
+    dataset = write_dataset(rows=80, users=20)
+    codes, config = codes_of(dataset), config_of(history="entry")
+    features, histories = features_of(dataset, config, codes), dataset.histories()
+    equal = other = absent = 0
+    for place in range(80):
+        rows = {name: column[place : place + 1] for name, column in dataset.rows.items()}
+        as_of = rows["request_ms"]
+        own = plain_latest(codes, int(rows["author_id"][0]), int(as_of[0]))
+        for visits in features.read_histories(rows, histories, as_of).values():
+            found = features.codes.same_code(rows, visits)["raw"].tolist()
+            assert len(found) == len(visits.item_id)
+            for entry, same in enumerate(found):
+                columns = ("item_id", "request_ms", "play_ms", "domain")
+                visit = {column: int(getattr(visits, column)[entry]) for column in columns}
+                past = plain_on_air(codes, visit, int(as_of[0]), "entry")
+                known = own is not None and past is not None
+                assert same == (known and codes.codes[own, 0] == codes.codes[past, 0])
+                equal, other, absent = equal + same, other + (known and not same), absent + (own is past is None)
+    assert min(equal, other, absent) > 5
+    assert features_of(dataset, config_of(history="none"), codes).codes.same_code(rows, visits) == {}
+
+
 @pytest.mark.parametrize("choice", ["entry", "longest"])
 @pytest.mark.parametrize("seed", range(4))
 def test_no_segment_that_becomes_known_later_changes_a_batch(write_dataset, choice, seed):
@@ -190,6 +213,17 @@ def test_prefixes_of_very_many_tuples_are_hashed_without_overflow():
         assert 0 == of_table[7] < np.delete(of_table, 7).min() and of_table.max() < table.rows
     assert [table.rows for table in code_set.tables] == [60_001] * 6 + [1000] * 5
     assert len(np.unique(rows[-1])) > 950
+
+
+@pytest.mark.parametrize(("most", "rows"), [(59, 59), (60, 60), (61, 61), (62, 61)])
+def test_a_table_has_a_row_for_each_tuple_and_one_for_no_code_unless_it_is_limited(most: int, rows: int) -> None:
+    config = CodesConfig(file="f", tables="prefixes", prefix_rows=most)
+    codes = np.stack(np.meshgrid(*map(np.arange, LEVELS), indexing="ij"), -1).reshape(-1, 3).astype(np.int32)
+    code_set = CodeSet("raw", config, LEVELS)
+    assert [table.rows for table in code_set.tables] == [6, 21, rows]
+    assert [table.hashed for table in code_set.tables] == [False, False, most < 61]
+    found = code_set.rows_of(codes)[2]
+    assert found.min() > 0 and found.max() < rows and (len(np.unique(found)) == 60) == (most > 60)
 
 
 def test_codes_are_fitted_saved_and_read_again(write_dataset, tmp_path):

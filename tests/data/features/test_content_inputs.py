@@ -13,7 +13,7 @@ import torch
 
 from trainer.config.features import ContentConfig, FeatureConfig, HistoryConfig
 from trainer.console.errors import UserError
-from trainer.data.features.content_inputs import ContentReader
+from trainer.data.features.content_inputs import ContentReader, open_reader
 from trainer.data.features.content_tables import (
     TableFacts,
     carried_tables,
@@ -342,6 +342,19 @@ def test_tables_that_cannot_be_read_are_refused_in_one_line(
     if table != "empty":
         with pytest.raises(UserError, match=re.escape(message)):
             check_places(job(table))
+
+
+def test_tables_that_are_open_are_not_opened_again(tmp_path: Path) -> None:
+    config = job(write_table(tmp_path / "table"))
+    tables = open_tables(config)
+    fitted = {"title": TableFacts.of(tables["title"])}
+    (tmp_path / "table").rename(tmp_path / "moved")
+    assert open_reader(config, str(tmp_path), fitted, tables) is not None
+    with pytest.raises(UserError, match="no embedding table here"):
+        open_reader(config, str(tmp_path), fitted)
+    (tmp_path / "moved").rename(tmp_path / "table")
+    assert open_reader(config, str(tmp_path), fitted) is not None
+    assert open_reader(FeatureConfig(), str(tmp_path), {}) is None
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def _check_ids(folder: Path, ids: np.ndarray) -> None:
 def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: np.ndarray) -> None:
     """Write the vectors of all parts into their rows, and check that each id gets a finite vector."""
     written = np.zeros(len(ids), bool)
-    refused, first_refused = 0, -1
+    refused, first_refused = 0, None
     for part_ids, part in parts:
         if part.ndim != 2 or part.shape[1] != vectors.shape[1] or len(part) != len(part_ids):
             raise UserError(
@@ -274,7 +274,7 @@ def _fill(folder: Path, ids: np.ndarray, parts: Iterable[VectorPart], vectors: n
             raise UserError(f"{folder}: a part has an id that is not in the list of ids of the table")
         good = finite_rows(part, vectors.dtype.name)
         if not good.all():
-            first_refused = first_refused if refused else int(part_ids[np.argmin(good)])
+            first_refused = int(part_ids[np.argmin(good)]) if first_refused is None else first_refused
             refused += int((~good).sum())
         # Overflow was checked above; numpy's warning would only repeat it.
         with np.errstate(over="ignore", invalid="ignore"):
