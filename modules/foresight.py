@@ -17,10 +17,18 @@ The bias is one number for each code, which its frequency needs; it starts as th
 Of an attention, values and output start as the identity. So D starts as a mean of the runs' vectors, which the softmax
 compares with vectors of the same table, and training has to learn only which runs count.
 
-The paper stops there. ``copy`` adds that a room often shows again what its author showed lately (a pointer network, See
+The paper stops there. With ``softmax = "distance"`` the logit of a code is ``-|D - Emb(c)|^2 / 2`` plus its bias (the
+length of D cancels). If the next vector is spread around D as a Gaussian, the nearest centroids are the most probable
+codes; a product alone prefers those with long vectors, and leaves it to each code's bias to correct that.
+
+``copy`` adds that a room often shows again what its author showed lately (a pointer network, See
 et al., 2017): with the gate ``g = sigmoid(w D)`` and the attention ``a = softmax(I W D)`` over the runs,
 
     p(c) <- (1 - g) p(c) + g * (sum of a over the runs with the code c)
+
+An encoder over many runs is most of the work, and it finds out where the room is in its programme, for which the newest
+runs suffice. With ``encoded_runs`` it reads only these. The older runs keep their embeddings: the decoder attends to
+them, and they can be copied, so they tell what else the author shows.
 
 A ranker reads three vectors of a forecast (:meth:`ForesightPredictor.forecast`): the pooled ``I``; ``D`` in the space
 of the centroids; and the mean of the centroids under p.
@@ -41,6 +49,9 @@ from torch.nn import functional
 
 TableStart = Literal["frozen", "learnt", "random"]
 """Table of the codes: the centroids, which stay; the centroids, which are trained; or random vectors, trained."""
+
+Softmax = Literal["product", "distance"]
+"""Logits of the codes: products of D with their vectors, or half of the negative squared distances to them."""
 
 HistoryPooling = Literal["mean", "last", "attention"]
 """Pooling of I over the runs: their mean, that of the newest run, or the mean weighted by the softmax of ``I D``."""
@@ -64,6 +75,8 @@ class ForesightSize:
             feed-forward part. Weights of attention are not dropped, which would take a third of the time.
         table: start of the table of the codes.
         copy: mix the softmax with the codes of the runs.
+        softmax: logits of the codes.
+        encoded_runs: newest runs that the encoder reads; 0 for all.
     """
 
     codes: int
@@ -76,13 +89,16 @@ class ForesightSize:
     dropout: float = 0.0
     table: TableStart = "learnt"
     copy: bool = False
+    softmax: Softmax = "product"
+    encoded_runs: int = 0
 
 
 class ForesightOutput(NamedTuple):
     """Output of the predictor for n authors.
 
     Attributes:
-        history: ``[n, runs, dim]``, the encoder's output I; zeros at padded places.
+        history: ``[n, runs, dim]``, the encoder's output I, and the embeddings of the runs that it does not read, all
+            after the norm; zeros at padded places.
         future: ``[n, dim]``, the decoder's output D.
         copied: ``[n, runs]``, probability that the next code is copied from each run; zeros without ``copy``.
     """
@@ -98,7 +114,8 @@ class Forecast(NamedTuple):
     Attributes:
         encoder: ``[n, dim]``, the pooled I; zeros without any run.
         decoder: ``[n, centroid_dim]``, D in the space of the table of the codes: its product with a row of the table
-            is the logit of the code, but for the bias. The paper's D is this one, since its model has no projection.
+            is the logit of the code, but for a part that does not depend on D. The paper's D is this one, since its
+            model has no projection.
         expected: ``[n, centroid_dim]``, mean of the centroids under the probabilities of the next code.
     """
 
@@ -126,6 +143,9 @@ class ForesightPredictor(nn.Module):
         self.places = nn.Embedding(size.runs, size.dim)
         for embedding in (self.lengths, self.places):
             nn.init.normal_(embedding.weight, std=CodeTable.SCALE)
+        if size.encoded_runs:
+            # Among the older runs the place says little, and a random vector would hide the code at the start.
+            nn.init.zeros_(self.places.weight[size.encoded_runs :])
         self.encoder = nn.ModuleList(_Layer(size) for _ in range(size.encoder_layers))
         self.encoder_norm = nn.LayerNorm(size.dim)
         self.first = nn.Parameter(CodeTable.SCALE * torch.randn(size.dim))
@@ -154,8 +174,11 @@ class ForesightPredictor(nn.Module):
         some = known.any(1)
         # A row of the softmax needs one place: a row without any run sees all places, and its result is not used.
         seen = (known | ~some[:, None])[:, None, None]
+        older = max(code.shape[1] - (self.size.encoded_runs or code.shape[1]), 0)
+        newest = states[:, older:]
         for layer in self.encoder:
-            states = layer(states, None, seen, some)
+            newest = layer(newest, None, seen[..., older:], some)
+        states = torch.cat([states[:, :older], newest], 1) if older else newest
         states = self.encoder_norm(states).masked_fill(~known[:, :, None], 0)
         future = self.first.expand(len(code), 1, -1)
         for layer in self.decoder:
@@ -179,7 +202,7 @@ class ForesightPredictor(nn.Module):
             output: result for them.
             table: as in :meth:`forward`.
         """
-        log_p = _scores(output.future, self.table() if table is None else table, self.table.bias).log_softmax(1)
+        log_p = self._scores(output.future, self.table() if table is None else table, self.table.bias).log_softmax(1)
         if not self.size.copy:
             return log_p
         copied = torch.zeros_like(log_p).scatter_add_(1, code.clamp(min=0).long(), output.copied)
@@ -218,16 +241,25 @@ class ForesightPredictor(nn.Module):
         """
         future = output.future
         if sample is None:
-            scores = _scores(future, self.table(), self.table.bias)
+            scores = self._scores(future, self.table(), self.table.bias)
             losses = functional.cross_entropy(scores, target, reduction="none")
         else:
-            own = (future * self.table.rows(target)).sum(1).float() + self.table.bias[target].float()
-            others = _scores(future, self.table.rows(sample.code), self.table.bias[sample.code])
+            vectors = self.table.rows(target)
+            own = (future * vectors).sum(1).float() + self._offset(vectors, self.table.bias[target]).float()
+            others = self._scores(future, self.table.rows(sample.code), self.table.bias[sample.code])
             losses = sampled_softmax(own, others, target, sample)
         if not self.size.copy:
             return losses
         copied = output.copied.where(code == target[:, None], output.copied.new_zeros(())).sum(1)
         return -torch.logaddexp(_log_rest(output.copied) - losses, copied.clamp(min=_LEAST).log())
+
+    def _scores(self, future: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+        """Return the logits ``[n, C]`` of the codes with the vectors ``[C, dim]``, up to a number for each row."""
+        return torch.addmm(self._offset(vectors, bias), future, vectors.T).float()
+
+    def _offset(self, vectors: Tensor, bias: Tensor) -> Tensor:
+        """Return the part of the logits that does not depend on D, ``[C]``."""
+        return bias - vectors.square().sum(1) / 2 if self.size.softmax == "distance" else bias
 
 
 class CodeTable(nn.Module):
@@ -411,7 +443,3 @@ def _pooled(output: ForesightOutput, known: Tensor, pooling: HistoryPooling) -> 
 def _log_rest(copied: Tensor) -> Tensor:
     """Return the logarithm of the probability that nothing is copied, ``[n]``."""
     return torch.log1p(-copied.sum(1).clamp(max=1 - 1e-6))
-
-
-def _scores(future: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
-    return (future @ vectors.T + bias).float()

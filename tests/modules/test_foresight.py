@@ -17,6 +17,7 @@ from modules.foresight import (
     CodeTable,
     ForesightPredictor,
     ForesightSize,
+    Softmax,
     TableStart,
     length_bounds,
     sampled_softmax,
@@ -25,7 +26,9 @@ from modules.foresight import (
 CODES, RUNS, DIM = 11, 7, 8
 
 
-def predictor(seed: int = 0, table: TableStart = "learnt", copy: bool = True, **changes: int) -> ForesightPredictor:
+def predictor(
+    seed: int = 0, table: TableStart = "learnt", copy: bool = True, **changes: int | str
+) -> ForesightPredictor:
     """Return a predictor in which nothing is zero by its initialisation."""
     torch.manual_seed(seed)
     size = ForesightSize(CODES, runs=RUNS, dim=DIM, heads=2, feed_forward=12, table=table, copy=copy, **changes)  # type: ignore[arg-type]
@@ -79,16 +82,19 @@ def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> 
         bucket = sum(bound <= of_length for bound in length_bounds())
         states.append(table[of_code] + value["lengths.weight"][bucket] + value["places.weight"][place])
     states.reverse()
+    older = max(len(states) - (model.size.encoded_runs or RUNS), 0)
     for number in range(len(model.encoder)):
         name = f"encoder.{number}"
-        normed = [norm(state, f"{name}.attention_norm") for state in states]
-        states = [layer(state, normed, name) for state in states]
+        normed = [norm(state, f"{name}.attention_norm") for state in states[older:]]
+        states[older:] = [layer(state, normed, name) for state in states[older:]]
     states = [norm(state, "encoder_norm") for state in states]
     future = value["first"]
     for number in range(len(model.decoder)):
         future = layer(future, states, f"decoder.{number}")
     future = norm(future, "decoder_norm")
     logits = torch.stack([vector @ future for vector in table]) + value["table.bias"]
+    if model.size.softmax == "distance":
+        logits = torch.stack([-((vector - future) ** 2).sum() / 2 for vector in table]) + value["table.bias"]
     p = logits.exp() / logits.exp().sum()
     if model.size.copy and states:
         gate = torch.sigmoid(linear(future, "gate"))[0]
@@ -100,18 +106,27 @@ def reference(model: ForesightPredictor, code: list[int], length: list[int]) -> 
     return torch.stack(states) if states else torch.zeros(0, DIM).double(), future, p
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     counts=st.lists(st.integers(0, RUNS), max_size=4),
     seed=st.integers(0, 1000),
     layers=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     table=st.sampled_from(["frozen", "learnt", "random"]),
     copy=st.booleans(),
+    softmax=st.sampled_from(["product", "distance"]),
+    encoded_runs=st.integers(0, RUNS + 1),
 )
 def test_outputs_are_those_of_a_slow_loop(
-    counts: list[int], seed: int, layers: tuple[int, int], table: TableStart, copy: bool
+    counts: list[int],
+    seed: int,
+    layers: tuple[int, int],
+    table: TableStart,
+    copy: bool,
+    softmax: Softmax,
+    encoded_runs: int,
 ) -> None:
-    model = predictor(seed, table, copy, encoder_layers=layers[0], decoder_layers=layers[1])
+    changes = {"softmax": softmax, "encoded_runs": encoded_runs}
+    model = predictor(seed, table, copy, encoder_layers=layers[0], decoder_layers=layers[1], **changes)
     code, length = contexts(counts, seed)
     with torch.no_grad():
         found = model(code, length)
@@ -268,8 +283,9 @@ def test_each_code_drawn_as_often_as_expected_gives_the_full_softmax() -> None:
     )
 
 
-def test_the_gradient_of_a_sampled_softmax_tends_to_the_full_one() -> None:
-    model = predictor()
+@pytest.mark.parametrize("softmax", ["product", "distance"])
+def test_the_gradient_of_a_sampled_softmax_tends_to_the_full_one(softmax: Softmax) -> None:
+    model = predictor(softmax=softmax)
     code, length = contexts([1, 3, 5, 7])
     found = model(code, length)
     target = torch.tensor([3, 0, 10, 3])

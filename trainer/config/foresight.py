@@ -76,6 +76,12 @@ class ForesightModelConfig(Section):
     dim: Positive = Field(64, description="Width of the model, a multiple of `heads`.")
     heads: Positive = Field(4, description="Attention heads.")
     encoder_layers: Positive = Field(2, description="Layers of the encoder.")
+    encoded_runs: int = Field(
+        0,
+        description="Newest runs that the encoder reads. The decoder reads the older ones as they are. 0: all, as in "
+        "the paper.",
+        ge=0,
+    )
     decoder_layers: Positive = Field(1, description="Layers of the decoder.")
     feed_forward: Positive = Field(256, description="Width inside a feed-forward part.")
     dropout: Share = Field(0.1, description="Dropout in training.")
@@ -89,6 +95,11 @@ class ForesightModelConfig(Section):
         True,
         description="Mix the softmax with the codes of the runs, each by its attention, so that the next code can be "
         "copied from an author's latest ones. The paper has the softmax alone (false).",
+    )
+    softmax: Literal["product", "distance"] = Field(
+        "product",
+        description="Logit of a code, before its bias: the product of the decoder's output with the code's vector, as "
+        "in the paper, or half of the negative squared distance between them (`distance`), which foresees better.",
     )
 
     @model_validator(mode="after")
