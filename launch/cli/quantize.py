@@ -141,19 +141,112 @@ def assign(
             type=InputPath(urls=True),
             help="Measure on the segments of this dataset (default: the report that the job stored).",
         ),
+        click.Option(
+            ["--interactions"],
+            metavar="DATASET",
+            type=InputPath(urls=True),
+            help="Report the meaning of one version's codes by the segments and events of this dataset.",
+        ),
         VECTORS,
-        click.Option(["--from", "time_from"], metavar="T", help="With --data: first time, such as 2024-03-09."),
-        click.Option(["--until", "time_until"], metavar="T", help="With --data: end of the range; left out itself."),
-        click.Option(["--out"], metavar="PICTURE.png", type=OutputPath(), help="Also draw the report to this file."),
+        click.Option(
+            ["--codes"],
+            metavar="FILE",
+            type=InputPath(),
+            help="With --interactions: code file of `limelight quantize assign` (default: encode the vectors).",
+        ),
+        click.Option(
+            ["--level"],
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="With --interactions: codes of the first N levels together (default 1).",
+        ),
+        click.Option(
+            ["--room"],
+            type=int,
+            metavar="ID",
+            help="With --interactions: room of the timeline (default: the one with most interactions).",
+        ),
+        click.Option(
+            ["-k", "count"],
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="With --interactions: lines of each table (default 20).",
+        ),
+        click.Option(
+            ["--from", "time_from"],
+            metavar="T",
+            help="With --data or --interactions: first time at which a segment became known, such as 2024-03-09.",
+        ),
+        click.Option(["--until", "time_until"], metavar="T", help="End of the range; left out itself."),
+        click.Option(
+            ["--out"],
+            metavar="PICTURE.png",
+            type=OutputPath(),
+            help="Also draw the report, or with --interactions the room, to this file.",
+        ),
     ],
-    short_help="Print the quality of codebook versions.",
+    short_help="Print the quality of codebook versions, or the meaning of codes.",
     help="Print, for each level of each version: distortion on held-out segments, unused codes, perplexity, Gini "
     "coefficient, the share of the most frequent 1 % of the codes, and persistence (the share of neighbouring segments "
-    "of a room with one code); for the tuples of all levels also the share of vectors that are alone in theirs.",
+    "of a room with one code); for the tuples of all levels also the share of vectors that are alone in theirs.\n\n"
+    "With --interactions, print for each code of one version its share of the segments and of the watch time, what it "
+    "shows, and the rate of each behaviour in its segments: per hour watched, for click per exposure. The intervals "
+    "are over authors and over users, and wide enough for the number of codes. Then one room follows as a timeline.",
     example="limelight quantize report data/codebooks/first --out codebook.png",
 )
 @json_option
 def report(
+    versions: tuple[str, ...],
+    data: str | None,
+    interactions: str | None,
+    vectors: str | None,
+    codes: str | None,
+    level: int | None,
+    room: int | None,
+    count: int | None,
+    time_from: str | None,
+    time_until: str | None,
+    out: Output | None,
+    as_json: bool,
+) -> None:
+    """Print stored reports, or measure in this process."""
+    from trainer.console.errors import UserError
+
+    if interactions is None:
+        for name, value in (("--codes", codes), ("--level", level), ("--room", room), ("-k", count)):
+            if value is not None:
+                raise UserError(f"{name} needs --interactions, the dataset with segments and events")
+        _report_quality(versions, data, vectors, time_from, time_until, out, as_json)
+        return
+    if data is not None:
+        raise UserError("--data has no effect with --interactions; leave one of them out")
+    if len(versions) > 1:
+        raise UserError(f"--interactions takes one codebook version, and {len(versions)} are named")
+    if codes is not None and vectors is not None:
+        raise UserError("--vectors has no effect with --codes; leave one of them out")
+    if out is not None:
+        out.check()
+    from trainer.semantic_ids.code_meaning import MeaningRequest, report_meaning
+    from trainer.semantic_ids.code_meaning_text import meaning_text
+    from trainer.semantic_ids.room_timeline import draw_room
+
+    request = MeaningRequest(
+        versions[0], interactions, codes or "", vectors or "", time_from, time_until, level or 1, room
+    )
+    with messages_on_stderr(as_json):
+        document = report_meaning(request, quiet=as_json)
+        if out is not None:
+            with out.writing(quiet=as_json) as file:
+                draw_room(document, file)
+    if as_json:
+        print_json(document)
+        return
+    print(meaning_text(document, count or 20))
+    if out is not None:
+        print(f"\npicture: {out}")
+
+
+def _report_quality(
     versions: tuple[str, ...],
     data: str | None,
     vectors: str | None,
@@ -162,7 +255,7 @@ def report(
     out: Output | None,
     as_json: bool,
 ) -> None:
-    """Print stored reports, or measure in this process."""
+    """Print the quality of codebook versions."""
     from trainer.console.errors import UserError
     from trainer.semantic_ids.codebook_report import draw_reports, refresh_text, report_table
     from trainer.semantic_ids.codebook_versions_report import read_reports

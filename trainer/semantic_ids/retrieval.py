@@ -31,7 +31,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.segments import UNKNOWN_AUTHOR, DatasetSegments, has_text_ids
 from trainer.data.format.text_schema import SEGMENT_MS
-from trainer.semantic_ids.code_files import CodesAsOf, read_codes
+from trainer.semantic_ids.code_files import CodesAsOf, check_segments, read_codes, segments_of_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.segment_labels import label_segments
 from trainer.semantic_ids.segments import SegmentVectors
@@ -178,7 +178,7 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
     source: SegmentVectors | CodeFile
     if request.by == "codes":
         assert codes is not None
-        segments, embedded = _segments_of(dataset, codes)
+        segments, embedded = segments_of_codes(dataset, codes)
         source, ids, place = codes, codes.segment, str(codes.path)
     else:
         source = SegmentVectors.open(dataset, request.vectors)
@@ -188,7 +188,7 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
         embedded = has_text_ids(source.table.origin)
         segments = DatasetSegments.read(dataset, embedded)
         if codes is not None:
-            _check_codes(codes, segments)
+            check_segments(codes, segments)
     authors, places = _latest(source, as_of_ms)
     asked = _find_author(request, authors, source.author_id, source.known_ms, place, zone)
     rooms = rooms_on_air(segments, as_of_ms)
@@ -346,42 +346,6 @@ def _check_options(request: AuthorRequest) -> None:
 
 def _read_codes(path: Path, version: CodebookVersion | None) -> CodeFile:
     return CodeFile.read(path) if version is None else read_codes(path, version)
-
-
-def _segments_of(dataset: str, codes: CodeFile) -> tuple[DatasetSegments, bool]:
-    """Return the segments of the dataset to which the ids of a code file belong, and whether they have texts' ids.
-
-    Raises:
-        UserError: the dataset has no segments, or not those of the file.
-    """
-    unreadable, others = [], []
-    for embedded in (False, True):
-        try:
-            segments = DatasetSegments.read(dataset, embedded)
-        except UserError as error:
-            unreadable.append(error)
-            continue
-        try:
-            _check_codes(codes, segments)
-        except UserError as error:
-            others.append(error)
-        else:
-            return segments, embedded
-    raise [*others, *unreadable][0]
-
-
-def _check_codes(codes: CodeFile, segments: DatasetSegments) -> None:
-    """Raise a UserError if a code file has a segment that the dataset does not have."""
-    row = segments.rows_of(codes.segment)
-    there = row >= 0
-    for name in ("item_id", "author_id", "known_ms"):
-        there[there] = getattr(segments, name)[row[there]] == getattr(codes, name)[there]
-    if not there.all():
-        first = int(np.argmin(there))
-        raise UserError(
-            f"{codes.path}: has segment {codes.segment[first]} of room {codes.item_id[first]}, which {segments.source} "
-            "does not have; give a code file of this dataset"
-        )
 
 
 def _latest(source: SegmentVectors | CodeFile, as_of_ms: int) -> tuple[np.ndarray, np.ndarray]:

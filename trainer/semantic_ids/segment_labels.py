@@ -52,6 +52,29 @@ def label_segments(dataset: str, ids: np.ndarray, embedded: bool, as_of_ms: int)
     ]
 
 
+def read_topics(dataset: str, ids: np.ndarray, embedded: bool) -> tuple[list[str], np.ndarray] | None:
+    """Return the names of topics, and the position among them of each segment's topic, ``[n]`` int64, -1 for none.
+
+    The arguments are those of :func:`label_segments`.
+
+    Returns:
+        None if the dataset has no topics of its segments.
+
+    Raises:
+        UserError: a table is damaged.
+    """
+    if embedded:
+        return None
+    names = DatasetSpec.load(dataset).extra.get("topics")
+    table = read_table(DatasetFiles(dataset), SEGMENTS, ["item_id"], ["topic"])
+    if not isinstance(names, list) or "topic" not in table.column_names:
+        return None
+    if not pa.types.is_integer(table["topic"].type):
+        return None
+    topic = table["topic"].fill_null(-1).to_numpy().astype(np.int64)[ids]
+    return list(map(str, names)), np.where((topic >= 0) & (topic < len(names)), topic, -1)
+
+
 def _rows(files: DatasetFiles, ids: np.ndarray) -> tuple[list[tuple[int, int] | None], list[str | None]]:
     """Return room and number of segments by their rows in ``segments.parquet``, and the names of their topics."""
     table = read_table(files, SEGMENTS, ["item_id"], ["segment", "topic"]).take(ids)

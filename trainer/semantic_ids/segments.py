@@ -149,7 +149,7 @@ class SegmentVectors:
         Raises:
             UserError: a time is no ISO time, or the range ends before it begins.
         """
-        return _range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS), self.timezone)
+        return range_of_options(time_from, time_until, self.timezone)
 
     def ranges(self, data: QuantizeDataConfig) -> tuple[TimeRange, TimeRange | None]:
         """Return the ranges of fitting and of evaluation; None if nothing is held out.
@@ -170,6 +170,15 @@ class SegmentVectors:
         room, known_ms = self.item_id[rows][order], self.known_ms[rows][order]
         near = (room[1:] == room[:-1]) & (known_ms[1:] - known_ms[:-1] <= GAP_MS)
         return order[:-1][near], order[1:][near]
+
+
+def range_of_options(time_from: str | None, time_until: str | None, timezone: str) -> TimeRange:
+    """Return the range of ``known_ms`` of the options ``--from`` and ``--until`` of a command.
+
+    Raises:
+        UserError: a time is no ISO time, or the range ends before it begins.
+    """
+    return _range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS), timezone)
 
 
 def split_time(keys: Mapping[str, str], what: str, timezone: str) -> tuple[TimeRange, TimeRange | None]:

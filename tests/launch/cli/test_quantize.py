@@ -11,6 +11,7 @@ import pytest
 from launch import local
 from launch.cli.main import main
 from tests.s3 import Bucket
+from tests.semantic_ids.meaning_world import write_world as write_topic_world
 from tests.semantic_ids.segment_world import make_version, write_world
 from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
@@ -123,3 +124,37 @@ def test_a_report_is_measured_on_a_dataset(
     assert lines[-1] == f"picture: {picture}" and picture.is_file()
     assert main(["quantize", "report", str(version.path)]) == 2
     assert "has no report, since no segment was held out" in capsys.readouterr().err
+
+
+def test_a_report_of_the_meaning_as_text_json_and_picture(
+    tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_topic_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["quantize", "report", "book", "--interactions", "world", "--codes", "codes.parquet"]
+    assert main([*command, "--out", "room.png", "-k", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "An event belongs to the segment on air at its time." in text and text.endswith("picture: room.png\n")
+    assert "the 2 codes with most watch time" in text and (tmp_path / "room.png").stat().st_size > 10_000
+    assert main([*command, "--json", "--level", "1", "--out", f"{bucket.url}/room.png"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["level"] == 1 and len(document["codes"]) == document["used_codes"]
+    assert bucket.names() == ["room.png"]
+    before = sorted(tmp_path.rglob("*"))
+    room = str(document["room"]["item_id"])
+    for options, message in (
+        (["--codes", "codes.parquet"], "--codes needs --interactions, the dataset with segments and events"),
+        (["--room", room], "--room needs --interactions"),
+        (["--level", "1"], "--level needs --interactions"),
+        (["-k", "3"], "-k needs --interactions"),
+        ([*command[3:], "--vectors", "x"], "--vectors has no effect with --codes; leave one of them out"),
+        ([*command[3:], "--data", "world"], "--data has no effect with --interactions; leave one of them out"),
+        (["book", *command[3:]], "--interactions takes one codebook version, and 2 are named"),
+        ([*command[3:], "--room", "1", "--out", "other.png"], "has no segment of this room"),
+        ([*command[3:], "--codes", "missing.parquet", "--out", "other.png"], "missing.parquet: no such file"),
+        ([*command[3:], "--out", "no/room.png"], "cannot be written, there is no directory no"),
+    ):
+        assert main(["quantize", "report", "book", *options]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error, error
+    assert sorted(tmp_path.rglob("*")) == before
