@@ -228,12 +228,15 @@ def _check_align(job: AlignConfig, ranks: int, found: JobCheck) -> None:
 
 def _check_foresight(job: ForesightConfig, ranks: int, found: JobCheck) -> None:
     from trainer.semantic_ids.foresight_data import ForesightData
+    from trainer.semantic_ids.foresight_follow import FollowData
     from trainer.semantic_ids.foresight_training import deepspeed_settings
 
     settings = found.run("batch size and ranks", lambda: deepspeed_settings(job, ranks))
     if settings is not None:
         found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
-    found.run("codes, codebook, times and rows of training", lambda: ForesightData.open(job))
+    data = found.run("codes, codebook, times and rows of training", lambda: ForesightData.open(job))
+    if data is not None and job.follow is not None:
+        found.run("segments to follow", lambda: FollowData.open(job))
 
 
 def _check_deepspeed(settings: Mapping[str, Any], file: str) -> None:

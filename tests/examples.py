@@ -53,6 +53,8 @@ PAGES = sorted(
 JOBS = {"train": "train", "finetune": "finetune", "embed": "embed", "staytime": "staytime"} | {
     "foresight fit": "foresight",
     "trainer.foresight": "foresight",
+    "foresight follow": "foresight",
+    "trainer.foresight_follow": "foresight",
     "quantize fit": "quantize",
     "quantize refresh": "quantize",
     "trainer.quantize": "quantize",

@@ -68,7 +68,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
         open_log(directory / "logs", world.rank)
         if world.rank == 0:
             data.log(config.data.runs)
-        engine = start_engine(config, data, settings, world.device)
+        engine = start_engine(config, data, settings, world.device, data.target_counts)
         schedule = RowSchedule(data.training, config.train.batch_size, config.train.epochs, config.run.seed)
         state = StepState(schedule.steps, schedule.rows, ForesightWindow())
         checkpoints = ForesightCheckpoints(directory / "checkpoints", config, data, world)

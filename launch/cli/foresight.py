@@ -61,3 +61,23 @@ def forecast(context: click.Context, ranks: int, **arguments: object) -> int:
 
     load_foresight_run(Path(context.params["run"]))
     return start_ranks("trainer.forecast", forwarded(context), ranks)
+
+
+@foresight.command(
+    params=list(TRAIN_ARGUMENTS),
+    short_help="Forecast and train in the order of time.",
+    help="Forecast each segment by the predictor as it was when the segment became known, and train the predictor on "
+    "what became known since, in the order of time: the tables RUN/forecasts/encoder, decoder and expected. It starts "
+    "from scratch, or from a finished run (follow.init_from). The same command again continues a run that has not "
+    "finished, and goes on to segments that were added to the code file since. Exit statuses "
+    f"{PREEMPTED_STATUS} and {HUNG_STATUS} as of train.",
+    example="limelight foresight follow configs/foresight.toml run.directory=runs/follow",
+)
+@ranks_option
+def follow(config: str, overrides: tuple[str, ...], ranks: int) -> int:
+    """Start the ranks of ``trainer.foresight_follow``."""
+    from launch.local import start_ranks
+    from trainer.config.foresight import load_foresight_follow
+
+    load_foresight_follow(config, overrides)
+    return start_ranks("trainer.foresight_follow", [config, *overrides], ranks)

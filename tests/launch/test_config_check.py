@@ -117,7 +117,13 @@ def test_the_kind_of_a_file_is_found_by_its_sections(name: str) -> None:
                 *("rooms on air", "segments and their vectors"),
             ],
         ),
-        ("foresight", ["batch size and ranks", "DeepSpeed settings", "codes, codebook, times and rows of training"]),
+        (
+            "foresight",
+            [
+                *("batch size and ranks", "DeepSpeed settings", "codes, codebook, times and rows of training"),
+                "segments to follow",
+            ],
+        ),
     ],
 )
 def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +193,7 @@ def test_a_good_job(kind: str, checked: list[str], data: Path, capsys: pytest.Ca
         ("foresight", ["model.tabel=x", "data.target=now"], ["did you mean model.table?", "data.target = 'now'"]),
         ("foresight", ["data.codes=none.parquet"], ["none.parquet: no such file"]),
         ("foresight", ["data.codebook=none", "train.deepspeed=none.json"], ["none: no codebook", "'none.json'"]),
+        ("foresight", ["follow.since=2034-01-01", "follow.tick_seconds=60"], ["no segment of a known author became"]),
         ("foresight", ["data.train_until=2024-03-04"], ["no segment in the range of training"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else None,

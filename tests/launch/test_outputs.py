@@ -38,7 +38,7 @@ PLAIN_TEXT = {
 PLAIN_KEYS = {
     "data.positives",
     *("run.name", "data.train_from", "data.train_until", "data.eval_from", "data.eval_until", "data.behaviours"),
-    *("data.fit_from", "data.fit_until", "follow.brokers", "follow.topic"),
+    *("data.fit_from", "data.fit_until", "follow.brokers", "follow.topic", "follow.since", "follow.until"),
     *("stream.brokers", "stream.topic", "stream.dead_letter", "stream.since", "stream.until"),
     *("features.side.exclude", "features.dense.exclude", "features.statistics.rates", "features.author_side"),
     *("features.rates", "features.exclude", "features.history.NAME.require", "alignment.anchor", "init_from.tables"),

@@ -1,5 +1,7 @@
 """One rank of a Foresight job that kills itself: ``python -m tests.semantic_ids.killed_foresight SAVE ARGUMENT...``.
 
+With the argument ``--follow`` it is a job of ``trainer.foresight_follow``.
+
 The process dies by SIGKILL in the save with the number ``SAVE``, when its files are written and it has no manifest yet.
 """
 
@@ -10,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer import foresight
+from trainer import foresight, foresight_follow
 from trainer.checkpoint import writer
 from trainer.checkpoint.manifest import Manifest
 
@@ -24,6 +26,8 @@ def main(save: int, arguments: list[str]) -> int:
         write(directory, manifest)
 
     writer.write_manifest = killed
+    if "--follow" in arguments:
+        return foresight_follow.main([argument for argument in arguments if argument != "--follow"])
     return foresight.main(arguments)
 
 

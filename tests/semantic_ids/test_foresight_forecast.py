@@ -131,7 +131,7 @@ def test_bits_do_not_depend_on_the_batch_the_ranks_or_later_segments(
         codes, ~(late & (codes.author_id == 101)), codes=np.where(late[:, None], 0, codes.codes).astype(np.int32)
     )
     forecast(finished, data / "changed", codes=str(data / "codes.parquet"))
-    monkeypatch.setattr(foresight_forecast, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(foresight_forecast.ForecastSpool, "CHUNK_ROWS", 7)
     forecast(finished, data / "chunks", every=True)
     assert_same(data / "whole", data / "chunks")
     known_ms = dict(zip(codes.segment.tolist(), codes.known_ms.tolist(), strict=True))

@@ -19,7 +19,8 @@ A ranker's run holds::
     baselines/KIND/    the same for each baseline, from checkpoints/ on
 
 A run of Foresight has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, ``checkpoints/``,
-``logs/`` and ``metrics.json``. A fine-tuning run has them as well, and::
+``logs/`` and ``metrics.json``, and one of ``limelight foresight follow`` has tables of vectors in ``forecasts/``. A
+fine-tuning run has them as well, and::
 
     base/              the small model, if the job names no model
     tokens/            the samples as tokens, with counts; written once

@@ -140,6 +140,30 @@ class ForesightTrainConfig(DistributedTrainConfig):
     )
 
 
+class ForesightFollowConfig(Section):
+    """`limelight foresight follow`: forecasts and training in the order of time. `fit` does not read this section."""
+
+    init_from: InputFile = Field(
+        "", description="Finished run of `limelight foresight` whose predictor is the first one. Empty: from scratch."
+    )
+    since: str = Field(
+        "",
+        description="Time from which on segments have a forecast and targets are trained on. Empty: the end of the "
+        "range of training of `init_from`, else the first segment.",
+    )
+    until: str = Field("", description="End of that range. Empty: none.", json_schema_extra=MAY_CHANGE)
+    tick_seconds: Rate = Field(
+        30.0,
+        description="Length of a tick in event time. Its segments are forecast before its targets are trained on.",
+    )
+    warmup_steps: int = Field(
+        50, description="Steps during which the learning rate rises from 0; it is constant after them.", ge=0
+    )
+    pooling: Literal["mean", "last", "attention"] = Field(
+        "mean", description="Pooling of the encoder's output over the runs, as of `limelight foresight forecast`."
+    )
+
+
 class ForesightEvaluateConfig(Section):
     """Evaluation on the held-out range."""
 
@@ -160,6 +184,7 @@ class ForesightConfig(Section):
     optimizer: ForesightOptimizerConfig = Field(default_factory=ForesightOptimizerConfig)
     train: ForesightTrainConfig = Field(default_factory=ForesightTrainConfig)
     evaluate: ForesightEvaluateConfig = Field(default_factory=ForesightEvaluateConfig, json_schema_extra=MAY_CHANGE)
+    follow: ForesightFollowConfig | None = None
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, json_schema_extra=MAY_CHANGE)
     resume: ResumeConfig = Field(default_factory=ResumeConfig, json_schema_extra=MAY_CHANGE)
 
@@ -171,9 +196,21 @@ class ForesightConfig(Section):
 
 
 def load_foresight(path: str | Path, overrides: Sequence[str] = ()) -> ForesightConfig:
-    """Read a job file of ``limelight foresight``.
+    """Read a job file of ``limelight foresight fit``, without its section ``[follow]``.
 
     Raises:
         UserError: as :func:`trainer.config.load.load_job`.
     """
-    return load_job(ForesightConfig, path, overrides)
+    return load_job(ForesightConfig, path, overrides).model_copy(update={"follow": None})
+
+
+def load_foresight_follow(path: str | Path, overrides: Sequence[str] = ()) -> ForesightConfig:
+    """Read a job file of ``limelight foresight follow``, with a section ``[follow]`` even if the file has none.
+
+    A run keeps its settings with this section or without, and so it is known which command it belongs to.
+
+    Raises:
+        UserError: as :func:`trainer.config.load.load_job`.
+    """
+    config = load_job(ForesightConfig, path, overrides)
+    return config.model_copy(update={"follow": config.follow or ForesightFollowConfig()})

@@ -45,7 +45,6 @@ ROWS_AT_ONCE = 32
 """Rows of a block."""
 
 _DTYPE = np.dtype(np.float16)
-_CHUNK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,9 @@ class ForecastSpool:
         count: number of vectors.
     """
 
+    CHUNK_ROWS = 1 << 14
+    """Vectors of one copy."""
+
     def __init__(self, directory: Path, widths: Mapping[str, int], count: int) -> None:
         self._directory, self._widths, self._count = directory, dict(widths), count
         with ExitStack() as stack:
@@ -166,8 +168,8 @@ class ForecastSpool:
                 row_bytes = width * _DTYPE.itemsize
                 done = file.tell() // row_bytes
                 file.truncate(done * row_bytes)
-                for first in range(done, count, _CHUNK_ROWS):
-                    rows = min(_CHUNK_ROWS, count - first)
+                for first in range(done, count, ForecastSpool.CHUNK_ROWS):
+                    rows = min(ForecastSpool.CHUNK_ROWS, count - first)
                     try:
                         write_fully(file, np.full((rows, width), np.nan, _DTYPE).tobytes())
                     except OSError as error:
@@ -207,10 +209,16 @@ class ForecastSpool:
             vectors = self.read(name, first)
 
             def parts(vectors: np.ndarray = vectors) -> Iterator[VectorPart]:
-                for begin in range(0, len(ids), _CHUNK_ROWS):
-                    yield ids[begin : begin + _CHUNK_ROWS], vectors[begin : begin + _CHUNK_ROWS]
+                for begin in range(0, len(ids), self.CHUNK_ROWS):
+                    stop = begin + self.CHUNK_ROWS
+                    yield ids[begin:stop], vectors[begin:stop]
 
             write_parts(directory / name, ids, np.zeros(len(ids), np.uint64), parts(), width, origin=origins[name])
+
+    @staticmethod
+    def is_there(directory: Path, names: Mapping[str, int]) -> bool:
+        """True if the files of all tables are there."""
+        return all(_spool_file(directory, name).is_file() for name in names)
 
     @staticmethod
     def remove(directory: Path, names: Mapping[str, int]) -> None:

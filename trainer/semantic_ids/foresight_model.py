@@ -122,4 +122,6 @@ class TrainedPredictor:
 
 def _end(config: ForesightConfig) -> tuple[str, str]:
     """Return key and value of the end of a job's range of training."""
-    return ("data.train_until", config.data.train_until)
+    if config.follow is not None:
+        return "follow.until", config.follow.until
+    return "data.train_until", config.data.train_until

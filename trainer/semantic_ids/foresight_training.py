@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from trainer.engine.step_loop import StepDone, run_steps
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 from trainer.runtime.rng_state import start_random_states
-from trainer.semantic_ids.foresight_data import ForesightBatch, ForesightData
+from trainer.semantic_ids.foresight_data import CodedRows, ForesightBatch, ForesightData
 from trainer.semantic_ids.foresight_engine import PredictorEngine
 from trainer.semantic_ids.foresight_model import predictor_size
+from trainer.semantic_ids.foresight_rows import ForesightRows
 
 
 class RowSchedule:
@@ -134,15 +135,26 @@ def deepspeed_settings(config: ForesightConfig, ranks: int) -> dict[str, Any]:
 
 
 def start_engine(
-    config: ForesightConfig, data: ForesightData, settings: Mapping[str, Any], device: torch.device
+    config: ForesightConfig,
+    data: CodedRows,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    counts: np.ndarray | None,
 ) -> PredictorEngine:
-    """Make a predictor for the codes of the data, and start its engine. Collective."""
+    """Make a predictor for the codes of the data, and start its engine. Collective.
+
+    Args:
+        config: the job.
+        data: codebook version and rows.
+        settings: settings of :func:`deepspeed_settings`.
+        device: device of this rank.
+        counts: ``[codes]``, targets by code, from which the biases start; None for equal ones.
+    """
     optimizer = config.optimizer
     # The same seed on every rank, because the initial values must be the same on all of them.
     start_random_states(config.run.seed, 0, 0)
-    predictor = ForesightPredictor(
-        predictor_size(config, data.codes), data.centroids, torch.from_numpy(data.target_counts)
-    )
+    bias_counts = None if counts is None else torch.from_numpy(counts)
+    predictor = ForesightPredictor(predictor_size(config, data.codes), data.centroids, bias_counts)
     return PredictorEngine(
         predictor,
         DenseOptimizer(optimizer.learning_rate, optimizer.weight_decay, optimizer.betas),
@@ -179,8 +191,15 @@ def train(
         UserError: the loss is not finite, or a checkpoint cannot be written.
         Preempted: a rank was asked to stop; the state is saved.
     """
+    optimizer, counts = config.optimizer, data.target_counts
+
+    def rate(step: int) -> float:
+        return learning_rate_factor(step, state.steps_total, optimizer.warmup, optimizer.decay)
+
     run_steps(
-        _PredictorSteps(engine, data, schedule, state, checkpoints, config, world),
+        PredictorSteps(
+            engine, data.rows, schedule, state, checkpoints, config, world, rate=rate, counts=lambda step: counts
+        ),
         state,
         checkpoints,
         title="foresight",
@@ -193,30 +212,51 @@ def train(
     )
 
 
-class _PredictorSteps:
-    """Optimizer steps of the predictor; the arguments are those of :func:`train`."""
+class StepRows(Protocol):
+    """Rows of every optimizer step."""
+
+    def step(self, step: int) -> np.ndarray:
+        """Return the rows of step number ``step``, counted from 0."""
+        ...
+
+
+class PredictorSteps:
+    """Optimizer steps of the predictor.
+
+    Args:
+        engine: engine of the predictor.
+        rows: all rows.
+        schedule: rows of each step.
+        state: progress of training; updated in place.
+        checkpoints: checkpoint store.
+        config: the job.
+        world: ranks of the job.
+        rate: returns the factor on the learning rate of a step.
+        counts: returns ``[codes] int64``, the targets by code by which a step draws the codes of a sampled softmax.
+    """
 
     def __init__(
         self,
         engine: PredictorEngine,
-        data: ForesightData,
-        schedule: RowSchedule,
+        rows: ForesightRows,
+        schedule: StepRows,
         state: ForesightState,
-        checkpoints: ForesightCheckpoints,
+        checkpoints: StepCheckpoints,
         config: ForesightConfig,
         world: World,
+        *,
+        rate: Callable[[int], float],
+        counts: Callable[[int], np.ndarray],
     ) -> None:
-        self._engine, self._data, self._schedule, self._state = engine, data, schedule, state
+        self._engine, self._all_rows, self._schedule, self._state = engine, rows, schedule, state
         self._checkpoints, self._config, self._world = checkpoints, config, world
-        self._frequency = code_frequency(data, config.train.sampling_power)
+        self._rate_factor, self._counts = rate, counts
         self._rows, self._rate = 0, 0.0
 
     def backward(self, step: int) -> Sequence[float]:
         """Return the sum of the losses."""
-        optimizer, train = self._config.optimizer, self._config.train
-        self._rate = optimizer.learning_rate * learning_rate_factor(
-            step, self._state.steps_total, optimizer.warmup, optimizer.decay
-        )
+        train = self._config.train
+        self._rate = self._config.optimizer.learning_rate * self._rate_factor(step)
         self._engine.set_learning_rate(self._rate)
         part = self._schedule.step(step)
         # Draws of a step do not depend on the ranks, and are the same after a resume.
@@ -225,11 +265,12 @@ class _PredictorSteps:
         sample = None
         if train.sampled_codes:
             generator = torch.Generator().manual_seed(int(sampling.generate_state(1)[0]))
-            sample = CodeSample.draw(self._frequency, train.sampled_codes, generator).to(self._world.device)
+            frequency = code_frequency(self._counts(step), train.sampling_power)
+            sample = CodeSample.draw(frequency, train.sampled_codes, generator).to(self._world.device)
         shares = np.array_split(np.arange(len(part)), self._world.size * self._engine.parts)
         own = shares[self._world.rank * self._engine.parts :][: self._engine.parts]
         batches = [
-            ForesightBatch.of(self._data.rows, part[share], self._config.data.runs, self._world.device, hidden[share])
+            ForesightBatch.of(self._all_rows, part[share], self._config.data.runs, self._world.device, hidden[share])
             for share in own
         ]
         self._rows = len(part)
@@ -251,10 +292,10 @@ class _PredictorSteps:
         self._checkpoints.save(self._engine, self._state, wait=wait)
 
 
-def code_frequency(data: ForesightData, power: float) -> torch.Tensor:
+def code_frequency(counts: np.ndarray, power: float) -> torch.Tensor:
     """Return the probabilities ``[codes] float64`` with which a sampled softmax draws codes.
 
-    They are proportional to the frequency among the targets of training, plus one so that none is 0, to a power.
+    They are proportional to the frequency among the targets ``counts [codes]``, plus one so that none is 0, to a power.
     """
-    weights = torch.from_numpy((data.target_counts + 1.0) ** power)
+    weights = torch.from_numpy((counts + 1.0) ** power)
     return weights / weights.sum()

@@ -178,7 +178,7 @@ def range_of_options(time_from: str | None, time_until: str | None, timezone: st
     Raises:
         UserError: a time is no ISO time, or the range ends before it begins.
     """
-    return _range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS), timezone)
+    return parse_range(("--from", time_from or "", 0), ("--until", time_until or "", NO_LIMIT_MS), timezone)
 
 
 def split_time(keys: Mapping[str, str], what: str, timezone: str) -> tuple[TimeRange, TimeRange | None]:
@@ -193,10 +193,10 @@ def split_time(keys: Mapping[str, str], what: str, timezone: str) -> tuple[TimeR
         UserError: a time is no ISO time, a range ends before it begins, or the ranges overlap.
     """
     (begin, end, eval_begin, eval_end) = keys.items()
-    first = _range((*begin, 0), (*end, NO_LIMIT_MS), timezone)
+    first = parse_range((*begin, 0), (*end, NO_LIMIT_MS), timezone)
     if not eval_begin[1] and not end[1]:
         return first, None
-    held_out = _range((*eval_begin, first.until_ms), (*eval_end, NO_LIMIT_MS), timezone)
+    held_out = parse_range((*eval_begin, first.until_ms), (*eval_end, NO_LIMIT_MS), timezone)
     if held_out.from_ms < first.until_ms and first.from_ms < held_out.until_ms:
         raise UserError(
             f"{eval_begin[0]} = {eval_begin[1]!r}: the held-out range overlaps the range of the {what}, which ends at "
@@ -205,7 +205,7 @@ def split_time(keys: Mapping[str, str], what: str, timezone: str) -> tuple[TimeR
     return first, held_out
 
 
-def _range(begin: tuple[str, str, int], end: tuple[str, str, int], timezone: str) -> TimeRange:
+def parse_range(begin: tuple[str, str, int], end: tuple[str, str, int], timezone: str) -> TimeRange:
     """Return a range from the key, the text and the default of its begin and of its end."""
     from_ms, until_ms = (parse_time(text, timezone, key) if text else default for key, text, default in (begin, end))
     if from_ms >= until_ms or until_ms <= 0:

@@ -39,6 +39,11 @@ def test_a_job_file_in_place_of_a_command_is_trained(words: list[str], started: 
     assert started == [("trainer.foresight", ["job.toml", "model.dim=8"], 2)]
 
 
+def test_following_is_started_with_its_job_file(started: Started) -> None:
+    assert main(["foresight", "follow", "job.toml", "follow.tick_seconds=60", "--ranks", "2"]) == 0
+    assert started == [("trainer.foresight_follow", ["job.toml", "follow.tick_seconds=60"], 2)]
+
+
 def test_a_run_forecasts_its_own_codes_or_others(started: Started) -> None:
     assert main(["foresight", "forecast", "run", "--out", "f"]) == 0
     options = ["--codes", "c.parquet", "--from", "2024-03-09", "--all", "--pooling", "last", "--json"]
@@ -55,6 +60,11 @@ def test_a_run_forecasts_its_own_codes_or_others(started: Started) -> None:
         (["foresight"], "missing command (limelight foresight --help"),
         (["foresight", "absent.toml"], "absent.toml: no such job file"),
         (["foresight", "job.toml", "model.dims=8"], "unknown key model.dims; did you mean model.dim?"),
+        (
+            ["foresight", "follow", "job.toml", "follow.tick_second=3"],
+            "unknown key follow.tick_second; did you mean follow.tick_s",
+        ),
+        (["foresight", "follow", "job.toml", "follow.tick_seconds=0"], "follow.tick_seconds = 0: "),
         (["foresight", "forecast", "run"], "missing option '--out'"),
         (["foresight", "forecast", "nowhere", "--out", "x"], "nowhere: no run here"),
         (["foresight", "forecast", "ranker", "--out", "x"], "ranker: not a run of limelight foresight"),
