@@ -80,12 +80,13 @@ def test_the_latest_vector_can_be_that_of_a_given_segment() -> None:
     assert (found[:, :DIM] == [0.5, 0.5, 0]).all(), "the mean is of all segments that are known then"
 
 
+@pytest.mark.parametrize("segment", range(4))
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_vectors_that_cannot_be_averaged_are_refused(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_that_cannot_be_averaged_are_refused(chunk: int, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(align_content, "CHUNK_ROWS", chunk)
     vectors = np.ones((4, DIM), np.float16)
-    vectors[2, 1] = np.inf
-    with pytest.raises(UserError, match=r"(^| )1 of 4 vectors are not finite and 0 are zero, .* segment 2"):
+    vectors[segment, 1] = np.inf
+    with pytest.raises(UserError, match=rf"(^| )1 of 4 vectors are not finite and 0 are zero, .* segment {segment}"):
         check_vectors(segments_of(np.zeros(4, np.int64), np.arange(4), vectors))
 
 

@@ -43,7 +43,12 @@ def run(world: Path, nursery: Nursery, tmp_path_factory: pytest.TempPathFactory)
 def encode(run: Path, out: Path, dataset: Path | None = None) -> ContentVectors:
     with World.join("cpu") as ranks:
         model = TrainedAlignment.open(run, None if dataset is None else str(dataset), None, ranks)
-        encode_segments(model, out, ranks)
+        summary = encode_segments(model, out, ranks)
+        assert model.features.vocabulary is not None
+        trained = set(model.features.popularity.authors.tolist()) & set(model.features.vocabulary.tolist())
+        authors = model.features.content.segments.author_id.tolist()
+        assert 0 < summary.unseen == sum(author not in trained for author in authors) < summary.segments
+        assert (summary.segments, summary.without_author, summary.dim) == (len(authors), 0, 8)
         model.engine.close()
     return ContentVectors.open(out)
 

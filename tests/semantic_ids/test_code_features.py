@@ -113,4 +113,18 @@ def test_a_file_answers_as_a_store(
         found = in_memory.recent(authors, as_of * 10_000, runs)
         for name in ("counts", "code", "length", "first_ms", "last_ms"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist(), (name, runs)
+        features = run_features(in_memory, authors, as_of * 10_000, runs)
+        known = [
+            [at for of_author, at, _ in segments if of_author == asked and at <= until]
+            for asked, until in zip(authors.tolist(), as_of.tolist(), strict=True)
+        ]
+        ages = [
+            10_000 * (until - max(times)) if times else -1 for times, until in zip(known, as_of.tolist(), strict=True)
+        ]
+        assert features.age_ms.tolist() == ages and features.no_code == ages.count(-1)
+        # Runs are at the end of a line, so the latest ones are in one column.
+        count = expected.counts.tolist()
+        assert (features.length > 0).tolist() == [[place >= runs - n for place in range(runs)] for n in count]
+        assert features.code[features.length > 0].tolist() == expected.code.tolist()
+        assert (features.code[features.length == 0] == NO_CODE).all()
     store.close()

@@ -59,7 +59,7 @@ def test_rooms_without_author_and_segments_without_vector_are_counted(tmp_path: 
     found = assign_codes(version, SegmentVectors.open(str(world)), TimeRange(), world / "codes.parquet", quiet=True)
     assert (found.segments, found.without_author, found.without_vector) == (3, 1, 2)
     codes = read_codes(world / "codes.parquet", version)
-    assert codes.author_id.tolist() == [7, 7, UNKNOWN_AUTHOR]
+    assert codes.author_id.tolist() == [7, 7, -1]
     store = SqliteCodeStore(str(tmp_path / "codes.sqlite"), StoreSettings(version.name), 1.0)
     assert append_codes(codes, store, version, quiet=True).stored == 2
     assert store.recent(np.array([UNKNOWN_AUTHOR, 7]), np.array([START_MS + 9] * 2), 5).counts.tolist()[0] == 0

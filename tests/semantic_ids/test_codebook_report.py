@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from modules.codebook import Codebook
 from tests.semantic_ids.segment_world import write_segments, write_vectors, write_world
@@ -93,7 +95,7 @@ def test_a_room_of_one_segment_has_no_persistence(tmp_path: Path) -> None:
     assert line.split()[-3:] == ["-", "100.0", "%"] or " - " in line
 
 
-def test_a_table_and_a_picture_of_several_versions(tmp_path: Path) -> None:
+def test_a_table_and_a_picture_of_several_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = SegmentVectors.open(str(write_world(tmp_path / "world", rooms=4, segments=10)))
     rows, reports = np.arange(40), {}
     for name, sizes in (("6-a", (6,)), ("4x3-b", (4, 3))):
@@ -107,7 +109,29 @@ def test_a_table_and_a_picture_of_several_versions(tmp_path: Path) -> None:
         ["4x3-b", "tuple"],
     ]
     assert all(column in lines[0] for column in HEADER)
+    drawn = list[Figure]()
+    monkeypatch.setattr(pyplot, "close", drawn.append)
     draw_reports(reports, tmp_path / "report.png")
+    monkeypatch.undo()
+    (figure,) = drawn
+    distortion, use, unused, steady = figure.axes
+    levels = [level for report in reports.values() for level in report["levels"]]
+    curves = [line.get_ydata() for line in distortion.lines]
+    assert np.concatenate(curves).tolist() == [100 * level["of_variance"] for level in levels]
+    for line, level in zip(use.lines[:-1], levels, strict=True):
+        assert line.get_ydata().tolist() == [100 * share for share in level["curve"]]
+    bars = [[bar.get_width() for bar in group] for group in unused.containers]
+    assert bars == [
+        [100 * level["unused"] for level in levels],
+        [100 * level["top"] for level in levels],
+        pytest.approx([100 * level["perplexity"] / level["codes"] for level in levels]),
+    ]
+    persistent = [*levels, reports["4x3-b"]["tuples"]]
+    assert [bar.get_width() for bar in steady.patches] == [100 * one["persistence"] for one in persistent]
+    for axes in (unused, steady):
+        left, right = axes.get_xlim()
+        assert left == 0 and right > 100
+    pyplot.close(figure)
     content = (tmp_path / "report.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 20_000
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -26,7 +26,7 @@ from tests.semantic_ids.foresight_world import (
 )
 from tests.semantic_ids.segment_world import SEGMENT_MS, START_MS, assigned, make_version
 from trainer.checkpoint.describe import describe_checkpoint, format_checkpoint
-from trainer.checkpoint.manifest import list_checkpoints
+from trainer.checkpoint.manifest import list_checkpoints, read_manifest
 from trainer.config.foresight import ForesightConfig
 from trainer.console.errors import UserError
 from trainer.data.format.segment_codes import CodeFile
@@ -77,11 +77,14 @@ def test_a_run_has_the_model_beside_all_rules(
     assert "Foresight's predictor" in shown and "of 560 (100.0 %)" in shown
     with pytest.raises(UserError, match="a checkpoint of Foresight's predictor, and no ranker's"):
         export_checkpoint(data / "run", data / "exported")
-    # A finished run is evaluated again, here in small blocks, and is the same.
+    # A finished run is not trained or saved again; it is evaluated again, here in small blocks, and is the same.
+    saved = read_manifest(list_checkpoints(data / "run/checkpoints")[-1])
+    assert saved.finished and (saved.step, saved.rows_done) == (STEPS, 560)
     monkeypatch.setattr(foresight_report, "ROWS_AT_ONCE", 3)
     again = without_clock(run(data))["evaluation"]["quality"]["all"]
     for rule, quality in found["quality"]["all"].items():
         assert again[rule] == pytest.approx(quality)
+    assert read_manifest(list_checkpoints(data / "run/checkpoints")[-1]) == saved
 
 
 def test_training_learns_what_the_frequency_does_not_say(data: Path) -> None:
@@ -113,7 +116,7 @@ def test_a_stopped_run_continues_bit_for_bit(data: Path, steps: int) -> None:
     assert run(data, *changes, stop_after=steps) == {}
     assert not (data / "run/metrics.json").exists()
     (saved,) = list_checkpoints(data / "run/checkpoints")
-    assert saved.name == f"step-{steps:08d}"
+    assert saved.name == f"step-{steps:08d}" and not read_manifest(saved).finished
     assert without_clock(run(data, *changes)) == without_clock(through)
     assert_same_model(data / "run", data / "through")
 

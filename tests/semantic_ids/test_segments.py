@@ -15,7 +15,6 @@ from tests.semantic_ids.segment_world import START_MS, world_vectors, write_segm
 from trainer.config.quantize import QuantizeDataConfig
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, Origin
-from trainer.data.format.segments import UNKNOWN_AUTHOR
 from trainer.data.format.text_schema import segment_ids
 from trainer.data.importers.kuailive_m3 import import_kuailive_m3
 from trainer.data.simulator.write_dataset import simulate
@@ -28,7 +27,7 @@ def test_vectors_by_row_number(tmp_path: Path) -> None:
     pq.write_table(items, tmp_path / "items.parquet")
     write_vectors(tmp_path, world_vectors(1, 3), np.array([0, 1, 3]))
     segments = SegmentVectors.open(str(tmp_path))
-    assert segments.item_id.tolist() == [9, 4, 8] and segments.author_id.tolist() == [2, 1, UNKNOWN_AUTHOR]
+    assert segments.item_id.tolist() == [9, 4, 8] and segments.author_id.tolist() == [2, 1, -1]
     assert segments.known_ms.tolist() == [70, 50, 40] and segments.without_vector == 1
     assert segments.rows(TimeRange(40, 70)).tolist() == [1, 2] and segments.rows(TimeRange()).tolist() == [0, 1, 2]
 

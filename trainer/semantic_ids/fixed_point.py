@@ -52,7 +52,11 @@ class FixedPoint:
             factor = math.ldexp(1.0, self.exponent)
             _add_rows(sums.numpy(), codes.numpy(), values.contiguous().numpy(), weights.numpy(), factor)
         else:
-            sums.index_add_(0, codes.long(), self.integers(values) * weights[:, None])
+            self.add_rows_by_index(sums, codes, values, weights)
+
+    def add_rows_by_index(self, sums: Tensor, codes: Tensor, values: Tensor, weights: Tensor) -> None:
+        """Add rows as :meth:`add_rows` does, with PyTorch's operations, on any device."""
+        sums.index_add_(0, codes.long(), self.integers(values) * weights[:, None])
 
     def values(self, integers: Tensor) -> Tensor:
         """Return integers of this scale as float64."""

@@ -26,6 +26,7 @@ from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.llm.instructions import annotate
 from trainer.llm.instructions.annotate import (
     MAX_REFUSALS,
     PROMPTS,
@@ -169,6 +170,46 @@ def test_every_segment_is_asked_for_both_kinds_once(serve: Serve, segments: Segm
     # the same command again, with more segments
     assert ask(url, file, segments, rows=5) == AnswerCounts(earlier=8, good=2)
     assert set(served.asked.values()) == {1} and len(served.asked) == 10
+
+
+def test_requests_are_made_twice_as_many_as_are_asked_at_once_ahead_of_the_stored_answers(
+    serve: Serve, segments: SegmentTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, stored, ahead = 0, 0, list[int]()
+    context, add = segments.context, annotate._AnswerStore.add
+
+    def count(row: int) -> SegmentContext:
+        nonlocal made
+        made += 1
+        return context(row)
+
+    def store(self: Any, answers: Any) -> str:
+        nonlocal stored
+        some = list(answers)
+        ahead.append(made - stored)
+        stored += len(some)
+        return add(self, some)
+
+    monkeypatch.setattr(segments, "context", count)
+    monkeypatch.setattr(annotate._AnswerStore, "add", store)
+    url, _ = serve(good)
+    assert ask(url, tmp_path / "a.jsonl", segments, rows=12).good == 24
+    # Nothing is stored before all of the first requests are made.
+    assert ahead[0] == max(ahead) == 2 * 3 and stored == made == 24
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.rejected.jsonl"])
+def test_a_fifo_is_no_file_of_annotations(name: str, serve: Serve, segments: SegmentTexts, tmp_path: Path) -> None:
+    url, served = serve(good)
+    os.mkfifo(tmp_path / name)
+    # With a reader, it could be opened for appending.
+    reader = os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(UserError, match=f"{name}: not a regular file but a FIFO"):
+            ask(url, tmp_path / "a.jsonl", segments, rows=1)
+    finally:
+        os.close(reader)
+    assert not served.asked
 
 
 def test_an_answer_that_cannot_be_used_is_kept_with_its_reason_and_not_asked_again(

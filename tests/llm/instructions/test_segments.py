@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from launch.cli.data_instructions import instructions
 from launch.cli.main import main
 from tests.paths import ROOT
 from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.text_schema import COMMENTS, read_texts
 from trainer.data.simulator.population import TOPICS
 from trainer.data.simulator.words import SPEECH, TOPIC_WORDS, VOLUME
@@ -26,7 +30,9 @@ from trainer.llm.finetuning.option_evaluation import Options
 from trainer.llm.finetuning.samples import ReadCounts, read_samples
 from trainer.llm.instructions.annotations import DESCRIPTION_KEYS, Annotation, AnnotationFile
 from trainer.llm.instructions.segment_tasks import SEGMENT_TASKS
+from trainer.llm.instructions.segments import SegmentTexts
 from trainer.llm.instructions.world_truth import ATMOSPHERES, EVENTS
+from trainer.llm.instructions.write import InstructionPlan
 from trainer.llm.instructions.write_segments import SegmentPlan, split_segments, write_segment_instructions
 from trainer.llm.models.base_model import BaseModelFiles
 from trainer.runtime.checksums import CHECKSUMS
@@ -215,6 +221,50 @@ def test_a_prompt_has_the_comments_and_frames_of_its_own_time(world: Path, writt
     assert "- first" not in read(tmp_path / "fewer", "train")[0]["prompt"]
 
 
+def test_an_annotation_is_told_in_its_own_letters_and_a_prompt_has_the_local_time(
+    world: Path, written: Path, tmp_path: Path
+) -> None:
+    truth = [json.loads(line) for line in (written / "annotations.jsonl").read_text().splitlines()]
+    for one in truth:
+        one["description"]["content"] = "唱歌 é"
+    annotations = tmp_path / "a.jsonl"
+    annotations.write_text("".join(json.dumps(one) + "\n" for one in truth))
+    write_segment_instructions(world, tmp_path / "out", replace(PLAN, annotations=str(annotations)))
+    zone = ZoneInfo(DatasetSpec.load(world).timezone)
+    for record in read(tmp_path / "out", "train"):
+        time = datetime.fromtimestamp(record["time_ms"] / 1000, zone)
+        assert f"{time:%A %Y-%m-%d %H:%M}" in record["prompt"]
+        assert record["task"] == "segment_question" or '"content": "唱歌 é"' in record["answer"]
+
+
+@pytest.mark.parametrize(("longest", "cut"), [(200, 0), (6, 16)])
+def test_the_texts_of_the_samples_that_are_cut_are_counted(longest: int, cut: int, world: Path, tmp_path: Path) -> None:
+    """Cuts of the prompts for the larger model do not count."""
+
+    def change(segments: Segments) -> Segments:
+        return [{**one, "text": "long words"} for one in segments]
+
+    def ask(segments: SegmentTexts, rows: np.ndarray) -> None:
+        for row in rows:
+            segments.context(row)
+
+    plan = replace(PLAN, samples=10, evaluate_samples=3, characters=longest, most={"segment_question": 0})
+    copy = rewrite(world, tmp_path / "changed", change)
+    for kind in ("items", "authors", "comments"):
+        (copy / "texts" / f"{kind}.parquet").unlink(missing_ok=True)
+    manifest = write_segment_instructions(copy, tmp_path / "out", plan, ask=ask)
+    assert sum(sum(of_split.values()) for of_split in manifest["samples"].values()) == 16
+    assert manifest["texts_cut"] == cut
+
+
+def test_plans_have_the_defaults_of_the_command() -> None:
+    command = {parameter.name: parameter.default for parameter in instructions.params}
+    for plan in (SegmentPlan, InstructionPlan):
+        own = {field.name: field.default for field in fields(plan) if field.name in command}
+        given = {name: default for name, default in own.items() if name not in ("evaluate_from", "most", "annotations")}
+        assert given.items() <= command.items() and len(given) > 5
+
+
 def test_text_that_spells_a_control_token_stays_text(
     world: Path, written: Path, tmp_path: Path, base: BaseModelFiles
 ) -> None:
@@ -266,11 +316,15 @@ def test_a_table_with_a_mistake_is_refused(world: Path, tmp_path: Path) -> None:
     def twice(segments: Segments) -> Segments:
         return [*segments, segments[0]]
 
+    def below_zero(segments: Segments) -> Segments:
+        return [{**segments[0], "segment": -1}, *segments[1:]]
+
     def numbers_as_frames(segments: Segments) -> pa.Table:
         return pa.Table.from_pylist(segments).append_column("frames", pa.array([1] * len(segments)))
 
     for name, change, told in (
         ("twice", twice, "segment 0 of item .* twice"),
+        ("negative", below_zero, "has a negative item_id or segment; they count from 0"),
         ("frames", numbers_as_frames, "frames must be a list of paths or URLs"),
     ):
         with pytest.raises(UserError, match=told):

@@ -171,8 +171,7 @@ def read_code_header(path: Path) -> CodeHeader:
 
 def _metadata(files: DatasetFiles, path: Path) -> CodeHeader:
     """Return the metadata of a file; raises FileNotFoundError if there is no such file."""
-    schema, footer = table_footer(files, path.name)
-    metadata = footer | (schema.metadata or {})
+    _, metadata = table_footer(files, path.name)
     found = {key: metadata.get(f"{_PREFIX}{key}".encode()) for key in _KEYS}
     if found["format"] is None:
         raise UserError(f"{path}: no code file; `limelight quantize assign` makes one")

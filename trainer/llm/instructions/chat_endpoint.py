@@ -259,7 +259,7 @@ def _reason(content: bytes) -> str:
         error = found.get("error", found)
         message = error.get("message", "") if isinstance(error, dict) else error
     except (ValueError, AttributeError, RecursionError):
-        message = content[:200].decode(errors="replace")
+        message = content.decode(errors="replace")
     line = " ".join(str(message).split())[:200]
     return f": {line}" if line else ""
 
