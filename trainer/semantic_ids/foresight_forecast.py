@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -170,19 +171,20 @@ class ForecastSpool:
                 file.truncate(done * row_bytes)
                 for first in range(done, count, ForecastSpool.CHUNK_ROWS):
                     rows = min(ForecastSpool.CHUNK_ROWS, count - first)
-                    try:
-                        write_fully(file, np.full((rows, width), np.nan, _DTYPE).tobytes())
-                    except OSError as error:
-                        raise OSError(error.errno, error.strerror, file.name) from None
+                    _write(file, np.full((rows, width), np.nan, _DTYPE).tobytes())
 
     def write(self, first: int, forecast: Mapping[str, np.ndarray]) -> None:
-        """Write vectors ``[n, width]`` of each table from a place on."""
+        """Write vectors ``[n, width]`` of each table from a place on.
+
+        Raises:
+            OSError: a file cannot be written; the error has its name.
+        """
         for name, values in forecast.items():
             file, width = self._files[name], self._widths[name]
             with np.errstate(over="ignore"):
                 content = values.astype(_DTYPE)
             file.seek(first * width * _DTYPE.itemsize)
-            write_fully(file, content.tobytes())
+            _write(file, content.tobytes())
 
     def sync(self) -> None:
         """Flush what this rank has written to disk."""
@@ -329,3 +331,15 @@ def write_forecasts(
 
 def _spool_file(directory: Path, name: str) -> Path:
     return directory / f".{name}.float16"
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    """Write all bytes.
+
+    Raises:
+        OSError: some cannot be written; the error has the file's name, which errors of writes do not have.
+    """
+    try:
+        write_fully(file, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.name)) from None
