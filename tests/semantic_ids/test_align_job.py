@@ -45,7 +45,9 @@ def encode(run: Path, out: Path, dataset: Path | None = None) -> ContentVectors:
         model = TrainedAlignment.open(run, None if dataset is None else str(dataset), None, ranks)
         summary = encode_segments(model, out, ranks)
         assert model.features.vocabulary is not None
-        trained = set(model.features.popularity.authors.tolist()) & set(model.features.vocabulary.tolist())
+        popularity = model.features.popularity
+        trained = set(popularity.authors[np.diff(popularity.bounds) > 0].tolist())
+        trained &= set(model.features.vocabulary.tolist())
         authors = model.features.content.segments.author_id.tolist()
         assert 0 < summary.unseen == sum(author not in trained for author in authors) < summary.segments
         assert (summary.segments, summary.without_author, summary.dim) == (len(authors), 0, 8)
