@@ -226,7 +226,10 @@ class ForesightPredictor(nn.Module):
         """
         table = self.table() if table is None else table
         output = self(code, length, table)
-        expected = self.log_p(code, output, table).exp() @ centroids
+        # The mean under log_p: linear in p, so the copied codes need no place among all codes.
+        drawn = self._scores(output.future, table, self.table.bias).softmax(1) @ centroids
+        copied = (output.copied[:, None] @ centroids[code.clamp(min=0).long()])[:, 0]
+        expected = _log_rest(output.copied).exp()[:, None] * drawn + copied
         decoder = output.future.float() @ self.table.project.weight.float()
         return Forecast(_pooled(output, code >= 0, pooling).float(), decoder, expected)
 

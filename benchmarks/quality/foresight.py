@@ -40,6 +40,7 @@ from benchmarks.quality.foresight_report import (
     RANKERS,
     SEEN,
     UNSEEN,
+    VECTOR,
     Setting,
     draw,
     make_settings,
@@ -61,6 +62,7 @@ from benchmarks.quality.ranker_runs import train_and_predict
 from trainer.config.foresight import ForesightConfig, load_foresight
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.outputs import local_argument
+from trainer.data.format.content_vectors import SEGMENT_VECTORS
 from trainer.data.simulator.config import DAY_MS, START_MS, WorldConfig
 from trainer.data.simulator.segment_truth import nearest_centroid, reference_accuracy
 from trainer.data.simulator.segment_vectors import DEFAULT_NOISE
@@ -104,6 +106,8 @@ class Work:
         self._options, self._ranks = options, world
         self._folder: Path = options.work
         self.settings = make_settings(options.codes, options.noises, DEFAULT_NOISE)
+        if options.settings:
+            self.settings = {name: self.settings[name] for name in options.settings}
 
     def world(self, noise: float = DEFAULT_NOISE) -> Path:
         """Return the world with some noise of the segment vectors."""
@@ -144,12 +148,17 @@ class Work:
             write_topic_codes(world, codebook, file)
         return codebook, file
 
-    def rules(self, name: str) -> dict[str, Any]:
-        """Return the quality of the rules on the rows of a setting, and the best possible accuracy."""
+    def rules(self, name: str) -> dict[str, Any] | None:
+        """Return the quality of the rules on the rows of a setting, and the best possible accuracy.
+
+        This and the next two methods return None if ``--finished`` is set and the part is not there.
+        """
         setting = self.settings[name]
         days = "-all-days" if setting.every_day else ""
         file = self._folder / f"rules-{setting.codes or 'topics'}-{setting.noise}-{setting.target}{days}.json"
         if not file.exists():
+            if self._options.finished:
+                return None
             data, parts = self._foreseen(name)
             baselines = Baselines(data.rows, data.training, data.codes, data.truth)
             found: dict[str, Any] = {
@@ -175,11 +184,14 @@ class Work:
             write_json(file, found)
         return read(file)
 
-    def predictor(self, name: str, seed: int) -> dict[str, Any]:
+    def predictor(self, name: str, seed: int) -> dict[str, Any] | None:
         """Return the quality of a setting's predictor with a seed."""
         run = self._run(name, seed)
         file = run.with_suffix(".json")
         if not file.exists():
+            if self._options.finished:
+                return None
+            print(f"predictor, {name}, seed {seed}", file=sys.stderr, flush=True)
             started = time.process_time()
             run_job(self._job(name, seed, NEVER), self._ranks, Preemption())
             seconds = time.process_time() - started
@@ -193,10 +205,13 @@ class Work:
             write_json(file, {"quality": quality, "seconds": seconds})
         return read(file)
 
-    def scores(self, variant: str, seed: int) -> Scores:
+    def scores(self, variant: str, seed: int) -> Scores | None:
         """Return the predictions of a ranker."""
         file = self._folder / f"seed-{seed}" / f"ranker-{slug(variant)}.npz"
         if not file.exists():
+            if self._options.finished:
+                return None
+            print(f"ranker, {variant}, seed {seed}", file=sys.stderr, flush=True)
             started = time.process_time()
             found, behaviours = train_and_predict(self._ranker_job(variant, seed), self._ranks)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -245,6 +260,8 @@ class Work:
 
     def _table(self, name: str) -> Path:
         """Return a table of segment vectors, a ceiling or a forecast."""
+        if name == VECTOR:
+            return self.world() / SEGMENT_VECTORS
         if name in CEILINGS:
             table = self._folder / f"ceiling-{slug(name)}"
             if not table.exists():
@@ -253,9 +270,9 @@ class Work:
         forecasts = self._folder / "forecasts"
         if not forecasts.exists():
             seed = self._options.seeds[0]
-            setting = next(setting for setting, found in self.settings.items() if found.every_day)
-            self.predictor(setting, seed)
-            run_limelight("foresight", "forecast", self._run(setting, seed), "--out", forecasts)
+            best = next(name for name, setting in self.settings.items() if setting.every_day and setting.codes)
+            self.predictor(best, seed)
+            run_limelight("foresight", "forecast", self._run(best, seed), "--out", forecasts)
         return forecasts / name
 
     def _ranker_job(self, variant: str, seed: int) -> JobConfig:
@@ -304,39 +321,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=4000, help="foreseen rows of each group (default: %(default)s)")
     parser.add_argument("--reference-targets", type=int, default=500, help="segments of the best possible accuracy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
+    parser.add_argument("--ranker-seeds", type=int, nargs="+", help="of the rankers (default: as --seeds)")
+    parser.add_argument("--finished", action="store_true", help="compute nothing; report the parts that are finished")
+    parser.add_argument("--settings", nargs="+", help="names of the predictors' settings (default: all)")
     parser.add_argument("--rankers", nargs="*", choices=RANKERS, default=list(RANKERS), help="default: all")
     parser.add_argument("--predictor", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all predictors")
     parser.add_argument("--ranker", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all rankers")
     options = parser.parse_args(argv)
     if options.rankers and NO_CONTENT not in options.rankers:
         parser.error(f"--rankers: the differences are to {NO_CONTENT!r}; name it, too")
+    names = make_settings(options.codes, options.noises, DEFAULT_NOISE)
+    if unknown := set(options.settings or names) - set(names):
+        parser.error(f"--settings: there is no {sorted(unknown)}; choose from {list(names)}")
     torch.set_num_threads(1)
-    scores: dict[str, list[Scores]] = {variant: [] for variant in options.rankers}
+    scores: dict[str, list[Any]] = {variant: [] for variant in options.rankers}
     with World.join("cpu") as ranks:
         work = Work(options, ranks)
-        predictors: dict[str, list[dict[str, Any]]] = {name: [] for name in work.settings}
-        for seed in options.seeds:
-            for name in work.settings:
-                print(f"predictor, {name}, seed {seed}", file=sys.stderr, flush=True)
-                predictors[name].append(work.predictor(name, seed))
+        of_seeds = [{name: work.predictor(name, seed) for name in work.settings} for seed in options.seeds]
+        predictors = {name: [runs[name] for runs in of_seeds if runs[name]] for name in work.settings}
         rules = {name: work.rules(name) for name in work.settings}
-        for seed in options.seeds:
-            for variant in options.rankers:
-                print(f"ranker, {variant}, seed {seed}", file=sys.stderr, flush=True)
-                scores[variant].append(work.scores(variant, seed))
+        for seed in options.ranker_seeds or options.seeds:
+            # A comparison needs all variants of a seed.
+            of_seed = {variant: work.scores(variant, seed) for variant in options.rankers}
+            for variant, found in of_seed.items():
+                if None not in of_seed.values():
+                    scores[variant].append(found)
     result: dict[str, Any] = {"predictor": predictor_result(work.settings, rules, predictors)}
-    if options.rankers:
+    if options.rankers and scores[NO_CONTENT]:
         result["ranker"] = ranker_result(scores)
     print(tables(result))
     if options.out is not None:
         draw(result, options.out.with_suffix(".png"))
-    names = ("users", "days", "borders", "train_days", "rows", "reference_targets", "seeds", "predictor", "ranker")
+    facts_of = ("users", "days", "borders", "train_days", "rows", "reference_targets", "predictor", "ranker")
     facts = {
         "question": "Foresight's predictor beside rules and truth, and rankers with its forecasts, in points",
-        **{name: getattr(options, name) for name in names},
+        **{name: getattr(options, name) for name in facts_of},
         "newcomers": NEWCOMERS,
         "foreseen_days": FORESEEN_DAYS,
         "draws": DRAWS,
+        "ranker_seeds": len(scores[NO_CONTENT]) if options.rankers else 0,
     }
     write_result(options.out, {**facts, **result})
 

@@ -25,17 +25,18 @@ METRICS = ("top_1", "top_10", "nll")
 
 TOPICS = "true topics"
 
-NO_CONTENT, ENCODER, DECODER, BOTH = "no content", "+ I", "+ D", "+ I and D"
+NO_CONTENT, ENCODER, DECODER, BOTH, VECTOR = "no content", "+ I", "+ D", "+ I and D", "last segment's vector"
 RANKERS: dict[str, tuple[str, ...]] = {
     NO_CONTENT: (),
     ENCODER: ("encoder",),
     DECODER: ("decoder",),
     BOTH: ("encoder", "decoder"),
+    VECTOR: (VECTOR,),
     **{name: (name,) for name in CEILINGS},
 }
-"""Variant of the ranker -> its tables of segment vectors: those of the forecasts, and ceilings."""
+"""Variant of the ranker -> its tables of segment vectors: those of the forecasts, the world's own, and ceilings."""
 
-PAIRS = ((BOTH, ENCODER), (BOTH, LAST), (FORECAST, LAST))
+PAIRS = ((BOTH, ENCODER), (BOTH, VECTOR), (BOTH, LAST), (FORECAST, LAST))
 """Further comparisons: a variant, and the one that it is compared with."""
 
 
@@ -73,7 +74,12 @@ def make_settings(codes: Sequence[int], noises: Sequence[float], noise: float) -
         f"{few:,} codes": Setting(few, noise),
         f"{many:,} codes": Setting(many, noise, overrides=("train.sampled_codes=4096",)),
         **{f"{base}, noise {other}": Setting(usual, other) for other in noises},
-        TOPICS: Setting(0, noise, overrides=("model.dim=32",)),
+        TOPICS: Setting(
+            0,
+            noise,
+            every_day=True,
+            overrides=("model.dim=32", "data.runs=16", "model.encoded_runs=0", "train.epochs=2"),
+        ),
         f"{base}, learnt table": Setting(usual, noise, overrides=('model.table="learnt"',)),
         f"{base}, random table": Setting(usual, noise, overrides=('model.table="random"',)),
         f"{base}, next change": Setting(usual, noise, "change"),
@@ -83,18 +89,21 @@ def make_settings(codes: Sequence[int], noises: Sequence[float], noise: float) -
 
 
 def predictor_result(
-    settings: Mapping[str, Setting], rules: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Sequence[Any]]
+    settings: Mapping[str, Setting], rules: Mapping[str, Mapping[str, Any] | None], runs: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
     """Return by setting: the rows, and by group the quality of the predictor, with intervals, and of each rule.
 
     Args:
         settings: by name.
-        rules: by setting, of ``Work.rules``.
+        rules: by setting, of ``Work.rules``; settings without them, or without runs, are left out.
         runs: by setting, of ``Work.predictor``, one for each seed.
     """
     result = {}
     for name, setting in settings.items():
-        of_rules, rows = rules[name], rules[name]["rows"]
+        of_rules = rules[name]
+        if not runs[name] or of_rules is None:
+            continue
+        rows = of_rules["rows"]
         share = rows[SEEN] / rows[ALL]
         of_runs = [_with_all(run["quality"], share) for run in runs[name]]
         quality: dict[str, dict[str, Any]] = {}
@@ -114,6 +123,7 @@ def predictor_result(
             "training_rows": of_rules["training"],
             "persistence": of_rules["persistence"],
             "reference": of_rules.get("reference"),
+            "seeds": len(of_runs),
             "seconds": float(np.mean([run["seconds"] for run in runs[name]])),
             "quality": quality,
             "targets": _targets(quality[ALL], of_rules.get("reference")),

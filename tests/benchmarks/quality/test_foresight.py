@@ -189,3 +189,8 @@ def test_all_parts_run(
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     foresight.main(arguments)
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}, "nothing twice"
+    # Of a benchmark that was stopped, the finished parts are reported: here the only seed of two.
+    foresight.main([*arguments, "--seeds", "1", "2", "--finished"])
+    again = json.loads(out.read_text())
+    assert (again["predictor"], again["ranker"]) == (document["predictor"], document["ranker"])
+    assert again["ranker_seeds"] == 1 and again["predictor"][TOPICS]["seeds"] == 1
