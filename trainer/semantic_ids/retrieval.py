@@ -8,6 +8,9 @@ Everything is read from segments with ``known_ms <= as_of_ms`` only, and an auth
   author comes first: each of them adds the largest number of levels that it shares, counted in the same way, with one
   of the other author's latest runs. An author that shares nothing in both is left out.
 
+* **By interactions**: by users who met both authors' rooms with the same behaviour under the same code
+  (``co_interactions.py``), beside the ranks by codes and, of a given table, by vectors.
+
 Equal authors are in the order of their ids.
 
 A room is on air as of a time if one of its segments became known in the last ``ON_AIR_MS``. The end of a room, which
@@ -31,12 +34,14 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.segments import UNKNOWN_AUTHOR, DatasetSegments, has_text_ids
 from trainer.data.format.text_schema import SEGMENT_MS
+from trainer.semantic_ids.co_interactions import AuthorSimilarity, coded_interactions
 from trainer.semantic_ids.code_files import CodesAsOf, check_segments, read_codes, segments_of_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.segment_labels import label_segments
 from trainer.semantic_ids.segments import SegmentVectors
+from trainer.stream.labels.event_log import EventLog
 
-Comparison = Literal["vectors", "codes"]
+Comparison = Literal["vectors", "codes", "interactions"]
 
 ON_AIR_MS = 2 * SEGMENT_MS
 RECENT_RUNS = 10
@@ -54,8 +59,10 @@ class AuthorRequest:
         author: id of the asked author.
         as_of: ISO time in the dataset's time zone.
         by: comparison of the authors.
-        vectors: table of segment vectors; empty for ``embeddings/segments`` of the dataset.
+        vectors: table of segment vectors; empty for ``embeddings/segments`` of the dataset, and for none beside
+            interactions.
         codes: code file; empty for none.
+        level: number of levels of a code that interactions must share; None for 1.
         codebook: codebook version that the codes, and the vectors, must be of; empty for any.
         on_air: answer only authors with a room on air.
         count: largest number of authors in the answer.
@@ -67,6 +74,7 @@ class AuthorRequest:
     vectors: str = ""
     codes: str = ""
     codebook: str = ""
+    level: int | None = None
     on_air: bool = False
     count: int = 10
 
@@ -176,7 +184,7 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
     version = CodebookVersion.open(request.codebook) if request.codebook else None
     codes = _read_codes(Path(request.codes), version) if request.codes else None
     source: SegmentVectors | CodeFile
-    if request.by == "codes":
+    if request.by != "vectors":
         assert codes is not None
         segments, embedded = segments_of_codes(dataset, codes)
         source, ids, place = codes, codes.segment, str(codes.path)
@@ -197,10 +205,15 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
         others = others[np.isin(authors[others], np.array(list(rooms), np.int64))]
     known_codes = None if codes is None else AuthorCodes(codes)
     scores: list[dict[str, Any]]
+    left_out = 0
     if isinstance(source, CodeFile):
         assert known_codes is not None
-        answered, scores = _by_codes(known_codes, authors[asked], authors[others], as_of_ms, request.count)
-        left_out = 0
+        if request.by == "interactions":
+            answered, scores = _by_interactions(
+                dataset, request, source, segments, authors, asked, others, known_codes, as_of_ms
+            )
+        else:
+            answered, scores = _by_codes(known_codes, authors[asked], authors[others], as_of_ms, request.count)
     else:
         ranking = rank_by_cosine(
             _direction(source, places[asked], request.author),
@@ -236,6 +249,7 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
         "by": request.by,
         "source": place,
         "codebook_version": None if codes is None else codes.version,
+        "beside": ["codes", *["vectors"] * bool(request.vectors)] if request.by == "interactions" else [],
         "on_air_only": request.on_air,
         "compared": len(others) - left_out,
         "without_direction": left_out,
@@ -246,8 +260,12 @@ def retrieve_authors(dataset: str, request: AuthorRequest) -> dict[str, Any]:
 
 def retrieval_table(document: dict[str, Any]) -> str:
     """Format the answer of :func:`retrieve_authors` for a terminal."""
-    by_codes = document["by"] == "codes"
-    ways = "shared levels of the latest codes" if by_codes else "the cosine of the latest vectors"
+    by = document["by"]
+    ways = {
+        "codes": "shared levels of the latest codes",
+        "vectors": "the cosine of the latest vectors",
+        "interactions": "common users, behaviours and codes",
+    }[by]
     which = " with a room on air" if document["on_air_only"] else ""
     others = "1 other author" if document["compared"] == 1 else f"{document['compared']:,} other authors"
     lines = [
@@ -256,25 +274,20 @@ def retrieval_table(document: dict[str, Any]) -> str:
     ]
     if document["without_direction"]:
         lines.append(f"left out, as their vector is zero or not finite: {document['without_direction']:,}")
-    if by_codes and document["compared"] and not document["authors"]:
-        lines.append("none of them shares a code with it")
+    if by != "vectors" and document["compared"] and not document["authors"]:
+        lines.append(f"none of them shares a {'code' if by == 'codes' else 'user, behaviour and code'} with it")
     entries = [document["asked"], *document["authors"]]
     with_codes = document["codebook_version"] is not None
     header = [
         "author",
-        *(["levels", "recent"] if by_codes else ["cosine"]),
+        *_score_header(document),
         *["codes"] * with_codes,
         "room on air",
         "age",
     ]
     rows = []
     for place, entry in enumerate(entries):
-        if not place:
-            score = ["asked", ""] if by_codes else ["asked"]
-        elif by_codes:
-            score = [str(entry["levels"]), str(entry["recent"])]
-        else:
-            score = [f"{entry['cosine']:.4f}"]
+        score = _score_cells(document, entry) if place else ["asked", *[""] * (len(_score_header(document)) - 1)]
         codes = [] if not with_codes else ["-" if entry["codes"] is None else "/".join(map(str, entry["codes"]))]
         room = "-" if entry["room_on_air"] is None else str(entry["room_on_air"])
         rows.append([str(entry["author"]), *score, *codes, room, age_text(entry["age_ms"])])
@@ -329,6 +342,74 @@ def _by_codes(
     return ranking.places, scores
 
 
+def _by_interactions(
+    dataset: str,
+    request: AuthorRequest,
+    codes: CodeFile,
+    segments: DatasetSegments,
+    authors: np.ndarray,
+    asked: int,
+    others: np.ndarray,
+    known_codes: AuthorCodes,
+    as_of_ms: int,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Return the ranked places in ``others``, and the scores of each with its ranks in the other comparisons."""
+    similarity = AuthorSimilarity(asked, len(authors))
+    start_ms = segments.start_ms[segments.rows_of(codes.segment)]
+    for cells in coded_interactions(EventLog(dataset), codes, start_ms, authors, request.level or 1).cells(as_of_ms):
+        similarity.add(cells)
+    allowed = np.isin(np.arange(len(authors)), others)
+    ranking = similarity.rank(authors, allowed, request.count)
+    by_codes, _ = _by_codes(known_codes, authors[asked], authors[others], as_of_ms, len(others))
+    ranks = {"codes": dict(zip(authors[others][by_codes].tolist(), range(1, len(others) + 1), strict=False))}
+    if request.vectors:
+        ranks["vectors"] = _vector_ranks(dataset, request, authors[asked], authors[others], as_of_ms)
+    scores = [
+        {
+            "score": float(score),
+            "users": int(users),
+            "shared": int(shared),
+            "ranks": {name: rank.get(int(authors[place])) for name, rank in ranks.items()},
+        }
+        for place, score, users, shared in zip(*ranking, strict=True)
+    ]
+    return np.searchsorted(others, ranking.places), scores
+
+
+def _vector_ranks(
+    dataset: str, request: AuthorRequest, asked: int, others: np.ndarray, as_of_ms: int
+) -> dict[int, int]:
+    """Return author -> rank by the cosine of the latest vectors of a table, among the others that have one."""
+    source = SegmentVectors.open(dataset, request.vectors)
+    authors, places = _latest(source, as_of_ms)
+    at = _find_author(request, authors, source.author_id, source.known_ms, str(source.table.path), source.timezone)
+    some = np.isin(authors, others)
+    query = _direction(source, places[at], asked)
+    ranking = rank_by_cosine(query, source.table.vectors, places[some], authors[some], len(others))
+    return dict(zip(authors[some][ranking.places].tolist(), range(1, len(others) + 1), strict=False))
+
+
+def _score_header(document: dict[str, Any]) -> list[str]:
+    """Return the names of the columns of the scores."""
+    if document["by"] == "interactions":
+        return ["score", "users", *(f"by {name}" for name in document["beside"])]
+    return ["levels", "recent"] if document["by"] == "codes" else ["cosine"]
+
+
+def _score_cells(document: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """Return the scores of an author, in the order of the columns."""
+    if document["by"] == "interactions":
+        ranks = (entry["ranks"][name] for name in document["beside"])
+        return [
+            f"{entry['score']:.4f}",
+            f"{entry['users']:,}",
+            *("-" if rank is None else f"{rank:,}" for rank in ranks),
+        ]
+    if document["by"] == "codes":
+        return [str(entry["levels"]), str(entry["recent"])]
+    return [f"{entry['cosine']:.4f}"]
+
+
 def _shared_levels(asked: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Return the number of levels up to the first difference from ``asked [levels]``, ``[n, levels] -> [n]`` int64."""
     return np.cumprod(codes == asked, axis=1, dtype=np.int64).sum(1)
@@ -336,8 +417,10 @@ def _shared_levels(asked: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 def _check_options(request: AuthorRequest) -> None:
     """Raise a UserError if an option has no effect, or one is missing."""
-    if request.by == "codes" and not request.codes:
-        raise UserError("--by codes needs --codes FILE, a code file; `limelight quantize assign` makes one")
+    if request.by != "vectors" and not request.codes:
+        raise UserError(f"--by {request.by} needs --codes FILE, a code file; `limelight quantize assign` makes one")
+    if request.by != "interactions" and request.level is not None:
+        raise UserError("--level needs --by interactions, which compares codes of some levels")
     if request.by == "codes" and request.vectors:
         raise UserError("--vectors has no effect with --by codes; leave one of them out")
     if request.codebook and not request.codes:
