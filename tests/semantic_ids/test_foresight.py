@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from modules.foresight import ForesightPredictor
 from tests.conftest import RunRanks
 from tests.nursery import Nursery
 from tests.semantic_ids.foresight_world import (
@@ -31,10 +33,14 @@ from trainer.config.foresight import ForesightConfig
 from trainer.console.errors import UserError
 from trainer.data.format.segment_codes import CodeFile
 from trainer.engine import step_loop
+from trainer.engine.lr_schedule import learning_rate_factor
+from trainer.runtime.rng_state import start_random_states
 from trainer.runtime.watchdog import Watchdog
-from trainer.semantic_ids import foresight_report
-from trainer.semantic_ids.foresight_data import ForesightData
-from trainer.semantic_ids.foresight_training import RowSchedule
+from trainer.semantic_ids import foresight_report, foresight_training
+from trainer.semantic_ids.foresight_data import ForesightBatch, ForesightData, fingerprint
+from trainer.semantic_ids.foresight_engine import PredictorEngine
+from trainer.semantic_ids.foresight_training import ForesightWindow, RowSchedule, predictor_size
+from trainer.semantic_ids.segments import TimeRange
 from trainer.serving.export import export_checkpoint
 
 RULES = ["model", "last", "most frequent", "by run length", "Markov", "author's Markov"]
@@ -92,6 +98,67 @@ def test_training_learns_what_the_frequency_does_not_say(data: Path) -> None:
     counts = ForesightData.open(job_of(data)).target_counts
     p = counts[counts > 0] / counts.sum()
     assert np.mean(losses[-9:]) < -(p * np.log(p)).sum() - 0.3
+
+
+def test_the_first_step_is_that_of_the_mean_loss_and_each_has_the_rate_of_its_schedule(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's steps do not depend on the scale of a loss, so its moments are compared."""
+    settings = ("train.without_context=0.0", "optimizer.warmup=0.3", "optimizer.decay=linear")
+    settings += (f"train.deepspeed={data}/settings.json",)
+    (data / "settings.json").write_text('{"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}')
+    config, rates = job_of(data, *settings), list[float]()
+    set_rate, data_of_run = PredictorEngine.set_learning_rate, ForesightData.open(config)
+
+    def record(self: PredictorEngine, rate: float) -> None:
+        rates.append(rate)
+        set_rate(self, rate)
+
+    monkeypatch.setattr(PredictorEngine, "set_learning_rate", record)
+    assert run(data, *settings, stop_after=1) == {}
+    found = model_of(data / "run")
+    assert run(data, *settings) and rates == [
+        0.01 * learning_rate_factor(step, STEPS, 0.3, "linear") for step in range(STEPS)
+    ]
+
+    start_random_states(config.run.seed, 0, 0)
+    counts = torch.from_numpy(data_of_run.target_counts)
+    predictor = ForesightPredictor(predictor_size(config, CODES), data_of_run.centroids, counts)
+    part = RowSchedule(data_of_run.training, 32, 2, config.run.seed).step(0)
+    batch = ForesightBatch.of(data_of_run.rows, part, 8, torch.device("cpu"))
+    predictor.losses(batch.code, predictor(batch.code, batch.length), batch.target).mean().backward()
+    compared = 0
+    for name, parameter in predictor.named_parameters():
+        if parameter.grad is not None:
+            own = next(value for key, value in found.items() if key.endswith(f"{name}/exp_avg"))
+            torch.testing.assert_close(own, 0.1 * parameter.grad, rtol=1e-3, atol=1e-7)
+            compared += bool(parameter.grad.any())
+    assert compared > 20
+
+
+def test_a_window_goes_on_where_it_was_saved_and_the_time_between_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(foresight_training, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    window = ForesightWindow()
+    window.add(3.0, 4)
+    clock.now = 107.0
+    saved = json.loads(json.dumps(window.state_dict()))
+    clock.now = 1000.0
+    resumed = ForesightWindow()
+    resumed.load_state_dict(saved)
+    clock.now = 1003.0
+    resumed.add(2.0, 1)
+    expected = {"step": 7, "loss": 1.0, "learning_rate": 0.5, "rows": 5, "seconds": 10.0}
+    assert resumed.entry(7, 0.5) == expected
+
+
+def test_the_identity_of_codes_is_what_earlier_runs_have_kept() -> None:
+    """Another one would refuse to continue them."""
+    numbers = np.arange(4)
+    codes = CodeFile(Path("f"), "3-0123", (3,), numbers + 5, numbers + 7, numbers, 10 * numbers, numbers[:, None] % 3)
+    assert fingerprint(codes, TimeRange(3, 25)) == "6dd99f642dc1c55e"
 
 
 def test_two_ranks_are_one(data: Path, run_ranks: RunRanks) -> None:

@@ -75,6 +75,29 @@ def test_probabilities_are_those_of_the_definition(log: Log, border: int) -> Non
             assert found[row].sum() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_weights_are_the_best_ones_for_the_last_fifth_of_training_after_the_rest_of_it(seed: int) -> None:
+    log = cycle(60, seed=seed)
+    rows = log.rows()
+    training = rows.training(TimeRange(until_ms=50))
+    baselines = Baselines(rows, training, CODES)
+    earlier, tuning = training[: -(len(training) // 5)], training[-(len(training) // 5) :]
+    assert min(WEIGHTS) < 1e-3 and max(WEIGHTS) > 3e4
+    counted = [plain_counts(log, rows, earlier, row) | {"last": Counter([int(rows.code[row])])} for row in tuning]
+    for name, chain in CHAINS.items():
+        own = np.array([[[counts[link][code] for code in range(CODES)] for link in chain] for counts in counted])
+
+        def loss(weights: tuple[float, ...], own: np.ndarray = own) -> float:
+            p = np.full((len(own), CODES), 1 / CODES)
+            for link, weight in enumerate(weights):
+                p = (own[:, link] + weight * p) / (own[:, link].sum(1, keepdims=True) + weight)
+            return float(-np.log(p[np.arange(len(own)), rows.target[tuning]]).mean())
+
+        best = baselines.weights[name]
+        others = [(*best[:link], weight, *best[link + 1 :]) for link in range(len(best)) for weight in WEIGHTS]
+        assert loss(best) <= min(map(loss, others)) + 1e-9
+
+
 @given(log=logs(), border=st.integers(1, 26))
 def test_later_segments_change_no_probability(log: Log, border: int) -> None:
     """Segments that are known after the range of training and the row change neither weights nor forecasts."""

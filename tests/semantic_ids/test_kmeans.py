@@ -82,6 +82,22 @@ def test_distortion_is_that_of_faiss() -> None:
     assert own < theirs * 1.02
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_scale_of_a_level_holds_every_residual(seed: int) -> None:
+    """Every vector minus any centroids of the levels before it, nearest or not."""
+    random = torch.Generator().manual_seed(seed)
+    vectors = 2 * torch.rand(30, 4, generator=random) - 1
+    levels = tuple(float(scale) * torch.randn(5, 4, generator=random) for scale in (1, 3, 0.01))
+    settings = KMeansSettings((5, 5, 5), start="warm")
+    source = StoredVectors("v", vectors.numpy(), "hash")
+    with World.join("cpu") as world:
+        fitting = kmeans._Fitting(source, settings, world, Codebook(levels), None)
+        for count in range(4):
+            exponent = fitting._magnitude(Codebook(levels[:count]))
+            largest = float(vectors.abs().max()) + sum(float(level.abs().max()) for level in levels[:count])
+            assert largest <= 2.0**exponent < 4 * largest
+
+
 def test_each_level_lowers_the_error_and_history_belongs_to_it() -> None:
     vectors = blobs(1200, seed=1)
     for normalize in (False, True):
