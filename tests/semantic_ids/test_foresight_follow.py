@@ -332,6 +332,34 @@ def test_ticks_that_take_longer_than_their_event_time_are_counted_and_said(
     assert f"{document['training']['slow_ticks']} times the forecasts and steps of some ticks" in caplog.text
 
 
+def test_a_run_that_ends_while_it_writes_its_tables_continues(
+    data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(self: ForecastSpool, *arguments: Any) -> None:
+        raise UserError("ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForecastSpool, "write_tables", ended)
+        with pytest.raises(UserError, match="ended"):
+            follow(data)
+    # All is computed, and of the tables nothing is there.
+    assert not (data / "run/metrics.json").exists() and not (data / "run/forecasts/encoder").exists()
+
+    def half_removed(directory: Path, names: dict[str, int]) -> None:
+        next(directory.glob(".encoder*")).unlink()
+        raise UserError("ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForecastSpool, "remove", half_removed)
+        with pytest.raises(UserError, match="ended"):
+            follow(data)
+    assert_same_tables(data / "run", whole / "run")
+    assert not (data / "run/metrics.json").exists()
+    follow(data)
+    assert_same_tables(data / "run", whole / "run")
+    assert not list((data / "run/forecasts").glob(".*"))
+
+
 def test_a_full_disk_is_one_line_and_the_run_continues(
     data: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
