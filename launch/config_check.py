@@ -228,7 +228,7 @@ def _check_align(job: AlignConfig, ranks: int, found: JobCheck) -> None:
 
 def _check_foresight(job: ForesightConfig, ranks: int, found: JobCheck) -> None:
     from trainer.semantic_ids.foresight_data import ForesightData
-    from trainer.semantic_ids.foresight_follow import FollowData
+    from trainer.semantic_ids.foresight_follow_data import FollowData
     from trainer.semantic_ids.foresight_training import deepspeed_settings
 
     settings = found.run("batch size and ranks", lambda: deepspeed_settings(job, ranks))

@@ -26,12 +26,12 @@ from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.semantic_ids.foresight_follow import (
     FollowCheckpoints,
-    FollowData,
     RunForecasts,
     follow,
     metrics_document,
     start_state,
 )
+from trainer.semantic_ids.foresight_follow_data import FollowData
 from trainer.semantic_ids.foresight_training import deepspeed_settings, start_engine
 
 logger = logging.getLogger("trainer.foresight_follow")

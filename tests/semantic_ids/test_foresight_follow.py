@@ -31,7 +31,7 @@ from trainer.foresight_follow import run_job
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.semantic_ids import foresight_follow, foresight_forecast
-from trainer.semantic_ids.foresight_follow import FollowSchedule
+from trainer.semantic_ids.foresight_follow_data import FollowSchedule
 from trainer.semantic_ids.foresight_forecast import TABLES, ForecastSegments, ForecastSpool
 from trainer.semantic_ids.foresight_model import TrainedPredictor
 from trainer.semantic_ids.foresight_rows import ForesightRows, SegmentContexts
