@@ -13,12 +13,19 @@ Tables: Recall@K over all authors on air, and AUC and GAUC of the ranker, with t
 for all rows and by the popularity of the author. Intervals are over users (paired bootstrap), means over the seeds.
 
 Every finished part is kept under ``--work``, so the same command continues a benchmark that was stopped.
+
+A world of this size has about twelve authors on air at once, too few for Recall@50 and Recall@100. A larger one, with
+the towers alone:
+
+    python -m benchmarks.quality.larm --work runs/larm-on-air --out benchmarks/results/larm_on_air.json \
+        --retrieval-only --users 26000 --days 4 --held-out-days 1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -69,7 +76,7 @@ class Work:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self.world = options.work / "world"
-        self._eval_from = f"2024-03-{4 + options.days - HELD_OUT_DAYS:02d}"
+        self._eval_from = f"2024-03-{4 + options.days - options.held_out_days:02d}"
 
     def simulate(self) -> None:
         """Simulate the world, if it is not there."""
@@ -151,14 +158,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--users", type=int, default=USERS, help="users of the world (default: %(default)s)")
     parser.add_argument("--days", type=int, default=DAYS, help="days of the world (default: %(default)s)")
+    parser.add_argument(
+        "--held-out-days", type=int, default=HELD_OUT_DAYS, help="last days of the world (default: %(default)s)"
+    )
     parser.add_argument("--taste", type=float, default=0.5, help="share of the styles that follows what viewers like")
     parser.add_argument("--newcomers", type=float, default=0.5, help="share of the live authors who come later")
     parser.add_argument("--levels", type=int, nargs="+", default=[256, 256, 256], help="codes of each level")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
     parser.add_argument("--rankers", nargs="+", choices=RANKERS, default=list(RANKERS), help="default: all")
+    parser.add_argument("--retrieval-only", action="store_true", help="train no ranker")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all rankers")
     options = parser.parse_args(argv)
-    if IDS not in options.rankers:
+    if not 0 < options.held_out_days < options.days:
+        parser.error(f"--held-out-days: {options.held_out_days} of {options.days} days; leave a day to train on")
+    if options.retrieval_only:
+        options.rankers = []
+    elif IDS not in options.rankers:
         parser.error(f"--rankers: the differences are to {IDS!r}; name it, too")
     torch.set_num_threads(1)
     work = Work(options)
@@ -174,21 +189,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"ranker, {variant}, seed {seed}", file=sys.stderr, flush=True)
                 scores[variant].append(work.scores(variant, seed, world))
     groups = author_groups(work.world, work.job(IDS, options.seeds[0]))
-    result: dict[str, Any] = {
-        "retrieval": retrieval_result(runs, groups),
-        "ranking": ranking_result(scores, groups, work.world),
-    }
+    result: dict[str, Any] = {"retrieval": retrieval_result(runs, groups)}
+    if scores:
+        result["ranking"] = ranking_result(scores, groups, work.world)
     print(tables(result))
     if options.out is not None:
         draw(result, options.out.with_suffix(".png"))
     facts = {
         "question": "LARM's parts on a simulated world with segment vectors, differences in points",
         "world": {name: getattr(options, name) for name in ("users", "days", "taste", "newcomers")},
-        "held_out": f"the last {HELD_OUT_DAYS} days",
+        "held_out": "the last day" if options.held_out_days == 1 else f"the last {options.held_out_days} days",
         "levels": options.levels,
         "seeds": options.seeds,
         "draws": DRAWS,
         "overrides": options.overrides,
+        "load": os.getloadavg(),
     }
     write_result(options.out, {**facts, **result})
 

@@ -254,7 +254,7 @@ def tables(result: Mapping[str, Any]) -> str:
         lines.append([FEATURES, *(f"{of_k[name][FEATURES]:.2f}" for name in GROUPS)])
         lines += _difference_lines([of_k[name]["differences"] for name in GROUPS])
         blocks.append(text_table([f"Recall@{k}, %", *GROUPS], lines))
-    for behaviour, of_group in result["ranking"].items():
+    for behaviour, of_group in result.get("ranking", {}).items():
         for metric, title in (("auc", "AUC"), ("gauc", "GAUC")):
             lines = [["positives", *(f"{of_group[name]['positives']:,}" for name in GROUPS)]]
             lines.append([IDS, *(f"{of_group[name][metric][IDS]:.2f}" for name in GROUPS)])
@@ -275,17 +275,16 @@ def _difference_lines(of_groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
-    """Draw the differences of click AUC by group, and of Recall@10."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1)
-    behaviour = next(iter(result["ranking"]))
-    panels = (
-        (upper, f"AUC of {behaviour}, difference to {IDS}, points", IDS,
-         [result["ranking"][behaviour][name]["auc"]["differences"] for name in GROUPS]),
-        (lower, f"Recall@10, difference to {FEATURES}, points", FEATURES,
-         [result["retrieval"][name]["recall@10"]["differences"] for name in GROUPS]),
-    )  # fmt: skip
-    for panel, title, to, of_groups in panels:
+    """Draw the differences of click AUC by group, where rankers were trained, and of Recall@10."""
+    panels = []
+    for behaviour, ranking in list(result.get("ranking", {}).items())[:1]:
+        of_groups = [ranking[name]["auc"]["differences"] for name in GROUPS]
+        panels.append((f"AUC of {behaviour}, difference to {IDS}, points", IDS, of_groups))
+    of_groups = [result["retrieval"][name]["recall@10"]["differences"] for name in GROUPS]
+    panels.append((f"Recall@10, difference to {FEATURES}, points", FEATURES, of_groups))
+    figure = Figure(figsize=(11, 3.5 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for panel, (title, to, of_groups) in zip(axes, panels, strict=True):
         variants = [found["variant"] for found in of_groups[0] if found["to"] == to]
         width = 0.8 / len(variants)
         for number, variant in enumerate(variants):

@@ -91,3 +91,11 @@ def test_all_parts_run(
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     larm.main([*small, *arguments])
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}, "nothing twice"
+    only = tmp_path / "larm_on_air.json"
+    larm.main(["--retrieval-only", *(str(only) if word == str(out) else word for word in arguments)])
+    found = json.loads(only.read_text())
+    assert found["retrieval"] == document["retrieval"] and "ranking" not in found and found["load"]
+    assert "AUC" not in capsys.readouterr().out.rpartition("Recall@1, %")[2]
+    with pytest.raises(SystemExit):
+        larm.main(["--days", "2", "--held-out-days", "2"])
+    assert "2 of 2 days; leave a day to train on" in capsys.readouterr().err
