@@ -223,6 +223,7 @@ ELSEWHERE = {
     "trainer.semantic_ids.code_files:APPENDED_ROWS": "tests/semantic_ids/test_code_files.py",
     "trainer.semantic_ids.foresight_baselines:ROWS_AT_ONCE": "tests/semantic_ids/test_foresight_baselines.py",
     "trainer.semantic_ids.foresight_report:ROWS_AT_ONCE": "tests/semantic_ids/test_foresight.py",
+    "trainer.semantic_ids.follow_align:ROWS_AT_ONCE": "tests/semantic_ids/test_follow_align.py",
     "trainer.semantic_ids.kmeans_start:_NUMBERS_AT_ONCE": "tests/semantic_ids/test_kmeans.py",
     "trainer.semantic_ids.retrieval:BLOCK_VALUES": "tests/semantic_ids/test_retrieval.py",
     "trainer.semantic_ids.segment_source_lines:READ_CHUNK": "tests/semantic_ids/test_segment_source_lines.py",

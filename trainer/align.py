@@ -32,7 +32,7 @@ from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.files import write_json
 from trainer.runtime.preemption import Preemption, until_preempted
 from trainer.semantic_ids import align_model
-from trainer.semantic_ids.align_content import content_scale
+from trainer.semantic_ids.align_content import AuthorContent, content_scale
 from trainer.semantic_ids.align_encode import encode_segments
 from trainer.semantic_ids.align_evaluation import Rooms, evaluate_held_out, retrieval_table
 from trainer.sparse.planner import format_plan
@@ -77,7 +77,9 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
         content = world.on_first_rank(lambda: align_model.store_content(config, segments, scale, directory))
         popularity = align_model.store_positives(counted, directory, world)
         fitted = fit_once(config, data, split, directory / "features", world, {}, {})
-        features = align_model.make_features(config, data.spec, fitted, segments, content, popularity)
+        features = align_model.make_features(
+            config, data.spec, fitted, AuthorContent(segments, content.scale), popularity
+        )
         engine = align_model.build_engine(config, features, world)
         logger.info(f"table placement by TorchRec's planner\n{format_plan(engine.plan)}")
         identity = Identity(config, ALIGN, features.positives, dataset)

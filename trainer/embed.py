@@ -31,7 +31,7 @@ from trainer.llm.models.prompt_templates import Template
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import until_preempted
 from trainer.semantic_ids.follow import Follower, StopRequest
-from trainer.semantic_ids.follow_setup import follow_settings, open_codes, open_segments
+from trainer.semantic_ids.follow_setup import follow_settings, open_codes, open_fusion, open_segments
 from trainer.semantic_ids.segment_source import Clock
 from trainer.semantic_ids.vector_cache import VectorCache
 from trainer.semantic_ids.vector_cache_parts import CacheSettings
@@ -84,7 +84,8 @@ def follow(config: EmbeddingJob, world: World) -> None:
     """Embed the segments of live rooms as they become known, and store vectors and codes, until the source ends.
 
     Raises:
-        UserError: there are several ranks; model, source, codebook or store cannot be opened, read or written.
+        UserError: there are several ranks; or model, source, alignment, codebook or store cannot be opened, read or
+            written.
         KeyboardInterrupt, Preempted: a signal has arrived; all that was read is stored.
     """
     if world.size > 1:
@@ -98,11 +99,12 @@ def follow(config: EmbeddingJob, world: World) -> None:
         vectors = CacheSettings(encoder.dim, settings.dtype, origin)
         with (
             VectorCache(directory / "cache", vectors, settings.keep_ms) as cache,
-            open_codes(config.follow, vectors) as target,
+            open_fusion(config, cache, directory, world) as fusion,
+            open_codes(config.follow, fusion.cache.settings if fusion else vectors) as target,
             closing(open_segments(config, cache.position, clock)) as source,
             stop.installed(),
         ):
-            Follower(directory, source, encoder, cache, target, settings, clock, stop).run()
+            Follower(directory, source, encoder, cache, target, settings, clock, stop, fusion).run()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,13 @@ from tests.semantic_ids.segment_world import write_segments, write_vectors
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.semantic_ids import align_content
-from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, check_vectors, content_scale
+from trainer.semantic_ids.align_content import (
+    AuthorContent,
+    ContentIdentity,
+    check_vectors,
+    content_scale,
+    content_width,
+)
 from trainer.semantic_ids.segments import SegmentVectors
 
 DIM, SCALE = 3, 2.0
@@ -46,7 +52,7 @@ def test_content_is_that_of_the_definition(count: int, authors: int, seed: int) 
     random = np.random.default_rng(seed + 1)
     who, when = random.integers(-1, authors + 1, 30), random.integers(-1, count + 2, 30)
     found = content.read(who, when)
-    assert found.dtype == np.float32 and found.shape == (30, content.width)
+    assert found.dtype == np.float32 and found.shape == (30, content_width(DIM))
     expected = [plain(*columns, a, t) for a, t in zip(who.tolist(), when.tolist(), strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -107,10 +113,8 @@ def test_other_vectors_than_those_of_the_model_are_refused(tmp_path: Path) -> No
     write_vectors(tmp_path, np.ones((2, DIM)))
     segments = SegmentVectors.open(str(tmp_path))
     identity = ContentIdentity(str(segments.table.path), DIM, "abc", segments.table.hash, 1.0)
-    identity.check(segments, "RUN")
-    write_vectors(tmp_path, np.ones((2, DIM + 1)))
-    with pytest.raises(UserError, match=rf"vectors have {DIM + 1} elements, and RUN was trained on {DIM}"):
-        identity.check(SegmentVectors.open(str(tmp_path)), "RUN")
-    write_vectors(tmp_path, np.ones((2, DIM)), model="other")
-    with pytest.raises(UserError, match=r"from another model \(other\) than those of RUN \(abc\)"):
-        identity.check(SegmentVectors.open(str(tmp_path)), "RUN")
+    identity.check("t", DIM, segments.table.origin, "RUN")
+    with pytest.raises(UserError, match=rf"t: vectors have {DIM + 1} elements, and RUN was trained on {DIM}"):
+        identity.check("t", DIM + 1, segments.table.origin, "RUN")
+    with pytest.raises(UserError, match=r"t: vectors are from another model \(other\) than those of RUN \(abc\)"):
+        identity.check("t", DIM, Origin(model="small", hash="other"), "RUN")

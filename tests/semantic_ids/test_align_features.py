@@ -21,7 +21,7 @@ from trainer.data.format.schema import Rows
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch import RankingBatch, unpack
 from trainer.semantic_ids import align_features
-from trainer.semantic_ids.align_content import ContentIdentity
+from trainer.semantic_ids.align_content import AuthorContent
 from trainer.semantic_ids.align_features import AuthorRequests, PairFeatures, choose_positives, tower_inputs
 from trainer.semantic_ids.align_model import build_towers, make_features
 from trainer.semantic_ids.align_popularity import AuthorPopularity, positive_rows
@@ -47,8 +47,8 @@ def features(world: Path, data: Dataset) -> PairFeatures:
     config = load_align(file, overrides)
     fitted = fit_features(data.spec, data.store, data.histories, config.features, TRAINING)
     popularity = AuthorPopularity.count(data, TRAINING, [0])
-    identity = ContentIdentity("t", 128, "", "", 2.0)
-    return make_features(config, data.spec, fitted, SegmentVectors.open(str(world)), identity, popularity)
+    content = AuthorContent(SegmentVectors.open(str(world)), 2.0)
+    return make_features(config, data.spec, fitted, content, popularity)
 
 
 def some_rows(data: Dataset) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_a_run_has_metrics_by_popularity_and_a_vector_of_each_segment(run: Path,
     np.testing.assert_allclose(np.linalg.norm(table.vectors.astype(np.float32), axis=1), 1, atol=2e-3)
     assert table.origin.model == "run" and table.origin.pooling == "fused author vectors" and table.origin.hash
     assert not list((run / "authors").glob(".*"))
+
+
+def test_tables_of_segments_have_the_hash_of_their_segments(run: Path, world: Path) -> None:
+    segments = DatasetSegments.read(str(world), embedded=False)
+    for table in (ContentVectors.open(run / "authors"), ContentVectors.open(world / SEGMENT_VECTORS)):
+        assert table.segments == segments.hash(segments.rows_of(table.ids)) != ""
+        moved = replace(segments, known_ms=segments.known_ms + 1)
+        with pytest.raises(UserError, match="made from other segments than those of"):
+            moved.check_table(table)
 
 
 def test_the_outcome_of_each_held_out_pair_gives_the_recall(run: Path) -> None:

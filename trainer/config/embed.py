@@ -132,6 +132,16 @@ class FollowConfig(Section):
     codebook: InputFile = Field(
         "", description="Directory of the codebook version that turns vectors into codes. Empty: no codes."
     )
+    align: InputFile = Field(
+        "",
+        description="Directory of a run of `limelight align`: codes are those of fused author vectors, which go to "
+        "`DIRECTORY/follow/authors`. Empty: codes of the segment vectors.",
+    )
+    align_data: InputFile = Field(
+        "",
+        description="Dataset with the features, rows and earlier segments of the authors, for `align`. Empty: the "
+        "dataset of its run, or with a `replay` the replayed one.",
+    )
     store: StoreAddress = Field(
         "",
         description="Store of recent codes: the path of an SQLite file, or `redis://HOST:PORT/DATABASE`. It needs a "
@@ -170,6 +180,8 @@ class FollowConfig(Section):
             raise ValueError('source = "kafka" needs `brokers` and `topic`')
         if bool(self.codebook) != bool(self.store):
             raise ValueError("`codebook` and `store` need each other: set both, or none of them")
+        if self.align_data and not self.align:
+            raise ValueError("`align_data` is of an alignment: set `align`, too")
         return self
 
 

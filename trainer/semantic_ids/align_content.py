@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from trainer.console.errors import UserError
 from trainer.data.features.author_means import AuthorMeans
 from trainer.data.features.segment_index import SegmentIndex
+from trainer.data.format.content_vectors import Origin
 from trainer.semantic_ids.segments import SegmentVectors, find_bad_vectors
 
 CHUNK_ROWS = 1 << 16
@@ -40,23 +42,48 @@ class ContentIdentity:
     hash: str
     scale: float
 
-    def check(self, segments: SegmentVectors, run: object) -> None:
+    def check(self, place: object, dim: int, origin: Origin, run: object) -> None:
         """Check that a model of these vectors can read others.
+
+        Args:
+            place: of the other vectors, for the message.
+            dim: number of their elements.
+            origin: of them.
+            run: directory of the model.
 
         Raises:
             UserError: they have another width, or another model made them.
         """
-        table = segments.table
-        if table.dim != self.dim:
+        if dim != self.dim:
             raise UserError(
-                f"{table.path}: vectors have {table.dim} elements, and {run} was trained on {self.dim}; use vectors of "
+                f"{place}: vectors have {dim} elements, and {run} was trained on {self.dim}; use vectors of "
                 f"the same kind as {self.table}"
             )
-        if (other := table.origin.hash or table.origin.pooling) != self.origin:
+        if (other := origin.hash or origin.pooling) != self.origin:
             raise UserError(
-                f"{table.path}: vectors are from another model ({other or 'unknown'}) than those of {run} "
+                f"{place}: vectors are from another model ({other or 'unknown'}) than those of {run} "
                 f"({self.origin or 'unknown'}); use vectors of the same kind as {self.table}"
             )
+
+
+class ContentSource(Protocol):
+    """Source of the authors' content for the towers."""
+
+    @property
+    def dim(self) -> int:
+        """Number of elements of a segment vector."""
+
+    def prepare(self) -> None:
+        """Do the work that forked processes can share."""
+
+    def read(self, authors: np.ndarray, as_of_ms: np.ndarray, latest: np.ndarray | None = None) -> np.ndarray:
+        """Return mean, latest vector and 1, or zeros for an author without a segment, ``[m, 2 * dim + 1]`` float32.
+
+        Args:
+            authors: ``[m]`` int64.
+            as_of_ms: ``[m]`` int64.
+            latest: ``[m]`` int64, places of vectors to read in place of the latest vectors.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,9 +113,9 @@ class AuthorContent:
         self.read(np.zeros(1, np.int64), np.zeros(1, np.int64))
 
     @property
-    def width(self) -> int:
-        """Number of columns of :meth:`read`."""
-        return 2 * self.segments.table.dim + 1
+    def dim(self) -> int:
+        """Number of elements of a segment vector."""
+        return self.segments.table.dim
 
     def read(self, authors: np.ndarray, as_of_ms: np.ndarray, latest: np.ndarray | None = None) -> np.ndarray:
         """Return mean, latest vector and 1, or zeros for an author without a segment, ``[m, 2 * dim + 1]`` float32.
@@ -98,19 +125,24 @@ class AuthorContent:
             as_of_ms: ``[m]`` int64.
             latest: ``[m]`` int64, rows of the table to read in place of the latest vectors.
         """
-        dim, vectors = self.segments.table.dim, self.segments.table.vectors
+        dim, vectors = self.dim, self.segments.table.vectors
         first, stop = self._index.span(authors, as_of_ms)
         some = np.flatnonzero(stop > first)
         last = stop[some] - 1
         means = np.empty((len(some), dim), np.float32)
         self._means.read(last, means)
         row = self._index.order[last] if latest is None else latest[some]
-        found = np.zeros((len(authors), self.width), np.float32)
+        found = np.zeros((len(authors), content_width(dim)), np.float32)
         found[some, :dim] = means
         found[some, dim : 2 * dim] = vectors[row]
         found /= np.float32(self.scale)
         found[some, 2 * dim] = 1
         return found
+
+
+def content_width(dim: int) -> int:
+    """Return the number of columns that a :class:`ContentSource` of vectors of ``dim`` elements reads."""
+    return 2 * dim + 1
 
 
 def check_vectors(segments: SegmentVectors) -> None:

@@ -20,11 +20,15 @@ from trainer.data.format.content_vectors import MANIFEST, Origin, VectorPart, wr
 from trainer.engine.build_engine import rows_per_rank
 from trainer.runtime.distributed import World
 from trainer.runtime.stored_files import load_array, read_json_object, stored_value
+from trainer.semantic_ids.align_content import AuthorContent
 from trainer.semantic_ids.align_evaluation import encode_authors
 from trainer.semantic_ids.align_features import AuthorRequests
 from trainer.semantic_ids.align_model import TrainedAlignment
 
 POOLING = "fused author vectors"
+
+FUSED_DTYPE = "float16"
+"""Type of the stored vectors; their codes are those of the stored values."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +58,12 @@ class FusedTableSummary(NamedTuple):
         )
 
 
-def fused_origin(model: TrainedAlignment) -> Origin:
-    """Return the origin of the fused vectors of a model. Their ids are those of the segments that it read."""
-    table = model.features.content.segments.table
+def fused_origin(model: TrainedAlignment, vectors: Origin) -> Origin:
+    """Return the origin of the fused vectors of a model. Their ids are those of the segment vectors that it reads."""
     return Origin(
         model=model.directory.resolve().name,
         # Readers of a table find the kind of its ids in the names of the templates.
-        template=table.origin.template,
+        template=vectors.template,
         pooling=POOLING,
         hash=model.version,
     )
@@ -78,7 +81,9 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
         UserError: no segment has an author, ``out`` has other vectors, or the table cannot be written; then nothing of
             it is left.
     """
-    segments = model.features.content.segments
+    content = model.features.content
+    assert isinstance(content, AuthorContent), "the content is that of a dataset's segments"
+    segments = content.segments
     rows = np.flatnonzero(segments.author_id >= 0)
     if not len(rows):
         raise UserError(f"{segments.table.path}: no segment has an author in {model.data.store.path}")
@@ -111,7 +116,9 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
         def write() -> None:
             parts = _parts(out, segments.table.ids[rows], bounds)
             no_texts = np.zeros(len(rows), np.uint64)
-            write_parts(out, segments.table.ids[rows], no_texts, parts, dim, origin=fused_origin(model))
+            origin = fused_origin(model, segments.table.origin)
+            ids, digest = segments.table.ids[rows], segments.hash(rows)
+            write_parts(out, ids, no_texts, parts, dim, origin=origin, dtype=FUSED_DTYPE, segments=digest)
 
         world.on_first_rank(write)
     except BaseException as error:

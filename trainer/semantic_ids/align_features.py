@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from trainer.data.format.dataset import Dataset, statistics_as_of
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.history import Histories
 from trainer.data.format.id_index import IdIndex
+from trainer.data.format.moving_statistics import MovingStatistics
 from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows, partition_of, row_columns
 from trainer.data.loading.batch import RankingBatch, unpack
-from trainer.semantic_ids.align_content import AuthorContent
+from trainer.semantic_ids.align_content import ContentSource, content_width
 from trainer.semantic_ids.align_popularity import AuthorPopularity, positive_rows
 
 _HASHES = 1 << 20
@@ -71,7 +73,7 @@ class PairFeatures:
     """
 
     base: FeatureMap
-    content: AuthorContent
+    content: ContentSource
     popularity: AuthorPopularity
     positives: tuple[str, ...]
     smoothing: float | None
@@ -87,7 +89,7 @@ class PairFeatures:
     @property
     def layout(self) -> BatchLayout:
         """Layout of the batches: content and 1 for a known author follow the dense features."""
-        n_dense = self.base.n_dense + self.content.width + 1
+        n_dense = self.base.n_dense + content_width(self.content.dim) + 1
         return dataclasses.replace(self.base.layout, n_dense=n_dense, behaviours=0, pairs=True)
 
     def evaluated(self) -> PairFeatures:
@@ -123,7 +125,7 @@ class PairFeatures:
         space: Space | None = None,
         latest: np.ndarray | None = None,
     ) -> PackedBatch:
-        """Return the inputs of all rows, positive or not; ``latest`` is for :meth:`AuthorContent.read`."""
+        """Return the inputs of all rows, positive or not; ``latest`` is for :meth:`ContentSource.read`."""
         packed, author = self.base.pack(rows, histories, as_of_ms, space), rows["author_id"]
         known = self.known(author)
         if self.content_only:
@@ -172,7 +174,7 @@ def tower_inputs(features: PairFeatures) -> TowerInputs:
         author_ids=side("author"),
         author_dense=dense("author"),
         content=base.n_dense,
-        vector_dim=features.content.segments.table.dim,
+        vector_dim=features.content.dim,
     )
 
 
@@ -187,12 +189,13 @@ class AuthorRequests:
     Args:
         data: the dataset.
         features: of the model.
+        in_time: the requests of one call come later than those of the calls before, as a rule.
 
     Raises:
         UserError: the dataset has features of authors, and no table of authors or a damaged one.
     """
 
-    def __init__(self, data: Dataset, features: PairFeatures) -> None:
+    def __init__(self, data: Dataset, features: PairFeatures, *, in_time: bool = False) -> None:
         self._data, self._features, spec = data, features, data.spec
         self._side = [k for k, side in enumerate(spec.side) if side.of == "author"]
         self._dense = [k for k, dense in enumerate(spec.dense) if dense.of == "author"]
@@ -200,7 +203,9 @@ class AuthorRequests:
         self._keys = [k for k, key in enumerate(spec.statistics) if _owned(spec, key, "author")]
         # The statistics of these keys alone, which need no user.
         counted = dataclasses.replace(spec, statistics=tuple(spec.statistics[k] for k in self._keys))
-        self._counted = dataclasses.replace(data, spec=counted)
+        counted_data = dataclasses.replace(data, spec=counted)
+        moving = MovingStatistics(counted_data)
+        self._statistics = moving.as_of if in_time else partial(statistics_as_of, counted_data)
 
     def batches(
         self, authors: np.ndarray, as_of_ms: np.ndarray, rows: int, latest: np.ndarray | None = None
@@ -213,7 +218,7 @@ class AuthorRequests:
             authors: ``[n]`` int64.
             as_of_ms: ``[n]`` int64; nothing that became known later is read.
             rows: requests of a batch.
-            latest: ``[n]`` int64, see :meth:`AuthorContent.read`.
+            latest: ``[n]`` int64, see :meth:`ContentSource.read`.
         """
         for start in range(0, len(authors), REQUESTS_AT_ONCE):
             part = slice(start, start + REQUESTS_AT_ONCE)
@@ -243,7 +248,7 @@ class AuthorRequests:
             index, values = self._dense_values
             rows["dense"][:, self._dense] = values[index.find(authors) + 1]
         if self._keys:
-            counts = statistics_as_of(self._counted, rows).reshape(n, len(self._keys), 1 + len(spec.behaviours))
+            counts = self._statistics(rows).reshape(n, len(self._keys), 1 + len(spec.behaviours))
             rows["stat"].reshape(n, len(spec.statistics), -1)[:, self._keys] = counts
         return rows
 

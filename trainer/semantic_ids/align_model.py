@@ -31,7 +31,7 @@ from trainer.runtime.checksums import verify_checksums
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 from trainer.runtime.stored_files import read_json_object, stored_value
-from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, check_vectors
+from trainer.semantic_ids.align_content import AuthorContent, ContentIdentity, ContentSource, check_vectors
 from trainer.semantic_ids.align_features import PairFeatures, check_author_tables, choose_positives, tower_inputs
 from trainer.semantic_ids.align_popularity import AuthorPopularity
 from trainer.semantic_ids.segments import SegmentVectors
@@ -82,7 +82,7 @@ def store_content(config: AlignConfig, segments: SegmentVectors, scale: float, d
         write_json(file, dataclasses.asdict(identity))
         return identity
     identity = read_content(directory)
-    identity.check(segments, directory)
+    identity.check(table.path, table.dim, table.origin, directory)
     if identity.hash != table.hash and not config.resume.allow_new_data:
         raise UserError(
             f"{directory}: this run began with other segment vectors ({identity.table} then, {table.path} now, or they "
@@ -169,14 +169,13 @@ def make_features(
     config: AlignConfig,
     spec: DatasetSpec,
     fitted: FittedFeatures,
-    segments: SegmentVectors,
-    identity: ContentIdentity,
+    content: ContentSource,
     popularity: AuthorPopularity,
 ) -> PairFeatures:
     """Return the features of a job's training rows; :meth:`PairFeatures.evaluated` has those of others."""
     return PairFeatures(
         FeatureMap(spec, config.features, fitted),
-        AuthorContent(segments, identity.scale),
+        content,
         popularity,
         choose_positives(spec, config),
         smoothing=config.towers.smoothing if config.towers.log_q else None,
@@ -271,22 +270,35 @@ class TrainedAlignment:
             UserError: there is no run or no whole checkpoint, or dataset or vectors do not fit the model.
         """
         config = load_align_run(directory)
-        verify_checksums(directory, ("config.json", "deepspeed.json"))
         path = dataset or config.data.path
         data = Dataset.open(path, config.data.on_corrupt)
-        data.verify(world)
         segments = SegmentVectors.open(path, vectors or ("" if dataset else config.data.vectors))
         identity = read_content(directory)
-        identity.check(segments, directory)
+        identity.check(segments.table.path, segments.table.dim, segments.table.origin, directory)
         check_vectors(segments)
-        features = make_features(
-            config,
-            data.spec,
-            FittedFeatures.load(directory / "features"),
-            segments,
-            identity,
-            AuthorPopularity.load(directory / POPULARITY),
-        ).evaluated()
+        data.verify(world)
+        return TrainedAlignment.load(directory, config, data, AuthorContent(segments, identity.scale), world)
+
+    @staticmethod
+    def load(
+        directory: Path, config: AlignConfig, data: Dataset, content: ContentSource, world: World
+    ) -> TrainedAlignment:
+        """Load the newest checkpoint of a run, with a source of content. Collective.
+
+        Args:
+            directory: of the run.
+            config: job of the run.
+            data: a dataset of the layout of the run's.
+            content: segment vectors of the authors; of the kind that the run was trained on.
+            world: the ranks.
+
+        Raises:
+            UserError: there is no whole checkpoint, or the dataset has another layout.
+        """
+        verify_checksums(directory, ("config.json", "deepspeed.json"))
+        fitted = FittedFeatures.load(directory / "features")
+        popularity = AuthorPopularity.load(directory / POPULARITY)
+        features = make_features(config, data.spec, fitted, content, popularity).evaluated()
         engine = build_engine(config, features, world)
         checkpoint = find_checkpoint(directory)
         manifest = read_manifest(checkpoint)

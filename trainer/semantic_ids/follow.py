@@ -1,10 +1,13 @@
 """Follows live rooms: embeds each segment as it becomes known, and stores vector and code.
 
-A batch is stored in this order: dead letters, the cache, the store of recent codes, the mark of what the store has.
+A batch is stored in this order: dead letters, the cache, with an alignment the cache of fused vectors, the store of
+recent codes, the mark of what the store has.
 The record of the cache has vectors, codes and the position of the source after them, and is there whole or not at all.
 So a process that is killed continues after the last record: it reads no message twice and misses none. What the store
 lacks is appended again from the cache; the store does not change by what it has already. So nothing is missing or
 double after a kill at any point.
+
+Codes are those of the segment vectors, or with an alignment those of the fused author vectors (``follow_align.py``).
 """
 
 from __future__ import annotations
@@ -77,6 +80,23 @@ class SegmentCodebook(Protocol):
         Raises:
             UserError: they have another dimension, or another model makes them.
         """
+
+
+class SegmentFusion(Protocol):
+    """Encoder of segment vectors into fused author vectors, and the cache of these."""
+
+    @property
+    def cache(self) -> VectorCache:
+        """Cache of the fused vectors, with a record for each of the cache of segment vectors."""
+
+    def is_late(self, author: int, known_ms: int) -> bool:
+        """True if no fused vector can be made of a segment, since later ones of its author are only in a sum."""
+
+    def encode(self, entries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return the fused vectors of segments that are about to be stored, ``[n, dim]`` in the type of ``cache``."""
+
+    def store(self, entries: np.ndarray, fused: np.ndarray, note: dict[str, Any]) -> int:
+        """Write a record of fused vectors, and return its number."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +217,7 @@ class Follower:
         settings: settings of the loop.
         clock: clock.
         stop: tells if the job was asked to stop.
+        fusion: makes the vectors that have codes; None for codes of the segment vectors.
 
     Raises:
         UserError: dead letters or reports cannot be written.
@@ -212,7 +233,11 @@ class Follower:
         settings: FollowSettings,
         clock: Clock,
         stop: StopRequest,
+        fusion: SegmentFusion | None = None,
     ) -> None:
+        self._fusion = fusion
+        # Cache of the vectors that have codes.
+        self._coded = cache if fusion is None else fusion.cache
         self._directory, self._source, self._encoder, self._cache = directory, source, encoder, cache
         self._target, self._settings, self._clock, self._stop = target, settings, clock, stop
         self._dead_letters = DeadLetterFile(directory, _count_of(cache.note, "dead_letter_bytes"))
@@ -279,7 +304,7 @@ class Follower:
         """Embed the segments of a batch, and store them in the order that the module describes."""
         began = self._clock.monotonic()
         chosen = self._select(batch)
-        entries, vectors = self._embed(chosen)
+        entries, vectors, fused = self._embed(chosen)
         counts = chosen.counts + Counter(embedded=len(entries), rejected=len(chosen.rejected))
         self._dead_letters.append(chosen.rejected)
         self.counts += counts
@@ -289,6 +314,8 @@ class Follower:
             "dead_letter_bytes": self._dead_letters.size,
         }
         sequence = self._cache.append(entries, vectors, batch.position, note)
+        if self._fusion is not None:
+            sequence = self._fusion.store(entries, fused, {"codebook": note["codebook"]})
         counts["conflicting"] = self._append_codes(entries).conflicting
         self._mark(sequence)
         now, now_ms = self._clock.monotonic(), self._clock.time() * 1000
@@ -311,6 +338,8 @@ class Follower:
             if segment.known_ms < newest_ms - self._settings.keep_ms:
                 # The parts of the cache with its time may be gone.
                 chosen.counts["late"] += 1
+            elif self._fusion is not None and self._fusion.is_late(segment.author_id, segment.known_ms):
+                chosen.counts["late"] += 1
             elif not segment.text.strip() and not (segment.frames and self._settings.frames):
                 chosen.counts["empty"] += 1
             elif not self._pace.takes(segment.segment):
@@ -322,12 +351,15 @@ class Follower:
         self._pace.arrived(new)
         return chosen
 
-    def _embed(self, chosen: _Selected) -> tuple[np.ndarray, np.ndarray]:
-        """Return entries and vectors of the chosen segments; those without a vector are rejected."""
+    def _embed(self, chosen: _Selected) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return entries, vectors and vectors with codes of the chosen segments; those without a vector are rejected.
+
+        The vectors with codes are the fused ones with an alignment, else the vectors themselves.
+        """
         segments = chosen.segments
         if not segments:
-            vectors: np.ndarray = np.zeros((0, self._cache.settings.dim), self._settings.dtype)
-            return np.zeros(0, ENTRY), vectors
+            none = [np.zeros((0, cache.settings.dim), cache.settings.dtype) for cache in (self._cache, self._coded)]
+            return np.zeros(0, ENTRY), none[0], none[1]
         vectors, reasons = self._encoder.encode(
             [segment.text for segment in segments], [segment.frames for segment in segments]
         )
@@ -353,8 +385,9 @@ class Follower:
         ):
             entries[name] = values
         # Codes are of the vectors as they are stored, so that they can be made again from the cache.
-        entries["code"] = -1 if self._target is None or not good else self._target.codes(vectors)
-        return entries, vectors
+        coded = vectors if self._fusion is None else self._fusion.encode(entries, vectors)
+        entries["code"] = -1 if self._target is None or not good else self._target.codes(coded)
+        return entries, vectors, coded
 
     def _append_codes(self, entries: np.ndarray) -> AppendCounts:
         """Append codes to the store."""
@@ -374,12 +407,12 @@ class Follower:
         """
         if self._target is None:
             return
-        after = min(self._stored(), self._cache.sequence_before_latest)
+        after = min(self._stored(), self._coded.sequence_before_latest)
         added = self._append_samples(after)
-        for record, vectors in self._cache.records(0 if added else after):
+        for record, vectors in self._coded.records(0 if added else after):
             self._stop.end()
             added += self._append_record(record, vectors)
-        self._mark(self._cache.sequence)
+        self._mark(self._coded.sequence)
         if added:
             logger.info(f"follow: {added:,} segments of the cache were appended to {self._target.place}")
 
@@ -390,7 +423,7 @@ class Follower:
         """
         added = 0
         for before in (0, after - 1) if after else ():
-            for record, vectors in self._cache.records(before):
+            for record, vectors in self._coded.records(before):
                 if record.sequence > after:
                     break
                 if len(record.entries):

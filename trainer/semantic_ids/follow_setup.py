@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from trainer.config.embed import EmbeddingJob, FollowConfig
 from trainer.config.stream import StreamConfig
 from trainer.console.outputs import local_path
+from trainer.runtime.distributed import World
 from trainer.semantic_ids.code_store import StoreSettings
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.follow import CodeTarget, FollowSettings
+from trainer.semantic_ids.follow_align import FusedAuthors
 from trainer.semantic_ids.redis_store import shown_address
 from trainer.semantic_ids.segment_source import Clock, SegmentSource
 from trainer.semantic_ids.segment_source_kafka import KafkaSegments
 from trainer.semantic_ids.segment_source_lines import LineSource
 from trainer.semantic_ids.segment_source_replay import ReplaySegments
 from trainer.semantic_ids.store_address import open_store
+from trainer.semantic_ids.vector_cache import VectorCache
 from trainer.semantic_ids.vector_cache_parts import CacheSettings
 
 HOUR_MS = 3_600_000
@@ -53,12 +56,37 @@ def open_segments(config: EmbeddingJob, position: Mapping[str, Any], clock: Cloc
 
 
 @contextmanager
+def open_fusion(
+    config: EmbeddingJob, segments: VectorCache, directory: Path, world: World
+) -> Iterator[FusedAuthors | None]:
+    """Load the alignment of a job, and make the fused vectors that its cache lacks; yield None without one.
+
+    Args:
+        config: the job.
+        segments: cache of the segment vectors.
+        directory: of the job.
+        world: the one rank.
+
+    Raises:
+        UserError: as :meth:`trainer.semantic_ids.follow_align.FusedAuthors.open`.
+    """
+    follow = config.follow
+    if not follow.align:
+        yield None
+        return
+    replayed = config.data.path if follow.source == "replay" else ""
+    fusion = FusedAuthors.open(Path(follow.align), follow.align_data, segments, directory, replayed, world)
+    with closing(fusion):
+        yield fusion
+
+
+@contextmanager
 def open_codes(config: FollowConfig, vectors: CacheSettings) -> Iterator[CodeTarget | None]:
     """Open codebook and store; yield None without a codebook.
 
     Args:
         config: section ``[follow]``.
-        vectors: width and origin of the vectors.
+        vectors: width and origin of the vectors that have codes.
 
     Raises:
         UserError: one of them cannot be opened, or the store has codes of another version.

@@ -19,7 +19,7 @@ from trainer.console.errors import UserError
 from trainer.data.format import storage
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.format.segments import DatasetSegments, has_text_ids
+from trainer.data.format.segments import DatasetSegments, has_text_ids, segments_hash
 from trainer.semantic_ids.code_store import GAP_MS
 from trainer.semantic_ids.vector_source import LARGEST_MAGNITUDE, StoredVectors, chunks, find_finite
 
@@ -103,7 +103,7 @@ class SegmentVectors:
 
         Raises:
             UserError: dataset or table are missing or damaged, the dataset has no times of its segments, or the table
-                has a vector of a segment that the dataset does not have.
+                has a vector of a segment that the dataset does not have, or was made from others with the same ids.
         """
         timezone = DatasetSpec.load(dataset).timezone
         place = vectors or storage.join(dataset, SEGMENT_VECTORS)
@@ -119,6 +119,7 @@ class SegmentVectors:
                 f"{place}: has a vector of segment {table.ids[np.argmin(row)]}, which {found.source} does not have; "
                 "make the vectors from this dataset"
             )
+        found.check_table(table)
         return SegmentVectors(
             table,
             item_id=found.item_id[row],
@@ -128,6 +129,11 @@ class SegmentVectors:
             without_vector=len(found) - len(table),
             timezone=timezone,
         )
+
+    def hash(self, rows: np.ndarray) -> str:
+        """Return the hash of the segments of some rows, which ascend, for tables of other vectors of them."""
+        columns = (self.table.ids, self.item_id, self.author_id, self.start_ms, self.known_ms)
+        return segments_hash(*(column[rows] for column in columns))
 
     def rows(self, times: TimeRange) -> np.ndarray:
         """Return the rows ``[m] int64`` of the segments that became known in a range, ascending."""

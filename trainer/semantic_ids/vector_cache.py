@@ -160,7 +160,7 @@ class VectorCache:
         keep_ms: time for which segments are kept, measured from the newest one.
 
     Attributes:
-        settings: as given.
+        directory, settings, keep_ms: as given.
         sequence: number of the last record, 0 if there is none.
         position: position of the source after the last record.
         note: note of the last record, without the position.
@@ -171,7 +171,7 @@ class VectorCache:
     """
 
     def __init__(self, directory: Path, settings: CacheSettings, keep_ms: int) -> None:
-        self._directory, self.settings, self._keep_ms = directory, settings, keep_ms
+        self.directory, self.settings, self.keep_ms = directory, settings, keep_ms
         self.sequence, self.newest_ms = 0, -1
         self.position: dict[str, Any] = {}
         self.note: dict[str, Any] = {}
@@ -201,6 +201,26 @@ class VectorCache:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def begin_with(self, sums: AuthorSums) -> None:
+        """Begin the means of the authors with segments from before the first one of this cache.
+
+        They count as segments of removed parts. A cache that has removed parts, or that began with others, keeps its
+        own.
+
+        Args:
+            sums: of segments, with ``sequence`` 0.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        assert sums.sequence == 0
+        if AuthorSums.read(self.directory, self.settings.dim).sequence == 0:
+            try:
+                sums.write(self.directory)
+            except OSError as error:
+                raise UserError(f"{self.directory / AVERAGES}: cannot be written ({one_line(error)})") from None
+            self.newest_ms = max(self.newest_ms, sums.newest_ms)
 
     def has(self, segment_id: int) -> bool:
         """True if a segment is in the cache, or was in a record of the kept time."""
@@ -258,7 +278,7 @@ class VectorCache:
         Raises:
             UserError: a record is damaged.
         """
-        files = part_files(self._directory)
+        files = part_files(self.directory)
         for number, (_, path) in enumerate(files):
             if number + 1 < len(files) and files[number + 1][0] <= after + 1:
                 continue
@@ -272,21 +292,21 @@ class VectorCache:
         for name in ("dim", "dtype"):
             if getattr(found, name) != getattr(self.settings, name):
                 raise UserError(
-                    f"{self._directory}: has vectors with {name} = {getattr(found, name)}, these have "
+                    f"{self.directory}: has vectors with {name} = {getattr(found, name)}, these have "
                     f"{getattr(self.settings, name)}; name another embed.directory"
                 )
         if found.origin.hash != self.settings.origin.hash:
             raise UserError(
-                f"{self._directory}: has vectors of another model, adapter, template or pooling (model "
+                f"{self.directory}: has vectors of another model, adapter, template or pooling (model "
                 f"{found.origin.model!r}, adapter {found.origin.adapter!r}); name another embed.directory, or use what "
                 "it was made with"
             )
 
     def _load(self) -> None:
         """Read what the cache has, and cut off a record that a crash has left unfinished."""
-        sums = AuthorSums.read(self._directory, self.settings.dim)
+        sums = AuthorSums.read(self.directory, self.settings.dim)
         self.sequence, self.newest_ms = sums.sequence, sums.newest_ms
-        files = part_files(self._directory)
+        files = part_files(self.directory)
         for number, (first, path) in enumerate(files):
             last = number + 1 == len(files)
             if not last and files[number + 1][0] <= sums.sequence + 1:
@@ -348,25 +368,25 @@ class VectorCache:
             return True
         if not len(entries) or self._first_ms < 0:
             return False
-        return int(entries["known_ms"].max()) - self._first_ms > self._keep_ms // PARTS_KEPT
+        return int(entries["known_ms"].max()) - self._first_ms > self.keep_ms // PARTS_KEPT
 
     def _begin_part(self, sequence: int) -> None:
         """Begin a new part, and remove the parts that are too old."""
-        path = part_path(self._directory, sequence)
+        path = part_path(self.directory, sequence)
         try:
             self.close()
             self._remove_old()
             self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
-            sync(self._directory)
+            sync(self.directory)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({one_line(error)})") from None
         self._first_ms = self._part_newest_ms = -1
 
     def _remove_old(self) -> None:
         """Add the oldest parts to the sums and remove them, as long as all of their segments are too old."""
-        oldest_ms = self.newest_ms - self._keep_ms
-        files = part_files(self._directory)
-        sums = before = AuthorSums.read(self._directory, self.settings.dim)
+        oldest_ms = self.newest_ms - self.keep_ms
+        files = part_files(self.directory)
+        sums = before = AuthorSums.read(self.directory, self.settings.dim)
         removed = []
         # The last part stays: it has the position.
         for _, path in files[:-1]:
@@ -381,7 +401,7 @@ class VectorCache:
                     sums = sums.plus(part, new)
             removed.append(path)
         if sums is not before:
-            sums.write(self._directory)
+            sums.write(self.directory)
         for path in removed:
             path.unlink()
         self._rooms = {item: room for item, room in self._rooms.items() if room[1] >= oldest_ms}

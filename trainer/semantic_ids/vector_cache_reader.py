@@ -28,6 +28,11 @@ from trainer.semantic_ids.vector_cache_parts import (
 
 _TRIES = 10
 
+_EXPECTED = -1
+"""Number of the part of a vector that is in no part yet; its place is the id of its segment."""
+
+_NO_LIMIT = (1 << 63) - 1
+
 
 @dataclass(frozen=True)
 class LatestVectors:
@@ -97,12 +102,21 @@ class _Author:
             # A sum in another order may have other bits.
             self.sum = None
 
+    def stored(self, segment: int, part: int, place: int) -> None:
+        """Set file and place of a vector that was added before it was stored."""
+        at = len(self.segment) - 1
+        # Such a segment is one of the latest.
+        while self.segment[at] != segment:
+            at -= 1
+        self.part[at], self.place[at] = part, place
+
 
 class CachedVectors:
     """A cache that is open for reading. A context manager; call :meth:`refresh` to see later segments.
 
     Args:
         directory: directory of the cache.
+        through: see :meth:`refresh`.
 
     Attributes:
         settings: width, type and origin of the vectors.
@@ -111,12 +125,12 @@ class CachedVectors:
         UserError: there is no cache, or it is damaged.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, through: int = _NO_LIMIT) -> None:
         self._directory = Path(directory)
         self.settings = CacheSettings.read(self._directory)
         self._files = ExitStack()
         self._forget()
-        self.refresh()
+        self.refresh(through)
 
     def __enter__(self) -> CachedVectors:
         return self
@@ -131,20 +145,56 @@ class CachedVectors:
     def __len__(self) -> int:
         return sum(len(author.segment) for author in self._authors.values())
 
-    def refresh(self) -> None:
+    def refresh(self, through: int = _NO_LIMIT) -> None:
         """Read the records that were added since the last call.
+
+        Args:
+            through: sequence number of the last record to read.
 
         Raises:
             UserError: the cache is damaged.
         """
         for _ in range(_TRIES):
             try:
-                self._read_new()
+                self._read_new(through)
                 return
             except FileNotFoundError:
                 # The writer has removed a part after it was listed; its vectors are in the sums now.
                 continue
         raise UserError(f"{self._directory}: its parts are removed faster than they are read; keep more hours")
+
+    def expect(self, entries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Add segments that the caller is about to append to the cache, and return the mean vector as of each of them.
+
+        The mean is that of :meth:`mean` for the author and the ``known_ms`` of the segment, over the segments of the
+        cache and the expected ones. The record of these segments must be read by the next call of :meth:`refresh`.
+
+        Args:
+            entries: ``[n]`` of ``ENTRY``, segments that the cache does not have.
+            vectors: ``[n, dim]`` in the cache's type.
+
+        Returns:
+            ``[n, dim]`` float32.
+
+        Raises:
+            UserError: a segment is from before a removed one of its author.
+        """
+        means = np.zeros((len(entries), self.settings.dim), np.float32)
+        # In the order of time, so that a sum grows by one vector after the other and is not made again for each.
+        order = np.lexsort((entries["id"], entries["known_ms"]))
+        _, first = np.unique(entries["known_ms"][order], return_index=True)
+        for rows in np.split(order, first[1:]):
+            for row in rows.tolist():
+                segment, author, known_ms = (int(entries[name][row]) for name in ("id", "author", "known_ms"))
+                self._expected[segment] = vectors[row]
+                self._author(author).add(segment, known_ms, _EXPECTED, segment, vectors[row])
+            means[rows] = self.mean(entries["author"][rows], entries["known_ms"][rows]).vectors
+        return means
+
+    def removed_ms(self, author: int) -> int:
+        """Return the newest time of a segment of an author that is only in a sum, -1 without one."""
+        known = self._authors.get(author)
+        return -1 if known is None else known.removed_ms
 
     def latest(self, authors: np.ndarray, as_of_ms: np.ndarray) -> LatestVectors:
         """Return the newest vector of each author as of a time.
@@ -167,7 +217,7 @@ class CachedVectors:
                 continue
             at = bisect_right(known.known_ms, as_of) - 1
             if at >= 0:
-                found.vectors[row] = self._parts[known.part[at]].vector(known.place[at])
+                found.vectors[row] = self._vector(known.part[at], known.place[at])
                 found.segment[row], found.known_ms[row] = known.segment[at], known.known_ms[at]
             # A removed segment could be newer than one that came late.
             if known.removed_ms >= 0 and (at < 0 or known.removed_ms > known.known_ms[at]):
@@ -199,7 +249,7 @@ class CachedVectors:
             if total is None:
                 total = known.base
                 for part, place in zip(known.part[:visible], known.place[:visible], strict=True):
-                    total = total + self._parts[part].vector(place)
+                    total = total + self._vector(part, place)
                 if visible == len(known.known_ms):
                     known.sum = total
             found.vectors[row], found.counts[row] = total / count, count
@@ -233,10 +283,23 @@ class CachedVectors:
         self._parts: list[CachePart] = []
         self._ends: list[int] = []
         self._authors: dict[int, _Author] = {}
+        self._expected: dict[int, np.ndarray] = {}
         self._sequence = 0
         self._sums_version: tuple[int, ...] | None = ()
 
-    def _read_new(self) -> None:
+    def _vector(self, part: int, place: int) -> np.ndarray:
+        return self._expected[place] if part == _EXPECTED else self._parts[part].vector(place)
+
+    def _author(self, author: int) -> _Author:
+        """Return the segments of an author, none for a new one."""
+        known = self._authors.get(author)
+        if known is None:
+            known = self._authors[author] = _Author(np.zeros(self.settings.dim))
+        if known.sum is None and not known.known_ms:
+            known.sum = known.base
+        return known
+
+    def _read_new(self, through: int) -> None:
         version = self._version_of_sums()
         if version != self._sums_version:
             self._forget()
@@ -250,6 +313,8 @@ class CachedVectors:
         opened = {part.path for part in self._parts}
         for number, (first, path) in enumerate(files):
             last = number + 1 == len(files)
+            if first > through:
+                break
             if path not in opened:
                 if not last and files[number + 1][0] <= self._sequence + 1:
                     continue
@@ -260,13 +325,15 @@ class CachedVectors:
                 self._ends.append(0)
             elif path != self._parts[-1].path:
                 continue
-            self._read_part(len(self._parts) - 1, last)
+            self._read_part(len(self._parts) - 1, last, through)
 
-    def _read_part(self, number: int, last: bool) -> None:
+    def _read_part(self, number: int, last: bool, through: int) -> None:
         """Read the new records of a part; the last one may end with a record that is being written."""
         part = self._parts[number]
         try:
             for record in part.records(self._ends[number]):
+                if record.sequence > through:
+                    break
                 if record.sequence != self._sequence + 1:
                     raise DamagedRecord(f"record {record.sequence} follows record {self._sequence}", torn=False)
                 self._add(number, record, part.vectors(record))
@@ -280,12 +347,11 @@ class CachedVectors:
         for (segment, author, known_ms, *_), place, vector in zip(
             record.entries.tolist(), places, vectors, strict=True
         ):
-            known = self._authors.get(author)
-            if known is None:
-                known = self._authors[author] = _Author(np.zeros(self.settings.dim))
-            if known.sum is None and not known.known_ms:
-                known.sum = known.base
-            known.add(segment, known_ms, part, place, vector)
+            known = self._author(author)
+            if self._expected.pop(segment, None) is None:
+                known.add(segment, known_ms, part, place, vector)
+            else:
+                known.stored(segment, part, place)
 
     def _version_of_sums(self) -> tuple[int, ...] | None:
         try:

@@ -67,7 +67,7 @@ class TableFacts:
         return replace(
             facts,
             until_ms=until_ms,
-            segments=_hash_segments(table, segments, rows),
+            segments=segments.hash(segments.rows_of(table.ids[rows])),
             known=_hash_vectors(table, rows),
         )
 
@@ -86,7 +86,7 @@ class TableFacts:
         if segments is None or not self.segments:
             return self.hash != table.hash
         rows = _known_rows(table, segments, self.until_ms)
-        if _hash_segments(table, segments, rows) != self.segments:
+        if segments.hash(segments.rows_of(table.ids[rows])) != self.segments:
             return True
         # The vectors are read again only where the table is another one.
         return self.hash != table.hash and _hash_vectors(table, rows) != self.known
@@ -150,6 +150,10 @@ def open_segments(
                 f"{key}: has a vector of segment {tables[name].ids[unknown[0]]}, which {found[name].source} does not "
                 "have; it may be of another dataset"
             )
+        try:
+            found[name].check_table(tables[name])
+        except UserError as error:
+            raise UserError(f"features.content.{name}.table: {error}") from None
     return found
 
 
@@ -206,15 +210,6 @@ def _known_rows(table: ContentVectors, segments: DatasetSegments, until_ms: int)
     return np.flatnonzero(segments.known_ms[segments.rows_of(table.ids)] <= until_ms)
 
 
-def _hash_segments(table: ContentVectors, segments: DatasetSegments, rows: np.ndarray) -> str:
-    """Return a hash of ids, rooms, authors and times of the segments of some rows of a table."""
-    at = segments.rows_of(table.ids[rows])
-    digest = hashlib.blake2b(digest_size=16)
-    for column in (segments.ids, segments.item_id, segments.author_id, segments.start_ms, segments.known_ms):
-        digest.update(column[at].astype(np.int64).tobytes())
-    return digest.hexdigest()
-
-
 def _hash_vectors(table: ContentVectors, rows: np.ndarray) -> str:
     """Return a hash of the vectors of some rows of a table."""
     digest = hashlib.blake2b(digest_size=16)
@@ -224,7 +219,7 @@ def _hash_vectors(table: ContentVectors, rows: np.ndarray) -> str:
 
 
 def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[FeatureConfig, frozenset[str]]:
-    """Replace tables inside of a model's dataset by those at the same place of another dataset.
+    """Replace tables and code files inside of a model's dataset by those at the same place of another dataset.
 
     Args:
         config: the ``[features]`` section of the model's job.
@@ -234,14 +229,21 @@ def inside_dataset(config: FeatureConfig, stored: str, path: str) -> tuple[Featu
     Returns:
         The section, and the names of the tables that were replaced; none if both datasets are the same.
     """
-    moved: dict[str, Any] = {}
     # A relative path may name the same dataset, whose tables must not have changed.
-    other = absolute(stored) != absolute(path)
-    for name, content in config.content.items():
-        if other and Path(content.table).is_relative_to(stored):
-            table = storage.join(path, str(Path(content.table).relative_to(stored)))
-            moved[name] = content.model_copy(update={"table": table})
-    return config.model_copy(update={"content": {**config.content, **moved}}), frozenset(moved)
+    if absolute(stored) == absolute(path):
+        return config, frozenset()
+
+    def there(place: str) -> str:
+        return storage.join(path, str(Path(place).relative_to(stored))) if _is_inside(place, stored) else place
+
+    content = {name: own.model_copy(update={"table": there(own.table)}) for name, own in config.content.items()}
+    codes = {name: own.model_copy(update={"file": there(own.file)}) for name, own in config.codes.items()}
+    moved = frozenset(name for name, own in config.content.items() if _is_inside(own.table, stored))
+    return config.model_copy(update={"content": content, "codes": codes}), moved
+
+
+def _is_inside(place: str, dataset: str) -> bool:
+    return Path(place).is_relative_to(dataset)
 
 
 def facts_now(

@@ -77,6 +77,8 @@ class ContentVectors:
         texts: hashes of the texts, ``[n] uint64``; 0 if the text is not known.
         origin: origin of the vectors.
         hash: hash of ids and vectors.
+        segments: hash of the segments from which the vectors were made (``segments.segments_hash``); empty if it is not
+            known, or the vectors are of something else.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class ContentVectors:
     texts: np.ndarray
     origin: Origin
     hash: str
+    segments: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -140,7 +143,7 @@ class ContentVectors:
                 f"{folder}: {names['texts']} or {MANIFEST} is damaged, the names of the files do not belong to their "
                 "content; make the table again"
             )
-        return ContentVectors(folder, ids, vectors, texts, origin, digest)
+        return ContentVectors(folder, ids, vectors, texts, origin, digest, str(manifest.get("segments", "")))
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
         """Return the row of each id, or -1 if the table has no vector for it. The result has the shape of ``ids``."""
@@ -183,6 +186,7 @@ def write_parts(
     *,
     origin: Origin | None = None,
     dtype: str = "float16",
+    segments: str = "",
 ) -> ContentVectors:
     """Write a table, or replace an existing one, from parts that arrive one after the other.
 
@@ -194,6 +198,7 @@ def write_parts(
         dim: number of elements of a vector.
         origin: origin of the vectors.
         dtype: type in which the vectors are stored, ``float16`` or ``float32``.
+        segments: hash of the segments of the ids, ascending; empty if it is not known.
 
     Returns:
         The table, opened.
@@ -228,6 +233,8 @@ def write_parts(
             sync(partial[part])
             os.replace(partial[part], folder / files[part])
         manifest = {"version": VERSION, "count": len(ids), "dim": dim, "dtype": dtype, "hash": digest}
+        if segments:
+            manifest["segments"] = segments
         write_json(folder / MANIFEST, {**manifest, "origin": asdict(origin), "files": files})
         sync(folder)
     except OSError as error:

@@ -98,7 +98,7 @@ def fingerprint(path: str, spec: DatasetSpec) -> str:
 def freeze_statistics(data: Dataset, until_ms: int) -> FrozenStatistics:
     """Count the statistics over all rows of a dataset that were emitted before ``until_ms``, in one pass."""
     frozen = FrozenStatistics(data.spec)
-    for rows in _emitted_before(data, until_ms):
+    for rows in selected_rows(data, Selection(emit_until=until_ms)):
         frozen.add(rows)
     return frozen
 
@@ -114,17 +114,16 @@ def statistics_as_of(data: Dataset, requests: Rows) -> np.ndarray:
         ``[n, keys * (1 + behaviours)] float32``.
     """
     statistics = StatisticsAsOf(data.spec, requests)
-    for rows in _emitted_before(data, int(requests["request_ms"].max(initial=0))):
+    for rows in selected_rows(data, Selection(emit_until=int(requests["request_ms"].max(initial=0)))):
         statistics.add(rows)
     return statistics.lookup()
 
 
-def _emitted_before(data: Dataset, until_ms: int) -> Iterator[Rows]:
-    """Yield the rows emitted before ``until_ms``, record by record."""
-    known = Selection(emit_until=until_ms)
+def selected_rows(data: Dataset, selection: Selection) -> Iterator[Rows]:
+    """Yield the selected rows of a dataset, record by record."""
     for partition in range(data.store.partitions):
-        for record in np.flatnonzero(known.touches(data.store.records(partition))).tolist():
+        for record in np.flatnonzero(selection.touches(data.store.records(partition))).tolist():
             rows = data.store.read(partition, record)
             if rows is not None:
-                kept = known.mask(rows)
+                kept = selection.mask(rows)
                 yield {name: column[kept] for name, column in rows.items()}

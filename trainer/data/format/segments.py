@@ -9,6 +9,7 @@ A table of segment vectors has one of two kinds of ids, and so have its segments
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from trainer.console.errors import UserError
 from trainer.data.format import storage
-from trainer.data.format.content_vectors import Origin
+from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table, table_footer
 from trainer.data.format.text_schema import SEGMENT_MS, read_texts, segment_ids, with_known_ms
@@ -70,6 +71,37 @@ class DatasetSegments:
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """Return the position of each wanted id, ``[m] int64``; -1 if there is no such segment."""
         return _rows_of(self.ids, ids)
+
+    def hash(self, rows: np.ndarray) -> str:
+        """Return a hash of ids, rooms, authors and times of the segments at some positions."""
+        return segments_hash(
+            self.ids[rows], self.item_id[rows], self.author_id[rows], self.start_ms[rows], self.known_ms[rows]
+        )
+
+    def check_table(self, table: ContentVectors) -> None:
+        """Check that a table of vectors was made from these segments, if it has their hash.
+
+        Args:
+            table: has ids of these segments only.
+
+        Raises:
+            UserError: it was made from others with the same ids.
+        """
+        if table.segments and table.segments != self.hash(self.rows_of(table.ids)):
+            raise UserError(
+                f"{table.path}: its vectors were made from other segments than those of {self.source}, with other "
+                "rooms, authors or times; use vectors that were made from this dataset"
+            )
+
+
+def segments_hash(
+    ids: np.ndarray, item_id: np.ndarray, author_id: np.ndarray, start_ms: np.ndarray, known_ms: np.ndarray
+) -> str:
+    """Return a hash of segments, ``[n]`` whole numbers each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in (ids, item_id, author_id, start_ms, known_ms):
+        digest.update(column.astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def has_text_ids(origin: Origin) -> bool:

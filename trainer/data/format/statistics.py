@@ -165,11 +165,11 @@ class FrozenStatistics:
                 counts.reserve(int(code[-1]) + 1)
                 counts.add(code, _lanes(total, self._width))
 
-    def lookup(self, rows: Rows) -> np.ndarray:
-        """Return the counts of the rows' keys, ``[n, keys * (1 + behaviours)] float32``; zeros for unknown keys."""
+    def lookup(self, rows: Rows, dtype: type[np.number] = np.float32) -> np.ndarray:
+        """Return the counts of the rows' keys, ``[n, keys * (1 + behaviours)]``; zeros for unknown keys."""
         codes = self._keys.codes(rows, add=False)
         n = len(rows["user_id"])
-        out = np.zeros((n, len(self._counts), self._width), np.float32)
+        out = np.zeros((n, len(self._counts), self._width), dtype)
         for key, counts in enumerate(self._counts):
             known = np.flatnonzero((codes[key] >= 0) & (codes[key] < len(counts.values)))
             out[known, key] = counts.values[codes[key][known]]
@@ -211,14 +211,14 @@ class StatisticsAsOf:
             counted = counted[known[place[counted]] // self._span == codes[counted]]
             np.add.at(counts, place[counted], outcomes[counted])
 
-    def lookup(self) -> np.ndarray:
-        """Return the counts of the requests, ``[n, keys * (1 + behaviours)] float32``."""
+    def lookup(self, dtype: type[np.number] = np.float32) -> np.ndarray:
+        """Return the counts of the requests, ``[n, keys * (1 + behaviours)]``."""
         parts = []
         for (known, request), counts in zip(self._points_of, self._counts, strict=True):
             total = np.cumsum(counts, axis=0)
             head = np.searchsorted(known, known // self._span * self._span)
             parts.append((total - total[head] + counts[head])[request])
-        return _flat(np.stack(parts, axis=1).astype(np.float32)) if parts else np.zeros((self._requests, 0), np.float32)
+        return _flat(np.stack(parts, axis=1).astype(dtype)) if parts else np.zeros((self._requests, 0), dtype)
 
     @property
     def _span(self) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, Origin, VectorPart, write_parts
+from trainer.data.format.segments import segments_hash
 from trainer.data.simulator.config import DAY_MS, START_MS
 from trainer.data.simulator.content import PHASES
 from trainer.data.simulator.population import CATEGORIES, TOPICS, Authors
@@ -119,7 +120,11 @@ class SegmentVectorGenerator:
         count = len(self._items.topic)
         origin = Origin(pooling="segment vectors of the simulated world")
         folder = builder.folder(SEGMENT_VECTORS)
-        write_parts(folder, np.arange(count), np.zeros(count, np.uint64), self.parts(), DIM, origin=origin)
+        times = self._items.segment_times(0, count)
+        author = self._items.author[times["item_id"]]
+        segments = segments_hash(np.arange(count), times["item_id"], author, times["start_ms"], times["known_ms"])
+        no_texts = np.zeros(count, np.uint64)
+        write_parts(folder, np.arange(count), no_texts, self.parts(), DIM, origin=origin, segments=segments)
         for table in self._parameter_tables():
             builder.text_truth("segment_vectors", table)
         for first in range(0, count, SEGMENTS_AT_ONCE):
