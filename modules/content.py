@@ -18,6 +18,9 @@ from torch import Tensor, nn
 EPSILON = 1e-12
 """Mean square that is added to that of a vector, so that a vector of zeros stays one."""
 
+LARGE = 1e15
+"""Largest element whose vector is squared as it is; squares stay finite in float32, also in sums."""
+
 
 @dataclass(frozen=True)
 class BatchVectors:
@@ -84,6 +87,9 @@ class VectorProjection(nn.Module):
     def forward(self, vectors: BatchVectors) -> dict[str, Tensor]:
         """Return lookup -> projected vectors of its ids, ``[ids, dim]``, of the parameters' type."""
         x = vectors.vectors.float()
+        # Squares of elements above 1e19 are infinite in float32.
+        largest = x.abs().amax(1, keepdim=True)
+        x = x / torch.where(largest > LARGE, largest, 1)
         x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPSILON)
         rows = torch.cat([self.missing[None], self.linear(x.to(self.missing.dtype))])
         return {name: rows.index_select(0, places + 1) for name, places in vectors.places.items()}

@@ -53,6 +53,9 @@ JOB = "benchmarks/quality/cross.toml"
 USERS, DAYS, PARTITIONS, WORLD_SEED = 400, 60, 8, 1
 METRICS = ("auc", "gauc", "best_auc", "best_gauc", "positives", "rows")
 
+WORLD_VECTORS = "the content vectors of the world"
+"""Stands for the path of the table in the settings of a variant."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "CGC": {"model.kind": "cgc"},
@@ -68,13 +71,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no mixed": {"features.history.mixed": None, "alignment.anchor": ""},
     "no alignment": {"alignment.anchor": ""},
     "DIN attention": {"model.attention_kind": "din"},
+    "content vectors": {"features.content": {"items": {"table": WORLD_VECTORS, "histories": True}}},
     NO_VIDEOS: {
         **{f"features.history.{name}": None for name in ("short", "long", "author")},
         "features.history.mixed.domain": "live",
     },
 }
 """Variant -> changes to the job: dotted key -> value; None removes a key. Without ``mixed`` there is nothing to align
-with, so the alignment goes too; the paper has no row for the alignment alone."""
+with, so the alignment goes too; the paper has no row for the alignment alone, and none for content vectors."""
 
 
 def job_of(variant: str, world: Path, seed: int) -> JobConfig:
@@ -89,7 +93,7 @@ def job_of(variant: str, world: Path, seed: int) -> JobConfig:
         if value is None:
             del place[name]
         else:
-            place[name] = value
+            place[name] = json.loads(json.dumps(value).replace(WORLD_VECTORS, str(world / ITEM_VECTORS)))
     return JobConfig.model_validate(content)
 
 

@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["ranking"] = ranking_result(scores, groups, work.world)
     print(tables(result))
     if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         draw(result, options.out.with_suffix(".png"))
     facts = {
         "question": "LARM's parts on a simulated world with segment vectors, differences in points",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.simulated_world --out benchmarks/results/simulated_world.json
 
-Trains logistic regression, shared-bottom, MMoE, CGC and PLE with ``configs/simulated.toml`` on a world whose true
+Trains logistic regression, shared-bottom, DCN, MMoE, CGC and PLE with ``configs/simulated.toml`` on a world whose true
 probabilities are known, several seeds each, and prints AUC per behaviour on the held-out days: mean and 95 % interval
 over the seeds (Student's t), the best possible AUC (that of the true probabilities), and the share of the gap between
 logistic regression and the best possible that each network closes.
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.measure import make_parser, mean_and_half_width, run_limelight, write_result
 
 JOB = "configs/simulated.toml"
-MODELS = ("ple", "cgc", "mmoe", "shared_bottom", "logistic")
+MODELS = ("ple", "cgc", "mmoe", "dcn", "shared_bottom", "logistic")
 
 
 def run_seed(world: Path, directory: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -103,12 +103,18 @@ def test_a_run_of_an_earlier_version_loads_with_the_former_name_of_a_key(tmp_pat
     assert load_run(tmp_path).labels == CONFIG.labels
 
 
-def test_another_dataset_must_be_allowed(tmp_path: Path) -> None:
+def test_another_dataset_must_be_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
     other = DatasetEntry(path="e", fingerprint="abd")
     with pytest.raises(UserError, match="began with another dataset"):
         begin_run(tmp_path, CONFIG, world=1, dataset=other)
-    begin_run(tmp_path, changed(resume={"allow_new_data": True}), world=1, dataset=other)
+    assert capsys.readouterr().err == ""
+    # Each start says so, since the key stays in the job and nothing is compared any more.
+    for fingerprint in ("abd", "abe"):
+        other = DatasetEntry(path="e", fingerprint=fingerprint)
+        begin_run(tmp_path, changed(resume={"allow_new_data": True}), world=1, dataset=other)
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and f"{tmp_path}: resume.allow_new_data is true" in told and "code files" in told
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks of test_content.py: models with pre-trained vectors, trained on all rows of a step together or on some of them.
+"""Ranks of test_content.py: models with pre-trained vectors and codes, trained on all rows of a step or on some.
 
     torchrun --nproc-per-node N -m tests.distributed.content_ranks OUT DATASET TABLES
 
@@ -18,6 +18,7 @@ import torch
 from modules.ranker import Ranker
 from tests.distributed.engine_ranks import parameters
 from trainer.config.ranker import JobConfig, parse_config
+from trainer.data.features.code_inputs import open_codes
 from trainer.data.features.content_inputs import open_reader
 from trainer.data.features.content_tables import open_tables
 from trainer.data.features.feature_map import FeatureMap
@@ -54,6 +55,8 @@ def job(dataset: Path, tables: Path, model: dict[str, Any]) -> JobConfig:
             "model": {"expert_layers": [[12], [8]], "tower": [6], "heads": 2, "head_dim": 4, **model},
             "features": {
                 "history": {"short": {"domain": "video", "length": 4}, "both": {"domain": "both", "length": 5}},
+                # Few rows of prefixes, so that the largest table is hashed.
+                "codes": {"shown": {"file": str(tables.parent / "codes.parquet"), "dim": 3, "prefix_rows": 20}},
                 "content": {
                     "title": {"table": str(tables / "items"), "dim": 5, "histories": True},
                     "person": {"table": str(tables / "authors"), "of": "author", "dim": 3},
@@ -78,7 +81,8 @@ class Setting:
             self.data.spec, self.data.store, self.data.histories, config.features, Selection(), tables
         )
         reader = open_reader(config.features, config.data.path, fitted.content, tables)
-        self.features = FeatureMap(self.data.spec, config.features, fitted, content=reader)
+        codes = open_codes(config.features, fitted.codes)
+        self.features = FeatureMap(self.data.spec, config.features, fitted, (), codes, reader)
         self.rows = read_rows(config.data.path, self.data.spec)
 
     def part(self, rows: np.ndarray) -> RankingBatch:

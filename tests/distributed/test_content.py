@@ -1,4 +1,4 @@
-"""Models with pre-trained vectors on one and two ranks, against one process with plain PyTorch."""
+"""Models with pre-trained vectors and codes on one and two ranks, against one process with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.embeddings import initial_rows
+from tests.data.code_files import write_codes_of
 from tests.data.small_visits import build_dataset, make_visits
 from tests.distributed.content_ranks import DENSE_RATE, STEPS, TABLE_RATE, WAYS, Setting, job
 from tests.distributed.test_engine import relative_error
@@ -27,7 +28,7 @@ rounding larger; a gradient that is left out in one step changes a parameter by 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a small dataset that has segments, and tables of vectors of about half of its ids."""
+    """Return a folder with a small dataset that has segments, tables of vectors of about half of its ids, and codes."""
     folder = tmp_path_factory.mktemp("content")
     visits = make_visits(4, 500, 60_000_000)
     build_dataset(folder / "dataset", visits)
@@ -49,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         vectors = 10 * rng.standard_normal((len(ids), width))
         ContentVectors.write(folder / "tables" / name, ids, vectors, dtype=dtype)
+    write_codes_of(folder / "dataset", folder / "codes.parquet")
     return folder
 
 
@@ -131,6 +133,8 @@ def test_ranks_train_as_one_process_that_embeds_each_id_alone(ranks: int, world:
             for part in ("linear.weight", "linear.bias", "missing"):
                 key = f"content.{table}.{part}"
                 assert relative_error(before[key], expected[key]) > 10 * ADAM_TOLERANCE, f"{name}: {key} is not trained"
+        coded = [key for key in expected if key.startswith("codes-shown")]
+        assert len(coded) == 5 and all(relative_error(before[key], expected[key]) > 10 * TOLERANCE for key in coded)
         errors = {key: relative_error(found["parameters"][key], value) for key, value in expected.items()}
         errors["loss"] = relative_error(torch.tensor(found["losses"]), torch.tensor(losses))
         first, batch = plain.logits(next(setting.steps()))

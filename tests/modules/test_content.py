@@ -67,6 +67,16 @@ def test_the_first_results_are_about_as_long_as_a_unit_vector_whatever_the_vecto
     assert 0.9 < lengths.mean() < 1.1 and lengths.min() > 0.3
 
 
+def test_vectors_of_any_finite_length_give_what_their_direction_gives() -> None:
+    torch.manual_seed(1)
+    projection = VectorProjection(8, 4)
+    direction = torch.randn(1, 8)
+    lengths = torch.tensor([1.0, 1e14, 1e16, 1e19, 1e25, 1e37])[:, None]
+    found = projection(BatchVectors(lengths * direction, {"a": torch.arange(6)}))["a"]
+    assert found.abs().min() > 0
+    torch.testing.assert_close(found, found[:1].expand(6, -1), rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_without_ids_or_without_vectors_gives_gradients_of_zeros() -> None:
     projection = VectorProjection(5, 3)
     none = torch.zeros(0, dtype=torch.int64)

@@ -26,7 +26,7 @@ from tests.semantic_ids.segment_world import (
     write_world,
 )
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import ContentVectors, Origin
+from trainer.data.format.content_vectors import ContentVectors, Origin, write_parts
 from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.text_schema import segment_ids
 from trainer.semantic_ids import retrieval
@@ -351,3 +351,22 @@ def test_a_table_of_another_model_than_the_codebook_is_refused(world: Path, tmp_
     write_vectors(world, vectors, model="other")
     with pytest.raises(UserError, match="vectors are from another model"):
         ask(world, codes=str(world / "codes.parquet"), codebook=str(tmp_path / "book"))
+
+
+def test_vectors_of_another_dataset_with_the_same_ids_are_refused(world: Path, tmp_path: Path) -> None:
+    """The table of an alignment has a hash of its segments; one without a hash is taken as it is."""
+    other = write_world(tmp_path / "other", WORLD_ROOMS, WORLD_SEGMENTS)
+    table = pq.read_table(other / "segments.parquet")
+    later = table.set_column(1, "known_ms", pa.array(table["known_ms"].to_numpy() + 1000))
+    pq.write_table(later, other / "segments.parquet")
+    vectors = np.asarray(ContentVectors.open(world / "embeddings/segments").vectors)
+    for place, accepted in ((world, True), (other, False)):
+        segments = SegmentVectors.open(str(place))
+        digest, ids = segments.hash(np.arange(len(segments))), segments.table.ids
+        fused, no_texts = tmp_path / "fused", np.zeros(len(ids), np.uint64)
+        write_parts(fused, ids, no_texts, [(ids, vectors)], DIM, dtype="float32", segments=digest)
+        if accepted:
+            assert ask(world, vectors=str(fused))["compared"] == 4
+        else:
+            with pytest.raises(UserError, match=r"fused: its vectors were made from other segments than .*world"):
+                ask(world, vectors=str(fused))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.data.code_files import codes_beside, write_codes_of
 from tests.distributed.launches import ENVIRONMENT
 from tests.distributed.stream_ranks import JOB
 from tests.nursery import Nursery
@@ -69,6 +71,7 @@ def test_a_live_topic_is_trained_on_as_it_arrives(
     config = cluster.config(cluster.topic(), format="arrow")
     settings = [
         *(setting for setting in JOB if not setting.startswith(("stream.until", "checkpoint.every_steps"))),
+        codes_beside(world),
         f"data.path={world}",
         f"run.directory={run}",
         "stream.source=kafka",
@@ -78,6 +81,7 @@ def test_a_live_topic_is_trained_on_as_it_arrives(
         "stream.idle_seconds=0.2",
         "checkpoint.every_steps=2",
     ]
+    write_codes_of(world, tmp_path / "codes.parquet")
     arguments = ["train", "configs/moment.toml", *settings]
     publish(config, world, spec, (0, 6))
 
@@ -102,6 +106,10 @@ def test_a_live_topic_is_trained_on_as_it_arrives(
     )
     assert ended.status == 0, ended.stdout + ended.stderr
     assert "resuming from" in ended.stdout
+    # Candidates of the topic have codes, and some have none.
+    counts = re.findall(r"without a code of shown: ([\d,]+) of ([\d,]+) candidates", ended.stdout)
+    missing, candidates = (int(number.replace(",", "")) for number in counts[0])
+    assert 0 < missing < candidates
     last, rows = read_manifest(checkpoints_at(run)[-1]), expected_rows(world, spec, 14)
     assert last.finished and last.rows_done == rows > saved.rows_done
     stream = json.loads((run / "metrics.json").read_text())["stream"]

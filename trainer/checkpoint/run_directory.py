@@ -126,6 +126,22 @@ def run_directory(directory: Path, world: World | None = None) -> Iterator[None]
         raise
 
 
+def warn_of_accepted(config: ResumableJob, place: Path) -> None:
+    """Print a warning while a job accepts data that has changed since its first start, because nothing refuses it then.
+
+    Args:
+        config: the job.
+        place: run or export, for the line.
+    """
+    if config.resume.allow_new_data:
+        print(
+            f"limelight: warning: {place}: resume.allow_new_data is true, so changes of the dataset, of tables of "
+            "vectors and of code files since the first start of the run are accepted unseen",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def begin_run(directory: Path, config: ResumableJob, world: int, dataset: DatasetEntry | None = None) -> None:
     """Write the job and the environment into a run's directory, or check that the run there may be resumed.
 
@@ -152,6 +168,8 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
                 for key in ("path", "fingerprint"):
                     stored_value(entry, file, key, str)
                 _check_same_dataset(directory, entry, dataset)
+        if starts:
+            warn_of_accepted(config, directory)
         # Removed first: a start that is killed here must not leave checksums of other settings.
         (directory / CHECKSUMS).unlink(missing_ok=True)
         write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))

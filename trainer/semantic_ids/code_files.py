@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.data.format.segment_codes import CodeDigests, CodeFile, code_schema
-from trainer.data.format.segments import UNKNOWN_AUTHOR, DatasetSegments
+from trainer.data.format.segments import UNKNOWN_AUTHOR
 from trainer.runtime.files import whole_file
 from trainer.semantic_ids.code_store import (
     GAP_MS,
@@ -45,46 +44,6 @@ def read_codes(path: Path, version: CodebookVersion) -> CodeFile:
     codes = CodeFile.read(path)
     version.check_name(path, codes.version)
     return codes
-
-
-def segments_of_codes(dataset: str, codes: CodeFile) -> tuple[DatasetSegments, bool]:
-    """Return the segments of the dataset to which the ids of a code file belong, and whether they have texts' ids.
-
-    Raises:
-        UserError: the dataset has no segments, or not those of the file.
-    """
-    unreadable, others = [], []
-    for embedded in (False, True):
-        try:
-            segments = DatasetSegments.read(dataset, embedded)
-        except UserError as error:
-            unreadable.append(error)
-            continue
-        try:
-            check_segments(codes, segments)
-        except UserError as error:
-            others.append(error)
-        else:
-            return segments, embedded
-    raise [*others, *unreadable][0]
-
-
-def check_segments(codes: CodeFile, segments: DatasetSegments) -> None:
-    """Check that the segments of a code file are segments of a dataset.
-
-    Raises:
-        UserError: the file has a segment that the dataset does not have, or has with another room, author or time.
-    """
-    row = segments.rows_of(codes.segment)
-    there = row >= 0
-    for name in ("item_id", "author_id", "known_ms"):
-        there[there] = getattr(segments, name)[row[there]] == getattr(codes, name)[there]
-    if not there.all():
-        first = int(np.argmin(there))
-        raise UserError(
-            f"{codes.path}: has segment {codes.segment[first]} of room {codes.item_id[first]}, which {segments.source} "
-            "does not have; give a code file of this dataset"
-        )
 
 
 def append_codes(codes: CodeFile, store: CodeStore, version: CodebookVersion, *, quiet: bool = False) -> AppendCounts:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from trainer.console.errors import UserError
+from trainer.data.format.code_segments import segments_of_codes
 from trainer.data.format.segments import UNKNOWN_AUTHOR, DatasetSegments, has_text_ids
 from trainer.data.format.text_schema import UNKNOWN_TIME, has_texts, read_texts
 from trainer.semantic_ids.air_time import AirTime
-from trainer.semantic_ids.code_files import read_codes, segments_of_codes
+from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.code_interactions import (
     HOUR_MS,
     PER_EXPOSURE,

@@ -30,12 +30,13 @@ from trainer.config.load import parse_time
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text, text_table
 from trainer.data.features.segment_index import SegmentIndex
+from trainer.data.format.code_segments import check_segments, segments_of_codes
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.segments import UNKNOWN_AUTHOR, DatasetSegments, has_text_ids
 from trainer.data.format.text_schema import SEGMENT_MS
 from trainer.semantic_ids.co_interactions import AuthorSimilarity, coded_interactions
-from trainer.semantic_ids.code_files import CodesAsOf, check_segments, read_codes, segments_of_codes
+from trainer.semantic_ids.code_files import CodesAsOf, read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.segment_labels import label_segments
 from trainer.semantic_ids.segments import SegmentVectors

@@ -26,7 +26,7 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError, failure_reason
 from trainer.data.features.content_tables import carry_tables, facts_now, inside_dataset, segment_files
 from trainer.data.features.fit import FittedFeatures
-from trainer.data.features.fitted_codes import carry_codes
+from trainer.data.features.fitted_codes import carry_codes, check_dataset
 from trainer.data.format.carried_dataset import carry_dataset, dataset_of
 from trainer.data.format.safetensors_header import encode_header
 from trainer.runtime.checksums import write_checksums
@@ -94,6 +94,7 @@ def export_checkpoint(
     if data_path is not None or with_dataset:
         dataset = absolute(dataset_of(checkpoint.run, config.data.path, data_path))
         features, moved = inside_dataset(config.features, config.data.path, dataset)
+        check_dataset(features.codes, config.data.path, dataset)
         data = config.data.model_copy(update={"path": dataset})
         config = config.model_copy(update={"data": data, "features": features})
     tmp_path = target.with_name(f".{target.name}.partial-{os.urandom(4).hex()}")

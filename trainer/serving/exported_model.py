@@ -29,6 +29,7 @@ from torch import Tensor
 from modules.ranker import Ranker
 from trainer.checkpoint.model_index import load_tensors
 from trainer.checkpoint.model_state import list_differences
+from trainer.checkpoint.run_directory import warn_of_accepted
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate_stored
 from trainer.console.errors import UserError
@@ -37,7 +38,7 @@ from trainer.data.features.content_inputs import open_reader
 from trainer.data.features.content_tables import carried_tables, inside_dataset
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
-from trainer.data.features.fitted_codes import carried_codes
+from trainer.data.features.fitted_codes import carried_codes, check_dataset
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
 from trainer.data.format.carried_dataset import SCORING_FILES, dataset_of
@@ -136,18 +137,22 @@ def open_export(directory: str | Path, data_path: str | None = None) -> Exported
         data_path = str(carried)
     carry = f" (scoring reads {SCORING_FILES}), or repeat `limelight export` with --with-dataset, which copies them"
     path = dataset_of(model_dir, config.data.path, data_path, carry)
-    own = carried_tables(config.features, model_dir / VECTORS)
+    own, sets = carried_tables(config.features, model_dir / VECTORS), config.features.codes
     moved: frozenset[str] = frozenset()
+    carried_sets = carried_codes(sets, model_dir / CODES)
     if path != str(carried):
         other, moved = inside_dataset(config.features, config.data.path, path)
         own = own.model_copy(update={"content": {**own.content, **{name: other.content[name] for name in moved}}})
+        # A file of the other dataset comes before the copy of the export.
+        carried_sets |= {name: code_set for name, code_set in other.codes.items() if code_set != sets[name]}
+        check_dataset(carried_sets, config.data.path, path)
+    warn_of_accepted(config, model_dir)
     accepted = own.content if config.resume.allow_new_data else moved
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path}), "features": own})
     data = Dataset.open(path, config.data.on_corrupt)
     data.verify()
     fitted = FittedFeatures.load(model_dir / FEATURES)
-    sets = carried_codes(config.features.codes, model_dir / CODES)
-    config = config.model_copy(update={"features": config.features.model_copy(update={"codes": sets})})
+    config = config.model_copy(update={"features": config.features.model_copy(update={"codes": carried_sets})})
     codes = open_codes(config.features, fitted.codes, open_existing_store)
     content = open_reader(config.features, path, fitted.content, accepted=accepted)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours, codes, content)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.checkpoint.manifest import MODEL, find_checkpoint, read_manifest
 from trainer.checkpoint.reader import stored_search
-from trainer.checkpoint.run_directory import load_run
+from trainer.checkpoint.run_directory import load_run, warn_of_accepted
 from trainer.checkpoint.store import verify_together
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
@@ -20,6 +20,7 @@ from trainer.data.features.content_inputs import open_reader
 from trainer.data.features.content_tables import inside_dataset
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import FittedFeatures
+from trainer.data.features.fitted_codes import check_dataset
 from trainer.data.features.packed_batch import PackedBatch
 from trainer.data.features.search_vectors import SearchSpace, stored_space
 from trainer.data.format.carried_dataset import dataset_of
@@ -66,6 +67,7 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     verify_checksums(Path(directory), ("config.json", "deepspeed.json"))
     path = dataset_of(directory, config.data.path, data_path)
     own, moved = inside_dataset(config.features, config.data.path, path)
+    check_dataset(own.codes, config.data.path, path)
     accepted = own.content if config.resume.allow_new_data else moved
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path}), "features": own})
     data = Dataset.open(path, config.data.on_corrupt)
@@ -81,6 +83,8 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
         raise UserError(f"{checkpoint}: damaged ({problem}); `limelight checkpoint verify` lists all damaged files")
     if not manifest.finished and world.rank == 0:
         print(f"limelight: training has not finished; using {checkpoint}", file=sys.stderr, flush=True)
+    if world.rank == 0:
+        warn_of_accepted(config, Path(directory))
     engine.load(checkpoint / MODEL)
     space = stored_space(stored_search(checkpoint)) if features.needs_space else None
     return TrainedModel(config, data, features, engine, space)

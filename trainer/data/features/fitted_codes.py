@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from trainer.config.features import CodesConfig
+from trainer.config.paths import absolute
 from trainer.console.errors import UserError
+from trainer.data.format.code_segments import has_segments, segments_of_codes
 from trainer.data.format.segment_codes import CodeFile
 
 
@@ -110,6 +112,26 @@ def check_authors(codes: Mapping[str, CodeFile], parts: Iterable[np.ndarray]) ->
             f"features.codes.{name}: {codes[name].path} has segments of no author of the training rows; assign codes "
             "to the dataset of the job"
         )
+
+
+def check_dataset(config: Mapping[str, CodesConfig], stored: str, path: str) -> None:
+    """Check that code files are of another dataset than the model's, where one is read and has segments.
+
+    Args:
+        config: sections ``[features.codes.NAME]`` by name.
+        stored: path of the dataset that the model stores.
+        path: path of the dataset to read.
+
+    Raises:
+        UserError: a file has a segment that the dataset does not have.
+    """
+    if not config or absolute(stored) == absolute(path) or not has_segments(path):
+        return
+    for name, own in config.items():
+        try:
+            segments_of_codes(path, CodeFile.read(Path(own.file)))
+        except UserError as error:
+            raise UserError(f"features.codes.{name}: {error}") from None
 
 
 def carry_codes(config: Mapping[str, CodesConfig], fitted: Mapping[str, FittedCodes], folder: Path) -> None:
