@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.semantic_ids.meaning_world import write_world
 from trainer.console.errors import UserError
@@ -28,12 +26,25 @@ from trainer.stream.labels.event_log import EventLog
 AUTHORS, CODES, PARTITIONS = 4, 2, 2
 STEP = SEGMENT_MS // 2
 
-TIMES = st.integers(0, 8).map(lambda step: step * STEP)
-# Room, start, delay until it is known, code. Room r is of author r, room 4 of an author who is not compared.
-SEGMENT = st.tuples(st.integers(0, AUTHORS), TIMES, st.integers(0, 2), st.integers(0, CODES - 1))
-VISIT = st.tuples(
-    st.integers(0, 3), st.integers(0, AUTHORS), TIMES, TIMES, st.lists(st.tuples(st.integers(0, 1), TIMES), max_size=4)
-)
+
+def draw(seed: int) -> tuple[list[Any], list[Any], int]:
+    """Draw segments, visits and a time, dense enough that most authors have something in common.
+
+    A segment is a room, a start, a delay until it is known in steps, and a code. Room r is of author r, room 4 of an
+    author who is not compared. A visit is a user, a room, a begin, a time watched, and behaviours with their times.
+    """
+    rng = np.random.default_rng(seed)
+
+    def below(limit: int) -> int:
+        return int(rng.integers(0, limit))
+
+    segments = [(below(AUTHORS + 1), below(9) * STEP, below(3), below(CODES)) for _ in range(10)]
+    visits = []
+    for _ in range(30):
+        begin, play = below(9) * STEP, below(9) * STEP
+        events = [(below(2), begin + (play if below(2) else below(9) * STEP)) for _ in range(below(4))]
+        visits.append((below(3), below(AUTHORS + 1), begin, play, events))
+    return segments, visits, (3 + below(12)) * STEP
 
 
 def on_air(segments: list[Any], room: int, time: int, as_of: int) -> int | None:
@@ -111,13 +122,18 @@ def interactions(segments: list[Any], visits: list[Any]) -> CodedInteractions:
     return CodedInteractions(log, item, start, known_ms, np.where(item < AUTHORS, item, -1), code, AUTHORS)
 
 
-@settings(deadline=None)
-@given(st.lists(SEGMENT, max_size=8), st.lists(VISIT, max_size=8), st.integers(0, AUTHORS - 1), TIMES)
-def test_scores_are_those_of_the_definition(segments: list[Any], visits: list[Any], asked: int, as_of: int) -> None:
-    similarity = AuthorSimilarity(asked, AUTHORS)
-    for cells in interactions(segments, visits).cells(as_of):
-        similarity.add(cells)
-    assert similarity.scores().tolist() == pytest.approx(plain_scores(segments, visits, asked, as_of))
+def test_scores_are_those_of_the_definition() -> None:
+    some = 0
+    for seed in range(200):
+        segments, visits, as_of = draw(seed)
+        asked = seed % AUTHORS
+        similarity = AuthorSimilarity(asked, AUTHORS)
+        for cells in interactions(segments, visits).cells(as_of):
+            similarity.add(cells)
+        expected = plain_scores(segments, visits, asked, as_of)
+        assert similarity.scores().tolist() == pytest.approx(expected)
+        some += sum(0 < score < 0.99 for score in expected) > 1
+    assert some > 20, "too few of these worlds have something to compare"
 
 
 def test_popularity_does_not_win() -> None:

@@ -172,7 +172,8 @@ class AuthorSimilarity:
         author = cells.author[shared]
         self._product += np.bincount(author, cells.weight[shared] * weight[cells.cell[shared]], minlength=count)
         self._cells += np.bincount(author, minlength=count)
-        pairs = np.unique(cells.user[shared] * count + author)
+        # With counts it sorts, which is faster than a hash table of such keys.
+        pairs, _ = np.unique(cells.user[shared] * count + author, return_counts=True)
         self._users += np.bincount(pairs % count, minlength=count)
 
     def scores(self) -> np.ndarray:

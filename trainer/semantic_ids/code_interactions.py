@@ -244,15 +244,12 @@ class _Cells:
     ) -> None:
         """Add the cells of a behaviour; the base has been set."""
         keys, base = self._base[exposures]
-        events_keys, events = self._sum(visit, place, amount)
-        cells = np.union1d(keys, events_keys) if len(events_keys) else keys
-        columns = []
-        for known, values in ((events_keys, events), (keys, base)):
-            column = np.zeros(len(cells))
-            column[np.searchsorted(cells, known)] = values
-            columns.append(column)
-        if len(cells):
-            self._sums.add(behaviour, cells % self._codes, *columns)
+        cells, events = self._sum(visit, place, amount)
+        # Not the union of both, whose hash table is slow for millions of such keys.
+        at = np.minimum(np.searchsorted(keys, cells), max(0, len(keys) - 1))
+        own_base = np.where(keys[at] == cells, base[at], 0.0) if len(keys) else np.zeros(len(cells))
+        self._sums.add_events(behaviour, cells % self._codes, events, own_base)
+        self._sums.add_base(behaviour, keys % self._codes, base)
 
     def _sum(self, visit: np.ndarray, place: np.ndarray, amount: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the cells with a code, ascending, and the sum of the amounts in each."""

@@ -59,9 +59,19 @@ class CellSums:
         return CellSums(*(np.zeros((codes, behaviours)) for _ in range(5)))
 
     def add(self, behaviour: int, code: np.ndarray, events: np.ndarray, base: np.ndarray) -> None:
-        """Add cells of a behaviour: code ``[m]``, events and base ``[m]``; a cell is added once."""
-        sums = (self.events, self.base, self.events_squared, self.product, self.base_squared)
-        for total, values in zip(sums, (events, base, events * events, events * base, base * base), strict=True):
+        """Add cells of a behaviour: code, events and base, ``[m]`` each; a cell is added once."""
+        self.add_events(behaviour, code, events, base)
+        self.add_base(behaviour, code, base)
+
+    def add_events(self, behaviour: int, code: np.ndarray, events: np.ndarray, base: np.ndarray) -> None:
+        """Add the events of cells, whose base is added by :meth:`add_base`; cells without an event may be left out."""
+        sums = (self.events, self.events_squared, self.product)
+        for total, values in zip(sums, (events, events * events, events * base), strict=True):
+            total[:, behaviour] += np.bincount(code, values, minlength=len(total))
+
+    def add_base(self, behaviour: int, code: np.ndarray, base: np.ndarray) -> None:
+        """Add the base of cells; cells without a base may be left out."""
+        for total, values in ((self.base, base), (self.base_squared, base * base)):
             total[:, behaviour] += np.bincount(code, values, minlength=len(total))
 
     def effective(self) -> np.ndarray:
