@@ -149,7 +149,12 @@ def _targets(quality: Mapping[str, Mapping[str, Any]], reference: Mapping[str, f
     honest = {rule: value for rule, value in quality.items() if rule not in (MODEL, BAYES)}
     best = max(honest, key=lambda rule: honest[rule]["top_1"])
     top_1, nll = quality[MODEL]["top_1"][0], quality[MODEL]["nll"][0]
-    found = {"best_rule": best, "to_best_rule": top_1 / honest[best]["top_1"] if honest[best]["top_1"] else None}
+    found: dict[str, Any] = {
+        "best_rule": best,
+        "best_rule_top_1": honest[best]["top_1"],
+        "best_rule_nll": min(value["nll"] for value in honest.values()),
+        "to_best_rule": top_1 / honest[best]["top_1"] if honest[best]["top_1"] else None,
+    }
     if reference is not None:
         found["to_reference"] = top_1 / reference["accuracy"] if reference["accuracy"] else None
     if BAYES in quality:
@@ -253,7 +258,7 @@ def _draw_predictors(panel: Axes, predictors: Mapping[str, Any]) -> None:
         panel.bar(place + 0.27 * (number - 1), values, 0.27, yerr=errors, label=label)
     panel.set_xticks(place, [name.replace(", ", "\n") for name in shown], fontsize="small")
     panel.set_title("Share of the rows whose next code is foreseen (top 1)")
-    panel.legend(fontsize="small")
+    panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw_rankers(panel: Axes, ranker: Mapping[str, Any]) -> None:
@@ -277,4 +282,5 @@ def _draw_rankers(panel: Axes, ranker: Mapping[str, Any]) -> None:
     panel.axhline(0, color="black", linewidth=0.8)
     panel.set_xticks(range(len(ranker)), list(ranker))
     panel.set_title(f"AUC of the ranker, difference to {NO_CONTENT}, points")
-    panel.legend(fontsize="small", ncols=2)
+    # Beside the bars: they leave no corner free.
+    panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
