@@ -325,6 +325,32 @@ def test_a_text_that_is_known_later_than_its_segment_is_not_shown(world: Path) -
         assert (asked["segment"], asked["topic"], asked["text"]) == (5 * WORLD_SEGMENTS + 7, "chat", shown)
 
 
+@pytest.mark.parametrize(
+    ("known", "author", "segments", "message"),
+    [
+        ([7, 9], 8, [7, 9, 8, 8], "--author 8: no segment of this author is known at --as-of T; the first is"),
+        ([], 8, [7, 9, 8, 8], "--as-of T: no segment of t is known then; the first is known from 1970-01-01T00:00:10"),
+        ([7, 9], 5, [7, 9, 8, -1], "--author 5: t has no segment of this author; 2 authors are known at --as-of"),
+        ([7, 9], -1, [7, 9, 8, -1], "--author -1: t has no segment of this author; 2 authors are known at --as-o"),
+        ([], 8, [-1, -1, -1, -1], "t: has no segment of a known author"),
+        ([], 8, [], "t: has no segment of a known author"),
+    ],
+)
+def test_an_author_that_is_not_there_is_told_from_one_that_is_known_later(
+    known: list[int], author: int, segments: list[int], message: str
+) -> None:
+    request = AuthorRequest(author, as_of="T")
+    times = np.arange(10_000, 50_000, 10_000)[: len(segments)]
+    arrays = (np.array(known, np.int64), np.array(segments, np.int64), times)
+    with pytest.raises(UserError) as refused:
+        retrieval._find_author(request, *arrays, "t", "UTC")
+    assert str(refused.value).startswith(message)
+    if "the first is" in message and known:
+        assert "known from 1970-01-01T00:00:30" in str(refused.value)
+    if known:
+        assert retrieval._find_author(AuthorRequest(9, as_of="T"), *arrays, "t", "UTC") == 1
+
+
 def test_a_zero_vector_of_the_asked_author_is_refused(world: Path) -> None:
     vectors = np.asarray(ContentVectors.open(world / "embeddings/segments").vectors).copy()
     vectors[5 * WORLD_SEGMENTS + 7] = 0
