@@ -1,6 +1,6 @@
 """Puts small bugs into the core, one at a time, and records which test finds each of them.
 
-    python -m tests.mutants                          # 240 bugs; bugs that are in the file already are not tried again
+    python -m tests.mutants                          # 500 bugs; bugs that are in the file already are not tried again
     python -m tests.mutants --only modules/search    # bugs of these files only
     python -m tests.mutants --survivors              # once more those that no test has found
 
@@ -138,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=240, help="bugs to choose (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=500, help="bugs to choose (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the choice (default: %(default)s)")
     parser.add_argument("--only", metavar="PATTERN", help="only bugs with this expression in `FILE FUNCTION: LINE`")
     parser.add_argument("--survivors", action="store_true", help="only bugs that no test has found so far, once more")
