@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import threading
 from collections import Counter
@@ -202,11 +203,14 @@ def test_requests_are_made_twice_as_many_as_are_asked_at_once_ahead_of_the_store
 def test_a_fifo_is_no_file_of_annotations(name: str, serve: Serve, segments: SegmentTexts, tmp_path: Path) -> None:
     url, served = serve(good)
     os.mkfifo(tmp_path / name)
-    # With a reader, it could be opened for appending.
+    # Without a reader, an opening for appending would never end; with one, its end would be seen.
     reader = os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with pytest.raises(UserError, match=f"{name}: not a regular file but a FIFO"):
             ask(url, tmp_path / "a.jsonl", segments, rows=1)
+        ends = select.poll()
+        ends.register(reader)
+        assert ends.poll(0) == []
     finally:
         os.close(reader)
     assert not served.asked
