@@ -391,5 +391,15 @@ EQUAL: dict[tuple[str, str, str], str] = {
         "NO_LIMIT_MS = (1 << 62) - 1",
         "NO_LIMIT_MS = (2 << 62) - 1",
     ): "no segment becomes known so late",
+    (
+        "trainer/semantic_ids/follow.py",
+        "return AppendCounts(0, 0, 0, 0)",
+        "return AppendCounts(1, 0, 0, 0)",
+    ): "of these counts, the job reads that of conflicts only",
+    (
+        "trainer/semantic_ids/follow.py",
+        "return AppendCounts(0, 0, 0, 0)",
+        "return AppendCounts(0, 1, 0, 0)",
+    ): "of these counts, the job reads that of conflicts only",
 }
 """File, line and line with the bug -> reason why no result changes."""
