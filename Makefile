@@ -1,15 +1,21 @@
-# A newcomer's two commands: `make train` and `make test`. Each first brings .venv up to date, which takes a moment and
-# prints nothing when there is nothing to install.
+# A newcomer's commands: `make train`, `make full` and `make test`. Each first brings .venv up to date, which takes a
+# moment and prints nothing when there is nothing to install.
 #
 #   PYTHON=python3.12   which Python makes .venv (3.11 or newer; the first suitable one by default)
 #   DEVICE=cpu|cuda     which build to install (by default, what the machine has)
 #   EXTRAS=llm,dev      optional dependencies of pyproject.toml (default: llm,dev,kafka)
+#   USERS=600 SEED=1   size and seed of the world of `make full`
+#   RANKS=2             processes of each of its steps
 #   LIMELIGHT_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                       a further index for torch: this one has the small CPU wheel, PyPI's brings CUDA along
 
 DEVICE = auto
 EXTRAS = llm,dev,kafka
 WORLD = data/simulated
+# Of `make full`; the days are those of its job files.
+USERS = 600
+SEED = 1
+RANKS = 2
 # The version that torch's CUDA build brings along.
 TRITON = 3.7.1
 
@@ -18,7 +24,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do 
 	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
 endif
 
-.PHONY: setup train test test-all test-kafka test-triton test-gpu chaos lint format doctor clean
+.PHONY: setup train full test test-all test-kafka test-triton test-gpu chaos lint format doctor clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
@@ -27,6 +33,43 @@ setup:
 train: setup
 	@test -e $(WORLD)/dataset.json || .venv/bin/limelight data simulate $(WORLD) --users 3000 --days 10 --partitions 8 --seed 1
 	@.venv/bin/limelight train configs/simulated.toml --ranks 2
+
+# All systems in one ranker, from nothing to its table of metrics (configs/full.toml). Each step leaves its result whole or
+# not at all, and is skipped if the result is there, so the same command continues after any end, with any RANKS.
+full: setup
+	@mkdir -p data/full && test -e data/full/size || echo "USERS=$(USERS) SEED=$(SEED)" >data/full/size
+	@test "$$(cat data/full/size)" = "USERS=$(USERS) SEED=$(SEED)" || { echo "limelight: error: data/full was begun with $$(cat data/full/size); name them, or remove data/full and runs/full" >&2; exit 2; }
+	$(call step,1,simulate users and rooms,data/full/world/dataset.json,$(full-world))
+	$(call step,2,align authors with users,runs/full/align/metrics.json,$(full-align))
+	$(call step,3,fit a codebook of aligned vectors,data/full/codebooks/aligned/codebook.json,$(full-aligned))
+	$(call step,4,give the segments codes of aligned vectors,data/full/codes-aligned.parquet,$(full-codes-aligned))
+	$(call step,5,fit a codebook of what rooms show,data/full/codebooks/shown/codebook.json,$(full-shown))
+	$(call step,6,give the segments codes of what they show,data/full/codes-shown.parquet,$(full-codes-shown))
+	$(call step,7,train the predictor of the next code,runs/full/foresight/metrics.json,$(full-foresight))
+	$(call step,8,forecast and train in the order of time,runs/full/follow/metrics.json,$(full-follow))
+	@echo "full 9/9: train the ranker on the stream"
+	@.venv/bin/limelight train configs/full.toml --ranks $(RANKS)
+
+# Number, description and result of a step, and the arguments of `limelight` that make the result.
+step = @if test -e $(3); then echo "full $(1)/9: $(2): done, $(3) is there"; else echo "full $(1)/9: $(2)"; .venv/bin/limelight $(4); fi
+full-world = data simulate data/full/world --users $(USERS) --days 7 --partitions 8 --seed $(SEED) --segment-vectors \
+  --segment-taste 0.8 --lookahead
+full-align = align configs/align.toml --ranks $(RANKS) run.directory=runs/full/align data.path=data/full/world \
+  data.train_until=2024-03-07 data.eval_from=2024-03-07 data.eval_until=2024-03-08
+full-aligned = quantize configs/quantize.toml --ranks $(RANKS) codebook.directory=data/full/codebooks/aligned \
+  data.path=data/full/world data.vectors=runs/full/align/authors data.fit_until=2024-03-07 \
+  codebook.levels=[64,64,64] codebook.iterations=10
+full-codes-aligned = quantize assign data/full/codebooks/aligned data/full/world data/full/codes-aligned.parquet \
+  --vectors runs/full/align/authors
+full-shown = quantize configs/quantize.toml --ranks $(RANKS) codebook.directory=data/full/codebooks/shown \
+  data.path=data/full/world data.fit_until=2024-03-07 codebook.levels=[256] codebook.iterations=10
+full-codes-shown = quantize assign data/full/codebooks/shown data/full/world data/full/codes-shown.parquet
+full-codes = data.path=data/full/world data.codes=data/full/codes-shown.parquet data.codebook=data/full/codebooks/shown \
+  data.runs=32
+full-foresight = foresight configs/foresight.toml --ranks $(RANKS) run.directory=runs/full/foresight $(full-codes) \
+  data.train_until=2024-03-07 data.eval_until=2024-03-08 train.epochs=2
+full-follow = foresight follow configs/foresight.toml --ranks $(RANKS) run.directory=runs/full/follow $(full-codes) \
+  follow.init_from=runs/full/foresight
 
 test: setup
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
