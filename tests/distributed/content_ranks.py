@@ -56,7 +56,7 @@ def job(dataset: Path, tables: Path, model: dict[str, Any]) -> JobConfig:
             "features": {
                 "history": {"short": {"domain": "video", "length": 4}, "both": {"domain": "both", "length": 5}},
                 # Few rows of prefixes, so that the largest table is hashed.
-                "codes": {"shown": {"file": str(tables.parent / "codes.parquet"), "dim": 3, "prefix_rows": 20}},
+                "codes": {"shown": {"file": str(tables.parent / "codes.parquet"), "dim": 4, "prefix_rows": 20}},
                 "content": {
                     "title": {"table": str(tables / "items"), "dim": 5, "histories": True},
                     "person": {"table": str(tables / "authors"), "of": "author", "dim": 3},
