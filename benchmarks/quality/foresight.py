@@ -351,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["ranker"] = ranker_result(scores)
     print(tables(result))
     if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         draw(result, options.out.with_suffix(".png"))
     facts_of = ("users", "days", "borders", "train_days", "rows", "reference_targets", "predictor", "ranker")
     facts = {
