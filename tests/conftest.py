@@ -91,7 +91,7 @@ def nursery() -> Iterator[Nursery]:
         yield nursery
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks(nursery: Nursery) -> RunRanks:
     """Return ``run_ranks(module, *arguments, ranks=2, timeout=600, environment=None, expect=0) -> stdout``.
 

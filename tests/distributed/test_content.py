@@ -116,9 +116,6 @@ class PlainTraining:
         return {**self.tables, **dict(self.ranker.named_parameters()), **projected}
 
 
-_outcomes: dict[int, Any] = {}
-
-
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ranks_train_as_one_process_that_embeds_each_id_alone(ranks: int, world: Path, run_ranks: Any) -> None:
     run_ranks("tests.distributed.content_ranks", world, world / "dataset", world / "tables", ranks=ranks)

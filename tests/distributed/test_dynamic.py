@@ -22,22 +22,20 @@ from tests.distributed.dynamic_model import (
 )
 from tests.distributed.test_engine import TOLERANCE, relative_error
 
-_outcomes: dict[str, dict[str, Any]] = {}
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("dynamic")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes(run_ranks: Any, out: Path) -> dict[str, dict[str, Any]]:
     """Results that dynamic_ranks.py wrote with two ranks and then with one."""
+    found: dict[str, dict[str, Any]] = {}
     for name in ("2", "1"):
-        if name not in _outcomes:
-            run_ranks("tests.distributed.dynamic_ranks", out, ranks=int(name), timeout=600)
-            _outcomes[name] = torch.load(out / f"{name}.pt")
-    return _outcomes
+        run_ranks("tests.distributed.dynamic_ranks", out, ranks=int(name), timeout=600)
+        found[name] = torch.load(out / f"{name}.pt")
+    return found
 
 
 @cache

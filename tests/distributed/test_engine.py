@@ -17,22 +17,20 @@ from tests.distributed.small_model import SEED, STEPS, PlainTraining, share_of_f
 
 TOLERANCE = 1e-5
 
-_outcomes: dict[int, dict[str, Any]] = {}
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes(
     run_ranks: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[int, dict[str, Any]]:
     """Number of ranks -> results of engine_ranks.py; the ranks are started once for all tests."""
-    if not _outcomes:
-        out = tmp_path_factory.mktemp("engine")
-        extent = "slow" if request.config.getoption("--slow") else "fast"
-        # Two ranks start first, because the single rank reads their checkpoints.
-        for world in (2, 1):
-            run_ranks("tests.distributed.engine_ranks", out, extent, ranks=world, timeout=600)
-            _outcomes[world] = torch.load(out / f"{world}.pt")
-    return _outcomes
+    out = tmp_path_factory.mktemp("engine")
+    extent = "slow" if request.config.getoption("--slow") else "fast"
+    found: dict[int, dict[str, Any]] = {}
+    # Two ranks start first, because the single rank reads their checkpoints.
+    for world in (2, 1):
+        run_ranks("tests.distributed.engine_ranks", out, extent, ranks=world, timeout=600)
+        found[world] = torch.load(out / f"{world}.pt")
+    return found
 
 
 @cache

@@ -38,7 +38,7 @@ CHANGED = {STARTS[2]: ({"feature device"}, {"feature city_tier"}), STARTS[3]: (s
 _made: dict[str, Any] = {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of each old run."""
     if "old" not in _made:
@@ -58,15 +58,14 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]
     return _made["old"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes(old: dict[str, dict[str, Tensor]], run_ranks: Any) -> Outcomes:
     """Return by number of ranks the results of init_ranks.py, which is started once for all tests."""
-    if "outcomes" not in _made:
-        directory, _made["outcomes"] = _made["directory"], {}
-        for world in (1, 2):
-            run_ranks("tests.distributed.init_ranks", directory, directory / "world", ranks=world)
-            _made["outcomes"][world] = torch.load(directory / f"{world}.pt", weights_only=False)
-    return _made["outcomes"]
+    directory, found = _made["directory"], Outcomes()
+    for world in (1, 2):
+        run_ranks("tests.distributed.init_ranks", directory, directory / "world", ranks=world)
+        found[world] = torch.load(directory / f"{world}.pt", weights_only=False)
+    return found
 
 
 def row_pairs(start: Start) -> dict[str, dict[int, int]]:

@@ -18,27 +18,24 @@ from trainer.data.simulator.write_dataset import simulate
 STARTS = {"2a": (), "1a": ("2a",), "3a": ("2a",), "2b": ("1a", "3a")}
 """Starts in order, with their number of ranks and the earlier starts whose checkpoints they load."""
 
-_outcomes: dict[str, Any] = {}
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes(
     run_ranks: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Any]:
     """Results of resume_ranks.py; with ``--slow`` every start loads all pairs of layouts."""
-    if not _outcomes:
-        pairs = "all" if request.config.getoption("--slow") else "half"
-        out = tmp_path_factory.mktemp("resume")
-        simulate(out / "world", users=250, days=3, partitions=4, seed=3)
-        codes = write_codes_of(out / "world", out / "codes.parquet")
-        write_vectors_of(out / "world", codes, out / "vectors")
-        _outcomes["dataset"] = out / "world"
-        for start, earlier in STARTS.items():
-            ranks = int(start[0])
-            arguments = (start, out, out / "world", pairs, *earlier)
-            run_ranks("tests.distributed.resume_ranks", *arguments, ranks=ranks, timeout=600)
-            _outcomes[start] = torch.load(out / f"{start}.pt")
-    return _outcomes
+    pairs = "all" if request.config.getoption("--slow") else "half"
+    out = tmp_path_factory.mktemp("resume")
+    simulate(out / "world", users=250, days=3, partitions=4, seed=3)
+    codes = write_codes_of(out / "world", out / "codes.parquet")
+    write_vectors_of(out / "world", codes, out / "vectors")
+    found: dict[str, Any] = {"dataset": out / "world"}
+    for start, earlier in STARTS.items():
+        ranks = int(start[0])
+        arguments = (start, out, out / "world", pairs, *earlier)
+        run_ranks("tests.distributed.resume_ranks", *arguments, ranks=ranks, timeout=600)
+        found[start] = torch.load(out / f"{start}.pt")
+    return found
 
 
 def trained(outcome: dict[str, Any]) -> Counter[int]:

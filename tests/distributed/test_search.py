@@ -15,17 +15,13 @@ from trainer.data.simulator.write_dataset import simulate
 
 pytestmark = pytest.mark.slow
 
-_outcomes: dict[str, Any] = {}
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if not _outcomes:
-        out = tmp_path_factory.mktemp("search")
-        simulate(out / "world", users=70, days=3, partitions=4, seed=3)
-        run_ranks("tests.distributed.search_ranks", out, out / "world", timeout=600)
-        _outcomes.update(torch.load(out / "outcome.pt"), out=out)
-    return _outcomes
+    out = tmp_path_factory.mktemp("search")
+    simulate(out / "world", users=70, days=3, partitions=4, seed=3)
+    run_ranks("tests.distributed.search_ranks", out, out / "world", timeout=600)
+    return {**torch.load(out / "outcome.pt"), "out": out}
 
 
 def test_stopping_and_resuming_is_bitwise_equal(outcomes: dict[str, Any]) -> None:

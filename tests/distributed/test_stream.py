@@ -29,23 +29,20 @@ from trainer.stream.labels.policy import event_timeouts, report_policy
 
 STARTS: dict[str, tuple[str, ...]] = {"2a": (), "1a": ("2a",)}
 
-_outcomes: dict[str, Any] = {}
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def outcomes(nursery: Nursery, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if not _outcomes:
-        nursery.compile_search()
-        out = tmp_path_factory.mktemp("stream")
-        simulate(out / "world", users=150, days=2, partitions=4, seed=4)
-        codes = write_codes_of(out / "world", out / "codes.parquet")
-        write_vectors_of(out / "world", codes, out / "vectors")
-        _outcomes["dataset"] = out / "world"
-        for start, earlier in STARTS.items():
-            arguments = (start, out, out / "world", *earlier)
-            run_ranks("tests.distributed.stream_ranks", *arguments, ranks=int(start[0]), timeout=600)
-            _outcomes[start] = torch.load(out / f"{start}.pt")
-    return _outcomes
+    nursery.compile_search()
+    out = tmp_path_factory.mktemp("stream")
+    simulate(out / "world", users=150, days=2, partitions=4, seed=4)
+    codes = write_codes_of(out / "world", out / "codes.parquet")
+    write_vectors_of(out / "world", codes, out / "vectors")
+    found: dict[str, Any] = {"dataset": out / "world"}
+    for start, earlier in STARTS.items():
+        arguments = (start, out, out / "world", *earlier)
+        run_ranks("tests.distributed.stream_ranks", *arguments, ranks=int(start[0]), timeout=600)
+        found[start] = torch.load(out / f"{start}.pt")
+    return found
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -1,8 +1,9 @@
-"""``limelight train`` as a user types it: a process of its own, without a built-in fault."""
+"""``limelight train`` without a built-in fault: as a user types it, or forked from the nursery."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from tests.paths import ROOT
 
 
 class Command:
-    """``limelight train`` of a job, started repeatedly."""
+    """``limelight train`` of a job, started repeatedly, in new interpreters."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -52,6 +53,29 @@ class Command:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+
+def run_forked(job: Job, step: int, act: Callable[[int], None]) -> tuple[int, str]:
+    """Run the command once as :class:`Command` does, with launcher and ranks forked from the job's nursery.
+
+    ``act`` receives the process id of the launcher.
+    """
+    out = job.directory / "command"
+    process = job.nursery.start("launch.cli.main", ["train", *job.arguments, "--ranks", "2"], 0, {}, out)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    status = None
+    try:
+        while not any(int(path.name.removeprefix("step-")) >= step for path in job.checkpoints()):
+            status = job.nursery.wait(process, 0.01)
+            assert status is None and time.monotonic() < deadline, out.read_text()
+        act(process)
+        status = job.nursery.wait(process, LIMIT_SECONDS)
+        assert status is not None, out.read_text()
+    finally:
+        if status is None:
+            os.killpg(process, signal.SIGKILL)
+            job.nursery.wait(process, 10)
+    return status, out.read_text()
 
 
 def children(process: int) -> list[int]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.faults import kinds
-from tests.faults.command import Command
+from tests.faults.command import Command, run_forked
 from tests.faults.harness import RANKS, Job, differences, small_world, state_differences, trained_rows
 from tests.nursery import Nursery
 from trainer.console.exit_status import PREEMPTED_STATUS
@@ -155,12 +155,8 @@ def stop_late(job: Job) -> None:
 
 
 def test_the_command_itself_is_preempted_and_resumes(limelight: Any, job: Job, undisturbed: Job) -> None:
-    command = Command(job)
-    try:
-        status, printed = command.run(4, lambda launcher, ranks: os.kill(launcher, signal.SIGTERM))
-        assert status == PREEMPTED_STATUS and "stopped by SIGTERM" in printed, printed
-    finally:
-        command.kill()
+    status, printed = run_forked(job, 4, lambda launcher: os.kill(launcher, signal.SIGTERM))
+    assert status == PREEMPTED_STATUS and "stopped by SIGTERM" in printed, printed
     ended = limelight("train", *job.arguments, "--ranks", 2)
     printed = ended.stdout + ended.stderr
     assert "resuming from " in printed and "limelight: " not in printed, printed
