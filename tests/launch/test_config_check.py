@@ -22,6 +22,7 @@ KINDS = {
     "embed_follow": "embed",
     "finetune_small": "finetune",
     "foresight": "foresight",
+    "full": "train",
     "kuairand": "train",
     "larm": "train",
     "moment": "train",
