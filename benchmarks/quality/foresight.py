@@ -94,7 +94,7 @@ NEVER = "2030-01-01"
 """Time after the end of the log."""
 
 
-class Work:
+class ForesightWork:
     """Files of the benchmark, made when they are first needed.
 
     Args:
@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     scores: dict[str, list[Any]] = {variant: [] for variant in options.rankers}
     with World.join("cpu") as ranks:
-        work = Work(options, ranks)
+        work = ForesightWork(options, ranks)
         of_seeds = [{name: work.predictor(name, seed) for name in work.settings} for seed in options.seeds]
         predictors = {name: [runs[name] for runs in of_seeds if runs[name]] for name in work.settings}
         rules = {name: work.rules(name) for name in work.settings}

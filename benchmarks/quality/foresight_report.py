@@ -95,8 +95,8 @@ def predictor_result(
 
     Args:
         settings: by name.
-        rules: by setting, of ``Work.rules``; settings without them, or without runs, are left out.
-        runs: by setting, of ``Work.predictor``, one for each seed.
+        rules: by setting, of ``ForesightWork.rules``; settings without them, or without runs, are left out.
+        runs: by setting, of ``ForesightWork.predictor``, one for each seed.
     """
     result = {}
     for name, setting in settings.items():

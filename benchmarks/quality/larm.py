@@ -66,7 +66,7 @@ ITERATIONS = 10
 """Passes of k-means; the distortion changes by less than 1 % after them."""
 
 
-class Work:
+class LarmWork:
     """Files of the benchmark, made when they are first needed.
 
     Args:
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif IDS not in options.rankers:
         parser.error(f"--rankers: the differences are to {IDS!r}; name it, too")
     torch.set_num_threads(1)
-    work = Work(options)
+    work = LarmWork(options)
     work.simulate()
     scores: dict[str, list[Scores]] = {variant: [] for variant in options.rankers}
     runs: dict[str, list[Path]] = {variant: [] for variant in TOWERS}
