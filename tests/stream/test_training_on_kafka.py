@@ -106,10 +106,10 @@ def test_a_live_topic_is_trained_on_as_it_arrives(
     )
     assert ended.status == 0, ended.stdout + ended.stderr
     assert "resuming from" in ended.stdout
-    # Candidates of the topic have codes, and some have none.
+    # Candidates of the topic have codes. How many have none depends on where the stop came.
     counts = re.findall(r"without a code of shown: ([\d,]+) of ([\d,]+) candidates", ended.stdout)
     missing, candidates = (int(number.replace(",", "")) for number in counts[0])
-    assert 0 < missing < candidates
+    assert missing < candidates
     last, rows = read_manifest(checkpoints_at(run)[-1]), expected_rows(world, spec, 14)
     assert last.finished and last.rows_done == rows > saved.rows_done
     stream = json.loads((run / "metrics.json").read_text())["stream"]
