@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from launch import local
 from launch.cli.main import main
-
-Started = list[tuple[str, list[str], int]]
+from tests.launch.cli.conftest import Started
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+def started(recorded_starts: Started, tmp_path: Path) -> Started:
     """Record what would be started; the working directory has ``job.toml`` and the settings of two runs."""
-    calls: Started = []
-
-    def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
-        calls.append((module, list(arguments), ranks))
-        return 0
-
-    monkeypatch.setattr(local, "start_ranks", start_ranks)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "job.toml").write_text('[data]\npath = "nowhere"\n')
     for name, sections in (("run", {"towers": {}}), ("ranker", {})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"data": {"path": "nowhere"}, **sections}))
-    return calls
+    return recorded_starts
 
 
 @pytest.mark.parametrize("words", [["align"], ["align", "fit"]], ids=" ".join)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from launch import local
 from launch.cli.main import main
+from tests.launch.cli.conftest import Started
 from tests.s3 import Bucket
 from tests.semantic_ids.meaning_world import write_world as write_topic_world
 from tests.semantic_ids.segment_world import make_version, write_world
@@ -18,23 +17,13 @@ from trainer.semantic_ids.codebook_version import CodebookVersion
 
 JOB = '[data]\npath = "nowhere"\n[codebook]\ndirectory = "book"\n'
 
-Started = list[tuple[str, list[str], int]]
-
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+def started(recorded_starts: Started, tmp_path: Path) -> Started:
     """Record what would be started; the working directory has ``job.toml``, and ``job`` with the same content."""
-    calls: Started = []
-
-    def start_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
-        calls.append((module, list(arguments), ranks))
-        return 0
-
-    monkeypatch.setattr(local, "start_ranks", start_ranks)
-    monkeypatch.chdir(tmp_path)
     for name in ("job.toml", "job"):
         (tmp_path / name).write_text(JOB)
-    return calls
+    return recorded_starts
 
 
 @pytest.mark.parametrize("words", [["quantize"], ["quantize", "fit"]], ids=" ".join)
