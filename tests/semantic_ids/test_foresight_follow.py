@@ -27,6 +27,7 @@ from trainer.config.foresight import load_foresight_follow
 from trainer.console.errors import UserError, user_message
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.segment_codes import CodeFile
+from trainer.data.format.segments import DatasetSegments
 from trainer.foresight_follow import run_job
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
@@ -168,8 +169,10 @@ def test_a_run_has_each_segment_once_and_its_numbers(whole: Path, caplog: pytest
     assert document["training"]["steps"] == STEPS and len(document["training"]["loss"]) == 3
     assert document["training"]["slow_ticks"] == 0
     assert f"400 segments with codes of {document['codebook']} to forecast" in caplog.text
+    segments = DatasetSegments.read(str(whole / "world"), embedded=False)
     for name, table in tables(whole / "again").items():
         assert table.ids.tolist() == list(range(400))
+        assert table.segments == segments.hash(segments.rows_of(table.ids))
         assert (table.hash == tables(whole / "run")[name].hash) == (name != "encoder")
     assert [path.name for path in (whole / "again/forecasts").iterdir() if path.name.startswith(".")] == []
 

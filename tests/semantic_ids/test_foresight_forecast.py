@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,10 @@ def test_each_segment_after_the_training_has_one_forecast(finished: Path, data: 
     for name, table in tables(data / "out").items():
         assert np.array_equal(table.ids, wanted) and table.dim == 8
         assert table.origin.pooling.startswith("Foresight: ") and table.origin.model == "run"
-        assert (DatasetSegments.read(str(finished / "world"), has_text_ids(table.origin)).rows_of(table.ids) >= 0).all()
+        segments = DatasetSegments.read(str(finished / "world"), has_text_ids(table.origin))
+        segments.check_table(table)
+        with pytest.raises(UserError, match="made from other segments"):
+            replace(segments, start_ms=segments.start_ms + 1).check_table(table)
         assert len(np.unique(np.asarray(table.vectors, np.float32), axis=0)) > UNSEEN / 3, name
 
 

@@ -168,8 +168,8 @@ class RunForecasts:
         self._world.barrier()
 
         def write() -> None:
-            ids = self._data.segments.ids[self._data.first : self._data.stop]
-            self._spool.write_tables(self.directory, ids, 0, self._origins)
+            places = slice(self._data.first, self._data.stop)
+            self._spool.write_tables(self.directory, self._data.segments, places, self._origins)
             ForecastSpool.remove(self.directory, self._widths)
 
         self._world.on_first_rank(write)

@@ -29,6 +29,7 @@ from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.data.format.content_vectors import MANIFEST, Origin, VectorPart, write_parts
 from trainer.data.format.segment_codes import CodeFile
+from trainer.data.format.segments import segments_hash
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_fully, write_whole
 from trainer.runtime.stored_files import read_json_object, stored_value
@@ -56,11 +57,13 @@ class ForecastSegments:
         ids: ``[n] int64``, ids of their vectors.
         contexts: their contexts.
         without_author: number of segments of unknown authors.
+        codes: the code file.
     """
 
     ids: np.ndarray
     contexts: SegmentContexts
     without_author: int
+    codes: CodeFile
 
     @staticmethod
     def of(codes: CodeFile) -> ForecastSegments:
@@ -76,7 +79,7 @@ class ForecastSegments:
             raise UserError(
                 f"{codes.path}: has segment {distinct[np.argmax(count > 1)]} twice; each segment has one forecast"
             )
-        return ForecastSegments(ids, contexts, len(codes) - len(ids))
+        return ForecastSegments(ids, contexts, len(codes) - len(ids), codes)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,6 +87,19 @@ class ForecastSegments:
     def since(self, from_ms: int) -> int:
         """Return the first place of the segments that became known from a time on."""
         return int(np.searchsorted(self.contexts.as_of_ms, from_ms))
+
+    def hash(self, ids: np.ndarray) -> str:
+        """Return the hash of the segments of ``ids [m]`` for a table of vectors; empty if their starts are not known.
+
+        A table of forecasts has it, so that a ranker refuses the table beside another dataset with the same ids.
+        """
+        codes = self.codes
+        if codes.start_ms is None:
+            return ""
+        order = np.argsort(codes.segment)
+        rows = order[np.searchsorted(codes.segment, np.sort(ids), sorter=order)]
+        columns = (codes.segment, codes.item_id, codes.author_id, codes.start_ms, codes.known_ms)
+        return segments_hash(*(column[rows] for column in columns))
 
 
 class Forecaster:
@@ -195,27 +211,32 @@ class ForecastSpool:
         """Close the files."""
         self._open.close()
 
-    def read(self, name: str, first: int = 0) -> np.ndarray:
-        """Return the vectors of a table from a place on, ``[n, width] float16``, mapped."""
+    def read(self, name: str) -> np.ndarray:
+        """Return the vectors of a table, ``[count, width] float16``, mapped."""
         shape = (self._count, self._widths[name])
         vectors: np.ndarray = np.memmap(_spool_file(self._directory, name), _DTYPE, "r", shape=shape)
-        return vectors[first:]
+        return vectors
 
-    def write_tables(self, directory: Path, ids: np.ndarray, first: int, origins: Mapping[str, Origin]) -> None:
-        """Write the tables ``directory/NAME`` of the vectors from place ``first`` on; ``ids [n]`` are of these.
+    def write_tables(
+        self, directory: Path, segments: ForecastSegments, places: slice, origins: Mapping[str, Origin]
+    ) -> None:
+        """Write the tables ``directory/NAME``; the vectors are those of the segments at ``places``, in their order.
 
         Raises:
             UserError: a vector is missing, or a table cannot be written.
         """
+        ids = segments.ids[places]
+        digest = segments.hash(ids)
         for name, width in self._widths.items():
-            vectors = self.read(name, first)
+            vectors = self.read(name)
 
             def parts(vectors: np.ndarray = vectors) -> Iterator[VectorPart]:
                 for begin in range(0, len(ids), self.CHUNK_ROWS):
                     stop = begin + self.CHUNK_ROWS
                     yield ids[begin:stop], vectors[begin:stop]
 
-            write_parts(directory / name, ids, np.zeros(len(ids), np.uint64), parts(), width, origin=origins[name])
+            no_texts = np.zeros(len(ids), np.uint64)
+            write_parts(directory / name, ids, no_texts, parts(), width, origin=origins[name], segments=digest)
 
     @staticmethod
     def is_there(directory: Path, names: Mapping[str, int]) -> bool:
@@ -322,7 +343,7 @@ def write_forecasts(
         spool.close()
         world.barrier()
         world.on_first_rank(
-            lambda: write_whole(out, lambda target: spool.write_tables(target, segments.ids[first:], 0, origins))
+            lambda: write_whole(out, lambda target: spool.write_tables(target, segments, slice(first, None), origins))
         )
     finally:
         if world.rank == 0:
