@@ -43,6 +43,9 @@ SMALL_TABLE_BYTES = 16 << 20
 """Tables up to this size are not cut by rows on GPUs: each rank would send a few ids to every other rank, and the
 planner's estimate of the time does not count messages."""
 
+RESERVED_SHARE = 0.15
+"""Share of each rank's memory that the planner leaves free of tables and of what it counts with them."""
+
 
 @dataclass(frozen=True)
 class TableOptimizer:
@@ -101,6 +104,88 @@ def make_sharder(optimizer: TableOptimizer, *, index_dedup: bool = False) -> Emb
     return EmbeddingCollectionSharder(fused_params=fused, use_index_dedup=index_dedup)
 
 
+def describe_topology(
+    world: int, local_size: int, device_type: str, *, host_bytes: int, device_bytes: int | None = None
+) -> Topology:
+    """Return the machines as TorchRec's planner sees them.
+
+    The bandwidths are the planner's own, on every machine: so the plan depends on the memory alone, and a cluster that
+    is only described gets the plan that the job makes there.
+
+    Args:
+        world: number of ranks.
+        local_size: number of ranks on one machine.
+        device_type: ``cpu`` or ``cuda``.
+        host_bytes: memory of a machine, shared by its ranks.
+        device_bytes: memory of a GPU; None on a CPU.
+    """
+    return Topology(
+        world_size=world,
+        local_world_size=local_size,
+        compute_device=device_type,
+        ddr_cap=host_bytes // local_size,
+        hbm_cap=device_bytes,
+    )
+
+
+def plan_tables(
+    tables: TableSet,
+    sharder: EmbeddingCollectionSharder,
+    optimizer: TableOptimizer,
+    topology: Topology,
+    *,
+    batch_size: int,
+) -> ShardingPlan:
+    """Return TorchRec's plan for the tables on described machines; needs no process group and no GPU.
+
+    Args:
+        tables: tables on the meta device.
+        sharder: sharder of :func:`make_sharder`.
+        optimizer: optimizer of the tables.
+        topology: machines of :func:`describe_topology`.
+        batch_size: rows of one rank in a step.
+
+    Raises:
+        UserError: a sharding or a width is refused, or the tables do not fit into memory.
+    """
+    world, device_type = topology.world_size, topology.compute_device
+    for table in tables.tables:
+        if table.dim % COLUMN_MULTIPLE:
+            raise UserError(f"table {table.name!r}: dim = {table.dim} is not a multiple of {COLUMN_MULTIPLE}")
+    lookups = [lookup for _, members in tables.groups for lookup in members]
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=sharding_types(table, optimizer, world, device_type),
+            # In the order of the table's features. Without it, the planner counts one id for all lookups of a table.
+            pooling_factors=[float(lookup.most_ids) for lookup in lookups if lookup.table == table.name],
+            # On a GPU the planner may keep a table that is too large for it in host memory, behind a cache.
+            compute_kernels=["fused"] if device_type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"],
+            min_partition=table.dim // _column_parts(table.dim, world),
+        )
+        for table in tables.tables
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
+    )
+    try:
+        with _optimizer_counts(tables, optimizer):
+            plan: ShardingPlan = planner.plan(tables, [sharder])
+    except PlannerError as error:
+        size = sum(table.rows * table.dim for table in tables.tables) * 4 / 1e9
+        raise UserError(f"no sharding of {size:,.1f} GB of tables on {world} ranks: {_first_line(error)}") from None
+    dynamic = {table.name for table in tables.tables if table.dynamic}
+    for parameters in plan.plan.values():
+        for name, parameter in parameters.items():
+            if name in dynamic and parameter.sharding_type == "row_wise":
+                _cut_between_buckets(parameter.sharding_spec.shards)
+            if not parameter.compute_kernel.startswith("fused"):
+                raise RuntimeError(f"table {name!r} got kernel {parameter.compute_kernel!r}: it would never be trained")
+    return plan
+
+
 def make_plan(
     tables: TableSet,
     sharder: EmbeddingCollectionSharder,
@@ -125,54 +210,24 @@ def make_plan(
     Raises:
         UserError: a sharding or a width is refused, or the tables do not fit into memory.
     """
-    world = dist.get_world_size(control)
-    for table in tables.tables:
-        if table.dim % COLUMN_MULTIPLE:
-            raise UserError(f"table {table.name!r}: dim = {table.dim} is not a multiple of {COLUMN_MULTIPLE}")
-    lookups = [lookup for _, members in tables.groups for lookup in members]
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=sharding_types(table, optimizer, world, device.type),
-            # In the order of the table's features. Without it, the planner counts one id for all lookups of a table.
-            pooling_factors=[float(lookup.most_ids) for lookup in lookups if lookup.table == table.name],
-            # On a GPU the planner may keep a table that is too large for it in host memory, behind a cache.
-            compute_kernels=["fused"] if device.type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"],
-            min_partition=table.dim // _column_parts(table.dim, world),
-        )
-        for table in tables.tables
-    }
     # The plan, or the error that explains why there is none.
     answer: list[Any] = [None]
     if dist.get_rank(control) == 0:
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(
-                world_size=world,
-                local_world_size=local_size,
-                compute_device=device.type,
-                ddr_cap=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_size,
-                hbm_cap=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-            ),
-            batch_size=batch_size,
-            constraints=constraints,
-            storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+        topology = describe_topology(
+            dist.get_world_size(control),
+            local_size,
+            device.type,
+            host_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            device_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         )
         try:
-            with _optimizer_counts(tables, optimizer):
-                answer[0] = planner.plan(tables, [sharder])
-        except PlannerError as error:
-            size = sum(table.rows * table.dim for table in tables.tables) * 4 / 1e9
-            answer[0] = UserError(f"no sharding of {size:,.1f} GB of tables on {world} ranks: {_first_line(error)}")
+            answer[0] = plan_tables(tables, sharder, optimizer, topology, batch_size=batch_size)
+        except UserError as error:
+            answer[0] = error
     # Only the first rank plans: TorchRec's collective planner would leave the other ranks waiting if it failed there.
     dist.broadcast_object_list(answer, src=0, group=control)
     if isinstance(answer[0], UserError):
         raise answer[0]
-    dynamic = {table.name for table in tables.tables if table.dynamic}
-    for parameters in answer[0].plan.values():
-        for name, parameter in parameters.items():
-            if name in dynamic and parameter.sharding_type == "row_wise":
-                _cut_between_buckets(parameter.sharding_spec.shards)
-            if not parameter.compute_kernel.startswith("fused"):
-                raise RuntimeError(f"table {name!r} got kernel {parameter.compute_kernel!r}: it would never be trained")
     return answer[0]
 
 
