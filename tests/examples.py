@@ -27,7 +27,7 @@ import click
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from launch.cli.command import Command, Group, JobGroup
+from launch.cli.command import Command, DefaultGroup, Group
 from launch.cli.main import limelight
 from launch.config_check import check_job, job_model
 from tests.launch.cli.parsing import every_command
@@ -399,9 +399,11 @@ def resolve(words: Sequence[str]) -> tuple[click.Command, click.Context, list[st
     command: click.Command = limelight
     context = click.Context(limelight, info_name="limelight")
     rest = list(words[1:])
-    while isinstance(command, click.Group) and rest:
-        if isinstance(command, JobGroup):
+    while isinstance(command, click.Group):
+        if isinstance(command, DefaultGroup):
             rest = command.complete(rest)
+        if not rest:
+            break
         if rest[0].startswith("-"):
             assert rest[0] in options_of(command), f"option {rest[0]} before the command"
             break

@@ -64,7 +64,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
     segments = align_model.open_segments(config, data)
     scale = content_scale(segments, split.train_until)
     rooms = Rooms.read(config.data.path) if config.data.eval_from else None
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="align"):
         counted = align_model.count_positives(config, data, split.training, directory, world)
         dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
         if world.rank == 0:

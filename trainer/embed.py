@@ -67,7 +67,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
     template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
     base = BaseModelFiles.open(config.model.path, config.model.tokenizer, vision=True)
     directory = local_path(config.embed.directory)
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="embed"):
         setup = open_encoder(config, base, template, world)
         for kind in config.data.kinds:
             texts = KindTexts.read(config.data.path, kind)
@@ -92,7 +92,7 @@ def follow(config: EmbeddingJob, world: World) -> None:
         raise UserError(f"--follow is one process, and there are {world.size} ranks; start one")
     clock, stop, settings = Clock(), StopRequest(), follow_settings(config)
     directory = local_path(config.embed.directory) / "follow"
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="embed --follow"):
         open_log(directory / "logs", world.rank)
         template = Template.read(config.embed.template, dict.fromkeys(KINDS, TEXT))
         encoder, origin = open_segment_encoder(config, template, world)

@@ -67,7 +67,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
     config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     held_out = list(read_samples(config.data.evaluate, ReadCounts()))
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="finetune"):
         if world.rank == 0:
             begin_run(directory, config, world.size)
         world.barrier()

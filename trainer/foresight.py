@@ -61,7 +61,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
     config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     data = ForesightData.open(config)
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="foresight"):
         if world.rank == 0:
             begin_run(directory, config, world.size, data.entry)
         world.barrier()

@@ -63,7 +63,7 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
     config = absolute_paths(config)
     settings = deepspeed_settings(config, world.size)
     data = FollowData.open(config)
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="foresight follow"):
         if world.rank == 0:
             # The checkpoints compare the data, because later segments may be added.
             begin_run(directory, config, world.size)

@@ -63,7 +63,7 @@ def quantize(config: QuantizeJob, world: World, old_path: str | None, compare_co
     done = world.on_first_rank(lambda: codebook_fit.finished_version(directory, config, data, old) is not None)
     if not done:
         work = directory.with_name(f"{directory.name}.fit")
-        with run_directory(work, world):
+        with run_directory(work, world, job="quantize"):
             _fit_and_write(config, world, data, old, work, compare_cold)
             if world.rank == 0:
                 shutil.rmtree(work)

@@ -74,7 +74,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
     begun = any(list_checkpoints(model / "checkpoints") for model in model_dirs(directory, config).values())
     if config.init_from.run and not begun:
         check_source(config)
-    with run_directory(directory, world):
+    with run_directory(directory, world, job="train"):
         dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
         if world.rank == 0:
             begin_run(directory, config, world.size, dataset)

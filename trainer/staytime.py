@@ -51,7 +51,7 @@ def run_job(config: StaytimeConfig) -> None:
     if (directory / "metrics.json").exists():
         raise UserError(f"{directory}: a finished run is already here; choose another run.directory or remove it")
     data = load_staytime(config.data, config.input, config.lcu, config.run.seed)
-    with run_directory(directory):
+    with run_directory(directory, job="staytime"):
         open_log(directory / "logs", 0)
         write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))
         write_json(directory / "environment.json", {"command": sys.argv, **environment(1)})

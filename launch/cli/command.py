@@ -14,6 +14,10 @@ FIT = "fit"
 """Command of a :class:`JobGroup` that takes a job file."""
 
 
+LIST = "list"
+"""Command of a :class:`RunsGroup` that takes a directory of runs."""
+
+
 class Command(click.Command):
     """A command with an example at the end of its help.
 
@@ -42,19 +46,34 @@ class Group(click.Group):
         return list(self.commands)
 
 
-class JobGroup(Group):
+class DefaultGroup(Group):
+    """A group with a command whose name may be left out."""
+
+    def complete(self, words: list[str]) -> list[str]:
+        """Return the words after the group's name with the command that they leave out."""
+        raise NotImplementedError
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words with the command that they leave out; a shell completes what was typed."""
+        return super().parse_args(ctx, args if ctx.resilient_parsing else self.complete(args))
+
+
+class RunsGroup(DefaultGroup):
+    """A group in which no command, or a directory in its place, stands for the command :data:`LIST`."""
+
+    def complete(self, words: list[str]) -> list[str]:
+        """Return the words after the group's name with the command that they leave out."""
+        named = bool(words) and (words[0] in self.commands or words[0] in ("-h", "--help"))
+        return words if named else [LIST, *words]
+
+
+class JobGroup(DefaultGroup):
     """A group in which a job file in place of a command stands for the command :data:`FIT`."""
 
     def complete(self, words: list[str]) -> list[str]:
         """Return the words after the group's name with the command that they leave out."""
         is_file = bool(words) and words[0] not in self.commands and (_is_job(words[0]) or os.path.isfile(words[0]))
         return [FIT, *words] if is_file else words
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command that is meant, and its arguments."""
-        return super().resolve_command(ctx, self.complete(args))
 
 
 def _is_job(word: str) -> bool:

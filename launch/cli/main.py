@@ -21,6 +21,7 @@ from launch.cli import (
     models,
     quantize,
     retrieve,
+    runs,
     stream,
 )
 from launch.cli.command import Group
@@ -75,6 +76,7 @@ for command in (
     models.score,
     models.explain,
     models.export,
+    runs.runs,
     checkpoint.checkpoint,
     config.config,
     configs.configs,

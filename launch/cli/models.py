@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
@@ -12,9 +11,6 @@ from launch.cli.jobs import forwarded, ranks_option
 from trainer.console.errors import UserError
 from trainer.console.job_arguments import EVALUATE_ARGUMENTS, EXPLAIN_ARGUMENTS
 from trainer.console.outputs import InputPath, Output, OutputPath
-
-RunKind = Literal["align", "export", "finetune", "foresight", "ranker", "staytime"]
-"""Job that wrote a directory, or ``export``."""
 
 
 @click.command(
@@ -79,7 +75,9 @@ def score(
     as_json: bool,
 ) -> int:
     """Score in the way that fits the directory."""
-    kind = _kind_of(model)
+    from trainer.checkpoint.run_kind import run_kind
+
+    kind = run_kind(model)
     if kind is None:
         raise UserError(f"{model}: no run here (config.json is missing), and no exported model")
     if kind == "align":
@@ -147,7 +145,9 @@ A finished fine-tuning run: the model with the adapter merged into its weights, 
 @json_option
 def export(run: str, out: Output, data: str | None, with_dataset: bool, as_json: bool) -> None:
     """Export in the format that fits the run."""
-    kind = _kind_of(run)
+    from trainer.checkpoint.run_kind import run_kind
+
+    kind = run_kind(run)
     if kind == "staytime":
         raise UserError(f"{run}: a staytime run has nothing to export; its model is {Path(run) / 'model.safetensors'}")
     if kind == "align":
@@ -186,8 +186,10 @@ def export(run: str, out: Output, data: str | None, with_dataset: bool, as_json:
 
 
 def _require_ranker(context: click.Context) -> None:
+    from trainer.checkpoint.run_kind import run_kind
+
     run = context.params["directory"]
-    kind = _kind_of(run)
+    kind = run_kind(run)
     if kind not in ("ranker", None):
         other = {
             "align": "an alignment's run",
@@ -211,23 +213,3 @@ def _score_staytime(
         print_json({"out": str(out), **metrics})
     else:
         print(f"{metrics_table(metrics)}\n\npredictions: {out}")
-
-
-def _kind_of(directory: str) -> RunKind | None:
-    """Return the job that wrote a run, or ``export``; None if the directory is neither a run nor an exported model.
-
-    Raises:
-        UserError: the run's settings are not JSON.
-    """
-    from trainer.runtime.stored_files import read_json_object
-
-    if (Path(directory) / "export.json").is_file():
-        return "export"
-    file = Path(directory) / "config.json"
-    try:
-        config = read_json_object(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    # The section that only this job has; an alignment has [evaluate], too, and comes before.
-    sections: dict[str, RunKind] = {"lcu": "staytime", "lora": "finetune", "towers": "align", "evaluate": "foresight"}
-    return next((kind for section, kind in sections.items() if section in config), "ranker")

@@ -35,7 +35,7 @@ def changed(**sections: dict[str, Any]) -> JobConfig:
 
 def test_a_run_reads_back_and_resumes(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
-    with run_directory(run):
+    with run_directory(run, job="train"):
         begin_run(run, CONFIG, world=2, dataset=DATA)
     begin_run(run, CONFIG, world=1, dataset=DATA)
     assert [start["ranks"] for start in json.loads((run / "environment.json").read_text())["starts"]] == [2, 1]
@@ -47,15 +47,15 @@ def test_a_run_reads_back_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_an_error_of_a_full_disk_names_the_directory(tmp_path: Path, number: int) -> None:
     run = tmp_path / "runs" / "one"
-    with pytest.raises(OSError, match="runs/one") as raised, run_directory(run):
+    with pytest.raises(OSError, match="runs/one") as raised, run_directory(run, job="train"):
         (run / "logs").mkdir()
         raise OSError(number, os.strerror(number))
     assert str(user_message(raised.value)).startswith(f"{run}: {os.strerror(number)}") and not run.exists()
-    with pytest.raises(OSError, match="elsewhere"), run_directory(run):
+    with pytest.raises(OSError, match="elsewhere"), run_directory(run, job="train"):
         (run / "config.json").touch()
         raise OSError(number, os.strerror(number), "elsewhere/file")
     assert (run / "config.json").exists(), "a begun run stays"
-    with pytest.raises(OSError) as raised, run_directory(run):
+    with pytest.raises(OSError) as raised, run_directory(run, job="train"):
         raise OSError(errno.EIO, "a read failed")
     assert raised.value.filename is None, "it may be an input"
 
@@ -124,7 +124,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         load_run(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), run_directory(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match="cannot be written"), run_directory(tmp_path / "file" / "run", job="train"):
         pass
 
 

@@ -29,7 +29,7 @@ JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align", "foresigh
 
 PLAIN_TEXT = {
     *("time_from", "time_until", "at", "as_of", "evaluate_from", "most", "overrides", "ranks", "local_rank"),
-    *("store", "annotate", "model"),
+    *("store", "annotate", "model", "sort"),
     *("brokers", "topic", "dead_letter_topic"),
     *("fast_seconds", "slow_seconds", "tick_seconds", "idle_seconds", "max_out_of_orderness_seconds"),
 }

@@ -7,6 +7,8 @@ A ranker's run holds::
     environment.json   of every start: versions, machine, command line, dataset
     checksums.json     size and CRC-32 of config.json and deepspeed.json
     lock               held while a job runs here
+    status.json        the state of the job: trainer/runtime/run_status.py
+    failure.json       the reason of the last start's failure
     features/          id maps and standardisation, fitted on the training range
     checkpoints/       the model and the state of its training; the newest one is the run's model
     published/         models for scoring, exported while a stream trains the model
@@ -18,9 +20,9 @@ A ranker's run holds::
     report.html        the report, self-contained
     baselines/KIND/    the same for each baseline, from checkpoints/ on
 
-A run of Foresight has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, ``checkpoints/``,
-``logs/`` and ``metrics.json``, and one of ``limelight foresight follow`` has tables of vectors in ``forecasts/``. A
-fine-tuning run has them as well, and::
+A run of Foresight has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, status,
+``checkpoints/``, ``logs/`` and ``metrics.json``, and one of ``limelight foresight follow`` has tables of vectors in
+``forecasts/``. A fine-tuning run has them as well, and::
 
     base/              the small model, if the job names no model
     tokens/            the samples as tokens, with counts; written once
@@ -63,9 +65,13 @@ from trainer.runtime.distributed import World
 from trainer.runtime.environment import environment, rounding_differences
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked, locked
+from trainer.runtime.run_status import FAILURE, STATUS, recorded_status
 from trainer.runtime.stored_files import read_json_object, stored_value
 
 logger = logging.getLogger(__name__)
+
+UNBEGUN = {"lock", "logs", STATUS, FAILURE}
+"""Files of a directory in which a job has written nothing of its own."""
 
 ResumableJob = JobConfig | FinetuneConfig | AlignConfig | ForesightConfig
 """Jobs whose runs can be resumed."""
@@ -91,15 +97,16 @@ def choose_directory(config: ResumableJob) -> Path:
 
 
 @contextmanager
-def run_directory(directory: Path, world: World | None = None) -> Iterator[None]:
-    """Make the directory of a run and hold its lock. Collective.
+def run_directory(directory: Path, world: World | None = None, *, job: str) -> Iterator[None]:
+    """Make the directory of a run, hold its lock, and record the status of the job. Collective.
 
-    A directory that was made here, and in which nothing but the lock and the logs was written, is removed when the
-    block raises.
+    A directory that was made here, and in which nothing but the lock, the status and the logs was written, is removed
+    when the block raises.
 
     Args:
         directory: of the run, or of the tables that the job writes.
         world: ranks of the job; the first one makes and locks the directory. None for a job of one process.
+        job: words of the command after ``limelight``, for the status.
 
     Raises:
         UserError: the directory cannot be made or locked.
@@ -115,10 +122,13 @@ def run_directory(directory: Path, world: World | None = None) -> Iterator[None]
     if world is not None:
         world.barrier()
     try:
-        with locked(directory) if first else nullcontext():
+        with (
+            locked(directory) if first else nullcontext(),
+            recorded_status(directory, job, world.rank if world else 0, world.size if world else 1),
+        ):
             yield
     except Exception as error:
-        if made and {path.name for path in directory.iterdir()} <= {"lock", "logs"}:
+        if made and {path.name for path in directory.iterdir()} <= UNBEGUN:
             shutil.rmtree(directory, ignore_errors=True)
         # Writes of numpy, torch and TensorBoard raise errors without a name, and all that a job writes is here.
         if isinstance(error, OSError) and error.errno in DISK_FULL and error.filename is None:

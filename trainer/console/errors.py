@@ -20,7 +20,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped: a terminal does nothing but show it, on one line."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(error: BaseException) -> str:

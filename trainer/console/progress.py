@@ -5,16 +5,32 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
+
+from trainer.console.text_table import duration_text
 
 logger = logging.getLogger(__name__)
 
 
 LINE_EVERY_SECONDS = 5.0
 """Pause between two plain lines."""
+
+_listeners: list[Callable[[Progress], None]] = []
+"""Functions that are called whenever a line is due."""
+
+
+@contextmanager
+def listening(listener: Callable[[Progress], None]) -> Iterator[None]:
+    """Call ``listener`` with every progress of the block: at its start, every few seconds, and at its end."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 class Progress:
@@ -39,6 +55,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, unit_scale=True, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
+        self._notify()
         return self
 
     def __exit__(
@@ -60,19 +77,34 @@ class Progress:
             self._said = now
             self._line(remark, now)
 
+    @property
+    def per_second(self) -> float:
+        """Work per second of this process."""
+        return (self.done - self._done_before) / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until all work is done at the rate so far; None if the rate is not known yet."""
+        if self.total <= self.done:
+            return 0.0
+        return (self.total - self.done) / self.per_second if self.per_second > 0 else None
+
     def _line(self, remark: str, now: float) -> None:
-        seconds = max(now - self.started, 1e-9)
-        rate = (self.done - self._done_before) / seconds
-        left = (self.total - self.done) / rate if rate > 0 and self.total > self.done else 0.0
+        self._notify()
         share = 100 * self.done / self.total if self.total else 100.0
         line = (
-            f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {rate:,.0f} {self.unit}/s, "
-            f"{_duration(seconds)} so far, ETA {_duration(left)}" + (f", {remark}" if remark else "")
+            f"{self.label}: {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {self.per_second:,.0f} "
+            f"{self.unit}/s, {duration_text(now - self.started)} so far, ETA {duration_text(self.seconds_left or 0.0)}"
+            + (f", {remark}" if remark else "")
         )
         if self._quiet or self._bar is not None:
             logger.debug(line)
         else:
             logger.info(line)
+
+    def _notify(self) -> None:
+        for listener in _listeners:
+            listener(self)
 
 
 class Phases:
@@ -102,9 +134,3 @@ class Phases:
         if self._phase is not None:
             self._phase.__exit__(kind, error, trace)
             self._phase = None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

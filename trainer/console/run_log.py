@@ -166,6 +166,11 @@ def set_step(step: int) -> None:
     _position.step = step
 
 
+def current_step() -> int:
+    """Return the optimizer step of the latest :func:`set_step`."""
+    return _position.step
+
+
 class _OtherLibraries(logging.Handler):
     """Copies records of other libraries into the file, and leaves the terminal as it would be without it."""
 

@@ -38,3 +38,10 @@ def age_text(age_ms: int) -> str:
         if age_ms >= size:
             return f"{age_ms / size:.1f} {unit}"
     return "now"
+
+
+def duration_text(seconds: float) -> str:
+    """Format a duration as minutes and seconds, or hours, minutes and seconds, such as ``1:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -7,13 +7,23 @@ import fcntl
 import json
 import os
 import platform
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trainer.console.errors import UserError
-from trainer.runtime.stored_files import open_regular
+from trainer.runtime.stored_files import open_regular, parse_json_object, read_limited
+
+_MAX_BYTES = 1 << 12
+_FLOCK = "hhqqi4x"
+"""``struct flock`` of 64-bit Linux: type, whence, start, length, process."""
+
+_held: set[Path] = set()
+"""Directories that this process has locked. The kernel drops the lock when any descriptor of the file is closed, so the
+file must not be opened again by this process."""
 
 
 @contextmanager
@@ -50,19 +60,37 @@ def locked(directory: Path) -> Iterator[None]:
             os.write(file.fileno(), json.dumps(owner).encode())
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        yield
+        held = directory.resolve()
+        _held.add(held)
+        try:
+            yield
+        finally:
+            _held.discard(held)
 
 
 def is_locked(directory: Path) -> bool:
-    """True if a job of another process runs in a directory."""
+    """True if a job of another process runs in a directory. The lock is only asked for, never taken."""
+    if directory.resolve() in _held:
+        return False
     try:
-        with (directory / "lock").open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open_regular(directory / "lock") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind: int = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
     except FileNotFoundError:
         return False
-    except OSError:
+    except (OSError, UserError):
         return True
-    return False
+    return kind != fcntl.F_UNLCK
+
+
+def lock_owner(directory: Path) -> dict[str, Any]:
+    """Return ``host``, ``process`` and ``since`` of the job that locked a directory last, as far as they are known."""
+    if directory.resolve() in _held:
+        return {"host": platform.node(), "process": os.getpid()}
+    try:
+        return parse_json_object(read_limited(directory / "lock", _MAX_BYTES), directory / "lock")
+    except (OSError, UserError):
+        return {}
 
 
 def _owner(text: str) -> str:

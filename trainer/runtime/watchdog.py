@@ -31,6 +31,7 @@ import torch
 
 from trainer.console.exit_status import HUNG_STATUS
 from trainer.runtime.distributed import World, local_size
+from trainer.runtime.run_status import record_failure
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,9 @@ class Watchdog:
             self._heard = {}
             return
         culprits = find_culprits(heard, gone, self._world.size)
-        _report_now("limelight: error: " + report(heard, gone, self._world.size, max(seconds, self._seconds)))
+        reason = report(heard, gone, self._world.size, max(seconds, self._seconds))
+        _report_now(f"limelight: error: {reason}")
+        record_failure(reason)
         if not culprits or self._world.rank in culprits:
             _report_now(f"limelight: stacks of rank {self._world.rank}:\n" + all_stacks(self._main))
         else:
