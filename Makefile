@@ -71,6 +71,9 @@ full-foresight = foresight configs/foresight.toml --ranks $(RANKS) run.directory
 full-follow = foresight follow configs/foresight.toml --ranks $(RANKS) run.directory=runs/full/follow $(full-codes) \
   follow.init_from=runs/full/foresight
 
+# Hundreds of processes import the project: with the compiled files that an environment may forbid, each compiles nothing.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: setup
 	@.venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 

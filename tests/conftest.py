@@ -7,12 +7,13 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
 from launch.machine import available_cores
-from tests.nursery import Ended, Nursery
+from tests.nursery import Ended, Nursery, NurseryProcess
 from tests.paths import ROOT
 from tests.s3 import Bucket, make_bucket, server_environment
 
@@ -81,13 +82,33 @@ def real_kuairand() -> Path:
     return folder
 
 
+SHARED_NURSERY = pytest.StashKey[NurseryProcess]()
+"""Nursery of all test processes of a run."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a test process where the nursery is that all of them share."""
+    if SHARED_NURSERY not in node.config.stash:
+        node.config.stash[SHARED_NURSERY] = NurseryProcess()
+    shared = node.config.stash[SHARED_NURSERY]
+    node.workerinput["nursery"] = (shared.address, shared.can_mount)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shared = config.stash.get(SHARED_NURSERY, None)
+    if shared is not None:
+        shared.close()
+
+
 RunRanks = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def nursery(request: pytest.FixtureRequest) -> Iterator[Nursery]:
     """Yield a process that has imported the slow modules, and forks the processes of tests."""
-    with Nursery() as nursery:
+    shared = getattr(request.config, "workerinput", {}).get("nursery", ())
+    with Nursery(*shared) as nursery:
         yield nursery
 
 

@@ -1,8 +1,8 @@
 """Start of jobs without the seconds of importing torch: one process imports it, and all others are forked from it.
 
-A nursery is a process of its own. It reads orders (start, wait, mount, compile) from its standard input, one line of
-JSON each, and answers each with one line. Launcher and ranks are the real ones, each in its own process; only ``exec``
-is skipped.
+A nursery is a process of its own, and is shared by all test processes of a run. For each of them it forks a server,
+which reads orders (start, wait, mount, compile) from a socket, one line of JSON each, and answers each with one line.
+Launcher and ranks are the real ones, each in its own process; only ``exec`` is skipped.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import io
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tests.paths import ROOT
 
@@ -32,10 +34,16 @@ PRELOADED = (
     "tests.faults.faulty_rank",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "pyarrow.dataset",
+    "torch.distributed.run",
     "torch.utils.tensorboard.summary",
+    "trainer.llm.finetuning.adapter_engine",
 )
 """Modules whose import takes long, at the start of a rank or later."""
 
+
+TORCHRUN = "torch.distributed.run"
+SPARES = 4
+"""Largest number of workers that an agent of torchrun starts, with those that it starts again."""
 
 CLONE_NEWNS = 0x20000
 """Flag of unshare for a new mount namespace, from linux/sched.h; Python has it from 3.12 on."""
@@ -49,10 +57,11 @@ class Ended(NamedTuple):
     stderr: str
 
 
-class Nursery:
-    """Client of a nursery, used by tests as a context manager.
+class NurseryProcess:
+    """The process that imports and forks; it imports nothing before its first client, and ends with this process.
 
     Attributes:
+        address: socket that clients connect to.
         can_mount: True if the nursery has a mount namespace of its own.
     """
 
@@ -63,27 +72,63 @@ class Nursery:
         self.can_mount = (
             shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True).returncode
         )
-        self._process = subprocess.Popen(
-            [*(["unshare", "-Urm"] if self.can_mount else []), sys.executable, "-m", "tests.nursery"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._answer()
+        with socket.socket(socket.AF_UNIX) as listener:
+            # The kernel chooses an address that no file stands for.
+            listener.bind("")
+            listener.listen()
+            self.address: bytes = listener.getsockname()
+            self._process = subprocess.Popen(
+                [
+                    *(["unshare", "-Urm"] if self.can_mount else []),
+                    *(sys.executable, "-m", "tests.nursery", str(listener.fileno())),
+                ],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """End the process; servers end with their clients."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class Nursery:
+    """Client of a nursery, used by tests as a context manager.
+
+    Args:
+        address: socket of a nursery that other clients use too; by default, a nursery of its own is started.
+        can_mount: True if the nursery at ``address`` has a mount namespace of its own.
+
+    Attributes:
+        can_mount: True if the nursery has a mount namespace of its own.
+    """
+
+    def __init__(self, address: bytes | None = None, can_mount: bool = False) -> None:
+        self._own: NurseryProcess | None = None
+        if address is None:
+            self._own = NurseryProcess()
+            address, can_mount = self._own.address, self._own.can_mount
+        self.can_mount = can_mount
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(address)
+        self._stream = self._socket.makefile("rw")
+        self._server = int(self._answer())
 
     def __enter__(self) -> Nursery:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._stream.close()
+        self._socket.close()
+        if self._own is not None:
+            self._own.close()
 
     def path(self, path: Path) -> Path:
         """Convert a path in the nursery's mount namespace to one that this process can read."""
-        return Path(f"/proc/{self._process.pid}/root{path}") if self.can_mount else path
+        return Path(f"/proc/{self._server}/root{path}") if self.can_mount else path
 
     def start(
         self,
@@ -144,19 +189,21 @@ class Nursery:
         """Move the content of ``path`` to a file system of ``size`` bytes, or resize the file system that it is on."""
         self._ask(["mount", str(path), size])
 
-    def compile_search(self) -> None:
-        """Compile the kernel of the search in float16 vectors, which takes seconds, once for all later processes."""
-        self._ask(["compile"])
+    def compile_search(self, *, stored: bool) -> None:
+        """Compile the kernel of the search in float16 vectors, which takes seconds, once for all later processes.
+
+        Args:
+            stored: True for a search in the histories of a dataset, whose memory is read-only.
+        """
+        self._ask(["compile", stored])
 
     def _ask(self, order: list[Any]) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
+        self._stream.write(json.dumps(order) + "\n")
+        self._stream.flush()
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._stream.readline()
         if not line:
             raise RuntimeError("the nursery has ended")
         return json.loads(line)
@@ -202,6 +249,62 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
             os.kill(self.pid, number)
+
+
+class SpareProcess:
+    """What a torchrun agent sees of a worker: a fork in place of a new interpreter.
+
+    An agent has threads, and a fork of a process with threads may hang. So its workers are forked before it starts, and
+    each waits for the worker's arguments.
+    """
+
+    _spares: ClassVar[list[tuple[int, socket.socket]]] = []
+
+    @classmethod
+    def fork_spares(cls) -> None:
+        """Fork the workers of an agent, which is this process, and make it use them."""
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        for _ in range(SPARES):
+            agent, worker = socket.socketpair()
+
+            def run(agent: socket.socket = agent, worker: socket.socket = worker) -> int:
+                for end in (agent, *(end for _, end in cls._spares)):
+                    end.close()
+                order = worker.makefile().readline()
+                if not order:
+                    return 0
+                module, arguments, environment = json.loads(order)
+                return _run_module(module, arguments, environment, None)
+
+            cls._spares.append((_fork(run), agent))
+            worker.close()
+        subprocess_handler.Popen = cls
+
+    def __init__(
+        self, *, args: Sequence[str], env: Mapping[str, str], stdout: object, stderr: object, start_new_session: bool
+    ) -> None:
+        python, unbuffered, flag, module, *arguments = args
+        if (python, unbuffered, flag, stdout, stderr) != (sys.executable, "-u", "-m", None, None):
+            raise NotImplementedError(f"a worker of torchrun that is no module, or whose output goes to files: {args}")
+        self.pid, worker = self._spares.pop()
+        self.returncode: int | None = None
+        worker.sendall(json.dumps([module, arguments, dict(env)]).encode() + b"\n")
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        until = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("worker of torchrun", timeout)
+            time.sleep(0.01)
+        return status
 
 
 def _fork(run: Callable[[], int]) -> int:
@@ -280,27 +383,31 @@ def _launch(
         Popen=ForkedProcess, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
     )
     if not ranks:
+        if module == TORCHRUN:
+            SpareProcess.fork_spares()
         return _run_as_main(module, arguments)
     return exit_status(lambda: local.start_ranks(module, arguments, ranks))
 
 
 def _wait(process: int, timeout: float) -> int | None:
     until = time.monotonic() + timeout
-    while time.monotonic() < until:
+    while True:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
         time.sleep(0.01)
-    return None
 
 
-def _compile() -> str:
+def _compile(stored: bool) -> str:
     import numpy as np
 
     from modules.search.search import SearchPart, SearchVectors, top
 
-    ids, vectors = np.zeros(9, np.int64), SearchVectors(np.zeros((2, 16), np.float16))
-    top(ids[:1], ids[:1] + 9, 4, SearchPart(ids, ids[:1], vectors))
+    zero, ids, vectors = np.zeros(1, np.int64), np.zeros(9, np.int64), SearchVectors(np.zeros((2, 16), np.float16))
+    ids.flags.writeable = not stored
+    top(zero, zero + 9, 4, SearchPart(ids, zero, vectors))
     gc.freeze()
     return "compiled"
 
@@ -326,31 +433,48 @@ def _warm_up() -> None:
     unique_ids([torch.arange(3)])
 
 
-def main() -> None:
-    """Execute orders until the standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for module in PRELOADED:
-        importlib.import_module(module)
-    _warm_up()
-    # DeepSpeed collects garbage several times in each start of an engine, which would visit every imported object.
-    gc.freeze()
-    answer: Any = "ready"
+def _serve(client: socket.socket) -> int:
+    """Execute the orders of a client until it ends."""
+    stream = client.makefile("rw")
+    answer: Any = os.getpid()
     while True:
-        print(json.dumps(answer), file=answers, flush=True)
-        line = sys.stdin.readline()
+        print(json.dumps(answer), file=stream, flush=True)
+        line = stream.readline()
         if not line:
-            return
+            return 0
         order, *arguments = json.loads(line)
         if order == "start":
             answer = _fork(lambda arguments=arguments: _launch(*arguments))
         elif order == "wait":
             answer = _wait(*arguments)
         elif order == "compile":
-            answer = _compile()
+            answer = _compile(*arguments)
         else:
             answer = _mount(*arguments)
 
 
+def main(listener: socket.socket) -> None:
+    """Fork a server for each client, until the standard input ends."""
+    os.dup2(2, 1)
+    loaded = False
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        client, _ = listener.accept()
+        if not loaded:
+            for module in PRELOADED:
+                importlib.import_module(module)
+            _warm_up()
+            # DeepSpeed collects garbage several times in each start of an engine, which would visit every imported
+            # object.
+            gc.freeze()
+            loaded = True
+
+        def serve(client: socket.socket = client) -> int:
+            listener.close()
+            return _serve(client)
+
+        _fork(serve)
+        client.close()
+
+
 if __name__ == "__main__":
-    main()
+    main(socket.socket(fileno=int(sys.argv[1])))

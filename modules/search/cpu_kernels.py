@@ -84,7 +84,9 @@ def nth_largest(keys: np.ndarray, count: int, n: int) -> np.uint64:
 @numba.njit(nogil=True)
 def keep_best(keys: np.ndarray, spare: np.ndarray, count: int, keep: int) -> np.uint64:
     """Cut a list to its ``keep`` largest keys, without changing their order, and return the smallest of them."""
-    spare[:count] = keys[:count]
+    # A loop: numba takes seconds to compile an assignment to a slice.
+    for i in range(count):
+        spare[i] = keys[i]
     least = nth_largest(spare, count, keep - 1)
     kept = 0
     for i in range(count):
@@ -282,7 +284,8 @@ def latest_of_all(
     length = out.shape[1]
     ends = np.empty(first.shape[1], np.int64)
     for row in range(begin, end):
-        ends[:] = stop[row]
+        for run in range(len(ends)):
+            ends[run] = stop[row, run]
         free = length
         while free:
             latest, place = -1, -1

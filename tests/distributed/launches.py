@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.nursery import Nursery
 from tests.paths import ROOT
 from trainer.checkpoint.manifest import Manifest, list_checkpoints, read_manifest
 
@@ -61,7 +63,38 @@ def start(*command: str, prefix: tuple[str, ...] = (), **environment: str) -> su
     )
 
 
-def end(processes: list[subprocess.Popen[str]], expect: int = 0) -> list[str]:
+class ForkedAgent:
+    """Agent of torchrun that the nursery starts, with the part of the interface of Popen that these tests use.
+
+    Args:
+        nursery: process that starts the agent.
+        out: file for what the agent and its workers print.
+        arguments: arguments of torchrun.
+        environment: additional variables of the environment.
+    """
+
+    def __init__(self, nursery: Nursery, out: Path, *arguments: str, **environment: str) -> None:
+        self._nursery, self._out = nursery, out
+        self.pid = nursery.start("torch.distributed.run", arguments, 0, environment, out)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the agent runs."""
+        if self.returncode is None:
+            self.returncode = self._nursery.wait(self.pid, 0)
+        return self.returncode
+
+    def communicate(self, timeout: float = TIMEOUTS) -> tuple[str, None]:
+        """Wait for the end, and return what was printed, as Popen does."""
+        if self.returncode is None:
+            self.returncode = self._nursery.wait(self.pid, timeout)
+        return self._out.read_text(), None
+
+
+Started = subprocess.Popen[str] | ForkedAgent
+
+
+def end(processes: Sequence[Started], expect: int = 0) -> list[str]:
     """Wait for all commands, and return their outputs. Another exit status than ``expect`` fails the test."""
     printed = []
     try:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
 from launch.machine import free_port
-from tests.distributed.launches import TIMEOUTS, TORCHRUN, end, job, last_checkpoint, metrics, start
+from tests.distributed.launches import (
+    TIMEOUTS,
+    TORCHRUN,
+    ForkedAgent,
+    Started,
+    end,
+    job,
+    last_checkpoint,
+    metrics,
+    start,
+)
+from tests.nursery import Nursery
 from trainer.checkpoint.manifest import list_checkpoints, read_manifest
 
 
-def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[str]]) -> None:
+def await_checkpoint(directory: Path, ranks: int, agents: Sequence[Started]) -> None:
     """Wait until ``ranks`` ranks have saved two checkpoints; the older one exists while its manifest is read."""
     deadline = time.monotonic() + TIMEOUTS
     while True:
@@ -29,10 +41,17 @@ def await_checkpoint(directory: Path, ranks: int, agents: list[subprocess.Popen[
         time.sleep(0.02)
 
 
-def start_machine(endpoint: str, arguments: list[str], *, first: bool) -> subprocess.Popen[str]:
-    """Start the torchrun agent of one machine, with one worker; the first agent hosts the rendezvous."""
-    return start(
-        *(*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
+def start_machine(
+    nursery: Nursery, directory: Path, endpoint: str, arguments: list[str], *, first: bool
+) -> ForkedAgent:
+    """Start the torchrun agent of one machine, with one worker; the first agent hosts the rendezvous.
+
+    What they print goes to a file in ``directory``.
+    """
+    return ForkedAgent(
+        nursery,
+        directory / f"machine-{0 if first else 1}",
+        *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint={endpoint}", "--rdzv-conf"),
         f"is_host={int(first)},last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=4",
         *("-m", "trainer.rank", *arguments),
@@ -45,7 +64,7 @@ def ranks_of_starts(run: Path) -> list[int]:
     return [begun["ranks"] for begun in json.loads((run / "environment.json").read_text())["starts"]]
 
 
-def worker(agent: subprocess.Popen[str], rank: int) -> psutil.Process:
+def worker(agent: Started, rank: int) -> psutil.Process:
     """Return the process id of the rank that an agent started."""
     (found,) = (child for child in psutil.Process(agent.pid).children() if child.environ().get("RANK") == str(rank))
     return found
@@ -72,16 +91,18 @@ def test_a_lost_worker_is_restarted_and_nothing_is_lost(
 
 
 def test_a_lost_machine_leaves_a_job_on_those_that_remain(
-    small_world: Path, undisturbed_run: Path, tmp_path: Path
+    nursery: Nursery, small_world: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:
     """One of two agents is killed with its worker, and the other one finishes alone."""
     run = tmp_path / "run"
     endpoint = f"127.0.0.1:{free_port()}"
-    agents = [start_machine(endpoint, job(small_world, run), first=first) for first in (True, False)]
+    agents = [start_machine(nursery, tmp_path, endpoint, job(small_world, run), first=first) for first in (True, False)]
     await_checkpoint(run, 2, agents)
     # As in a power failure, all processes end at once; the agent is first, because it would start a new worker.
     for process in (agents[1].pid, *(child.pid for child in psutil.Process(agents[1].pid).children())):
-        os.kill(process, signal.SIGKILL)
+        # A spare process of the agent may have ended with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     agents[1].communicate()
     (printed,) = end(agents[:1])
     assert "resuming from" in printed
@@ -95,14 +116,14 @@ def test_a_lost_machine_leaves_a_job_on_those_that_remain(
 
 
 @pytest.mark.slow
-def test_a_machine_that_comes_later_takes_part(small_world: Path, tmp_path: Path) -> None:
+def test_a_machine_that_comes_later_takes_part(nursery: Nursery, small_world: Path, tmp_path: Path) -> None:
     """The first machine saves its state when the second one joins, and both continue from this checkpoint."""
     run = tmp_path / "run"
     endpoint = f"127.0.0.1:{free_port()}"
     arguments = job(small_world, run, "train.batch_size=8", "train.epochs=12", "checkpoint.every_steps=50")
-    first = start_machine(endpoint, arguments, first=True)
+    first = start_machine(nursery, tmp_path, endpoint, arguments, first=True)
     await_checkpoint(run, 1, [first])
-    second = start_machine(endpoint, arguments, first=False)
+    second = start_machine(nursery, tmp_path, endpoint, arguments, first=False)
     printed, _ = end([first, second])
     assert "stopped by SIGTERM" in printed and "resuming from" in printed
     assert ranks_of_starts(run) == [1, 2]

@@ -77,7 +77,7 @@ def test_the_first_failing_ranks_traceback_is_the_last_word(tmp_path: Path) -> N
 
 
 def torchrun_fails(nursery: Nursery, how: str, directory: Path) -> str:
-    """Return the output of torchrun, whose agent is a fork of the nursery; its two ranks are new interpreters."""
+    """Return the output of torchrun with two ranks."""
     arguments = ("--standalone", "--nproc-per-node=2", "-m", FAILING, how, directory)
     ended = nursery.run("torch.distributed.run", arguments)
     assert ended.status == 1, ended.stderr[-8000:]

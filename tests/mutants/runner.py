@@ -25,13 +25,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType, SimpleNamespace
+from types import CodeType, FunctionType
 from typing import Any
 
 import hypothesis
@@ -480,41 +481,25 @@ def _test(copy: Path, tests: Sequence[str], watch: _Watch, compiled: Path | None
 
 
 def _replace_nursery() -> None:
-    """Fork the nursery now, while nothing of the project is imported; it starts when a test asks for it."""
-    wake, wakes = os.pipe()
-    orders, ordered = os.pipe()
-    answers, answered = os.pipe()
+    """Fork the nursery now, while nothing of the project is imported; it imports when its first client connects."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("")
+    listener.listen()
+    lives, _ = os.pipe()
     child = os.fork()
     if not child:
         os.setsid()
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-        for descriptor in (wakes, ordered, answers):
-            os.close(descriptor)
-        if not os.read(wake, 1):
-            os._exit(0)
-        os.dup2(orders, 0)
-        os.dup2(answered, 1)
-        sys.stdin = os.fdopen(0)
+        sys.stdin = os.fdopen(lives)
         try:
-            importlib.import_module("tests.nursery").main()
+            importlib.import_module("tests.nursery").main(listener)
         finally:
             os._exit(0)
-    for descriptor in (wake, orders, answered):
-        os.close(descriptor)
-
-    def start(self: Any) -> None:
-        os.write(wakes, b".")
-        self.can_mount = False
-        self._process = SimpleNamespace(
-            pid=child,
-            stdin=os.fdopen(ordered, "w"),
-            stdout=os.fdopen(answers),
-            wait=lambda: os.waitpid(child, 0),
-        )
-        self._answer()
-
+    address = listener.getsockname()
+    listener.close()
     nursery = importlib.import_module("tests.nursery")
-    nursery.Nursery.__init__ = start
+    connect = nursery.Nursery.__init__
+    nursery.Nursery.__init__ = lambda self: connect(self, address)
 
 
 def _fork(run: Callable[[], None], output: Path) -> int:

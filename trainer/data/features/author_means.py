@@ -84,11 +84,14 @@ def _keep_sums(
     vectors: np.ndarray, restarts: np.ndarray, kept: np.ndarray, running: np.ndarray, sums: np.ndarray
 ) -> None:
     """Add vectors to a running sum that restarts with each author, and keep it before some of them."""
+    # Loops over the columns: numba takes several seconds to compile an assignment to a slice.
     for row in range(len(vectors)):
         if restarts[row]:
-            running[:] = 0
+            for column in range(vectors.shape[1]):
+                running[column] = 0
         if kept[row] >= 0:
-            sums[kept[row]] = running
+            for column in range(vectors.shape[1]):
+                sums[kept[row], column] = running[column]
         for column in range(vectors.shape[1]):
             running[column] += vectors[row, column]
 
