@@ -4,7 +4,7 @@
 #   PYTHON=python3.12   which Python makes .venv (3.11 or newer; the first suitable one by default)
 #   DEVICE=cpu|cuda     which build to install (by default, what the machine has)
 #   EXTRAS=llm,dev      optional dependencies of pyproject.toml (default: llm,dev,kafka)
-#   USERS=600 SEED=1   size and seed of the world of `make full`
+#   USERS=3000 SEED=1  size and seed of the world of `make full`
 #   RANKS=2             processes of each of its steps
 #   LIMELIGHT_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                       a further index for torch: this one has the small CPU wheel, PyPI's brings CUDA along
@@ -13,7 +13,7 @@ DEVICE = auto
 EXTRAS = llm,dev,kafka
 WORLD = data/simulated
 # Of `make full`; the days are those of its job files.
-USERS = 600
+USERS = 3000
 SEED = 1
 RANKS = 2
 # The version that torch's CUDA build brings along.
@@ -52,7 +52,7 @@ full: setup
 
 # Number, description and result of a step, and the arguments of `limelight` that make the result.
 step = @if test -e $(3); then echo "full $(1)/9: $(2): done, $(3) is there"; else echo "full $(1)/9: $(2)"; .venv/bin/limelight $(4); fi
-full-world = data simulate data/full/world --users $(USERS) --days 7 --partitions 8 --seed $(SEED) --segment-vectors \
+full-world = data simulate data/full/world --users $(USERS) --days 9 --partitions 8 --seed $(SEED) --segment-vectors \
   --segment-taste 0.8 --lookahead
 full-align = align configs/align.toml --ranks $(RANKS) run.directory=runs/full/align data.path=data/full/world \
   data.train_until=2024-03-07 data.eval_from=2024-03-07 data.eval_until=2024-03-08

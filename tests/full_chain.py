@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
+import shlex
 
-from tests.paths import ROOT
+from benchmarks.quality.full_tables import command_of, make_full_lines
 
 
 def commands(*variables: str) -> list[str]:
@@ -15,8 +13,4 @@ def commands(*variables: str) -> list[str]:
     Args:
         variables: variables of make, such as ``USERS=100``.
     """
-    # Variables of a `make test` that runs this test would be those of the nested make, too.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "-n", "full", *variables]
-    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return re.findall(r"\.venv/bin/(limelight [^;\n]+)", printed.stdout)
+    return [f"limelight {shlex.join(command_of(line))}" for line in make_full_lines(*variables)]

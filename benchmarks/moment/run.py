@@ -5,7 +5,6 @@ It uses the parts of ``trainer.rank`` that train on a stream, with callbacks for
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,19 +15,15 @@ from zoneinfo import ZoneInfo
 import numpy as np
 
 from benchmarks.moment.world import WorldSize
-from trainer.checkpoint.manifest import DatasetEntry
+from benchmarks.quality.ranker_runs import run_stream
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import fit_features
-from trainer.data.format.dataset import Dataset, fingerprint
+from trainer.data.format.dataset import Dataset
 from trainer.data.simulator.config import START_MS, TIMEZONE
-from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.setup import build_engine, split_in_time
-from trainer.ranking.stream_train_loop import train_stream
-from trainer.ranking.training_state import TrainingState
-from trainer.ranking.training_stream import TrainingStream, open_stream
+from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
-from trainer.runtime.preemption import Preemption
 from trainer.stream.live.live_stream import PredictedOutcomes
 
 POLICIES = ("full", "fast_slow", "realtime", "realtime_naive")
@@ -101,30 +96,9 @@ def train_on(config: JobConfig, world: World, prepare: Callable[[TrainingStream]
     split = split_in_time(config, data.spec)
     fitted = fit_features(data.spec, data.store, data.histories, config.features, split.fitting)
     features = FeatureMap(data.spec, config.features, fitted, config.data.behaviours)
-    with tempfile.TemporaryDirectory() as temporary:
-        model_dir = Path(temporary)
-        engine = build_engine(config, features, config.model.kind, world)
-        stream = open_stream(config, data, split, features, world, model_dir)
-        prepare(stream)
-        dataset = DatasetEntry(path=config.data.path, fingerprint=fingerprint(config.data.path, data.spec))
-        identity = Identity(config, config.model.kind, features.behaviours, dataset)
-        checkpoints = Checkpoints(model_dir / "checkpoints", identity, world)
-        state = TrainingState.at_start(features.behaviours, stream)
-        with stream.open(None) as reader:
-            train_stream(
-                engine,
-                stream,
-                reader,
-                state,
-                checkpoints,
-                config=config,
-                world=world,
-                preemption=Preemption(),
-                model_dir=model_dir,
-            )
-        facts = {"steps": state.step, "rows": state.rows_done, **stream.summary(world, state.progressive)}
-        checkpoints.close()
-        engine.close()
+    engine = build_engine(config, features, config.model.kind, world)
+    facts = run_stream(engine, config, data, features, world, prepare)
+    engine.close()
     return facts
 
 

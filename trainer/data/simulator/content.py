@@ -29,6 +29,11 @@ PHASES: tuple[tuple[Phase, ...], ...] = (
 A phase is its topic, the fewest and most segments it lasts, and its lowest and highest intensity.
 """
 
+INTENSITY_WOBBLE = 0.04
+"""Standard deviation of the intensity of a segment around the level of its phase."""
+VECTOR_SPREAD, TRAIT_SPREAD = 0.35, 0.4
+"""Standard deviations of an item's vector and of its traits around those of its author."""
+
 ROOMS_AT_A_TIME = 8_192
 
 LEAST_PROCESSING_MS, MEDIAN_PROCESSING_MS, PROCESSING_SPREAD = 1_000, 3_500, 0.7
@@ -113,10 +118,10 @@ def make_items(config: WorldConfig, authors: Authors) -> Items:
         author=author,
         start_ms=np.concatenate([video_start, room_start]),
         end_ms=np.concatenate([video_end, room_end]),
-        vector=vary_by_item(authors.vector, 0.35),
-        popularity=vary_by_item(authors.popularity, 0.4),
-        quality=vary_by_item(authors.quality, 0.4),
-        bait=vary_by_item(authors.bait, 0.4),
+        vector=vary_by_item(authors.vector, VECTOR_SPREAD),
+        popularity=vary_by_item(authors.popularity, TRAIT_SPREAD),
+        quality=vary_by_item(authors.quality, TRAIT_SPREAD),
+        bait=vary_by_item(authors.bait, TRAIT_SPREAD),
         genre=genre,
         first_segment=np.concatenate([[0], np.cumsum(counts)]),
         topic=topic,
@@ -224,5 +229,5 @@ def _phase_runs(
     run = np.diff(ends, axis=1, prepend=0).ravel()
     level = np.repeat(rng.uniform(low[phase], high[phase]).ravel(), run)
     codes = np.array([TOPICS.index(name) for name in names], np.int8)
-    wobble = 0.04 * rng.standard_normal(len(level))
+    wobble = INTENSITY_WOBBLE * rng.standard_normal(len(level))
     return np.repeat(codes[phase].ravel(), run), np.clip(level + wobble, 0, 1).astype(np.float32)

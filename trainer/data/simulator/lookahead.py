@@ -38,7 +38,18 @@ def appeal_ahead(items: Items, topic_taste: np.ndarray, item: np.ndarray, time_m
     ahead = items.segment(item, time_ms) + np.arange(1, SEGMENTS_AHEAD + 1)[:, None]
     there = ahead < items.first_segment[item + 1]
     ahead = np.minimum(ahead, len(items.topic) - 1)
-    appeal = items.intensity[ahead] * (1 + TASTE_WEIGHT * topic_taste[np.arange(len(item)), items.topic[ahead]])
+    return mean_appeal(items.intensity[ahead], topic_taste[np.arange(len(item)), items.topic[ahead]], there)
+
+
+def mean_appeal(intensity: np.ndarray, taste: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Return :func:`appeal_ahead` of given segments, ``[n] float32``.
+
+    Args:
+        intensity: ``[SEGMENTS_AHEAD, n] float32``.
+        taste: ``[SEGMENTS_AHEAD, n] float32``, of the users for the topics.
+        there: ``[SEGMENTS_AHEAD, n] bool``, False after the end of the room.
+    """
+    appeal = intensity * (1 + TASTE_WEIGHT * taste)
     count = there.sum(axis=0)
     mean = np.where(there, appeal, 0).sum(axis=0, dtype=np.float32) / np.maximum(count, 1).astype(np.float32)
     return np.where(count > 0, mean, np.float32(MEAN_APPEAL))
@@ -57,6 +68,11 @@ def add_lookahead(
         item: ``[n]`` their rooms.
         time_ms: ``[n]`` their times.
     """
-    appeal = appeal_ahead(items, topic_taste, item, time_ms) - np.float32(MEAN_APPEAL)
+    add_appeal(logits, rows, appeal_ahead(items, topic_taste, item, time_ms))
+
+
+def add_appeal(logits: np.ndarray, rows: np.ndarray, appeal: np.ndarray) -> None:
+    """Add the effect of ``appeal [n]`` on the columns ``rows [n]`` of ``logits [behaviours, visits]`` in place."""
+    appeal = appeal - np.float32(MEAN_APPEAL)
     for behaviour, weight in WEIGHTS.items():
         logits[behaviour, rows] += np.float32(weight) * appeal

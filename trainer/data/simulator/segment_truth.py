@@ -6,7 +6,7 @@ The topics of a room follow a cycle of phases, and the length of a phase is unif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,58 @@ import pyarrow.compute as pc
 from trainer.console.errors import UserError
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.parquet_files import read_table
-from trainer.data.simulator.content import PHASES, Items
+from trainer.data.simulator.content import PHASES, Items, Phase
 from trainer.data.simulator.population import TOPICS
 
 LONGEST_PHASE = max(longest for phases in PHASES for _, _, longest, _, _ in phases)
 
 Quantizer = Callable[[np.ndarray], np.ndarray]
 """Function from vectors ``[n, dim] float32`` to their codes ``[n]``, whole numbers from 0 on."""
+
+
+@dataclass(frozen=True)
+class PhaseRules:
+    """Phases of the rooms by topic, ``[topics]`` each; 0 for the topic of videos.
+
+    Attributes:
+        shortest, longest: fewest and most segments.
+        after: topic of the phase that follows.
+        low, high: lowest and highest level of the intensity.
+    """
+
+    shortest: np.ndarray
+    longest: np.ndarray
+    after: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @staticmethod
+    def of(cycles: Sequence[Sequence[Phase]]) -> PhaseRules:
+        """Return the rules of the phases of all categories."""
+        shortest, longest, after = (np.zeros(len(TOPICS), np.int64) for _ in range(3))
+        low, high = np.zeros(len(TOPICS)), np.zeros(len(TOPICS))
+        for phases in cycles:
+            codes = [TOPICS.index(name) for name, *_ in phases]
+            for place, (code, (_, *sizes)) in enumerate(zip(codes, phases, strict=True)):
+                shortest[code], longest[code], low[code], high[code] = sizes
+                after[code] = codes[(place + 1) % len(codes)]
+        return PhaseRules(shortest, longest, after, low, high)
+
+
+PHASE_RULES = PhaseRules.of(PHASES)
+
+
+def phase_begins(items: Items, first: int, last: int) -> np.ndarray:
+    """Return the position at which the phase of each segment begins, not before ``first``, ``[last - first] int64``.
+
+    Args:
+        items: the rooms of a world.
+        first: position of the first segment.
+        last: position after the last segment.
+    """
+    position = np.arange(first, last)
+    begins = (np.diff(items.topic[first:last], prepend=-1) != 0) | (items.segment_times(first, last)["segment"] == 0)
+    return np.maximum.accumulate(np.where(begins, position, first))
 
 
 def next_topics(items: Items, first: int, last: int) -> pa.Table:
@@ -34,17 +79,12 @@ def next_topics(items: Items, first: int, last: int) -> pa.Table:
         first: position of the first segment.
         last: position after the last segment.
     """
-    shortest, longest, after = (np.zeros(len(TOPICS), np.int64) for _ in range(3))
-    for phases in PHASES:
-        codes = [TOPICS.index(name) for name, *_ in phases]
-        for place, (code, (_, least, most, _, _)) in enumerate(zip(codes, phases, strict=True)):
-            shortest[code], longest[code], after[code] = least, most, codes[(place + 1) % len(codes)]
+    shortest, longest, after = PHASE_RULES.shortest, PHASE_RULES.longest, PHASE_RULES.after
     # no phase is longer, so the phases of all segments asked for begin in this window
     start = max(first - LONGEST_PHASE, 0)
     position = np.arange(start, last)
     times = items.segment_times(start, last)
-    begins = (np.diff(items.topic[start:last], prepend=-1) != 0) | (times["segment"] == 0)
-    lasted = 1 + position - np.maximum.accumulate(np.where(begins, position, start))
+    lasted = 1 + position - phase_begins(items, start, last)
     topic = items.topic[start:last].astype(np.int64)
     stay = np.where(lasted < shortest[topic], 1.0, 1 - 1 / np.maximum(longest[topic] + 1 - lasted, 1))
     p_next = np.zeros((len(position), len(TOPICS)), np.float32)

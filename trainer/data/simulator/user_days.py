@@ -46,7 +46,7 @@ POSITIONS = 12
 
 VisitColumns = dict[str, np.ndarray]
 """Columns of visits by their names in ``trainer/data/format/schema.py``; ``delay`` and ``truth`` are
-``[behaviours, n]``."""
+``[behaviours, n]``. ``mood``, ``following``, ``views`` and ``session_position`` are those of :class:`RequestState`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,23 @@ class ExposureStep:
     domain: np.ndarray
     item: np.ndarray
     author: np.ndarray
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """State of the users at the requests of ``n`` exposures, of which the log does not tell all.
+
+    Attributes:
+        mood: ``[n] int64``, genre that the user currently prefers.
+        following: ``[n] bool``, True if the user follows the author.
+        views: ``[n] uint8``, earlier effective views of the author.
+        session_position: ``[n] int64``, number of earlier exposures in the session.
+    """
+
+    mood: np.ndarray
+    following: np.ndarray
+    views: np.ndarray
+    session_position: np.ndarray
 
 
 def simulate_visits(world: SimulatedWorld) -> Iterator[VisitColumns]:
@@ -110,11 +127,14 @@ def _simulate_step(
     """Simulate one visit of each of the users ``rows [n]`` of the block, from exposure to exit."""
     shown = _draw_exposures(world, state, rows, rng)
     on_air = shown.domain == LIVE
-    following = state.following[rows, shown.author]
-    allowed = np.ones((INTERACTIONS.stop - INTERACTIONS.start, len(rows)), np.float32)
-    allowed[GIFT - INTERACTIONS.start] = on_air
-    allowed[FOLLOW - INTERACTIONS.start] = ~following
-    factors, context = _factors(world, state, shown, following)
+    known = RequestState(
+        mood=state.mood[rows],
+        following=state.following[rows, shown.author],
+        views=state.views[rows, shown.author],
+        session_position=state.position[rows],
+    )
+    allowed = allowed_interactions(on_air, known.following)
+    factors, context = visit_factors(world, shown, known)
     inclination = world.users.inclination(shown.domain, shown.user)
     logits = log_odds(factors, context, shown.scene, inclination.T)
     if world.config.lookahead:
@@ -137,9 +157,10 @@ def _simulate_step(
         "request_ms": shown.time_ms,
         "play_ms": outcome.play_ms,
         "scene": shown.scene,
-        "position": np.minimum(1 + state.position[rows], POSITIONS),
+        "position": np.minimum(1 + known.session_position, POSITIONS),
         "delay": outcome.delay,
         "truth": probabilities.marginal,
+        **vars(known),
     }
     state.record_outcomes(rows, shown.author, outcome.delay)
     state.now_ms[rows] = shown.time_ms + outcome.play_ms + rng.integers(*PAUSE_MS, len(rows))
@@ -173,9 +194,18 @@ def _draw_exposures(
     return ExposureStep(rows, user, now, scene, domain, item, world.items.author[item])
 
 
-def _factors(
-    world: SimulatedWorld, state: UserState, shown: ExposureStep, following: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def allowed_interactions(on_air: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """Return 0 for interactions that cannot happen, a gift for a video and following again, else 1.
+
+    ``on_air [n] bool``, ``following [n] bool`` -> ``[4, n] float32``.
+    """
+    allowed = np.ones((INTERACTIONS.stop - INTERACTIONS.start, len(on_air)), np.float32)
+    allowed[GIFT - INTERACTIONS.start] = on_air
+    allowed[FOLLOW - INTERACTIONS.start] = ~following
+    return allowed
+
+
+def visit_factors(world: SimulatedWorld, shown: ExposureStep, known: RequestState) -> tuple[np.ndarray, np.ndarray]:
     """Return the ``FACTORS`` of each exposure, ``[factors, n] float32``, and its context, ``[n]``.
 
     A context is a position in ``behaviours.CONTEXTS``.
@@ -186,24 +216,23 @@ def _factors(
     genre = items.genre[item]
     category = genre // GENRES_PER_CATEGORY
     context = np.where(shown.domain == LIVE, 1 + category, 0)
-    views = state.views[shown.rows, shown.author]
     factors = {
         name: scale * np.einsum("nd,nd->n", interest[:, part], vector[:, part]) for name, part, scale in SUBSPACES
     }
     factors |= {
         "constant": np.float32(1),
-        "mood": genre == state.mood[shown.rows],
-        "following": following,
-        "repeat": REPEAT_OF_VIEWS.take(views),
-        "novelty": users.novelty[user] * (views == 0),
+        "mood": genre == known.mood,
+        "following": known.following,
+        "repeat": REPEAT_OF_VIEWS.take(known.views),
+        "novelty": users.novelty[user] * (known.views == 0),
         "quality": items.quality[item],
         "bait": items.bait[item],
         "warmth": world.authors.warmth[shown.author],
         "popularity": items.popularity[item],
         "category": users.category_interest[user, category],
         "hour": world.category_hour[context, local_hour(shown.time_ms)],
-        "fatigue": np.log1p(state.position[shown.rows], dtype=np.float32),
-        "generosity": users.trait[LIVE, :, GIFT][user] * following,
+        "fatigue": np.log1p(known.session_position, dtype=np.float32),
+        "generosity": users.trait[LIVE, :, GIFT][user] * known.following,
     }
     matrix = np.zeros((len(FACTORS), len(user)), np.float32)
     for name, values in factors.items():
