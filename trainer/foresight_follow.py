@@ -32,6 +32,7 @@ from trainer.semantic_ids.foresight_follow import (
     start_state,
 )
 from trainer.semantic_ids.foresight_follow_data import FollowData
+from trainer.semantic_ids.foresight_progressive import progressive_table
 from trainer.semantic_ids.foresight_training import deepspeed_settings, start_engine
 
 logger = logging.getLogger("trainer.foresight_follow")
@@ -81,6 +82,8 @@ def run_job(config: ForesightConfig, world: World, preemption: Preemption) -> di
         slow = follow(engine, data, state, checkpoints, forecasts, config=config, world=world, preemption=preemption)
         document = metrics_document(config, data, state, slow, checkpoints.stalls)
         if world.rank == 0:
+            if document["progressive"]["rows"]:
+                logger.info(progressive_table(document["progressive"]))
             if slow:
                 logger.warning(f"{slow:,} times the forecasts and steps of some ticks took longer than the ticks")
             # Written last, because a run with a metrics.json counts as finished.

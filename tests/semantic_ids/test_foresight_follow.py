@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import RunRanks
 from tests.llm.tiny import StopAfter
@@ -32,9 +34,12 @@ from trainer.foresight_follow import run_job
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.semantic_ids import foresight_follow, foresight_forecast
-from trainer.semantic_ids.foresight_follow_data import FollowSchedule
+from trainer.semantic_ids.foresight_baselines import FREQUENT
+from trainer.semantic_ids.foresight_follow_data import FollowData, FollowSchedule
 from trainer.semantic_ids.foresight_forecast import TABLES, ForecastSegments, ForecastSpool
 from trainer.semantic_ids.foresight_model import TrainedPredictor
+from trainer.semantic_ids.foresight_progressive import NAMES
+from trainer.semantic_ids.foresight_report import MODEL
 from trainer.semantic_ids.foresight_rows import ForesightRows, SegmentContexts
 
 SETTINGS = ("follow.warmup_steps=3", "train.log_every=4", "model.dropout=0.1", "train.without_context=0.1")
@@ -158,6 +163,44 @@ def test_each_forecast_is_of_the_predictor_before_it_trains_on_the_tick(whole: P
     assert (~checked).sum() == 5 * 10 and len(rows) == 390
 
 
+def test_each_row_is_foreseen_by_the_predictor_before_the_step_that_trains_on_it(whole: Path) -> None:
+    data = FollowData.open(load_foresight_follow(whole / "job.toml"))
+    records = json.loads((whole / "run/metrics.json").read_text())["progressive"]["records"]
+    assert [record["step"] for record in records] == [4, 8, 11]
+    model = TrainedPredictor.open(whole / "run")
+    # Checkpoints of the steps 4 to 7: what the steps of the second record began with.
+    first, loss = 0, 0.0
+    for checkpoint in list_checkpoints(whole / "run/checkpoints")[3:7]:
+        predictor = model.predictor()
+        for name, slots in Checkpoint.open(checkpoint).model.dense.items():
+            predictor.get_parameter(name).data.copy_(slots["parameter"].read())
+        part = data.schedule.step(int(checkpoint.name[-8:]))
+        code, length = map(torch.from_numpy, data.rows.contexts(part, 8))
+        with torch.no_grad():
+            log_p = predictor.log_p(code, predictor(code, length)).numpy()
+        target = data.rows.target[part]
+        first += int((log_p.argmax(1) == target).sum())
+        loss -= float(log_p[np.arange(len(part)), target].sum())
+    assert records[1]["rows"] == 4 * 32
+    assert records[1][MODEL] == pytest.approx({"top_1": first / 128, "nll": loss / 128}, rel=1e-5)
+
+
+def test_records_add_up_to_the_run_and_are_scalars(whole: Path) -> None:
+    document = json.loads((whole / "run/metrics.json").read_text())["progressive"]
+    records = document["records"]
+    assert document["rows"] == sum(record["rows"] for record in records) == 11 * 32
+    for name in NAMES:
+        for metric, value in document["quality"][name].items():
+            mean = sum(record["rows"] * record[name][metric] for record in records) / document["rows"]
+            assert value == pytest.approx(mean)
+    events = EventAccumulator(str(whole / "run/tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("progressive_nll/most frequent")
+    assert [one.step for one in scalars] == [4, 8, 11]
+    assert [one.value for one in scalars] == pytest.approx([record[FREQUENT]["nll"] for record in records])
+    assert {"progressive_top_1/model", "progressive_top_1/last", "loss"} <= set(events.Tags()["scalars"])
+
+
 def test_a_run_has_each_segment_once_and_its_numbers(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         document = follow(whole, f"run.directory={whole}/again", "follow.pooling=last")
@@ -184,6 +227,9 @@ def test_a_stopped_run_continues_bit_for_bit(data: Path, whole: Path) -> None:
     assert document["training"]["steps"] == STEPS
     assert_same_tables(data / "run", whole / "run")
     assert_same_model(data / "run", whole / "run")
+    # The stop is inside of a record.
+    undisturbed = json.loads((whole / "run/metrics.json").read_text())
+    assert document["progressive"] == undisturbed["progressive"]
 
 
 def test_a_run_that_is_killed_in_a_save_continues_bit_for_bit(data: Path, whole: Path, nursery: Nursery) -> None:
@@ -196,6 +242,7 @@ def test_a_run_that_is_killed_in_a_save_continues_bit_for_bit(data: Path, whole:
     # A finished run that is started again changes nothing.
     again = follow(data)
     assert again["training"]["steps"] == STEPS
+    assert again["progressive"] == json.loads((whole / "run/metrics.json").read_text())["progressive"]
     assert_same_tables(data / "run", whole / "run")
 
 
@@ -246,6 +293,11 @@ def test_a_finished_run_goes_on_to_segments_that_were_added(
     write_codes(codes)
     document = follow(data, *settings)
     assert document["segments"]["forecast"] == 400
+    # Records end with each part; the sums are those of one run on all.
+    once = json.loads((data / "once/metrics.json").read_text())["progressive"]
+    assert {name: document["progressive"][name] for name in ("rows", "quality")} == {
+        name: once[name] for name in ("rows", "quality")
+    }
     assert_same_tables(data / "run", data / "once")
     assert_same_model(data / "run", data / "once")
 

@@ -30,11 +30,12 @@ from trainer.engine.build_engine import rows_per_rank
 from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import SearchSpaceRefresher
-from trainer.ranking.train_loop import keep_batch, open_scalars, write_scalars
+from trainer.ranking.train_loop import keep_batch, write_scalars
 from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
+from trainer.runtime.scalars import open_scalars
 from trainer.runtime.watchdog import Watchdog
 from trainer.stream.labels.assembled_rows import END_OF_TIME, SLOW
 from trainer.stream.sources.source import StreamReader

@@ -25,6 +25,7 @@ from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
+from trainer.runtime.scalars import open_scalars
 from trainer.runtime.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -155,22 +156,6 @@ def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
         f"{stopped}; no weight was updated, and the rows of each rank are in {directory}; the same command resumes "
         "from the last checkpoint"
     )
-
-
-def open_scalars(directory: Path, step: int) -> SummaryWriter:
-    """Return a writer of TensorBoard scalars after a step; those of later steps are hidden.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
-    # The first rank alone writes scalars, and the import loads clients of object stores: a twelfth of a rank's start.
-    from torch.utils.tensorboard import SummaryWriter
-
-    try:
-        return SummaryWriter(str(directory), purge_step=step + 1)
-    except OSError as error:
-        # TensorBoard writes in a thread of its own, whose error has no name of a file.
-        raise UserError(f"{directory}: cannot be written ({error.strerror})") from None
 
 
 def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.console.errors import UserError
+from trainer.runtime.scalars import open_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,7 @@ class FollowReport:
         self._lags: list[float] = []
         self._counts: Counter[str] = Counter()
         self._rooms: set[int] = set()
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._scalars = SummaryWriter(str(directory / "tensorboard"), purge_step=embedded + 1)
-        except OSError as error:
-            raise UserError(f"{directory / 'tensorboard'}: cannot be written ({error.strerror})") from None
+        self._scalars = open_scalars(directory / "tensorboard", embedded)
 
     def add(self, counts: Mapping[str, int], lags: Sequence[float], rooms: Sequence[int]) -> None:
         """Count what was stored.

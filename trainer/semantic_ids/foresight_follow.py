@@ -3,7 +3,8 @@
 A tick is a range of event time. At each tick
 
 1. every segment that became known in it gets its forecast, by the predictor after the training of the ticks before;
-2. the targets that became known in it wait for a full batch. Each full batch is an optimizer step.
+2. the targets that became known in it wait for a full batch. Each full batch is an optimizer step. Before it, the
+   predictor and two rules foresee its targets (``foresight_progressive.py``).
 
 So a forecast depends on the codes that were known when its segment became known, and on the targets of earlier ticks,
 and on nothing else: not on the number of later segments, not on the batch it is computed in. The predictor changes only
@@ -21,7 +22,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from trainer.data.format.content_vectors import ContentVectors
 from trainer.engine.step_loop import StepDone, run_steps
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
+from trainer.runtime.scalars import open_scalars
 from trainer.semantic_ids.foresight_data import fingerprint
 from trainer.semantic_ids.foresight_engine import PredictorEngine
 from trainer.semantic_ids.foresight_follow_data import FollowData, FollowSchedule
@@ -42,8 +44,12 @@ from trainer.semantic_ids.foresight_forecast import (
     ForecastSpool,
     table_widths,
 )
-from trainer.semantic_ids.foresight_training import ForesightState, ForesightWindow, PredictorSteps
+from trainer.semantic_ids.foresight_progressive import FollowWindow, ProgressiveQuality
+from trainer.semantic_ids.foresight_training import ForesightState, PredictorSteps
 from trainer.semantic_ids.segments import TimeRange
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +110,7 @@ def start_state(
 ) -> ForesightState:
     """Load the newest checkpoint of a run, or else the predictor that the job starts from; returns the progress."""
     schedule = data.schedule
-    state = StepState(schedule.steps, data.schedule.steps * len(schedule.step(0)), ForesightWindow())
+    state: ForesightState = StepState(schedule.steps, data.schedule.steps * len(schedule.step(0)), FollowWindow())
     if not checkpoints.restore(engine, state) and data.trained is not None:
         engine.load(data.trained.checkpoint / MODEL, read_manifest(data.trained.checkpoint).step, world.control)
     # Later segments may have been added to those of a finished run.
@@ -215,41 +221,60 @@ class RunForecasts:
 
 
 class FollowSteps:
-    """Steps of a job: the forecasts before each step, then the step.
+    """Steps of a job: the forecasts before each step, its progressive quality, then the step.
 
     Args:
         steps: the optimizer steps.
         forecasts: the forecasts.
         schedule: segments and rows of each step.
+        quality: progressive quality.
+        state: progress of training, which the steps update.
+        scalars: writer of TensorBoard scalars; None on all ranks but the first.
 
     Attributes:
         slow: how often the forecasts and steps of some ticks took longer than the ticks in event time.
     """
 
-    def __init__(self, steps: PredictorSteps, forecasts: RunForecasts, schedule: FollowSchedule) -> None:
+    def __init__(
+        self,
+        steps: PredictorSteps,
+        forecasts: RunForecasts,
+        schedule: FollowSchedule,
+        quality: ProgressiveQuality,
+        state: ForesightState,
+        scalars: SummaryWriter | None,
+    ) -> None:
         self._steps, self._forecasts, self._schedule = steps, forecasts, schedule
+        self._quality, self._state, self._scalars = quality, state, scalars
         self._begin, self._span = perf_counter(), np.inf
         self.slow = 0
 
     def backward(self, step: int) -> Sequence[float]:
-        """Make the forecasts before a step, and return its sum of the losses."""
+        """Make the forecasts before a step; returns its sum of the losses, then its progressive quality."""
         span = float(self._schedule.spans[step])
         if span:
             self.lap(span)
         self._forecasts.make(step)
-        return self._steps.backward(step)
+        quality = self._quality.measure(step)
+        return [*self._steps.backward(step), *quality]
 
     def update(self, sums: Sequence[float]) -> StepDone:
         """Update the predictor."""
-        return self._steps.update(sums)
+        loss, *quality = sums
+        self._quality.add(self._state.step, quality)
+        return self._steps.update([loss])
 
     def record(self) -> None:
         """Append a record of the metric history."""
         self._steps.record()
+        if self._scalars is not None:
+            write_scalars(self._scalars, self._state.metric_history[-1])
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint, after the forecasts before it are on disk."""
         self._forecasts.sync()
+        if self._scalars is not None:
+            self._scalars.flush()
         self._steps.save(wait=wait)
 
     def lap(self, span: float) -> None:
@@ -305,10 +330,17 @@ def follow(
         # Those that were known, since later ones would tell what comes.
         return np.bincount(data.rows.target[schedule.targets_before(step)], minlength=data.codes)
 
+    scalars = None
+    if world.rank == 0 and not state.finished:
+        # Steps after the checkpoint are repeated, and so are their scalars.
+        scalars = open_scalars(forecasts.directory.parent / "tensorboard", state.step)
     steps = FollowSteps(
         PredictorSteps(engine, data.rows, schedule, state, checkpoints, config, world, rate=rate, counts=counts),
         forecasts,
         schedule,
+        ProgressiveQuality(engine, data, state, config.data.runs, world),
+        state,
+        scalars,
     )
     if not state.finished:
         run_steps(
@@ -324,6 +356,8 @@ def follow(
             preemption=preemption,
         )
         steps.lap(0.0)
+    if scalars is not None:
+        scalars.close()
     forecasts.make(schedule.steps)
     forecasts.finish()
     return steps.slow
@@ -343,6 +377,7 @@ def metrics_document(
     """
     seconds = sum(entry["seconds"] for entry in state.metric_history)
     rows = sum(entry["rows"] for entry in state.metric_history)
+    assert isinstance(state.window, FollowWindow)
     return {
         "codebook": data.version.name,
         "codes": data.codes,
@@ -355,4 +390,22 @@ def metrics_document(
             "slow_ticks": slow,
             "checkpoint_stalls_seconds": list(stalls),
         },
+        "progressive": {
+            **state.window.summary(),
+            "records": [
+                {"step": entry["step"], "rows": entry["rows"], **entry["progressive"]}
+                for entry in state.metric_history
+                if "progressive" in entry
+            ],
+        },
     }
+
+
+def write_scalars(scalars: SummaryWriter, entry: Mapping[str, Any]) -> None:
+    """Write a record of the metric history as TensorBoard scalars."""
+    step = entry["step"]
+    for name in ("loss", "learning_rate"):
+        scalars.add_scalar(name, entry[name], step)
+    for name, quality in entry["progressive"].items():
+        for metric, value in quality.items():
+            scalars.add_scalar(f"progressive_{metric}/{name}", value, step)

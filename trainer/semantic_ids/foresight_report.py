@@ -15,7 +15,7 @@ from trainer.console.text_table import text_table
 from trainer.data.simulator.segment_truth import nearest_centroid, read_next_topics, reference_accuracy
 from trainer.runtime.distributed import World
 from trainer.semantic_ids.foresight_baselines import Baselines, Quality
-from trainer.semantic_ids.foresight_data import ForesightBatch, ForesightData
+from trainer.semantic_ids.foresight_data import CodedRows, ForesightBatch, ForesightData
 from trainer.semantic_ids.foresight_training import ForesightState
 
 MODEL = "model"
@@ -67,7 +67,7 @@ def evaluate(predictor: ForesightPredictor, data: ForesightData, config: Foresig
 
 @torch.no_grad()
 def measure(
-    predictor: ForesightPredictor, data: ForesightData, part: np.ndarray, runs: int, device: torch.device
+    predictor: ForesightPredictor, data: CodedRows, part: np.ndarray, runs: int, device: torch.device
 ) -> Quality:
     """Return the quality of a predictor on some rows."""
     quality, training = Quality(), predictor.training

@@ -76,6 +76,10 @@ class ForesightWindow:
             "seconds": seconds,
         }
 
+    def following(self) -> ForesightWindow:
+        """Return an empty window for the steps after a record."""
+        return ForesightWindow()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and the elapsed seconds."""
         return {"loss": self._loss, "rows": self._rows, "elapsed": time.perf_counter() - self._started}
@@ -285,7 +289,7 @@ class PredictorSteps:
     def record(self) -> None:
         """Append a record of the metric history."""
         self._state.metric_history.append(self._state.window.entry(self._state.step, self._rate))
-        self._state.window = ForesightWindow()
+        self._state.window = self._state.window.following()
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint."""
