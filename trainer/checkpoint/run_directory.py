@@ -21,8 +21,8 @@ A ranker's run holds::
     baselines/KIND/    the same for each baseline, from checkpoints/ on
 
 A run of Foresight has the same ``config.json``, ``deepspeed.json``, ``environment.json``, ``lock``, status,
-``checkpoints/``, ``logs/`` and ``metrics.json``, and one of ``limelight foresight follow`` has ``tensorboard/`` and tables
-of vectors in ``forecasts/``. A fine-tuning run has the files of one of ``limelight foresight`` as well, and::
+``checkpoints/``, ``logs/`` and ``metrics.json``, and one of ``limelight foresight follow`` has ``tensorboard/`` and
+tables of vectors in ``forecasts/``. A fine-tuning run has the files of one of ``limelight foresight`` as well, and::
 
     base/              the small model, if the job names no model
     tokens/            the samples as tokens, with counts; written once
