@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from trainer.console.errors import UserError
 from trainer.console.job_arguments import EVALUATE_ARGUMENTS, parse_rank_arguments
 from trainer.ranking.evaluation import evaluate, predict, read_truth, write_predictions
-from trainer.ranking.report import metrics_table
+from trainer.ranking.metrics_table import metrics_table
 from trainer.ranking.setup import freeze_at_end_of_training, held_out_loader, split_in_time
 from trainer.runtime.distributed import World, run_rank
 from trainer.serving.trained_run import open_run, with_range

@@ -24,6 +24,7 @@ from trainer.console.run_log import open_log
 from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.metrics.behaviour_metrics import Report
 from trainer.ranking.job_features import open_features
+from trainer.ranking.metrics_table import metrics_table
 from trainer.ranking.model_training import (
     RankerJob,
     evaluate_model,
@@ -32,9 +33,9 @@ from trainer.ranking.model_training import (
     train_model,
     write_results,
 )
-from trainer.ranking.report import metrics_table
 from trainer.ranking.setup import check_settings, split_in_time
 from trainer.ranking.warm_start import check_source
+from trainer.report.run_report import write_last_report
 from trainer.runtime.determinism import use_deterministic_kernels
 from trainer.runtime.distributed import World, run_rank
 from trainer.runtime.preemption import Preemption, until_preempted
@@ -91,6 +92,8 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
             report = finished_report(model_dir, world) or train_and_evaluate(job, kind, model_dir)
             if report["behaviours"]:
                 reports[kind] = report["behaviours"]
+        if world.rank == 0:
+            write_last_report(directory)
     if reports:
         logger.info("\n" + metrics_table(reports))
     logger.info(f"\nrun: {directory}")

@@ -26,13 +26,13 @@ import lightgbm
 import numpy as np
 import pyarrow.parquet as pq
 
-from benchmarks.bootstrap import ResampledMetric, draw_users, interval, resample_auc, resample_gauc
 from benchmarks.measure import make_parser, run_limelight, write_result
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.features.dense_inputs import DenseInputs
 from trainer.data.format.dataset import Dataset, freeze_statistics
 from trainer.data.format.schema import DatasetSpec, Rows
 from trainer.data.format.shards import read_rows
+from trainer.metrics.user_bootstrap import ResampledMetric, draw_users, interval, resample_auc, resample_gauc
 from trainer.ranking.setup import Split, split_in_time
 
 JOB = "configs/kuairand.toml"

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bootstrap import interval
 from benchmarks.measure import make_parser, run_limelight, write_result
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
@@ -37,6 +36,7 @@ from trainer.data.simulator.config import DAY_MS, START_MS, WorldConfig
 from trainer.data.simulator.population import make_authors, make_genres
 from trainer.data.simulator.segment_vectors import DEFAULT_NOISE, author_traits
 from trainer.data.simulator.write_dataset import simulate
+from trainer.metrics.user_bootstrap import interval
 from trainer.semantic_ids.co_interactions import AuthorSimilarity, coded_interactions
 from trainer.semantic_ids.retrieval import RECENT_RUNS, AuthorCodes, rank_by_codes, rank_by_cosine
 from trainer.stream.labels.event_log import EventLog

@@ -1,4 +1,4 @@
-"""``limelight runs``: the runs below a directory."""
+"""``limelight runs``: the runs below a directory, and comparisons of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.console.outputs import InputPath
     example="limelight runs --sort click.auc",
 )
 def runs() -> None:
-    """List runs."""
+    """List and compare runs."""
 
 
 @runs.command(
@@ -49,3 +49,28 @@ def list_(directory: str, sort: str, as_json: bool) -> None:
         print_json([run.document() for run in found])
     else:
         print(format_runs(found, sort) if found else f"{directory}: no runs here")
+
+
+@runs.command(
+    short_help="Compare runs side by side.",
+    help="Print the metrics of runs side by side, and the settings that differ. Where the runs have kept predictions "
+    "of the same held-out rows, as rankers do, the metrics are computed on the rows that are in all of them, and each "
+    "difference to the first run has a 95 % interval over users (paired bootstrap).\n\n"
+    "A baseline is compared by its directory, such as runs/first/baselines/logistic.",
+    example="limelight runs compare runs/first runs/second",
+)
+@click.argument(
+    "directories",
+    metavar="RUN RUN...",
+    nargs=-1,
+    required=True,
+    type=InputPath(),
+    help="Directories of two runs or more.",
+)
+@json_option
+def compare(directories: tuple[str, ...], as_json: bool) -> None:
+    """Print the comparison."""
+    from trainer.report.compare import compare_runs, format_comparison
+
+    found = compare_runs(directories)
+    print_json(found.document()) if as_json else print(format_comparison(found))

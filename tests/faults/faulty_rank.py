@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fault = json.loads(os.environ.get(FAULT_VARIABLE) or "null")
     if fault is not None:
         FAULTS[fault["kind"]](fault, fault.get("rank", 0) == rank)
-    # The plots of the report take longer than all the rest of this small job.
-    model_training.write_report = lambda *arguments, **options: None
+    # The report takes longer than all the rest of this small job.
+    trainer.rank.write_last_report = lambda directory: None
     return trainer.rank.main(arguments)
 
 

@@ -63,6 +63,7 @@ OUTPUTS = {
     "quantize report",
     "align encode",
     "foresight forecast",
+    "report",
 }
 """Commands with an output."""
 

@@ -17,6 +17,7 @@ A ranker's run holds::
     tensorboard/       scalars
     plan.json          the placement of each table by TorchRec's planner
     metrics.json       the metrics at the end; a run with this file has finished
+    held_out.parquet   predictions of the held-out range, of a sample of users if there are many
     report.html        the report, self-contained
     baselines/KIND/    the same for each baseline, from checkpoints/ on
 

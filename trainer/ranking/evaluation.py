@@ -36,6 +36,9 @@ from trainer.runtime.phase_timer import PHASES
 CALIBRATION_EDGES = np.geomspace(1e-4, 1, 21)
 """Bin edges of the calibration curve, as predicted probabilities."""
 
+CalibrationCurves = dict[str, list[tuple[float, float, int]]]
+"""Behaviour -> mean predicted probability, observed share and number of rows of each bin of predicted probabilities."""
+
 _BEYOND = (*ID_TABLES, "histories")
 logger = logging.getLogger(__name__)
 
@@ -159,7 +162,7 @@ def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -
 
 def calibration_curve(
     predictions: Predictions, behaviours: Sequence[str], control: dist.ProcessGroup | None
-) -> dict[str, list[tuple[float, float, int]]]:
+) -> CalibrationCurves:
     """Compute the calibration curve over all ranks. Collective.
 
     Args:

@@ -18,8 +18,16 @@ from trainer.data.format.dataset import Dataset
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import Report
 from trainer.ranking.checkpoints import Checkpoints, Identity
-from trainer.ranking.evaluation import calibration_curve, evaluate, metrics_document, predict, read_truth
-from trainer.ranking.report import metrics_table, write_report
+from trainer.ranking.evaluation import (
+    CalibrationCurves,
+    calibration_curve,
+    evaluate,
+    metrics_document,
+    predict,
+    read_truth,
+)
+from trainer.ranking.held_out_rows import HELD_OUT, write_held_out
+from trainer.ranking.metrics_table import metrics_table
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import Split, build_engine, freeze_at_end_of_training, held_out_loader, training_loader
 from trainer.ranking.stream_train_loop import train_stream
@@ -169,8 +177,10 @@ def train_model(job: RankerJob, model: ModelTraining) -> None:
     )
 
 
-def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None, dict[str, Any]]:
+def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None, CalibrationCurves]:
     """Evaluate a model on the held-out range: metrics and calibration by behaviour. Collective.
+
+    The predictions of these rows, or of a sample of them, are kept in the directory of the model.
 
     Returns:
         The metrics, ``None`` if the job holds nothing out, and the calibration curve of each behaviour.
@@ -182,16 +192,20 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
     loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space)
     held_out = predict(model.engine, loader, quiet=job.world.rank > 0)
     control = job.world.control
-    report = evaluate(held_out, behaviours, control, read_truth(config.data.path, held_out, behaviours))
+    truth = read_truth(config.data.path, held_out, behaviours)
+    report = evaluate(held_out, behaviours, control, truth)
+    file = model.model_dir / HELD_OUT
+    write_held_out(file, held_out, behaviours, truth, job.data, job.split.held_out, job.world)
     return report, calibration_curve(held_out, behaviours, control)
 
 
 def write_results(
-    job: RankerJob, model: ModelTraining, report: Report | None, calibration: dict[str, Any]
+    job: RankerJob, model: ModelTraining, report: Report | None, calibration: CalibrationCurves
 ) -> dict[str, Any]:
-    """Write plan, report and metrics of a model, and close it. Collective. Returns the content of ``metrics.json``."""
+    """Write plan and metrics of a model, and close it. Collective. Returns the content of ``metrics.json``."""
     config, kind, state = job.config, model.kind, model.state
     document = metrics_document(config, kind, report, state.metric_history, model.checkpoints.stalls)
+    document["calibration_curves"] = calibration
     if model.stream is not None:
         document["stream"] = model.stream.summary(job.world, state.progressive)
         counts = document["stream"]["counts"]
@@ -206,15 +220,6 @@ def write_results(
         logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
     if job.world.rank == 0:
         write_json(model.model_dir / "plan.json", model.engine.plan)
-        write_report(
-            model.model_dir / "report.html",
-            title=f"{config.run.name}: {kind}",
-            config=config.model_dump(mode="json"),
-            models={} if report is None else {kind: report},
-            history=state.metric_history,
-            plan=model.engine.plan,
-            calibration=calibration,
-        )
         # Last, since a model with this file is never trained again.
         write_json(model.model_dir / "metrics.json", document)
     model.checkpoints.close()

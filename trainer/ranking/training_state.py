@@ -15,7 +15,7 @@ from trainer.runtime.phase_timer import PHASES
 from trainer.sparse.dynamic_ids import IdCounts
 
 MetricHistory = list[dict[str, Any]]
-"""Metrics and rates of training, an entry every ``train.log_every`` steps; see ``trainer.ranking.report``."""
+"""Metrics and rates of training, an entry every ``train.log_every`` steps; see :meth:`MetricWindow.entry`."""
 
 
 class StreamState(Protocol):

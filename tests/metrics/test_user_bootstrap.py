@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.bootstrap import draw_users, interval, resample_auc, resample_gauc
 from trainer.metrics.behaviour_metrics import grouped_auc
+from trainer.metrics.user_bootstrap import draw_users, interval, resample_auc, resample_gauc
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

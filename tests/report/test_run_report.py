@@ -1,0 +1,234 @@
+"""The page about a run: its content, texts of other people, runs that are not whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.stored_runs import write_ranker
+from trainer.checkpoint import runs
+from trainer.console.errors import UserError
+from trainer.console.outputs import Output
+from trainer.report import run_report
+from trainer.report.run_report import make_report, write_last_report, write_report
+from trainer.runtime.run_status import recorded_status
+
+EVIL = "</script><img src=x onerror=alert(1)>&"
+
+
+class _Page(HTMLParser):
+    """Elements and texts of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Record an element."""
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        """Record a text."""
+        self.texts.append(" ".join(data.split()))
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        """Return the attributes of all elements with a tag."""
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ranker(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> str:
+    return make_report(finished)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pages whose intervals nobody reads."""
+    monkeypatch.setattr("trainer.report.run_report.metrics_with_intervals", lambda held_out: {})
+    monkeypatch.setattr("trainer.report.run_report.parts_of", lambda held_out: [])
+
+
+def test_the_page_shows_the_run(page: str) -> None:
+    found = _Page(page)
+    for heading in (
+        "Held-out metrics",
+        "Where it is good and bad",
+        "Training",
+        "Calibration",
+        "Throughput",
+        "Embedding tables",
+        "Job",
+        "Where it ran",
+    ):
+        assert heading in found.texts
+    for text in ("small: mmoe", "finished", "2,000", "best possible", "logistic", "row_wise", "64.0 kB"):
+        assert text in found.texts, text
+    assert re.search(r"<td[^>]*>0\.\d{4} \(0\.\d{4}, 0\.\d{4}\)</td>", page), "an interval"
+    assert "<mark>kind = &#34;mmoe&#34;  # default: &#34;ple&#34;</mark>" in page
+
+
+def test_the_page_warns_of_what_matters(page: str) -> None:
+    warnings = page[page.index('aria-label="Warnings"') :].partition("</ul>")[0]
+    for words in (
+        "gift has ",
+        "2.4 % of the rows were skipped",
+        "waited for data in 40 %",
+        "stopped the training for 22 % of the time",
+        "80 % of the look-ups in the table item found no row",
+    ):
+        assert words in warnings, words
+    assert "click" not in warnings
+
+
+def test_every_chart_has_its_data_and_a_text(page: str) -> None:
+    found = _Page(page)
+    charts = [attributes for attributes in found.of("svg") if attributes.get("role") == "img"]
+    figures = page.split("<figure>")[1:]
+    assert len(charts) == len(figures) == 10
+    for attributes, figure in zip(charts, figures, strict=True):
+        assert ":" in str(attributes["aria-label"])
+        assert figure.partition("</figure>")[0].count("<tr>") >= 2 and "<details>" in figure
+    hidden = [attributes for attributes in found.of("svg") if attributes not in charts]
+    assert all(attributes.get("aria-hidden") == "true" for attributes in hidden)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
+    found = _Page(page)
+    assert {tag for tag, _ in found.elements}.isdisjoint(("script", "img", "link", "iframe", "object", "base", "a"))
+    assert not re.search(r"https?:|url\(|@import|srcset|javascript:", page)
+    assert not [
+        name for _, attributes in found.elements for name in attributes if name.startswith("on") or name == "src"
+    ]
+    (policy,) = [meta["content"] for meta in found.of("meta") if meta.get("http-equiv")]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_texts_of_a_run_are_no_markup(tmp_path: Path, few_draws: None) -> None:
+    behaviour = EVIL.replace("/", "")
+    run = write_ranker(tmp_path / "<b>bold", name=EVIL, behaviours=(behaviour,))
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps([plan[0] | {"table": EVIL, "sharding": EVIL}]))
+    config = json.loads((run / "config.json").read_text()) | {EVIL: {EVIL: EVIL}}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError), recorded_status(run, EVIL, 0, 1):
+        raise UserError(EVIL)
+    page = make_report(run)
+    assert "<img" not in page and "<b>bold" not in page and "<script" not in page
+    assert any(EVIL in text for text in _Page(page).texts)
+    assert _Page(page).of("svg")[0]["aria-label"] is not None
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+FILES = (
+    *("metrics.json", "config.json", "environment.json", "plan.json", "held_out.parquet", "checkpoints"),
+    *("checkpoints/step-00000020/job.json", "baselines/logistic/metrics.json", "baselines"),
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [remove, lambda path: path.is_file() and path.write_text("{")], ids=["gone", "cut"])
+def test_a_run_that_is_not_whole_has_a_page(
+    run: Path, few_draws: None, name: str, harm: Callable[[Path], object]
+) -> None:
+    (run / "lock").touch()
+    harm(run / name)
+    page = make_report(run)
+    assert "Where it ran" in page or "environment.json" in name
+    if harm is not remove and name != "environment.json" and (run / name).is_file():
+        assert Path(name).name in page, "what is damaged is named"
+
+
+@pytest.mark.parametrize("value", [None, 1, "a", [], {}, [1], [{}], {"a": 1}, {"a": {"b": "c"}}, {"a": [[1, 2, 3]]}])
+def test_values_of_other_types_are_left_out(run: Path, few_draws: None, value: Any) -> None:
+    remove(run / "baselines")
+    keys = ("behaviours", "training", "calibration_curves", "stream")
+    (run / "metrics.json").write_text(json.dumps(dict.fromkeys(keys, value)))
+    for name, content in (("plan.json", value), ("checkpoints/step-00000020/job.json", {"trace": value})):
+        (run / name).write_text(json.dumps(content))
+    assert "<h1>" in make_report(run)
+    (run / "checkpoints/step-00000020/job.json").write_text(
+        json.dumps({"trace": [{"step": 1, "auc": value, "ids": value}]})
+    )
+    assert "<h1>" in make_report(run)
+
+
+@pytest.mark.parametrize(
+    ("config", "metrics", "expected"),
+    [
+        ({"lora": {}}, {"evaluation": {"task": {"model": {"accuracy": 0.5}}}}, "task.model.accuracy"),
+        ({"towers": {}}, {"retrieval": {"all": {"mrr": 0.1}}}, "all.mrr"),
+        ({"lcu": {}}, {"all": {"rmse": 8.6}}, "rmse"),
+        ({"evaluate": {}}, {"evaluation": {"quality": {"all": {"model": {"top_1": 0.2}}}}}, "all.model.top_1"),
+    ],
+)
+def test_runs_of_other_kinds_have_a_page(run: Path, config: Any, metrics: Any, expected: str) -> None:
+    remove(run / "held_out.parquet")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page = make_report(run)
+    assert expected in page and "Loss" in page
+
+
+def test_a_stream_has_its_counts(run: Path, few_draws: None) -> None:
+    document = json.loads((run / "metrics.json").read_text())
+    document["stream"] = {"counts": {"late_events": 1234}, "freshness_seconds": {"p50": 2.5}, "progressive": {}}
+    (run / "metrics.json").write_text(json.dumps(document))
+    texts = _Page(make_report(run)).texts
+    assert "late events" in texts and "1,234" in texts and "2.5000" in texts
+
+
+def test_a_running_job_has_a_page(run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove(run / "metrics.json")
+    monkeypatch.setattr(runs, "is_locked", lambda directory: True)
+    page = make_report(run)
+    assert "running" in page and "curves reach to the newest checkpoint" in page and "Progressive AUC" in page
+
+
+def test_the_report_is_made_at_the_end_of_a_job_and_once(
+    run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_last_report(run)
+    (run / "report.html").write_text("kept")
+    later = (run / "metrics.json").stat().st_mtime + 10
+    os.utime(run / "report.html", (later, later))
+    write_last_report(run)
+    assert (run / "report.html").read_text() == "kept"
+    os.utime(run / "baselines/logistic/metrics.json", (later + 10, later + 10))
+    write_last_report(run)
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    (run / "report.html").unlink()
+    monkeypatch.setattr(run_report, "make_report", lambda directory: 1 / 0)
+    with caplog.at_level(logging.WARNING):
+        write_last_report(run)
+    assert "report.html: not written (ZeroDivisionError" in caplog.text and not (run / "report.html").exists()
+
+
+def test_a_page_goes_where_it_is_asked_for(run: Path, few_draws: None, tmp_path: Path) -> None:
+    write_report(run, Output.of(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").read_text() == make_report(run) and not (run / "report.html").exists()
+    with pytest.raises(UserError, match="no run here"):
+        write_report(tmp_path)

@@ -1,0 +1,1 @@
+"""Pages about runs, and comparisons of them, made from what the runs have stored."""

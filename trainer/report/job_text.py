@@ -1,0 +1,112 @@
+"""The job of a run as TOML, with what differs from the defaults."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from trainer.checkpoint.run_kind import RunKind
+from trainer.config.align import AlignConfig
+from trainer.config.finetune import FinetuneConfig
+from trainer.config.foresight import ForesightConfig
+from trainer.config.ranker import JobConfig
+from trainer.config.staytime import StaytimeConfig
+from trainer.config.toml import ANY, fields
+
+MODELS: dict[RunKind, type[BaseModel]] = {
+    "align": AlignConfig,
+    "finetune": FinetuneConfig,
+    "foresight": ForesightConfig,
+    "ranker": JobConfig,
+    "staytime": StaytimeConfig,
+}
+"""Kind of a run -> the schema of its job."""
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class JobLine:
+    """A line of a job file.
+
+    Attributes:
+        text: TOML, with the default in a comment if the value is another one.
+        changed: True if the value is not the default.
+    """
+
+    text: str
+    changed: bool
+
+
+def job_lines(config: Mapping[str, Any], kind: RunKind | None) -> list[JobLine]:
+    """Return a job as the lines of a TOML file.
+
+    Args:
+        config: content of ``config.json``.
+        kind: of the run; None knows no defaults.
+    """
+    defaults = _defaults(MODELS[kind]) if kind in MODELS else {}
+    return list(_section(config, (), defaults))
+
+
+def _section(section: Mapping[str, Any], path: tuple[str, ...], defaults: Mapping[str, Any]) -> Iterator[JobLine]:
+    """Yield the keys of a section, then the sections in it."""
+    # TOML has no null: a key without a value is absent.
+    inner = {key: value for key, value in section.items() if isinstance(value, Mapping) and value}
+    own = {key: value for key, value in section.items() if key not in inner and value is not None}
+    if own and path:
+        yield JobLine(f"[{'.'.join(map(_key, path))}]", False)
+    for key, value in own.items():
+        default = _default_of(".".join((*path, key)), defaults)
+        text = f"{_key(key)} = {_toml(value)}"
+        # A table of free keys without any is what it is by default.
+        if not defaults or default is _REQUIRED or default == value or (default is None and value == {}):
+            yield JobLine(text, default is _REQUIRED and bool(defaults))
+        else:
+            yield JobLine(f"{text}  # default: {'unset' if default is None else _toml(default)}", True)
+    if own:
+        yield JobLine("", False)
+    for key, value in inner.items():
+        yield from _section(value, (*path, key), defaults)
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the default of every key as JSON, by its dotted name."""
+    return {
+        name: _REQUIRED if info.is_required() else to_jsonable_python(info.get_default(call_default_factory=True))
+        for name, info in fields(model)
+    }
+
+
+def _default_of(key: str, defaults: Mapping[str, Any]) -> Any:
+    """Return the default of a key; that of a free key is unset."""
+    if key in defaults:
+        return defaults[key]
+    parts = key.split(".")
+    for name, default in defaults.items():
+        pattern = name.split(".")
+        if len(pattern) == len(parts) and all(
+            part == wanted or wanted == ANY for part, wanted in zip(parts, pattern, strict=True)
+        ):
+            return default
+    return None
+
+
+def _key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else json.dumps(key)
+
+
+def _toml(value: Any) -> str:
+    """Format a value of a JSON file as TOML on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(str(key))} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

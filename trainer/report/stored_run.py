@@ -1,0 +1,164 @@
+"""A run as a report reads it: everything that is there, and a note for each thing that is missing or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.checkpoint.manifest import JOB, list_checkpoints
+from trainer.checkpoint.runs import RunSummary, is_run, summarize
+from trainer.console.errors import UserError, one_line
+from trainer.report.held_out import HeldOutRows
+from trainer.runtime.run_status import RUNNING, RunStatus, read_status
+from trainer.runtime.stored_files import parse_json_object, read_json_object, read_limited
+
+T = TypeVar("T")
+
+Entry = Mapping[str, Any]
+"""An entry of the metric history."""
+
+
+@dataclass(frozen=True)
+class ReportedModel:
+    """One model of a run: its own, or a baseline.
+
+    Attributes:
+        name: kind of the network, or of the run.
+        document: content of ``metrics.json``; empty before the end.
+        history: metrics of the training steps, up to the newest checkpoint.
+        plan: placement of the tables.
+        held_out: rows that it has kept; None if there are none.
+    """
+
+    name: str
+    document: Mapping[str, Any]
+    history: list[Entry]
+    plan: list[Entry]
+    held_out: HeldOutRows | None
+
+    @property
+    def behaviours(self) -> dict[str, Mapping[str, Any]]:
+        """Metrics of the held-out range by behaviour."""
+        found = self.document.get("behaviours")
+        entries = found.items() if isinstance(found, dict) else ()
+        return {name: values for name, values in entries if isinstance(values, dict)}
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """Files of a run.
+
+    Attributes:
+        directory: of the run.
+        summary: state, steps and metrics.
+        status: as the job has stored it; None for an earlier version.
+        config: the resolved job; empty if it is not there.
+        starts: the starts of the job, with versions and machine.
+        models: the run's own model first, then the baselines.
+        notes: sentences on what is missing or damaged.
+    """
+
+    directory: Path
+    summary: RunSummary
+    status: RunStatus | None
+    config: Mapping[str, Any]
+    starts: list[Entry]
+    models: list[ReportedModel]
+    notes: list[str] = field(default_factory=list)
+
+    @staticmethod
+    def read(directory: Path) -> StoredRun:
+        """Read a run.
+
+        Raises:
+            UserError: there is no run.
+        """
+        if not is_run(directory):
+            raise UserError(f"{directory}: no run here")
+        reader = _Reader()
+        empty: dict[str, Any] = {}
+        summary = summarize(directory)
+        config = reader.read(lambda: read_json_object(directory / "config.json"), empty, f"{directory}: no config.json")
+        environment = reader.read(lambda: read_json_object(directory / "environment.json"), empty, "")
+        starts = environment.get("starts", [environment] if environment else [])
+        own = _section(config, "model").get("kind")
+        kinds = _section(config, "train").get("baselines")
+        kinds = [kind for kind in kinds if isinstance(kind, str) and kind != own] if isinstance(kinds, list) else []
+        models = [reader.model(directory, own if isinstance(own, str) else summary.kind or summary.job)]
+        models += [
+            reader.model(directory / "baselines" / kind, kind)
+            for kind in kinds
+            if "/" not in kind and (directory / "baselines" / kind).is_dir()
+        ]
+        if summary.state == RUNNING:
+            reader.notes.append("The job runs: curves reach to the newest checkpoint, and metrics come at the end.")
+        elif not models[0].document:
+            reader.notes.append("metrics.json is not there: the run has not finished.")
+        if models[0].behaviours and models[0].held_out is None:
+            reader.notes.append(
+                "The run has kept no predictions (an earlier version wrote it): there are no intervals and no parts."
+            )
+        return StoredRun(
+            directory,
+            summary,
+            reader.read(lambda: read_status(directory), None, ""),
+            config,
+            [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
+            models,
+            reader.notes,
+        )
+
+
+class _Reader:
+    """Reads files, and notes what is damaged."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def read(self, read: Callable[[], T], otherwise: T, missing: str) -> T:
+        """Return what ``read`` returns, or ``otherwise`` with a note."""
+        try:
+            return read()
+        except FileNotFoundError:
+            if missing:
+                self.notes.append(missing)
+        except (OSError, UserError) as error:
+            self.notes.append(one_line(error))
+        return otherwise
+
+    def model(self, directory: Path, name: str) -> ReportedModel:
+        """Return a model of the run."""
+        return ReportedModel(
+            name,
+            self.read(lambda: read_json_object(directory / "metrics.json"), {}, ""),
+            self.history(directory),
+            self.read(lambda: _read_list(directory / "plan.json"), [], ""),
+            # The rows of an alignment have other columns.
+            self.read(lambda: HeldOutRows.read(directory), None, "") if name not in ("align", "finetune") else None,
+        )
+
+    def history(self, directory: Path) -> list[Entry]:
+        """Return the metric history of the newest checkpoint that can be read."""
+        for checkpoint in reversed(list_checkpoints(directory / "checkpoints")):
+            try:
+                entries = read_json_object(checkpoint / JOB).get("trace")
+            except (OSError, UserError) as error:
+                self.notes.append(one_line(error))
+                continue
+            if isinstance(entries, list):
+                return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
+        return []
+
+
+def _read_list(file: Path) -> list[Entry]:
+    """Read a JSON file with a list of objects."""
+    # The reader of objects refuses a list, so the list is made the value of a key.
+    entries = parse_json_object(b'{"list":' + read_limited(file) + b"}", file)["list"]
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
