@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -65,6 +66,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(reason)
+
+
+def pytest_collection_finish() -> None:
+    """Spare later collections of garbage the visit of every imported object."""
+    gc.freeze()
 
 
 def _has_cuda() -> bool:

@@ -189,13 +189,9 @@ class Nursery:
         """Move the content of ``path`` to a file system of ``size`` bytes, or resize the file system that it is on."""
         self._ask(["mount", str(path), size])
 
-    def compile_search(self, *, stored: bool) -> None:
-        """Compile the kernel of the search in float16 vectors, which takes seconds, once for all later processes.
-
-        Args:
-            stored: True for a search in the histories of a dataset, whose memory is read-only.
-        """
-        self._ask(["compile", stored])
+    def compile_search(self) -> None:
+        """Compile the kernel of the search in float16 vectors, which takes seconds, once for all later processes."""
+        self._ask(["compile"])
 
     def _ask(self, order: list[Any]) -> Any:
         self._stream.write(json.dumps(order) + "\n")
@@ -400,13 +396,12 @@ def _wait(process: int, timeout: float) -> int | None:
         time.sleep(0.01)
 
 
-def _compile(stored: bool) -> str:
+def _compile() -> str:
     import numpy as np
 
     from modules.search.search import SearchPart, SearchVectors, top
 
     zero, ids, vectors = np.zeros(1, np.int64), np.zeros(9, np.int64), SearchVectors(np.zeros((2, 16), np.float16))
-    ids.flags.writeable = not stored
     top(zero, zero + 9, 4, SearchPart(ids, zero, vectors))
     gc.freeze()
     return "compiled"
@@ -448,7 +443,7 @@ def _serve(client: socket.socket) -> int:
         elif order == "wait":
             answer = _wait(*arguments)
         elif order == "compile":
-            answer = _compile(*arguments)
+            answer = _compile()
         else:
             answer = _mount(*arguments)
 

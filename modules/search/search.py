@@ -185,12 +185,25 @@ def search(kernel: Callable, length: int, first: np.ndarray, stop: np.ndarray, *
     """
     out = np.empty((len(first), length), np.int64)
     lengths = np.zeros(len(first), np.int64)
+    read = [_read_only(argument) for argument in (first, stop, *arguments)]
 
     def part(begin: int, end: int) -> None:
-        kernel(begin, end, first, stop, *arguments, out, lengths)
+        kernel(begin, end, *read, out, lengths)
 
     each_part(part, len(first))
     return SearchResult(out[np.arange(length) >= length - lengths[:, None]], lengths)
+
+
+def _read_only(argument: Any) -> Any:
+    """Return a view of an array that cannot be written, and anything else as it is.
+
+    numba compiles a kernel for each kind of argument, in seconds. Stored columns are read-only and copies of them are
+    not; all of them are served by one compilation.
+    """
+    if isinstance(argument, np.ndarray):
+        argument = argument.view()
+        argument.flags.writeable = False
+    return argument
 
 
 def each_part(work: Callable[[int, int], None], rows: int) -> None:

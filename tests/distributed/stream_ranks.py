@@ -24,7 +24,7 @@ POLICIES = ("realtime", "fast_slow")
 
 JOB = (
     "data.train_until=2024-03-05",
-    "stream.until=2024-03-05T18:00",
+    "stream.until=2024-03-05T12:00",
     "stream.slice_seconds=300",
     "stream.flush_seconds=1800",
     "stream.batch_events=200",

@@ -52,7 +52,7 @@ def trained(nursery: Nursery, world: Path) -> Path:
         *('features.search.tables=["item"]', "features.search.refresh_steps=4"),
         "train.deepspeed=configs/deepspeed/zero1.json",
     )
-    nursery.compile_search(stored=True)
+    nursery.compile_search()
     ended = nursery.run(STANDIN, job, ranks=2)
     assert ended.status == 0, ended.stderr[-4000:]
     # The losses and the alignment are summed on the device, everything else on the host.

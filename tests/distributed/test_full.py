@@ -72,7 +72,7 @@ def trained_visits(record: Path, last_step: int | None = None) -> Counter[int]:
 
 @pytest.mark.slow
 def test_every_row_code_and_forecast_is_there_once_after_a_kill(nursery: Nursery, tmp_path: Path) -> None:
-    nursery.compile_search(stored=False)
+    nursery.compile_search()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "data/full").mkdir(parents=True)
     *before, ranker = (shlex.split(line)[1:] for line in commands("USERS=120", "RANKS=1"))

@@ -32,7 +32,7 @@ STARTS: dict[str, tuple[str, ...]] = {"2a": (), "1a": ("2a",)}
 
 @pytest.fixture(scope="module")
 def outcomes(nursery: Nursery, run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    nursery.compile_search(stored=False)
+    nursery.compile_search()
     out = tmp_path_factory.mktemp("stream")
     simulate(out / "world", users=150, days=2, partitions=4, seed=4)
     codes = write_codes_of(out / "world", out / "codes.parquet")

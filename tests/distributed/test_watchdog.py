@@ -40,6 +40,7 @@ class Ranks:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         port = free_port()
+        self.clock = watchdog_ranks.SharedClock(directory / "clock")
         self.files = [directory / f"rank-{rank}" for rank in range(ranks)]
         self.processes = [
             PROCESSES.Process(
@@ -114,14 +115,14 @@ def test_a_rank_that_is_stopped_does_not_answer(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_that_goes_on_in_time_is_not_ended(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, "stop", 6.0)
+    ranks = Ranks(tmp_path, "stop in time", 6.0)
     try:
         assert ranks.processes[1].pid is not None
         deadline = time.monotonic() + TIMEOUT
         while Path(f"/proc/{ranks.processes[1].pid}/stat").read_text().rpartition(") ")[2][0] != "T":
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(2)
+        ranks.clock.move(4.0)
         os.kill(ranks.processes[1].pid, signal.SIGCONT)
         assert [ranks.ended(rank) for rank in (0, 1)] == [(0, THROUGH), (0, THROUGH)]
     finally:

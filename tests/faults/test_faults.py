@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,27 @@ def undisturbed(nursery: Nursery, world: Path) -> Job:
 @pytest.fixture
 def job(nursery: Nursery, world: Path, tmp_path: Path) -> Job:
     return Job(nursery, tmp_path / "job", world)
+
+
+@pytest.fixture(scope="module")
+def stopped_once(nursery: Nursery, world: Path) -> tuple[Job, Path]:
+    """Return a job that was stopped before its end, and a copy of its directory."""
+    job = Job(nursery, world.parent / "stopped", world)
+    fault = kinds.kill_all(random.Random(1), job).fault
+    assert fault is not None
+    # The save of step 12 waits for that of step 8.
+    job.start({**fault, "step": 14})
+    assert len(job.checkpoints()) >= 2
+    return job, Path(shutil.copytree(job.directory, world.parent / "stopped-copy", symlinks=True))
+
+
+@pytest.fixture
+def stopped(stopped_once: tuple[Job, Path]) -> Job:
+    """Return a stopped job with two checkpoints or more, in the same state for each test."""
+    job, copy = stopped_once
+    shutil.rmtree(job.directory)
+    shutil.copytree(copy, job.directory, symlinks=True)
+    return job
 
 
 def endure(job: Job, attack: kinds.Attack, undisturbed: Job) -> None:
@@ -135,23 +157,13 @@ def test_a_loss_that_is_not_a_number_is_not_learnt_from_and_its_rows_are_kept(jo
 @pytest.mark.parametrize(
     ("file", "harm"), [("manifest.json", "missing"), ("model/.metadata", "zeroed"), ("model/__1_0.distcp", "truncated")]
 )
-def test_a_damaged_checkpoint_is_passed_over(file: str, harm: str, job: Job, undisturbed: Job) -> None:
-    stop_late(job)
-    attack = kinds.damage_newest(random.Random(file), job, file, harm)
-    go_on(job, undisturbed, attack.message)
+def test_a_damaged_checkpoint_is_passed_over(file: str, harm: str, stopped: Job, undisturbed: Job) -> None:
+    attack = kinds.damage_newest(random.Random(file), stopped, file, harm)
+    go_on(stopped, undisturbed, attack.message)
 
 
-def test_a_stop_while_a_damaged_checkpoint_is_replaced_leaves_one_of_the_two(job: Job, undisturbed: Job) -> None:
-    stop_late(job)
-    endure(job, kinds.stop_in_replacement(random.Random(1), job), undisturbed)
-
-
-def stop_late(job: Job) -> None:
-    """Stop a job before its end, when it has two checkpoints or more: the save of step 12 waits for that of step 8."""
-    fault = kinds.kill_all(random.Random(1), job).fault
-    assert fault is not None
-    job.start({**fault, "step": 14})
-    assert len(job.checkpoints()) >= 2
+def test_a_stop_while_a_damaged_checkpoint_is_replaced_leaves_one_of_the_two(stopped: Job, undisturbed: Job) -> None:
+    endure(stopped, kinds.stop_in_replacement(random.Random(1), stopped), undisturbed)
 
 
 def test_the_command_itself_is_preempted_and_resumes(limelight: Any, job: Job, undisturbed: Job) -> None:

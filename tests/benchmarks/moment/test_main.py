@@ -11,7 +11,7 @@ import pytest
 from benchmarks.moment.world import BEHAVIOURS, WorldSize
 
 main = importlib.import_module("benchmarks.moment.__main__")
-SMALL = WorldSize(rooms=3, users=80, warm_up_s=600, stream_s=2700)
+SMALL = WorldSize(rooms=3, users=80, warm_up_s=600, stream_s=1500)
 
 
 @pytest.fixture(autouse=True)

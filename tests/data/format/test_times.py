@@ -165,7 +165,7 @@ def check_right_or_refused(drawn: tuple[pa.Array, str, str, list[int | None]]) -
 
 
 @given(columns())
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_every_column_is_right_or_refused(drawn: Any) -> None:
     check_right_or_refused(drawn)
 

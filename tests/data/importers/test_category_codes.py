@@ -127,7 +127,7 @@ KINDS = st.sampled_from(list(VALUES)).flatmap(
 )
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(KINDS, CHOICES)
 def test_every_value_has_one_category(drawn: tuple[str, list[Any]], choose: list[int]) -> None:
     check_spelling(*drawn, choose)

@@ -156,7 +156,7 @@ def check(path: Path, kind: pa.DataType, values: list[Any], place: str) -> None:
         check_right(place, [python_value(value) for value in batch.column("x")], found)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     st.sampled_from([*READ, *WRAPPED, *REFUSED]), st.lists(VALUES, min_size=1, max_size=4), st.sampled_from([*PLACES])
 )

@@ -98,7 +98,7 @@ def check_right_or_refused(spelling: str, ids: list[int]) -> None:
 
 
 @given(st.sampled_from(list(SPELLINGS)), st.lists(SIZES, min_size=1, max_size=4))
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_every_spelling_is_right_or_refused(spelling: str, ids: list[int]) -> None:
     check_right_or_refused(spelling, ids)
 

@@ -192,7 +192,7 @@ def check_round_trip(values: dict[str, str], plain: bool) -> None:
     assert found == {key: None if value == NO_VALUE else value for key, value in values.items()}
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.dictionaries(KEYS, KEYS, max_size=3), st.booleans())
 def test_names_of_partitions_are_decoded(values: dict[str, str], plain: bool) -> None:
     check_round_trip(values, plain)

@@ -164,7 +164,7 @@ def check_number(cell: str, nulls: tuple[str, ...]) -> None:
 NULLS = st.sampled_from([VALUE_NULLS, (), ("7", "1.0"), ("nan",)])
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(CELLS, NULLS)
 def test_a_number_is_right_or_refused(cell: str, nulls: tuple[str, ...]) -> None:
     check_number(cell, nulls)

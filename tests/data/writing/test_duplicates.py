@@ -24,7 +24,7 @@ def check_search(lines: list[tuple[Any, ...]]) -> None:
     assert repeats.tolist() == [row for row, line in enumerate(lines) if line in lines[:row]]
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(LINES)
 def test_the_search_equals_a_loop(lines: list[tuple[Any, ...]]) -> None:
     check_search(lines)

@@ -340,7 +340,7 @@ def check_nothing_vanishes(format: str, values: list[bytes | None]) -> None:
             assert not len(alone.message)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.sampled_from(["json", "arrow"]), st.lists(JUNK, max_size=3))
 # An element of an array that is an array itself.
 @example("json", [b"[" + line() + b", {}, [1], [], [[2]]]"])
