@@ -1,4 +1,4 @@
-"""``limelight report``: the page about a run."""
+"""``limelight report``: the page about a run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -12,20 +12,37 @@ from trainer.console.outputs import InputPath, Output, OutputPath
 
 @click.command(
     cls=Command,
-    short_help="Write the page about a run.",
+    short_help="Write the page about a run, or several.",
     help="Write one HTML page about a run from what the run has stored, also while it runs: metrics with intervals "
     "over users, baselines, curves, calibration, parts of the rows, throughput, tables, warnings, and the job with "
     "what differs from the defaults. The page needs no network and no scripts. A job of limelight train writes it at "
-    "its end.",
+    "its end.\n\n"
+    "Further runs stand beside the first one: metrics and curves of all of them, differences with paired intervals, "
+    "and the settings that differ.",
     example="limelight report runs/first --out first.html",
 )
-@click.argument("run", metavar="RUN", type=InputPath(), help="Directory of a run of any kind.")
-@click.option("--out", metavar="FILE", type=OutputPath(), help="File or URL to write (default: RUN/report.html).")
-def report(run: str, out: Output | None) -> None:
+@click.argument(
+    "directories",
+    metavar="RUN [RUN...]",
+    nargs=-1,
+    required=True,
+    type=InputPath(),
+    help="Directory of a run of any kind, and of runs to compare it with.",
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=OutputPath(),
+    help="File or URL to write (default: RUN/report.html; needed for several runs).",
+)
+def report(directories: tuple[str, ...], out: Output | None) -> None:
     """Write the page."""
+    run, *others = directories
+    if others and out is None:
+        raise click.UsageError("a page about several runs needs --out FILE")
     from trainer.report.run_report import REPORT, write_report
 
     if out is not None:
         out.check()
-    write_report(Path(run), out)
+    write_report(Path(run), out, [Path(other) for other in others])
     print(f"report: {out or Path(run) / REPORT}")

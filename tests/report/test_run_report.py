@@ -221,10 +221,23 @@ def test_the_report_is_made_at_the_end_of_a_job_and_once(
     write_last_report(run)
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     (run / "report.html").unlink()
-    monkeypatch.setattr(run_report, "make_report", lambda directory: 1 / 0)
+    monkeypatch.setattr(run_report, "make_report", lambda directory, others: 1 / 0)
     with caplog.at_level(logging.WARNING):
         write_last_report(run)
     assert "report.html: not written (ZeroDivisionError" in caplog.text and not (run / "report.html").exists()
+
+
+def test_further_runs_stand_beside_the_first_one(run: Path, tmp_path: Path) -> None:
+    other = write_ranker(tmp_path / "worse", 0.5, dropout=0.5)
+    page = make_report(run, [other])
+    texts = _Page(page).texts
+    assert "Side by side" in texts and "On the 1,200 held-out rows that every run has kept" in page
+    assert f"{other} − {run}" in texts and re.search(r"<td>-0\.\d{4} \(-0\.\d{4}, -0\.\d{4}\)</td>", page)
+    assert "model.dropout" in texts and texts.count(str(other)) >= 4, "in tables and legends"
+    shutil.rmtree(other / "checkpoints")
+    (other / "metrics.json").unlink()
+    (other / "held_out.parquet").unlink()
+    assert "has kept no predictions" in make_report(run, [other])
 
 
 def test_a_page_goes_where_it_is_asked_for(run: Path, few_draws: None, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def format_comparison(comparison: RunComparison) -> str:
     parts.append("\n".join(map(printable, comparison.notes)))
     if comparison.settings:
         rows = [
-            [printable(key), *(printable(_shown(value)) for value in values)]
+            [printable(key), *(printable(shown_setting(value)) for value in values)]
             for key, values in comparison.settings.items()
         ]
         parts.append(text_table(["setting", *names], rows, texts=1 + len(names)))
@@ -243,7 +243,8 @@ def _difference(difference: Difference) -> str:
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f}){clear}"
 
 
-def _shown(value: Any) -> str:
+def shown_setting(value: Any) -> str:
+    """Format a value of a setting, cut if it is long."""
     text = value if value == _UNSET else json.dumps(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 

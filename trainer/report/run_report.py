@@ -17,6 +17,7 @@ from trainer.console.errors import one_line
 from trainer.console.outputs import Output
 from trainer.console.text_table import duration_text, size_text
 from trainer.report.charts import Chart, Point, Series, dot_chart, line_chart, precise, share_chart
+from trainer.report.compare import Difference, compare_runs, shown_setting
 from trainer.report.held_out import DRAWS, PART_DRAWS, SHOWN, metrics_with_intervals, parts_of
 from trainer.report.job_text import job_lines
 from trainer.report.stored_run import Entry, ReportedModel, StoredRun
@@ -75,13 +76,18 @@ class ReportSection:
     charts: Sequence[Chart] = ()
 
 
-def write_report(directory: Path, out: Output | None = None) -> None:
+def write_report(directory: Path, out: Output | None = None, others: Sequence[Path] = ()) -> None:
     """Write the report of a run, by default as ``report.html`` in its directory.
+
+    Args:
+        directory: of the run.
+        out: file to write.
+        others: runs that stand beside it in the page.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
     """
-    page = make_report(directory)
+    page = make_report(directory, others)
     with (out or Output.of(directory / REPORT)).writing(quiet=True) as file, whole_file(file) as tmp_path:
         tmp_path.write_text(page, encoding="utf-8")
 
@@ -98,17 +104,26 @@ def write_last_report(directory: Path) -> None:
         logger.debug("", exc_info=True)
 
 
-def make_report(directory: Path) -> str:
+def make_report(directory: Path, others: Sequence[Path] = ()) -> str:
     """Return the page about a run.
+
+    Args:
+        directory: of the run.
+        others: runs that stand beside it in tables and curves, and with which it is compared.
 
     Raises:
         UserError: there is no run.
     """
     run = StoredRun.read(directory)
+    models = run.models
+    if others:
+        beside = [replace(StoredRun.read(other).models[0], name=str(other)) for other in others]
+        models = [replace(models[0], name=str(directory)), *models[1:], *beside]
     ranker = run.summary.kind == "ranker"
-    intervals = [metrics_with_intervals(model.held_out) if model.held_out is not None else {} for model in run.models]
-    sections = [*_quality(run, intervals), *_parts(run)] if ranker else [_metrics(run)]
-    sections += [_curves(run), _calibration(run), _speed(run), _tables(run), _stream(run)]
+    sections = _quality(models) if ranker else [_metrics(run)]
+    sections += _against([directory, *others]) if others else []
+    sections += _parts(run) if ranker else []
+    sections += [_curves(models), _calibration(run), _speed(models), _tables(run), _stream(run)]
     lines = job_lines(run.config, run.summary.kind)
     template = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
@@ -196,27 +211,28 @@ def _training_warnings(model: ReportedModel, prefix: str) -> Iterable[str]:
             yield f"{prefix}{100 * unserved / looked_up:.0f} % of the look-ups in the table {table} found no row."
 
 
-def _quality(run: StoredRun, intervals: Sequence[Mapping[str, Mapping[str, Point | None]]]) -> list[ReportSection]:
-    """Return the metrics of the held-out range: a table, and AUC beside the baselines and the best possible."""
-    names = list(dict.fromkeys(name for model in run.models for name in model.behaviours))
+def _quality(models: Sequence[ReportedModel]) -> list[ReportSection]:
+    """Return the metrics of the held-out range: a table, and AUC beside the other models and the best possible."""
+    intervals = [metrics_with_intervals(model.held_out) if model.held_out is not None else {} for model in models]
+    names = list(dict.fromkeys(name for model in models for name in model.behaviours))
     if not names:
         return []
-    best = any("best_auc" in values for model in run.models for values in model.behaviours.values())
-    header = ["behaviour", *(["model"] if len(run.models) > 1 else []), "AUC", "GAUC", *(["best AUC"] if best else [])]
+    best = any("best_auc" in values for model in models for values in model.behaviours.values())
+    header = ["behaviour", *(["model"] if len(models) > 1 else []), "AUC", "GAUC", *(["best AUC"] if best else [])]
     header += ["logloss", "NE", "calibration", "positives", "rows"]
     rows, series = [], []
-    for model, spread in zip(run.models, intervals, strict=True):
+    for model, spread in zip(models, intervals, strict=True):
         points = [_with_interval(model.behaviours.get(name, {}), spread.get(name, {}), "auc") for name in names]
         series.append(Series(model.name, range(len(names)), points))
     if best:
-        own = run.models[0].behaviours
+        own = models[0].behaviours
         series.append(
             Series.of("best possible", range(len(names)), [_float(own.get(name, {}).get("best_auc")) for name in names])
         )
     for name in names:
-        for model, spread in zip(run.models, intervals, strict=True):
+        for model, spread in zip(models, intervals, strict=True):
             values = model.behaviours.get(name, {})
-            cells = [name, *([model.name] if len(run.models) > 1 else [])]
+            cells = [name, *([model.name] if len(models) > 1 else [])]
             cells += [_interval(_with_interval(values, spread.get(name, {}), metric)) for metric in ("auc", "gauc")]
             if best:
                 cells.append(precise(_float(values.get("best_auc"))))
@@ -228,8 +244,35 @@ def _quality(run: StoredRun, intervals: Sequence[Mapping[str, Mapping[str, Point
     if best:
         text += " The best AUC is that of the true probabilities, which this simulated world knows."
     chart = dot_chart("AUC of the held-out range", "AUC", names, series)
-    table = ReportTable("", header, rows, 2 if len(run.models) > 1 else 1)
+    table = ReportTable("", header, rows, 2 if len(models) > 1 else 1)
     return [ReportSection("Held-out metrics", text.strip(), [table], _charts(chart))]
+
+
+def _against(directories: Sequence[Path]) -> list[ReportSection]:
+    """Return the comparison of runs: metrics on the rows that all of them have, and the settings that differ."""
+    comparison = compare_runs([str(directory) for directory in directories])
+    first, *names = [run.directory for run in comparison.runs]
+    paired = any(line.differences for line in comparison.metrics)
+    header = ["metric", first, *names, *(f"{name} − {first}" for name in names if paired)]
+    rows = [
+        [line.name, *map(precise, line.values), *(_interval_of(difference) for difference in line.differences)]
+        for line in comparison.metrics
+    ]
+    settings = [[key, *map(shown_setting, values)] for key, values in comparison.settings.items()]
+    tables = [ReportTable("", header, rows)] if rows else []
+    tables += (
+        [ReportTable("Settings that differ", ["key", first, *names], settings, 2 + len(names))] if settings else []
+    )
+    text = ". ".join(f"{note[:1].upper()}{note[1:]}" for note in comparison.notes) + "."
+    if paired:
+        text += " Brackets are 95 % intervals over users; every run is measured on the same draws."
+    return [ReportSection("Side by side", text, tables)]
+
+
+def _interval_of(difference: Difference) -> str:
+    if difference.value is None or difference.low is None or difference.high is None:
+        return "–"
+    return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
 
 def _parts(run: StoredRun) -> list[ReportSection]:
@@ -254,17 +297,17 @@ def _metrics(run: StoredRun) -> ReportSection:
     return ReportSection("Metrics", "", [ReportTable("", ["metric", "value"], rows)] if rows else [])
 
 
-def _curves(run: StoredRun) -> ReportSection:
+def _curves(models: Sequence[ReportedModel]) -> ReportSection:
     """Return loss and progressive AUC against the rows, and rows against time."""
     losses, times, aucs = [], [], []
-    for model in run.models:
+    for model in models:
         rows = _cumulated(model.history, "rows")
         places = rows if rows and rows[-1] else [float(entry["step"]) for entry in model.history]
         losses.append(Series.of(model.name, places, [_float(entry.get("loss")) for entry in model.history]))
         minutes = [seconds / 60 for seconds in _seconds(model.history)]
         if minutes and minutes[-1] > 0:
             times.append(Series.of(model.name, minutes, list(rows)))
-    own = run.models[0]
+    own = models[0]
     rows = _cumulated(own.history, "rows")
     for name in _dict(own.history[-1].get("auc")) if own.history else ():
         aucs.append(Series.of(name, rows, [_float(_dict(entry.get("auc")).get(name)) for entry in own.history]))
@@ -313,24 +356,24 @@ def _calibration(run: StoredRun) -> ReportSection:
         rows,
     )
     text = (
-        "On the dashed line a prediction of 10 % comes true in 10 % of the rows. Bins without a positive are not drawn."
+        "On the thin line a prediction of 10 % comes true in 10 % of the rows. Bins without a positive are not drawn."
     )
     return ReportSection("Calibration", text, [], [chart])
 
 
-def _speed(run: StoredRun) -> ReportSection:
+def _speed(models: Sequence[ReportedModel]) -> ReportSection:
     """Return rows per second, and the parts of the time."""
     rates = []
-    for model in run.models:
+    for model in models:
         rows = _cumulated(model.history, "rows")
         rates.append(Series.of(model.name, rows, [_float(entry.get("rows_per_second")) for entry in model.history]))
-    history = run.models[0].history
+    history = models[0].history
     totals = {phase: sum(_float(entry.get(phase)) or 0 for entry in history) for phase in PHASES}
     charts = _charts(
         share_chart("Parts of the time of a step", [(_PHASE_NAMES[phase], totals[phase]) for phase in PHASES]),
         line_chart("Rows per second", "rows", "rows per second", rates, zero=True),
     )
-    training = _dict(run.models[0].document.get("training"))
+    training = _dict(models[0].document.get("training"))
     stalls = training.get("checkpoint_stalls_seconds")
     text = ""
     if isinstance(stalls, list) and stalls and all(_float(stall) is not None for stall in stalls):

@@ -37,6 +37,20 @@ def test_the_runs_of_an_earlier_version_are_listed(
     assert [run["directory"] for run in found[:1]] == ["stream"] and found[0]["steps"] == 28
 
 
+def test_a_page_about_several_runs_needs_a_name(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(stored / "batch"), str(stored / "staytime")]
+    assert main(["report", *runs]) == 2
+    assert "needs --out FILE" in capsys.readouterr().err
+    page = stored / "page.html"
+    assert main(["report", *runs, "--out", str(page)]) == 0
+    assert capsys.readouterr().out == f"report: {page}\n" and "staytime" in page.read_text()
+    page.unlink()
+    assert main(["runs", "compare", *runs]) == 0
+    assert f"B: {runs[1]}" in capsys.readouterr().out
+    assert main(["report", str(stored)]) == 2
+    assert capsys.readouterr().err == f"limelight: error: {stored}: no run here\n"
+
+
 def test_without_runs_the_answer_is_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
