@@ -140,6 +140,7 @@ class Nursery:
         err: Path | None = None,
         shared_memory: int = 0,
         directory: Path = ROOT,
+        network: int = 0,
     ) -> int:
         """Start a launcher of ``module``, and return its process id.
 
@@ -152,9 +153,10 @@ class Nursery:
             err: file for standard error; ``out`` by default.
             shared_memory: size of its own /dev/shm in bytes; 0 for that of the machine.
             directory: working directory.
+            network: process of the nursery whose network namespace it joins; 0 for that of the machine.
         """
-        files = [str(out), str(err or out)]
-        order = ["start", module, list(arguments), ranks, dict(environment), *files, shared_memory, str(directory)]
+        files, more = [str(out), str(err or out)], [shared_memory, str(directory), network]
+        order = ["start", module, list(arguments), ranks, dict(environment), *files, *more]
         return int(self._ask(order))
 
     def run(
@@ -357,10 +359,15 @@ def _launch(
     err: str,
     shared_memory: int,
     directory: str,
+    network: int,
 ) -> int:
     from launch import local
     from trainer.console.exit_status import exit_status
 
+    if network:
+        with open(f"/proc/{network}/ns/net") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), "setns")
     if shared_memory:
         # A mount namespace of this process and its ranks alone.
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):

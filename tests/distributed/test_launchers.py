@@ -11,8 +11,8 @@ from subprocess import SubprocessError
 import pytest
 
 from launch.machine import free_port
-from tests.distributed.hosts import Host, loopbacks, namespaces
-from tests.distributed.launches import DEEPSPEED, TORCHRUN, end, job, metrics, start
+from tests.distributed.hosts import Host, loopbacks, namespaces, nursery_namespaces
+from tests.distributed.launches import DEEPSPEED, ForkedAgent, end, job, metrics, start
 from tests.nursery import Nursery
 
 
@@ -27,16 +27,31 @@ def hosts() -> Iterator[list[Host]]:
         yield found
 
 
-def test_torchrun_on_two_hosts(small_world: Path, undisturbed_run: Path, hosts: list[Host], tmp_path: Path) -> None:
+@pytest.fixture
+def forked_hosts(nursery: Nursery, tmp_path: Path) -> Iterator[list[Host]]:
+    """Yield two hosts as ``hosts`` does, for forks of the nursery."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(nursery_namespaces(nursery, tmp_path))
+        except OSError:
+            found = loopbacks()
+        yield found
+
+
+def test_torchrun_on_two_hosts(
+    nursery: Nursery, small_world: Path, undisturbed_run: Path, forked_hosts: list[Host], tmp_path: Path
+) -> None:
     agents = [
-        start(
-            *(*TORCHRUN, "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"),
-            *(f"--master-addr={hosts[0].address}", f"--master-port={port}"),
+        ForkedAgent(
+            nursery,
+            tmp_path / f"agent-{number}",
+            *("--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1"),
+            *(f"--master-addr={forked_hosts[0].address}", f"--master-port={port}"),
             *("-m", "trainer.rank", *job(small_world, tmp_path / "run")),
-            prefix=host.prefix,
+            network=host.process,
         )
         for port in [free_port()]
-        for number, host in enumerate(hosts)
+        for number, host in enumerate(forked_hosts)
     ]
     printed = end(agents)
     assert "train: " in printed[0] and "train: " not in printed[1], "the first rank alone speaks"

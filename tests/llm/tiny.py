@@ -25,7 +25,7 @@ from trainer.runtime.preemption import Preemption
 
 LENGTH = 64
 BATCH = 8
-STEPS = 10
+STEPS = 6
 PARTS = 2
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8.0)
