@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rooms", type=int, nargs=3, default=ROOMS, help="most rooms of each part (default: %(default)s)"
     )
     parser.add_argument("--codes", type=int, default=2000, help="of the codebook (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the models (default: 1 to 3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
     parser.add_argument("--epochs", type=int, default=6, help="(default: %(default)s)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--predictor", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the predictor")
