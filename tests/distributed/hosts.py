@@ -23,6 +23,10 @@ TIMEOUTS = 600.0
 ADDRESSES = ("10.71.0.1", "10.71.0.2")
 
 
+class NoNamespaces(Exception):
+    """Tests cannot have network namespaces on this machine."""
+
+
 @dataclass(frozen=True)
 class Host:
     """Host on which a command runs.
@@ -86,17 +90,18 @@ def nursery_namespaces(nursery: Nursery, directory: Path) -> Iterator[list[Host]
     """Yield two network namespaces as :func:`namespaces` does, which forks of a nursery can join.
 
     Raises:
-        OSError: the nursery may not create namespaces on this machine, or it has no ``ip``.
+        NoNamespaces: the nursery may not create namespaces on this machine, or it has no ``ip``.
     """
     if not nursery.can_mount:
-        raise OSError("no namespaces on this machine")
+        raise NoNamespaces
     out, ended = directory / "hosts", None
+    out.touch()
     keeper = nursery.start("tests.distributed.hosts", [], 0, {}, out)
     try:
         while not out.read_text().endswith("]\n"):
             ended = nursery.wait(keeper, 0.05)
             if ended is not None:
-                raise OSError(out.read_text())
+                raise NoNamespaces(out.read_text())
         processes = json.loads(out.read_text().splitlines()[-1])
         yield [Host((), address, process) for address, process in zip(ADDRESSES, processes, strict=True)]
     finally:

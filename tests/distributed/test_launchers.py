@@ -11,7 +11,7 @@ from subprocess import SubprocessError
 import pytest
 
 from launch.machine import free_port
-from tests.distributed.hosts import Host, loopbacks, namespaces, nursery_namespaces
+from tests.distributed.hosts import Host, NoNamespaces, loopbacks, namespaces, nursery_namespaces
 from tests.distributed.launches import DEEPSPEED, ForkedAgent, end, job, metrics, start
 from tests.nursery import Nursery
 
@@ -33,7 +33,7 @@ def forked_hosts(nursery: Nursery, tmp_path: Path) -> Iterator[list[Host]]:
     with ExitStack() as stack:
         try:
             found = stack.enter_context(nursery_namespaces(nursery, tmp_path))
-        except OSError:
+        except NoNamespaces:
             found = loopbacks()
         yield found
 
