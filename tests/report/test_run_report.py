@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.stored_runs import write_ranker
+from tests.report.stored_runs import write_model, write_ranker
 from trainer.checkpoint import runs
 from trainer.console.errors import UserError
 from trainer.console.outputs import Output
@@ -99,6 +99,18 @@ def test_the_page_warns_of_what_matters(page: str) -> None:
     ):
         assert words in warnings, words
     assert "click" not in warnings
+
+
+def test_a_baseline_that_is_better_beyond_chance_is_a_warning(run: Path, tmp_path: Path) -> None:
+    assert "The baseline" not in make_report(run)
+    # The same rows by a better and by an equally good model.
+    for noise, warned in ((0.02, True), (0.1, False)):
+        shutil.rmtree(run / "baselines")
+        write_model(run / "baselines" / "logistic", "logistic", noise)
+        document = json.loads((run / "baselines/logistic/metrics.json").read_text())
+        document["behaviours"]["click"]["auc"] = 0.99
+        (run / "baselines/logistic/metrics.json").write_text(json.dumps(document))
+        assert ("The baseline logistic has a higher AUC of click: 0.9900" in make_report(run)) == warned
 
 
 def test_every_chart_has_its_data_and_a_text(page: str) -> None:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from trainer.checkpoint.runs import describe_state
 from trainer.console.errors import one_line
 from trainer.console.outputs import Output
 from trainer.console.text_table import duration_text, size_text
+from trainer.metrics.user_bootstrap import interval
 from trainer.report.charts import Chart, Point, Series, dot_chart, line_chart, precise, share_chart
 from trainer.report.compare import Difference, compare_runs, shown_setting
-from trainer.report.held_out import DRAWS, PART_DRAWS, SHOWN, metrics_with_intervals, parts_of
+from trainer.report.held_out import DRAWS, PART_DRAWS, SHOWN, UserDraws, metrics_with_intervals, parts_of
 from trainer.report.job_text import job_lines
 from trainer.report.stored_run import Entry, ReportedModel, StoredRun
 from trainer.runtime.files import whole_file
@@ -181,7 +183,7 @@ def _warnings(run: StoredRun) -> list[str]:
             found.append(f"{name} is predicted {calibration:.2f} times as often as it happens.")
         for other in run.models[1:]:
             better, mine = _float(other.behaviours.get(name, {}).get("auc")), _float(values.get("auc"))
-            if better is not None and mine is not None and better > mine:
+            if better is not None and mine is not None and better > mine and _is_clear(own, other, name):
                 found.append(f"The baseline {other.name} has a higher AUC of {name}: {better:.4f}, {mine:.4f} here.")
     for model in run.models:
         found += _training_warnings(model, f"{model.name}: " if len(run.models) > 1 else "")
@@ -191,6 +193,18 @@ def _warnings(run: StoredRun) -> list[str]:
             "all rows."
         )
     return found
+
+
+def _is_clear(own: ReportedModel, other: ReportedModel, behaviour: str) -> bool:
+    """True if the AUC of another model is higher beyond its interval; also if the rows are not kept."""
+    ours, theirs = own.held_out, other.held_out
+    if ours is None or theirs is None or not np.array_equal(ours.visit_id, theirs.visit_id):
+        return True
+    if behaviour not in ours.behaviours or behaviour not in theirs.behaviours:
+        return True
+    k, draws = ours.behaviours.index(behaviour), UserDraws(ours, PART_DRAWS)
+    higher = draws.auc(k, theirs.probability[:, theirs.behaviours.index(behaviour)]).draws
+    return interval(higher - draws.auc(k, ours.probability[:, k]).draws)[0] > 0
 
 
 def _training_warnings(model: ReportedModel, prefix: str) -> Iterable[str]:
