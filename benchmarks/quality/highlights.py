@@ -233,7 +233,7 @@ class HighlightWork:
             with file.open("wb") as out:
                 numbers = np.array([best["epoch"], best["mAP"], time.process_time() - started])
                 np.savez(out, predicted=np.concatenate(found), facts=numbers)
-        with np.load(file) as stored:
+        with np.load(file, allow_pickle=False) as stored:
             ends = np.cumsum([len(room) for room in self.rooms.parts[TEST]])
             facts = dict(zip(("epoch", "mAP", "seconds"), stored["facts"].tolist(), strict=True))
             return np.split(stored["predicted"], ends[:-1]), facts
