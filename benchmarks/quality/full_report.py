@@ -111,7 +111,7 @@ def _of_behaviour(k: int, user: np.ndarray, seeds: Sequence[Mapping[str, SystemR
             },
             "differences": [
                 {"system": name, "to": to, **asdict(paired_difference(values[to], values[name], users))}
-                for to, name in [*pairwise(names), (BASE, names[-1])]
+                for to, name in [*pairwise(names), (BASE, FORESIGHT), (BASE, MOMENT)]
             ],
         }
     found["calibration"] = {
@@ -157,7 +157,8 @@ def _value(found: Sequence[float | None]) -> str:
 
 def _share(found: Sequence[float | None]) -> str:
     mean, half = found
-    return "-" if mean is None else f"{100 * mean:.0f} %" + ("" if half is None else f" ±{100 * half:.0f}")
+    # Rounded to a whole number, since a mean of -1e-17 would read -0.
+    return "-" if mean is None else f"{round(100 * mean)} %" + ("" if half is None else f" ±{100 * half:.0f}")
 
 
 def _rate(found: Sequence[float | None]) -> str:

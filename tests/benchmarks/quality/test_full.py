@@ -109,7 +109,7 @@ def test_shares_are_between_logistic_regression_and_the_truth() -> None:
         assert shares[-1] < found[metric]["attainable_share"] < 1
         assert found[metric]["bounds"][BEST] > found[metric]["bounds"][ATTAINABLE]
         pairs = {(one["system"], one["to"]): one for one in found[metric]["differences"]}
-        assert set(pairs) == {*zip(SYSTEMS[1:], SYSTEMS, strict=False), (MOMENT, BASE)}
+        assert set(pairs) == {*zip(SYSTEMS[1:], SYSTEMS, strict=False), (FORESIGHT, BASE), (MOMENT, BASE)}
         assert pairs[MOMENT, BASE]["low"] > 0 and len(pairs[MOMENT, BASE]["seeds"]) == 2
     assert result["speed"][BASE]["rows_per_second"][0] == 50
     assert "attainable" in tables(result) and "+ Foresight" in tables(result)
