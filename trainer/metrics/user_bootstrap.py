@@ -36,7 +36,8 @@ def draw_users(user_id: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarr
     """
     users, index = np.unique(user_id, return_inverse=True)
     random = np.random.default_rng(seed)
-    counts = np.ones((resamples + 1, len(users)), dtype=np.uint16)
+    # The counts of a user lie side by side, as the loop over the rows reads them.
+    counts = np.ones((len(users), resamples + 1), dtype=np.uint16).T
     for draw in counts[1:]:
         draw[:] = np.bincount(random.integers(0, len(users), len(users)), minlength=len(users))
     return index, counts
