@@ -46,14 +46,15 @@ def start_machine(
 ) -> ForkedAgent:
     """Start the torchrun agent of one machine, with one worker; the first agent hosts the rendezvous.
 
-    What they print goes to a file in ``directory``.
+    What they print goes to a file in ``directory``. One machine waits half a minute for another, since on a busy
+    machine the second agent may get no processor for long; nothing is computed while it waits.
     """
     return ForkedAgent(
         nursery,
         directory / f"machine-{0 if first else 1}",
         *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint={endpoint}", "--rdzv-conf"),
-        f"is_host={int(first)},last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=4",
+        f"is_host={int(first)},last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=4",
         *("-m", "trainer.rank", *arguments),
         # Without this setting no machine can join a running job.
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
