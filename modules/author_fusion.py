@@ -47,7 +47,8 @@ class TowerInputs:
         author_id: lookup of the author's id.
         author_ids: lookup of fixed length -> indices of its ids that the author's tower reads.
         author_dense: columns of the dense features that the author's tower reads.
-        content: first column of the content: mean, latest vector, 1 for an author with a segment, 1 for a known author.
+        content: first column of the content: mean, latest vector, 1 for an author with a segment, 1 for an author whose
+            gate reads the id.
         vector_dim: number of elements of a segment vector.
     """
 
@@ -100,8 +101,8 @@ class AuthorFusion(nn.Module):
             features: ``[n, features]``.
             id_embedding: ``[n, id_dim]``.
             has_content: ``[n]`` bool; an author without a segment has the share 0.
-            known: ``[n]`` bool, True for authors that the model was trained on. Others have the share 1, since the row
-                of the unknown id says nothing about them.
+            known: ``[n]`` bool, True for authors whose id, or the unknown id in its place, was trained on. Others have
+                the share 1, since an untrained row says nothing about them.
         """
         if self.features is None:
             assert self.content is not None

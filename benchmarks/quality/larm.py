@@ -18,7 +18,8 @@ A world of this size has about twelve authors on air at once, too few for Recall
 the towers alone:
 
     python -m benchmarks.quality.larm --work runs/larm-on-air --out benchmarks/results/larm_on_air.json \
-        --retrieval-only --users 26000 --days 4 --held-out-days 1
+        --retrieval-only --users 26000 --days 4 --held-out-days 1 \
+        --towers train.epochs=1 towers.log_q_hours=1 'towers.unseen="unknown_id"'
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class LarmWork:
         run = self._options.work / f"seed-{seed}" / f"towers-{slug(variant)}"
         if not (run / "metrics.json").exists():
             settings = [f"data.path={self.world}", f"data.eval_from={self._eval_from}", f"run.seed={seed}"]
-            run_limelight("align", ALIGN_JOB, *settings, f"run.directory={run}", *TOWERS[variant])
+            settings += [f"run.directory={run}", *self._options.towers, *TOWERS[variant]]
+            run_limelight("align", ALIGN_JOB, *settings)
         return run
 
     def vectors(self, name: str, seed: int) -> Path:
@@ -165,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--newcomers", type=float, default=0.5, help="share of the live authors who come later")
     parser.add_argument("--levels", type=int, nargs="+", default=[256, 256, 256], help="codes of each level")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the models (default: 1 to 5)")
+    parser.add_argument("--towers", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all two towers")
     parser.add_argument("--rankers", nargs="+", choices=RANKERS, default=list(RANKERS), help="default: all")
     parser.add_argument("--retrieval-only", action="store_true", help="train no ranker")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all rankers")
@@ -203,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "levels": options.levels,
         "seeds": options.seeds,
         "draws": DRAWS,
+        "towers": options.towers,
         "overrides": options.overrides,
         "load": os.getloadavg(),
     }

@@ -43,7 +43,8 @@ def data(world: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def features(world: Path, data: Dataset) -> PairFeatures:
-    file, *overrides = job_arguments(world, world / "run", "towers.content_only=0.5")
+    settings = ("towers.content_only=0.5", 'towers.unseen="content"', "towers.log_q_hours=0")
+    file, *overrides = job_arguments(world, world / "run", *settings)
     config = load_align(file, overrides)
     fitted = fit_features(data.spec, data.store, data.histories, config.features, TRAINING)
     popularity = AuthorPopularity.count(data, TRAINING, [0])
@@ -97,6 +98,55 @@ def test_a_batch_has_the_positive_rows_alone(data: Dataset, features: PairFeatur
     assert not batch.dense[~known, -1].any()
     evaluated = unpacked(features, features.evaluated().pack(rows, data.histories, rows["request_ms"]))
     assert (evaluated.dense[:, -1].numpy() > 0).tolist() == known.tolist()
+
+
+def author_ids(batch: RankingBatch, name: str = "author") -> np.ndarray:
+    (found,) = (keyed[name].values().numpy() for keyed in batch.ids if name in keyed.keys())  # noqa: SIM118
+    return np.asarray(found)
+
+
+def test_authors_who_are_not_trained_on_and_a_share_of_the_rows_read_the_unknown_id(
+    data: Dataset, features: PairFeatures
+) -> None:
+    dropped = dataclasses.replace(features, id_dropout=0.3, seed=5)
+    rows = some_rows(data)
+
+    def pack(of: PairFeatures, chosen: Rows = rows) -> RankingBatch:
+        return unpacked(of, of.pack_all(chosen, data.histories, chosen["request_ms"]))
+
+    plain, training, evaluated = pack(features.evaluated()), pack(dropped), pack(dropped.evaluated())
+    known = features.known(rows["author_id"])
+    assert (evaluated.dense[:, -1] == 1).all() and (training.dense[:, -1] == 1).all(), "the gate reads the id"
+    kept = author_ids(evaluated)
+    assert (kept[~known] == 0).all() and (kept[known] == author_ids(plain)[known]).all() and (kept[known] > 0).all()
+    read = author_ids(training)
+    hidden = read == 0
+    assert 0.25 < hidden[known].mean() < 0.35 and hidden[~known].all() and (read[~hidden] == kept[~hidden]).all()
+    assert training.author_id is not None and training.author_id.tolist() == rows["author_id"].tolist()
+    assert torch.equal(training.dense[:, :-1], plain.dense[:, :-1])
+    for lookup in ("short_author", "live_author", "side"):
+        assert (author_ids(training, lookup) == author_ids(plain, lookup)).all(), "the id of the candidate alone"
+    # The choice depends on the visit and the seed alone: not on the order, the batch or the rank that reads a row.
+    order = np.random.default_rng(0).permutation(len(hidden))
+    for part in (order[: len(order) // 3], order[len(order) // 3 :]):
+        again = pack(dropped, {name: column[part] for name, column in rows.items()})
+        assert (author_ids(again) == read[part]).all()
+    other = author_ids(pack(dataclasses.replace(dropped, seed=6))) == 0
+    assert 0.25 < other[known].mean() < 0.35 and 0.5 < (other == hidden)[known].mean() < 0.66
+
+
+def test_the_job_decides_what_an_unseen_author_reads(world: Path, data: Dataset, features: PairFeatures) -> None:
+    def made(*overrides: str) -> PairFeatures:
+        file, *rest = job_arguments(world, world / "run", "run.seed=7", *overrides)
+        config, base = load_align(file, rest), features.base
+        return make_features(config, data.spec, base.fitted, features.content, features.popularity)
+
+    assert made('towers.unseen="content"').id_dropout is None
+    hiding = made('towers.unseen="unknown_id"', "towers.id_dropout=0.4")
+    assert (hiding.id_dropout, hiding.seed, hiding.evaluated().id_dropout) == (0.4, 7, 0.0)
+    assert made('towers.unseen="unknown_id"', 'towers.author="features"').id_dropout is not None
+    assert made('towers.unseen="unknown_id"', 'towers.author="content"').id_dropout is None
+    assert made("towers.log_q_hours=0").window_ms is None and made("towers.log_q_hours=1.5").window_ms == 5_400_000
 
 
 def test_authors_below_the_least_count_of_their_table_use_content_alone(data: Dataset, features: PairFeatures) -> None:

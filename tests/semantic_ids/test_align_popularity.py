@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,40 @@ def test_the_correction_is_the_share_of_earlier_positives(
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     later = make([pair for pair in pairs if pair[1] < now] + [(author, now), (3, now + 5)], shown)
     assert later.log_q(np.array([author]), np.array([now]), smoothing) == found, "later positives change nothing"
+
+
+@given(
+    PAIRS,
+    st.sets(st.integers(0, 8)),
+    st.integers(0, 9),
+    st.integers(-2, 45),
+    st.sampled_from([0.5, 1.0, 3.0]),
+    st.integers(1, 40),
+)
+@settings(max_examples=80)
+def test_with_a_window_the_correction_is_the_share_since_the_first_positive_in_it(
+    pairs: list[tuple[int, int]], shown: set[int], author: int, now: int, smoothing: float, window: int
+) -> None:
+    recent = [(each, time) for each, time in pairs if now - window <= time < now]
+    own = [time for each, time in recent if each == author]
+    # The first positive says that the author is on air; the share is that of the others since then.
+    everyone = sum(time >= min(own) for _, time in recent) - 1 if own else 0
+    authors = len({each for each, _ in recent})
+    expected = math.log((max(len(own) - 1, 0) + smoothing) / (everyone + smoothing * (authors + 1)))
+    found = make(pairs, shown).log_q(np.array([author]), np.array([now]), smoothing, window)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    other = [*recent, (author, now), (3, now + 5), (author, now - window - 1)]
+    assert make(other, shown).log_q(np.array([author]), np.array([now]), smoothing, window) == found
+
+
+def test_with_a_window_an_author_who_began_lately_has_its_share_on_air() -> None:
+    # The first author has every second positive of a long time, and the second one of the last 100.
+    pairs = [(k % 2, k) for k in range(10_000)] + [(2, 10_000 + k) for k in range(0, 100, 2)]
+    pairs += [(0, 10_001 + k) for k in range(0, 100, 2)]
+    popularity, now = make(pairs, set()), np.array([10_100, 10_100])
+    whole, recent = (np.exp(popularity.log_q(np.array([0, 2]), now, 1.0, window)) for window in (None, 1_000))
+    assert whole[1] < 0.01 and recent[1] == pytest.approx(50 / 103) and recent[0] > 0.45
 
 
 @given(PAIRS, st.sets(st.integers(0, 8)))

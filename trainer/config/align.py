@@ -68,11 +68,29 @@ class TowersConfig(Section):
         description="Correct the scores of the loss by the log of the author's share of the earlier positives: then "
         "popular authors are not pushed away for being more often in a batch.",
     )
+    log_q_hours: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Hours before a row in which positives count for `log_q`. The author's share is then that since "
+        "its first positive in them: its popularity while on air, however late it began. 0: the share of all earlier "
+        "positives, which is far too small for authors who began lately.",
+    )
     smoothing: Rate = Field(1.0, description="Positives that each author has before the first one, for `log_q`.")
+    unseen: Literal["content", "unknown_id"] = Field(
+        "content",
+        description="Inputs of authors that were not trained on: segment vectors alone (`content`), or all inputs with "
+        "the row of the unknown id in place of their own (`unknown_id`).",
+    )
     content_only: Share = Field(
         0.1,
-        description="Share of the training rows that use the author's segment vectors alone, as authors that were not "
-        "trained on always do.",
+        description="Share of the training rows whose author uses segment vectors alone, with `unseen = "
+        '"content"`. So the model learns to place such authors.',
+    )
+    id_dropout: Share = Field(
+        0.2,
+        description="Share of the training rows whose author reads the row of the unknown id, with `unseen = "
+        '"unknown_id"`. So this row is trained.',
     )
 
 

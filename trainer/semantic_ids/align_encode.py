@@ -40,8 +40,9 @@ class FusedTableSummary(NamedTuple):
         segments: number of vectors.
         dim: number of elements of a vector.
         without_author: segments without a vector, because the dataset does not have their room.
-        unseen: segments of authors without a trained id of their own, whose vectors are of content alone.
+        unseen: segments of authors without a trained id of their own.
         gate: mean share of the content.
+        reads: what these authors read.
     """
 
     segments: int
@@ -49,11 +50,12 @@ class FusedTableSummary(NamedTuple):
     without_author: int
     unseen: int
     gate: float
+    reads: str
 
     def __str__(self) -> str:
         return (
             f"{self.segments:,} segments with fused author vectors of {self.dim} elements, mean gate {self.gate:.3f}; "
-            f"{self.unseen:,} of authors without a trained id (content alone), {self.without_author:,} left out "
+            f"{self.unseen:,} of authors without a trained id ({self.reads}), {self.without_author:,} left out "
             "without an author"
         )
 
@@ -130,7 +132,8 @@ def encode_segments(model: TrainedAlignment, out: Path, world: World) -> FusedTa
     finally:
         tmp_path.unlink(missing_ok=True)
     unseen = int((~model.features.known(segments.author_id[rows])).sum())
-    return FusedTableSummary(len(rows), dim, len(segments) - len(rows), unseen, sum(shares) / len(rows))
+    reads = "content alone" if model.features.id_dropout is None else "the unknown id"
+    return FusedTableSummary(len(rows), dim, len(segments) - len(rows), unseen, sum(shares) / len(rows), reads)
 
 
 def _make(out: Path) -> bool:

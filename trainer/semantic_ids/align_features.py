@@ -36,7 +36,7 @@ from trainer.semantic_ids.align_content import ContentSource, content_width
 from trainer.semantic_ids.align_popularity import AuthorPopularity, positive_rows
 
 _HASHES = 1 << 20
-"""Number of values of the hash that chooses rows with content alone."""
+"""Number of values of the hash that chooses rows with content alone or with the unknown id."""
 
 REQUESTS_AT_ONCE = 1 << 20
 """Requests for authors whose statistics are counted in one pass over the dataset."""
@@ -67,9 +67,13 @@ class PairFeatures:
         popularity: positives of the training range.
         positives: behaviours that make a pair positive.
         smoothing: of the correction; None for no correction.
+        window_ms: length of the time before a row whose positives the correction counts; None for all of it.
         exclude: features of the dataset that are no inputs.
         vocabulary: authors with a row of their own in the table, ascending; None if the table has no vocabulary.
-        content_only: share of the rows whose author counts as unknown; 0 outside of training.
+        content_only: share of the rows whose author uses content alone; 0 outside of training.
+        id_dropout: share of the rows whose author reads the unknown id, as authors that are not :meth:`known` always
+            do; 0 outside of training. None: those use content alone.
+        seed: of the choice of these rows.
     """
 
     base: FeatureMap
@@ -77,9 +81,12 @@ class PairFeatures:
     popularity: AuthorPopularity
     positives: tuple[str, ...]
     smoothing: float | None
+    window_ms: int | None = None
     exclude: tuple[str, ...] = ()
     vocabulary: np.ndarray | None = None
     content_only: float = 0.0
+    id_dropout: float | None = None
+    seed: int = 0
 
     @property
     def spec(self) -> DatasetSpec:
@@ -88,13 +95,13 @@ class PairFeatures:
 
     @property
     def layout(self) -> BatchLayout:
-        """Layout of the batches: content and 1 for a known author follow the dense features."""
+        """Layout of the batches: content and 1 for an author with a trained id follow the dense features."""
         n_dense = self.base.n_dense + content_width(self.content.dim) + 1
         return dataclasses.replace(self.base.layout, n_dense=n_dense, behaviours=0, pairs=True)
 
     def evaluated(self) -> PairFeatures:
         """Return the features for other rows than those of training."""
-        return dataclasses.replace(self, content_only=0.0)
+        return dataclasses.replace(self, content_only=0.0, id_dropout=None if self.id_dropout is None else 0.0)
 
     def known(self, authors: np.ndarray) -> np.ndarray:
         """Return True for authors that were trained on and whose id has a row of its own, ``[n]`` bool."""
@@ -128,12 +135,15 @@ class PairFeatures:
         """Return the inputs of all rows, positive or not; ``latest`` is for :meth:`ContentSource.read`."""
         packed, author = self.base.pack(rows, histories, as_of_ms, space), rows["author_id"]
         known = self.known(author)
-        if self.content_only:
-            # By a hash of the visit, so that the choice is the same in every order of reading and after a resume.
-            known &= partition_of(rows["visit_id"], _HASHES) >= self.content_only * _HASHES
+        if self.id_dropout is not None:
+            self.base.hide_ids("author", ~known | self._drawn(rows["visit_id"], self.id_dropout, self.seed), packed)
+            # The row of the unknown id is trained, so the gate reads it.
+            known[:] = True
+        elif self.content_only:
+            known &= ~self._drawn(rows["visit_id"], self.content_only)
         log_q = np.zeros(len(author), np.float32)
         if self.smoothing is not None:
-            log_q = self.popularity.log_q(author, as_of_ms, self.smoothing)
+            log_q = self.popularity.log_q(author, as_of_ms, self.smoothing, self.window_ms)
         dense = np.concatenate(
             [
                 packed.columns(self.base.layout)["dense"].numpy(),
@@ -147,6 +157,16 @@ class PairFeatures:
             integers=torch.cat([packed.integers, torch.from_numpy(np.ascontiguousarray(author))]),
             floats=torch.from_numpy(np.concatenate([dense.ravel(), log_q])),
         )
+
+    @staticmethod
+    def _drawn(visits: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+        """Return True for a share of the visits, ``[n]`` bool.
+
+        The choice is by a hash, so that it is the same in every order of reading, on any ranks and after a resume.
+        """
+        if seed:
+            visits = visits ^ partition_of(np.array([seed]), 1 << 62)
+        return np.asarray(partition_of(visits, _HASHES) < share * _HASHES)
 
 
 def tower_inputs(features: PairFeatures) -> TowerInputs:

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 CONTENT, POPULARITY = "content.json", "popularity"
 
+_HOUR_MS = 3_600_000
+
 
 def check_alignment(config: AlignConfig, spec: DatasetSpec, ranks: int) -> dict[str, Any]:
     """Check a job against its dataset before anything is written or fitted. Returns DeepSpeed's settings.
@@ -173,15 +175,19 @@ def make_features(
     popularity: AuthorPopularity,
 ) -> PairFeatures:
     """Return the features of a job's training rows; :meth:`PairFeatures.evaluated` has those of others."""
+    towers = config.towers
     return PairFeatures(
         FeatureMap(spec, config.features, fitted),
         content,
         popularity,
         choose_positives(spec, config),
-        smoothing=config.towers.smoothing if config.towers.log_q else None,
+        smoothing=towers.smoothing if towers.log_q else None,
+        window_ms=round(towers.log_q_hours * _HOUR_MS) if towers.log_q_hours else None,
         exclude=config.features.exclude,
         vocabulary=fitted.vocabularies.get("author"),
-        content_only=config.towers.content_only if config.towers.author == "fused" else 0.0,
+        content_only=towers.content_only if towers.author == "fused" else 0.0,
+        id_dropout=towers.id_dropout if towers.unseen == "unknown_id" and towers.author != "content" else None,
+        seed=config.run.seed,
     )
 
 

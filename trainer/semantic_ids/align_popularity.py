@@ -45,6 +45,7 @@ class AuthorPopularity:
     _in_time: np.ndarray = field(init=False, repr=False)
     _firsts: np.ndarray = field(init=False, repr=False)
     _keys: np.ndarray = field(init=False, repr=False)
+    _ends: dict[int, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         in_time = np.sort(self.emit_ms)
@@ -99,24 +100,43 @@ class AuthorPopularity:
         place = self._place(authors)
         return np.where(place >= 0, np.diff(self.bounds)[place], 0) if len(self.authors) else np.zeros_like(place)
 
-    def log_q(self, authors: np.ndarray, as_of_ms: np.ndarray, smoothing: float) -> np.ndarray:
+    def log_q(
+        self, authors: np.ndarray, as_of_ms: np.ndarray, smoothing: float, window_ms: int | None = None
+    ) -> np.ndarray:
         """Return the log of each author's share of the positives that were emitted before a time, ``[n]`` float32.
 
         With n_a of N positives so far, A authors with at least one, and s = ``smoothing``, the share is
 
             (n_a + s) / (N + s (A + 1))
 
+        With a window only its positives count, and N are those after the author's first one in the window. This first
+        one says that the author is on air, and no more, so it is not counted itself:
+
+            (n_a - 1 + s) / (N + s (A + 1)),     1 / (A + 1) if the author has none
+
         Args:
             authors: ``[n]`` int64.
             as_of_ms: ``[n]`` int64.
             smoothing: s, above 0.
+            window_ms: length of the time before ``as_of_ms`` that counts; None for all of it.
         """
         own = np.zeros(len(authors), np.int64)
         place = self._place(authors)
         known = np.flatnonzero(place >= 0)
         own[known] = self._before(place[known], as_of_ms[known])
-        everyone = np.searchsorted(self._in_time, as_of_ms) + smoothing * (np.searchsorted(self._firsts, as_of_ms) + 1)
-        return (np.log(own + smoothing) - np.log(everyone)).astype(np.float32)
+        everyone = np.searchsorted(self._in_time, as_of_ms)
+        if window_ms is None:
+            shown = np.searchsorted(self._firsts, as_of_ms)
+        else:
+            shown = everyone - np.searchsorted(self._last_times(window_ms), as_of_ms)
+            earlier = self._before(place[known], as_of_ms[known] - window_ms)
+            some, first = own[known] > earlier, self.bounds[place[known]] + earlier
+            own[known] = np.maximum(own[known] - earlier - 1, 0)
+            since = np.zeros_like(everyone)
+            chosen = known[some]
+            since[chosen] = everyone[chosen] - np.searchsorted(self._in_time, self.emit_ms[first[some]]) - 1
+            everyone = since
+        return (np.log(own + smoothing) - np.log(everyone + smoothing * (shown + 1))).astype(np.float32)
 
     def buckets(self, authors: np.ndarray) -> np.ndarray:
         """Return the place in :data:`BUCKETS` of each author, ``[n]`` int64: authors in four quarters by positives."""
@@ -135,6 +155,17 @@ class AuthorPopularity:
     def _span(self) -> int:
         """Number that no difference of two times of positives reaches."""
         return int(self.emit_ms.max()) - self._least + 2 if len(self.emit_ms) else 1
+
+    def _last_times(self, window_ms: int) -> np.ndarray:
+        """Return the last time at which each positive is its author's latest one in a window, ascending, ``[p]``."""
+        if window_ms not in self._ends:
+            ends = self.emit_ms + window_ms
+            after = np.ones(len(ends), bool)
+            after[self.bounds[1:][np.diff(self.bounds) > 0] - 1] = False
+            place = np.flatnonzero(after)
+            ends[place] = np.minimum(ends[place], self.emit_ms[place + 1])
+            self._ends[window_ms] = np.sort(ends)
+        return self._ends[window_ms]
 
     def _place(self, authors: np.ndarray) -> np.ndarray:
         """Return the place of each author, -1 for one without rows."""

@@ -24,6 +24,7 @@ from benchmarks.quality.larm_report import (
     cell,
     ranking_result,
 )
+from trainer.checkpoint.run_directory import load_align_run
 
 
 def test_authors_are_in_quarters_and_the_others_are_new() -> None:
@@ -80,13 +81,16 @@ def test_all_parts_run(
     monkeypatch.setattr(larm, "TOWERS", {name: larm.TOWERS[name] for name in (FEATURES, FUSED)})
     work, out = tmp_path / "work", tmp_path / "larm.json"
     arguments = ["--work", str(work), "--out", str(out), "--users", "80", "--days", "4", "--seeds", "1"]
-    arguments += ["--levels", "4", "4", "--rankers", IDS, RAW, CODES]
+    arguments += ["--levels", "4", "4", "--rankers", IDS, RAW, CODES, "--towers", "train.epochs=1"]
     small = ["model.expert_layers=[[8],[8]]", "model.tower=[8]", "data.workers=0"]
     larm.main([*small, *arguments])
     printed = capsys.readouterr().out
     assert "Recall@1, %" in printed and "click, AUC" in printed and RAW in printed
     document = json.loads(out.read_text())
     assert set(document["ranking"]) == {"click", "long_view", "gift", "follow"} and document["levels"] == [4, 4]
+    assert document["towers"] == ["train.epochs=1"]
+    trained = load_align_run(work / "seed-1" / "towers-fused")
+    assert (trained.train.epochs, trained.towers.author) == (1, "fused")
     assert document["retrieval"]["all"]["pairs"] > 0 and out.with_suffix(".png").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     larm.main([*small, *arguments])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modules.embeddings import Dynamic
 from trainer.config.features import TableConfig
 from trainer.console.errors import UserError
-from trainer.data.features.id_map import IdMap, hash_salt, table_rows
+from trainer.data.features.id_map import NO_ID, IdMap, hash_salt, table_rows
 from trainer.data.format.schema import DatasetSpec, IdSpace
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -49,6 +49,11 @@ def test_hash_is_the_scaled_upper_half_of_a_mix(ids, rows):
 @given(st.lists(INT64, max_size=50))
 def test_dynamic_ids_stay_as_they_are(ids):
     assert rows_of(IdMap("item", "dynamic", 9), ids) == ids
+
+
+def test_the_unknown_id_is_row_0_and_an_id_of_its_own_in_a_dynamic_table():
+    unknown = {name: IdMap("item", name, 10).unknown for name in ("direct", "hash", "lookup", "dynamic")}
+    assert unknown == {"direct": 0, "hash": 0, "lookup": 0, "dynamic": NO_ID} and np.iinfo(np.int64).max == NO_ID
 
 
 def test_dynamic_ids_have_defaults():

@@ -243,6 +243,20 @@ class FeatureMap:
             vector_counts=counts,
         )
 
+    def hide_ids(self, name: str, hidden: np.ndarray, packed: PackedBatch) -> None:
+        """Let the candidates of some rows read the unknown id, in place; their histories stay as they are.
+
+        Args:
+            name: ``user``, ``author`` or ``item``.
+            hidden: ``[n]`` bool, rows.
+            packed: a result of :meth:`pack`.
+        """
+        for group in packed.ids(self.layout):
+            if name in group.keys:
+                place = group.keys.index(name)
+                ids = group.values[group.offsets[place] : group.offsets[place + 1]]
+                ids[torch.from_numpy(hidden)] = self._ids[name].unknown
+
     def _find_vectors(self, rows: Rows, slices: Mapping[str, HistorySlice], as_of_ms: np.ndarray) -> list[FoundVectors]:
         """Return the pre-trained vectors of each table, for the candidates and the entries of histories."""
         if not self.layout.content:

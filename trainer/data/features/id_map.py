@@ -15,6 +15,9 @@ from trainer.console.errors import UserError
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DatasetSpec
 
+NO_ID = (1 << 63) - 1
+"""Id in a dynamic table that stands for all unknown ids; it gets a row as any other id does."""
+
 
 class IdMap:
     """Maps arrays of ids of one table to its rows.
@@ -24,10 +27,14 @@ class IdMap:
         mapping: ``ids`` of the table, see ``TableConfig`` in ``trainer.config.features``.
         rows: number of rows of the table.
         vocabulary: distinct known ids in ascending order, for ``lookup`` only. The k-th of them has row ``k + 1``.
+
+    Attributes:
+        unknown: value in a batch of an unknown id: row 0, and for a dynamic table an id that no dataset has.
     """
 
     def __init__(self, name: str, mapping: IdMapping, rows: int, vocabulary: np.ndarray | None = None) -> None:
         self.name, self.mapping, self.rows = name, mapping, rows
+        self.unknown = NO_ID if mapping == "dynamic" else 0
         self._salt = hash_salt(name)
         self._index = IdIndex()
         if vocabulary is not None:
