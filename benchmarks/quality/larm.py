@@ -19,7 +19,7 @@ the towers alone:
 
     python -m benchmarks.quality.larm --work runs/larm-on-air --out benchmarks/results/larm_on_air.json \
         --retrieval-only --users 26000 --days 4 --held-out-days 1 \
-        --towers train.epochs=1 towers.log_q_hours=1 'towers.unseen="unknown_id"'
+        --towers train.epochs=1 towers.log_q_hours=1 towers.unseen=unknown_id
 """
 
 from __future__ import annotations
