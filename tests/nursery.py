@@ -250,7 +250,7 @@ class ForkedProcess:
 
 
 class SpareProcess:
-    """What a torchrun agent sees of a worker: a fork in place of a new interpreter.
+    """A worker as a torchrun agent sees it: a fork in place of a new interpreter.
 
     An agent has threads, and a fork of a process with threads may hang. So its workers are forked before it starts, and
     each waits for the worker's arguments.

@@ -102,7 +102,7 @@ class SimulatedLog:
 
 @dataclass(frozen=True)
 class VisitInputs:
-    """What decides the probabilities of ``n`` visits; the factors can be replaced by others."""
+    """Factors that decide the probabilities of ``n`` visits; each can be replaced by another one."""
 
     world: SimulatedWorld
     shown: ExposureStep

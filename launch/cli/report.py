@@ -35,14 +35,20 @@ from trainer.console.outputs import InputPath, Output, OutputPath
     type=OutputPath(),
     help="File or URL to write (default: RUN/report.html; needed for several runs).",
 )
-def report(directories: tuple[str, ...], out: Output | None) -> None:
+@click.option(
+    "--watch", is_flag=True, help="Write the page again every 30 seconds until the job ends; it reloads itself."
+)
+def report(directories: tuple[str, ...], out: Output | None, watch: bool) -> None:
     """Write the page."""
     run, *others = directories
     if others and out is None:
         raise click.UsageError("a page about several runs needs --out FILE")
-    from trainer.report.run_report import REPORT, write_report
+    from trainer.report.run_report import REPORT, watch_report, write_report
 
     if out is not None:
         out.check()
-    write_report(Path(run), out, [Path(other) for other in others])
+    if watch:
+        print(f"report: {out or Path(run) / REPORT}, again until the job ends", flush=True)
+    write = watch_report if watch else write_report
+    write(Path(run), out, [Path(other) for other in others])
     print(f"report: {out or Path(run) / REPORT}")

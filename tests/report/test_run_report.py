@@ -233,7 +233,7 @@ def test_the_report_is_made_at_the_end_of_a_job_and_once(
     write_last_report(run)
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     (run / "report.html").unlink()
-    monkeypatch.setattr(run_report, "make_report", lambda directory, others: 1 / 0)
+    monkeypatch.setattr(run_report, "make_report", lambda *arguments, **options: 1 / 0)
     with caplog.at_level(logging.WARNING):
         write_last_report(run)
     assert "report.html: not written (ZeroDivisionError" in caplog.text and not (run / "report.html").exists()
@@ -250,6 +250,16 @@ def test_further_runs_stand_beside_the_first_one(run: Path, tmp_path: Path) -> N
     (other / "metrics.json").unlink()
     (other / "held_out.parquet").unlink()
     assert "has kept no predictions" in make_report(run, [other])
+
+
+def test_a_watched_run_has_a_page_until_it_ends(run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = iter((True, True, False))
+    pages: list[str] = []
+    monkeypatch.setattr(run_report, "is_locked", lambda directory: next(locked))
+    monkeypatch.setattr(run_report.time, "sleep", lambda seconds: pages.append((run / "report.html").read_text()))
+    run_report.watch_report(run)
+    pages.append((run / "report.html").read_text())
+    assert ['http-equiv="refresh" content="30"' in page for page in pages] == [True, True, False]
 
 
 def test_a_page_goes_where_it_is_asked_for(run: Path, few_draws: None, tmp_path: Path) -> None:

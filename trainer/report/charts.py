@@ -1,7 +1,9 @@
 """Charts as inline SVG, each with its data as a table and a text in its place.
 
-Colours, fonts and the dark scheme come from the page's style sheet, by class names, so that a chart has no colours of
-its own. A chart is 360 units wide: on a phone one unit is about one pixel, and text of 11 units can be read.
+Colours, fonts and the dark scheme come from the page's style sheet, by class names. matplotlib's SVG has colours of its
+own and letters as outlines, which neither follow a scheme nor can be read by a screen reader; libraries for charts in a
+browser need scripts, which the page forbids. A chart is 360 units wide: on a phone one unit is about one pixel, and
+text of 11 units can be read.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -25,9 +26,13 @@ from trainer.report.job_text import job_lines
 from trainer.report.stored_run import Entry, ReportedModel, StoredRun
 from trainer.runtime.files import whole_file
 from trainer.runtime.phase_timer import PHASES
+from trainer.runtime.run_lock import is_locked
 
 REPORT = "report.html"
 METRICS = "metrics.json"
+
+WATCH_SECONDS = 30
+"""Time between two pages of a run that is watched."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,20 +83,35 @@ class ReportSection:
     charts: Sequence[Chart] = ()
 
 
-def write_report(directory: Path, out: Output | None = None, others: Sequence[Path] = ()) -> None:
+def write_report(
+    directory: Path, out: Output | None = None, others: Sequence[Path] = (), *, refresh: bool = False
+) -> None:
     """Write the report of a run, by default as ``report.html`` in its directory.
 
     Args:
         directory: of the run.
         out: file to write.
         others: runs that stand beside it in the page.
+        refresh: a browser loads the page again from time to time.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
     """
-    page = make_report(directory, others)
+    page = make_report(directory, others, refresh=refresh)
     with (out or Output.of(directory / REPORT)).writing(quiet=True) as file, whole_file(file) as tmp_path:
         tmp_path.write_text(page, encoding="utf-8")
+
+
+def watch_report(directory: Path, out: Output | None = None, others: Sequence[Path] = ()) -> None:
+    """Write the report of a run again and again until no job runs there; the last page does not refresh itself.
+
+    Raises:
+        UserError: there is no run, or the page cannot be written.
+    """
+    while is_locked(directory):
+        write_report(directory, out, others, refresh=True)
+        time.sleep(WATCH_SECONDS)
+    write_report(directory, out, others)
 
 
 def write_last_report(directory: Path) -> None:
@@ -106,11 +126,12 @@ def write_last_report(directory: Path) -> None:
         logger.debug("", exc_info=True)
 
 
-def make_report(directory: Path, others: Sequence[Path] = ()) -> str:
+def make_report(directory: Path, others: Sequence[Path] = (), *, refresh: bool = False) -> str:
     """Return the page about a run.
 
     Args:
         directory: of the run.
+        refresh: a browser loads the page again from time to time.
         others: runs that stand beside it in tables and curves, and with which it is compared.
 
     Raises:
@@ -131,6 +152,7 @@ def make_report(directory: Path, others: Sequence[Path] = ()) -> str:
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
         title=_title(run),
+        refresh=WATCH_SECONDS if refresh else 0,
         directory=str(directory),
         kind=run.summary.job or "unknown job",
         state=run.summary.state,
