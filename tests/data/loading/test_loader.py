@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -27,6 +29,7 @@ from trainer.data.format.history import Histories
 from trainer.data.format.schema import Rows
 from trainer.data.format.shards import RowStore, index_name
 from trainer.data.format.time_selection import Selection
+from trainer.data.loading import loader
 from trainer.data.loading.batch import RankingBatch, ReadPosition, unpack
 from trainer.data.loading.loader import FETCHED_AHEAD, Loader
 
@@ -295,6 +298,43 @@ def test_workers_outlive_a_signal_in_the_moment_after_the_fork(write_dataset, mo
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_and_signal)
     assert [content(batch) for batch in ranks.loader(workers=2)] == alone
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_workers_collect_their_own_garbage_and_not_that_of_the_rank(write_dataset, tmp_path, monkeypatch):
+    """A fork lacks the threads of a process group that its rank has dropped, so the destructor would never return."""
+
+    class Garbage:
+        def __init__(self, name):
+            self.name, self.itself = name, self
+
+        def __del__(self):
+            with open(tmp_path / self.name, "a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    made = loader._BatchMaker._make
+
+    def collect(maker, task):
+        Garbage("of a worker")
+        gc.collect()
+        return made(maker, task)
+
+    ranks = Ranks(write_dataset(rows=1500))
+    monkeypatch.setattr(loader._BatchMaker, "_make", collect)
+    # A collection in the moment after the fork is as bad as a later one.
+    multiprocessing.util.register_after_fork(ranks, lambda _: gc.isenabled() and gc.collect())
+    thresholds = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        Garbage("of the rank")
+        found = iter(ranks.loader(workers=2))
+        next(found)
+        workers = {child.pid for child in multiprocessing.active_children()}
+        list(found)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.collect()
+    assert (tmp_path / "of the rank").read_text() == f"{os.getpid()}\n"
+    assert {int(line) for line in (tmp_path / "of a worker").read_text().split()} == workers
 
 
 @pytest.mark.parametrize("workers", [0, 2])

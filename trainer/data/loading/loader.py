@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -193,7 +194,7 @@ class Loader:
             collate_fn=_unchanged,
             # Forked workers share the parent's mapped and prepared data, and start without imports.
             multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=_live_as_long_as_the_rank,
+            worker_init_fn=_set_up_worker,
             # DataLoader draws from its generator when it starts. With the global generator that would change the model.
             generator=torch.Generator(),
         )
@@ -212,7 +213,7 @@ class Loader:
         """Yield the batches that the worker processes make; turn the death of a worker into a one-line error."""
         _check_locks(self._workers)
         before = multiprocessing.active_children()
-        with _signal_left_alone(signal.SIGCHLD), _signal_blocked(signal.SIGTERM):
+        with _signal_left_alone(signal.SIGCHLD), _signal_blocked(signal.SIGTERM), _garbage_collection_off():
             packed = iter(made)
         workers = [child for child in multiprocessing.active_children() if child not in before]
         while True:
@@ -347,8 +348,17 @@ def _full_message(need: str) -> str:
     )
 
 
-def _live_as_long_as_the_rank(worker: int) -> None:
-    """Set up a worker process so that it ends when its rank ends, and not before.
+def _set_up_worker(worker: int) -> None:
+    """Set up a worker process, which starts with garbage collection off and SIGTERM blocked."""
+    # Never collected here: the destructor of a process group that the rank has dropped waits for threads, and a fork
+    # does not have them. The worker would hang, and the rank would wait for its batch forever.
+    gc.freeze()
+    gc.enable()
+    _live_as_long_as_the_rank()
+
+
+def _live_as_long_as_the_rank() -> None:
+    """Let a worker process end when its rank ends, and not before.
 
     Pre-emption can send SIGTERM to all processes of a job, but the rank needs batches until it has saved its state, so
     a worker ignores SIGTERM unless it comes from its rank. A worker that outlived its rank would keep copies of the
@@ -395,6 +405,18 @@ def _signal_blocked(number: int) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _garbage_collection_off() -> Iterator[None]:
+    """Switch garbage collection off inside the ``with`` statement, and in the processes that are forked there."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _death_message(rank: int, pid: int | None, status: int) -> str:
