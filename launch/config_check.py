@@ -84,7 +84,7 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
         UserError: the file cannot be read, or its kind cannot be told.
     """
     raw = read_job(file, overrides)
-    found = JobCheck(file, kind or _kind_of(raw, file))
+    found = JobCheck(file, kind or kind_of(raw, file))
     model = _MODELS[found.kind]
     found.problems += [f"{file}: {mistake}" for mistake in list_mistakes(model, raw)]
     if not found.problems:
@@ -108,7 +108,7 @@ def check_job(file: str, overrides: Sequence[str], kind: str | None, ranks: int)
     return found
 
 
-def _kind_of(raw: dict[str, Any], file: str) -> str:
+def kind_of(raw: dict[str, Any], file: str) -> str:
     """Return the command whose sections a file has, and where several have them, the one with the fewest mistakes."""
 
     def misfits(kind: str) -> tuple[int, int]:

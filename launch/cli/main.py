@@ -19,6 +19,7 @@ from launch.cli import (
     foresight,
     jobs,
     models,
+    plan,
     quantize,
     report,
     retrieve,
@@ -82,6 +83,7 @@ for command in (
     checkpoint.checkpoint,
     config.config,
     configs.configs,
+    plan.plan,
     doctor.doctor,
 ):
     limelight.add_command(command)

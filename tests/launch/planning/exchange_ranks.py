@@ -16,11 +16,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from launch.planning.exchange_traffic import TableIds, exchange_bytes, expected_distinct, rank_traffic
 from launch.planning.table_memory import rank_tables
 from modules.embeddings import Lookup, Table
+from modules.table_set import TableSet
 from tests.launch.planning.measured_peak import measured_peak
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse import cpu_exchange
-from trainer.sparse.planner import TableOptimizer
+from trainer.sparse.planner import (
+    TableOptimizer,
+    describe_plan,
+    describe_topology,
+    make_sharder,
+    plan_tables,
+)
 from trainer.sparse.sharded_tables import ShardedTables
 
 ROWS = 400
@@ -114,10 +121,17 @@ def measure(sharding: str, kind: Any, deduplicate: bool, world: World) -> dict[s
         peak = measured_peak(step)
     finally:
         dist.all_to_all_single = real
+    described = plan_tables(
+        TableSet(tables(sharding), LOOKUPS),
+        make_sharder(TableOptimizer(kind, 0.1)),
+        TableOptimizer(kind, 0.1),
+        describe_topology(world.size, world.size, "cpu", host_bytes=world.size << 33),
+        batch_size=ROWS,
+    )
     memory = rank_tables(held.plan, kind, world.size)[world.rank]
     traffic = rank_traffic(held.plan, planned_ids(deduplicate), world.size)[world.rank]
     return {
-        "plan": held.plan,
+        "plan": [held.plan, describe_plan(described, tables(sharding))],
         "tables": [sum(shard.values.nbytes for shard in held.shards()), memory.tables],
         "optimizer": [sum(shard.values.nbytes for _, shard in held.optimizer_shards()), memory.optimizer],
         # The batch's own ids were made before the step, and the places of ids are memory of NumPy.

@@ -97,8 +97,8 @@ def test_a_table_in_host_memory_is_not_cached_on_the_device() -> None:
 
 
 CASES = (
-    (1, "table_wise", "rowwise_adagrad", "deduplicate"),
-    (2, "row_wise", "rowwise_adagrad", "deduplicate"),
+    (1, "auto", "rowwise_adagrad", "deduplicate"),
+    (2, "auto", "rowwise_adagrad", "deduplicate"),
     (2, "table_wise", "adagrad", "deduplicate"),
     (2, "row_wise", "sgd", "plain"),
 )
@@ -112,7 +112,7 @@ def test_real_ranks_hold_and_send_what_the_formulas_say(
     of_ranks = json.loads(printed.splitlines()[-1])
     assert len(of_ranks) == ranks
     for of_rank in of_ranks:
-        for exact in ("tables", "optimizer", "collectives"):
+        for exact in ("plan", "tables", "optimizer", "collectives"):
             assert of_rank[exact][0] == of_rank[exact][1], exact
         # Ids are drawn at random, so their numbers differ from the expected ones by their spread.
         for counted in ("ids_out", "rows_out", "gradients_out"):

@@ -17,6 +17,20 @@ END = "<|endoftext|>"
 """End-of-text token, the same as in Qwen2's tokenizer."""
 
 
+def small_shape(settings: SmallConfig, vocabulary: int, length: int) -> dict[str, Any]:
+    """Return the sizes of the small model, in the keys of transformers' ``Qwen2Config``."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": settings.hidden,
+        "intermediate_size": 4 * settings.hidden,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads // 2 if settings.heads % 2 == 0 else settings.heads,
+        "max_position_embeddings": length,
+        "tie_word_embeddings": False,
+    }
+
+
 def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConfig, *, seed: int, length: int) -> None:
     """Create a small model and write it in the format of transformers, atomically.
 
@@ -49,17 +63,10 @@ def write_small_model(directory: Path, texts: Iterable[str], settings: SmallConf
         tokenizer_object=trained._tokenizer, eos_token=END, pad_token=END, model_max_length=length
     )
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=4 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads // 2 if settings.heads % 2 == 0 else settings.heads,
-        max_position_embeddings=length,
+        **small_shape(settings, len(tokenizer), length),
         # With this range a layer keeps the scale of its input. The default, 0.02, is meant for hidden sizes in the
         # thousands: in a narrow model it makes attention almost uniform, and training takes long to change that.
         initializer_range=settings.hidden**-0.5,
-        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

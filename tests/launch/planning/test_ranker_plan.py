@@ -1,0 +1,83 @@
+"""Plan of a ranker's job: what fits, what does not, and what would make it fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launch.planning.accelerators import describe_cluster
+from launch.planning.ranker_plan import Assumptions, plan_ranker
+from tests.launch.planning.planned_dataset import SPEC
+from trainer.config.ranker import parse_config
+from trainer.console.errors import UserError
+
+
+def planned(gpu: str = "h200", gpus: int = 2, rows: dict[str, int] | None = None, **sections: Any) -> dict[str, Any]:
+    sections = {"train": {"batch_size": 1024}, "model": {"expert_layers": [[32, 16]]}, **sections}
+    config = parse_config({"data": {"path": "nowhere"}, **sections}, "job.toml")
+    return plan_ranker(config, SPEC, describe_cluster(gpu, gpus, 1), Assumptions(), rows or {})
+
+
+@pytest.fixture(scope="module")
+def large() -> dict[str, Any]:
+    """Return the plan of tables that are too large for two GPUs and their host."""
+    return planned(rows={"item": 20_000_000_000})
+
+
+def test_the_parts_of_a_plan_add_up() -> None:
+    plan = planned()
+    assert plan["memory"]["fullest_total"] == sum(plan["memory"]["fullest"].values())
+    assert plan["host_memory"]["total"] == sum(plan["host_memory"]["parts"].values())
+    assert plan["step"]["seconds"] == pytest.approx(sum(plan["step"]["parts"].values()))
+    assert plan["step"]["rows_per_second"] == pytest.approx(1024 / plan["step"]["seconds"])
+    assert plan["step"]["bottleneck"] == max(plan["step"]["parts"], key=plan["step"]["parts"].__getitem__)
+    assert plan["problems"] == plan["remedies"] == [] and plan["rows_per_rank"] == 512
+    tables = sum(4 * table["rows"] * table["dim"] for table in plan["tables"])
+    assert plan["memory"]["fullest"]["tables"] <= tables <= 2 * plan["memory"]["fullest"]["tables"]
+
+
+def test_a_cpu_has_one_memory() -> None:
+    plan = planned("cpu")
+    assert plan["memory"]["fullest"]["checkpoint snapshot"] > 0 and plan["host_memory"]["parts"] == {}
+
+
+def test_what_does_not_fit_is_named_with_what_would_help(large: dict[str, Any]) -> None:
+    assert any(problem.startswith("no sharding of 1,280.0 GB of tables on 2 ranks") for problem in large["problems"])
+    assert any("item: 20,000,000,000 rows; a job accepts 2,147,483,648" in problem for problem in large["problems"])
+    fits = {change["change"]: change["fits"] for change in large["remedies"]}
+    assert fits["--hosts 6 --gpus 12"] and not fits["features.*.sharding = 'row_wise' for all tables"]
+    assert all(change["fits"] == (change["needs"] <= change["has"]) for change in large["remedies"])
+
+
+def test_the_hosts_that_a_plan_asks_for_are_enough_and_one_fewer_is_not(large: dict[str, Any]) -> None:
+    (change,) = (change for change in large["remedies"] if "--hosts" in change["change"])
+    assert change["needs"] <= change["has"] < change["needs"] * 12 / 10
+
+
+def test_fewer_rows_a_step_are_proposed_where_activations_do_not_fit() -> None:
+    plan = planned("l40s", 1, train={"batch_size": 1 << 21})
+    assert any("needs" in problem for problem in plan["problems"])
+    (change,) = (change for change in plan["remedies"] if "train.batch_size" in change["change"])
+    rows = int(change["change"].split(" = ")[1].split()[0])
+    assert not planned("l40s", 1, train={"batch_size": rows})["problems"]
+
+
+def test_a_table_whose_ids_meet_at_one_rank_is_named() -> None:
+    plan = planned(
+        "h200", 8, {"item": 10**8}, features={"item": {"sharding": "table_wise"}}, train={"batch_size": 1 << 19}
+    )
+    assert plan["step"]["busiest_rank"] == next(t for t in plan["tables"] if t["table"] == "item")["ranks"][0]
+    assert plan["faster"][0]["change"] == "features.item.sharding = 'row_wise'"
+    assert plan["faster"][0]["seconds"] < plan["step"]["seconds"]
+
+
+def test_limits_of_the_dataset_and_of_dynamic_ids_are_problems() -> None:
+    plan = planned(gpus=128, features={"item": {"ids": "dynamic", "rows": 64, "sharding": "row_wise"}})
+    assert any(problem.startswith("128 ranks, and the dataset has 64 partitions") for problem in plan["problems"])
+    assert any("ids = 'dynamic' works on CPUs only" in problem for problem in plan["problems"])
+
+
+def test_rows_that_the_ranks_cannot_share_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"^train\.batch_size = 1024 is not a multiple of the 3 ranks$"):
+        planned(gpus=3)
