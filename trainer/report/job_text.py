@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from pydantic import BaseModel, TypeAdapter
 
 from trainer.checkpoint.run_kind import RunKind
 from trainer.config.align import AlignConfig
@@ -79,8 +78,9 @@ def _section(section: Mapping[str, Any], path: tuple[str, ...], defaults: Mappin
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     """Return the default of every key as JSON, by its dotted name."""
+    json_of = TypeAdapter(Any).dump_python
     return {
-        name: _REQUIRED if info.is_required() else to_jsonable_python(info.get_default(call_default_factory=True))
+        name: _REQUIRED if info.is_required() else json_of(info.get_default(call_default_factory=True), mode="json")
         for name, info in fields(model)
     }
 
