@@ -51,7 +51,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True)
     "--gpu-file",
     metavar="PATH",
     type=InputPath(),
-    help="TOML file with more kinds of GPUs, in the form of launch/planning/gpus.toml.",
+    help="TOML file with more kinds of GPUs, in the form of trainer/planning/gpus.toml.",
 )
 @click.option(
     "--rows",
@@ -109,9 +109,9 @@ def plan(
     out: str | None,
 ) -> None:
     """Print the plan of a job."""
-    from launch.planning.accelerators import describe_cluster
-    from launch.planning.plan_text import format_plan
-    from launch.planning.write_plan import plan_job, write_plan
+    from launch.plan_job import plan_job, write_plan
+    from trainer.planning.accelerators import describe_cluster
+    from trainer.planning.plan_text import format_plan
 
     cluster = describe_cluster(gpu, gpus, hosts, gpu_file)
     with messages_on_stderr(as_json):

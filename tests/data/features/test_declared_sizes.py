@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.launch.planning.planned_dataset import SPEC
+from tests.planning.planned_dataset import SPEC
 from trainer.config.features import FeatureConfig, TableConfig
 from trainer.console.errors import UserError
 from trainer.data.features.declared_sizes import declared_features

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli.main import main
-from tests.launch.planning.planned_dataset import write_description
+from tests.planning.planned_dataset import write_description
 
 JOB = """[data]
 path = "described"

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from launch.planning.accelerators import describe_cluster
-from launch.planning.language_model_plan import MODEL_FILE, model_shape, plan_finetune
-from launch.planning.ranker_plan import Assumptions
 from trainer.config.finetune import FinetuneConfig, SmallConfig
 from trainer.config.toml import read_toml, validate
 from trainer.console.errors import UserError
 from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.small_model import write_small_model
+from trainer.planning.accelerators import describe_cluster
+from trainer.planning.language_model_plan import MODEL_FILE, model_shape, plan_finetune
+from trainer.planning.ranker_plan import Assumptions
 
 TEXTS = ["a room with a song", "a comment about the song", "nothing at all"]
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from launch.planning.plan_text import draw_plan, format_plan
+from trainer.planning.plan_text import draw_plan, format_plan
 
 CLUSTER: dict[str, Any] = {"name": "h200", "gpus": 8, "hosts": 1, "accelerator": {"memory_gb": 141.0}}
 RANKER: dict[str, Any] = {

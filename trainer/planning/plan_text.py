@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.planning.accelerators import GIGA
 from trainer.console.text_table import size_text, text_table
+from trainer.planning.accelerators import GIGA
 
 
 def format_plan(plan: Mapping[str, Any]) -> str:

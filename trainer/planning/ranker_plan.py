@@ -8,12 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.planning.accelerators import Cluster
-from launch.planning.dense_memory import ZeroSettings, dense_memory
-from launch.planning.exchange_traffic import RankTraffic, exchange_bytes, rank_traffic
-from launch.planning.ranker_model import RankerModel
-from launch.planning.step_time import StepTime, step_time
-from launch.planning.table_memory import RankTables, optimizer_bytes, rank_tables, table_bytes
 from modules.table_set import TableSet
 from trainer.config.deepspeed import complete_settings, is_enabled
 from trainer.config.features import MAX_TABLE_ROWS
@@ -22,6 +16,12 @@ from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.engine.build_engine import rows_per_rank
+from trainer.planning.accelerators import Cluster
+from trainer.planning.dense_memory import ZeroSettings, dense_memory
+from trainer.planning.exchange_traffic import RankTraffic, exchange_bytes, rank_traffic
+from trainer.planning.ranker_model import RankerModel
+from trainer.planning.step_time import StepTime, step_time
+from trainer.planning.table_memory import RankTables, optimizer_bytes, rank_tables, table_bytes
 from trainer.sparse.planner import (
     RESERVED_SHARE,
     TableOptimizer,

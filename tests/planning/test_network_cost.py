@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from launch.planning.network_cost import count_step
 from modules import blocks
 from modules.embeddings import Lookup
 from modules.ranker import Ranker
-from tests.launch.planning.measured_peak import measured_peak
+from tests.planning.measured_peak import measured_peak
+from trainer.planning.network_cost import count_step
 
 ROWS, LENGTH, DIM = 64, 10, 16
 LOOKUPS = (

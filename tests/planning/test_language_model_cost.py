@@ -9,7 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.planning.language_model_cost import (
+from tests.planning.answer_batches import answer_batch
+from tests.planning.measured_peak import measured_peak
+from trainer.config.finetune import LoraConfig
+from trainer.llm.finetuning.answer_loss import AnswerModel
+from trainer.llm.models.base_model import add_adapter, empty_model, quiet_libraries
+from trainer.planning.language_model_cost import (
     ModelShape,
     kept_bytes,
     layer_bytes,
@@ -17,11 +22,6 @@ from launch.planning.language_model_cost import (
     step_flops,
     working_bytes,
 )
-from tests.launch.planning.answer_batches import answer_batch
-from tests.launch.planning.measured_peak import measured_peak
-from trainer.config.finetune import LoraConfig
-from trainer.llm.finetuning.answer_loss import AnswerModel
-from trainer.llm.models.base_model import add_adapter, empty_model, quiet_libraries
 
 SHAPE = ModelShape(64, 256, 3, 32, 500, 10**5, 32_000, 2 * 10**5, 10**4, 112)
 COUNTS = st.integers(0, 10**6)

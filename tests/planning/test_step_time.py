@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.planning.accelerators import Cluster, describe_cluster
-from launch.planning.exchange_traffic import RankTraffic, TableIds, rank_traffic
-from launch.planning.network_cost import NetworkCost
-from launch.planning.step_time import StepTime, network_seconds, reduce_seconds, step_time, transfer_seconds
-from tests.launch.planning.plans import even_plan
+from tests.planning.plans import even_plan
+from trainer.planning.accelerators import Cluster, describe_cluster
+from trainer.planning.exchange_traffic import RankTraffic, TableIds, rank_traffic
+from trainer.planning.network_cost import NetworkCost
+from trainer.planning.step_time import StepTime, network_seconds, reduce_seconds, step_time, transfer_seconds
 
 COST = NetworkCost(1e12, 500, 1e10, 1e9)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from launch.planning.accelerators import GIGA, Cluster, peers_of
-from launch.planning.exchange_traffic import RankTraffic
-from launch.planning.network_cost import NetworkCost
-from launch.planning.table_memory import CACHE_SHARE
+from trainer.planning.accelerators import GIGA, Cluster, peers_of
+from trainer.planning.exchange_traffic import RankTraffic
+from trainer.planning.network_cost import NetworkCost
+from trainer.planning.table_memory import CACHE_SHARE
 
 MEMORY_SHARE = 0.6
 """Share of its peak bandwidth that memory reaches when short rows are read and written. An assumption."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.planning.dense_memory import DenseMemory, ZeroSettings, dense_memory
+from trainer.planning.dense_memory import DenseMemory, ZeroSettings, dense_memory
 
 COUNTS = st.integers(1, 10**9)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from launch.planning.accelerators import describe_cluster
-from launch.planning.ranker_plan import Assumptions, plan_ranker
-from tests.launch.planning.planned_dataset import SPEC
+from tests.planning.planned_dataset import SPEC
 from trainer.config.ranker import parse_config
 from trainer.console.errors import UserError
+from trainer.planning.accelerators import describe_cluster
+from trainer.planning.ranker_plan import Assumptions, plan_ranker
 
 
 def planned(gpu: str = "h200", gpus: int = 2, rows: dict[str, int] | None = None, **sections: Any) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.planning.exchange_traffic import (
+from tests.conftest import RunRanks
+from tests.planning.plans import even_plan
+from trainer.planning.exchange_traffic import (
     ID,
     RankTraffic,
     TableIds,
@@ -18,8 +20,6 @@ from launch.planning.exchange_traffic import (
     expected_distinct,
     rank_traffic,
 )
-from tests.conftest import RunRanks
-from tests.launch.planning.plans import even_plan
 
 
 @given(ids=st.integers(0, 10**6), rows=st.integers(1, 10**7))
@@ -108,7 +108,7 @@ CASES = (
 def test_real_ranks_hold_and_send_what_the_formulas_say(
     run_ranks: RunRanks, ranks: int, sharding: str, kind: str, way: str
 ) -> None:
-    printed = run_ranks("tests.launch.planning.exchange_ranks", sharding, kind, way, ranks=ranks)
+    printed = run_ranks("tests.planning.exchange_ranks", sharding, kind, way, ranks=ranks)
     of_ranks = json.loads(printed.splitlines()[-1])
     assert len(of_ranks) == ranks
     for of_rank in of_ranks:

@@ -11,7 +11,7 @@ from tests.conftest import RunRanks
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 def test_a_rank_of_64_sends_what_the_plan_says(run_ranks: RunRanks, sharding: str) -> None:
-    found = json.loads(run_ranks("tests.launch.planning.dry_run", 64, sharding, ranks=1).splitlines()[-1])
+    found = json.loads(run_ranks("tests.planning.dry_run", 64, sharding, ranks=1).splitlines()[-1])
     assert {len(table["ranks"]) for table in found["plan"]} == ({64} if sharding == "row_wise" else {1})
     # Numbers of ids, ids, rows, gradients; nothing else goes from rank to rank but sums over the ranks.
     assert found["all_to_all"] == 4

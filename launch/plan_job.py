@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.config_check import job_model, kind_of
-from launch.planning.accelerators import Cluster
-from launch.planning.plan_text import draw_plan, format_plan
-from launch.planning.ranker_plan import Assumptions, plan_ranker
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.load import read_job
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import validate
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
+from trainer.planning.accelerators import Cluster
+from trainer.planning.plan_text import draw_plan, format_plan
+from trainer.planning.ranker_plan import Assumptions, plan_ranker
 from trainer.runtime.files import write_json
 
 
@@ -37,7 +37,7 @@ def plan_job(
         overrides: ``section.key=value``, as typed.
         cluster: the cluster.
         rows: table -> other number of rows.
-        fill, distinct, mfu: see :class:`launch.planning.ranker_plan.Assumptions`.
+        fill, distinct, mfu: see :class:`trainer.planning.ranker_plan.Assumptions`.
         answers: share of the tokens that have a loss.
 
     Raises:
@@ -52,7 +52,7 @@ def plan_job(
     if isinstance(job, JobConfig):
         return plan_ranker(job, DatasetSpec.load(job.data.path), cluster, assumed, rows)
     assert isinstance(job, FinetuneConfig)
-    from launch.planning.language_model_plan import plan_finetune
+    from trainer.planning.language_model_plan import plan_finetune
 
     if rows:
         raise UserError(f"--rows {next(iter(rows))}: a fine-tuning job has no tables")

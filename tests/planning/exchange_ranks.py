@@ -1,6 +1,6 @@
 """Real tables on one or two ranks: prints the measured and the planned bytes of each rank as JSON.
 
-torchrun --nproc-per-node 2 -m tests.launch.planning.exchange_ranks row_wise rowwise_adagrad deduplicate
+torchrun --nproc-per-node 2 -m tests.planning.exchange_ranks row_wise rowwise_adagrad deduplicate
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from launch.planning.exchange_traffic import TableIds, exchange_bytes, expected_distinct, rank_traffic
-from launch.planning.table_memory import rank_tables
 from modules.embeddings import Lookup, Table
 from modules.table_set import TableSet
-from tests.launch.planning.measured_peak import measured_peak
+from tests.planning.measured_peak import measured_peak
+from trainer.planning.exchange_traffic import TableIds, exchange_bytes, expected_distinct, rank_traffic
+from trainer.planning.table_memory import rank_tables
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse import cpu_exchange

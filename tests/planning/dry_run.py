@@ -3,7 +3,7 @@
 torch's fake process group has any number of ranks in one process and sends nothing. Here every other rank is taken to
 send what this rank sends to itself, so that ids and numbers of ids are valid; rows and gradients that arrive are zeros.
 
-    python -m tests.launch.planning.dry_run 64 row_wise
+    python -m tests.planning.dry_run 64 row_wise
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch.planning.exchange_traffic import ID, rank_traffic
-from tests.launch.planning.exchange_ranks import DIM, LOOKUPS, ROWS, draw_ids, keyed, planned_ids, tables
+from tests.planning.exchange_ranks import DIM, LOOKUPS, ROWS, draw_ids, keyed, planned_ids, tables
 from trainer.data.loading.batch import RankingBatch
 from trainer.engine import hybrid_engine
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.engine.step_loss import BehaviourLoss
+from trainer.planning.exchange_traffic import ID, rank_traffic
 
 BEHAVIOURS, N_DENSE = 2, 3
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from launch.planning.table_memory import FLOAT
+from trainer.planning.table_memory import FLOAT
 
 ID = 8
 """Bytes of an id."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from launch.planning.accelerators import describe_cluster
-from launch.planning.write_plan import plan_job, write_plan
-from tests.launch.planning.test_plan_text import RANKER
+from launch.plan_job import plan_job, write_plan
+from tests.planning.test_plan_text import RANKER
 from trainer.console.errors import UserError
+from trainer.planning.accelerators import describe_cluster
 
 OPTIONS: dict[str, Any] = {"rows": {}, "fill": 1.0, "distinct": None, "answers": 1.0, "mfu": None}
 

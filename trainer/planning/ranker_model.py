@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from launch.planning.exchange_traffic import TableIds, expected_distinct
-from launch.planning.network_cost import NetworkCost, count_step
 from modules.content import BatchVectors
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
@@ -20,6 +18,8 @@ from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.format.schema import DatasetSpec
 from trainer.engine.build_ranker import build_ranker
+from trainer.planning.exchange_traffic import TableIds, expected_distinct
+from trainer.planning.network_cost import NetworkCost, count_step
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.planning.accelerators import GIGA, Cluster
-from launch.planning.dense_memory import ZeroSettings, dense_memory
-from launch.planning.language_model_cost import ModelShape, kept_bytes, step_flops, working_bytes
-from launch.planning.ranker_plan import RUNTIME_BYTES, Assumptions
-from launch.planning.step_time import reduce_seconds
 from trainer.config.deepspeed import is_enabled
 from trainer.config.finetune import FinetuneConfig
 from trainer.config.toml import read_toml
@@ -19,6 +14,11 @@ from trainer.console.errors import UserError
 from trainer.llm.finetuning.prepare import deepspeed_settings
 from trainer.llm.models.base_model import add_adapter, empty_model, is_hub_id, quiet_libraries
 from trainer.llm.models.small_model import small_shape
+from trainer.planning.accelerators import GIGA, Cluster
+from trainer.planning.dense_memory import ZeroSettings, dense_memory
+from trainer.planning.language_model_cost import ModelShape, kept_bytes, step_flops, working_bytes
+from trainer.planning.ranker_plan import RUNTIME_BYTES, Assumptions
+from trainer.planning.step_time import reduce_seconds
 from trainer.runtime.stored_files import read_json_object
 
 MODEL_FILE = Path(__file__).with_name("language_models.toml")

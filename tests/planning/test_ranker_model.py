@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from launch.planning.exchange_traffic import expected_distinct
-from launch.planning.ranker_model import RankerModel
-from tests.launch.planning.planned_dataset import SPEC
+from tests.planning.planned_dataset import SPEC
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.console.errors import UserError
 from trainer.engine.build_ranker import build_ranker
+from trainer.planning.exchange_traffic import expected_distinct
+from trainer.planning.ranker_model import RankerModel
 
 
 def job(**sections: object) -> JobConfig:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.planning.accelerators import GPU_FILE, describe_cluster, peers_of, read_accelerators
 from trainer.console.errors import UserError
+from trainer.planning.accelerators import GPU_FILE, describe_cluster, peers_of, read_accelerators
 
 OWN = """[mine]
 memory_gb = 10

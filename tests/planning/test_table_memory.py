@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.planning.table_memory import CACHE_SHARE, optimizer_bytes, rank_tables, table_bytes
-from tests.launch.planning.plans import even_plan
+from tests.planning.plans import even_plan
+from trainer.planning.table_memory import CACHE_SHARE, optimizer_bytes, rank_tables, table_bytes
 
 SIZES = st.lists(st.tuples(st.integers(1, 10**6), st.sampled_from([4, 16, 64])), min_size=1, max_size=4)
 KINDS = st.sampled_from(["sgd", "adagrad", "rowwise_adagrad"])
