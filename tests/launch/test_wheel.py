@@ -25,6 +25,7 @@ DATA = {
     "configs/deepspeed/": {".json"},
     "configs/templates/": {".txt"},
     "launch/cluster/": {"", ".yaml", ".sbatch"},
+    "trainer/planning/": {".toml"},
 }
 """Folder -> kinds of files in it that are no modules; all of them belong to the wheel."""
 
