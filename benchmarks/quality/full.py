@@ -9,7 +9,7 @@ The first network is logistic regression and the second PLE, with side features,
 Each further line keeps what the line before it has: Cross's searches and alignment, vectors of what rooms show, LARM's
 codes and fused vectors of authors, Foresight's outputs and codes. In the last line, with Moment, the ranker of all of
 these continues on the stream of the last day: it predicts each request before it learns from it. Settings of the
-systems are those of ``configs/full.toml``.
+systems are those of ``configs/full.toml``, but for the steps of the stream.
 
 AUC and GAUC of each behaviour are means over the seeds of the rankers, with 95 % intervals (Student's t); differences
 have 95 % intervals over users (paired bootstrap). The share of the gap is 0 for logistic regression and 1 for the
@@ -89,6 +89,11 @@ TRAINING = (
 equal weekdays in its training range, so a weekday would be the name of a day."""
 
 SEARCH_REFRESH_STEPS = 20
+FLUSH_SECONDS = 600
+STREAM_RATES = {"optimizer": 0.0005, "tables": 0.02}
+"""Interval of the steps on the stream, and learning rates there. ``configs/full.toml`` has others, for a ranker that
+has not been trained before."""
+
 LAST_STORED = SYSTEMS[SYSTEMS.index(MOMENT) - 1]
 """System whose ranker the stream continues."""
 
@@ -141,8 +146,10 @@ class FullWork:
             return parse_config({key: raw[key] for key in raw if key not in SECTIONS[MOMENT]}, name)
         del raw["data"]["eval_from"]
         raw["data"]["train_until"] = self._eval_from
+        raw["stream"]["flush_seconds"] = FLUSH_SECONDS
         # The end of a stream is unknown, so a schedule cannot fall towards it.
-        return parse_config(raw | {"optimizer": full["optimizer"], "tables": full["tables"]}, name)
+        rates = {section: {"learning_rate": rate} for section, rate in STREAM_RATES.items()}
+        return parse_config(raw | rates, name)
 
     def bounds(self, scores: Scores) -> Bounds:
         """Return the true probabilities of the rows of ``scores``, and those that the past could reveal."""
