@@ -25,7 +25,7 @@ DATA = {
     "configs/deepspeed/": {".json"},
     "configs/templates/": {".txt"},
     "launch/cluster/": {"", ".yaml", ".sbatch"},
-    "trainer/planning/": {".toml"},
+    "trainer/planning/": {".py", ".toml"},
 }
 """Folder -> kinds of files in it that are no modules; all of them belong to the wheel."""
 
