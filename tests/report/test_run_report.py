@@ -205,6 +205,15 @@ def test_runs_of_other_kinds_have_a_page(run: Path, config: Any, metrics: Any, e
     assert expected in page and "Loss" in page
 
 
+def test_a_run_without_rows_says_so(run: Path, few_draws: None) -> None:
+    document = json.loads((run / "metrics.json").read_text())
+    document["training"] |= {"rows": 0, "skipped_rows": 0}
+    (run / "metrics.json").write_text(json.dumps(document))
+    texts = _Page(make_report(run)).texts
+    assert "The model was trained on 0 rows." in texts
+    assert "rows trained on 0" in " ".join(" ".join(texts).split())
+
+
 def test_a_stream_has_its_counts(run: Path, few_draws: None) -> None:
     document = json.loads((run / "metrics.json").read_text())
     document["stream"] = {"counts": {"late_events": 1234}, "freshness_seconds": {"p50": 2.5}, "progressive": {}}

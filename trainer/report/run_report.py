@@ -176,8 +176,11 @@ def _tiles(run: StoredRun) -> list[tuple[str, str]]:
     """Return the figures at the top: name and value."""
     training = _dict(run.models[0].document.get("training"))
     summary = run.summary
-    rows = training.get("rows") or sum(_float(entry.get("rows")) or 0 for entry in run.models[0].history)
-    tiles = [("rows trained on", f"{int(rows):,}" if rows else ""), ("steps", _whole(summary.steps))]
+    rows = _float(training.get("rows"))
+    # A run that has not ended has the rows of its records only.
+    if rows is None:
+        rows = sum(_float(entry.get("rows")) or 0 for entry in run.models[0].history) or None
+    tiles = [("rows trained on", f"{rows:,.0f}" if rows is not None else ""), ("steps", _whole(summary.steps))]
     rate = summary.rows_per_second
     tiles.append(("rows per second", f"{rate:,.0f}" if rate is not None else ""))
     if seconds := _training_seconds(run.models[0].history):
@@ -231,7 +234,10 @@ def _is_clear(own: ReportedModel, other: ReportedModel, behaviour: str) -> bool:
 
 def _training_warnings(model: ReportedModel, prefix: str) -> Iterable[str]:
     training = _dict(model.document.get("training"))
-    rows, skipped = _float(training.get("rows")) or 0, _float(training.get("skipped_rows")) or 0
+    rows, skipped = _float(training.get("rows")), _float(training.get("skipped_rows")) or 0
+    if rows == 0:
+        yield f"{prefix}The model was trained on 0 rows."
+    rows = rows or 0
     if skipped > _SKIPPED * (rows + skipped):
         yield f"{prefix}{100 * skipped / (rows + skipped):.1f} % of the rows were skipped, because they are corrupt."
     waiting = _float(_dict(training.get("share_of_time")).get("data")) or 0
