@@ -86,6 +86,11 @@ def run_limelight(*arguments: object) -> None:
     subprocess.run(command, check=True, env=safe_environment(os.environ))
 
 
+def slug(name: str) -> str:
+    """Return a part's name for its files: "-" in place of all signs but letters and digits."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
 def busy_seconds(device: torch.device) -> float:
     """Return a clock: elapsed time of an idle accelerator, on a CPU the processor time of this process.
 

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import make_parser, run_limelight, write_result
+from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.foresight_report import (
     ALL,
     NO_CONTENT,
@@ -297,11 +297,6 @@ def read(file: Path) -> dict[str, Any]:
     """Return the content of a finished part."""
     document: dict[str, Any] = json.loads(file.read_text())
     return document
-
-
-def slug(name: str) -> str:
-    """Return a name for files."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

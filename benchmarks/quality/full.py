@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.measure import make_parser, run_limelight, write_result
+from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.attainable_bound import DRAWS as HIDDEN_DRAWS
 from benchmarks.quality.attainable_bound import attainable_probabilities
 from benchmarks.quality.full_report import (
@@ -203,7 +203,7 @@ class FullWork:
 
     def _files(self, name: str, seed: int) -> tuple[Path, Path]:
         """Return the files of a system's predictions and facts."""
-        place = self._folder / f"seed-{seed}" / "".join(letter if letter.isalnum() else "-" for letter in name)
+        place = self._folder / f"seed-{seed}" / slug(name)
         return place.with_suffix(".npz"), place.with_suffix(".json")
 
 

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.measure import make_parser, run_limelight, write_result
+from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.foresight import (
     DAYS,
     ITERATIONS,
@@ -48,7 +48,6 @@ from benchmarks.quality.foresight import (
     QUANTIZE_JOB,
     USERS,
     WORLD_SEED,
-    slug,
 )
 from benchmarks.quality.highlight_metrics import METRICS, room_metrics
 from benchmarks.quality.highlight_models import (

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import make_parser, run_limelight, write_result
+from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.larm_report import (
     IDS,
     RANKERS,
@@ -145,11 +145,6 @@ class LarmWork:
             file.parent.mkdir(parents=True, exist_ok=True)
             Scores.of(found, behaviours, seconds).write(file)
         return Scores.read(file)
-
-
-def slug(name: str) -> str:
-    """Return a name for files."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium)")
 
 LEAST_CONTRAST = 4.5
-"""Of texts, by WCAG 2.1, level AA."""
+"""Contrast that WCAG 2.1, level AA, asks of a text."""
 
 CONTRASTS = """
 (() => {
