@@ -65,8 +65,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make pages whose intervals nobody reads."""
-    monkeypatch.setattr("trainer.report.run_report.metrics_with_intervals", lambda held_out: {})
-    monkeypatch.setattr("trainer.report.run_report.parts_of", lambda held_out: [])
+    monkeypatch.setattr("trainer.report.ranker_sections.metrics_with_intervals", lambda held_out: {})
+    monkeypatch.setattr("trainer.report.ranker_sections.parts_of", lambda held_out: [])
 
 
 def test_the_page_shows_the_run(page: str) -> None:
