@@ -23,7 +23,7 @@ from trainer.console.errors import UserError
 from trainer.console.job_arguments import EMBED_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import local_path
 from trainer.console.run_log import open_log
-from trainer.llm.embedding.dataset_texts import KindTexts
+from trainer.llm.embedding.dataset_texts import KindTexts, read_segments
 from trainer.llm.embedding.open_segment_encoder import open_segment_encoder
 from trainer.llm.embedding.vector_table_update import merge_parts, open_encoder, plan_update, write_missing_parts
 from trainer.llm.models.base_model import BaseModelFiles
@@ -75,7 +75,7 @@ def embed(config: EmbeddingJob, world: World) -> None:
             write_missing_parts(update, template, setup.encoder, world)
             world.barrier()
             if world.rank == 0:
-                merge_parts(update, setup.encoder.dim)
+                merge_parts(update, setup.encoder.dim, read_segments(config.data.path, kind))
             # The other ranks wait here, because planning the next kind reads the directory that rank 0 changes.
             world.barrier()
 

@@ -14,6 +14,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
+from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.shards import read_rows
 from trainer.data.format.text_schema import read_texts
 from trainer.data.importers import columns as part
@@ -303,6 +304,8 @@ def test_vectors(source: Path, tmp_path: Path) -> None:
     assert segments["known_ms"] == [T0 + 230_000, T0 + 25_000, T0 + 50_000], "a segment is known from its end on"
     table = ContentVectors.open(tmp_path / "out" / "embeddings" / "segments")
     np.testing.assert_allclose(table.vectors[table.lookup(np.array(segments["vector"]))], SEGMENT_VECTORS, atol=2e-3)
+    own = DatasetSegments.read(str(tmp_path / "out"), embedded=False)
+    assert table.segments == own.hash(np.arange(3)) and videos.segments == ""
 
 
 def test_blocks_and_partitions_change_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ from tests.paths import ROOT
 from trainer.config.embed import load_embedding
 from trainer.config.finetune import LoraConfig, SmallConfig
 from trainer.console.errors import UserError
-from trainer.data.format.content_vectors import ContentVectors
+from trainer.data.format.content_vectors import MANIFEST, ContentVectors
+from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.text_schema import SCHEMAS, read_texts, segment_ids
 from trainer.data.writing.text_writer import TextWriter
 from trainer.embed import embed
@@ -254,6 +256,45 @@ def test_a_killed_job_leaves_whole_parts_and_goes_on(dataset: Path, model: Path,
     (ids, again), (expected_ids, expected) = table_of(tmp_path, "comments"), table_of(tables, "comments")
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(again, expected, **TOLERANCE)
+
+
+def test_a_table_of_segments_has_their_hash_and_is_refused_beside_other_rooms(
+    dataset: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, rooms = tmp_path / "dataset", "texts/items.parquet"
+    shutil.copytree(dataset, copy)
+    arguments = settings(copy, model, tmp_path, **{"data.kinds": '["segments"]'})
+
+    def table() -> ContentVectors:
+        return ContentVectors.open(tmp_path / "segments")
+
+    def segments() -> DatasetSegments:
+        return DatasetSegments.read(str(copy), embedded=True)
+
+    run(*arguments)
+    assert table().segments == segments().hash(np.arange(12))
+    segments().check_table(table())
+    run(*arguments)
+    assert "12 vectors, no text has changed" in capsys.readouterr().out
+
+    manifest = json.loads((tmp_path / "segments" / MANIFEST).read_text())
+    del manifest["segments"]
+    (tmp_path / "segments" / MANIFEST).write_text(json.dumps(manifest))
+    segments().check_table(table())
+    run(*arguments)
+    assert "12 vectors of dimension 32 (12 kept)" in capsys.readouterr().out
+    assert table().segments == segments().hash(np.arange(12)) and table().hash == manifest["hash"]
+
+    items = pq.read_table(copy / rooms)
+    pq.write_table(items.set_column(1, "author_id", pa.array(np.ones(60, np.int64))), copy / rooms)
+    with pytest.raises(UserError, match="made from other segments"):
+        segments().check_table(table())
+    run(*arguments)
+    segments().check_table(table())
+
+    (copy / rooms).unlink()
+    run(*arguments)
+    assert table().segments == "", "nobody knows the authors, and the vectors do not need them"
 
 
 def test_only_new_and_changed_texts_are_read_again(

@@ -28,6 +28,10 @@ TEXT_ITEMS = "texts/items.parquet"
 UNKNOWN_AUTHOR = -1
 
 
+class UnknownRooms(UserError):
+    """A dataset with segments has no table of their rooms, so the authors of the segments are not known."""
+
+
 @dataclass(frozen=True)
 class DatasetSegments:
     """All segments of a dataset, in ascending order of their ids.
@@ -61,6 +65,7 @@ class DatasetSegments:
             embedded: the ids are those of ``text_schema.segment_ids``, not row numbers of ``segments.parquet``.
 
         Raises:
+            UnknownRooms: there is no table of the rooms.
             UserError: a table is missing or damaged, has no times of its segments, or has a segment twice.
         """
         files = DatasetFiles(dataset)
@@ -179,7 +184,7 @@ def _authors(files: DatasetFiles, item_id: np.ndarray) -> np.ndarray:
         order = np.argsort(items, kind="stable")
         row = _rows_of(items[order], item_id)
         return np.where(row >= 0, authors[order][row], UNKNOWN_AUTHOR).astype(np.int64)
-    raise UserError(
+    raise UnknownRooms(
         f"{files.path}: has neither items.parquet nor {TEXT_ITEMS}, so the authors of the rooms are not known"
     )
 

@@ -120,7 +120,7 @@ def import_kuailive_m3(
 
     All files are read in blocks, and the logs of live rooms are spilled to disk. Memory holds the room visits and
     events of one partition, 16 bytes per room and 48 per video (430 MB for all of KuaiLive-M3), and what the builder
-    needs.
+    needs. For the hash of the segments it holds 64 bytes per segment for a moment.
 
     Args:
         src: the downloaded folder.
@@ -347,7 +347,8 @@ class _KuaiLiveM3Files:
         vectors = ((_items(batch, "photo_id", _VIDEO), read_vectors(batch, "feature", VECTOR_DIM)) for batch in parts)
         write_vectors(builder.folder(ITEM_VECTORS), np.concatenate(ids), vectors, VECTOR_DIM, file.name)
         count = sum(pq.read_metadata(file).num_rows for file in self.segment_files)
-        write_vectors(builder.folder(SEGMENT_VECTORS), np.arange(count), self._segment_vectors(), VECTOR_DIM, _SEGMENTS)
+        folder, segments = builder.folder(SEGMENT_VECTORS), builder.segments_hash()
+        write_vectors(folder, np.arange(count), self._segment_vectors(), VECTOR_DIM, _SEGMENTS, segments)
 
     def _segment_vectors(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield row numbers in ``segments.parquet`` and segment vectors ``[rows, VECTOR_DIM]``, batch by batch."""

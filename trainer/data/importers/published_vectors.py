@@ -48,11 +48,17 @@ def read_vectors(batch: ColumnBatch, name: str, width: int) -> np.ndarray:
 
 
 def write_vectors(
-    folder: Path, ids: np.ndarray, parts: Iterator[tuple[np.ndarray, np.ndarray]], width: int, source: str
+    folder: Path,
+    ids: np.ndarray,
+    parts: Iterator[tuple[np.ndarray, np.ndarray]],
+    width: int,
+    source: str,
+    segments: str = "",
 ) -> None:
     """Write vectors to ``folder``; see ``content_vectors.write_parts``. ``source`` names the file of the vectors."""
     origin = Origin(pooling=f"as published in {source}")
-    write_parts(folder, ids, np.zeros(len(ids), np.uint64), parts, width, origin=origin, dtype=DTYPE)
+    no_texts = np.zeros(len(ids), np.uint64)
+    write_parts(folder, ids, no_texts, parts, width, origin=origin, dtype=DTYPE, segments=segments)
 
 
 def find_title_file(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from trainer.data.format.dataset_files import record_checksums
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
 from trainer.data.format.id_index import IdIndex
 from trainer.data.format.schema import DOMAINS, EVENT_COLUMNS, DatasetSpec, IdSpace, visit_schema
+from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.sorting import stable_order, time_order
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import behaviour_bits, derive_events, event_codes, event_names, event_table
@@ -144,6 +145,19 @@ class DatasetBuilder:
         with self._writing():
             folder.mkdir(parents=True)
         return folder
+
+    def segments_hash(self) -> str:
+        """Complete the tables ``segments`` and ``items``, and return the hash of all segments for their vectors.
+
+        Raises:
+            UserError: a table is missing, or the segments have no times.
+        """
+        with self._writing():
+            for name in ("segments", "items"):
+                self._tables[name].close()
+            # Read back as a reader of the vectors will read it, so that both have the same hash.
+            segments = DatasetSegments.read(str(self._tmp_path), embedded=False)
+            return segments.hash(np.arange(len(segments)))
 
     def visits(self, table: pa.Table) -> None:
         """Add visits (``schema.visit_schema``) of any users, in any order.

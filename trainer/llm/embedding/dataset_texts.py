@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.data.format.segments import DatasetSegments, UnknownRooms
 from trainer.data.format.text_schema import read_texts, segment_ids
 
 _KEYS = {"items": "item_id", "comments": "comment_id", "authors": "author_id"}
@@ -55,6 +56,20 @@ class KindTexts:
         """Return the texts at positions ``rows``."""
         texts: list[str] = self.texts.take(pa.array(rows)).to_pylist()
         return texts
+
+
+def read_segments(path: str | Path, kind: str) -> DatasetSegments | None:
+    """Return the segments that texts of a kind belong to; None for other kinds, and if their rooms are not known.
+
+    Raises:
+        UserError: a table of the dataset is damaged, or has a segment twice.
+    """
+    if kind != "segments":
+        return None
+    try:
+        return DatasetSegments.read(str(path), embedded=True)
+    except UnknownRooms:
+        return None
 
 
 def _hashes(texts: pa.Array) -> np.ndarray:

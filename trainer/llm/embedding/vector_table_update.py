@@ -20,6 +20,7 @@ from trainer.console.errors import UserError, one_line
 from trainer.console.outputs import local_path
 from trainer.console.progress import Progress
 from trainer.data.format.content_vectors import MANIFEST, ContentVectors, Origin, VectorPart, finite_rows, write_parts
+from trainer.data.format.segments import DatasetSegments
 from trainer.llm.embedding.dataset_texts import KindTexts
 from trainer.llm.embedding.learned_query import fit_query
 from trainer.llm.embedding.text_encoder import Encoder
@@ -190,14 +191,20 @@ def write_missing_parts(update: TableUpdate, template: Template, encoder: Encode
             progress.advance(len(rows))
 
 
-def merge_parts(update: TableUpdate, dim: int) -> None:
+def merge_parts(update: TableUpdate, dim: int, segments: DatasetSegments | None = None) -> None:
     """Replace the table by the kept vectors and those of the parts, and remove the parts.
+
+    Args:
+        update: the update, all of whose parts are written.
+        dim: number of elements of a vector.
+        segments: segments of the texts, whose hash the table gets; None for other texts, or if they are not known.
 
     Raises:
         UserError: no vector is finite.
     """
     folder = update.folder.parent
-    if update.old is not None and not len(update.new) and len(update.kept) == len(update.old):
+    unchanged = update.old is not None and not len(update.new) and len(update.kept) == len(update.old)
+    if unchanged and update.old is not None and update.old.segments == _hash_segments(segments, update.old.ids):
         logger.info(f"{update.table}: {len(update.old):,} vectors, no text has changed")
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -223,18 +230,25 @@ def merge_parts(update: TableUpdate, dim: int) -> None:
         "truncated": truncated,
         "empty": update.texts.empty,
     }
+    table_ids = np.concatenate(ids)
     table = write_parts(
         update.table,
-        np.concatenate(ids),
+        table_ids,
         np.concatenate(texts),
         _all_parts(update),
         dim,
         origin=replace(update.origin, counts=counts),
         dtype=update.dtype,
+        segments=_hash_segments(segments, np.sort(table_ids)),
     )
     shutil.rmtree(folder, ignore_errors=True)
     summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     logger.info(f"{update.table}: {len(table):,} vectors of dimension {table.dim} ({summary})")
+
+
+def _hash_segments(segments: DatasetSegments | None, ids: np.ndarray) -> str:
+    """Return the hash of the segments of sorted ids; empty if they are not known."""
+    return "" if segments is None else segments.hash(segments.rows_of(ids))
 
 
 def _all_parts(update: TableUpdate) -> Iterator[VectorPart]:
