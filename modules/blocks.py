@@ -30,6 +30,17 @@ class Block:
     length: int
     padding: Tensor | None = None
 
+    def targets(self, spare: int) -> slice | Tensor:
+        """Return ``entries`` with ``spare`` in place of 0 for padding: places where gradients of entries are written.
+
+        No place but ``spare`` occurs twice, so that nothing has to be added up: on a GPU, atomic additions of all
+        padding to one row would wait for each other.
+        """
+        if self.padding is None:
+            return self.entries
+        assert isinstance(self.entries, Tensor)
+        return self.entries.masked_fill(self.padding.flatten(), spare)
+
 
 def cut_rows(lengths: Tensor, entries: int, max_length: int, row_values: int, entry_values: int) -> Iterator[Block]:
     """Split a batch into blocks of at most about ``BLOCK_VALUES`` values, longest rows first for little padding.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,8 @@ class _Attention(torch.autograd.Function):
         query, keys, of_key, of_product, score, *layers = ctx.saved_tensors
         dim, width = of_key.shape
         grad_query, grad_bias = torch.zeros_like(query), query.new_zeros(len(query), width)
-        grad_keys = torch.zeros_like(keys) if any(b.padding is not None for b in ctx.blocks) else torch.empty_like(keys)
+        # One entry more than there are: the gradients of padding are written there and dropped.
+        grad_keys = keys.new_zeros(len(keys) + 1, dim)
         grad_of_key, grad_of_product, grad_score, *grad_layers = (
             torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
             for t in (of_key, of_product, score, *layers)
@@ -158,10 +159,9 @@ class _Attention(torch.autograd.Function):
             torch.addcmul(through_key, through_product, q[:, None], out=grad_k)
             grad_k.addcmul_(share[..., None], grad[:, None])
             if not full:
-                # Padding has index 0 and no weight, so it adds zeros to the first entry of the batch.
-                grad_keys.index_add_(0, cast(Tensor, block.entries), grad_k.view(-1, dim))
+                grad_keys[block.targets(len(keys))] = grad_k.view(-1, dim)
         summed = [gradient.to(query.dtype) for gradient in (grad_of_key, grad_of_product, grad_score, *grad_layers)]
-        return grad_query, grad_keys, grad_bias, *summed[:3], None, None, *summed[3:]
+        return grad_query, grad_keys[:-1], grad_bias, *summed[:3], None, None, *summed[3:]
 
 
 def _relu_backward(grad: Tensor, activation: Tensor) -> Tensor:

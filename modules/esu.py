@@ -236,10 +236,7 @@ def _join(parts: Sequence[Tensor], block: Block, dtype: torch.dtype) -> Tensor:
 
 def _write_back(parts: Sequence[Tensor], block: Block, values: Tensor) -> None:
     """Write values of the block's entries, ``[rows, length, dim]``, to the places of these entries in the parts."""
-    entries = block.entries
-    if block.padding is not None:
-        assert isinstance(entries, Tensor)
-        entries = entries.masked_fill(block.padding.flatten(), len(parts[0]) - 1)
+    entries = block.targets(len(parts[0]) - 1)
     columns = values.flatten(0, 1).split([part.shape[1] for part in parts], 1)
     for part, of_part in zip(parts, columns, strict=True):
         part[entries] = of_part.to(part.dtype)
