@@ -140,6 +140,11 @@ def segments_of_world(dataset: Path, tmp_path: Path) -> Any:
     return pq.read_table(tmp_path / "world" / "segments.parquet").to_pydict()
 
 
+def factors_of_world(dataset: Path, tmp_path: Path) -> Any:
+    simulate(tmp_path / "world", users=20, days=1, partitions=2, seed=3, factors=True)
+    return [file.read_bytes() for file in sorted((tmp_path / "world" / "truth").glob("factors-*.parquet"))]
+
+
 def replayed(dataset: Path, tmp_path: Path) -> Any:
     path = store(tmp_path / "log", random_events(seed=2, events=200), row_group_size=50)
     with ReplaySource(path, StreamConfig(batch_events=40), 0).open(range(3)) as reader:
@@ -182,6 +187,7 @@ SIZES: dict[str, Callable[[Path, Path], Any]] = {
     "trainer.data.importers.staytime_spill:_ROWS_AT_ONCE": staytimes,
     "trainer.data.simulator.comment_area:VISITS_AT_ONCE": keys_of_texts,
     "trainer.data.simulator.description:SEGMENTS_AT_ONCE": segments_of_world,
+    "trainer.data.simulator.factors:VISITS_AT_ONCE": factors_of_world,
     "trainer.data.simulator.texts:SEGMENTS_AT_ONCE": keys_of_texts,
     "trainer.metrics.behaviour_metrics:_CHUNK_ROWS": metrics,
     "trainer.ranking.search_refresh:_CHUNK_ROWS": content_space,

@@ -43,10 +43,10 @@ from trainer.data.simulator.user_days import (
     ROW,
     SUBSPACES,
     ExposureStep,
-    RequestState,
     allowed_interactions,
     simulate_visits,
     visit_factors,
+    visits_at,
 )
 from trainer.data.simulator.user_state import NEW_MOOD, RANDOM_MOOD
 from trainer.data.simulator.world import SimulatedWorld
@@ -90,10 +90,7 @@ class SimulatedLog:
 
     def inputs(self, rows: np.ndarray) -> VisitInputs:
         """Return what decides the probabilities of visits."""
-        columns = self.columns
-        names = ("user_id", "request_ms", "scene", "domain", "item_id", "author_id")
-        shown = ExposureStep(np.arange(len(rows)), *(columns[name][rows] for name in names))
-        known = RequestState(**{name: columns[name][rows] for name in RequestState.__dataclass_fields__})
+        shown, known = visits_at(self.columns, rows)
         factors, context = visit_factors(self.world, shown, known)
         trait = self.world.users.inclination(shown.domain, shown.user).T
         allowed = allowed_interactions(shown.domain == LIVE, known.following)

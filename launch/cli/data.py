@@ -33,6 +33,7 @@ _EVERYDAY_ONLY = {
     "--segment-vectors": "segments",
     "--lookahead": "segments",
     "--newcomers": "authors who come later",
+    "--factors": "file of factors",
 }
 """Option of `data simulate` -> what the world `cross` does not have for it."""
 
@@ -110,6 +111,11 @@ def data() -> None:
     metavar="SHARE",
     help="Share of the live authors who open their first room on a random day of the log, 0 to 1 (default 0).",
 )
+@click.option(
+    "--factors",
+    is_flag=True,
+    help="Store the true factors of each exposure (mood, taste, ...) beside its true probabilities.",
+)
 @json_option
 def simulate(
     out: Output,
@@ -124,6 +130,7 @@ def simulate(
     segment_taste: float,
     lookahead: bool,
     newcomers: float,
+    factors: bool,
     as_json: bool,
 ) -> None:
     """Simulate users of short videos and live rooms, and write their log as a dataset.
@@ -145,6 +152,7 @@ def simulate(
             "--segment-vectors": segment_vectors,
             "--lookahead": lookahead,
             "--newcomers": newcomers,
+            "--factors": factors,
         }
         for option in (option for option, used in options.items() if used):
             raise UserError(
@@ -171,6 +179,7 @@ def simulate(
             segment_taste=segment_taste,
             lookahead=lookahead,
             newcomers=newcomers,
+            factors=factors,
         )
 
     _make(out, work, as_json)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.data.small_visits import BEHAVIOURS, SPEC, START, build_dataset, files_of, make_tables, make_visits
 from tests.data.statistics_reference import statistics_as_of
+from trainer.console.errors import UserError
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import (
     DOMAINS,
@@ -261,6 +262,38 @@ def test_truth_is_kept_apart_by_partition(tmp_path):
         assert table["request_ms"].to_pylist() == sorted(table["request_ms"].to_pylist())
     stored = pa.concat_tables(tables).sort_by("visit_id")
     assert stored == pa.table(truth).sort_by("visit_id")
+
+
+def test_factors_are_kept_apart_by_partition_in_the_order_of_time(tmp_path):
+    visits = make_visits(7)
+    factors = {name: visits[name] for name in ("visit_id", "user_id", "request_ms")}
+    rng = np.random.default_rng(1)
+    factors |= {"context": rng.integers(0, 4, 300).astype(np.int8), "mood": rng.random(300).astype(np.float32)}
+    with DatasetBuilder(tmp_path / "out", SPEC) as builder:
+        for name, table in make_tables().items():
+            builder.table(name, table)
+        builder.visits(pa.table(visits))
+        builder.factors(pa.table(factors).slice(0, 100))
+        builder.factors(pa.table(factors).slice(100))
+        builder.finish()
+    tables = [pq.read_table(tmp_path / f"out/truth/factors-{partition:05d}.parquet") for partition in range(3)]
+    for partition, table in enumerate(tables):
+        assert set(partition_of(table["user_id"].to_numpy(), 3)) == {partition}
+        assert table["request_ms"].to_pylist() == sorted(table["request_ms"].to_pylist())
+    assert pa.concat_tables(tables).sort_by("visit_id") == pa.table(factors).sort_by("visit_id")
+
+
+def test_parts_of_factors_with_other_columns_are_refused(tmp_path):
+    factors = {name: np.zeros(1, np.int64) for name in ("visit_id", "user_id", "request_ms", "context", "mood")}
+    with DatasetBuilder(tmp_path / "out", SPEC) as builder:
+        builder.factors(pa.table(factors))
+        with pytest.raises(UserError, match="factors: unknown column 'taste'"):
+            builder.factors(pa.table({**factors, "taste": np.zeros(1)}))
+    with (
+        DatasetBuilder(tmp_path / "out", SPEC) as builder,
+        pytest.raises(UserError, match="factors: column 'context' is missing"),
+    ):
+        builder.factors(pa.table({name: factors[name] for name in factors if name != "context"}))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -97,6 +97,10 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "{}/out", "--world", "cross", "--lookahead"], "--lookahead: the world `cross` has no segments"),
         (["simulate", "{}/out", "--world", "cross", "--segment-vectors"], "the world `cross` has no segments"),
         (["simulate", "{}/out", "--world", "cross", "--newcomers", "1"], "`cross` has no authors who come later"),
+        (
+            ["simulate", "{}/out", "--world", "cross", "--factors"],
+            "--factors: the world `cross` has no file of factors",
+        ),
         (["simulate", "{}/out", "--newcomers", "-1"], "newcomers is -1.0; it must be in [0, 1]"),
         (
             ["simulate", "{}/out", "--segment-noise", "2"],

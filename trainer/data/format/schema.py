@@ -11,6 +11,7 @@ memory-mapped columns. ``dataset.json`` describes the dataset and is written las
     history/*.npy                    flat columns plus offsets, partition after partition (history.py)
     texts/*.parquet                  texts of items and comments, and staytimes (text_schema.py)
     truth/part-00003.parquet         simulation only: true probabilities; training never reads them
+    truth/factors-00003.parquet      simulation only: true factors of these; training never reads them
 
 Times are integer milliseconds UTC. Ids are int64. Partition ``p = hash(user_id) mod P`` holds all data of a user.
 """

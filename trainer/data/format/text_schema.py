@@ -11,6 +11,7 @@ The texts lie in a folder of the dataset. Each table is one Parquet file, and ea
     truth/comments.parquet    simulation only: true kind and quality of a comment; training never reads it
     truth/segments.parquet    simulation only: true distribution of the next topic; training never reads it
     truth/segment_vectors.parquet    simulation only: parameters of the segment vectors; training never reads it
+    truth/factor_weights.parquet     simulation only: weights of the true factors; training never reads it
 
 Times are integer milliseconds UTC, ids are int64 and not negative, texts are UTF-8. An empty text means that there is
 none. A video can have any number of comments, also none. Lists of comments have as many entries as there are comments;
@@ -154,6 +155,12 @@ SEGMENT_VECTOR_TRUTH = pa.schema(
 
 A vector is the sum of its topic, its author at its start, and noise. ``time_ms`` is 0 where there is no time."""
 
+FACTOR_WEIGHTS = pa.schema(
+    [("context", pa.int8()), ("behaviour", pa.string()), ("factor", pa.string()), ("weight", pa.float32())]
+)
+"""Weights of the factors of a simulated world; a weight that is missing is 0. ``context`` is 0 for a video, and one
+plus a position in ``extra["categories"]`` of the dataset's description for a room."""
+
 _ACCEPTED: dict[pa.DataType, str] = {
     pa.int8(): "a whole number",
     pa.int32(): "a whole number",
@@ -168,6 +175,7 @@ TRUTHS: dict[str, pa.Schema] = {
     "comments": COMMENT_TRUTH,
     "segments": SEGMENT_TRUTH,
     "segment_vectors": SEGMENT_VECTOR_TRUTH,
+    "factor_weights": FACTOR_WEIGHTS,
 }
 """Tables of true parameters by name, and their columns; simulated datasets have them."""
 

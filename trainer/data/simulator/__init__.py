@@ -6,4 +6,5 @@ their changing state in ``user_state``. ``behaviours`` computes the true probabi
 them. ``description`` and ``event_log`` convert the result to the canonical tables that
 ``trainer.data.simulator.write_dataset`` writes. ``segment_vectors`` and ``segment_truth`` add vectors of the segments
 and the best possible prediction of the next one, ``lookahead`` the effect of what is about to come in a room.
+``factors`` writes the terms of the log-odds.
 """

@@ -194,6 +194,16 @@ def _draw_exposures(
     return ExposureStep(rows, user, now, scene, domain, item, world.items.author[item])
 
 
+def visits_at(visits: VisitColumns, rows: np.ndarray) -> tuple[ExposureStep, RequestState]:
+    """Return the exposures of the visits ``rows [n]``, and the states of their users at the requests.
+
+    The ``rows`` of the exposures are positions among them, 0 to n - 1.
+    """
+    names = ("user_id", "request_ms", "scene", "domain", "item_id", "author_id")
+    shown = ExposureStep(np.arange(len(rows)), *(visits[name][rows] for name in names))
+    return shown, RequestState(**{name: visits[name][rows] for name in RequestState.__dataclass_fields__})
+
+
 def allowed_interactions(on_air: np.ndarray, following: np.ndarray) -> np.ndarray:
     """Return 0 for interactions that cannot happen, a gift for a video and following again, else 1.
 

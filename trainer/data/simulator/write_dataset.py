@@ -1,8 +1,8 @@
 """Writes the dataset of a simulated world with known truth: ``limelight data simulate``.
 
 Users watch short videos and live rooms for some days. Every behaviour has a true probability, a logistic function of
-the world at request time. It is kept in ``truth/`` beside the log, and training never reads it. The parts of the world
-are described in ``trainer.data.simulator``.
+the world at request time. It is kept in ``truth/`` beside the log, on demand with the factors that it comes from, and
+training never reads either. The parts of the world are described in ``trainer.data.simulator``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from trainer.data.simulator.comments import Comments, comment_table, comment_tru
 from trainer.data.simulator.config import WorldConfig
 from trainer.data.simulator.description import dataset_spec, entity_tables, segment_tables
 from trainer.data.simulator.event_log import gift_prices, repeat_table, truth_table, visit_table
+from trainer.data.simulator.factors import factor_names, factor_tables, factor_weights
 from trainer.data.simulator.segment_vectors import DIM, MOST_NOISE, SegmentVectorGenerator
 from trainer.data.simulator.texts import text_tables
 from trainer.data.simulator.user_days import BLOCK, simulate_visits
@@ -38,6 +39,7 @@ def simulate(
     segment_taste: float = 0.0,
     lookahead: bool = False,
     newcomers: float = 0.0,
+    factors: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
 
@@ -59,6 +61,8 @@ def simulate(
             viewers like, from 0 to 1. It changes the vectors only.
         lookahead: True to let long views and gifts depend on the next three minutes of a room, too.
         newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
+        factors: True to write the true factors of every exposure beside its true probabilities. Everything else is the
+            same, bit for bit, with and without them.
 
     Raises:
         UserError: a size is below 1, another number is out of its range, or ``out`` cannot be built
@@ -85,6 +89,8 @@ def simulate(
         extra["lookahead"] = True
     if newcomers:
         extra["newcomers"] = newcomers
+    if factors:
+        extra["factors"] = factor_names(config)
     spec = dataset_spec(config, partitions)
     total = days * -(-users // BLOCK)
     with DatasetBuilder(out, spec) as builder:
@@ -96,6 +102,8 @@ def simulate(
         if segment_noise is not None:
             SegmentVectorGenerator(world, segment_noise, segment_taste).write(builder)
         written = _write_texts(builder, world) if texts else None
+        if factors:
+            builder.text_truth("factor_weights", factor_weights(config))
         report = progress or (lambda what, done, total: None)
         report("simulating", 0, total)
         for day, visits in enumerate(simulate_visits(world)):
@@ -104,6 +112,8 @@ def simulate(
             builder.visits(visit_table(world, spec, visits, price, rng))
             builder.repeats(repeat_table(world, visits, rng))
             builder.truth(truth_table(visits))
+            for table in factor_tables(world, visits) if factors else ():
+                builder.factors(table)
             if written is not None:
                 stays, truth = comment_visits(world, *written, visits, config.generator("comment area", day))
                 builder.texts("visits", stays)

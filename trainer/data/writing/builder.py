@@ -48,6 +48,8 @@ _EVENTS_PARQUET = {
     "compression_level": 1,
     "write_statistics": ["time_ms"],
 }
+# Many factors have few values, or belong to an item or a user.
+_FACTORS_PARQUET = {"compression": "zstd", "compression_level": 1, "write_statistics": ["request_ms"]}
 # Probabilities are random to a compressor.
 _TRUTH_PARQUET = {
     "use_dictionary": ["user_id"],
@@ -102,6 +104,7 @@ class DatasetBuilder:
         self._join = FeatureJoin(spec)
         self._tables: dict[str, pq.ParquetWriter] = {}
         self._spills: dict[str, Spill] = {}
+        self._factors: pa.Schema | None = None
         self._texts = TextWriter(self._tmp_path)
         self._ids = {name: IdIndex() for name in ("user", "author", "item")}
         with self._writing():
@@ -209,6 +212,19 @@ class DatasetBuilder:
         with self._writing():
             self._spill("truth", schema).add(validation.columns_of(table, schema, "truth"))
 
+    def factors(self, table: pa.Table) -> None:
+        """Add true factors: ``visit_id``, ``user_id``, ``request_ms``, ``context``, and a column of numbers for each.
+
+        Raises:
+            UserError: a column is missing, or a part has other columns than the first one.
+        """
+        kinds = {name: pa.int64() for name in ("visit_id", "user_id", "request_ms")} | {"context": pa.int8()}
+        if self._factors is None:
+            others = [name for name in table.column_names if name not in kinds]
+            self._factors = pa.schema([*kinds.items(), *((name, pa.float32()) for name in others)])
+        with self._writing():
+            self._spill("factors", self._factors).add(validation.columns_of(table, self._factors, "factors"))
+
     def texts(self, name: str, table: pa.Table) -> None:
         """Add lines to a text table (``text_schema.SCHEMAS``); comments must be added before visits that name them.
 
@@ -219,7 +235,7 @@ class DatasetBuilder:
             self._texts.add(name, table)
 
     def text_truth(self, name: str, table: pa.Table) -> None:
-        """Add lines to a table of true parameters of the texts (``text_schema.TRUTHS``)."""
+        """Add lines to another table of true parameters (``text_schema.TRUTHS``)."""
         with self._writing():
             self._texts.add_truth(name, table)
 
@@ -257,7 +273,8 @@ class DatasetBuilder:
         self._texts.finish()
         for spill in self._spills.values():
             spill.flush()
-        for folder in ("events", *(["truth"] if "truth" in self._spills else []), histories.FOLDER, shards.FOLDER):
+        truth = ["truth"] if {"truth", "factors"} & self._spills.keys() else []
+        for folder in ("events", *truth, histories.FOLDER, shards.FOLDER):
             (self._tmp_path / folder).mkdir(exist_ok=True)
 
         spec = self._spec
@@ -371,12 +388,13 @@ class DatasetBuilder:
         return count
 
     def _write_truth(self, partition: int) -> None:
-        """Write the true probabilities of a partition, if there are any."""
-        if "truth" in self._spills:
-            truth = self._spills["truth"].pop(partition)
-            order = time_order(truth["request_ms"], truth["visit_id"])
-            table = pa.table({name: np.take(column, order) for name, column in truth.items()})
-            pq.write_table(table, self._tmp_path / "truth" / f"part-{partition:05d}.parquet", **_TRUTH_PARQUET)
+        """Write the true probabilities and factors of a partition, if there are any."""
+        for name, file, settings in (("truth", "part", _TRUTH_PARQUET), ("factors", "factors", _FACTORS_PARQUET)):
+            if name in self._spills:
+                truth = self._spills[name].pop(partition)
+                order = time_order(truth["request_ms"], truth["visit_id"])
+                table = pa.table({name: np.take(column, order) for name, column in truth.items()})
+                pq.write_table(table, self._tmp_path / "truth" / f"{file}-{partition:05d}.parquet", **settings)
 
     def _spill(self, name: str, schema: pa.Schema) -> Spill:
         """Return the spill for rows of one kind; it is created at the first call."""
