@@ -24,7 +24,7 @@ PYTHON := $(shell for python in python3.11 python3.12 python3.13 python3.14; do 
 	  $$python -c '' 2>/dev/null && echo $$python && exit; done; echo python3)
 endif
 
-.PHONY: setup train full test test-all test-kafka test-triton test-gpu chaos lint format doctor clean
+.PHONY: setup train full test test-all test-kafka test-triton test-gpu bench chaos lint format doctor clean
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { echo "limelight: error: no $(PYTHON) here; install Python 3.11 or newer, or name one: make PYTHON=..." >&2; exit 2; }
@@ -99,6 +99,10 @@ build/triton-$(TRITON):
 # would replace a machine's own torch.
 test-gpu:
 	@test -x .venv/bin/python && python=.venv/bin/python || python=$(PYTHON); $$python -m benchmarks.speed.gpu --out benchmarks/results/gpu.json
+
+# The short set, under ten minutes on two cores: tables, and a JSON file for each in build/benchmarks.
+bench: setup
+	@.venv/bin/limelight bench --json build/benchmarks
 
 # About ten minutes on two cores; SEED=2 draws other faults, FAULTS=20 fewer.
 chaos: setup

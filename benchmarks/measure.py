@@ -1,15 +1,18 @@
-"""Shared parts of the benchmarks: options, result files, ranks in processes of their own, clocks and intervals."""
+"""Shared parts of the benchmarks: options, result files, ranks in processes of their own, clocks, load, intervals."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,66 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from launch.python_path import safe_environment
+from launch.python_path import ROOT, safe_environment
 from trainer.console.outputs import local_argument
 from trainer.runtime.environment import environment
 from trainer.runtime.files import write_json
+
+
+@dataclass(frozen=True)
+class MachineLoad:
+    """Work on the machine at one moment, this process's own included.
+
+    Attributes:
+        average: mean number of running processes of the last minute.
+        seconds: reading of the clock.
+        busy: processor seconds of all processes since the machine has started.
+        own: processor seconds of this process and of its children that have ended.
+    """
+
+    average: float
+    seconds: float
+    busy: float
+    own: float
+
+    @classmethod
+    def now(cls) -> MachineLoad:
+        """Read Linux's counters."""
+        own = sum(
+            usage.ru_utime + usage.ru_stime
+            for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
+        # user, nice, system, idle, iowait, irq, softirq, steal; the rest is counted in user as well.
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return cls(os.getloadavg()[0], time.perf_counter(), busy, own)
+
+
+_load_before = MachineLoad.now()
+"""Load when this module was imported, before anything is measured."""
+
+
+def load_facts(before: MachineLoad, after: MachineLoad) -> dict[str, float]:
+    """Return the load averages before and after, and the cores that other processes have kept busy between the two."""
+    elapsed = max(after.seconds - before.seconds, 1e-9)
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return {
+        "load_before": round(before.average, 2),
+        "load_after": round(after.average, 2),
+        "cores_of_others": round(max(0.0, others / elapsed), 2),
+    }
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, with ``+changes`` if files differ from it; None without git or a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
 
 
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -40,7 +99,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
 
 
 def write_result(out: Path | None, document: Mapping[str, Any], ranks: int = 1) -> None:
-    """Write a result with the versions and the machine under ``environment``; do nothing without a file.
+    """Write a result with versions, machine, commit and load under ``environment``; do nothing without a file.
 
     Args:
         out: file to write; its directory is made.
@@ -49,7 +108,8 @@ def write_result(out: Path | None, document: Mapping[str, Any], ranks: int = 1) 
     """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**document, "environment": environment(ranks)})
+        load = load_facts(_load_before, MachineLoad.now())
+        write_json(out, {**document, "environment": {**environment(ranks), "commit": commit(), **load}})
 
 
 def run_ranks(
@@ -115,6 +175,11 @@ def fastest(work: Callable[[], object], repeats: int, clock: Callable[[], float]
         work()
         seconds.append(clock() - begin)
     return min(seconds)
+
+
+def median_and_range(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, the least and the largest of several runs, since a figure moves with the machine."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def mean_and_half_width(values: Sequence[float | None]) -> list[float | None]:

@@ -33,6 +33,8 @@ from trainer.stream.labels.policy import POLICIES, EventTimeouts, Policy
 from trainer.stream.labels.streaming_assembler import StreamAssembler
 from trainer.stream.labels.visit_grouping import in_domains
 
+SHORT = ("--users", "500", "--days", "2", "--repeats", "1")
+
 TARGETS = {"batch": 500_000, "incremental": 100_000}
 """Least events per second and core that each assembler aims at."""
 

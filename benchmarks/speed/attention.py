@@ -30,6 +30,8 @@ from modules.din import TargetAttention
 from modules.esu import SequenceAttention
 from trainer.console.text_table import text_table
 
+SHORT = ("--rounds", "3")
+
 SEQUENCES, LONGEST = 5, 100
 PARTS, QUERY_DIM, HEADS, HEAD_DIM = (16, 16, 32), 64, 4, 16
 LENGTHS = ("full", "random", "half empty")

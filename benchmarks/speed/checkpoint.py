@@ -44,6 +44,8 @@ from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 
+SHORT = ("--gigabytes", "0.2")
+
 DIM = 16
 SHARES = {"user": 0.6, "item": 0.4}
 """Shares of the bytes; the larger table is more than half of the model."""

@@ -24,6 +24,8 @@ from trainer.console.text_table import text_table
 from trainer.semantic_ids.code_store import SegmentCodes, StoreSettings
 from trainer.semantic_ids.store_address import open_store
 
+SHORT = ("--scale", "10")
+
 AUTHORS, SEGMENTS, READS, RUNS, CODES = 2000, 150, 10_000, 100, 20_000
 AUTHORS_OF_A_READ = 256
 SAME_CODE = 1 / 12

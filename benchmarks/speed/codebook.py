@@ -44,6 +44,8 @@ from trainer.runtime.stored_files import load_array
 from trainer.semantic_ids.kmeans import KMeansSettings, fit
 from trainer.semantic_ids.vector_source import StoredVectors, merge_equal
 
+SHORT = ("--scale", "10")
+
 DIM, CODES = 128, 20_000
 ASSIGNED, FITTED, HELD_OUT, STORED = 16_384, 200_000, 20_000, 10_000_000
 ITERATIONS, ROUNDS = 10, 3

@@ -36,6 +36,8 @@ from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables
 
+SHORT = ("--length", "50")
+
 DIM, SEED = 16, 1
 HISTORY, TOPICS = 10_000, 64
 ROWS = {"item": 2_000_000, "author": 200_000, "side": 4_096}

@@ -45,6 +45,8 @@ from trainer.llm.models.base_model import BaseModelFiles
 from trainer.llm.models.prompt_templates import Template
 from trainer.llm.models.small_model import write_small_model
 
+SHORT = ("--texts", "400", "--users", "100")
+
 KINDS = ("items", "comments", "segments", "authors")
 RIDGE = (0.1, 1.0, 10.0, 100.0)
 BATCH_TOKENS = (1_024, 4_096, 16_384)

@@ -22,6 +22,8 @@ from modules.foresight import ForesightPredictor, ForesightSize
 from trainer.console.text_table import text_table
 from trainer.semantic_ids.foresight_forecast import ROWS_AT_ONCE
 
+SHORT = ("--repeats", "2")
+
 CODES, CENTROID_DIM, REPEATS = 20_000, 128, 5
 SIZES: dict[str, dict[str, Any]] = {
     "100 runs, all encoded": {"runs": 100, "copy": True},

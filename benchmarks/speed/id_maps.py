@@ -30,6 +30,8 @@ from trainer.console.text_table import text_table
 from trainer.sparse import dynamic_ids
 from trainer.sparse.dynamic_ids import DynamicIds
 
+SHORT = ("--steps", "10")
+
 BUCKETS = (8, 64, 512)
 INTERVALS = (1, 10)
 """Steps between two evictions of TorchRec's map."""

@@ -40,6 +40,8 @@ from trainer.data.loading.batch_plan import ReadPlan
 from trainer.data.loading.block_reader import BlockReader
 from trainer.data.loading.loader import Loader
 
+SHORT = ("--rows", "60000", "--workers", "0", "1", "--repeats", "2")
+
 HOUR_MS = 3_600_000
 START_MS = 1_700_000_000_000
 DAYS = 2

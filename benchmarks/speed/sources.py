@@ -37,6 +37,8 @@ from trainer.stream.sources.logged_features import FEATURES, RequestFeatures
 from trainer.stream.sources.replay import ReplaySource
 from trainer.stream.sources.source import Source
 
+SHORT = ("--events", "200000", "--topic-events", "20000", "--repeats", "1")
+
 PARTITIONS = 4
 START_MS = 1_700_000_000_000
 MESSAGES = (("json", 1), ("json", 100), ("arrow", 1000))

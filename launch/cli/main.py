@@ -11,6 +11,7 @@ import click
 
 from launch.cli import (
     align,
+    bench,
     checkpoint,
     config,
     configs,
@@ -84,6 +85,7 @@ for command in (
     config.config,
     configs.configs,
     plan.plan,
+    bench.bench,
     doctor.doctor,
 ):
     limelight.add_command(command)

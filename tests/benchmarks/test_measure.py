@@ -34,7 +34,39 @@ def test_a_result_has_its_environment_and_no_file_means_none(tmp_path: Path) -> 
     measure.write_result(out, {"figure": 1}, ranks=3)
     written = json.loads(out.read_text())
     assert written["figure"] == 1 and written["environment"]["ranks"] == 3 and written["environment"]["cores"] > 0
+    assert {"commit", "load_before", "load_after", "cores_of_others"} <= written["environment"].keys()
     measure.write_result(None, {"figure": 1})
+
+
+def test_cores_of_others_are_what_the_run_s_own_processes_did_not_use() -> None:
+    before, after = measure.MachineLoad(0.5, 10, 100, 2), measure.MachineLoad(3.25, 14, 109, 8)
+    expected = {"load_before": 0.5, "load_after": 3.25, "cores_of_others": 0.75}
+    assert measure.load_facts(before, after) == expected
+    busy_machine = measure.MachineLoad.now()
+    sum(range(2_000_000))
+    later = measure.MachineLoad.now()
+    assert later.own > busy_machine.own and later.busy >= busy_machine.busy and later.seconds > busy_machine.seconds
+
+
+def test_a_commit_says_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    assert measure.commit() is None
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    assert measure.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("2")
+    assert measure.commit() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_the_spread_of_runs() -> None:
+    assert measure.median_and_range([5, 1, 3, 2]) == {"median": 2.5, "least": 1, "most": 5}
 
 
 def test_every_benchmark_has_out(capsys: pytest.CaptureFixture[str]) -> None:

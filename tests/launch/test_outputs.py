@@ -29,7 +29,7 @@ JOBS = ("train", "finetune", "embed", "staytime", "quantize", "align", "foresigh
 
 PLAIN_TEXT = {
     *("time_from", "time_until", "at", "as_of", "evaluate_from", "most", "overrides", "ranks", "local_rank"),
-    *("store", "annotate", "model", "sort", "gpu"),
+    *("store", "annotate", "model", "sort", "gpu", "names", "options"),
     *("brokers", "topic", "dead_letter_topic"),
     *("fast_seconds", "slow_seconds", "tick_seconds", "idle_seconds", "max_out_of_orderness_seconds"),
 }
@@ -65,6 +65,7 @@ OUTPUTS = {
     "foresight forecast",
     "report",
     "plan",
+    "bench",
 }
 """Commands with an output."""
 
