@@ -57,7 +57,7 @@ class TargetAttention(nn.Module):
         for layer in self.rest:
             layers += [layer.get_parameter("weight").t().contiguous(), layer.get_parameter("bias")]
         of_key, of_product = (of_key - of_difference).contiguous(), of_product.contiguous()
-        return _Attention.apply(query, keys, bias, of_key, of_product, self.score, lengths, max_length, *layers)
+        return PlainAttention.apply(query, keys, bias, of_key, of_product, self.score, lengths, max_length, *layers)
 
     def attention_weights(self, query: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
         """Return the attention weight of each entry, ``[entries, 1]``; the weights of a row sum to 1.
@@ -72,7 +72,7 @@ class TargetAttention(nn.Module):
         return torch.cat([scores[:0], *(of_row.softmax(0) for of_row in scores.split(lengths.tolist()))])[:, None]
 
 
-class _Attention(torch.autograd.Function):
+class PlainAttention(torch.autograd.Function):
     """Attention computed block by block, with its own backward pass.
 
     On a CPU this takes half the time of the same operations on whole batches, whose activations leave the caches

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modules.compiled import compiled
 from trainer.metrics.behaviour_metrics import user_auc
-from trainer.runtime.compiled import compiled
 
 
 @dataclass(frozen=True)

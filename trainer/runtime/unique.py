@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.runtime.compiled import compiled
+from modules.compiled import compiled
 
 _GOLDEN = 0x9E3779B97F4A7C15
 """2 ** 64 divided by the golden ratio: it spreads the high bits of a product evenly (Knuth, volume 3, 6.4)."""

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modules.compiled import compiled
 from trainer.data.format.text_schema import SEGMENT_MS
-from trainer.runtime.compiled import compiled
 
 NO_ROOM, BEFORE_FIRST, OFF_AIR = -1, -2, -3
 """Answers of :meth:`AirTime.at` without a segment: the room has none; its first one starts later; or the time is at the

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.runtime.compiled import compiled
+from modules.compiled import compiled
 
 _BITS = 62
 

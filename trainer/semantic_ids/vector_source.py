@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from modules.compiled import compiled
 from trainer.console.errors import UserError
-from trainer.runtime.compiled import compiled
 
 CHUNK_VALUES = 1 << 22
 """Elements of the vectors that are read at once: 32,768 vectors of 128 elements."""

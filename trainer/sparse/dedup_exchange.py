@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.runtime.compiled import compiled
+from modules.compiled import compiled
 from trainer.runtime.unique import find_unique
 from trainer.sparse.exchange import Exchange, Gradients
 

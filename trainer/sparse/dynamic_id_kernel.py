@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.runtime.compiled import compiled
+from modules.compiled import compiled
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Arrays ``id``, ``seen`` and ``sightings`` of the rows, or of their candidates."""

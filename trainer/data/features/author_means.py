@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.runtime.compiled import compiled
+from modules.compiled import compiled
 
 BLOCK = 64
 """Segments of an author from one kept sum to the next: the sums of float16 vectors take a 16th of their memory."""

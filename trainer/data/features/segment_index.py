@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 
+from modules.compiled import compiled
 from trainer.data.format.history import HistorySlice
 from trainer.data.format.schema import DOMAINS
 from trainer.data.format.text_schema import SEGMENT_MS
-from trainer.runtime.compiled import compiled
 
 NO_SEGMENT = -1
 
