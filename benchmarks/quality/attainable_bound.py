@@ -19,7 +19,7 @@ the Kalman filters, whose beliefs are normal distributions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -57,15 +57,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 def attainable_probabilities(
-    config: WorldConfig, visit_id: np.ndarray, truth: np.ndarray, behaviours: Sequence[str]
+    config: WorldConfig,
+    visit_id: np.ndarray,
+    truth: np.ndarray,
+    behaviours: Sequence[str],
+    variants: Mapping[str, tuple[str, ...]] = VARIANTS,
 ) -> dict[str, np.ndarray]:
-    """Return the probabilities of live visits under each of ``VARIANTS``, ``[n, behaviours] float32``.
+    """Return the probabilities of live visits under each of some variants, ``[n, behaviours] float32``.
 
     Args:
         config: of the world, which is simulated again.
         visit_id: ``[n]`` visits.
         truth: ``[n, behaviours]``, their true probabilities, to check that this is the same world.
         behaviours: names of the columns.
+        variants: of ``VARIANTS``.
 
     Raises:
         ValueError: the world has other probabilities.
@@ -78,14 +83,14 @@ def attainable_probabilities(
         raise ValueError(f"the visits are of another world than {config}")
     moods, of_rooms, of_users = mood_probability(log)[rows], room_beliefs(log, rows), user_beliefs(log, rows)
     rng = np.random.default_rng(config.seed)
-    found = {name: np.empty((len(rows), len(columns)), np.float32) for name in VARIANTS}
+    found = {name: np.empty((len(rows), len(columns)), np.float32) for name in variants}
     for first in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
         inputs = log.inputs(rows[part])
         shown = inputs.shown
         traits, users = of_rooms[part].draw(rng, DRAWS), of_users[part].draw(rng, DRAWS)
         content = draw_content(log.world, shown.item, shown.time_ms, DRAWS, rng)
-        for name, hidden in VARIANTS.items():
+        for name, hidden in variants.items():
             expected = expected_probabilities(
                 inputs,
                 moods[part] if MOOD in hidden else None,

@@ -15,16 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config.ranker import JobConfig
-from trainer.console.errors import UserError
 from trainer.console.outputs import Output
 from trainer.console.progress import Progress
 from trainer.data.features.fit import ID_TABLES
 from trainer.data.features.id_map import beyond_message
 from trainer.data.features.missing_inputs import MissingTally
-from trainer.data.format import storage
-from trainer.data.format.dataset_files import DatasetFiles
-from trainer.data.format.parquet_files import read_table
-from trainer.data.format.schema import DatasetSpec, partition_of
+from trainer.data.format.truth_rows import PROBABILITIES, read_truth_rows
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import BehaviourMetrics, Report
@@ -136,27 +132,11 @@ def read_truth(path: str, predictions: Predictions, behaviours: Sequence[str]) -
         predictions: of this rank; they name the rows.
         behaviours: names of the K columns.
     """
-    spec, files = DatasetSpec.load(path), DatasetFiles(path)
-    columns = ["visit_id", *(f"p_{behaviour}" for behaviour in behaviours)]
-    truth = np.full((len(predictions.visit_id), len(behaviours)), np.nan, np.float32)
-    owner = partition_of(predictions.user_id.numpy(), spec.partitions)
-    for partition in range(spec.partitions):
-        name = f"truth/part-{partition:05d}.parquet"
-        mine = np.flatnonzero(owner == partition)
-        if partition and not len(mine):
-            continue
-        try:
-            table = read_table(files, name, columns)
-        except FileNotFoundError:
-            return None
-        visits = table["visit_id"].to_numpy()
-        order = np.argsort(visits)
-        wanted = predictions.visit_id.numpy()[mine]
-        if not np.isin(wanted, visits).all():
-            raise UserError(f"{storage.join(path, name)}: damaged, it has no probabilities of some rows")
-        line = order[np.searchsorted(visits, wanted, sorter=order)]
-        for column, behaviour in enumerate(behaviours):
-            truth[mine, column] = table[f"p_{behaviour}"].to_numpy()[line]
+    columns = [f"p_{behaviour}" for behaviour in behaviours]
+    found = read_truth_rows(path, PROBABILITIES, predictions.user_id.numpy(), predictions.visit_id.numpy(), columns)
+    if found is None:
+        return None
+    truth = np.stack([found[column] for column in columns], axis=1, dtype=np.float32)
     return torch.from_numpy(truth)
 
 
