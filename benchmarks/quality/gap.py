@@ -8,8 +8,8 @@ of the session. This benchmark takes the predictions of a run's held-out rows an
 regression on the run's log-odds and the factor's effect (``world_factors.py``). It is fitted on four fifths of the
 users and used on the last fifth, in turn (``gap_fit.py``). What AUC, GAUC and log loss gain is what the run did not
 know of this factor. Each factor is told alone, and then all one after the other, in a greedy order: the next one is the
-factor that lowers the held-out log loss most. The order ends where no factor lowers it; then all others are told at
-once.
+factor that promises the largest fall of the log loss by a score test on the held-out residuals. The order ends where
+the held-out log loss no longer falls; then all others are told at once.
 
 The first line is the run as it is, the second one the run after such a regression without a factor. Gains are relative
 to the second line: what calibration alone gives belongs to no factor. The last line is the true probability. It is more
@@ -29,7 +29,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from benchmarks.measure import make_parser, mean_and_half_width, run_limelight, 
 from benchmarks.quality.attainable_bound import ATTAINABLE, VARIANTS, attainable_probabilities
 from benchmarks.quality.gap_fit import FOLDS, cross_fit, folds_of, greedy_order, log_loss, log_odds_of, reason_to_skip
 from benchmarks.quality.gap_report import draw, tables
-from benchmarks.quality.paired_users import DRAWS, UserMetric, paired_difference
 from benchmarks.quality.world_factors import WorldFactors
 from trainer.checkpoint.run_directory import load_run
 from trainer.console.errors import UserError
@@ -48,8 +47,12 @@ from trainer.data.format.carried_dataset import dataset_of
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
 from trainer.metrics.behaviour_metrics import auc, grouped_auc
+from trainer.metrics.user_bootstrap import ResampledMetric, draw_users, interval, resample_auc
 from trainer.ranking.held_out_rows import HELD_OUT
 from trainer.report.held_out import HeldOutRows
+
+DRAWS = 200
+"""Draws of users of an interval."""
 
 TOLERANCE = 1e-5
 """Largest difference between a true probability that a run has kept and the one of its factors."""
@@ -96,7 +99,7 @@ class Gap:
         """
         first = self.runs[0]
         label, user_id = first.label[rows, k], first.user_id[rows]
-        user, fold = np.unique(user_id, return_inverse=True)[1], folds_of(user_id)
+        fold = folds_of(user_id)
         terms = {name: effect[rows] for name, effect in effects.items() if np.ptp(effect[rows]) > 0}
         runs = [log_odds_of(run.probability[rows, k]) for run in self.runs]
 
@@ -111,13 +114,13 @@ class Gap:
             }
 
         calibrated = told([])
-        before = [UserMetric(user, one, label).auc for one in calibrated]
+        index, counts = draw_users(user_id, DRAWS, seed=1)
+        before = [resample_auc(index, counts, one, label) for one in calibrated]
         alone = {}
         for name in terms:
             with_factor = told([name])
-            after = [UserMetric(user, one, label).auc for one in with_factor]
-            gain = paired_difference(before, after, int(user.max()) + 1)
-            alone[name] = line(with_factor) | {"auc_gain": {key: asdict(gain)[key] for key in ("mean", "low", "high")}}
+            after = [resample_auc(index, counts, one, label) for one in with_factor]
+            alone[name] = line(with_factor) | {"auc_gain": _gain(before, after)}
         order = greedy_order(runs, terms, label, fold)
         steps = [{"factor": name, **line(told(order[: place + 1]))} for place, name in enumerate(order)]
         bounds = {"best possible": self.truth} | ({} if self.attainable is None else {ATTAINABLE: self.attainable})
@@ -132,6 +135,15 @@ class Gap:
             "all": line(told([*order, *(name for name in terms if name not in order)])),
             "bounds": {name: line([log_odds_of(values[rows, k])]) for name, values in bounds.items()},
         }
+
+
+def _gain(before: Sequence[ResampledMetric], after: Sequence[ResampledMetric]) -> dict[str, float | None]:
+    """Return the difference of a metric in points, mean over the runs, with its interval over users."""
+    pairs = list(zip(before, after, strict=True))
+    low, high = interval(np.mean([100 * (new.draws - old.draws) for old, new in pairs], axis=0))
+    known = np.isfinite(low) and np.isfinite(high)
+    mean = float(np.mean([100 * (new.value - old.value) for old, new in pairs]))
+    return {"mean": mean, "low": low if known else None, "high": high if known else None}
 
 
 def read_gap(directories: Sequence[str], data: str | None, attainable: Path | None) -> Gap:
@@ -227,7 +239,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "users": len(np.unique(gap.runs[0].user_id)),
         "folds": FOLDS,
         "draws": DRAWS,
-        "order": "greedy, by held-out log loss",
+        "order": "greedy, by the score test on held-out residuals",
         **found,
     }
 

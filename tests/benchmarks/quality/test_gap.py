@@ -13,9 +13,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import gap, paired_users
+from benchmarks.quality import gap
 from benchmarks.quality.attainable_bound import ATTAINABLE
-from benchmarks.quality.gap_fit import FOLDS, LEAST, cross_fit, folds_of, greedy_order, log_loss, reason_to_skip
+from benchmarks.quality.gap_fit import (
+    FOLDS,
+    LEAST,
+    cross_fit,
+    folds_of,
+    greedy_order,
+    log_loss,
+    reason_to_skip,
+    score_statistics,
+)
 from benchmarks.quality.gap_report import BEST, tables, waterfall
 from benchmarks.quality.world_factors import WorldFactors
 from trainer.config.ranker import parse_config
@@ -29,7 +38,7 @@ KEYS = ("user_id", "visit_id", "request_ms")
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired_users, "DRAWS", 10)
+    monkeypatch.setattr(gap, "DRAWS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +159,23 @@ def test_the_order_ends_where_no_term_helps() -> None:
     label = (rng.random(4000) < 1 / (1 + np.exp(-odds))).astype(np.uint8)
     assert greedy_order([rng.standard_normal(4000)], terms, label, fold)[:2] == ["large", "small"]
     assert greedy_order([odds], terms, label, fold) in ([], ["noise"], ["small"], ["large"])
+
+
+def test_a_score_statistic_is_the_gain_of_likelihood() -> None:
+    rng = np.random.default_rng(3)
+    column, term = rng.standard_normal((2, 20_000))
+    odds = 0.5 * column + 0.05 * term
+    label = (rng.random(20_000) < 1 / (1 + np.exp(-odds))).astype(np.uint8)
+    # Both parts have the same rows, so the held-out likelihood is that of the fit.
+    half = np.repeat([0, 1], 20_000)
+    both = [np.tile(values, 2) for values in (column, term)]
+    labels = np.tile(label, 2)
+    small, large = (cross_fit(columns, labels, half) for columns in (both[:1], both))
+    gain = 20_000 * (log_loss(small, labels) - log_loss(large, labels))
+    found = score_statistics([column], [term, column, 2 * column + 1, 3 * term - column], small[:20_000], label)
+    assert found[0] / 2 == pytest.approx(gain, rel=0.02) and found[3] == pytest.approx(found[0])
+    # What the columns say already adds nothing.
+    assert found[1] == found[2] == 0
 
 
 def test_behaviours_without_positives_are_left_out_with_the_reason(
