@@ -123,6 +123,7 @@ class Ranker(nn.Module):
         }
         key_dims = {history.name: sum(self.key_widths[name] for name in history.keys) for history in self.sequences}
         self.attention: nn.ModuleList | SequenceAttention | None = None
+        self._query_index: Tensor | None = None
         read_widths = list(key_dims.values())
         if kind != "logistic" and attention_kind == "din":
             self.attention = nn.ModuleList(
@@ -252,7 +253,12 @@ class Ranker(nn.Module):
 
     def _query(self, rows: Mapping[str, Tensor], dense: Tensor) -> Tensor:
         """Return all features of the candidate, ``[batch, width]``."""
-        return _join([*rows.values(), dense])[:, self.query_columns]
+        inputs = _join([*rows.values(), dense])
+        # A list as an index would be copied to the device in every step, and the host would wait for it. A buffer would
+        # be one more tensor of the checkpoints.
+        if self._query_index is None or self._query_index.device != inputs.device:
+            self._query_index = torch.tensor(self.query_columns, dtype=torch.int64, device=inputs.device)
+        return inputs[:, self._query_index]
 
     def _read(
         self, embedded: Mapping[str, Tensor], lengths: Mapping[str, Tensor], rows: Mapping[str, Tensor], dense: Tensor

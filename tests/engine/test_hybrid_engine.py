@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modules.embeddings import Lookup
-from tests.distributed.engine_ranks import parameters
+from tests.distributed.engine_ranks import everything, parameters
 from tests.distributed.small_model import (
     BEHAVIOURS,
     LOOKUPS,
@@ -28,7 +28,8 @@ from tests.distributed.small_model import (
     tables,
 )
 from trainer.console.errors import UserError
-from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
+from trainer.engine.batch_pipeline import StepRequest
+from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, NotFiniteLoss, TableOptimizer
 from trainer.runtime.distributed import World
 
 
@@ -155,3 +156,65 @@ def test_tables_and_network_have_learning_rates_of_their_own(world: World) -> No
         (result,) = engine.steps(iter([rows.batch(0, len(rows))]))
         assert float(result.loss) == pytest.approx(plain.step(rows), rel=1e-5)
         assert_equal_to(plain, engine, world)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize(
+    "deepspeed",
+    [
+        {},
+        {"gradient_clipping": 0.1},
+        {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2},
+        {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.1},
+        {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.1, "bf16": {"enabled": True}},
+    ],
+)
+def test_a_loss_that_is_read_later_and_is_not_finite_has_changed_nothing(
+    world: World, deepspeed: dict[str, Any], optimizer: str
+) -> None:
+    """The engine is that of the last good step, and goes on like one that never saw the bad batch."""
+    good = list(batches_of(0, 1))[:6]
+    bad = replace(good[2], dense=torch.full_like(good[2].dense, float("nan")))
+    settings = {"deepspeed": deepspeed, "table_optimizer": TableOptimizer(optimizer, 0.1)}  # type: ignore[arg-type]
+    engine = single_engine(world, **settings, read_later=True)
+    undisturbed = single_engine(world, **settings)
+    numbers = []
+    with pytest.raises(NotFiniteLoss, match="the loss of step 4 is nan") as raised:
+        for result in engine.steps(iter([*good[:3], bad, *good[3:]])):
+            numbers.append(result.number)
+    # The device had the next step as well when the host read the loss.
+    assert numbers == [1, 2, 3, 4]
+    assert raised.value.step == 4 and raised.value.batch is bad and raised.value.logits.isnan().any()
+    assert len(list(undisturbed.steps(iter(good[:3])))) == engine.steps_done == 3
+    assert_same_state(everything(engine, world), everything(undisturbed, world), deepspeed)
+    later = [float(result.loss) for result in engine.steps(iter(good[3:]))]
+    at_once = [float(result.loss) for result in undisturbed.steps(iter(good[3:]))]
+    assert later == pytest.approx(at_once, rel=1e-6)
+    assert_same_state(everything(engine, world), everything(undisturbed, world), deepspeed)
+
+
+def assert_same_state(later: dict[str, Tensor], at_once: dict[str, Tensor], deepspeed: dict[str, Any]) -> None:
+    # Without ZeRO, DeepSpeed sums the squares of the gradient in another order than PyTorch.
+    exact = "zero_optimization" in deepspeed or "gradient_clipping" not in deepspeed
+    assert later.keys() == at_once.keys()
+    for name, values in at_once.items():
+        torch.testing.assert_close(later[name], values, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-7)
+
+
+@pytest.mark.parametrize("when", ["last", "saved", "state", "predict"])
+def test_a_loss_is_read_before_anything_uses_the_model(world: World, when: str) -> None:
+    batch = next(batches_of(0, 1))
+    bad = replace(batch, dense=torch.full_like(batch.dense, float("inf")))
+    engine = single_engine(world, read_later=True)
+    requests = StepRequest(save=when == "saved")
+    steps = engine.steps(iter([bad] if when == "last" else [bad, batch]), lambda step: requests)
+    if when in ("last", "saved"):
+        with pytest.raises(NotFiniteLoss, match="step 1"):
+            seen = [next(steps)]
+            assert when == "last" and seen
+            next(steps)
+    else:
+        next(steps)
+        with pytest.raises(NotFiniteLoss, match="step 1"):
+            engine.state(copy=True) if when == "state" else list(engine.predict(iter([batch])))
+    assert engine.steps_done == 0

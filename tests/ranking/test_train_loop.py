@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from tests.device_waits import Waits
+from tests.distributed.engine_ranks import everything
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
+from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import HybridEngine, StepResult
 from trainer.rank import run_job
+from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.train_loop import write_scalars
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import HostCopy
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preemption
 
@@ -31,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def job(dataset: Path, directory: Path, decay: str) -> JobConfig:
+def job(dataset: Path, directory: Path, decay: str, *more: str) -> JobConfig:
     settings = [
         f"data.path={dataset}",
         f"run.directory={directory}",
@@ -48,6 +56,7 @@ def job(dataset: Path, directory: Path, decay: str) -> JobConfig:
         "train.epochs=2",
         "train.device=cpu",
         *(f"train.weights.{name}={weight}" for name, weight in WEIGHTS.items()),
+        *more,
     ]
     return load_config("configs/simulated.toml", settings)
 
@@ -94,6 +103,67 @@ def test_weights_and_learning_rates_of_each_step(
         weight = torch.tensor([WEIGHTS.get(name, 1.0) for name in behaviours])
         torch.testing.assert_close(result.loss, (losses * batch.mask * weight).sum() / batch.rows)
     assert used[0][0] < used[1][0], "it warms up"
+
+
+class Trained(NamedTuple):
+    """A run, with the calls of each step for which the host would have waited for a GPU."""
+
+    history: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+    waits: list[list[str]]
+
+
+def train_counted(config: JobConfig, *, later: bool) -> Trained:
+    """Run a job whose engine reads losses ``later``, or at once."""
+    waits, starts, copies = Waits(), list[int](), list[HostCopy]()
+    histories: list[list[dict[str, Any]]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    advance, read, save = TrainingState.advance, HostCopy.read, Checkpoints.save
+
+    def counted_advance(self: TrainingState, result: StepResult) -> None:
+        starts.append(len(waits.calls))
+        advance(self, result)
+
+    def counted_read(self: HostCopy) -> list[torch.Tensor]:
+        if not any(copy is self for copy in copies):
+            copies.append(self)
+            waits.calls.append("values of a step")
+        return read(self)
+
+    def last_save(self: Checkpoints, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
+        save(self, engine, state, wait=wait)
+        histories.append(list(state.metric_history))
+        tensors.update(everything(engine, world))
+
+    with pytest.MonkeyPatch.context() as patch, World.join("cpu") as world, waits if later else nullcontext():
+        patch.setattr(build_engine, "HybridEngine", partial(HybridEngine, read_later=later))
+        patch.setattr(TrainingState, "advance", counted_advance)
+        patch.setattr(HostCopy, "read", counted_read)
+        patch.setattr(Checkpoints, "save", last_save)
+        run_job(config, world, Preemption())
+    of_seconds = {"rows_per_second", *PHASES}
+    history = [{name: value for name, value in entry.items() if name not in of_seconds} for entry in histories[-1]]
+    return Trained(history, tensors, [waits.calls[start:stop] for start, stop in pairwise(starts)])
+
+
+@pytest.mark.parametrize("attention", ["din", "multi_head"])
+def test_the_host_waits_for_the_device_once_a_step_and_no_bit_changes(
+    dataset: Path, tmp_path: Path, attention: str
+) -> None:
+    settings = {"model.attention_kind": attention, "train.log_every": 3, "data.workers": 0}
+    runs = {}
+    for later in (False, True):
+        config = job(dataset, tmp_path / f"{later}", "linear", *(f"{key}={value}" for key, value in settings.items()))
+        runs[later] = train_counted(config, later=later)
+    at_once, late = runs[False], runs[True]
+    assert len(late.waits) > 10
+    # Adam's moments and DeepSpeed's buffers are made in the first step.
+    for step, calls in enumerate(late.waits[1:], 2):
+        assert len(calls) <= 1, f"step {step}: {calls}"
+    assert late.history == at_once.history and len(late.history) > 3
+    assert late.tensors.keys() == at_once.tensors.keys()
+    for name, values in at_once.tensors.items():
+        assert torch.equal(late.tensors[name], values), name
 
 
 def test_every_figure_of_an_entry_is_a_scalar() -> None:

@@ -14,8 +14,7 @@ from trainer.ranking.training_state import PHASES, MetricWindow
 
 def step(loss: float, alignment: float, rows: int, skipped: int, seconds: float) -> Any:
     return SimpleNamespace(
-        loss=loss,
-        alignment=alignment,
+        values=SimpleNamespace(loss=loss, alignment=alignment),
         rows_global=rows,
         batch=SimpleNamespace(skipped_rows=skipped),
         seconds=dict.fromkeys(PHASES, seconds),

@@ -68,9 +68,11 @@ class InFlightBatch:
         control: a gloo group of all ranks.
         exhausted: True if this rank has no more batches; ``batch`` is then empty.
         request: request of this rank; it is summed over the ranks together with the number of rows.
+        host: the batch on the host; None if ``batch`` is there.
 
     Attributes:
         batch: the batch as given.
+        host: the same batch on the host.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class InFlightBatch:
         *,
         exhausted: bool,
         request: StepRequest,
+        host: RankingBatch | None = None,
     ) -> None:
         self.batch = batch
+        self.host = batch if host is None else host
         self._exchanges = exchanges
         self._stream, self._clock, self._control = stream, clock, control
         self._totals = torch.tensor([batch.rows, batch.left_out_rows, not exhausted, *request], dtype=torch.int64)
@@ -185,6 +189,7 @@ class BatchPipeline:
         # An exhausted rank goes on to report the position of its last batch, which a checkpoint stores.
         self._empty = replace(self._empty, position=batch.position)
         with self._clock.phase("tables"):
+            host = batch
             if self._stream is not None:
                 with on_stream(self._stream):
                     batch = batch.to(self._clock.device, non_blocking=True)
@@ -196,4 +201,5 @@ class BatchPipeline:
                 self._control,
                 exhausted=exhausted,
                 request=request,
+                host=host,
             )

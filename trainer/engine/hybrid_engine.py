@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from trainer.engine.history_alignment import Alignment
 from trainer.engine.micro_batches import MicroBatch, row_lengths, split_micro_batches
 from trainer.engine.step_loss import StepLoss
 from trainer.runtime.distributed import control_group, local_size
+from trainer.runtime.host_copy import HostCopy
 from trainer.runtime.phase_timer import PhaseClock, PhaseSeconds
 from trainer.sparse.dynamic_ids import IdCounts
 from trainer.sparse.planner import TableOptimizer
@@ -48,6 +49,7 @@ class StepResult:
     """Result of one training step.
 
     Attributes:
+        number: number of the step, from 1.
         batch: this rank's rows; empty if this rank has no more batches but another one has.
         logits: ``[rows, behaviours]`` float32, predicted before the step trained on these rows; ``[rows, width]``, the
             output of another network than a ranker.
@@ -60,8 +62,10 @@ class StepResult:
         save: True if a rank requested a checkpoint after this step; the same on all ranks.
         stop: True if a rank requested to end after this step; the same on all ranks.
         laps: time of this rank in each phase, see :attr:`seconds`.
+        copies: copies for :attr:`values`.
     """
 
+    number: int
     batch: RankingBatch
     logits: Tensor
     loss: Tensor
@@ -71,6 +75,12 @@ class StepResult:
     save: bool
     stop: bool
     laps: PhaseSeconds
+    copies: HostCopy
+
+    @cached_property
+    def values(self) -> StepValues:
+        """Values of the step on the host; on a GPU this waits for the step."""
+        return StepValues(*self.copies.read())
 
     @property
     def rows_read(self) -> int:
@@ -83,8 +93,34 @@ class StepResult:
         return self.laps.total()
 
 
+class StepValues(NamedTuple):
+    """Values of a step on the host.
+
+    Attributes:
+        losses: ``[2]``, loss and alignment of the result.
+        logits: logits of the result.
+        user_id, label, mask: those of the batch.
+    """
+
+    losses: Tensor
+    logits: Tensor
+    user_id: Tensor
+    label: Tensor
+    mask: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Loss of the result."""
+        return float(self.losses[0])
+
+    @property
+    def alignment(self) -> float:
+        """Alignment of the result."""
+        return float(self.losses[1])
+
+
 class NotFiniteLoss(Exception):
-    """The loss of a step is NaN or infinite; neither the tables nor the dense network were trained on it.
+    """The loss of a step is NaN or infinite; neither the tables nor the dense network were trained on it or later.
 
     Attributes:
         step: number of the step.
@@ -118,6 +154,9 @@ class HybridEngine:
         deduplicate: see :class:`trainer.sparse.sharded_tables.ShardedTables`.
         deepspeed_file: file that the DeepSpeed settings come from, for messages.
         content: tables of pre-trained vectors that the batches have vectors of.
+        read_later: find out if a loss is finite when the next step is queued, so that the host does not wait for the
+            device. Until then the device itself leaves out all updates from the step on. False: find out at once. None:
+            later on a GPU, at once on a CPU, where nothing waits.
 
     Attributes:
         control: a gloo group of all ranks.
@@ -148,6 +187,7 @@ class HybridEngine:
         deduplicate: bool = True,
         deepspeed_file: str = SETTINGS,
         content: Sequence[ContentLayout] = (),
+        read_later: bool | None = None,
     ) -> None:
         group = dist.group.WORLD
         assert group is not None
@@ -179,6 +219,10 @@ class HybridEngine:
         self.table_optimizer = table_optimizer
         self.zero_stage = self._dense.zero_stage
         self.steps_done = 0
+        self._read_later = device.type == "cuda" if read_later is None else read_later
+        # True while all losses so far are finite; read on the device only.
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._unread: StepResult | None = None
 
     def set_learning_rate(self, tables: float, dense: float) -> None:
         """Set the learning rates, from the next step on."""
@@ -196,8 +240,11 @@ class HybridEngine:
 
         Raises:
             UserError: an id is outside its table.
-            NotFiniteLoss: raised on all ranks, before anything is trained on the step.
+            NotFiniteLoss: raised on all ranks, with nothing trained on the step: instead of the step's result, or, if
+                losses are read later, of that of the next step. A step with ``save`` or ``stop`` is never yielded
+                before its own loss is read.
         """
+        self._check_last_loss()
         self._dense.module.train()
         pipeline = self._pipeline(batches)
         current = pipeline.fetch(request(self.steps_done + 1))
@@ -210,6 +257,11 @@ class HybridEngine:
                 following = pipeline.fetch(request(self.steps_done + 2))
                 following.start()
             result = self._train(current, embedded, following)
+            if self._read_later:
+                self._check_last_loss()
+                self._unread = result
+                if result.save or result.stop:
+                    self._check_last_loss()
             try:
                 yield result
             except GeneratorExit:
@@ -223,6 +275,7 @@ class HybridEngine:
                 following.send()
             current = following
         current.drain()
+        self._check_last_loss()
 
     def predict(self, batches: Iterator[RankingBatch]) -> Iterator[tuple[RankingBatch, Tensor]]:
         """Yield batches of this rank with their logits ``[rows, behaviours]`` float32, without training. Collective.
@@ -247,6 +300,7 @@ class HybridEngine:
         self, batches: Iterator[RankingBatch], compute: Callable[[MicroBatch], Output]
     ) -> Iterator[tuple[RankingBatch, Output]]:
         """Yield each batch with the output that ``compute`` returns for it in evaluation mode, without gradients."""
+        self._check_last_loss()
         self._dense.module.eval()
         pipeline = self._pipeline(batches)
         current = pipeline.fetch()
@@ -284,7 +338,11 @@ class HybridEngine:
 
         Args:
             copy: copy the state into host memory, so that training can go on while it is written.
+
+        Raises:
+            NotFiniteLoss: the loss of the last step is not finite, which was not read before.
         """
+        self._check_last_loss()
         return in_blocks(self._state(), copy=copy)
 
     def load(self, path: str | Path) -> None:
@@ -293,6 +351,9 @@ class HybridEngine:
         Raises:
             UserError: the directory holds no model, or a different one; the message lists the differences.
         """
+        # A loss of the model that is replaced does not matter any more.
+        self._unread = None
+        self._finite.fill_(True)
         state = self._state()
         read_state(state, path, self.control)
         self._tables.loaded(state)
@@ -343,8 +404,8 @@ class HybridEngine:
         """Train one step on a batch whose rows are ``embedded``, and send the ids of ``following`` meanwhile."""
         batch, totals = current.batch, current.totals()
         rows = totals.rows
-        parts = split_micro_batches(batch, embedded, self._fixed_lengths, self._dense.parts)
-        aligned, alignment_gradients = self._align(batch, embedded, rows)
+        parts = split_micro_batches(batch, embedded, self._fixed_lengths, self._dense.parts, current.host)
+        aligned, alignment_gradients = self._align(current, embedded, rows)
         # DeepSpeed divides the loss by the numbers of ranks and micro-batches; this makes it a mean over all rows.
         scale = self._world * len(parts) / max(rows, 1)
         logits, losses = [], torch.stack([torch.zeros_like(aligned), aligned])
@@ -369,26 +430,52 @@ class HybridEngine:
             summed.wait()
         losses /= max(rows, 1)
         predicted = torch.cat([part.detach() for part in logits]).float()
-        if not torch.isfinite(losses).all():
-            raise NotFiniteLoss(self.steps_done + 1, float(losses.sum()), batch, predicted)
-        with self._clock.phase("dense"):
-            factor = self._dense.step()
-        current.update({name: [part.gradient(name) for part in parts] for name in embedded}, factor)
+        of_rows = {name: [part.gradient(name) for part in parts] for name in embedded}
+        if self._read_later:
+            self._finite &= torch.isfinite(losses).all()
+            with self._clock.phase("dense"):
+                factor = self._dense.step(self._finite)
+                # A product would keep NaN.
+                of_rows = {name: [part.where(self._finite, 0) for part in of] for name, of in of_rows.items()}
+                factor = torch.where(self._finite, factor, 0)
+        else:
+            if not torch.isfinite(losses).all():
+                raise NotFiniteLoss(self.steps_done + 1, float(losses.sum()), batch, predicted)
+            with self._clock.phase("dense"):
+                factor = self._dense.step()
+        current.update(of_rows, factor)
         self.steps_done += 1
         loss, alignment = losses.unbind()
         laps = self._clock.lap()
+        copies = HostCopy((losses, predicted, batch.user_id, batch.label, batch.mask))
+        save, stop = totals.save > 0, totals.stop > 0
         return StepResult(
-            batch, predicted, loss, alignment, rows, totals.left_out, totals.save > 0, totals.stop > 0, laps
+            self.steps_done, batch, predicted, loss, alignment, rows, totals.left_out, save, stop, laps, copies
         )
+
+    def _check_last_loss(self) -> None:
+        """Read the loss of the last step, if it was not read yet.
+
+        Raises:
+            NotFiniteLoss: it is not finite; the model is that before the step.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None or torch.isfinite(unread.values.losses).all():
+            return
+        # Neither this step nor a later one has changed the model.
+        self.steps_done = unread.number - 1
+        self._finite.fill_(True)
+        raise NotFiniteLoss(unread.number, float(unread.values.losses.sum()), unread.batch, unread.logits)
 
     def _output(self, part: MicroBatch) -> Tensor:
         """Return the network's output for a micro-batch, for no backward pass."""
         return self._dense.module(*part.inputs)
 
     def _align(
-        self, batch: RankingBatch, embedded: Mapping[str, Tensor], rows: int
+        self, current: InFlightBatch, embedded: Mapping[str, Tensor], rows: int
     ) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
         """Return this rank's alignment loss and its gradients of the looked-up rows of each micro-batch. Collective."""
+        batch = current.batch
         if self._alignment is None:
             return torch.zeros((), device=batch.dense.device), [{}] * self._dense.parts
         with self._clock.phase("dense"):
@@ -396,5 +483,5 @@ class HybridEngine:
             loss, gradients = self._alignment.gradients(embedded, lengths, batch.user_id, self._group, self.control)
             # The tables divide the summed gradients by the number of ranks; this makes it a mean over all rows.
             scaled = {name: gradient.mul_(self._world / max(rows, 1)) for name, gradient in gradients.items()}
-            parts = split_micro_batches(batch, scaled, self._fixed_lengths, self._dense.parts)
+            parts = split_micro_batches(batch, scaled, self._fixed_lengths, self._dense.parts, current.host)
         return loss, [part.embedded for part in parts]

@@ -49,7 +49,11 @@ class MicroBatch:
 
 
 def split_micro_batches(
-    batch: RankingBatch, embedded: Mapping[str, Tensor], fixed_lengths: Mapping[str, int | None], parts: int
+    batch: RankingBatch,
+    embedded: Mapping[str, Tensor],
+    fixed_lengths: Mapping[str, int | None],
+    parts: int,
+    host: RankingBatch | None = None,
 ) -> list[MicroBatch]:
     """Split a batch into ``parts`` micro-batches whose sizes differ by at most one row; they share its memory.
 
@@ -58,18 +62,22 @@ def split_micro_batches(
         embedded: lookup name -> ``[ids, dim]``, looked-up rows of its ids or their gradients; of all or some lookups.
         fixed_lengths: lookup name -> number of ids of every row, or None for variable length.
         parts: number of micro-batches.
+        host: the same batch on the host, where lengths are read without waiting for the device; None for ``batch``.
     """
+    host = batch if host is None else host
     bounds = [batch.rows * part // parts for part in range(parts + 1)]
     lengths = row_lengths(batch, fixed_lengths)
     ends = {name: [0, len(rows)] for name, rows in embedded.items()}
     if parts > 1:
+        host_lengths = row_lengths(host, fixed_lengths)
         for name, fixed in fixed_lengths.items():
             if fixed is None:
-                # ``tolist`` waits for the GPU, so this runs only if gradients are accumulated.
-                ends[name] = torch.nn.functional.pad(lengths[name].cumsum(0), (1, 0))[bounds].tolist()
+                ends[name] = torch.nn.functional.pad(host_lengths[name].cumsum(0), (1, 0))[bounds].tolist()
             else:
                 ends[name] = [fixed * bound for bound in bounds]
-    content = _split_content(batch, lengths, bounds) if parts > 1 else [batch.content]
+        content = _split_content(host, host_lengths, bounds, batch.dense.device)
+    else:
+        content = [batch.content]
     return [
         MicroBatch(
             embedded={name: rows[ends[name][part] : ends[name][part + 1]] for name, rows in embedded.items()},
@@ -85,16 +93,21 @@ def split_micro_batches(
 
 
 def _split_content(
-    batch: RankingBatch, lengths: Mapping[str, Tensor], bounds: list[int]
+    batch: RankingBatch, lengths: Mapping[str, Tensor], bounds: list[int], device: torch.device
 ) -> list[dict[str, BatchVectors]]:
-    """Return the pre-trained vectors of each micro-batch; ``bounds`` are the edges of the micro-batches."""
+    """Return the pre-trained vectors of each micro-batch, on ``device``; ``bounds`` are the micro-batches' edges."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
     parts: list[dict[str, BatchVectors]] = [{} for _ in bounds[1:]]
     for name, of_table in batch.content.items():
         ends = {lookup: bounds for lookup in of_table.places}
         for lookup, key in of_table.entries.items():
             ends[lookup] = torch.nn.functional.pad(lengths[key].cumsum(0), (1, 0))[bounds].tolist()
         for part, of_part in enumerate(parts):
-            of_part[name] = of_table.part({lookup: (at[part], at[part + 1]) for lookup, at in ends.items()})
+            own = of_table.part({lookup: (at[part], at[part + 1]) for lookup, at in ends.items()})
+            of_part[name] = own.changed(move)
     return parts
 
 

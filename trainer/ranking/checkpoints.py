@@ -111,9 +111,12 @@ class Checkpoints(CheckpointStore):
         return manifest.positions
 
     def _snapshot(self, engine: HybridEngine, state: TrainingState, copy: bool) -> Save:
+        model = engine.state(copy=copy)
+        # After the engine, which raises an error if the loss of the last step is not finite.
+        state.settle()
         return Save(
             directory=self._directory,
-            model=engine.state(copy=copy),
+            model=model,
             own=rank_state(state) | (search_state(state) if self._world.rank == 0 else {}),
             job={"config": self._identity.config.model_dump(mode="json"), "trace": list(state.metric_history)},
             manifest=Manifest(

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -161,7 +163,7 @@ class _StreamTrainer:
     def close(self) -> None:
         """Record the metrics of the last steps, and close the scalars."""
         if self._state.window.rows:
-            self._record_metrics()
+            self._prepare_entry()()
         if self._scalars is not None:
             self._scalars.close()
 
@@ -251,21 +253,26 @@ class _StreamTrainer:
         batches = (self._batch(part) for part in parts)
         for part, result in zip(parts, self._engine.steps(batches), strict=True):
             self._count(part, result)
+        self._state.settle()
 
     def _count(self, rows: Rows, result: StepResult) -> None:
         """Advance the training state by a step, and count the freshness of its positives."""
         state, freshness = self._state, self._stream.freshness
         state.advance(result)
         set_step(state.step)
-        self._loss = float(result.loss)
+        state.when_read(partial(self._keep_loss, result))
         if freshness is not None:
             positive = (rows["label"] & rows["mask"]) > 0
             freshness.add(self._stream.live.arrived_ms(rows), positive, round(time.time() * 1000))
         if state.step % self._config.train.log_every == 0:
-            self._record_metrics()
+            state.when_read(self._prepare_entry())
 
-    def _record_metrics(self) -> None:
-        """Append an entry to the metric history, and write it as scalars."""
+    def _keep_loss(self, result: StepResult) -> None:
+        """Keep the loss of a step for the progress line."""
+        self._loss = result.values.loss
+
+    def _prepare_entry(self) -> Callable[[], None]:
+        """Log the missing inputs, and return a function that adds the entry of the metric history. Collective."""
         state = self._state
         if self._beyond:
             logger.info(f"step {state.step:,}: {beyond_message(self._beyond)}")
@@ -276,15 +283,21 @@ class _StreamTrainer:
             for message in missing.messages():
                 logger.info(f"step {state.step:,}: {message}")
             self._missing_logged = True
-        entry = state.window.entry(state.step, state.progressive.compute(self._world.control), self._engine.id_counts())
+        # Facts as of this step: the next one is under way when its values are read.
+        step, ids = state.step, self._engine.id_counts()
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
-        state.metric_history.append(entry | lag)
-        # The window starts again, so that rates are of the steps since this entry.
-        state.window = MetricWindow()
-        if self._scalars is not None:
-            write_scalars(self._scalars, state.metric_history[-1])
-            for name, value in (lag | missing.shares()).items():
-                self._scalars.add_scalar(name, value, state.step)
+
+        def record() -> None:
+            entry = state.window.entry(step, state.progressive.compute(self._world.control), ids)
+            state.metric_history.append(entry | lag)
+            # The window starts again, so that rates are of the steps since this entry.
+            state.window = MetricWindow()
+            if self._scalars is not None:
+                write_scalars(self._scalars, state.metric_history[-1])
+                for name, value in (lag | missing.shares()).items():
+                    self._scalars.add_scalar(name, value, step)
+
+        return record
 
     def _batch(self, rows: Rows) -> RankingBatch:
         """Return rows as a batch of the model, with histories as of each request."""

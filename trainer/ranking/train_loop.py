@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from trainer.console.run_log import set_step
 from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.loading.loader import Loader
 from trainer.engine.build_engine import rows_per_rank
-from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss
+from trainer.engine.hybrid_engine import HybridEngine, NotFiniteLoss, StepResult
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.evaluation import log_missing
@@ -27,6 +28,7 @@ from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.scalars import open_scalars
 from trainer.runtime.watchdog import Watchdog
+from trainer.sparse.dynamic_ids import IdCounts
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -73,6 +75,19 @@ def train(
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
         scalars = open_scalars(model_dir / "tensorboard", state.step)
+
+    def record(result: StepResult, step: int, ids: dict[str, IdCounts] | None) -> None:
+        values = result.values
+        if state.progressive.behaviours:
+            state.progressive.update(values.user_id, torch.sigmoid(values.logits), values.label, values.mask)
+        if ids is not None:
+            metrics = state.progressive.compute(world.control)
+            state.metric_history.append(state.window.entry(step, metrics, ids))
+            state.window = MetricWindow()
+            if scalars is not None:
+                write_scalars(scalars, state.metric_history[-1])
+        progress.advance(result.rows_read, f"step {step}/{steps_total}, loss {values.loss:.4f}")
+
     with (
         preemption.deferred(),
         Watchdog(world, config.train.watchdog_seconds) as watchdog,
@@ -81,32 +96,27 @@ def train(
         _set_learning_rate(engine, config, state)
         try:
             for result in engine.steps(iter(loader), step_request(checkpoints, lambda: preemption.asked)):
-                batch = result.batch
-                if state.progressive.behaviours:
-                    state.progressive.update(batch.user_id, torch.sigmoid(result.logits), batch.label, batch.mask)
                 state.advance(result)
                 set_step(state.step)
-                missing.add(batch.missing)
+                missing.add(result.batch.missing)
                 if searching is not None:
                     with watchdog.busy("renewing the search vectors"):
                         searching.after_step(state.step)
-                if state.step % config.train.log_every == 0 or state.step == steps_total:
-                    state.metric_history.append(
-                        state.window.entry(state.step, state.progressive.compute(world.control), engine.id_counts())
-                    )
-                    state.window = MetricWindow()
+                due = state.step % config.train.log_every == 0 or state.step == steps_total
+                # Dynamic tables admit ids of the next step before the values of this one are read.
+                ids = engine.id_counts() if due else None
+                state.when_read(partial(record, result, state.step, ids))
+                if due:
                     if first_entry and state.step < steps_total:
                         # Early, since codes of other rooms or times are a mistake that no other line shows.
                         for message in missing.messages():
                             logger.info(f"step {state.step:,}: {message}")
                     first_entry = False
-                    if scalars is not None:
-                        write_scalars(scalars, state.metric_history[-1])
-                progress.advance(result.rows_read, f"step {state.step}/{steps_total}, loss {float(result.loss):.4f}")
                 _set_learning_rate(engine, config, state)
                 checkpoints.check()
                 # The last step is saved below, with the state marked as finished.
                 if result.stop or (result.save and state.step < steps_total):
+                    state.settle()
                     if scalars is not None:
                         scalars.flush()
                     with watchdog.busy("saving a checkpoint"):
@@ -114,6 +124,7 @@ def train(
                 if result.stop:
                     raise Preempted
                 watchdog.beat(state.step)
+            state.settle()
         except NotFiniteLoss as stopped:
             raise UserError(keep_batch(stopped, model_dir, world.rank)) from None
         with watchdog.busy("saving the last checkpoint"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -42,9 +42,9 @@ class MetricWindow:
         return self._rows
 
     def add(self, result: StepResult) -> None:
-        """Add a step."""
-        self._loss += float(result.loss) * result.rows_global
-        self._alignment += float(result.alignment) * result.rows_global
+        """Add a step; on a GPU this waits for it."""
+        self._loss += result.values.loss * result.rows_global
+        self._alignment += result.values.alignment * result.rows_global
         self._rows += result.rows_global
         self._skipped += result.batch.skipped_rows
         for phase in PHASES:
@@ -100,6 +100,9 @@ class TrainingState:
         finished: True if all rows are trained on.
         stream: state of the stream; ``None`` for stored rows.
         space: search vectors of the histories; ``None`` if no history needs them.
+
+    The values of a step are read when the next step has been queued, so that the host does not wait for the device:
+    ``progressive``, ``window`` and ``metric_history`` lack the last step until :meth:`settle`.
     """
 
     progressive: ProgressiveMetrics
@@ -112,6 +115,7 @@ class TrainingState:
     finished: bool = False
     stream: StreamState | None = None
     space: SearchSpace | None = None
+    _unread: list[Callable[[], None]] = field(default_factory=list)
 
     @staticmethod
     def at_start(
@@ -121,8 +125,19 @@ class TrainingState:
         return TrainingState(ProgressiveMetrics(behaviours), stream=stream, space=space)
 
     def advance(self, result: StepResult) -> None:
-        """Record a completed step."""
+        """Count a completed step, and settle the one before."""
+        self.settle()
         self.step += 1
         self.rows_done += result.rows_read
         self.position = result.batch.position or self.position
-        self.window.add(result)
+        self._unread = [lambda: self.window.add(result)]
+
+    def when_read(self, record: Callable[[], None]) -> None:
+        """Call ``record`` after the values of the last step are in the window; on all ranks if it is collective."""
+        self._unread.append(record)
+
+    def settle(self) -> None:
+        """Read the values of the last step and record them, if that is still to be done; on a GPU this waits for it."""
+        unread, self._unread = self._unread, []
+        for record in unread:
+            record()

@@ -312,7 +312,7 @@ def _gpu_wait(frame: FrameType) -> str:
     """Return the call in which the innermost frame waits for the GPU, or an empty text.
 
     On a GPU a collective is queued like any other work, and the thread runs on until it needs a value. So a rank that
-    waits for others stands in ``item()`` or in the test of ``if not losses.isfinite().all()``, not in a collective.
+    waits for others stands in ``item()`` or in ``HostCopy.read``, not in a collective.
     """
     file = frame.f_code.co_filename
     if file.startswith(_NO_GPU) or not file.startswith((*_OWN, *_GPU_LIBRARIES)):

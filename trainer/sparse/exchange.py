@@ -41,7 +41,10 @@ class Exchange(Protocol):
         """
 
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
-        """Train the tables on ``scale`` times the gradients, summed over all ranks and divided by their number."""
+        """Train the tables on ``scale`` times the gradients, summed over all ranks and divided by their number.
+
+        With gradients of zeros no optimizer of :class:`trainer.sparse.planner.TableOptimizer` changes anything.
+        """
 
     def drain(self) -> None:
         """Wait for the transfers in progress and discard their data; called instead of ``rows``."""
