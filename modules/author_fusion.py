@@ -288,19 +288,24 @@ def in_batch_softmax(
 
 
 class _Positives:
-    """Pairs of a user and an author that are positive in a batch."""
+    """Pairs of a user and an author that are positive in a batch.
+
+    Users and authors are numbered by their first place among the sorted ids. The numbers of distinct ids would be
+    smaller, but the host would wait for a GPU to learn how many there are.
+    """
 
     def __init__(self, user_id: Tensor, author_id: Tensor) -> None:
-        self._user = torch.unique(user_id, return_inverse=True)[1]
-        authors, self._author = torch.unique(author_id, return_inverse=True)
-        self._authors = len(authors)
+        self._user = user_id
+        self._author = torch.searchsorted(author_id.sort().values, author_id)
 
     def of_rows(self, place: Tensor) -> Tensor:
         """Return True where the author of a row is a positive of the user of ``place``, ``[len(place), batch]``."""
-        users, line = torch.unique(self._user[place], return_inverse=True)
-        # A table of these users alone: one of all users and authors of a batch would be as large as all scores.
-        at = torch.searchsorted(users, self._user).clamp(max=max(len(users) - 1, 0))
-        listed = users[at] == self._user
-        table = torch.zeros(len(users), self._authors, dtype=torch.bool, device=place.device)
-        table[at[listed], self._author[listed]] = True
-        return table[line][:, self._author]
+        own = self._user[place]
+        users = own.sort().values
+        # A table of these users alone: one of all users and authors of a batch would be as large as all scores. Rows of
+        # other users are written to a spare line.
+        at = torch.searchsorted(users, self._user)
+        listed = users[at.clamp(max=len(place) - 1)] == self._user
+        table = torch.zeros(len(place) + 1, len(self._user), dtype=torch.bool, device=place.device)
+        table[at.where(listed, len(place)), self._author] = True
+        return table[torch.searchsorted(users, own)][:, self._author]

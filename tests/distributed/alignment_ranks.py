@@ -28,7 +28,7 @@ from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
 
 
-def make_engine(way: Way, world: World) -> HybridEngine:
+def make_engine(way: Way, world: World, *, read_later: bool = False) -> HybridEngine:
     return HybridEngine(
         tables(way.sharding),
         LOOKUPS,
@@ -45,6 +45,7 @@ def make_engine(way: Way, world: World) -> HybridEngine:
         device=world.device,
         seed=SEED,
         alignment=way.alignment,
+        read_later=read_later,
     )
 
 
@@ -61,9 +62,9 @@ def train(way: Way, world: World) -> dict[str, Any]:
     return found
 
 
-def not_finite(world: World) -> bool:
+def not_finite(world: World, *, read_later: bool) -> bool:
     """True if an alignment loss that is not finite stops all ranks before anything is trained."""
-    engine = make_engine(Way(alignment=replace(ALIGNMENT, temperature=1e-45)), world)
+    engine = make_engine(Way(alignment=replace(ALIGNMENT, temperature=1e-45)), world, read_later=read_later)
     before = parameters(engine, world)
     try:
         list(engine.steps(batches_of(world.rank, world.size)))
@@ -79,7 +80,7 @@ def main(out: Path) -> None:
     with World.join("cpu") as world:
         outcome = {name: train(way, world) for name, way in WAYS.items()}
         own_rows = world.gather(outcome["row_wise"]["own_rows"])
-        stopped = world.gather(not_finite(world))
+        stopped = world.gather(all([not_finite(world, read_later=later) for later in (False, True)]))
         if world.rank == 0:
             torch.save(outcome | {"own_rows": own_rows, "stopped": stopped}, out / f"{world.size}.pt")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.author_fusion import SCORE_BYTES, AuthorParts, HistoryPooling, TowerInputs, TwoTowers, in_batch_softmax
+from tests.device_waits import Waits
 from tests.modules.softmax_reference import softmax_loss
 from tests.peak_memory import peak_bytes
 
@@ -68,6 +69,13 @@ def test_positives_of_a_user_are_no_negatives() -> None:
     assert loss_of_first([1, 1, 1, 4], [11, 12, 13, 14]) == same_author, "rows of the same user"
     assert loss_of_first([1, 1, 3, 4], [11, 12, 12, 14]) == same_author, "another user's row with a positive author"
     assert loss_of_first([1, 1, 1, 1], [11, 12, 13, 14]) == 0, "nothing to compare with"
+
+
+def test_the_host_would_wait_for_no_gpu() -> None:
+    pairs = make_pairs(ROWS, 2)
+    with Waits() as waits:
+        in_batch_softmax(*pairs, slice(2, 9), TEMPERATURE, budget_bytes=3 * ROWS * SCORE_BYTES)
+    assert waits.calls == []
 
 
 def test_no_rows_give_no_loss() -> None:

@@ -146,11 +146,13 @@ def train_counted(config: JobConfig, *, later: bool) -> Trained:
     return Trained(history, tensors, [waits.calls[start:stop] for start, stop in pairwise(starts)])
 
 
-@pytest.mark.parametrize("attention", ["din", "multi_head"])
+@pytest.mark.parametrize(
+    "model", [{"model.attention_kind": "din"}, {"model.attention_kind": "multi_head", "alignment.anchor": "live"}]
+)
 def test_the_host_waits_for_the_device_once_a_step_and_no_bit_changes(
-    dataset: Path, tmp_path: Path, attention: str
+    dataset: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
-    settings = {"model.attention_kind": attention, "train.log_every": 3, "data.workers": 0}
+    settings = {**model, "train.log_every": 3, "data.workers": 0}
     runs = {}
     for later in (False, True):
         config = job(dataset, tmp_path / f"{later}", "linear", *(f"{key}={value}" for key, value in settings.items()))
