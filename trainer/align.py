@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.manifest import ALIGN, DatasetEntry
-from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory
+from trainer.checkpoint.run_directory import begin_run, choose_directory, run_directory, settled
 from trainer.config.align import AlignConfig, load_align
-from trainer.config.paths import absolute_paths
+from trainer.config.precision import describe_precision
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log, set_step
 from trainer.data.format.dataset import Dataset, fingerprint
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[str, Any]:
     """Train the towers of a job, evaluate them, and write the run. Returns the content of ``metrics.json``."""
     directory = Path(world.agree(str(choose_directory(config))))
-    config = absolute_paths(config)
+    config = settled(config, directory, world)
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     align_model.check_alignment(config, data.spec, world.size)
@@ -71,6 +71,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
             begin_run(directory, config, world.size, dataset)
         world.barrier()
         open_log(directory / "logs", world.rank)
+        logger.info(describe_precision(config.train.precision, world.device.type))
         data.verify(world)
         if finished := align_model.finished_metrics(directory, world):
             return finished

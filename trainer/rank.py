@@ -16,8 +16,8 @@ from typing import Any
 
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry, list_checkpoints
-from trainer.checkpoint.run_directory import begin_run, choose_directory, model_dirs, run_directory
-from trainer.config.paths import absolute_paths
+from trainer.checkpoint.run_directory import begin_run, choose_directory, model_dirs, run_directory, settled
+from trainer.config.precision import describe_precision
 from trainer.config.ranker import JobConfig, load_config
 from trainer.console.job_arguments import TRAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.run_log import open_log
@@ -67,8 +67,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
         Kind of model -> its metrics on the held-out range.
     """
     directory = Path(world.agree(str(choose_directory(config))))
-    # The run, its checkpoints and its adapter mean the same in every directory; messages up to here are as typed.
-    config = absolute_paths(config)
+    config = settled(config, directory, world)
     data = Dataset.open(config.data.path, config.data.on_corrupt)
     split = split_in_time(config, data.spec)
     check_settings(config, data.spec, world.size, open_existing_store)
@@ -81,6 +80,7 @@ def run_job(config: JobConfig, world: World, preemption: Preemption) -> dict[str
             begin_run(directory, config, world.size, dataset)
         world.barrier()
         open_log(directory / "logs", world.rank)
+        logger.info(describe_precision(config.train.precision, world.device.type))
         data.verify(world)
         if world.rank == 0 and not config.run.directory and (directory / "features").exists():
             logger.info(f"resuming the unfinished run {directory}; resume.enabled=false starts a new one")

@@ -8,16 +8,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, run_directory
+from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, run_directory, settled
+from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
 from trainer.config.ranker import JobConfig, parse_config
 from trainer.config.sections import ResumeConfig
 from trainer.console.errors import UserError, user_message
+from trainer.runtime.checksums import write_checksums
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import locked
 
@@ -76,6 +80,46 @@ def test_a_run_does_not_resume_with_other_settings(tmp_path: Path, sections: dic
         begin_run(tmp_path, changed(**sections), world=1, dataset=DATA)
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert load_run(tmp_path).train.batch_size == CONFIG.train.batch_size
+
+
+def alone(device: str) -> Any:
+    return SimpleNamespace(device=torch.device(device), on_first_rank=lambda read: read())
+
+
+def test_a_run_keeps_its_precision_on_another_device(tmp_path: Path) -> None:
+    for device, precision in (("cuda", "bf16"), ("cpu", "fp32")):
+        directory = tmp_path / device
+        began = settled(CONFIG, directory, alone(device))
+        assert CONFIG.train.precision == "auto" and began.train.precision == precision
+        directory.mkdir()
+        begin_run(directory, began, world=1, dataset=DATA)
+        assert is_enabled(load_deepspeed(load_run(directory).train.deepspeed).get("bf16")) == (precision == "bf16")
+        for other in ("cuda", "cpu"):
+            resumed = settled(CONFIG, directory, alone(other))
+            assert resumed.train.precision == precision
+            begin_run(directory, resumed, world=1, dataset=DATA)
+        different = "fp32" if precision == "bf16" else "bf16"
+        with pytest.raises(UserError, match=f'train.precision = "{precision}" then, "{different}" now'):
+            begin_run(directory, changed(train={"precision": different}), world=1, dataset=DATA)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_run_of_a_version_without_the_key_keeps_the_precision_of_its_deepspeed_settings(
+    tmp_path: Path, bf16: bool
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(load_deepspeed(CONFIG.train.deepspeed) | ({"bf16": {"enabled": True}} if bf16 else {})))
+    config = changed(train={"deepspeed": str(file)})
+    run = tmp_path / "run"
+    run.mkdir()
+    begin_run(run, config, world=1, dataset=DATA)
+    stored = json.loads((run / "config.json").read_text())
+    del stored["train"]["precision"]
+    (run / "config.json").write_text(json.dumps(stored))
+    write_checksums(run, ("config.json", "deepspeed.json"))
+    resumed = settled(config, run, alone("cuda"))
+    assert resumed.train.precision == ("bf16" if bf16 else "fp32")
+    begin_run(run, resumed, world=1, dataset=DATA)
 
 
 def test_a_run_resumes_with_settings_that_change_no_result(tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.checkpoint.manifest import DatasetEntry
 from trainer.config.align import AlignConfig
@@ -57,6 +57,7 @@ from trainer.config.finetune import FinetuneConfig
 from trainer.config.foresight import ForesightConfig
 from trainer.config.load import load_deepspeed
 from trainer.config.paths import absolute, absolute_paths
+from trainer.config.precision import HybridTrainConfig, Precision, dense_settings, precision_of, resolve_precision
 from trainer.config.ranker import JobConfig
 from trainer.config.toml import Model, validate_stored
 from trainer.console.errors import DISK_FULL, UserError, one_line
@@ -76,6 +77,8 @@ UNBEGUN = {"lock", "logs", STATUS, FAILURE}
 
 ResumableJob = JobConfig | FinetuneConfig | AlignConfig | ForesightConfig
 """Jobs whose runs can be resumed."""
+
+EngineJobType = TypeVar("EngineJobType", bound=JobConfig | AlignConfig)
 
 CHANGEABLE_DEEPSPEED = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
 """DeepSpeed's settings that may differ when a run is resumed: they do not change what is learnt."""
@@ -183,7 +186,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
             warn_of_accepted(config, directory)
         # Removed first: a start that is killed here must not leave checksums of other settings.
         (directory / CHECKSUMS).unlink(missing_ok=True)
-        write_json(directory / "deepspeed.json", load_deepspeed(config.train.deepspeed))
+        write_json(directory / "deepspeed.json", dense_settings(config.train))
         start = {"command": sys.argv, "directory": os.getcwd(), "host": platform.node(), **environment(world)}
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
@@ -204,6 +207,33 @@ def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
     """Return the directory of each model of a ranker's run, by kind: the job's own model and its baselines."""
     baselines = {kind: directory / "baselines" / kind for kind in config.train.baselines}
     return {config.model.kind: directory, **{kind: at for kind, at in baselines.items() if kind != config.model.kind}}
+
+
+def settled(config: EngineJobType, directory: Path, world: World) -> EngineJobType:
+    """Return a job whose paths are absolute and whose precision is decided: that of the run in ``directory``, if any.
+
+    Collective.
+
+    Args:
+        config: the job as typed.
+        directory: directory of the run, which may not exist yet.
+        world: ranks of the job; the first one reads the run.
+
+    Raises:
+        UserError: the DeepSpeed settings, or those of the run, cannot be read.
+    """
+
+    def decide() -> Precision:
+        if not (directory / "config.json").exists():
+            return resolve_precision(config.train, world.device.type)
+        then: JobConfig | AlignConfig
+        then = load_run(directory) if isinstance(config, JobConfig) else load_align_run(directory)
+        stored = _stored_precision(then, load_deepspeed(then.train.deepspeed))
+        return _resumed_precision(config.train, stored)
+
+    precision = world.on_first_rank(decide)
+    # The run, its checkpoints and its exports mean the same in every directory; messages up to here are as typed.
+    return absolute_paths(with_precision(config, precision))
 
 
 def load_run(directory: str | Path) -> JobConfig:
@@ -302,6 +332,29 @@ def _check_same_job(directory: Path, config: ResumableJob) -> None:
         )
 
 
+def with_precision(config: EngineJobType, precision: Precision) -> EngineJobType:
+    """Return a job with another ``train.precision``."""
+    return _changed(config, train=_changed(config.train, precision=precision))
+
+
+def _changed(section: Model, **values: Any) -> Model:
+    """Return a section with other values of some keys."""
+    return section.model_copy(update=values)
+
+
+def _stored_precision(then: JobConfig | AlignConfig, deepspeed: Mapping[str, Any]) -> Precision:
+    """Return the precision of a run; earlier versions stored it in DeepSpeed's settings only."""
+    return precision_of(deepspeed) if then.train.precision == "auto" else then.train.precision
+
+
+def _resumed_precision(train: HybridTrainConfig, stored: Precision) -> Precision:
+    """Return the precision of a job that resumes a run: ``auto`` is the run's own, unless the settings name another."""
+    if train.precision != "auto":
+        return train.precision
+    settings = load_deepspeed(train.deepspeed)
+    return precision_of(settings) if "bf16" in settings else stored
+
+
 def _check_same_dataset(directory: Path, then: dict[str, str], now: DatasetEntry) -> None:
     if then["fingerprint"] != now.fingerprint:
         raise UserError(
@@ -322,13 +375,17 @@ def _changes(directory: Path, config: ResumableJob) -> list[str]:
         then = load_foresight_run(directory)
     else:
         then = load_finetune_run(directory)
+    deepspeed_then = load_deepspeed(str(directory / "deepspeed.json"))
+    if isinstance(config, JobConfig | AlignConfig) and isinstance(then, JobConfig | AlignConfig):
+        precision = _stored_precision(then, deepspeed_then)
+        config = with_precision(config, _resumed_precision(config.train, precision))
+        then = with_precision(then, precision)
+    deepspeed_now = dense_settings(config.train)
     changes = differences(
         # An earlier version stored paths as they were typed.
         flat_settings(absolute_paths(then).model_dump(mode="json")),
         flat_settings(absolute_paths(config).model_dump(mode="json")),
         tuple(changeable_keys(job)),
     )
-    deepspeed_then = flat_settings(load_deepspeed(str(directory / "deepspeed.json")))
-    deepspeed_now = flat_settings(load_deepspeed(config.train.deepspeed))
-    deepspeed = differences(deepspeed_then, deepspeed_now, CHANGEABLE_DEEPSPEED)
+    deepspeed = differences(flat_settings(deepspeed_then), flat_settings(deepspeed_now), CHANGEABLE_DEEPSPEED)
     return changes + [f"deepspeed {line}" for line in deepspeed]

@@ -11,11 +11,11 @@ from pydantic import Field, model_validator
 from trainer.config.features import FeatureConfig
 from trainer.config.load import load_job
 from trainer.config.paths import InputFile
+from trainer.config.precision import HybridTrainConfig
 from trainer.config.ranker import JobConfig, TableOptimizerConfig
 from trainer.config.sections import (
     MAY_CHANGE,
     CheckpointConfig,
-    DistributedTrainConfig,
     OptimizerConfig,
     Positive,
     Rate,
@@ -94,7 +94,7 @@ class TowersConfig(Section):
     )
 
 
-class AlignTrainConfig(DistributedTrainConfig):
+class AlignTrainConfig(HybridTrainConfig):
     """Training loop of the alignment."""
 
     batch_size: Positive = Field(

@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 from trainer.config.features import FeatureConfig
 from trainer.config.load import load_job
 from trainer.config.paths import InputFile
+from trainer.config.precision import HybridTrainConfig
 from trainer.config.sections import (
     MAY_CHANGE,
     CheckpointConfig,
-    DistributedTrainConfig,
     OptimizerConfig,
     Positive,
     Rate,
@@ -117,7 +117,7 @@ class AlignmentConfig(Section):
     )
 
 
-class TrainConfig(DistributedTrainConfig):
+class TrainConfig(HybridTrainConfig):
     """Training loop of the ranker."""
 
     batch_size: Positive = Field(2048, description="Rows per optimizer step, over all ranks.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from modules.embeddings import Lookup, Table
 from trainer.config.align import EngineJob
-from trainer.config.load import load_deepspeed
+from trainer.config.precision import dense_settings
 from trainer.console.errors import UserError
 from trainer.data.features.packed_batch import ContentLayout
 from trainer.engine.history_alignment import Alignment
@@ -44,6 +45,8 @@ def make_engine(
     Raises:
         UserError: the engine refuses a setting, with the reason.
     """
+    if config.train.precision == "tf32" and world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     return HybridEngine(
         tables,
         lookups,
@@ -52,7 +55,7 @@ def make_engine(
         dense_optimizer=DenseOptimizer(
             config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.betas
         ),
-        deepspeed=load_deepspeed(config.train.deepspeed),
+        deepspeed=dense_settings(config.train),
         loss=loss,
         batch_size=rows_per_rank(config, world.size),
         device=world.device,

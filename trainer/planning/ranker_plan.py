@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from modules.table_set import TableSet
+from trainer.checkpoint.run_directory import with_precision
 from trainer.config.deepspeed import complete_settings, is_enabled
 from trainer.config.features import MAX_TABLE_ROWS
-from trainer.config.load import load_deepspeed
+from trainer.config.precision import dense_settings, resolve_precision
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
@@ -78,7 +79,8 @@ def plan_ranker(
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     world, figures, kind = cluster.gpus, cluster.accelerator, config.tables.optimizer
     batch = rows_per_rank(config, world)
-    settings = complete_settings(load_deepspeed(config.train.deepspeed), batch, world, origin=config.train.deepspeed)
+    config = with_precision(config, resolve_precision(config.train, figures.device))
+    settings = complete_settings(dense_settings(config.train), batch, world, origin=config.train.deepspeed)
     zero = ZeroSettings(settings.get("zero_optimization", {}).get("stage", 0), is_enabled(settings.get("bf16")))
     model = RankerModel.of(config, spec, rows)
     problems = _limits(model, spec, cluster)

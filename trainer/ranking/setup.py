@@ -13,7 +13,8 @@ import torch
 from modules.ranker import RankerKind
 from trainer.config.align import EngineJob
 from trainer.config.deepspeed import complete_settings
-from trainer.config.load import load_deepspeed, parse_time
+from trainer.config.load import parse_time
+from trainer.config.precision import dense_settings
 from trainer.config.ranker import JobConfig
 from trainer.console.errors import UserError
 from trainer.data.features.code_inputs import OpenStore, check_codes
@@ -283,7 +284,7 @@ def check_settings(
     if anchor and (anchor not in histories or len(histories) < 2):
         have = ", ".join(histories) or "none"
         raise UserError(f"alignment.anchor = {anchor!r}: must be one of two or more histories; the job has {have}")
-    return complete_settings(load_deepspeed(config.train.deepspeed), rows, ranks, origin=config.train.deepspeed)
+    return complete_settings(dense_settings(config.train), rows, ranks, origin=config.train.deepspeed)
 
 
 def build_alignment(config: JobConfig, features: FeatureMap) -> Alignment | None:

@@ -16,7 +16,7 @@ from trainer.checkpoint.run_directory import load_align_run
 from trainer.checkpoint.store import verify_together
 from trainer.config.align import AlignConfig
 from trainer.config.deepspeed import complete_settings
-from trainer.config.load import load_deepspeed
+from trainer.config.precision import dense_settings
 from trainer.console.errors import UserError
 from trainer.data.features.feature_map import FeatureMap, check_names
 from trainer.data.features.fit import FittedFeatures
@@ -54,7 +54,7 @@ def check_alignment(config: AlignConfig, spec: DatasetSpec, ranks: int) -> dict[
     partitions_of_rank(spec.partitions, 0, ranks)
     choose_positives(spec, config)
     check_names(spec, config.features, ())
-    return complete_settings(load_deepspeed(config.train.deepspeed), rows, ranks, origin=config.train.deepspeed)
+    return complete_settings(dense_settings(config.train), rows, ranks, origin=config.train.deepspeed)
 
 
 def open_segments(config: AlignConfig, data: Dataset) -> SegmentVectors:
