@@ -16,7 +16,8 @@ from trainer.console.outputs import InputPath, Output, OutputPath
     help="Write one HTML page about a run from what the run has stored, also while it runs: metrics with intervals "
     "over users, baselines, curves, calibration, parts of the rows, throughput, tables, warnings, and the job with "
     "what differs from the defaults. The page needs no network and no scripts. A job of limelight train writes it at "
-    "its end.\n\n"
+    "its end. The other jobs have pages of their own; a codebook version and a directory of embeddings have one, too."
+    "\n\n"
     "Further runs stand beside the first one: metrics and curves of all of them, differences with paired intervals, "
     "and the settings that differ.",
     example="limelight report runs/first --out first.html",
@@ -27,7 +28,7 @@ from trainer.console.outputs import InputPath, Output, OutputPath
     nargs=-1,
     required=True,
     type=InputPath(),
-    help="Directory of a run of any kind, and of runs to compare it with.",
+    help="Directory of a run of any kind, of a codebook or of embeddings, and of runs to compare it with.",
 )
 @click.option(
     "--out",

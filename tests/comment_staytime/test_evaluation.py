@@ -51,6 +51,7 @@ from trainer.data.importers.kuairand import import_kuairand
 from trainer.data.simulator.write_dataset import simulate
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.metrics.staytime_metrics import staytime_metrics
+from trainer.report.run_report import make_report
 from trainer.runtime.checksums import CHECKSUMS
 from trainer.staytime import run_job
 
@@ -124,6 +125,9 @@ def test_a_run_leaves_what_it_says_and_is_not_overwritten(
     config = StaytimeConfig.model_validate(json.loads((run / "config.json").read_text()))
     assert config == job(world, f"run.directory={run}", *embeddings)
     metrics = json.loads((run / "metrics.json").read_text())
+    page = make_report(run)
+    for words in ("Mean stay against the mean prediction", "true expectation", "Fitted by group", "Loss of the epochs"):
+        assert words in page, words
     predictions = pq.read_table(run / "predictions.parquet")
     columns = [predictions.column(name).to_numpy() for name in ("user_id", "seconds", "predicted", "score")]
     again = staytime_metrics(

@@ -17,7 +17,7 @@ from trainer.data.format.time_selection import Selection
 from trainer.data.simulator.write_dataset import simulate
 from trainer.ranking import held_out_rows
 from trainer.ranking.evaluation import Predictions
-from trainer.ranking.held_out_rows import earlier_rows, write_held_out
+from trainer.ranking.held_out_rows import stored_columns, write_held_out
 
 EVERYTHING = Selection()
 
@@ -63,12 +63,14 @@ def test_all_rows_are_kept_with_what_came_before_them(data: Dataset, tmp_path: P
         for partition in range(2)
         for visit, user, *stat in (
             lambda rows: zip(
-                rows["visit_id"].tolist(), rows["user_id"].tolist(), *stat_columns(data, rows), strict=True
+                *(rows[name].tolist() for name in ("visit_id", "user_id", "item_id")),
+                *stat_columns(data, rows),
+                strict=True,
             )
         )(rows_of(data, partition))
     }
     assert len(table) == len(stored) > 30
-    names = ("visit_id", "user_id", "earlier_user", "earlier_author")
+    names = ("visit_id", "user_id", "item_id", "earlier_user", "earlier_author")
     for visit, *values in zip(*(table[name].to_pylist() for name in names), strict=True):
         assert stored[visit] == tuple(values)
     assert max(table["earlier_user"].to_pylist()) > 0
@@ -101,7 +103,8 @@ def test_a_sample_has_whole_users_and_the_same_ones_each_time(
 def test_a_visit_without_a_row_has_no_number(data: Dataset) -> None:
     world: Any = SimpleNamespace(rank=0, size=1)
     known = int(rows_of(data, 0)["visit_id"][3])
-    found = earlier_rows(data, EVERYTHING, np.array([1 << 60, known, -1]), world)
+    found = stored_columns(data, EVERYTHING, np.array([1 << 60, known, -1]), world)
     assert np.isnan(found["earlier_user"]).tolist() == [True, False, True]
-    none = earlier_rows(data, Selection(request_from=1 << 60), np.array([known]), world)
+    assert (found["item_id"] == -1).tolist() == [True, False, True]
+    none = stored_columns(data, Selection(request_from=1 << 60), np.array([known]), world)
     assert np.isnan(none["earlier_author"]).all()

@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.report.page_elements import PageElements
 from tests.report.stored_runs import write_model, write_ranker
 from trainer.checkpoint import runs
 from trainer.console.errors import UserError
@@ -23,28 +23,6 @@ from trainer.report.run_report import make_report, write_last_report, write_repo
 from trainer.runtime.run_status import recorded_status
 
 EVIL = "</script><img src=x onerror=alert(1)>&"
-
-
-class _Page(HTMLParser):
-    """Elements and texts of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Record an element."""
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        """Record a text."""
-        self.texts.append(" ".join(data.split()))
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        """Return the attributes of all elements with a tag."""
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +48,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_shows_the_run(page: str) -> None:
-    found = _Page(page)
+    found = PageElements(page)
     for heading in (
         "Held-out metrics",
         "Where it is good and bad",
@@ -114,7 +92,7 @@ def test_a_baseline_that_is_better_beyond_chance_is_a_warning(run: Path, tmp_pat
 
 
 def test_every_chart_has_its_data_and_a_text(page: str) -> None:
-    found = _Page(page)
+    found = PageElements(page)
     charts = [attributes for attributes in found.of("svg") if attributes.get("role") == "img"]
     figures = page.split("<figure>")[1:]
     assert len(charts) == len(figures) == 10
@@ -126,7 +104,7 @@ def test_every_chart_has_its_data_and_a_text(page: str) -> None:
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
-    found = _Page(page)
+    found = PageElements(page)
     assert {tag for tag, _ in found.elements}.isdisjoint(("script", "img", "link", "iframe", "object", "base", "a"))
     assert not re.search(r"https?:|url\(|@import|srcset|javascript:", page)
     assert not [
@@ -147,8 +125,8 @@ def test_texts_of_a_run_are_no_markup(tmp_path: Path, few_draws: None) -> None:
         raise UserError(EVIL)
     page = make_report(run)
     assert "<img" not in page and "<b>bold" not in page and "<script" not in page
-    assert any(EVIL in text for text in _Page(page).texts)
-    assert _Page(page).of("svg")[0]["aria-label"] is not None
+    assert any(EVIL in text for text in PageElements(page).texts)
+    assert PageElements(page).of("svg")[0]["aria-label"] is not None
 
 
 def remove(path: Path) -> None:
@@ -209,7 +187,7 @@ def test_a_run_without_rows_says_so(run: Path, few_draws: None) -> None:
     document = json.loads((run / "metrics.json").read_text())
     document["training"] |= {"rows": 0, "skipped_rows": 0}
     (run / "metrics.json").write_text(json.dumps(document))
-    text = " ".join(" ".join(_Page(make_report(run)).texts).split())
+    text = " ".join(" ".join(PageElements(make_report(run)).texts).split())
     assert "The model was trained on 0 rows." in text and "rows trained on 0 " in text
 
 
@@ -217,7 +195,7 @@ def test_a_stream_has_its_counts(run: Path, few_draws: None) -> None:
     document = json.loads((run / "metrics.json").read_text())
     document["stream"] = {"counts": {"late_events": 1234}, "freshness_seconds": {"p50": 2.5}, "progressive": {}}
     (run / "metrics.json").write_text(json.dumps(document))
-    texts = _Page(make_report(run)).texts
+    texts = PageElements(make_report(run)).texts
     assert "late events" in texts and "1,234" in texts and "2.5000" in texts
 
 
@@ -250,7 +228,7 @@ def test_the_report_is_made_at_the_end_of_a_job_and_once(
 def test_further_runs_stand_beside_the_first_one(run: Path, tmp_path: Path) -> None:
     other = write_ranker(tmp_path / "worse", 0.5, dropout=0.5)
     page = make_report(run, [other])
-    texts = _Page(page).texts
+    texts = PageElements(page).texts
     assert "Side by side" in texts and "On the 1,200 held-out rows that every run has kept" in page
     assert f"{other} − {run}" in texts and re.search(r"<td>-0\.\d{4} \(-0\.\d{4}, -0\.\d{4}\)</td>", page)
     assert "model.dropout" in texts and texts.count(str(other)) >= 4, "in tables and legends"

@@ -22,6 +22,7 @@ from trainer.config.align import load_align
 from trainer.console.errors import UserError
 from trainer.data.format.content_vectors import SEGMENT_VECTORS, ContentVectors, Origin
 from trainer.data.format.segments import DatasetSegments
+from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 from trainer.semantic_ids.align_encode import encode_segments
@@ -78,6 +79,8 @@ def copy_with(world: Path, copy: Path, vectors: np.ndarray, **origin: Any) -> Pa
 def test_a_run_has_metrics_by_popularity_and_a_vector_of_each_segment(run: Path, world: Path) -> None:
     document = json.loads((run / "metrics.json").read_text())
     assert document["model"] == "align" and document["positives"] == ["click"]
+    page = make_report(run)
+    assert "random order, all" in page and "Mean gate of the authors on air" in page and "Throughput" in page
     report = document["retrieval"]
     pairs = [part["pairs"] for name, part in report.items() if name != "all"]
     assert report["all"]["pairs"] == sum(pairs) and report["unseen"]["pairs"]

@@ -34,6 +34,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.segment_codes import CodeFile
 from trainer.engine import step_loop
 from trainer.engine.lr_schedule import learning_rate_factor
+from trainer.report.run_report import make_report
 from trainer.runtime.rng_state import start_random_states
 from trainer.runtime.watchdog import Watchdog
 from trainer.semantic_ids import foresight_report, foresight_training
@@ -60,6 +61,8 @@ def test_a_run_has_the_model_beside_all_rules(
     with caplog.at_level("INFO"):
         document = run(data)
     assert json.loads((data / "run/metrics.json").read_text()) == document
+    page = make_report(data / "run")
+    assert "Next code: top 10" in page and "author&#39;s Markov" in page and "Loss of a row" in page
     assert (document["codes"], document["target"]) == (CODES, "next")
     # The last of the 40 segments of a room has no row, and that in the middle is in neither range.
     assert document["rows"] == {

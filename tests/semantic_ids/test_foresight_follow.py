@@ -31,6 +31,7 @@ from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.format.segments import DatasetSegments
 from trainer.foresight_follow import run_job
+from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.semantic_ids import foresight_follow, foresight_forecast
@@ -167,6 +168,8 @@ def test_each_row_is_foreseen_by_the_predictor_before_the_step_that_trains_on_it
     data = FollowData.open(load_foresight_follow(whole / "job.toml"))
     records = json.loads((whole / "run/metrics.json").read_text())["progressive"]["records"]
     assert [record["step"] for record in records] == [4, 8, 11]
+    page = make_report(whole / "run")
+    assert "Progressive top 1" in page and "with a forecast" in page
     model = TrainedPredictor.open(whole / "run")
     # Checkpoints of the steps 4 to 7: what the steps of the second record began with.
     first, loss = 0, 0.0

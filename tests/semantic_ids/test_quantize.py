@@ -14,6 +14,7 @@ from tests.conftest import RunRanks
 from tests.semantic_ids.segment_world import world_vectors, write_vectors, write_world
 from trainer.config.quantize import load_quantize
 from trainer.console.errors import UserError
+from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
 from trainer.semantic_ids import kmeans
 from trainer.semantic_ids.codebook_version import CodebookVersion
@@ -241,6 +242,8 @@ def test_an_old_version_of_another_model_is_refused(job: Path, quantize: Quantiz
 def test_the_stored_report_is_what_was_measured(quantize: Quantize) -> None:
     version = quantize("first")
     report = json.loads((version.path / "report.json").read_text())
+    page = make_report(version.path)
+    assert "Distortion after each level" in page and version.name in page and "Use of the codes" in page
     vectors = world_vectors(ROOMS, SEGMENTS).reshape(ROOMS, SEGMENTS, -1)[:, FITTED:].reshape(110, -1)
     error = version.encode(vectors)[1]
     assert report["segments"] == 110

@@ -6,6 +6,7 @@ sample depends on the users' ids alone, so that two runs keep the same users. Co
     user_id, visit_id, request_ms    int64
     p_B, label_B, mask_B             float32, uint8, uint8
     truth_B                          float32: the true probability, if it is known
+    item_id                          int64: the room or video; -1 if its row cannot be read
     earlier_user, earlier_author     float32: rows of the user, and of the author, before the request, if counted
 """
 
@@ -67,7 +68,7 @@ def write_held_out(
     below = USER_HASHES if rows <= KEPT else USER_HASHES * KEPT // rows
     kept = np.flatnonzero(partition_of(predictions.user_id.numpy(), USER_HASHES) < below)
     columns = {name: getattr(predictions, name).numpy()[kept] for name in ("user_id", "visit_id", "request_ms")}
-    columns |= earlier_rows(data, selection, columns["visit_id"], world)
+    columns |= stored_columns(data, selection, columns["visit_id"], world)
     for k, behaviour in enumerate(behaviours):
         columns[f"p_{behaviour}"] = predictions.probability[:, k].numpy()[kept]
         columns[f"label_{behaviour}"] = predictions.label[:, k].numpy()[kept].astype(np.uint8)
@@ -81,30 +82,34 @@ def write_held_out(
             pq.write_table(pa.concat_tables(tables).replace_schema_metadata(notes), tmp_path)
 
 
-def earlier_rows(data: Dataset, selection: Selection, visit_id: np.ndarray, world: World) -> dict[str, np.ndarray]:
-    """Return how many rows of its user and of its author came before each visit, ``[n]`` float32.
+def stored_columns(data: Dataset, selection: Selection, visit_id: np.ndarray, world: World) -> dict[str, np.ndarray]:
+    """Return columns of the stored rows of this rank's partitions, for each visit, ``[n]``.
 
-    They are read from the stored statistics of this rank's partitions; a key that the dataset does not count is left
-    out, and a visit whose row cannot be read has nan.
+    Returns:
+        ``item_id``, int64, -1 for a visit whose row cannot be read; and for each key of :data:`COUNTED` that the
+        dataset counts, the number of earlier rows of the user or author as float32, nan for such a visit.
     """
     width = 1 + len(data.spec.behaviours)
     places = {key: data.spec.statistics.index((key,)) * width for key in COUNTED if (key,) in data.spec.statistics}
-    if not places:
-        return {}
-    visits = [np.zeros(0, np.int64)]
+    names = ("visit_id", "item_id", *(["stat"] if places else []))
+    visits, items = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     counts = [np.zeros((0, len(places)), np.float32)]
     for partition in partitions_of_rank(data.spec.partitions, world.rank, world.size):
         for record in np.flatnonzero(selection.touches(data.store.records(partition))).tolist():
-            rows = data.store.read(partition, record, ("visit_id", "stat"))
+            rows = data.store.read(partition, record, names)
             if rows is not None:
                 visits.append(rows["visit_id"])
-                counts.append(rows["stat"][:, list(places.values())])
-    known, values = np.concatenate(visits), np.concatenate(counts)
+                items.append(rows["item_id"])
+                if places:
+                    counts.append(rows["stat"][:, list(places.values())])
+    known = np.concatenate(visits)
     order = np.argsort(known, kind="stable")
     place = np.searchsorted(known, visit_id, sorter=order)
     row = np.append(order, -1)[place]
-    found = np.append(known, -1)[row] == visit_id
     # The last line stands for a visit that is not there.
-    values = np.append(values, np.full((1, len(places)), np.nan, np.float32), axis=0)
-    values = values[np.where(found, row, -1)]
-    return {f"earlier_{key}": values[:, column] for column, key in enumerate(places)}
+    row = np.where(np.append(known, -1)[row] == visit_id, row, -1)
+    values = np.append(np.concatenate(counts), np.full((1, len(places)), np.nan, np.float32), axis=0)
+    return {
+        "item_id": np.append(np.concatenate(items), -1)[row],
+        **{f"earlier_{key}": values[row, column] for column, key in enumerate(places)},
+    }

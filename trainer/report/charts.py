@@ -19,6 +19,9 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 38
 LABELS = 112
 """Width of the names beside a dot chart."""
 
+MOST_LETTERS = 16
+"""Letters of a name beside a dot chart; its table has the whole name."""
+
 COLOURS = 8
 """Number of the classes ``c0``, ``c1``, ... of the style sheet; further series take them again with dashes."""
 
@@ -218,7 +221,9 @@ def dot_chart(title: str, x_label: str, names: Sequence[str], series: Sequence[S
     parts = [_vertical(across, TOP, height - BOTTOM)]
     for place, name in enumerate(names):
         middle = TOP + band * (place + 0.5)
-        parts.append(_text(LABELS - 6, middle + 4, name if len(name) <= 18 else f"{name[:17]}…", "end"))
+        parts.append(
+            _text(LABELS - 6, middle + 4, name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…", "end")
+        )
         if place:
             parts.append(_line(0, TOP + band * place, WIDTH - RIGHT, TOP + band * place, "grid"))
     for number, one in enumerate(series):

@@ -48,6 +48,7 @@ class HeldOutRows:
         user_id, visit_id, request_ms: ``[n]`` int64.
         probability, label, mask: ``[n, K]``.
         truth: ``[n, K]``; None if it is not known.
+        item_id: ``[n]`` int64, -1 where it is not known; None for runs of earlier versions.
         earlier: ``user`` and ``author`` -> number of their earlier rows, ``[n]`` float32, as far as it is stored.
         timezone: of the dataset.
         sampled: True if the run has not kept all of its users.
@@ -61,6 +62,7 @@ class HeldOutRows:
     label: np.ndarray
     mask: np.ndarray
     truth: np.ndarray | None
+    item_id: np.ndarray | None
     earlier: dict[str, np.ndarray]
     timezone: str
     sampled: bool
@@ -96,6 +98,7 @@ class HeldOutRows:
                 label=matrix("label", np.uint8),
                 mask=matrix("mask", np.uint8),
                 truth=matrix("truth", np.float32) if known else None,
+                item_id=table["item_id"].to_numpy().astype(np.int64) if "item_id" in table.column_names else None,
                 earlier={
                     key: table[f"earlier_{key}"].to_numpy().astype(np.float32)
                     for key in COUNTED
@@ -120,6 +123,7 @@ class HeldOutRows:
             self.label[rows],
             self.mask[rows],
             None if self.truth is None else self.truth[rows],
+            None if self.item_id is None else self.item_id[rows],
             {key: values[rows] for key, values in self.earlier.items()},
             self.timezone,
             self.sampled,

@@ -11,7 +11,9 @@ from trainer.report.stored_values import mapping, number, whole
 def run_title(run: StoredRun) -> str:
     """Return the name of a run and of its model."""
     name = run.config.get("run", {}).get("name") if isinstance(run.config.get("run"), dict) else None
-    return f"{name or run.directory.resolve().name}: {run.models[0].name}"
+    name, model = name or run.directory.resolve().name, run.models[0].name
+    # A job is called after its kind by default.
+    return str(name) if name == model else f"{name}: {model}"
 
 
 def run_tiles(run: StoredRun) -> list[tuple[str, str]]:
@@ -33,7 +35,7 @@ def run_tiles(run: StoredRun) -> list[tuple[str, str]]:
         tiles.append(("ranks", whole(run.starts[-1].get("ranks"))))
     if run.status is not None and run.status.peak_memory_bytes:
         tiles.append(("peak memory of the first rank", size_text(run.status.peak_memory_bytes)))
-    return [(name, value) for name, value in tiles if value]
+    return tiles
 
 
 def environment_rows(run: StoredRun) -> list[tuple[str, str]]:

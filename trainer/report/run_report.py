@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import jinja2
 from trainer.checkpoint.runs import describe_state
 from trainer.console.errors import one_line
 from trainer.console.outputs import Output
-from trainer.report.charts import precise
+from trainer.report.job_pages import job_page
 from trainer.report.job_text import job_lines
-from trainer.report.page_parts import ReportSection, ReportTable
+from trainer.report.page_parts import JobPage
 from trainer.report.ranker_sections import calibration_section, held_out_metrics, parts_section
+from trainer.report.room_curve import room_section
 from trainer.report.run_facts import environment_rows, run_tiles, run_title
 from trainer.report.run_warnings import run_warnings
 from trainer.report.side_by_side import side_by_side
-from trainer.report.stored_run import StoredRun
-from trainer.report.stream_section import stream_section
+from trainer.report.stored_run import ReportedModel, StoredRun
+from trainer.report.stream_section import stream_section, stream_warnings
 from trainer.report.training_sections import embedding_tables, throughput, training_curves
 from trainer.runtime.files import whole_file
 from trainer.runtime.run_lock import is_locked
@@ -95,30 +97,21 @@ def make_report(directory: Path, others: Sequence[Path] = (), *, refresh: bool =
     if others:
         beside = [replace(StoredRun.read(other).models[0], name=str(other)) for other in others]
         models = [replace(models[0], name=str(directory)), *models[1:], *beside]
-    ranker = run.summary.kind == "ranker"
-    sections = held_out_metrics(models) if ranker else [_stored_metrics(run)]
-    sections += side_by_side([directory, *others]) if others else []
-    sections += parts_section(run) if ranker else []
-    sections += [
-        training_curves(models),
-        calibration_section(run),
-        throughput(models),
-        embedding_tables(run),
-        stream_section(run),
-    ]
+    parts = _ranker_page(run, models) if run.summary.kind == "ranker" else job_page(run)
+    beside_sections = side_by_side([directory, *others]) if others else []
+    # The metrics come first, then the other runs, then the rest.
+    sections = [*parts.sections[:1], *beside_sections, *parts.sections[1:]]
     lines = job_lines(run.config, run.summary.kind)
-    template = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    return page.render(
+    return _template().render(
         title=run_title(run),
         refresh=WATCH_SECONDS if refresh else 0,
         directory=str(directory),
         kind=run.summary.job or "unknown job",
         state=run.summary.state,
         described=describe_state(run.summary),
-        tiles=run_tiles(run),
+        tiles=[(name, value) for name, value in parts.tiles if value],
         notes=run.notes,
-        warnings=run_warnings(run),
+        warnings=parts.warnings,
         sections=[section for section in sections if section.tables or section.charts],
         lines=lines,
         changed=[line.text for line in lines if line.changed],
@@ -126,7 +119,25 @@ def make_report(directory: Path, others: Sequence[Path] = (), *, refresh: bool =
     )
 
 
-def _stored_metrics(run: StoredRun) -> ReportSection:
-    """Return the metrics of a run that is no ranker's, by their names."""
-    rows = [[name, precise(value)] for name, value in run.summary.metrics.items()]
-    return ReportSection("Metrics", "", [ReportTable("", ["metric", "value"], rows)] if rows else [])
+@cache
+def _template() -> jinja2.Template:
+    text = resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+
+def _ranker_page(run: StoredRun, models: Sequence[ReportedModel]) -> JobPage:
+    """Return the parts of a page about a ranker, with the models that stand beside it."""
+    return JobPage(
+        run_tiles(run),
+        [*run_warnings(run), *stream_warnings(run)],
+        [
+            *held_out_metrics(models),
+            stream_section(run),
+            *parts_section(run),
+            room_section(run.models[0].held_out),
+            training_curves(models),
+            calibration_section(run),
+            throughput(models),
+            embedding_tables(run),
+        ],
+    )

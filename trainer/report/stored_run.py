@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.checkpoint.manifest import JOB, list_checkpoints
-from trainer.checkpoint.runs import RunSummary, is_run, summarize
+from trainer.checkpoint.runs import DAMAGED, RunSummary, is_run, summarize
 from trainer.console.errors import UserError, one_line
 from trainer.report.held_out import HeldOutRows
-from trainer.runtime.run_status import RUNNING, RunStatus, read_status
+from trainer.runtime.run_status import FINISHED, RUNNING, RunStatus, read_status
 from trainer.runtime.stored_files import parse_json_object, read_json_object, read_limited
 
 T = TypeVar("T")
+
+CODEBOOK = "codebook.json"
+"""Manifest of a codebook version."""
+
+QUANTIZE = "quantize"
+TABLE_JOBS = ("embed", QUANTIZE)
+"""Commands whose directory holds their output alone."""
 
 Entry = Mapping[str, Any]
 """An entry of the metric history."""
@@ -75,12 +82,18 @@ class StoredRun:
         Raises:
             UserError: there is no run.
         """
-        if not is_run(directory):
-            raise UserError(f"{directory}: no run here")
+        codebook = (directory / CODEBOOK).is_file()
+        if not is_run(directory) and not codebook:
+            raise UserError(f"{directory}: no run here, and no codebook")
         reader = _Reader()
         empty: dict[str, Any] = {}
+        if codebook:
+            return _codebook(directory, reader)
         summary = summarize(directory)
-        config = reader.read(lambda: read_json_object(directory / "config.json"), empty, f"{directory}: no config.json")
+        # Jobs that write tables have no settings and no metrics in their directory.
+        trains = not summary.job.startswith(TABLE_JOBS)
+        missing = f"{directory}: no config.json" if trains else ""
+        config = reader.read(lambda: read_json_object(directory / "config.json"), empty, missing)
         environment = reader.read(lambda: read_json_object(directory / "environment.json"), empty, "")
         starts = environment.get("starts", [environment] if environment else [])
         own = _section(config, "model").get("kind")
@@ -94,7 +107,7 @@ class StoredRun:
         ]
         if summary.state == RUNNING:
             reader.notes.append("The job runs: curves reach to the newest checkpoint, and metrics come at the end.")
-        elif not models[0].document:
+        elif not models[0].document and trains:
             reader.notes.append("metrics.json is not there: the run has not finished.")
         if models[0].behaviours and models[0].held_out is None:
             reader.notes.append(
@@ -109,6 +122,19 @@ class StoredRun:
             models,
             reader.notes,
         )
+
+
+def _codebook(directory: Path, reader: _Reader) -> StoredRun:
+    """Return a codebook version, which is whole or not there: its manifest as settings, its report as metrics."""
+    manifest = reader.read(lambda: read_json_object(directory / CODEBOOK), {}, "")
+    document = reader.read(
+        lambda: read_json_object(directory / "report.json"),
+        {},
+        "report.json is not there: no segments were held out.",
+    )
+    model = ReportedModel("codebook", document, [], [], None)
+    summary = RunSummary(str(directory), job=QUANTIZE, state=FINISHED if manifest else DAMAGED)
+    return StoredRun(directory, summary, None, manifest, [], [model], reader.notes)
 
 
 class _Reader:

@@ -36,6 +36,7 @@ from trainer.llm.models.adapter import save_adapter
 from trainer.llm.models.base_model import BaseModelFiles, add_adapter
 from trainer.llm.models.prompt_templates import Template
 from trainer.llm.models.small_model import write_small_model
+from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
 
 TEMPLATE = ROOT / "configs/templates/embed.txt"
@@ -164,6 +165,9 @@ def test_the_manifest_says_what_made_them(tables: Path, dataset: Path) -> None:
     assert origin.counts == {"kept": 0, "embedded": 58, "refused": 0, "truncated": 0, "empty": 2}
     assert ContentVectors.open(tables / "comments").origin.counts["truncated"] == 1
     assert origin.hash != ContentVectors.open(tables / "comments").origin.hash
+    page = make_report(tables)
+    assert "Tables of vectors" in page and "mean cosine" in page and "empty texts" in page and origin.hash in page
+    assert "has not finished" not in page and "no config.json" not in page
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

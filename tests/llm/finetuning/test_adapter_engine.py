@@ -24,6 +24,7 @@ from trainer.console.errors import UserError
 from trainer.finetune import run_job
 from trainer.llm.finetuning.token_files import Tokens
 from trainer.llm.models.base_model import BaseModelFiles
+from trainer.report.run_report import make_report
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 from trainer.serving.export import export_checkpoint
@@ -142,6 +143,10 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
     for run in ("run", "undisturbed"):
         metrics = json.loads((tmp_path / run / "metrics.json").read_text())
         assert metrics["evaluation"]["fire"]["samples"] == 20
+    assert 0 < metrics["parameters"]["trainable"] < metrics["parameters"]["all"]
+    page = make_report(tmp_path / "run")
+    for words in ("Held-out choices", "Loss of an answer token", "trainable parameters", "tokens per second"):
+        assert words in page, words
 
 
 @pytest.mark.slow

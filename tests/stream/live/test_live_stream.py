@@ -13,7 +13,7 @@ import torch
 from trainer.config.stream import LabelConfig, StreamConfig
 from trainer.data.format.growing_history import GrowingHistories
 from trainer.data.format.history import Histories
-from trainer.data.format.schema import DatasetSpec, Rows, partition_of
+from trainer.data.format.schema import KINDS, DatasetSpec, Rows, partition_of
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
 from trainer.ranking.training_stream import as_arrays, as_tensors
@@ -104,6 +104,8 @@ def test_the_stream_gives_the_rows_of_the_dataset(world, policy, slice_minutes, 
     outcomes.append(live.take_outcomes().rows)
     rows.append(live.take_rows(END_OF_TIME))
     assert live.counts["without_features"] == live.counts["unanswered"] == live.counts["late"] == 0
+    of_kinds = np.bincount(np.concatenate([part["kind"] for part in rows]), minlength=len(KINDS))
+    assert [live.counts[f"rows_{kind}"] for kind in KINDS] == of_kinds.tolist()
 
     expected, full = [], []
     log = EventLog(world)

@@ -61,6 +61,7 @@ class AdapterEngine:
         parts: number of micro-batches in a step (``gradient_accumulation_steps``).
         network: the module that DeepSpeed trains.
         zero_stage: ZeRO stage: 1 partitions optimizer states, 2 also gradients, 3 also parameters.
+        parameters: numbers of ``trainable`` and of ``all`` parameters, of all ranks together.
 
     Raises:
         UserError: DeepSpeed refuses a setting.
@@ -82,6 +83,9 @@ class AdapterEngine:
             model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
         network = AnswerModel(model).train()
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        # Under ZeRO 3 a parameter that was loaded in parts holds no values, but knows its size.
+        sizes = [(getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in network.parameters()]
+        self.parameters = {"trainable": sum(n for n, own in sizes if own), "all": sum(n for n, _ in sizes)}
         self.parts: int = settings["gradient_accumulation_steps"]
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self._model = model

@@ -199,6 +199,7 @@ def metrics_document(
         "base": base.fingerprint,
         "length": config.data.length,
         "engine": {"class": kind, "optimizer": optimizer, "zero_stage": engine.zero_stage},
+        "parameters": engine.parameters,
         "samples": {
             "trained_on": counts.samples,
             "tokens": counts.tokens,

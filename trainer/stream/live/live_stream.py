@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.config.stream import LabelConfig
 from trainer.data.format.growing_history import VISIT_COLUMNS, GrowingHistories
-from trainer.data.format.schema import DOMAINS, DatasetSpec, Rows
+from trainer.data.format.schema import DOMAINS, KINDS, DatasetSpec, Rows
 from trainer.data.format.validation import Columns
 from trainer.data.format.visit_events import label_bits
 from trainer.stream.labels.assembled_rows import (
@@ -31,9 +31,13 @@ from trainer.stream.labels.policy import Full, event_timeouts, report_policy
 from trainer.stream.live.visit_features import VisitFeatureStore
 from trainer.stream.sources.source import EventBatch
 
-COUNTS = ("events", "late", "no_open_visit", "requests", "without_features", "unanswered", "before_start")
+COUNTS = (
+    *("events", "late", "no_open_visit", "requests", "without_features", "unanswered", "before_start"),
+    *(f"rows_{kind}" for kind in KINDS),
+)
 """Counters: events that arrived, unused events by reason, predicted requests, requests without logged features,
-outcomes of requests that were not predicted, and events that were skipped because the stream starts after them."""
+outcomes of requests that were not predicted, events that were skipped because the stream starts after them, and rows to
+train on by their kind."""
 
 _ORDER = ("request_ms", "visit_id", "user_id", "emit_ms")
 """Sort keys of rows, in the order of ``np.lexsort``: the last key is the most significant."""
@@ -155,6 +159,8 @@ class LiveStream:
             # Rows of a partition are in order of ``emit_ms``, so a prefix is complete.
             rows, part.rows = _cut(part.rows, stop)
             taken.append(_with_partition(partition, rows | part.store.features(rows)[0]))
+            for kind, count in zip(KINDS, np.bincount(rows["kind"], minlength=len(KINDS)).tolist(), strict=True):
+                self.counts[f"rows_{kind}"] += count
         return _in_order(taken)
 
     def take_requests(self) -> Rows:
