@@ -19,7 +19,8 @@ from trainer.console.outputs import InputPath, Output, OutputPath
     "its end. The other jobs have pages of their own; a codebook version and a directory of embeddings have one, too."
     "\n\n"
     "Further runs stand beside the first one: metrics and curves of all of them, differences with paired intervals, "
-    "and the settings that differ.",
+    "and the settings that differ. With --against the differences are from that run, and the job file has a comment "
+    "wherever that run has another value.",
     example="limelight report runs/first --out first.html",
 )
 @click.argument(
@@ -37,9 +38,15 @@ from trainer.console.outputs import InputPath, Output, OutputPath
     help="File or URL to write (default: RUN/report.html; needed for several runs).",
 )
 @click.option(
+    "--against",
+    metavar="RUN",
+    type=InputPath(),
+    help="Run, or baseline of a run, with which metrics and job file are compared.",
+)
+@click.option(
     "--watch", is_flag=True, help="Write the page again every 30 seconds until the job ends; it reloads itself."
 )
-def report(directories: tuple[str, ...], out: Output | None, watch: bool) -> None:
+def report(directories: tuple[str, ...], out: Output | None, against: str | None, watch: bool) -> None:
     """Write the page."""
     run, *others = directories
     if others and out is None:
@@ -51,5 +58,5 @@ def report(directories: tuple[str, ...], out: Output | None, watch: bool) -> Non
     if watch:
         print(f"report: {out or Path(run) / REPORT}, again until the job ends", flush=True)
     write = watch_report if watch else write_report
-    write(Path(run), out, [Path(other) for other in others])
+    write(Path(run), out, [Path(other) for other in others], Path(against) if against else None)
     print(f"report: {out or Path(run) / REPORT}")

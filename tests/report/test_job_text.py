@@ -35,3 +35,20 @@ def test_settings_of_another_version_are_texts(config: dict[str, Any]) -> None:
         lines = job_lines(config, kind)  # type: ignore[arg-type]
         tomllib.loads("\n".join(line.text for line in lines))
         assert kind is not None or not any(line.changed for line in lines)
+
+
+def test_values_of_another_run_are_comments() -> None:
+    config = {"run": {"name": "a"}, "train": {"rows": 1, "weights": {}, "only": 3}, "x": {"y": {"z": 1}}, "same": 4}
+    other = {"run": {"name": "b"}, "train": {"rows": 2, "gone": "t"}, "x": {"q": {"w": 1}}, "same": 4, "past": {"k": 5}}
+    lines = job_lines(config, None, other)
+    assert tomllib.loads("\n".join(line.text for line in lines)) == config
+    assert [line.text for line in lines if line.differs] == [
+        "# past = {k = 5}  # in the other run only",
+        "rows = 1  # other run: 2",
+        "only = 3  # other run: unset",
+        '# gone = "t"  # in the other run only',
+        "# q = {w = 1}  # in the other run only",
+        "z = 1  # other run: unset",
+    ]
+    assert not any(line.differs for line in job_lines(config, None, config))
+    assert job_lines(config, None, {"x": 3, "train": [1]})[-2].differs

@@ -238,6 +238,27 @@ def test_further_runs_stand_beside_the_first_one(run: Path, tmp_path: Path) -> N
     assert "has kept no predictions" in make_report(run, [other])
 
 
+def test_a_run_is_compared_with_another_one(run: Path, tmp_path: Path) -> None:
+    other = write_ranker(tmp_path / "worse", 0.5, name="other", dropout=0.5)
+    page = make_report(run, against=other)
+    texts = PageElements(page).texts
+    assert f"{run} − {other}" in texts and f"{other} − {run}" not in texts
+    assert re.search(r"<td>0\.\d{4} \(0\.\d{4}, 0\.\d{4}\)</td>", page), "the run is better than the other one"
+    (marked,) = re.findall(r'<mark class="other">(.*?)</mark>', page)
+    assert marked == "dropout = 0.0  # other run: 0.5" and f"1 key differs from {other}; a comment" in page
+    (other / "config.json").unlink()
+    assert "The job file is not compared: " in make_report(run, against=other)
+    with pytest.raises(UserError, match="no run here"):
+        make_report(run, against=tmp_path)
+
+
+def test_a_baseline_of_a_run_can_be_compared_with(run: Path, few_draws: None) -> None:
+    page = make_report(run, against=run / "baselines/logistic")
+    assert re.findall(r'<mark class="other">(.*?)</mark>', page) == [
+        "kind = &#34;mmoe&#34;  # default: &#34;ple&#34;, other run: &#34;logistic&#34;"
+    ]
+
+
 def test_a_watched_run_has_a_page_until_it_ends(run: Path, few_draws: None, monkeypatch: pytest.MonkeyPatch) -> None:
     locked = iter((True, True, False))
     pages: list[str] = []

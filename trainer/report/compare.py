@@ -16,10 +16,8 @@ from trainer.console.errors import UserError, one_line, printable
 from trainer.console.text_table import text_table
 from trainer.metrics.user_bootstrap import interval
 from trainer.report.held_out import DRAWS, HeldOutRows, UserDraws
+from trainer.report.job_text import OWN_KEYS
 from trainer.runtime.stored_files import read_json_object
-
-_OWN_KEYS = ("run.directory", "run.name")
-"""Settings that every run has to itself."""
 
 _UNSET = "unset"
 _LONGEST = 40
@@ -180,11 +178,11 @@ def _settings(paths: Sequence[Path], notes: list[str]) -> dict[str, list[Any]]:
     settings = []
     for path in paths:
         try:
-            settings.append(flat_settings(_job(path)))
+            settings.append(flat_settings(job_of(path)))
         except (OSError, UserError) as error:
             notes.append(f"settings are not compared: {one_line(error)}")
             return {}
-    keys = sorted({key for one in settings for key in one} - set(_OWN_KEYS))
+    keys = sorted({key for one in settings for key in one} - set(OWN_KEYS))
     found = {key: [one.get(key, _UNSET) for one in settings] for key in keys}
     differing = {key: values for key, values in found.items() if any(value != values[0] for value in values[1:])}
     if not differing:
@@ -192,8 +190,13 @@ def _settings(paths: Sequence[Path], notes: list[str]) -> dict[str, list[Any]]:
     return differing
 
 
-def _job(path: Path) -> dict[str, Any]:
-    """Read the job of a run, or of a baseline inside of a run."""
+def job_of(path: Path) -> dict[str, Any]:
+    """Read the job of a run, or of a baseline inside of a run.
+
+    Raises:
+        OSError: there is none.
+        UserError: it is damaged.
+    """
     if (path / "config.json").exists() or path.resolve().parent.name != "baselines":
         return read_json_object(path / "config.json")
     config = read_json_object(path.resolve().parents[1] / "config.json")

@@ -27,6 +27,9 @@ MODELS: dict[RunKind, type[BaseModel]] = {
 }
 """Kind of a run -> the schema of its job."""
 
+OWN_KEYS = ("run.directory", "run.name")
+"""Settings that every run has to itself."""
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _REQUIRED = object()
 
@@ -36,44 +39,69 @@ class JobLine:
     """A line of a job file.
 
     Attributes:
-        text: TOML, with the default in a comment if the value is another one.
+        text: TOML, with the default, and the value of the other run, in a comment if they are other ones.
         changed: True if the value is not the default.
+        differs: True if the value is not that of the other run.
     """
 
     text: str
     changed: bool
+    differs: bool = False
 
 
-def job_lines(config: Mapping[str, Any], kind: RunKind | None) -> list[JobLine]:
+def job_lines(
+    config: Mapping[str, Any], kind: RunKind | None, against: Mapping[str, Any] | None = None
+) -> list[JobLine]:
     """Return a job as the lines of a TOML file.
 
     Args:
         config: content of ``config.json``.
         kind: of the run; None knows no defaults.
+        against: content of ``config.json`` of another run; None for no comparison. Keys that only the other run has
+            are comments.
     """
     defaults = _defaults(MODELS[kind]) if kind in MODELS else {}
-    return list(_section(config, (), defaults))
+    return list(_section(config, (), defaults, against))
 
 
-def _section(section: Mapping[str, Any], path: tuple[str, ...], defaults: Mapping[str, Any]) -> Iterator[JobLine]:
+def _section(
+    section: Mapping[str, Any], path: tuple[str, ...], defaults: Mapping[str, Any], against: Mapping[str, Any] | None
+) -> Iterator[JobLine]:
     """Yield the keys of a section, then the sections in it."""
     # TOML has no null: a key without a value is absent.
     inner = {key: value for key, value in section.items() if isinstance(value, Mapping) and value}
     own = {key: value for key, value in section.items() if key not in inner and value is not None}
-    if own and path:
+    other = {} if against is None else {key: value for key, value in against.items() if value not in (None, {})}
+    gone = [key for key in other if key not in own and key not in inner]
+    if (own or gone) and path:
         yield JobLine(f"[{'.'.join(map(_key, path))}]", False)
     for key, value in own.items():
-        default = _default_of(".".join((*path, key)), defaults)
-        text = f"{_key(key)} = {_toml(value)}"
+        name = ".".join((*path, key))
+        default = _default_of(name, defaults)
+        text, comments = f"{_key(key)} = {_toml(value)}", []
         # A table of free keys without any is what it is by default.
-        if not defaults or default is _REQUIRED or default == value or (default is None and value == {}):
-            yield JobLine(text, default is _REQUIRED and bool(defaults))
-        else:
-            yield JobLine(f"{text}  # default: {'unset' if default is None else _toml(default)}", True)
-    if own:
+        usual = not defaults or default is _REQUIRED or default == value or (default is None and value == {})
+        if not usual:
+            comments.append(f"default: {'unset' if default is None else _toml(default)}")
+        differs = against is not None and name not in OWN_KEYS and _emptied(value) != other.get(key)
+        if differs:
+            comments.append(f"other run: {_toml(other[key]) if key in other else 'unset'}")
+        changed = not usual or (default is _REQUIRED and bool(defaults))
+        yield JobLine(text + (f"  # {', '.join(comments)}" if comments else ""), changed, differs)
+    for key in gone:
+        yield JobLine(f"# {_key(key)} = {_toml(other[key])}  # in the other run only", False, True)
+    if own or gone:
         yield JobLine("", False)
     for key, value in inner.items():
-        yield from _section(value, (*path, key), defaults)
+        beside = other.get(key, {})
+        yield from _section(
+            value, (*path, key), defaults, None if against is None else beside if isinstance(beside, Mapping) else {}
+        )
+
+
+def _emptied(value: Any) -> Any:
+    """Return None for a table without keys, which is the same as none."""
+    return None if value == {} else value
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from trainer.checkpoint.runs import describe_state
-from trainer.console.errors import one_line
+from trainer.console.errors import UserError, one_line
 from trainer.console.outputs import Output
+from trainer.report.compare import job_of
 from trainer.report.job_pages import job_page
 from trainer.report.job_text import job_lines
 from trainer.report.page_parts import JobPage
@@ -23,7 +25,7 @@ from trainer.report.room_curve import room_section
 from trainer.report.run_facts import environment_rows, run_tiles, run_title
 from trainer.report.run_warnings import run_warnings
 from trainer.report.side_by_side import side_by_side
-from trainer.report.stored_run import ReportedModel, StoredRun
+from trainer.report.stored_run import ReportedModel, StoredRun, read_model
 from trainer.report.stream_section import stream_section, stream_warnings
 from trainer.report.training_sections import embedding_tables, throughput, training_curves
 from trainer.runtime.files import whole_file
@@ -39,7 +41,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(
-    directory: Path, out: Output | None = None, others: Sequence[Path] = (), *, refresh: bool = False
+    directory: Path,
+    out: Output | None = None,
+    others: Sequence[Path] = (),
+    against: Path | None = None,
+    *,
+    refresh: bool = False,
 ) -> None:
     """Write the report of a run, by default as ``report.html`` in its directory.
 
@@ -47,26 +54,29 @@ def write_report(
         directory: of the run.
         out: file to write.
         others: runs that stand beside it in the page.
+        against: run whose settings and metrics are the reference; see :func:`make_report`.
         refresh: a browser loads the page again from time to time.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
     """
-    page = make_report(directory, others, refresh=refresh)
+    page = make_report(directory, others, against, refresh=refresh)
     with (out or Output.of(directory / REPORT)).writing(quiet=True) as file, whole_file(file) as tmp_path:
         tmp_path.write_text(page, encoding="utf-8")
 
 
-def watch_report(directory: Path, out: Output | None = None, others: Sequence[Path] = ()) -> None:
+def watch_report(
+    directory: Path, out: Output | None = None, others: Sequence[Path] = (), against: Path | None = None
+) -> None:
     """Write the report of a run again and again until no job runs there; the last page does not refresh itself.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
     """
     while is_locked(directory):
-        write_report(directory, out, others, refresh=True)
+        write_report(directory, out, others, against, refresh=True)
         time.sleep(WATCH_SECONDS)
-    write_report(directory, out, others)
+    write_report(directory, out, others, against)
 
 
 def write_last_report(directory: Path) -> None:
@@ -81,27 +91,33 @@ def write_last_report(directory: Path) -> None:
         logger.debug("", exc_info=True)
 
 
-def make_report(directory: Path, others: Sequence[Path] = (), *, refresh: bool = False) -> str:
+def make_report(
+    directory: Path, others: Sequence[Path] = (), against: Path | None = None, *, refresh: bool = False
+) -> str:
     """Return the page about a run.
 
     Args:
         directory: of the run.
         refresh: a browser loads the page again from time to time.
         others: runs that stand beside it in tables and curves, and with which it is compared.
+        against: another run that stands beside it: the differences are from this one, and the job file has its
+            values where they are other ones.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run in one of the directories.
     """
     run = StoredRun.read(directory)
     models = run.models
+    compared = [directory, *others] if against is None else [against, directory, *others]
+    others = others if against is None else [against, *others]
     if others:
-        beside = [replace(StoredRun.read(other).models[0], name=str(other)) for other in others]
+        beside = [replace(read_model(other), name=str(other)) for other in others]
         models = [replace(models[0], name=str(directory)), *models[1:], *beside]
     parts = _ranker_page(run, models) if run.summary.kind == "ranker" else job_page(run)
-    beside_sections = side_by_side([directory, *others]) if others else []
+    beside_sections = side_by_side(compared) if others else []
     # The metrics come first, then the other runs, then the rest.
     sections = [*parts.sections[:1], *beside_sections, *parts.sections[1:]]
-    lines = job_lines(run.config, run.summary.kind)
+    lines = job_lines(run.config, run.summary.kind, _other_job(run, against))
     return _template().render(
         title=run_title(run),
         refresh=WATCH_SECONDS if refresh else 0,
@@ -114,9 +130,22 @@ def make_report(directory: Path, others: Sequence[Path] = (), *, refresh: bool =
         warnings=parts.warnings,
         sections=[section for section in sections if section.tables or section.charts],
         lines=lines,
-        changed=[line.text for line in lines if line.changed],
+        changed=sum(line.changed for line in lines),
+        differing=None if against is None else sum(line.differs for line in lines),
+        against=str(against),
         environment=environment_rows(run),
     )
+
+
+def _other_job(run: StoredRun, against: Path | None) -> Mapping[str, Any] | None:
+    """Return the job of the run that is compared with; None, with a note, if it cannot be read."""
+    if against is None:
+        return None
+    try:
+        return job_of(against)
+    except (OSError, UserError) as error:
+        run.notes.append(f"The job file is not compared: {one_line(error)}")
+        return None
 
 
 @cache

@@ -124,6 +124,17 @@ class StoredRun:
         )
 
 
+def read_model(directory: Path) -> ReportedModel:
+    """Read the own model of a run, or a baseline by its directory inside of a run.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if is_run(directory) or not (directory / "metrics.json").exists():
+        return StoredRun.read(directory).models[0]
+    return _Reader().model(directory, directory.name)
+
+
 def _codebook(directory: Path, reader: _Reader) -> StoredRun:
     """Return a codebook version, which is whole or not there: its manifest as settings, its report as metrics."""
     manifest = reader.read(lambda: read_json_object(directory / CODEBOOK), {}, "")
