@@ -79,6 +79,7 @@ from trainer.data.format.segment_codes import CodeFile
 from trainer.data.simulator.segment_vectors import DEFAULT_NOISE
 from trainer.data.simulator.write_dataset import simulate
 from trainer.foresight import run_job
+from trainer.metrics.user_bootstrap import ResampledMetric
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
 from trainer.semantic_ids.code_files import read_codes
@@ -312,14 +313,10 @@ def measure_models(work: HighlightWork, seeds: Sequence[int]) -> dict[str, Any]:
             facts[model] = {name: float(np.mean([fact[name] for _, fact in runs])) for name in ("epoch", "seconds")}
         values = [_by_room(found, rooms) for found in of_seeds]
         metrics[model] = {
-            name: [
-                user_rate(author[known], one[name][known], authors)
-                for one in values
-                for known in [np.isfinite(one[name])]
-            ]
+            name: [user_rate(author[known], one[name][known]) for one in values for known in [np.isfinite(one[name])]]
             for name in METRICS
         }
-    nothing: list[Metric] = [lambda weight: 0.0]
+    nothing: list[Metric] = [lambda counts: ResampledMetric(0.0, np.zeros(len(counts) - 1))]
     groups: dict[str, Any] = {}
     for group in GROUPS:
         for model in (model for model in metrics if model[0] == group):

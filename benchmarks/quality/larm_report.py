@@ -214,7 +214,7 @@ def retrieval_result(runs: Mapping[str, Sequence[Path]], groups: AuthorGroups) -
         result[name] = {"pairs": int(rows.sum()), "on_air": float(on_air.mean()) if len(on_air) else None}
         for k in RECALLS:
             metrics = {
-                variant: [user_rate(user[rows], _hits(one, k)[rows], users) for one in of_variant]
+                variant: [user_rate(user[rows], _hits(one, k)[rows]) for one in of_variant]
                 for variant, of_variant in tables.items()
             }
             everyone = np.ones(users)

@@ -97,6 +97,16 @@ def resample_gauc(index: np.ndarray, counts: np.ndarray, scores: np.ndarray, lab
     return ResampledMetric(float(joined[0]), joined[1:])
 
 
+def resample_mean(index: np.ndarray, counts: np.ndarray, values: np.ndarray) -> ResampledMetric:
+    """Return the mean of ``values [rows]`` under every line of ``counts``."""
+    users = counts.shape[1]
+    sums, rows = np.bincount(index, values, users), np.bincount(index, minlength=users)
+    weight = counts.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        means = (weight @ sums) / (weight @ rows)
+    return ResampledMetric(float(means[0]), means[1:])
+
+
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile interval of bootstrap draws; nan if no draw has a value."""
     if not np.isfinite(draws).any():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.metrics.user_bootstrap import draw_users, interval
+from trainer.metrics.user_bootstrap import draw_users, resample_mean
 from trainer.report.charts import Point
+from trainer.report.held_out import point_of
 
 DRAWS = 200
 
@@ -18,18 +19,10 @@ class UserMeans:
     """
 
     def __init__(self, user_id: np.ndarray) -> None:
-        self._index, counts = draw_users(user_id, DRAWS, seed=1)
-        self._counts = counts.astype(np.float64)
+        self._index, self._counts = draw_users(user_id, DRAWS, seed=1)
 
     def of(self, values: np.ndarray, rows: np.ndarray | None = None) -> Point | None:
         """Return the mean of ``values [n]``, of all rows or of those of a mask; None without rows."""
         kept = np.ones(len(values), bool) if rows is None else rows
-        if not kept.any():
-            return None
-        users = self._counts.shape[1]
-        sums = np.bincount(self._index[kept], values[kept].astype(np.float64), users)
-        sizes = np.bincount(self._index[kept], minlength=users)
-        weight = self._counts @ sizes
-        # A draw may have no user of the group.
-        means = np.divide(self._counts @ sums, weight, out=np.full(len(weight), np.nan), where=weight > 0)
-        return Point(float(means[0]), *interval(means[1:]))
+        # A draw may have no user of the group, and then has no mean.
+        return point_of(resample_mean(self._index[kept], self._counts, values[kept]))

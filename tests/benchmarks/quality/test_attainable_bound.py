@@ -18,7 +18,7 @@ from benchmarks.quality.hidden_state import (
     room_beliefs,
     user_beliefs,
 )
-from benchmarks.quality.paired_users import weighted_auc
+from tests.benchmarks.quality.weighted_auc import weighted_auc
 from trainer.data.format.text_schema import SEGMENT_MS
 from trainer.data.simulator.behaviours import behaviour_probabilities
 from trainer.data.simulator.config import BEHAVIOURS, DAY_MS, START_MS, WorldConfig
