@@ -63,14 +63,14 @@ def test_all_rows_are_kept_with_what_came_before_them(data: Dataset, tmp_path: P
         for partition in range(2)
         for visit, user, *stat in (
             lambda rows: zip(
-                *(rows[name].tolist() for name in ("visit_id", "user_id", "item_id")),
+                *(rows[name].tolist() for name in ("visit_id", "user_id", "item_id", "author_id")),
                 *stat_columns(data, rows),
                 strict=True,
             )
         )(rows_of(data, partition))
     }
     assert len(table) == len(stored) > 30
-    names = ("visit_id", "user_id", "item_id", "earlier_user", "earlier_author")
+    names = ("visit_id", "user_id", "item_id", "author_id", "earlier_user", "earlier_author")
     for visit, *values in zip(*(table[name].to_pylist() for name in names), strict=True):
         assert stored[visit] == tuple(values)
     assert max(table["earlier_user"].to_pylist()) > 0

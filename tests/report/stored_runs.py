@@ -29,6 +29,8 @@ def held_out_rows(noise: float, seed: int = 0, behaviours: tuple[str, ...] = BEH
     columns: dict[str, np.ndarray] = {
         "user_id": random.integers(0, 40, ROWS),
         "visit_id": np.arange(ROWS) * 3,
+        "item_id": np.arange(ROWS) // 200,
+        "author_id": np.arange(ROWS) // 400,
         "request_ms": np.arange(ROWS) * HOUR // 24,
         "earlier_user": random.integers(0, 300, ROWS).astype(np.float32),
         "earlier_author": random.integers(0, 30, ROWS).astype(np.float32),

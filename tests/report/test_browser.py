@@ -81,7 +81,7 @@ def test_the_page_fits_and_can_be_read(page: Path, tab: Tab, width: int, scheme:
     tab.value("document.querySelectorAll('details').forEach((element) => { element.open = true; })")
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.value(OUTSIDE) == []
-    assert tab.value("document.querySelectorAll('figure').length") == 10
+    assert tab.value("document.querySelectorAll('figure').length") == 11
     assert tab.value("[...document.querySelectorAll('figure tbody')].every((body) => body.rows.length > 0)") is True
     lowest, where = tab.value(CONTRASTS)[0]
     assert lowest >= LEAST_CONTRAST, where

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.report.page_elements import PageElements
@@ -53,6 +54,7 @@ def test_the_page_shows_the_run(page: str) -> None:
         "Held-out metrics",
         "Where it is good and bad",
         "Training",
+        "One room over time",
         "Calibration",
         "Throughput",
         "Embedding tables",
@@ -79,6 +81,42 @@ def test_the_page_warns_of_what_matters(page: str) -> None:
     assert "click" not in warnings
 
 
+@pytest.mark.parametrize(
+    ("ids", "rows", "known", "warned"),
+    [
+        ("lookup", 4, [0], "83 % of the held-out rows have an unknown item"),
+        ("lookup", 4, [0, 1, 2, 3], ""),
+        ("direct", 3, None, "67 % of the held-out rows have an unknown item"),
+        ("direct", 7, None, ""),
+        ("hash", 3, None, "100 % of the held-out ids of the table item share their row"),
+        ("hash", 1_000_000, None, ""),
+    ],
+)
+def test_ids_that_are_unknown_or_share_rows_are_a_warning(
+    run: Path, few_draws: None, ids: str, rows: int, known: list[int] | None, warned: str
+) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["features"]["item"]["ids"] = ids
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "plan.json").write_text(json.dumps([{"table": "item", "rows": rows, "dim": 4}]))
+    if known is not None:
+        (run / "features").mkdir()
+        np.savez(run / "features" / "vocabularies.npz", item=np.array(known))
+    page = make_report(run)
+    assert warned in page and ("have an unknown item" in page or "share their row" in page) == bool(warned)
+
+
+def test_a_room_has_its_predicted_observed_and_true_curve(page: str) -> None:
+    (label,) = [
+        str(attributes["aria-label"])
+        for attributes in PageElements(page).of("svg")
+        if "in item 0" in str(attributes.get("aria-label"))
+    ]
+    assert label.startswith("Probability of click in item 0: predicted 0.") and "observed 0." in label
+    assert "true 0." in label
+    assert "The item with the most held-out visits (200), in 10 groups of equally many visits." in page
+
+
 def test_a_baseline_that_is_better_beyond_chance_is_a_warning(run: Path, tmp_path: Path) -> None:
     assert "The baseline" not in make_report(run)
     # The same rows by a better and by an equally good model.
@@ -95,7 +133,7 @@ def test_every_chart_has_its_data_and_a_text(page: str) -> None:
     found = PageElements(page)
     charts = [attributes for attributes in found.of("svg") if attributes.get("role") == "img"]
     figures = page.split("<figure>")[1:]
-    assert len(charts) == len(figures) == 10
+    assert len(charts) == len(figures) == 11
     for attributes, figure in zip(charts, figures, strict=True):
         assert ":" in str(attributes["aria-label"])
         assert figure.partition("</figure>")[0].count("<tr>") >= 2 and "<details>" in figure

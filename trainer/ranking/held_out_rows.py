@@ -6,7 +6,7 @@ sample depends on the users' ids alone, so that two runs keep the same users. Co
     user_id, visit_id, request_ms    int64
     p_B, label_B, mask_B             float32, uint8, uint8
     truth_B                          float32: the true probability, if it is known
-    item_id                          int64: the room or video; -1 if its row cannot be read
+    item_id, author_id               int64: of the room or video; -1 if its row cannot be read
     earlier_user, earlier_author     float32: rows of the user, and of the author, before the request, if counted
 """
 
@@ -32,6 +32,9 @@ HELD_OUT = "held_out.parquet"
 
 KEPT = 1 << 19
 """Largest number of rows that a run keeps, of all ranks together: about 50 MB."""
+
+IDS = ("item_id", "author_id")
+"""Ids of the stored rows that are kept."""
 
 COUNTED = ("user", "author")
 """Keys of the statistics whose numbers of earlier rows are kept."""
@@ -86,20 +89,21 @@ def stored_columns(data: Dataset, selection: Selection, visit_id: np.ndarray, wo
     """Return columns of the stored rows of this rank's partitions, for each visit, ``[n]``.
 
     Returns:
-        ``item_id``, int64, -1 for a visit whose row cannot be read; and for each key of :data:`COUNTED` that the
-        dataset counts, the number of earlier rows of the user or author as float32, nan for such a visit.
+        The columns of :data:`IDS`, int64, -1 for a visit whose row cannot be read; and for each key of :data:`COUNTED`
+        that the dataset counts, the number of earlier rows of the user or author as float32, nan for such a visit.
     """
     width = 1 + len(data.spec.behaviours)
     places = {key: data.spec.statistics.index((key,)) * width for key in COUNTED if (key,) in data.spec.statistics}
-    names = ("visit_id", "item_id", *(["stat"] if places else []))
-    visits, items = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    names = ("visit_id", *IDS, *(["stat"] if places else []))
+    visits = [np.zeros(0, np.int64)]
+    ids = [np.zeros((0, len(IDS)), np.int64)]
     counts = [np.zeros((0, len(places)), np.float32)]
     for partition in partitions_of_rank(data.spec.partitions, world.rank, world.size):
         for record in np.flatnonzero(selection.touches(data.store.records(partition))).tolist():
             rows = data.store.read(partition, record, names)
             if rows is not None:
                 visits.append(rows["visit_id"])
-                items.append(rows["item_id"])
+                ids.append(np.stack([rows[name] for name in IDS], axis=1))
                 if places:
                     counts.append(rows["stat"][:, list(places.values())])
     known = np.concatenate(visits)
@@ -109,7 +113,8 @@ def stored_columns(data: Dataset, selection: Selection, visit_id: np.ndarray, wo
     # The last line stands for a visit that is not there.
     row = np.where(np.append(known, -1)[row] == visit_id, row, -1)
     values = np.append(np.concatenate(counts), np.full((1, len(places)), np.nan, np.float32), axis=0)
+    of_row = np.append(np.concatenate(ids), np.full((1, len(IDS)), -1), axis=0)[row]
     return {
-        "item_id": np.append(np.concatenate(items), -1)[row],
+        **{name: of_row[:, column] for column, name in enumerate(IDS)},
         **{f"earlier_{key}": values[row, column] for column, key in enumerate(places)},
     }

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from trainer.console.errors import UserError, one_line
 from trainer.metrics.user_bootstrap import ResampledMetric, draw_users, interval, resample_auc, resample_gauc
-from trainer.ranking.held_out_rows import COUNTED, HELD_OUT, TIME_ZONE, USER_HASHES, USERS_BELOW
+from trainer.ranking.held_out_rows import COUNTED, HELD_OUT, IDS, TIME_ZONE, USER_HASHES, USERS_BELOW
 from trainer.report.charts import Point, Series
 from trainer.runtime.stored_files import open_regular
 
@@ -48,7 +48,7 @@ class HeldOutRows:
         user_id, visit_id, request_ms: ``[n]`` int64.
         probability, label, mask: ``[n, K]``.
         truth: ``[n, K]``; None if it is not known.
-        item_id: ``[n]`` int64, -1 where it is not known; None for runs of earlier versions.
+        ids: ``item_id`` and ``author_id`` -> ``[n]`` int64, -1 where it is not known, as far as they are stored.
         earlier: ``user`` and ``author`` -> number of their earlier rows, ``[n]`` float32, as far as it is stored.
         timezone: of the dataset.
         sampled: True if the run has not kept all of its users.
@@ -62,7 +62,7 @@ class HeldOutRows:
     label: np.ndarray
     mask: np.ndarray
     truth: np.ndarray | None
-    item_id: np.ndarray | None
+    ids: dict[str, np.ndarray]
     earlier: dict[str, np.ndarray]
     timezone: str
     sampled: bool
@@ -98,7 +98,7 @@ class HeldOutRows:
                 label=matrix("label", np.uint8),
                 mask=matrix("mask", np.uint8),
                 truth=matrix("truth", np.float32) if known else None,
-                item_id=table["item_id"].to_numpy().astype(np.int64) if "item_id" in table.column_names else None,
+                ids={name: table[name].to_numpy().astype(np.int64) for name in IDS if name in table.column_names},
                 earlier={
                     key: table[f"earlier_{key}"].to_numpy().astype(np.float32)
                     for key in COUNTED
@@ -123,7 +123,7 @@ class HeldOutRows:
             self.label[rows],
             self.mask[rows],
             None if self.truth is None else self.truth[rows],
-            None if self.item_id is None else self.item_id[rows],
+            {name: values[rows] for name, values in self.ids.items()},
             {key: values[rows] for key, values in self.earlier.items()},
             self.timezone,
             self.sampled,

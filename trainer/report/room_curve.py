@@ -22,15 +22,15 @@ _MINUTE_MS = 60_000
 def room_section(held_out: HeldOutRows | None) -> ReportSection:
     """Return the curve of the room or video with the most held-out visits; empty if none has enough of them."""
     title = "One room over time"
-    if held_out is None or held_out.item_id is None or not len(held_out.visit_id):
+    if held_out is None or "item_id" not in held_out.ids or not len(held_out.visit_id):
         return ReportSection(title)
-    items, counts = np.unique(held_out.item_id[held_out.item_id >= 0], return_counts=True)
+    items, counts = np.unique(held_out.ids["item_id"][held_out.ids["item_id"] >= 0], return_counts=True)
     positives = (held_out.label * (held_out.mask > 0)).sum(0)
     k = int(positives.argmax())
     if not len(items):
         return ReportSection(title)
     item = int(items[counts.argmax()])
-    rows = np.flatnonzero((held_out.item_id == item) & (held_out.mask[:, k] > 0))
+    rows = np.flatnonzero((held_out.ids["item_id"] == item) & (held_out.mask[:, k] > 0))
     rows = rows[np.argsort(held_out.request_ms[rows], kind="stable")]
     points = min(MOST_POINTS, len(rows) // LEAST_ROWS)
     if points < LEAST_POINTS:

@@ -28,6 +28,7 @@ from trainer.report.side_by_side import side_by_side
 from trainer.report.stored_run import ReportedModel, StoredRun, read_model
 from trainer.report.stream_section import stream_section, stream_warnings
 from trainer.report.training_sections import embedding_tables, throughput, training_curves
+from trainer.report.unknown_ids import unknown_id_warnings
 from trainer.runtime.files import whole_file
 from trainer.runtime.run_lock import is_locked
 
@@ -158,7 +159,7 @@ def _ranker_page(run: StoredRun, models: Sequence[ReportedModel]) -> JobPage:
     """Return the parts of a page about a ranker, with the models that stand beside it."""
     return JobPage(
         run_tiles(run),
-        [*run_warnings(run), *stream_warnings(run)],
+        [*run_warnings(run), *unknown_id_warnings(run), *stream_warnings(run)],
         [
             *held_out_metrics(models),
             stream_section(run),
