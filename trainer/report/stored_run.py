@@ -137,10 +137,11 @@ def read_model(directory: Path) -> ReportedModel:
 
 def _codebook(directory: Path, reader: _Reader) -> StoredRun:
     """Return a codebook version, which is whole or not there: its manifest as settings, its report as metrics."""
-    manifest = reader.read(lambda: read_json_object(directory / CODEBOOK), {}, "")
+    empty: dict[str, Any] = {}
+    manifest = reader.read(lambda: read_json_object(directory / CODEBOOK), empty, "")
     document = reader.read(
         lambda: read_json_object(directory / "report.json"),
-        {},
+        empty,
         "report.json is not there: no segments were held out.",
     )
     model = ReportedModel("codebook", document, [], [], None)
