@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.measure import mean_and_half_width
 from benchmarks.quality.foresight_world import CEILINGS, FORECAST, LAST
 from benchmarks.quality.larm_report import Scores, cell
-from benchmarks.quality.paired_users import UserMetric, paired_difference
+from benchmarks.quality.paired_users import UserMetric, on_all_users, paired_difference
 from trainer.console.text_table import text_table
 from trainer.semantic_ids.foresight_baselines import BAYES
 from trainer.semantic_ids.foresight_report import MODEL
@@ -182,9 +182,8 @@ def ranker_result(scores: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
         names: tuple[Literal["auc", "gauc"], ...] = ("auc", "gauc")
         for metric in names:
             values = {variant: [getattr(one, metric) for one in ones] for variant, ones in measured.items()}
-            everyone = np.ones(users)
             found[metric] = {
-                NO_CONTENT: float(np.mean([100 * value(everyone) for value in values[NO_CONTENT]])),
+                NO_CONTENT: float(np.mean([100 * on_all_users(value, users) for value in values[NO_CONTENT]])),
                 "differences": [
                     {"variant": variant, "to": to, **asdict(paired_difference(values[to], values[variant], users))}
                     for variant, to in pairs

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.measure import mean_and_half_width
 from benchmarks.quality.attainable_bound import ATTAINABLE
 from benchmarks.quality.larm_report import Scores, cell
-from benchmarks.quality.paired_users import UserMetric, paired_difference
+from benchmarks.quality.paired_users import UserMetric, on_all_users, paired_difference
 from trainer.console.text_table import text_table
 
 LOGISTIC, BASE = "logistic regression", "PLE"
@@ -84,7 +84,7 @@ def summarise(seeds: Sequence[Mapping[str, SystemRun]], bounds: Bounds) -> dict[
 def _of_behaviour(k: int, user: np.ndarray, seeds: Sequence[Mapping[str, SystemRun]], bounds: Bounds) -> dict[str, Any]:
     first = seeds[0][LOGISTIC].scores
     rows = first.mask[:, k] > 0
-    users, everyone = int(user.max()) + 1, np.ones(int(user.max()) + 1)
+    users = int(user.max()) + 1
 
     def measured(probability: np.ndarray) -> UserMetric:
         return UserMetric(user[rows], probability[rows, k], first.label[rows, k])
@@ -94,8 +94,8 @@ def _of_behaviour(k: int, user: np.ndarray, seeds: Sequence[Mapping[str, SystemR
     found: dict[str, Any] = {"rows": int(rows.sum()), "positives": int(first.label[rows, k].sum())}
     for metric in METRICS:
         values = {name: [getattr(one, metric) for one in ones] for name, ones in of_system.items()}
-        on_all = {name: [value(everyone) for value in ones] for name, ones in values.items()}
-        bound = {name: getattr(one, metric)(everyone) for name, one in of_bound.items()}
+        on_all = {name: [on_all_users(value, users) for value in ones] for name, ones in values.items()}
+        bound = {name: on_all_users(getattr(one, metric), users) for name, one in of_bound.items()}
         floor, best = float(np.mean(on_all[LOGISTIC])), bound[BEST]
         names = list(values)
         found[metric] = {

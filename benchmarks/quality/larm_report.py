@@ -12,7 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from benchmarks.quality.paired_users import Metric, PairedDifference, UserMetric, paired_difference, user_rate
+from benchmarks.quality.paired_users import (
+    Metric,
+    PairedDifference,
+    UserMetric,
+    on_all_users,
+    paired_difference,
+    user_rate,
+)
 from trainer.config.load import parse_time
 from trainer.config.ranker import JobConfig
 from trainer.console.text_table import text_table
@@ -179,11 +186,10 @@ def _compare(metrics: Mapping[str, Sequence[UserMetric]], users: int, metric: Li
     values: dict[str, list[Metric]] = {
         variant: [getattr(one, metric) for one in of_variant] for variant, of_variant in metrics.items()
     }
-    everyone = np.ones(users)
     pairs = [(variant, IDS) for variant in values if variant != IDS]
     pairs += [pair for pair in PAIRS if set(pair) <= set(values)]
     return {
-        IDS: float(np.mean([100 * value(everyone) for value in values[IDS]])),
+        IDS: float(np.mean([100 * on_all_users(value, users) for value in values[IDS]])),
         "differences": [
             {"variant": variant, "to": to, **asdict(paired_difference(values[to], values[variant], users))}
             for variant, to in pairs
@@ -217,9 +223,8 @@ def retrieval_result(runs: Mapping[str, Sequence[Path]], groups: AuthorGroups) -
                 variant: [user_rate(user[rows], _hits(one, k)[rows]) for one in of_variant]
                 for variant, of_variant in tables.items()
             }
-            everyone = np.ones(users)
             result[name][f"recall@{k}"] = {
-                FEATURES: float(np.mean([100 * rate(everyone) for rate in metrics[FEATURES]])),
+                FEATURES: float(np.mean([100 * on_all_users(rate, users) for rate in metrics[FEATURES]])),
                 "differences": [
                     {"variant": variant, "to": FEATURES, **asdict(paired_difference(metrics[FEATURES], rates, users))}
                     for variant, rates in metrics.items()

@@ -62,6 +62,11 @@ def user_rate(user: np.ndarray, value: np.ndarray) -> Metric:
     return lambda counts: resample_mean(user, counts, value)
 
 
+def on_all_users(metric: Metric, users: int) -> float:
+    """Return the value of a metric if each of the users counts once; NaN if it is undefined."""
+    return metric(np.ones((1, users), np.uint16)).value
+
+
 def paired_difference(first: Sequence[Metric], second: Sequence[Metric], users: int, seed: int = 1) -> PairedDifference:
     """Return ``second - first`` in points.
 
