@@ -512,6 +512,11 @@ class CompiledAttention(torch.autograd.Function):
         )
 
 
+def instructions_for(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return the vector instructions of the loops that compute such tensors; None if PyTorch's operations do."""
+    return din_tiles.INSTRUCTIONS if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
+
+
 @cache
 def compile_loops() -> None:
     """Compile the two loops in this process, or load them from numba's cache; log it if they are compiled."""

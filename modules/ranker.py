@@ -69,6 +69,7 @@ class Ranker(nn.Module):
         tower: hidden widths of a behaviour's tower.
         attention_kind: kind of the attention over histories.
         attention: hidden widths of the network of ``din``.
+        compiled_attention: compute ``din`` by compiled loops, on CPUs that have the instructions.
         heads: number of heads of the other kinds.
         head_dim: width of each head of the other kinds.
         query_ids: lookup of fixed length -> indices of its ids that describe the candidate and not the user or the
@@ -99,6 +100,7 @@ class Ranker(nn.Module):
         tower: Sequence[int] = (64,),
         attention_kind: AttentionKind = "din",
         attention: Sequence[int] = (64, 16),
+        compiled_attention: bool = False,
         heads: int = 4,
         head_dim: int = 16,
         query_ids: Mapping[str, Sequence[int]] | None = None,
@@ -127,7 +129,12 @@ class Ranker(nn.Module):
         read_widths = list(key_dims.values())
         if kind != "logistic" and attention_kind == "din":
             self.attention = nn.ModuleList(
-                TargetAttention(sum(row_widths[name] for name in history.query), key_dims[history.name], attention)
+                TargetAttention(
+                    sum(row_widths[name] for name in history.query),
+                    key_dims[history.name],
+                    attention,
+                    compiled_attention,
+                )
                 for history in self.sequences
             )
         elif kind != "logistic" and self.sequences:

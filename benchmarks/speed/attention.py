@@ -1,4 +1,4 @@
-"""Measure what ragged attention over five sequences saves against padded attention.
+"""Measure what ragged attention saves against padded attention, and what compiled loops save.
 
     python -m benchmarks.speed.attention --out benchmarks/results/attention.json
 
@@ -11,12 +11,17 @@ counts:
   entries; results and gradients must be the same;
 * ``din``: the Deep Interest Network's attention of ``modules/din.py``, which is another function of the same entries.
 
-One thread, float32. Times are processor time, which other work on the machine disturbs less.
+A second comparison is of the Deep Interest Network's attention alone, over one history of the throughput benchmark:
+the compiled loops of ``modules/din_kernel.py`` against PyTorch's operations, by turns on the same data, with the median
+and the range of all rounds.
+
+One thread, float32 unless stated. Times are processor time, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +32,7 @@ from torch.nn import functional
 
 from benchmarks.measure import make_parser, write_result
 from modules.din import TargetAttention
+from modules.din_kernel import instructions_for
 from modules.esu import SequenceAttention
 from trainer.console.text_table import text_table
 
@@ -37,6 +43,9 @@ PARTS, QUERY_DIM, HEADS, HEAD_DIM = (16, 16, 32), 64, 4, 16
 LENGTHS = ("full", "random", "half empty")
 TOLERANCE = 1e-4
 """Largest difference between the first two ways, as a share of the largest value."""
+
+HISTORY_LENGTH, HISTORY_DIM, HIDDEN = 50, 16, (64, 16)
+"""A history of the throughput benchmark, and its network."""
 
 Way = Callable[[], Tensor]
 
@@ -155,6 +164,66 @@ def compare(rows: int, kind: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def compare_loops(rows: int, kind: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Return the times of the Deep Interest Network's attention over one history, by loops and by PyTorch's operations.
+
+    Args:
+        rows: of the batch, each with a history.
+        kind: ``full`` or ``random`` lengths.
+        dtype: of entries and parameters.
+        rounds: runs of both, by turns.
+
+    Raises:
+        SystemExit: the results or the gradients in float32 do not agree.
+    """
+    lengths = torch.full((rows,), HISTORY_LENGTH) if kind == "full" else torch.randint(HISTORY_LENGTH + 1, (rows,))
+    inputs = [torch.randn(rows, HISTORY_DIM), torch.randn(int(lengths.sum()), HISTORY_DIM)]
+    leaves = [value.to(dtype).requires_grad_() for value in inputs]
+    network = TargetAttention(HISTORY_DIM, HISTORY_DIM, HIDDEN).to(dtype)
+    gradients_of = [*leaves, *network.parameters()]
+
+    def by(compiled: bool) -> Way:
+        def way() -> Tensor:
+            network.compiled = compiled
+            out: Tensor = network(*leaves, lengths, HISTORY_LENGTH)
+            return out
+
+        return way
+
+    ways = {"loops": by(compiled=True), "operations": by(compiled=False)}
+    apart = difference(ways["loops"], ways["operations"], gradients_of)
+    if dtype == torch.float32 and apart > TOLERANCE:
+        raise SystemExit(f"one history, {kind}: loops and operations differ by {apart:.1e} of the largest value")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(time_of(way, gradients_of))
+    return [
+        {
+            "lengths": kind,
+            "dtype": str(dtype).removeprefix("torch."),
+            "entries": len(inputs[1]),
+            "way": name,
+            **{
+                f"{part}_seconds": {"median": statistics.median(found), "range": [min(found), max(found)]}
+                for part, found in zip(("forward", "backward"), zip(*of_way, strict=True), strict=True)
+            },
+            "difference": apart,
+        }
+        for name, of_way in times.items()
+    ]
+
+
+def report_loops(rows: list[dict[str, Any]]) -> str:
+    """Return the times of loops and operations as a table, in milliseconds."""
+    lines = [
+        [row["lengths"], row["dtype"], row["way"], f"{row['entries']:,}"]
+        + [f"{1000 * row[f'{part}_seconds']['median']:.1f}" for part in ("forward", "backward")]
+        for row in rows
+    ]
+    return text_table(["one history", "type", "way", "entries", "forward ms", "backward ms"], lines, texts=3)
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """Return the results as a table."""
     lines = [
@@ -175,12 +244,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = make_parser("speed.attention", __doc__)
     parser.add_argument("--rows", type=int, default=1024, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="runs; the fastest counts (default: %(default)s)")
+    parser.add_argument(
+        "--history-rows", type=int, default=2048, help="rows with one history each (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each way (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(1)
     rows = [row for kind in LENGTHS for row in compare(options.rows, kind, options.rounds)]
     print(report(rows))
+    one_history = []
+    if instructions_for(torch.device("cpu")):
+        one_history = [
+            row
+            for dtype in (torch.float32, torch.bfloat16)
+            for kind in LENGTHS[:2]
+            for row in compare_loops(options.history_rows, kind, dtype, options.rounds)
+        ]
+        print(report_loops(one_history))
     settings = {
         "rows": options.rows,
         "sequences": SEQUENCES,
@@ -189,8 +270,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "query_dim": QUERY_DIM,
         "heads": HEADS,
         "head_dim": HEAD_DIM,
+        "history": {"rows": options.history_rows, "longest": HISTORY_LENGTH, "dim": HISTORY_DIM, "hidden": HIDDEN},
+        "instructions": instructions_for(torch.device("cpu")),
     }
-    write_result(options.out, {"attention": rows, "settings": settings, "load_average": os.getloadavg()[0]})
+    document = {"attention": rows, "one_history": one_history, "settings": settings}
+    write_result(options.out, {**document, "load_average": os.getloadavg()[0]})
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def lookup() -> dict[str, Any]:
     """Run one fused lookup and update by fbgemm, compare them with plain torch, and import TorchRec.
 
     Returns:
-        ``cuda_build`` (CUDA version that torch was built for, or None) and ``devices`` (names of usable GPUs).
+        ``cuda_build`` (CUDA version that torch was built for, or None), ``devices`` (names of usable GPUs), and
+        ``attention`` (what computes ``din`` on this CPU with ``model.compiled_attention``).
     """
     import torch
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -86,6 +87,8 @@ def lookup() -> dict[str, Any]:
         SplitTableBatchedEmbeddingBagsCodegen,
     )
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    from trainer.runtime.environment import attention_path
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -106,7 +109,8 @@ def lookup() -> dict[str, Any]:
     if not torch.equal(weight, updated):
         raise RuntimeError("fbgemm's fused update did not change the rows that were looked up by their gradient")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"cuda_build": torch.version.cuda, "devices": devices}
+    attention = attention_path(torch.device("cpu"))
+    return {"cuda_build": torch.version.cuda, "devices": devices, "attention": attention}
 
 
 def all_reduce(backend: str) -> dict[str, Any]:

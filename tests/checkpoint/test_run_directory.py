@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from modules import din_tiles
 from trainer.checkpoint.manifest import DatasetEntry
 from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, run_directory, settled
 from trainer.config.deepspeed import is_enabled
@@ -251,3 +252,20 @@ def test_a_resume_that_rounds_otherwise_is_logged(
         caplog.clear()
         begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
         assert not caplog.records, "the environment did not change again"
+
+
+def test_a_resume_on_a_processor_with_other_loops_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(model={"compiled_attention": True})
+    for instructions in ("AVX2", None):
+        monkeypatch.setattr(din_tiles, "INSTRUCTIONS", instructions)
+        begin_run(tmp_path, config, world=1, dataset=DATA)
+    (warning,) = (entry.getMessage() for entry in caplog.records)
+    assert "attention to histories by PyTorch's operations, by compiled loops (AVX2) before" in warning
+
+
+@pytest.mark.parametrize("model", [{}, {"attention_kind": "multi_head", "compiled_attention": True}])
+def test_jobs_without_compiled_attention_do_not_name_it(tmp_path: Path, model: dict[str, Any]) -> None:
+    begin_run(tmp_path, changed(model=model), world=1, dataset=DATA)
+    assert "attention" not in json.loads((tmp_path / "environment.json").read_text())["starts"][-1]

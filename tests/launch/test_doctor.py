@@ -227,5 +227,5 @@ def test_this_installation_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real probes: one fused lookup, one all-reduce between two processes."""
     monkeypatch.delenv("MASTER_PORT", raising=False)
     found = {check.name: check for check in report.all_checks()}
-    for name in ("torch, fbgemm, torchrec", "fused lookup", "gloo"):
+    for name in ("torch, fbgemm, torchrec", "fused lookup", "compiled attention", "gloo"):
         assert found[name].status == "ok", found[name]

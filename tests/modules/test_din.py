@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import modules.blocks
+from modules import din, din_tiles
 from modules.din import TargetAttention
 
 
@@ -128,6 +129,37 @@ def test_other_rows_do_not_matter() -> None:
     assert not together[1].any()
     alone = attention(query[2:3], keys[3:8], lengths[2:3], 5)
     torch.testing.assert_close(together[2:3], alone)
+
+
+@pytest.mark.skipif(din_tiles.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loops_compute_what_the_operations_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention = TargetAttention(20, 16, (24, 8)).to(dtype)
+    lengths = some_lengths("mixed", 30, 12)
+    inputs = [torch.randn(30, 20).to(dtype).requires_grad_(), torch.randn(int(lengths.sum()), 16).to(dtype)]
+    inputs[1].requires_grad_()
+    results = {}
+    for way in ("loops", "operations", "definition"):
+        attention.compiled = way != "operations"
+        if way == "definition":
+            attention, inputs = attention.double(), [value.detach().double().requires_grad_() for value in inputs]
+        monkeypatch.setattr(din, "PlainAttention" if way == "loops" else "CompiledAttention", None)
+        out = attention(*inputs, lengths, 12)
+        results[way] = [out, *torch.autograd.grad(out.square().sum(), [*inputs, *attention.parameters()])]
+        monkeypatch.undo()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.06, "atol": 0.06}
+    for loops, operations, definition in zip(*results.values(), strict=True):
+        assert loops.dtype == operations.dtype == dtype
+        torch.testing.assert_close(loops.double(), definition, **tolerance)
+        torch.testing.assert_close(loops, operations, **tolerance)
+
+
+def test_a_processor_without_the_instructions_uses_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(din_tiles, "INSTRUCTIONS", None)
+    monkeypatch.setattr(din, "CompiledAttention", None)
+    out = TargetAttention(4, 4, (6,), compiled=True)(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([1, 2]), 2)
+    assert out.shape == (2, 4)
 
 
 def test_only_the_mixture_of_entries_is_learnt_so_equal_entries_come_out_unchanged() -> None:

@@ -63,8 +63,8 @@ from trainer.config.toml import Model, validate_stored
 from trainer.console.errors import DISK_FULL, UserError, one_line
 from trainer.console.outputs import local_path
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
-from trainer.runtime.distributed import World
-from trainer.runtime.environment import environment, rounding_differences
+from trainer.runtime.distributed import World, choose_device
+from trainer.runtime.environment import attention_path, environment, rounding_differences
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.run_status import FAILURE, STATUS, recorded_status
@@ -190,6 +190,8 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         start = {"command": sys.argv, "directory": os.getcwd(), "host": platform.node(), **environment(world)}
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
+        if attention := attention_of(config):
+            start["attention"] = attention
         then = starts[-1] if starts else {}
         if then.get("ranks") == world and (found := rounding_differences(then, start)):
             logger.warning(
@@ -201,6 +203,17 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         write_checksums(directory, ("config.json", "deepspeed.json"))
     except OSError as error:
         raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({one_line(error)})") from None
+
+
+def attention_of(config: ResumableJob) -> str:
+    """Return a phrase for what computes the attention of a ranker with ``model.compiled_attention``; empty for others.
+
+    Raises:
+        UserError: the device of the job is not here.
+    """
+    if not isinstance(config, JobConfig) or not config.model.compiled_attention or config.model.attention_kind != "din":
+        return ""
+    return attention_path(choose_device(config.train.device, 0))
 
 
 def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:

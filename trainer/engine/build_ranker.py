@@ -31,6 +31,7 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         tower=model.tower,
         attention_kind=model.attention_kind,
         attention=model.attention,
+        compiled_attention=model.compiled_attention,
         heads=model.heads,
         head_dim=model.head_dim,
         query_ids=candidate_ids(config, features),

@@ -10,6 +10,7 @@ from typing import Any
 
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry
+from trainer.checkpoint.run_directory import attention_of
 from trainer.config.ranker import JobConfig
 from trainer.console.run_log import set_step
 from trainer.data.features.feature_map import FeatureMap
@@ -113,6 +114,8 @@ def prepare_model(
     stream = None if config.stream is None else open_stream(config, job.data, job.split, features, world, model_dir)
     engine = build_engine(config, features, kind, world)
     logger.info(f"{kind}: table placement by TorchRec's planner\n{format_plan(engine.plan)}")
+    if kind != "logistic" and (attention := attention_of(config)):
+        logger.info(f"{kind}: attention to histories by {attention}")
     identity = Identity(config, kind, features.behaviours, job.dataset)
     checkpoints = Checkpoints(model_dir / "checkpoints", identity, world, after_save)
     space = make_space(config, features)

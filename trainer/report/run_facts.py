@@ -53,6 +53,7 @@ def environment_rows(run: StoredRun) -> list[tuple[str, str]]:
         ("host", str(last.get("host", ""))),
         ("platform", str(last.get("platform", ""))),
         ("accelerator", str(last.get("accelerator", ""))),
+        ("attention to histories", str(last.get("attention", ""))),
         ("threads of a rank", whole(last.get("threads"))),
         ("dataset", str(dataset.get("path", ""))),
         ("dataset fingerprint", str(dataset.get("fingerprint", ""))),

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 
+from modules.din_kernel import instructions_for
+
 PACKAGES = (
     *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "webdataset", "numpy", "pyarrow"),
     *("transformers", "peft", "accelerate", "tokenizers"),
 )
+
+
+def attention_path(device: torch.device) -> str:
+    """Return a phrase for what computes the attention of ``modules/din.py`` that may be compiled, on a device."""
+    instructions = instructions_for(device)
+    return f"compiled loops ({instructions})" if instructions else "PyTorch's operations"
 
 
 def environment(world: int) -> dict[str, Any]:
@@ -48,6 +56,7 @@ def rounding_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         "threads": "{now} threads in each rank, {then} before (OMP_NUM_THREADS)",
         "kernels": "kernels for {now} processors, {then} before",
         "accelerator": "accelerator {now}, {then} before",
+        "attention": "attention to histories by {now}, by {then} before",
     }
     found = [
         phrase.format(then=then[key], now=now[key])

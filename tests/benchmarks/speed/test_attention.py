@@ -12,7 +12,7 @@ from benchmarks.speed import attention
 
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "attention.json"
-    attention.main(["--rows=8", "--rounds=1", f"--out={out}"])
+    attention.main(["--rows=8", "--history-rows=5", "--rounds=2", f"--out={out}"])
     result = json.loads(out.read_text())
     ways = [(row["lengths"], row["way"]) for row in result["attention"]]
     assert ways == [(lengths, way) for lengths in attention.LENGTHS for way in ("ours", "padded", "din")]
@@ -23,6 +23,14 @@ def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert max(differences) < attention.TOLERANCE
     assert result["settings"]["rows"] == 8 and result["environment"]["ranks"] == 1
     assert "half empty" in capsys.readouterr().out
+    loops = [(row["dtype"], row["lengths"], row["way"]) for row in result["one_history"]]
+    kinds = [(dtype, lengths) for dtype in ("float32", "bfloat16") for lengths in ("full", "random")]
+    known = result["settings"]["instructions"] is not None
+    assert loops == [(*kind, way) for kind in kinds for way in ("loops", "operations") if known]
+    assert all(row["difference"] < attention.TOLERANCE for row in result["one_history"] if row["dtype"] == "float32")
+    for row in result["one_history"]:
+        least, most = row["forward_seconds"]["range"]
+        assert 0 <= least <= row["forward_seconds"]["median"] <= most
 
 
 def test_ways_that_differ_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
