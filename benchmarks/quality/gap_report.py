@@ -23,7 +23,7 @@ def waterfall(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     lines = [("run", found["run"]), ("calibrated", found["calibrated"])]
     lines += [(f"+ {step['factor']}", step) for step in found["steps"]]
     if found["others"]:
-        lines.append((f"+ {len(found['others'])} others", found["all"]))
+        lines.append(("+ all others", found["all"]))
     return [*lines, (BEST, found["bounds"][BEST])]
 
 

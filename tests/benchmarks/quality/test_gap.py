@@ -288,7 +288,7 @@ def test_lines_and_tables_have_every_step() -> None:
         "bounds": {BEST: line(0.8)},
     }
     names = [name for name, _ in waterfall(found)]
-    assert names == ["run", "calibrated", "+ mood", "+ 2 others", BEST]
+    assert names == ["run", "calibrated", "+ mood", "+ all others", BEST]
     printed = tables({"behaviours": {"click": found}, "left_out": {"gift": "0 positives"}})
     assert (
         "+4.00 [+3.50, +4.50]" in printed
