@@ -124,12 +124,13 @@ def kind_of(raw: dict[str, Any], file: str) -> str:
 
 def _check_ranker(job: JobConfig, ranks: int, found: JobCheck) -> None:
     from trainer.data.format.dataset import Dataset
-    from trainer.ranking.setup import check_settings, require_training_rows, split_in_time
-    from trainer.ranking.warm_start import check_source
-    from trainer.semantic_ids.store_address import open_existing_store
 
     data = found.run(f"dataset {job.data.path}", lambda: Dataset.open(job.data.path, job.data.on_corrupt))
     if data is not None:
+        # These load torch; a missing dataset is answered without it.
+        from trainer.ranking.setup import check_settings, require_training_rows, split_in_time
+        from trainer.semantic_ids.store_address import open_existing_store
+
         split = found.run("times", lambda: split_in_time(job, data.spec))
         if split is not None:
             found.run("rows of training", lambda: require_training_rows(job, _count_rows(data, split.fitting)))
@@ -139,6 +140,8 @@ def _check_ranker(job: JobConfig, ranks: int, found: JobCheck) -> None:
         if settings is not None:
             found.run("DeepSpeed settings", lambda: _check_deepspeed(settings, job.train.deepspeed))
     if job.init_from.run:
+        from trainer.ranking.warm_start import check_source
+
         found.run(f"tables of {job.init_from.run}", lambda: check_source(job))
 
 

@@ -16,28 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from modules.choices import Dynamic
+
 Init = Literal["uniform", "normal", "zeros"]
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
 Pooling = Literal["none", "sum", "mean"]
-Evict = Literal["recency", "frequency", "both"]
 
 # The values of a chunk and its scratch memory fit into a core's cache: four times faster than a whole table at once.
 _CHUNK = 1 << 15
 # Odd constants of splitmix64 (Steele, Lea and Flood, 2014) as signed 64-bit integers.
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-
-
-@dataclass(frozen=True)
-class Dynamic:
-    """Admission and eviction of the ids of a dynamic table; see ``trainer.sparse.dynamic_ids``.
-
-    Attributes:
-        admit_after: number of training steps that must contain an id before it gets a row.
-        evict: policy that chooses the id to evict.
-    """
-
-    admit_after: int
-    evict: Evict
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Pooling = Literal["last", "mean", "query"]
+from modules.choices import TextPooling
 
 
-def pool(states: Tensor, lengths: Tensor, pooling: Pooling, query: Tensor | None = None) -> Tensor:
+def pool(states: Tensor, lengths: Tensor, pooling: TextPooling, query: Tensor | None = None) -> Tensor:
     """Return one vector for each text; padding after the end of a text does not contribute.
 
     Args:

@@ -33,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.measure import make_parser, mean_and_half_width, write_result
-from modules.text_pooling import Pooling
+from modules.choices import TextPooling
 from trainer.config.finetune import load_finetune
 from trainer.console.outputs import local_argument
 from trainer.console.text_table import text_table
@@ -56,7 +56,7 @@ from trainer.runtime.preemption import Preemption
 
 JOB = "configs/finetune_small.toml"
 KINDS = ("items", "comments", "segments", "authors")
-READINGS: dict[str, tuple[str, Pooling]] = {
+READINGS: dict[str, tuple[str, TextPooling]] = {
     "last": ("configs/templates/embed.txt", "last"),
     "mean": ("configs/templates/embed.txt", "mean"),
     "description": ("configs/templates/embed_description.txt", "last"),

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-BackboneKind = Literal["mlp", "dcn", "deepfm", "autoint"]
+from modules.choices import BackboneKind
 
 
 class PlainMLP(nn.Module):

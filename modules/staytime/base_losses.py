@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BaseKind = Literal["vr", "wlr", "d2q", "ndt", "pcr", "tpm"]
+from modules.choices import BaseKind
 
 NDT_CEILING, NDT_SCALE_S, NDT_SHIFT = 2.319, 20.0, 0.744
 """Constants of ``ceiling / (1 + exp(-(seconds - offset) / scale)) - shift`` in LCU's released code."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules.staytime.backbones import BackboneKind, build_backbone
+from modules.choices import BackboneKind
+from modules.staytime.backbones import build_backbone
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from launch.cli.main import main
-from modules.staytime.base_losses import BaseKind, fit_base
+from modules.choices import BaseKind
+from modules.staytime.base_losses import fit_base
 from modules.staytime.comment_losses import (
     listmle,
     mean_over,

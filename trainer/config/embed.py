@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from modules.text_pooling import Pooling
+from modules.choices import TextPooling
 from trainer.config.load import load_job
 from trainer.config.paths import InputFile, StoreAddress, TableDirectory
 from trainer.config.sections import Device, Positive, Section
@@ -63,7 +63,7 @@ class EmbedConfig(Section):
     template: InputFile = Field(
         "configs/templates/embed.txt", description="Prompt template: a text file with one section for each kind."
     )
-    pooling: Pooling = Field(
+    pooling: TextPooling = Field(
         "last",
         description="Pooling of the token states into one vector: state of the `last` token, `mean` of all tokens, or "
         "a mean weighted by a learned `query` vector, which is fitted so that comments are close to their own video.",

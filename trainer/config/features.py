@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from modules.embeddings import Dynamic, Evict
+from modules.choices import Dynamic, Evict
 from trainer.config.paths import InputFile, StoreInput
 from trainer.config.sections import MAY_CHANGE
 

@@ -6,8 +6,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from modules.staytime.backbones import BackboneKind
-from modules.staytime.base_losses import BaseKind
+from modules.choices import BackboneKind, BaseKind
 from trainer.config.paths import InputFile
 from trainer.config.sections import Decay, Device, Positive, Rate, RunConfig, Section, Share
 

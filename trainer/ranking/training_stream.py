@@ -25,7 +25,6 @@ from trainer.stream.live.freshness import Freshness
 from trainer.stream.live.live_stream import LiveStream, PredictedOutcomes
 from trainer.stream.live.unused_events import UnusedEventLog
 from trainer.stream.live.user_partitions import UserPartitions
-from trainer.stream.sources.open_source import open_source
 from trainer.stream.sources.source import EventBatch, Source, StreamReader, check_identity
 
 OutcomeObserver = Callable[[PredictedOutcomes], None]
@@ -147,6 +146,9 @@ def open_stream(
     """
     settings = config.stream
     assert settings is not None
+    # Sources bring Kafka, codecs and pandas along, which a job on stored rows does not load.
+    from trainer.stream.sources.open_source import open_source
+
     source = open_source(settings, data.spec, config.data.path, split.stream_from, split.train_until)
     partitions = partitions_of_rank(source.partitions, world.rank, world.size)
 

@@ -44,6 +44,21 @@ def test_help_and_mistakes_load_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "loaded []", done
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["runs", "list", "."], ["config", "train"], ["train", "configs/simulated.toml", "train.epochs=x"]],
+    ids=" ".join,
+)
+def test_job_files_and_runs_are_read_without_a_model_s_libraries(arguments: list[str]) -> None:
+    """`limelight train` reads its job file before the ranks start, and the ranks load the libraries again."""
+    libraries = {"torch", "torchrec", "deepspeed", "pyarrow", "pandas", "numba", "matplotlib", "transformers"}
+    done = run_python(
+        f"import sys; from launch.cli.main import main; main({arguments!r}); import pydantic; "
+        f"print('loaded', sorted({libraries!r} & sys.modules.keys()))"
+    )
+    assert done.stdout.splitlines()[-1] == "loaded []", done
+
+
 @pytest.mark.parametrize("words", COMMANDS)
 def test_help_ends_with_an_example_that_parses(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = COMMANDS[words]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from modules.staytime.base_losses import NDT_CEILING, NDT_SCALE_S, NDT_SHIFT, BaseKind, BaseLoss, fit_base
+from modules.choices import BaseKind
+from modules.staytime.base_losses import NDT_CEILING, NDT_SCALE_S, NDT_SHIFT, BaseLoss, fit_base
 
 KINDS: tuple[BaseKind, ...] = get_args(BaseKind)
 SEEDS = range(3)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modules.text_pooling import Pooling, pool
+from modules.choices import TextPooling
+from modules.text_pooling import pool
 from trainer.llm.models.text_tokens import text_tokens
 
 
@@ -62,7 +63,7 @@ class Encoder:
         self.dim: int = self.model.config.get_text_config().hidden_size
         self.counts = EncodeCounts()
 
-    def pool_with(self, pooling: Pooling, query: Tensor | None = None) -> None:
+    def pool_with(self, pooling: TextPooling, query: Tensor | None = None) -> None:
         """Set the pooling of token states into one vector for the following texts; see ``modules/text_pooling.py``."""
         self.pooling, self.query = pooling, None if query is None else query.to(self.device)
 
