@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from benchmarks.report.rendering import render
 from benchmarks.report.results import read_results
-from benchmarks.speed.throughput import FLOP_PER_ROW, PEER_ROWS_PER_SECOND
+from benchmarks.speed.throughput import FLOP_PER_ROW
 from trainer.config.align import AlignConfig
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
@@ -98,6 +98,5 @@ def _filled(paragraph: str) -> str:
 
 def _values(results: Path) -> dict[str, Any]:
     values = read_results(results)
-    peer = {"rows_per_second": PEER_ROWS_PER_SECOND, "flop_per_row": FLOP_PER_ROW}
     environments = [result["environment"] for result in values.values() if "environment" in result]
-    return {**values, "peer": peer, "environments": environments}
+    return {**values, "measured": set(values), "flop_per_row": FLOP_PER_ROW, "environments": environments}

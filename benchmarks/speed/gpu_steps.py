@@ -332,7 +332,8 @@ def _held_out_loss(run: Path) -> dict[str, float]:
 
 def make_ranker() -> nn.Module:
     """Return the ranker of the throughput benchmark."""
-    from benchmarks.speed.throughput import BEHAVIOURS, DENSE, DIM, WorkloadFeatures
+    from benchmarks.speed.throughput import WorkloadFeatures
+    from benchmarks.speed.workload import BEHAVIOURS, DENSE, DIM
     from modules.ranker import Ranker
 
     torch.manual_seed(1)
@@ -348,7 +349,8 @@ def make_ranker() -> nn.Module:
 
 def random_inputs(rows: int, place: torch.device) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
     """Return embeddings, lengths and dense features of a batch of the throughput benchmark."""
-    from benchmarks.speed.throughput import DENSE, DIM, LENGTH, WorkloadFeatures
+    from benchmarks.speed.throughput import WorkloadFeatures
+    from benchmarks.speed.workload import DENSE, DIM, LENGTH
 
     random = torch.Generator().manual_seed(2)
     counts = torch.randint(LENGTH // 2, LENGTH + 1, (rows,), generator=random)

@@ -1,42 +1,75 @@
-"""Measure the rows a second that training learns from: the peers' workload, end to end.
+"""Measure the rows a second that training learns from, beside peers on the same rows, and what each has learnt.
 
-    python -m benchmarks.speed.throughput --precisions fp32 --out benchmarks/results/throughput.json
-    python -m benchmarks.speed.throughput --precisions bf16 --out benchmarks/results/throughput_bf16.json
-    python -m benchmarks.speed.throughput --setups 2x1 --precisions fp32 --scale 64    # tries it in seconds
+    python -m benchmarks.speed.throughput --out benchmarks/results/throughput.json
+    python -m benchmarks.speed.throughput --rechub-python VENV/bin/python --fuxictr-python VENV/bin/python
+    python -m benchmarks.speed.throughput --setups 1x1 --systems limelight-fp32 pytorch-sparse --scale 64   # in seconds
 
 PLE and DIN on 131,072 rows: 1M users, 100k authors, 1M items, dimension 16; hour (24), tag (1,000) and city (500); 8
 dense values; one author and one item sequence of 50, each with its own DIN of [64, 16]; two-layer PLE (2 experts per
 task and 2 shared, [256, 128] then [128, 64]), 3 towers of [128, 64]; Adagrad .01 on the tables, Adam .001 on the dense
-network; AUC and GAUC; global batch 2,048. Rows are read from shards and histories, as in training.
+network; global batch 2,048. One epoch; then AUC on held-out rows, so that nobody is fast by learning nothing.
 
-A set-up ``RxT`` is R ranks of T threads. The machine's own rates, a matrix product and a copy on as many threads, are
-measured in the same run, since machines differ and are noisy. Set-ups are interleaved ``--repeats`` times, and the best
-run of each counts.
+Limelight reads shards and histories and computes AUC and GAUC as it trains. Its peers get arrays in memory and compute
+no metric. ``pytorch`` and ``pytorch-sparse`` are a plain loop (``benchmarks/speed/peers/pytorch.py``); torch-rechub and
+FuxiCTR come from PyPI, each installed in a virtual environment of its own, whose Python is named here. Their files in
+``benchmarks/speed/peers/`` say where their models differ; they have one process, so they have no set-up with ranks.
+
+A set-up ``RxT`` is R ranks of T threads. All systems of a set-up run one after another, ``--repeats`` times around; the
+median counts, and the least and the largest show the spread. The machine's own rates, a matrix product and a copy on as
+many threads, are measured just before each run, since machines differ and are noisy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
-from benchmarks.measure import make_parser, run_ranks, write_result
-from benchmarks.speed.loader import HOUR_MS, START_MS
+from benchmarks.measure import MachineLoad, load_facts, make_parser, median_and_range, write_result
+from benchmarks.speed.loader import HOUR_MS
+from benchmarks.speed.workload import (
+    ATTENTION,
+    BEHAVIOURS,
+    DENSE,
+    DENSE_RATE,
+    DIM,
+    EXPERT_LAYERS,
+    HELD_OUT,
+    LENGTH,
+    ROWS,
+    SHARED_EXPERTS,
+    SIDE,
+    TABLE_RATE,
+    TASK_EXPERTS,
+    TOWER,
+    make_rows,
+    write_arrays,
+    write_dataset,
+)
+from launch.python_path import safe_environment
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
+from trainer.console.text_table import text_table
 from trainer.data.features.feature_map import HistorySequence
 from trainer.data.features.history_sequences import Space
 from trainer.data.features.packed_batch import BatchLayout, PackedBatch
-from trainer.data.format.history import FOLDER, Histories, HistoryWriter
-from trainer.data.format.schema import DatasetSpec, DenseFeature, IdSpace, Rows, SideFeature, partition_of
-from trainer.data.format.shards import RowStore, write_rows
+from trainer.data.format.history import Histories
+from trainer.data.format.schema import DatasetSpec, Rows
+from trainer.data.format.shards import RowStore
 from trainer.data.loading.loader import Loader
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.engine.step_loss import BehaviourLoss
@@ -45,86 +78,44 @@ from trainer.runtime.distributed import World
 from trainer.runtime.files import write_json
 from trainer.runtime.phase_timer import PHASES
 
-ROWS, USERS, AUTHORS, ITEMS, DIM, LENGTH, DENSE = 131_072, 1_000_000, 100_000, 1_000_000, 16, 50, 8
+SHORT = ("--rows", "24576", "--repeats", "1", "--setups", "1x1", "2x1")
+
 BATCH = 2048
-BEHAVIOURS = ("click", "like", "gift")
-SIDE = (("hour", 24), ("tag", 1000), ("city", 500))
-PEER_ROWS_PER_SECOND = {"1x1": 5132, "1x2": 6540, "2x1": 7448}
-"""TorchEasyRec on the same workload, its best settings and its better run of two, on 2 cores of another machine."""
 FLOP_PER_ROW = 8.4e6
 """Forward and backward of the work as written down above, without shortcuts."""
-WARM_UP_STEPS = 8
+WARM_UP_STEPS = 4
 DEEPSPEED = {"fp32": "configs/deepspeed/zero0.json", "bf16": "configs/deepspeed/zero1_bf16.json"}
-"""The peer replicates its dense network, as ZeRO 0 does; bf16 needs ZeRO's fp32 master copy."""
+"""The peers replicate their dense networks, as ZeRO 0 does; bf16 needs ZeRO's fp32 master copy."""
+
+PEERS = Path(__file__).parent / "peers"
 
 
-def write_dataset(path: Path, scale: int = 1) -> None:
-    """Write random rows, each of a user with 50 earlier videos.
+@dataclass(frozen=True)
+class ThroughputSystem:
+    """A system whose training is measured.
 
-    Args:
-        path: directory of the dataset.
-        scale: rows and ids are fewer by this factor.
+    Attributes:
+        program: file of ``benchmarks/speed/peers``; "" for Limelight.
+        mode: argument of the program; precision of Limelight's dense network.
+        python: option that names the Python of its virtual environment; "" for this Python.
+        ranks: it can train on several ranks.
     """
-    rng = np.random.default_rng(0)
-    n, users, authors, items = (number // scale for number in (ROWS, USERS, AUTHORS, ITEMS))
-    spec = DatasetSpec(
-        name="throughput",
-        source="random numbers",
-        licence="none",
-        partitions=4,
-        timezone="UTC",
-        behaviours=BEHAVIOURS,
-        applies={behaviour: ("video",) for behaviour in BEHAVIOURS},
-        candidates=("video",),
-        side=tuple(SideFeature(name, "context", rows) for name, rows in SIDE),
-        dense=tuple(DenseFeature(f"dense_{k}", "context") for k in range(DENSE)),
-        ids={
-            "user": IdSpace(users, users - 1),
-            "author": IdSpace(authors, authors - 1),
-            "item": IdSpace(items, items - 1),
-        },
-        span_ms=(START_MS, START_MS + HOUR_MS),
-        rows=n,
-    )
-    user = rng.integers(0, users, n)
-    request = np.sort(START_MS + rng.integers(0, HOUR_MS, n))
-    columns: Rows = {
-        "visit_id": np.arange(n),
-        "user_id": user,
-        "author_id": rng.integers(0, authors, n),
-        "item_id": rng.integers(0, items, n),
-        "domain": np.zeros(n, np.uint8),
-        "kind": np.full(n, 4, np.uint8),
-        "request_ms": request,
-        "emit_ms": request,
-        "side": np.stack([rng.integers(0, rows, n, np.int32) for _, rows in SIDE], axis=1),
-        "dense": rng.standard_normal((n, DENSE), np.float32),
-        "stat": np.empty((n, 0), np.float32),
-        "label": (rng.random((n, 3)) < 0.2).astype(np.uint8),
-        "mask": np.ones((n, 3), np.uint8),
-    }
-    write_rows(path, spec, columns)
-    (path / FOLDER).mkdir()
-    writer = HistoryWriter(path / FOLDER)
-    known = np.unique(user)
-    partition_of_user = partition_of(known, spec.partitions)
-    for partition in range(spec.partitions):
-        owner = np.repeat(known[partition_of_user == partition], LENGTH)
-        began = START_MS - rng.integers(HOUR_MS, 24 * HOUR_MS, len(owner))
-        writer.append(
-            {
-                "user_id": owner,
-                "domain": np.zeros(len(owner), np.uint8),
-                "item_id": rng.integers(0, items, len(owner)),
-                "author_id": rng.integers(0, authors, len(owner)),
-                "request_ms": began,
-                "play_ms": np.full(len(owner), 10_000),
-                "bits": np.zeros(len(owner), np.int32),
-                "known_ms": began,
-            }
-        )
-    writer.close()
-    (path / "dataset.json").write_text(spec.to_json())
+
+    program: str
+    mode: str
+    python: str = ""
+    ranks: bool = True
+
+
+SYSTEMS = {
+    "limelight-fp32": ThroughputSystem("", "fp32"),
+    "limelight-bf16": ThroughputSystem("", "bf16"),
+    "pytorch": ThroughputSystem("pytorch.py", "dense"),
+    "pytorch-sparse": ThroughputSystem("pytorch.py", "sparse"),
+    "rechub-ple": ThroughputSystem("rechub.py", "ple", "rechub_python", ranks=False),
+    "rechub-din": ThroughputSystem("rechub.py", "din", "rechub_python", ranks=False),
+    "fuxictr": ThroughputSystem("fuxi.py", "ple", "fuxictr_python", ranks=False),
+}
 
 
 class WorkloadFeatures:
@@ -175,49 +166,73 @@ class WorkloadFeatures:
         )
 
 
+def make_ranker(features: WorkloadFeatures) -> Ranker:
+    """Return the dense network of the workload."""
+    torch.manual_seed(1)
+    return Ranker(
+        behaviours=len(BEHAVIOURS),
+        lookups=features.lookups,
+        dims={table.name: table.dim for table in features.tables},
+        n_dense=DENSE,
+        sequences=features.sequences,
+        kind="ple",
+        task_experts=TASK_EXPERTS,
+        shared_experts=SHARED_EXPERTS,
+        expert_layers=EXPERT_LAYERS,
+        tower=TOWER,
+        attention=ATTENTION,
+    )
+
+
+def make_engine(
+    features: WorkloadFeatures, ranker: Ranker, precision: str, batch_size: int, device: torch.device
+) -> HybridEngine:
+    """Return the engine of the workload.
+
+    Args:
+        features: its inputs.
+        ranker: its dense network.
+        precision: a key of :data:`DEEPSPEED`.
+        batch_size: rows of a rank in a step.
+        device: device of the rank.
+    """
+    return HybridEngine(
+        features.tables,
+        features.lookups,
+        ranker,
+        table_optimizer=TableOptimizer("adagrad", TABLE_RATE, 1e-8),
+        dense_optimizer=DenseOptimizer(DENSE_RATE, 0.0, (0.9, 0.999)),
+        deepspeed=json.loads(Path(DEEPSPEED[precision]).read_text()) | {"gradient_clipping": 0.0},
+        loss=BehaviourLoss(torch.ones(len(BEHAVIOURS))),
+        batch_size=batch_size,
+        device=device,
+        seed=1,
+        overlap=True,
+    )
+
+
+def make_loader(path: Path, features: WorkloadFeatures, world: World, batch_size: int) -> Loader:
+    """Return a loader of a dataset's rows on one rank, ``batch_size`` at a time."""
+    return Loader(
+        RowStore(path, features.spec),
+        Histories(path, features.spec),
+        features,
+        rank=world.rank,
+        world=world.size,
+        batch_size=batch_size,
+        seed=1,
+        shuffle_ms=HOUR_MS // 8,
+        workers=0,
+    )
+
+
 def train_rank(path: Path, precision: str, batch_size: int, out: Path) -> None:
-    """Train on one rank of a measurement; the first rank writes the result."""
+    """Train on one rank and predict the held-out rows; the first rank writes the result."""
     with World.join("auto") as world:
-        spec = DatasetSpec.load(path)
-        features = WorkloadFeatures(spec)
-        torch.manual_seed(1)
-        ranker = Ranker(
-            behaviours=len(BEHAVIOURS),
-            lookups=features.lookups,
-            dims={table.name: table.dim for table in features.tables},
-            n_dense=DENSE,
-            sequences=features.sequences,
-            kind="ple",
-            task_experts=2,
-            shared_experts=2,
-            expert_layers=((256, 128), (128, 64)),
-            tower=(128, 64),
-            attention=(64, 16),
-        )
-        engine = HybridEngine(
-            features.tables,
-            features.lookups,
-            ranker,
-            table_optimizer=TableOptimizer("adagrad", 0.01, 1e-8),
-            dense_optimizer=DenseOptimizer(1e-3, 0.0, (0.9, 0.999)),
-            deepspeed=json.loads(Path(DEEPSPEED[precision]).read_text()) | {"gradient_clipping": 0.0},
-            loss=BehaviourLoss(torch.ones(len(BEHAVIOURS))),
-            batch_size=batch_size // world.size,
-            device=world.device,
-            seed=1,
-            overlap=True,
-        )
-        loader = Loader(
-            RowStore(path, spec),
-            Histories(path, spec),
-            features,
-            rank=world.rank,
-            world=world.size,
-            batch_size=batch_size // world.size,
-            seed=1,
-            shuffle_ms=HOUR_MS // 8,
-            workers=0,
-        )
+        own = batch_size // world.size
+        features = WorkloadFeatures(DatasetSpec.load(path / "train"))
+        engine = make_engine(features, make_ranker(features), precision, own, world.device)
+        loader = make_loader(path / "train", features, world, own)
         metrics = ProgressiveMetrics(BEHAVIOURS)
         seconds = dict.fromkeys(PHASES, 0.0)
         rows, started = 0, 0.0
@@ -232,43 +247,125 @@ def train_rank(path: Path, precision: str, batch_size: int, out: Path) -> None:
                 started = time.perf_counter()
         metrics.compute()
         elapsed = time.perf_counter() - started
+        held_out = WorkloadFeatures(DatasetSpec.load(path / "held_out"))
+        predicted = engine.predict(iter(make_loader(path / "held_out", held_out, world, own)))
+        probability = _in_order([(batch.visit_id, torch.sigmoid(logits)) for batch, logits in predicted], world)
         if world.rank == 0:
+            np.savez(out, rows=rows, seconds=elapsed, probability=probability, behaviours=np.array(BEHAVIOURS))
             total = sum(seconds.values())
             shares = {phase: value / total for phase, value in seconds.items()}
-            write_json(out, {"rows_per_second": rows / elapsed, "rows": rows, "shares": shares, "plan": engine.plan})
+            write_json(out.with_suffix(".json"), {"shares": shares, "plan": engine.plan})
         engine.close()
 
 
-def machine_rates(threads: int, precision: str) -> dict[str, float]:
-    """Return the rates of a matrix product (GFLOP/s) and of a copy (GB/s) on some threads, the best of six tries."""
+def _in_order(parts: Sequence[tuple[Tensor, Tensor]], world: World) -> np.ndarray:
+    """Return the probabilities of all ranks in the order of the rows, whose numbers are their visits' ids."""
+    row = torch.cat([rows for rows, _ in parts]).cpu()
+    value = torch.cat([values for _, values in parts]).float().cpu()
+    found: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(found, (row, value))
+    order = torch.cat([rows for rows, _ in found]).argsort()
+    return torch.cat([values for _, values in found])[order].numpy()
+
+
+def machine_rates(threads: int) -> dict[str, float]:
+    """Return the rates of a matrix product in fp32 and bf16 (GFLOP/s) and of a copy (GB/s), the best of six tries."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(2048, 2048).to(kind), torch.randn(2048, 2048).to(kind)
     source, target = torch.empty(1 << 26), torch.empty(1 << 26)
-    product = copy = float("inf")
+    matrices = {kind: torch.randn(2048, 2048).to(kind) for kind in (torch.float32, torch.bfloat16)}
+    best: dict[str, float] = {}
     for _ in range(6):
+        for kind, matrix in matrices.items():
+            start = time.perf_counter()
+            matrix @ matrix
+            rate = 2 * 2048**3 / (time.perf_counter() - start) / 1e9
+            key = "product_gflops" if kind == torch.float32 else "bf16_product_gflops"
+            best[key] = max(best.get(key, 0.0), rate)
         start = time.perf_counter()
-        a @ b
-        middle = time.perf_counter()
         target.copy_(source)
-        product, copy = min(product, middle - start), min(copy, time.perf_counter() - middle)
-    return {"product_gflops": 2 * 2048**3 / product / 1e9, "copy_gb_per_second": 2 * source.numel() * 4 / copy / 1e9}
+        rate = 2 * source.numel() * 4 / (time.perf_counter() - start) / 1e9
+        best["copy_gb_per_second"] = max(best.get("copy_gb_per_second", 0.0), rate)
+    torch.set_num_threads(before)
+    return best
 
 
-def measure(path: Path, setup: str, precision: str, batch_size: int) -> dict[str, Any]:
-    """Return the rows per second of one set-up, in processes of its own, and the machine's rates just before."""
+def start(system: ThroughputSystem, python: str, path: Path, ranks: int, threads: int, batch_size: int) -> Path:
+    """Train a system in processes of its own and return the file that its first rank has written.
+
+    Raises:
+        subprocess.CalledProcessError: a process failed.
+    """
+    out = path / "out.npz"
+    out.unlink(missing_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    if system.program:
+        program = [str(PEERS / system.program), system.mode, str(path), str(out)]
+        command = [python, *(launcher if ranks > 1 else []), *program]
+    else:
+        program = ["-m", "benchmarks.speed.throughput", "--one", str(path), system.mode, str(batch_size), str(out)]
+        command = [python, *launcher, *program]
+    environment = safe_environment(os.environ)
+    if python != sys.executable:
+        # Its virtual environment finds its packages by itself, and none of ours.
+        environment.pop("PYTHONPATH", None)
+    subprocess.run(command, check=True, env={**environment, "OMP_NUM_THREADS": str(threads)})
+    return out
+
+
+def measure(system: ThroughputSystem, python: str, path: Path, setup: str, batch_size: int) -> dict[str, Any]:
+    """Return rows per second and held-out AUC of one run, the machine's rates just before, and the load meanwhile."""
     ranks, threads = (int(number) for number in setup.split("x"))
-    rates = machine_rates(ranks * threads, precision)
-    arguments = ["--one", path, precision, batch_size]
-    result = run_ranks("benchmarks.speed.throughput", arguments, ranks, threads, cpu_only=False)
-    floor = rates["product_gflops"] * 1e9 / FLOP_PER_ROW
-    return {
+    rates = machine_rates(ranks * threads)
+    before = MachineLoad.now()
+    out = start(system, python, path, ranks, threads, batch_size)
+    load = load_facts(before, MachineLoad.now())
+    with np.load(out) as found:
+        rows, seconds, probability = int(found["rows"]), float(found["seconds"]), found["probability"]
+        learnt = [str(name) for name in found["behaviours"]]
+    with np.load(path / "held_out.npz") as held_out:
+        label = held_out["label"]
+    auc = {name: float(roc_auc_score(label[:, k], probability[:, k])) for k, name in enumerate(learnt)}
+    own = out.with_suffix(".json")
+    facts = json.loads(own.read_text()) if not system.program else {}
+    return {"rows": rows, "rows_per_second": rows / seconds, "auc": auc, **facts, **rates, **load}
+
+
+def summary(setup: str, system: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median and the spread of the runs of one system in one set-up."""
+    rate = median_and_range([run["rows_per_second"] for run in runs])
+    product = statistics.median(run["product_gflops"] for run in runs)
+    result = {
         "setup": setup,
-        "precision": precision,
-        **result,
-        **rates,
-        "share_of_product_rate": result["rows_per_second"] / floor,
+        "system": system,
+        "rows_per_second": rate,
+        "auc": {name: statistics.median(run["auc"][name] for run in runs) for name in runs[0]["auc"]},
+        "share_of_product_rate": rate["median"] * FLOP_PER_ROW / (product * 1e9),
     }
+    if "shares" in runs[0]:
+        result["shares"] = {phase: statistics.median(run["shares"][phase] for run in runs) for phase in PHASES}
+    return {**result, "runs": list(runs)}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the results as a text table."""
+    lines = []
+    for result in results:
+        rate, runs = result["rows_per_second"], result["runs"]
+        load = max(run["cores_of_others"] for run in runs)
+        lines.append(
+            [
+                result["setup"],
+                result["system"],
+                f"{rate['median']:,.0f}",
+                f"{rate['least']:,.0f} to {rate['most']:,.0f}",
+                f"{result['share_of_product_rate']:.0%}",
+                *(f"{result['auc'][name]:.4f}" if name in result["auc"] else "-" for name in BEHAVIOURS),
+                f"{load:.1f}",
+            ]
+        )
+    header = ["set-up", "system", "rows/s", "spread", "of product rate"]
+    return text_table([*header, *(f"AUC {name}" for name in BEHAVIOURS), "cores of others"], lines, texts=2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -278,9 +375,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--setups", nargs="+", default=["1x1", "1x2", "2x1"], metavar="RxT", help="ranks x threads (default: all three)"
     )
     parser.add_argument(
-        "--precisions", nargs="+", default=list(DEEPSPEED), choices=list(DEEPSPEED), help="of the dense network"
+        "--systems", nargs="+", choices=list(SYSTEMS), help="(default: Limelight, and every peer whose Python is known)"
     )
-    parser.add_argument("--repeats", type=int, default=2, help="interleaved runs of each (default: %(default)s)")
+    parser.add_argument("--rechub-python", metavar="PATH", default="", help="Python with torch-rechub")
+    parser.add_argument("--fuxictr-python", metavar="PATH", default="", help="Python with fuxictr")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of each (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=ROWS, help="training rows (default: %(default)s)")
     parser.add_argument(
         "--scale", type=int, default=1, help="divide rows, ids and batch by this, to try it (default: %(default)s)"
     )
@@ -290,35 +390,45 @@ def main(argv: Sequence[str] | None = None) -> None:
         path, precision, batch_size, out = options.one
         train_rank(Path(path), precision, int(batch_size), Path(out))
         return
+    pythons = {
+        name: getattr(options, system.python) if system.python else sys.executable for name, system in SYSTEMS.items()
+    }
+    chosen = options.systems or [name for name, python in pythons.items() if python]
+    for name in chosen:
+        if not pythons[name]:
+            parser.error(f"{name} needs --{SYSTEMS[name].python.replace('_', '-')} PATH, a Python that has it")
+    batch, rows = BATCH // options.scale, options.rows // options.scale
+    if rows // batch <= WARM_UP_STEPS:
+        parser.error(f"--rows {options.rows}: give more than {WARM_UP_STEPS * BATCH:,}, the rows of the warm-up")
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = Path(scratch) / "dataset"
-        dataset.mkdir()
-        write_dataset(dataset, options.scale)
-        runs = [
-            measure(dataset, setup, precision, BATCH // options.scale)
-            for _ in range(options.repeats)
-            for setup in options.setups
-            for precision in options.precisions
-        ]
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for run in runs:
-        key = (run["setup"], run["precision"])
-        if key not in best or run["rows_per_second"] > best[key]["rows_per_second"]:
-            best[key] = run
-    print(
-        "\n| ranks x threads | precision | rows/s | peer | product GFLOP/s | copy GB/s | of product rate | "
-        + " | ".join(PHASES)
-        + " |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|" + "---:|" * len(PHASES))
-    for (setup, precision), run in best.items():
-        peer = PEER_ROWS_PER_SECOND.get(setup, 0)
-        shares = " | ".join(f"{run['shares'][phase]:.0%}" for phase in PHASES)
-        print(
-            f"| {setup} | {precision} | {run['rows_per_second']:,.0f} | {peer:,} | {run['product_gflops']:.0f} | "
-            f"{run['copy_gb_per_second']:.0f} | {run['share_of_product_rate']:.0%} | {shares} |"
-        )
-    write_result(options.out, {"best": list(best.values()), "runs": runs}, ranks=2)
+        path = Path(scratch)
+        parts = {
+            "train": make_rows(rows, options.scale, seed=1),
+            "held_out": make_rows(rows // HELD_OUT, options.scale, seed=2),
+        }
+        for name, of_part in parts.items():
+            write_dataset(path / name, of_part, options.scale)
+        write_arrays(path, parts, batch, options.scale, WARM_UP_STEPS)
+        for _ in range(options.repeats):
+            for setup in options.setups:
+                for name in chosen:
+                    if SYSTEMS[name].ranks or setup.startswith("1x"):
+                        run = measure(SYSTEMS[name], pythons[name], path, setup, batch)
+                        print(f"{setup} {name}: {run['rows_per_second']:,.0f} rows/s", flush=True)
+                        runs.setdefault((setup, name), []).append(run)
+    held_out = parts["held_out"]
+    best = {
+        name: float(roc_auc_score(held_out.label[:, k], held_out.probability[:, k]))
+        for k, name in enumerate(BEHAVIOURS)
+    }
+    results = [
+        summary(setup, name, runs[setup, name]) for setup in options.setups for name in chosen if (setup, name) in runs
+    ]
+    print("\n" + table(results))
+    print("best possible AUC: " + ", ".join(f"{name} {value:.4f}" for name, value in best.items()))
+    settings = {"rows": rows, "batch": batch, "scale": options.scale, "repeats": options.repeats}
+    write_result(options.out, {"results": results, "best_possible_auc": best, "settings": settings}, ranks=2)
 
 
 if __name__ == "__main__":
