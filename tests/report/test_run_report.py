@@ -212,7 +212,7 @@ def test_values_of_other_types_are_left_out(run: Path, few_draws: None, value: A
             {"evaluation": {"task": {"model": {"accuracy": 0.5}}}},
             ("task", "tuned", "0.5000", "Loss of an answer token, in nats"),
         ),
-        ({"towers": {}}, {"retrieval": {"all": {"mrr": 0.1}}}, ("MRR", "0.1000", "Loss")),
+        ({"towers": {}}, {"retrieval": {"all": {"mrr": 0.1}}}, ("MRR", "0.1000", "Throughput")),
         ({"lcu": {}}, {"all": {"rmse": 8.6}}, ("RMSE (s)", "8.6000")),
         (
             {"evaluate": {}},
