@@ -66,6 +66,9 @@ JOBS = {"train": "train", "finetune": "finetune", "embed": "embed", "staytime": 
 }
 """Command or module -> kind of the job file that it takes."""
 
+ANY_JOB = {"plan": ("train", "finetune"), "config check": ()}
+"""Command that finds the kind of its job file by the sections -> kinds that it takes; none for all of them."""
+
 OTHERS = ("export", "eval", "kubectl", "pip", "sort", "source", ".ci/run")
 """Programs whose arguments are not ours; the files that they name must exist."""
 
@@ -275,19 +278,29 @@ def check_limelight(words: Sequence[str]) -> None:
     kind = JOBS.get(path_of(parsed))
     if kind is not None and "config" in parsed.params and "overrides" in parsed.params:
         check_job_file(parsed.params["config"], parsed.params["overrides"], kind, parsed.params.get("ranks", 1))
-    elif words[1:3] == ["config", "check"]:
-        check_job_file(parsed.params["file"], parsed.params["overrides"], None, parsed.params["ranks"])
+    elif path_of(parsed) in ANY_JOB:
+        file = parsed.params.get("file") or parsed.params["config"]
+        ranks = parsed.params.get("ranks") or parsed.params["gpus"]
+        found = check_job_file(file, parsed.params["overrides"], None, ranks)
+        kinds = ANY_JOB[path_of(parsed)]
+        assert not kinds or found in ("", *kinds), f"{file} is a job of {found}"
 
 
-def check_job_file(file: str, overrides: Sequence[str], kind: str | None, ranks: int) -> None:
-    """Check a job file as ``limelight config check`` does; only data may be missing."""
+def check_job_file(file: str, overrides: Sequence[str], kind: str | None, ranks: int) -> str:
+    """Check a job file as ``limelight config check`` does; only data may be missing.
+
+    Returns:
+        Kind of the job; empty for a placeholder of a file.
+    """
     if not file.startswith("configs/"):
         assert not overrides or kind is not None
         for override in overrides:
             check_key(str(kind), override)
-        return
-    wrong = [problem for problem in check_job(file, overrides, kind, ranks).problems if not NOT_THERE.search(problem)]
+        return ""
+    checked = check_job(file, overrides, kind, ranks)
+    wrong = [problem for problem in checked.problems if not NOT_THERE.search(problem)]
     assert not wrong, "; ".join(wrong)
+    return checked.kind
 
 
 def check_key(kind: str, override: str) -> None:

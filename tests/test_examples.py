@@ -111,6 +111,8 @@ def test_a_new_example_is_found_by_its_form(tmp_path: Path, monkeypatch: pytest.
         "limelight train configs/cross.toml features.history.long.lenght=3",
         "limelight embed configs/embed.toml train.epochs=2",
         "limelight config check configs/embed.toml train.epochs=2",
+        "limelight plan configs/simulated.toml --gpus 64 train.batchsize=4096",
+        "limelight plan configs/quantize.toml --gpus 64",
         "limelight stream assemble data/world rows.parquet",
         "limelight evaluate runs/a --from 2022-13-05",
         "limelight data",
