@@ -45,6 +45,9 @@ TORCHRUN = "torch.distributed.run"
 SPARES = 4
 """Largest number of workers that an agent of torchrun starts, with those that it starts again."""
 
+PR_SET_PDEATHSIG = 1
+"""Option of Linux's prctl that requests a signal at the death of the parent, from sys/prctl.h."""
+
 CLONE_NEWNS = 0x20000
 """Flag of unshare for a new mount namespace, from linux/sched.h; Python has it from 3.12 on."""
 
@@ -325,6 +328,14 @@ def _fork(run: Callable[[], int]) -> int:
         os._exit(status)
 
 
+def end_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The parent may have ended before the request.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _run_module(module: str, arguments: Sequence[str], environment: Mapping[str, str], output: int | None) -> int:
     os.environ.clear()
     os.environ.update(environment)
@@ -438,7 +449,14 @@ def _warm_up() -> None:
 def _serve(client: socket.socket) -> int:
     """Execute the orders of a client until it ends."""
     stream = client.makefile("rw")
-    answer: Any = os.getpid()
+    server = os.getpid()
+    answer: Any = server
+
+    def launch(arguments: Sequence[Any]) -> int:
+        # A client that is killed ends its server, and so all that it has started.
+        end_with(server)
+        return _launch(*arguments)
+
     while True:
         print(json.dumps(answer), file=stream, flush=True)
         line = stream.readline()
@@ -446,7 +464,7 @@ def _serve(client: socket.socket) -> int:
             return 0
         order, *arguments = json.loads(line)
         if order == "start":
-            answer = _fork(lambda arguments=arguments: _launch(*arguments))
+            answer = _fork(lambda arguments=arguments: launch(arguments))
         elif order == "wait":
             answer = _wait(*arguments)
         elif order == "compile":

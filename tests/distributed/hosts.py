@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.nursery import Nursery
+from tests.nursery import Nursery, end_with
 
 CLONE_NEWNET = 0x40000000
 """Flag of unshare for a new network namespace, from linux/sched.h; Python has it from 3.12 on."""
@@ -114,15 +114,16 @@ def _keep_two() -> None:
     """Create two network namespaces with a cable between them, print a process in each, and keep them."""
     _enter_new_network()
     ready, made = os.pipe()
-    other = os.fork()
+    first, other = os.getpid(), os.fork()
     if not other:
+        end_with(first)
         _enter_new_network()
         os.write(made, b".")
         signal.pause()
     os.close(made)
     if not os.read(ready, 1):
         raise OSError("no second network namespace")
-    processes = (os.getpid(), other)
+    processes = (first, other)
     _run(f"ip link add cable0 type veth peer name cable1 netns {other}")
     for number, process in enumerate(processes):
         inside = f"nsenter --net --target {process}"

@@ -71,12 +71,21 @@ class ForkedAgent:
         out: file for what the agent and its workers print.
         arguments: arguments of torchrun.
         network: process of the nursery whose network namespace the agent joins; 0 for that of the machine.
+        module: module of the agent.
         environment: additional variables of the environment.
     """
 
-    def __init__(self, nursery: Nursery, out: Path, *arguments: str, network: int = 0, **environment: str) -> None:
+    def __init__(
+        self,
+        nursery: Nursery,
+        out: Path,
+        *arguments: str,
+        network: int = 0,
+        module: str = "torch.distributed.run",
+        **environment: str,
+    ) -> None:
         self._nursery, self._out = nursery, out
-        self.pid = nursery.start("torch.distributed.run", arguments, 0, environment, out, network=network)
+        self.pid = nursery.start(module, arguments, 0, environment, out, network=network)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:

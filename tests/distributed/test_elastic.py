@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from launch.machine import free_port
+from tests.distributed.elastic_agent import ALONE
 from tests.distributed.launches import (
     TIMEOUTS,
     TORCHRUN,
@@ -46,18 +47,18 @@ def start_machine(
 ) -> ForkedAgent:
     """Start the torchrun agent of one machine, with one worker; the first agent hosts the rendezvous.
 
-    What they print goes to a file in ``directory``. One machine waits half a minute for another, since on a busy
-    machine the second agent may get no processor for long; nothing is computed while it waits.
+    What they print goes to a file in ``directory``. A machine begins alone only if ``directory/alone`` exists.
     """
     return ForkedAgent(
         nursery,
         directory / f"machine-{0 if first else 1}",
         *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--local-addr=127.0.0.1"),
         *("--rdzv-backend=c10d", "--rdzv-id=elastic", f"--rdzv-endpoint={endpoint}", "--rdzv-conf"),
-        f"is_host={int(first)},last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=4",
+        f"is_host={int(first)},keep_alive_interval=1,keep_alive_max_attempt=4",
         *("-m", "trainer.rank", *arguments),
-        # Without this setting no machine can join a running job.
-        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        module="tests.distributed.elastic_agent",
+        # Without the second setting no machine can join a running job.
+        **{ALONE: str(directory / "alone"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
 
 
@@ -99,6 +100,7 @@ def test_a_lost_machine_leaves_a_job_on_those_that_remain(
     endpoint = f"127.0.0.1:{free_port()}"
     agents = [start_machine(nursery, tmp_path, endpoint, job(small_world, run), first=first) for first in (True, False)]
     await_checkpoint(run, 2, agents)
+    (tmp_path / "alone").touch()
     # As in a power failure, all processes end at once; the agent is first, because it would start a new worker.
     for process in (agents[1].pid, *(child.pid for child in psutil.Process(agents[1].pid).children())):
         # A spare process of the agent may have ended with it.
@@ -122,8 +124,11 @@ def test_a_machine_that_comes_later_takes_part(nursery: Nursery, small_world: Pa
     run = tmp_path / "run"
     endpoint = f"127.0.0.1:{free_port()}"
     arguments = job(small_world, run, "train.batch_size=8", "train.epochs=12", "checkpoint.every_steps=50")
+    (tmp_path / "alone").touch()
     first = start_machine(nursery, tmp_path, endpoint, arguments, first=True)
     await_checkpoint(run, 1, [first])
+    # From here on both wait for each other.
+    (tmp_path / "alone").unlink()
     second = start_machine(nursery, tmp_path, endpoint, arguments, first=False)
     printed, _ = end([first, second])
     assert "stopped by SIGTERM" in printed and "resuming from" in printed
