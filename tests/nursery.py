@@ -265,6 +265,11 @@ class SpareProcess:
     def fork_spares(cls) -> None:
         """Fork the workers of an agent, which is this process, and make it use them."""
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+        from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
+        # For each of its events it looks for the caller among all imported modules. That takes a second here, and two
+        # agents that write their state less often than that overwrite each other without an end.
+        dynamic_rendezvous.get_method_name = lambda depth=2: "rendezvous"
 
         for _ in range(SPARES):
             agent, worker = socket.socketpair()

@@ -28,6 +28,7 @@ JOB = (
     "stream.slice_seconds=300",
     "stream.flush_seconds=1800",
     "stream.batch_events=200",
+    "stream.average_hours=3",
     "model.expert_layers=[[16], [8]]",
     "model.tower=[8]",
     "model.dropout=0.2",

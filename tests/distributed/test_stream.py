@@ -16,6 +16,7 @@ from tests.data.vector_tables import write_vectors_of
 from tests.distributed.stream_ranks import POLICIES, job
 from tests.distributed.test_resume import trained
 from tests.nursery import Nursery
+from trainer.checkpoint.reader import Checkpoint
 from trainer.config.load import parse_time
 from trainer.data.format.history import Histories
 from trainer.data.format.schema import DatasetSpec
@@ -139,6 +140,10 @@ def test_models_are_published_during_training(outcomes: dict[str, Any]) -> None:
     assert (model_dir / "published" / "current").resolve().name == last
     spec = DatasetSpec.load(outcomes["dataset"])
     model = open_export(model_dir / "published" / "current")
+    stored = Checkpoint.open(model_dir).model.dense
+    for name, parameter in model.ranker.named_parameters():
+        assert torch.equal(parameter, stored[name]["average"].read()), name
+        assert not torch.equal(parameter, stored[name]["parameter"].read()), name
     rows = {name: column[:40] for name, column in read_rows(outcomes["dataset"], spec).items()}
     batch = model.features.pack(rows, Histories(outcomes["dataset"], spec), rows["request_ms"])
     (logits,) = model.logits([batch])

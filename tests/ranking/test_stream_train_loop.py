@@ -38,6 +38,7 @@ from trainer.rank import run_job
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
+from trainer.serving.trained_run import open_run
 from trainer.stream.labels.assembled_rows import SLOW
 from trainer.stream.labels.batch_assembler import assemble_batch
 from trainer.stream.labels.event_log import EventLog
@@ -53,6 +54,7 @@ class Recorded:
     Attributes:
         acts: ``("predict", request_ms of the requests)`` and ``("train", result of the step)``.
         rates: learning rates that were set.
+        averaged: event time in horizons of each addition to the mean of the weights, and the weights then.
         config: config of the job.
         directory: directory of the run.
     """
@@ -61,6 +63,7 @@ class Recorded:
     directory: Path
     acts: list[tuple[str, Any]] = field(default_factory=list)
     rates: list[tuple[float, float]] = field(default_factory=list)
+    averaged: list[tuple[float, dict[str, torch.Tensor]]] = field(default_factory=list)
 
     @property
     def steps(self) -> list[StepResult]:
@@ -84,6 +87,7 @@ def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory, request: p
     settings += ["train.batch_size=10", f"labels.policy={request.param}", f"data.path={dataset}"]
     found = Recorded(load_config("configs/moment.toml", [*settings, f"run.directory={directory}"]), directory)
     advance, predict, rate = TrainingState.advance, HybridEngine.predict, HybridEngine.set_learning_rate
+    average = HybridEngine.average
 
     def recording_advance(self: TrainingState, result: StepResult) -> None:
         advance(self, result)
@@ -98,12 +102,36 @@ def recorded(dataset: Path, tmp_path_factory: pytest.TempPathFactory, request: p
         found.rates.append((tables, dense))
         rate(self, tables, dense)
 
+    def recording_average(self: HybridEngine, elapsed: float) -> None:
+        weights = {name: value.detach().double().clone() for name, value in self._dense.module.named_parameters()}
+        found.averaged.append((elapsed, weights))
+        average(self, elapsed)
+
     with pytest.MonkeyPatch.context() as patch, World.join("cpu") as world:
+        patch.setattr(HybridEngine, "average", recording_average)
         patch.setattr(TrainingState, "advance", recording_advance)
         patch.setattr(HybridEngine, "predict", recording_predict)
         patch.setattr(HybridEngine, "set_learning_rate", recording_rate)
         run_job(found.config, world, Preemption())
     return found
+
+
+def test_evaluation_uses_the_mean_of_the_weights_over_event_time(recorded: Recorded) -> None:
+    """Each set of weights counts by the event time of its rows, and exp(-age / 3 hours)."""
+    elapsed = np.array([time for time, _ in recorded.averaged])
+    # The intervals are whole slices; the first one and the last one, at the end of the stream, are ordinary ones.
+    assert len(elapsed) > 10 and elapsed.min() * 3 * 3_600_000 >= SLICE_MS
+    assert elapsed[0] == elapsed[-1] == pytest.approx(FLUSH_MS / (3 * 3_600_000))
+    assert 1 / 3 * 12.9 < elapsed.sum() < 1 / 3 * 14.1
+    age = np.append(np.cumsum(elapsed[::-1])[::-1][1:], 0)
+    shares = -np.expm1(-elapsed) * np.exp(-age)
+    with World.join("cpu") as world:
+        evaluated = dict(open_run(str(recorded.directory), world).engine._dense.module.named_parameters())
+        for name, value in evaluated.items():
+            weights = [of_time[name] for _, of_time in recorded.averaged]
+            expected = sum(share * weight for share, weight in zip(shares / shares.sum(), weights, strict=True))
+            torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
+            assert not torch.equal(value.double(), weights[-1]), name
 
 
 def expected_rows(dataset: Path, config: JobConfig) -> Rows:

@@ -55,6 +55,7 @@ def describe_checkpoint(path: str | Path) -> dict[str, Any]:
         "dense": dense,
         "dense_values": sum(slots["parameter"].elements for slots in model.dense.values()),
         "dense_bytes": sum(tensor.bytes for slots in model.dense.values() for tensor in slots.values()),
+        "averaged": any("average" in slots for slots in model.dense.values()),
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
         "bytes": manifest.bytes,
     }
@@ -82,7 +83,7 @@ def format_checkpoint(found: dict[str, Any], *, everything: bool = False) -> str
         ("written by", f"{_count(found['ranks'], 'rank')}, ZeRO stage {found['zero_stage']}"),
         ("network", network),
         ("", f"{_count(len(found['dense']), 'parameter')} of {found['dense_values']:,} values"),
-        ("", f"{size_text(found['dense_bytes'])} with the moments of AdamW"),
+        ("", f"{size_text(found['dense_bytes'])} with the moments of AdamW{' and means' if found['averaged'] else ''}"),
         ("tables' optimizer", found["table_optimizer"]),
         ("dataset", f"{found['dataset']['path']} (fingerprint {found['dataset']['fingerprint']})"),
         *((f"ids of {table['table']}", _ids(table)) for table in found["tables"] if "ids" in table),

@@ -180,7 +180,8 @@ class StoredModel:
 
     Attributes:
         tables: by name.
-        dense: parameter of the dense network or an adapter -> ``parameter``, and the moments of its optimizer.
+        dense: parameter of the dense network or an adapter -> ``parameter``, the moments of its optimizer, and
+            ``average`` in a stream that keeps a mean over time.
         buffers: of the dense network.
         counters: numbers of steps.
 

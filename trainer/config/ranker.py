@@ -185,6 +185,11 @@ class JobConfig(Section):
     resume: ResumeConfig = Field(default_factory=ResumeConfig, json_schema_extra=MAY_CHANGE)
     score: ScoreConfig = Field(default_factory=ScoreConfig, json_schema_extra=MAY_CHANGE)
 
+    @property
+    def averages(self) -> bool:
+        """True if the job keeps a mean of the dense network's parameters."""
+        return self.stream is not None and self.stream.average_hours > 0
+
     @model_validator(mode="after")
     def _check_stream(self) -> JobConfig:
         """Refuse settings that a stream cannot have, and labels without a stream."""

@@ -129,6 +129,14 @@ class StreamConfig(BaseModel):
         ge=0,
         allow_inf_nan=False,
     )
+    average_hours: float = Field(
+        0.0,
+        description="Hours of event time over which the dense network's weights are averaged, older ones counting "
+        "exponentially less. Evaluation, exports and published models use the mean; training and the predictions of "
+        "the stream itself do not. 0: the weights of the last step.",
+        ge=0,
+        allow_inf_nan=False,
+    )
     publish_minutes: float = Field(
         0.0,
         description="Minutes between two exports of a checkpoint to `RUN/published` for scoring; 0: no exports.",

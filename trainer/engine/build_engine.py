@@ -39,6 +39,7 @@ def make_engine(
     world: World,
     alignment: Alignment | None = None,
     content: Sequence[ContentLayout] = (),
+    averaged: bool = False,
 ) -> HybridEngine:
     """Return sharded tables and a dense network with the optimizers of a job. Collective.
 
@@ -65,4 +66,5 @@ def make_engine(
         deduplicate=config.tables.deduplicate,
         deepspeed_file=config.train.deepspeed,
         content=content,
+        averaged=averaged,
     )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config.deepspeed import SETTINGS
 from trainer.console.errors import UserError
+from trainer.engine.weight_average import WeightAverage
 from trainer.runtime.phase_timer import PhaseClock
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,8 +43,10 @@ class DenseNetwork:
         device: device of this rank.
         clock: counts the reduction of gradients as communication.
         origin: file that the settings come from, for messages.
+        averaged: keep a mean of the parameters over time.
 
     Attributes:
+        average: the mean; None if there is none.
         parts: number of micro-batches of a step (``gradient_accumulation_steps``).
         module: the module as DeepSpeed trains it.
         zero_stage: DeepSpeed's ZeRO stage: 0 shares no memory among ranks, 1 the optimizer's, 2 the gradients' too.
@@ -61,6 +64,7 @@ class DenseNetwork:
         device: torch.device,
         clock: PhaseClock,
         origin: str = SETTINGS,
+        averaged: bool = False,
     ) -> None:
         deepspeed = start_deepspeed()
         settings = dict(settings)
@@ -85,6 +89,7 @@ class DenseNetwork:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=settings)
         self.module: nn.Module = self._engine.module
+        self.average = WeightAverage(self.module) if averaged else None
         if dist.get_world_size() == 1 and not self._zero:
             # There is nothing to reduce, but DeepSpeed would still copy all gradients.
             self._engine.enable_backward_allreduce = False
@@ -167,7 +172,7 @@ class DenseNetwork:
         self._engine.destroy()
 
     def state(self) -> dict[str, Any]:
-        """Return whole float32 parameters and moments by name, buffers, and Adam's step. Collective.
+        """Return whole float32 parameters, moments and means by name, buffers, and Adam's step. Collective.
 
         The state is the same on all ranks.
         """
@@ -183,7 +188,16 @@ class DenseNetwork:
                 moments = self._adam.state[parameter]
                 parameters[name] = {"parameter": parameter.detach()} | {key: moments[key] for key in _MOMENTS}
         steps = [state["step"] for state in self._adam.state.values()]
-        return {"dense": parameters, "buffers": dict(self.module.named_buffers()), "dense_step": steps[0].cpu().clone()}
+        whole = {
+            "dense": parameters,
+            "buffers": dict(self.module.named_buffers()),
+            "dense_step": steps[0].cpu().clone(),
+        }
+        if self.average is None:
+            return whole
+        for name, mean in self.average.values.items():
+            parameters[name]["average"] = mean
+        return {**whole, "dense_average": self.average.weight}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Any], steps: int) -> None:
@@ -191,6 +205,9 @@ class DenseNetwork:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self.set_parameters({name: saved["parameter"] for name, saved in state["dense"].items()})
+        if self.average is not None:
+            means = {name: saved["average"] for name, saved in state["dense"].items()}
+            self.average.load(means, state["dense_average"])
         for name, parameter in self.module.named_parameters():
             saved = state["dense"][name]
             for key in _MOMENTS:
@@ -217,6 +234,8 @@ class DenseNetwork:
             parameter.copy_(values[name])
             if self._zero:
                 safe_set_full_fp32_param(parameter, values[name])
+        if self.average is not None:
+            self.average.restart()
 
     def _materialise_moments(self) -> None:
         """Create Adam's moments, which do not exist before its first step, so that they can be saved or loaded."""

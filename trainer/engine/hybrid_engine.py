@@ -157,6 +157,7 @@ class HybridEngine:
         read_later: find out if a loss is finite when the next step is queued, so that the host does not wait for the
             device. Until then the device itself leaves out all updates from the step on. False: find out at once. None:
             later on a GPU, at once on a CPU, where nothing waits.
+        averaged: keep a mean of the dense network's parameters over time, see :meth:`average`.
 
     Attributes:
         control: a gloo group of all ranks.
@@ -188,6 +189,7 @@ class HybridEngine:
         deepspeed_file: str = SETTINGS,
         content: Sequence[ContentLayout] = (),
         read_later: bool | None = None,
+        averaged: bool = False,
     ) -> None:
         group = dist.group.WORLD
         assert group is not None
@@ -213,7 +215,13 @@ class HybridEngine:
             deduplicate=deduplicate,
         )
         self._dense = DenseNetwork(
-            ranker, dense_optimizer, settings, device=device, clock=self._clock, origin=deepspeed_file
+            ranker,
+            dense_optimizer,
+            settings,
+            device=device,
+            clock=self._clock,
+            origin=deepspeed_file,
+            averaged=averaged,
         )
         self.plan = self._tables.plan
         self.table_optimizer = table_optimizer
@@ -228,6 +236,16 @@ class HybridEngine:
         """Set the learning rates, from the next step on."""
         self._tables.set_learning_rate(tables)
         self._dense.set_learning_rate(dense)
+
+    def average(self, elapsed: float) -> None:
+        """Add the dense parameters to their mean, if the engine keeps one; see :class:`WeightAverage`."""
+        if self._dense.average is not None:
+            self._dense.average.add(elapsed)
+
+    def use_average(self) -> None:
+        """Replace the dense parameters by their mean, if the engine keeps one, to predict only. Collective."""
+        if self._dense.average is not None:
+            self._dense.set_parameters(self._dense.average.values)
 
     def steps(
         self, batches: Iterator[RankingBatch], request: Callable[[int], StepRequest] = lambda step: NO_REQUEST

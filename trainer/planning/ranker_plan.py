@@ -38,6 +38,9 @@ RUNTIME_BYTES = {"cuda": 2 * 10**9, "cpu": 5 * 10**8}
 SNAPSHOT_DENSE = 12
 """Bytes of a network's weight in a snapshot: value and two moments in float32, whole on each rank."""
 
+AVERAGE = 4
+"""Bytes of a network's weight in the mean over time of ``stream.average_hours``, whole on each rank."""
+
 LOADER_IDS_PER_S = 33_600_000
 """Ids that one core of a loader process prepares in a second: 77,500 rows of 434 ids in
 benchmarks/results/loader.json."""
@@ -95,6 +98,7 @@ def plan_ranker(
     traffic = rank_traffic(plan, ids, world)
     cost = model.network_cost(batch, settings["gradient_accumulation_steps"], assumed.fill, bf16=zero.bf16)
     dense = dense_memory(model.parameters, model.parameters, world, zero)
+    average = AVERAGE * model.parameters if config.averages else 0
     buffers = [
         exchange_bytes(of_rank, world, overlap=config.train.overlap, deduplicate=config.tables.deduplicate)
         for of_rank in traffic
@@ -103,7 +107,7 @@ def plan_ranker(
         {
             "tables": of_rank.tables,
             "table optimizer": of_rank.optimizer,
-            "network": dense.weights + dense.gradients,
+            "network": dense.weights + dense.gradients + average,
             "network optimizer": dense.optimizer,
             "activations": round(cost.peak_bytes),
             "exchange": round(of_exchange),
@@ -270,7 +274,8 @@ def _limits(model: RankerModel, spec: DatasetSpec, cluster: Cluster) -> list[str
 
 def _host_memory(of_rank: RankTables, model: RankerModel, config: JobConfig) -> dict[str, int]:
     """Return what one rank needs in host memory."""
-    snapshot = of_rank.whole + SNAPSHOT_DENSE * model.parameters if config.checkpoint.background else 0
+    weight = SNAPSHOT_DENSE + (AVERAGE if config.averages else 0)
+    snapshot = of_rank.whole + weight * model.parameters if config.checkpoint.background else 0
     return {"tables in host memory": of_rank.host, "checkpoint snapshot": snapshot}
 
 

@@ -191,6 +191,8 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
     config, behaviours = job.config, job.features.behaviours
     if job.split.eval_from is None:
         return None, {}
+    # Training is over and saved, so the weights of the last step are needed no more.
+    model.engine.use_average()
     frozen = freeze_at_end_of_training(config, job.data, job.split)
     loader = held_out_loader(config, job.data, job.split, job.features, job.world, frozen, model.space)
     held_out = predict(model.engine, loader, quiet=job.world.rank > 0)

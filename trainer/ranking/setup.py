@@ -320,4 +320,5 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         world,
         build_alignment(config, features),
         features.layout.content,
+        config.averages,
     )

@@ -199,6 +199,7 @@ class _StreamTrainer:
             raise UserError(keep_batch(stopped, self._model_dir, self._world.rank)) from None
         if self._searching is not None:
             self._searching.catch_up(self._state.step)
+        self._average(number)
         if number is not None:
             self._stream.flushed_ms = number * self._stream.slice_ms
         self._flushed_at = time.monotonic()
@@ -254,6 +255,17 @@ class _StreamTrainer:
         for part, result in zip(parts, self._engine.steps(batches), strict=True):
             self._count(part, result)
         self._state.settle()
+
+    def _average(self, number: int | None) -> None:
+        """Add the dense network's weights to their mean over event time; ``number`` is that of the next slice."""
+        assert self._config.stream is not None
+        if not self._config.averages:
+            return
+        stream, elapsed_ms = self._stream, self._flush_ms
+        # The first rows, and those of a topic that is silent or has ended, count as an ordinary interval.
+        if number is not None and stream.flushed_ms:
+            elapsed_ms = number * stream.slice_ms - stream.flushed_ms
+        self._engine.average(elapsed_ms / (self._config.stream.average_hours * 3_600_000))
 
     def _count(self, rows: Rows, result: StepResult) -> None:
         """Advance the training state by a step, and count the freshness of its positives."""

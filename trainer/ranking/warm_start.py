@@ -129,7 +129,9 @@ def warm_start(
         for state, tensor in stored.states.items() if same_optimizer else ():
             _fill(tensor, [shard for key, shard in states if (key, shard.table) == (state, name)], rows)
     if dense:
-        engine.set_dense_parameters({name: slots["parameter"].read() for name, slots in old.model.dense.items()})
+        # The mean over time is what the old run was evaluated with, if it has one.
+        values = {name: slots.get("average", slots["parameter"]).read() for name, slots in old.model.dense.items()}
+        engine.set_dense_parameters(values)
     return WarmStartSummary(
         checkpoint=old.directory,
         step=old.manifest.step,

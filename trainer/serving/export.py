@@ -167,7 +167,7 @@ def _write_weights(file: Path, model: StoredModel) -> None:
     tensors = {f"tables.{name}": table.weight for name, table in model.tables.items()}
     for name, table in model.tables.items():
         tensors |= {f"ids.{name}.{column}": table.ids[column] for column in ID_COLUMNS if table.ids}
-    tensors |= {f"dense.{name}": slots["parameter"] for name, slots in model.dense.items()}
+    tensors |= {f"dense.{name}": slots.get("average", slots["parameter"]) for name, slots in model.dense.items()}
     tensors |= {f"buffers.{name}": buffer for name, buffer in model.buffers.items()}
     header, size = encode_header((name, _TYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items())
     with file.open("wb") as opened:

@@ -86,6 +86,7 @@ def open_run(directory: str, world: World, data_path: str | None = None) -> Trai
     if world.rank == 0:
         warn_of_accepted(config, Path(directory))
     engine.load(checkpoint / MODEL)
+    engine.use_average()
     space = stored_space(stored_search(checkpoint)) if features.needs_space else None
     return TrainedModel(config, data, features, engine, space)
 
