@@ -69,7 +69,7 @@ class TowersConfig(Section):
         "popular authors are not pushed away for being more often in a batch.",
     )
     log_q_hours: float = Field(
-        0.0,
+        1.0,
         ge=0,
         allow_inf_nan=False,
         description="Hours before a row in which positives count for `log_q`. The author's share is then that since "
@@ -78,9 +78,9 @@ class TowersConfig(Section):
     )
     smoothing: Rate = Field(1.0, description="Positives that each author has before the first one, for `log_q`.")
     unseen: Literal["content", "unknown_id"] = Field(
-        "content",
-        description="Inputs of authors that were not trained on: segment vectors alone (`content`), or all inputs with "
-        "the row of the unknown id in place of their own (`unknown_id`).",
+        "unknown_id",
+        description="Inputs of authors that were not trained on: all inputs with the row of the unknown id in place of "
+        "their own (`unknown_id`), or segment vectors alone (`content`).",
     )
     content_only: Share = Field(
         0.1,
