@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -17,7 +18,7 @@ from trainer.config.load import load_deepspeed, load_job, parse_time
 from trainer.config.quantize import QuantizeJob
 from trainer.config.ranker import JobConfig, load_config, parse_config
 from trainer.config.staytime import StaytimeConfig
-from trainer.config.toml import fields, validate_stored
+from trainer.config.toml import fields, validate, validate_stored
 from trainer.console.errors import UserError
 
 OTHER_JOBS: dict[str, type[BaseModel]] = {
@@ -166,6 +167,16 @@ def test_a_mark_below_free_keys_holds_for_each_of_them_and_for_no_other_key() ->
     assert differences(then, {**then, "features.content.topic.table": "b"}, free) == []
     for key in ("features.content.topic.dim", "features.content.topic", "features.content.table"):
         assert len(differences(then, {**then, key: 5}, free)) == 1, key
+
+
+def test_a_stored_job_from_before_a_key_means_what_the_model_did_then() -> None:
+    raw: dict[str, Any] = {"data": {"path": "d", "train_until": "2024-03-05"}, "towers": {"dim": 8}}
+    then = validate_stored(AlignConfig, raw, "config.json").towers
+    assert (then.dim, then.log_q_hours, then.unseen) == (8, 0.0, "content")
+    stated = validate_stored(AlignConfig, raw | {"towers": {"log_q_hours": 2.0}}, "config.json").towers
+    assert (stated.log_q_hours, stated.unseen) == (2.0, "content")
+    now = validate(AlignConfig, raw, "job.toml").towers
+    assert (now.log_q_hours, now.unseen) == (1.0, "unknown_id"), "a job that a user writes has the defaults"
 
 
 def test_a_renamed_key_is_answered_with_its_new_name_and_read_where_it_is_stored() -> None:

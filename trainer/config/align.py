@@ -75,12 +75,14 @@ class TowersConfig(Section):
         description="Hours before a row in which positives count for `log_q`. The author's share is then that since "
         "its first positive in them: its popularity while on air, however late it began. 0: the share of all earlier "
         "positives, which is far too small for authors who began lately.",
+        json_schema_extra={"before": 0.0},
     )
     smoothing: Rate = Field(1.0, description="Positives that each author has before the first one, for `log_q`.")
     unseen: Literal["content", "unknown_id"] = Field(
         "unknown_id",
         description="Inputs of authors that were not trained on: all inputs with the row of the unknown id in place of "
         "their own (`unknown_id`), or segment vectors alone (`content`).",
+        json_schema_extra={"before": "content"},
     )
     content_only: Share = Field(
         0.1,

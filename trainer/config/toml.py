@@ -100,21 +100,26 @@ def list_mistakes(model: type[BaseModel], raw: dict[str, Any]) -> list[str]:
 
 
 def validate_stored(model: type[Model], raw: dict[str, Any], origin: str) -> Model:
-    """Validate a job that an earlier version may have written: earlier names of keys are accepted.
+    """Validate a job that an earlier version may have written.
+
+    Earlier names of keys are accepted. A stored job has all keys of its version, so a key that is missing came later;
+    if its field names what the model did before (``json_schema_extra={"before": ...}``), that is its value.
 
     Raises:
         UserError: the same as :func:`validate`.
     """
-    return validate(model, _with_new_names(model, raw), origin)
+    return validate(model, _with_present_keys(model, raw), origin)
 
 
-def _with_new_names(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
-    """Return ``raw`` with earlier names of keys replaced by the present ones, in all sections."""
+def _with_present_keys(model: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored job with renamed keys under their present names, and values for keys that came later."""
     new_names = {former_name(info): name for name, info in model.model_fields.items() if former_name(info)}
     named = {new_names.get(key, key): value for key, value in raw.items()}
     for name, info in model.model_fields.items():
         if is_section(section := section_of(info.annotation)) and isinstance(named.get(name), dict):
-            named[name] = _with_new_names(section, named[name])
+            named[name] = _with_present_keys(section, named[name])
+        elif name not in named and isinstance(info.json_schema_extra, dict) and "before" in info.json_schema_extra:
+            named[name] = info.json_schema_extra["before"]
     return named
 
 
