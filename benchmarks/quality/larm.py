@@ -18,8 +18,7 @@ A world of this size has about twelve authors on air at once, too few for Recall
 the towers alone:
 
     python -m benchmarks.quality.larm --work runs/larm-on-air --out benchmarks/results/larm_on_air.json \
-        --retrieval-only --users 26000 --days 4 --held-out-days 1 \
-        --towers train.epochs=1 towers.log_q_hours=1 towers.unseen=unknown_id
+        --retrieval-only --users 26000 --days 4 --held-out-days 1
 """
 
 from __future__ import annotations
