@@ -1,8 +1,7 @@
 """Moments of a start of ``limelight train``, for ``benchmarks/speed/startup.py``.
 
 This module stands in for the command and for its rank, so it imports nothing itself: an import here would be measured.
-
-    python -m benchmarks.speed.startup_stages command OUT.json JOB.toml [overrides ...]
+Its arguments are ``command`` or ``rank``, the file of the result, and the arguments of ``limelight train``.
 """
 
 from __future__ import annotations

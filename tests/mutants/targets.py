@@ -310,13 +310,6 @@ EQUAL: dict[tuple[str, str, str], str] = {
         "inside = (ids >= 0) | (ids < item.rows - 1)",
     ): "an id outside of the table has row 0, which is set to zeros after all others",
     (
-        "modules/din.py",
-        "grad_keys = torch.zeros_like(keys) if any(b.padding is not None for b in ctx.blocks) "
-        "else torch.empty_like(keys)",
-        "grad_keys = torch.zeros_like(keys) if all(b.padding is not None for b in ctx.blocks) "
-        "else torch.empty_like(keys)",
-    ): "cut_rows gives padding to all blocks of a batch or to none; a batch without blocks has no keys",
-    (
         "trainer/comment_staytime/model.py",
         "chosen = np.zeros((len(rows), 0), np.int64)",
         "chosen = np.zeros((len(rows), 1), np.int64)",

@@ -112,7 +112,7 @@ def run(mode: str, data: Path, out: Path) -> None:
         feature_map = make_feature_map(facts, directory)
         loaders = {}
         for part in ("train", "held_out"):
-            arrays = dict(np.load(data / f"{part}.npz"))
+            arrays = dict(np.load(data / f"{part}.npz", allow_pickle=False))
             values, label = arrays.pop("dense"), arrays.pop("label")
             arrays |= {f"dense_{number}": values[:, number] for number in range(facts["dense"])}
             arrays |= {name: label[:, number] for number, name in enumerate(facts["behaviours"])}

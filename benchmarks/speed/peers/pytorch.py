@@ -119,7 +119,7 @@ def run(mode: str, data: Path, out: Path) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(1)
     parts = {
-        part: {name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz").items()}
+        part: {name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz", allow_pickle=False).items()}
         for part in ("train", "held_out")
     }
     model = TutorialRanker(facts, sparse=mode == "sparse")

@@ -63,7 +63,7 @@ def run(mode: str, data: Path, out: Path) -> None:
     dense = [DenseFeature(f"dense_{number}") for number in range(facts["dense"])]
     parts = {}
     for part in ("train", "held_out"):
-        arrays = dict(np.load(data / f"{part}.npz"))
+        arrays = dict(np.load(data / f"{part}.npz", allow_pickle=False))
         values, label = arrays.pop("dense"), arrays.pop("label")
         arrays |= {f"dense_{number}": values[:, number] for number in range(facts["dense"])}
         parts[part] = (arrays, label if mode == "ple" else label[:, 0])

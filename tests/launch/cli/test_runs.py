@@ -48,7 +48,7 @@ def test_a_page_about_several_runs_needs_a_name(stored: Path, capsys: pytest.Cap
     assert main(["runs", "compare", *runs]) == 0
     assert f"B: {runs[1]}" in capsys.readouterr().out
     assert main(["report", str(stored)]) == 2
-    assert capsys.readouterr().err == f"limelight: error: {stored}: no run here\n"
+    assert capsys.readouterr().err == f"limelight: error: {stored}: no run here, and no codebook\n"
 
 
 def test_without_runs_the_answer_is_a_line(
