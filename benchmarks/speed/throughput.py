@@ -320,10 +320,10 @@ def measure(system: ThroughputSystem, python: str, path: Path, setup: str, batch
     before = MachineLoad.now()
     out = start(system, python, path, ranks, threads, batch_size)
     load = load_facts(before, MachineLoad.now())
-    with np.load(out) as found:
+    with np.load(out, allow_pickle=False) as found:
         rows, seconds, probability = int(found["rows"]), float(found["seconds"]), found["probability"]
         learnt = [str(name) for name in found["behaviours"]]
-    with np.load(path / "held_out.npz") as held_out:
+    with np.load(path / "held_out.npz", allow_pickle=False) as held_out:
         label = held_out["label"]
     auc = {name: float(roc_auc_score(label[:, k], probability[:, k])) for k, name in enumerate(learnt)}
     own = out.with_suffix(".json")

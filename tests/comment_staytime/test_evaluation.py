@@ -127,7 +127,12 @@ def test_a_run_leaves_what_it_says_and_is_not_overwritten(
     assert config == job(world, f"run.directory={run}", *embeddings)
     metrics = json.loads((run / "metrics.json").read_text())
     page = make_report(run)
-    for words in ("Mean stay against the mean prediction", "true expectation", "Fitted on the training range", "Loss of the epochs"):
+    for words in (
+        "Mean stay against the mean prediction",
+        "true expectation",
+        "Fitted on the training range",
+        "Loss of the epochs",
+    ):
         assert words in page, words
     predictions = pq.read_table(run / "predictions.parquet")
     columns = [predictions.column(name).to_numpy() for name in ("user_id", "seconds", "predicted", "score")]

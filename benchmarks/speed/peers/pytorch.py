@@ -1,7 +1,7 @@
 """PLE and DIN in plain PyTorch, as a tutorial writes them: ``nn.Embedding`` and ``DistributedDataParallel``.
 
-    python benchmarks/speed/peers/pytorch.py dense DATA OUT.npz
-    torchrun --standalone --nproc-per-node=2 benchmarks/speed/peers/pytorch.py sparse DATA OUT.npz
+``benchmarks/speed/throughput.py`` starts it, with ``torchrun`` for several ranks. Its arguments are the mode, the
+directory of the data, and the file of the result.
 
 The mode ``dense`` is the default of ``nn.Embedding``: every step touches every row of every table. ``sparse`` sets
 ``sparse=True``, which a reader of the documentation finds. Batches are cut from tensors in memory, without a
@@ -119,7 +119,9 @@ def run(mode: str, data: Path, out: Path) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(1)
     parts = {
-        part: {name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz", allow_pickle=False).items()}
+        part: {
+            name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz", allow_pickle=False).items()
+        }
         for part in ("train", "held_out")
     }
     model = TutorialRanker(facts, sparse=mode == "sparse")
