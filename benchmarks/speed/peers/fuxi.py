@@ -1,7 +1,7 @@
 """FuxiCTR's layers as PLE and DIN, trained by its own multi-task base class and data loader.
 
-``benchmarks/speed/throughput.py`` starts it in the Python that its user names. Its arguments are the model, the directory
-of the data, and the file of the result.
+``benchmarks/speed/throughput.py`` starts it in the Python that its user names. Its arguments are the model, the
+directory of the data, and the file of the result.
 
 Its package on PyPI has the layers (tables, ``DIN_Attention``, ``MLP_Block``) and the base class, and no model. PLE is
 written here from its blocks. Its base class has one process and one optimizer for all parameters, Adam, whose step

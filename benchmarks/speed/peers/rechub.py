@@ -1,7 +1,7 @@
 """torch-rechub's PLE, or its DIN, trained by its own trainer and data loader.
 
-``benchmarks/speed/throughput.py`` starts it in the Python that its user names. Its arguments are the model, the directory
-of the data, and the file of the result.
+``benchmarks/speed/throughput.py`` starts it in the Python that its user names. Its arguments are the model, the
+directory of the data, and the file of the result.
 
 It has no model with both. ``ple`` averages the histories, has the same experts in every layer and normalises batches;
 ``din`` attends to them and learns the first behaviour only. Its trainers have one process and one optimizer for all
