@@ -25,6 +25,7 @@ from trainer.data.format.dataset import Dataset, fingerprint
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.evaluation import training_summary
 from trainer.ranking.setup import fit_once, held_out_loader, split_in_time, training_loader
+from trainer.ranking.tracking import write_metrics
 from trainer.ranking.train_loop import train
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.determinism import use_deterministic_kernels
@@ -108,8 +109,7 @@ def run_job(config: AlignConfig, world: World, preemption: Preemption) -> dict[s
         document = align_model.metrics_document(config, features, retrieval, training)
         if world.rank == 0:
             write_json(directory / "plan.json", engine.plan)
-            # Last, since a run with this file is never trained again.
-            write_json(directory / "metrics.json", document)
+            write_metrics(config, directory, document, state.step)
         checkpoints.close()
         engine.close()
     logger.info(f"\nrun: {directory}")

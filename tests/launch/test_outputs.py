@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch.cli.main import main
-from launch.config_check import job_model
+from launch.config_check import check_job, job_model
 from tests.launch.cli.parsing import every_command
 from tests.paths import ROOT
 from tests.s3 import Bucket
@@ -124,6 +125,7 @@ def test_the_outputs_of_job_files_are_these() -> None:
     }
     assert marked == {
         *((job, "run.directory") for job in ("train", "finetune", "staytime", "align", "foresight")),
+        *((job, "run.mlflow") for job in ("train", "align")),
         *(("embed", key) for key in ("embed.directory", "follow.store")),
         ("quantize", "codebook.directory"),
     }
@@ -163,12 +165,12 @@ def one_line(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> st
 
 
 JOB_FILES = {
-    "train": ("configs/simulated.toml", "run.directory"),
+    "train": ("configs/simulated.toml", "run.directory", "run.mlflow"),
     "finetune": ("configs/finetune_small.toml", "run.directory"),
     "staytime": ("configs/staytime.toml", "run.directory"),
     "embed": ("configs/embed.toml", "embed.directory"),
     "quantize": ("configs/quantize.toml", "codebook.directory"),
-    "align": ("configs/align.toml", "run.directory"),
+    "align": ("configs/align.toml", "run.directory", "run.mlflow"),
     "foresight": ("configs/foresight.toml", "run.directory"),
 }
 
@@ -176,10 +178,25 @@ JOB_FILES = {
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "s3:/bucket/x"])
 def test_a_live_directory_is_refused_in_one_line(job: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file, key = JOB_FILES[job]
-    line = one_line([job, str(ROOT / file), f"{key}={url}"], capsys)
-    assert line.startswith(f"limelight: error: {key} = {url}: ")
-    assert ("did you mean s3://bucket/x?" if url == "s3:/bucket/x" else "local or shared file system") in line
+    file, *keys = JOB_FILES[job]
+    for key in keys:
+        line = one_line([job, str(ROOT / file), f"{key}={url}"], capsys)
+        assert line.startswith(f"limelight: error: {key} = {url}: ")
+        assert ("did you mean s3://bucket/x?" if url == "s3:/bucket/x" else "local or shared file system") in line
+
+
+@pytest.mark.parametrize("job", ["train", "align"])
+def test_a_store_without_its_package_is_refused_before_a_rank_starts(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    file = str(ROOT / JOB_FILES[job][0])
+    line = one_line([job, file, f"run.mlflow={tmp_path}/store"], capsys)
+    assert re.search(
+        r"run\.mlflow = '.*/store': needs the package mlflow-skinny; type: make setup EXTRAS=.*mlflow$", line
+    )
+    assert line.removeprefix("limelight: error: ") in check_job(file, [f"run.mlflow={tmp_path}/store"], job, 1).problems
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_job_reads_its_directory_from_a_file_url(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ A ranker's run holds::
     unused_events/     events of a stream that changed no row, with the reason
     logs/              the log of each rank
     tensorboard/       scalars
+    mlflow.json        the run in an MLflow file store, if run.mlflow asks for one
     plan.json          the placement of each table by TorchRec's planner
     metrics.json       the metrics at the end; a run with this file has finished
     held_out.parquet   predictions of the held-out range, of a sample of users if there are many

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from trainer.config.toml import Model
 from trainer.console.errors import UserError
 from trainer.console.outputs import local_path
+from trainer.console.setup_advice import MLFLOW, OptionalPackage
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class PathMark:
     Attributes:
         instead: advice for a URL, if the key is an output that must be local; empty for an input.
         servers: protocols of URLs that an output may have all the same, since they name a server.
+        writer: package that writes an output and that not every installation has.
     """
 
     instead: str = ""
     servers: tuple[str, ...] = ()
+    writer: OptionalPackage | None = None
 
     def names_server(self, value: object) -> bool:
         """True if a value is the URL of a server."""
@@ -47,6 +50,9 @@ RunDirectory = Annotated[
         "or give a URL to `limelight export`"
     ),
 ]
+
+StoreDirectory = Annotated[str, PathMark("MLflow writes a file store file by file; set a local path", writer=MLFLOW)]
+"""Key of the directory of an MLflow file store."""
 
 TableDirectory = Annotated[
     str,
@@ -75,14 +81,15 @@ def path_mark(info: FieldInfo) -> PathMark | None:
 
 
 def check_outputs(job: BaseModel, prefix: str = "") -> None:
-    """Check that no output of a job is a URL of another protocol than ``file://``.
+    """Check that each output of a job is a local path, and that a package that writes it is installed.
 
     Args:
         job: the job, or a section of it.
         prefix: name of the section and a dot, for the message.
 
     Raises:
-        UserError: one is; the line names the key.
+        UserError: an output is a URL of another protocol than ``file://``, or its package is not installed; the line
+            names the key.
     """
     for name, info in type(job).model_fields.items():
         value, mark = getattr(job, name), path_mark(info)
@@ -93,6 +100,8 @@ def check_outputs(job: BaseModel, prefix: str = "") -> None:
                 local_path(value, "it", mark.instead)
             except UserError as error:
                 raise UserError(f"{prefix}{name} = {error}") from None
+            if mark.writer is not None and not mark.writer.is_installed:
+                raise UserError(f"{prefix}{name} = {value!r}: {mark.writer.advice}")
 
 
 def absolute_paths(job: Model) -> Model:

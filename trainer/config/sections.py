@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
-from trainer.config.paths import InputFile, RunDirectory
+from trainer.config.paths import InputFile, RunDirectory, StoreDirectory
 
 MAY_CHANGE: JsonDict = {"may_change_on_resume": True}
 """``json_schema_extra`` of a key or a section that may differ when a run is resumed, because it changes neither the
@@ -70,6 +70,17 @@ class RunConfig(Section):
         json_schema_extra=MAY_CHANGE,
     )
     seed: int = Field(1, description="Seed of initial values, shuffling and dropout.", ge=0)
+
+
+class TrackedRunConfig(RunConfig):
+    """Name, directory and seed of a run, and where its scalars go."""
+
+    mlflow: StoreDirectory = Field(
+        "",
+        description="Directory of an MLflow file store that gets settings, scalars and metrics of each model, beside "
+        "TensorBoard's files; it needs the extra `mlflow`. Empty: none.",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class DistributedTrainConfig(Section):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,39 @@ def extra_command(package: str, extra: str) -> str:
         requirements = []
     pins = (re.match(rf"{re.escape(package)}==[^;\s]+", requirement) for requirement in requirements)
     return f"pip install {next((pin[0] for pin in pins if pin), package)}"
+
+
+@dataclass(frozen=True)
+class OptionalPackage:
+    """A package of an extra of pyproject.toml.
+
+    Attributes:
+        module: its name for ``import``.
+        name: its name for pip.
+        extra: the extra.
+    """
+
+    module: str
+    name: str
+    extra: str
+
+    @property
+    def is_installed(self) -> bool:
+        """True if the package can be imported; it is not imported."""
+        try:
+            return find_spec(self.module) is not None
+        except ValueError:
+            # The module is blocked in this process: its entry in sys.modules is None.
+            return False
+
+    @property
+    def advice(self) -> str:
+        """Message about the package where it is not installed, with the command that installs it."""
+        return f"needs the package {self.name}; type: {extra_command(self.name, self.extra)}"
+
+
+MLFLOW = OptionalPackage("mlflow", "mlflow-skinny", "mlflow")
+REDIS = OptionalPackage("redis", "redis", "redis")
 
 
 def _is_checkout() -> bool:

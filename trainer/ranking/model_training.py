@@ -32,6 +32,7 @@ from trainer.ranking.metrics_table import metrics_table
 from trainer.ranking.search_refresh import SearchSpaceRefresher, make_space
 from trainer.ranking.setup import Split, build_engine, freeze_at_end_of_training, held_out_loader, training_loader
 from trainer.ranking.stream_train_loop import train_stream
+from trainer.ranking.tracking import write_metrics
 from trainer.ranking.train_loop import train
 from trainer.ranking.training_state import TrainingState
 from trainer.ranking.training_stream import TrainingStream, open_stream
@@ -225,8 +226,7 @@ def write_results(
         logger.info(f"predicted as requests came:\n{metrics_table({kind: document['stream']['progressive']})}")
     if job.world.rank == 0:
         write_json(model.model_dir / "plan.json", model.engine.plan)
-        # Last, since a model with this file is never trained again.
-        write_json(model.model_dir / "metrics.json", document)
+        write_metrics(config, model.model_dir, document, state.step)
     model.checkpoints.close()
     model.engine.close()
     return document

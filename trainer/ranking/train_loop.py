@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,16 +22,14 @@ from trainer.ranking.checkpoints import Checkpoints, step_request
 from trainer.ranking.evaluation import log_missing
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import require_training_rows
+from trainer.ranking.tracking import mlflow_target
 from trainer.ranking.training_state import MetricWindow, TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
-from trainer.runtime.scalars import open_scalars
+from trainer.runtime.scalars import ScalarWriter, open_scalars
 from trainer.runtime.watchdog import Watchdog
 from trainer.sparse.dynamic_ids import IdCounts
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ def train(
     scalars = None
     if world.rank == 0:
         # Steps after the checkpoint are repeated, and so are their scalars.
-        scalars = open_scalars(model_dir / "tensorboard", state.step)
+        scalars = open_scalars(model_dir / "tensorboard", state.step, mlflow_target(config, model_dir))
 
     def record(result: StepResult, step: int, ids: dict[str, IdCounts] | None) -> None:
         values = result.values
@@ -169,7 +167,7 @@ def keep_batch(stopped: NotFiniteLoss, model_dir: Path, rank: int) -> str:
     )
 
 
-def write_scalars(scalars: SummaryWriter, entry: dict[str, Any]) -> None:
+def write_scalars(scalars: ScalarWriter, entry: dict[str, Any]) -> None:
     """Write an entry of the metric history as TensorBoard scalars."""
     step = entry["step"]
     for name in ("loss", "alignment", "rows_per_second"):

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ from trainer.data.format.content_vectors import ContentVectors
 from trainer.engine.step_loop import StepDone, run_steps
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preemption
-from trainer.runtime.scalars import open_scalars
+from trainer.runtime.scalars import ScalarWriter, open_scalars
 from trainer.semantic_ids.foresight_data import fingerprint
 from trainer.semantic_ids.foresight_engine import PredictorEngine
 from trainer.semantic_ids.foresight_follow_data import FollowData, FollowSchedule
@@ -47,9 +47,6 @@ from trainer.semantic_ids.foresight_forecast import (
 from trainer.semantic_ids.foresight_progressive import FollowWindow, ProgressiveQuality
 from trainer.semantic_ids.foresight_training import ForesightState, PredictorSteps
 from trainer.semantic_ids.segments import TimeRange
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +239,7 @@ class FollowSteps:
         schedule: FollowSchedule,
         quality: ProgressiveQuality,
         state: ForesightState,
-        scalars: SummaryWriter | None,
+        scalars: ScalarWriter | None,
     ) -> None:
         self._steps, self._forecasts, self._schedule = steps, forecasts, schedule
         self._quality, self._state, self._scalars = quality, state, scalars
@@ -401,7 +398,7 @@ def metrics_document(
     }
 
 
-def write_scalars(scalars: SummaryWriter, entry: Mapping[str, Any]) -> None:
+def write_scalars(scalars: ScalarWriter, entry: Mapping[str, Any]) -> None:
     """Write a record of the metric history as TensorBoard scalars."""
     step = entry["step"]
     for name in ("loss", "learning_rate"):

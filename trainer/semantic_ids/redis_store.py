@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 import numpy as np
 
 from trainer.console.errors import UserError
+from trainer.console.setup_advice import REDIS
 from trainer.semantic_ids.code_store import (
     ENTRY,
     AppendCounts,
@@ -136,7 +137,7 @@ class RedisCodeStore:
         try:
             import redis
         except ImportError:
-            raise UserError(f"{self._place}: needs the package redis: pip install 'limelight[redis]'") from None
+            raise UserError(f"{self._place}: {REDIS.advice}") from None
         no_retries = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
         parts = urlsplit(place)
         query = parse_qs(parts.query)

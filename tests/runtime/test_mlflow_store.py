@@ -1,0 +1,97 @@
+"""Runs in an MLflow file store, with the real package."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.console.errors import UserError
+from trainer.runtime.mlflow_store import MlflowRun, MlflowTarget
+from trainer.runtime.scalars import open_scalars
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return open_store(tmp_path / "store", monkeypatch)
+
+
+def open_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a client of a file store; the test is skipped without MLflow."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow = pytest.importorskip("mlflow", reason="needs the package mlflow-skinny, of the extra mlflow")
+    return mlflow.MlflowClient(store.as_uri())
+
+
+def target(tmp_path: Path, **settings: Any) -> MlflowTarget:
+    return MlflowTarget(str(tmp_path / "store"), "small", "run", settings)
+
+
+def model_dir(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return tmp_path / "run"
+
+
+def only_run(client: Any) -> Any:
+    (experiment,) = [found for found in client.search_experiments() if found.name == "small"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def test_a_run_has_settings_scalars_and_a_name(tmp_path: Path, client: Any) -> None:
+    many = {f"data.key {number}": number for number in range(120)}
+    directory = model_dir(tmp_path)
+    writer = open_scalars(directory / "tensorboard", 0, target(tmp_path, **{"train.weights": {"é": 1}, **many}))
+    for step in range(3):
+        writer.add_scalar("progressive_auc/click", step / 2, step)
+        writer.add_scalar("loss<é>", math.nan, step)
+    writer.add_scalar("loss<é>", 4.0, 3)
+    assert only_run(client).info.status == "RUNNING"
+    writer.close()
+    run = only_run(client)
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    assert run.data.metrics == {"progressive_auc/click": 1.0, "loss___": 4.0}
+    assert run.data.params["data.key 119"] == "119" and len(run.data.params) == 121
+    assert run.data.tags["limelight.directory"] == str(directory)
+    history = client.get_metric_history(run.info.run_id, "progressive_auc/click")
+    assert [(one.step, one.value) for one in history] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert list((directory / "tensorboard").iterdir()), "TensorBoard's files are there, too"
+
+
+def test_a_job_that_is_continued_continues_its_run(tmp_path: Path, client: Any) -> None:
+    directory = model_dir(tmp_path)
+    for step in (1, 2):
+        run = MlflowRun(directory, target(tmp_path))
+        run.add_scalar("loss", float(step), step)
+        run.flush()
+        assert only_run(client).info.status == "RUNNING"
+        run.close()
+    found = only_run(client)
+    assert [one.step for one in client.get_metric_history(found.info.run_id, "loss")] == [1, 2]
+    # A run that is gone is made again.
+    client.delete_run(found.info.run_id)
+    (directory / "mlflow.json").write_text(json.dumps({"store": str(tmp_path / "store"), "run_id": "0" * 32}))
+    MlflowRun(directory, target(tmp_path)).close()
+    assert only_run(client).info.run_id != found.info.run_id
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, client: Any) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(UserError, match=r"run\.mlflow = '.*/file/store': cannot be written") as caught:
+        MlflowRun(model_dir(tmp_path), replace(target(tmp_path), store=str(tmp_path / "file/store")))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_package_the_key_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(UserError, match=r"run\.mlflow = '.*/store': needs the package mlflow-skinny"):
+        MlflowRun(model_dir(tmp_path), target(tmp_path))
+    assert not (tmp_path / "store").exists()
