@@ -290,6 +290,7 @@ OTHER = {
     "trainer.data.importers.table_files:_BLOCK_BYTES": "a default; the importers' tests give another size",
     "trainer.data.simulator.content:ROOMS_AT_A_TIME": "its number is part of the seed of a room's draws",
     "trainer.data.simulator.cross.exposures:BLOCK": "its number is part of the seed of a user's draws",
+    "trainer.llm.finetuning.packed_attention:BLOCK": "of flex attention; its test has rows of several blocks",
     "trainer.semantic_ids.align_content:SCALE_ROWS": "it decides from which vectors the scale is computed",
     "trainer.semantic_ids.foresight_baselines:TUNING_ROWS": "it decides on which rows weights are chosen",
     "trainer.semantic_ids.kmeans:BLOCK": "its numbers are part of the order of mini-batches",

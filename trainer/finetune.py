@@ -23,6 +23,7 @@ from trainer.console.run_log import open_log, set_step
 from trainer.llm.finetuning.adapter_card import training_sections
 from trainer.llm.finetuning.checkpoints import AdapterCheckpoints
 from trainer.llm.finetuning.option_evaluation import Options, evaluate, report_table
+from trainer.llm.finetuning.packed_attention import describe_attention, settled_attention
 from trainer.llm.finetuning.prepare import (
     deepspeed_settings,
     make_schedule,
@@ -64,7 +65,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
     """Train an adapter, evaluate it, and write the run. Returns the content of ``metrics.json``."""
     directory = Path(world.agree(str(choose_directory(config))))
     # The run, its checkpoints and its adapter mean the same in every directory; messages up to here are as typed.
-    config = absolute_paths(config)
+    config = settled_attention(absolute_paths(config), directory, world)
     settings = deepspeed_settings(config, world.size)
     held_out = list(read_samples(config.data.evaluate, ReadCounts()))
     with run_directory(directory, world, job="finetune"):
@@ -77,6 +78,7 @@ def run_job(config: FinetuneConfig, world: World, preemption: Preemption) -> dic
         tokens, samples = prepare_tokens(config, base, directory, world)
         model, engine = start_engine(config, base, settings, directory, world.device)
         schedule = make_schedule(config, tokens)
+        logger.info(describe_attention(config.model.attention, schedule.epochs[0], tokens.lengths))
         state = StepState(schedule.steps, sum(map(len, schedule.epochs)), LossWindow())
         checkpoints = AdapterCheckpoints(directory / "checkpoints", config, base.fingerprint, samples, world)
         checkpoints.restore(engine, state)

@@ -8,7 +8,8 @@ instructions. ``--shape small`` is for a CPU, in float32; ``7b`` is the true sha
 bfloat16, for a GPU of 80 GB or more; by default whichever the machine can take. Nothing is downloaded.
 
 * ``ours``: ``trainer.llm`` under DeepSpeed ZeRO 2, packed or not, with and without gradient checkpointing, by number
-  and length of the sequences in a forward pass;
+  and length of the sequences in a forward pass; with the attention that ``model.attention = "auto"`` means here, and
+  the pairs of tokens that it needs and computes;
 * ``Trainer``: the same job with the Hugging Face Trainer and its defaults: eight samples a step, padded to the longest,
   logits of all tokens.
 
@@ -45,9 +46,10 @@ import torch
 from benchmarks.measure import busy_seconds, make_parser, write_result
 from launch.python_path import safe_environment
 from trainer.config.deepspeed import LANGUAGE_MODEL, complete_settings
-from trainer.config.finetune import FinetuneOptimizerConfig, LoraConfig
+from trainer.config.finetune import AttentionKind, FinetuneOptimizerConfig, LoraConfig
 from trainer.console.text_table import text_table
 from trainer.llm.finetuning.adapter_engine import AdapterEngine
+from trainer.llm.finetuning.packed_attention import IMPLEMENTATIONS, choose_attention, count_pairs
 from trainer.llm.finetuning.packed_batch import IGNORED, TokenBatch
 from trainer.llm.finetuning.packing import Packs, Schedule
 from trainer.llm.finetuning.token_files import TokenCounts, Tokens
@@ -108,7 +110,7 @@ def make_tokens(length: int, vocabulary: int) -> Tokens:
     return Tokens(ids, starts, np.full(SAMPLES, ANSWER, np.int32), TokenCounts(SAMPLES, int(starts[-1])))
 
 
-def make_model(shape: str, length: int, device: torch.device) -> Any:
+def make_model(shape: str, length: int, device: torch.device, attention: AttentionKind = "sdpa") -> Any:
     """Return a model of a shape with random weights, made on its device, with an adapter."""
     from transformers import Qwen2Config
 
@@ -121,6 +123,7 @@ def make_model(shape: str, length: int, device: torch.device) -> Any:
         torch.nn.init.normal_(parameter, std=0.02)
     # Buffers are not filled by that; here they are the frequencies of the positions.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.set_attn_implementation(IMPLEMENTATIONS[attention])
     return add_adapter(model, LORA, shape)
 
 
@@ -159,7 +162,8 @@ def run_ours(cell: FinetuneCell, shape: str, tokens: Tokens, world: World) -> di
     """Train some steps with our engine."""
     changes = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": shape == "7b"}, "gradient_clipping": 1.0}
     settings = complete_settings(changes, cell.rows, world.size, LANGUAGE_MODEL)
-    model = make_model(shape, cell.length, world.device)
+    attention = choose_attention(world.device.type, packing=cell.packing)
+    model = make_model(shape, cell.length, world.device, attention)
     engine = AdapterEngine(
         model, FinetuneOptimizerConfig(), settings, device=world.device, checkpointing=cell.checkpointing
     )
@@ -168,13 +172,16 @@ def run_ours(cell: FinetuneCell, shape: str, tokens: Tokens, world: World) -> di
     times, packs, places = [busy_seconds(world.device)], [], 0
     for step in range(WARM_UP_STEPS + STEPS):
         packs.append(schedule.step(step))
-        batch = TokenBatch.of(packs[-1], tokens, world.device)
+        batch = TokenBatch.of(packs[-1], tokens, world.device, multiple=engine.row_multiple)
         engine.backward([batch], int(batch.answered.sum()))
         engine.step()
         times.append(busy_seconds(world.device))
         places += batch.ids.numel() if step >= WARM_UP_STEPS else 0
     samples = [np.concatenate(of_step) for of_step in packs[WARM_UP_STEPS:]]
-    return outcome(model, tokens, samples, times[WARM_UP_STEPS:], places, peak_bytes(world.device), before)
+    figures = outcome(model, tokens, samples, times[WARM_UP_STEPS:], places, peak_bytes(world.device), before)
+    counted = [count_pairs([tokens.lengths[row].tolist() for row in of_step], attention) for of_step in packs]
+    pairs = {"needed": sum(one.needed for one in counted), "computed": sum(one.computed for one in counted)}
+    return {**figures, "attention": attention, "pairs": pairs}
 
 
 def run_trainer(cell: FinetuneCell, shape: str, tokens: Tokens, world: World) -> dict[str, Any]:

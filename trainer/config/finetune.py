@@ -29,6 +29,9 @@ from trainer.config.sections import (
 AnswerWeight = Literal["tokens", "root", "one"]
 """Weight of an answer of n tokens in the loss: n, the square root of n, or 1."""
 
+AttentionKind = Literal["auto", "sdpa", "eager", "flex", "flash"]
+"""Attention of packed sequences; see ``model.attention``."""
+
 
 class FinetuneRunConfig(RunConfig):
     """Name, directory and seed of a run."""
@@ -88,7 +91,14 @@ class FinetuneModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    attention: AttentionKind = Field(
+        "auto",
+        description="Attention of packed sequences. `flex`: PyTorch's flex attention, which skips blocks of pairs "
+        "between samples; on GPUs. `flash`: the package flash-attn, with each sample as a sequence; on GPUs, in "
+        "bfloat16. `sdpa` and `eager`: PyTorch's and transformers' own with a dense mask, which computes all pairs. "
+        "`auto`: the run's own if it is resumed; `flex` on GPUs if samples are packed; otherwise `sdpa`.",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class SmallConfig(Section):

@@ -56,6 +56,7 @@ def test_a_small_run_in_this_process(
     assert names == ["ours, 8 x 64, padded", "ours, 1 x 64, packed"]
     for cell in written["cells"]:
         check(cell)
+        assert cell["attention"] == "sdpa" and cell["pairs"]["computed"] >= cell["pairs"]["needed"] > 0
     assert written["shape"]["name"] == "small" and written["environment"]["threads"] == 1
     assert out.with_suffix(".png").stat().st_size > 1000
     assert "utilisation" in capsys.readouterr().out

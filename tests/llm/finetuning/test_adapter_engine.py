@@ -137,6 +137,7 @@ def test_zero_is_plain_training_and_two_ranks_are_gone_on_with_by_one(
     log = (tmp_path / "run" / "logs" / "rank-00000.log").read_text()
     assert f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step-00000005'}" in log
     assert "saved by 2 ranks, now 1" in log
+    assert log.count("attention sdpa: a dense mask; ") == 2, "each start states the attention"
     sources = json.loads((tmp_path / "run" / "tokens" / "sources.json").read_text())
     assert sources[str(tmp_path / "train.jsonl")]["manifest"] == {"templates": "v1"}
     check_shown(tmp_path / "run", gone_on["training"]["steps"])

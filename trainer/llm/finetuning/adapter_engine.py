@@ -18,6 +18,7 @@ from trainer.config.deepspeed import SETTINGS
 from trainer.config.finetune import FinetuneOptimizerConfig
 from trainer.engine.dense_engine import check_settings, start_deepspeed
 from trainer.llm.finetuning.answer_loss import AnswerModel
+from trainer.llm.finetuning.packed_attention import row_multiple
 from trainer.llm.finetuning.packed_batch import TokenBatch
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,6 +60,7 @@ class AdapterEngine:
 
     Attributes:
         parts: number of micro-batches in a step (``gradient_accumulation_steps``).
+        row_multiple: number of tokens of which the row length of a batch is a multiple.
         network: the module that DeepSpeed trains.
         zero_stage: ZeRO stage: 1 partitions optimizer states, 2 also gradients, 3 also parameters.
         parameters: numbers of ``trainable`` and of ``all`` parameters, of all ranks together.
@@ -87,6 +89,7 @@ class AdapterEngine:
         sizes = [(getattr(value, "ds_numel", value.numel()), value.requires_grad) for value in network.parameters()]
         self.parameters = {"trainable": sum(n for n, own in sizes if own), "all": sum(n for n, _ in sizes)}
         self.parts: int = settings["gradient_accumulation_steps"]
+        self.row_multiple = row_multiple(network.causal.config._attn_implementation)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
         self._model = model
         self._world = dist.get_world_size()

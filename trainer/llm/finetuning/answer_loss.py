@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.llm.finetuning.packed_attention import attention_inputs
 from trainer.llm.finetuning.packed_batch import TokenBatch
 
 
@@ -28,8 +29,9 @@ class AnswerModel(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Compute the float32 negative log-likelihoods ``[answer tokens]``, row after row."""
         causal = self.causal
+        separate = attention_inputs(batch, causal.config._attn_implementation)
         hidden = causal.model(
-            input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False
+            input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **separate
         ).last_hidden_state
         answered = batch.answered
         logits = causal.lm_head(hidden[answered]).float()

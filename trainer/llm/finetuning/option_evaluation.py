@@ -91,7 +91,8 @@ def score_options(
     scored: list[tuple[np.ndarray, np.ndarray]] = []
     with Progress(label, passes, "passes", quiet=world.rank > 0) as progress:
         for number in range(passes):
-            batch = TokenBatch.of(rank_packs[number * rows : (number + 1) * rows], options.tokens, world.device)
+            of_pass = rank_packs[number * rows : (number + 1) * rows]
+            batch = TokenBatch.of(of_pass, options.tokens, world.device, multiple=engine.row_multiple)
             likelihoods = likelihood_of_samples(engine.answer_losses(batch), batch)
             scored.append((batch.samples, likelihoods.double().cpu().numpy()))
             progress.advance(1)

@@ -38,6 +38,9 @@ class TokenBatch:
         weights: ``[samples]`` float32, loss weight of one answer token of the sample.
         tokens: number of tokens without padding.
         packed: True if a row has more than one sample.
+        run_starts: ``[runs + 1]`` int32, place of the first token of each run in the batch row after row, and the end.
+            A run is a sample, or the padding of a row.
+        longest_run: tokens of the longest run.
     """
 
     ids: Tensor
@@ -48,6 +51,8 @@ class TokenBatch:
     weights: Tensor
     tokens: int
     packed: bool
+    run_starts: Tensor
+    longest_run: int
 
     @staticmethod
     def of(
@@ -69,7 +74,7 @@ class TokenBatch:
         ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
         positions = np.broadcast_to(np.arange(width), shape).copy()
         segments = np.full(shape, PADDING, np.int64)
-        number = 0
+        number, runs = 0, set(range(0, shape[0] * width + 1, width))
         for row, samples in enumerate(packs):
             at = 0
             for sample in samples.tolist():
@@ -82,6 +87,8 @@ class TokenBatch:
                 positions[row, at:] -= positions[row, at]
                 segments[row, at:end] = number
                 at, number = end, number + 1
+                runs.add(row * width + end)
+        starts = np.array(sorted(runs), np.int32)
         drawn = np.concatenate([*packs, np.empty(0, np.int64)])
         shares = answer_weights(tokens.answers[drawn], weight) / tokens.answers[drawn]
         return TokenBatch(
@@ -93,6 +100,8 @@ class TokenBatch:
             weights=torch.from_numpy(shares.astype(np.float32)).to(device),
             tokens=sum(used),
             packed=any(len(samples) > 1 for samples in packs),
+            run_starts=torch.from_numpy(starts).to(device),
+            longest_run=int(np.diff(starts).max()),
         )
 
     @property

@@ -84,7 +84,7 @@ class _AdapterSteps:
         self._packs = self._schedule.step(step)
         self._rate = learning_rate(self._config, self._state)
         self._engine.set_learning_rate(self._rate)
-        batches = batches_of(self._packs, self._tokens, self._config, self._world, self._engine.parts)
+        batches = batches_of(self._packs, self._tokens, self._config, self._world, self._engine)
         answer_tokens = self._tokens.answers[np.concatenate(self._packs)]
         weight = float(answer_weights(answer_tokens, self._config.train.answer_weight).sum())
         return self._engine.backward(batches, weight), sum(batch.ids.numel() for batch in batches)
@@ -116,7 +116,12 @@ def learning_rate(config: FinetuneConfig, state: StepState[LossWindow]) -> float
     )
 
 
-def batches_of(packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, parts: int) -> list[TokenBatch]:
+def batches_of(
+    packs: Packs, tokens: Tokens, config: FinetuneConfig, world: World, engine: AdapterEngine
+) -> list[TokenBatch]:
     """Return this rank's micro-batches of a step."""
-    shares = share_of_rank(packs, batch_size=config.train.batch_size, rank=world.rank, world=world.size, parts=parts)
-    return [TokenBatch.of(share, tokens, world.device, weight=config.train.answer_weight) for share in shares]
+    shares = share_of_rank(
+        packs, batch_size=config.train.batch_size, rank=world.rank, world=world.size, parts=engine.parts
+    )
+    weight = config.train.answer_weight
+    return [TokenBatch.of(share, tokens, world.device, multiple=engine.row_multiple, weight=weight) for share in shares]
