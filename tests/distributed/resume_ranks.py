@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.distributed.engine_ranks import everything, losses_of, make_engine
 from tests.distributed.small_model import batches_of
 from trainer.checkpoint import model_state as trainer_state
 from trainer.config.ranker import JobConfig, load_config
+from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import HybridEngine, StepResult
 from trainer.rank import run_job
 from trainer.ranking.checkpoints import Checkpoints
@@ -124,7 +126,7 @@ def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, 
         if wait:
             found["saved"] = everything(engine, world)
             found["trace"] = [
-                {key: entry[key] for key in ("step", "loss", "rows", "auc")} for entry in state.metric_history
+                {key: entry[key] for key in ("step", "loss", "rows", "auc", "gauc")} for entry in state.metric_history
             ]
             found["step"], found["random"] = state.step, torch.get_rng_state()
         save(self, engine, state, wait=wait)
@@ -145,14 +147,20 @@ def recorded(world: World, stop_after: int | None = None) -> Iterator[dict[str, 
         TrainingState.advance, Checkpoints.save, Checkpoints.restore = advance, save, restore  # type: ignore[method-assign]
 
 
-def run(world: World, config: JobConfig, stop_after: int | None = None) -> dict[str, Any]:
-    """Start a job, and return its record with the visits and random states of all ranks."""
+def run(world: World, config: JobConfig, stop_after: int | None = None, *, later: bool = False) -> dict[str, Any]:
+    """Start a job, and return its record with the visits and random states of all ranks.
+
+    With ``later`` it reads losses late and has metrics recorded by a thread, as on a GPU.
+    """
     with recorded(world, stop_after) as found:
+        build_engine.HybridEngine = partial(HybridEngine, read_later=later)  # type: ignore[assignment, misc]
         try:
             report = run_job(config, world, Preemption())
             found["report"] = report
         except Preempted:
             found["report"] = None
+        finally:
+            build_engine.HybridEngine = HybridEngine  # type: ignore[misc]
     for key in ("visits", "slow", "random"):
         found[key] = world.agree(world.gather(found[key]))
     return found
@@ -191,7 +199,7 @@ def main(start: str, out: Path, dataset: Path, pairs: str, earlier: list[str]) -
                 shutil.copytree(stopped, out / start / "kept")
             world.barrier()
         if not earlier:
-            outcome["resumed"][start] = run(world, job(dataset, stopped))
+            outcome["resumed"][start] = run(world, job(dataset, stopped), later=True)
         for number, name in enumerate(earlier):
             saved = torch.load(out / f"{name}.pt")["saved"]
             half = None if pairs == "all" else HALVES[start, name]

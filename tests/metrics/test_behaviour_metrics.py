@@ -65,11 +65,16 @@ def test_exact_metrics_equal_scikit_learn(seed: int, levels: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 4), st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0]), st.booleans()),
+        st.tuples(
+            st.sampled_from([-(2**63), -1, 0, 3, 2**63 - 1]),
+            st.sampled_from([-1.0, -0.5, -0.0, 0.0, 1e-40, 0.5, 2.0]),
+            st.booleans(),
+        ),
         max_size=40,
-    )
+    ),
+    st.sampled_from([np.float32, np.float64]),
 )
-def test_auc_counts_pairs(rows: list[tuple[int, float, bool]]) -> None:
+def test_auc_counts_pairs(rows: list[tuple[int, float, bool]], dtype: type[np.floating[Any]]) -> None:
     """Compare with the definition, pair by pair, with heavy ties, absent classes and no rows at all."""
 
     def by_pairs(part: list[tuple[int, float, bool]]) -> float | None:
@@ -77,13 +82,13 @@ def test_auc_counts_pairs(rows: list[tuple[int, float, bool]]) -> None:
         return sum(wins) / len(wins) if wins else None
 
     user = np.array([row[0] for row in rows], np.int64)
-    score, label = np.array([row[1] for row in rows]), np.array([row[2] for row in rows], bool)
+    score, label = np.array([row[1] for row in rows], dtype), np.array([row[2] for row in rows], bool)
     expected = {u: by_pairs([row for row in rows if row[0] == u]) for u in sorted(set(user.tolist()))}
     expected = {u: area for u, area in expected.items() if area is not None}
     assert auc(score, label) == pytest.approx(by_pairs(rows))
     users, areas, counts = user_auc(user, score, label)
     assert users.tolist() == list(expected)
-    assert areas.tolist() == pytest.approx(list(expected.values()))
+    assert areas.tolist() == list(expected.values()), "the same to the last bit"
     assert counts.tolist() == [(user == u).sum() for u in expected]
     mean = float(np.mean(list(expected.values()))) if expected else None
     assert grouped_auc(user, score, label, weighted=False) == pytest.approx(mean)

@@ -163,6 +163,7 @@ class HybridEngine:
         control: a gloo group of all ranks.
         plan: placement of each table, see :func:`trainer.sparse.planner.describe_plan`.
         table_optimizer: as given.
+        reads_later: True if losses are read when the next step is queued.
         zero_stage: DeepSpeed's ZeRO stage.
         steps_done: number of optimizer steps so far.
 
@@ -227,7 +228,7 @@ class HybridEngine:
         self.table_optimizer = table_optimizer
         self.zero_stage = self._dense.zero_stage
         self.steps_done = 0
-        self._read_later = device.type == "cuda" if read_later is None else read_later
+        self.reads_later = device.type == "cuda" if read_later is None else read_later
         # True while all losses so far are finite; read on the device only.
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._unread: StepResult | None = None
@@ -275,7 +276,7 @@ class HybridEngine:
                 following = pipeline.fetch(request(self.steps_done + 2))
                 following.start()
             result = self._train(current, embedded, following)
-            if self._read_later:
+            if self.reads_later:
                 self._check_last_loss()
                 self._unread = result
                 if result.save or result.stop:
@@ -449,7 +450,7 @@ class HybridEngine:
         losses /= max(rows, 1)
         predicted = torch.cat([part.detach() for part in logits]).float()
         of_rows = {name: [part.gradient(name) for part in parts] for name in embedded}
-        if self._read_later:
+        if self.reads_later:
             self._finite &= torch.isfinite(losses).all()
             with self._clock.phase("dense"):
                 factor = self._dense.step(self._finite)

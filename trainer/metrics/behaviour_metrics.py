@@ -61,29 +61,48 @@ def user_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tup
     Returns:
         User ids ``[u] int64`` ascending, their AUC ``[u] float64`` and their number of rows ``[u] int64``.
     """
+    return _user_areas(*np.unique(user_id, return_inverse=True), scores, labels)
+
+
+def _user_areas(
+    users: np.ndarray, number: np.ndarray, scores: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Do :func:`user_auc` for rows whose user is ``users[number]``, with ``users`` ascending and distinct."""
     positive = np.asarray(labels) > 0
     # Users without a positive have no AUC. For rare behaviours these are most users, so only the others are sorted.
-    rows = np.flatnonzero(np.isin(user_id, np.unique(user_id[positive])))
-    rows = rows[np.lexsort((scores[rows], user_id[rows]))]
-    user_id, scores, positive = user_id[rows], scores[rows], positive[rows]
-    if not len(rows):
-        return user_id.astype(np.int64), np.zeros(0), np.zeros(0, np.int64)
-    new_user = np.append(True, user_id[1:] != user_id[:-1])
+    with_positive = np.zeros(len(users), bool)
+    with_positive[number[positive]] = True
+    rows = with_positive[number]
+    # User, score and class as one whole number: to sort such numbers takes a tenth of the time of a sort by two keys.
+    key = number[rows].astype(np.uint64) << np.uint64(33) | _ascending(scores[rows]) << np.uint64(1) | positive[rows]
+    if not len(key):
+        return users[:0].astype(np.int64), np.zeros(0), np.zeros(0, np.int64)
+    key.sort()
     # First row of each group of equal scores of a user.
-    ties = np.flatnonzero(new_user | np.append(True, scores[1:] != scores[:-1]))
-    tie_positives = np.add.reduceat(positive, ties, dtype=np.int64)
-    tie_negatives = np.diff(np.append(ties, len(rows))) - tie_positives
-    users = np.flatnonzero(new_user[ties])
-    tie_user = np.cumsum(new_user[ties]) - 1
+    ties = np.flatnonzero(np.append(True, (key[1:] ^ key[:-1]) > 1))
+    tie_positives = np.add.reduceat((key & np.uint64(1)).astype(np.int64), ties)
+    tie_negatives = np.diff(np.append(ties, len(key))) - tie_positives
+    tie_number = (key[ties] >> np.uint64(33)).astype(np.int64)
+    new_user = np.append(True, tie_number[1:] != tie_number[:-1])
+    first = np.flatnonzero(new_user)
     negatives_before = np.cumsum(tie_negatives) - tie_negatives
     # Count from the user's own first row.
-    negatives_before -= negatives_before[users][tie_user]
+    negatives_before -= negatives_before[first][np.cumsum(new_user) - 1]
     # A positive wins against each lower negative and half against each tied one; doubled, so the sums are integers.
-    wins = np.add.reduceat(tie_positives * (2 * negatives_before + tie_negatives), users)
-    positives, negatives = np.add.reduceat(tie_positives, users), np.add.reduceat(tie_negatives, users)
+    wins = np.add.reduceat(tie_positives * (2 * negatives_before + tie_negatives), first)
+    positives, negatives = np.add.reduceat(tie_positives, first), np.add.reduceat(tie_negatives, first)
     both = negatives > 0
     area = wins[both] / (2 * positives[both] * negatives[both])
-    return user_id[ties[users]][both], area, (positives + negatives)[both]
+    return users[tie_number[first]][both].astype(np.int64), area, (positives + negatives)[both]
+
+
+def _ascending(scores: np.ndarray) -> np.ndarray:
+    """Return whole numbers below ``2**32`` (uint64) in the order of the scores; equal scores have equal numbers."""
+    if scores.dtype != np.float32:
+        return np.unique(scores, return_inverse=True)[1].astype(np.uint64)
+    # Adding 0 turns -0 into 0. The bits of negative numbers descend.
+    bits = (scores + np.float32(0)).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
 
 
 def grouped_auc(user_id: np.ndarray, scores: np.ndarray, labels: np.ndarray, *, weighted: bool = True) -> float | None:
@@ -328,16 +347,16 @@ class ProgressiveMetrics:
         ranks = _Ranks(group)
         histogram = ranks.gather(self._histogram.numpy()).sum(axis=0)
         sums = ranks.gather(np.stack([self._probability.numpy(), self._loss.numpy()])).sum(axis=0)
-        sample = self._shared_sample(ranks)
+        user_id, probability, label, mask = self._shared_sample(ranks)
+        users, number = np.unique(user_id, return_inverse=True)
         report: Report = {}
         for k, behaviour in enumerate(self.behaviours):
             _refuse_not_finite(behaviour, sums[0, k])
             negatives, positives = histogram[k]
             double_wins = int((positives * (2 * (np.cumsum(negatives) - negatives) + negatives)).sum())
             pairs = int(positives.sum()) * int(negatives.sum())
-            user_id, probability, label, mask = sample
             kept = mask[:, k] > 0
-            _, area, weight = user_auc(user_id[kept], probability[kept, k], label[kept, k])
+            _, area, weight = _user_areas(users, number[kept], probability[kept, k], label[kept, k])
             report[behaviour] = {
                 "auc": double_wins / (2 * pairs) if pairs else None,
                 "gauc": float(np.average(area, weights=weight)) if len(area) else None,
@@ -389,7 +408,7 @@ class ProgressiveMetrics:
         buckets = _user_bucket(columns[0])
         # Take the largest of these limits, each half of the one before, with which the rows of all ranks together fit.
         limits = int(ranks.gather(np.array([self._user_limit])).min()) >> np.arange(32)
-        rows = ranks.gather((buckets[:, None] < limits).sum(axis=0)).sum(axis=0)
+        rows = ranks.gather(np.searchsorted(np.sort(buckets), limits)).sum(axis=0)
         kept = buckets < limits[np.argmax(rows <= self.sampled_rows)]
         counts = ranks.gather(np.array([kept.sum()]))[:, 0]
         shared = []

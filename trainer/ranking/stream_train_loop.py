@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.tracking import mlflow_target
 from trainer.ranking.train_loop import keep_batch, write_scalars
-from trainer.ranking.training_state import MetricWindow, TrainingState
+from trainer.ranking.training_state import TrainingState
 from trainer.ranking.training_stream import TrainingStream
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
@@ -88,6 +89,7 @@ def train_stream(
         preemption.deferred(),
         Watchdog(world, config.train.watchdog_seconds) as watchdog,
         Progress("stream", 0, "events", quiet=world.rank > 0) as progress,
+        state.recording(engine, world),
     ):
         while True:
             # A list and not a generator, because asking about a due step restarts the interval.
@@ -129,7 +131,7 @@ def train_stream(
         with watchdog.busy("saving the last checkpoint"):
             state.finished, state.position = True, slices.position
             checkpoints.save(engine, state, wait=True)
-    trainer.close()
+        trainer.close()
 
 
 class _StreamTrainer:
@@ -236,9 +238,9 @@ class _StreamTrainer:
         outcomes = stream.live.take_outcomes()
         columns = stream.features.label_columns
         mask = outcomes.rows["mask"][:, columns]
-        self._state.progressive.update(
+        self._state.predicted(
             torch.from_numpy(outcomes.rows["user_id"]),
-            torch.sigmoid(torch.from_numpy(outcomes.logits)),
+            torch.from_numpy(outcomes.logits),
             torch.from_numpy(outcomes.rows["label"][:, columns] & mask),
             torch.from_numpy(mask),
         )
@@ -255,7 +257,7 @@ class _StreamTrainer:
         batches = (self._batch(part) for part in parts)
         for part, result in zip(parts, self._engine.steps(batches), strict=True):
             self._count(part, result)
-        self._state.settle()
+        self._state.read()
 
     def _average(self, number: int | None) -> None:
         """Add the dense network's weights to their mean over event time; ``number`` is that of the next slice."""
@@ -300,17 +302,13 @@ class _StreamTrainer:
         step, ids = state.step, self._engine.id_counts()
         lag = {"lag_events": self._lag[0], "lag_seconds": self._lag[1] / 1000}
 
-        def record() -> None:
-            entry = state.window.entry(step, state.progressive.compute(self._world.control), ids)
-            state.metric_history.append(entry | lag)
-            # The window starts again, so that rates are of the steps since this entry.
-            state.window = MetricWindow()
+        def write(entry: dict[str, Any]) -> None:
             if self._scalars is not None:
-                write_scalars(self._scalars, state.metric_history[-1])
+                write_scalars(self._scalars, entry)
                 for name, value in (lag | missing.shares()).items():
                     self._scalars.add_scalar(name, value, step)
 
-        return record
+        return lambda: state.record_entry(step, ids, lag, write)
 
     def _batch(self, rows: Rows) -> RankingBatch:
         """Return rows as a batch of the model, with histories as of each request."""

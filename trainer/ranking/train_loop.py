@@ -23,7 +23,7 @@ from trainer.ranking.evaluation import log_missing
 from trainer.ranking.search_refresh import SearchSpaceRefresher
 from trainer.ranking.setup import require_training_rows
 from trainer.ranking.tracking import mlflow_target
-from trainer.ranking.training_state import MetricWindow, TrainingState
+from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preempted, Preemption
@@ -74,22 +74,22 @@ def train(
         # Steps after the checkpoint are repeated, and so are their scalars.
         scalars = open_scalars(model_dir / "tensorboard", state.step, mlflow_target(config, model_dir))
 
+    def write(entry: dict[str, Any]) -> None:
+        if scalars is not None:
+            write_scalars(scalars, entry)
+
     def record(result: StepResult, step: int, ids: dict[str, IdCounts] | None) -> None:
         values = result.values
-        if state.progressive.behaviours:
-            state.progressive.update(values.user_id, torch.sigmoid(values.logits), values.label, values.mask)
+        state.predicted(values.user_id, values.logits, values.label, values.mask)
         if ids is not None:
-            metrics = state.progressive.compute(world.control)
-            state.metric_history.append(state.window.entry(step, metrics, ids))
-            state.window = MetricWindow()
-            if scalars is not None:
-                write_scalars(scalars, state.metric_history[-1])
+            state.record_entry(step, ids, {}, write)
         progress.advance(result.rows_read, f"step {step}/{steps_total}, loss {values.loss:.4f}")
 
     with (
         preemption.deferred(),
         Watchdog(world, config.train.watchdog_seconds) as watchdog,
         Progress("train", state.rows_total, "rows", done=state.rows_done, quiet=world.rank > 0) as progress,
+        state.recording(engine, world),
     ):
         _set_learning_rate(engine, config, state)
         try:

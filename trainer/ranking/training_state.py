@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.loading.batch import ReadPosition
-from trainer.engine.hybrid_engine import StepResult
+from trainer.engine.hybrid_engine import HybridEngine, StepResult
 from trainer.metrics.behaviour_metrics import ProgressiveMetrics, Report
+from trainer.runtime.background_calls import BackgroundCalls
+from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PHASES
 from trainer.sparse.dynamic_ids import IdCounts
 
@@ -33,6 +40,7 @@ class MetricWindow:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
+        self._ended: float | None = None
         self._loss, self._alignment, self._rows, self._skipped = 0.0, 0.0, 0, 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -50,6 +58,14 @@ class MetricWindow:
         for phase in PHASES:
             self._seconds[phase] += result.seconds[phase]
 
+    def end(self) -> None:
+        """Stop the clock: the rate is that until now, whenever the entry is made."""
+        self._ended = time.perf_counter()
+
+    @property
+    def _elapsed(self) -> float:
+        return (time.perf_counter() if self._ended is None else self._ended) - self._started
+
     def entry(self, step: int, metrics: Report, ids: Mapping[str, IdCounts]) -> dict[str, Any]:
         """Return an entry of the metric history; ``ids`` are the counts of dynamic tables since the first step."""
         return {
@@ -58,7 +74,7 @@ class MetricWindow:
             "alignment": self._alignment / max(self._rows, 1),
             "rows": self._rows,
             "skipped_rows": self._skipped,
-            "rows_per_second": self._rows / (time.perf_counter() - self._started),
+            "rows_per_second": self._rows / self._elapsed,
             "auc": {name: values["auc"] for name, values in metrics.items()},
             "gauc": {name: values["gauc"] for name, values in metrics.items()},
             "ids": {table: asdict(counts) for table, counts in ids.items()},
@@ -73,7 +89,7 @@ class MetricWindow:
             "rows": self._rows,
             "skipped": self._skipped,
             "seconds": dict(self._seconds),
-            "elapsed": time.perf_counter() - self._started,
+            "elapsed": self._elapsed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -102,7 +118,8 @@ class TrainingState:
         space: search vectors of the histories; ``None`` if no history needs them.
 
     The values of a step are read when the next step has been queued, so that the host does not wait for the device:
-    ``progressive``, ``window`` and ``metric_history`` lack the last step until :meth:`settle`.
+    ``window`` lacks the last step until :meth:`settle`. ``progressive`` and ``metric_history`` lack the last steps
+    until then, since inside of :meth:`recording` a thread may update them.
     """
 
     progressive: ProgressiveMetrics
@@ -116,6 +133,8 @@ class TrainingState:
     stream: StreamState | None = None
     space: SearchSpace | None = None
     _unread: list[Callable[[], None]] = field(default_factory=list)
+    _calls: BackgroundCalls = field(default_factory=BackgroundCalls)
+    _group: dist.ProcessGroup | None = None
 
     @staticmethod
     def at_start(
@@ -124,9 +143,59 @@ class TrainingState:
         """Return the state of a new model."""
         return TrainingState(ProgressiveMetrics(behaviours), stream=stream, space=space)
 
+    @contextmanager
+    def recording(self, engine: HybridEngine, world: World) -> Iterator[None]:
+        """Record metrics in a thread while this context is open, if the engine reads the losses later. Collective.
+
+        Their results, and all that a checkpoint holds, do not depend on it.
+        """
+        threaded = engine.reads_later
+        # The thread's collectives have a group of their own, since those of the training go on meanwhile.
+        self._group = dist.new_group(backend="gloo") if threaded else world.control
+        with BackgroundCalls(threaded) as self._calls:
+            yield
+        if threaded:
+            dist.destroy_process_group(self._group)
+        self._calls, self._group = BackgroundCalls(), None
+
+    def predicted(self, user_id: Tensor, logits: Tensor, label: Tensor, mask: Tensor) -> None:
+        """Add rows to the progressive metrics, in host memory: ``[n]``, and ``[n, behaviours]`` each.
+
+        Raises:
+            UserError: see :meth:`record_entry`.
+        """
+        if self.progressive.behaviours:
+            self._calls.call(lambda: self.progressive.update(user_id, torch.sigmoid(logits), label, mask))
+
+    def record_entry(
+        self, step: int, ids: Mapping[str, IdCounts], more: Mapping[str, Any], write: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Add an entry to the metric history, and begin a new window. Collective.
+
+        Args:
+            step: number of the last step of the window.
+            ids: counts of dynamic tables after this step.
+            more: further values of the entry.
+            write: called with the entry.
+
+        Raises:
+            UserError: a prediction of this entry is NaN or infinite, or, with a thread, one of the entry before; raised
+                on every rank.
+        """
+        group, window = self._group, self.window
+        self.window = MetricWindow()
+        window.end()
+
+        def record() -> None:
+            entry = {**window.entry(step, self.progressive.compute(group), ids), **more}
+            self.metric_history.append(entry)
+            write(entry)
+
+        self._calls.call(record)
+
     def advance(self, result: StepResult) -> None:
-        """Count a completed step, and settle the one before."""
-        self.settle()
+        """Count a completed step, and read the values of the one before."""
+        self.read()
         self.step += 1
         self.rows_done += result.rows_read
         self.position = result.batch.position or self.position
@@ -137,7 +206,16 @@ class TrainingState:
         self._unread.append(record)
 
     def settle(self) -> None:
-        """Read the values of the last step and record them, if that is still to be done; on a GPU this waits for it."""
+        """Read the last step, and wait until all metrics are recorded.
+
+        Raises:
+            UserError: see :meth:`record_entry`.
+        """
+        self.read()
+        self._calls.settle()
+
+    def read(self) -> None:
+        """Read the values of the last step, if that is still to be done; on a GPU this waits for it."""
         unread, self._unread = self._unread, []
         for record in unread:
             record()
