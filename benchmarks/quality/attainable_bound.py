@@ -15,11 +15,17 @@ follow relations, earlier views, the end of a room, hour and scene. No model kno
 the hidden parts of past visits that the other three are about, and all weights of the world. This makes the bound too
 high. It is too low by what the filters do not use, the choice of the items that were shown, and by the approximation of
 the Kalman filters, whose beliefs are normal distributions.
+
+The sizes of these errors are not known. So each benchmark that has the bound compares its models with it: a model
+whose AUC is above the bound by more than the noise of the users (``room_below``, ``exceeds``) shows that the bound is
+too low.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +41,8 @@ from benchmarks.quality.hidden_state import (
     true_content,
     user_beliefs,
 )
+from benchmarks.quality.paired_users import PairedDifference, UserMetric, paired_difference
+from trainer.console.errors import UserError
 from trainer.data.simulator.behaviours import behaviour_probabilities, log_odds
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
 from trainer.data.simulator.lookahead import add_appeal, mean_appeal
@@ -45,6 +53,9 @@ DRAWS = 64
 """Draws of what is hidden, for each visit."""
 
 ROWS_AT_ONCE = 512
+TOLERANCE = 1e-5
+"""Largest difference between two computations of a true probability."""
+
 MOOD, ROOM, CONTENT, USER = "mood", "room", "content", "user"
 HIDDEN = (MOOD, ROOM, CONTENT, USER)
 ATTAINABLE = "attainable"
@@ -54,6 +65,65 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{f"only the {name} hidden": (name,) for name in HIDDEN},
 }
 """Name of a bound -> what is hidden."""
+
+
+def kept_probabilities(
+    file: Path,
+    config: WorldConfig,
+    visit_id: np.ndarray,
+    truth: np.ndarray,
+    behaviours: Sequence[str],
+    variants: Mapping[str, tuple[str, ...]] = VARIANTS,
+) -> dict[str, np.ndarray]:
+    """Return :func:`attainable_probabilities`, which are computed once and kept in a file.
+
+    Args:
+        file: an ``.npz`` file; written if it is missing.
+        config, visit_id, truth, behaviours, variants: as there.
+
+    Raises:
+        UserError: the file is damaged, lacks a variant, or is about other rows.
+    """
+    if not file.exists():
+        print("attainable bound", file=sys.stderr, flush=True)
+        found = attainable_probabilities(config, visit_id, truth, behaviours, variants)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}")
+        with open(partial, "wb") as target:
+            np.savez(target, visit_id=visit_id, truth=truth, **found)
+        partial.rename(file)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            kept = {name: stored[name] for name in ("visit_id", *variants)}
+            # Files of the first versions have no true probabilities.
+            known = stored["truth"] if "truth" in stored.files else truth
+    except (OSError, ValueError, KeyError, EOFError):
+        raise UserError(f"{file}: damaged, or no attainable bound with {', '.join(variants)}; remove it") from None
+    # Visits have the same ids in all worlds, so their true probabilities are compared, too.
+    if not np.array_equal(kept.pop("visit_id"), visit_id) or not np.allclose(known, truth, atol=TOLERANCE):
+        raise UserError(f"{file}: is about other rows; remove it, or name another file")
+    return kept
+
+
+def room_below(
+    bound: np.ndarray, models: Sequence[np.ndarray], label: np.ndarray, user_id: np.ndarray
+) -> PairedDifference:
+    """Return the AUC of the bound minus that of a model, in points, with its interval over users.
+
+    Args:
+        bound: ``[n]`` attainable probabilities of a behaviour.
+        models: ``[n]`` predictions by each seed of a model, in any scale that keeps their order.
+        label: ``[n]``, 0 or 1.
+        user_id: ``[n]`` int64.
+    """
+    users, index = np.unique(user_id, return_inverse=True)
+    best, *found = (UserMetric(index, scores, label).auc for scores in (bound, *models))
+    return paired_difference(found, [best] * len(found), len(users))
+
+
+def exceeds(room: PairedDifference) -> bool:
+    """True if a model is above the bound by more than the noise of the users, so that the bound is too low."""
+    return room.high is not None and room.high < 0
 
 
 def attainable_probabilities(

@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.measure import make_parser, run_limelight, slug, write_result
 from benchmarks.quality.attainable_bound import DRAWS as HIDDEN_DRAWS
-from benchmarks.quality.attainable_bound import attainable_probabilities
+from benchmarks.quality.attainable_bound import kept_probabilities
 from benchmarks.quality.full_report import (
     CROSS,
     FORESIGHT,
@@ -158,21 +158,8 @@ class FullWork:
         visit = scores.visit_id
         truth = read_truth(str(self.dataset), predictions_of(scores), scores.behaviours)
         assert truth is not None, f"{self.dataset} is no simulated world"
-        file = self._folder / "attainable.npz"
-        if not file.exists():
-            print("attainable bound", file=sys.stderr, flush=True)
-            config = WorldConfig(self._options.users, self._options.days, WORLD_SEED, lookahead=True)
-            found: dict[str, Any] = {
-                "visit_id": visit,
-                **attainable_probabilities(config, visit, truth.numpy(), scores.behaviours),
-            }
-            partial = file.with_name(f".{file.name}")
-            with open(partial, "wb") as target:
-                np.savez(target, **found)
-            partial.rename(file)
-        with np.load(file, allow_pickle=False) as stored:
-            kept = {name: stored[name] for name in stored.files}
-        assert np.array_equal(kept.pop("visit_id"), visit), f"{file} is about other rows; remove it"
+        config = WorldConfig(self._options.users, self._options.days, WORLD_SEED, lookahead=True)
+        kept = kept_probabilities(self._folder / "attainable.npz", config, visit, truth.numpy(), scores.behaviours)
         return Bounds(truth.numpy(), kept)
 
     def _train(self, name: str, seed: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.measure import mean_and_half_width
-from benchmarks.quality.attainable_bound import ATTAINABLE
+from benchmarks.quality.attainable_bound import ATTAINABLE, exceeds, room_below
 from benchmarks.quality.larm_report import Scores, cell
 from benchmarks.quality.paired_users import UserMetric, on_all_users, paired_difference
 from trainer.console.text_table import text_table
@@ -114,6 +114,14 @@ def _of_behaviour(k: int, user: np.ndarray, seeds: Sequence[Mapping[str, SystemR
                 for to, name in [*pairwise(names), (BASE, FORESIGHT), (BASE, MOMENT)]
             ],
         }
+    bound = bounds.hidden[ATTAINABLE][rows, k]
+    rooms = {
+        name: room_below(
+            bound, [runs[name].scores.probability[rows, k] for runs in seeds], first.label[rows, k], user[rows]
+        )
+        for name in seeds[0]
+    }
+    found["above_attainable"] = [name for name, room in rooms.items() if exceeds(room)]
     found["calibration"] = {
         name: float(np.mean([runs[name].scores.probability[rows, k].mean() for runs in seeds]))
         / float(first.label[rows, k].mean())
@@ -142,6 +150,8 @@ def tables(result: Mapping[str, Any]) -> str:
             lines.append([name, f"{value:.4f}", "", "", f"{found['gauc']['bounds'][name]:.4f}", ""])
         header = [f"{behaviour}, {found['positives']:,} of {found['rows']:,}", "AUC", "to the line above, points"]
         blocks.append(text_table([*header, "of the gap", "GAUC", "to the line above, points"], lines))
+        if above := found["above_attainable"]:
+            blocks.append(f"{behaviour}: above the attainable bound, which is too low: {', '.join(above)}")
     lines = [
         [name, _rate(found["rows_per_second"]), _rate(found["stream_rows_per_second"])]
         for name, found in result["speed"].items()

@@ -36,6 +36,11 @@ def tables(result: Mapping[str, Any]) -> str:
         if ATTAINABLE in found["bounds"]:
             lines.append([f"({ATTAINABLE})", *_values(found["bounds"][ATTAINABLE])])
         blocks.append(text_table([title, *METRICS.values()], lines))
+        if ATTAINABLE in found["bounds"]:
+            verdict = "; the bound is too low" if found["above_attainable"] else ""
+            blocks.append(
+                f"{behaviour}: {_gain(found['room'])} points of AUC from the run to the attainable bound{verdict}"
+            )
         lines = [[name, _gain(line["auc_gain"]), *_values(line)] for name, line in found["alone"].items()]
         blocks.append(text_table(["told alone", "AUC, points", *METRICS.values()], lines))
     blocks += [f"{behaviour}: left out, {reason}" for behaviour, reason in result["left_out"].items()]

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.quality.attainable_bound import ATTAINABLE, VARIANTS, attainable_probabilities, expected_probabilities
+from benchmarks.quality import attainable_bound
+from benchmarks.quality.attainable_bound import (
+    ATTAINABLE,
+    VARIANTS,
+    attainable_probabilities,
+    exceeds,
+    expected_probabilities,
+    kept_probabilities,
+    room_below,
+)
 from benchmarks.quality.hidden_state import (
     ROOM_TRAITS,
     SimulatedLog,
@@ -18,7 +30,9 @@ from benchmarks.quality.hidden_state import (
     room_beliefs,
     user_beliefs,
 )
+from launch.python_path import ROOT
 from tests.benchmarks.quality.weighted_auc import weighted_auc
+from trainer.console.errors import UserError
 from trainer.data.format.text_schema import SEGMENT_MS
 from trainer.data.simulator.behaviours import behaviour_probabilities
 from trainer.data.simulator.config import BEHAVIOURS, DAY_MS, START_MS, WorldConfig
@@ -26,6 +40,7 @@ from trainer.data.simulator.content import LIVE
 from trainer.data.simulator.segment_truth import next_topics
 from trainer.data.simulator.world import make_world
 
+RESULTS = ROOT / "benchmarks/results"
 CONFIG = WorldConfig(users=300, days=3, seed=1, lookahead=True)
 
 
@@ -174,7 +189,7 @@ def test_drawn_topics_have_the_true_distribution_of_the_next_one(log: SimulatedL
 
 
 def test_it_lies_below_the_truth_and_is_calibrated(log: SimulatedLog, rows: np.ndarray) -> None:
-    rows = rows[log.columns["user_id"][rows] % 3 == 0]
+    rows = rows[log.columns["user_id"][rows] % 6 == 0]
     visits, truth, label = log.columns["visit_id"][rows], log.columns["truth"][:, rows].T, log.happened(rows).T
     found = attainable_probabilities(CONFIG, visits, truth[:, :3], BEHAVIOURS[:3])
     assert set(found) == set(VARIANTS)
@@ -189,3 +204,57 @@ def test_it_lies_below_the_truth_and_is_calibrated(log: SimulatedLog, rows: np.n
             assert 0 < nearer < farther
     with pytest.raises(ValueError, match="another world"):
         attainable_probabilities(CONFIG, visits, truth[::-1, :3], BEHAVIOURS[:3])
+
+
+def test_a_model_above_the_bound_is_found_and_noise_is_not() -> None:
+    rng = np.random.default_rng(1)
+    user = rng.integers(0, 50, 1000)
+    odds = rng.standard_normal(1000)
+    label = (rng.random(1000) < 1 / (1 + np.exp(-odds))).astype(np.uint8)
+    far, near = (odds + noise * rng.standard_normal((2, 1000)) for noise in (2, 0.1))
+    below = room_below(near[0], list(far), label, user)
+    assert below.low is not None and 0 < below.low < (below.mean or 0) and len(below.seeds) == 2
+    assert not exceeds(below) and exceeds(room_below(far[0], list(near), label, user))
+    # Equally good up to noise.
+    assert not exceeds(room_below(near[0], [near[1]], label, user))
+    assert not exceeds(room_below(near[0], [near[1]], np.zeros(1000, np.uint8), user)), "without positives"
+
+
+def test_the_bound_is_kept_for_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    visit, truth = np.arange(3), np.full((3, 1), 0.5)
+    asked: list[np.ndarray] = []
+
+    def compute(config: Any, visit_id: np.ndarray, *others: Any) -> dict[str, np.ndarray]:
+        asked.append(visit_id)
+        return {ATTAINABLE: np.full((len(visit_id), 1), 0.4, np.float32)}
+
+    monkeypatch.setattr(attainable_bound, "attainable_probabilities", compute)
+    file, wanted = tmp_path / "of" / "bound.npz", {ATTAINABLE: VARIANTS[ATTAINABLE]}
+
+    def kept(visits: np.ndarray, probability: np.ndarray, variants: Any = wanted) -> dict[str, np.ndarray]:
+        return kept_probabilities(file, CONFIG, visits, probability, ("click",), variants)
+
+    first, again = kept(visit, truth), kept(visit, truth)
+    assert len(asked) == 1 and list(again) == [ATTAINABLE] and np.array_equal(first[ATTAINABLE], again[ATTAINABLE])
+    for visits, probability in ((visit + 1, truth), (visit, truth + 0.1)):
+        with pytest.raises(UserError, match=r"bound\.npz: is about other rows"):
+            kept(visits, probability)
+    with pytest.raises(UserError, match=r"bound\.npz: damaged, or no attainable bound with .*users known"):
+        kept(visit, truth, VARIANTS)
+
+
+def test_no_published_model_exceeds_its_bound() -> None:
+    checked = 0
+    for name in ("full", "gap"):
+        for behaviour, found in json.loads((RESULTS / f"{name}.json").read_text())["behaviours"].items():
+            assert not found.get("above_attainable"), (name, behaviour)
+            if name == "full":
+                bound = found["auc"]["bounds"][ATTAINABLE]
+                models = {model: values["value"] for model, values in found["auc"]["systems"].items()}
+            else:
+                assert found["room"]["high"] > 0, behaviour
+                bound, models = found["bounds"][ATTAINABLE]["auc"][0], {"run": found["run"]["auc"]}
+            for model, (auc, half_width) in models.items():
+                checked += 1
+                assert auc - (half_width or 0) < bound, (name, behaviour, model)
+    assert checked >= 7 * 8

@@ -113,6 +113,11 @@ def test_shares_are_between_logistic_regression_and_the_truth() -> None:
         assert pairs[MOMENT, BASE]["low"] > 0 and len(pairs[MOMENT, BASE]["seeds"]) == 2
     assert result["speed"][BASE]["rows_per_second"][0] == 50
     assert "attainable" in tables(result) and "+ Foresight" in tables(result)
+    assert found["above_attainable"] == [] and "too low" not in tables(result)
+    # A bound that a model exceeds by more than the noise is no bound.
+    low = summarise(seeds, Bounds(truth, {**hidden, ATTAINABLE: near(1.5, 8)}))
+    assert {MOMENT} <= set(low["behaviours"]["click"]["above_attainable"]) < set(SYSTEMS)
+    assert "above the attainable bound, which is too low" in tables(low)
 
 
 @pytest.mark.slow

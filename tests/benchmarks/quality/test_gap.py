@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.quality import gap
+from benchmarks.quality import attainable_bound, gap
 from benchmarks.quality.attainable_bound import ATTAINABLE
 from benchmarks.quality.gap_fit import (
     FOLDS,
@@ -245,13 +245,17 @@ def test_main_measures_trained_runs_and_the_attainable_bound(
         asked.append((config.users, config.days, config.seed, len(visit_id)))
         return {ATTAINABLE: 0.9 * truth}
 
-    monkeypatch.setattr(gap, "attainable_probabilities", bound)
+    monkeypatch.setattr(attainable_bound, "attainable_probabilities", bound)
     out, file = tmp_path / "results" / "gap.json", tmp_path / "attainable.npz"
     arguments = ["--out", str(out), "--attainable", str(file)]
     gap.main([str(run), *arguments])
     printed, document = capsys.readouterr().out, json.loads(out.read_text())
     click = document["behaviours"]["click"]
     assert "told alone" in printed and "(attainable)" in printed and "left out" not in printed
+    room = click["room"]
+    assert room["low"] < room["mean"] < room["high"] and not click["above_attainable"] and "too low" not in printed
+    assert room["mean"] == pytest.approx(100 * (click["bounds"][ATTAINABLE]["auc"][0] - click["run"]["auc"][0]))
+    assert "of AUC from the run to the attainable bound" in printed
     assert document["world"] == {"users": USERS, "days": DAYS, "seed": SEED} and document["environment"]["packages"]
     assert set(click["bounds"]) == {BEST, ATTAINABLE} and 0.4 < click["run"]["auc"][0] < click["bounds"][BEST]["auc"][0]
     assert click["run"]["auc"][1] is None and list(document["behaviours"]) == ["click", "gift"]
