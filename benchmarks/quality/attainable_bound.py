@@ -26,6 +26,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def kept_probabilities(
     """
     if not file.exists():
         print("attainable bound", file=sys.stderr, flush=True)
-        found = attainable_probabilities(config, visit_id, truth, behaviours, variants)
+        found: dict[str, Any] = {**attainable_probabilities(config, visit_id, truth, behaviours, variants)}
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}")
         with open(partial, "wb") as target:

@@ -189,7 +189,7 @@ def test_drawn_topics_have_the_true_distribution_of_the_next_one(log: SimulatedL
 
 
 def test_it_lies_below_the_truth_and_is_calibrated(log: SimulatedLog, rows: np.ndarray) -> None:
-    rows = rows[log.columns["user_id"][rows] % 6 == 0]
+    rows = rows[log.columns["user_id"][rows] % 3 == 0]
     visits, truth, label = log.columns["visit_id"][rows], log.columns["truth"][:, rows].T, log.happened(rows).T
     found = attainable_probabilities(CONFIG, visits, truth[:, :3], BEHAVIOURS[:3])
     assert set(found) == set(VARIANTS)
