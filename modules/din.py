@@ -2,8 +2,8 @@
 
 Its weights are a softmax over a row's entries. The attention of Moment&Cross is in ``modules/esu.py``.
 
-PyTorch's operations are the definition. On a CPU with AVX-512 or AVX2, the loops of ``modules/din_kernel.py`` can
-compute it in about half of the time.
+PyTorch's operations are the definition. On a CPU with AVX-512 or AVX2, the loops of ``modules/din_kernel.py`` compute
+it in less than half of the time.
 """
 
 from __future__ import annotations

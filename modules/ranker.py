@@ -69,7 +69,7 @@ class Ranker(nn.Module):
         tower: hidden widths of a behaviour's tower.
         attention_kind: kind of the attention over histories.
         attention: hidden widths of the network of ``din``.
-        compiled_attention: compute ``din`` by compiled loops, on CPUs that have the instructions.
+        compiled_attention: compute ``din`` by compiled loops on CPUs that have the instructions.
         heads: number of heads of the other kinds.
         head_dim: width of each head of the other kinds.
         query_ids: lookup of fixed length -> indices of its ids that describe the candidate and not the user or the
@@ -100,7 +100,7 @@ class Ranker(nn.Module):
         tower: Sequence[int] = (64,),
         attention_kind: AttentionKind = "din",
         attention: Sequence[int] = (64, 16),
-        compiled_attention: bool = False,
+        compiled_attention: bool = True,
         heads: int = 4,
         head_dim: int = 16,
         query_ids: Mapping[str, Sequence[int]] | None = None,

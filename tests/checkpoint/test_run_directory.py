@@ -16,7 +16,7 @@ import torch
 
 from modules import din_tiles
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.checkpoint.run_directory import begin_run, choose_directory, load_run, run_directory, settled
+from trainer.checkpoint.run_directory import attention_of, begin_run, choose_directory, load_run, run_directory, settled
 from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
 from trainer.config.ranker import JobConfig, parse_config
@@ -121,6 +121,27 @@ def test_a_run_of_a_version_without_the_key_keeps_the_precision_of_its_deepspeed
     resumed = settled(config, run, alone("cuda"))
     assert resumed.train.precision == ("bf16" if bf16 else "fp32")
     begin_run(run, resumed, world=1, dataset=DATA)
+
+
+@pytest.mark.parametrize("stored", [True, False, None])
+def test_a_run_keeps_what_computes_its_attention(tmp_path: Path, stored: bool | None) -> None:
+    began = settled(CONFIG, tmp_path, alone("cpu"))
+    assert CONFIG.model.compiled_attention == "auto" and began.model.compiled_attention is True
+    begin_run(tmp_path, began, world=1, dataset=DATA)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["model"]["compiled_attention"]
+    # Runs of versions without the key had the operations of PyTorch.
+    content["model"] |= {} if stored is None else {"compiled_attention": stored}
+    write_json(tmp_path / "config.json", content)
+    write_checksums(tmp_path, ("config.json", "deepspeed.json"))
+    assert load_run(tmp_path).model.compiled_attention is bool(stored)
+    resumed = settled(CONFIG, tmp_path, alone("cpu"))
+    assert resumed.model.compiled_attention is bool(stored)
+    begin_run(tmp_path, resumed, world=1, dataset=DATA)
+    other = changed(model={"compiled_attention": not stored})
+    with pytest.raises(UserError, match=f"model.compiled_attention = {str(bool(stored)).lower()} then"):
+        begin_run(tmp_path, other, world=1, dataset=DATA)
+    begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
 
 
 def test_a_run_resumes_with_settings_that_change_no_result(tmp_path: Path) -> None:
@@ -257,15 +278,27 @@ def test_a_resume_that_rounds_otherwise_is_logged(
 def test_a_resume_on_a_processor_with_other_loops_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = changed(model={"compiled_attention": True})
     for instructions in ("AVX2", None):
         monkeypatch.setattr(din_tiles, "INSTRUCTIONS", instructions)
-        begin_run(tmp_path, config, world=1, dataset=DATA)
+        begin_run(tmp_path, changed(train={"device": "cpu"}), world=1, dataset=DATA)
     (warning,) = (entry.getMessage() for entry in caplog.records)
     assert "attention to histories by PyTorch's operations, by compiled loops (AVX2) before" in warning
 
 
-@pytest.mark.parametrize("model", [{}, {"attention_kind": "multi_head", "compiled_attention": True}])
-def test_jobs_without_compiled_attention_do_not_name_it(tmp_path: Path, model: dict[str, Any]) -> None:
-    begin_run(tmp_path, changed(model=model), world=1, dataset=DATA)
-    assert "attention" not in json.loads((tmp_path / "environment.json").read_text())["starts"][-1]
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({"compiled_attention": False}, "PyTorch's operations"),
+        ({"compiled_attention": True}, "compiled loops (AVX2)"),
+        ({}, "compiled loops (AVX2)"),
+        ({"attention_kind": "multi_head", "compiled_attention": True}, ""),
+    ],
+)
+def test_a_start_names_what_computes_an_attention_that_may_be_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], name: str
+) -> None:
+    monkeypatch.setattr(din_tiles, "INSTRUCTIONS", "AVX2")
+    config = changed(model=model, train={"device": "cpu"})
+    begin_run(tmp_path, config, world=1, dataset=DATA)
+    start = json.loads((tmp_path / "environment.json").read_text())["starts"][-1]
+    assert start.get("attention", "") == attention_of(config) == name

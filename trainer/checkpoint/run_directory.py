@@ -207,14 +207,14 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
 
 
 def attention_of(config: ResumableJob) -> str:
-    """Return a phrase for what computes the attention of a ranker with ``model.compiled_attention``; empty for others.
+    """Return a phrase for what computes the attention of a ranker with ``din``; empty for other jobs.
 
     Raises:
         UserError: the device of the job is not here.
     """
-    if not isinstance(config, JobConfig) or not config.model.compiled_attention or config.model.attention_kind != "din":
+    if not isinstance(config, JobConfig) or config.model.attention_kind != "din":
         return ""
-    return attention_path(choose_device(config.train.device, 0))
+    return attention_path(choose_device(config.train.device, 0), config.model.compiled_attention is not False)
 
 
 def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
@@ -224,9 +224,9 @@ def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
 
 
 def settled(config: EngineJobType, directory: Path, world: World) -> EngineJobType:
-    """Return a job whose paths are absolute and whose precision is decided: that of the run in ``directory``, if any.
+    """Return a job whose paths are absolute, and whose precision and attention are those of the run in ``directory``.
 
-    Collective.
+    Without a run there, ``train.precision`` and ``model.compiled_attention`` are decided here. Collective.
 
     Args:
         config: the job as typed.
@@ -237,17 +237,17 @@ def settled(config: EngineJobType, directory: Path, world: World) -> EngineJobTy
         UserError: the DeepSpeed settings, or those of the run, cannot be read.
     """
 
-    def decide() -> Precision:
+    def decide() -> tuple[Precision, bool]:
         if not (directory / "config.json").exists():
-            return resolve_precision(config.train, world.device.type)
+            return resolve_precision(config.train, world.device.type), True
         then: JobConfig | AlignConfig
         then = load_run(directory) if isinstance(config, JobConfig) else load_align_run(directory)
         stored = _stored_precision(then, load_deepspeed(then.train.deepspeed))
-        return _resumed_precision(config.train, stored)
+        return _resumed_precision(config.train, stored), _compiles(then)
 
-    precision = world.on_first_rank(decide)
+    precision, compiled = world.on_first_rank(decide)
     # The run, its checkpoints and its exports mean the same in every directory; messages up to here are as typed.
-    return absolute_paths(with_precision(config, precision))
+    return absolute_paths(_with_attention(with_precision(config, precision), compiled))
 
 
 def load_run(directory: str | Path) -> JobConfig:
@@ -369,6 +369,18 @@ def _resumed_precision(train: HybridTrainConfig, stored: Precision) -> Precision
     return precision_of(settings) if "bf16" in settings else stored
 
 
+def _compiles(job: JobConfig | AlignConfig) -> bool:
+    """True if the attention of a job's ranker is compiled where it can be; runs before the key had PyTorch's."""
+    return isinstance(job, JobConfig) and job.model.compiled_attention is not False
+
+
+def _with_attention(config: EngineJobType, compiled: bool) -> EngineJobType:
+    """Return a job in which ``model.compiled_attention`` is ``compiled`` if it was ``auto``."""
+    if not isinstance(config, JobConfig) or config.model.compiled_attention != "auto":
+        return config
+    return _changed(config, model=_changed(config.model, compiled_attention=compiled))
+
+
 def _check_same_dataset(directory: Path, then: dict[str, str], now: DatasetEntry) -> None:
     if then["fingerprint"] != now.fingerprint:
         raise UserError(
@@ -391,9 +403,9 @@ def _changes(directory: Path, config: ResumableJob) -> list[str]:
         then = load_finetune_run(directory)
     deepspeed_then = load_deepspeed(str(directory / "deepspeed.json"))
     if isinstance(config, JobConfig | AlignConfig) and isinstance(then, JobConfig | AlignConfig):
-        precision = _stored_precision(then, deepspeed_then)
-        config = with_precision(config, _resumed_precision(config.train, precision))
-        then = with_precision(then, precision)
+        precision, compiled = _stored_precision(then, deepspeed_then), _compiles(then)
+        config = _with_attention(with_precision(config, _resumed_precision(config.train, precision)), compiled)
+        then = _with_attention(with_precision(then, precision), compiled)
     deepspeed_now = dense_settings(config.train)
     changes = differences(
         # An earlier version stored paths as they were typed.

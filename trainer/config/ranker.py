@@ -94,10 +94,12 @@ class ModelConfig(Section):
         "item and cross features (`twin`).",
     )
     attention: tuple[Positive, ...] = Field((64, 16), description="Hidden widths of the attention network of `din`.")
-    compiled_attention: bool = Field(
-        False,
-        description="Compute `din` by loops that are compiled for the processor, in about half of the time, on CPUs "
-        "with AVX-512 or AVX2. Sums are rounded in another order, so the last digits of metrics can differ.",
+    compiled_attention: Literal["auto", True, False] = Field(
+        "auto",
+        description="Compute `din` by loops that are compiled for the processor, in less than half of the time, where "
+        "the network is on a CPU with AVX-512 or AVX2 (true), or by PyTorch's operations (false). Both round sums in "
+        "another order, so the last digits of metrics differ. `auto`: the run's own if it is resumed, otherwise true.",
+        json_schema_extra={"before": False},
     )
     heads: Positive = Field(4, description="Number of heads of `multi_head` and `twin`.")
     head_dim: Positive = Field(16, description="Width of one head.")

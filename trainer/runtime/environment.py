@@ -19,9 +19,9 @@ PACKAGES = (
 )
 
 
-def attention_path(device: torch.device) -> str:
-    """Return a phrase for what computes the attention of ``modules/din.py`` that may be compiled, on a device."""
-    instructions = instructions_for(device)
+def attention_path(device: torch.device, compiled: bool = True) -> str:
+    """Return a phrase for what computes the attention of ``modules/din.py``, which may be compiled, on a device."""
+    instructions = instructions_for(device) if compiled else None
     return f"compiled loops ({instructions})" if instructions else "PyTorch's operations"
 
 
