@@ -30,6 +30,8 @@ OTHER_JOBS: dict[str, type[BaseModel]] = {
     "staytime.toml": StaytimeConfig,
     "finetune_small.toml": FinetuneConfig,
     "qwen2_7b_lora.toml": FinetuneConfig,
+    "qwen2_7b_lora_80gb.toml": FinetuneConfig,
+    "qwen2_7b_lora_141gb.toml": FinetuneConfig,
 }
 """Shipped job file of another job than a ranker's -> its schema."""
 

@@ -27,6 +27,8 @@ KINDS = {
     "larm": "train",
     "moment": "train",
     "qwen2_7b_lora": "finetune",
+    "qwen2_7b_lora_141gb": "finetune",
+    "qwen2_7b_lora_80gb": "finetune",
     "simulated": "train",
     "quantize": "quantize",
     "staytime": "staytime",

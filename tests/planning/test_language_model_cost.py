@@ -27,7 +27,7 @@ SHAPE = ModelShape(64, 256, 3, 32, 500, 10**5, 32_000, 2 * 10**5, 10**4, 112)
 COUNTS = st.integers(0, 10**6)
 
 
-def small_model(shape: ModelShape, dtype: torch.dtype, checkpointing: bool) -> AnswerModel:
+def small_model(shape: ModelShape, dtype: torch.dtype, checkpointing: bool, dropout: float) -> AnswerModel:
     from transformers import Qwen2Config
 
     quiet_libraries()
@@ -46,7 +46,7 @@ def small_model(shape: ModelShape, dtype: torch.dtype, checkpointing: bool) -> A
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    adapted: Any = add_adapter(model, LoraConfig(), "small").to(dtype)
+    adapted: Any = add_adapter(model, LoraConfig(dropout=dropout), "small").to(dtype)
     if checkpointing:
         adapted.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     return AnswerModel(adapted).train()
@@ -54,21 +54,28 @@ def small_model(shape: ModelShape, dtype: torch.dtype, checkpointing: bool) -> A
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "vocabulary", "answer"),
-    [(torch.float32, 500, 16), (torch.float32, 4000, 64), (torch.bfloat16, 500, 16)],
+    ("dtype", "vocabulary", "answer", "dropout"),
+    [
+        (torch.float32, 500, 16, 0.0),
+        (torch.float32, 4000, 64, 0.0),
+        (torch.bfloat16, 500, 16, 0.0),
+        (torch.bfloat16, 500, 16, 0.05),
+    ],
 )
 def test_a_small_model_needs_the_memory_of_the_formulas(
-    dtype: torch.dtype, vocabulary: int, answer: int, checkpointing: bool
+    dtype: torch.dtype, vocabulary: int, answer: int, dropout: float, checkpointing: bool
 ) -> None:
     rows, length = 4, 128
-    network = small_model(SHAPE._replace(vocabulary=vocabulary), dtype, checkpointing)
+    network = small_model(SHAPE._replace(vocabulary=vocabulary), dtype, checkpointing, dropout)
     batch = answer_batch(rows, length, answer, vocabulary)
     # Libraries allocate once in the first call.
     network(batch).sum().backward()
     network.zero_grad(set_to_none=True)
     measured = measured_peak(lambda: network(batch).sum().backward())
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    shape = SHAPE._replace(vocabulary=vocabulary)
+    # Six layers of each block read the hidden width, one the inner width.
+    dropped = 6 * SHAPE.hidden + SHAPE.intermediate if dropout else 0
+    shape = SHAPE._replace(vocabulary=vocabulary, dropped=dropped, mask_bytes=dtype.itemsize)
     planned = kept_bytes(shape, rows * length, dtype.itemsize, checkpointing=checkpointing)
     planned += working_bytes(shape, rows * length, rows * answer, dtype.itemsize, checkpointing=checkpointing)
     # Gradients of weights count elsewhere in a plan, and in this measurement too.

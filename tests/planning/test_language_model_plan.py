@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config.finetune import FinetuneConfig, SmallConfig
+from tests.paths import ROOT
+from trainer.config.finetune import FinetuneConfig, SmallConfig, load_finetune
 from trainer.config.toml import read_toml, validate
 from trainer.console.errors import UserError
 from trainer.llm.models.base_model import BaseModelFiles, add_adapter
@@ -17,6 +18,7 @@ from trainer.planning.accelerators import describe_cluster
 from trainer.planning.language_model_plan import MODEL_FILE, model_shape, plan_finetune
 from trainer.planning.ranker_plan import Assumptions
 
+PAGE = ROOT / "docs/language_model.md"
 TEXTS = ["a room with a song", "a comment about the song", "nothing at all"]
 
 
@@ -68,6 +70,43 @@ def test_the_parts_of_a_plan_add_up_and_the_largest_batch_fits() -> None:
         assert (not planned(job(train=train))["problems"]) == fits
     assert plan["largest_batch_size"] == 8 * largest
     assert plan["step"]["tokens_per_second"] == pytest.approx(8 * 1024 / plan["step"]["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("file", "gpu"),
+    [("qwen2_7b_lora", "h100"), ("qwen2_7b_lora_80gb", "h100"), ("qwen2_7b_lora_141gb", "h200")],
+)
+def test_a_shipped_job_fits_its_gpu_and_needs_the_memory_of_its_page(file: str, gpu: str) -> None:
+    config = load_finetune(ROOT / f"configs/{file}.toml")
+    quarter, every = (planned(config, gpu, 1, answers) for answers in (0.25, 1.0))
+    assert not quarter["problems"]
+    needs = [f"{plan['memory']['fullest_total'] / 1e9:.1f} GB" for plan in (quarter, every)]
+    (row,) = (line for line in PAGE.read_text().splitlines() if f"configs/{file}.toml` |" in line)
+    cells = [cell.strip() for cell in row.strip(" |").split("|")]
+    assert cells[3:] == needs and int(cells[1]) == every["rows_per_micro_batch"]
+    assert cells[2] == ("computed again" if every["zero"]["gradient_checkpointing"] else "kept")
+    if not every["zero"]["gradient_checkpointing"]:
+        assert not every["problems"]
+        assert f"{needs[1]} as planned" in (ROOT / f"configs/{file}.toml").read_text()
+        again = planned(_with_checkpointing(config), gpu, 1)
+        assert 1 - quarter["step"]["seconds"] / again["step"]["seconds"] == pytest.approx(1 / 3, abs=0.01), "a third"
+    assert config.train.batch_size == 16 and config.data.length == 2048
+
+
+def _with_checkpointing(config: FinetuneConfig) -> FinetuneConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": True})})
+
+
+def test_dropout_needs_masks_and_inputs_of_every_adapter() -> None:
+    none, some = (planned(job(lora={"dropout": share})) for share in (0.0, 0.05))
+    h, i, tokens = 3584, 18944, 1024
+    # bfloat16; a mask of one byte on a GPU; inputs of seven adapters in place of those that adapters share.
+    more = tokens * 28 * (3 * (6 * h + i) - 2 * (3 * h + i))
+    assert some["memory"]["fullest"]["activations"] - none["memory"]["fullest"]["activations"] == more
+    on_cpu = planned(job(lora={"dropout": 0.05}), "cpu")
+    assert on_cpu["memory"]["fullest"]["activations"] - some["memory"]["fullest"]["activations"] == (
+        tokens * 28 * (6 * h + i)
+    )
 
 
 def test_stage_3_divides_the_weights_and_sends_them() -> None:

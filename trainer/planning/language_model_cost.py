@@ -22,6 +22,8 @@ class ModelShape(NamedTuple):
         parameters: all weights, those of the adapter included.
         trained: weights that are trained.
         adapter_width: sum over the adapters of one layer of their ranks.
+        dropped: sum over the adapters of one layer of the widths of their inputs; 0 without dropout.
+        mask_bytes: bytes of an entry of a dropout mask: 1 on a GPU; on a CPU those of an activation.
     """
 
     hidden: int
@@ -34,6 +36,8 @@ class ModelShape(NamedTuple):
     parameters: int
     trained: int
     adapter_width: int
+    dropped: int = 0
+    mask_bytes: int = 1
 
 
 def layer_bytes(shape: ModelShape, tokens: float, element: int) -> float:
@@ -42,15 +46,17 @@ def layer_bytes(shape: ModelShape, tokens: float, element: int) -> float:
     Each token keeps in the layer's type: the two normed inputs (2 h), queries, output of the attention twice (3 h),
     keys and values repeated for all heads (2 h), and of the feed-forward layer its gate, the gate's activation, the
     other branch and their product (4 i); the adapters' inner vectors; and the residual stream that each of the two
-    norms reads (2 h), as a float32 copy if the type is another one.
+    norms reads (2 h), as a float32 copy if the type is another one. With dropout on the adapters' inputs each adapter
+    keeps a mask and an input of its own, in place of the inputs that adapters share without it (3 h + i).
 
     Args:
         shape: the model.
         tokens: tokens of a micro-batch.
         element: bytes of an activation: 2 in bfloat16, 4 in float32.
     """
-    kept = 7 * shape.hidden + 4 * shape.intermediate + shape.adapter_width
-    return tokens * (element * kept + 4 * 2 * shape.hidden)
+    shared = 0 if shape.dropped else 3 * shape.hidden + shape.intermediate
+    kept = 4 * shape.hidden + 3 * shape.intermediate + shape.adapter_width + shared
+    return tokens * (element * kept + 4 * 2 * shape.hidden + (element + shape.mask_bytes) * shape.dropped)
 
 
 def kept_bytes(shape: ModelShape, tokens: float, element: int, *, checkpointing: bool) -> float:

@@ -64,11 +64,12 @@ def model_shape(config: FinetuneConfig) -> ModelShape:
         parameters=counts["all"],
         trained=counts["trained"],
         adapter_width=two["adapters"] - one["adapters"],
+        dropped=two["inputs"] - one["inputs"] if config.lora.dropout else 0,
     )
 
 
 def _count(config: FinetuneConfig, sizes: Mapping[str, Any]) -> dict[str, int]:
-    """Return numbers of weights of a model with the job's adapter, and the sum of its adapters' ranks."""
+    """Return numbers of weights of a model with the job's adapter, and sums of its adapters' ranks and input widths."""
     from transformers import Qwen2Config
 
     model = add_adapter(empty_model(Qwen2Config(**sizes)), config.lora, config.model.path)
@@ -80,6 +81,7 @@ def _count(config: FinetuneConfig, sizes: Mapping[str, Any]) -> dict[str, int]:
         "layers": sum(value.numel() for name, value in weights.items() if ".layers." in name),
         "trained of layers": sum(value.numel() for name, value in trained.items() if ".layers." in name),
         "adapters": sum(value.shape[0] for name, value in trained.items() if ".lora_A." in name),
+        "inputs": sum(value.shape[1] for name, value in trained.items() if ".lora_A." in name),
     }
 
 
@@ -120,10 +122,13 @@ def plan_finetune(config: FinetuneConfig, cluster: Cluster, assumed: Assumptions
     """
     settings = deepspeed_settings(config, cluster.gpus)
     shape = model_shape(config)
+    bf16 = is_enabled(settings.get("bf16"))
+    if cluster.accelerator.device == "cpu":
+        shape = shape._replace(mask_bytes=2 if bf16 else 4)
     given = settings["zero_optimization"]
     zero = ZeroSettings(
         given.get("stage", 0),
-        is_enabled(settings.get("bf16")),
+        bf16,
         is_enabled(given.get("offload_optimizer")),
         is_enabled(given.get("offload_param")),
     )
