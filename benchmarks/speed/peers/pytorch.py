@@ -4,8 +4,9 @@
 directory of the data, and the file of the result.
 
 The mode ``dense`` is the default of ``nn.Embedding``: every step touches every row of every table. ``sparse`` sets
-``sparse=True``, which a reader of the documentation finds. Batches are cut from tensors in memory, without a
-``DataLoader`` that would collect rows one by one.
+``sparse=True``, which a reader of the documentation finds; ``sparse-tf32`` also allows products in TF32, which a GPU
+has. Batches are cut from tensors in memory, without a ``DataLoader`` that would collect rows one by one; with a GPU,
+all of them are in its memory.
 """
 
 from __future__ import annotations
@@ -112,22 +113,36 @@ class TutorialRanker(nn.Module):
         return torch.cat([tower(of_task) for tower, of_task in zip(self.towers, inputs, strict=True)], 1)
 
 
+def clock(device: torch.device) -> float:
+    """Return the seconds of a clock when the device has done all that is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def run(mode: str, data: Path, out: Path) -> None:
     """Train an epoch on one rank, predict the held-out rows, and write the result from the first rank."""
     facts = json.loads((data / "workload.json").read_text())
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(1)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if mode.endswith("tf32"):
+        torch.set_float32_matmul_precision("high")
     parts = {
         part: {
-            name: torch.from_numpy(array) for name, array in np.load(data / f"{part}.npz", allow_pickle=False).items()
+            name: torch.from_numpy(array).to(device)
+            for name, array in np.load(data / f"{part}.npz", allow_pickle=False).items()
         }
         for part in ("train", "held_out")
     }
-    model = TutorialRanker(facts, sparse=mode == "sparse")
+    model = TutorialRanker(facts, sparse=mode.startswith("sparse")).to(device)
     trained: nn.Module = model
     if ranks > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         trained = DistributedDataParallel(model)
     dense = [value for name, value in model.named_parameters() if not name.startswith("tables.")]
     optimizers = [
@@ -135,11 +150,11 @@ def run(mode: str, data: Path, out: Path) -> None:
         torch.optim.Adam(dense, facts["dense_rate"]),
     ]
     rows, own = len(parts["train"]["label"]), facts["batch"] // ranks
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(device)
     steps, started = rows // facts["batch"], 0.0
     for step in range(steps):
         if step == facts["warm_up"]:
-            started = time.perf_counter()
+            started = clock(device)
         first = step * facts["batch"] + rank * own
         batch = {name: values[order[first : first + own]] for name, values in parts["train"].items()}
         loss = (
@@ -150,7 +165,7 @@ def run(mode: str, data: Path, out: Path) -> None:
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-    seconds = time.perf_counter() - started
+    seconds = clock(device) - started
     if rank == 0:
         held = parts["held_out"]
         with torch.inference_mode():
@@ -164,7 +179,7 @@ def run(mode: str, data: Path, out: Path) -> None:
             out,
             rows=(steps - facts["warm_up"]) * facts["batch"],
             seconds=seconds,
-            probability=probability.numpy(),
+            probability=probability.cpu().numpy(),
             behaviours=np.array(facts["behaviours"]),
         )
     if ranks > 1:

@@ -29,6 +29,13 @@ from torch_rechub.trainers import CTRTrainer, MTLTrainer
 from torch_rechub.utils.data import DataGenerator, PredictDataset
 
 
+def clock() -> float:
+    """Return the seconds of a clock when the device has done all that is queued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class TimedLoader:
     """A data loader that notes when the first batch after the warm-up is asked for."""
 
@@ -40,7 +47,7 @@ class TimedLoader:
         batches = iter(self.loader)
         for step in range(len(self.loader)):
             if step == self.warm_up:
-                self.started = time.perf_counter()
+                self.started = clock()
             batch = next(batches)
             self.rows += len(batch[1]) if step >= self.warm_up else 0
             yield batch
@@ -73,6 +80,7 @@ def run(mode: str, data: Path, out: Path) -> None:
     )
     timed = TimedLoader(loader, facts["warm_up"])
     common: dict[str, Any] = {"optimizer_params": {"lr": facts["table_rate"]}, "n_epoch": 1}
+    common["device"] = "cuda:0" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as models:
         common["model_path"] = models
         if mode == "ple":
@@ -99,7 +107,7 @@ def run(mode: str, data: Path, out: Path) -> None:
             )
             trainer = CTRTrainer(network, **common)
         trainer.train_one_epoch(timed)
-        seconds = time.perf_counter() - timed.started
+        seconds = clock() - timed.started
         if mode == "ple":
             # This trainer predicts batches without labels, the other one batches with them.
             held_out = DataLoader(PredictDataset(parts["held_out"][0]), batch_size=facts["batch"])

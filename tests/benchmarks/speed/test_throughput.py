@@ -111,6 +111,35 @@ def test_a_peer_whose_python_is_not_named_is_refused(capsys: pytest.CaptureFixtu
         assert message in capsys.readouterr().err
 
 
+def test_a_machine_with_gpus_has_a_rank_on_each_and_steps_that_fill_them(capsys: pytest.CaptureFixture[str]) -> None:
+    on_cpu = throughput.default_settings(gpus=0, cores=2)
+    assert on_cpu == throughput.ThroughputSettings(("1x1", "1x2", "2x1"), throughput.BATCH, workload.ROWS, workers=0)
+    assert throughput.default_settings(gpus=1, cores=16).setups == ("1x4",)
+    eight = throughput.default_settings(gpus=8, cores=24)
+    assert eight.setups == ("1x3", "8x3") and eight.workers == 2
+    assert eight.rows // eight.batch > 100 + throughput.WARM_UP_STEPS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(SystemExit):
+            throughput.main(["--setups", "4x1"])
+    assert "--setups 4x1: there are 2 GPUs, one for each rank" in capsys.readouterr().err
+
+
+def test_the_share_of_the_device_is_of_products_in_the_precision_of_the_system() -> None:
+    rates = throughput.device_rates(torch.device("cpu"), size=16)
+    assert set(rates["device_product_gflops"]) == {"fp32", "tf32", "bf16"}
+    assert min(*rates["device_product_gflops"].values(), rates["device_copy_gb_per_second"]) > 0
+    products = {"fp32": 1e3, "tf32": 4e3, "bf16": 8e3}
+    run = {"rows_per_second": 1e6, "auc": {"click": 0.7}, "product_gflops": 10.0, "device_product_gflops": products}
+    one, two, peer = (
+        throughput.summary(setup, system, [run])["share_of_product_rate"]
+        for setup, system in (("1x4", "limelight-bf16"), ("2x4", "limelight-bf16"), ("1x4", "pytorch-sparse-tf32"))
+    )
+    assert one == pytest.approx(1e6 * throughput.FLOP_PER_ROW / 8e12)
+    assert (two, peer) == pytest.approx((one / 2, 2 * one))
+
+
 def test_a_peer_of_another_environment_gets_none_of_our_packages(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
