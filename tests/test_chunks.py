@@ -225,6 +225,7 @@ ELSEWHERE = {
     "trainer.data.writing.partition_spill:_ROWS_IN_MEMORY": "tests/data/writing/test_builder.py",
     "trainer.data.writing.partition_spill:_ROWS_PER_PARTITION": "tests/data/writing/test_builder.py",
     "trainer.llm.finetuning.token_files:_CHUNK": "tests/llm/finetuning/test_token_files.py",
+    "trainer.runtime.mlflow_store:_AT_ONCE": "tests/runtime/test_mlflow_store.py",
     "trainer.semantic_ids.align_content:CHUNK_ROWS": "tests/semantic_ids/test_align_content.py",
     "trainer.semantic_ids.align_features:REQUESTS_AT_ONCE": "tests/semantic_ids/test_align_features.py",
     "trainer.semantic_ids.code_files:APPENDED_ROWS": "tests/semantic_ids/test_code_files.py",

@@ -27,7 +27,8 @@ def test_the_last_metrics_of_models_and_baselines_are_there(tmp_path: Path, monk
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.run_name for run in runs} == {"run", "run, mmoe"}
     assert [run.data.metrics for run in runs] == [{"held_out/click/auc": 0.75}] * 2
-    assert runs[0].data.params["run.name"] == "small"
+    kinds = {run.info.run_name: run.data.params["model.kind"] for run in runs}
+    assert kinds == {"run": "ple", "run, mmoe": "mmoe"}
 
 
 def test_a_job_without_a_store_writes_its_metrics_alone(tmp_path: Path) -> None:

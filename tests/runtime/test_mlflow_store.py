@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.console.errors import UserError
+from trainer.runtime import mlflow_store
 from trainer.runtime.mlflow_store import MlflowRun, MlflowTarget
 from trainer.runtime.scalars import open_scalars
 
@@ -45,7 +46,11 @@ def only_run(client: Any) -> Any:
     return run
 
 
-def test_a_run_has_settings_scalars_and_a_name(tmp_path: Path, client: Any) -> None:
+@pytest.mark.parametrize("at_once", [2, 500])
+def test_a_run_has_settings_scalars_and_a_name(
+    tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(mlflow_store, "_AT_ONCE", at_once)
     many = {f"data.key {number}": number for number in range(120)}
     directory = model_dir(tmp_path)
     writer = open_scalars(directory / "tensorboard", 0, target(tmp_path, **{"train.weights": {"é": 1}, **many}))

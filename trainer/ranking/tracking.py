@@ -24,9 +24,10 @@ def mlflow_target(config: EngineJob, model_dir: Path) -> MlflowTarget | None:
     """
     if not config.run.mlflow:
         return None
-    baseline = model_dir.parent.name == "baselines"
-    name = f"{model_dir.parents[1].name}, {model_dir.name}" if baseline else model_dir.name
-    return MlflowTarget(config.run.mlflow, config.run.name, name, flat_settings(config.model_dump(mode="json")))
+    name, settings = model_dir.name, flat_settings(config.model_dump(mode="json"))
+    if model_dir.parent.name == "baselines":
+        name, settings = f"{model_dir.parents[1].name}, {model_dir.name}", {**settings, "model.kind": model_dir.name}
+    return MlflowTarget(config.run.mlflow, config.run.name, name, settings)
 
 
 def write_metrics(config: EngineJob, model_dir: Path, document: Mapping[str, Any], step: int) -> None:
