@@ -146,6 +146,19 @@ def test_texts_of_a_run_are_no_markup(run: Path) -> None:
     assert "<img" not in page and "<script" not in page
 
 
+def test_lists_that_a_base_has_fitted_are_columns_of_one_table(stored: Path) -> None:
+    page = make_report(stored / "staytime")
+    table = page[page.index("<h3>Fitted by group</h3>") :].partition("</table>")[0]
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", table) == ["group", "duration edges", "not opened"]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", table)
+    # There are fewer edges than groups.
+    assert cells == ["1", "10", "0.8000", "2", "20", "0.7000", "3", "", "0.6000"]
+    values = page[page.index("<h3>Fitted on the training range</h3>") :].partition("</table>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", values) == [
+        *("limit", "99", "training visits", "777", "opened in training", "0.3000"),
+    ]
+
+
 def test_losses_of_metrics_json_stand_in_for_checkpoints_that_are_gone(stored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(stored / "finetune", tmp_path / "run"))
     shutil.rmtree(run / "checkpoints")
