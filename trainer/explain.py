@@ -16,8 +16,9 @@ from pathlib import Path
 from trainer.config.load import parse_time
 from trainer.console.job_arguments import EXPLAIN_ARGUMENTS, parse_rank_arguments
 from trainer.console.outputs import Output
+from trainer.ranking.history_attention import explanation_document
 from trainer.runtime.distributed import World, run_rank
-from trainer.serving.explanation import explain, explanation_document, format_explanation
+from trainer.serving.explanation import explain, format_explanation
 from trainer.serving.explanation_plot import write_picture
 from trainer.serving.trained_run import open_run
 

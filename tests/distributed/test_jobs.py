@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,24 @@ def test_scoring_a_request_gives_what_evaluation_predicted(
     )
 
 
-def test_a_run_explains_a_prediction(limelight: Any, run: Path, world: Path, tmp_path: Path) -> None:
-    items = pq.read_table(world / "items.parquet").to_pylist()
-    room = max(item["item_id"] for item in items if item["domain"] == 1)
-    user = int(np.load(world / "history" / "user_id.npy")[0])
-    picture = tmp_path / "picture.png"
-    printed = limelight("explain", run, "--user", user, "--candidate", room, "--top", 2, "--out", picture).stdout
-    assert printed.startswith(f"user {user}, candidate {room} of author ")
-    assert "\nshort: found 5; the 2 with the most attention" in printed and "\nlive: found " in printed
+def test_a_run_explains_a_prediction_with_the_attention_that_its_evaluation_has_kept(
+    limelight: Any, run: Path, world: Path, tmp_path: Path
+) -> None:
+    kept = json.loads((run / "attention_examples.json").read_text())["examples"]
+    assert len(kept) == 4 and not (run / "baselines" / "logistic" / "attention_examples.json").exists()
+    example = max(kept, key=lambda one: one["histories"]["short"]["found"])
+    user, room, picture = example["user_id"], example["item_id"], tmp_path / "picture.png"
+    at = datetime.fromtimestamp(example["at_ms"] / 1000, UTC).isoformat(timespec="milliseconds")
+    arguments = ["--user", user, "--candidate", room, "--at", at, "--top", 3, "--out", picture]
+    printed = limelight("explain", run, *arguments).stdout
+    assert printed.startswith(f"user {user}, candidate {room} of author {example['author_id']}")
+    assert "\nshort: found 5; the 3 with the most attention" in printed and "\nlive: found " in printed
+    lines = [line.split() for line in printed.splitlines()]
+    for history in example["histories"].values():
+        for entry in history["entries"]:
+            shown = [entry["domain"], str(entry["item_id"]), str(entry["author_id"])]
+            (share,) = {line[0] for line in lines if line[1:4] == shown and line[0].endswith("%")}
+            assert float(share[:-1]) == pytest.approx(100 * entry["attention"], abs=0.06)
     assert picture.read_bytes().startswith(b"\x89PNG")
     unknown = limelight("explain", run, "--user", 10**9, "--candidate", room, expect=2)
     errors = [line for line in unknown.stderr.splitlines() if line.startswith("limelight: error:")]

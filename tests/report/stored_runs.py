@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from trainer.config.ranker import parse_config
 from trainer.data.format.content_vectors import ContentVectors, Origin
 from trainer.metrics.behaviour_metrics import auc, grouped_auc
+from trainer.ranking.attention_examples import ATTENTION_EXAMPLES
 from trainer.ranking.held_out_rows import HELD_OUT, TIME_ZONE, USER_HASHES, USERS_BELOW
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.run_status import recorded_status
@@ -112,12 +113,43 @@ def write_ranker(
     }
     write_model(directory, "mmoe", noise, behaviours)
     write_model(directory / "baselines" / "logistic", "logistic", 0.3, behaviours)
+    (directory / ATTENTION_EXAMPLES).write_text(json.dumps(attention_examples()))
     config = parse_config(settings, "test").model_dump(mode="json")
     (directory / "config.json").write_text(json.dumps(config))
     start = {"started": "2026-11-30T04:06:38+0000", "ranks": 2, "host": "here", "packages": {"torch": "2"}}
     start |= {"command": ["rank.py", f"run.name={name}"], "dataset": {"path": "data/small", "fingerprint": "abc"}}
     (directory / "environment.json").write_text(json.dumps({"starts": [start]}))
     return directory
+
+
+def attention_examples() -> dict[str, Any]:
+    """Return the attention of two rows: of a user who meets an author again, and of one without a preference."""
+
+    def visit(share: float, author: int, hours: int, *did: str, **more: Any) -> dict[str, Any]:
+        ids = {"domain": "live", "item_id": 10 * author, "author_id": author, "request_ms": (100 - hours) * HOUR}
+        return {"attention": share, **ids, "behaviours": list(did), "as_the_candidate": [], **more}
+
+    met = {
+        **{"user_id": 12, "visit_id": 5, "item_id": 79, "author_id": 7, "at_ms": 100 * HOUR, "did": ["click"]},
+        **{"earlier_visits_of_author": 2, "probabilities": {"click": 0.62, "gift": 0.013}},
+        "histories": {
+            "live": {
+                "found": 20,
+                "entries": [
+                    visit(0.41, 7, 48, "click", "gift", as_the_candidate=["author_category"]),
+                    visit(0.08, 9, 3),
+                ],
+            },
+            "short": {"found": 2, "entries": [visit(0.51, 3, 1), visit(0.49, 4, 2)]},
+            "author": {"found": 0, "entries": []},
+        },
+    }
+    even = {
+        **{"user_id": 13, "visit_id": 6, "item_id": 79, "author_id": 7, "at_ms": 100 * HOUR, "did": []},
+        **{"earlier_visits_of_author": 10, "probabilities": {"click": 0.05}},
+        "histories": {"live": {"found": 1, "entries": [visit(1.0, 7, 99)]}},
+    }
+    return {"timezone": "UTC", "examples": [met, even]}
 
 
 def write_job(directory: Path, config: dict[str, Any], metrics: dict[str, Any], trace: list[dict[str, Any]]) -> Path:

@@ -55,6 +55,7 @@ def test_the_page_shows_the_run(page: str) -> None:
         "Where it is good and bad",
         "Training",
         "One room over time",
+        "What the model attends to",
         "Calibration",
         "Throughput",
         "Embedding tables",
@@ -115,6 +116,49 @@ def test_a_room_has_its_predicted_observed_and_true_curve(page: str) -> None:
     assert label.startswith("Probability of click in item 0: predicted 0.") and "observed 0." in label
     assert "true 0." in label
     assert "The item with the most held-out visits (200), in 10 groups of equally many visits." in page
+
+
+def test_the_attention_of_a_few_rows_is_told_in_words_and_as_tables(page: str) -> None:
+    found = PageElements(page)
+    for text in (
+        "User 12 met author 7 for the 3rd time",
+        "The user did click. Predicted were click 62 %, gift 1.3 %. In the history live, 41 % of the attention is on "
+        "one of 20 visits: to the same author, 2.0 days ago (click, gift).",
+        "live 70 of author 7 (same author, author_category)",
+        "User 13 met author 7 for the 11th time",
+        "The user did nothing that is predicted. Predicted were click 5.0 %. The attention to the past visits is about "
+        "even.",
+    ):
+        assert text in found.texts, text
+    start = page.index("User 12 met author 7")
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[start : page.index("User 13 met author 7")])
+    assert cells[:5] == [
+        *("live (20)", "41 % (8.2 ×)", "2.0 days ago", "live 70 of author 7 (same author, author_category)"),
+        "click, gift",
+    ]
+    assert len(cells) == 4 * 5, "a line for each stored visit"
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (None, "The run has kept no examples of its attention (an earlier version wrote it)"),
+        ("{", "attention_examples.json: not valid JSON"),
+        ('{"examples": 3}', ""),
+        ('{"examples": [3, {"histories": {"live": {"found": "x", "entries": [1]}, "short": []}}]}', ""),
+        ('{"examples": [{"histories": {"live": {"found": 1, "entries": [{"attention": 1}]}}}]}', ""),
+    ],
+)
+def test_examples_of_attention_that_are_missing_or_damaged_leave_a_page(
+    run: Path, few_draws: None, content: str | None, note: str
+) -> None:
+    file = run / "attention_examples.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    page = make_report(run)
+    assert note in " ".join(PageElements(page).texts)
+    assert ("an unknown time ago" in page) == ("[{" in (content or "")), "what is there is shown"
 
 
 def test_a_baseline_that_is_better_beyond_chance_is_a_warning(run: Path, tmp_path: Path) -> None:

@@ -15,13 +15,8 @@ import pytest
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text
 from trainer.data.format.history import HistorySlice
-from trainer.serving.explanation import (
-    Explanation,
-    HistoryAttention,
-    explanation_document,
-    find_author,
-    format_explanation,
-)
+from trainer.ranking.history_attention import Explanation, HistoryAttention, explanation_document
+from trainer.serving.explanation import find_author, format_explanation
 from trainer.serving.explanation_plot import write_picture
 
 AT = 1_709_956_800_000

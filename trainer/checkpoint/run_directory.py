@@ -19,6 +19,7 @@ A ranker's run holds::
     plan.json          the placement of each table by TorchRec's planner
     metrics.json       the metrics at the end; a run with this file has finished
     held_out.parquet   predictions of the held-out range, of a sample of users if there are many
+    attention_examples.json   past visits with the most attention, of a few held-out rows
     report.html        the report, self-contained
     baselines/KIND/    the same for each baseline, from checkpoints/ on
 
@@ -30,8 +31,8 @@ tables of vectors in ``forecasts/``. A fine-tuning run has the files of one of `
     tokens/            the samples as tokens, with counts; written once
     adapter/           the adapter at the end of training, in peft's own format
 
-A run of ``limelight align`` has the files of a ranker's run but ``published/``, ``unused_events/``, ``report.html`` and
-``baselines/``, and::
+A run of ``limelight align`` has the files of a ranker's run but ``published/``, ``unused_events/``, the examples,
+``report.html`` and ``baselines/``, and::
 
     content.json       the segment vectors that it was trained on
     popularity/        positives of the training range by author

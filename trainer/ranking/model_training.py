@@ -18,6 +18,7 @@ from trainer.data.features.search_vectors import SearchSpace
 from trainer.data.format.dataset import Dataset
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.metrics.behaviour_metrics import Report
+from trainer.ranking.attention_examples import ATTENTION_EXAMPLES, HeldOutInputs, write_attention_examples
 from trainer.ranking.checkpoints import Checkpoints, Identity
 from trainer.ranking.evaluation import (
     CalibrationCurves,
@@ -184,7 +185,8 @@ def train_model(job: RankerJob, model: ModelTraining) -> None:
 def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None, CalibrationCurves]:
     """Evaluate a model on the held-out range: metrics and calibration by behaviour. Collective.
 
-    The predictions of these rows, or of a sample of them, are kept in the directory of the model.
+    The predictions of these rows, or of a sample of them, are kept in the directory of the model, with the attention of
+    a few of them, if the model has any.
 
     Returns:
         The metrics, ``None`` if the job holds nothing out, and the calibration curve of each behaviour.
@@ -202,6 +204,13 @@ def evaluate_model(job: RankerJob, model: ModelTraining) -> tuple[Report | None,
     report = evaluate(held_out, behaviours, control, truth)
     file = model.model_dir / HELD_OUT
     write_held_out(file, held_out, behaviours, truth, job.data, job.split.held_out, job.world)
+    if model.kind != "logistic" and job.features.sequences:
+        space = None if model.space is None else model.space.at(model.space.newest)
+        limit = None if frozen is None else job.split.train_until
+        inputs = HeldOutInputs(job.data, job.split.held_out, job.features, space, frozen, limit)
+        write_attention_examples(
+            model.model_dir / ATTENTION_EXAMPLES, model.engine, held_out, behaviours, inputs, job.world
+        )
     return report, calibration_curve(held_out, behaviours, control)
 
 

@@ -19,12 +19,14 @@ class ReportTable:
         header: names of the columns.
         rows: texts of the cells.
         texts: number of the first columns that are texts.
+        text: sentences between heading and table.
     """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     texts: int = 1
+    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import jinja2
 from trainer.checkpoint.runs import describe_state
 from trainer.console.errors import UserError, one_line
 from trainer.console.outputs import Output
+from trainer.report.attention_section import attention_section
 from trainer.report.compare import job_of
 from trainer.report.job_pages import job_page
 from trainer.report.job_text import job_lines
@@ -165,6 +166,7 @@ def _ranker_page(run: StoredRun, models: Sequence[ReportedModel]) -> JobPage:
             stream_section(run),
             *parts_section(run),
             room_section(run.models[0].held_out),
+            attention_section(run.attention),
             training_curves(models),
             calibration_section(run),
             throughput(models),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from trainer.checkpoint.manifest import JOB, list_checkpoints
 from trainer.checkpoint.runs import DAMAGED, RunSummary, is_run, summarize
 from trainer.console.errors import UserError, one_line
+from trainer.ranking.attention_examples import ATTENTION_EXAMPLES
 from trainer.report.held_out import HeldOutRows
 from trainer.runtime.run_status import FINISHED, RUNNING, RunStatus, read_status
 from trainer.runtime.stored_files import parse_json_object, read_json_object, read_limited
@@ -64,6 +65,7 @@ class StoredRun:
         config: the resolved job; empty if it is not there.
         starts: the starts of the job, with versions and machine.
         models: the run's own model first, then the baselines.
+        attention: attention to the histories of a few rows, trainer/ranking/attention_examples.py; empty without.
         notes: sentences on what is missing or damaged.
     """
 
@@ -73,6 +75,7 @@ class StoredRun:
     config: Mapping[str, Any]
     starts: list[Entry]
     models: list[ReportedModel]
+    attention: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @staticmethod
@@ -113,6 +116,13 @@ class StoredRun:
             reader.notes.append(
                 "The run has kept no predictions (an earlier version wrote it): there are no intervals and no parts."
             )
+        missing = ""
+        if models[0].behaviours and own != "logistic" and _section(_section(config, "features"), "history"):
+            missing = (
+                "The run has kept no examples of its attention (an earlier version wrote it); limelight explain shows "
+                "the attention for a user and a candidate."
+            )
+        attention = reader.read(lambda: read_json_object(directory / ATTENTION_EXAMPLES), empty, missing)
         return StoredRun(
             directory,
             summary,
@@ -120,6 +130,7 @@ class StoredRun:
             config,
             [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else [],
             models,
+            attention,
             reader.notes,
         )
 
@@ -146,7 +157,7 @@ def _codebook(directory: Path, reader: _Reader) -> StoredRun:
     )
     model = ReportedModel("codebook", document, [], [], None)
     summary = RunSummary(str(directory), job=QUANTIZE, state=FINISHED if manifest else DAMAGED)
-    return StoredRun(directory, summary, None, manifest, [], [model], reader.notes)
+    return StoredRun(directory, summary, None, manifest, [], [model], notes=reader.notes)
 
 
 class _Reader:

@@ -91,6 +91,6 @@ def embedding_tables(run: StoredRun) -> ReportSection:
                 ", ".join(map(str, ranks)) if isinstance(ranks, list) else "",
             ]
         )
-    text = f"All weights have {size_text(round(total))} in float32; the optimizer's state comes to it." if rows else ""
+    text = f"All weights have {size_text(round(total))} in float32, without the optimizer's state." if rows else ""
     header = ["table", "rows", "dim", "weights", "sharding", "kernel", "ranks"]
     return ReportSection("Embedding tables", text, [ReportTable("", header, rows)] if rows else [])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -15,63 +13,18 @@ import torch
 
 from trainer.console.errors import UserError
 from trainer.console.text_table import age_text, text_table
-from trainer.data.features.feature_map import FeatureMap
 from trainer.data.features.id_map import beyond_message
 from trainer.data.features.missing_inputs import MissingTally
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.dataset_files import DatasetFiles
-from trainer.data.format.history import HistorySlice
 from trainer.data.format.parquet_files import read_table
-from trainer.data.format.schema import DOMAINS, Rows
+from trainer.data.format.schema import DOMAINS
 from trainer.data.loading.batch import unpack
+from trainer.ranking.history_attention import SHOWN, Explanation, HistoryAttention, by_attention, same_values
 from trainer.serving.scoring import candidate_rows
 from trainer.serving.trained_run import TrainedModel
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 10
-"""Entries of a history that the text shows, those with the most attention."""
-
-
-@dataclass(frozen=True)
-class HistoryAttention:
-    """The entries of one history and the attention that each of them receives.
-
-    Attributes:
-        entries: the n entries of one row, oldest first.
-        weights: ``[n, heads]`` float32, attention of each entry; the weights of a head add up to 1.
-        same_value: feature that entries carry -> ``[n]`` bool, True for entries with the candidate's value.
-    """
-
-    entries: HistorySlice
-    weights: np.ndarray
-    same_value: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def attention(self) -> np.ndarray:
-        """Mean attention over the heads, ``[n]``."""
-        return self.weights.mean(1)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Prediction for one user, one candidate and one time, with the attention to each history.
-
-    Attributes:
-        user_id: id of the user.
-        item_id: id of the candidate.
-        author_id: author of the candidate.
-        at_ms: time of the request, UTC.
-        probabilities: behaviour -> predicted probability.
-        histories: name -> entries of that history and their attention.
-    """
-
-    user_id: int
-    item_id: int
-    author_id: int
-    at_ms: int
-    probabilities: dict[str, float]
-    histories: dict[str, HistoryAttention]
 
 
 def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Explanation:
@@ -109,22 +62,10 @@ def explain(model: TrainedModel, user_id: int, item_id: int, at_ms: int) -> Expl
         at_ms,
         dict(zip(features.behaviours, torch.sigmoid(logits[0]).tolist(), strict=True)),
         {
-            name: HistoryAttention(history, shares[name].cpu().numpy(), _same_values(features, rows, history))
+            name: HistoryAttention(history, shares[name].cpu().numpy(), same_values(features, rows, history))
             for name, history in entries.items()
         },
     )
-
-
-def _same_values(features: FeatureMap, rows: Rows, entries: HistorySlice) -> dict[str, np.ndarray]:
-    """Return for the tag, each author feature and each code set which entries have the value of the row in ``rows``."""
-    spec, author_side = features.spec, features.fitted.author_side
-    values = {spec.tag: entries.tag} if spec.tag else {}
-    if author_side is not None:
-        values |= dict(zip(features.author_side, author_side.lookup(entries.author_id).T, strict=True))
-    candidate = dict(zip((side.name for side in spec.side), rows["side"][0].tolist(), strict=True))
-    # 0 stands for an unknown value; two unknown values are not the same.
-    same = {name: (column == candidate[name]) & (column > 0) for name, column in values.items()}
-    return same | {f"code {name}": of_set for name, of_set in features.codes.same_code(rows, entries).items()}
 
 
 def find_author(data: Dataset, path: str, item_id: int) -> int:
@@ -151,48 +92,6 @@ def find_author(data: Dataset, path: str, item_id: int) -> int:
     return int(data.histories.column("author_id")[place[0]])
 
 
-def explanation_document(explanation: Explanation, behaviours: Sequence[str], shown: int = SHOWN) -> dict[str, Any]:
-    """Return an explanation as a JSON document.
-
-    Args:
-        explanation: the explanation to convert.
-        behaviours: behaviours of the dataset, in the order of the bits.
-        shown: maximum number of entries of a history, those with the most attention first.
-    """
-    histories: dict[str, Any] = {}
-    for name, history in explanation.histories.items():
-        entries, attention = history.entries, history.attention
-        histories[name] = {
-            "found": len(attention),
-            "entries": [
-                {
-                    "attention": round(float(attention[place]), 6),
-                    "domain": DOMAINS[entries.domain[place]],
-                    "item_id": int(entries.item_id[place]),
-                    "author_id": int(entries.author_id[place]),
-                    "request_ms": int(entries.request_ms[place]),
-                    "behaviours": [b for bit, b in enumerate(behaviours) if entries.bits[place] >> bit & 1],
-                    "as_the_candidate": [feature for feature, same in history.same_value.items() if same[place]],
-                }
-                for place in _by_attention(attention, shown)
-            ],
-        }
-    return {
-        "user_id": explanation.user_id,
-        "item_id": explanation.item_id,
-        "author_id": explanation.author_id,
-        "at_ms": explanation.at_ms,
-        "probabilities": explanation.probabilities,
-        "histories": histories,
-    }
-
-
-def _by_attention(attention: np.ndarray, shown: int) -> np.ndarray:
-    """Return the positions of the ``shown`` entries with the most attention; among equal ones the latest first."""
-    order: np.ndarray = np.lexsort((-np.arange(len(attention)), -attention))[:shown]
-    return order
-
-
 def format_explanation(explanation: Explanation, behaviours: Sequence[str], timezone: str, shown: int = SHOWN) -> str:
     """Return an explanation as text for the terminal.
 
@@ -216,7 +115,7 @@ def format_explanation(explanation: Explanation, behaviours: Sequence[str], time
         if not n:
             lines += ["", f"{name}: found nothing"]
             continue
-        order = _by_attention(attention, shown)
+        order = by_attention(attention, shown)
         selection = (
             f"; the {len(order)} with the most attention, {attention[order].sum():.0%} of it" if n > shown else ""
         )

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from trainer.console.text_table import age_text
 from trainer.data.format.schema import DOMAINS
+from trainer.ranking.history_attention import Explanation, HistoryAttention
 from trainer.runtime.files import whole_file
-from trainer.serving.explanation import Explanation, HistoryAttention
 
 _COLOURS = {"video": "#1f6f8b", "live": "#c8553d"}
 _SHADES = ("#3c3c3c", "#8a6fae", "#c9a227")

@@ -274,18 +274,26 @@ class _BatchMaker(Dataset):
     def _make(self, task: _BatchTask) -> PackedBatch:
         """Return the model inputs of one batch."""
         rows, skipped = self._reader.gather(task.slices)
-        as_of = rows["request_ms"]
-        # In an evaluation with frozen features, the histories end where training ended.
-        if self._as_of_limit_ms is not None:
-            as_of = np.minimum(as_of, self._as_of_limit_ms)
-        if self._frozen is not None:
-            rows["stat"] = self._frozen.lookup(rows)
+        as_of = freeze_rows(rows, self._as_of_limit_ms, self._frozen)
         packed = self._feature_map.pack(rows, self._histories, as_of, self._vectors(task.version))
         return replace(packed, skipped_rows=skipped)
 
     def _vectors(self, version: int) -> Space | None:
         """Return a version of the search vectors; None if no feature needs them."""
         return None if self._space is None else self._space.at(version)
+
+
+def freeze_rows(rows: Rows, as_of_limit_ms: int | None, frozen: FrozenStatistics | None) -> np.ndarray:
+    """Give rows the frozen statistics, if there are some, and return the times as of which their histories are read.
+
+    Args:
+        rows: the rows; ``stat`` is replaced.
+        as_of_limit_ms: in an evaluation with frozen features, the end of training, where the histories end too.
+        frozen: statistics at that time.
+    """
+    if frozen is not None:
+        rows["stat"] = frozen.lookup(rows)
+    return rows["request_ms"] if as_of_limit_ms is None else np.minimum(rows["request_ms"], as_of_limit_ms)
 
 
 def _unchanged(made: Any) -> Any:
