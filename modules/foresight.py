@@ -327,10 +327,6 @@ class CodeSample(NamedTuple):
         code = torch.multinomial(probability, size, replacement=True, generator=generator)
         return CodeSample(code, (probability[code] * size).log().float())
 
-    def to(self, device: torch.device) -> CodeSample:
-        """Return the sample on a device."""
-        return CodeSample(self.code.to(device), self.log_expected.to(device))
-
 
 def sampled_softmax(own: Tensor, others: Tensor, target: Tensor, sample: CodeSample) -> Tensor:
     """Return the sampled softmax loss of each row ``[n]``.

@@ -2,8 +2,9 @@
 
 Two modes see them. PyTorch's dispatcher sees the operations whose result the host needs, also if a compiled function
 calls them: a number that is read, a shape that depends on values. ``tolist``, ``numpy`` and copies are seen as calls
-from Python only: of Python scalars and lists to the device, and of tensors to the host. Without a GPU all tensors are
-on one device, so code that only works with tensors of the host is listed in ``HOST_ONLY``.
+from Python only: of Python scalars and lists to the device, and of tensors to the host. The first reading of a
+``HostCopy`` waits, too. Without a GPU all tensors are on one device, so code that only works with tensors of the host
+is listed in ``HOST_ONLY``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.paths import ROOT
+from trainer.runtime.host_copy import HostCopy
 
 HOST_ONLY = {
     # Files and functions; a GPU runs TorchRec's exchange on its copy stream instead of the first ones.
@@ -28,9 +31,12 @@ HOST_ONLY = {
     ("trainer/metrics/", ""),
     ("trainer/checkpoint/", ""),
     ("trainer/runtime/distributed.py", ""),
+    # Values of a copy.
+    ("trainer/runtime/host_copy.py", ""),
     ("trainer/runtime/scalars.py", ""),
-    # Sums over the ranks, of integers in the memory of the host.
+    # Sums over the ranks, of numbers in the memory of the host.
     ("trainer/engine/batch_pipeline.py", "totals"),
+    ("trainer/engine/step_loop.py", "_summed"),
     # Lengths of the batch on the host.
     ("trainer/engine/micro_batches.py", "split_micro_batches"),
     # A GPU takes all rows as one block and reads no lengths.
@@ -64,8 +70,18 @@ class Waits:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self._modes = ExitStack()
+        self._copies: list[HostCopy] = []
 
     def __enter__(self) -> Waits:
+        patch, read = self._modes.enter_context(pytest.MonkeyPatch.context()), HostCopy.read
+
+        def counted_read(copy: HostCopy) -> list[Tensor]:
+            if not any(other is copy for other in self._copies):
+                self._copies.append(copy)
+                self.calls.append("values of a step")
+            return read(copy)
+
+        patch.setattr(HostCopy, "read", counted_read)
         self._modes.enter_context(_FunctionWaits(self))
         self._modes.enter_context(_DispatchWaits(self))
         return self
@@ -104,7 +120,7 @@ class _FunctionWaits(TorchFunctionMode):
             code = sys._getframe(1).f_code
             if not any(code.co_filename.endswith(file) and code.co_name == at for file, at in OWN_DEVICE):
                 self._waits.add("to the host")
-        elif name in _COPIES and kwargs.get("device") is not None and not isinstance(args[0], Tensor):
+        elif _copies_a_value(name, args, kwargs):
             self._waits.add("a value to the device")
         elif name in ("__getitem__", "__setitem__") and _holds_list(args[1]):
             self._waits.add("a list as an index")
@@ -129,6 +145,13 @@ class _DispatchWaits(TorchDispatchMode):
             if any(isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.uint8) for mask in masks):
                 self._waits.add("a mask as an index")
         return func(*args, **kwargs)
+
+
+def _copies_a_value(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True if a Python value becomes a tensor of the device."""
+    if name == "new_tensor":
+        return not isinstance(args[1], Tensor)
+    return name in _COPIES and kwargs.get("device") is not None and not isinstance(args[0], Tensor)
 
 
 def _names_the_host(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -135,7 +135,7 @@ class PlayCompletion(_Standardised):
 
     def _known(self, duration: Tensor) -> Tensor:
         """Return the durations, with the median for unknown ones."""
-        return duration.where(duration > 0, duration.new_tensor(self.median))
+        return duration.where(duration > 0, self.median)
 
 
 class NormalisedDwellTime(_Standardised):

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +31,9 @@ from modules.staytime.comment_losses import (
     touched_bce,
 )
 from modules.staytime.networks import StaytimeOutput
+from tests.device_waits import Waits
 from tests.paths import ROOT, files_of_their_owner_alone
+from trainer.comment_staytime import model as staytime_model
 from trainer.comment_staytime.evaluation import evaluate, read_truth, train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.comment_staytime.model import (
@@ -506,6 +509,28 @@ def test_a_loss_that_is_not_finite_ends_the_run(world: Path) -> None:
     config = job(world, "train.learning_rate=1e30", "base.loss=vr", "lcu.enabled=false", "train.warmup=0")
     with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf); lower train\.learning_rate"):
         train_and_evaluate(config, load(config), CPU, quiet=True)
+
+
+@pytest.mark.parametrize("base", get_args(BaseKind))
+def test_the_host_waits_for_the_device_once_a_step(
+    world: Path, embeddings: list[str], base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job(world, f"base.loss={base}", "train.batch_size=16", "train.epochs=2", *embeddings)
+    data = replace(load(config), training=np.arange(64))
+    fitted = fit_base_on(config, data)
+    network = build_network(config, data, fitted)
+    starts: list[int] = []
+
+    def counted_batch(*arguments: Any) -> Any:
+        starts.append(len(waits.calls))
+        return make_batch(*arguments)
+
+    monkeypatch.setattr(staytime_model, "make_batch", counted_batch)
+    with Waits() as waits:
+        train(config, data, fitted, network, CPU, quiet=True)
+    of_step = [waits.calls[start:stop] for start, stop in pairwise(starts)]
+    # The losses of a step are read when the next one is queued.
+    assert of_step == [[]] + 6 * [["values of a step"]]
 
 
 @pytest.mark.slow

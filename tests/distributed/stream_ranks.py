@@ -75,7 +75,7 @@ def main(start: str, out: Path, dataset: Path, earlier: list[str]) -> None:
                 if world.rank == 0:
                     shutil.copytree(stopped, out / start / policy / "kept")
                 world.barrier()
-                results["resumed"][start] = run(world, job(dataset, stopped, policy))
+                results["resumed"][start] = run(world, job(dataset, stopped, policy), later=True)
             for name in earlier:
                 directory = out / start / policy / f"from-{name}"
                 if world.rank == 0:

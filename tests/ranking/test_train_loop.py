@@ -24,7 +24,6 @@ from trainer.ranking.checkpoints import Checkpoints
 from trainer.ranking.train_loop import write_scalars
 from trainer.ranking.training_state import TrainingState
 from trainer.runtime.distributed import World
-from trainer.runtime.host_copy import HostCopy
 from trainer.runtime.phase_timer import PHASES
 from trainer.runtime.preemption import Preemption
 
@@ -115,20 +114,14 @@ class Trained(NamedTuple):
 
 def train_counted(config: JobConfig, *, later: bool) -> Trained:
     """Run a job whose engine reads losses ``later``, or at once."""
-    waits, starts, copies = Waits(), list[int](), list[HostCopy]()
+    waits, starts = Waits(), list[int]()
     histories: list[list[dict[str, Any]]] = []
     tensors: dict[str, torch.Tensor] = {}
-    advance, read, save = TrainingState.advance, HostCopy.read, Checkpoints.save
+    advance, save = TrainingState.advance, Checkpoints.save
 
     def counted_advance(self: TrainingState, result: StepResult) -> None:
         starts.append(len(waits.calls))
         advance(self, result)
-
-    def counted_read(self: HostCopy) -> list[torch.Tensor]:
-        if not any(copy is self for copy in copies):
-            copies.append(self)
-            waits.calls.append("values of a step")
-        return read(self)
 
     def last_save(self: Checkpoints, engine: HybridEngine, state: TrainingState, *, wait: bool = False) -> None:
         save(self, engine, state, wait=wait)
@@ -138,7 +131,6 @@ def train_counted(config: JobConfig, *, later: bool) -> Trained:
     with pytest.MonkeyPatch.context() as patch, World.join("cpu") as world, waits if later else nullcontext():
         patch.setattr(build_engine, "HybridEngine", partial(HybridEngine, read_later=later))
         patch.setattr(TrainingState, "advance", counted_advance)
-        patch.setattr(HostCopy, "read", counted_read)
         patch.setattr(Checkpoints, "save", last_save)
         run_job(config, world, Preemption())
     of_seconds = {"rows_per_second", *PHASES}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import torch
 
 from modules.foresight import ForesightPredictor
 from tests.conftest import RunRanks
+from tests.device_waits import Waits
 from tests.nursery import Nursery
 from tests.semantic_ids.foresight_world import (
     CODES,
@@ -40,7 +43,12 @@ from trainer.runtime.watchdog import Watchdog
 from trainer.semantic_ids import foresight_report, foresight_training
 from trainer.semantic_ids.foresight_data import ForesightBatch, ForesightData, fingerprint
 from trainer.semantic_ids.foresight_engine import PredictorEngine
-from trainer.semantic_ids.foresight_training import ForesightWindow, RowSchedule, predictor_size
+from trainer.semantic_ids.foresight_training import (
+    ForesightWindow,
+    PredictorSteps,
+    RowSchedule,
+    predictor_size,
+)
 from trainer.semantic_ids.segments import TimeRange
 from trainer.serving.export import export_checkpoint
 
@@ -226,6 +234,21 @@ def test_the_watchdog_sees_each_step(data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(step_loop, "Watchdog", Seen)
     run(data)
     assert seen == [300.0, *range(1, STEPS + 1)]
+
+
+def test_the_host_waits_for_the_device_once_a_step(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, backward = list[int](), PredictorSteps.backward
+
+    def counted_backward(self: PredictorSteps, step: int) -> Sequence[float]:
+        starts.append(len(waits.calls))
+        return backward(self, step)
+
+    monkeypatch.setattr(PredictorSteps, "backward", counted_backward)
+    with Waits() as waits:
+        run(data, "train.sampled_codes=4", "train.log_every=3", "model.copy_runs=true")
+    of_step = [waits.calls[start:stop] for start, stop in pairwise(starts)]
+    # Adam's moments and DeepSpeed's buffers are made in the first step.
+    assert of_step[1:] == (STEPS - 2) * [["values of a step"]]
 
 
 def test_a_loss_that_is_not_finite_is_one_line(data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from trainer.config.staytime import LcuConfig, StaytimeConfig
 from trainer.console.errors import UserError
 from trainer.console.progress import Progress
 from trainer.engine.lr_schedule import learning_rate_factor
+from trainer.runtime.host_copy import HostCopy, to_device
 
 ROWS_AT_ONCE = 8192
 """Rows of a prediction batch."""
@@ -131,9 +133,14 @@ def _build_lcu(
     )
 
 
-def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tuple[StaytimeInputs, Labels]:
-    """Return inputs and labels of some rows on a device."""
-    comments = data.comments
+def make_batch(
+    data: StaytimeData, rows: np.ndarray, device: torch.device, hidden: np.ndarray | None = None
+) -> tuple[StaytimeInputs, Labels]:
+    """Return inputs and labels of some rows on a device; the rows ``hidden`` (``[n]`` bool) are of unknown videos."""
+    comments, categories = data.comments, data.fields[rows].astype(np.int64)
+    if hidden is not None and data.unknown_item is not None:
+        column, unknown = data.unknown_item
+        categories[hidden, column] = unknown
     if comments is None:
         # A network without LCU gets comment inputs of width 0.
         nothing = np.zeros((len(rows), 0), np.float32)
@@ -148,14 +155,15 @@ def make_batch(data: StaytimeData, rows: np.ndarray, device: torch.device) -> tu
             np.zeros((*chosen.shape, 0), np.float32) if comment is None else comment.gather(chosen),
             chosen >= 0,
         ]
-    tensors = [torch.from_numpy(array) for array in (data.fields[rows].astype(np.int64), data.dense[rows], *arrays)]
-    inputs = StaytimeInputs(*(tensor.to(device) for tensor in tensors))
+
+    def moved(array: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(array), device)
+
+    inputs = StaytimeInputs(*map(moved, (categories, data.dense[rows], *arrays)))
     popular, touched = (None, None)
     if comments is not None:
-        popular = torch.from_numpy(comments.popular[chosen]).to(device)
-        touched = torch.from_numpy(comments.touched[rows]).to(device)
-    seconds, duration = (torch.from_numpy(column[rows]).to(device) for column in (data.seconds, data.duration))
-    return inputs, Labels(seconds, duration, popular, touched)
+        popular, touched = moved(comments.popular[chosen]), moved(comments.touched[rows])
+    return inputs, Labels(moved(data.seconds[rows]), moved(data.duration[rows]), popular, touched)
 
 
 def joint_loss(
@@ -190,6 +198,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a network in place. Returns the mean losses of each epoch.
 
+    The losses of a step are read when the next one is queued, so that the host does not wait for a GPU.
+
     Raises:
         UserError: the loss is not finite.
     """
@@ -200,36 +210,51 @@ def train(
     steps_of_epoch = -(-len(data.training) // settings.batch_size)
     total, step = settings.epochs * steps_of_epoch, 0
     network.train()
-    epochs = []
+    epochs, unread = list[dict[str, float]](), list[_QueuedStep]()
+
+    def read() -> None:
+        while unread:
+            queued = unread.pop()
+            losses = dict(zip(queued.names, queued.copies.numbers(), strict=True))
+            if not np.isfinite(losses["loss"]):
+                rate = f"train.learning_rate = {settings.learning_rate:g}"
+                raise UserError(f"the loss of step {queued.step} is {losses['loss']}; lower {rate}")
+            for name, loss in losses.items():
+                epochs[queued.epoch][name] = epochs[queued.epoch].get(name, 0.0) + loss / steps_of_epoch
+            progress.advance(queued.rows, f"loss {losses['loss']:.4f}")
+
     with Progress("train", settings.epochs * len(data.training), "rows", quiet=quiet) as progress:
-        for _ in range(settings.epochs):
-            sums: dict[str, float] = {}
+        for epoch in range(settings.epochs):
+            epochs.append({})
             for rows in _portions(generator.permutation(data.training), settings.batch_size):
                 factor = learning_rate_factor(step, total, settings.warmup, settings.decay)
                 for group in optimizer.param_groups:
                     group["lr"] = factor * settings.learning_rate
-                inputs, labels = make_batch(data, rows, device)
+                hidden = None
                 if data.unknown_item is not None:
                     # Teach the row of unknown videos what new videos are like, see input.hide_items.
-                    column, unknown = data.unknown_item
                     hidden = generator.random(len(rows)) < config.input.hide_items
-                    inputs.fields[torch.from_numpy(hidden).to(device), column] = unknown
+                inputs, labels = make_batch(data, rows, device, hidden)
                 losses = joint_loss(network(inputs), base, labels, inputs.present, config.lcu)
-                # Checked before the step, so that NaN does not reach the weights.
-                value = losses["loss"].item()
-                if not np.isfinite(value):
-                    raise UserError(
-                        f"the loss of step {step} is {value}; lower train.learning_rate = {settings.learning_rate:g}"
-                    )
                 optimizer.zero_grad()
                 losses["loss"].backward()
                 optimizer.step()
+                read()
+                values = torch.stack(list(losses.values()))
+                unread.append(_QueuedStep(epoch, step, len(rows), tuple(losses), HostCopy((values,))))
                 step += 1
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0.0) + loss.item() / steps_of_epoch
-                progress.advance(len(rows), f"loss {value:.4f}")
-            epochs.append(sums)
+        read()
     return epochs
+
+
+class _QueuedStep(NamedTuple):
+    """Step whose losses are not read yet: the names of the losses, and their copies in one tensor."""
+
+    epoch: int
+    step: int
+    rows: int
+    names: tuple[str, ...]
+    copies: HostCopy
 
 
 @torch.no_grad()

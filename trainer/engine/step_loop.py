@@ -90,10 +90,7 @@ def run_steps(
             own = steps.backward(state.step)
 
             # One all-reduce per step carries the sums, and the requests to save or to stop.
-            requests = checkpoints.is_due(state.step + 1), preemption.asked
-            reduced = torch.tensor([*own, *requests], dtype=torch.float64)
-            dist.all_reduce(reduced, group=world.control)
-            *sums, save, stop = reduced.tolist()
+            *sums, save, stop = _summed([*own, checkpoints.is_due(state.step + 1), preemption.asked], world)
             if not math.isfinite(sums[0]):
                 raise UserError(
                     f"the loss of step {state.step + 1} is not finite; the {model} was not updated with it, and the "
@@ -118,3 +115,10 @@ def run_steps(
         with watchdog.busy("saving the last checkpoint"):
             state.finished = True
             steps.save(wait=True)
+
+
+def _summed(values: Sequence[float], world: World) -> list[float]:
+    """Return the sums of values over the ranks, through the memory of the hosts. Collective."""
+    reduced = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(reduced, group=world.control)
+    return reduced.tolist()

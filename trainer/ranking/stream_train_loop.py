@@ -167,6 +167,7 @@ class _StreamTrainer:
         """Record the metrics of the last steps, and close the scalars."""
         if self._state.window.rows:
             self._prepare_entry()()
+        self._state.settle()
         if self._scalars is not None:
             self._scalars.close()
 

@@ -1,4 +1,7 @@
-"""Copies from the device to the host that are read later, when the device has long gone on."""
+"""Copies between the host and the device that the host does not wait for.
+
+Those to the host are read later, when the device has gone on.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,14 @@ class HostCopy:
             self._copied.synchronize()
             self._copied = None
         return self._copies
+
+    def numbers(self) -> list[float]:
+        """Return the elements of all copies as numbers; the first call waits for the device."""
+        return [number for copy in self.read() for number in copy.flatten().tolist()]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, behind the work that is queued so far; the host waits for nothing."""
+    # A copy from pageable memory would wait for all that is queued.
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)

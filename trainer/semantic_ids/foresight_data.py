@@ -17,6 +17,7 @@ from trainer.console.errors import UserError
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.segment_codes import CodeFile
 from trainer.data.simulator.segment_truth import read_next_topics
+from trainer.runtime.host_copy import to_device
 from trainer.semantic_ids.code_files import read_codes
 from trainer.semantic_ids.codebook_version import CodebookVersion
 from trainer.semantic_ids.foresight_rows import ForesightRows, Target
@@ -151,7 +152,7 @@ class ForesightBatch:
         code, length = rows.contexts(part, runs)
         if hidden is not None:
             code[hidden], length[hidden] = -1, 0
-        tensors = (torch.from_numpy(array).to(device) for array in (code, length, rows.target[part]))
+        tensors = (to_device(torch.from_numpy(array), device) for array in (code, length, rows.target[part]))
         return ForesightBatch(*tensors)
 
 

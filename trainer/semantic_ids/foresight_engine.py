@@ -13,6 +13,7 @@ from modules.foresight import CodeSample, ForesightPredictor
 from trainer.checkpoint.model_state import in_blocks, read_state
 from trainer.config.deepspeed import SETTINGS
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
+from trainer.runtime.host_copy import HostCopy
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.semantic_ids.foresight_data import ForesightBatch
 
@@ -50,6 +51,8 @@ class PredictorEngine:
         assert isinstance(self._network.module, ForesightPredictor)
         self.predictor: ForesightPredictor = self._network.module
         self.parts, self._world = self._network.parts, dist.get_world_size()
+        # The loss was read before the step; the norm of the gradient is tested on the device.
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
 
     @property
     def zero_stage(self) -> int:
@@ -69,18 +72,19 @@ class PredictorEngine:
         """
         # DeepSpeed averages over ranks and micro-batches, which may have different numbers of rows.
         scale = self._world * self.parts / rows
-        total = 0.0
+        losses = []
         for part, batch in enumerate(batches):
             found = self._network(batch.code, batch.length)
             loss = self.predictor.losses(batch.code, found, batch.target, sample).sum()
+            # Copied before the backward pass is queued, with which a GPU is then busy while the loss is read.
+            losses.append(HostCopy((loss,)))
             self._network.backward(loss * scale, last=part + 1 == self.parts)
-            total += float(loss.detach())
         self._clock.lap()
-        return total
+        return sum(number for copy in losses for number in copy.numbers())
 
     def step(self) -> None:
         """Update the predictor with the gradients of :meth:`backward`."""
-        self._network.step()
+        self._network.step(self._finite)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the following steps."""

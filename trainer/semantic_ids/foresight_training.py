@@ -21,6 +21,7 @@ from trainer.engine.dense_engine import DenseOptimizer
 from trainer.engine.lr_schedule import learning_rate_factor
 from trainer.engine.step_loop import StepDone, run_steps
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import to_device
 from trainer.runtime.preemption import Preemption
 from trainer.runtime.rng_state import start_random_states
 from trainer.semantic_ids.foresight_data import CodedRows, ForesightBatch, ForesightData
@@ -270,7 +271,8 @@ class PredictorSteps:
         if train.sampled_codes:
             generator = torch.Generator().manual_seed(int(sampling.generate_state(1)[0]))
             frequency = code_frequency(self._counts(step), train.sampling_power)
-            sample = CodeSample.draw(frequency, train.sampled_codes, generator).to(self._world.device)
+            drawn = CodeSample.draw(frequency, train.sampled_codes, generator)
+            sample = CodeSample(*(to_device(part, self._world.device) for part in drawn))
         shares = np.array_split(np.arange(len(part)), self._world.size * self._engine.parts)
         own = shares[self._world.rank * self._engine.parts :][: self._engine.parts]
         batches = [
