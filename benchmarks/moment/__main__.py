@@ -10,7 +10,8 @@ trained on its stream under each report policy: ``full`` with its real delay, ``
 * freshness: seconds from a behaviour to the row with its label, from the log; and to updated parameters, in real time.
 
 The statistics logged with the rows contain a behaviour after its visit has ended: the main comparison leaves them out,
-and a second one (``statistics``) has them. A third (``no_slow_rows``) has ``fast_slow`` without its second rows.
+and a second one (``statistics``) has them. A third (``no_slow_rows``) has ``fast_slow`` without its second rows; two
+more (``limit_1``, ``limit_2``) bound the importance weight of these rows (``labels.retraction_limit``).
 Learning rates are the same for all policies, and were chosen on another world.
 
     python -m benchmarks.moment --work moment --out benchmarks/results/moment.json
@@ -75,9 +76,12 @@ _NO_STATISTICS = "features.exclude=['stat:*']"
 VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "main": (POLICIES, (_NO_STATISTICS,)),
     "no_slow_rows": (("fast_slow",), (_NO_STATISTICS, "labels.slow_minutes=600")),
+    "limit_1": (("fast_slow",), (_NO_STATISTICS, "labels.retraction_limit=1.0")),
+    "limit_2": (("fast_slow",), (_NO_STATISTICS, "labels.retraction_limit=2.0")),
     "statistics": (("full", "fast_slow", "realtime"), ()),
 }
-"""Policies and settings: the comparison; ``fast_slow`` without its second row; and with the logged statistics."""
+"""Policies and settings: the comparison; ``fast_slow`` without its second row, and with a bounded weight of it; and
+with the logged statistics."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +328,8 @@ def report(options: argparse.Namespace, world: World) -> None:
             "event_to_parameters_seconds": played,
         },
     )
+    if "main" not in result:
+        return
     plot_reactions(options.out.with_name(f"{options.out.stem}_reaction.png"), result["main"])
     first = worlds[1]
     at = np.flatnonzero((first.place == liveliest(first)) & (first.at_s >= JUDGED_FROM_S))

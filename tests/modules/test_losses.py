@@ -109,3 +109,47 @@ def test_each_kind_of_row_has_its_own_loss() -> None:
     torch.testing.assert_close(total, late + plain)
     torch.testing.assert_close(sums, late_sums + plain_sums)
     assert not sums.requires_grad
+
+
+@pytest.mark.parametrize("limit", [0.4, 1.0, 2.0, 5.0])
+def test_a_limited_retraction_has_a_bounded_importance_weight(limit: float) -> None:
+    # 0.5 and 0.8 are the edges of limits 2 and 5.
+    p = torch.tensor([1e-6, 0.01, 0.4999, 0.5, 0.5001, 0.79, 0.8, 0.99, 1 - 1e-6], dtype=torch.float64)
+    logits = torch.logit(p)[:, None].float().requires_grad_()
+    total, sums = retraction(logits, torch.ones(9, 1), torch.tensor([3.0]), limit)
+    slope = torch.autograd.grad(total, logits)[0][:, 0]
+    expected = -(limit * (1 - p)).clamp(max=1)
+    torch.testing.assert_close(slope, 3 * expected.float(), rtol=1e-4, atol=1e-6)
+    # The loss is the integral of this slope that is 0 for a certain positive.
+    each = torch.cat([retraction(row[None], torch.ones(1, 1), torch.ones(1), limit)[1] for row in logits.detach()])
+    edge = max(limit - 1, 0)
+    below = limit * math.log(limit / edge) + math.log(edge) - torch.logit(p) if edge else torch.zeros_like(p)
+    closed = torch.where(p < 1 - 1 / limit, below, -limit * torch.log(p)) if edge else -limit * torch.log(p)
+    torch.testing.assert_close(each, closed.float(), rtol=1e-3, atol=1e-5)
+    assert (each > 0).all() and float(sums[0]) == pytest.approx(float(each.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "probability"), [(0.0, 0.3), (1.0, 0.3 / 1.06), (2.0, 0.3)])
+def test_a_fast_and_a_limited_slow_row_are_balanced_where_the_docstring_says(limit: float, probability: float) -> None:
+    q, s = 0.3, 0.8
+    # Of all visits: positives that the fast row has, those that only the slow row has, and negatives.
+    logit = torch.full((4, 1), math.log(probability / (1 - probability)), requires_grad=True)
+    share = torch.tensor([q * s, q * (1 - s), 1 - q * s])
+    mask, label = torch.ones(4, 1), torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    slow = torch.tensor([False, True, False, False])
+    slopes = [
+        torch.autograd.grad(
+            report_loss(logit, label, mask * (torch.arange(4) == row)[:, None], slow, torch.ones(1), limit)[0], logit
+        )[0][row, 0]
+        for row in range(3)
+    ]
+    assert float((torch.stack(slopes) * share).sum()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("extreme", [200.0, -200.0, 1e30, -1e30])
+@pytest.mark.parametrize("limit", [1.0, 3.0])
+def test_a_limited_retraction_stops_at_a_certain_positive(extreme: float, limit: float) -> None:
+    logits = torch.tensor([[extreme]], requires_grad=True)
+    total, _ = retraction(logits, torch.ones(1, 1), torch.ones(1), limit)
+    slope = torch.autograd.grad(total, logits)[0]
+    assert slope.item() == (0 if extreme > 0 else -1) and total.item() >= 0

@@ -101,3 +101,28 @@ def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
     assert arguments["table_optimizer"] == TableOptimizer("adagrad", 0.2, 1e-4)
     assert arguments["dense_optimizer"] == DenseOptimizer(0.01, 0.3, (0.8, 0.95))
     assert arguments["batch_size"] == 32 and arguments["alignment"] is None
+
+
+def test_the_limit_of_retractions_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a late positive at p = 0.8, with a limit of 2, and by default."""
+    made: list[Any] = []
+    monkeypatch.setattr(setup, "make_engine", lambda *arguments: made.append(arguments[4]))
+    for name in ("build_ranker", "build_alignment"):
+        monkeypatch.setattr(setup, name, lambda *arguments: None)
+    features: Any = SimpleNamespace(behaviours=("click",), tables=(), lookups=(), layout=SimpleNamespace(content=()))
+    world: Any = SimpleNamespace(device=torch.device("cpu"))
+    one: Any = SimpleNamespace(label=torch.ones(1, 1), mask=torch.ones(1, 1), slow=torch.tensor([True]))
+    batch: Any = SimpleNamespace(dense=torch.zeros(1, 0))
+    slopes = []
+    for labels in ({"retraction_limit": 2.0}, {}):
+        sections = {
+            "data": {"path": "x", "train_until": "2022-05-04"},
+            "stream": {},
+            "labels": {"policy": "fast_slow", **labels},
+        }
+        config = parse_config(sections, "test")
+        setup.build_engine(config, features, "ple", world)
+        logits = torch.logit(torch.tensor([[0.8]])).requires_grad_()
+        loss = made[-1].begin(batch, [one], lambda part: part.label)(0, logits)
+        slopes.append(torch.autograd.grad(loss, logits)[0].item())
+    assert slopes == pytest.approx([-0.4, -1])

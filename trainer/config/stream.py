@@ -172,6 +172,14 @@ class LabelConfig(BaseModel):
     )
     fast_minutes: float = Field(5.0, description="`fast_slow`: time from the request to the fast row.", gt=0)
     slow_minutes: float = Field(60.0, description="`fast_slow`: time from the request to the slow row.", gt=0)
+    retraction_limit: float = Field(
+        0.0,
+        description="`fast_slow`: largest importance weight of a slow row, which retracts an earlier negative. 1: the "
+        "row is a positive like any other. 2: exact up to a probability of 0.5, and weaker above it. 0: no limit, as "
+        "in equation 3 of Moment&Cross.",
+        ge=0,
+        allow_inf_nan=False,
+    )
     tick_seconds: float = Field(
         30.0,
         description="`realtime` and `realtime_naive`: length of a tick; a visit reports at most once per tick.",

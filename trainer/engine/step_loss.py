@@ -43,9 +43,11 @@ class BehaviourLoss:
 
     Attributes:
         weights: ``[behaviours]``, weights of the behaviours.
+        retraction_limit: largest importance weight of a retraction; 0 for no limit.
     """
 
     weights: Tensor
+    retraction_limit: float = 0.0
 
     @property
     def labels(self) -> int:
@@ -62,6 +64,6 @@ class BehaviourLoss:
             part = parts[number]
             if part.slow is None:
                 return masked_bce(logits, part.label, part.mask, weights)[0]
-            return report_loss(logits, part.label, part.mask, part.slow, weights)[0]
+            return report_loss(logits, part.label, part.mask, part.slow, weights, self.retraction_limit)[0]
 
         return loss

@@ -316,7 +316,7 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         features.tables,
         features.lookups,
         build_ranker(config, features, kind),
-        BehaviourLoss(torch.tensor(weights, device=world.device)),
+        BehaviourLoss(torch.tensor(weights, device=world.device), config.labels.retraction_limit),
         world,
         build_alignment(config, features),
         features.layout.content,
