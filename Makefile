@@ -85,10 +85,10 @@ test-kafka: setup
 	@test -n "$(BROKERS)" || { echo "limelight: error: name the brokers: make test-kafka BROKERS=host:9092" >&2; exit 2; }
 	@LIMELIGHT_KAFKA_BROKERS=$(BROKERS) .venv/bin/python -m pytest $(addprefix tests/stream/sources/test_kafka_,$(addsuffix .py,source dead_letters offsets brokers publish))
 
-# The GPU search without a GPU: in Triton's interpreter, and compiled ahead of time. About 700 MB go to build/, where no
-# other command finds them, since libraries behave otherwise once they can import Triton.
+# The search and the dynamic ids of a GPU, without one: in Triton's interpreter, and compiled ahead of time. About 700 MB
+# go to build/, where no other command finds them, since libraries behave otherwise once they can import Triton.
 test-triton: setup build/triton-$(TRITON)
-	@PYTHONPATH=build/triton-$(TRITON) TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/modules/search/test_triton_kernel.py
+	@PYTHONPATH=build/triton-$(TRITON) TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/modules/search/test_triton_kernel.py tests/sparse/test_device_ids.py
 
 build/triton-$(TRITON):
 	@mkdir -p build && rm -rf $@.partial

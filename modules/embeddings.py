@@ -142,8 +142,11 @@ def initial_rows(
 
 
 def initial_values(table: Table, seed: int, rows: Tensor, column_offset: int, columns: int) -> Tensor:
-    """Return initial values as :func:`initial_rows` does, for any rows ``[n]`` int64: ``[n, columns]`` float32."""
-    out = torch.zeros(len(rows), columns, dtype=torch.float32)
+    """Return initial values as :func:`initial_rows` does, for any rows ``[n]`` int64: ``[n, columns]`` float32.
+
+    They are on the device of ``rows``.
+    """
+    out = torch.zeros(len(rows), columns, dtype=torch.float32, device=rows.device)
     if table.init == "zeros" or columns == 0:
         return out
     scale = 0.1 / math.sqrt(table.dim) if table.init_scale is None else table.init_scale
@@ -161,8 +164,9 @@ def _random_bits(name: str, seed: int, rows: Tensor, column_offset: int, columns
     """Yield ``(start, bits)`` for chunks of rows; bits are ``[chunk, columns]`` int64, a hash of row and column."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest, "little", signed=True)
-    column_keys = torch.arange(column_offset, column_offset + columns) * _MIX_1
-    step = max(1, _CHUNK // columns)
+    column_keys = torch.arange(column_offset, column_offset + columns, device=rows.device) * _MIX_1
+    # A GPU has no core's cache, and each chunk would start kernels of its own.
+    step = max(1, _CHUNK // columns if rows.device.type == "cpu" else len(rows))
     for start in range(0, len(rows), step):
         row_keys = rows[start : start + step] * _GOLDEN
         row_keys = _mix(row_keys.add_(key))

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from benchmarks.speed.shortlists import HashCodes
-from modules.embeddings import Table, initial_values
+from modules.embeddings import Dynamic, Table, initial_values
 from modules.search.search import SearchVectors
 from tests.checkpoint.stored_checkpoint import write_checkpoint
 from tests.distributed.small_model import single_engine
@@ -42,6 +42,7 @@ from trainer.ranking.warm_start import _fill
 from trainer.runtime.checksums import size_and_crc32
 from trainer.runtime.distributed import World
 from trainer.serving import scoring
+from trainer.sparse.device_ids import DeviceIds
 from trainer.sparse.sharded_tables import Shard
 from trainer.stream.labels.policy import event_timeouts, report_policy
 from trainer.stream.labels.write_rows import Mode, assemble_dataset
@@ -162,6 +163,12 @@ def checksum(dataset: Path, tmp_path: Path) -> Any:
     return size_and_crc32(tmp_path / "file")
 
 
+def ids_of_device(dataset: Path, tmp_path: Path) -> Any:
+    ids = DeviceIds(Table("item", 128, 4, dynamic=Dynamic(1, "recency")), 0, 128, torch.device("cpu"))
+    rows = [ids.learn(7 * torch.arange(10) + step, step)[0].tolist() for step in range(1, 4)]
+    return rows, {name: column.tolist() for name, column in ids.columns.items()}
+
+
 def scored(dataset: Path, tmp_path: Path) -> Any:
     candidates = {name: 3 * np.arange(10) for name in scoring.REQUIRED}
     model: Any = SimpleNamespace(
@@ -194,6 +201,7 @@ SIZES: dict[str, Callable[[Path, Path], Any]] = {
     "trainer.ranking.warm_start:_ROWS_AT_ONCE": copied_rows,
     "trainer.runtime.checksums:_CHUNK_BYTES": checksum,
     "trainer.serving.scoring:BATCH_ROWS": scored,
+    "trainer.sparse.device_ids:_IDS_AT_A_TIME": ids_of_device,
     "trainer.sparse.sharded_tables:_INITIALISE_ELEMENTS": initial_tables,
     "trainer.stream.labels.write_rows:_EVENTS_AT_ONCE": lambda *paths: assembled(*paths, "incremental"),
     "trainer.stream.labels.write_rows:_ROWS_AT_ONCE": lambda *paths: assembled(*paths, "batch"),

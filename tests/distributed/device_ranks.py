@@ -42,7 +42,7 @@ COLLECTIVES = (
     "scatter",
 )
 OWN_CODE = tuple(str(ROOT / package) for package in ("trainer", "modules", "launch"))
-CPU_ONLY = ("trainer/sparse/cpu_exchange.py", "trainer/sparse/dynamic_exchange.py")
+CPU_ONLY = ("trainer/sparse/flat_exchange.py", "trainer/sparse/dynamic_exchange.py")
 """Code that only a CPU runs, on the default group, with tensors of the host."""
 
 

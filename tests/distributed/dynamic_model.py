@@ -36,7 +36,10 @@ TABLE_OF = {lookup.name: lookup.table for lookup in LOOKUPS}
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of one variant of training; ``sharding`` is that of all tables."""
+    """Settings of one variant of training; ``sharding`` is that of all tables.
+
+    ``device`` trains with the operations of a GPU.
+    """
 
     optimizer: Any
     sharding: str
@@ -45,9 +48,11 @@ class Case:
     parts: int = 1
     clipping: float = 0.0
     overlap: bool = True
+    device: bool = False
 
     def __str__(self) -> str:
         words = [self.optimizer, self.sharding, self.evict, f"after {self.admit_after}", f"{self.parts} parts"]
+        words += ["device"] * self.device
         return ", ".join([*words, f"clipping {self.clipping}", f"overlap {self.overlap}"])
 
 
@@ -58,12 +63,15 @@ CASES = [
     Case("sgd", "mixed", "recency", admit_after=3),
 ]
 NO_OVERLAP = [replace(case, overlap=False) for case in CASES[::3]]
-CHECKPOINTED = CASES[:2]
+ON_DEVICE = [replace(case, device=True) for case in CASES[:2]]
+ALL_CASES = [*CASES, *NO_OVERLAP, *ON_DEVICE]
+CHECKPOINTED = [CASES[0], ON_DEVICE[1]]
 
 
 def resharded(saved: Case) -> Case:
-    """Return the other layout, to load a checkpoint into."""
-    return replace(saved, sharding={"row_wise": "table_wise", "table_wise": "row_wise"}[saved.sharding])
+    """Return the other layout and form, to load a checkpoint into."""
+    other = {"row_wise": "table_wise", "table_wise": "row_wise"}[saved.sharding]
+    return replace(saved, sharding=other, device=not saved.device)
 
 
 def dynamic_tables(case: Case) -> list[Table]:

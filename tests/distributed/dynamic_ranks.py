@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.dynamic_model import (
-    CASES,
+    ALL_CASES,
     CHECKPOINTED,
-    NO_OVERLAP,
     STEPS,
     Case,
     dynamic_batches,
@@ -52,6 +51,7 @@ def make_engine(case: Case, world: World) -> HybridEngine:
         device=world.device,
         seed=SEED,
         overlap=case.overlap,
+        device_form=case.device,
     )
 
 
@@ -136,7 +136,7 @@ def main(out: Path) -> None:
         outcome: dict[str, Any] = {}
         again = (out / f"{world.size}.pt").exists()
         world.barrier()
-        for case in () if again else (*CASES, *NO_OVERLAP):
+        for case in () if again else ALL_CASES:
             outcome[str(case)] = train(case, world)
         for number, case in enumerate(CHECKPOINTED):
             if not again:

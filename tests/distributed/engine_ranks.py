@@ -34,7 +34,6 @@ from tests.distributed.small_model import LOOKUPS, ROWS, SEED, STEPS, WEIGHTS, P
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, StepResult, TableOptimizer
 from trainer.engine.step_loss import BehaviourLoss
 from trainer.runtime.distributed import World
-from trainer.sparse import sharded_tables as engine_tables
 
 
 def make_engine(combination: Combination, world: World) -> HybridEngine:
@@ -47,26 +46,22 @@ def make_engine(combination: Combination, world: World) -> HybridEngine:
     }
     if combination.accumulate_in:
         settings["data_types"] = {"grad_accum_dtype": combination.accumulate_in}
-    serves = engine_tables.cpu_exchange_serves
-    if combination.torchrec_path:
-        engine_tables.cpu_exchange_serves = lambda device, shardings: False
-    try:
-        return HybridEngine(
-            tables(combination.sharding),
-            LOOKUPS,
-            ranker(combination.network),
-            table_optimizer=TableOptimizer(combination.optimizer, plain.LEARNING_RATE, plain.EPS),
-            dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
-            deepspeed=settings,
-            loss=BehaviourLoss(WEIGHTS),
-            batch_size=2 * ROWS,
-            device=world.device,
-            seed=SEED,
-            overlap=combination.overlap,
-            deduplicate=combination.deduplicate,
-        )
-    finally:
-        engine_tables.cpu_exchange_serves = serves
+    return HybridEngine(
+        tables(combination.sharding),
+        LOOKUPS,
+        ranker(combination.network),
+        table_optimizer=TableOptimizer(combination.optimizer, plain.LEARNING_RATE, plain.EPS),
+        dense_optimizer=DenseOptimizer(plain.DENSE_RATE, plain.WEIGHT_DECAY, plain.BETAS),
+        deepspeed=settings,
+        loss=BehaviourLoss(WEIGHTS),
+        batch_size=2 * ROWS,
+        device=world.device,
+        seed=SEED,
+        overlap=combination.overlap,
+        deduplicate=combination.deduplicate,
+        # Without dynamic tables, a GPU uses TorchRec's exchange.
+        device_form=combination.torchrec_path,
+    )
 
 
 def whole(sharded: dict[str, Tensor], world: World) -> dict[str, Tensor]:

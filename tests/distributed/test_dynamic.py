@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.distributed.dynamic_model import (
+    ALL_CASES,
     CASES,
     CHECKPOINTED,
     NO_OVERLAP,
+    ON_DEVICE,
     SIZES,
     STEPS,
     Case,
@@ -21,6 +23,7 @@ from tests.distributed.dynamic_model import (
     dynamic_steps,
 )
 from tests.distributed.test_engine import TOLERANCE, relative_error
+from trainer.sparse.dynamic_ids import CANDIDATES, SERVED
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def reference(case: Case) -> tuple[list[float], DynamicTraining, list[Tensor]]:
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
-@pytest.mark.parametrize("case", [*CASES, *NO_OVERLAP], ids=str)
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_agrees_with_plain_training(case: Case, world: str, outcomes: dict[str, dict[str, Any]]) -> None:
     outcome, (losses, training, logits) = outcomes[world][str(case)], reference(case)
     assert relative_error(torch.tensor(outcome["losses"]), torch.tensor(losses)) <= TOLERANCE
@@ -68,7 +71,7 @@ def test_agrees_with_plain_training(case: Case, world: str, outcomes: dict[str, 
 
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_ids_and_counts_are_those_of_the_reference(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    for case in (*CASES, *NO_OVERLAP):
+    for case in ALL_CASES:
         outcome, (_, training, _) = outcomes[world][str(case)], reference(case)
         for name, ids in training.maps.items():
             assert outcome["counts"][name] == ids.counts, f"{case}: {name}"
@@ -90,7 +93,7 @@ def test_the_reference_admits_evicts_and_leaves_unserved() -> None:
 
 
 def test_one_rank_and_two_hold_the_same_ids(outcomes: dict[str, dict[str, Any]]) -> None:
-    for case in (*CASES, *NO_OVERLAP):
+    for case in ALL_CASES:
         one, two = (outcomes[world][str(case)] for world in "12")
         for name, column in one["tensors"].items():
             if name.split("/")[0] in SIZES and "/" in name and not name.endswith("/accumulated"):
@@ -105,6 +108,16 @@ def test_tables_are_cut_between_buckets(outcomes: dict[str, dict[str, Any]]) -> 
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
+def test_the_forms_of_a_cpu_and_of_a_gpu_hold_the_same_ids(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    for case, on_device in zip(CASES, ON_DEVICE, strict=False):
+        cpu, device = (outcomes[world][str(each)] for each in (case, on_device))
+        assert cpu["counts"] == device["counts"]
+        columns = [f"{name}/{column}" for name in SIZES for column in (*SERVED, *CANDIDATES)]
+        for name in columns:
+            assert torch.equal(cpu["tensors"][name], device["tensors"][name]), f"{case}: {name}"
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
 def test_overlap_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
     for overlapped, case in zip(CASES[::3], NO_OVERLAP, strict=True):
         assert outcomes[world][str(overlapped)]["losses"] == outcomes[world][str(case)]["losses"]
@@ -113,7 +126,7 @@ def test_overlap_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("world", ["1", "2"])
 def test_predicting_changes_nothing(world: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    for case in (*CASES, *NO_OVERLAP):
+    for case in ALL_CASES:
         outcome = outcomes[world][str(case)]
         assert_same(outcome, outcome["after_prediction"], str(case))
 

@@ -18,6 +18,7 @@ SPARSE = (
     "tests/distributed/test_engine.py",
 )
 DYNAMIC = ("tests/sparse/test_dynamic_ids.py", "tests/distributed/test_dynamic.py")
+DEVICE = ("tests/sparse/test_device_ids.py", "tests/distributed/test_dynamic.py")
 TUNING = (
     "tests/llm/finetuning/test_packed_batch.py",
     "tests/llm/finetuning/test_adapter_engine.py",
@@ -146,12 +147,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "trainer/engine/step_loop.py": (*FORESIGHT, "tests/llm/finetuning/test_jobs.py"),
     "trainer/engine/lr_schedule.py": ("tests/engine/test_lr_schedule.py",),
     "trainer/engine/micro_batches.py": ("tests/engine/test_micro_batches.py",),
-    "trainer/sparse/cpu_exchange.py": SPARSE,
+    "trainer/sparse/flat_exchange.py": SPARSE,
     "trainer/sparse/cpu_kernel.py": SPARSE,
     "trainer/sparse/dedup_exchange.py": SPARSE,
     "trainer/sparse/exchange.py": SPARSE,
     "trainer/sparse/planner.py": ("tests/sparse/test_planner.py",),
     "trainer/sparse/sharded_tables.py": SPARSE,
+    "trainer/sparse/device_ids.py": DEVICE,
+    "trainer/sparse/device_kernel.py": DEVICE,
     "trainer/sparse/dynamic_exchange.py": DYNAMIC,
     "trainer/sparse/dynamic_id_kernel.py": DYNAMIC,
     "trainer/sparse/dynamic_ids.py": DYNAMIC,

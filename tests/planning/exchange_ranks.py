@@ -20,7 +20,7 @@ from trainer.planning.exchange_traffic import TableIds, exchange_bytes, expected
 from trainer.planning.table_memory import rank_tables
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse import cpu_exchange
+from trainer.sparse import flat_exchange
 from trainer.sparse.planner import (
     TableOptimizer,
     describe_plan,
@@ -94,7 +94,7 @@ def measure(sharding: str, kind: Any, deduplicate: bool, world: World) -> dict[s
         deduplicate=deduplicate,
     )
     sent: list[int] = []
-    real = cpu_exchange.dist.all_to_all_single
+    real = flat_exchange.dist.all_to_all_single
 
     def counted(incoming: Any, outgoing: Any, *sizes: Any, **options: Any) -> Any:
         own = outgoing.split(sizes[1])[world.rank]

@@ -16,6 +16,7 @@ from modules.embeddings import Dynamic, Lookup, Table
 from modules.table_set import TableSet
 from trainer.console.errors import UserError
 from trainer.sparse import planner
+from trainer.sparse.dynamic_ids import ID_BYTES
 from trainer.sparse.planner import (
     SMALL_TABLE_BYTES,
     TableOptimizer,
@@ -126,6 +127,7 @@ def plan_on_gpus(
     lookups: tuple[Lookup, ...] = LOOKUPS,
     dim: int = DIM,
     kind: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad",
+    dynamic: tuple[str, ...] = (),
 ) -> Planned:
     """Plan tables ``user``, ``item``, ``author`` and ``side`` as the first of ``world`` ranks would, 8 on a machine."""
     chosen: list[Any] = []
@@ -144,7 +146,9 @@ def plan_on_gpus(
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda *arguments, **options: None)
     names = ("user", "item", "author", "side")
-    tables = TableSet([Table(name, n, dim) for name, n in zip(names, (*rows, 400), strict=True)], lookups, "meta")
+    ids = {name: Dynamic(2, "recency") for name in dynamic}
+    declared = [Table(name, n, dim, dynamic=ids.get(name)) for name, n in zip(names, (*rows, 400), strict=True)]
+    tables = TableSet(declared, lookups, "meta")
     optimizer = TableOptimizer(kind, 0.01)
     control: Any = None
     plan = make_plan(
@@ -221,6 +225,18 @@ def test_tables_that_are_larger_than_a_gpu_lie_in_host_memory(monkeypatch: pytes
     planned = plan_on_gpus(monkeypatch, 1, (4 * 10**8, 10**9, 10**7))
     assert planned.kernels["item"] in ("fused_uvm", "fused_uvm_caching") and planned.kernels["side"] == "fused"
     assert sum(of_table[0] for of_table in planned.memory.values()) < 0.85 * HBM
+
+
+def test_dynamic_tables_and_their_ids_fit_into_the_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never into host memory, behind a cache; and the ids take memory that the planner does not know."""
+    host_memory = {"SC_PHYS_PAGES": 1 << 28, "SC_PAGE_SIZE": 1 << 12}
+    monkeypatch.setattr(planner, "os", SimpleNamespace(sysconf=host_memory.__getitem__))
+    rows = (1000, int(0.8 * HBM) // (4 * DIM + 4), 1000)
+    assert set(plan_on_gpus(monkeypatch, 1, rows).kernels.values()) == {"fused"}
+    with pytest.raises(UserError, match=r"no sharding of .* GB of tables on 1 ranks"):
+        plan_on_gpus(monkeypatch, 1, rows, dynamic=("item",))
+    smaller = (1000, int(0.8 * HBM) // (4 * DIM + 4 + ID_BYTES), 1000)
+    assert set(plan_on_gpus(monkeypatch, 1, smaller, dynamic=("item",)).kernels.values()) == {"fused"}
 
 
 def test_a_width_that_fbgemm_cannot_read_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

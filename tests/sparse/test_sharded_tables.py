@@ -12,8 +12,7 @@ from modules.embeddings import Dynamic, Lookup, Table, initial_rows
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse import sharded_tables as tables_module
-from trainer.sparse.cpu_exchange import CpuExchange
+from trainer.sparse.flat_exchange import FlatExchange
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables
 
@@ -32,7 +31,9 @@ def world() -> Iterator[World]:
         yield alone
 
 
-def make(world: World, optimizer: TableOptimizer, declared: list[Table] = TABLES) -> ShardedTables:
+def make(
+    world: World, optimizer: TableOptimizer, declared: list[Table] = TABLES, *, device_form: bool = False
+) -> ShardedTables:
     lookups = [lookup for lookup in LOOKUPS if lookup.table in {table.name for table in declared}]
     return ShardedTables(
         declared,
@@ -44,6 +45,7 @@ def make(world: World, optimizer: TableOptimizer, declared: list[Table] = TABLES
         seed=3,
         clock=PhaseClock(world.device),
         control=world.control,
+        device_form=device_form,
     )
 
 
@@ -61,10 +63,8 @@ WIDE = KeyedJaggedTensor(keys=["wide"], values=torch.tensor([4, 0]), lengths=tor
 
 
 @pytest.mark.parametrize("path", ["cpu", "torchrec"])
-def test_rows_have_initial_values_and_are_trained(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path == "torchrec":
-        monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
-    sharded = make(world, TableOptimizer("sgd", 0.5))
+def test_rows_have_initial_values_and_are_trained(world: World, path: str) -> None:
+    sharded = make(world, TableOptimizer("sgd", 0.5), device_form=path == "torchrec")
     user, item, wide = (initial_rows(table, 3, 0, table.rows) for table in TABLES)
     exchanges = sharded.exchanges([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])
     found = {}
@@ -118,19 +118,17 @@ def test_tables_that_do_not_fit_into_memory_are_an_error(world: World) -> None:
 
 @pytest.mark.parametrize("path", ["cpu", "torchrec"])
 def test_making_exchanges_sends_nothing(world: World, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path == "torchrec":
-        monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
-    sharded = make(world, TableOptimizer("sgd", 0.5))
+    sharded = make(world, TableOptimizer("sgd", 0.5), device_form=path == "torchrec")
     sent: list[torch.Tensor] = []
 
-    def all_to_all(exchange: CpuExchange, outgoing: torch.Tensor, *sizes: list[int]) -> tuple[torch.Tensor, None]:
+    def all_to_all(exchange: FlatExchange, outgoing: torch.Tensor, *sizes: list[int]) -> tuple[torch.Tensor, None]:
         sent.append(outgoing)
         return outgoing, None
 
     def input_dist(collection: object, context: object, keyed: KeyedJaggedTensor) -> None:
         sent.append(keyed.values())
 
-    monkeypatch.setattr(CpuExchange, "_all_to_all", all_to_all)
+    monkeypatch.setattr(FlatExchange, "_all_to_all", all_to_all)
     monkeypatch.setattr(ShardedEmbeddingCollection, "input_dist", input_dist)
     exchanges = sharded.exchanges([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])
     assert not sent
@@ -155,17 +153,18 @@ def test_learning_rate(world: World) -> None:
         torch.testing.assert_close(before - table, torch.zeros(10, 4).index_fill(0, torch.tensor([1]), rate))
 
 
-def test_dynamic_ids_need_the_cpu_exchange(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a GPU nor a column-wise sharded table of the same width has the CPU exchange."""
-    monkeypatch.setattr(tables_module, "cpu_exchange_serves", lambda device, shardings: False)
-    declared = [replace(TABLES[0], dynamic=Dynamic(1, "recency")), *TABLES[1:]]
-    with pytest.raises(UserError, match="table 'user': dynamic ids work on a CPU, with all tables of the same width"):
-        make(world, TableOptimizer("sgd", 0.5), declared)
+@pytest.mark.parametrize("device_form", [False, True])
+def test_dynamic_ids_need_whole_rows_in_all_tables_of_their_width(world: World, device_form: bool) -> None:
+    user, item, wide = TABLES
+    declared = [replace(user, dynamic=Dynamic(1, "recency")), replace(item, sharding="column_wise"), wide]
+    with pytest.raises(UserError, match="table 'user': dynamic ids need all tables of the same width"):
+        make(world, TableOptimizer("sgd", 0.5), declared, device_form=device_form)
 
 
-def test_a_dynamic_table_takes_any_id_and_reads_row_0_of_those_without_a_row(world: World) -> None:
+@pytest.mark.parametrize("device_form", [False, True])
+def test_a_dynamic_table_takes_any_id_and_reads_row_0_of_those_without_a_row(world: World, device_form: bool) -> None:
     declared = [replace(TABLES[0], dynamic=Dynamic(2, "recency")), *TABLES[1:]]
-    sharded = make(world, TableOptimizer("sgd", 0.5), declared)
+    sharded = make(world, TableOptimizer("sgd", 0.5), declared, device_form=device_form)
     whole = initial_rows(TABLES[0], 3, 0, 10)
     far = -(2**63)
     for step, served in ((1, False), (2, True), (None, True)):

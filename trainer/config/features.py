@@ -50,7 +50,7 @@ class TableConfig(EmbeddingTableConfig):
         description="Mapping from ids to rows; row 0 is the unknown id. `direct`: the row is id + 1; later "
         "ids beyond the table share row 0. `hash`: the row is a hash of the id. `lookup`: each id of "
         "the training range gets a row, all others share row 0. `dynamic`: ids get rows during training and can "
-        "lose them to other ids; ids without a row share row 0. `dynamic` works on CPUs only.",
+        "lose them to other ids; ids without a row share row 0.",
     )
     rows: int | None = Field(
         None,

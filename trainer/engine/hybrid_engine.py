@@ -158,6 +158,7 @@ class HybridEngine:
             device. Until then the device itself leaves out all updates from the step on. False: find out at once. None:
             later on a GPU, at once on a CPU, where nothing waits.
         averaged: keep a mean of the dense network's parameters over time, see :meth:`average`.
+        device_form: see :class:`trainer.sparse.sharded_tables.ShardedTables`.
 
     Attributes:
         control: a gloo group of all ranks.
@@ -191,6 +192,7 @@ class HybridEngine:
         content: Sequence[ContentLayout] = (),
         read_later: bool | None = None,
         averaged: bool = False,
+        device_form: bool | None = None,
     ) -> None:
         group = dist.group.WORLD
         assert group is not None
@@ -214,6 +216,7 @@ class HybridEngine:
             clock=self._clock,
             control=self.control,
             deduplicate=deduplicate,
+            device_form=device_form,
         )
         self._dense = DenseNetwork(
             ranker,

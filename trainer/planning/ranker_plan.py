@@ -267,8 +267,6 @@ def _limits(model: RankerModel, spec: DatasetSpec, cluster: Cluster) -> list[str
                 f"table {table.name}: {table.rows:,} rows; a job accepts {MAX_TABLE_ROWS:,}, since 32 bits of an id's "
                 "hash choose its row"
             )
-        if table.dynamic and cluster.accelerator.device == "cuda":
-            found.append(f"table {table.name}: ids = 'dynamic' works on CPUs only; use 'hash'")
     return found
 
 

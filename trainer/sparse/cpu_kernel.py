@@ -11,7 +11,6 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 
 class CpuKernel:
@@ -75,12 +74,3 @@ class CpuKernel:
                     torch.add(ids[at : at + count], self.first_row[key], out=rows[at : at + count])
                     at += count
         return rows
-
-
-def cpu_kernel(collection: ShardedEmbeddingCollection, sharding: str) -> CpuKernel | None:
-    """Return the kernel of this rank's shards of a collection's tables with one sharding; None if it has no shard."""
-    lookup = collection._lookups[collection._sharding_types.index(sharding)]
-    kernels = [module for module in lookup.modules() if isinstance(module, BatchedFusedEmbedding)]
-    if len(kernels) > 1:
-        raise RuntimeError(f"TorchRec made {len(kernels)} kernels for the {sharding} tables of one collection, not one")
-    return CpuKernel(kernels[0]) if kernels else None

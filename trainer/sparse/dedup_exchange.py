@@ -3,7 +3,9 @@
 The histories of a batch hold the same items, authors and contexts many times, in different lookups and in different
 rows. Before anything is sent, the ids of all lookups of a table are reduced to the list of unique ids. Rows are copied
 to every place of their id when they return, and the gradients of one row are summed before they are sent. TorchRec's
-own index deduplication has kernels for GPUs only.
+own index deduplication has kernels for GPUs only, and serves its own exchange.
+
+On a GPU the host waits in ``start`` for the number of unique ids of each table.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.compiled import compiled
 from trainer.runtime.unique import find_unique
-from trainer.sparse.exchange import Exchange, Gradients
+from trainer.sparse.exchange import Exchange, Gradients, pass_to_current_stream
 
 
 class DeduplicatedExchange:
@@ -28,6 +30,7 @@ class DeduplicatedExchange:
         ids: ids of this rank, for all lookups of a collection.
         tables: lookup name -> name of its table.
         make_exchanges: makes the exchanges that carry the unique ids, which it gets with the same keys as ``ids``.
+        device_form: True for operations that any device has, False for the faster ones of a CPU.
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class DeduplicatedExchange:
         ids: KeyedJaggedTensor,
         tables: Mapping[str, str],
         make_exchanges: Callable[[KeyedJaggedTensor], Sequence[Exchange]],
+        *,
+        device_form: bool = False,
     ) -> None:
-        self._ids, self._make_exchanges = ids, make_exchanges
+        self._ids, self._make_exchanges, self._device_form = ids, make_exchanges, device_form
         self._members: dict[str, list[str]] = {}
         keys: list[str] = ids.keys()
         for key in keys:
@@ -48,6 +53,7 @@ class DeduplicatedExchange:
         Raises:
             UserError: an id is outside its table.
         """
+        self._stream = torch.cuda.current_stream() if self._ids.values().is_cuda else None
         self._exchanges = self._make_exchanges(self._find_unique_ids())
         for exchange in self._exchanges:
             exchange.start()
@@ -59,6 +65,8 @@ class DeduplicatedExchange:
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
         """Receive the rows of the unique ids and copy each one to all places of its id."""
+        if self._stream is not None:
+            pass_to_current_stream(self._stream, self._places.values())
         unique_rows = {key: rows for exchange in self._exchanges for key, rows in exchange.rows(step).items()}
         return {
             key: unique_rows[members[0]].index_select(0, self._places[key])
@@ -70,13 +78,17 @@ class DeduplicatedExchange:
         """Sum the gradients of each unique id on this rank and train the tables on the sums."""
         summed: dict[str, Sequence[Tensor]] = {}
         for members in self._members.values():
-            dim = gradients[members[0]][0].shape[1]
-            total = torch.zeros(self._sizes[members[0]], dim)
+            first = gradients[members[0]][0]
+            total = first.new_zeros(self._sizes[members[0]], first.shape[1])
             for key in members:
                 ends = accumulate((len(part) for part in gradients[key]), initial=0)
                 for part, (start, stop) in zip(gradients[key], pairwise(ends), strict=True):
-                    _add_rows(total.numpy(), self._places[key][start:stop].numpy(), part.contiguous().numpy())
-                summed[key] = [torch.empty(0, dim)]
+                    places = self._places[key][start:stop]
+                    if self._device_form:
+                        total.index_add_(0, places, part)
+                    else:
+                        _add_rows(total.numpy(), places.numpy(), part.contiguous().numpy())
+                summed[key] = [total[:0]]
             summed[members[0]] = [total]
         for exchange in self._exchanges:
             exchange.update(summed, scale)
@@ -91,9 +103,10 @@ class DeduplicatedExchange:
         keys = self._ids.keys()
         by_lookup = dict(zip(keys, self._ids.values().split(self._ids.length_per_key()), strict=True))
         self._places: dict[str, Tensor] = {}
-        unique = dict.fromkeys(keys, torch.empty(0, dtype=torch.int64))
+        unique = dict.fromkeys(keys, self._ids.values()[:0])
+        find = unique_ids_on_device if self._device_form else unique_ids
         for members in self._members.values():
-            unique[members[0]], places = unique_ids([by_lookup[key] for key in members])
+            unique[members[0]], places = find([by_lookup[key] for key in members])
             self._places.update(zip(members, places, strict=True))
         self._sizes = {key: len(ids) for key, ids in unique.items()}
         lengths = list(self._sizes.values())
@@ -118,6 +131,12 @@ def unique_ids(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     ids = torch.cat(list(lists))
     unique, places = find_unique(ids.numpy())
     return torch.from_numpy(unique), list(torch.from_numpy(places).split([len(of_list) for of_list in lists]))
+
+
+def unique_ids_on_device(lists: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Do the same as :func:`unique_ids` on any device, with the unique ids in ascending order and int64 places."""
+    unique, places = torch.cat(list(lists)).unique(return_inverse=True)
+    return unique, list(places.split([len(of_list) for of_list in lists]))
 
 
 @compiled(nogil=True)

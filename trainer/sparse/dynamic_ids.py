@@ -23,12 +23,18 @@ BUCKET_ROWS = 64
 Larger buckets come closer to ranking all ids of the table together, but a lookup reads half a bucket on average.
 """
 
+ID_BYTES = 32
+"""Bytes of all columns for each row."""
+
 COUNTS = "counts"
 """Name of a table's counts in a checkpoint, beside its columns: the fields of :class:`IdCounts` as ``[4]`` int64."""
 
 _POLICIES = {"recency": kernel.RECENCY, "frequency": kernel.FREQUENCY, "both": kernel.BOTH}
-_SERVED = ("id", "seen", "sightings")
-_CANDIDATES = ("candidate_id", "candidate_seen", "candidate_sightings")
+SERVED = ("id", "seen", "sightings")
+"""Names of the columns of the ids that have a row."""
+
+CANDIDATES = ("candidate_id", "candidate_seen", "candidate_sightings")
+"""Names of the columns of the ids that are only counted."""
 
 
 @dataclass
@@ -58,8 +64,20 @@ class IdCounts:
         return f"{self.admitted:,} admitted, {self.evicted:,} evicted; {unserved} unserved"
 
 
+def make_columns(rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the columns of rows without ids; see :class:`DynamicIds`."""
+    types = (torch.int64, torch.int32, torch.int32)
+    return {
+        name: torch.zeros(rows, dtype=kind, device=device)
+        for names in (SERVED, CANDIDATES)
+        for name, kind in zip(names, types, strict=True)
+    }
+
+
 class DynamicIds:
-    """Ids of the rows ``[first_row, first_row + rows)`` of a dynamic table.
+    """Ids of the rows ``[first_row, first_row + rows)`` of a dynamic table, on a CPU.
+
+    :class:`trainer.sparse.device_ids.DeviceIds` is the same map on a GPU.
 
     A *sighting* of an id is a training step that looks it up, however often. From ``admit_after`` sightings on, an id
     takes a free row of its bucket, or else the row of an id that is worth no more than itself and was not looked up in
@@ -96,11 +114,8 @@ class DynamicIds:
         self.first_row, self._last_row = first_row, first_row + rows
         self._admit_after, self._policy = table.dynamic.admit_after, _POLICIES[table.dynamic.evict]
         self._salt, self._table_rows = hash_salt(table.name), table.rows
-        self.columns: dict[str, Tensor] = {}
-        for names in (_SERVED, _CANDIDATES):
-            types = (torch.int64, torch.int32, torch.int32)
-            self.columns |= {name: torch.zeros(rows, dtype=kind) for name, kind in zip(names, types, strict=True)}
-        self._served, self._candidates = self._arrays(_SERVED), self._arrays(_CANDIDATES)
+        self.columns = make_columns(rows, torch.device("cpu"))
+        self._served, self._candidates = self._arrays(SERVED), self._arrays(CANDIDATES)
         self.counts = IdCounts()
 
     def find(self, ids: Tensor) -> Tensor:

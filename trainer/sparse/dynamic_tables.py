@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from modules.embeddings import Table, initial_values
+from trainer.sparse.device_ids import DeviceIds, write_where
 from trainer.sparse.dynamic_ids import COUNTS, DynamicIds, IdCounts
 
 
@@ -25,15 +26,29 @@ class DynamicRows:
         values: ``[rows, dim]``, live memory.
         optimizer: states of the optimizer, ``[rows]`` or ``[rows, dim]``, live memory.
         seed: seed of the initial values.
+        device_form: keep the ids in the memory of the values, whatever their device is; False: on the CPU.
 
     Attributes:
         values: as given.
         ids: ids of the rows.
     """
 
-    def __init__(self, table: Table, first_row: int, values: Tensor, optimizer: Sequence[Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        table: Table,
+        first_row: int,
+        values: Tensor,
+        optimizer: Sequence[Tensor],
+        seed: int,
+        *,
+        device_form: bool = False,
+    ) -> None:
         self.values, self._optimizer = values, optimizer
-        self.ids = DynamicIds(table, first_row, len(values))
+        self.ids: DynamicIds | DeviceIds
+        if device_form:
+            self.ids = DeviceIds(table, first_row, len(values), values.device)
+        else:
+            self.ids = DynamicIds(table, first_row, len(values))
         self._table, self._seed = table, seed
 
     @torch.no_grad()
@@ -49,10 +64,12 @@ class DynamicRows:
             return self.ids.find(ids)
         rows, new = self.ids.learn(ids, step)
         if len(new):
-            numbers = new + self.ids.first_row
-            self.values[new] = initial_values(self._table, self._seed, numbers, 0, self._table.dim)
+            # On a device, -1 stands for each new id that got no row, since the host does not know their number.
+            admitted, numbers = new >= 0, new.clamp(min=0) + self.ids.first_row
+            initial = initial_values(self._table, self._seed, numbers, 0, self._table.dim)
+            write_where(self.values, new, initial, admitted)
             for state in self._optimizer:
-                state[new] = 0
+                write_where(state, new, state.new_zeros(len(new), *state.shape[1:]), admitted)
         return rows
 
 
@@ -64,6 +81,7 @@ class DynamicTables:
         held: table name -> first row, values and states of the optimizer of this rank's shard, if it has one.
         seed: seed of the initial values.
         control: a gloo group of all ranks.
+        device_form: see :class:`DynamicRows`.
 
     Attributes:
         names: names of the dynamic tables.
@@ -76,11 +94,17 @@ class DynamicTables:
         held: Mapping[str, tuple[int, Tensor, Sequence[Tensor]]],
         seed: int,
         control: dist.ProcessGroup,
+        *,
+        device_form: bool = False,
     ) -> None:
         declared = {table.name: table for table in tables if table.dynamic}
         self.names = tuple(declared)
         self._control = control
-        self.rows = {name: DynamicRows(declared[name], *held[name], seed) for name in self.names if name in held}
+        self.rows = {
+            name: DynamicRows(declared[name], *held[name], seed, device_form=device_form)
+            for name in self.names
+            if name in held
+        }
         self._before = {name: IdCounts() for name in self.names}
 
     def counts(self) -> dict[str, IdCounts]:

@@ -2,14 +2,15 @@
 
 One exchange serves one collection in one step. Its stages are explicit, so that a pipeline can run other work between
 them. :class:`TorchRecExchange` is TorchRec's own path and the reference for correct results.
-:class:`trainer.sparse.cpu_exchange.CpuExchange` does the same on a CPU with fewer copies and collectives.
+:class:`trainer.sparse.flat_exchange.FlatExchange` does the same with fewer copies and collectives: on a CPU for all
+tables, on a GPU next to dynamic tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,12 +81,7 @@ class TorchRecExchange:
         with self._clock.phase("communication"), on_stream(self._stream):
             received = self._incoming.wait()
         if self._stream is not None:
-            # These tensors were allocated on the copy stream. Their memory may not be reused before the current
-            # stream has finished with them.
-            current = torch.cuda.current_stream()
-            current.wait_stream(self._stream)
-            received.record_stream(current)
-            self._context.record_stream(current)
+            pass_to_current_stream(self._stream, (received, self._context))
         returning = self._collection.compute_and_output_dist(self._context, received)
         with self._clock.phase("communication"):
             self._rows = {name: jagged.values() for name, jagged in returning.wait().items()}
@@ -107,6 +103,18 @@ class TorchRecExchange:
 def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     """Return a context that queues GPU work on ``stream``; with None (no GPU) it does nothing."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+def pass_to_current_stream(source: torch.cuda.Stream, tensors: Iterable[Any]) -> None:
+    """Let the current stream read tensors that were made on another one.
+
+    Their memory was allocated on the other stream. It may not be reused before the current one has finished with it.
+    """
+    current = torch.cuda.current_stream()
+    current.wait_stream(source)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.is_cuda:
+            tensor.record_stream(current)
 
 
 def _at_least_one_row(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:

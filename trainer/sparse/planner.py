@@ -21,7 +21,7 @@ from torchrec.distributed.types import ShardingPlan, ShardMetadata
 from modules.embeddings import Table
 from modules.table_set import TableSet
 from trainer.console.errors import UserError
-from trainer.sparse.dynamic_ids import BUCKET_ROWS
+from trainer.sparse.dynamic_ids import BUCKET_ROWS, ID_BYTES
 
 OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
@@ -153,22 +153,31 @@ def plan_tables(
         if table.dim % COLUMN_MULTIPLE:
             raise UserError(f"table {table.name!r}: dim = {table.dim} is not a multiple of {COLUMN_MULTIPLE}")
     lookups = [lookup for _, members in tables.groups for lookup in members]
+    # Rows that get another id are written past a cache, and the exchange of their collection has one kernel.
+    uncached = {table.dim for table in tables.tables if table.dynamic}
     constraints = {
         table.name: ParameterConstraints(
             sharding_types=sharding_types(table, optimizer, world, device_type),
             # In the order of the table's features. Without it, the planner counts one id for all lookups of a table.
             pooling_factors=[float(lookup.most_ids) for lookup in lookups if lookup.table == table.name],
             # On a GPU the planner may keep a table that is too large for it in host memory, behind a cache.
-            compute_kernels=["fused"] if device_type == "cpu" else ["fused", "fused_uvm", "fused_uvm_caching"],
+            compute_kernels=["fused"]
+            if device_type == "cpu" or table.dim in uncached
+            else ["fused", "fused_uvm", "fused_uvm_caching"],
             min_partition=table.dim // _column_parts(table.dim, world),
         )
         for table in tables.tables
     }
+    reserved = RESERVED_SHARE
+    if device_type == "cuda":
+        # The planner does not know the columns of dynamic ids; rows that do not fit on one rank are cut evenly.
+        columns = ID_BYTES * sum(table.rows for table in tables.tables if table.dynamic)
+        reserved = min(1.0, reserved + columns / world / topology.devices[0].storage.hbm)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
         constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_SHARE),
+        storage_reservation=FixedPercentageStorageReservation(percentage=reserved),
     )
     try:
         with _optimizer_counts(tables, optimizer):

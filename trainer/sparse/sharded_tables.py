@@ -19,11 +19,11 @@ from modules.embeddings import Lookup, Table, initial_rows
 from modules.table_set import TableSet
 from trainer.console.errors import UserError
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse.cpu_exchange import CpuExchange, CpuRouting
 from trainer.sparse.dedup_exchange import DeduplicatedExchange
 from trainer.sparse.dynamic_exchange import DynamicExchange, DynamicRouting
 from trainer.sparse.dynamic_tables import DynamicTables
 from trainer.sparse.exchange import Exchange, TorchRecExchange
+from trainer.sparse.flat_exchange import FlatExchange, FlatRouting
 from trainer.sparse.planner import TableOptimizer, describe_plan, make_plan, make_sharder
 
 _INITIALISE_ELEMENTS = 1 << 24
@@ -59,6 +59,8 @@ class ShardedTables:
         clock: counts the time of waiting for other ranks as communication.
         control: a gloo group of all ranks.
         deduplicate: send and look up each id of a table once in a step, however many lookups and rows contain it.
+        device_form: use the operations that a GPU needs: TorchRec's exchange, and for dynamic tables those of
+            :class:`trainer.sparse.device_ids.DeviceIds`. None: on a GPU only; they run on a CPU too, more slowly.
 
     Attributes:
         plan: see :func:`trainer.sparse.planner.describe_plan`.
@@ -82,8 +84,10 @@ class ShardedTables:
         clock: PhaseClock,
         control: dist.ProcessGroup,
         deduplicate: bool = True,
+        device_form: bool | None = None,
     ) -> None:
         self._deduplicate = deduplicate
+        self._device_form = device.type == "cuda" if device_form is None else device_form
         self._declared = {table.name: table for table in tables}
         self._clock = clock
         table_set = TableSet(tables, lookups, device="meta")
@@ -113,9 +117,10 @@ class ShardedTables:
         )
         self._collections: list[ShardedEmbeddingCollection] = list(self._sharded.module.collections)
         self._initialise(seed)
-        self.dynamic = DynamicTables(tables, self._held(), seed, control)
+        self.dynamic = DynamicTables(tables, self._held(), seed, control, device_form=self._device_form)
         self._routings = [
-            _routings(c, keys, group, self.dynamic) for c, keys in zip(self._collections, self.keys, strict=True)
+            _routings(collection, keys, group, self.dynamic, self._device_form)
+            for collection, keys in zip(self._collections, self.keys, strict=True)
         ]
 
     def exchanges(self, ids: Sequence[KeyedJaggedTensor]) -> list[Exchange]:
@@ -132,17 +137,18 @@ class ShardedTables:
                 exchanges.append(TorchRecExchange(collection, keyed, self._clock))
             elif self._deduplicate:
                 tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
-                exchanges.append(DeduplicatedExchange(keyed, tables, partial(self._cpu_exchanges, routings)))
+                flat = partial(self._flat_exchanges, routings)
+                exchanges.append(DeduplicatedExchange(keyed, tables, flat, device_form=self._device_form))
             else:
-                exchanges += self._cpu_exchanges(routings, keyed)
+                exchanges += self._flat_exchanges(routings, keyed)
         return exchanges
 
-    def _cpu_exchanges(self, routings: Sequence[CpuRouting], ids: KeyedJaggedTensor) -> list[CpuExchange]:
+    def _flat_exchanges(self, routings: Sequence[FlatRouting], ids: KeyedJaggedTensor) -> list[FlatExchange]:
         """Return one exchange for each routing of a collection."""
         return [
             DynamicExchange(routing, ids, self._clock)
             if isinstance(routing, DynamicRouting)
-            else CpuExchange(routing, ids, self._clock)
+            else FlatExchange(routing, ids, self._clock)
             for routing in routings
         ]
 
@@ -214,9 +220,13 @@ def _local_shards(table: str, tensor: Tensor) -> Iterator[Shard]:
 
 
 def _routings(
-    collection: ShardedEmbeddingCollection, keys: Sequence[str], group: dist.ProcessGroup, dynamic: DynamicTables
-) -> list[CpuRouting]:
-    """Return the routings of a collection for :class:`CpuExchange`; none if it needs :class:`TorchRecExchange`.
+    collection: ShardedEmbeddingCollection,
+    keys: Sequence[str],
+    group: dist.ProcessGroup,
+    dynamic: DynamicTables,
+    device_form: bool,
+) -> list[FlatRouting]:
+    """Return the routings of a collection for :class:`FlatExchange`; none if it needs :class:`TorchRecExchange`.
 
     Raises:
         UserError: a dynamic table would need :class:`TorchRecExchange`.
@@ -224,23 +234,20 @@ def _routings(
     tables = {key: table.name for table in collection._embedding_configs for key in table.feature_names}
     dynamic_keys = frozenset(key for key in keys if tables[key] in dynamic.names)
     shardings = {parameter.sharding_type for parameter in collection.module_sharding_plan.values()}
-    if not cpu_exchange_serves(collection._device, shardings):
+    if device_form and not dynamic_keys:
+        return []
+    if not shardings <= {"table_wise", "row_wise"}:
         if dynamic_keys:
             raise UserError(
-                f"table {tables[min(dynamic_keys)]!r}: dynamic ids work on a CPU, with all tables of the same width "
-                "table_wise or row_wise; set train.device = 'cpu' and features.*.sharding = 'auto'"
+                f"table {tables[min(dynamic_keys)]!r}: dynamic ids need all tables of the same width to be table_wise "
+                "or row_wise; set features.*.sharding = 'auto'"
             )
         return []
-    routings: list[CpuRouting] = []
+    routings: list[FlatRouting] = []
     for sharding in sorted(shardings):
         of_sharding = {key for key in keys if collection.module_sharding_plan[tables[key]].sharding_type == sharding}
         if served := frozenset(of_sharding - dynamic_keys):
-            routings.append(CpuRouting(collection, sharding, keys, group, served))
+            routings.append(FlatRouting(collection, sharding, keys, group, served, device_form))
         if served := frozenset(of_sharding & dynamic_keys):
-            routings.append(DynamicRouting(collection, sharding, keys, group, served, dynamic.rows))
+            routings.append(DynamicRouting(collection, sharding, keys, group, served, device_form, dynamic.rows))
     return routings
-
-
-def cpu_exchange_serves(device: torch.device, shardings: set[str]) -> bool:
-    """True if :class:`CpuExchange` can serve a collection: on a CPU, all tables table-wise or row-wise sharded."""
-    return device.type == "cpu" and shardings <= {"table_wise", "row_wise"}

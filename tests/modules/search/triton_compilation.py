@@ -20,12 +20,14 @@ ALIGNED = [["tt.divisibility", 16]]
 """Attribute that Triton gives to the address of a tensor that torch allocated: a multiple of 16 bytes."""
 
 
-def compiled(kernel: Any, arguments: dict[str, str], constants: dict[str, int], capability: int) -> dict[str, object]:
+def compiled(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, int], capability: int, warps: int = 4
+) -> dict[str, object]:
     """Compile a kernel and return what tells its quality."""
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     aligned = {(place,): ALIGNED for place, name in enumerate(arguments) if arguments[name].startswith("*")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     return {
         "kernel": result.metadata.name,
         "capability": capability,

@@ -19,6 +19,10 @@ NO_ID = (1 << 63) - 1
 """Id in a dynamic table that stands for all unknown ids; it gets a row as any other id does."""
 
 
+HASH_STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Shifts and factors of the splitmix64 finaliser."""
+
+
 class IdMap:
     """Maps arrays of ids of one table to its rows.
 
@@ -103,7 +107,7 @@ def hash_rows(ids: np.ndarray, salt: np.uint64, rows: int, out: np.ndarray) -> N
     np.bitwise_xor(ids.view(np.uint64), salt, out=mixed)
     scratch = np.empty_like(mixed)
     # All steps work in place on `out`: this runs over every id of every batch.
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    for shift, factor in HASH_STEPS:
         np.right_shift(mixed, np.uint64(shift), out=scratch)
         mixed ^= scratch
         mixed *= np.uint64(factor)

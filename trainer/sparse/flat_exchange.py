@@ -1,8 +1,11 @@
-"""Exchange for CPUs: ids are sent as one flat list, and rows return in the order of the ids.
+"""Exchange of ids as one flat list; rows return in the order of the ids.
 
 TorchRec's path permutes the received data by feature and batch row before and after every collective, and autograd
 repeats all of it in the backward pass. On a CPU these copies, and fbgemm's kernel for unpooled rows, cost several times
 the work itself. Here a rank sorts its ids by owner, sends them, and undoes the sorting when the rows return.
+
+On a GPU this exchange carries the tables of a collection that has a dynamic table. There the host waits for the device
+once, in ``send``, for the numbers of ids that the ranks send to each other; on one rank it never waits.
 """
 
 from __future__ import annotations
@@ -12,26 +15,31 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.console.errors import UserError
 from trainer.runtime.phase_timer import PhaseClock
-from trainer.sparse.cpu_kernel import CpuKernel, cpu_kernel
-from trainer.sparse.exchange import Gradients
+from trainer.sparse.cpu_kernel import CpuKernel
+from trainer.sparse.device_kernel import DeviceKernel, inverse, to_device
+from trainer.sparse.exchange import Gradients, pass_to_current_stream
 
 
-class CpuRouting:
+class FlatRouting:
     """Owners of the rows of some lookups of one collection, whose tables all have the same sharding.
 
     Args:
-        collection: a sharded collection on a CPU.
+        collection: a sharded collection.
         sharding: ``table_wise`` or ``row_wise``.
         keys: names of the collection's lookups, in the order of the ids.
         group: process group of all ranks.
         served: names of the lookups that this routing serves, at least one; their tables have this sharding.
+        device_form: True for operations that any device has, False for the faster ones of a CPU.
 
     Attributes:
+        device: device of the tables.
+        device_form: as given.
         positions: places of the served lookups among ``keys``.
         cut: True if the tables are cut by rows over several ranks.
         keys: names of the served lookups, in the order of ``positions``.
@@ -49,7 +57,10 @@ class CpuRouting:
         keys: Sequence[str],
         group: dist.ProcessGroup,
         served: frozenset[str],
+        device_form: bool,
     ) -> None:
+        self.device: torch.device = collection._device
+        self.device_form = device_form
         self.group, self.world = group, dist.get_world_size(group)
         tables = {key: table for table in collection._embedding_configs for key in table.feature_names}
         plans = {key: collection.module_sharding_plan[tables[key].name] for key in keys}
@@ -67,10 +78,20 @@ class CpuRouting:
         self.block_rows = torch.tensor(
             [plans[key].sharding_spec.shards[0].shard_sizes[0] for key in self.keys], dtype=torch.int64
         )
-        self.kernel: CpuKernel | None = cpu_kernel(collection, sharding)
+        self.kernel = self._kernel(collection, sharding)
+
+    def _kernel(self, collection: ShardedEmbeddingCollection, sharding: str) -> CpuKernel | DeviceKernel | None:
+        """Return the kernel of this rank's shards of the tables with a sharding; None if it has no shard."""
+        lookup = collection._lookups[collection._sharding_types.index(sharding)]
+        found = [module for module in lookup.modules() if isinstance(module, BatchedFusedEmbedding)]
+        if len(found) > 1:
+            raise RuntimeError(f"TorchRec made {len(found)} kernels for the {sharding} tables of one collection, not 1")
+        if not found:
+            return None
+        return DeviceKernel(found[0], self.device) if self.device_form else CpuKernel(found[0])
 
 
-class CpuExchange:
+class FlatExchange:
     """Exchange of one step for the lookups of a routing; see :class:`trainer.sparse.exchange.Exchange`.
 
     Args:
@@ -79,7 +100,7 @@ class CpuExchange:
         clock: counts the time of waiting for other ranks as communication.
     """
 
-    def __init__(self, routing: CpuRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> None:
+    def __init__(self, routing: FlatRouting, ids: KeyedJaggedTensor, clock: PhaseClock) -> None:
         self._routing, self._clock = routing, clock
         by_lookup, sizes = ids.values().split(ids.length_per_key()), ids.length_per_key()
         self._ids_by_lookup = [by_lookup[i] for i in routing.positions]
@@ -89,22 +110,28 @@ class CpuExchange:
         """Sort the ids by owner and start to exchange their numbers.
 
         Raises:
-            UserError: an id is outside its table.
+            UserError: an id is outside its table; the device form does not look.
         """
-        counts, self._ids = self._sort(self._ids_by_lookup)
-        self._sent = counts.sum(1).tolist()
+        on_gpu = self._routing.device.type == "cuda"
+        self._stream = torch.cuda.current_stream() if on_gpu else None
+        self._own_counts, self._ids = self._sort(self._ids_by_lookup)
         one_each = [1] * self._routing.world
-        self._counts, self._work = self._all_to_all(counts, one_each, one_each)
+        self._counts, self._work = self._all_to_all(self._own_counts, one_each, one_each)
 
     def send(self) -> None:
         """Wait for the numbers of ids and start to send the ids."""
         self._wait()
-        self._received = self._counts.sum(1).tolist()
+        # One copy to the host for both, since each would wait for the device.
+        own, self._segments = torch.stack([self._own_counts, self._counts]).tolist()
+        self._sent, self._received = ([sum(of_rank) for of_rank in counts] for counts in (own, self._segments))
         self._ids, self._work = self._all_to_all(self._ids, self._sent, self._received)
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
         """Look up the received ids and return the rows of this rank's ids."""
         self._wait()
+        if self._stream is not None:
+            sorting = (self._sent_place, self._sent_order) if self._routing.cut else ()
+            pass_to_current_stream(self._stream, (self._ids, self._counts, *sorting))
         rows, self._work = self._all_to_all(self._look_up(step), self._received, self._sent)
         self._wait()
         if self._routing.cut:
@@ -115,7 +142,7 @@ class CpuExchange:
         """Send the gradients to the owners of the rows and train the rows of this rank."""
         flat = torch.cat([part for key in self._routing.keys for part in gradients[key]])
         if self._routing.cut:
-            flat = flat.index_select(0, torch.ops.fbgemm.invert_permute(self._sent_place))
+            flat = flat.index_select(0, self._order_of_sending())
         received, self._work = self._all_to_all(flat, self._sent, self._received)
         self._wait()
         self._train(received.mul_(scale / self._routing.world))
@@ -127,14 +154,19 @@ class CpuExchange:
     def _sort(self, ids_by_lookup: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the number of ids to send, ``[owners, lookups]``, and the ids, sorted by owner, then by lookup."""
         routing = self._routing
-        for table, ids in zip(routing.tables, ids_by_lookup, strict=True):
-            _check_range(table.name, table.num_embeddings, ids)
+        if not routing.device_form:
+            for table, ids in zip(routing.tables, ids_by_lookup, strict=True):
+                _check_range(table.name, table.num_embeddings, ids)
         joined = torch.cat(list(ids_by_lookup))
         return self._bucketize(joined) if routing.cut else (self._whole_table_counts(), joined)
 
     def _whole_table_counts(self) -> Tensor:
-        """Return the number of ids for each owner and lookup, ``[owners, lookups]``, of table-wise sharded tables."""
-        return self._routing.owns * torch.tensor(self._sizes)
+        """Return the number of ids for each owner and lookup, ``[owners, lookups]``, of table-wise sharded tables.
+
+        It is on the device if it is sent to other ranks, else on the host.
+        """
+        counts = self._routing.owns * torch.tensor(self._sizes)
+        return to_device(counts, self._routing.device) if self._routing.world > 1 else counts
 
     def _bucketize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Sort row numbers of row-wise sharded tables by owner, as :meth:`_sort` does.
@@ -142,16 +174,41 @@ class CpuExchange:
         A row number becomes the number within the owner's shard. ``_sent_place`` keeps the new place of each one.
         """
         routing = self._routing
+        if routing.device_form:
+            return self._bucketize_on_device(rows)
         counts, rows, _, _, self._sent_place = torch.ops.fbgemm.block_bucketize_sparse_features(
             torch.tensor(self._sizes), rows, False, True, routing.block_rows, routing.world
         )
         return counts.view(routing.world, -1), rows
 
+    def _bucketize_on_device(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same as :meth:`_bucketize`, whose operator takes each lookup with one thread of a GPU.
+
+        ``_sent_order`` keeps the old place of each row number too.
+        """
+        routing, lookups = self._routing, len(self._sizes)
+        blocks = [int(block) for block in routing.block_rows]
+        parts = [*zip(range(lookups), rows.split(self._sizes), blocks, strict=True)]
+        buckets = torch.cat([part // block * lookups + lookup for lookup, part, block in parts])
+        self._sent_order = buckets.argsort(stable=True)
+        self._sent_place = inverse(self._sent_order)
+        counts = torch.zeros(routing.world * lookups, dtype=torch.int64, device=rows.device)
+        counts.index_add_(0, buckets, torch.ones_like(buckets))
+        within = torch.cat([part % block for _, part, block in parts])
+        return counts.view(routing.world, lookups), within.index_select(0, self._sent_order)
+
+    def _order_of_sending(self) -> Tensor:
+        """Return the place before the sorting by owner of each id that is sent, ``[ids]``."""
+        if self._routing.device_form:
+            return self._sent_order
+        order: Tensor = torch.ops.fbgemm.invert_permute(self._sent_place)
+        return order
+
     def _look_up(self, step: int | None) -> Tensor:
         """Return the rows of the received ids, ``[received, dim]`` float32."""
         kernel = self._routing.kernel
         if not len(self._ids):
-            return torch.empty(0, self._routing.dim)
+            return torch.empty(0, self._routing.dim, device=self._routing.device)
         assert kernel is not None
         # The rows with their graph: its backward pass is the fused optimizer.
         self._looked_up = kernel(kernel.number_rows(self._ids, self._counts, self._routing.keys))
