@@ -17,6 +17,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from trainer.checkpoint import model_state as trainer_state
 from trainer.checkpoint.model_state import LISTED, in_blocks, list_differences, read_state, write_state
+from trainer.checkpoint.snapshot_memory import SnapshotMemory
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 
@@ -40,7 +41,7 @@ def test_shards_are_written_in_blocks(
 ) -> None:
     monkeypatch.setattr(trainer_state, "BLOCK_BYTES", 200)
     values, plain = torch.randn(shape), torch.randn(1000)
-    write_state(in_blocks({"table": sharded(values), "plain": {"x": plain}}, copy=False), tmp_path / "model", group)
+    write_state(in_blocks({"table": sharded(values), "plain": {"x": plain}}), tmp_path / "model", group)
     stored = FileSystemReader(tmp_path / "model").read_metadata().state_dict_metadata
     table = stored["table"]
     assert isinstance(table, TensorStorageMetadata)
@@ -70,7 +71,9 @@ def test_shards_keep_their_place_in_the_table(
         mesh = init_device_mesh("cpu", (1,))
         return DTensor.from_local(held, mesh, [Shard(0)], run_check=False, shape=of.shape, stride=of.stride())
 
-    write_state(in_blocks({"table": shards(whole)}, copy=block_bytes == 40), tmp_path / "model", group)
+    write_state(
+        in_blocks({"table": shards(whole)}, SnapshotMemory() if block_bytes == 40 else None), tmp_path / "model", group
+    )
     read_state({"table": sharded(into)}, tmp_path / "model", group)
     assert torch.equal(into, whole)
     again = torch.full((11, 7), torch.nan)
@@ -84,7 +87,7 @@ def test_a_copy_does_not_change_with_its_source(
     monkeypatch.setattr(trainer_state, "BLOCK_BYTES", 64)
     values, plain = torch.randn(9, 4), torch.randn(3)
     before = values.clone(), plain.clone()
-    copied = in_blocks({"table": sharded(values), "plain": plain}, copy=True)
+    copied = in_blocks({"table": sharded(values), "plain": plain}, SnapshotMemory())
     values.fill_(123.0), plain.fill_(123.0)
     write_state(copied, tmp_path / "model", group)
     into = {"table": sharded(torch.zeros(9, 4)), "plain": torch.zeros(3)}
@@ -103,7 +106,7 @@ def test_a_copy_stays_in_host_memory_with_a_mesh_of_another_device(
     monkeypatch.setattr(table.device_mesh, "_device_type", "meta")
     moved = DTensor.from_local(torch.zeros(1), table.device_mesh, [Shard(0)], run_check=False)
     assert moved.to_local().device.type == "meta", "the stand-in is moved to, as a GPU would be"
-    copied = in_blocks({"table": table}, copy=True)
+    copied = in_blocks({"table": table}, SnapshotMemory())
     blocks = copied["table"].to_local().local_shards()
     assert [len(block) for block in blocks] == [4, 4, 1]
     assert all(block.device.type == "cpu" for block in blocks)

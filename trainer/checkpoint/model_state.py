@@ -6,11 +6,10 @@ read parts of a table that one rank wrote, and a rank never holds more than its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from trainer.checkpoint.model_index import DAMAGED, SafeReader, read_index
+from trainer.checkpoint.snapshot_memory import SnapshotMemory
 from trainer.console.errors import UserError, one_line
 from trainer.console.text_table import shape_text
 
@@ -34,17 +34,20 @@ LISTED = 8
 """Most differences that an error lists; the others are counted."""
 
 
-def in_blocks(state: State, *, copy: bool) -> dict[str, Any]:
+def in_blocks(state: State, memory: SnapshotMemory | None = None) -> dict[str, Any]:
     """Cut the shards of a state into blocks of rows, for writing.
 
     Args:
         state: nested mappings of tensors.
-        copy: copy the values into host memory, so that training can continue; otherwise blocks are views.
+        memory: host memory to copy the values to, so that training can continue; its copies from before become
+            invalid. None: blocks are views.
     """
-    return {
-        key: in_blocks(value, copy=copy) if isinstance(value, Mapping) else _tensor_in_blocks(value, copy)
-        for key, value in state.items()
-    }
+    if memory is None:
+        return _in_blocks(state, lambda block: block)
+    memory.begin()
+    blocks = _in_blocks(state, memory.copy)
+    memory.wait()
+    return blocks
 
 
 def write_state(state: State, path: str | Path, group: dist.ProcessGroup) -> None:
@@ -98,25 +101,28 @@ def flat(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield prefix + key, value
 
 
-def _tensor_in_blocks(tensor: Tensor, copy: bool) -> Tensor:
+def _in_blocks(state: State, copied: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {
+        key: _in_blocks(value, copied) if isinstance(value, Mapping) else _tensor_in_blocks(value, copied)
+        for key, value in state.items()
+    }
+
+
+def _tensor_in_blocks(tensor: Tensor, copied: Callable[[Tensor], Tensor]) -> Tensor:
     if not isinstance(tensor, DTensor):
-        return _copied(tensor) if copy else tensor
+        return copied(tensor)
     held: Any = tensor.to_local()
     blocks, offsets = [], []
     for shard, offset in zip(held.local_shards(), held.local_offsets(), strict=False):
         rows = max(1, BLOCK_BYTES * len(shard) // max(1, shard.nbytes))
         for start in range(0, len(shard), rows):
             block = shard[start : start + rows]
-            blocks.append(_copied(block) if copy else block)
+            blocks.append(copied(block))
             offsets.append((offset[0] + start, *offset[1:]))
     if not blocks:
         return tensor
     # DTensor.from_local would copy the blocks to the device of the mesh: a second copy of the tables in GPU memory.
     return DTensor(LocalShardsWrapper(blocks, offsets), tensor._spec, requires_grad=False)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
 
 
 def _shapes_of_all_ranks(state: State, group: dist.ProcessGroup) -> dict[str, tuple[int, ...]]:

@@ -119,8 +119,8 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, description="Every Nth save is kept for ever. 0: none is.", ge=0)
     background: bool = Field(
         True,
-        description="Write checkpoints while training continues, from a copy in host memory (true), or pause training "
-        "and make no copy (false).",
+        description="Write checkpoints while training continues, from a copy in host memory, which the job keeps for "
+        "the next one and which is page-locked on GPUs (true), or pause training and make no copy (false).",
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modules.embeddings import Lookup, Table
 from modules.ranker import Ranker
 from trainer.checkpoint.model_state import State, in_blocks, read_state, write_state
+from trainer.checkpoint.snapshot_memory import SnapshotMemory
 from trainer.config.deepspeed import SETTINGS, complete_settings
 from trainer.data.features.packed_batch import ContentLayout
 from trainer.data.loading.batch import RankingBatch
@@ -200,7 +201,7 @@ class HybridEngine:
         self._world = dist.get_world_size(group)
         settings = complete_settings(deepspeed, batch_size, self._world, origin=deepspeed_file)
         self.control = control_group()
-        self._clock = PhaseClock(device)
+        self._clock, self._snapshot = PhaseClock(device), SnapshotMemory()
         self._loss = loss
         self._fixed_lengths = {lookup.name: lookup.length for lookup in lookups}
         self._overlap = overlap
@@ -365,7 +366,7 @@ class HybridEngine:
             NotFiniteLoss: the loss of the last step is not finite, which was not read before.
         """
         self._check_last_loss()
-        return in_blocks(self._state(), copy=copy)
+        return in_blocks(self._state(), self._snapshot if copy else None)
 
     def load(self, path: str | Path) -> None:
         """Load the model of :meth:`save`, also with another number of ranks, sharding plan or ZeRO stage. Collective.

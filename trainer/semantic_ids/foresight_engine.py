@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from modules.foresight import CodeSample, ForesightPredictor
 from trainer.checkpoint.model_state import in_blocks, read_state
+from trainer.checkpoint.snapshot_memory import SnapshotMemory
 from trainer.config.deepspeed import SETTINGS
 from trainer.engine.dense_engine import DenseNetwork, DenseOptimizer
 from trainer.runtime.host_copy import HostCopy
@@ -51,6 +52,7 @@ class PredictorEngine:
         assert isinstance(self._network.module, ForesightPredictor)
         self.predictor: ForesightPredictor = self._network.module
         self.parts, self._world = self._network.parts, dist.get_world_size()
+        self._snapshot = SnapshotMemory()
         # The loss was read before the step; the norm of the gradient is tested on the device.
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
@@ -92,7 +94,7 @@ class PredictorEngine:
 
     def state(self, *, copy: bool = False) -> dict[str, Any]:
         """Return parameters, moments and buffers in full; ``copy`` them into separate host memory. Collective."""
-        return in_blocks(self._network.state(), copy=copy)
+        return in_blocks(self._network.state(), self._snapshot if copy else None)
 
     def load(self, path: Path, steps: int, control: dist.ProcessGroup) -> None:
         """Load a :meth:`state` from a checkpoint that was written after ``steps`` steps. Collective.

@@ -90,7 +90,7 @@ class TorchRecExchange:
     def update(self, gradients: Gradients, scale: float | Tensor) -> None:
         """Train the tables; see :meth:`Exchange.update`. TorchRec divides by the number of ranks in its backward."""
         trained = {name: values for name, values in self._rows.items() if values.requires_grad}
-        row_gradients = [torch.cat(list(gradients[name])) * scale for name in trained]
+        row_gradients = [_scaled(gradients[name], scale) for name in trained]
         torch.autograd.backward(list(trained.values()), row_gradients)
         self._rows = {}
 
@@ -124,3 +124,8 @@ def _at_least_one_row(ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
     keys = ids.keys()
     lengths = torch.zeros(len(keys), dtype=ids.lengths().dtype, device=ids.device())
     return KeyedJaggedTensor(keys=keys, values=ids.values(), lengths=lengths, stride=1, length_per_key=[0] * len(keys))
+
+
+def _scaled(parts: Sequence[Tensor], scale: float | Tensor) -> Tensor:
+    """Return ``scale`` times the joined parts, in memory of its own."""
+    return parts[0] * scale if len(parts) == 1 else torch.cat(list(parts)).mul_(scale)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.checkpoint.model_state import State, in_blocks, read_state
+from trainer.checkpoint.snapshot_memory import SnapshotMemory
 from trainer.config.deepspeed import SETTINGS
 from trainer.config.finetune import FinetuneOptimizerConfig
 from trainer.engine.dense_engine import check_settings, start_deepspeed
@@ -91,7 +92,7 @@ class AdapterEngine:
         self.parts: int = settings["gradient_accumulation_steps"]
         self.row_multiple = row_multiple(network.causal.config._attn_implementation)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
-        self._model = model
+        self._model, self._snapshot = model, SnapshotMemory()
         self._world = dist.get_world_size()
         # AdamW of torch, because DeepSpeed's AdamW compiles a kernel first, which takes minutes and needs a compiler.
         self._adam = torch.optim.AdamW(
@@ -189,7 +190,7 @@ class AdapterEngine:
             for (name, parameter), values in zip(self._trained(), self.adapter().values(), strict=True)
         }
         steps = [state["step"] for state in self._adam.state.values() if "step" in state]
-        return in_blocks({"adapter": adapter, "adapter_step": steps[0].cpu().clone()}, copy=copy)
+        return in_blocks({"adapter": adapter, "adapter_step": steps[0].cpu().clone()}, self._snapshot if copy else None)
 
     def load(self, path: Path, steps: int, control: dist.ProcessGroup) -> None:
         """Load a :meth:`state` from a checkpoint, written by any number of ranks under any ZeRO stage. Collective.
