@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from benchmarks.report.rendering import render
 from benchmarks.report.results import read_results
 from benchmarks.speed.throughput import FLOP_PER_ROW
+from launch.benchmark_runs import find_benchmarks
 from trainer.config.align import AlignConfig
 from trainer.config.embed import EmbeddingJob
 from trainer.config.finetune import FinetuneConfig
@@ -98,5 +99,10 @@ def _filled(paragraph: str) -> str:
 
 def _values(results: Path) -> dict[str, Any]:
     values = read_results(results)
-    environments = [result["environment"] for result in values.values() if "environment" in result]
-    return {**values, "measured": set(values), "flop_per_row": FLOP_PER_ROW, "environments": environments}
+    return {
+        **values,
+        "measured": set(values),
+        "unmeasured": [benchmark.name for benchmark in find_benchmarks() if Path(benchmark.result).stem not in values],
+        "flop_per_row": FLOP_PER_ROW,
+        "environments": [result["environment"] for result in values.values() if "environment" in result],
+    }

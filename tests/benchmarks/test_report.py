@@ -61,6 +61,13 @@ def test_a_changed_figure_changes_page_and_table(results: Path) -> None:
     assert f"| click | 13,476 | {before} /" not in page and before not in table
 
 
+def test_a_benchmark_without_a_result_is_named(results: Path) -> None:
+    (results / "roofline.json").unlink(missing_ok=True)
+    page = results_page(results)
+    named = page[page.index("These benchmarks have no result here:") :]
+    assert "`speed.roofline`" in named and "`speed.loader`" not in named and "## Roofline" not in page
+
+
 def test_a_figure_that_no_result_has_is_an_error(results: Path) -> None:
     file = results / "loader.json"
     content = json.loads(file.read_text())

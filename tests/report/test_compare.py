@@ -84,6 +84,7 @@ def test_runs_of_other_kinds_have_their_metrics_side_by_side(runs: tuple[str, st
     comparison = compare_runs([runs[0], str(tmp_path / "c")])
     assert comparison.metrics[0].values[1] is None and not comparison.metrics[0].differences
     assert any("damaged" in note for note in comparison.notes)
+    assert f"{tmp_path}/c: damaged, and has no metrics yet" in comparison.notes
     assert any("settings are not compared" in note for note in comparison.notes)
     assert "B: " in format_comparison(comparison)
 

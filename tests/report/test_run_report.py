@@ -232,6 +232,9 @@ def test_a_run_that_is_not_whole_has_a_page(
     assert "Where it ran" in page or "environment.json" in name
     if harm is not remove and name != "environment.json" and (run / name).is_file():
         assert Path(name).name in page, "what is damaged is named"
+        assert "is not there" not in page and "has kept no predictions" not in page, "and is not said to be missing"
+    if harm is remove and name == "metrics.json":
+        assert "metrics.json is not there: the run has not finished." in page
 
 
 @pytest.mark.parametrize("value", [None, 1, "a", [], {}, [1], [{}], {"a": 1}, {"a": {"b": "c"}}, {"a": [[1, 2, 3]]}])
@@ -279,6 +282,22 @@ def test_a_run_without_rows_says_so(run: Path, few_draws: None) -> None:
     (run / "metrics.json").write_text(json.dumps(document))
     text = " ".join(" ".join(PageElements(make_report(run)).texts).split())
     assert "The model was trained on 0 rows." in text and "rows trained on 0 " in text
+
+
+def test_a_metric_or_a_truth_that_is_not_known_is_said(run: Path, few_draws: None) -> None:
+    document = json.loads((run / "metrics.json").read_text())
+    document["behaviours"]["gift"] |= {"auc": None, "gauc": None, "positives": 0}
+    (run / "metrics.json").write_text(json.dumps(document))
+    page = make_report(run)
+    assert "gift has 0 positives in the held-out range: its metrics are mostly chance." in page
+    assert "which this simulated world knows" in page
+    for file in (run / "metrics.json", run / "baselines/logistic/metrics.json"):
+        document = json.loads(file.read_text())
+        for values in document["behaviours"].values():
+            del values["best_auc"]
+        file.write_text(json.dumps(document))
+    page = make_report(run)
+    assert "so the best possible AUC is not known either" in page and "best possible</li>" not in page
 
 
 def test_a_stream_has_its_counts(run: Path, few_draws: None) -> None:

@@ -100,6 +100,7 @@ def compare_runs(directories: Sequence[str]) -> RunComparison:
             raise UserError(f"{path}: no run here")
     runs = [summarize(path) for path in paths]
     notes = [f"{run.directory}: {run.state}: {run.reason}" for run in runs if run.reason]
+    notes += [f"{run.directory}: {run.state}, and has no metrics yet" for run in runs if not run.metrics]
     kept: list[HeldOutRows] = []
     for path in paths:
         try:

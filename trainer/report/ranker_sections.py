@@ -43,8 +43,11 @@ def held_out_metrics(models: Sequence[ReportedModel]) -> list[ReportSection]:
             ]
             rows.append(cells)
     text = f"Brackets are 95 % intervals over users (bootstrap, {DRAWS} draws)." if any(intervals) else ""
-    if best:
-        text += " The best AUC is that of the true probabilities, which this simulated world knows."
+    text += (
+        " The best AUC is that of the true probabilities, which this simulated world knows."
+        if best
+        else " No true probabilities are known, so the best possible AUC is not known either."
+    )
     chart = dot_chart("AUC of the held-out range", "AUC", names, series)
     table = ReportTable("", header, rows, 2 if len(models) > 1 else 1)
     return [ReportSection("Held-out metrics", text.strip(), [table], drawn(chart))]

@@ -32,7 +32,7 @@ def run_warnings(run: StoredRun) -> list[str]:
     found = []
     summary, own = run.summary, run.models[0]
     if summary.state in ("failed", "damaged"):
-        found.append(f"The run is {describe_state(summary)}.")
+        found.append(f"The run {'has' if summary.state == 'failed' else 'is'} {describe_state(summary)}.")
     for name, values in own.behaviours.items():
         positives, calibration = number(values.get("positives")), number(values.get("calibration"))
         if positives is not None and positives < FEW_POSITIVES:

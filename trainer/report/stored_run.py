@@ -11,6 +11,7 @@ from trainer.checkpoint.manifest import JOB, list_checkpoints
 from trainer.checkpoint.runs import DAMAGED, RunSummary, is_run, summarize
 from trainer.console.errors import UserError, one_line
 from trainer.ranking.attention_examples import ATTENTION_EXAMPLES
+from trainer.ranking.held_out_rows import HELD_OUT
 from trainer.report.held_out import HeldOutRows
 from trainer.runtime.run_status import FINISHED, RUNNING, RunStatus, read_status
 from trainer.runtime.stored_files import parse_json_object, read_json_object, read_limited
@@ -110,9 +111,9 @@ class StoredRun:
         ]
         if summary.state == RUNNING:
             reader.notes.append("The job runs: curves reach to the newest checkpoint, and metrics come at the end.")
-        elif not models[0].document and trains:
+        elif trains and not (directory / "metrics.json").exists():
             reader.notes.append("metrics.json is not there: the run has not finished.")
-        if models[0].behaviours and models[0].held_out is None:
+        if models[0].behaviours and not (directory / HELD_OUT).exists():
             reader.notes.append(
                 "The run has kept no predictions (an earlier version wrote it): there are no intervals and no parts."
             )
