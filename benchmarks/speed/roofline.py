@@ -30,7 +30,6 @@ from torch import nn
 from benchmarks.measure import make_parser, median_and_range, write_result
 from benchmarks.speed.throughput import (
     BATCH,
-    DEEPSPEED,
     WARM_UP_STEPS,
     WorkloadFeatures,
     machine_rates,
@@ -58,6 +57,9 @@ from trainer.engine.dense_engine import DenseNetwork
 from trainer.runtime.distributed import World
 
 SHORT = ("--steps", "6", "--threads", "1")
+
+PRECISIONS = ("fp32", "bf16")
+"""Precisions of the dense network; a CPU computes TF32 in float32."""
 
 PARTS = ("data", "tables", "DIN", "experts", "optimizer", "rest")
 HISTORIES = 2
@@ -208,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "train"
         write_dataset(path, make_rows(batch * (WARM_UP_STEPS + options.steps), options.scale, seed=1), options.scale)
-        results = [measure(path, precision, threads, batch) for threads in options.threads for precision in DEEPSPEED]
+        results = [measure(path, precision, threads, batch) for threads in options.threads for precision in PRECISIONS]
     print(table(results))
     for result in results:
         rates = ", ".join(f"{name} {value:.0f}" for name, value in result["rates"].items())

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import roofline
+from benchmarks.speed import roofline, throughput
 from benchmarks.speed.throughput import FLOP_PER_ROW
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     rates = {"product_gflops": 100.0, "bf16_product_gflops": 400.0, "copy_gb_per_second": 20.0}
     monkeypatch.setattr(roofline, "machine_rates", lambda threads: rates)
-    monkeypatch.setattr(roofline, "DEEPSPEED", {"fp32": ""})
+    monkeypatch.setattr(roofline, "PRECISIONS", ("fp32",))
     out = tmp_path / "roofline.json"
     roofline.main(["--scale=256", "--steps=3", "--threads=1", f"--out={out}"])
     (result,) = json.loads(out.read_text())["results"]
@@ -27,6 +27,11 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert din["share_of_floor"] == pytest.approx(din["floor_seconds"] / din["seconds"]["median"])
     assert parts["rest"]["share_of_floor"] is None
     assert "of floor" in capsys.readouterr().out
+
+
+def test_every_precision_has_the_rate_of_its_own_products() -> None:
+    # The rate of a precision other than fp32 is that of bf16 products.
+    assert set(roofline.PRECISIONS) == {"fp32", "bf16"} <= set(throughput.DEEPSPEED)
 
 
 def test_the_work_of_a_row_is_what_the_throughput_counts() -> None:
