@@ -187,7 +187,8 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         range(len(names)),
         [100 * mean for mean, _ in shares],
         0.6,
-        yerr=[100 * (half or 0.0) for _, half in shares],
+        # One seed has no interval.
+        yerr=None if shares[0][1] is None else [100 * half for _, half in shares],
         capsize=3,
         color="tab:blue",
     )
