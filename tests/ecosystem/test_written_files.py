@@ -1,4 +1,4 @@
-"""Tests of other tools that read the files of Limelight: WebDataset, readers of Parquet, torch, TensorBoard, MLflow."""
+"""Tests of other tools that read the files of Limelight: WebDataset, readers of Parquet, torch, TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 from torch.utils.data import DataLoader
 
 from launch.cli.main import main
-from tests.runtime.test_mlflow_store import open_store
 from trainer.checkpoint.manifest import checkpoints_at
-from trainer.console.setup_advice import MLFLOW
 from trainer.data.format.schema import DatasetSpec, row_columns
 from trainer.data.format.shards import read_rows
 from trainer.data.simulator.write_dataset import simulate
@@ -64,8 +62,7 @@ def written(limelight: Any, tmp_path_factory: pytest.TempPathFactory) -> Written
     out = tmp_path_factory.mktemp("ecosystem")
     world, run = out / "world", out / "run"
     simulate(world, users=40, days=3, partitions=4, seed=5, texts=True)
-    store = [f"run.mlflow={out / 'mlflow'}"] if MLFLOW.is_installed else []
-    limelight("train", *JOB, f"data.path={world}", f"run.directory={run}", *store, "--ranks", 2)
+    limelight("train", *JOB, f"data.path={world}", f"run.directory={run}", "--ranks", 2)
     limelight("evaluate", run, "--predictions", out / "predictions.parquet")
     rows = read_rows(world, DatasetSpec.load(world))
     columns = {name: rows[name][:50] for name in ("user_id", "author_id", "item_id", "request_ms")}
@@ -224,18 +221,3 @@ def test_tensorboard_sees_the_metric_history(written: Written) -> None:
     points = [(point.step, point.value) for point in events.Scalars("progressive_auc/click")]
     expected = [(entry["step"], entry["auc"]["click"]) for entry in history if entry["auc"]["click"] is not None]
     assert points == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected] and points
-
-
-def test_mlflow_sees_the_metric_history_and_the_held_out_metrics(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = open_store(written.directory / "mlflow", monkeypatch)
-    (experiment,) = client.search_experiments(filter_string="name = 'simulated'")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == (written.run.name, "FINISHED")
-    assert run.data.params["train.batch_size"] == "128"
-    history = json.loads((checkpoints_at(written.run)[-1] / "job.json").read_text())["trace"]
-    points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
-    assert points == [(entry["step"], pytest.approx(entry["loss"])) for entry in history]
-    click = json.loads((written.run / "metrics.json").read_text())["behaviours"]["click"]
-    assert run.data.metrics["held_out/click/auc"] == click["auc"]

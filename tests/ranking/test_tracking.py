@@ -1,4 +1,4 @@
-"""Tests of the metrics of models and baselines in an MLflow file store, with the real package."""
+"""Records of a ranker's models and baselines in an MLflow file store."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.test_mlflow_store import open_store
+from tests.ranking.recorded_mlflow import RecordedRun
 from trainer.config.ranker import parse_config
 from trainer.ranking.tracking import mlflow_target, write_metrics
 
 
 def test_the_last_metrics_of_models_and_baselines_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = open_store(tmp_path / "store", monkeypatch)
+    runs = RecordedRun.in_place_of_mlflow(monkeypatch)
     settings: dict[str, Any] = {"data": {"path": "d"}, "run": {"name": "small", "mlflow": str(tmp_path / "store")}}
     config = parse_config(settings, "test")
     baseline = tmp_path / "run" / "baselines" / "mmoe"
@@ -23,12 +23,10 @@ def test_the_last_metrics_of_models_and_baselines_are_there(tmp_path: Path, monk
     for directory in (tmp_path / "run", baseline):
         write_metrics(config, directory, document, 7)
         assert json.loads((directory / "metrics.json").read_text()) == document
-    (experiment,) = [found for found in client.search_experiments() if found.name == "small"]
-    runs = client.search_runs([experiment.experiment_id])
-    assert {run.info.run_name for run in runs} == {"run", "run, mmoe"}
-    assert [run.data.metrics for run in runs] == [{"held_out/click/auc": 0.75}] * 2
-    kinds = {run.info.run_name: run.data.params["model.kind"] for run in runs}
-    assert kinds == {"run": "ple", "run, mmoe": "mmoe"}
+    assert {(run.target.experiment, run.target.name) for run in runs} == {("small", "run"), ("small", "run, mmoe")}
+    assert [run.scalars for run in runs] == [[("held_out/click/auc", 0.75, 7)]] * 2 and all(run.closed for run in runs)
+    assert [run.target.settings["model.kind"] for run in runs] == ["ple", "mmoe"]
+    assert runs[0].target.settings["run.name"] == "small" and runs[0].target.store == str(tmp_path / "store")
 
 
 def test_a_job_without_a_store_writes_its_metrics_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from tests.device_waits import Waits
 from tests.distributed.engine_ranks import everything
+from tests.ranking.recorded_mlflow import RecordedRun
 from trainer.config.ranker import JobConfig, load_config
 from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.write_dataset import simulate
@@ -80,11 +81,18 @@ def test_weights_and_learning_rates_of_each_step(
 
     monkeypatch.setattr(HybridEngine, "set_learning_rate", recording_rates)
     monkeypatch.setattr(TrainingState, "advance", recording_advance)
-    config = job(dataset, tmp_path / "run", decay)
+    mlflow_runs = RecordedRun.in_place_of_mlflow(monkeypatch)
+    config = job(dataset, tmp_path / "run", decay, f"run.mlflow={tmp_path / 'store'}", "train.log_every=1")
     with World.join("cpu") as world:
         run_job(config, world, Preemption())
 
     assert len(results) > 10
+    # The run of the training, and the one that it continues for its last metrics.
+    training, last = mlflow_runs
+    assert [point for point in training.scalars if point[0] == "loss"] == [
+        ("loss", pytest.approx(float(result.loss)), step) for step, result in enumerate(results, 1)
+    ]
+    assert training.closed and last.closed and training.target == last.target and training.target.name == "run"
     total, done = sum(result.rows_global for result in results) / ROWS, 0.0
     rise = 0.3 * total
     behaviours = DatasetSpec.load(dataset).behaviours

@@ -20,15 +20,10 @@ from trainer.runtime.scalars import open_scalars
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return open_store(tmp_path / "store", monkeypatch)
-
-
-def open_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a client of a file store; the test is skipped without MLflow."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     mlflow = pytest.importorskip("mlflow", reason="needs the package mlflow-skinny, of the extra mlflow")
-    return mlflow.MlflowClient(store.as_uri())
+    return mlflow.MlflowClient((tmp_path / "store").as_uri())
 
 
 def target(tmp_path: Path, **settings: Any) -> MlflowTarget:
