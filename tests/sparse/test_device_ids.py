@@ -68,7 +68,7 @@ def tensor(ids: list[int]) -> torch.Tensor:
 def test_results_and_memory_are_those_of_a_cpu(
     stream: list[tuple[int, list[int]]], rows: int, admit_after: int, evict: Any, bucket_rows: int, cut: int
 ) -> None:
-    """Of a whole table, or of both of its parts where ``cut`` is within it."""
+    """One map has the whole table, or each of two maps has a part of it, where ``cut`` is within it."""
     edge = min(bucket_rows * cut, rows)
     with patch.object(dynamic_ids, "BUCKET_ROWS", bucket_rows):
         table = Table("author", rows, 4, dynamic=Dynamic(admit_after, evict))
