@@ -11,8 +11,8 @@ from tests.paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 FILES = sorted(file for file in BENCHMARKS.rglob("*.py") if re.search(r"^def main\(", file.read_text(), re.MULTILINE))
-OTHER_RESULTS = {"chaos", "cross_content", "larm_on_air", "mutants"}
-"""Results of `make chaos`, of `python -m tests.mutants`, and of second runs of LARM and of Cross."""
+OTHER_RESULTS = {"chaos", "cross_content", "full_large", "larm_on_air", "mutants"}
+"""Results of `make chaos`, of `python -m tests.mutants`, and of second runs of LARM, of Cross and of all systems."""
 
 
 def name_of(file: Path) -> str:
