@@ -282,7 +282,7 @@ def test_too_little_disk_is_told_before_anything_is_written(
 
 
 def test_an_unknown_extra_is_told_with_the_known_ones(root: Path) -> None:
-    with pytest.raises(SetupError, match="'kafak'; known: cpu, cuda, llm, s3, kafka, redis, dev"):
+    with pytest.raises(SetupError, match="'kafak'; known: cpu, cuda, llm, s3, kafka, redis, mlflow, dev"):
         Environment(root, ["kafak"])
 
 
