@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numba
+from numba.core.event import Event, Listener, install_listener
+
+logger = logging.getLogger(__name__)
 
 Loop = TypeVar("Loop", bound=Callable[..., object])
 
@@ -40,3 +44,39 @@ def compiled(*parts: ModuleType, nogil: bool = False) -> Callable[[Loop], Loop]:
         return loop
 
     return compile_
+
+
+def compile_now(what: str, calls: Sequence[tuple[Callable[..., None], Sequence[Any]]]) -> None:
+    """Compile loops in this process, or load them from numba's cache; log it if they are compiled.
+
+    Args:
+        what: the work of the loops, for the messages.
+        calls: each loop, with arguments for which it does nothing.
+    """
+    with install_listener("numba:compile", CompilationNotice(what)):
+        for loop, arguments in calls:
+            try:
+                loop(*arguments)
+            except OSError as error:
+                # The loop is compiled, but numba could not write it to its cache.
+                logger.warning(f"the compiled loops for {what} cannot be kept for the next start: {error}")
+
+
+class CompilationNotice(Listener):
+    """Listener to numba that logs the first compilation.
+
+    Args:
+        what: the work of the loops.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what, self.logged = what, False
+
+    def on_start(self, event: Event) -> None:
+        """Log the start of a compilation."""
+        if not self.logged:
+            logger.info(f"compiling {self.what} for this processor, which takes some seconds")
+        self.logged = True
+
+    def on_end(self, event: Event) -> None:
+        """Ignore the end."""

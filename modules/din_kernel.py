@@ -14,7 +14,6 @@ All matrices are padded with zeros to multiples of :data:`LANES`, and computed i
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,13 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numba import njit
-from numba.core.event import Event, Listener, install_listener
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from modules import din_tiles
-from modules.compiled import compiled
+from modules.compiled import compile_now, compiled
 from modules.din_tiles import (
     LANES,
     STEPS,
@@ -52,8 +50,6 @@ from modules.din_tiles import (
     widen,
 )
 from modules.search.search import each_part
-
-logger = logging.getLogger(__name__)
 
 PART_ROWS = 64
 """Rows of a part of the batch, unless there would be too many parts."""
@@ -521,29 +517,8 @@ def instructions_for(device: torch.device, dtype: torch.dtype = torch.float32) -
 def compile_loops() -> None:
     """Compile the two loops in this process, or load them from numba's cache; log it if they are compiled."""
     whole, nothing = np.zeros(1, np.int64), DinArguments(*[0] * len(DinArguments._fields))
-    with install_listener("numba:compile", CompilationNotice()):
-        for loop in (forward_rows, backward_rows):
-            try:
-                loop(0, 0, nothing, whole, whole, whole, whole)
-            except OSError as error:
-                # The loop is compiled, but numba could not write it to its cache.
-                logger.warning(f"the compiled attention cannot be kept for the next start: {error}")
-
-
-class CompilationNotice(Listener):
-    """Listener to numba that logs the first compilation."""
-
-    def __init__(self) -> None:
-        self.said = False
-
-    def on_start(self, event: Event) -> None:
-        """Log the start of a compilation."""
-        if not self.said:
-            logger.info("compiling the attention over histories for this processor, which takes some seconds")
-        self.said = True
-
-    def on_end(self, event: Event) -> None:
-        """Ignore the end."""
+    arguments = (0, 0, nothing, *[whole] * 4)
+    compile_now("the attention over histories", [(forward_rows, arguments), (backward_rows, arguments)])
 
 
 def _aligned(bytes_: int) -> np.ndarray:

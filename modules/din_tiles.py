@@ -1,4 +1,4 @@
-"""Machine code of the compiled target attention: tiles of matrix products, and loops over vectors.
+"""Machine code of the compiled attention and experts: tiles of matrix products, and loops over vectors.
 
 They are LLVM instructions on vectors of :data:`LANES` float32 values. All arguments are integers: addresses, strides in
 bytes from row to row, and numbers of rows, vectors or steps, which are at least 1. Products are fused multiply-adds in
@@ -426,6 +426,12 @@ def _copy(code: VectorBuilder, at: list[Any], value: Any) -> None:
     code.store(code.load(at[1]), at[0])
 
 
+def _copy_masked(code: VectorBuilder, at: list[Any], value: Any) -> None:
+    gradients = code.masked(code.load(at[1]), code.load(at[2]))
+    code.store(gradients, at[0])
+    code.add_at(at[3], gradients)
+
+
 def _fill(code: VectorBuilder, at: list[Any], value: Any) -> None:
     code.store(value, at[0])
 
@@ -481,6 +487,8 @@ def _exponential(code: VectorBuilder, at: list[Any], value: Any) -> Any:
 
 copy = _make_loop(_copy)
 """``target = source``."""
+copy_masked = _make_loop(_copy_masked)
+"""``target = source`` where ``third``, a ReLU's outputs, is positive, else 0; ``fourth += target``."""
 fill = _make_loop(_fill)
 """``target = value``."""
 add_vectors = _make_loop(_add_vectors)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modules.dcn import CrossLayers
+from modules.expert_kernel import CompiledExperts, computes
 
 NetworkKind = Literal["ple", "cgc", "mmoe", "shared_bottom", "dcn"]
 
@@ -27,7 +28,9 @@ NetworkKind = Literal["ple", "cgc", "mmoe", "shared_bottom", "dcn"]
 class BatchedMLP(nn.Module):
     """MLPs of one shape with separate weights, computed together, with a ReLU after every layer.
 
-    Each has the initial values of ``nn.Linear`` layers: uniform in ``+-1 / sqrt(fan in)``.
+    Each has the initial values of ``nn.Linear`` layers: uniform in ``+-1 / sqrt(fan in)``. PyTorch's operations are the
+    definition. If ``compiled`` is set, the loops of ``modules/expert_kernel.py`` compute float32 values on a CPU with
+    AVX-512 or AVX2, unless values are dropped; they round sums in another order.
 
     Args:
         networks: number of MLPs, E.
@@ -41,11 +44,27 @@ class BatchedMLP(nn.Module):
         shapes = list(pairwise((in_features, *widths)))
         self.weights = nn.ParameterList(_linear_weight(networks, fan_in, out) for fan_in, out in shapes)
         self.biases = nn.ParameterList(_uniform((networks, 1, out), fan_in) for fan_in, out in shapes)
-        self.dropout = dropout
+        self.networks, self.dropout = networks, dropout
         self.out_features = widths[-1] if widths else in_features
+        self.compiled = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[networks, batch, in_features]`` to ``[networks, batch, out_features]``."""
+    def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
+        """Apply each network to its input.
+
+        Args:
+            x: inputs ``[inputs, batch, in_features]``.
+            reads: input of each network, ``[networks]`` int64. None: the only input, or each network its own.
+
+        Returns:
+            ``[networks, batch, out_features]``.
+        """
+        dropped = self.dropout > 0 and self.training
+        if self.compiled and len(self.weights) and not dropped and computes(x):
+            places = torch.arange(self.networks) % len(x) if reads is None else reads
+            return CompiledExperts.apply(x, places, *self.weights, *self.biases)
+        # An expanded input instead of one wide product: the activations of each network are contiguous, which the next
+        # product needs.
+        x = x.expand(self.networks, -1, -1) if reads is None else x.index_select(0, reads)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = functional.dropout(torch.baddbmm(bias, x, weight).relu_(), self.dropout, self.training)
         return x
@@ -111,13 +130,8 @@ class GatedExperts(nn.Module):
             ``[gates, batch, out_features]``: the behaviours' gates, then the shared one if there is one.
         """
         gates = self._gate_weights()
-        if self.inputs == 1:
-            # An expanded input instead of one wide product: the activations of each expert are contiguous, which the
-            # next product needs.
-            expert_input, gate_input = x.expand(len(self.expert_input), -1, -1), x.expand(len(gates), -1, -1)
-        else:
-            expert_input, gate_input = x.index_select(0, self.expert_input), x[: len(gates)]
-        hidden = self.experts(expert_input)  # [experts, batch, width]
+        gate_input = x.expand(len(gates), -1, -1) if self.inputs == 1 else x[: len(gates)]
+        hidden = self.experts(x, None if self.inputs == 1 else self.expert_input)  # [experts, batch, width]
         weights = torch.baddbmm(self.allowed.to(gates.dtype), gate_input, gates).softmax(-1)  # [gates, batch, experts]
         return torch.bmm(weights.transpose(0, 1), hidden.transpose(0, 1)).transpose(0, 1)
 

@@ -13,7 +13,7 @@ from modules.content import BatchVectors, VectorProjections
 from modules.din import TargetAttention
 from modules.embeddings import Lookup
 from modules.esu import Parts, SequenceAttention
-from modules.multitask import NetworkKind, Towers, build_network
+from modules.multitask import BatchedMLP, NetworkKind, Towers, build_network
 from modules.pooling import mean_by_row, sum_by_row
 
 RankerKind = NetworkKind | Literal["logistic"]
@@ -70,6 +70,7 @@ class Ranker(nn.Module):
         attention_kind: kind of the attention over histories.
         attention: hidden widths of the network of ``din``.
         compiled_attention: compute ``din`` by compiled loops on CPUs that have the instructions.
+        compiled_experts: compute the layers of experts and towers by compiled loops on such CPUs, in float32.
         heads: number of heads of the other kinds.
         head_dim: width of each head of the other kinds.
         query_ids: lookup of fixed length -> indices of its ids that describe the candidate and not the user or the
@@ -101,6 +102,7 @@ class Ranker(nn.Module):
         attention_kind: AttentionKind = "din",
         attention: Sequence[int] = (64, 16),
         compiled_attention: bool = True,
+        compiled_experts: bool = True,
         heads: int = 4,
         head_dim: int = 16,
         query_ids: Mapping[str, Sequence[int]] | None = None,
@@ -168,6 +170,9 @@ class Ranker(nn.Module):
             dropout=dropout,
         )
         self.network = nn.Sequential(network, Towers(network.out_features, behaviours, tower, dropout))
+        for module in self.network.modules():
+            if isinstance(module, BatchedMLP):
+                module.compiled = compiled_experts
 
     @torch.no_grad()
     def init_output_bias(self, base_rates: Tensor) -> None:

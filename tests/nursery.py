@@ -443,14 +443,15 @@ def _mount(path: str, size: int) -> str:
 
 
 def _warm_up() -> None:
-    """Load numba's compiler and the attention's loops, which takes a second in the first process that uses them."""
+    """Load numba's compiler and the networks' loops, which takes a second in the first process that uses them."""
     import torch
 
-    from modules.din_kernel import compile_loops
+    from modules import din_kernel, expert_kernel
     from trainer.sparse.dedup_exchange import unique_ids
 
     unique_ids([torch.arange(3)])
-    compile_loops()
+    din_kernel.compile_loops()
+    expert_kernel.compile_loops()
 
 
 def _serve(client: socket.socket) -> int:

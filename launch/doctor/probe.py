@@ -88,7 +88,7 @@ def lookup() -> dict[str, Any]:
     )
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    from trainer.runtime.environment import attention_path
+    from trainer.runtime.environment import computed_by
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -109,7 +109,7 @@ def lookup() -> dict[str, Any]:
     if not torch.equal(weight, updated):
         raise RuntimeError("fbgemm's fused update did not change the rows that were looked up by their gradient")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    attention = attention_path(torch.device("cpu"))
+    attention = computed_by(torch.device("cpu"))
     return {"cuda_build": torch.version.cuda, "devices": devices, "attention": attention}
 
 

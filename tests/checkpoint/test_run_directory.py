@@ -16,7 +16,15 @@ import torch
 
 from modules import din_tiles
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.checkpoint.run_directory import attention_of, begin_run, choose_directory, load_run, run_directory, settled
+from trainer.checkpoint.run_directory import (
+    COMPILED,
+    begin_run,
+    choose_directory,
+    compiled_parts,
+    load_run,
+    run_directory,
+    settled,
+)
 from trainer.config.deepspeed import is_enabled
 from trainer.config.load import load_deepspeed
 from trainer.config.ranker import JobConfig, parse_config
@@ -124,22 +132,23 @@ def test_a_run_of_a_version_without_the_key_keeps_the_precision_of_its_deepspeed
 
 
 @pytest.mark.parametrize("stored", [True, False, None])
-def test_a_run_keeps_what_computes_its_attention(tmp_path: Path, stored: bool | None) -> None:
+@pytest.mark.parametrize("key", COMPILED)
+def test_a_run_keeps_what_computes_its_parts(tmp_path: Path, key: str, stored: bool | None) -> None:
     began = settled(CONFIG, tmp_path, alone("cpu"))
-    assert CONFIG.model.compiled_attention == "auto" and began.model.compiled_attention is True
+    assert getattr(CONFIG.model, key) == "auto" and getattr(began.model, key) is True
     begin_run(tmp_path, began, world=1, dataset=DATA)
     content = json.loads((tmp_path / "config.json").read_text())
-    del content["model"]["compiled_attention"]
+    del content["model"][key]
     # Runs of versions without the key had the operations of PyTorch.
-    content["model"] |= {} if stored is None else {"compiled_attention": stored}
+    content["model"] |= {} if stored is None else {key: stored}
     write_json(tmp_path / "config.json", content)
     write_checksums(tmp_path, ("config.json", "deepspeed.json"))
-    assert load_run(tmp_path).model.compiled_attention is bool(stored)
+    assert getattr(load_run(tmp_path).model, key) is bool(stored)
     resumed = settled(CONFIG, tmp_path, alone("cpu"))
-    assert resumed.model.compiled_attention is bool(stored)
+    assert getattr(resumed.model, key) is bool(stored)
     begin_run(tmp_path, resumed, world=1, dataset=DATA)
-    other = changed(model={"compiled_attention": not stored})
-    with pytest.raises(UserError, match=f"model.compiled_attention = {str(bool(stored)).lower()} then"):
+    other = changed(model={key: not stored})
+    with pytest.raises(UserError, match=f"model.{key} = {str(bool(stored)).lower()} then"):
         begin_run(tmp_path, other, world=1, dataset=DATA)
     begin_run(tmp_path, CONFIG, world=1, dataset=DATA)
 
@@ -282,7 +291,8 @@ def test_a_resume_on_a_processor_with_other_loops_is_logged(
         monkeypatch.setattr(din_tiles, "INSTRUCTIONS", instructions)
         begin_run(tmp_path, changed(train={"device": "cpu"}), world=1, dataset=DATA)
     (warning,) = (entry.getMessage() for entry in caplog.records)
-    assert "attention to histories by PyTorch's operations, by compiled loops (AVX2) before" in warning
+    for part in ("attention to histories", "experts and towers"):
+        assert f"{part} by PyTorch's operations, by compiled loops (AVX2) before" in warning
 
 
 @pytest.mark.parametrize(
@@ -301,4 +311,4 @@ def test_a_start_names_what_computes_an_attention_that_may_be_compiled(
     config = changed(model=model, train={"device": "cpu"})
     begin_run(tmp_path, config, world=1, dataset=DATA)
     start = json.loads((tmp_path / "environment.json").read_text())["starts"][-1]
-    assert start.get("attention", "") == attention_of(config) == name
+    assert start.get("attention", "") == compiled_parts(config).get("attention", "") == name

@@ -1,4 +1,4 @@
-"""The cache of compiled loops."""
+"""Compiled loops: their cache, and what is logged."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
+from numba.core.event import install_listener
+
+from modules.compiled import CompilationNotice, compile_now
 
 
 def test_a_change_of_another_part_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +32,26 @@ def test_a_change_of_another_part_is_compiled_again(tmp_path: Path, monkeypatch:
         hits.append(sum(loop.stats.cache_hits.values()))
     sys.modules.pop("a_part")
     assert results == [10, 10, 15] and hits == [0, 1, 0]
+
+
+def test_the_first_compilation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), install_listener("numba:compile", CompilationNotice("sums")):
+        for _ in range(2):
+            numba.njit(lambda: 1)()
+    assert [record.getMessage() for record in caplog.records if record.name == "modules.compiled"] == [
+        "compiling sums for this processor, which takes some seconds"
+    ]
+
+
+def test_a_full_disk_does_not_stop_the_compilation(caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def loop(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise OSError(28, "No space left on device")
+
+    compile_now("sums", [(loop, (1, 2)), (loop, (3,))])
+    assert calls == [(1, 2), (3,)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the compiled loops for sums cannot be kept for the next start: [Errno 28] No space left on device"
+    ] * 2

@@ -10,11 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
-from numba.core.event import install_listener
 from torch import Tensor
 
 from modules import din_kernel, din_tiles
@@ -206,36 +204,17 @@ def test_a_tensor_that_is_changed_between_the_passes_is_refused() -> None:
         out.sum().backward()
 
 
-def test_the_first_compilation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"), install_listener("numba:compile", din_kernel.CompilationNotice()):
-        for _ in range(2):
-            numba.njit(lambda: 1)()
-    messages = [record.getMessage() for record in caplog.records if record.name == din_kernel.__name__]
-    assert messages == ["compiling the attention over histories for this processor, which takes some seconds"]
-
-
-def test_a_full_disk_does_not_stop_the_compilation(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def loop(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(din_kernel, "forward_rows", loop)
-    din_kernel.compile_loops.__wrapped__()
-    messages = [record.getMessage() for record in caplog.records if record.name == din_kernel.__name__]
-    assert messages == ["the compiled attention cannot be kept for the next start: [Errno 28] No space left on device"]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for a processor with AVX2")
 def test_a_processor_with_short_registers_computes_the_same(tmp_path: Any) -> None:
     program = """if True:
         from modules import din_tiles
-        from tests.modules import test_din_kernel as tests
+        from tests.modules import test_din_kernel, test_expert_kernel
 
         assert din_tiles.INSTRUCTIONS == "AVX2" and din_tiles.LANES == 8
         for seed in range(5):
-            tests.test_random_shapes_equal_the_plain_attention(seed)
+            test_din_kernel.test_random_shapes_equal_the_plain_attention(seed)
+            test_expert_kernel.test_random_shapes_equal_the_plain_layers(seed)
     """
     older = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2,+sse4.2,+popcnt"}
     environment = {**os.environ, **older, "NUMBA_CACHE_DIR": str(tmp_path)}

@@ -35,7 +35,7 @@ def network(device: str, attention: Any) -> Ranker:
     torch.manual_seed(1)
     options: Any = {"expert_layers": ((64, 32), (32, 16)), "attention": (32,), "attention_kind": attention}
     # The meta device counts PyTorch's operations, as on a GPU.
-    options["compiled_attention"] = False
+    options |= {"compiled_attention": False, "compiled_experts": False}
     return Ranker(4, LOOKUPS, {"item": DIM, "side": DIM}, 7, (Seen(),), "ple", **options).to(device)
 
 

@@ -153,7 +153,8 @@ def test_the_host_waits_for_the_device_once_a_step_and_no_bit_changes(
     dataset: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
     # The CPU stands for a GPU, where no loops are compiled.
-    settings = {**model, "model.compiled_attention": "false", "train.log_every": 3, "data.workers": 0}
+    operations = {"model.compiled_attention": "false", "model.compiled_experts": "false"}
+    settings = {**model, **operations, "train.log_every": 3, "data.workers": 0}
     runs = {}
     for later in (False, True):
         config = job(dataset, tmp_path / f"{later}", "linear", *(f"{key}={value}" for key, value in settings.items()))

@@ -66,7 +66,7 @@ from trainer.console.errors import DISK_FULL, UserError, one_line
 from trainer.console.outputs import local_path
 from trainer.runtime.checksums import CHECKSUMS, write_checksums
 from trainer.runtime.distributed import World, choose_device
-from trainer.runtime.environment import attention_path, environment, rounding_differences
+from trainer.runtime.environment import computed_by, environment, rounding_differences
 from trainer.runtime.files import write_json
 from trainer.runtime.run_lock import is_locked, locked
 from trainer.runtime.run_status import FAILURE, STATUS, recorded_status
@@ -81,6 +81,9 @@ ResumableJob = JobConfig | FinetuneConfig | AlignConfig | ForesightConfig
 """Jobs whose runs can be resumed."""
 
 EngineJobType = TypeVar("EngineJobType", bound=JobConfig | AlignConfig)
+
+COMPILED = ("compiled_attention", "compiled_experts")
+"""Keys of a ranker's parts that are compiled or not."""
 
 CHANGEABLE_DEEPSPEED = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
 """DeepSpeed's settings that may differ when a run is resumed: they do not change what is learnt."""
@@ -192,8 +195,7 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         start = {"command": sys.argv, "directory": os.getcwd(), "host": platform.node(), **environment(world)}
         if dataset is not None:
             start["dataset"] = dataset.model_dump()
-        if attention := attention_of(config):
-            start["attention"] = attention
+        start |= compiled_parts(config)
         then = starts[-1] if starts else {}
         if then.get("ranks") == world and (found := rounding_differences(then, start)):
             logger.warning(
@@ -207,15 +209,21 @@ def begin_run(directory: Path, config: ResumableJob, world: int, dataset: Datase
         raise UserError(f"run.directory = {str(directory)!r}: cannot be written ({one_line(error)})") from None
 
 
-def attention_of(config: ResumableJob) -> str:
-    """Return a phrase for what computes the attention of a ranker with ``din``; empty for other jobs.
+def compiled_parts(config: ResumableJob) -> dict[str, str]:
+    """Return a phrase for what computes each part of a ranker that may be compiled, by the part's name in the record.
 
     Raises:
         UserError: the device of the job is not here.
     """
-    if not isinstance(config, JobConfig) or config.model.attention_kind != "din":
-        return ""
-    return attention_path(choose_device(config.train.device, 0), config.model.compiled_attention is not False)
+    if not isinstance(config, JobConfig):
+        return {}
+    device, model = choose_device(config.train.device, 0), config.model
+    parts = {}
+    if model.attention_kind == "din":
+        parts["attention"] = computed_by(device, model.compiled_attention is not False)
+    single = config.train.precision != "bf16"
+    parts["experts"] = computed_by(device, model.compiled_experts is not False and single and not model.dropout)
+    return parts
 
 
 def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
@@ -225,9 +233,9 @@ def model_dirs(directory: Path, config: JobConfig) -> dict[Any, Path]:
 
 
 def settled(config: EngineJobType, directory: Path, world: World) -> EngineJobType:
-    """Return a job whose paths are absolute, and whose precision and attention are those of the run in ``directory``.
+    """Return a job whose paths are absolute, and whose ``auto`` values are those of the run in ``directory``.
 
-    Without a run there, ``train.precision`` and ``model.compiled_attention`` are decided here. Collective.
+    Without a run there, ``train.precision`` and the keys of :data:`COMPILED` are decided here. Collective.
 
     Args:
         config: the job as typed.
@@ -238,17 +246,17 @@ def settled(config: EngineJobType, directory: Path, world: World) -> EngineJobTy
         UserError: the DeepSpeed settings, or those of the run, cannot be read.
     """
 
-    def decide() -> tuple[Precision, bool]:
+    def decide() -> tuple[Precision, dict[str, bool]]:
         if not (directory / "config.json").exists():
-            return resolve_precision(config.train, world.device.type), True
+            return resolve_precision(config.train, world.device.type), _compiled_keys(config)
         then: JobConfig | AlignConfig
         then = load_run(directory) if isinstance(config, JobConfig) else load_align_run(directory)
         stored = _stored_precision(then, load_deepspeed(then.train.deepspeed))
-        return _resumed_precision(config.train, stored), _compiles(then)
+        return _resumed_precision(config.train, stored), _compiled_keys(then)
 
     precision, compiled = world.on_first_rank(decide)
     # The run, its checkpoints and its exports mean the same in every directory; messages up to here are as typed.
-    return absolute_paths(_with_attention(with_precision(config, precision), compiled))
+    return absolute_paths(_with_compiled(with_precision(config, precision), compiled))
 
 
 def load_run(directory: str | Path) -> JobConfig:
@@ -370,16 +378,17 @@ def _resumed_precision(train: HybridTrainConfig, stored: Precision) -> Precision
     return precision_of(settings) if "bf16" in settings else stored
 
 
-def _compiles(job: JobConfig | AlignConfig) -> bool:
-    """True if the attention of a job's ranker is compiled where it can be; runs before the key had PyTorch's."""
-    return isinstance(job, JobConfig) and job.model.compiled_attention is not False
+def _compiled_keys(job: JobConfig | AlignConfig) -> dict[str, bool]:
+    """Return the keys of parts that are compiled or not; runs before a key had PyTorch's operations."""
+    return {key: getattr(job.model, key) is not False for key in COMPILED} if isinstance(job, JobConfig) else {}
 
 
-def _with_attention(config: EngineJobType, compiled: bool) -> EngineJobType:
-    """Return a job in which ``model.compiled_attention`` is ``compiled`` if it was ``auto``."""
-    if not isinstance(config, JobConfig) or config.model.compiled_attention != "auto":
+def _with_compiled(config: EngineJobType, keys: Mapping[str, bool]) -> EngineJobType:
+    """Return a job in which the keys of parts that are compiled or not have these values where they were ``auto``."""
+    if not isinstance(config, JobConfig):
         return config
-    return _changed(config, model=_changed(config.model, compiled_attention=compiled))
+    decided = {key: value for key, value in keys.items() if getattr(config.model, key) == "auto"}
+    return _changed(config, model=_changed(config.model, **decided))
 
 
 def _check_same_dataset(directory: Path, then: dict[str, str], now: DatasetEntry) -> None:
@@ -404,9 +413,9 @@ def _changes(directory: Path, config: ResumableJob) -> list[str]:
         then = load_finetune_run(directory)
     deepspeed_then = load_deepspeed(str(directory / "deepspeed.json"))
     if isinstance(config, JobConfig | AlignConfig) and isinstance(then, JobConfig | AlignConfig):
-        precision, compiled = _stored_precision(then, deepspeed_then), _compiles(then)
-        config = _with_attention(with_precision(config, _resumed_precision(config.train, precision)), compiled)
-        then = _with_attention(with_precision(then, precision), compiled)
+        precision, compiled = _stored_precision(then, deepspeed_then), _compiled_keys(then)
+        config = _with_compiled(with_precision(config, _resumed_precision(config.train, precision)), compiled)
+        then = _with_compiled(with_precision(then, precision), compiled)
     deepspeed_now = dense_settings(config.train)
     changes = differences(
         # An earlier version stored paths as they were typed.

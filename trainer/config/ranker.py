@@ -101,6 +101,12 @@ class ModelConfig(Section):
         "another order, so the last digits of metrics differ. `auto`: the run's own if it is resumed, otherwise true.",
         json_schema_extra={"before": False},
     )
+    compiled_experts: Literal["auto", True, False] = Field(
+        "auto",
+        description="Compute the layers of experts, shared networks and towers in the same way, where they are float32 "
+        "and have no dropout (true), or by PyTorch's operations (false). `auto` as above.",
+        json_schema_extra={"before": False},
+    )
     heads: Positive = Field(4, description="Number of heads of `multi_head` and `twin`.")
     head_dim: Positive = Field(16, description="Width of one head.")
     dropout: Share = Field(0.0, description="Dropout in experts and towers.")

@@ -32,6 +32,7 @@ def build_ranker(config: JobConfig, features: FeatureMap, kind: RankerKind) -> R
         attention_kind=model.attention_kind,
         attention=model.attention,
         compiled_attention=model.compiled_attention is not False,
+        compiled_experts=model.compiled_experts is not False,
         heads=model.heads,
         head_dim=model.head_dim,
         query_ids=candidate_ids(config, features),

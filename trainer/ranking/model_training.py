@@ -10,7 +10,7 @@ from typing import Any
 
 from modules.ranker import RankerKind
 from trainer.checkpoint.manifest import DatasetEntry
-from trainer.checkpoint.run_directory import attention_of
+from trainer.checkpoint.run_directory import compiled_parts
 from trainer.config.ranker import JobConfig
 from trainer.console.run_log import set_step
 from trainer.data.features.feature_map import FeatureMap
@@ -116,8 +116,9 @@ def prepare_model(
     stream = None if config.stream is None else open_stream(config, job.data, job.split, features, world, model_dir)
     engine = build_engine(config, features, kind, world)
     logger.info(f"{kind}: table placement by TorchRec's planner\n{format_plan(engine.plan)}")
-    if kind != "logistic" and (attention := attention_of(config)):
-        logger.info(f"{kind}: attention to histories by {attention}")
+    if kind != "logistic":
+        parts = compiled_parts(config)
+        logger.info(f"{kind}: {'; '.join(f'{name} by {path}' for name, path in parts.items())}")
     identity = Identity(config, kind, features.behaviours, job.dataset)
     checkpoints = Checkpoints(model_dir / "checkpoints", identity, world, after_save)
     space = make_space(config, features)

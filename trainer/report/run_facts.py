@@ -54,6 +54,7 @@ def environment_rows(run: StoredRun) -> list[tuple[str, str]]:
         ("platform", str(last.get("platform", ""))),
         ("accelerator", str(last.get("accelerator", ""))),
         ("attention to histories", str(last.get("attention", ""))),
+        ("experts and towers", str(last.get("experts", ""))),
         ("threads of a rank", whole(last.get("threads"))),
         ("dataset", str(dataset.get("path", ""))),
         ("dataset fingerprint", str(dataset.get("fingerprint", ""))),

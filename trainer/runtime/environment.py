@@ -19,8 +19,8 @@ PACKAGES = (
 )
 
 
-def attention_path(device: torch.device, compiled: bool = True) -> str:
-    """Return a phrase for what computes the attention of ``modules/din.py``, which may be compiled, on a device."""
+def computed_by(device: torch.device, compiled: bool = True) -> str:
+    """Return a phrase for what computes a part of a network on a device, if it is compiled where it can be, or not."""
     instructions = instructions_for(device) if compiled else None
     return f"compiled loops ({instructions})" if instructions else "PyTorch's operations"
 
@@ -57,6 +57,7 @@ def rounding_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         "kernels": "kernels for {now} processors, {then} before",
         "accelerator": "accelerator {now}, {then} before",
         "attention": "attention to histories by {now}, by {then} before",
+        "experts": "experts and towers by {now}, by {then} before",
     }
     found = [
         phrase.format(then=then[key], now=now[key])
