@@ -14,8 +14,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import run_limelight
 from launch.machine import free_port
+from modules.choices import Dynamic
+from modules.embeddings import Table
 
 Parts = Iterator[dict[str, Any]]
 
@@ -107,6 +110,37 @@ def search(small: bool) -> Parts:
     source = torch.empty((1 << 22) if small else (1 << 30), dtype=torch.float32, device=device())
     target = torch.empty_like(source)
     yield {"copy_bytes_per_second": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 5)}
+
+
+def dynamic_ids(small: bool) -> Parts:
+    """Give rows to ids that come and go, by policy, on the device and by the CPU map, and compare all columns."""
+    from trainer.sparse.device_ids import DeviceIds
+    from trainer.sparse.dynamic_ids import DynamicIds
+
+    rows, per_step, steps = (500, 300, 4) if small else (1_000_000, 100_000, 20)
+    for evict in ("recency", "frequency", "both"):
+        table = Table("item", rows, 16, dynamic=Dynamic(2, evict))
+        cpu, ours = DynamicIds(table, 0, rows), DeviceIds(table, 0, rows, device())
+        random = np.random.default_rng(1)
+        seconds = {"cpu": 0.0, "device": 0.0}
+        waits = None
+        for step in range(1, steps + 1):
+            ids = torch.from_numpy(random.zipf(1.1, per_step) % (3 * rows) + step * rows // 20)
+            there = ids.to(device())
+            begin = time.perf_counter()
+            expected, _ = cpu.learn(ids, step)
+            seconds["cpu"] = time.perf_counter() - begin
+            _synchronize()
+            begin = time.perf_counter()
+            if step == steps:
+                waits = _waits(partial(ours.learn, there, step))
+            if waits is None:
+                ours.learn(there, step)
+            _synchronize()
+            seconds["device"] = time.perf_counter() - begin
+        differing = sum(int((ours.columns[name].cpu() != column).sum()) for name, column in cpu.columns.items())
+        differing += int((ours.find(there).cpu() != expected).sum())
+        yield {evict: {"values_that_differ": differing, "seconds_of_last_step": seconds, "waits": waits}}
 
 
 def process_group(small: bool) -> Parts:
@@ -300,29 +334,48 @@ def job(small: bool) -> Parts:
     import fbgemm_gpu  # noqa: F401 - says that it is missing
     import torchrec  # noqa: F401
 
-    users, days, every = (100, 3, 20) if small else (3000, 10, 100)
     with tempfile.TemporaryDirectory() as scratch:
-        world = f"{scratch}/world"
-        run_limelight("data", "simulate", world, "--users", users, "--days", days, "--partitions", 4, "--seed", 1)
-        settings = [f"data.path={world}", f"checkpoint.every_steps={every}"]
-        settings += ["data.eval_from=2024-03-06", "train.batch_size=32"] if small else []
-        found: list[dict[str, float]] = []
-        for name, kind in (("cpu", "cpu"), ("device", device().type)):
-            run = Path(scratch, name)
-            command = ("train", "configs/simulated.toml", *settings, f"run.directory={run}", f"train.device={kind}")
-            begin = time.perf_counter()
-            run_limelight(*command)
-            seconds = time.perf_counter() - begin
-            found.append(_held_out_loss(run))
-            yield {f"train on {name}": {"device": kind, "seconds": seconds, "held_out_logloss": found[-1]}}
-        yield {"largest_difference_to_cpu": max(abs(found[0][key] - found[1][key]) for key in found[0])}
+        found, command = yield from _on_both_devices(scratch, small)
+        run = Path(scratch, "device")
         run_limelight("evaluate", run)
         # As after a power failure just before the last checkpoint.
         shutil.rmtree(max((run / "checkpoints").iterdir()))
         (run / "metrics.json").unlink()
         run_limelight(*command)
         resumed = _held_out_loss(run)
-        yield {"largest_difference_after_resume": max(abs(resumed[key] - found[1][key]) for key in resumed)}
+        yield {"largest_difference_after_resume": max(abs(resumed[key] - found[key]) for key in resumed)}
+
+
+def dynamic_job(small: bool) -> Parts:
+    """Train ``configs/simulated.toml`` with dynamic ids on a CPU and on the device, and compare both."""
+    import fbgemm_gpu  # noqa: F401 - says that it is missing
+    import torchrec  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as scratch:
+        dynamic = ['features.item.ids="dynamic"', "features.item.rows=2000", 'features.item.evict="both"']
+        yield from _on_both_devices(scratch, small, *dynamic)
+
+
+def _on_both_devices(
+    scratch: str, small: bool, *settings: str
+) -> Generator[dict[str, Any], None, tuple[dict[str, float], tuple[str, ...]]]:
+    """Train a job in ``scratch/cpu`` and ``scratch/device``; return the held-out loss and the command of the second."""
+    users, days, every = (100, 3, 20) if small else (3000, 10, 100)
+    world = f"{scratch}/world"
+    run_limelight("data", "simulate", world, "--users", users, "--days", days, "--partitions", 4, "--seed", 1)
+    settings = (f"data.path={world}", f"checkpoint.every_steps={every}", *settings)
+    settings += ("data.eval_from=2024-03-06", "train.batch_size=32") if small else ()
+    found: list[dict[str, float]] = []
+    for name, kind in (("cpu", "cpu"), ("device", device().type)):
+        run = Path(scratch, name)
+        command = ("train", "configs/simulated.toml", *settings, f"run.directory={run}", f"train.device={kind}")
+        begin = time.perf_counter()
+        run_limelight(*command)
+        seconds = time.perf_counter() - begin
+        found.append(_held_out_loss(run))
+        yield {f"train on {name}": {"device": kind, "seconds": seconds, "held_out_logloss": found[-1]}}
+    yield {"largest_difference_to_cpu": max(abs(found[0][key] - found[1][key]) for key in found[0])}
+    return found[1], command
 
 
 def _held_out_loss(run: Path) -> dict[str, float]:
@@ -435,11 +488,13 @@ def _differing_rows(places: Tensor, entries: int, length: int, parts: list[Any])
 STEPS = {
     "tests": Step(tests, 120),
     "search": Step(search, 60),
+    "dynamic_ids": Step(dynamic_ids, 60),
     "process_group": Step(process_group, 60),
     "zero": Step(zero, 90),
     "snapshot": Step(snapshot, 60),
     "language_model": Step(language_model, 240),
     "ranker": Step(ranker, 120),
     "job": Step(job, 240),
+    "dynamic_job": Step(dynamic_job, 180),
 }
 """Name -> step, in order of value."""

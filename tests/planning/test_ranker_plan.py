@@ -76,6 +76,8 @@ def test_limits_of_the_dataset_are_problems_and_dynamic_ids_are_none() -> None:
     plan = planned(gpus=128, features={"item": {"ids": "dynamic", "rows": 64, "sharding": "row_wise"}})
     assert any(problem.startswith("128 ranks, and the dataset has 64 partitions") for problem in plan["problems"])
     assert not any("dynamic" in problem for problem in plan["problems"])
+    # The first rank has the only bucket.
+    assert plan["memory"]["fullest_rank"] == 0 and plan["memory"]["fullest"]["dynamic ids"] == 32 * 64
 
 
 def test_rows_that_the_ranks_cannot_share_are_one_line() -> None:

@@ -9,9 +9,11 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from modules.embeddings import Dynamic, Lookup, Table, initial_rows
+from tests.device_waits import HOST_ONLY, Waits
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
+from trainer.sparse.device_ids import DeviceIds
 from trainer.sparse.flat_exchange import FlatExchange
 from trainer.sparse.planner import TableOptimizer
 from trainer.sparse.sharded_tables import ShardedTables
@@ -178,3 +180,26 @@ def test_a_dynamic_table_takes_any_id_and_reads_row_0_of_those_without_a_row(wor
         assert bool((found["user"][0] == whole).all(1).any())
     counts = sharded.dynamic.counts()["user"]
     assert (counts.looked_up, counts.unserved, counts.admitted, counts.evicted) == (2, 1, 1, 0)
+
+
+def test_rows_and_gradients_next_to_dynamic_tables_do_not_wait_for_a_gpu(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host waits for the numbers of unique ids alone, before the step; Triton's kernel admits without waiting."""
+    # fbgemm keeps its counters in the memory of the host.
+    host_only = HOST_ONLY - {("trainer/sparse/", "")} | {("fbgemm_gpu/", "")}
+    monkeypatch.setattr("tests.device_waits.HOST_ONLY", host_only)
+    monkeypatch.setattr(DeviceIds, "_admit_in_rounds", lambda self, ids, buckets, step: (ids * 0 - 1, ids.sum() * 0))
+    declared = [replace(TABLES[0], dynamic=Dynamic(2, "recency")), *TABLES[1:]]
+    keyed = ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0])
+    # A batch brings these numbers along.
+    assert keyed.length_per_key() == [2, 2, 3]
+    exchange, _ = make(world, TableOptimizer("sgd", 0.5), declared, device_form=True).exchanges([keyed, WIDE])
+    with Waits() as waits:
+        exchange.start()
+    assert waits.calls == ["_unique2 in dedup_exchange.py:unique_ids_on_device"] * 2
+    exchange.send()
+    with Waits() as waits:
+        rows = exchange.rows(1)
+        exchange.update({name: [of_key] for name, of_key in rows.items()}, 1.0)
+    assert waits.calls == []

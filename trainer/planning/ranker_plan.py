@@ -23,6 +23,7 @@ from trainer.planning.exchange_traffic import RankTraffic, exchange_bytes, rank_
 from trainer.planning.ranker_model import RankerModel
 from trainer.planning.step_time import StepTime, step_time
 from trainer.planning.table_memory import RankTables, optimizer_bytes, rank_tables, table_bytes
+from trainer.sparse.dynamic_ids import ID_BYTES
 from trainer.sparse.planner import (
     RESERVED_SHARE,
     TableOptimizer,
@@ -92,6 +93,7 @@ def plan_ranker(
     if refusal:
         problems.append(refusal)
     of_tables = rank_tables(plan, kind, world)
+    of_ids = _id_columns(plan, model, world)
     ids = model.table_ids(batch, assumed.fill, assumed.distinct)
     if not config.tables.deduplicate:
         ids = {name: of_table._replace(distinct=of_table.ids) for name, of_table in ids.items()}
@@ -107,15 +109,19 @@ def plan_ranker(
         {
             "tables": of_rank.tables,
             "table optimizer": of_rank.optimizer,
+            **({"dynamic ids": columns} if any(of_ids) else {}),
             "network": dense.weights + dense.gradients + average,
             "network optimizer": dense.optimizer,
             "activations": round(cost.peak_bytes),
             "exchange": round(of_exchange),
             "process": RUNTIME_BYTES[figures.device],
         }
-        for of_rank, of_exchange in zip(of_tables, buffers, strict=True)
+        for of_rank, columns, of_exchange in zip(of_tables, of_ids, buffers, strict=True)
     ]
-    host = [_host_memory(of_rank, model, config) for of_rank in of_tables]
+    host = [
+        _host_memory(of_rank._replace(whole=of_rank.whole + columns), model, config)
+        for of_rank, columns in zip(of_tables, of_ids, strict=True)
+    ]
     if figures.device == "cpu":
         # A CPU has one memory.
         memory = [{**on_device, **on_host} for on_device, on_host in zip(memory, host, strict=True)]
@@ -268,6 +274,16 @@ def _limits(model: RankerModel, spec: DatasetSpec, cluster: Cluster) -> list[str
                 "hash choose its row"
             )
     return found
+
+
+def _id_columns(plan: list[dict[str, Any]], model: RankerModel, world: int) -> list[int]:
+    """Return the bytes of the ids of dynamic tables on each rank."""
+    dynamic = {table.name for table in model.tables if table.dynamic}
+    columns = [0] * world
+    for table in plan:
+        for rank, (rows, _) in zip(table["ranks"], table["shards"], strict=True):
+            columns[rank] += ID_BYTES * rows * (table["table"] in dynamic)
+    return columns
 
 
 def _host_memory(of_rank: RankTables, model: RankerModel, config: JobConfig) -> dict[str, int]:
