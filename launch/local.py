@@ -23,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.machine import available_cores
 from launch.python_path import safe_environment
 from trainer.console.errors import UserError, is_lost_peer
 from trainer.console.exit_status import BROKEN_PIPE_STATUS, HUNG_STATUS, PREEMPTED_STATUS, USER_ERROR_STATUS
 from trainer.console.run_log import LOG_NOTE_VARIABLE
+from trainer.runtime.cores import available_cores
 from trainer.runtime.store_socket import STORE_SOCKET_VARIABLE, open_store_socket
 
 SETTLE_SECONDS = 1.0

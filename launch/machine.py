@@ -1,4 +1,4 @@
-"""Cores, NVIDIA driver and free ports of this machine.
+"""NVIDIA driver and free ports of this machine.
 
 Standard library only: the set-up runs before there is a ``.venv``.
 """
@@ -7,21 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import socket
 import subprocess
 from pathlib import Path
-
-
-def available_cores() -> int:
-    """Return the number of cores of this process: its CPU affinity, and in a container the cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def has_nvidia_driver() -> bool:

@@ -13,10 +13,10 @@ from typing import Any
 import hypothesis
 import pytest
 
-from launch.machine import available_cores
 from tests.nursery import Ended, Nursery, NurseryProcess
 from tests.paths import ROOT
 from tests.s3 import Bucket, make_bucket, server_environment
+from trainer.runtime.cores import available_cores
 
 # Several test processes share the cores; torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

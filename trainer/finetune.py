@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_finetune(options.config, options.overrides)
         if config.train.deterministic:
             use_deterministic_kernels()
-        with World.join(config.train.device) as world:
+        with World.join(config.train.device, bind_cores=config.train.bind_cores) as world:
             run_job(config, world, Preemption())
 
     return run_rank(lambda: until_preempted(job))

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if config.train.deterministic:
             use_deterministic_kernels()
-        with World.join(config.train.device) as world:
+        with World.join(config.train.device, bind_cores=config.train.bind_cores) as world:
             # Handlers are installed after the join: while a rank waits in it, Python runs no signal handlers.
             run_job(config, world, Preemption())
 

@@ -1,4 +1,4 @@
-"""Checks of the machine: collectives, compiler, ports, shared memory, disk, open files, threads."""
+"""Checks of the machine: collectives, compiler, ports, shared memory, disk, open files, threads, NUMA nodes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from launch.doctor.check import Check
 from launch.doctor.probe import ProbeError, run_probes
-from launch.machine import available_cores, free_port, port_in_use
+from launch.machine import free_port, port_in_use
 from trainer.console.setup_advice import setup_command
+from trainer.runtime.cores import SYSFS, available_cores, cores_near, free_cores, nvidia_gpus
 
 SHARED_MEMORY_FAIL, SHARED_MEMORY_WARN = 128e6, 1e9
 """Free bytes of /dev/shm: loader processes pass batches through it, and a container has 64 MB by default."""
@@ -101,6 +102,20 @@ def check_threads() -> Check:
         message = f"OMP_NUM_THREADS={threads} on {cores} cores: more threads than cores slow each other down"
         return Check("threads", "warn", message, "unset OMP_NUM_THREADS")
     return Check("threads", "ok", f"OMP_NUM_THREADS={threads} for each rank, on {cores} cores")
+
+
+def check_placement(sysfs: Path = SYSFS) -> Check:
+    """Report to which cores a training job would bind the rank of each GPU, and its loader processes."""
+    gpus, allowed = nvidia_gpus(sysfs), frozenset(os.sched_getaffinity(0))
+    if not gpus:
+        return Check("placement", "ok", "no GPU: ranks are not bound to cores")
+    places = []
+    for gpu in gpus:
+        cores, why = cores_near(gpu, allowed, sysfs)
+        places.append(why if cores == allowed else f"{len(cores)} cores of {why}")
+    workers = free_cores(available_cores() // len(gpus), 1)
+    message = f"with a rank for each GPU: {'; '.join(dict.fromkeys(places))}; loader processes of a rank: {workers}"
+    return Check("placement", "ok", message)
 
 
 def _size(count: float) -> str:

@@ -13,6 +13,7 @@ from launch.doctor.host import (
     check_compiler,
     check_disk,
     check_open_files,
+    check_placement,
     check_port,
     check_shared_memory,
     check_threads,
@@ -53,6 +54,7 @@ def all_checks() -> Iterator[Check]:
     yield check_disk(Path.cwd())
     yield check_open_files()
     yield check_threads()
+    yield check_placement()
 
 
 def examine(*, as_json: bool) -> int:

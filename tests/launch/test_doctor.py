@@ -200,6 +200,26 @@ def test_threads(given: str | None, status: str, monkeypatch: pytest.MonkeyPatch
     assert host.check_threads().status == status
 
 
+def test_placement_names_the_cores_near_each_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert host.check_placement(tmp_path).message == "no GPU: ranks are not bound to cores"
+    for node, cpus in enumerate(("0-3", "4-7")):
+        directory = tmp_path / f"devices/system/node/node{node}"
+        directory.mkdir(parents=True)
+        (directory / "cpulist").write_text(cpus)
+        device = tmp_path / f"bus/pci/devices/0000:0{node}:00.0"
+        device.mkdir(parents=True)
+        for name, text in (("vendor", "0x10de"), ("class", "0x030200"), ("numa_node", str(node))):
+            (device / name).write_text(text)
+    monkeypatch.setattr(host, "available_cores", lambda: 8)
+    assert host.check_placement(tmp_path).message == (
+        "with a rank for each GPU: 4 cores of NUMA node 0 of GPU 0000:00:00.0; 4 cores of NUMA node 1 of GPU "
+        "0000:01:00.0; loader processes of a rank: 3"
+    )
+    (tmp_path / "devices/system/node/node1/cpulist").write_text("")
+    assert "with a rank for each GPU: the machine has one NUMA node; " in host.check_placement(tmp_path).message
+
+
 def test_compiler_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     check = host.check_compiler()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
@@ -10,23 +9,6 @@ import pytest
 
 from launch import machine
 from trainer.runtime.store_socket import open_store_socket
-
-
-@pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
-def test_cores_follow_the_quota_of_a_container(
-    quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cpu.max"
-    file.write_text(quota + "\n")
-    monkeypatch.setattr(machine, "Path", lambda path: file)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert machine.available_cores() == expected
-
-
-def test_cores_without_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "absent")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
-    assert machine.available_cores() == 3
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", ""])

@@ -14,7 +14,7 @@ from trainer.data.format.schema import DatasetSpec
 from trainer.engine import build_engine
 from trainer.engine.hybrid_engine import DenseOptimizer, TableOptimizer
 from trainer.ranking import setup
-from trainer.ranking.setup import split_in_time
+from trainer.ranking.setup import loader_workers, split_in_time
 
 DAY_MS = 86_400_000
 MAY_4 = 1_651_593_600_000
@@ -126,3 +126,33 @@ def test_the_limit_of_retractions_reaches_the_loss(monkeypatch: pytest.MonkeyPat
         loss = made[-1].begin(batch, [one], lambda part: part.label)(0, logits)
         slopes.append(torch.autograd.grad(loss, logits)[0].item())
     assert slopes == pytest.approx([-0.4, -1])
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "free_gb", "settings", "expected"),
+    [
+        # Two threads of the network on a CPU, one on a GPU.
+        ("cpu", 2, 100, {}, 1),
+        ("cpu", 6, 100, {}, 4),
+        ("cuda", 6, 100, {}, 5),
+        ("cuda", 64, 100, {}, 8),
+        ("cuda", 1, 100, {}, 1),
+        # Shared memory for both ranks of the machine, and the versions of the search vectors.
+        ("cuda", 64, 1, {}, 1),
+        ("cuda", 64, 2, {}, 3),
+        ("cuda", 64, 100, {"refresh_steps": 20}, 4),
+        ("cuda", 64, 100, {"refresh_steps": 3}, 1),
+        ("cuda", 64, 100, {"workers": 0}, 0),
+        ("cpu", 1, 0, {"workers": 12}, 12),
+    ],
+)
+def test_loader_processes_follow_the_cores_of_the_rank(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, free_gb: int, settings: dict[str, int], expected: int
+) -> None:
+    data = {"path": "d", **{name: value for name, value in settings.items() if name == "workers"}}
+    search = {name: value for name, value in settings.items() if name == "refresh_steps"}
+    config = parse_config({"data": data, "features": {"search": search}}, "job")
+    world: Any = SimpleNamespace(device=torch.device(device), cores=cores, place_on_machine=lambda: (0, 2))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gb * 10**9))
+    assert loader_workers(config, world) == expected

@@ -94,6 +94,11 @@ class DistributedTrainConfig(Section):
         "same GPUs and versions; slower. On CPUs runs are repeatable in any case.",
         json_schema_extra=MAY_CHANGE,
     )
+    bind_cores: bool = Field(
+        True,
+        description="GPUs: bind each rank to the cores of its GPU's NUMA node, if the machine has several nodes.",
+        json_schema_extra=MAY_CHANGE,
+    )
     log_every: LogEvery = 20
     watchdog_seconds: WatchdogSeconds = 600.0
 
@@ -155,9 +160,10 @@ class RowDataConfig(Section):
     shuffle_minutes: Rate = Field(
         60.0, description="Length of a time window. Rows are shuffled inside a window, never across windows."
     )
-    workers: int = Field(
-        1,
-        description="Loader processes per rank. 0: the training process reads the data itself.",
+    workers: int | None = Field(
+        None,
+        description="Loader processes per rank. 0: the training process reads the data itself. Unset: by the cores of "
+        "the rank that its own threads leave free, from 1 to 8. Batches are the same for any number.",
         ge=0,
         json_schema_extra=MAY_CHANGE,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,8 @@ from trainer.console.run_log import set_step
 from trainer.runtime.distributed import World
 from trainer.runtime.preemption import Preempted, Preemption
 from trainer.runtime.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 class StepDone(NamedTuple):
@@ -80,6 +83,7 @@ def run_steps(
         UserError: the loss is not finite, or a checkpoint cannot be written.
         Preempted: a rank was asked to stop; the state is saved.
     """
+    logger.info(world.placement)
     quiet = world.rank > 0
     with (
         preemption.deferred(),

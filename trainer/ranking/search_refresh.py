@@ -56,7 +56,7 @@ def make_space(config: JobConfig, features: FeatureMap) -> SearchSpace | None:
         first = {name: SpaceTable(own.rows, 1) for name, own in later.items()}
         first["item"] = SpaceTable(rows, _open_embeddings(search.embedding).dim)
     # The first version is written before the loader forks its workers, which then see it in any kind of memory.
-    forked = config.data.workers > 0 and search.refresh_steps > 0
+    forked = config.data.workers != 0 and search.refresh_steps > 0
     return SearchSpace(first, later, search.dtype, search.refresh_steps, forked)
 
 

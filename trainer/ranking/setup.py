@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +31,19 @@ from trainer.data.format.segments import DatasetSegments
 from trainer.data.format.statistics import FrozenStatistics
 from trainer.data.format.time_selection import Selection
 from trainer.data.loading.batch_plan import partitions_of_rank
-from trainer.data.loading.loader import BatchFeatures, Loader
+from trainer.data.loading.loader import FETCHED_AHEAD, SHARED_MEMORY, BatchFeatures, Loader
 from trainer.engine.build_engine import make_engine, rows_per_rank
 from trainer.engine.build_ranker import build_ranker
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.hybrid_engine import HybridEngine
 from trainer.engine.step_loss import BehaviourLoss
+from trainer.runtime.cores import free_cores
 from trainer.runtime.distributed import World
+
+logger = logging.getLogger(__name__)
+
+_WORKER_BYTES = 256 << 20
+"""Free shared memory that one more loader process of a rank must find."""
 
 _MINUTE_MS = 60_000
 
@@ -182,6 +190,8 @@ def training_loader(
         space: search vectors of the histories.
         first_step: steps done up to ``position``; it selects the version of ``space`` for each batch.
     """
+    reading = _reading(config, world)
+    logger.info(f"{world.placement}; loader processes for this rank: {reading['workers']}")
     return Loader(
         data.store,
         data.histories,
@@ -192,7 +202,7 @@ def training_loader(
         state=position,
         space=space,
         first_step=first_step,
-        **_reading(config, world),
+        **reading,
     )
 
 
@@ -228,10 +238,27 @@ def _reading(config: EngineJob, world: World) -> dict[str, Any]:
         "world": world.size,
         "batch_size": rows_per_rank(config, world.size),
         "seed": config.run.seed,
-        "workers": config.data.workers,
+        "workers": loader_workers(config, world),
         "prefetch": config.data.prefetch,
         "pin_memory": world.device.type == "cuda",
     }
+
+
+def loader_workers(config: EngineJob, world: World) -> int:
+    """Return the number of loader processes of this rank: that of the job, or one by its cores.
+
+    Without a number in the job it is at least 1, and at most what fits into shared memory and what the search vectors
+    allow to be made ahead.
+    """
+    if config.data.workers is not None:
+        return config.data.workers
+    threads = 1 if world.device.type == "cuda" else torch.get_num_threads()
+    limits = [free_cores(world.cores, threads)]
+    with contextlib.suppress(OSError):
+        limits.append(shutil.disk_usage(SHARED_MEMORY).free // (world.place_on_machine()[1] * _WORKER_BYTES))
+    if isinstance(config, JobConfig) and (steps := config.features.search.refresh_steps):
+        limits.append((steps - FETCHED_AHEAD) // config.data.prefetch)
+    return max(1, min(limits))
 
 
 def freeze_at_end_of_training(config: JobConfig, data: Dataset, split: Split) -> FrozenStatistics | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from trainer.console.errors import UserError, collective_cause, is_lost_peer
 from trainer.console.exit_status import exit_status
+from trainer.runtime.cores import bind_to, core_quota, cores_near, share_of_cores
 from trainer.runtime.malloc import keep_freed_memory
 from trainer.runtime.network_interfaces import interface_towards, loopback_interface
 from trainer.runtime.rendezvous import fresh_part, launcher_store, shared_store
@@ -46,16 +48,27 @@ class World:
         size: number of ranks.
         device: on which this rank computes.
         control: gloo group of all ranks, for small messages between hosts that must not wait for a GPU.
+        cores: number of cores that this rank has for itself.
+        placement: line about the cores that this rank may use.
     """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup = field(repr=False)
+    cores: int = 1
+    placement: str = ""
 
     @staticmethod
-    def join(device: DeviceChoice = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> World:
+    def join(
+        device: DeviceChoice = "auto", timeout_seconds: float = TIMEOUT_SECONDS, *, bind_cores: bool = False
+    ) -> World:
         """Join the process group that torchrun, deepspeed or ``limelight train`` started; one rank without a launcher.
+
+        Args:
+            device: on which the ranks compute.
+            timeout_seconds: a collective fails after waiting this long.
+            bind_cores: bind this process to the cores of its GPU's NUMA node, if the machine has several nodes.
 
         Raises:
             UserError: CUDA is requested but not available, there are more ranks than GPUs, or the rendezvous fails.
@@ -68,6 +81,8 @@ class World:
             torch.cuda.set_device(chosen)
         else:
             keep_freed_memory()
+        # Before the process group, whose threads inherit the cores.
+        bound = _bind(chosen) if bind_cores else "train.bind_cores is false"
         # DeepSpeed reads the first variable when it is imported, and requires the second.
         os.environ["DS_ACCELERATOR"] = chosen.type
         os.environ["LOCAL_RANK"] = str(local_rank)
@@ -100,7 +115,12 @@ class World:
                 f"rank {rank} of {size} could not meet the others at MASTER_ADDR:MASTER_PORT = {place} ({reason}); "
                 + advice
             ) from None
-        return World(rank, size, chosen, control)
+        own = frozenset(os.sched_getaffinity(0))
+        places: list[Any] = [None] * size
+        dist.all_gather_object(places, (platform.node(), own), group=control)
+        cores = share_of_cores(places, rank, core_quota())
+        placement = f"cores: this rank may use {len(own)}, and {cores} of them are its share; {bound}"
+        return World(rank, size, chosen, control, cores, placement)
 
     def __enter__(self) -> World:
         return self
@@ -230,6 +250,20 @@ def choose_device(device: DeviceChoice, local_rank: int) -> torch.device:
             "start fewer ranks, or use train.device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def _bind(device: torch.device) -> str:
+    """Bind this process to the cores near its GPU; returns a phrase for the log."""
+    allowed = frozenset(os.sched_getaffinity(0))
+    if device.type != "cuda":
+        return "not bound, since there is no GPU"
+    properties: Any = torch.cuda.get_device_properties(device)
+    pci = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    cores, why = cores_near(pci, allowed)
+    if cores == allowed:
+        return f"not bound: {why}"
+    bind_to(cores)
+    return f"bound to {why}"
 
 
 def _quiet_libraries() -> None:
