@@ -82,15 +82,17 @@ class HeldOutInputs:
         for partition in np.unique(partitions).tolist():
             wanted = np.flatnonzero(partitions == partition)
             for record in np.flatnonzero(self.selection.touches(store.records(partition))).tolist():
-                ids = store.read(partition, record, ("visit_id", "user_id"))
-                if ids is None or not np.isin(visit_id[wanted], ids["visit_id"]).any():
+                if not len(wanted):
+                    break
+                rows = store.read(partition, record, ("visit_id",))
+                if rows is None or not np.isin(visit_id[wanted], rows["visit_id"]).any():
                     continue
-                rows = store.read(partition, record)
-                if rows is None:
+                if (rows := store.read(partition, record)) is None:
                     continue
                 for number in wanted.tolist():
                     at = (rows["visit_id"] == visit_id[number]) & (rows["user_id"] == user_id[number])
                     for place in np.flatnonzero(at & self.selection.mask(rows))[:1].tolist():
+                        wanted = wanted[wanted != number]
                         yield number, {name: column[place : place + 1].copy() for name, column in rows.items()}
 
     def histories(self, row: Rows) -> dict[str, HistorySlice]:
