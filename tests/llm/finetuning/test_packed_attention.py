@@ -18,6 +18,7 @@ import torch.nn.attention.flex_attention as flex
 import transformers.integrations.flex_attention as transformers_flex
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
 from tests.llm.tiny import CPU, adapted, job, samples, write_samples
 from trainer.checkpoint.run_directory import begin_run, load_finetune_run
@@ -137,6 +138,26 @@ def test_compiled_flex_attention_computes_the_same_losses(base: BaseModelFiles) 
         expected = network(batch)
         network.causal.config._attn_implementation = IMPLEMENTATIONS["flex"]
         torch.testing.assert_close(network(batch), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_compiled_attention_on_a_gpu_learns_as_the_dense_mask(base: BaseModelFiles) -> None:
+    tokens = Tokens.of(samples(24), base.tokenizer, 64)
+    packs = epoch_packs(tokens.lengths, 64, seed=0, epoch=0, packing=True)
+    device = torch.device("cuda")
+    network = AnswerModel(adapted(base, bf16=True)).to(device)
+    trained = [value for value in network.parameters() if value.requires_grad]
+    found = {}
+    for kind in KINDS if is_flash_attn_2_available() else ("sdpa", "flex"):
+        implementation = network.causal.config._attn_implementation = IMPLEMENTATIONS[kind]
+        losses = network(TokenBatch.of(packs, tokens, device, multiple=row_multiple(implementation)))
+        of_weights = torch.autograd.grad(losses.sum(), trained)
+        found[kind] = (losses.detach(), torch.cat([gradient.float().flatten() for gradient in of_weights]))
+    expected, gradients = found.pop("sdpa")
+    for others in found.values():
+        # bfloat16 has three digits, and losses are near 6.
+        torch.testing.assert_close(others[0], expected, atol=0.1, rtol=0)
+        assert float((others[1] - gradients).norm() / gradients.norm()) < 0.05
 
 
 def test_pairs_of_flex_attention_are_those_of_the_blocks_in_its_mask() -> None:
