@@ -44,6 +44,7 @@ from benchmarks.quality.hidden_state import (
 )
 from benchmarks.quality.paired_users import PairedDifference, UserMetric, paired_difference
 from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec
 from trainer.data.simulator.behaviours import behaviour_probabilities, log_odds
 from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
 from trainer.data.simulator.lookahead import add_appeal, mean_appeal
@@ -66,6 +67,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{f"only the {name} hidden": (name,) for name in HIDDEN},
 }
 """Name of a bound -> what is hidden."""
+
+
+def world_of(spec: DatasetSpec) -> WorldConfig:
+    """Return the world of a dataset of ``limelight data simulate``."""
+    extra = spec.extra
+    options = {name: extra[name] for name in ("exposures_per_day", "lookahead", "newcomers") if name in extra}
+    return WorldConfig(extra["users"], extra["days"], extra["seed"], **options)
 
 
 def kept_probabilities(

@@ -39,7 +39,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import make_parser, mean_and_half_width, run_limelight, write_result
-from benchmarks.quality.attainable_bound import ATTAINABLE, TOLERANCE, VARIANTS, exceeds, kept_probabilities, room_below
+from benchmarks.quality.attainable_bound import (
+    ATTAINABLE,
+    TOLERANCE,
+    VARIANTS,
+    exceeds,
+    kept_probabilities,
+    room_below,
+    world_of,
+)
 from benchmarks.quality.gap_fit import FOLDS, cross_fit, folds_of, greedy_order, log_loss, log_odds_of, reason_to_skip
 from benchmarks.quality.gap_report import draw, tables
 from benchmarks.quality.world_factors import WorldFactors
@@ -48,7 +56,7 @@ from trainer.console.errors import UserError
 from trainer.console.outputs import local_argument
 from trainer.data.format.carried_dataset import dataset_of
 from trainer.data.format.schema import DatasetSpec
-from trainer.data.simulator.config import BEHAVIOURS, WorldConfig
+from trainer.data.simulator.config import BEHAVIOURS
 from trainer.metrics.behaviour_metrics import auc, grouped_auc
 from trainer.metrics.user_bootstrap import ResampledMetric, draw_users, interval, resample_auc
 from trainer.ranking.held_out_rows import HELD_OUT
@@ -201,11 +209,10 @@ def _rows_of(directory: str, data: str | None) -> HeldOutRows:
 
 def _attainable(file: Path, path: str, rows: HeldOutRows, truth: np.ndarray) -> np.ndarray:
     """Return the attainable probabilities of rows, ``[n, K]``; they are computed once and kept in a file."""
-    extra = DatasetSpec.load(path).extra
-    options = {name: extra[name] for name in ("exposures_per_day", "lookahead", "newcomers") if name in extra}
-    config = WorldConfig(extra["users"], extra["days"], extra["seed"], **options)
     wanted = {ATTAINABLE: VARIANTS[ATTAINABLE]}
-    return kept_probabilities(file, config, rows.visit_id, truth, rows.behaviours, wanted)[ATTAINABLE]
+    return kept_probabilities(file, world_of(DatasetSpec.load(path)), rows.visit_id, truth, rows.behaviours, wanted)[
+        ATTAINABLE
+    ]
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

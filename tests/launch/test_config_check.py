@@ -29,6 +29,7 @@ KINDS = {
     "qwen2_7b_lora": "finetune",
     "qwen2_7b_lora_141gb": "finetune",
     "qwen2_7b_lora_80gb": "finetune",
+    "recipe": "train",
     "simulated": "train",
     "quantize": "quantize",
     "staytime": "staytime",

@@ -1,0 +1,220 @@
+"""Change one setting of the default ranker's recipe at a time, and measure what it adds in a simulated world.
+
+    limelight data simulate data/factors --users 3000 --days 10 --partitions 8 --seed 1 --factors
+    python -m benchmarks.quality.recipe --data data/factors --work runs/recipe --out benchmarks/results/recipe.json
+
+Each recipe is ``configs/simulated.toml`` with a few changes, and is compared with another recipe that lacks one of
+them. Recipes are chosen on the *tuning* days, the two days before the last two; the training ends where they begin. The
+chosen one (``configs/recipe.toml``), the default and logistic regression are then trained on all days before the *held
+out* days, the last two.
+
+Values are means over the seeds of the ranker, with 95 % intervals (Student's t). Differences are in points, with 95 %
+intervals over users (paired bootstrap, the mean over the seeds inside each draw). Rows a second are by processor time
+of the training. On the held-out days, the share of the gap is 0 for logistic regression and 1 for the attainable bound
+of ``benchmarks/quality/attainable_bound.py``.
+
+Each training is kept under ``--work`` and is not repeated, so the same command continues a benchmark that was stopped.
+``--days``, ``--recipes`` and ``--seeds`` choose a part; the report has all trainings that are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.measure import make_parser, slug, write_result
+from benchmarks.quality.attainable_bound import ATTAINABLE, VARIANTS, kept_probabilities, world_of
+from benchmarks.quality.full import predictions_of
+from benchmarks.quality.larm_report import Scores
+from benchmarks.quality.paired_users import DRAWS
+from benchmarks.quality.ranker_runs import trained_ranker
+from benchmarks.quality.recipe_report import BEST, RecipeRun, summarise, tables
+from trainer.config.ranker import JobConfig, load_config
+from trainer.console.outputs import local_argument
+from trainer.data.format.schema import DatasetSpec
+from trainer.ranking.evaluation import read_truth
+from trainer.runtime.distributed import World
+from trainer.runtime.files import write_json
+
+JOB, RECIPE_JOB = "configs/simulated.toml", "configs/recipe.toml"
+TUNING, HELD_OUT = "tuning", "held out"
+DAYS: dict[str, tuple[str, ...]] = {
+    TUNING: ("data.eval_from=2024-03-10", "data.eval_until=2024-03-12"),
+    HELD_OUT: ("data.eval_from=2024-03-12",),
+}
+"""Part of the log -> its settings; the world has ten days from 2024-03-04."""
+
+COMMON = ("data.workers=0", "train.device=cpu", "checkpoint.every_minutes=0")
+"""Settings of all trainings. Without workers all of the work is in the processor time of this process."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Changes to another recipe.
+
+    Attributes:
+        than: recipe that it changes, and that it is compared with; empty for the job as it is.
+        settings: the changes.
+    """
+
+    than: str
+    settings: tuple[str, ...]
+
+
+DEFAULT, LOGISTIC = "default", "logistic regression"
+TAGS, TAGS_HEADS, HEADS = "tags and author features", "tags, multi_head", "multi_head"
+AUTHORS, SMALL_BATCHES = "author histories", "author histories, batch 512"
+CHOSEN = "author histories, batch 512, CGC"
+_TAGS = ("features.tags=true", 'features.author_side=["author_category", "author_genre"]')
+_AUTHORS = (
+    "features.history.author={domain='video', search='author', length=10}",
+    "features.history.author_live={domain='live', search='author', length=10}",
+)
+RECIPES: dict[str, Recipe] = {
+    DEFAULT: Recipe("", ()),
+    LOGISTIC: Recipe(DEFAULT, ('model.kind="logistic"',)),
+    TAGS: Recipe(DEFAULT, _TAGS),
+    HEADS: Recipe(DEFAULT, ('model.attention_kind="multi_head"',)),
+    TAGS_HEADS: Recipe(HEADS, _TAGS),
+    "latest visits of both domains": Recipe(TAGS_HEADS, ("features.history.session={domain='both', length=10}",)),
+    "latest watched visits": Recipe(
+        TAGS_HEADS, ("features.history.liked={domain='both', require=['effective_view'], length=30}",)
+    ),
+    "author histories, tags, multi_head": Recipe(TAGS_HEADS, _AUTHORS),
+    AUTHORS: Recipe(DEFAULT, _AUTHORS),
+    "no user id": Recipe(DEFAULT, ('features.exclude=["user_id"]',)),
+    "smoothing 3": Recipe(DEFAULT, ("features.smoothing=3.0",)),
+    "table rate 0.02": Recipe(DEFAULT, ("tables.learning_rate=0.02",)),
+    "table rate 0.1": Recipe(DEFAULT, ("tables.learning_rate=0.1",)),
+    "dense rate 0.004": Recipe(DEFAULT, ("optimizer.learning_rate=0.004",)),
+    "two epochs": Recipe(DEFAULT, ("train.epochs=2",)),
+    "batch 512": Recipe(DEFAULT, ("train.batch_size=512",)),
+    "batch 256": Recipe(DEFAULT, ("train.batch_size=256",)),
+    "CGC": Recipe(DEFAULT, ('model.kind="cgc"',)),
+    # Compiled loops take less time for the same attention.
+    SMALL_BATCHES: Recipe(AUTHORS, ("train.batch_size=512", "model.compiled_attention=true")),
+    CHOSEN: Recipe(SMALL_BATCHES, ('model.kind="cgc"',)),
+}
+FINAL = (DEFAULT, LOGISTIC, CHOSEN)
+"""Recipes of the held-out days."""
+
+
+def settings_of(recipe: str) -> tuple[str, ...]:
+    """Return all changes of a recipe to the job, those of the recipes that it changes first."""
+    found = RECIPES[recipe]
+    return (*(settings_of(found.than) if found.than else ()), *found.settings)
+
+
+def job_of(recipe: str, days: str, seed: int, data: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """Return the job of a training."""
+    own = (f"data.path={data}", f"run.seed={seed}", *COMMON, *DAYS[days], *overrides)
+    return load_config(JOB, [*settings_of(recipe), *own])
+
+
+def facts_file(work: Path, days: str, seed: int, recipe: str) -> Path:
+    """Return the file of the facts of a training; its predictions are beside it."""
+    return work / slug(days) / f"seed-{seed}" / f"{slug(recipe)}.json"
+
+
+def train_missing(options: argparse.Namespace, world: World) -> None:
+    """Train what is missing in ``options.work``, seed by seed."""
+    for days in options.days:
+        recipes = [name for name in options.recipes if days == TUNING or name in FINAL]
+        for seed, recipe in ((seed, recipe) for seed in options.seeds for recipe in recipes):
+            file = facts_file(options.work, days, seed, recipe)
+            if file.exists():
+                continue
+            print(f"{recipe}, {days} days, seed {seed}", file=sys.stderr, flush=True)
+            job = job_of(recipe, days, seed, options.data, options.overrides)
+            with trained_ranker(job, world) as ranker:
+                scores = Scores.of(ranker.predict(), ranker.features.behaviours, ranker.seconds)
+                facts = {"rows": ranker.rows, "seconds": ranker.seconds}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            scores.write(file.with_suffix(".npz"))
+            # Last, since a training with its facts is whole.
+            write_json(file, facts)
+
+
+def kept_runs(work: Path, days: str) -> dict[str, dict[int, RecipeRun]]:
+    """Return the finished trainings of some days: recipe -> seed -> run, in the order of ``RECIPES``."""
+    found: dict[str, dict[int, RecipeRun]] = {}
+    for recipe in RECIPES:
+        for file in sorted((work / slug(days)).glob(f"seed-*/{slug(recipe)}.json")):
+            # The order of the rows depends on the batches.
+            scores = by_visit(Scores.read(file.with_suffix(".npz")))
+            seed = int(file.parent.name.removeprefix("seed-"))
+            found.setdefault(recipe, {})[seed] = RecipeRun(scores, **json.loads(file.read_text()))
+    return found
+
+
+def by_visit(scores: Scores) -> Scores:
+    """Return scores in the order of ``visit_id``."""
+    order = np.argsort(scores.visit_id, kind="stable")
+    columns = ("user_id", "visit_id", "probability", "label", "mask")
+    return replace(scores, **{name: getattr(scores, name)[order] for name in columns})
+
+
+def bounds(options: argparse.Namespace, scores: Scores) -> dict[str, np.ndarray]:
+    """Return the attainable and the true probabilities of the rows of ``scores``, ``[n, behaviours]`` each.
+
+    They are kept in ``options.work``.
+    """
+    truth = read_truth(options.data, predictions_of(scores), scores.behaviours)
+    if truth is None:
+        sys.exit(f"limelight: error: {options.data}: has no true probabilities, so it is no simulated world")
+    file, config = options.work / "attainable.npz", world_of(DatasetSpec.load(options.data))
+    wanted = {ATTAINABLE: VARIANTS[ATTAINABLE]}
+    kept = kept_probabilities(file, config, scores.visit_id, truth.numpy(), scores.behaviours, wanted)
+    return {**kept, BEST: truth.numpy()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = make_parser("quality.recipe", __doc__)
+    parser.add_argument("--data", required=True, metavar="PATH", help="dataset of `limelight data simulate`")
+    parser.add_argument(
+        "--work", type=local_argument, default=Path("runs/recipe"), help="keeps all trainings (default: %(default)s)"
+    )
+    parser.add_argument("--days", nargs="+", choices=DAYS, default=list(DAYS), help="default: both")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the rankers (default: 1 to 3)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all rankers")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with World.join("cpu") as world:
+        train_missing(options, world)
+    result: dict[str, Any] = {}
+    for days in DAYS:
+        runs = kept_runs(options.work, days)
+        if DEFAULT in runs:
+            than = {name: RECIPES[name].than for name in runs}
+            first = next(iter(runs[DEFAULT].values())).scores
+            final = days == HELD_OUT and LOGISTIC in runs
+            result[slug(days)] = summarise(
+                runs, than, DEFAULT, LOGISTIC if final else None, bounds(options, first) if final else {}
+            )
+            print(f"{days} days\n\n{tables(result[slug(days)])}\n")
+    if not result:
+        sys.exit(f"limelight: error: no training of the recipe {DEFAULT!r} is finished yet; the same command continues")
+    extra = DatasetSpec.load(options.data).extra
+    facts = {
+        "question": "changes to the default ranker's recipe in a simulated world, one at a time",
+        "world": {name: extra[name] for name in ("users", "days", "seed")},
+        "draws": DRAWS,
+        "chosen": CHOSEN,
+        "settings": {name: found.settings for name, found in RECIPES.items()},
+        "overrides": options.overrides,
+    }
+    write_result(options.out, {**facts, **result})
+
+
+if __name__ == "__main__":
+    main()
