@@ -42,6 +42,11 @@ class Block:
         return self.entries.masked_fill(self.padding.flatten(), spare)
 
 
+def reads_lengths(device: torch.device) -> bool:
+    """True if blocks depend on the lengths of the rows, which only a CPU reads without waiting."""
+    return device.type == "cpu"
+
+
 def cut_rows(lengths: Tensor, entries: int, max_length: int, row_values: int, entry_values: int) -> Iterator[Block]:
     """Split a batch into blocks of at most about ``BLOCK_VALUES`` values, longest rows first for little padding.
 
@@ -57,12 +62,16 @@ def cut_rows(lengths: Tensor, entries: int, max_length: int, row_values: int, en
         row_values: values that a row needs independently of its length.
         entry_values: values that a place for an entry needs.
     """
-    batch, on_cpu = len(lengths), lengths.device.type == "cpu"
+    batch = len(lengths)
 
     def rows_of(length: int) -> int:
-        return max(1, BLOCK_VALUES // (row_values + length * entry_values)) if on_cpu else batch
+        return max(1, BLOCK_VALUES // (row_values + length * entry_values))
 
     if entries == 0:
+        return
+    if not reads_lengths(lengths.device):
+        # Without a loop, a program that torch.compile makes of it is the same for all numbers of rows.
+        yield _whole_batch(lengths, entries, max_length)
         return
     if entries == batch * max_length:
         step = rows_of(max_length)
@@ -72,22 +81,36 @@ def cut_rows(lengths: Tensor, entries: int, max_length: int, row_values: int, en
         return
     stops = lengths.cumsum(0)
     ordered, order = lengths.sort(descending=True)
-    longest = ordered.tolist() if on_cpu else [max_length] * batch
+    longest = ordered.tolist()
     start = 0
     while start < batch and longest[start]:
         length = longest[start]
         rows = rows_of(length)
         stop = min(start + rows, batch)
-        if on_cpu:
-            shortest = length - length // 16
-            too_short = bisect.bisect_left(longest, 1 - shortest, start, stop, key=operator.neg)
-            stop = min(stop, max(too_short, start + rows // 4))
+        shortest = length - length // 16
+        too_short = bisect.bisect_left(longest, 1 - shortest, start, stop, key=operator.neg)
+        stop = min(stop, max(too_short, start + rows // 4))
         part = slice(start, stop)
-        place = torch.arange(-length, 0, device=lengths.device)
-        padding = place < -ordered[part, None]
-        index = (stops[order[part], None] + place).masked_fill_(padding, 0)
-        yield Block(order[part], index.flatten(), length, padding)
-        start = part.stop
+        yield _padded(order[part], stops[order[part]], ordered[part], length)
+        start = stop
+
+
+def _whole_batch(lengths: Tensor, entries: int, max_length: int) -> Block:
+    """Return all rows of a batch as one block, the longest rows first."""
+    batch = len(lengths)
+    if entries == batch * max_length:
+        return Block(slice(0, batch), slice(0, entries), max_length)
+    stops = lengths.cumsum(0)
+    ordered, order = lengths.sort(descending=True)
+    return _padded(order, stops[order], ordered, max_length)
+
+
+def _padded(rows: Tensor, stops: Tensor, lengths: Tensor, length: int) -> Block:
+    """Return a block of ``rows``, whose entries end before the place ``stops`` and are ``lengths``, with padding."""
+    place = torch.arange(-length, 0, device=lengths.device)
+    padding = place < -lengths[:, None]
+    index = (stops[:, None] + place).masked_fill_(padding, 0)
+    return Block(rows, index.flatten(), length, padding)
 
 
 def take(values: Tensor, which: slice | Tensor) -> Tensor:

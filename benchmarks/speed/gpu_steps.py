@@ -14,11 +14,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,11 @@ from launch.machine import free_port
 from modules.choices import Dynamic
 from modules.embeddings import Table
 
+if TYPE_CHECKING:
+    from trainer.engine.dense_engine import DenseNetwork
+
 Parts = Iterator[dict[str, Any]]
+Inputs = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor]
 
 
 class Missing(Exception):
@@ -209,6 +213,54 @@ def zero(small: bool) -> Parts:
                 }
             }
             network.close()
+
+
+def compilation(small: bool) -> Parts:
+    """Train the ranker compiled and not, in fp32 without ZeRO and in bf16 with ZeRO 1, and compare the losses."""
+    from trainer.config.deepspeed import complete_settings
+    from trainer.engine.dense_engine import INDUCTOR, DenseNetwork, DenseOptimizer
+    from trainer.runtime.distributed import World
+    from trainer.runtime.phase_timer import PhaseClock
+
+    _be_the_only_rank()
+    rows, steps = (64, 3) if small else (8192, 20)
+    with World.join("auto") as world:
+        batches = [random_inputs(rows - number % 3, world.device) for number in range(steps)]
+        for stage in (0, 1):
+            losses = []
+            # On a CPU compilation by a C++ compiler would take minutes.
+            for compiler in (None, "aot_eager" if small else INDUCTOR):
+                changes = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": stage > 0}}
+                network = DenseNetwork(
+                    make_ranker(),
+                    DenseOptimizer(1e-3),
+                    complete_settings({**changes, "gradient_clipping": 1.0}, rows, world.size),
+                    device=world.device,
+                    clock=PhaseClock(world.device),
+                    compiler=compiler,
+                )
+                begin = time.perf_counter()
+                losses.append(_losses_of(network, batches))
+                _synchronize()
+                first = time.perf_counter() - begin
+                seconds = seconds_of(partial(_losses_of, network, batches), 1) / steps
+                name = f"ZeRO {stage}, {'bf16' if stage else 'fp32'}{', compiled' * (compiler is not None)}"
+                yield {name: {"seconds_of_first_steps": first, "seconds_per_step": seconds}}
+                network.close()
+            plain, compiled = losses
+            yield {f"largest difference of losses, ZeRO {stage}": float(((compiled - plain).abs() / plain).max())}
+
+
+def _losses_of(network: DenseNetwork, batches: Sequence[Inputs]) -> Tensor:
+    """Train a network one step on each batch; returns the losses."""
+    losses = []
+    for embedded, lengths, dense in batches:
+        label = (dense[:, :3] > 1).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(network(embedded, lengths, dense), label)
+        network.backward(loss, last=True)
+        network.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 def snapshot(small: bool) -> Parts:
@@ -400,7 +452,7 @@ def make_ranker() -> nn.Module:
     )
 
 
-def random_inputs(rows: int, place: torch.device) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Tensor]:
+def random_inputs(rows: int, place: torch.device) -> Inputs:
     """Return embeddings, lengths and dense features of a batch of the throughput benchmark."""
     from benchmarks.speed.throughput import WorkloadFeatures
     from benchmarks.speed.workload import DENSE, DIM, LENGTH
@@ -491,6 +543,7 @@ STEPS = {
     "dynamic_ids": Step(dynamic_ids, 60),
     "process_group": Step(process_group, 60),
     "zero": Step(zero, 90),
+    "compile": Step(compilation, 150),
     "snapshot": Step(snapshot, 60),
     "language_model": Step(language_model, 240),
     "ranker": Step(ranker, 120),

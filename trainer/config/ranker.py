@@ -146,6 +146,12 @@ class TrainConfig(HybridTrainConfig):
         json_schema_extra=MAY_CHANGE,
     )
     weights: dict[str, float] = Field({}, description="Loss weight per behaviour; the default is 1.")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile the dense network by `torch.compile`, for fewer and larger kernels; needs a C++ compiler "
+        "on the machine. Values differ by rounding. `auto`: not, until a GPU has shown that the losses are equal.",
+        json_schema_extra=MAY_CHANGE,
+    )
 
 
 class ScoreConfig(Section):

@@ -12,6 +12,7 @@ from trainer.config.align import EngineJob
 from trainer.config.precision import dense_settings
 from trainer.console.errors import UserError
 from trainer.data.features.packed_batch import ContentLayout
+from trainer.engine.dense_engine import INDUCTOR
 from trainer.engine.history_alignment import Alignment
 from trainer.engine.hybrid_engine import DenseOptimizer, HybridEngine, TableOptimizer
 from trainer.engine.step_loss import StepLoss
@@ -40,6 +41,7 @@ def make_engine(
     alignment: Alignment | None = None,
     content: Sequence[ContentLayout] = (),
     averaged: bool = False,
+    compiled: bool = False,
 ) -> HybridEngine:
     """Return sharded tables and a dense network with the optimizers of a job. Collective.
 
@@ -67,4 +69,5 @@ def make_engine(
         deepspeed_file=config.train.deepspeed,
         content=content,
         averaged=averaged,
+        compiler=INDUCTOR if compiled else None,
     )

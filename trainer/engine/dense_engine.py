@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +17,17 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from modules import blocks
+from modules.din import TargetAttention
+from modules.esu import SequenceAttention
+from modules.multitask import BatchedMLP
 from trainer.config.deepspeed import SETTINGS
 from trainer.console.errors import UserError
 from trainer.engine.weight_average import WeightAverage
 from trainer.runtime.phase_timer import PhaseClock
+
+INDUCTOR = "inductor"
+"""PyTorch's compiler: C++ on a CPU, Triton on a GPU."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments of a parameter."""
@@ -44,6 +53,7 @@ class DenseNetwork:
         clock: counts the reduction of gradients as communication.
         origin: file that the settings come from, for messages.
         averaged: keep a mean of the parameters over time.
+        compiler: backend of ``torch.compile`` for the passes of training; None computes operation by operation.
 
     Attributes:
         average: the mean; None if there is none.
@@ -52,7 +62,7 @@ class DenseNetwork:
         zero_stage: DeepSpeed's ZeRO stage: 0 shares no memory among ranks, 1 the optimizer's, 2 the gradients' too.
 
     Raises:
-        UserError: a setting that DeepSpeed refuses.
+        UserError: a setting that DeepSpeed refuses, or there is no C++ compiler for ``compiler``.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class DenseNetwork:
         clock: PhaseClock,
         origin: str = SETTINGS,
         averaged: bool = False,
+        compiler: str | None = None,
     ) -> None:
         deepspeed = start_deepspeed()
         settings = dict(settings)
@@ -90,6 +101,9 @@ class DenseNetwork:
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adam, config=settings)
         self.module: nn.Module = self._engine.module
         self.average = WeightAverage(self.module) if averaged else None
+        self._compiled = compiler is not None
+        if compiler is not None:
+            compile_network(self.module, compiler, device)
         if dist.get_world_size() == 1 and not self._zero:
             # There is nothing to reduce, but DeepSpeed would still copy all gradients.
             self._engine.enable_backward_allreduce = False
@@ -102,11 +116,21 @@ class DenseNetwork:
 
         self._engine.allreduce_gradients = timed_reduce
 
-    def __call__(self, *inputs: Any) -> Any:
-        """Return the module's output. Inputs are float32 or whole numbers, whatever the type of the parameters."""
+    def __call__(self, *inputs: Any, whole: bool = True) -> Any:
+        """Return the module's output. Inputs are float32 or whole numbers, whatever the type of the parameters.
+
+        Args:
+            inputs: arguments of the module.
+            whole: no size of an input that varies is 0 or 1. The compiler makes these sizes part of a program, and
+                would compile another one for the few batches that have them; they are computed without it.
+        """
+        if not self.module.training:
+            return self.module.forward(*inputs)
         # DeepSpeed's forward pass expects a backward pass to follow.
-        module = self._engine if self.module.training else self.module
-        return module(*inputs)
+        if whole or not self._compiled:
+            return self._engine(*inputs)
+        with torch.compiler.set_stance("force_eager"):
+            return self._engine(*inputs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; after the ``last`` one they are averaged over the ranks."""
@@ -247,6 +271,31 @@ class DenseNetwork:
                     state |= {key: torch.zeros_like(parameter) for key in _MOMENTS}
         if self._zero:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def compile_network(module: nn.Module, backend: str, device: torch.device) -> None:
+    """Let ``torch.compile`` compile a network in place, with sizes that may vary from batch to batch.
+
+    The names of parameters, and so checkpoints, stay as they are. ``module.forward`` itself is not compiled. On a CPU
+    parts are left out: the attention over histories, whose blocks depend on the lengths of the batch, and what the
+    loops of ``modules/compiled.py`` compute.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    names = [os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")]
+    if backend == INDUCTOR and not any(map(shutil.which, names)):
+        raise UserError(
+            f"train.compile = true: no C++ compiler is here ({', '.join(names)}), which torch.compile needs; install "
+            "one, or set train.compile=false"
+        )
+    on_cpu = blocks.reads_lengths(device)
+    for part in module.modules():
+        if on_cpu and (isinstance(part, TargetAttention | SequenceAttention) or getattr(part, "compiled", False)):
+            part.forward = torch.compiler.disable(part.forward)
+        elif isinstance(part, TargetAttention | BatchedMLP):
+            part.compiled = False
+    module.compile(backend=backend, dynamic=True)
 
 
 @contextlib.contextmanager

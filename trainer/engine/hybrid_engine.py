@@ -160,6 +160,7 @@ class HybridEngine:
             later on a GPU, at once on a CPU, where nothing waits.
         averaged: keep a mean of the dense network's parameters over time, see :meth:`average`.
         device_form: see :class:`trainer.sparse.sharded_tables.ShardedTables`.
+        compiler: see :class:`trainer.engine.dense_engine.DenseNetwork`.
 
     Attributes:
         control: a gloo group of all ranks.
@@ -194,6 +195,7 @@ class HybridEngine:
         read_later: bool | None = None,
         averaged: bool = False,
         device_form: bool | None = None,
+        compiler: str | None = None,
     ) -> None:
         group = dist.group.WORLD
         assert group is not None
@@ -227,6 +229,7 @@ class HybridEngine:
             clock=self._clock,
             origin=deepspeed_file,
             averaged=averaged,
+            compiler=compiler,
         )
         self.plan = self._tables.plan
         self.table_optimizer = table_optimizer
@@ -439,7 +442,7 @@ class HybridEngine:
                     leaf.requires_grad_()
                     # The backward pass adds the network's gradient to the alignment's.
                     leaf.grad = gradients.get(name)
-                logits.append(self._dense(*part.inputs))
+                logits.append(self._dense(*part.inputs, whole=part.has_all_sizes))
                 loss = loss_of(number, logits[-1])
                 losses[0] += loss.detach()
                 last = part is parts[-1]
@@ -492,7 +495,7 @@ class HybridEngine:
 
     def _output(self, part: MicroBatch) -> Tensor:
         """Return the network's output for a micro-batch, for no backward pass."""
-        return self._dense.module(*part.inputs)
+        return self._dense.module.forward(*part.inputs)
 
     def _align(
         self, current: InFlightBatch, embedded: Mapping[str, Tensor], rows: int

@@ -42,6 +42,11 @@ class MicroBatch:
         inputs = (self.embedded, self.lengths, self.dense)
         return (*inputs, self.content) if self.content else inputs
 
+    @property
+    def has_all_sizes(self) -> bool:
+        """True if it has two rows or more, and each lookup two ids or more."""
+        return min(len(self.dense), *map(len, self.embedded.values())) > 1
+
     def gradient(self, name: str) -> Tensor:
         """Return the gradient of a lookup's rows, ``[ids, dim]``; zeros if the network does not use them."""
         gradient = self.embedded[name].grad

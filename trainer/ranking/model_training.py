@@ -119,6 +119,8 @@ def prepare_model(
     if kind != "logistic":
         parts = compiled_parts(config)
         logger.info(f"{kind}: {'; '.join(f'{name} by {path}' for name, path in parts.items())}")
+    if config.train.compile is True:
+        logger.info(f"{kind}: the dense network is compiled by torch.compile, which takes a minute or more at first")
     identity = Identity(config, kind, features.behaviours, job.dataset)
     checkpoints = Checkpoints(model_dir / "checkpoints", identity, world, after_save)
     space = make_space(config, features)

@@ -348,4 +348,5 @@ def build_engine(config: JobConfig, features: FeatureMap, kind: RankerKind, worl
         build_alignment(config, features),
         features.layout.content,
         config.averages,
+        compiled=config.train.compile is True,
     )

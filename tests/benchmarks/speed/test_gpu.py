@@ -68,7 +68,7 @@ def test_a_step_that_needs_a_gpu_says_so(name: str, in_this_process: None, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["process_group", "zero", "language_model", "job", "dynamic_job"])
+@pytest.mark.parametrize("name", ["process_group", "zero", "compile", "language_model", "job", "dynamic_job"])
 def test_a_step_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     gpu.main(["--small", f"--out={out}", "--steps", name])
@@ -80,6 +80,9 @@ def test_a_step_in_a_process_of_its_own(name: str, tmp_path: Path) -> None:
         assert step["result"]["largest_difference_to_cpu"] <= tolerance
         if name == "job":
             assert step["result"]["largest_difference_after_resume"] <= tolerance
+    if name == "compile":
+        differences = [value for key, value in step["result"].items() if key.startswith("largest difference")]
+        assert len(differences) == 2 and max(differences) <= (2e-2 if torch.cuda.is_available() else 1e-6)
     if name == "zero":
         for figures in step["result"].values():
             assert figures["last_loss"] < figures["first_loss"]
