@@ -233,7 +233,6 @@ def make_product(
     many = TILES[0][0]
     wide, narrow = (_make_column(transposed, begin, finish, next(sizes), next(sizes)) for _ in range(2))
 
-    @numba.njit(nogil=True)
     def product(
         a: int,
         a_stride: int,
@@ -288,8 +287,7 @@ def make_product(
                 )
                 done += 1
 
-    compiled: Callable[..., None] = product
-    return compiled
+    return _named(product, transposed, begin.__name__, finish.__name__)
 
 
 def _make_column(
@@ -303,7 +301,6 @@ def _make_column(
     large, small = (_make_tile(transposed, begin, finish, *size) for size in (large_size, small_size))
     more, fewer = large_size[1], small_size[1]
 
-    @numba.njit(nogil=True)
     def column(
         a: int,
         a_stride: int,
@@ -334,7 +331,18 @@ def _make_column(
                 )
                 row += fewer
 
-    compiled: Callable[..., None] = column
+    return _named(column, transposed, begin.__name__, finish.__name__, *large_size, *small_size)
+
+
+def _named(function: Callable[..., None], *parts: object) -> Callable[..., None]:
+    """Compile a function under a name that says all that its code depends on.
+
+    numba tells functions of the same name apart by a number that counts in each process. Two loops from its cache that
+    were compiled in two processes could have different functions under one name and number, and would call the wrong
+    one.
+    """
+    function.__qualname__ = "_".join(map(str, (function.__name__, *parts)))
+    compiled: Callable[..., None] = numba.njit(nogil=True)(function)
     return compiled
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modules import din_tiles, expert_kernel
+from modules import din_kernel, din_tiles, expert_kernel
 from modules.expert_kernel import CompiledExperts, compile_loops
 from modules.multitask import PLE, BatchedMLP, SharedBottom, Towers
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.skipif(din_tiles.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
 
@@ -215,3 +221,31 @@ def test_the_loops_are_compiled_once() -> None:
     torch.manual_seed(0)
     assert_equal_layers(BatchedMLP(2, 5, (4, 3)), torch.randn(1, 6, 5), None)
     assert [len(loop.signatures) for loop in (expert_kernel.forward_blocks, expert_kernel.backward_parts)] == counts
+
+
+def test_products_with_other_code_have_other_names() -> None:
+    # numba's cache would mix up functions of one name that were compiled in two processes.
+    kernels = (din_kernel, expert_kernel)
+    products = {(kernel.__name__, name): value for kernel in kernels for name, value in vars(kernel).items()}
+    names = {key: value.py_func.__qualname__ for key, value in products.items() if is_product(value)}
+    alike = {("modules.expert_kernel", name) for name in ("layer_forward", "layer_backward", "weight_backward")}
+    assert len(names) == 9 and {place for place, _ in names} == {"modules.din_kernel", "modules.expert_kernel"}
+    assert len({name for key, name in names.items() if key not in alike}) == 6
+    for place, name in alike:
+        assert names[place, name] == names["modules.din_kernel", name]
+
+
+def is_product(value: Any) -> bool:
+    return getattr(getattr(value, "py_func", None), "__name__", "") == "product"
+
+
+@pytest.mark.slow
+def test_loops_that_were_compiled_in_two_processes_work_together(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    tests = (
+        "test_expert_kernel.test_random_shapes_equal_the_plain_layers(3)",
+        ("test_din_kernel.test_random_shapes_equal_the_plain_attention(3)"),
+    )
+    for program in (*tests, "; ".join(tests)):
+        program = f"from tests.modules import test_din_kernel, test_expert_kernel; {program}"
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
