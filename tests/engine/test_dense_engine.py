@@ -144,8 +144,9 @@ def test_on_a_cpu_the_attention_stays_outside_of_the_programs(world: World) -> N
     plain, compiled = (make_engine(world, "din", {}, chosen, loops=True) for chosen in (None, "aot_eager"))
     losses = [losses_of(engine.steps(iter(batches()))) for engine in (plain, compiled)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    # One history, the shared network, and the towers.
-    assert 1 <= sum(counters["graph_break"].values()) <= 3
+    # The history, the shared network and the towers; nothing else breaks a program.
+    kinds = [reason.partition("\n")[0] for reason in counters["graph_break"]]
+    assert kinds == ["Skip calling `torch.compiler.disable()`d function"] * len(kinds) and len(kinds) >= 2
 
 
 def test_a_machine_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
