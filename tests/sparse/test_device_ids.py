@@ -26,7 +26,7 @@ from tests.device_waits import HOST_ONLY, Waits
 from tests.paths import ROOT
 from trainer.data.features.id_map import hash_rows, hash_salt
 from trainer.sparse import device_ids, dynamic_ids
-from trainer.sparse.device_ids import DeviceIds, hash_tensor, triton_compiles, write_where
+from trainer.sparse.device_ids import DeviceIds, hash_tensor, write_where
 from trainer.sparse.dynamic_ids import ID_BYTES, DynamicIds
 
 CPU = torch.device("cpu")
@@ -136,15 +136,6 @@ def test_the_host_waits_for_the_rounds_alone(monkeypatch: pytest.MonkeyPatch) ->
     with Waits() as waits:
         ids.learn(torch.arange(100), 2)
     assert waits.calls == []
-
-
-def test_triton_needs_a_gpu_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setenv("CC", "cc")
-    assert triton_compiles(torch.device("cuda")) and not triton_compiles(CPU)
-    monkeypatch.delenv("CC")
-    monkeypatch.setenv("PATH", "")
-    assert not triton_compiles(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: run `make test-triton`")

@@ -94,9 +94,10 @@ class FinetuneModelConfig(Section):
     attention: AttentionKind = Field(
         "auto",
         description="Attention of packed sequences. `flex`: PyTorch's flex attention, which skips blocks of pairs "
-        "between samples; on GPUs. `flash`: the package flash-attn, with each sample as a sequence; on GPUs, in "
-        "bfloat16. `sdpa` and `eager`: PyTorch's and transformers' own with a dense mask, which computes all pairs. "
-        "`auto`: the run's own if it is resumed; `flex` on GPUs if samples are packed; otherwise `sdpa`.",
+        "between samples; on GPUs, with a C compiler on the machine. `flash`: the package flash-attn, with each sample "
+        "as a sequence; on GPUs, in bfloat16. `sdpa` and `eager`: PyTorch's and transformers' own with a dense mask, "
+        "which computes all pairs. `auto`: the run's own if it is resumed; `flex` where it works, if samples are "
+        "packed; otherwise `sdpa`.",
         json_schema_extra=MAY_CHANGE,
     )
 

@@ -11,9 +11,6 @@ does.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import astuple
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from modules.embeddings import Table
 from trainer.data.features.id_map import HASH_STEPS, hash_salt
+from trainer.runtime.compilers import triton_compiles
 from trainer.sparse import dynamic_ids
 from trainer.sparse.dynamic_ids import CANDIDATES, SERVED, IdCounts, make_columns
 
@@ -249,12 +247,6 @@ class DeviceIds:
 
 _NEVER = torch.iinfo(torch.int32).max
 """A step after every other one."""
-
-
-def triton_compiles(device: torch.device) -> bool:
-    """True if the device is a GPU and Triton can compile kernels for it, for which it needs a C compiler."""
-    compilers = (os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and any(compilers)
 
 
 def hash_tensor(ids: Tensor, salt: np.uint64, rows: int) -> Tensor:

@@ -24,6 +24,7 @@ from tests.llm.tiny import CPU, adapted, job, samples, write_samples
 from trainer.checkpoint.run_directory import begin_run, load_finetune_run
 from trainer.config.finetune import AttentionKind
 from trainer.console.errors import UserError
+from trainer.llm.finetuning import packed_attention
 from trainer.llm.finetuning.answer_loss import AnswerModel
 from trainer.llm.finetuning.packed_attention import (
     BLOCK,
@@ -197,9 +198,25 @@ def test_pairs_of_a_dense_mask_are_all_of_a_row() -> None:
     assert "a dense mask; 41.0 times" in describe_attention("sdpa", [np.arange(21)] * 4, np.array([*[100] * 20, 48]))
 
 
-def test_auto_is_flex_attention_on_gpus_for_packed_samples() -> None:
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton compile for described GPUs."""
+    monkeypatch.setattr(packed_attention, "triton_compiles", lambda device: device.type == "cuda")
+
+
+def test_auto_is_flex_attention_on_gpus_for_packed_samples(compiler: None) -> None:
     assert choose_attention("cuda", packing=True) == "flex"
     assert {choose_attention("cpu", packing=True), choose_attention("cuda", packing=False)} == {"sdpa"}
+
+
+def test_a_gpu_without_a_compiler_keeps_the_dense_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_attention, "triton_compiles", lambda device: False)
+    assert choose_attention("cuda", packing=True) == "sdpa"
+    config = job(tmp_path, tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"^model\.attention = 'flex': needs Triton and a C compiler .* or to 'sdpa'$"
+    ):
+        check_attention("flex", config, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +258,7 @@ def test_a_model_with_dropout_of_attention_weights_is_refused() -> None:
     assert attention_of_model("sdpa", config) == "sdpa"
 
 
-def test_a_resumed_run_keeps_its_attention(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_attention(tmp_path: Path, compiler: None) -> None:
     write_samples(tmp_path)
 
     def settled(run: str, device: str, **model: str) -> str:

@@ -22,6 +22,7 @@ from trainer.config.load import load_deepspeed
 from trainer.console.errors import UserError
 from trainer.llm.finetuning.packed_batch import TokenBatch
 from trainer.llm.finetuning.packing import Packs
+from trainer.runtime.compilers import triton_compiles
 from trainer.runtime.distributed import World
 
 IMPLEMENTATIONS: dict[AttentionKind, str] = {
@@ -82,7 +83,8 @@ def settled_attention(config: FinetuneConfig, directory: Path, world: World) -> 
 
 def choose_attention(device: str, *, packing: bool) -> AttentionKind:
     """Return the attention that ``auto`` means in a new run on a type of device, ``cuda`` or ``cpu``."""
-    return "flex" if device == "cuda" and packing else "sdpa"
+    # Triton compiles flex attention; without a C compiler the dense mask needs more time, but works.
+    return "flex" if packing and triton_compiles(torch.device(device)) else "sdpa"
 
 
 def check_attention(kind: AttentionKind, config: FinetuneConfig, device: str) -> None:
@@ -94,6 +96,8 @@ def check_attention(kind: AttentionKind, config: FinetuneConfig, device: str) ->
     key, other = f"model.attention = {kind!r}", "set model.attention to 'auto' for a new run, or to 'sdpa'"
     if kind in ("flex", "flash") and device != "cuda":
         raise UserError(f"{key}: works on GPUs only, and this rank uses the {device.upper()}; {other}")
+    if kind == "flex" and not triton_compiles(torch.device(device)):
+        raise UserError(f"{key}: needs Triton and a C compiler (gcc or clang), and one of them is not here; {other}")
     if kind != "flash":
         return
     from transformers.utils import is_flash_attn_2_available
