@@ -381,7 +381,7 @@ class DinBatch(NamedTuple):
         """Pad and pack a batch; the arguments are those of :class:`CompiledAttention`.
 
         Raises:
-            ValueError: the lengths are not those of the entries; the loops would read beyond them.
+            ValueError: lengths or widths are not those of the entries; the loops would read beyond them.
         """
         dim, width = parameters[OF_KEY].shape
         widths = [width, *(weight.shape[1] for weight in parameters[LAYERS::2])]
@@ -392,6 +392,8 @@ class DinBatch(NamedTuple):
                 f"attention over {len(keys)} entries in {len(query)} rows, but {len(counts)} lengths, at least "
                 f"{counts.min(initial=0)} and {starts[-1]} together"
             )
+        if query.shape[1] != dim or keys.shape[1] != dim:
+            raise ValueError(f"attention of width {dim}, but queries of {query.shape[1]}, entries of {keys.shape[1]}")
         layout = DinLayout.of(dim, widths, int(counts.max(initial=0)))
         arrays = [parameter.detach().float().numpy() for parameter in parameters]
         weights = _aligned(layout.weight_bytes)

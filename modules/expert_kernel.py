@@ -205,12 +205,20 @@ class CompiledExperts(torch.autograd.Function):
             reads: input of each network, ``[networks]`` int64, on the CPU.
             parameters: weights ``[networks, width before, width]`` of all layers, and then biases ``[networks, 1,
                 width]`` of all layers.
+
+        Raises:
+            ValueError: the inputs do not fit the networks; the loops would read beyond them.
         """
         compile_loops()
         layers = len(parameters) // 2
         networks, batch = len(reads), inputs.shape[1]
         if reads.dtype != torch.int64 or (networks and not 0 <= int(reads.min()) <= int(reads.max()) < len(inputs)):
             raise ValueError(f"{networks} networks read inputs of {len(inputs)}, but not by their numbers")
+        if inputs.shape[2] != parameters[0].shape[1] or any(value.dtype != inputs.dtype for value in parameters):
+            raise ValueError(
+                f"networks with {parameters[0].dtype} weights for inputs of width {parameters[0].shape[1]}, but the "
+                f"inputs are {inputs.dtype} and of width {inputs.shape[2]}"
+            )
         padded = _padded(inputs)
         weights = [_padded_matrices(weight) for weight in parameters[:layers]]
         biases = [functional.pad(bias[:, 0], (0, -bias.shape[2] % LANES)).contiguous() for bias in parameters[layers:]]

@@ -60,7 +60,7 @@ class BatchedMLP(nn.Module):
         """
         dropped = self.dropout > 0 and self.training
         if self.compiled and len(self.weights) and not dropped and computes(x):
-            places = torch.arange(self.networks) % len(x) if reads is None else reads
+            places = torch.arange(len(x)).expand(self.networks).contiguous() if reads is None else reads
             return CompiledExperts.apply(x, places, *self.weights, *self.biases)
         # An expanded input instead of one wide product: the activations of each network are contiguous, which the next
         # product needs.

@@ -195,6 +195,13 @@ def test_lengths_that_are_not_those_of_the_entries_are_refused(lengths: list[int
         CompiledAttention.apply(*inputs[:6], torch.tensor(lengths))
 
 
+def test_widths_that_are_not_those_of_the_network_are_refused() -> None:
+    query, keys, *others = make_inputs([2, 3], 4, (3,))[:6]
+    for wrong in ((query, keys[:, :3]), (query[:, :3], keys), (query, keys.repeat(1, 2))):
+        with pytest.raises(ValueError, match="attention of width 4, but queries of"):
+            CompiledAttention.apply(*wrong, *others, torch.tensor([2, 3]))
+
+
 def test_a_tensor_that_is_changed_between_the_passes_is_refused() -> None:
     inputs = [value.requires_grad_() for value in make_inputs([2, 3], 16, (16,))]
     out = CompiledAttention.apply(*inputs, torch.tensor([2, 3]))

@@ -165,6 +165,20 @@ def test_numbers_of_inputs_that_are_not_there_are_refused(reads: Tensor) -> None
         CompiledExperts.apply(torch.randn(2, 5, 4), reads, *layers.parameters())
 
 
+def test_inputs_that_do_not_fit_the_networks_are_refused() -> None:
+    layers = BatchedMLP(4, 4, (3,))
+    layers.compiled = True
+    for width in (3, 20):
+        with pytest.raises(ValueError, match=f"of width 4, but the inputs are torch.float32 and of width {width}"):
+            layers(torch.randn(4, 5, width))
+    for compiled in (True, False):
+        layers.compiled = compiled
+        with pytest.raises(RuntimeError, match="expand"):
+            layers(torch.randn(2, 5, 4))
+    with pytest.raises(ValueError, match=r"networks with torch\.bfloat16 weights"):
+        CompiledExperts.apply(torch.randn(4, 5, 4), torch.arange(4), *layers.bfloat16().parameters())
+
+
 def test_a_second_backward_pass_gives_the_same_and_a_changed_weight_is_refused() -> None:
     torch.manual_seed(0)
     layers = BatchedMLP(2, 16, (16, 16))

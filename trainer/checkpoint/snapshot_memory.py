@@ -20,7 +20,7 @@ def host_like(tensor: Tensor) -> Tensor:
 
 
 class SnapshotMemory:
-    """Memory of the latest snapshot, which :meth:`begin` gives free for the next one.
+    """Memory of the latest snapshot, which the next one uses after :meth:`begin`.
 
     Args:
         allocate: returns host memory for a copy of a tensor.

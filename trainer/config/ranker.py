@@ -97,14 +97,15 @@ class ModelConfig(Section):
     compiled_attention: Literal["auto", True, False] = Field(
         "auto",
         description="Compute `din` by loops that are compiled for the processor, in less than half of the time, where "
-        "the network is on a CPU with AVX-512 or AVX2 (true), or by PyTorch's operations (false). Both round sums in "
-        "another order, so the last digits of metrics differ. `auto`: the run's own if it is resumed, otherwise true.",
+        "the network is on a CPU with AVX-512 or AVX2 (true), or by PyTorch's operations (false). They round sums "
+        "in different orders, so the last digits of metrics differ. `auto`: the run's own if it is resumed, otherwise "
+        "true.",
         json_schema_extra={"before": False},
     )
     compiled_experts: Literal["auto", True, False] = Field(
         "auto",
         description="Compute the layers of experts, shared networks and towers in the same way, where they are float32 "
-        "and have no dropout (true), or by PyTorch's operations (false). `auto` as above.",
+        "and drop no values (true), or by PyTorch's operations (false). `auto` as above.",
         json_schema_extra={"before": False},
     )
     heads: Positive = Field(4, description="Number of heads of `multi_head` and `twin`.")
