@@ -258,6 +258,14 @@ def test_a_model_with_dropout_of_attention_weights_is_refused() -> None:
     assert attention_of_model("sdpa", config) == "sdpa"
 
 
+def test_a_model_with_narrow_heads_is_refused() -> None:
+    config = SimpleNamespace(attention_dropout=0.0, hidden_size=32, num_attention_heads=4)
+    with pytest.raises(UserError, match=r"heads of 16 values or more, and the model's have 8; set model\.attention to"):
+        attention_of_model("flex", config)
+    assert attention_of_model("sdpa", config) == "sdpa"
+    assert attention_of_model("flex", SimpleNamespace(**vars(config), head_dim=16)) == "flex_attention"
+
+
 def test_a_resumed_run_keeps_its_attention(tmp_path: Path, compiler: None) -> None:
     write_samples(tmp_path)
 

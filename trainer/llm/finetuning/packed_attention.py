@@ -36,6 +36,9 @@ IMPLEMENTATIONS: dict[AttentionKind, str] = {
 BLOCK = 128
 """Tokens of an edge of a block of flex attention; PyTorch's default."""
 
+_LEAST_WIDTH = 16
+"""Smallest width of a head of flex attention on a GPU."""
+
 _COUNTED = 1024
 """Sequences of a job on which pairs are counted."""
 
@@ -115,12 +118,20 @@ def attention_of_model(kind: AttentionKind, config: Any) -> str:
     """Return transformers' name of an attention, for a model with a configuration of transformers.
 
     Raises:
-        UserError: the model drops out attention weights, which flex attention cannot.
+        UserError: flex attention does not work for the model: it drops out attention weights, or its heads are narrow.
     """
-    if kind == "flex" and getattr(config, "attention_dropout", 0.0) > 0:
+    if kind != "flex":
+        return IMPLEMENTATIONS[kind]
+    if getattr(config, "attention_dropout", 0.0) > 0:
         raise UserError(
             f"model.attention = 'flex': the model has attention_dropout = {config.attention_dropout:g} in its "
             "config.json; set model.attention to 'sdpa', or attention_dropout to 0"
+        )
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width < _LEAST_WIDTH:
+        raise UserError(
+            f"model.attention = 'flex': needs heads of {_LEAST_WIDTH} values or more, and the model's have {width}; "
+            "set model.attention to 'sdpa'"
         )
     return IMPLEMENTATIONS[kind]
 
