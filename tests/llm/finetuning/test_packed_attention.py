@@ -213,9 +213,7 @@ def test_a_gpu_without_a_compiler_keeps_the_dense_mask(tmp_path: Path, monkeypat
     monkeypatch.setattr(packed_attention, "triton_compiles", lambda device: False)
     assert choose_attention("cuda", packing=True) == "sdpa"
     config = job(tmp_path, tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"^model\.attention = 'flex': needs Triton and a C compiler .* or to 'sdpa'$"
-    ):
+    with pytest.raises(UserError, match=r"^model\.attention = 'flex': needs Triton and a C compiler .* or to 'sdpa'$"):
         check_attention("flex", config, "cuda")
 
 
