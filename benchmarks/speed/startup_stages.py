@@ -54,8 +54,8 @@ def run_rank(out: str, arguments: Sequence[str]) -> int:
     marks: dict[str, Any] = {"rank begins": begun, "imported": imported, "processor": time.process_time()}
     steps, join = HybridEngine.steps, World.join
 
-    def join_measured(device: Any) -> World:
-        world = join(device)
+    def join_measured(*given: Any, **options: Any) -> World:
+        world = join(*given, **options)
         marks["joined"] = time.monotonic()
         return world
 
