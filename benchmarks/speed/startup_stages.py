@@ -69,7 +69,7 @@ def run_rank(out: str, arguments: Sequence[str]) -> int:
             os._exit(0)
         raise RuntimeError("the job has no training step")
 
-    World.join = join_measured  # type: ignore[method-assign, assignment]
+    World.join = join_measured  # type: ignore[method-assign]
     HybridEngine.steps = steps_measured  # type: ignore[method-assign, assignment]
     return rank.main(arguments)
 

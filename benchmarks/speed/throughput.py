@@ -7,7 +7,7 @@
 
 PLE and DIN on 131,072 rows: 1M users, 100k authors, 1M items, dimension 16; hour (24), tag (1,000) and city (500); 8
 dense values; one author and one item sequence of 50, each with its own DIN of [64, 16]; two-layer PLE (2 experts per
-task and 2 shared, [256, 128] then [128, 64]), 3 towers of [128, 64]; Adagrad .01 on the tables, Adam .001 on the dense
+task and 2 shared, [256, 128] then [128, 64]), 3 towers of [128, 64]; Adagrad .01 on the tables, Adam .004 on the dense
 network; global batch 2,048. One epoch; then AUC on held-out rows, so that nobody is fast by learning nothing.
 
 Limelight reads shards and histories and computes AUC and GAUC as it trains. Its peers get arrays in memory and compute

@@ -29,7 +29,7 @@ EXPERT_LAYERS = ((256, 128), (128, 64))
 TASK_EXPERTS = SHARED_EXPERTS = 2
 TOWER = (128, 64)
 ATTENTION = (64, 16)
-TABLE_RATE, DENSE_RATE = 0.01, 1e-3
+TABLE_RATE, DENSE_RATE = 0.01, 4e-3
 """Learning rates of Adagrad on the tables and of Adam on the dense network."""
 
 TOPICS, POPULAR, POPULAR_SHARE, PREFERRED_SHARE = 10, 100, 0.4, 0.7
