@@ -24,6 +24,7 @@ too low.
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def kept_probabilities(
             kept = {name: stored[name] for name in ("visit_id", *variants)}
             # Files of the first versions have no true probabilities.
             known = stored["truth"] if "truth" in stored.files else truth
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{file}: damaged, or no attainable bound with {', '.join(variants)}; remove it") from None
     # Visits have the same ids in all worlds, so their true probabilities are compared, too.
     if not np.array_equal(kept.pop("visit_id"), visit_id) or not np.allclose(known, truth, atol=TOLERANCE):

@@ -144,9 +144,10 @@ def test_the_attention_of_a_few_rows_is_told_in_words_and_as_tables(page: str) -
     [
         (None, "The run has kept no examples of its attention (an earlier version wrote it)"),
         ("{", "attention_examples.json: not valid JSON"),
+        ('{"examples": [{"probabilities": {"click": %s}}]}' % ("9" * 400), "attention_examples.json: not valid JSON"),
         ('{"examples": 3}', ""),
         ('{"examples": [3, {"histories": {"live": {"found": "x", "entries": [1]}, "short": []}}]}', ""),
-        ('{"examples": [{"histories": {"live": {"found": 1, "entries": [{"attention": 1}]}}}]}', ""),
+        ('{"examples": [{"histories": {"<img>": {"found": 1, "entries": [{"attention": 1}]}}}]}', ""),
     ],
 )
 def test_examples_of_attention_that_are_missing_or_damaged_leave_a_page(
@@ -158,7 +159,8 @@ def test_examples_of_attention_that_are_missing_or_damaged_leave_a_page(
         file.write_text(content)
     page = make_report(run)
     assert note in " ".join(PageElements(page).texts)
-    assert ("an unknown time ago" in page) == ("[{" in (content or "")), "what is there is shown"
+    assert ("an unknown time ago" in page) == ('[{"hist' in (content or "")), "what is there is shown"
+    assert "<img" not in page
 
 
 def test_a_baseline_that_is_better_beyond_chance_is_a_warning(run: Path, tmp_path: Path) -> None:

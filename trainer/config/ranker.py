@@ -150,7 +150,7 @@ class TrainConfig(HybridTrainConfig):
     compile: bool | Literal["auto"] = Field(
         "auto",
         description="Compile the dense network by `torch.compile`, for fewer and larger kernels; needs a C++ compiler "
-        "on the machine. Values differ by rounding. `auto`: not, until a GPU has shown that the losses are equal.",
+        "on the machine. Values differ by rounding. `auto`: false, until losses have been compared on a GPU.",
         json_schema_extra=MAY_CHANGE,
     )
 

@@ -61,8 +61,8 @@ class OptionalPackage:
         try:
             return find_spec(self.module) is not None
         except ValueError:
-            # The module is blocked in this process: its entry in sys.modules is None.
-            return False
+            # A module without a spec is in sys.modules, and `import` returns it.
+            return True
 
     @property
     def advice(self) -> str:

@@ -7,8 +7,9 @@
     did                       behaviours of the visit
     earlier_visits_of_author  visits of the user to the candidate's author that the histories show
 
-The rows follow from the ids of the visits alone, so that every number of ranks, and every model of one dataset, has the
-same ones. The shares follow from the definition of the attention, whatever has computed the predictions.
+The rows follow from the ids and labels of the visits, and from which of them have entries in a history: visits in which
+the user did something come first. So every number of ranks, and every model with the same histories, has the same ones.
+The shares follow from the definition of the attention, whatever has computed the predictions.
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@ from trainer.report.stored_values import mapping, number
 
 _UNITS = (("day", 86_400_000), ("hour", 3_600_000), ("minute", 60_000), ("second", 1000))
 
-_TOLD = 2
+_NAMED = 2
 """Largest number of histories that the sentences name: those whose attention is the least even."""
+
+_PREDICTED = 3
+"""Largest number of behaviours whose probabilities the sentences name: the first ones of the job."""
 
 _EVEN = 1.1
 """Ratio to an equal share of all visits, up to which attention counts as even."""
@@ -40,9 +43,10 @@ def attention_section(document: Mapping[str, Any]) -> ReportSection:
     if not tables:
         return ReportSection(title)
     text = (
-        "Held-out visits that were chosen by a hash of their ids, and the past visits with the largest shares of the "
-        "model's attention. The shares of all visits of a history add up to 100 %. Attention says what was read, not "
-        "what the prediction would be without it."
+        "Held-out visits, and the past visits with the largest shares of the model's attention. The held-out visits "
+        "were chosen by a hash of their ids; those in which the user did something come first. The shares of all "
+        "visits of a history add up to 100 %. Attention says what was read, not what the prediction would be without "
+        "it."
     )
     return ReportSection(title, text, tables)
 
@@ -84,16 +88,17 @@ def _sentences(example: Mapping[str, Any], visits: list[_AttendedVisit]) -> str:
     """Return what the user did, what was predicted, and the visits with the most attention."""
     did = _words(example.get("did"))
     text = f"The user did {did}." if did else "The user did nothing that is predicted."
-    likely = [(name, p) for name, p in mapping(example.get("probabilities")).items() if number(p) is not None]
-    if likely:
-        text += " Predicted were " + ", ".join(f"{name} {_percent(p)}" for name, p in likely[:3]) + "."
+    predicted = [(name, number(value)) for name, value in mapping(example.get("probabilities")).items()]
+    shown = [f"{name} {_percent(p)}" for name, p in predicted if p is not None][:_PREDICTED]
+    if shown:
+        text += f" Predicted were {', '.join(shown)}."
     first: dict[str, _AttendedVisit] = {}
     for visit in visits:
         first.setdefault(visit.history, visit)
     uneven = [visit for visit in first.values() if visit.times_even > _EVEN]
     if not uneven:
         return f"{text} The attention to the past visits is about even."
-    for visit in sorted(uneven, key=lambda visit: -visit.times_even)[:_TOLD]:
+    for visit in sorted(uneven, key=lambda visit: -visit.times_even)[:_NAMED]:
         done = _words(visit.visit.get("behaviours"))
         text += (
             f" In the history {visit.history}, {_percent(visit.share)} of the attention is on one of {visit.found:,} "

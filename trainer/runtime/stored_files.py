@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +135,7 @@ def parse_json_object(content: bytes, name: str | Path) -> dict[str, Any]:
         UserError: the content is not a JSON object, or a number is too large; ``name`` stands for the file.
     """
     try:
-        value = json.loads(content, parse_float=_finite)
+        value = json.loads(content, parse_float=_finite, parse_int=_whole)
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{name}: not valid JSON ({one_line(error):.120})") from None
     if not isinstance(value, dict):
@@ -148,6 +149,13 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise ValueError(f"the number {text:.20} is too large")
     return number
+
+
+def _whole(text: str) -> int:
+    """Return a whole number of a JSON file; one of more digits than any float has cannot be computed with."""
+    if len(text) > sys.float_info.max_10_exp:
+        raise ValueError(f"the number {text:.20} is too large")
+    return int(text)
 
 
 def load_array(file: Path, ndim: int, dtype: np.dtype | None = None) -> np.ndarray:

@@ -243,20 +243,28 @@ def test_the_bound_is_kept_for_its_rows(tmp_path: Path, monkeypatch: pytest.Monk
             kept(visits, probability)
     with pytest.raises(UserError, match=r"bound\.npz: damaged, or no attainable bound with .*users known"):
         kept(visit, truth, VARIANTS)
+    for content in (b"", b"no archive", file.read_bytes()[:-30]):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"bound\.npz: damaged"):
+            kept(visit, truth)
 
 
 def test_no_published_model_exceeds_its_bound() -> None:
     checked = 0
-    for name in ("full", "gap"):
-        for behaviour, found in json.loads((RESULTS / f"{name}.json").read_text())["behaviours"].items():
+    for name in ("full", "full_large", "gap", "recipe"):
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        for behaviour, found in (result["held-out"] if name == "recipe" else result)["behaviours"].items():
             assert not found.get("above_attainable"), (name, behaviour)
-            if name == "full":
-                bound = found["auc"]["bounds"][ATTAINABLE]
-                models = {model: values["value"] for model, values in found["auc"]["systems"].items()}
-            else:
+            if name == "gap":
                 assert found["room"]["high"] > 0, behaviour
                 bound, models = found["bounds"][ATTAINABLE]["auc"][0], {"run": found["run"]["auc"]}
+            elif name == "recipe":
+                bound = found["bounds"][ATTAINABLE]["auc"]
+                models = {model: values["auc"] for model, values in found["recipes"].items()}
+            else:
+                bound = found["auc"]["bounds"][ATTAINABLE]
+                models = {model: values["value"] for model, values in found["auc"]["systems"].items()}
             for model, (auc, half_width) in models.items():
                 checked += 1
                 assert auc - (half_width or 0) < bound, (name, behaviour, model)
-    assert checked >= 7 * 8
+    assert checked >= 7 * (2 * 7 + 1 + 3)

@@ -54,6 +54,13 @@ def test_the_chosen_recipe_is_the_job_file() -> None:
     assert found.data.model_copy(update={"workers": file.data.workers}) == file.data
 
 
+def test_no_recipe_is_chosen_on_the_days_that_are_reported() -> None:
+    tuning, held_out = (job_of(CHOSEN, days, 1, "world").data for days in (TUNING, HELD_OUT))
+    assert tuning.eval_from < tuning.eval_until == held_out.eval_from
+    # A training ends where its held-out range begins.
+    assert not tuning.train_until and not held_out.train_until
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_job_that_differs_from_the_one_that_it_is_compared_with(name: str) -> None:
     than = RECIPES[name].than
