@@ -1,7 +1,9 @@
 """Sharded tables in one process; tests/distributed/test_engine.py tests them on several ranks."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.device_waits import HOST_ONLY, Waits
 from trainer.console.errors import UserError
 from trainer.runtime.distributed import World
 from trainer.runtime.phase_timer import PhaseClock
+from trainer.sparse import flat_exchange
 from trainer.sparse.device_ids import DeviceIds
 from trainer.sparse.flat_exchange import FlatExchange
 from trainer.sparse.planner import TableOptimizer
@@ -203,3 +206,29 @@ def test_rows_and_gradients_next_to_dynamic_tables_do_not_wait_for_a_gpu(
         rows = exchange.rows(1)
         exchange.update({name: [of_key] for name, of_key in rows.items()}, 1.0)
     assert waits.calls == []
+
+
+def test_ids_are_awaited_on_the_stream_that_has_sorted_them(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This stream may use the memory of the sent ids again, but not before they are sent."""
+    current: list[object] = []
+    awaited: list[list[object]] = []
+
+    @contextmanager
+    def on_stream(stream: object) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(flat_exchange, "on_stream", on_stream)
+    monkeypatch.setattr(flat_exchange, "pass_to_current_stream", lambda source, tensors: None)
+    monkeypatch.setattr(FlatExchange, "_wait", lambda exchange: awaited.append(list(current)))
+    sharded = make(world, TableOptimizer("sgd", 0.5))
+    for last, expected in (("rows", [["copies"], []]), ("drain", [["copies"]])):
+        exchange: Any = sharded.exchanges([ids(user=[9, 2], item=[6, 6], seen=[0, 6, 0]), WIDE])[0]
+        exchange.start()
+        exchange.send()
+        awaited.clear()
+        flat = exchange._exchanges[0]
+        flat._stream = "copies"
+        getattr(flat, last)()
+        assert awaited == expected

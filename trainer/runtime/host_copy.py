@@ -43,7 +43,11 @@ class HostCopy:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to a device, behind the work that is queued so far; the host waits for nothing."""
+    """Copy a tensor of the host to a device, behind the work that is queued so far; the host waits for nothing.
+
+    A tensor that is on the device already is returned itself.
+    """
+    if tensor.device.type == device.type:
+        return tensor
     # A copy from pageable memory would wait for all that is queued.
-    source = tensor.pin_memory() if device.type == "cuda" else tensor
-    return source.to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 
+from trainer.runtime.host_copy import to_device
+
 BAG_ROWS = 32
 """Rows of a bag. fbgemm's GPU kernel for unpooled rows reads a bag with one warp, so one large bag would take long."""
 
@@ -67,10 +69,3 @@ def spread(values: Tensor, counts: Tensor, total: int, device: torch.device) -> 
     """Return each value as often as its count says, ``[total]`` on a device; the host does not wait for it."""
     moved, times = (to_device(tensor, device) for tensor in (values, counts))
     return moved.repeat_interleave(times, output_size=total)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a small tensor on a device; the host does not wait for its copy."""
-    if tensor.device.type == device.type:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -20,10 +20,11 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from trainer.console.errors import UserError
+from trainer.runtime.host_copy import to_device
 from trainer.runtime.phase_timer import PhaseClock
 from trainer.sparse.cpu_kernel import CpuKernel
-from trainer.sparse.device_kernel import DeviceKernel, inverse, to_device
-from trainer.sparse.exchange import Gradients, pass_to_current_stream
+from trainer.sparse.device_kernel import DeviceKernel, inverse
+from trainer.sparse.exchange import Gradients, on_stream, pass_to_current_stream
 
 
 class FlatRouting:
@@ -128,7 +129,7 @@ class FlatExchange:
 
     def rows(self, step: int | None = None) -> dict[str, Tensor]:
         """Look up the received ids and return the rows of this rank's ids."""
-        self._wait()
+        self._wait_for_ids()
         if self._stream is not None:
             sorting = (self._sent_place, self._sent_order) if self._routing.cut else ()
             pass_to_current_stream(self._stream, (self._ids, self._counts, *sorting))
@@ -149,7 +150,7 @@ class FlatExchange:
 
     def drain(self) -> None:
         """Wait for the ids and discard them."""
-        self._wait()
+        self._wait_for_ids()
 
     def _sort(self, ids_by_lookup: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the number of ids to send, ``[owners, lookups]``, and the ids, sorted by owner, then by lookup."""
@@ -235,6 +236,11 @@ class FlatExchange:
             incoming, outgoing, list(received), list(sent), group=self._routing.group, async_op=True
         )
         return incoming, work
+
+    def _wait_for_ids(self) -> None:
+        """Wait for the ids on the stream that has sorted them: it may then use the memory of the sent ids again."""
+        with on_stream(self._stream):
+            self._wait()
 
     def _wait(self) -> None:
         """Wait for the transfer in progress."""
