@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from tests.paths import ROOT
 from trainer.runtime import watchdog
+from trainer.runtime.background_calls import BackgroundCalls
 from trainer.runtime.watchdog import main_thread_state
 
 PACKAGES = Path(torch.__file__).parents[1]
@@ -93,6 +95,28 @@ def test_a_thread_at_such_a_line_waits_on_a_gpu_only(
         assert state.collective == expected
     finally:
         lock.release()
+
+
+def test_a_thread_that_waits_for_background_calls_waits_in_their_collective() -> None:
+    source = "def all_gather(begun, lock):\n    begun.set()\n    lock.acquire()\n"
+    names: dict[str, Any] = {}
+    exec(compile(source, str(PACKAGES / "torch/distributed/distributed_c10d.py"), "exec"), names)
+    begun, lock = threading.Event(), threading.Lock()
+    lock.acquire()
+    with BackgroundCalls(threaded=True) as calls:
+        calls.call(partial(names["all_gather"], begun, lock))
+        thread = threading.Thread(target=calls.settle, daemon=True)
+        thread.start()
+        begun.wait()
+        try:
+            assert thread.ident is not None
+            until = time.monotonic() + 60
+            while not (state := main_thread_state(0, 5, "", thread.ident)).collective and time.monotonic() < until:
+                time.sleep(0.001)
+            assert state.collective == "all_gather"
+        finally:
+            lock.release()
+        thread.join()
 
 
 def frames_of(file: Path, text: str) -> Iterator[Any]:

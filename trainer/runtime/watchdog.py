@@ -49,6 +49,7 @@ _OWN = tuple(f"{_ROOT / package}{os.sep}" for package in ("trainer", "modules", 
 _LIBRARIES = tuple(
     f"{Path(torch.__file__).parents[1] / package}{os.sep}" for package in ("torch", "torchrec", "deepspeed")
 )
+_BACKGROUND_CALLS = str(_ROOT / "trainer" / "runtime" / "background_calls.py")
 _COLLECTIVES = ("distributed_c10d.py", "_functional_collectives.py")
 _GPU_LIBRARIES = tuple(
     f"{Path(torch.__file__).parents[1] / package}{os.sep}"
@@ -258,7 +259,9 @@ class Watchdog:
 
 
 def main_thread_state(rank: int, step: int, busy: str, thread: int, *, gpu: bool = False) -> State:
-    """Return the present state of a thread; other threads are searched too, since they may do its announced work.
+    """Return the present state of a thread.
+
+    Other threads are searched too, since they may do its announced work, or the calls that it waits for.
 
     Args:
         rank: of this process.
@@ -268,12 +271,18 @@ def main_thread_state(rank: int, step: int, busy: str, thread: int, *, gpu: bool
         gpu: True if the rank computes on a GPU.
     """
     stacks = {identity: _frames(innermost) for identity, innermost in sys._current_frames().items()}
-    doing = [_doing(stacks.get(thread, []), gpu)]
-    if busy:
+    main = stacks.get(thread, [])
+    doing = [_doing(main, gpu)]
+    if busy or any(_awaits_calls(frame) for frame in main):
         doing += [_doing(frames, gpu) for identity, frames in stacks.items() if identity != thread]
     waiting = [(collective, place) for collective, place in doing if collective]
     collective, place = waiting[0] if waiting else doing[0]
     return State(rank, step, collective, place, "" if waiting else busy)
+
+
+def _awaits_calls(frame: FrameType) -> bool:
+    """True if a frame waits for a call of the thread of ``BackgroundCalls``."""
+    return (frame.f_code.co_filename, frame.f_code.co_name) == (_BACKGROUND_CALLS, "result")
 
 
 def _frames(innermost: FrameType | None) -> list[FrameType]:
