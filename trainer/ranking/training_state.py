@@ -155,6 +155,8 @@ class TrainingState:
         with BackgroundCalls(threaded) as self._calls:
             yield
         if threaded:
+            # A rank that leaves early would close connections that slower ranks still read from.
+            world.barrier()
             dist.destroy_process_group(self._group)
         self._calls, self._group = BackgroundCalls(), None
 
