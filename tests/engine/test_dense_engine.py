@@ -149,9 +149,15 @@ def test_on_a_cpu_the_attention_stays_outside_of_the_programs(world: World) -> N
     assert kinds == ["Skip calling `torch.compiler.disable()`d function"] * len(kinds) and len(kinds) >= 2
 
 
-def test_a_machine_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_engine.shutil, "which", lambda name: None)
+@pytest.mark.parametrize(("device", "others"), [("cpu", {"gcc", "clang"}), ("cuda", set())])
+def test_a_machine_without_a_compiler_is_refused_in_one_line(
+    device: str, others: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a C compiler does not help."""
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dense_engine.shutil, "which", lambda name: name if name in others else None)
     with pytest.raises(
         UserError, match=r"^train\.compile = true: no C\+\+ compiler is here .* set train\.compile=false$"
     ):
-        compile_network(torch.nn.Linear(1, 1), INDUCTOR, torch.device("cpu"))
+        compile_network(torch.nn.Linear(1, 1), INDUCTOR, torch.device(device))

@@ -283,7 +283,10 @@ def compile_network(module: nn.Module, backend: str, device: torch.device) -> No
     Raises:
         UserError: there is no C++ compiler.
     """
-    names = [os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc")]
+    names = [os.environ.get("CXX", "g++")]
+    if device.type != "cpu":
+        # Triton takes a C compiler.
+        names += [os.environ.get("CC", "gcc"), "clang"]
     if backend == INDUCTOR and not any(map(shutil.which, names)):
         raise UserError(
             f"train.compile = true: no C++ compiler is here ({', '.join(names)}), which torch.compile needs; install "
