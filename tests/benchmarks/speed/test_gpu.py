@@ -120,21 +120,21 @@ def test_what_a_step_measured_before_it_lacked_something_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("program", "expected"),
+    ("program", "seconds", "expected"),
     [
-        ("print('CUDA error: an illegal memory access'); raise SystemExit(1)", "an illegal memory access"),
-        ("import os; os.kill(os.getpid(), 9)", ""),
-        ("import time; print('waiting', flush=True); time.sleep(600)", "ended after its limit of 5 s"),
+        ("print('CUDA error: an illegal memory access'); raise SystemExit(1)", 600, "an illegal memory access"),
+        ("import os; os.kill(os.getpid(), 9)", 600, ""),
+        ("import time; print('waiting', flush=True); time.sleep(600)", 1, "ended after its limit of 1 s"),
     ],
 )
 def test_a_step_that_fails_or_hangs_says_why(
-    program: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    program: str, seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = tmp_path / "python"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
     script.chmod(0o755)
     monkeypatch.setattr(gpu.sys, "executable", str(script))
-    found = gpu.run_step("snapshot", small=True, seconds=5)
+    found = gpu.run_step("snapshot", small=True, seconds=seconds)
     assert expected in found["failed"] and "result" not in found
 
 
