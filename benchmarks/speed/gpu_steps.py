@@ -359,18 +359,21 @@ def packed_attention(small: bool) -> Parts:
 
 def ranker(small: bool) -> Parts:
     """Measure the ranker's forward and backward pass alone, by precision and compilation, and count its launches."""
+    from trainer.engine.dense_engine import INDUCTOR, compile_network
+
     for rows in (64,) if small else (2048, 8192):
         for precision in ("fp32",) if small else ("fp32", "tf32", "bf16"):
             for compiled in (False, True):
                 model = make_ranker().to(device(), torch.bfloat16 if precision == "bf16" else torch.float32)
                 inputs = random_inputs(rows, device())
                 torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-                # On a CPU compilation by a C++ compiler would take minutes.
-                forward = torch.compile(model, backend="aot_eager" if small else "inductor") if compiled else model
+                if compiled:
+                    # On a CPU compilation by a C++ compiler would take minutes.
+                    compile_network(model, "aot_eager" if small else INDUCTOR, device())
 
-                def step(forward: Any = forward, inputs: Any = inputs, model: nn.Module = model) -> None:
+                def step(inputs: Any = inputs, model: nn.Module = model) -> None:
                     model.zero_grad()
-                    forward(*inputs).square().mean().backward()
+                    model(*inputs).square().mean().backward()
 
                 begin = time.perf_counter()
                 step()

@@ -36,13 +36,16 @@ def test_the_caller_goes_on_until_the_thread_is_too_far_behind() -> None:
     assert went_on.is_set()
 
 
-def test_an_error_ends_the_calls_and_comes_after_the_same_call_however_fast_the_thread_is() -> None:
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_an_error_ends_the_calls_and_comes_after_the_same_call_however_fast_the_thread_is(
+    error: type[BaseException],
+) -> None:
     made: list[int] = []
 
     def fail() -> None:
-        raise ValueError("the third call")
+        raise error("the third call")
 
-    with pytest.raises(ValueError, match="the third call"), BackgroundCalls(threaded=True) as calls:
+    with pytest.raises(error, match="the third call"), BackgroundCalls(threaded=True) as calls:
         for number in range(2):
             calls.call(partial(made.append, number))
         calls.call(fail)

@@ -178,6 +178,7 @@ class LabelConfig(BaseModel):
         "row is a positive like any other. 2: exact up to a probability of 0.5, and weaker above it. 0: no limit, as "
         "in equation 3 of Moment&Cross.",
         ge=0,
+        le=1e6,
         allow_inf_nan=False,
     )
     tick_seconds: float = Field(

@@ -91,7 +91,7 @@ class _Call:
     def __init__(self, function: Callable[[], object]) -> None:
         self._function: Callable[[], object] | None = function
         self._done = threading.Event()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def make(self, *, skip: bool) -> bool:
         """Make the call, or skip it; its function, with all that it holds, is then released. Returns True if made."""
@@ -99,7 +99,8 @@ class _Call:
         try:
             if function is not None and not skip:
                 function()
-        except Exception as error:
+        except BaseException as error:
+            # The caller would wait for ever for a thread that ends.
             self.error = error
         self._done.set()
         return not skip and self.error is None
