@@ -63,7 +63,7 @@ def test_only_packages_below_are_imported(package: str) -> None:
 @pytest.mark.parametrize("package", sorted(OWN))
 def test_every_outside_import_is_a_declared_dependency(package: str) -> None:
     providers = packages_distributions()
-    extras = ["cpu", "llm", "kafka", "s3", "redis"] + (["dev"] if package in ("benchmarks", "tests") else [])
+    extras = ["cpu", "llm", "kafka", "s3", "redis", "mlflow"] + (["dev"] if package in ("benchmarks", "tests") else [])
     # Triton is installed with the CUDA build of PyTorch.
     allowed = declared(*extras) | {"fbgemm-gpu", "triton"}
     outside = [(place, name) for place, name in imports(package) if name not in OWN | set(sys.stdlib_module_names)]

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +123,21 @@ def time_of(way: Way, gradients_of: Sequence[Tensor]) -> tuple[float, float]:
     return between - begin, time.process_time() - between
 
 
+def times_by_turns(ways: Mapping[str, Way], gradients_of: Sequence[Tensor], rounds: int) -> dict[str, dict[str, Any]]:
+    """Return ``forward_seconds`` and ``backward_seconds`` of each way, median and range; the ways run by turns."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(time_of(way, gradients_of))
+    return {
+        name: {
+            f"{part}_seconds": {"median": statistics.median(found), "range": [min(found), max(found)]}
+            for part, found in zip(("forward", "backward"), zip(*of_way, strict=True), strict=True)
+        }
+        for name, of_way in times.items()
+    }
+
+
 def compare(rows: int, kind: str, rounds: int) -> list[dict[str, Any]]:
     """Return the times of all ways for sequences whose lengths are one of :data:`LENGTHS`.
 
@@ -194,23 +209,16 @@ def compare_loops(rows: int, kind: str, dtype: torch.dtype, rounds: int) -> list
     apart = difference(ways["loops"], ways["operations"], gradients_of)
     if dtype == torch.float32 and apart > TOLERANCE:
         raise SystemExit(f"one history, {kind}: loops and operations differ by {apart:.1e} of the largest value")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(time_of(way, gradients_of))
     return [
         {
             "lengths": kind,
             "dtype": str(dtype).removeprefix("torch."),
             "entries": len(inputs[1]),
             "way": name,
-            **{
-                f"{part}_seconds": {"median": statistics.median(found), "range": [min(found), max(found)]}
-                for part, found in zip(("forward", "backward"), zip(*of_way, strict=True), strict=True)
-            },
+            **seconds,
             "difference": apart,
         }
-        for name, of_way in times.items()
+        for name, seconds in times_by_turns(ways, gradients_of, rounds).items()
     ]
 
 

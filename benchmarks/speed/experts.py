@@ -13,7 +13,6 @@ One thread, float32. Times are processor time, which other work on the machine d
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import make_parser, write_result
-from benchmarks.speed.attention import TOLERANCE, Way, difference, time_of
+from benchmarks.speed.attention import TOLERANCE, Way, difference, times_by_turns
 from benchmarks.speed.workload import (
     BEHAVIOURS,
     DENSE,
@@ -64,21 +63,14 @@ def compare(name: str, network: nn.Module, x: Tensor, rounds: int) -> list[dict[
     apart = difference(ways["loops"], ways["operations"], gradients_of)
     if apart > TOLERANCE:
         raise SystemExit(f"{name}: loops and operations differ by {apart:.1e} of the largest value")
-    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, run in ways.items():
-            times[way].append(time_of(run, gradients_of))
     return [
         {
             "part": name,
             "way": way,
-            **{
-                f"{part}_seconds": {"median": statistics.median(found), "range": [min(found), max(found)]}
-                for part, found in zip(("forward", "backward"), zip(*of_way, strict=True), strict=True)
-            },
+            **seconds,
             "difference": apart,
         }
-        for way, of_way in times.items()
+        for way, seconds in times_by_turns(ways, gradients_of, rounds).items()
     ]
 
 

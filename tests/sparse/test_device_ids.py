@@ -7,10 +7,7 @@ same tests with the Triton kernel, in its interpreter.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +20,7 @@ from hypothesis import strategies as st
 
 from modules.embeddings import Dynamic, Table
 from tests.device_waits import HOST_ONLY, Waits
-from tests.paths import ROOT
+from tests.kernel_compilation import compiled_kernels
 from trainer.data.features.id_map import hash_rows, hash_salt
 from trainer.sparse import device_ids, dynamic_ids
 from trainer.sparse.device_ids import DeviceIds, hash_tensor, write_where
@@ -140,16 +137,7 @@ def test_the_host_waits_for_the_rounds_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton: run `make test-triton`")
 def test_the_admission_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.sparse.admission_compilation"],
-        cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = compiled_kernels("tests.sparse.admission_compilation", tmp_path)
     assert [(kernel["capability"], kernel["POLICY"]) for kernel in kernels] == [
         (capability, policy) for capability in (80, 90) for policy in range(3)
     ]

@@ -7,10 +7,7 @@ since the interpreter cannot see what the compiler refuses.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import torch
 
 from modules.search import reference
 from modules.search.search import SearchPart, SearchVectors
-from tests.paths import ROOT
+from tests.kernel_compilation import compiled_kernels
 
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -137,16 +134,7 @@ def test_wrong_vectors_are_refused(search: Callable) -> None:
 
 
 def test_the_kernels_compile_for_ampere_and_hopper(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.modules.search.triton_compilation"],
-        cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = compiled_kernels("tests.modules.search.triton_compilation", tmp_path)
     assert [kernel["kernel"] for kernel in kernels].count("_select") == 2
     scores = [kernel for kernel in kernels if kernel["kernel"] == "_score"]
     assert {(kernel["capability"], kernel["PARTS"], kernel["BYTES"]) for kernel in scores} == {
