@@ -106,7 +106,7 @@ def test_weights_and_rates_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_limit_of_retractions_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a late positive at p = 0.8, with a limit of 2 and by default, is that of the job file."""
     made: list[Any] = []
-    monkeypatch.setattr(setup, "make_engine", lambda *arguments: made.append(arguments[4]))
+    monkeypatch.setattr(setup, "make_engine", lambda *arguments, compiled: made.append(arguments[4]))
     for name in ("build_ranker", "build_alignment"):
         monkeypatch.setattr(setup, name, lambda *arguments: None)
     features: Any = SimpleNamespace(behaviours=("click",), tables=(), lookups=(), layout=SimpleNamespace(content=()))

@@ -49,7 +49,7 @@ def test_a_job_asks_before_it_joins(
     write_samples(tmp_path)
     seen: list[bool] = []
 
-    def join(device: str) -> Any:
+    def join(device: str, bind_cores: bool = False) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
         raise UserError("enough")
 
