@@ -58,7 +58,7 @@ def plain(visits: CommentVisits, row: int, number: int, rule: str) -> set[int]:
             for place in range(visits.touched.shape[1])
             if visits.touched[other, place] >= 0
             and (visits.user_id[other], visits.item_id[other]) == (visits.user_id[row], visits.item_id[row])
-            and visits.left_ms[other] <= now
+            and visits.left_ms[other] < now
         ]
         first = [entry[-1] for entry in sorted(earlier)[::-1][: number // 2]]
     there = [place for place in range(visits.shown.shape[1]) if visits.shown[row, place] >= 0]
@@ -101,6 +101,20 @@ def test_nothing_later_than_the_request_is_looked_at(seed: int, likes_known: boo
     after = choose_comments(other, number, seed, "known")
     assert np.array_equal(before[: row + 1], after[: row + 1])
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_visit_without_a_stay_does_not_show_its_own_touches(seed: int) -> None:
+    """Some logs have interactions in visits whose stay is 0: they are known in the millisecond of the request."""
+    visits = log(seed)
+    visits = replace(visits, left_ms=visits.request_ms)
+    nothing = replace(visits, touched=np.full_like(visits.touched, ABSENT))
+    for row in range(0, 300, 10):
+        silent = visits.touched.copy()
+        silent[row] = ABSENT
+        other = choose_comments(replace(visits, touched=silent), 6, seed)
+        assert np.array_equal(choose_comments(visits, 6, seed)[row], other[row])
+    assert not np.array_equal(choose_comments(visits, 6, seed), choose_comments(nothing, 6, seed))
 
 
 def test_the_rule_touched_tells_the_outcome() -> None:

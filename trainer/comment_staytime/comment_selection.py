@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from trainer.comment_staytime.earlier_events import earlier_events
+
 ABSENT = -1
 """Padding of a list of comments."""
 
@@ -100,30 +102,14 @@ def _touched_before(visits: CommentVisits, most: int) -> np.ndarray:
     Returns:
         ``[n, most]`` int64, latest first, padded with ``ABSENT``.
     """
-    n = len(visits.user_id)
-    found = np.full((n, most), ABSENT, np.int64)
+    found = np.full((len(visits.user_id), most), ABSENT, np.int64)
     row, place = np.nonzero(visits.touched >= 0)
-    if not most or not len(row):
-        return found
-    # Sort touches and requests together by user, video and time, the touch first at equal times. The touches that come
-    # before a request are then the entries right before it.
-    rows = np.concatenate([row, np.arange(n)])
-    is_request = np.arange(len(rows)) >= len(row)
-    times = np.concatenate([visits.left_ms[row], visits.request_ms])
-    user, item = visits.user_id[rows], visits.item_id[rows]
-    order = np.lexsort((is_request, times, item, user))
-    user, item, is_request = user[order], item[order], is_request[order]
-    new = np.append(True, (user[1:] != user[:-1]) | (item[1:] != item[:-1]))
-    touches = np.cumsum(~is_request)
-    # Number of touches before the first entry of the same user and video: the search must not go back further.
-    before_pair: np.ndarray = (touches - ~is_request)[np.flatnonzero(new)][np.cumsum(new) - 1]
-    touch = visits.touched[row, place][order[~is_request]]
-    request = order[is_request] - len(row)
-    stop, start = touches[is_request], before_pair[is_request]
+    order, first, stop = earlier_events((visits.user_id, visits.item_id), row, visits.left_ms[row], visits.request_ms)
+    touch = visits.touched[row, place][order]
     for back in range(most):
         at = stop - 1 - back
-        some = at >= start
-        found[request[some], back] = touch[at[some]]
+        some = at >= first
+        found[some, back] = touch[at[some]]
     return found
 
 
