@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modules.blocks import cut_rows, take
-from modules.din_kernel import CompiledAttention, instructions_for
+from modules.din_kernel import CompiledAttention
+from modules.vector_code import instructions_for
 
 
 class TargetAttention(nn.Module):

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from modules import din_tiles
+from modules import product_tiles, vector_code, vector_loops
 from modules.compiled import compile_now, compiled
-from modules.din_tiles import (
-    LANES,
-    STEPS,
-    VECTOR,
+from modules.product_tiles import STEPS, make_product
+from modules.search.search import each_part
+from modules.vector_code import LANES, VECTOR
+from modules.vector_loops import (
     add_product,
     add_scaled,
     add_vectors,
@@ -40,7 +40,6 @@ from modules.din_tiles import (
     dot,
     exponential,
     fill,
-    make_product,
     narrow,
     put,
     scores_backward,
@@ -49,7 +48,6 @@ from modules.din_tiles import (
     weighted_sum,
     widen,
 )
-from modules.search.search import each_part
 
 PART_ROWS = 64
 """Rows of a part of the batch, unless there would be too many parts."""
@@ -64,15 +62,15 @@ its scores, the sum of a layer's gradients, and the outputs of the hidden layers
 
 ZERO, LEAST = np.float32(0), np.float32(-np.inf)
 
-layer_forward = make_product(False, din_tiles.from_bias, din_tiles.store_positive)
+layer_forward = make_product(False, product_tiles.from_bias, product_tiles.store_positive)
 """``c = relu(a b + x)``."""
-layer_backward = make_product(False, din_tiles.from_zeros, din_tiles.store_masked)
+layer_backward = make_product(False, product_tiles.from_zeros, product_tiles.store_masked)
 """``c = a b`` where ``c`` was positive, else 0; ``x`` gets the sum over the rows."""
-weight_backward = make_product(True, din_tiles.from_zeros, din_tiles.add)
+weight_backward = make_product(True, product_tiles.from_zeros, product_tiles.add)
 """``c += a^T b``."""
-own_backward = make_product(True, din_tiles.from_zeros, din_tiles.add_own)
+own_backward = make_product(True, product_tiles.from_zeros, product_tiles.add_own)
 """Add ``a^T b``, the gradient of a row's own first layer, to those of its parts."""
-entries_backward = make_product(False, din_tiles.from_outer, din_tiles.store)
+entries_backward = make_product(False, product_tiles.from_outer, product_tiles.store)
 """``c = r x^T + a b``."""
 
 
@@ -183,7 +181,7 @@ def hidden_layers(
         layer_forward(before, stride, weight, width, steps, hidden, width, places, width // VECTOR, bias, 0, 0, 0, 0)
 
 
-@compiled(din_tiles, nogil=True)
+@compiled(vector_code, product_tiles, vector_loops, nogil=True)
 def forward_rows(
     begin: int, end: int, job: DinArguments, starts: np.ndarray, widths: np.ndarray, at: np.ndarray, place: np.ndarray
 ) -> None:
@@ -222,7 +220,7 @@ def forward_rows(
             weighted_sum(out, shares, keys + column, job.row_bytes, entries)
 
 
-@compiled(din_tiles, nogil=True)
+@compiled(vector_code, product_tiles, vector_loops, nogil=True)
 def backward_rows(
     begin: int, end: int, job: DinArguments, starts: np.ndarray, widths: np.ndarray, at: np.ndarray, place: np.ndarray
 ) -> None:
@@ -508,11 +506,6 @@ class CompiledAttention(torch.autograd.Function):
             None,
             *layers,
         )
-
-
-def instructions_for(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Return the vector instructions of the loops that compute such tensors; None if PyTorch's operations do."""
-    return din_tiles.INSTRUCTIONS if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
 
 
 @cache

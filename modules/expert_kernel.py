@@ -22,23 +22,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from modules import din_tiles
+from modules import product_tiles, vector_code, vector_loops
 from modules.compiled import compile_now, compiled
-from modules.din_tiles import LANES, STEPS, VECTOR, copy, copy_masked, make_product
+from modules.product_tiles import STEPS, make_product
 from modules.search.search import each_part
+from modules.vector_code import LANES, VECTOR, instructions_for
+from modules.vector_loops import copy, copy_masked
 
 BLOCK_ROWS = 64
 """Rows that go through the layers together."""
 
 NOTHING = np.float32(0)
 
-layer_forward = make_product(False, din_tiles.from_bias, din_tiles.store_positive)
+layer_forward = make_product(False, product_tiles.from_bias, product_tiles.store_positive)
 """``c = relu(a b + x)``."""
-layer_backward = make_product(False, din_tiles.from_zeros, din_tiles.store_masked)
+layer_backward = make_product(False, product_tiles.from_zeros, product_tiles.store_masked)
 """``c = a b`` where ``c`` was positive, else 0; ``x`` gets the sum over the rows."""
-weight_backward = make_product(True, din_tiles.from_zeros, din_tiles.add)
+weight_backward = make_product(True, product_tiles.from_zeros, product_tiles.add)
 """``c += a^T b``."""
-input_backward = make_product(False, din_tiles.from_zeros, din_tiles.add)
+input_backward = make_product(False, product_tiles.from_zeros, product_tiles.add)
 """``c += a b``."""
 
 
@@ -74,7 +76,7 @@ class ExpertArguments(NamedTuple):
     scratch_bytes: int = 0
 
 
-@compiled(din_tiles, nogil=True)
+@compiled(vector_code, product_tiles, vector_loops, nogil=True)
 def forward_blocks(
     begin: int,
     end: int,
@@ -115,7 +117,7 @@ def forward_blocks(
                 source, stride = target, target_row
 
 
-@compiled(din_tiles, nogil=True)
+@compiled(vector_code, product_tiles, vector_loops, nogil=True)
 def backward_parts(
     begin: int,
     end: int,
@@ -272,7 +274,7 @@ class CompiledExperts(torch.autograd.Function):
 
 def computes(values: Tensor) -> bool:
     """True if the loops compute such values on this machine."""
-    return din_tiles.INSTRUCTIONS is not None and values.device.type == "cpu" and values.dtype == torch.float32
+    return values.dtype == torch.float32 and instructions_for(values.device) is not None
 
 
 @cache

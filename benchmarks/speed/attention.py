@@ -32,8 +32,8 @@ from torch.nn import functional
 
 from benchmarks.measure import make_parser, write_result
 from modules.din import TargetAttention
-from modules.din_kernel import instructions_for
 from modules.esu import SequenceAttention
+from modules.vector_code import instructions_for
 from trainer.console.text_table import text_table
 
 SHORT = ("--rounds", "3")

@@ -31,8 +31,8 @@ from benchmarks.speed.workload import (
     TASK_EXPERTS,
     TOWER,
 )
-from modules.din_kernel import instructions_for
 from modules.multitask import PLE, BatchedMLP, Towers
+from modules.vector_code import instructions_for
 from trainer.console.text_table import text_table
 
 SHORT = ("--rows", "64", "--rounds", "2")

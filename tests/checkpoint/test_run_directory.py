@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from modules import din_tiles
+from modules import vector_code
 from trainer.checkpoint.manifest import DatasetEntry
 from trainer.checkpoint.run_directory import (
     COMPILED,
@@ -288,7 +288,7 @@ def test_a_resume_on_a_processor_with_other_loops_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for instructions in ("AVX2", None):
-        monkeypatch.setattr(din_tiles, "INSTRUCTIONS", instructions)
+        monkeypatch.setattr(vector_code, "INSTRUCTIONS", instructions)
         begin_run(tmp_path, changed(train={"device": "cpu"}), world=1, dataset=DATA)
     (warning,) = (entry.getMessage() for entry in caplog.records)
     for part in ("attention to histories", "experts and towers"):
@@ -307,7 +307,7 @@ def test_a_resume_on_a_processor_with_other_loops_is_logged(
 def test_a_start_names_what_computes_an_attention_that_may_be_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], name: str
 ) -> None:
-    monkeypatch.setattr(din_tiles, "INSTRUCTIONS", "AVX2")
+    monkeypatch.setattr(vector_code, "INSTRUCTIONS", "AVX2")
     config = changed(model=model, train={"device": "cpu"})
     begin_run(tmp_path, config, world=1, dataset=DATA)
     start = json.loads((tmp_path / "environment.json").read_text())["starts"][-1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import modules.blocks
-from modules import din, din_tiles
+from modules import din, vector_code
 from modules.din import TargetAttention
 
 
@@ -131,7 +131,7 @@ def test_other_rows_do_not_matter() -> None:
     torch.testing.assert_close(together[2:3], alone)
 
 
-@pytest.mark.skipif(din_tiles.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
+@pytest.mark.skipif(vector_code.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loops_compute_what_the_operations_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def test_loops_compute_what_the_operations_do(dtype: torch.dtype, monkeypatch: p
 
 
 def test_a_processor_without_the_instructions_uses_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(din_tiles, "INSTRUCTIONS", None)
+    monkeypatch.setattr(vector_code, "INSTRUCTIONS", None)
     monkeypatch.setattr(din, "CompiledAttention", None)
     out = TargetAttention(4, 4, (6,), compiled=True)(torch.randn(2, 4), torch.randn(3, 4), torch.tensor([1, 2]), 2)
     assert out.shape == (2, 4)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules import din_kernel, din_tiles
+from modules import din_kernel, vector_code
 from modules.din import PlainAttention
 from modules.din_kernel import CompiledAttention
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.skipif(din_tiles.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
+pytestmark = pytest.mark.skipif(vector_code.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
 
 NAMES = ("query", "keys", "bias", "of_key", "of_product", "score")
 TOLERANCE = 5e-6
@@ -215,10 +215,10 @@ def test_a_tensor_that_is_changed_between_the_passes_is_refused() -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for a processor with AVX2")
 def test_a_processor_with_short_registers_computes_the_same(tmp_path: Any) -> None:
     program = """if True:
-        from modules import din_tiles
+        from modules import vector_code
         from tests.modules import test_din_kernel, test_expert_kernel
 
-        assert din_tiles.INSTRUCTIONS == "AVX2" and din_tiles.LANES == 8
+        assert vector_code.INSTRUCTIONS == "AVX2" and vector_code.LANES == 8
         for seed in range(5):
             test_din_kernel.test_random_shapes_equal_the_plain_attention(seed)
             test_expert_kernel.test_random_shapes_equal_the_plain_layers(seed)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules import din_kernel, din_tiles, expert_kernel
+from modules import din_kernel, expert_kernel, vector_code
 from modules.expert_kernel import CompiledExperts, compile_loops
 from modules.multitask import PLE, BatchedMLP, SharedBottom, Towers
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.skipif(din_tiles.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
+pytestmark = pytest.mark.skipif(vector_code.INSTRUCTIONS is None, reason="needs a processor with AVX2 or AVX-512")
 
 TOLERANCE = 5e-6
 """Largest error as a share of the largest value; that of the plain operations in float32 is 2e-6 on these shapes."""

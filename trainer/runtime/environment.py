@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from modules.din_kernel import instructions_for
+from modules.vector_code import instructions_for
 
 PACKAGES = (
     *("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "webdataset", "numpy", "pyarrow"),
