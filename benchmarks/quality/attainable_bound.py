@@ -73,7 +73,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def world_of(spec: DatasetSpec) -> WorldConfig:
     """Return the world of a dataset of ``limelight data simulate``."""
     extra = spec.extra
-    options = {name: extra[name] for name in ("exposures_per_day", "lookahead", "newcomers") if name in extra}
+    names = ("exposures_per_day", "lookahead", "newcomers", "interest_correlation")
+    options = {name: extra[name] for name in names if name in extra}
     return WorldConfig(extra["users"], extra["days"], extra["seed"], **options)
 
 

@@ -125,4 +125,6 @@ def _command(spec: DatasetSpec) -> str:
     words = f"--users {extra['users']} --days {extra['days']} --partitions {spec.partitions} --seed {extra['seed']}"
     words += " --lookahead" if extra.get("lookahead") else ""
     words += f" --newcomers {extra['newcomers']}" if extra.get("newcomers") else ""
+    known = extra.get("interest_correlation") is not None
+    words += f" --interest-correlation {extra['interest_correlation']}" if known else ""
     return f"write them to another directory and name it with --data: limelight data simulate OUT {words} --factors"

@@ -33,6 +33,7 @@ _EVERYDAY_ONLY = {
     "--segment-vectors": "segments",
     "--lookahead": "segments",
     "--newcomers": "authors who come later",
+    "--interest-correlation": "interest that videos and rooms share",
     "--factors": "file of factors",
 }
 """Option of `data simulate` -> what the world `cross` does not have for it."""
@@ -112,6 +113,13 @@ def data() -> None:
     help="Share of the live authors who open their first room on a random day of the log, 0 to 1 (default 0).",
 )
 @click.option(
+    "--interest-correlation",
+    type=float,
+    metavar="R",
+    help="Correlation of the users' interests in videos with those in rooms, 0 to 1 (default: about 0.7, of vectors "
+    "that are drawn in another way).",
+)
+@click.option(
     "--factors",
     is_flag=True,
     help="Store the true factors of each exposure (mood, taste, ...) beside its true probabilities.",
@@ -130,6 +138,7 @@ def simulate(
     segment_taste: float,
     lookahead: bool,
     newcomers: float,
+    interest_correlation: float | None,
     factors: bool,
     as_json: bool,
 ) -> None:
@@ -152,6 +161,7 @@ def simulate(
             "--segment-vectors": segment_vectors,
             "--lookahead": lookahead,
             "--newcomers": newcomers,
+            "--interest-correlation": interest_correlation is not None,
             "--factors": factors,
         }
         for option in (option for option, used in options.items() if used):
@@ -179,6 +189,7 @@ def simulate(
             segment_taste=segment_taste,
             lookahead=lookahead,
             newcomers=newcomers,
+            interest_correlation=interest_correlation,
             factors=factors,
         )
 

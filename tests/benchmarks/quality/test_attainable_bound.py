@@ -20,6 +20,7 @@ from benchmarks.quality.attainable_bound import (
     expected_probabilities,
     kept_probabilities,
     room_below,
+    world_of,
 )
 from benchmarks.quality.hidden_state import (
     ROOM_TRAITS,
@@ -33,12 +34,14 @@ from benchmarks.quality.hidden_state import (
 from launch.python_path import ROOT
 from tests.benchmarks.quality.weighted_auc import weighted_auc
 from trainer.console.errors import UserError
+from trainer.data.format.schema import DatasetSpec
 from trainer.data.format.text_schema import SEGMENT_MS
 from trainer.data.simulator.behaviours import behaviour_probabilities
 from trainer.data.simulator.config import BEHAVIOURS, DAY_MS, START_MS, WorldConfig
 from trainer.data.simulator.content import LIVE
 from trainer.data.simulator.segment_truth import next_topics
 from trainer.data.simulator.world import make_world
+from trainer.data.simulator.write_dataset import simulate
 
 RESULTS = ROOT / "benchmarks/results"
 CONFIG = WorldConfig(users=300, days=3, seed=1, lookahead=True)
@@ -54,6 +57,14 @@ def rows(log: SimulatedLog) -> np.ndarray:
     """Live visits from the second day on."""
     columns = log.columns
     return np.flatnonzero((columns["domain"] == LIVE) & (columns["request_ms"] >= START_MS + DAY_MS))
+
+
+def test_a_world_is_found_from_its_description(tmp_path: Path) -> None:
+    choices: tuple[dict[str, Any], ...] = ({}, {"lookahead": True, "newcomers": 0.5, "interest_correlation": 0.0})
+    for options in choices:
+        simulate(tmp_path / str(len(options)), 10, 1, 1, 3, **options)
+        found = world_of(DatasetSpec.load(tmp_path / str(len(options))))
+        assert found == WorldConfig(10, 1, 3, **options)
 
 
 def test_it_is_the_truth_if_nothing_is_hidden(log: SimulatedLog, rows: np.ndarray) -> None:

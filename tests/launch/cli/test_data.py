@@ -98,6 +98,14 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["simulate", "{}/out", "--world", "cross", "--segment-vectors"], "the world `cross` has no segments"),
         (["simulate", "{}/out", "--world", "cross", "--newcomers", "1"], "`cross` has no authors who come later"),
         (
+            ["simulate", "{}/out", "--world", "cross", "--interest-correlation", "0"],
+            "`cross` has no interest that videos and rooms share",
+        ),
+        (
+            ["simulate", "{}/out", "--interest-correlation", "1.1"],
+            "interest_correlation is 1.1; it must be in [0, 1]",
+        ),
+        (
             ["simulate", "{}/out", "--world", "cross", "--factors"],
             "--factors: the world `cross` has no file of factors",
         ),

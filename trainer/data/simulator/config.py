@@ -39,6 +39,8 @@ class WorldConfig:
             somewhat fewer.
         lookahead: True if long views and gifts depend on the next three minutes of a room, too.
         newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
+        interest_correlation: correlation over users between the interest in videos and that in rooms, from 0 to 1, in
+            each number of ``Users.vector``; None for the world of earlier versions, where it is about 0.7.
     """
 
     users: int
@@ -47,6 +49,7 @@ class WorldConfig:
     exposures_per_day: float = 36.0
     lookahead: bool = False
     newcomers: float = 0.0
+    interest_correlation: float | None = None
 
     @property
     def authors(self) -> int:

@@ -138,14 +138,11 @@ def make_authors(config: WorldConfig, genres: Genres) -> Authors:
 def make_users(config: WorldConfig, genres: Genres) -> Users:
     """Draw the users of a world."""
     rng, n = config.generator("users"), config.users
-    age = rng.choice(AGE_BANDS, size=n, p=np.array([6, 16, 20, 18, 14, 12, 8, 6]) / 100)
-    # the largest Gumbel variables are a draw without replacement by the weights of the genres
-    gumbel = rng.gumbel(size=(n, GENRES)) + np.log(genres.weight) + genres.age_lift[age]
-    favourites = np.argsort(-gumbel, axis=1)[:, :3]
-    share = rng.dirichlet([2.0, 1.2, 0.8], size=n)
-    core = np.einsum("nf,nfd->nd", share, genres.centroid[favourites])
-    video = (1.1 * core + 0.5 * rng.standard_normal((n, DIM))).astype(np.float32)
+    age, favourites, share, video = _draw_interests(rng, n, genres)
+    # Drawn in every world, so that all other traits of the users are the same.
     live = 0.75 * video + 0.66 * _normal(rng, (n, DIM))
+    if config.interest_correlation is not None:
+        live = _correlated_interests(config, genres, video)
     category_share = np.zeros((n, len(CATEGORIES)))
     np.add.at(category_share, (np.arange(n)[:, None], favourites // GENRES_PER_CATEGORY), share)
     category_interest = 1.6 * (category_share - 1 / 3) + 0.6 * rng.standard_normal(category_share.shape)
@@ -174,6 +171,35 @@ def make_users(config: WorldConfig, genres: Genres) -> Users:
             "user_tenure": rng.integers(1, TENURE_BANDS + 1, n, dtype=np.int32),
         },
     )
+
+
+def _draw_interests(
+    rng: np.random.Generator, n: int, genres: Genres
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Draw the interests of ``n`` users: age bands ``[n]``, favourite genres ``[n, 3]``, their shares, and vectors.
+
+    The vectors are ``[n, DIM] float32``, near the centroids of the favourite genres.
+    """
+    age = rng.choice(AGE_BANDS, size=n, p=np.array([6, 16, 20, 18, 14, 12, 8, 6]) / 100)
+    # the largest Gumbel variables are a draw without replacement by the weights of the genres
+    gumbel = rng.gumbel(size=(n, GENRES)) + np.log(genres.weight) + genres.age_lift[age]
+    favourites = np.argsort(-gumbel, axis=1)[:, :3]
+    share = rng.dirichlet([2.0, 1.2, 0.8], size=n)
+    core = np.einsum("nf,nfd->nd", share, genres.centroid[favourites])
+    vector = (1.1 * core + 0.5 * rng.standard_normal((n, DIM))).astype(np.float32)
+    return age, favourites, share, vector
+
+
+def _correlated_interests(config: WorldConfig, genres: Genres, video: np.ndarray) -> np.ndarray:
+    """Return interests in rooms with the wanted correlation to those in videos, ``[users, DIM] float32``.
+
+    They are a mixture of the interest in videos and of one that is drawn in the same way and independently. So their
+    distribution does not depend on the correlation: rooms are equally hard to rank in all of these worlds.
+    """
+    share = np.float32(config.interest_correlation)
+    own = _draw_interests(config.generator("interests in rooms"), config.users, genres)[-1]
+    mean = (video.mean(axis=0) + own.mean(axis=0)) / 2
+    return mean + share * (video - mean) + np.sqrt(1 - share**2) * (own - mean)
 
 
 def _take_pairs(values: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

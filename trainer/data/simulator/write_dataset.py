@@ -39,6 +39,7 @@ def simulate(
     segment_taste: float = 0.0,
     lookahead: bool = False,
     newcomers: float = 0.0,
+    interest_correlation: float | None = None,
     factors: bool = False,
 ) -> DatasetSpec:
     """Simulate a world and write its log as a dataset.
@@ -61,6 +62,8 @@ def simulate(
             viewers like, from 0 to 1. It changes the vectors only.
         lookahead: True to let long views and gifts depend on the next three minutes of a room, too.
         newcomers: share of the live authors who open their first room on a random day of the log, from 0 to 1.
+        interest_correlation: correlation over users between the interest in videos and that in rooms, from 0 to 1;
+            None for the world of earlier versions, where it is about 0.7.
         factors: True to write the true factors of every exposure beside its true probabilities. Everything else is the
             same, bit for bit, with and without them.
 
@@ -78,7 +81,11 @@ def simulate(
         raise UserError(f"simulate: segment_taste is {segment_taste}; it must be in [0, 1]")
     if not 0 <= newcomers <= 1:
         raise UserError(f"simulate: newcomers is {newcomers}; it must be in [0, 1]")
-    config = WorldConfig(users, days, seed, lookahead=lookahead, newcomers=newcomers)
+    if interest_correlation is not None and not 0 <= interest_correlation <= 1:
+        raise UserError(f"simulate: interest_correlation is {interest_correlation}; it must be in [0, 1]")
+    config = WorldConfig(
+        users, days, seed, lookahead=lookahead, newcomers=newcomers, interest_correlation=interest_correlation
+    )
     # A world without an option has no word of it, so that its description is that of earlier versions.
     extra: dict[str, Any] = {"comment_kinds": KINDS} if texts else {}
     if segment_noise is not None:
@@ -89,6 +96,8 @@ def simulate(
         extra["lookahead"] = True
     if newcomers:
         extra["newcomers"] = newcomers
+    if interest_correlation is not None:
+        extra["interest_correlation"] = interest_correlation
     if factors:
         extra["factors"] = factor_names(config)
     spec = dataset_spec(config, partitions)
