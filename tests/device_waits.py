@@ -51,6 +51,7 @@ OWN_DEVICE = {
     ("torch/optim/adam.py", "_fused_adam"),
     ("trainer/engine/step_loss.py", "begin"),
     ("deepspeed/runtime/zero/stage_1_and_2.py", "get_grad_norm_direct"),
+    ("transformers/models/qwen2/modeling_qwen2.py", "forward"),
 }
 _DISPATCHED = (
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount"),

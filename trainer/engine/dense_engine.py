@@ -7,9 +7,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from modules.esu import SequenceAttention
 from modules.multitask import BatchedMLP
 from trainer.config.deepspeed import SETTINGS
 from trainer.console.errors import UserError
+from trainer.engine.step_without_waiting import step_without_waiting
 from trainer.engine.weight_average import WeightAverage
 from trainer.runtime.phase_timer import PhaseClock
 
@@ -145,40 +145,15 @@ class DenseNetwork:
             finite: bool scalar on the device; where it is False, neither the parameters nor the optimizer's state
                 change. The host then waits for nothing. None: the host knows that the loss is finite.
         """
-        if finite is not None:
-            return self._step_without_waiting(finite)
         norm = None
-        if self._clipping and not self._zero:
-            # DeepSpeed clips but does not return the norm. Without ZeRO every rank holds the whole averaged gradient.
-            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self._engine.step()
-        if not self._clipping:
-            return 1.0
-        if norm is None:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return (self._clipping / (norm + 1e-6)).clamp(max=1.0)
-
-    def _step_without_waiting(self, finite: Tensor) -> float | Tensor:
-        """Do :meth:`step` with a flag on the device."""
-
-        def skip_unless(valid: Tensor) -> None:
-            # PyTorch's fused AdamW reads this flag on the device: with 1 it leaves parameters and moments as they are.
-            self._adam.found_inf = (~valid).float()  # type: ignore[attr-defined]
-
-        def norm_is_invalid(norm: Tensor) -> bool:
-            skip_unless(finite & torch.isfinite(norm) & (norm >= 0))
-            return False
-
-        skip_unless(finite)
-        norm: Tensor | None = None
-        if self._clipping and not self._zero:
-            parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-            norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            norm_is_invalid(norm)
-            # DeepSpeed's clipping copies constants to the device in every step, which waits.
-            self._engine.clip_fp32_gradients = partial(nn.utils.clip_grads_with_norm_, parameters, self._clipping, norm)
-        # DeepSpeed tests the norm on the host, to leave the step out; the flag above does it on the device.
-        with _without_waiting(self._engine.optimizer, norm_is_invalid):
+        if finite is not None:
+            parameters = [] if self._zero else list(self.module.parameters())
+            norm = step_without_waiting(self._engine, self._adam, finite, parameters, self._clipping)
+        else:
+            if self._clipping and not self._zero:
+                # DeepSpeed clips but does not return the norm. Without ZeRO every rank holds the whole averaged
+                # gradient.
+                norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self._engine.step()
         if not self._clipping:
             return 1.0
@@ -299,33 +274,6 @@ def compile_network(module: nn.Module, backend: str, device: torch.device) -> No
         elif isinstance(part, TargetAttention | BatchedMLP):
             part.compiled = False
     module.compile(backend=backend, dynamic=True)
-
-
-@contextlib.contextmanager
-def _without_waiting(optimizer: Any, norm_is_invalid: Callable[[Tensor], bool]) -> Iterator[None]:
-    """Replace what DeepSpeed's ZeRO optimizer reads from the device in a step.
-
-    Args:
-        optimizer: DeepSpeed's optimizer; PyTorch's own without ZeRO, which reads nothing.
-        norm_is_invalid: replaces the test of the gradient's norm; with False the step is not left out.
-    """
-    from deepspeed.runtime.zero import stage_1_and_2
-
-    def mark_invalid(norm: Tensor, device: object = None, val: float = -1.0) -> None:
-        # DeepSpeed's own copies the value to the device first.
-        norm.masked_fill_(~torch.isfinite(norm), val)
-
-    replaced = {"is_invalid_grad_norm": norm_is_invalid, "mask_nan_or_inf_with_val_inplace": mark_invalid}
-    originals = {name: getattr(stage_1_and_2, name) for name in replaced}
-    for name, function in replaced.items():
-        setattr(stage_1_and_2, name, function)
-    # With bf16 every gradient would be tested on the host as well; the test of the norm finds the same.
-    optimizer.check_overflow = lambda partition_gradients=True: None
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(stage_1_and_2, name, function)
 
 
 def check_settings(deepspeed: Any, settings: Mapping[str, Any], origin: str) -> None:

@@ -71,6 +71,7 @@ def test_a_batch_in_full(base: BaseModelFiles) -> None:
         [21, ignored, ignored, 12, ignored, ignored],
         [ignored, 32, 33, ignored, ignored, ignored],
     ]
+    assert batch.answered.tolist() == [0, 3, 7, 8]
     assert (batch.samples.tolist(), batch.tokens, batch.padding, batch.packed) == ([1, 0, 2], 9, 3, True)
     assert batch.mask is not None
     assert batch.mask[0, 0].int().tolist() == [

@@ -18,9 +18,11 @@ from trainer.checkpoint.snapshot_memory import SnapshotMemory
 from trainer.config.deepspeed import SETTINGS
 from trainer.config.finetune import FinetuneOptimizerConfig
 from trainer.engine.dense_engine import check_settings, start_deepspeed
+from trainer.engine.step_without_waiting import step_without_waiting
 from trainer.llm.finetuning.answer_loss import AnswerModel
 from trainer.llm.finetuning.packed_attention import row_multiple
 from trainer.llm.finetuning.packed_batch import TokenBatch
+from trainer.runtime.host_copy import HostCopy
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,6 +60,9 @@ class AdapterEngine:
         device: device of this rank.
         checkpointing: recompute the layers' activations in the backward pass (gradient checkpointing).
         origin: file that the settings come from, for messages.
+        without_waiting: let the device test the norm of the gradient, so that the host waits for the device once in a
+            step, for the loss. Not under ZeRO 3 or with offload, where DeepSpeed itself waits. None: on a GPU, where
+            it is possible.
 
     Attributes:
         parts: number of micro-batches in a step (``gradient_accumulation_steps``).
@@ -80,6 +85,7 @@ class AdapterEngine:
         device: torch.device,
         checkpointing: bool = False,
         origin: str = SETTINGS,
+        without_waiting: bool | None = None,
     ) -> None:
         deepspeed = start_deepspeed()
         if checkpointing:
@@ -92,12 +98,21 @@ class AdapterEngine:
         self.parts: int = settings["gradient_accumulation_steps"]
         self.row_multiple = row_multiple(network.causal.config._attn_implementation)
         self.zero_stage: int = settings["zero_optimization"]["stage"]
+        if without_waiting is None:
+            without_waiting = device.type == "cuda" and not _waits(settings["zero_optimization"])
         self._model, self._snapshot = model, SnapshotMemory()
         self._world = dist.get_world_size()
         # AdamW of torch, because DeepSpeed's AdamW compiles a kernel first, which takes minutes and needs a compiler.
         self._adam = torch.optim.AdamW(
-            trained, lr=optimizer.learning_rate, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+            trained,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+            # Only the fused form can leave out an update without asking the host.
+            fused=True if without_waiting else None,
         )
+        # The loss is read before the step; the norm of the gradient is tested on the device.
+        self._finite = torch.ones((), dtype=torch.bool, device=device) if without_waiting else None
         completed = {
             **settings,
             # DeepSpeed allocates a buffer of reduce_bucket_size elements, 500 million by default. With optimizer
@@ -139,20 +154,26 @@ class AdapterEngine:
         # DeepSpeed averages over ranks and micro-batches, but these have different numbers of answer tokens: undo its
         # average and divide by the total weight of the step instead.
         scale = self._world * self.parts / weight
-        total = 0.0
+        sums: list[Tensor] = []
         for part, batch in enumerate(batches):
             losses = self._engine(batch)
-            weights = batch.weights[batch.segments[batch.answered]]
+            weights = batch.weights.index_select(0, batch.of_answers(batch.segments))
+            sums.append(losses.detach().sum())
+            if part + 1 == self.parts:
+                # Before the last backward pass is queued, with which a GPU is then busy while the sums are read.
+                copy = HostCopy(sums)
             self._engine.backward((losses * weights).sum() * scale)
             if part + 1 < self.parts:
                 # DeepSpeed counts micro-batches in step(); only the call after the last one updates the parameters.
                 self._engine.step()
-            total += float(losses.detach().sum())
-        return total
+        return sum(copy.numbers())
 
     def step(self) -> None:
-        """Update the adapter with the gradients of :meth:`backward`."""
-        self._engine.step()
+        """Update the adapter with the gradients of :meth:`backward`, unless their norm is not finite."""
+        if self._finite is None:
+            self._engine.step()
+        else:
+            step_without_waiting(self._engine, self._adam, self._finite, (), self._engine.gradient_clipping())
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the following steps."""
@@ -247,8 +268,16 @@ class AdapterEngine:
         for parameter in flat:
             state = self._adam.state[parameter]
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                # The fused form counts its steps on the device.
+                counter = parameter.device if self._finite is not None else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=counter)
                 state |= {key: torch.zeros_like(parameter) for key in _MOMENTS}
         if self.zero_stage != 3:
             # ZeRO 1 and 2 link parameters to their moments lazily; the accessors of deepspeed.utils need the links.
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def _waits(zero: Mapping[str, Any]) -> bool:
+    """Return whether DeepSpeed's optimizer waits for the device in each step, by its settings of ZeRO."""
+    offload = zero.get("offload_optimizer") or {}
+    return zero["stage"] == 3 or offload.get("device", "none") != "none"

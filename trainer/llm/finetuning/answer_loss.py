@@ -29,13 +29,12 @@ class AnswerModel(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Compute the float32 negative log-likelihoods ``[answer tokens]``, row after row."""
         causal = self.causal
-        separate = attention_inputs(batch, causal.config._attn_implementation)
+        separate = attention_inputs(batch, causal.config)
         hidden = causal.model(
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **separate
         ).last_hidden_state
-        answered = batch.answered
-        logits = causal.lm_head(hidden[answered]).float()
-        return F.cross_entropy(logits, batch.labels[answered], reduction="none")
+        logits = causal.lm_head(batch.of_answers(hidden)).float()
+        return F.cross_entropy(logits, batch.of_answers(batch.labels), reduction="none")
 
     @property
     def causal(self) -> Any:
@@ -45,5 +44,5 @@ class AnswerModel(nn.Module):
 
 def likelihood_of_samples(losses: Tensor, batch: TokenBatch) -> Tensor:
     """Sum token losses into the float32 log-likelihood of each sample's answer, ``[samples]``."""
-    samples = batch.segments[batch.answered]
+    samples = batch.of_answers(batch.segments)
     return -torch.zeros(len(batch.samples), device=losses.device).index_add(0, samples, losses)

@@ -28,6 +28,7 @@ from trainer.llm.finetuning.samples import Sample
 from trainer.llm.finetuning.token_files import Tokens
 from trainer.metrics.behaviour_metrics import auc
 from trainer.runtime.distributed import World
+from trainer.runtime.host_copy import HostCopy
 
 Scores = list[np.ndarray]
 """Scores ``[options]`` of each sample."""
@@ -88,16 +89,18 @@ def score_options(
     # Under ZeRO 3 a forward pass is collective, so every rank makes the same number of passes, the last on padding if
     # its own sequences are used up.
     passes = -(-len(packs) // (world.size * rows))
-    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    scored: list[tuple[np.ndarray, HostCopy]] = []
     with Progress(label, passes, "passes", quiet=world.rank > 0) as progress:
         for number in range(passes):
             of_pass = rank_packs[number * rows : (number + 1) * rows]
             batch = TokenBatch.of(of_pass, options.tokens, world.device, multiple=engine.row_multiple)
             likelihoods = likelihood_of_samples(engine.answer_losses(batch), batch)
-            scored.append((batch.samples, likelihoods.double().cpu().numpy()))
+            # Read after the last pass, so that the next one is queued while a GPU computes this one.
+            scored.append((batch.samples, HostCopy((likelihoods,))))
             progress.advance(1)
+    own = [(samples, copy.read()[0].double().numpy()) for samples, copy in scored]
     scores = np.empty(len(options.tokens.lengths))
-    for rank_scores in world.agree(world.gather(scored)) or []:
+    for rank_scores in world.agree(world.gather(own)) or []:
         for samples, values in rank_scores:
             scores[samples] = values
     return options.split(scores)

@@ -165,30 +165,41 @@ def row_multiple(implementation: str) -> int:
     return BLOCK if implementation == IMPLEMENTATIONS["flex"] else 8
 
 
-def attention_inputs(batch: TokenBatch, implementation: str) -> dict[str, Any]:
+def attention_inputs(batch: TokenBatch, config: Any) -> dict[str, Any]:
     """Return what a model of transformers needs to keep the samples of a batch apart, as arguments by name.
 
     Args:
         batch: the sequences.
-        implementation: transformers' name of the attention, one of :data:`IMPLEMENTATIONS`.
+        config: the model's configuration of transformers; its attention is one of :data:`IMPLEMENTATIONS`.
     """
+    implementation = config._attn_implementation
     if implementation == IMPLEMENTATIONS["flex"]:
         return {"attention_mask": block_mask(batch.segments)}
     if implementation == IMPLEMENTATIONS["flash"]:
         # Given once for all layers: from the positions every layer would derive them again, and wait for the device.
         starts, longest = batch.run_starts, batch.longest_run
         return {
-            "attention_mask": None,
+            "attention_mask": _no_mask(config),
             "cu_seq_lens_q": starts,
             "cu_seq_lens_k": starts,
             "max_length_q": longest,
             "max_length_k": longest,
         }
     mask = batch.mask
-    if mask is not None and implementation == IMPLEMENTATIONS["eager"]:
-        # transformers adds this mask to the scores; a mask of bools would only add 1 to those that count.
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    return {"attention_mask": mask}
+    if implementation == IMPLEMENTATIONS["eager"]:
+        if mask is not None:
+            # transformers adds this mask to the scores; a mask of bools would only add 1 to those that count.
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        return {"attention_mask": mask}
+    return {"attention_mask": _no_mask(config) if mask is None else mask}
+
+
+def _no_mask(config: Any) -> dict[str, None] | None:
+    """Return the mask for a model whose implementation needs none to be causal."""
+    # Without any mask transformers looks for packed samples in the positions, and waits for the device. A Qwen2 model
+    # takes a ready mask for each type of its layers.
+    ready = config.model_type == "qwen2" and set(config.layer_types) == {"full_attention"}
+    return {"full_attention": None} if ready else None
 
 
 def block_mask(segments: Tensor) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.config.finetune import AnswerWeight
 from trainer.llm.finetuning.packing import Packs
 from trainer.llm.finetuning.token_files import Tokens
+from trainer.runtime.host_copy import to_device
 
 IGNORED = -100
 """Label of a position that has no loss."""
@@ -34,6 +35,7 @@ class TokenBatch:
             the last sample.
         segments: ``[rows, length]`` int64, index into ``samples`` of the sample of each token, or ``PADDING``.
         labels: ``[rows, length]`` int64, the next token if it is part of the same sample's answer, else ``IGNORED``.
+        answered: ``[answer tokens]`` int64, positions that have a loss, as places in the batch row after row.
         samples: index of each sample in the :class:`Tokens`, row after row.
         weights: ``[samples]`` float32, loss weight of one answer token of the sample.
         tokens: number of tokens without padding.
@@ -47,6 +49,7 @@ class TokenBatch:
     positions: Tensor
     segments: Tensor
     labels: Tensor
+    answered: Tensor
     samples: np.ndarray
     weights: Tensor
     tokens: int
@@ -91,17 +94,22 @@ class TokenBatch:
         starts = np.array(sorted(runs), np.int32)
         drawn = np.concatenate([*packs, np.empty(0, np.int64)])
         shares = answer_weights(tokens.answers[drawn], weight) / tokens.answers[drawn]
+        on_device = {
+            "ids": ids,
+            "positions": positions,
+            "segments": segments,
+            "labels": labels,
+            # Found here: on a GPU, the host would wait for the number of places.
+            "answered": np.flatnonzero(labels != IGNORED),
+            "weights": shares.astype(np.float32),
+            "run_starts": starts,
+        }
         return TokenBatch(
-            ids=torch.from_numpy(ids).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            segments=torch.from_numpy(segments).to(device),
-            labels=torch.from_numpy(labels).to(device),
             samples=drawn,
-            weights=torch.from_numpy(shares.astype(np.float32)).to(device),
             tokens=sum(used),
             packed=any(len(samples) > 1 for samples in packs),
-            run_starts=torch.from_numpy(starts).to(device),
             longest_run=int(np.diff(starts).max()),
+            **{name: to_device(torch.from_numpy(values), device) for name, values in on_device.items()},
         )
 
     @property
@@ -109,10 +117,9 @@ class TokenBatch:
         """Number of positions without a token."""
         return self.ids.numel() - self.tokens
 
-    @property
-    def answered(self) -> Tensor:
-        """Positions that have a loss, ``[rows, length]`` bool."""
-        return self.labels != IGNORED
+    def of_answers(self, values: Tensor) -> Tensor:
+        """Return the values ``[answer tokens, ...]`` at the positions that have a loss, of ``[rows, length, ...]``."""
+        return values.flatten(0, 1).index_select(0, self.answered)
 
     @property
     def mask(self) -> Tensor | None:
