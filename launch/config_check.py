@@ -194,7 +194,7 @@ def _check_staytime(job: StaytimeConfig, found: JobCheck) -> None:
 
     data = found.run(
         f"dataset {job.data.path} with times and features",
-        lambda: load_staytime(job.data, job.input, job.lcu, job.run.seed),
+        lambda: load_staytime(job.data, job.input, job.lcu, job.run.seed, job.watch),
     )
     if data is not None:
         found.checked.append(f"{len(data.training):,} training and {len(data.held_out):,} held-out visits")

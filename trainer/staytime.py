@@ -50,7 +50,7 @@ def run_job(config: StaytimeConfig) -> None:
     directory = local_path(config.run.directory or f"runs/{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (directory / "metrics.json").exists():
         raise UserError(f"{directory}: a finished run is already here; choose another run.directory or remove it")
-    data = load_staytime(config.data, config.input, config.lcu, config.run.seed)
+    data = load_staytime(config.data, config.input, config.lcu, config.run.seed, config.watch)
     with run_directory(directory, job="staytime"):
         open_log(directory / "logs", 0)
         write_json(directory / "config.json", absolute_paths(config).model_dump(mode="json"))

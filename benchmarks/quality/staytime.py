@@ -39,7 +39,14 @@ from benchmarks.quality.staytime_report import print_tables, summarise, write_pi
 from trainer.comment_staytime.evaluation import train_and_evaluate
 from trainer.comment_staytime.inputs import StaytimeData, load_staytime
 from trainer.config.load import load_job
-from trainer.config.staytime import PECULIARITIES, InputConfig, LcuConfig, StaytimeConfig, StaytimeDataConfig
+from trainer.config.staytime import (
+    PECULIARITIES,
+    InputConfig,
+    LcuConfig,
+    StaytimeConfig,
+    StaytimeDataConfig,
+    WatchConfig,
+)
 from trainer.console.outputs import local_argument
 from trainer.data.format.content_vectors import ContentVectors
 from trainer.data.format.text_schema import read_texts
@@ -94,9 +101,14 @@ class StaytimeCell:
     settings: tuple[str, ...]
     texts: Path | None
 
+    @property
+    def on_kuairand(self) -> bool:
+        """True if the cell is trained on KuaiRand, which the part's name says."""
+        return self.part.endswith("kuairand")
+
     def config(self, path: Path, overrides: Sequence[str]) -> StaytimeConfig:
         """Return the job on the dataset at ``path``."""
-        fixed = KUAIRAND_SETTINGS if self.part == "kuairand" else WORLD_SETTINGS
+        fixed = KUAIRAND_SETTINGS if self.on_kuairand else WORLD_SETTINGS
         texts = []
         if self.texts is not None:
             texts = [f"lcu.{name}_embeddings={self.texts / f'{name}s'}" for name in ("item", "comment")]
@@ -155,13 +167,14 @@ def run_cell(config: StaytimeConfig) -> dict[str, Any]:
     """Train and evaluate one cell."""
     # Cells that read the same data share them in memory.
     reads = LcuConfig(**config.lcu.model_dump(include=READ))
-    data = _load(config.data, config.input, reads, config.run.seed)
+    watch = WatchConfig(task="none" if config.watch.task == "none" else "joint")
+    data = _load(config.data, config.input, reads, config.run.seed, watch)
     return train_and_evaluate(config, data, torch.device("cpu"), quiet=True)
 
 
 @lru_cache(maxsize=8)
-def _load(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
-    return load_staytime(data, inputs, lcu, seed)
+def _load(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int, watch: WatchConfig) -> StaytimeData:
+    return load_staytime(data, inputs, lcu, seed, watch)
 
 
 def word_tables(world: Path, directory: Path) -> None:
@@ -186,7 +199,7 @@ def run_cells(
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     results = []
     for number, cell in enumerate(cells, 1):
-        config = cell.config(paths["kuairand" if cell.part == "kuairand" else "world"], options.overrides)
+        config = cell.config(paths["kuairand" if cell.on_kuairand else "world"], options.overrides)
         # The file is named by the job, so a cell of several parts is trained once.
         digest = hashlib.blake2b(config.model_dump_json().encode(), digest_size=8).hexdigest()
         file = folder / f"{digest}.json"

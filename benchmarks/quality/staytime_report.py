@@ -57,19 +57,19 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
         for name, seeds in cells.items():
             reference = name.replace(" with LCU", " alone") if part in PAIRS else REFERENCES.get(part)
             other = cells.get(reference or "", {}) if reference != name else {}
-            entry = {"seeds": len(seeds), "all": _means(seeds, lambda metrics: metrics["all"])}
+            entry = {"seeds": len(seeds), "all": means(seeds, lambda metrics: metrics["all"])}
             if part == "bases":
                 entry["exposures"] = {
-                    group: _means(seeds, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
+                    group: means(seeds, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
                     for group in GROUPS
                 }
             shared = {seed: (metrics, other[seed]) for seed, metrics in seeds.items() if seed in other}
             if shared:
                 entry["against"] = reference
-                entry["difference"] = _differences(shared, lambda metrics: metrics["all"])
+                entry["difference"] = differences(shared, lambda metrics: metrics["all"])
                 if part == "bases":
                     entry["difference_by_exposures"] = {
-                        group: _differences(shared, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
+                        group: differences(shared, lambda metrics, group=group: metrics["exposures"][group])  # type: ignore[misc]
                         for group in GROUPS
                     }
             first = next(iter(seeds.values()))
@@ -90,16 +90,18 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> Summary:
     return summary
 
 
-_Pick = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Pick = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def _means(seeds: Mapping[int, Mapping[str, Any]], pick: _Pick) -> dict[str, list[float | None]]:
+def means(seeds: Mapping[int, Mapping[str, Any]], pick: Pick) -> dict[str, list[float | None]]:
+    """Return mean and half-width of each metric over the seeds; ``pick`` finds the metrics in those of a cell."""
     return {metric: mean_and_half_width([pick(metrics)[metric] for metrics in seeds.values()]) for metric in METRICS}
 
 
-def _differences(
-    pairs: Mapping[int, tuple[Mapping[str, Any], Mapping[str, Any]]], pick: _Pick
+def differences(
+    pairs: Mapping[int, tuple[Mapping[str, Any], Mapping[str, Any]]], pick: Pick
 ) -> dict[str, list[float | None]]:
+    """Return mean and half-width of the difference of each metric over pairs of cells by seed, first less second."""
     return {
         metric: mean_and_half_width(
             [

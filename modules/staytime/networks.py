@@ -7,7 +7,7 @@ comments, mixes all of them by self-attention, and adds two heads that rank the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,13 @@ class StaytimeOutput:
         logits: ``[batch, outputs]``, for the base loss.
         popular: ``[batch, comments]``, scores of the comments' popularity with all users; None without LCU.
         touched: ``[batch, comments]``, logits that this user touches each comment; None without LCU.
+        watch: ``[batch]``, predicted watch time of the visit, in the units of its label; None without that task.
     """
 
     logits: Tensor
     popular: Tensor | None = None
     touched: Tensor | None = None
+    watch: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class StaytimeNetwork(nn.Module):
         backbone: kind and sizes of the feature interaction.
         start: ``[outputs]``, first logits: the last layer starts with these biases and with zero weights.
         lcu: comment part of LCU; None for the base alone.
+        watch: True to predict the watch time of the visit as well, by one more linear layer on the backbone, which
+            starts with zeros.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class StaytimeNetwork(nn.Module):
         backbone: BackboneShape,
         start: Tensor,
         lcu: CommentUnderstanding | ReleasedCommentUnderstanding | None = None,
+        *,
+        watch: bool = False,
     ) -> None:
         super().__init__()
         self.table = _table(rows, dim)
@@ -105,16 +111,22 @@ class StaytimeNetwork(nn.Module):
         nn.init.zeros_(self.logits.weight)
         with torch.no_grad():
             self.logits.bias.copy_(start)
+        self.watch = None
+        if watch:
+            self.watch = nn.Linear(self.backbone.out_features, 1)
+            nn.init.zeros_(self.watch.weight)
+            nn.init.zeros_(self.watch.bias)
 
     def forward(self, inputs: StaytimeInputs) -> StaytimeOutput:
-        """Return the logits and, with LCU, the scores of the comments."""
-        tokens = self.table(inputs.fields)
+        """Return the logits and, where they are asked for, the scores of the comments and the watch time."""
+        tokens, popular, touched = self.table(inputs.fields), None, None
         if self.dense is not None:
             tokens = torch.cat([tokens, self.dense(inputs.dense)[:, None]], 1)
-        if self.lcu is None:
-            return StaytimeOutput(self.logits(self.backbone(tokens)))
-        tokens, popular, touched = self.lcu(tokens, inputs)
-        return StaytimeOutput(self.logits(self.backbone(tokens)), popular, touched)
+        if self.lcu is not None:
+            tokens, popular, touched = self.lcu(tokens, inputs)
+        hidden = self.backbone(tokens)
+        watch = None if self.watch is None else self.watch(hidden)[:, 0]
+        return StaytimeOutput(self.logits(hidden), popular, touched, watch)
 
 
 class CommentUnderstanding(nn.Module):
@@ -263,6 +275,25 @@ class SeparateOpening(nn.Module):
         staytime: StaytimeOutput = self.staytime(inputs)
         opening: StaytimeOutput = self.opening(inputs)
         return StaytimeOutput(torch.cat([staytime.logits, opening.logits], 1), staytime.popular, staytime.touched)
+
+
+class PredictedWatch(nn.Module):
+    """Two networks without shared weights: one predicts the watch time, the other one has it as one more dense input.
+
+    Args:
+        staytime: network with one dense feature more than the inputs have, the last.
+        watch: network whose only logit is the watch time.
+    """
+
+    def __init__(self, staytime: nn.Module, watch: nn.Module) -> None:
+        super().__init__()
+        self.staytime, self.watch = staytime, watch
+
+    def forward(self, inputs: StaytimeInputs) -> StaytimeOutput:
+        """Return the first network's output, with the second one's watch time; no gradient flows between the two."""
+        predicted: Tensor = self.watch(inputs).logits
+        output: StaytimeOutput = self.staytime(replace(inputs, dense=torch.cat([inputs.dense, predicted.detach()], 1)))
+        return replace(output, watch=predicted[:, 0])
 
 
 class TextToken(nn.Module):

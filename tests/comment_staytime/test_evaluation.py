@@ -89,7 +89,7 @@ def job(world: Path, *overrides: str) -> StaytimeConfig:
 
 
 def load(config: StaytimeConfig) -> StaytimeData:
-    return load_staytime(config.data, config.input, config.lcu, config.run.seed)
+    return load_staytime(config.data, config.input, config.lcu, config.run.seed, config.watch)
 
 
 @pytest.fixture

@@ -99,7 +99,8 @@ def evaluate(config: StaytimeConfig, data: StaytimeData, predictions: StaytimePr
         ``all``: metrics over all held-out visits; ``exposures``: the same in groups by the number of training visits to
         the video; ``constant``: metrics of constant predictions; ``truth``: metrics of the true expectation (simulated
         world only); ``released_definitions``: metrics as LCU's released code defines them (lcu.mode = "released" only);
-        ``comments``: metrics of the two comment-ranking heads (with LCU only).
+        ``comments``: metrics of the two comment-ranking heads (with LCU only); ``watch``, if watch times are predicted:
+        ``rmse_log``, the error of ``log(1 + seconds watched)``, and ``explained``, the predicted share of its variance.
     """
     rows = data.held_out
     user, seconds = data.user_id[rows], data.seconds[rows].astype(np.float64)
@@ -117,6 +118,8 @@ def evaluate(config: StaytimeConfig, data: StaytimeData, predictions: StaytimePr
         result["truth"] = staytime_metrics(user, seconds, truth, truth)
     if config.lcu.mode == "released":
         result["released_definitions"] = released_metrics(user, seconds, predictions.seconds, predictions.score)
+    if data.watch is not None and predictions.watch is not None:
+        result["watch"] = _watch_metrics(data.watch.target[rows], predictions.watch, data.watch.scale)
     comments = data.comments
     if comments is not None and predictions.popular is not None and predictions.touched is not None:
         chosen = comments.chosen[rows]
@@ -129,6 +132,18 @@ def evaluate(config: StaytimeConfig, data: StaytimeData, predictions: StaytimePr
             "share_touched": comments.share_touched,
         }
     return result
+
+
+def _watch_metrics(target: np.ndarray, predicted: np.ndarray, scale: float) -> dict[str, float | None]:
+    known = ~np.isnan(target)
+    target, error = target[known].astype(np.float64), (predicted - target)[known].astype(np.float64)
+    if not len(target):
+        return {"rmse_log": None, "explained": None}
+    variance = float(target.var())
+    return {
+        "rmse_log": scale * float(np.sqrt(np.square(error).mean())),
+        "explained": 1 - float(np.square(error).mean()) / variance if variance else None,
+    }
 
 
 def read_truth(path: str, visit_id: np.ndarray) -> np.ndarray | None:
@@ -175,7 +190,9 @@ def fitted_values(data: StaytimeData, facts: Mapping[str, Any]) -> dict[str, Any
 
     A stored model may only be used with inputs for which this function returns the same content.
     """
+    watch = {} if data.watch is None else {"watch": {"mean": data.watch.mean, "scale": data.watch.scale}}
     return {
+        **watch,
         "base": facts,
         "fields": list(data.field_names),
         "dense": list(data.dense_names),

@@ -14,8 +14,15 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.comment_staytime.comment_texts import StaytimeComments, check_unique, load_comments
+from trainer.comment_staytime.watch_times import (
+    PAST_WATCH_FEATURES,
+    WatchLabels,
+    past_watch_features,
+    read_watch_times,
+    watch_labels,
+)
 from trainer.config.load import parse_time
-from trainer.config.staytime import InputConfig, LcuConfig, StaytimeDataConfig
+from trainer.config.staytime import InputConfig, LcuConfig, StaytimeDataConfig, WatchConfig
 from trainer.console.errors import UserError
 from trainer.data.format.dataset_files import DatasetFiles
 from trainer.data.format.feature_join import TABLE_OF, FeatureJoin
@@ -26,6 +33,9 @@ from trainer.data.format.text_schema import read_texts
 logger = logging.getLogger(__name__)
 
 IDS = ("user_id", "item_id", "author_id")
+
+DURATION_FEATURE = "log_video_seconds"
+"""Name of the dense feature ``log(1 + seconds)`` of the video's duration; 0 if it is unknown."""
 
 CLIP = 6.0
 """Dense features are clipped to this many standard deviations."""
@@ -52,6 +62,7 @@ class StaytimeData:
         training: ``[k]`` int64, positions of the training visits.
         held_out: ``[m]`` int64, positions of the held-out visits.
         comments: comments of the visits; None without LCU.
+        watch: watch times of the visits as labels; None without the task of predicting them.
     """
 
     visit_id: np.ndarray
@@ -69,9 +80,12 @@ class StaytimeData:
     training: np.ndarray
     held_out: np.ndarray
     comments: StaytimeComments | None
+    watch: WatchLabels | None
 
 
-def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int) -> StaytimeData:
+def load_staytime(
+    data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig, seed: int, watch_config: WatchConfig
+) -> StaytimeData:
     """Read the data of a job.
 
     Args:
@@ -79,28 +93,42 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
         inputs: features of user and video.
         lcu: selection and vectors of comments.
         seed: seed of the order of a visit's comments.
+        watch_config: whether the watch times of the visits are labels.
 
     Raises:
         UserError: a table is missing, a staytime is negative, an id of a comment, video or visit is not unique, a range
-            of time is empty, no area was opened in training, or a feature to exclude does not exist.
+            of time is empty, no area was opened in training, a feature to exclude does not exist, or the watch times
+            that the job asks for are not there.
     """
     spec = DatasetSpec.load(data.path)
     visits = _read_visits(data.path)
     request = visits.column("request_ms").to_numpy()
     left = request + visits.column("staytime_ms").to_numpy()
-    training, held_out = _split(data, spec, request, left)
+    training, held_out, train_until = _split(data, spec, request, left)
     seconds = (visits.column("staytime_ms").to_numpy() / 1000).astype(np.float32)
     if not (seconds[training] > 0).any():
         raise UserError(
             f"{data.path}: no comment area was opened in the training range; change data.train_from or data.train_until"
         )
-    author, duration = _author_and_duration(data.path, visits.column("item_id").to_numpy())
-    ids = {
-        "user_id": visits.column("user_id").to_numpy(),
-        "item_id": visits.column("item_id").to_numpy(),
-        "author_id": author,
-    }
+    item = visits.column("item_id").to_numpy()
+    author, duration, tag = _videos(data.path, item, tags=inputs.past_watch > 0)
+    ids = {"user_id": visits.column("user_id").to_numpy(), "item_id": item, "author_id": author}
     side, side_names, side_rows, dense, dense_names = _features(data.path, spec, ids)
+    if inputs.duration:
+        dense, dense_names = np.column_stack([dense, np.log1p(duration)]), [*dense_names, DURATION_FEATURE]
+    watch = None
+    if inputs.past_watch or watch_config.task != "none":
+        watch = read_watch_times(data.path, visits.column("visit_id").to_numpy())
+    if inputs.past_watch and watch is not None:
+        past = past_watch_features(
+            watch,
+            *(ids["user_id"], author, tag, duration, request),
+            last=inputs.past_watch,
+            training=training,
+            until_ms=train_until,
+        )
+        dense, dense_names = np.column_stack([dense, past]), [*dense_names, *PAST_WATCH_FEATURES]
+    _check_names((*side_names, *dense_names))
     _check_excluded(inputs.exclude, (*IDS, *side_names, *dense_names))
     columns, sizes, names = [], [], []
     for name in IDS:
@@ -137,6 +165,7 @@ def load_staytime(data: StaytimeDataConfig, inputs: InputConfig, lcu: LcuConfig,
         comments=load_comments(data.path, visits, training, held_out, inputs.min_count, lcu, seed)
         if lcu.enabled
         else None,
+        watch=None if watch is None or watch_config.task == "none" else watch_labels(watch, training, train_until),
     )
 
 
@@ -162,8 +191,8 @@ def _read_visits(path: str) -> pa.Table:
 
 def _split(
     data: StaytimeDataConfig, spec: DatasetSpec, request: np.ndarray, left: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the training and of the held-out visits."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the positions of the training and of the held-out visits, and the end of training in milliseconds UTC."""
 
     def time_of(key: str, default: int) -> int:
         text = getattr(data, key)
@@ -182,20 +211,32 @@ def _split(
     ):
         if not len(rows):
             raise UserError(f"{data.path}: no visit lies in the {name} range; change {keys}")
-    return training, held_out
+    return training, held_out, train_until
 
 
-def _author_and_duration(path: str, item_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return author (-1 if unknown) and duration in seconds (0 if unknown) of each visit's video."""
-    items = read_texts(path, "items", ["item_id", "author_id", "duration_ms"])
-    known, author, duration = (items.column(name).to_numpy() for name in items.column_names)
+def _videos(path: str, item_id: np.ndarray, *, tags: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return author, duration in seconds and number of the tag of each visit's video, each ``[n]``.
+
+    An unknown author is -1, an unknown duration 0, and an unknown tag -1; without ``tags`` all of them are unknown.
+    """
+    items = read_texts(path, "items", ["item_id", "author_id", "duration_ms", *(["tag"] if tags else [])])
+    known, author, duration = (items.column(name).to_numpy() for name in ("item_id", "author_id", "duration_ms"))
     check_unique(path, "items", "item_id", known)
+    tag = _numbered(items.column("tag")) if tags else np.full(len(known), -1)
     order = np.argsort(known)
     at = order[np.minimum(np.searchsorted(known, item_id, sorter=order), len(known) - 1)] if len(known) else item_id
     there = known[at] == item_id if len(known) else np.zeros(len(item_id), bool)
     if not there.any():
-        return np.full(len(item_id), -1), np.zeros(len(item_id), np.float32)
-    return np.where(there, author[at], -1), np.where(there, duration[at] / 1000, 0).astype(np.float32)
+        return np.full(len(item_id), -1), np.zeros(len(item_id), np.float32), np.full(len(item_id), -1)
+    seconds = np.where(there, duration[at] / 1000, 0).astype(np.float32)
+    return np.where(there, author[at], -1), seconds, np.where(there, tag[at], -1)
+
+
+def _numbered(texts: pa.ChunkedArray) -> np.ndarray:
+    """Return a number for each text, the same for equal ones, and -1 for an empty one: ``[n]`` int64."""
+    coded = texts.combine_chunks().dictionary_encode()
+    numbers = np.array([number if text else -1 for number, text in enumerate(coded.dictionary.to_pylist())], np.int64)
+    return numbers[coded.indices.to_numpy()]
 
 
 def _features(
@@ -227,6 +268,13 @@ def _check_excluded(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(f"input.exclude: no feature {name!r}; there are {', '.join(known)}")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in (DURATION_FEATURE, *PAST_WATCH_FEATURES):
+        if names.count(name) > 1:
+            key = "input.duration" if name == DURATION_FEATURE else "input.past_watch"
+            raise UserError(f"{key} makes a feature {name!r}, but the dataset has one of that name; rename the latter")
 
 
 def _id_rows(ids: np.ndarray, training: np.ndarray, min_count: int) -> tuple[np.ndarray, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from modules.staytime.comment_losses import (
 from modules.staytime.networks import (
     BackboneShape,
     CommentUnderstanding,
+    PredictedWatch,
     ReleasedCommentUnderstanding,
     SeparateOpening,
     StaytimeInputs,
@@ -49,12 +50,14 @@ class Labels:
         duration: ``[batch]`` float32, duration of the video in seconds.
         popular: ``[batch, comments]`` float32, popularity of the comments in training; None without LCU.
         touched: ``[batch, comments]`` bool, True if the user touched the comment in the visit; None without LCU.
+        watch: ``[batch]`` float32, standardised watch time of the visit, NaN if unknown; None without that task.
     """
 
     seconds: Tensor
     duration: Tensor
     popular: Tensor | None
     touched: Tensor | None
+    watch: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class StaytimePredictions:
             second network's logit of the opening.
         popular: ``[n, comments]`` float32, scores of the popularity task; None without LCU.
         touched: ``[n, comments]`` float32, logits of the interaction task; None without LCU.
+        watch: ``[n]`` float32, predicted watch time in the units of its label; None without that task.
     """
 
     seconds: np.ndarray
     score: np.ndarray
     popular: np.ndarray | None
     touched: np.ndarray | None
+    watch: np.ndarray | None = None
 
 
 def fit_base_on(config: StaytimeConfig, data: StaytimeData) -> BaseLoss:
@@ -94,15 +99,20 @@ def build_network(config: StaytimeConfig, data: StaytimeData, base: BaseLoss) ->
     """Build the network of a job, from ``StaytimeInputs`` to ``StaytimeOutput``; uses torch's current random state."""
     if "separate_opening" in config.lcu.peculiar:
         return SeparateOpening(*(_build_network(config, data, start) for start in base.start.split(1)))
-    return _build_network(config, data, base.start)
+    if config.watch.task == "feature":
+        watch = _build_network(config, replace(data, comments=None), torch.zeros(1))
+        return PredictedWatch(_build_network(config, data, base.start, more_dense=1), watch)
+    return _build_network(config, data, base.start, watch=config.watch.task == "joint")
 
 
-def _build_network(config: StaytimeConfig, data: StaytimeData, start: Tensor) -> StaytimeNetwork:
+def _build_network(
+    config: StaytimeConfig, data: StaytimeData, start: Tensor, *, more_dense: int = 0, watch: bool = False
+) -> StaytimeNetwork:
     base, dim = config.base, config.input.dim
-    fields_, n_dense = len(data.field_names), len(data.dense_names)
+    fields_, n_dense = len(data.field_names), len(data.dense_names) + more_dense
     lcu = None if data.comments is None else _build_lcu(config.lcu, data.comments, fields_ + (n_dense > 0), dim)
     shape = BackboneShape(base.backbone, base.widths, base.depth, base.heads, base.dropout)
-    return StaytimeNetwork(data.rows, fields_, n_dense, dim, shape, start, lcu)
+    return StaytimeNetwork(data.rows, fields_, n_dense, dim, shape, start, lcu, watch=watch)
 
 
 def _build_lcu(
@@ -163,19 +173,22 @@ def make_batch(
     popular, touched = (None, None)
     if comments is not None:
         popular, touched = moved(comments.popular[chosen]), moved(comments.touched[rows])
-    return inputs, Labels(moved(data.seconds[rows]), moved(data.duration[rows]), popular, touched)
+    watch = None if data.watch is None else moved(data.watch.target[rows])
+    return inputs, Labels(moved(data.seconds[rows]), moved(data.duration[rows]), popular, touched, watch)
 
 
 def joint_loss(
-    output: StaytimeOutput, base: BaseLoss, labels: Labels, present: Tensor, lcu: LcuConfig
+    output: StaytimeOutput, base: BaseLoss, labels: Labels, present: Tensor, lcu: LcuConfig, watch_weight: float = 0.0
 ) -> dict[str, Tensor]:
-    """Compute ``L = L_staytime + lambda1 L_R1 + lambda2 L_R2``, each term the mean over the rows that it applies to.
+    """Compute ``L = L_staytime + lambda1 L_R1 + lambda2 L_R2 + weight L_watch``.
 
-    R1 ranks the comments by popularity, in rows whose comments differ in popularity. R2 predicts which comments the
-    user touched, in rows with a touched comment.
+    Each term is the mean over the rows that it applies to. R1 ranks the comments by popularity, in rows whose comments
+    differ in popularity. R2 predicts which comments the user touched, in rows with a touched comment. The last one is
+    the squared error of the standardised watch time, in rows where it is known.
 
     Returns:
-        ``loss`` and its terms before weighting: ``staytime``, and with LCU ``popular`` and ``touched``.
+        ``loss`` and its terms before weighting: ``staytime``, with LCU ``popular`` and ``touched``, and ``watch`` if it
+        is predicted.
     """
     parts = {"staytime": base.loss(output.logits, labels.seconds, labels.duration).mean()}
     total = parts["staytime"]
@@ -190,6 +203,12 @@ def joint_loss(
         weights = (lcu.lambda1, lcu.lambda2)
         popular, touched = reversed(weights) if "swapped_weights" in lcu.peculiar else weights
         total = total + popular * parts["popular"] + touched * parts["touched"]
+    if output.watch is not None:
+        assert labels.watch is not None
+        known = ~labels.watch.isnan()
+        # The unknown ones are replaced before the difference: the gradient of NaN would be NaN, also with weight 0.
+        parts["watch"] = mean_over((output.watch - labels.watch.where(known, 0)).square(), known)
+        total = total + watch_weight * parts["watch"]
     return {"loss": total, **parts}
 
 
@@ -235,7 +254,7 @@ def train(
                     # Teach the row of unknown videos what new videos are like, see input.hide_items.
                     hidden = generator.random(len(rows)) < config.input.hide_items
                 inputs, labels = make_batch(data, rows, device, hidden)
-                losses = joint_loss(network(inputs), base, labels, inputs.present, config.lcu)
+                losses = joint_loss(network(inputs), base, labels, inputs.present, config.lcu, config.watch.weight)
                 optimizer.zero_grad()
                 losses["loss"].backward()
                 optimizer.step()
@@ -276,7 +295,7 @@ def predict(
         separate = "separate_opening" in config.lcu.peculiar
         parts["seconds"].append(seconds.double().cpu())
         parts["score"].append((output.logits[:, 1] if separate else seconds).double().cpu())
-        for name, scores in (("popular", output.popular), ("touched", output.touched)):
+        for name, scores in (("popular", output.popular), ("touched", output.touched), ("watch", output.watch)):
             if scores is not None:
                 parts[name].append(scores.float().cpu())
     return StaytimePredictions(**{name: torch.cat(part).numpy() if part else None for name, part in parts.items()})  # type: ignore[arg-type]

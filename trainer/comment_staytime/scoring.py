@@ -54,7 +54,7 @@ def score_range(
         raise UserError(f"{out}: cannot be written, there is no directory {out.parent}")
     ranged = _in_range(config.data, dataset_of(run, config.data.path, data), time_from, time_until)
     config = config.model_copy(update={"data": ranged})
-    columns = load_staytime(config.data, config.input, config.lcu, config.run.seed)
+    columns = load_staytime(config.data, config.input, config.lcu, config.run.seed, config.watch)
     device = choose_device(config.train.device, 0)
     base = fit_base_on(config, columns)
     _check_same(run, config.data.path, fitted_values(columns, base.facts))

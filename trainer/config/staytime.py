@@ -19,6 +19,8 @@ Peculiarity = Literal[
     "fit_on_all",
 ]
 
+WatchTask = Literal["none", "joint", "feature"]
+
 PECULIARITIES: tuple[Peculiarity, ...] = get_args(Peculiarity)
 
 
@@ -48,6 +50,17 @@ class InputConfig(Section):
         description="Share of the training rows in which the video's id is replaced by the unknown id. It teaches the "
         "unknown row what new videos are like; without it, the row would only learn from unpopular old videos.",
     )
+    duration: bool = Field(
+        False,
+        description="Add the logarithm of the video's duration, the dense feature `log_video_seconds`. Some datasets "
+        "have the duration among their features already.",
+    )
+    past_watch: int = Field(
+        0,
+        description="Number of the user's latest visits whose watch times are described by dense features "
+        "(`trainer/comment_staytime/watch_times.py`); only visits that ended before the request count. 0: none.",
+        ge=0,
+    )
     exclude: tuple[str, ...] = Field(
         (),
         description="Features to leave out: names of side or dense features, `user_id`, `item_id` or `author_id`.",
@@ -70,6 +83,23 @@ class BaseConfig(Section):
     duration_groups: Positive = Field(10, description="`d2q` only: number of quantile groups of video duration.")
     leaves: int = Field(
         16, description="`tpm` only: number of ranges of seconds, including the range of no stay.", ge=2
+    )
+
+
+class WatchConfig(Section):
+    """Prediction of the visit's own watch time, which is known only after the visit, so it is a label and no input."""
+
+    task: WatchTask = Field(
+        "none",
+        description="`joint`: one more output of the network learns it. `feature`: a second network learns it from the "
+        "same features, and its prediction is an input of the first; no gradient flows back. The first pass predicts "
+        "every training row before it learns it; later passes do not, so use one epoch.",
+    )
+    weight: float = Field(
+        0.1,
+        description="Weight of its loss: squared error of `log(1 + seconds)` in units of the variance in training. "
+        "With `feature` it only scales the gradient of the second network.",
+        ge=0,
     )
 
 
@@ -144,6 +174,7 @@ class StaytimeConfig(Section):
     data: StaytimeDataConfig
     input: InputConfig = Field(default_factory=InputConfig)
     base: BaseConfig = Field(default_factory=BaseConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
     lcu: LcuConfig = Field(default_factory=LcuConfig)
     train: StaytimeTrainConfig = Field(default_factory=StaytimeTrainConfig)
 
@@ -165,4 +196,6 @@ class StaytimeConfig(Section):
             )
         if "separate_opening" in lcu.peculiar and base.loss != "wlr":
             raise ValueError("`separate_opening` and lcu.mode = 'released' need base.loss = 'wlr'")
+        if "separate_opening" in lcu.peculiar and self.watch.task != "none":
+            raise ValueError("`separate_opening` and lcu.mode = 'released' need watch.task = 'none'")
         return self
