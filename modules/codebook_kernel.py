@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from modules.search.cpu_intrinsics import lowest_bit
-from modules.search.search import each_part
+from modules.threads import each_part
 
 _FEATURES = (get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES).split(",")
 WIDE = "+avx512f" in _FEATURES

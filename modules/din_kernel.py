@@ -29,7 +29,7 @@ from torch.nn import functional
 from modules import product_tiles, vector_code, vector_loops
 from modules.compiled import compile_now, compiled
 from modules.product_tiles import STEPS, make_product
-from modules.search.search import each_part
+from modules.threads import each_part
 from modules.vector_code import LANES, VECTOR
 from modules.vector_loops import (
     add_product,

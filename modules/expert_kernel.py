@@ -4,8 +4,9 @@ A block of rows goes through all layers of a network while its values are in the
 tile of a product in its registers, and so are the ReLU's mask and the sum of the gradients of the bias in the backward
 pass. Networks that read the same input add up its gradient in place, so there is no copy of it for each network.
 
-All sums have a fixed order. An output depends on its own row alone. Gradients of parameters are summed over the rows of
-each thread, and then over the threads in their order, so they are the same in every run with as many threads.
+All sums have a fixed order. An output depends on its own row alone. The gradients of a network are summed over a part
+of the rows, and these sums are added in the order of parts and networks. So no bit depends on the number of threads. A
+thread has memory for one part of one network, however many networks there are.
 
 Widths are padded with zeros to multiples of ``LANES``, and rows to multiples of ``STEPS``; all is computed in float32.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +27,14 @@ from torch.nn import functional
 from modules import product_tiles, vector_code, vector_loops
 from modules.compiled import compile_now, compiled
 from modules.product_tiles import STEPS, make_product
-from modules.search.search import each_part
+from modules.threads import each_part, in_turns
 from modules.vector_code import LANES, VECTOR, instructions_for
-from modules.vector_loops import copy, copy_masked
+from modules.vector_loops import add_vectors, copy, copy_masked, fill
 
 BLOCK_ROWS = 64
 """Rows that go through the layers together."""
+PART_ROWS = 512
+"""Rows of a part of the batch; at least a block."""
 
 NOTHING = np.float32(0)
 
@@ -40,8 +44,8 @@ layer_backward = make_product(False, product_tiles.from_zeros, product_tiles.sto
 """``c = a b`` where ``c`` was positive, else 0; ``x`` gets the sum over the rows."""
 weight_backward = make_product(True, product_tiles.from_zeros, product_tiles.add)
 """``c += a^T b``."""
-input_backward = make_product(False, product_tiles.from_zeros, product_tiles.add)
-"""``c += a b``."""
+input_backward = make_product(False, product_tiles.from_zeros, product_tiles.store)
+"""``c = a b``."""
 
 
 class ExpertArguments(NamedTuple):
@@ -50,18 +54,17 @@ class ExpertArguments(NamedTuple):
     Attributes:
         networks, rows: numbers of networks, and of rows, a multiple of ``STEPS``.
         block_rows: rows of a block, another multiple.
-        parts: parts of the batch that have gradients of their own.
+        part_rows: rows of a part, a multiple of those of a block.
         inputs, input_stride, input_row: inputs, from one to the next, and from row to row.
         out, out_stride, out_row: outputs of the networks.
         grad_out, grad_stride, grad_row: their gradients.
         grad_inputs: gradients of the inputs, one after another, without gaps.
-        scratch, scratch_bytes: memory of the first part, and bytes of that of each part.
     """
 
     networks: int
     rows: int
     block_rows: int
-    parts: int
+    part_rows: int
     inputs: int
     input_stride: int
     input_row: int
@@ -72,8 +75,6 @@ class ExpertArguments(NamedTuple):
     grad_stride: int = 0
     grad_row: int = 0
     grad_inputs: int = 0
-    scratch: int = 0
-    scratch_bytes: int = 0
 
 
 @compiled(vector_code, product_tiles, vector_loops, nogil=True)
@@ -118,80 +119,121 @@ def forward_blocks(
 
 
 @compiled(vector_code, product_tiles, vector_loops, nogil=True)
-def backward_parts(
-    begin: int,
-    end: int,
+def backward_part(
+    piece: int,
     job: ExpertArguments,
     reads: np.ndarray,
     widths: np.ndarray,
     transposed: np.ndarray,
     hidden: np.ndarray,
-    grad_weights: np.ndarray,
-    grad_biases: np.ndarray,
+    memory: int,
+    place: np.ndarray,
 ) -> None:
-    """Add the gradients of parts ``begin`` to ``end`` of the rows to those of the inputs and of the parts' parameters.
+    """Write the gradients of one network, summed over one part of the rows.
 
     Args:
-        begin: first part.
-        end: part after the last one.
+        piece: number of the part, times the number of networks, plus the number of the network.
         job: addresses and sizes.
         reads: number of the input of each network.
         widths: padded widths of the input and of each layer.
         transposed: address of each layer's weights ``[networks, width, width before]``.
         hidden: address of the outputs ``[networks, rows, width]`` of each layer but the last.
-        grad_weights: address of the gradients ``[parts, networks, width before, width]`` of each layer's weights.
-        grad_biases: address of the gradients ``[parts, networks, width]`` of each layer's biases.
+        memory: memory of this thread.
+        place: places in it as of :func:`places_of`.
     """
+    part, network = piece // job.networks, piece % job.networks
     last = len(transposed) - 1
-    blocks = (job.rows + job.block_rows - 1) // job.block_rows
-    for part in range(begin, end):
-        for network in range(job.networks):
-            place = part * job.networks + network
-            for block in range(part * blocks // job.parts, (part + 1) * blocks // job.parts):
-                first = block * job.block_rows
-                rows = min(job.block_rows, job.rows - first)
-                grad = job.scratch + part * job.scratch_bytes
-                other = grad + job.scratch_bytes // 2
-                width = 4 * widths[last + 1]
-                out = job.out + network * job.out_stride + first * job.out_row
-                grad_out = job.grad_out + network * job.grad_stride + first * job.grad_row
-                for row in range(rows):
-                    copy_masked(
-                        grad + row * width,
-                        grad_out + row * job.grad_row,
-                        out + row * job.out_row,
-                        grad_biases[last] + place * width,
-                        width // VECTOR,
-                        NOTHING,
-                    )
-                for layer in range(last, 0, -1):
-                    before = widths[layer]
-                    narrow = 4 * before
-                    # The outputs are kept for another backward pass: gradients replace a copy of them.
-                    outputs = hidden[layer - 1] + (network * job.rows + first) * narrow
-                    copy(other, outputs, 0, 0, rows * narrow // VECTOR, NOTHING)
-                    target = grad_weights[layer] + place * before * width
-                    weight_backward(
-                        other, narrow, grad, width, rows, target, width, before, width // VECTOR, 0, 0, 0, 0, 0
-                    )
-                    weight, sums = transposed[layer] + network * before * width, grad_biases[layer - 1] + place * narrow
-                    steps = widths[layer + 1]
-                    layer_backward(
-                        grad, width, weight, narrow, steps, other, narrow, rows, narrow // VECTOR, sums, 0, 0, 0, 0
-                    )
-                    grad, other, width = other, grad, narrow
-                before = widths[0]
-                narrow = 4 * before
-                source = job.inputs + reads[network] * job.input_stride + first * job.input_row
-                target = grad_weights[0] + place * before * width
-                weight_backward(
-                    source, job.input_row, grad, width, rows, target, width, before, width // VECTOR, 0, 0, 0, 0, 0
-                )
-                weight = transposed[0] + network * before * width
-                target = job.grad_inputs + (reads[network] * job.rows + first) * narrow
-                input_backward(
-                    grad, width, weight, narrow, widths[1], target, narrow, rows, narrow // VECTOR, 0, 0, 0, 0, 0
-                )
+    begin, end = part * job.part_rows, min((part + 1) * job.part_rows, job.rows)
+    if begin >= end:
+        return
+    of_inputs, blocks = memory + place[2 * last + 2], place[2 * last + 3]
+    fill(memory, 0, 0, 0, place[2 * last + 2] // VECTOR, NOTHING)
+    for first in range(begin, end, job.block_rows):
+        rows = min(job.block_rows, end - first)
+        grad = memory + blocks
+        other = memory + place[2 * last + 4]
+        width = 4 * widths[last + 1]
+        out = job.out + network * job.out_stride + first * job.out_row
+        grad_out = job.grad_out + network * job.grad_stride + first * job.grad_row
+        sums = memory + place[2 * last + 1]
+        for row in range(rows):
+            copy_masked(
+                grad + row * width,
+                grad_out + row * job.grad_row,
+                out + row * job.out_row,
+                sums,
+                width // VECTOR,
+                NOTHING,
+            )
+        for layer in range(last, 0, -1):
+            before = widths[layer]
+            narrow = 4 * before
+            # The outputs are kept for another backward pass: gradients replace a copy of them.
+            outputs = hidden[layer - 1] + (network * job.rows + first) * narrow
+            copy(other, outputs, 0, 0, rows * narrow // VECTOR, NOTHING)
+            target = memory + place[layer]
+            weight_backward(other, narrow, grad, width, rows, target, width, before, width // VECTOR, 0, 0, 0, 0, 0)
+            weight, sums = transposed[layer] + network * before * width, memory + place[last + layer]
+            steps = widths[layer + 1]
+            layer_backward(grad, width, weight, narrow, steps, other, narrow, rows, narrow // VECTOR, sums, 0, 0, 0, 0)
+            grad, other, width = other, grad, narrow
+        before = widths[0]
+        narrow = 4 * before
+        source = job.inputs + reads[network] * job.input_stride + first * job.input_row
+        target = memory + place[0]
+        weight_backward(source, job.input_row, grad, width, rows, target, width, before, width // VECTOR, 0, 0, 0, 0, 0)
+        weight, target = transposed[0] + network * before * width, of_inputs + (first - begin) * narrow
+        input_backward(grad, width, weight, narrow, widths[1], target, narrow, rows, narrow // VECTOR, 0, 0, 0, 0, 0)
+
+
+@compiled(vector_code, product_tiles, vector_loops, nogil=True)
+def add_part(
+    piece: int,
+    job: ExpertArguments,
+    reads: np.ndarray,
+    widths: np.ndarray,
+    grads: np.ndarray,
+    memory: int,
+    place: np.ndarray,
+) -> None:
+    """Add the gradients that :func:`backward_part` has written to those of all rows.
+
+    Args:
+        piece: number of the part and network, as there.
+        job: addresses and sizes.
+        reads: number of the input of each network.
+        widths: padded widths of the input and of each layer.
+        grads: address of the gradients ``[networks, width before, width]`` of each layer's weights, and then of those
+            ``[networks, width]`` of each layer's biases.
+        memory: memory of this thread.
+        place: places in it.
+    """
+    part, network = piece // job.networks, piece % job.networks
+    begin, end = part * job.part_rows, min((part + 1) * job.part_rows, job.rows)
+    if begin >= end:
+        return
+    for number in range(len(grads)):
+        vectors = (place[number + 1] - place[number]) // VECTOR
+        add_vectors(grads[number] + network * vectors * VECTOR, memory + place[number], 0, 0, vectors, NOTHING)
+    row = 4 * widths[0]
+    target = job.grad_inputs + (reads[network] * job.rows + begin) * row
+    add_vectors(target, memory + place[len(grads)], 0, 0, (end - begin) * row // VECTOR, NOTHING)
+
+
+def places_of(widths: Sequence[int], block_rows: int, part_rows: int) -> np.ndarray:
+    """Return the places in a thread's memory, in bytes, and at last the number of all bytes.
+
+    They are the gradients of one network's weights, layer by layer, of its biases, and of the inputs of a part; and two
+    blocks of gradients.
+
+    Args:
+        widths: padded widths of the input and of each layer.
+        block_rows: rows of a block.
+        part_rows: rows of a part.
+    """
+    weights = [before * width for before, width in pairwise(widths)]
+    sizes = [*weights, *widths[1:], part_rows * widths[0], *[block_rows * max(widths)] * 2]
+    return 4 * np.cumsum([0, *sizes])
 
 
 class CompiledExperts(torch.autograd.Function):
@@ -243,31 +285,33 @@ class CompiledExperts(torch.autograd.Function):
         transposed = [_padded_matrices(weight.transpose(1, 2)) for weight in parameters]
         networks, rows = len(reads), padded.shape[1]
         widths = [weight.shape[2] for weight in transposed] + [transposed[-1].shape[1]]
-        parts = max(1, min(torch.get_num_threads(), -(-rows // BLOCK_ROWS)))
         grad_inputs = padded.new_zeros(padded.shape)
-        grad_weights = [padded.new_zeros(parts, *weight.transpose(1, 2).shape) for weight in transposed]
-        grad_biases = [padded.new_zeros(parts, networks, width) for width in widths[1:]]
-        scratch = padded.new_empty(parts, 2, BLOCK_ROWS * max(widths))
+        grad_weights = [padded.new_zeros(weight.transpose(1, 2).shape) for weight in transposed]
+        grad_biases = [padded.new_zeros(networks, width) for width in widths[1:]]
         gradient = _padded(grad_out)
         job = _arguments(padded, out, networks)._replace(
-            parts=parts,
             grad_out=gradient.data_ptr(),
             grad_stride=4 * gradient.stride(0),
             grad_row=4 * gradient.stride(1),
             grad_inputs=grad_inputs.data_ptr(),
-            scratch=scratch.data_ptr(),
-            scratch_bytes=4 * scratch.stride(0),
         )
-        arrays = [reads.numpy(), np.array(widths)]
-        arrays += [_addresses(tensors) for tensors in (transposed, hidden, grad_weights, grad_biases)]
-        each_part(lambda begin, end: backward_parts(begin, end, job, *arrays), parts)
+        inputs, sizes, totals = reads.numpy(), np.array(widths), _addresses([*grad_weights, *grad_biases])
+        weights, outputs = _addresses(transposed), _addresses(hidden)
+        place = places_of(widths, BLOCK_ROWS, job.part_rows)
+
+        def compute(piece: int, memory: Tensor) -> None:
+            backward_part(piece, job, inputs, sizes, weights, outputs, memory.data_ptr(), place)
+
+        def add(piece: int, memory: Tensor) -> None:
+            add_part(piece, job, inputs, sizes, totals, memory.data_ptr(), place)
+
+        pieces = networks * -(-rows // job.part_rows)
+        in_turns(compute, add, pieces, lambda: padded.new_empty(int(place[-1]) // 4))
         of_weights = [
-            _total(grads)[:, : weight.shape[1], : weight.shape[2]]
+            grads[:, : weight.shape[1], : weight.shape[2]]
             for grads, weight in zip(grad_weights, parameters, strict=True)
         ]
-        of_biases = [
-            _total(grads)[:, None, : weight.shape[2]] for grads, weight in zip(grad_biases, parameters, strict=True)
-        ]
+        of_biases = [grads[:, None, : weight.shape[2]] for grads, weight in zip(grad_biases, parameters, strict=True)]
         _, batch, width = ctx.shape
         return grad_inputs[:, :batch, :width], None, *of_weights, *of_biases
 
@@ -280,8 +324,13 @@ def computes(values: Tensor) -> bool:
 @cache
 def compile_loops() -> None:
     """Compile the two loops in this process, or load them from numba's cache; log it if they are compiled."""
-    job, none = ExpertArguments(*[0] * len(ExpertArguments._fields))._replace(block_rows=STEPS), np.zeros(1, np.int64)
-    calls = ((forward_blocks, (0, 0, job, *[none] * 5)), (backward_parts, (0, 0, job, *[none] * 6)))
+    job = ExpertArguments(*[0] * len(ExpertArguments._fields))._replace(networks=1, block_rows=STEPS)
+    none = np.zeros(1, np.int64)
+    calls = (
+        (forward_blocks, (0, 0, job, *[none] * 5)),
+        (backward_part, (0, job, *[none] * 4, 0, none)),
+        (add_part, (0, job, *[none] * 3, 0, none)),
+    )
     compile_now("experts and towers", calls)
 
 
@@ -291,7 +340,7 @@ def _arguments(inputs: Tensor, out: Tensor, networks: int) -> ExpertArguments:
         networks=networks,
         rows=inputs.shape[1],
         block_rows=BLOCK_ROWS,
-        parts=1,
+        part_rows=max(PART_ROWS, BLOCK_ROWS),
         inputs=inputs.data_ptr(),
         input_stride=4 * inputs.stride(0),
         input_row=4 * inputs.stride(1),
@@ -317,11 +366,3 @@ def _padded_matrices(weights: Tensor) -> Tensor:
 
 def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
-
-
-def _total(parts: Tensor) -> Tensor:
-    """Add up the gradients of the parts in their order, in place."""
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total

@@ -215,6 +215,7 @@ ELSEWHERE = {
     "modules.codebook_kernel:VECTORS_AT_ONCE": "tests/modules/test_codebook.py",
     "modules.din_kernel:PART_ROWS": "tests/modules/test_din_kernel.py",
     "modules.expert_kernel:BLOCK_ROWS": "tests/modules/test_expert_kernel.py",
+    "modules.expert_kernel:PART_ROWS": "tests/modules/test_expert_kernel.py",
     "trainer.checkpoint.model_state:BLOCK_BYTES": "tests/checkpoint/test_model_state.py",
     "trainer.comment_staytime.model:ROWS_AT_ONCE": "tests/comment_staytime/test_scoring.py",
     "trainer.data.features.author_means:BLOCK": "tests/data/features/test_author_means.py",

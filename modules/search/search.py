@@ -25,18 +25,14 @@ The rows are divided among ``torch.get_num_threads()`` threads.
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from modules.search import cpu_kernels
 from modules.search.cpu_intrinsics import LANES
+from modules.threads import each_part
 
 
 class SearchResult(NamedTuple):
@@ -204,32 +200,3 @@ def _read_only(argument: Any) -> Any:
         argument = argument.view()
         argument.flags.writeable = False
     return argument
-
-
-def each_part(work: Callable[[int, int], None], rows: int) -> None:
-    """Call ``work(begin, end)`` for parts of ``[0, rows)`` in parallel; it must release the interpreter's lock."""
-    threads = min(torch.get_num_threads(), rows)
-    if threads <= 1:
-        work(0, rows)
-        return
-    # Histories differ in length, so there are several parts for each thread: a thread that is done takes the next one.
-    edges = np.linspace(0, rows, min(rows, 8 * threads) + 1).astype(int).tolist()
-    parts = iter(list(itertools.pairwise(edges)))
-
-    def work_on_parts() -> None:
-        for begin, end in parts:
-            work(begin, end)
-
-    others = [_threads(os.getpid(), threads - 1).submit(work_on_parts) for _ in range(threads - 1)]
-    work_on_parts()
-    for other in others:
-        other.result()
-
-
-@cache
-def _threads(process: int, number: int) -> ThreadPoolExecutor:
-    """Return a thread pool that is kept, since starting threads takes as long as a search.
-
-    ``process`` is the process id: a forked process must not use its parent's pool, whose threads it does not have.
-    """
-    return ThreadPoolExecutor(number)

@@ -74,6 +74,7 @@ def test_the_compiled_layers_equal_the_plain_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(expert_kernel, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(expert_kernel, "PART_ROWS", 2 * block_rows)
     torch.manual_seed(networks)
     layers = BatchedMLP(networks, width, widths)
     reads = torch.arange(networks).flip(0) % inputs
@@ -117,20 +118,41 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_any_number_of_threads_computes_the_same_and_the_same_bits_again(threads: None) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_threads(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_kernel, "PART_ROWS", 64)
     torch.manual_seed(0)
     layers = BatchedMLP(4, 20, (24, 8))
-    x = torch.randn(1, 500, 20)
+    x, reads = torch.randn(3, 500, 20), torch.tensor([2, 0, 2, 1])
     results: list[Sequence[Tensor]] = []
     for number in (1, 2, 5):
         torch.set_num_threads(number)
-        assert_equal_layers(layers, x, None)
-        first, again = (of(layers, x, None, torch.ones(4, 500, 8)) for _ in range(2))
-        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-        results.append(first)
+        assert_equal_layers(layers, x, reads)
+        results += [of(layers, x, reads, torch.ones(4, 500, 8)) for _ in range(2)]
     for others in results[1:]:
-        # The outputs and the gradient of the input belong to a row alone.
-        assert all(torch.equal(one, two) for one, two in zip(results[0][:2], others[:2], strict=True))
+        assert all(torch.equal(one, two) for one, two in zip(results[0], others, strict=True))
+
+
+def test_a_thread_has_memory_for_one_network_whatever_their_number(
+    threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories: list[Tensor] = []
+    in_turns = expert_kernel.in_turns
+
+    def watched(compute: Any, add: Any, pieces: int, make: Any) -> None:
+        in_turns(compute, add, pieces, lambda: (memories.append(make()), memories[-1])[1])
+
+    monkeypatch.setattr(expert_kernel, "in_turns", watched)
+    torch.set_num_threads(3)
+    sizes = []
+    for networks in (3, 12):
+        memories.clear()
+        layers = BatchedMLP(networks, 16, (32,))
+        layers.compiled = True
+        layers(torch.randn(1, 300, 16)).sum().backward()
+        assert 1 <= len(memories) <= 3
+        sizes += [len(memory) for memory in memories]
+    padded = 16 * 32 + 32 + max(expert_kernel.PART_ROWS, 64) * 16 + 2 * 64 * 32
+    assert set(sizes) == {padded}
 
 
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
@@ -229,12 +251,15 @@ def test_whole_networks_equal_the_plain_ones(kind: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+LOOPS = (expert_kernel.forward_blocks, expert_kernel.backward_part, expert_kernel.add_part)
+
+
 def test_the_loops_are_compiled_once() -> None:
     compile_loops()
-    counts = [len(loop.signatures) for loop in (expert_kernel.forward_blocks, expert_kernel.backward_parts)]
+    counts = [len(loop.signatures) for loop in LOOPS]
     torch.manual_seed(0)
     assert_equal_layers(BatchedMLP(2, 5, (4, 3)), torch.randn(1, 6, 5), None)
-    assert [len(loop.signatures) for loop in (expert_kernel.forward_blocks, expert_kernel.backward_parts)] == counts
+    assert [len(loop.signatures) for loop in LOOPS] == counts
 
 
 def test_products_with_other_code_have_other_names() -> None:
