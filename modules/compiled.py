@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 import numba
 from numba.core.event import Event, Listener, install_listener
 
+from modules.loop_cache import LoopCache
+
 logger = logging.getLogger(__name__)
 
 Loop = TypeVar("Loop", bound=Callable[..., object])
 
 
 def compiled(*parts: ModuleType, nogil: bool = False) -> Callable[[Loop], Loop]:
-    """Return a decorator that compiles a function at its first call, with numba's cache on disk if possible.
+    """Return a decorator that compiles a function at its first call, and keeps it on disk if possible.
 
     numba looks for a place beside the source file and in the user's home directory. A container that runs as another
     user, with a read-only home, has neither: the function is then compiled again in every process, in a few seconds.
@@ -35,12 +37,12 @@ def compiled(*parts: ModuleType, nogil: bool = False) -> Callable[[Loop], Loop]:
             sources = "".join(inspect.getsource(module) for module in parts)
             # The cache's files have the name of the function.
             function.__qualname__ += "_" + hashlib.sha256(sources.encode()).hexdigest()[:16]
+        loop: Any = numba.njit(nogil=nogil)(function)
         try:
-            loop: Loop = numba.njit(cache=True, nogil=nogil)(function)
+            loop._cache = LoopCache(loop.py_func)
         except RuntimeError as error:
             if "no locator available" not in str(error):
                 raise
-            loop = numba.njit(nogil=nogil)(function)
         return loop
 
     return compile_
@@ -55,11 +57,7 @@ def compile_now(what: str, calls: Sequence[tuple[Callable[..., None], Sequence[A
     """
     with install_listener("numba:compile", CompilationNotice(what)):
         for loop, arguments in calls:
-            try:
-                loop(*arguments)
-            except OSError as error:
-                # The loop is compiled, but numba could not write it to its cache.
-                logger.warning(f"the compiled loops for {what} cannot be kept for the next start: {error}")
+            loop(*arguments)
 
 
 class CompilationNotice(Listener):

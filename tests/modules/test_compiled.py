@@ -6,13 +6,12 @@ import importlib
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 import numba
 import pytest
 from numba.core.event import install_listener
 
-from modules.compiled import CompilationNotice, compile_now
+from modules.compiled import CompilationNotice
 
 
 def test_a_change_of_another_part_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,17 +40,3 @@ def test_the_first_compilation_is_logged_once(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage() for record in caplog.records if record.name == "modules.compiled"] == [
         "compiling sums for this processor, which takes some seconds"
     ]
-
-
-def test_a_full_disk_does_not_stop_the_compilation(caplog: pytest.LogCaptureFixture) -> None:
-    calls = []
-
-    def loop(*arguments: Any) -> None:
-        calls.append(arguments)
-        raise OSError(28, "No space left on device")
-
-    compile_now("sums", [(loop, (1, 2)), (loop, (3,))])
-    assert calls == [(1, 2), (3,)]
-    assert [record.getMessage() for record in caplog.records if record.name == "modules.compiled"] == [
-        "the compiled loops for sums cannot be kept for the next start: [Errno 28] No space left on device"
-    ] * 2
