@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from trainer.runtime import cores, distributed
 from trainer.runtime.cores import (
+    Place,
     available_cores,
     bind_to,
     core_quota,
@@ -18,6 +20,7 @@ from trainer.runtime.cores import (
     node_of_device,
     numa_nodes,
     nvidia_gpus,
+    own_place,
     share_of_cores,
 )
 from trainer.runtime.distributed import World
@@ -85,18 +88,46 @@ def test_a_machine_with_one_node_is_left_alone(sysfs: Path) -> None:
 
 def test_ranks_share_the_cores_that_several_may_use() -> None:
     everything, half = frozenset(range(8)), frozenset(range(4))
-    assert [share_of_cores([("a", everything)] * 2, rank) for rank in (0, 1)] == [4, 4]
+    whole, first, second = (Place("a", cores) for cores in (everything, half, everything - half))
+    assert [share_of_cores([whole] * 2, rank) for rank in (0, 1)] == [4, 4]
     # A launcher has bound each rank to cores of its own, or a rank is alone on its host.
-    assert share_of_cores([("a", half), ("a", everything - half)], 0) == 4
-    assert share_of_cores([("a", everything), ("b", everything)], 1) == 8
-    assert [share_of_cores([("a", half), ("a", half), ("a", everything - half)], rank) for rank in range(3)] == [
-        2,
-        2,
-        4,
+    assert share_of_cores([first, second], 0) == 4
+    assert share_of_cores([whole, Place("b", everything)], 1) == 8
+    assert [share_of_cores([first, first, second], rank) for rank in range(3)] == [2, 2, 4]
+    assert share_of_cores([first] * 8, 0) == 1
+    assert share_of_cores([whole] * 2, 0, quota=5) == 2
+    assert share_of_cores([whole], 0, quota=0) == 1
+
+
+def test_containers_share_the_cores_of_their_machine_but_not_their_quotas() -> None:
+    everything = frozenset(range(16))
+    places = [Place("a", everything, group) for group in ("first", "first", "second")] + [
+        Place("b", everything, "first")
     ]
-    assert share_of_cores([("a", half)] * 8, 0) == 1
-    assert share_of_cores([("a", everything)] * 2, 0, quota=5) == 2
-    assert share_of_cores([("a", everything)], 0, quota=0) == 1
+    assert [share_of_cores(places, rank) for rank in range(4)] == [5, 5, 5, 16]
+    assert [share_of_cores(places, rank, quota=6) for rank in range(4)] == [3, 3, 5, 6]
+
+
+def test_a_place_is_known_by_the_kernel_and_not_by_the_name_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(kernel: str, name: str, container: str) -> Place:
+        proc, sysfs = tmp_path / kernel, tmp_path / container
+        for file, text in ((proc / "sys/kernel/random/boot_id", kernel), (sysfs / "fs/cgroup/cpu.max", "max 100000")):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        monkeypatch.setattr(platform, "node", lambda: name)
+        return own_place(proc, sysfs)
+
+    first = place("kernel-1", "worker", "container-1")
+    assert first == place("kernel-1", "another-name", "container-1")
+    assert first.cores == frozenset(os.sched_getaffinity(0))
+    other_container, other_machine = place("kernel-1", "worker", "container-2"), place("kernel-2", "worker", "c")
+    assert first.host == other_container.host != other_machine.host
+    assert first.group != other_container.group
+    # A sandbox that hides both.
+    monkeypatch.setattr(platform, "node", lambda: "worker")
+    assert own_place(tmp_path / "none", tmp_path / "none")[::2] == ("name worker", "")
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])

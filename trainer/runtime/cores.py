@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SYSFS = Path("/sys")
 """Linux's file system of devices."""
@@ -12,8 +14,37 @@ SYSFS = Path("/sys")
 MOST_WORKERS = 8
 """Most loader processes of a rank if its job does not name a number."""
 
-Place = tuple[str, frozenset[int]]
-"""Name of a host, and the cores on it that a process may use."""
+PROC = Path("/proc")
+"""Linux's file system of processes."""
+
+
+class Place(NamedTuple):
+    """Place of a process among the processes of a job.
+
+    Attributes:
+        host: identity of the kernel, which containers of one machine share and machines of one name do not.
+        cores: cores that the process may use.
+        group: identity of the cgroup of :func:`core_quota`, which the processes of a container share.
+    """
+
+    host: str
+    cores: frozenset[int]
+    group: str = ""
+
+
+def own_place(proc: Path = PROC, sysfs: Path = SYSFS) -> Place:
+    """Return the place of this process.
+
+    A host's name would not do: containers have names of their own, and two machines may have the same one.
+    """
+    host = _text(proc / "sys/kernel/random/boot_id") or f"name {platform.node()}"
+    try:
+        # The number of a cgroup's file is unique on a machine.
+        status = (sysfs / "fs/cgroup/cpu.max").stat()
+        group = f"{status.st_dev}:{status.st_ino}"
+    except OSError:
+        group = ""
+    return Place(host, frozenset(os.sched_getaffinity(0)), group)
 
 
 def available_cores() -> int:
@@ -37,12 +68,14 @@ def share_of_cores(places: Sequence[Place], rank: int, quota: int | None = None)
     Args:
         places: place of each rank; ranks share the cores that several of them may use.
         rank: the rank.
-        quota: cores of all ranks of a host together; None for no limit.
+        quota: cores of all ranks of the rank's cgroup together; None for no limit.
     """
-    host, own = places[rank]
-    ranks = [cores for name, cores in places if name == host]
-    share = int(sum(1 / sum(core in cores for cores in ranks) for core in own) + 1e-9)
-    return max(1, share if quota is None else min(share, quota // len(ranks)))
+    own = places[rank]
+    ranks = [place for place in places if place.host == own.host]
+    share = int(sum(1 / sum(core in place.cores for place in ranks) for core in own.cores) + 1e-9)
+    if quota is not None:
+        share = min(share, quota // sum(place.group == own.group for place in ranks))
+    return max(1, share)
 
 
 def free_cores(cores: int, threads: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from trainer.console.errors import UserError, collective_cause, is_lost_peer
 from trainer.console.exit_status import exit_status
-from trainer.runtime.cores import bind_to, core_quota, cores_near, share_of_cores
+from trainer.runtime.cores import bind_to, core_quota, cores_near, own_place, share_of_cores
 from trainer.runtime.malloc import keep_freed_memory
 from trainer.runtime.network_interfaces import interface_towards, loopback_interface
 from trainer.runtime.rendezvous import fresh_part, launcher_store, shared_store
@@ -115,11 +114,10 @@ class World:
                 f"rank {rank} of {size} could not meet the others at MASTER_ADDR:MASTER_PORT = {place} ({reason}); "
                 + advice
             ) from None
-        own = frozenset(os.sched_getaffinity(0))
         places: list[Any] = [None] * size
-        dist.all_gather_object(places, (platform.node(), own), group=control)
+        dist.all_gather_object(places, own_place(), group=control)
         cores = share_of_cores(places, rank, core_quota())
-        placement = f"cores: this rank may use {len(own)}, and {cores} of them are its share; {bound}"
+        placement = f"cores: this rank may use {len(places[rank].cores)}, and {cores} of them are its share; {bound}"
         return World(rank, size, chosen, control, cores, placement)
 
     def __enter__(self) -> World:
